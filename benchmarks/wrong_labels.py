@@ -64,7 +64,7 @@ def run_draw(
     settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
     result = train_recipe(read_recipe("photos", settings), run)
     names = {file.name for file in moved}
-    images, resume = list_classes(folder), read_checkpoint(result.last).resume or {}
+    images, resume = list_classes(folder).images, read_checkpoint(result.last).resume or {}
     probabilities = softmax(resume["procedure"]["out_of_fold"].double().numpy())
     wrong = np.asarray([images.path(index).name in names for index in range(len(images))])
     listed = [Path(one.file).name in names for one in find_wrong_labels(run)]

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Self, TypeVar
 import pydantic
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.plugins import find
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 Positive = Annotated[float, pydantic.Field(gt=0)]
@@ -25,6 +26,28 @@ class StrictModel(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def with_plugins(group: str, kind: type[StrictModel]) -> pydantic.WrapValidator:
+    """Let a field whose type is a union by `kind` accept the configs that plug-ins register in *group*.
+
+    These are subclasses of *kind*. The annotation of the field also needs `SerializeAsAny`.
+    """
+
+    def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
+        try:
+            return validate_union(value)
+        except pydantic.ValidationError as problem:
+            if problem.errors()[0]["type"] != "union_tag_invalid":
+                raise
+            if isinstance(value, kind):
+                return value
+            plugin = find(group, value["kind"], kind)
+            if plugin is None:
+                raise
+            return plugin.model_validate(value)
+
+    return pydantic.WrapValidator(validate)
 
 
 class Options(StrictModel):
@@ -46,8 +69,8 @@ class Options(StrictModel):
 
 
 def expand_options(
-    function: Callable[..., Result], annotate: Callable[[type[Options], str], Any] | None = None
-) -> Callable[..., Result]:
+    function: Callable[..., _Result], annotate: Callable[[type[Options], str], Any] | None = None
+) -> Callable[..., _Result]:
     """Replace each parameter of *function* that is annotated with a model of `Options` by the model's fields.
 
     The returned function takes the fields as keyword arguments, validates them and passes the models to
@@ -72,7 +95,7 @@ def expand_options(
     parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
 
     @functools.wraps(function)
-    def call(*args: Any, **keywords: Any) -> Result:
+    def call(*args: Any, **keywords: Any) -> _Result:
         for name, model in models.items():
             if not isinstance(keywords.get(name), model):
                 given = {field: keywords.pop(field) for field in model.model_fields if field in keywords}
@@ -90,8 +113,8 @@ def expand_options(
 
 
 def with_signature(
-    function: Callable[..., Result], parameters: list[inspect.Parameter]
-) -> Callable[..., Result]:
+    function: Callable[..., _Result], parameters: list[inspect.Parameter]
+) -> Callable[..., _Result]:
     """Set the parameters of *function* that `inspect.signature`, notebooks and typer see."""
     function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -12,22 +12,22 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import expand_user
 
-NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$"  # names files and folders with up to 50 more characters
+PROJECT_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$"  # files and folders have up to 50 more characters
 # UTC; the order of the texts is that of the times.
 Time = Annotated[str, pydantic.Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$")]
 SAMPLED = 16  # images of a data set that a bundle records
 
 
-def check_name(name: str | None) -> str | None:
+def check_project_name(name: str | None) -> str | None:
     """Return *name*; raise `ConfigError` unless it can name a project."""
-    if name is not None and re.fullmatch(NAME, name) is None:
+    if name is not None and re.fullmatch(PROJECT_NAME, name) is None:
         raise ConfigError(
             "use at most 200 letters, digits, `.`, `_` and `-`, the first not `.`", setting="name", value=name
         )
     return name
 
 
-Name = Annotated[str | None, pydantic.AfterValidator(check_name)]
+Name = Annotated[str | None, pydantic.AfterValidator(check_project_name)]
 
 
 class Origin(StrictModel):

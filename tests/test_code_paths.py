@@ -1,15 +1,24 @@
-"""ARCHITECTURE.md lists the files whose functions a request and an export execute; this measures them."""
+"""The files whose functions a request, an export and a training folder execute.
+
+ARCHITECTURE.md lists those of a request and of an export.
+"""
 
 import gc
 import re
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from types import FrameType
 
+import pytest
+
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.data.datasets.folder import FolderConfig
+from sopdeploy.data.sources import open_data
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export
@@ -19,6 +28,7 @@ from tests import quick_torch
 from tests.export.conftest import SIDE, save, trained
 from tests.export.once import proving_once
 from tests.service.conftest import picture_bytes, running, write_bundle
+from tests.sopdeploy.data.small_data import write_classes
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sopdeploy/", "export/sopdeploy_export/", "service/sopdeploy_service/")
@@ -93,3 +103,27 @@ def test_a_request_executes_the_files_that_the_architecture_page_lists(tmp_path:
 def test_an_export_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
     found = export_files(tmp_path)
     assert listed("## `ckpt.pt` to bundle", "export/sopdeploy_export") == (len(found), found)
+
+
+MAX_RETURNS = 8
+
+
+@pytest.mark.parametrize("parts", [("",), ("train", "val")])
+def test_opening_a_training_folder_rarely_returns_to_a_file(parts: tuple[str, ...], tmp_path: Path) -> None:
+    for part in parts:
+        write_classes(tmp_path / part, ("cat", "dog"), 4)
+    (tmp_path / parts[0] / "cat" / "notes.txt").touch()
+    functions: dict[tuple[str, str], None] = {}  # in the order of their first calls
+
+    def record(frame: FrameType, _: str, __: object) -> None:
+        file = frame.f_code.co_filename
+        if file.startswith(str(ROOT / "sopdeploy")) and "<" not in frame.f_code.co_name:
+            functions[file, frame.f_code.co_qualname] = None
+
+    sys.settrace(record)
+    try:
+        open_data(FolderConfig(kind="folder", path=tmp_path))
+    finally:
+        sys.settrace(None)
+    visits = Counter(file for file, _ in groupby(file for file, _ in functions))
+    assert visits.total() - len(visits) <= MAX_RETURNS, visits

@@ -36,9 +36,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
 from sopdeploy.data.folders import is_image, walk
-from sopdeploy.data.image_files import load_pixels, open_image
+from sopdeploy.data.image_files import image_errors
 from sopdeploy.errors import DataError, LoweringError, first_line
 from sopdeploy.files import open_regular
+from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
@@ -438,9 +439,9 @@ def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np
     images = []
     for path in (paths[position] for position in chosen):
         try:
-            with open_regular(path) as file:
-                image = open_image(file.read(), path)
-            images.append(preprocess_image(load_pixels(image, path), preprocess))
+            with image_errors(path), open_regular(path) as file:
+                image = load_pixels(open_image(file.read()))
+            images.append(preprocess_image(image, preprocess))
         except OSError as error:
             raise DataError(
                 f"{path}: cannot be read ({error.strerror}); remove it from the folder"

@@ -345,6 +345,14 @@ def _manifest_fields(
     """Collect the fields of the manifest, without `files`."""
     subject, certificate, side = job.subject, results.certificate, job.subject.preprocess.crop
     precision = results.precision.precision
+    versions = {
+        "sopdeploy": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "pillow": PIL.__version__,
+    }
     return {
         "model": subject.name,
         "project": subject.project,
@@ -366,14 +374,7 @@ def _manifest_fields(
             program_root=certificate.roots.any_batch,
             onnx_root=onnx_root(onnx.load(folder / ONNX_FILE)),
         ),
-        "versions": {
-            "sopdeploy": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
-            "pillow": PIL.__version__,
-        },
+        "versions": {**versions, **subject.plugins()},
         "precision": precision,
         "int8_for": job.options.int8_for if precision == "int8" else None,
         "opset": converted.model.opset_import[0].version,

@@ -18,8 +18,6 @@ class TrainOptions(Options):
     weights: Text = None
     """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
     imagenet for a folder of images without a recipe."""
-    pooling: str | None = None
-    """Global pooling: short for the setting `model.config.pooling`."""
     models: str | None = None
     """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
     `procedure.models`."""

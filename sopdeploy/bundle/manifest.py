@@ -9,7 +9,7 @@ import pydantic
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.project import NAME, Origin, Time
+from sopdeploy.project import PROJECT_NAME, Origin, Time
 
 FORMAT: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
 ID_LENGTH = 12
@@ -73,7 +73,7 @@ class Manifest(StrictModel):
 
     format: Literal["sopdeploy-bundle"] = FORMAT
     version: Literal[1] = 1
-    project: Annotated[str, pydantic.Field(pattern=NAME)]
+    project: Annotated[str, pydantic.Field(pattern=PROJECT_NAME)]
     exported_at: Time
     origin: Origin | None = None
     model: Annotated[str, pydantic.Field(pattern=r"^([a-z-]+:){0,2}[A-Za-z0-9._-]+$")]

@@ -28,7 +28,7 @@ from sopdeploy.errors import (
 )
 from sopdeploy.files import STORAGE_ERRNOS
 
-USER_ERROR = 2
+USER_ERROR_EXIT_CODE = 2
 
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle written by `sopdeploy export`.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -72,7 +72,7 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
                 lists = {"lists": error.lists} if error.lists else {}
                 with suppress(OSError):  # stdout may be what cannot be written
                     print_json({"error": {"code": error.code, "message": message, **lists}})
-        raise typer.Exit(USER_ERROR) from error
+        raise typer.Exit(USER_ERROR_EXIT_CODE) from error
 
 
 def say(*lines: str, style: str | None = None) -> None:
@@ -105,7 +105,7 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def steps(title: str, *, lines: bool = False) -> Iterator[Any]:
+def show_steps(title: str, *, lines: bool = False) -> Iterator[Any]:
     """Yield a callback for step names that updates a spinner; without a terminal, it may print *lines*."""
     if not err.is_terminal:
         yield lambda name: err.print(plain_text(f"{title}: {name}")) if lines else None

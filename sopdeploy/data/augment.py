@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target, derive_seed
-from sopdeploy.data.image_files import ImageFiles, load_pixels
+from sopdeploy.data.image_files import ImageFiles, image_errors
+from sopdeploy.images.formats import load_pixels
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, resize_box, to_rgb, upright_size
 from sopdeploy.images.preprocess import Box, Preprocess, Side
 from sopdeploy.images.tta import TTA_PAD, tta_views
@@ -294,7 +295,8 @@ def _crop_box(
         left, top, right, bottom = draw_box(augmentation, upright, rules, random)
         factor = max(1, int(min(right - left, bottom - top) / rules.crop))
         source.draft(None, (width // factor, height // factor))
-        image = to_rgb(load_pixels(source, images.path(index)), rules)
+        with image_errors(images.path(index)):
+            image = to_rgb(load_pixels(source), rules)
         scale_x, scale_y = image.width / upright[0], image.height / upright[1]
         box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
     else:

@@ -8,15 +8,20 @@ number of loader processes.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
+from sopdeploy.config import StrictModel
+from sopdeploy.data.folders import Log
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
+_SUBSET_SEED = 0  # not the seed of the run: the same number gives the same classes in every run
 Item = TypeVar("Item", covariant=True)
 Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
 
@@ -138,3 +143,49 @@ def hold_out(
         held_out[undecided[np.argsort(rank[undecided])][:needed]] = True
         decided[members] = True
     return held_out
+
+
+class ClassSubset(StrictModel):
+    """Base class of data configs; `classes` is the number of classes to draw. They keep their order.
+
+    GSoP's Tables 3 and 4 draw 250 classes of ImageNet.
+    """
+
+    classes: Annotated[int, pydantic.Field(ge=2)] | None = None
+
+
+class DataSource(ClassSubset):
+    """Base class of the options of a data source that a plug-in adds; the field `kind` is its name."""
+
+    def open(self, log: Log) -> Split:
+        """Open the training and held-out images; *log* receives warnings.
+
+        Raises `DataError` if they cannot be used.
+        """
+        raise NotImplementedError
+
+
+def select_subset(split: Split, classes: int) -> Split:
+    """Keep the images of *classes* drawn classes.
+
+    Raises `DataError` for more classes than the data have, `ConfigError` if images have several classes.
+    """
+    if split.train.targets.ndim == 2:
+        raise ConfigError("data.classes: not for several classes per image; remove it")
+    labels = split.train.labels
+    if classes > len(labels):
+        raise DataError(
+            f"data.classes: {classes}, but the data have {len(labels)} classes; give a smaller number"
+        )
+    names = sorted(labels, key=lambda label: (derive_seed(_SUBSET_SEED, "classes", label), label))[:classes]
+    kept = tuple(label for label in labels if label in names)
+    train, held_out = (_select_classes(images, kept) for images in (split.train, split.held_out))
+    return replace(split, train=train, held_out=held_out)
+
+
+def _select_classes(images: Any, labels: tuple[str, ...]) -> Any:
+    """Keep the images of the classes *labels*, with targets in this order."""
+    position = {label: index for index, label in enumerate(labels)}
+    new = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
+    targets = new[images.targets.astype(np.int64)]
+    return replace(images.select(targets >= 0), labels=labels, targets=targets[targets >= 0])

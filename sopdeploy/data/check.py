@@ -15,18 +15,12 @@ from PIL import Image
 from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets import official
 from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders, single_images
-from sopdeploy.data.datasets.label_table import (
-    LABELS_FILE,
-    SEPARATOR,
-    TRAIN,
-    VAL,
-    has_label_table,
-    read_label_table,
-)
-from sopdeploy.data.folders import data_folder, list_images
-from sopdeploy.data.image_files import ImageFiles, load_pixels, map_threaded, open_image
+from sopdeploy.data.datasets.label_table import LABELS_FILE, SEPARATOR, VAL, has_label_table, read_label_table
+from sopdeploy.data.folders import TRAIN, data_folder, list_images
+from sopdeploy.data.image_files import ImageFiles, image_errors, map_threaded
 from sopdeploy.data.near import groups_of_files, signature
 from sopdeploy.errors import DataError, shorten
+from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
@@ -35,7 +29,7 @@ _MAX_ASPECT_RATIO = 4.0  # of the longer side to the shorter one; the center cro
 _RULES = Preprocess()  # for the conversion to upright RGB
 
 
-class Part(StrictModel):
+class PartReport(StrictModel):
     """Images of train/, val/ or an unsplit folder; `classes` counts the images of each class."""
 
     name: str
@@ -73,7 +67,7 @@ class DataReport(StrictModel):
     """
 
     path: Path
-    parts: tuple[Part, ...]
+    parts: tuple[PartReport, ...]
     formats: dict[str, int]
     shorter_side: tuple[int, int, int]
     longer_side: tuple[int, int, int]
@@ -109,7 +103,7 @@ class _FileInfo:
     signature: NDArray[np.float32] | None = None
 
 
-def check(path: Path, *, near: bool = False) -> DataReport:
+def check_data(path: Path, *, near: bool = False) -> DataReport:
     """Decode every image below *path* and report contents and problems; with *near*, also near-duplicates.
 
     *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
@@ -163,10 +157,10 @@ def _open_parts(root: Path) -> tuple[ClassFolders, list[str]]:
     return ClassFolders(parts), unlisted
 
 
-def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) -> Part:
+def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) -> PartReport:
     counts = dict(zip(images.labels, images.class_counts().tolist(), strict=True))
     size = sum(info.length for info in infos if info.part == name)
-    return Part(name=name, count=len(images), bytes=size, classes=counts)
+    return PartReport(name=name, count=len(images), bytes=size, classes=counts)
 
 
 def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _FileInfo:
@@ -174,9 +168,10 @@ def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _Fil
     data = b""
     try:
         data = images.read(index)
-        image = open_image(data, path)
-        image_format = image.format or ""
-        pixels = to_rgb(load_pixels(image, path), _RULES)
+        with image_errors(path):
+            image = open_image(data)
+            image_format = image.format or ""
+            pixels = to_rgb(load_pixels(image), _RULES)
     except DataError as error:
         return _FileInfo(str(path), part, label, len(data), str(error))
     return _FileInfo(

@@ -1,10 +1,16 @@
-"""Listing of folders with images, without hidden files and the folders of file systems."""
+"""Listing of folders with images, without hidden files and the folders of file systems.
+
+The folders of a data set that hold its training and its held-out images are recognized by their names. Any
+case is accepted, and the usual affixes: `Training/`, `Val/`, `seg_train/seg_train/`, `test_set/`.
+"""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from sopdeploy.errors import DataError
+from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
 
@@ -13,7 +19,23 @@ SYSTEM_FOLDERS = {
     "__macosx", "@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found",
     "__pycache__",
 }  # fmt: skip
+TRAIN = "train"
+TRAINING = (TRAIN, "training")
+HELD_OUT = ("val", "valid", "validation", "dev", "eval", "evaluation", "test", "testing")  # best first
+AFFIXES = {"set", "seg", "data", "images", "photos", "split"}
 Log = Callable[[str], None]
+
+
+class Parts(NamedTuple):
+    """Names of the subfolders of a data set.
+
+    `train` holds the training images and is empty if there is no such folder. `held_out` is sorted as
+    `HELD_OUT` is. `others` are all other subfolders.
+    """
+
+    train: str
+    held_out: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 def ignore(_line: str) -> None:
@@ -90,3 +112,38 @@ def is_hidden(name: str) -> bool:
 def is_image(name: str) -> bool:
     """Check whether the file *name* is visible and has an image suffix."""
     return name.lower().endswith(SUFFIXES) and not is_hidden(name)
+
+
+def part_kind(name: str) -> str:
+    """Return the word of `TRAINING` or `HELD_OUT` that the folder *name* contains, or ""."""
+    words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES]
+    kind = words[0].removesuffix("set") if len(words) == 1 else ""
+    return kind if kind in TRAINING or kind in HELD_OUT else ""
+
+
+def find_parts(root: Path) -> Parts:
+    """Find the parts of the data set in *root*; raises `DataError` for two folders of training images.
+
+    A folder with the name of a part is a class if it is next to classes and contains no folders.
+    """
+    names = list_subfolders(root)
+    kinds = {name: part_kind(name) for name in names}
+    only_parts = all(kinds.values())
+    training = [
+        name for name in names if kinds[name] in TRAINING and (only_parts or list_subfolders(root / name))
+    ]
+    if len(training) > 1:
+        raise DataError(f"{root}: {shorten(training)} may all hold the training images; rename all but one")
+    held_out = sorted(
+        (name for name in names if kinds[name] in HELD_OUT), key=lambda name: HELD_OUT.index(kinds[name])
+    )
+    train = training[0] if training else ""
+    return Parts(train, tuple(held_out), tuple(name for name in names if name not in (train, *held_out)))
+
+
+def part_folder(root: Path, name: str) -> Path:
+    """Return the folder of the part *name* in *root*; for `seg_train/seg_train/`, the inner folder."""
+    folder = root / name
+    while len(inner := list_subfolders(folder)) == 1 and part_kind(inner[0]) == part_kind(name):
+        folder /= inner[0]
+    return folder

@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,25 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.data.base import LabeledImages, Target, hold_out
-from sopdeploy.data.folders import list_images
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError, ImageError, shorten
 from sopdeploy.files import open_regular
-from sopdeploy.images import formats
+from sopdeploy.images.formats import load_pixels, open_image
 
 CHUNK = 64  # images per task; decoding releases the GIL
-Result = TypeVar("Result")
-
-
-def count_ignored_files(root: Path, folders: Sequence[str]) -> dict[str, int]:
-    """Count the files below the subfolders *folders* of *root* without an image suffix, by suffix."""
-    names = [name for folder in folders for name in list_images(root, folder)[1]]
-    return dict(Counter(Path(name).suffix.lower() or "without an ending" for name in names).most_common())
-
-
-def describe_ignored_files(counts: Mapping[str, int]) -> str:
-    """Format the result of `count_ignored_files`."""
-    return shorten([f"{suffix} {count}" for suffix, count in counts.items()])
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +41,9 @@ class ImageFiles:
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
-        return load_pixels(self.open(index), self.path(index)), self.target(index)
+        target = self.target(index)
+        with image_errors(self.path(index)):
+            return load_pixels(open_image(self.read(index))), target
 
     def target(self, index: int) -> Target:
         """Return the class index of an image, or its row (C,) of several classes."""
@@ -76,7 +65,8 @@ class ImageFiles:
 
     def open(self, index: int) -> Image.Image:
         """Open an image without decoding its pixels; raises `DataError` naming the file."""
-        return open_image(self.read(index), self.path(index))
+        with image_errors(self.path(index)):
+            return open_image(self.read(index))
 
     def read(self, index: int) -> bytes:
         """Read the bytes of a file; raises `DataError` naming it."""
@@ -124,20 +114,8 @@ def divide(images: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, 
     return images.select(~mask), images.select(mask)
 
 
-def open_image(data: bytes, path: Path) -> Image.Image:
-    """Open the encoded image *data* without decoding its pixels; raises `DataError` naming *path*."""
-    with _image_errors(path):
-        return formats.open_image(data)
-
-
-def load_pixels(image: Image.Image, path: Path) -> Image.Image:
-    """Decode the pixels of *image* in place and return it; raises `DataError` naming *path*."""
-    with _image_errors(path):
-        return formats.load_pixels(image)
-
-
 @contextmanager
-def _image_errors(path: Path) -> Iterator[None]:
+def image_errors(path: Path) -> Iterator[None]:
     """Convert an `ImageError` to a `DataError` naming *path*."""
     try:
         yield
@@ -145,7 +123,7 @@ def _image_errors(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: {error}; repair, convert or delete it") from error
 
 
-def map_threaded(function: Callable[[int], Result], count: int) -> Iterator[Result]:
+def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Result]:
     """Yield *function*(0) to *function*(count - 1) in order, computed by one thread per core."""
     chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     with ThreadPoolExecutor(usable_cores()) as pool:
@@ -193,9 +171,10 @@ def find_unreadable(images: ImageFiles) -> dict[int, str]:
 
     def check(index: int) -> str:
         try:
-            image = images.open(index)
-            image.draft(None, (1, 1))
-            load_pixels(image, images.path(index))
+            with image_errors(images.path(index)):
+                image = open_image(images.read(index))
+                image.draft(None, (1, 1))
+                load_pixels(image)
         except DataError as error:
             return str(error)
         return ""

@@ -10,22 +10,25 @@ from typing import Annotated
 import numpy as np
 import pydantic
 
-from sopdeploy.data.base import LabeledImages, Split
+from sopdeploy.config import with_plugins
+from sopdeploy.data.base import DataSource, LabeledImages, Split, select_subset
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
-from sopdeploy.data.subset import select_subset
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 
 DataConfig = Annotated[
-    DigitsConfig | FolderConfig | CifarConfig | OfficialConfig, pydantic.Field(discriminator="kind")
+    DigitsConfig | FolderConfig | CifarConfig | OfficialConfig,
+    pydantic.Field(discriminator="kind"),
+    with_plugins("sopdeploy.data", DataSource),
+    pydantic.SerializeAsAny(),
 ]
 
 
-def open_data(config: DataConfig, log: Log = ignore) -> Split:
+def open_data(config: DataConfig | DataSource, log: Log = ignore) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
     Slow steps and skipped files are reported to *log*. Raises `ConfigError` if no path is set and `DataError`
@@ -33,17 +36,20 @@ def open_data(config: DataConfig, log: Log = ignore) -> Split:
     """
     match config:
         case DigitsConfig():
-            return select_subset(open_digits(), config.classes)
+            split = open_digits()
         case CifarConfig():
-            return select_subset(open_cifar(config), config.classes)
-    if isinstance(config, OfficialConfig):
-        split = open_official(config.kind, config.path)
-    elif config.path is not None and (kind := detect_kind(expand_user(config.path))):
-        split = open_official(kind, config.path)
-    else:
-        split = open_folder(config, log)
-    split = select_subset(split, config.classes)
-    return _drop_unreadable(split, log) if config.skip_corrupt else split
+            split = open_cifar(config)
+        case DataSource():
+            split = config.open(log)
+        case OfficialConfig():
+            split = open_official(config.kind, config.path)
+        case FolderConfig():
+            kind = None if config.path is None else detect_kind(expand_user(config.path))
+            split = open_folder(config, log) if kind is None else open_official(kind, config.path)
+    if config.classes is not None:
+        split = select_subset(split, config.classes)
+    skip_corrupt = isinstance(config, FolderConfig | OfficialConfig) and config.skip_corrupt
+    return _drop_unreadable(split, log) if skip_corrupt else split
 
 
 def _drop_unreadable(split: Split, log: Log) -> Split:

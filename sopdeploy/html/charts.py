@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from sopdeploy.html.templates import sanitize, shorten
+from sopdeploy.html.templates import sanitize, shorten_middle
 
-WIDTH = 360.0
+_WIDTH = 360.0
 
 _SMALL_LETTER = 5.8  # average width of a letter of class `small`
 _LONGEST_LABEL = 24  # characters of the label of a bar
@@ -128,7 +128,7 @@ def bars(id: str, title: str, rows: Sequence[Bar], largest: float) -> Markup:
     longest_label = max((len(row.label) for row in rows), default=0)
     longest_text = max((len(row.text) for row in rows), default=0)
     left = 8 + _SMALL_LETTER * min(_LONGEST_LABEL, longest_label)
-    right = max(left + 6, WIDTH - 2 - _SMALL_LETTER * longest_text)
+    right = max(left + 6, _WIDTH - 2 - _SMALL_LETTER * longest_text)
     shapes = []
     for number, row in enumerate(rows):
         y = 2.0 + _BAR_STEP * number
@@ -137,13 +137,13 @@ def bars(id: str, title: str, rows: Sequence[Bar], largest: float) -> Markup:
             element(
                 "g",
                 element("title", f"{row.label}: {row.text}"),
-                text(left - 6, y + 10, shorten(row.label, _LONGEST_LABEL), anchor="end"),
+                text(left - 6, y + 10, shorten_middle(row.label, _LONGEST_LABEL), anchor="end"),
                 element("rect", x=left, y=y + 1, width=length, height=_BAR_STEP - 6, class_="bar"),
                 text(right, y + 10, row.text),
             )
         )
     description = "; ".join(f"{row.label} {row.text}" for row in rows) + "."
-    return svg(id, title, description, (WIDTH, 2.0 + _BAR_STEP * len(rows)), *shapes)
+    return svg(id, title, description, (_WIDTH, 2.0 + _BAR_STEP * len(rows)), *shapes)
 
 
 def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axis) -> Markup:
@@ -178,7 +178,7 @@ def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axi
         described = curve.points if len(curve.points) <= _MAX_MARKERS else (curve.points[0], curve.points[-1])
         descriptions.append(f"{curve.name}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in described))
     description = f"{y_axis.label} over {x_axis.label}. {'. '.join(descriptions)}."
-    return svg(id, title, description, (WIDTH, bottom + 36), *shapes)
+    return svg(id, title, description, (_WIDTH, bottom + 36), *shapes)
 
 
 def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
@@ -198,7 +198,7 @@ def _draw_curve(number: int, curve: Curve, points: Sequence[Point]) -> Iterator[
     yield element("path", d=path, class_=f"curve {style}")
     if len(points) <= _MAX_MARKERS:
         yield from (element("circle", cx=x, cy=y, r=3, class_=f"point {style}") for x, y in points)
-    x = 8 + number % _LEGEND_COLUMNS * WIDTH / _LEGEND_COLUMNS
+    x = 8 + number % _LEGEND_COLUMNS * _WIDTH / _LEGEND_COLUMNS
     y = 8 + number // _LEGEND_COLUMNS * _LEGEND_LINE
     yield element("path", d=f"M{x} {y}h22", class_=f"curve {style}")
-    yield text(x + 27, y + 4, shorten(curve.name, 24))
+    yield text(x + 27, y + 4, shorten_middle(curve.name, 24))

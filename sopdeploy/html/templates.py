@@ -80,7 +80,7 @@ def dimensions(shape: tuple[int, ...]) -> str:
     return "\N{MULTIPLICATION SIGN}".join(map(str, shape))
 
 
-def shorten(text: str, longest: int) -> str:
+def shorten_middle(text: str, longest: int) -> str:
     """Replace the middle of *text* by an ellipsis if it exceeds *longest* characters."""
     if len(text) <= longest:
         return text

@@ -17,7 +17,7 @@ MAX_ITEMS = 1000  # images, tiles and metadata in one file
 MAX_UNITS = 10_000  # OBUs
 SEQUENCE_HEADER = 1
 DAMAGED = "damaged AVIF file"
-Box = tuple[bytes, tuple[int, int]]  # type, and range of the content
+_Box = tuple[bytes, tuple[int, int]]  # type, and range of the content
 
 
 def frame_sizes(body: bytes) -> Iterator[tuple[int, int]]:
@@ -40,7 +40,7 @@ def frame_sizes(body: bytes) -> Iterator[tuple[int, int]]:
             yield from _sequence_sizes(data)
 
 
-def _only(boxes: list[Box], kind: bytes) -> tuple[int, int]:
+def _only(boxes: list[_Box], kind: bytes) -> tuple[int, int]:
     """Find the range of the only box of *kind*; readers differ in which of two they take."""
     ranges = [content for name, content in boxes if name == kind]
     if len(ranges) != 1:
@@ -48,7 +48,7 @@ def _only(boxes: list[Box], kind: bytes) -> tuple[int, int]:
     return ranges[0]
 
 
-def _boxes(body: bytes, start: int, end: int) -> Iterator[Box]:
+def _boxes(body: bytes, start: int, end: int) -> Iterator[_Box]:
     """Yield the type and the range of the content of each box between *start* and *end*."""
     for _ in range(MAX_ITEMS):
         if start >= end:

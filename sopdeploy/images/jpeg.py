@@ -14,7 +14,7 @@ from sopdeploy.images.exif import check_tags
 
 FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, sequential, progressive
 UNSUPPORTED_FRAMES = {0xC3: "lossless", 0xC9: "arithmetic-coded", 0xCA: "arithmetic-coded"}
-SCAN, END, EXIF, PROGRESSIVE = 0xDA, 0xD9, 0xE1, 0xC2
+SCAN, _END, EXIF, PROGRESSIVE = 0xDA, 0xD9, 0xE1, 0xC2
 MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length; bytes between are skipped
 MARKER_BYTES = 2
 MAX_SEGMENTS = 1000  # 20 MB of metadata are 310 segments
@@ -63,7 +63,7 @@ def read_scans(body: bytes) -> Scans:
             refines = body[start + 5 + 2 * body[start + 2] : start + 6 + 2 * body[start + 2]] >= b"\x10"
             area = sum(areas.get(component, 0) for component in components)
             ns += pixels * area * (REFINE_NS if refines else SCAN_NS)
-        elif marker == END:
+        elif marker == _END:
             break
     return Scans(COEFFICIENT_BYTES * sum(areas.values()), ns)
 

@@ -26,22 +26,13 @@ class ReproduceOptions(Options):
     """Images: class folders or an official layout. At the small scale any images, by default the bundled
     digits."""
     set: tuple[str, ...] = ()
-    """Override a value of all recipes, key=value; repeatable."""
-    device: Literal["auto", "cpu", "cuda"] | None = None
-    """Device of training; by default that of the recipes."""
-    threads: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None
-    """CPU threads of torch."""
+    """Override a value of all recipes, such as threads=4; repeatable."""
     out: Path = Path("runs/reproduce")
     """Folder of runs and pages."""
 
     def runs_per_row(self, table: "PrintedTable") -> int:
         """Return `seeds`, or the number of runs that the paper of *table* averages; 1 at the small scale."""
         return self.seeds or (table.seeds if self.scale == "paper" else 1)
-
-    def recipe_overrides(self) -> tuple[str, ...]:
-        """Return the changes to all recipes: `device`, `threads` and `set`."""
-        given = {"device": self.device, "threads": self.threads}
-        return (*(f"{key}={value}" for key, value in given.items() if value is not None), *self.set)
 
     def folder(self, table: "PrintedTable") -> Path:
         """Return the folder of the runs and the page of *table*."""

@@ -163,7 +163,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
         row.overrides += (
             *_scale_overrides(row, table, options),
             *_start_weights(printed, options),
-            *options.recipe_overrides(),
+            *options.set,
         )
         row.recipe = read_recipe(row.source, row.overrides)
     except ConfigError as error:

@@ -26,7 +26,6 @@ class EngineKey(StrictModel):
     architecture: Annotated[str, pydantic.Field(pattern=r"^sm_\d+$")]
     precision: str
     profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
-    level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3
     via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt
     builder: Literal[1] = 1  # increased when the lint or the builder flags change what a plan computes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.data.check import check
+from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError, ImageError
@@ -60,7 +60,7 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     kept = open_data(FolderConfig(kind="folder", path=root, skip_corrupt=True))
     assert kept.skipped == (str(special),)
     assert f"{listed}cannot be read" in fails(lambda: [[*part] for part in (split.train, split.held_out)])
-    assert [error.startswith(listed) for error in check(root).unreadable] == [True]
+    assert [error.startswith(listed) for error in check_data(root).unreadable] == [True]
     for option in (PROBES, CALIBRATE):
         assert fails(lambda option=option: load_images(root, RULES, option)).startswith(
             f"{listed}cannot be read"

@@ -60,7 +60,7 @@ def main(paths: list[str]) -> None:
     profile = Profile(minimum=1, optimum=4, maximum=4)
     for path in paths:
         names.clear()
-        plan = build_from_program(open_bundle(Path(path)), profile, level=0, workspace=1 << 30)
+        plan = build_from_program(open_bundle(Path(path)), profile, workspace=1 << 30)
         print(json.dumps({"bytes": len(plan), "tensors": names}))  # noqa: T201
 
 

@@ -8,7 +8,7 @@ import pytest
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import configure
 from sopdeploy.errors import ConfigError
-from sopdeploy.project import check_name, folder_project, utc_now
+from sopdeploy.project import check_project_name, folder_project, utc_now
 
 FOLDERS = {
     "photos": "photos",
@@ -30,7 +30,7 @@ FOLDERS = {
 def test_a_data_folder_names_the_project(folder: str) -> None:
     name = folder_project(Path(folder))
     assert name == FOLDERS[folder]
-    assert not name or check_name(name) == name
+    assert not name or check_project_name(name) == name
 
 
 def test_folders_that_are_given_relative_to_the_working_folder_have_names(
@@ -65,7 +65,7 @@ def test_train_names_the_project_by_name_folder_or_recipe(case: str) -> None:
 @pytest.mark.parametrize("name", ["", "a b", ".hidden", "a/b", "a\n", "größe", "x" * 201])
 def test_a_name_with_other_characters_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^name=.*: use at most 200 letters, digits"):
-        check_name(name)
+        check_project_name(name)
     with pytest.raises(ConfigError, match="use at most 200 letters"):
         configure("hats", None, TrainOptions(), [f"project={name!r}"])
 

@@ -21,7 +21,6 @@ class BuildRequest:
 
     onnx: bytes
     profiles: tuple[Profile, ...]
-    level: int = 3
     workspace: int = 1 << 32
     timing_cache: bytes = b""
 
@@ -38,7 +37,6 @@ def build(trt: Any, request: BuildRequest, report: Report) -> tuple[bytes, bytes
     _parse(trt, network, request.onnx, logger)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
-    config.builder_optimization_level = request.level
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default in every release
     _add_profiles(builder, config, network, request.profiles)

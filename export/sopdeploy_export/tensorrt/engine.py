@@ -94,7 +94,6 @@ def make_key(
         architecture=gpu.architecture,
         precision=bundle_precision if requested == graph_precision else requested,
         profiles=tuple(profiles),
-        level=options.level,
         via=options.via,
     )
 
@@ -139,7 +138,7 @@ def build_plan(
     if key.via == "torch-tensorrt":
         from sopdeploy_export.tensorrt.from_program import build_from_program  # noqa: PLC0415 # torch
 
-        plan = build_from_program(bundle, key.profiles[0], key.level, machine.workspace)
+        plan = build_from_program(bundle, key.profiles[0], machine.workspace)
         source_sha256 = bundle.manifest.files[PROGRAM].sha256
         receipt = list_precisions(key.precision, inspect(machine.trt, plan))
     else:
@@ -176,7 +175,6 @@ def build_from_onnx(machine: Machine, graph: bytes, key: EngineKey, folder: Path
     request = BuildRequest(
         onnx=graph,
         profiles=key.profiles,
-        level=key.level,
         workspace=machine.workspace,
         timing_cache=cache_file.read_bytes() if cache_file.is_file() else b"",
     )

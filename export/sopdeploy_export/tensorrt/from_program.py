@@ -14,7 +14,7 @@ from sopdeploy.errors import EngineError, RuntimeUnavailableError, first_line
 from sopdeploy.tensorrt.profiles import Profile
 
 
-def build_from_program(bundle: Bundle, profile: Profile, level: int, workspace: int) -> bytes:
+def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> bytes:
     """Convert the program of *bundle* to a plan for the batches of *profile*; *workspace* is in bytes.
 
     Raises `RuntimeUnavailableError` without torch-tensorrt or a GPU, and `EngineError` if the bundle has no
@@ -52,7 +52,6 @@ def build_from_program(bundle: Bundle, profile: Profile, level: int, workspace: 
                 disable_tf32=True,
                 require_full_compilation=True,
                 min_block_size=1,
-                optimization_level=level,
                 workspace_size=workspace,
             )
         )

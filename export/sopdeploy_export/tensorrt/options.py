@@ -1,9 +1,7 @@
 """Options of an engine build."""
 
 from pathlib import Path
-from typing import Annotated, Literal
-
-import pydantic
+from typing import Literal
 
 from sopdeploy.config import Options
 
@@ -17,8 +15,6 @@ class EngineOptions(Options):
     """Converter: TensorRT's ONNX parser, or torch-tensorrt (of a bundle made with --pt2)."""
     profiles: str | None = None
     """Largest batch of each optimization profile, such as 1,8,32."""
-    level: Annotated[int, pydantic.Field(ge=0, le=5)] = 3
-    """TensorRT builder optimization level."""
     cache: Path | None = None
     """Engine cache folder; by default $SOPDEPLOY_ENGINE_CACHE, or engines/ next to the bundle."""
     rebuild: bool = False

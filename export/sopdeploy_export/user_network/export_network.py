@@ -12,7 +12,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy.project import check_name
+from sopdeploy.project import check_project_name
 from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import Exported, export_subject
@@ -143,7 +143,7 @@ def export_network(
 
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
     """Raise `ConfigError` for an argument of the wrong kind."""
-    check_name(name)
+    check_project_name(name)
     if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels) or not labels:
         raise ConfigError("give one name per class, each once", setting="labels")
     if not isinstance(preprocess, Preprocess):

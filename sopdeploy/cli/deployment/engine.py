@@ -1,4 +1,4 @@
-"""`sopdeploy engine`: build the TensorRT engine of a bundle for the GPU of this machine."""
+"""`sopdeploy engine`: build the TensorRT engine of a bundle."""
 
 import os
 from functools import partial
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import BundleArgument, print_field, steps
+from sopdeploy.cli.console import BundleArgument, print_field, show_steps
 from sopdeploy_export.tensorrt.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def _show(result: "Engine | EnginePlan") -> None:
     _show_plan(result) if isinstance(result, EnginePlan) else _show_engine(result)
 
 
-def summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
+def _summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
     """Build the JSON output."""
     from sopdeploy_export.tensorrt.plan import EnginePlan
 
@@ -35,7 +35,7 @@ def summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
     return {"plan": str(result.path), "built": is_new, "reason": result.reason, "record": record}
 
 
-@command(_show, summarize=summarize)
+@command(_show, summarize=_summarize)
 def engine_command(
     bundle: BundleArgument,
     *,
@@ -62,7 +62,7 @@ def engine_command(
         options = options.model_copy(update={"cache": Path(configured)})
     if dry_run:
         return plan_engine(opened, options)
-    with steps("engine") as report:
+    with show_steps("engine") as report:
         return get_engine(opened, options, report)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import print_field, steps
+from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.environment import SLOW_INT8, lacks_vnni
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
 
@@ -44,7 +44,7 @@ def export_command(
 
     Example: [bold]sopdeploy export runs/latest/best.pt --detach[/bold]
     """
-    with steps("exporting", lines=True) as step:
+    with show_steps("exporting", lines=True) as step:
         if source.network is not None:
             from sopdeploy.api.deployment import export_weights
 
@@ -75,7 +75,7 @@ def inspect_command(
 
     Example: [bold]sopdeploy inspect w.pth --network my_code:build --preprocess rules.json[/bold]
     """
-    with steps("inspecting"):
+    with show_steps("inspecting"):
         from sopdeploy.api.deployment import inspect_network as run
 
         return run(file, options)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import BundleArgument, print_field, steps
+from sopdeploy.cli.console import BundleArgument, print_field, show_steps
 
 if TYPE_CHECKING:
     from sopdeploy_service.commands.verify import Verification
@@ -51,7 +51,7 @@ def verify_command(bundle: BundleArgument) -> "tuple[Verification, str | None]":
 
     Example: [bold]sopdeploy verify bundles/photos-3f6c01d2a4b7[/bold]
     """
-    with steps("verifying"):
+    with show_steps("verifying"):
         from sopdeploy_service.commands.verify import verify as run
 
         result = run(bundle)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import BundleArgument, out, say, steps
+from sopdeploy.cli.console import BundleArgument, out, say, show_steps
 from sopdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def bench_command(
 
     Example: [bold]sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8[/bold]
     """
-    with steps("timing") as step:
+    with show_steps("timing") as step:
         from sopdeploy_service.commands.bench import bench as run
         from sopdeploy_service.settings import load_settings
 

@@ -1,4 +1,4 @@
-"""`sopdeploy doctor`: find the bottleneck of a running server."""
+"""`sopdeploy doctor`: find the bottleneck of a server."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import err, out, plain_text, print_table, say, steps
+from sopdeploy.cli.console import err, out, plain_text, print_table, say, show_steps
 
 if TYPE_CHECKING:
     from sopdeploy.doctor.examine import Diagnosis
@@ -56,7 +56,7 @@ def doctor_command(
 
     Example: [bold]sopdeploy doctor --url http://127.0.0.1:8000 --images photos --seconds 20[/bold]
     """
-    with steps(f"measuring for {seconds:.0f} s"):
+    with show_steps(f"measuring for {seconds:.0f} s"):
         from sopdeploy.doctor.examine import examine
 
         return examine(

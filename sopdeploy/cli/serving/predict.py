@@ -8,7 +8,7 @@ from rich.text import Text
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import (
-    USER_ERROR,
+    USER_ERROR_EXIT_CODE,
     BundleArgument,
     JsonOption,
     out,
@@ -61,4 +61,4 @@ def predict_command(
         elif not as_json:
             _show(prediction)
     if any(prediction.error is not None for prediction in predictions):
-        raise typer.Exit(USER_ERROR)
+        raise typer.Exit(USER_ERROR_EXIT_CODE)

@@ -21,7 +21,7 @@ def _show(calibrated: "Calibrated") -> None:
     say(f"next: sopdeploy export {calibrated.path}{' --detach' * calibrated.training_only}")
 
 
-def summarize(calibrated: "Calibrated") -> dict[str, Any]:
+def _summarize(calibrated: "Calibrated") -> dict[str, Any]:
     """Build the JSON output."""
     return {
         "checkpoint": str(calibrated.path),
@@ -31,7 +31,7 @@ def summarize(calibrated: "Calibrated") -> dict[str, Any]:
     }
 
 
-@command(_show, summarize=summarize)
+@command(_show, summarize=_summarize)
 def calibrate_command(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `sopdeploy train` or `import`.")],
     data: Annotated[

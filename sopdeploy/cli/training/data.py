@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sopdeploy.data.check import DataReport, Duplicates
 
-MAX_GROUPS = 10  # of equal images; --json lists all
+_MAX_GROUPS = 10  # of equal images; --json lists all
 
 data_command = typer.Typer(name="data", no_args_is_help=True, add_completion=False, **SETTINGS)
 
@@ -53,7 +53,7 @@ def _check(
             _print_labels(path, wrong_labels, paths=paths, as_json=as_json)
         return
     with one_line_errors(as_json):
-        from sopdeploy.data.check import check as check_data
+        from sopdeploy.data.check import check_data
 
         report = check_data(path, near=near)
         if as_json:
@@ -85,7 +85,7 @@ def _print_labels(path: Path, run: Path, *, paths: bool, as_json: bool) -> None:
 
 
 def _print_report(report: "DataReport") -> None:
-    from sopdeploy.data.image_files import describe_ignored_files
+    from sopdeploy.data.datasets.folder import describe_suffixes
     from sopdeploy.errors import shorten
 
     rows, lines = [], []
@@ -107,7 +107,7 @@ def _print_report(report: "DataReport") -> None:
     for reason, files in report.strange.items():
         lines.append(f"{len(files)} image{'s' * (len(files) > 1)}: {reason}: {shorten(files)}")
     if report.passed_over:
-        lines.append(f"ignored, no image suffix: {describe_ignored_files(report.passed_over)}")
+        lines.append(f"ignored, no image suffix: {describe_suffixes(report.passed_over)}")
     lines += [*report.notes, *report.classes]
     if report.unreadable:
         lines.append(f"{len(report.unreadable)} cannot be read")
@@ -126,4 +126,4 @@ def _duplicate_lines(name: str, content: str, groups: "Sequence[Duplicates]") ->
         f"training and held-out data, {differ} in different classes"
     )
     worst_first = sorted(groups, key=lambda group: (not group.across, not group.labels_differ))
-    return [summary, *(" = ".join(group.files) for group in worst_first[:MAX_GROUPS])]
+    return [summary, *(" = ".join(group.files) for group in worst_first[:_MAX_GROUPS])]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _MAX_CLASSES = 50  # of more classes, the output lists those with the lowest recall or average precision
 MAX_COLUMNS = 12  # with more classes, the terminal shows no confusion matrix
-MAX_MISTAKES = 5
+_MAX_MISTAKES = 5
 
 
 def _show(evaluation: "Evaluation") -> None:
@@ -85,7 +85,7 @@ def _print_report(report: "ClassificationReport") -> None:
     if len(names) <= MAX_COLUMNS:
         matrix = zip(names, report.confusion, strict=True)
         print_table(("true \\ predicted", *names), ((name, *map(str, row)) for name, row in matrix))
-    mistakes = report.mistakes()[:MAX_MISTAKES]
+    mistakes = report.mistakes()[:_MAX_MISTAKES]
     say(*(f"{count} x {true} predicted as {predicted}" for true, predicted, count in mistakes))
 
 

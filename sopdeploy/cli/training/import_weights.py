@@ -1,4 +1,4 @@
-"""`sopdeploy import`: convert published weights of other projects to a checkpoint."""
+"""`sopdeploy import`: convert published weights to a checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import print_field, steps
+from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.cli.training.models import NetworkOption
 from sopdeploy.importers.options import ImportOptions
 
@@ -47,7 +47,7 @@ def import_command(
 
     Example: [bold]sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt[/bold]
     """
-    with steps("importing"):
+    with show_steps("importing"):
         from sopdeploy.importers.import_weights import import_weights
         from sopdeploy.training.recipe import parse_override
 

@@ -81,7 +81,7 @@ def _train(
 
     Example: [bold]sopdeploy train --recipe digits-dsop --set epochs=10[/bold]
 
-    Example: [bold]sopdeploy train --recipe digits-plain --pooling isqrt[/bold]
+    Example: [bold]sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt[/bold]
 
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """

@@ -1,34 +1,32 @@
-"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`parts`).
+"""Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`folders`).
 
 A folder with `labels.csv` holds images that this table lists with their classes (`label_table`).
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pydantic
 
-from sopdeploy.data.base import Split
-from sopdeploy.data.datasets.label_table import (
-    LABELS_FILE,
-    has_label_table,
-    read_label_table,
-    split_table,
+from sopdeploy.data.base import ClassSubset, Split
+from sopdeploy.data.datasets.label_table import LABELS_FILE, has_label_table, read_label_table, split_table
+from sopdeploy.data.folders import (
+    TRAIN,
+    Log,
+    Parts,
+    data_folder,
+    find_parts,
+    ignore,
+    list_images,
+    list_subfolders,
+    part_folder,
 )
-from sopdeploy.data.folders import Log, data_folder, ignore, list_images, list_subfolders
-from sopdeploy.data.image_files import (
-    ImageFiles,
-    count_ignored_files,
-    describe_ignored_files,
-    divide,
-    find_unreadable,
-)
-from sopdeploy.data.parts import TRAIN, Parts, find_parts, part_folder
-from sopdeploy.data.subset import ClassSubset
+from sopdeploy.data.image_files import ImageFiles, divide, find_unreadable
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.images.limits import SUFFIXES
 
@@ -75,7 +73,7 @@ def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
     for line in folders.notes:
         log(line)
     if folders.ignored:
-        ignored = describe_ignored_files(folders.ignored)
+        ignored = describe_suffixes(folders.ignored)
         log(f"{root}: ignored files without an image suffix: {ignored}")
     train, *held_out = folders.parts.values()
     problems = [*folders.problems, *([] if held_out else single_images(train))]
@@ -114,41 +112,84 @@ def open_class_folders(root: Path, held_out: int | None = None) -> ClassFolders:
     held-out images only.
     """
     parts = find_parts(root)
-    notes = list(_describe_parts(root, parts))
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
-    if parts.train:
-        names = (parts.train, *parts.held_out[:held_out])
-        folders = {name: part_folder(root, name) for name in names}
-    else:
-        folders = {UNSPLIT: root}
-    labels = _class_names(next(iter(folders.values())))
-    opened = {name: list_classes(folder) for name, folder in folders.items()}
-    problems = [problem for images in opened.values() for problem in class_problems(images, labels)]
-    notes += filter(None, map(_describe_nested, opened.values()))
-    ignored = Counter[str]()
-    for images in opened.values():
-        ignored.update(count_ignored_files(images.root, images.labels))
-    return ClassFolders(opened, problems, notes, ignored)
+    names = (parts.train, *parts.held_out[:held_out]) if parts.train else ()
+    folders = {name: part_folder(root, name) for name in names} or {UNSPLIT: root}
+    listings = {name: list_classes(folder) for name, folder in folders.items()}
+    train = next(iter(listings.values())).images
+    if len(train.labels) < 2:
+        raise _too_few_classes(train)
+    problems = [problem for listing in listings.values() for problem in class_problems(listing, train.labels)]
+    notes = [*_describe_parts(root, parts), *filter(None, map(_describe_nested, listings.values()))]
+    others = [name for listing in listings.values() for names in listing.others.values() for name in names]
+    opened = {name: listing.images for name, listing in listings.items()}
+    return ClassFolders(opened, problems, notes, _count_suffixes(others))
 
 
-def class_problems(images: ImageFiles, labels: tuple[str, ...]) -> Iterator[str]:
-    """Describe classes of *images* that are not in *labels*, labels without a folder, and empty folders."""
+@dataclass(frozen=True, slots=True)
+class ClassListing:
+    """What class folders hold.
+
+    `others` are the files without an image suffix by class, `nested` the folders with images in class
+    folders. Their paths are relative to the root of `images`.
+    """
+
+    images: ImageFiles
+    others: dict[str, list[str]]
+    nested: list[str]
+
+
+def list_classes(root: Path) -> ClassListing:
+    """List the content of every class folder in *root*, sorted; a class may be empty.
+
+    The images of a folder in a class folder are a group, unless it holds all images of the class.
+    """
+    found = {label: list_images(root, label) for label in list_subfolders(root)}
+    paths = [path for images, _ in found.values() for path in images]
+    targets = np.repeat(np.arange(len(found)), [len(images) for images, _ in found.values()])
+    groups: list[bytes] = []
+    nested: set[str] = set()
+    for images, _ in found.values():
+        folders = [
+            b"/".join(path.split(b"/")[:2]) for path in images
+        ]  # of an image in no other folder: itself
+        groups += images if len(set(folders)) == 1 else folders
+        nested.update(map(os.fsdecode, set(folders).difference(images)))
+    given = None if len(set(groups)) == len(groups) else np.asarray(groups, dtype=np.bytes_)
+    files = ImageFiles(root, tuple(found), np.asarray(paths, dtype=np.bytes_), targets, given)
+    return ClassListing(files, {label: others for label, (_, others) in found.items()}, sorted(nested))
+
+
+def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
+    """Describe classes of *listing* that are not in *labels*, labels without a folder, and empty folders."""
+    images = listing.images
     root, folders = images.root, set(images.labels)
     unknown, missing = sorted(folders - set(labels)), sorted(set(labels) - folders)
     if unknown:
         yield f"{root}: classes {shorten(unknown)} are not training classes, remove them or train on them"
     if missing:
         yield f"{root}: training classes {shorten(missing)} are missing, add them"
-    empty = [images.labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
+    used = set(images.targets.tolist())
+    empty = [label for index, label in enumerate(images.labels) if index not in used]
     if empty:
         more = f" (also in {shorten(empty[1:])})" if len(empty) > 1 else ""
-        ignored = describe_ignored_files(count_ignored_files(root, empty[:1]))
+        ignored = describe_suffixes(_count_suffixes(listing.others[empty[0]]))
         only_others = f", only other files ({ignored})" if ignored else ""
         yield (
             f"{root / empty[0]}: no images in this class folder{more}{only_others}; "
             f"add some ({', '.join(SUFFIXES)}) or remove the folder"
         )
+
+
+def _count_suffixes(names: Iterable[str]) -> dict[str, int]:
+    """Count the files *names* by suffix, the most frequent one first."""
+    return dict(Counter(Path(name).suffix.lower() or "without an ending" for name in names).most_common())
+
+
+def describe_suffixes(counts: Mapping[str, int]) -> str:
+    """Format numbers of files by suffix."""
+    return shorten([f"{suffix} {count}" for suffix, count in counts.items()])
 
 
 def single_images(images: ImageFiles) -> Iterator[str]:
@@ -157,35 +198,15 @@ def single_images(images: ImageFiles) -> Iterator[str]:
         yield f"{images.root / images.labels[target]}: only one image; add another"
 
 
-def _class_names(root: Path) -> tuple[str, ...]:
-    """List the class folders in *root*; raises `DataError` if there are fewer than two."""
-    names = list_subfolders(root)
-    if len(names) > 1:
-        return tuple(names)
-    if names:
-        nested = list_subfolders(root / names[0])
-        hint = f"; to use the folders in it as classes, give {root / names[0]}" if len(nested) > 1 else ""
-        raise DataError(f"{root}: holds only one class ({names[0]}); a classifier needs at least two{hint}")
-    raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
-
-
-def list_classes(root: Path) -> ImageFiles:
-    """List the images of every class folder in *root*, sorted; a class may be empty.
-
-    The images of a folder in a class folder are a group, unless it holds all images of the class.
-    """
-    labels = tuple(list_subfolders(root))
-    paths_by_class = [list_images(root, label)[0] for label in labels]
-    paths = np.asarray([path for paths in paths_by_class for path in paths], dtype=np.bytes_)
-    targets = np.repeat(np.arange(len(labels)), [len(paths) for paths in paths_by_class])
-    groups: list[bytes] = []
-    for of_class in paths_by_class:
-        folders = [
-            b"/".join(path.split(b"/")[:2]) for path in of_class
-        ]  # the path itself in the class folder
-        groups += of_class if len(set(folders)) == 1 else folders
-    given = None if len(set(groups)) == len(groups) else np.asarray(groups, dtype=np.bytes_)
-    return ImageFiles(root, labels, paths, targets, given)
+def _too_few_classes(images: ImageFiles) -> DataError:
+    """Build the error for *images* of less than two classes."""
+    root = images.root
+    if not images.labels:
+        return DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
+    (name,) = images.labels
+    inner = len(list_subfolders(root / name)) > 1
+    hint = f"; to use the folders in it as classes, give {root / name}" if inner else ""
+    return DataError(f"{root}: holds only one class ({name}); a classifier needs at least two{hint}")
 
 
 def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
@@ -198,13 +219,12 @@ def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
         yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
 
 
-def _describe_nested(images: ImageFiles) -> str:
-    """Name the folders with images inside the class folders of *images*; empty if there are none."""
-    deep = images.paths[np.char.count(images.paths, b"/") > 1] if len(images) else images.paths
-    nested = sorted({"/".join(os.fsdecode(path).split("/")[:2]) for path in deep.tolist()})
-    if not nested:
+def _describe_nested(listing: ClassListing) -> str:
+    """Name the folders with images inside the class folders of *listing*; empty if there are none."""
+    if not listing.nested:
         return ""
     return (
-        f"{images.root}: images of folders in a class folder count as images of that class, those of each of "
-        f"several folders as one group: {shorten(nested)}; move these folders up if they are classes"
+        f"{listing.images.root}: images of folders in a class folder count as images of that class, those of "
+        f"each of several folders as one group: {shorten(listing.nested)}; move these folders up if they are "
+        "classes"
     )

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.data.base import Split
-from sopdeploy.data.folders import is_image, list_subfolders
+from sopdeploy.data.folders import TRAIN, is_image, list_subfolders
 from sopdeploy.data.image_files import ImageFiles, divide
 from sopdeploy.errors import DataError, shorten
 
@@ -28,7 +28,7 @@ LABELS_FILE = "labels.csv"
 _REQUIRED = ("file", "classes")  # columns
 SPLIT, GROUP = "split", "group"  # optional columns
 SEPARATOR = "|"
-TRAIN, VAL = "train", "val"
+VAL = "val"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,16 @@ import numpy as np
 from sopdeploy.data.datasets import official
 from sopdeploy.data.datasets.folder import list_classes
 from sopdeploy.data.datasets.label_table import LABELS_FILE, has_label_table, read_label_table
-from sopdeploy.data.folders import Log, data_folder, ignore, list_images, list_subfolders
+from sopdeploy.data.folders import (
+    Log,
+    data_folder,
+    find_parts,
+    ignore,
+    list_images,
+    list_subfolders,
+    part_folder,
+)
 from sopdeploy.data.image_files import ImageFiles
-from sopdeploy.data.parts import find_parts, part_folder
 from sopdeploy.errors import DataError, shorten
 
 
@@ -45,7 +52,7 @@ def open_evaluation_images(
         if has_label_table(folder):
             images = read_label_table(folder, labels, multi_label=False).held_out()
         else:
-            images = list_classes(folder)
+            images = list_classes(folder).images
         images = _match(root, images, labels, must_match=True)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:

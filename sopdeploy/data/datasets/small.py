@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sopdeploy.data.base import ArrayImages, Split, hold_out
-from sopdeploy.data.subset import ClassSubset
+from sopdeploy.data.base import ArrayImages, ClassSubset, Split, hold_out
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
 

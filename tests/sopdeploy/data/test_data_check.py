@@ -8,7 +8,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.check import check
+from sopdeploy.data.check import check_data
 from sopdeploy.errors import DataError
 from tests.sopdeploy.data.small_data import jpeg, write_classes, write_photos
 
@@ -28,7 +28,7 @@ def photos(tmp_path):
 
 
 def test_parts_formats_sizes_duplicates_and_unusual_images_are_reported(photos) -> None:
-    found = check(photos)
+    found = check_data(photos)
     assert {part.name: part.classes for part in found.parts} == {
         "train": {"cat": 4, "dog": 8},
         "val": {"cat": 3, "dog": 2},
@@ -52,17 +52,17 @@ def test_parts_formats_sizes_duplicates_and_unusual_images_are_reported(photos) 
 def test_every_unreadable_file_and_every_class_of_one_image_is_named(photos, tmp_path, monkeypatch) -> None:
     (photos / "train" / "cat" / "2.jpg").write_bytes(b"text")
     (photos / "val" / "dog" / "1.jpg").write_bytes(jpeg(3)[:-200])
-    found = check(photos)
+    found = check_data(photos)
     assert len(found.unreadable) == 2
     with pytest.raises(
         DataError, match=r"cat/2\.jpg: this is not an.*val/dog/1\.jpg: the image is truncated"
     ):
         found.must_be_usable()
     with pytest.raises(DataError, match=r"a: only one image; add another.*b: only one image"):
-        check(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
+        check_data(write_classes(tmp_path / "single", ("a", "b"), 1)).must_be_usable()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(DataError, match=r"b/0\.jpg: the image has more than 70000000 pixels, the limit; "):
-        check(tmp_path / "single").must_be_usable()
+        check_data(tmp_path / "single").must_be_usable()
 
 
 def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(photos) -> None:
@@ -83,7 +83,7 @@ def test_empty_and_mismatched_class_folders_are_listed_with_all_other_findings(p
         assert finding in found.stderr
     assert "train/cat/2.jpg: this is not an image" in found.stderr
     assert "1 in both training and held-out data" in found.stdout
-    assert check(photos).parts[0].classes == {"cat": 4, "cow": 0, "dog": 8, "eel": 0}
+    assert check_data(photos).parts[0].classes == {"cat": 4, "cow": 0, "dog": 8, "eel": 0}
 
 
 def test_the_command_prints_tables_or_json_and_exits_with_2_if_unusable(photos, tmp_path) -> None:

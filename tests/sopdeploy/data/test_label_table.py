@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.data.check import check
+from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import DataError
@@ -120,7 +120,7 @@ def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> 
 
 def test_the_check_counts_classes_and_finds_unlisted_and_broken_images(folder: Path) -> None:
     (folder / "sub" / "c.png").write_bytes(b"no image")
-    found = json.loads(check(write(folder, GOOD)).model_dump_json())
+    found = json.loads(check_data(write(folder, GOOD)).model_dump_json())
     assert [(part["name"], part["count"], part["classes"]) for part in found["parts"]] == [
         ("all", 3, {"cat": 1, "dog": 2})
     ]

@@ -10,15 +10,15 @@ from PIL import Image, ImageEnhance
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.check import check
+from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import FolderConfig, list_classes, open_folder
 from sopdeploy.data.datasets.label_table import read_label_table
 from sopdeploy.data.image_files import divide
 from sopdeploy.data.near import Copies, connect, effective_count, find_pairs, groups_of_files, signature
 from sopdeploy.errors import DataError
-from sopdeploy.training.loop import train
 from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
 
 
 def scene(seed: int) -> Image.Image:
@@ -60,7 +60,7 @@ def true_groups(paths: np.ndarray) -> list[str]:
 
 @pytest.mark.parametrize("copies", [0, 1, 2])
 def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies: int):
-    images = list_classes(write_scenes(tmp_path, copies=copies))
+    images = list_classes(write_scenes(tmp_path, copies=copies)).images
     groups = groups_of_files(images, np.stack([signature(images[index][0]) for index in range(len(images))]))
     scenes = true_groups(images.paths)
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
@@ -112,7 +112,7 @@ def test_a_folder_per_object_and_the_column_group_are_never_divided(tmp_path: Pa
         (tmp_path / name).mkdir(parents=True)
         for number in range(4):
             scene(10 * place + number).save(tmp_path / name / f"{number}.png")
-    images = list_classes(tmp_path)
+    images = list_classes(tmp_path).images
     assert len(set(images.groups.tolist())) == 3 + 4  # the only folder of a class is no group
     _, held_out = divide(images, 0.3, 0)
     assert len({path.split(b"/")[1] for path in held_out.paths if path.startswith(b"cat")}) == 1
@@ -167,7 +167,7 @@ def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
         "preprocess.resize=16",
         "preprocess.crop=16",
     ]
-    result = train(read_recipe("photos-dsop", settings), tmp_path / "run")
+    result = train_recipe(read_recipe("photos-dsop", settings), tmp_path / "run")
     assert result.held_out_count == 120
     assert result.decision.calibration.images == 60
 
@@ -177,8 +177,8 @@ def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
     write_scenes(tmp_path / "val", each=1)
     for label, number in (("cat", 5), ("dog", 5)):
         (tmp_path / "val" / label / "leak.jpg").write_bytes(encoded(scene(number)))
-    found = check(tmp_path, near=True)
-    assert check(tmp_path).near is None
+    found = check_data(tmp_path, near=True)
+    assert check_data(tmp_path).near is None
     across = [group for group in found.near if group.across]
     assert any(group.labels_differ for group in across)
     leaked = next(group.files for group in across if any("leak" in file for file in group.files))

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import Split
-from sopdeploy.data.check import check
+from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.layouts import class_aliases, open_evaluation_images
 from sopdeploy.errors import DataError
@@ -44,7 +44,7 @@ def test_the_usual_names_of_parts_are_recognized_in_any_case(tmp_path, layout) -
     split, log = open_logged(path)
     assert (split.train.labels, len(split.train), len(split.held_out)) == (("cats", "dogs"), 6, 6)
     assert (split.divided, log) == (False, "")
-    assert [part.count for part in check(path).parts] == [6, 6]
+    assert [part.count for part in check_data(path).parts] == [6, 6]
     used: list[str] = []
     assert len(open_evaluation_images(path, ("cats", "dogs"), log=used.append)) == 6
     assert used[0].endswith(": the images in this folder are used")
@@ -73,7 +73,7 @@ def test_folders_that_may_be_a_mistake_are_named(tmp_path, counts, sizes, line) 
     assert (len(split.train), len(split.held_out)) == sizes
     assert line in log
     assert log.count("\n") == 0
-    assert "\n".join(check(tmp_path).notes) == log
+    assert "\n".join(check_data(tmp_path).notes) == log
 
 
 def test_two_folders_of_training_images_are_an_error(tmp_path) -> None:
@@ -104,7 +104,7 @@ def test_a_table_with_one_class_per_image_makes_a_network_that_predicts_one(tmp_
     if len(shape) == 1:
         found = open_evaluation_images(tmp_path, ("dog", "cat"))
         assert [found.labels[target] for target in found.targets] == classes
-        assert check(tmp_path).parts[0].classes == {"cat": 2, "dog": 2}
+        assert check_data(tmp_path).parts[0].classes == {"cat": 2, "dog": 2}
 
 
 def test_forty_broken_files_are_ten_and_a_number(tmp_path) -> None:

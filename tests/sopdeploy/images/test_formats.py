@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from sopdeploy.data.image_files import load_pixels, open_image
+from sopdeploy.data.image_files import image_errors
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import formats
 from sopdeploy.images.limits import SUFFIXES
@@ -37,11 +37,17 @@ def gradient(width: int = 90, height: int = 60) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
+def load(body: bytes) -> Image.Image:
+    """Decode *body* as training does."""
+    with image_errors(FILE):
+        return formats.load_pixels(formats.open_image(body))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_and_server_compute_the_same_pixels_of_every_format(kind: str) -> None:
     assert KINDS[kind] in SUFFIXES
     body = encode(gradient(), kind)
-    trained = preprocess_image(load_pixels(open_image(body, FILE), FILE), RULES)
+    trained = preprocess_image(load(body), RULES)
     served = decode(EncodedImage(body), RULES, max_bytes=10**6, max_pixels=10**6)
     assert np.array_equal(trained, served.pixels)
     assert served.warnings == ()
@@ -78,14 +84,14 @@ REFUSED = [
 @pytest.mark.parametrize("body", REFUSED)
 def test_training_refuses_what_the_server_refuses(body: bytes) -> None:
     with pytest.raises(DataError, match=r"^photo: ") as caught:
-        load_pixels(open_image(body, FILE), FILE)
+        load(body)
     assert "\n" not in str(caught.value)
 
 
 def test_one_set_of_limits_holds_for_training_and_server() -> None:
     assert (Settings().max_body_bytes, Settings().max_pixels) == (formats.MAX_BYTES, formats.MAX_PIXELS)
     with pytest.raises(DataError, match="larger than 20000000 bytes, the limit; "):
-        open_image(b"\xff\xd8\xff" + bytes(20_000_000), FILE)
+        load(b"\xff\xd8\xff" + bytes(20_000_000))
 
 
 def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,10 +99,10 @@ def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(Image.OPEN, "HEIF")
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     with pytest.raises(DataError, match=r'pip install "sopdeploy\[heif\]" \(phones take JPEG'):
-        open_image(body, FILE)
+        load(body)
     with pytest.raises(ImageError, match="needs pillow-heif") as caught:
         formats.open_image(body)
     assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)
     monkeypatch.setattr(features, "check", lambda _name: False)
     with pytest.raises(DataError, match="this build of Pillow does not read it"):
-        open_image(encode(gradient(), "AVIF"), FILE)
+        load(encode(gradient(), "AVIF"))

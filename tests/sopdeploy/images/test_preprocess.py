@@ -4,7 +4,6 @@ import io
 import struct
 import time
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,8 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sopdeploy.data.image_files import open_image
 from sopdeploy.images import pixels
+from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
@@ -256,7 +255,7 @@ TRANSPARENT = {
 @pytest.mark.parametrize("kind", TRANSPARENT)
 def test_the_transparent_color_of_a_png_is_found_at_every_depth(kind):
     body, expected = TRANSPARENT[kind]
-    image = open_image(body, Path("a.png"))
+    image = open_image(body)
     assert list(map(tuple, np.asarray(to_rgb(image, WHOLE))[0])) == expected
     assert "alpha_flattened" in list_changes(image, WHOLE)
 
