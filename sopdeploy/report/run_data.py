@@ -90,11 +90,7 @@ class RunData:
     best: Checkpoint
     train_count: int
     history: tuple[EpochRow, ...]
-<<<<<<< HEAD
-    predictions: EvaluatedImages | None
-=======
-    predictions: Predictions | None = None
->>>>>>> main
+    predictions: EvaluatedImages | None = None
     reason: str = ""
     wrong_labels: Gallery = ()
     groups: tuple[Gallery, ...] = ()
@@ -136,34 +132,6 @@ def read_run(
         predicted = make_predictions(views_N1C, images, images.labels, best.decision)
         predictions = _summarize(predicted, images, best, OUT_OF_FOLD)
     else:
-<<<<<<< HEAD
-        if data is None:
-            wrong_labels, groups = _training_galleries(recipe, last)
-        out_of_fold_NC = None if data is not None else _out_of_fold_logits(last, best, len(images))
-        if out_of_fold_NC is None:
-            model = build_classifier(best, best_path)
-            predicted = predict_images(model, best, images, workers=recipe.workers, on_image=on_image)
-        else:
-            views_N1C = out_of_fold_NC.double().numpy()[:, None]
-            predicted = make_predictions(views_N1C, images, images.labels, best.decision)
-            description = OUT_OF_FOLD
-        if isinstance(predicted, MultiLabelPredictions):
-            predictions = EvaluatedImages(metrics=predicted.report(), mistakes=(), images=description)
-        else:
-            metrics = classification_report(images.labels, predicted)
-            mistakes = worst_mistakes(predicted, images, best.preprocess)
-            predictions = EvaluatedImages(metrics=metrics, mistakes=tuple(mistakes), images=description)
-    return RunData(
-        recipe=recipe,
-        best=best,
-        train_count=int((last.resume or {}).get("train_count", 0)),
-        history=history,
-        predictions=predictions,
-        reason=reason,
-        wrong_labels=wrong_labels,
-        groups=groups,
-    )
-=======
         note = ", which also selected the epoch, so all scores of this section are too high"
         description = f"the held-out images{note if recipe.procedure.kind == 'loop' else ''}"
         predictions = _predict(run, content, images, description, on_image)
@@ -182,7 +150,7 @@ def _open_run(run: Path) -> tuple[Recipe, Checkpoint]:
 
 def _predict(
     run: Path, content: RunData, images: LabeledImages, description: str, on_image: Callable[[int, int], None]
-) -> Predictions:
+) -> EvaluatedImages:
     """Evaluate the network in `best.pt` on *images*."""
     model = build_classifier(content.best, run / "best.pt")
     workers = content.recipe.workers
@@ -191,18 +159,17 @@ def _predict(
 
 
 def _summarize(
-    predicted: MultiLabelPredictions | Sequence[Score],
+    predicted: MultiLabelPredictions | Sequence[ImageScore],
     images: LabeledImages,
     best: Checkpoint,
     description: str,
-) -> Predictions:
+) -> EvaluatedImages:
     """Compute the metrics and find the worst mistakes of the predictions for *images*."""
     if isinstance(predicted, MultiLabelPredictions):
-        return Predictions(metrics=predicted.report(), mistakes=(), images=description)
+        return EvaluatedImages(metrics=predicted.report(), mistakes=(), images=description)
     metrics = classification_report(images.labels, predicted)
     mistakes = worst_mistakes(predicted, images, best.preprocess)
-    return Predictions(metrics=metrics, mistakes=tuple(mistakes), images=description)
->>>>>>> main
+    return EvaluatedImages(metrics=metrics, mistakes=tuple(mistakes), images=description)
 
 
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
@@ -251,39 +218,6 @@ def _rank_labels(logits_NC: NDArray[np.float64], images: ImageFiles) -> list[tup
 
 
 def _training_galleries(
-<<<<<<< HEAD
-    recipe: Recipe, last: Checkpoint
-) -> tuple[tuple[Mistake, ...], tuple[tuple[Mistake, ...], ...]]:
-    """Show the training images with probably wrong labels, and the largest groups of copies."""
-    state = _procedure_state(last)
-    logits_NC, group_N = state.get("out_of_fold"), state.get("groups")
-    if logits_NC is None or group_N is None:  # of the training loop, whose split would compare all images
-        return (), ()
-    images = select_procedure(recipe, open_data(recipe.data)).data.train
-    if not isinstance(images, ImageFiles) or len(images) != len(group_N):
-        return (), ()
-    wrong: tuple[Mistake, ...] = ()
-    if images.targets.ndim == 1:
-        wrong = tuple(
-            _picture(
-                images,
-                index,
-                f"{one.label} ({percent(one.probability)}), suggested: {one.suggested} "
-                f"({percent(one.probability_suggested)})",
-                last.preprocess,
-            )
-            for index, one in _rank_labels(logits_NC.double().numpy(), images)[:_MAX_MISTAKES]
-        )
-    sizes = np.bincount(group_N.numpy())
-    largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
-    members = [np.flatnonzero(group_N.numpy() == group)[:_MAX_COPIES].tolist() for group in largest]
-    return wrong, tuple(
-        tuple(
-            _picture(images, index, ", ".join(images.class_names(index)), last.preprocess) for index in group
-        )
-        for group in members
-    )
-=======
     images: LabeledImages, state: dict[str, Tensor], preprocess: Preprocess
 ) -> dict[str, Any]:
     """Show the training *images* with probably wrong labels, and the largest groups of copies."""
@@ -291,21 +225,20 @@ def _training_galleries(
         return {}
     wrong = []
     if "label_logits" in state:
-        for index, one in _rank_labels(state["label_logits"].double().numpy(), images)[:MAX_MISTAKES]:
+        for index, one in _rank_labels(state["label_logits"].double().numpy(), images)[:_MAX_MISTAKES]:
             shares = map(percent, (one.probability, one.probability_suggested))
             caption = f"{one.label} ({next(shares)}), suggested: {one.suggested} ({next(shares)})"
             wrong.append(_picture(images, index, caption, preprocess))
     group_N = state["groups"].numpy()
     sizes = np.bincount(group_N)
     groups = []
-    for group in np.argsort(-sizes, kind="stable")[: min(MAX_GROUPS, int((sizes > 1).sum()))]:
-        members = np.flatnonzero(group_N == group)[:MAX_COPIES].tolist()
+    for group in np.argsort(-sizes, kind="stable")[: min(_MAX_GROUPS, int((sizes > 1).sum()))]:
+        members = np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist()
         captions = (", ".join(images.class_names(index)) for index in members)
         groups.append(
             tuple(_picture(images, *shown, preprocess) for shown in zip(members, captions, strict=True))
         )
     return {"wrong_labels": tuple(wrong), "groups": tuple(groups)}
->>>>>>> main
 
 
 def _procedure_state(last: Checkpoint) -> dict[str, Tensor]:
@@ -338,34 +271,9 @@ def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
     return history
 
 
-<<<<<<< HEAD
-def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> tuple[LabeledImages, str]:
-    """Open the images to evaluate; return them and a description."""
-    if data is not None:
-        return open_images_of(checkpoint, data), f"the images in {data.name}"
-    split = select_procedure(recipe, open_data(recipe.data)).data
-    # Without held-out images, the score was cross-validated on the training images.
-    images = split.held_out if len(split.held_out) else split.train
-    if set(images.labels) != set(checkpoint.labels):
-        raise DataError("the classes of the data have changed since the run started; give the images as data")
-    note = ", which also selected the epoch, so all scores of this section are too high"
-    return images, f"the held-out images{note if recipe.procedure.kind == 'loop' else ''}"
-
-
-def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tensor | None:
-    """Get the out-of-fold logits (N, C) of a cross-validated run; None unless there is a row per image."""
-    if best.training.get("procedure", {}).get("estimated_on") != "cross-validation":
-        return None
-    logits_NC = _procedure_state(last).get("out_of_fold")
-    return logits_NC if logits_NC is not None and len(logits_NC) == images else None
-
-
 def worst_mistakes(
     scores: Sequence[ImageScore], images: LabeledImages, preprocess: Preprocess
 ) -> list[Mistake]:
-=======
-def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:
->>>>>>> main
     """Select the wrong predictions with the highest confidence."""
     wrong = [(-score.confidence, index) for index, score in enumerate(scores) if not score.correct]
     mistakes = []
