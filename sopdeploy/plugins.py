@@ -9,7 +9,6 @@ A package registers an object in its `pyproject.toml`, under the name that users
 imports all networks. `SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first.
 """
 
-import logging
 import os
 import re
 import sys
@@ -31,8 +30,6 @@ KINDS = {  # by group of entry points
     "sopdeploy.decoders": "sopdeploy_service.images.decode.Load",
     "sopdeploy.runtimes": "sopdeploy_service.runtime.base.OpenRuntime",
 }
-
-log = logging.getLogger("sopdeploy.plugins")
 
 
 def parts(group: str) -> Mapping[str, str]:
@@ -103,7 +100,9 @@ def load_plugins(group: str, kind: Any) -> dict[str, dict[str, Any]]:
 
 @cache  # once for each message
 def _warn(message: str) -> None:
-    log.warning(message)
+    import logging  # noqa: PLC0415 - help does not need it
+
+    logging.getLogger("sopdeploy.plugins").warning(message)
 
 
 def _load_plugin(point: "EntryPoint", kind: Any) -> Any:
