@@ -30,7 +30,13 @@ from sopdeploy_export.pipeline import export_checkpoint
 CLASSES = tuple(f"class {number}" for number in range(1000))
 
 
-def checkpoint(name: str, network: Classifier, folder: Path, side: int | None = None) -> Path:
+def checkpoint(
+    name: str,
+    network: Classifier,
+    folder: Path,
+    side: int | None = None,
+    labels: tuple[str, ...] = CLASSES,
+) -> Path:
     """Write *network* as a checkpoint, for images of 224 pixels or *side*."""
     path = folder / f"{name}.pt"
     write_checkpoint(
@@ -39,7 +45,7 @@ def checkpoint(name: str, network: Classifier, folder: Path, side: int | None = 
             model=name,
             config=network.config.model_dump(mode="json"),
             weights=network.state_dict(),
-            labels=CLASSES,
+            labels=labels,
             preprocess=Preprocess() if side is None else Preprocess(resize=side, crop=side),
             training={},
         ),

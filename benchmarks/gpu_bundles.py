@@ -4,7 +4,7 @@
 
 The networks have random weights, which do not affect speed. FOLDER/NETWORK contains the checkpoint, and one
 folder for each precision with its bundle. What exists is not written again. With --carry, the networks are
-small ones of every family, for machines to which only little can be copied.
+small ones of DSoP, iSQRT-COV, GSoP and EfficientNet, for machines to which only little can be copied.
 """
 
 import sys
@@ -40,19 +40,24 @@ LARGE = (
 )
 CARRIED = (
     Case("dsop-resnet8", 32, {}),
-    Case("isqrt-resnet8", 32, {}),
+    Case("isqrt-resnet8", 32, {"pooling": {"kind": "isqrt", "width": 8}}),
     Case("gsop-net2-preact-resnet29", 32, {"blocks": 2, "cov_width": 32, "final_width": 32}),
-    Case("gmsop-16-8-resnet18", 32, {"components": 4, "chosen": 2, "blocks_per_stage": 1, "width": 16}),
+    Case(
+        "gmsop-16-8-resnet18",
+        32,
+        {"components": 4, "chosen": 2, "blocks_per_stage": 1, "conv5_stride": 1, "component_widths": (6,)},
+    ),
     Case("efficientnet-lite0", 64, {"width": 0.25, "depth": 0.25}),
 )
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 
 
 def make_checkpoint(case: Case, folder: Path) -> Path:
-    """Write a checkpoint of the network of *case* with random weights."""
+    """Write a checkpoint of the network of *case* with random weights; a small one has ten classes."""
     torch.manual_seed(0)
-    network = create_model(case.name, num_classes=len(CLASSES), **case.config)
-    return checkpoint(case.name, network, folder, case.side)
+    labels = CLASSES if case in LARGE else CLASSES[:10]
+    network = create_model(case.name, num_classes=len(labels), **case.config)
+    return checkpoint(case.name, network, folder, case.side, labels)
 
 
 def make_bundle(source: Path, precision: Precision, folder: Path) -> Path:
@@ -78,7 +83,7 @@ def main() -> None:
     """Write what is missing."""
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--carry", action="store_true", help="small networks of every family")
+    parser.add_argument("--carry", action="store_true", help="small networks")
     options = parser.parse_args()
     for case in CARRIED if options.carry else LARGE:
         target = options.folder / case.name
