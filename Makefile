@@ -175,9 +175,9 @@ lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the
 	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra oci --output-file deploy/lock/gpu.txt
 	printf 'build>=1.2\nhatchling>=1.27\n' | $(COMPILE) - --output-file deploy/lock/build.txt
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml tests/plugin/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,ray,batch,docs,dev]'
+	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,ray,batch,docs,dev]' --editable tests/plugin
 	touch $(STAMP)
 
 clean:  ## remove everything that the targets above create

@@ -25,7 +25,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 
 CLASSES = tuple(f"class {number}" for number in range(1000))
 
@@ -66,11 +66,12 @@ def run(folder: Path, batches: tuple[int, ...], runs: int) -> list[Result]:
     trained = create_model("dsop-resnet18")
     plain = create_model("resnet18", conv5_stride=1)
     plain.load_state_dict({name: trained.state_dict()[name] for name in plain.state_dict()})
-    ours = export(checkpoint("dsop-resnet18", trained, folder), folder, ExportOptions(detach=True)).path
-    other = export(checkpoint("resnet18", plain, folder), folder).path
+    ours = checkpoint("dsop-resnet18", trained, folder)
+    ours = export_checkpoint(ours, folder, ExportOptions(detach=True)).path
+    other = export_checkpoint(checkpoint("resnet18", plain, folder), folder).path
     if initializers(ours / "model.onnx") != initializers(other / "model.onnx"):
         sys.exit("the detached file does not contain the initializers of the plain network")
-    maps = export(folder / "resnet18.pt", folder, ExportOptions(with_cam=True)).path
+    maps = export_checkpoint(folder / "resnet18.pt", folder, ExportOptions(with_cam=True)).path
     detached, plain_file, with_maps = (session(path / "model.onnx") for path in (ours, other, maps))
     cases = {
         "detached": (detached, None),

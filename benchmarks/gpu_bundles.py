@@ -16,7 +16,7 @@ from measure import make_parser
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 
 SIDES = {"dsop-resnet50": 224, "gsop-net2-resnet50": 224, "gmsop-16-8-resnet18": 64}
 PRECISIONS = ("fp32", "fp16")
@@ -35,7 +35,7 @@ def make_bundle(source: Path, precision: str, folder: Path) -> Path:
     options = ExportOptions(
         detach=bool(network.training_only), max_batch=32, precision=precision, pt2=precision == "fp32"
     )
-    return export(source, folder, options).path
+    return export_checkpoint(source, folder, options).path
 
 
 def main() -> None:

@@ -26,15 +26,15 @@ from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
 from sopdeploy_service.images.nvimagecodec import Job, NvImageCodec
 from sopdeploy_service.runtime.onnxruntime import import_onnxruntime, pinned_memory
-from sopdeploy_service.settings import DecodeWay, Settings
+from sopdeploy_service.settings import Settings
 
 SIZES = ((500, 375), (4000, 3000))
-WAYS: tuple[DecodeWay, ...] = ("exact", "nvimagecodec")
+WAYS: tuple[str, ...] = ("exact", "nvimagecodec")
 CLIENTS = 4  # processes that put load on the server
 CONNECTIONS = 64  # of each
 
 
-def decoding_table(ways: tuple[DecodeWay, ...] = WAYS, seconds: float = 3.0) -> dict[str, Any]:
+def decoding_table(ways: tuple[str, ...] = WAYS, seconds: float = 3.0) -> dict[str, Any]:
     """Measure images/s of one process that only decodes; rounds alternate between the ways."""
     cores = os.cpu_count() or 1
     sides = [
@@ -99,7 +99,7 @@ def waiting(cores: int) -> int:
     return decoders_per_process(cores, 1) + 2 * LARGEST_DECODE_BATCH
 
 
-def decoded_per_second(way: DecodeWay, threads: int, body: bytes, seconds: float) -> float:
+def decoded_per_second(way: str, threads: int, body: bytes, seconds: float) -> float:
     """Decode *body* again and again in *threads*; return images per second."""
     decode, rules, image = make_decoder(Settings(), way), Preprocess(), EncodedImage(body)
     decode(image, rules)
@@ -116,7 +116,7 @@ def decoded_per_second(way: DecodeWay, threads: int, body: bytes, seconds: float
         return sum(pool.map(work, range(threads))) / (time.perf_counter() - started)
 
 
-def http_table(bundle: Bundle, ways: tuple[DecodeWay, ...] = WAYS, seconds: float = 10.0) -> dict[str, Any]:
+def http_table(bundle: Bundle, ways: tuple[str, ...] = WAYS, seconds: float = 10.0) -> dict[str, Any]:
     """Measure JPEGs/s over HTTP of a server with its automatic settings."""
     rows = []
     with tempfile.TemporaryDirectory() as name:
@@ -143,7 +143,7 @@ def summary(loads: list[Load]) -> list[object]:
 
 
 @contextmanager
-def served(bundle: Bundle, way: DecodeWay) -> Iterator[str]:
+def served(bundle: Bundle, way: str) -> Iterator[str]:
     """Serve *bundle* with front ends; yield the URL that classifies."""
     settings = {"decode": way, "queue_size": 4096, "sandbox": "off"}
     options = [f"--setting={name}={value}" for name, value in settings.items()]

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.tensorrt.session import EngineSession
+from sopdeploy_export.engine_builder.engine import get_engine, this_machine
+from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_export.graph import Deployed
 from sopdeploy_export.proof.networks import detach
-from sopdeploy_export.tensorrt.engine import get_engine, this_machine
-from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options
 
 BATCHES = (1, 8, 32)  # the profiles of the engine

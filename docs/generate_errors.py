@@ -41,7 +41,8 @@ PAGE = """<!doctype html>
 <meta name="color-scheme" content="light dark">
 <title>Errors · sopdeploy</title>
 <!-- icon -->
-<!-- styles -->
+<!-- look.css -->
+<style>main { display: grid; gap: 1.25rem; }</style>
 </head>
 <body>
 <header class="top">

@@ -9,8 +9,8 @@ num_classes=..., **config)` builds a network of the catalog, `list_models()` lis
 `predict`, `classify` and `serve` do not need it.
 """
 
-import importlib
 import os
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.version import __version__ as __version__
@@ -35,14 +35,12 @@ if TYPE_CHECKING:
     from sopdeploy_export.options import ExportOptions as ExportOptions
     from sopdeploy_export.user_network.export_network import export_network as export_network
     from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
-    from sopdeploy_service.commands.batch.run import classify as classify
 
 # Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULES = {
     "calibrate": "sopdeploy.api.calibration",
-    "classify": "sopdeploy_service.commands.batch.run",
     "ExportOptions": "sopdeploy_export.options",
     "Preprocess": "sopdeploy.images.preprocess",
     "create_model": "sopdeploy.models.registry",
@@ -67,11 +65,13 @@ __all__ = sorted(["__version__", *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     from sopdeploy.environment import missing_extras
+    from sopdeploy.plugins import parts
 
+    target = f"{_MODULES[name]}:{name}" if name in _MODULES else parts("sopdeploy.functions").get(name)
+    if target is None:
+        raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     with missing_extras():
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        value = resolve_name(target)
     globals()[name] = value
     return value

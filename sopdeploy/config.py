@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self, TypeVar
 import pydantic
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.plugins import find
 
 _Result = TypeVar("_Result")
 
@@ -25,6 +26,28 @@ class StrictModel(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
+
+
+def with_plugins(group: str, kind: type[StrictModel]) -> pydantic.WrapValidator:
+    """Let a field whose type is a union by `kind` accept the configs that plug-ins register in *group*.
+
+    These are subclasses of *kind*. The annotation of the field also needs `SerializeAsAny`.
+    """
+
+    def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
+        try:
+            return validate_union(value)
+        except pydantic.ValidationError as problem:
+            if problem.errors()[0]["type"] != "union_tag_invalid":
+                raise
+            if isinstance(value, kind):
+                return value
+            plugin = find(group, value["kind"], kind)
+            if plugin is None:
+                raise
+            return plugin.model_validate(value)
+
+    return pydantic.WrapValidator(validate)
 
 
 class Options(StrictModel):

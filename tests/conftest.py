@@ -5,7 +5,9 @@ import gc
 import importlib.util
 import os
 import shutil
+import tomllib
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,9 @@ settings.load_profile("reproducible")
 
 # `auto` would measure OpenVINO against ONNX Runtime. Tests of `auto` ask for it.
 os.environ.setdefault("SOPDEPLOY_RUNTIME", "onnxruntime-cpu")
+
+# The plug-ins of the machine must not change a test. Those of plug-ins switch them on.
+os.environ["SOPDEPLOY_PLUGINS"] = "off"
 
 # Garbage collection took half of the time of importing the test modules, and of the exit of the process.
 gc.disable()
@@ -51,6 +56,17 @@ MISSING = {
     "browser": no_browser,
     "ray": lambda: no_module("ray"),
 }
+
+
+def pytest_configure() -> None:
+    """Stop if the installed entry points are not those of `pyproject.toml`: a part would be missing."""
+    from sopdeploy import plugins
+
+    content = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
+    if any(plugins.parts(group) != lines for group, lines in content["project"]["entry-points"].items()):
+        raise pytest.UsageError(
+            "pyproject.toml has changed; run: uv pip install --no-deps -e . -e tests/plugin"
+        )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

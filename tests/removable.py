@@ -113,7 +113,7 @@ PARTS = {
         (
             "sopdeploy/tensorrt",
             "sopdeploy/cli/deployment/engine.py",
-            "export/sopdeploy_export/tensorrt",
+            "export/sopdeploy_export/engine_builder",
             "service/sopdeploy_service/runtime/tensorrt.py",
             "tests/tensorrt",
         ),

@@ -9,6 +9,7 @@ from torch import nn
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
 from sopdeploy_export.proof.networks import Detachment
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:  # the report imports this module
 class ExportSubject:
     """A trained network to export.
 
-    `pipeline.export` creates one from a checkpoint, `export_network` from any network.
+    `pipeline.export_checkpoint` creates one from a checkpoint, `export_network` from any network.
 
     Attributes:
         name: Name of the network, such as `dsop-resnet18`.
@@ -61,3 +62,9 @@ class ExportSubject:
                 raise ConfigError(
                     f"class {label!r}: its name is not valid Unicode; rename the class and train again"
                 ) from error
+
+    def plugins(self) -> dict[str, str]:
+        """Return the versions of the plug-ins that define parts of the network or provided its images."""
+        recorded = self.training.get("plugins")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        return {**{str(name): str(recorded[name]) for name in recorded}, **makers(self.network.modules())}

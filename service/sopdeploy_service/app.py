@@ -2,11 +2,11 @@
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from importlib import import_module
 from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from sopdeploy.plugins import load_parts
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
@@ -15,7 +15,6 @@ from sopdeploy_service.http.middleware import (
     METRICS,
     OPEN,
     ApiKeyMiddleware,
-    DirectMiddleware,
     RequestContextMiddleware,
 )
 from sopdeploy_service.http.rate_limits import CreateBucketState, local_state
@@ -24,10 +23,6 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import CreateRegistry, Service
 from sopdeploy_service.observability.request_context import OpenTrace
 from sopdeploy_service.settings import Settings
-
-_PARTS = (  # optional modules with a function `install`, which adds routes and observers
-    "sopdeploy_service.shadow",
-)
 
 
 def create_app(
@@ -63,7 +58,7 @@ def create_app(
         summary=" with ".join(filter(None, ("Image classification", ", ".join(names)))),
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would lose the image
-        docs_url=None,  # FastAPI's pages load scripts from other hosts
+        docs_url=None,  # FastAPI's pages load scripts from other hosts; see `api.web`
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # sopdeploy has its own
     )
@@ -72,10 +67,9 @@ def create_app(
     app.state.collect_metrics = None  # or a function that collects those of several processes
     for router in (v1.router, status.router, v2.router, web.router):
         app.router.routes += router.routes  # `include_router` would add a second matching step per request
-    for part in _PARTS:
-        import_module(part).install(app, service)
+    for install in load_parts("sopdeploy.apps"):
+        install(app, service)
     problems.install(app)
-    app.add_middleware(DirectMiddleware, routes=v1.router.routes)
     if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
         app.add_middleware(

@@ -12,6 +12,7 @@ import os
 import re
 import tomllib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ import pydantic
 from sopdeploy.config import Count, first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
+from sopdeploy.plugins import VARIABLE, installed_plugins, parts
 
 
 def _split_commas(value: Any) -> Any:
@@ -62,9 +64,22 @@ def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name.lower() for name in value)
 
 
-RuntimeName = Literal["auto", "onnxruntime-cpu", "onnxruntime-cuda", "openvino", "tensorrt"]
-DecodeWay = Literal["exact", "fast", "nvimagecodec"]
-DecodeSetting = DecodeWay | Literal["auto"]
+CPU_RUNTIMES = ("onnxruntime-cpu", "openvino")
+
+
+def _check_registered(own: tuple[str, ...], group: str, value: str) -> str:
+    """Return *value* if it is one of *own* or registered in *group*; imports no plug-in."""
+    if value not in own and value not in parts(group):
+        known = [point.name for point in installed_plugins() if point.group == group]
+        if value not in known:
+            raise ValueError(f"choose from {', '.join([*own, *parts(group), *known])}")
+    return value
+
+
+_RUNTIMES = partial(_check_registered, ("auto", *CPU_RUNTIMES, "onnxruntime-cuda"), "sopdeploy.runtimes")
+_DECODERS = partial(_check_registered, ("exact", "fast", "nvimagecodec", "auto"), "sopdeploy.decoders")
+RuntimeName = Annotated[str, pydantic.AfterValidator(_RUNTIMES)]
+DecodeSetting = Annotated[str, pydantic.AfterValidator(_DECODERS)]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 Sandbox = Literal["auto", "off", "required"]
@@ -184,7 +199,7 @@ class Settings(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Settings":
-        if "cpu" in self.devices and self.runtime not in {"auto", "onnxruntime-cpu", "openvino"}:
+        if "cpu" in self.devices and self.runtime in {"onnxruntime-cuda", "tensorrt"}:
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         for name in SINGLE_PROCESS:
             several = self.front_ends not in (1, "auto") or (self.devices and name != "shadow")
@@ -266,7 +281,7 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
 def unused_variables() -> list[str]:
     """List environment variables that start with `SOPDEPLOY_` but name no setting."""
     known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
-    known.add(FILE_VARIABLE)
+    known |= {FILE_VARIABLE, VARIABLE}
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 

@@ -15,8 +15,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.user_files import read_class_names
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
-from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.pipeline import export as run
+from sopdeploy_export.pipeline import export_checkpoint as run
+from sopdeploy_export.report.results import Exported
 from sopdeploy_export.user_network.builder import network_builder
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_export.user_network.weights import LoadedWeights, load_weights

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,10 +15,9 @@ from sopdeploy.evaluation.metrics import ClassificationReport, Score, classifica
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.plugins import find
 from sopdeploy.report.predictions import metric_tiles, predictions_context
 from sopdeploy.report.run_data import Mistake, Predictions, worst_mistakes
-
-SERVICE = "sopdeploy.evaluation.service"  # imports the HTTP client, an optional part
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,9 +113,10 @@ def evaluate(
     heads: tuple[HeadAccuracy, ...] = ()
     shared: Any = {"on_image": on_image, "log": notes.append}
     if kind == "service":
-        labels, scores = import_module(SERVICE).score_service(
-            name, data, api_key=options.api_key, model=options.model, **shared
-        )
+        score_service = find("sopdeploy.evaluators", "service")
+        if score_service is None:
+            raise ConfigError(f"{name}: the HTTP client is not installed; evaluate a checkpoint or a bundle")
+        labels, scores = score_service(name, data, api_key=options.api_key, model=options.model, **shared)
     elif kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings

@@ -3,12 +3,15 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from sopdeploy.plugins import parts
 from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
@@ -18,8 +21,8 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command`, summary. The line is
-# the only registration.
+# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command`, summary. Commands of
+# optional parts are in pyproject.toml.
 COMMANDS = {
     "demo": ("Get started", "demo", "run the whole workflow in a minute"),
     "env": ("Get started", "env", "versions and hardware, for a bug report"),
@@ -27,30 +30,22 @@ COMMANDS = {
     "recipes": ("Train", "training.train", "list the packaged recipes"),
     "models": ("Train", "training.models", "list the networks of the catalog"),
     "describe": ("Train", "training.models", "count parameters and multiply-adds of a network"),
-    "import": ("Train", "training.import_weights", "convert published weights to a checkpoint"),
     "train": ("Train", "training.train", "train a network"),
     "eval": ("Train", "training.evaluate", "evaluate a checkpoint, a bundle or a server"),
     "calibrate": ("Train", "training.calibrate", "fit temperature and thresholds of a checkpoint"),
     "runs": ("Train", "training.runs", "list runs and bundles, and which bundles are live"),
     "report": ("Train", "training.report", "write an HTML report on a run"),
-    "compare": ("Train", "training.compare", "test whether one recipe is better than another"),
-    "reproduce": ("Train", "training.reproduce", "train the rows of a paper's table"),
     "export": ("Export", "deployment.export", "convert a checkpoint to a bundle, with a proof"),
     "inspect": ("Export", "deployment.export", "list parts of your network that have no effect"),
     "verify": ("Export", "deployment.verify", "check files and outputs of a bundle"),
-    "engine": ("Export", "deployment.engine", "build the TensorRT engine of a bundle"),
-    "triton": ("Export", "deployment.triton", "add a bundle to a Triton model repository"),
     "sign": ("Export", "deployment.keys", "sign a bundle"),
     "push": ("Export", "deployment.transfer", "upload a bundle"),
     "pull": ("Export", "deployment.transfer", "download and check a bundle"),
     "predict": ("Serve", "serving.predict", "classify images without a server"),
-    "classify": ("Serve", "serving.classify", "classify any number of images into parquet files"),
     "serve": ("Serve", "serving.serve", "serve bundles over HTTP, with a web page"),
-    "ray": ("Serve", "serving.ray", "serve bundles on Ray"),
     "health": ("Serve", "serving.health", "check whether a server is ready"),
     "key": ("Serve", "deployment.keys", "create an API key for a server"),
     "bench": ("Serve", "serving.bench", "measure latency and throughput of a bundle"),
-    "doctor": ("Serve", "serving.doctor", "find the bottleneck of a server"),
 }
 QUICK_START = (
     "sopdeploy train --data photos",
@@ -61,11 +56,30 @@ QUICK_START = (
 )
 
 
+TOPICS = {"": "Get started", "training": "Train", "deployment": "Export", "serving": "Serve"}  # by folder
+
+
+@cache
+def list_commands() -> dict[str, tuple[str, str, str]]:
+    """Return topic, module and summary of all commands by name.
+
+    The summary of an optional one is in the first line of its file.
+    """
+    commands = dict(COMMANDS)
+    for name, module in parts("sopdeploy.commands").items():
+        *_, folder, file = module.split(".")
+        with Path(__file__).with_name(folder).joinpath(f"{file}.py").open(encoding="utf-8") as lines:
+            summary = lines.readline().strip('."\n').partition(": ")[2]
+        commands[name] = (TOPICS[folder], f"{folder}.{file}", summary)
+    order = list(TOPICS.values())
+    return dict(sorted(commands.items(), key=lambda item: order.index(item[1][0])))
+
+
 class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        module = import_module(f"sopdeploy.cli.{COMMANDS[name][1]}")
+        module = import_module(f"sopdeploy.cli.{list_commands()[name][1]}")
         target = getattr(module, f"{name}_command")
         if not isinstance(target, typer.Typer):
             command, target = target, typer.Typer(add_completion=False, **SETTINGS)
@@ -73,10 +87,10 @@ class Commands(Mapping[str, Any]):
         return typer.main.get_command(target)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(COMMANDS)
+        return iter(list_commands())
 
     def __len__(self) -> int:
-        return len(COMMANDS)
+        return len(list_commands())
 
 
 class Program(TyperGroup):
@@ -92,8 +106,9 @@ class Program(TyperGroup):
         formatter.write(f"\n{ABOUT}\n\nQuick start:\n")
         for number, command in enumerate(QUICK_START, 1):
             formatter.write(f"  {number}  {command}\n")
-        for topic in dict.fromkeys(topic for topic, _, _ in COMMANDS.values()):
-            rows = [(name, summary) for name, (group, _, summary) in COMMANDS.items() if group == topic]
+        commands = list_commands()
+        for topic in TOPICS.values():
+            rows = [(name, summary) for name, (group, _, summary) in commands.items() if group == topic]
             with formatter.section(topic):
                 formatter.write_dl(rows)
         records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]

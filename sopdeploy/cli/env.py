@@ -47,6 +47,7 @@ def env_command() -> dict[str, dict[str, Any]]:
         "versions": {"sopdeploy": __version__, "python": python, **installed(_PACKAGES)},
         "machine": {**machine(), "release": platform.release(), "libc": libc},
         "accelerators": accelerators(),
+        "plug-ins": plugins(),
         "environment": relevant_variables(os.environ),
     }
 
@@ -72,6 +73,17 @@ def accelerators() -> dict[str, str]:
     except RuntimeUnavailableError as error:
         device = f"none ({error})"
     return {"onnxruntime": providers, "tensorrt": device}
+
+
+def plugins() -> dict[str, str]:
+    """List what plug-ins register, by distribution, without importing them."""
+    from sopdeploy.plugins import distribution, installed_plugins
+
+    registered: dict[str, list[str]] = {}
+    for point in installed_plugins():
+        what = f"{point.group.removeprefix('sopdeploy.')}: {point.name}"
+        registered.setdefault(distribution(point), []).append(what)
+    return {name: ", ".join(entries) for name, entries in registered.items()}
 
 
 def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import StrictModel
+from sopdeploy.data.folders import Log
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
@@ -151,6 +152,17 @@ class ClassSubset(StrictModel):
     """
 
     classes: Annotated[int, pydantic.Field(ge=2)] | None = None
+
+
+class DataSource(ClassSubset):
+    """Base class of the options of a data source that a plug-in adds; the field `kind` is its name."""
+
+    def open(self, log: Log) -> Split:
+        """Open the training and held-out images; *log* receives warnings.
+
+        Raises `DataError` if they cannot be used.
+        """
+        raise NotImplementedError
 
 
 def select_subset(split: Split, classes: int) -> Split:

@@ -10,7 +10,8 @@ from typing import Annotated
 import numpy as np
 import pydantic
 
-from sopdeploy.data.base import LabeledImages, Split, select_subset
+from sopdeploy.config import with_plugins
+from sopdeploy.data.base import DataSource, LabeledImages, Split, select_subset
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
@@ -20,11 +21,14 @@ from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 
 DataConfig = Annotated[
-    DigitsConfig | FolderConfig | CifarConfig | OfficialConfig, pydantic.Field(discriminator="kind")
+    DigitsConfig | FolderConfig | CifarConfig | OfficialConfig,
+    pydantic.Field(discriminator="kind"),
+    with_plugins("sopdeploy.data", DataSource),
+    pydantic.SerializeAsAny(),
 ]
 
 
-def open_data(config: DataConfig, log: Log = ignore) -> Split:
+def open_data(config: DataConfig | DataSource, log: Log = ignore) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
     Slow steps and skipped files are reported to *log*. Raises `ConfigError` if no path is set and `DataError`
@@ -35,6 +39,8 @@ def open_data(config: DataConfig, log: Log = ignore) -> Split:
             split = open_digits()
         case CifarConfig():
             split = open_cifar(config)
+        case DataSource():
+            split = config.open(log)
         case OfficialConfig():
             split = open_official(config.kind, config.path)
         case FolderConfig():

@@ -24,6 +24,7 @@ from sopdeploy.models import (
 )
 from sopdeploy.models.base import Classifier, Entry, is_in
 from sopdeploy.models.second_order_head import POOLED_HEAD, HeadConfig, head_name
+from sopdeploy.plugins import find, load_plugins
 
 FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
     plain,
@@ -54,11 +55,14 @@ def entry(name: str) -> Entry:
         return timm_networks.timm_entry(family, rest)
     if name in REGISTERED:
         return REGISTERED[name]
-    if name not in CATALOG:
+    if name in CATALOG:
+        return CATALOG[name]
+    found: Entry | None = find("sopdeploy.models", name, Entry)
+    if found is None:
         similar = [f"timm:{name}"] if "." in name else difflib.get_close_matches(name, CATALOG, n=3)
         hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
         raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
-    return CATALOG[name]
+    return found
 
 
 def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
@@ -129,6 +133,11 @@ def title(family: ModuleType) -> str:
     return (family.__doc__ or family.__name__).split("\n\n")[0].replace("\n", " ").rstrip(".")
 
 
+def plugin_networks() -> dict[str, dict[str, Entry]]:
+    """Return the networks of plug-ins by the distribution that registers them."""
+    return load_plugins("sopdeploy.models", Entry)
+
+
 def list_models() -> list[str]:
-    """List the names of the catalog in display order."""
-    return list(CATALOG)
+    """List the names of the catalog in display order, then those of plug-ins."""
+    return [*CATALOG, *(name for networks in plugin_networks().values() for name in networks)]

@@ -5,7 +5,6 @@
 
 import difflib
 import json
-import pkgutil
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -16,21 +15,18 @@ import pydantic
 
 from sopdeploy.config import Count, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
+from sopdeploy.data.base import DataSource
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, RemovableBranches
 from sopdeploy.models.registry import CatalogModel, entry, make_config
+from sopdeploy.plugins import find, load_parts
 from sopdeploy.project import Name
 from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.loop_config import LoopConfig, LoopSettings
 from sopdeploy.training.procedure_config import AutoConfig, ProcedureConfig
 
-# Configs of the procedures, by `kind`; the line of a procedure is its only registration.
-PROCEDURES = {
-    "loop": "sopdeploy.training.loop_config:LoopConfig",
-    "few_shot": "sopdeploy.training.few_shot.config:FewShotConfig",
-}
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
     "workers",
@@ -44,8 +40,8 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
 
 
 def procedure_configs() -> tuple[type[ProcedureConfig], ...]:
-    """Import the configs of all procedures."""
-    return tuple(pkgutil.resolve_name(path) for path in PROCEDURES.values())
+    """Import the configs of all procedures, that of the training loop first."""
+    return (LoopConfig, *load_parts("sopdeploy.procedures"))
 
 
 if TYPE_CHECKING:
@@ -209,11 +205,13 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
     unions = {"data": get_args(get_args(DataConfig)[0]), "procedure": (AutoConfig, *procedure_configs())}
     for name, configs in unions.items():
         table, kind = tables.get(name, {}), overrides.get(f"{name}.kind")
-        for config_class in configs:
-            kinds = get_args(config_class.model_fields["kind"].annotation)
-            if kind != table.get("kind") and kind in kinds:
-                for key in table.keys() - config_class.model_fields:
-                    del table[key]
+        if isinstance(kind, str) and kind != table.get("kind"):
+            of_kind = (item for item in configs if kind in get_args(item.model_fields["kind"].annotation))
+            chosen = next(of_kind, None) or (
+                find("sopdeploy.data", kind, DataSource) if name == "data" else None
+            )
+            for key in table.keys() - (table if chosen is None else chosen.model_fields).keys():
+                del table[key]
 
 
 def parse_override(override: str) -> tuple[str, Any]:

@@ -27,6 +27,7 @@ from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetric
 from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
+from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
 from sopdeploy.training.distributed.batch_sharding import replace_batch_norms
@@ -236,6 +237,7 @@ class Run:
     def _training_record(self) -> dict[str, Any]:
         """Describe how the weights were trained."""
         history, device = self.position.history, self.strategy.device
+        plugins = makers([*self.model.modules(), self.recipe.data])
         start = {} if self.start is None else {"start": self.start.model_dump(mode="json")}
         return {
             "recipe": self.recipe.model_dump(mode="json"),
@@ -251,6 +253,7 @@ class Run:
                 "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
+            **({"plugins": plugins} if plugins else {}),
             "machine": {
                 **{name: fact for name, fact in machine().items() if name != "load"},
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

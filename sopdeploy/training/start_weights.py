@@ -6,7 +6,6 @@ branches, pooling, attention blocks, and the classifier, which is new when the c
 Preprocessing values that the recipe's `[preprocess]` does not set are those of the start weights.
 """
 
-import importlib.util
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
+from sopdeploy.plugins import find
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.recipe import Recipe
@@ -90,14 +90,14 @@ def _read(recipe: Recipe) -> StartWeights:
     model = recipe.model.name.removeprefix("head:")  # the tensors of a network keep their names under a head
     source_model = model.removeprefix("dsop-") if ":" in model else model
     weights = recipe.start.weights if recipe.start is not None else None
-    importers = _load_importers("import_weights")
+    importers = find("sopdeploy.importers", "weights")
     if isinstance(weights, Path):
         path = expand_user(weights)
     elif importers is None:
         raise ConfigError("start.weights: sopdeploy.importers is not installed; give a checkpoint")
     else:
         config = make_config(recipe.model.name, recipe.model.config)
-        path, source_model = _load_importers("published").fetch_imagenet_weights(model, config)
+        path, source_model = find("sopdeploy.importers", "published").fetch_imagenet_weights(model, config)
     if not path.is_file():
         load_plain(path)  # raises the error for missing files, folders and bundles
     converted = importers and importers.convert_start_weights(path, source_model)
@@ -124,15 +124,8 @@ def _read(recipe: Recipe) -> StartWeights:
 
 def choose_network(weights: Path, default: str) -> str:
     """Choose the network for the weight file *weights*: *default* unless the file is that of another one."""
-    importers, path = _load_importers("import_weights"), expand_user(weights)
+    importers, path = find("sopdeploy.importers", "weights"), expand_user(weights)
     return str(importers.choose_network(path, default)) if importers and path.is_file() else default
-
-
-def _load_importers(module: str) -> Any:
-    """Import *module* of the importers, which are an optional part; None without them."""
-    if importlib.util.find_spec("sopdeploy.importers") is None:
-        return None
-    return importlib.import_module(f"sopdeploy.importers.{module}")
 
 
 def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:

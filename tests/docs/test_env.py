@@ -50,7 +50,7 @@ def test_all_sections_are_printed_as_json_and_as_text() -> None:
     found = CliRunner(env={"SOPDEPLOY_TOKEN": "abc123"}).invoke(app, ["env", "--json"])
     assert (found.exit_code, found.stderr) == (0, "")
     report = json.loads(found.stdout)
-    assert list(report) == ["versions", "machine", "accelerators", "environment"]
+    assert list(report) == ["versions", "machine", "accelerators", "plug-ins", "environment"]
     assert report["versions"]["sopdeploy"] == sopdeploy.__version__
     assert {"python", "numpy", "pydantic"} <= set(report["versions"])
     assert {"processor", "cores", "system", "release"} <= set(report["machine"])

@@ -9,7 +9,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.loaders import FastDecode
 from sopdeploy_service.inference.service import State
-from sopdeploy_service.settings import DecodeWay
 
 SOURCES = ("image", "images", "url")
 
@@ -163,7 +162,7 @@ class ModelInfo(StrictModel):
     device: str
     largest_batch: int
     versions: dict[str, str]
-    decode: DecodeWay
+    decode: str
     fast_decode: FastDecode | None = None
     thresholds: dict[str, float] | None = None
     class_maps: bool = False

@@ -2,14 +2,12 @@
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
-from urllib.parse import parse_qsl
+from typing import Annotated, Any
 
 import numpy as np
-import pydantic
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
 from sopdeploy.images.pixels import visible_box
 from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response
 from sopdeploy_service.api.schema import (
@@ -22,11 +20,10 @@ from sopdeploy_service.api.schema import (
     Results,
 )
 from sopdeploy_service.api.upload import Upload, read_upload
-from sopdeploy_service.http.problems import Problem, bad_request, invalid_parameter, problem_responses
+from sopdeploy_service.http.problems import Problem, bad_request, problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
     FEW_CLASSES,
-    GATES,
     Outcome,
     Prediction,
     RejectedError,
@@ -35,35 +32,31 @@ from sopdeploy_service.inference.results import (
     rank_classes,
 )
 
-router = APIRouter()  # `DirectMiddleware` calls its endpoints
-Query = TypeVar("Query", bound=pydantic.BaseModel)
+router = APIRouter()
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}
-BODIES = {
-    "image/*": {"schema": BINARY},
-    "multipart/form-data": {"schema": FORM},
-    "application/json": {"schema": ClassifyRequest.model_json_schema()},
+BODY = {  # read by `read_upload`, within the limits of the settings
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": BINARY},
+            "multipart/form-data": {"schema": FORM},
+            "application/json": {"schema": ClassifyRequest.model_json_schema()},
+        },
+    }
 }
 STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
-
-
-def _describe(query: type[pydantic.BaseModel]) -> dict[str, Any]:
-    """Describe the parameters *query* and the body of a request in OpenAPI."""
-    parameters = [
-        {"name": name, "in": "query", "required": False, "schema": schema}
-        for name, schema in query.model_json_schema()["properties"].items()
-    ]
-    return {"parameters": parameters, "requestBody": {"required": True, "content": BODIES}}
 
 
 @router.post(
     "/v1/classify",
     summary="Classify one image or several",
-    responses={200: {"model": Classes | Results}, **problem_responses(*STATUSES)},
-    openapi_extra=_describe(ClassifyQuery),
+    response_model=Classes | Results,
+    responses=problem_responses(*STATUSES),
+    openapi_extra=BODY,
 )
-async def classify(request: Request) -> Response:
+async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -> Response:
     """Classify the image in the body, or 1..n images in a form (fields `image`) or in JSON.
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status 200, in
@@ -72,7 +65,6 @@ async def classify(request: Request) -> Response:
     threshold, at most `top_k` if the request sets it. `warnings` next to the classes name changes made while
     decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
     """
-    query = _parse_query(request, ClassifyQuery)
     async with admit(request, query.model, query.version) as admitted:
         explained = _check_query(query, admitted.model)
         upload = await read_upload(admitted)
@@ -96,16 +88,16 @@ async def classify(request: Request) -> Response:
 @router.post(
     "/v1/embed",
     summary="Compute the features in front of the classifier",
-    responses={200: {"model": Embedding | Embeddings}, **problem_responses(*STATUSES)},
-    openapi_extra=_describe(EmbedQuery),
+    response_model=Embedding | Embeddings,
+    responses=problem_responses(*STATUSES),
+    openapi_extra=BODY,
 )
-async def embed(request: Request) -> Response:
+async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
     """Compute the embedding of the image in the body, or of 1..n images in a form or in JSON.
 
     Requests, limits and errors are those of `/v1/classify`; each image has `embedding` instead of `classes`.
     The bundle must have been exported with `--with-features`.
     """
-    query = _parse_query(request, EmbedQuery)
     async with admit(request, query.model, query.version) as admitted:
         if not any(output.name == EMBEDDING for output in admitted.model.bundle.manifest.outputs):
             message = f"{admitted.model.name}: has no features; export it with --with-features"
@@ -121,16 +113,6 @@ async def embed(request: Request) -> Response:
         return {"embedding": encoded, "warnings": outcome.warnings}
 
     return _respond(admitted, upload, outcomes, format_embedding)
-
-
-def _parse_query(request: Request, kind: type[Query]) -> Query:
-    """Parse the query parameters of *request*, much faster than FastAPI, which validates them one by one."""
-    query = request.scope["query_string"].decode("latin-1")
-    try:
-        return kind.model_validate(dict(parse_qsl(query, keep_blank_values=True)))
-    except pydantic.ValidationError as problem:
-        first = problem.errors()[0]
-        raise RejectedError(invalid_parameter({**first, "loc": ("query", *first["loc"])})) from problem
 
 
 def _respond(

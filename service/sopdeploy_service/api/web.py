@@ -1,19 +1,25 @@
-"""Browser pages: `/` classifies an image, `/docs` shows the API, `/errors` lists the error codes.
+"""Browser pages: `/` classifies an image, `/docs` is the API in Swagger UI, `/errors` lists the error codes.
 
-Each page is a single response with inline styles and scripts. It loads nothing from other hosts, and its
-content security policy allows exactly these styles and scripts by hash. So the pages work offline, and text
-from elsewhere (a file name, a label, a model card) cannot become a script.
+No page loads anything from other hosts. The content security policy allows inline styles and scripts by hash;
+`/docs` also loads the files of `fastapi-offline` from this server. So the pages work offline, and text from
+elsewhere (a file name, a label, a model card) cannot become a script.
 """
 
 import base64
 import hashlib
+import re
+from functools import partial
 from importlib.resources import files
 
 from fastapi import APIRouter, Response
+from fastapi.openapi.docs import get_swagger_ui_html
 
 _FOLDER = files("sopdeploy_service.api") / "pages"
+_LOGO = (_FOLDER / "mark.svg").read_text("utf-8")
+_ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
 _NONE = "'none'"
-SHARED_SCRIPTS = ["dom.js", "key.js", "markdown.js"]
+_ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
+_TRUSTED_TYPES = "require-trusted-types-for 'script'"  # no script can turn a string into markup
 
 router = APIRouter(include_in_schema=False)
 
@@ -21,33 +27,33 @@ router = APIRouter(include_in_schema=False)
 class Page:
     """A page with its HTML and response headers."""
 
-    def __init__(self, name: str, styles: list[str], scripts: list[str]) -> None:
-        """Insert the files *styles* and *scripts* into the HTML file *name*."""
-        html, logo = (_FOLDER / name).read_text("utf-8"), (_FOLDER / "mark.svg").read_text("utf-8")
-        encoded = base64.b64encode(logo.encode()).decode()
-        icon = f'<link rel="icon" href="data:image/svg+xml;base64,{encoded}">'
-        html = html.replace("<!-- mark -->", logo).replace("<!-- icon -->", icon)
-        hashes = {}
-        for element, tag, names in (("styles", "style", styles), ("scripts", "script", scripts)):
-            texts = [(_FOLDER / file).read_text("utf-8") for file in names]
-            inline = "\n".join(f"<{tag}>{text}</{tag}>" for text in texts)
-            html = html.replace(f"<!-- {element} -->", inline)
-            digests = (hashlib.sha256(text.encode()).digest() for text in texts)
-            hashes[tag] = " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-        self.html = html
-        policy = [
+    def __init__(
+        self, html: str, scripts: list[str], *, assets: tuple[str, ...] = (), policy: str = ""
+    ) -> None:
+        """Insert the logo, the styles and the files *scripts* into *html*.
+
+        *assets* are further sources of styles and scripts, *policy* further rules of the security policy.
+        """
+        html = html.replace("<!-- mark -->", _LOGO)
+        html = html.replace("<!-- icon -->", f'<link rel="icon" href="{_ICON}">')
+        html = re.sub(r"<!-- (\w+\.css) -->", lambda match: f"<style>{_read(match[1])}</style>", html)
+        inline = "\n".join(f"<script>{_read(name)}</script>" for name in scripts)
+        self.html = html.replace("</body>", f"{inline}</body>")
+        rules = [
             f"default-src {_NONE}",
-            f"style-src {hashes['style']}",
-            f"script-src {hashes['script'] or _NONE}",
+            *(
+                f"{tag}-src {' '.join([*_hashes(tag, self.html), *assets]) or _NONE}"
+                for tag in ("style", "script")
+            ),
             "img-src blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",
             "form-action 'none'",
             "frame-ancestors 'none'",
-            "require-trusted-types-for 'script'",  # no script can turn a string into markup
+            policy,
         ]
         self.headers = {
-            "Content-Security-Policy": "; ".join(policy),
+            "Content-Security-Policy": "; ".join(filter(None, rules)),
             "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer",
             "Cache-Control": "no-cache",
@@ -58,13 +64,44 @@ class Page:
         return Response(self.html, media_type="text/html", headers=self.headers)
 
 
+def _read(name: str) -> str:
+    return (_FOLDER / name).read_text("utf-8")
+
+
+def _hashes(tag: str, html: str) -> list[str]:
+    """Return the sources of the inline elements *tag* in *html*."""
+    texts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
+    digests = (hashlib.sha256(text.encode()).digest() for text in texts)
+    return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]
+
+
+def _swagger_page() -> str:
+    """Return FastAPI's page of the API, with the field for the key."""
+    page = get_swagger_ui_html(
+        openapi_url="openapi.json",
+        title="API · sopdeploy",
+        swagger_js_url="docs/swagger-ui-bundle.js",
+        swagger_css_url="docs/swagger-ui.css",
+        swagger_favicon_url=_ICON,
+    )
+    return bytes(page.body).decode().replace("<body>", f"<body>{_read('docs.html')}")
+
+
+async def _respond_file(content: bytes, media_type: str) -> Response:
+    return Response(content, media_type=media_type, headers={"Cache-Control": "max-age=86400"})
+
+
 INDEX = Page(
-    "index.html",
-    ["look.css", "index.css"],
-    [*SHARED_SCRIPTS, "snippets.js", "answer.js", "about.js", "index.js"],
+    _read("index.html"),
+    ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "index.js"],
+    policy=_TRUSTED_TYPES,
 )
-DOCS = Page("docs.html", ["look.css", "docs.css"], [*SHARED_SCRIPTS, "docs.js"])
-_ERRORS = Page("errors.html", ["look.css", "docs.css"], [])
+# Swagger UI turns descriptions into markup itself, after it has removed scripts.
+DOCS = Page(_swagger_page(), ["dom.js", "key.js", "docs.js"], assets=("'self'",))
+_ERRORS = Page(_read("errors.html"), [], policy=_TRUSTED_TYPES)
 
 for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():
     router.add_api_route(path, page.respond)
+for name, media_type in _ASSETS.items():  # read now: a sandboxed server cannot read them later
+    asset = (files("fastapi_offline") / "static" / name).read_bytes()
+    router.add_api_route(f"/docs/{name}", partial(_respond_file, asset, media_type))

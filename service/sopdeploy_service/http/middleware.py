@@ -13,9 +13,7 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi import Request, Response
-from fastapi.routing import APIRoute
-from starlette.routing import BaseRoute
+from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
@@ -32,7 +30,9 @@ _NUMBERS = itertools.count()
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 
 PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-PAGES = frozenset({"/", "/docs", "/errors"})  # the form for the key and error pages, without model data
+PAGES = frozenset(
+    {"/", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/errors"}
+)  # the form for the key and error pages, without model data
 METRICS = "/metrics"
 OPEN = PROBES | PAGES  # without a key
 MONITORING = PROBES | {METRICS}  # not traced; successful requests are logged at debug level
@@ -190,31 +190,6 @@ class ApiKeyMiddleware:
             context.key_name, context.scopes = key.name, key.scopes
             context.rate_limit = self._buckets.get(key.name)
         await self.app(scope, receive, send)
-
-
-@dataclass(eq=False)
-class DirectMiddleware:
-    """Calls the endpoints of *routes* without FastAPI's routing and validation.
-
-    They have the method POST and no parameters in their path, and their endpoints take the request only.
-    """
-
-    app: ASGIApp
-    routes: Collection[BaseRoute]
-
-    def __post_init__(self) -> None:
-        """Find the routes by path."""
-        self._by_path = {route.path: route for route in self.routes if isinstance(route, APIRoute)}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        route = self._by_path.get(scope["path"]) if scope["type"] == "http" else None
-        if route is None or scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        scope["route"] = route
-        response: Response = await route.endpoint(Request(scope, receive, send))
-        await response(scope, receive, send)
 
 
 def require(context: RequestContext, scope: api_keys.Scope) -> None:

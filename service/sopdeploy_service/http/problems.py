@@ -101,10 +101,6 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return reject(request.scope, invalid_parameter(error.errors()[0]))
-
-
-def invalid_parameter(error: Mapping[str, Any]) -> Rejection:
-    """Convert an *error* of pydantic."""
-    where = ".".join(str(part) for part in error["loc"])
-    return Rejection("invalid_parameter", 422, f"{where}: {error['msg']}")
+        first = error.errors()[0]
+        message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return reject(request.scope, Rejection("invalid_parameter", 422, message))

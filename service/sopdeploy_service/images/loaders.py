@@ -26,11 +26,12 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import ParityError, RuntimeUnavailableError, SopdeployError
 from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, decode, load_exact
+from sopdeploy.plugins import find
+from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, Load, decode, load_exact
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.images.nvimagecodec import NvImageCodec
 from sopdeploy_service.runtime.base import Runtime, reason_of
-from sopdeploy_service.settings import DecodeWay, Settings
+from sopdeploy_service.settings import Settings
 
 GPU_BACKENDS = ("HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU")  # never fall back to the CPU silently
 CHECKED_SIZE = (96, 64)  # width and height of the JPEG that the GPU must decode at the start
@@ -47,15 +48,19 @@ log = logging.getLogger("sopdeploy.service")
 
 
 def make_decoder(
-    settings: Settings, way: DecodeWay, on_failure: Callable[[], None] = lambda: None
+    settings: Settings, way: str, on_failure: Callable[[], None] = lambda: None
 ) -> partial[Decoded]:
     """Create the decoder that loads pixels in this *way*, with the limits of *settings*.
 
     Calls *on_failure* for each JPEG that Pillow decodes because the GPU could not. Raises
     `RuntimeUnavailableError` if nvImageCodec or its GPU is missing.
     """
-    loaders = {"exact": load_exact, "fast": load_reduced}
-    load = partial(_gpu_loader(), on_failure=on_failure) if way == "nvimagecodec" else loaders[way]
+    loaders: dict[str, Load] = {"exact": load_exact, "fast": load_reduced}
+    load: Load | None = loaders.get(way)
+    if way == "nvimagecodec":
+        load = partial(_gpu_loader(), on_failure=on_failure)
+    elif load is None and (load := find("sopdeploy.decoders", way, Callable)) is None:
+        raise RuntimeUnavailableError(f"decode={way}: no installed package has this decoder; choose another")
     return partial(decode, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels, load=load)
 
 
@@ -116,9 +121,7 @@ class FastDecode(StrictModel):
     max_gray_levels: float | None = None
 
 
-def choose_decoding(
-    bundle: Bundle, runtime: Runtime, settings: Settings
-) -> tuple[DecodeWay, FastDecode | None]:
+def choose_decoding(bundle: Bundle, runtime: Runtime, settings: Settings) -> tuple[str, FastDecode | None]:
     """Choose how images for *bundle* are decoded; return also how this changes the outputs, None if exact.
 
     `decode=auto` is nvImageCodec if it passes `check_fast_decode` and the golden examples of the bundle;
@@ -139,7 +142,7 @@ def choose_decoding(
     return "nvimagecodec", found
 
 
-def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings, way: DecodeWay) -> FastDecode:
+def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings, way: str) -> FastDecode:
     """Measure how decoding in this *way* changes the outputs.
 
     Raises `ParityError` if a change exceeds its limit, `RuntimeUnavailableError` if the GPU cannot decode one

@@ -28,7 +28,7 @@ from sopdeploy_service.runtime.base import (
     padded_sizes,
 )
 from sopdeploy_service.runtime.selection import open_runtime
-from sopdeploy_service.settings import DecodeWay, Settings
+from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # `verify` and `bench` need no image library
     from sopdeploy_service.images.loaders import FastDecode
@@ -53,7 +53,7 @@ class LoadedModel:
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
-    decode: DecodeWay = "exact"
+    decode: str = "exact"
     fast_decode: "FastDecode | None" = None
     class_maps: ClassMapLayer | None = None
     onnx_root: str | None = None
@@ -84,7 +84,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
             probes, max_batch = _read_probes(bundle), largest_batch(runtime, settings)
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
-            decode: DecodeWay = "exact"
+            decode: str = "exact"
             fast_decode = None
             if settings.decode != "exact":
                 from sopdeploy_service.images.loaders import choose_decoding  # noqa: PLC0415

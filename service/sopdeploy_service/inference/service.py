@@ -47,7 +47,7 @@ from sopdeploy_service.inference.results import (
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
-from sopdeploy_service.settings import DecodeWay, Settings
+from sopdeploy_service.settings import Settings
 
 MAX_RETRY_SECONDS = 60
 
@@ -89,7 +89,7 @@ class Service:
         formats = {FORMATS[name] for name in settings.formats}
 
         @cache
-        def decoder_of(way: DecodeWay) -> Decode:
+        def decoder_of(way: str) -> Decode:
             return partial(make_decoder(settings, way, on_failure), formats=formats)
 
         for model in self.registry.models():  # now: a front end cannot open the GPU in its sandbox

@@ -11,7 +11,6 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.evaluation.drift import TESTS, Drift
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.settings import DecodeWay
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -110,9 +109,7 @@ class Metrics:
             self._drift_distance.labels(model, test).set_function(partial(counts.drift_distance, test))
             self._drift_p_value.labels(model, test).set_function(partial(counts.drift_p_value, test))
 
-    def count_bundle(
-        self, name: str, bundle: Bundle, runtime: Runtime, decode: DecodeWay, change: int
-    ) -> None:
+    def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, decode: str, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
 
         *decode* is the way in which its images are decoded.

@@ -8,7 +8,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError
+from sopdeploy_service.settings import Settings
 
 
 def padded_sizes(largest: int) -> tuple[int, ...]:
@@ -41,6 +43,14 @@ class Runtime(Protocol):
 
     def close(self) -> None:
         """Release the memory of the network; no batch may be in flight. Later calls do nothing."""
+        ...
+
+
+class OpenRuntime(Protocol):
+    """Opens a runtime for a bundle: what a plug-in registers under the name that `runtime` selects."""
+
+    def __call__(self, bundle: Bundle, settings: Settings, /) -> Runtime:
+        """Open *bundle* with *settings*; raises `RuntimeUnavailableError` if it cannot run here."""
         ...
 
 

@@ -6,21 +6,20 @@ installed and measured to be faster than ONNX Runtime, which has no bfloat16 con
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.environment import import_optional
-from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.base import Runtime
+from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
+from sopdeploy.plugins import find
+from sopdeploy_service.runtime.base import OpenRuntime, Runtime
 from sopdeploy_service.runtime.fastest import fastest
 from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options, has_cuda
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import CPU_RUNTIMES, Settings
 
-ON_CPU = ("onnxruntime-cpu", "openvino")
-TENSORRT = "sopdeploy_service.runtime.tensorrt"  # optional: a service without it uses ONNX Runtime
+REGISTERED_RUNTIMES = "sopdeploy.runtimes"  # of plug-ins, and of TensorRT
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -37,7 +36,7 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     try:
         return _open(name, bundle, settings)
     except RuntimeUnavailableError as error:
-        if settings.runtime != "auto" or name in ON_CPU:
+        if settings.runtime != "auto" or name in CPU_RUNTIMES:
             raise
         raise RuntimeUnavailableError(
             f"{name} is set up here but does not work: {error} "
@@ -47,7 +46,8 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
 
 def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     """Return the name of the first runtime that is set up here, and the reason."""
-    if find_spec(TENSORRT) and (folders := _tensorrt().usable_engines(bundle, settings)):
+    tensorrt = find(REGISTERED_RUNTIMES, "tensorrt")
+    if tensorrt is not None and (folders := tensorrt.usable_engines(bundle, settings)):
         return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
     if has_cuda():
         return "onnxruntime-cuda", "the bundle has no TensorRT engine that can be used here"
@@ -55,20 +55,24 @@ def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
         return "onnxruntime-cpu", "ONNX Runtime has no CUDA here, and OpenVINO is not installed"
     if bundle.manifest.precision == "bf16-backbone":
         return "openvino", "ONNX Runtime has no convolutions in bfloat16 for CPUs"
-    return fastest(bundle, settings, {name: partial(_open, name, bundle, settings) for name in ON_CPU})
+    return fastest(bundle, settings, {name: partial(_open, name, bundle, settings) for name in CPU_RUNTIMES})
 
 
 def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
-    if name == "tensorrt":
-        runtime: Runtime = _tensorrt().TensorRTRuntime(bundle, settings)
-        return runtime
     if name == "openvino":
         return OpenVINORuntime(bundle, threads=settings.threads)
+    if name == "onnxruntime-cpu":
+        return OnnxRuntime(bundle, threads=settings.threads)
     if name == "onnxruntime-cuda":
         options = cuda_options(bundle.manifest.precision)
         return OnnxRuntime(bundle, threads=settings.threads, provider=CUDA, options=options)
-    return OnnxRuntime(bundle, threads=settings.threads)
-
-
-def _tensorrt() -> Any:
-    return import_optional(TENSORRT, "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)
+    open_registered: OpenRuntime | None = find(REGISTERED_RUNTIMES, name, Callable)
+    if open_registered is None:
+        raise RuntimeUnavailableError(f"runtime {name!r}: no installed package has it; choose another one")
+    try:
+        return open_registered(bundle, settings)
+    except SopdeployError:
+        raise
+    except Exception as error:  # code of others
+        reason = f"{name} cannot open {bundle.path} ({first_line(error)}); choose another runtime"
+        raise RuntimeUnavailableError(reason) from error

@@ -47,6 +47,18 @@ class TensorRTRuntime:
         self._session = EngineSession(trt, cuda, engine.plan, bundle.manifest, key, graphs=graphs)
         self.largest_batch = self._session.largest_batch
 
+    @staticmethod
+    def usable_engines(bundle: Bundle, settings: Settings) -> list[Path]:
+        """List the folders that contain engines of *bundle*; none if TensorRT is not installed."""
+        folders = engine_folders(bundle, settings)
+        try:
+            if folders:
+                import_tensorrt()
+        except RuntimeUnavailableError as error:
+            log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
+            return []
+        return folders
+
     @property
     def captured(self) -> tuple[Profile, ...]:
         """The profiles that run as CUDA graphs now."""
@@ -83,15 +95,3 @@ def engine_folders(bundle: Bundle, settings: Settings) -> list[Path]:
     """List the folders that contain engines of *bundle*: the cache, and the folder beside the bundle."""
     folders = dict.fromkeys((cache_folder(bundle, settings.engine_cache), cache_folder(bundle)))
     return [folder for folder in folders if records(folder)]
-
-
-def usable_engines(bundle: Bundle, settings: Settings) -> list[Path]:
-    """List the folders that contain engines of *bundle*; none if TensorRT is not installed."""
-    folders = engine_folders(bundle, settings)
-    try:
-        if folders:
-            import_tensorrt()
-    except RuntimeUnavailableError as error:
-        log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
-        return []
-    return folders

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sopdeploy.plugins import load_parts
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
@@ -33,11 +33,6 @@ if TYPE_CHECKING:  # imported while the bundles are loaded
 log = logging.getLogger("sopdeploy.server")
 
 
-_PARTS = (  # optional modules with a function `serve`, which returns None if the settings need one process
-    "sopdeploy_service.front_ends.supervisor",
-)
-
-
 def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* until SIGTERM or SIGINT.
 
@@ -49,8 +44,8 @@ def serve(sources: Sequence[str | Path], settings: Settings) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
-    for part in _PARTS:
-        code: int | None = import_module(part).serve(sources, settings)
+    for serve_otherwise in load_parts("sopdeploy.servers"):  # None if the settings need one process
+        code: int | None = serve_otherwise(sources, settings)
         if code is not None:
             return code
     with (
@@ -106,9 +101,9 @@ def load_app(
         bundles = {}  # the registry loads them
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as loader:
         loaded = loader.map(lambda path: load_model(path, settings), bundles.values())
+        import sopdeploy_service.server.draining_server  # noqa: F401, PLC0415
         from sopdeploy_service.app import create_app  # noqa: PLC0415
 
-        import_module("sopdeploy_service.server.draining_server")
         models = dict(zip(bundles, loaded, strict=True))
     app = create_app(models, settings, store if settings.model_control else None, **options)
     if settings.shadow is None and settings.memory_budget is None:

@@ -11,7 +11,7 @@ from sopdeploy.environment import SLOW_INT8, lacks_vnni
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
-    from sopdeploy_export.pipeline import Exported
+    from sopdeploy_export.report.results import Exported
 
 
 def show(exported: "Exported") -> None:

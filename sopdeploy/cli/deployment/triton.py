@@ -1,4 +1,4 @@
-"""`sopdeploy triton`: write a bundle into a Triton model repository."""
+"""`sopdeploy triton`: add a bundle to a Triton model repository."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""`sopdeploy doctor`: find the bottleneck of a running server."""
+"""`sopdeploy doctor`: find the bottleneck of a server."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

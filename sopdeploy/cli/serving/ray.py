@@ -1,4 +1,4 @@
-"""`sopdeploy ray`: serve bundles over HTTP from replicas that Ray starts."""
+"""`sopdeploy ray`: serve bundles on Ray."""
 
 from pathlib import Path
 from typing import Annotated

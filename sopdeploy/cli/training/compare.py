@@ -1,4 +1,4 @@
-"""`sopdeploy compare`: train recipes over the same seeds and test whether one is better."""
+"""`sopdeploy compare`: test whether one recipe is better than another."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any

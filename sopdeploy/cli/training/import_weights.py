@@ -1,4 +1,4 @@
-"""`sopdeploy import`: convert published weights of other projects to a checkpoint."""
+"""`sopdeploy import`: convert published weights to a checkpoint."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -20,14 +20,16 @@ NetworkOption = Annotated[
 
 def show_models(_: list[dict[str, str]]) -> None:
     """Print a table per family, with image size and number of classes."""
-    from sopdeploy.models.registry import CATALOG, FAMILIES, title
+    from sopdeploy.models.registry import CATALOG, FAMILIES, plugin_networks, title
 
-    for family in FAMILIES:
+    families = {title(family): family.ENTRIES for family in FAMILIES}
+    plugins = {f"Plug-in {distribution}": networks for distribution, networks in plugin_networks().items()}
+    for heading, entries in {**families, **plugins}.items():
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
-        for name, entry in family.ENTRIES.items():
+        for name, entry in entries.items():
             table.add_row(name, entry.summary, f"{entry.image_size} px", f"{entry.num_classes} classes")
-        out.print(Text(title(family), "bold"))
+        out.print(Text(heading, "bold"))
         out.print(table)
         out.print()
     out.print("[bold]Networks of timm[/], 'timm:NAME'; 'dsop-timm:NAME' for every NAME with feature maps")
@@ -40,9 +42,9 @@ def models_command() -> list[dict[str, str]]:
 
     Example: [bold]sopdeploy models[/bold]
     """
-    from sopdeploy.models.registry import CATALOG
+    from sopdeploy.models.registry import entry, list_models
 
-    return [{"name": name, "summary": entry.summary} for name, entry in CATALOG.items()]
+    return [{"name": name, "summary": entry(name).summary} for name in list_models()]
 
 
 def show_description(description: "Description") -> None:

@@ -1,4 +1,4 @@
-"""`sopdeploy reproduce`: train the rows of a paper's table and compare printed with measured figures."""
+"""`sopdeploy reproduce`: train the rows of a paper's table."""
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any

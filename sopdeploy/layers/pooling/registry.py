@@ -7,7 +7,8 @@ from typing import Annotated
 
 import pydantic
 
-from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig
+from sopdeploy.config import with_plugins
+from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig, PoolingConfig
 from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
     GaussianConfig,
@@ -41,5 +42,7 @@ AnyPoolingConfig = (
 Pooling = Annotated[
     AnyPoolingConfig,
     pydantic.Field(discriminator="kind"),
+    with_plugins("sopdeploy.poolings", PoolingConfig),
+    pydantic.SerializeAsAny(),
     pydantic.BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
 ]

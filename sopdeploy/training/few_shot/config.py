@@ -161,7 +161,6 @@ class FewShotConfig(ProcedureConfig):
             the last two feature maps and of the last one, and "gap".
         models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
             Without a file they start from `start.weights`.
-        balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
     """
 
     implementation: ClassVar[str] = "sopdeploy.training.few_shot.run:FewShot"
@@ -172,4 +171,3 @@ class FewShotConfig(ProcedureConfig):
     group_copies: bool = True
     heads: tuple[HeadKind, ...] = ()
     models: tuple[str, ...] = ()
-    balance_above: Annotated[float, pydantic.Field(ge=1)] = 1.5

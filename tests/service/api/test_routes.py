@@ -3,6 +3,10 @@
 import re
 
 import pytest
+from fastapi import Depends, HTTPException
+
+from sopdeploy_service.api import v1
+from sopdeploy_service.settings import Settings
 
 
 def test_a_raw_image_gives_its_classes_best_first(client, jpeg):
@@ -120,3 +124,13 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
         assert line in text, line
     assert "_created" not in text
     assert "/nothing" not in text  # unknown paths share a label: clients cannot grow the metrics
+
+
+def test_dependencies_of_a_route_are_respected(jpeg, monkeypatch, bundle, onnx_runtime, run_server):
+    def deny():
+        raise HTTPException(403)
+
+    monkeypatch.setattr(v1.router, "routes", [*v1.router.routes])
+    v1.router.add_api_route("/v1/denied", v1.classify, methods=["POST"], dependencies=[Depends(deny)])
+    with run_server(onnx_runtime, bundle, Settings(threads=1)) as server:
+        assert server.post("/v1/denied", content=jpeg).status_code == 403

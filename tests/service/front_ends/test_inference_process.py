@@ -31,7 +31,7 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from sopdeploy_service.settings import DecodeWay, Settings
+from sopdeploy_service.settings import Settings
 from tests.service.bundle_with_maps import write_bundle_with_maps
 from tests.service.conftest import Client, open_files, running
 from tests.service.held import Held
@@ -74,7 +74,7 @@ def group(bundle: Bundle) -> Iterator[Callable[..., Group]]:
     """`group(runtime, bundle)` starts an inference process."""
     with ExitStack() as stack:
 
-        def start(runtime: Runtime, used: Bundle = bundle, decode: DecodeWay = "exact") -> Group:
+        def start(runtime: Runtime, used: Bundle = bundle, decode: str = "exact") -> Group:
             maps = read_class_maps(used.path, used.manifest)
             loaded = LoadedModel(bundle=used, runtime=runtime, replays={}, decode=decode, class_maps=maps)
             started = Group({"tiny": loaded})

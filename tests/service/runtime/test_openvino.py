@@ -117,7 +117,7 @@ def test_the_faster_runtime_is_measured_once_per_bundle_and_machine(
     monkeypatch.setattr(fastest_module, "measure", measure_once)
     for threads in (1, 1, 2):
         settings = Settings(engine_cache=tmp_path, threads=threads)
-        assert fastest(bundle, settings, dict.fromkeys(selection.ON_CPU, None))[0] == chosen
+        assert fastest(bundle, settings, dict.fromkeys(selection.CPU_RUNTIMES, None))[0] == chosen
     assert measured == [bundle.name] * 2
     (path,) = tmp_path.iterdir()
     assert json.loads(path.read_text())["milliseconds"] == milliseconds

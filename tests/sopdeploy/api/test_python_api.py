@@ -33,7 +33,7 @@ from sopdeploy.errors import (
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy_export.pipeline import Exported
+from sopdeploy_export.report.results import Exported
 from tests.export.once import proving_once
 from tests.pages import ALLOWED, Reader
 from tests.service.conftest import wait_for

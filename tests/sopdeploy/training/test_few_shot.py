@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 from sopdeploy.api.options import TrainOptions
@@ -114,6 +116,20 @@ def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
     assert folds[8] == folds[9]
     assert sorted(np.bincount(folds[10:], minlength=5)) == [1] * 5
     assert max(np.bincount(folds[:10])) <= 3
+
+
+def test_heads_without_doubted_labels_separate_wrong_labels_better():
+    features, classes = blobs(80)
+    wrong = np.arange(80) % 10 == 0
+    labels = np.where(wrong, (classes + 1) % 4, classes)
+    targets = softmax_targets(labels)
+    problem, folds = Problem.create([features], targets), targets.folds(list(map(str, range(80))), 10, 0)
+    first = problem.cross_validate(folds, [30.0])[0]
+    second = problem.doubt_labels(first, folds, 30.0)
+    before, after = (-log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second))
+    assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.05
+    sure = 9.0 * np.eye(4)[labels]
+    assert problem.doubt_labels(sure, folds, 30.0) is sure
 
 
 def test_another_head_needs_a_clearly_smaller_loss():

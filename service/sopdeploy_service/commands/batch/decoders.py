@@ -29,7 +29,7 @@ from sopdeploy_service.commands.batch.reader import Entry, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.results import DECODER_FAILED
-from sopdeploy_service.settings import DecodeWay, Settings
+from sopdeploy_service.settings import Settings
 
 BLOCKS_PER_WORKER = 2  # one is decoded, one waits
 
@@ -58,7 +58,7 @@ class DecoderProcesses:
     `RuntimeUnavailableError` if they do not start.
     """
 
-    def __init__(self, rules: Preprocess, settings: Settings, way: DecodeWay, workers: int) -> None:
+    def __init__(self, rules: Preprocess, settings: Settings, way: str, workers: int) -> None:
         self._rules, self._settings, self._way, self._workers = rules, settings, way, workers
 
     def __enter__(self) -> "DecoderProcesses":
@@ -148,7 +148,7 @@ class _DecoderContext(SpawnContext):
 class EntryDecoder:
     """Reads, hashes and decodes images as the server does."""
 
-    def __init__(self, rules: Preprocess, settings: Settings, way: DecodeWay) -> None:
+    def __init__(self, rules: Preprocess, settings: Settings, way: str) -> None:
         self.rules, self._max_bytes = rules, settings.max_body_bytes
         self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings, way)
 
@@ -171,7 +171,7 @@ class EntryDecoder:
 _worker: list[EntryDecoder] = []  # the decoder of a worker process
 
 
-def start_worker(rules: Preprocess, settings: Settings, way: DecodeWay) -> None:
+def start_worker(rules: Preprocess, settings: Settings, way: str) -> None:
     """Prepare a worker process; it ends when its parent has ended."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     Image.core.set_blocks_max(2)  # type: ignore[attr-defined]

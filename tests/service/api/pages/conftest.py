@@ -77,6 +77,14 @@ def give(
     done(page)
 
 
+def operate(page: Any, path: str) -> None:
+    """Send the request of the operation at *path* in Swagger UI."""
+    block = page.locator(".opblock", has=page.locator(f"[data-path='{path}']")).first
+    block.locator(".opblock-summary-control").click()
+    block.get_by_role("button", name="Try it out").click()
+    block.get_by_role("button", name="Execute").click()
+
+
 def done(page: Any) -> None:
     page.wait_for_selector("#answer[aria-busy=false] :is(#classes li, #error:not([hidden]))")
 

@@ -6,7 +6,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.settings import Settings
-from tests.service.api.pages.conftest import done, give, shown
+from tests.service.api.pages.conftest import done, give, operate, shown
 
 pytestmark = pytest.mark.browser
 
@@ -61,8 +61,11 @@ def test_the_docs_request_the_key_too(open_page, locked, key):
     page = open_page(locked.base_url, "/docs")
     page.get_by_text("this server requires a key").wait_for()
     type_key(page, key)
-    page.wait_for_selector("#schemas section")
-    assert page.get_by_role("alert").is_hidden()
+    page.locator(".opblock").first.wait_for()
+    assert page.get_by_role("alert").text_content() == ""
+    with page.expect_response("**/info") as response:
+        operate(page, "/info")
+    assert response.value.status == 200
 
 
 def test_a_swapped_model_is_detected_and_shown(

@@ -1,0 +1,36 @@
+"""Standard-deviation pooling: the spread of each channel over all positions."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig
+from sopdeploy.models.base import Entry
+from sopdeploy.models.plain import PlainSmallResNet
+
+
+class StdPooling(GlobalPooling):
+    """Feature map (B, C, H, W) in, standard deviations (B, C) out."""
+
+    def __init__(self, config: "StdConfig", channels: int) -> None:
+        super().__init__()
+        self.out_features, self.eps = channels, config.eps
+
+    def pool(self, features: Tensor) -> Tensor:
+        """Compute the standard deviation of each channel over all positions."""
+        centered = features - features.mean(dim=(2, 3), keepdim=True)
+        return (centered.square().mean(dim=(2, 3)) + self.eps).sqrt()
+
+
+class StdConfig(PoolingConfig):
+    """`eps` is added to the variance and keeps the gradient finite at 0."""
+
+    layer = StdPooling
+    kind: Literal["std"] = "std"
+    eps: float = 1e-5
+
+
+STD_RESNET8 = Entry.at_32(
+    PlainSmallResNet, SmallResNetConfig, {"depth": 8, "pooling": "std"}, "standard deviations on ResNet-8"
+)

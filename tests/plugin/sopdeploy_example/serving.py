@@ -1,0 +1,36 @@
+"""A decoder that reduces large JPEGs, and ONNX's reference implementation as a runtime."""
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+from PIL import Image
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.settings import Settings
+
+
+def load_draft(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:
+    """Load *image* with at least four times the pixels per side of the network's input."""
+    image.draft(image.mode, (4 * preprocess.resize, 4 * preprocess.resize))
+    image.load()
+
+
+class ReferenceRuntime:
+    """Runs a bundle with ONNX's reference implementation."""
+
+    name = f"onnx-reference {onnx.__version__}"
+    device = "cpu"
+
+    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+        self.largest_batch = bundle.manifest.batch.maximum
+        self._graph = ReferenceEvaluator(onnx.load(bundle.onnx))
+
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
+        outputs = self._graph.run(None, dict(zip(self._graph.input_names, [images], strict=True)))
+        return dict(zip(self._graph.output_names, outputs, strict=True))
+
+    def close(self) -> None:
+        """Do nothing; the memory is released with the object."""

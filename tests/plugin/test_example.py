@@ -1,0 +1,98 @@
+"""The example package is found, trained, exported with proof and served without a change of this project."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from sopdeploy import plugins
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.cli.app import app
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.app import create_app
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import Settings, load_settings
+
+EXAMPLE = {"sopdeploy-example": "1.2.0"}
+TINY = (
+    *("data.kind=stripes", "data.count=8", "model.name=std-resnet8", "epochs=1", "batch_size=8"),
+    *("model.config.pooling.kind=std", "model.config.pooling.eps=1e-4"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _with_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugins.VARIABLE, "on")
+
+
+def sopdeploy(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(plugins.VARIABLE, "on")
+        assignments = [word for assignment in TINY for word in ("--set", assignment)]
+        sopdeploy("train", "--recipe", "digits-plain", *assignments, "--out", run)
+    return run / "best.pt"
+
+
+def test_models_lists_its_network_below_the_package() -> None:
+    lines = sopdeploy("models").stdout.splitlines()
+    assert lines[lines.index("Plug-in sopdeploy-example 1.2.0") + 1].startswith("std-resnet8 ")
+
+
+def test_env_names_the_package_and_what_it_registers_without_importing_it() -> None:
+    (line,) = [line for line in sopdeploy("env").stdout.splitlines() if "sopdeploy-example 1.2.0" in line]
+    for entry in ("models: std-resnet8", "poolings: std", "data: stripes", "decoders: draft"):
+        assert entry in line
+
+
+def test_a_checkpoint_has_the_options_and_the_version_of_the_package(checkpoint: Path) -> None:
+    found = read_checkpoint(checkpoint)
+    assert (found.model, found.labels) == ("std-resnet8", ("horizontal", "vertical"))
+    assert found.config["pooling"] == {"kind": "std", "eps": 1e-4}
+    assert found.training["plugins"] == EXAMPLE
+    assert found.training["recipe"]["data"] == {"kind": "stripes", "count": 8, "classes": None}
+
+
+def test_its_network_is_exported_with_proof_and_served_by_its_runtime_and_decoder(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    output = sopdeploy("export", checkpoint, "--max-batch", 4, "--out", tmp_path).stdout
+    assert "trained = plain" in output
+    bundle = open_bundle(tmp_path / "latest")
+    assert bundle.manifest.versions.items() >= EXAMPLE.items()
+    settings = Settings(runtime="onnx-reference", decode="draft", threads=1)
+    loaded = load_model(bundle.path, settings)
+    assert (loaded.runtime.name.split()[0], loaded.decode) == ("onnx-reference", "draft")
+    stripes = np.broadcast_to(np.array([[0], [255]] * 8, dtype=np.uint8), (16, 16))
+    file = io.BytesIO()
+    Image.fromarray(stripes).save(file, "PNG")
+    with TestClient(create_app({"stripes": loaded}, settings)) as client:
+        answer = client.post("/v1/classify", content=file.getvalue()).json()
+        (served,) = client.get("/info").json()["models"]
+    labels = {entry["label"] for entry in answer["classes"]}
+    assert labels == {"horizontal", "vertical"}
+    assert (served["runtime"].split()[0], served["decode"]) == ("onnx-reference", "draft")
+
+
+def test_switched_off_it_is_not_found(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugins.VARIABLE, "off")
+    assert "std-resnet8" not in sopdeploy("models").stdout
+    assert "sopdeploy-example" not in sopdeploy("env").stdout
+    result = CliRunner().invoke(app, ["export", str(checkpoint)])
+    assert (result.exit_code, len(result.stderr.splitlines())) == (2, 1)
+    assert "model 'std-resnet8' is not in the catalog" in result.stderr
+    for setting, value in (("runtime", "onnx-reference"), ("decode", "draft")):
+        with pytest.raises(ConfigError, match=f"{setting}: .*choose from"):
+            load_settings(**{setting: value})
