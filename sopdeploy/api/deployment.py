@@ -106,7 +106,7 @@ def export_weights(
     )
 
 
-def inspect(weights: Path, options: NetworkOptions) -> dict[str, Any]:
+def inspect_network(weights: Path, options: NetworkOptions) -> dict[str, Any]:
     """List the parts of the network of *options* that its output does not depend on; writes nothing."""
     network, loaded = load_network(weights, options)
     logits_key = _index_or_name(options.logits_key)

@@ -20,7 +20,7 @@ from sopdeploy.data.image_files import ImageFiles, hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
-from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
+from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.prediction import open_images_of, predict_images
 from sopdeploy.evaluation.predictions import make_predictions
@@ -32,7 +32,7 @@ from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.run import Position
 
-MAX_MISTAKES, MAX_GROUPS, MAX_COPIES = 24, 12, 4  # shown images, groups, and images of a group
+_MAX_MISTAKES, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # shown images, groups, and images of a group
 THUMBNAIL_SIDE = 128  # pixels of the longer side
 JPEG_QUALITY = 75
 OUT_OF_FOLD = "the training images, each predicted by a network that was fitted without it"
@@ -51,7 +51,7 @@ class Mistake:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Predictions:
+class EvaluatedImages:
     """Metrics and worst mistakes on the images that `images` describes.
 
     With several classes per image there is no list of mistakes.
@@ -90,7 +90,7 @@ class RunData:
     best: Checkpoint
     train_count: int
     history: tuple[EpochRow, ...]
-    predictions: Predictions | None = None
+    predictions: EvaluatedImages | None = None
     reason: str = ""
     wrong_labels: Gallery = ()
     groups: tuple[Gallery, ...] = ()
@@ -150,7 +150,7 @@ def _open_run(run: Path) -> tuple[Recipe, Checkpoint]:
 
 def _predict(
     run: Path, content: RunData, images: LabeledImages, description: str, on_image: Callable[[int, int], None]
-) -> Predictions:
+) -> EvaluatedImages:
     """Evaluate the network in `best.pt` on *images*."""
     model = build_classifier(content.best, run / "best.pt")
     workers = content.recipe.workers
@@ -159,17 +159,17 @@ def _predict(
 
 
 def _summarize(
-    predicted: MultiLabelPredictions | Sequence[Score],
+    predicted: MultiLabelPredictions | Sequence[ImageScore],
     images: LabeledImages,
     best: Checkpoint,
     description: str,
-) -> Predictions:
+) -> EvaluatedImages:
     """Compute the metrics and find the worst mistakes of the predictions for *images*."""
     if isinstance(predicted, MultiLabelPredictions):
-        return Predictions(metrics=predicted.report(), mistakes=(), images=description)
+        return EvaluatedImages(metrics=predicted.report(), mistakes=(), images=description)
     metrics = classification_report(images.labels, predicted)
     mistakes = worst_mistakes(predicted, images, best.preprocess)
-    return Predictions(metrics=metrics, mistakes=tuple(mistakes), images=description)
+    return EvaluatedImages(metrics=metrics, mistakes=tuple(mistakes), images=description)
 
 
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
@@ -225,15 +225,15 @@ def _training_galleries(
         return {}
     wrong = []
     if "label_logits" in state:
-        for index, one in _rank_labels(state["label_logits"].double().numpy(), images)[:MAX_MISTAKES]:
+        for index, one in _rank_labels(state["label_logits"].double().numpy(), images)[:_MAX_MISTAKES]:
             shares = map(percent, (one.probability, one.probability_suggested))
             caption = f"{one.label} ({next(shares)}), suggested: {one.suggested} ({next(shares)})"
             wrong.append(_picture(images, index, caption, preprocess))
     group_N = state["groups"].numpy()
     sizes = np.bincount(group_N)
     groups = []
-    for group in np.argsort(-sizes, kind="stable")[: min(MAX_GROUPS, int((sizes > 1).sum()))]:
-        members = np.flatnonzero(group_N == group)[:MAX_COPIES].tolist()
+    for group in np.argsort(-sizes, kind="stable")[: min(_MAX_GROUPS, int((sizes > 1).sum()))]:
+        members = np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist()
         captions = (", ".join(images.class_names(index)) for index in members)
         groups.append(
             tuple(_picture(images, *shown, preprocess) for shown in zip(members, captions, strict=True))
@@ -271,11 +271,13 @@ def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
     return history
 
 
-def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:
+def worst_mistakes(
+    scores: Sequence[ImageScore], images: LabeledImages, preprocess: Preprocess
+) -> list[Mistake]:
     """Select the wrong predictions with the highest confidence."""
     wrong = [(-score.confidence, index) for index, score in enumerate(scores) if not score.correct]
     mistakes = []
-    for _, index in sorted(wrong)[:MAX_MISTAKES]:
+    for _, index in sorted(wrong)[:_MAX_MISTAKES]:
         score = scores[index]
         true, predicted = images.labels[score.target], images.labels[score.top5[0]]
         caption = (

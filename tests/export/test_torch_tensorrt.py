@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,3 +69,9 @@ def test_what_is_missing_is_one_line(
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match=r"sopdeploy\[torch-tensorrt\]"):
         build_from_program(open_bundle(branched.path), PROFILE, 1 << 30)
+
+
+def test_every_allowed_release_names_the_outputs_of_an_engine() -> None:
+    """Releases before 2.14 accept `output_binding_names` among other keywords and ignore it."""
+    extras = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "torch-tensorrt>=2.14,<2.15" in extras["optional-dependencies"]["torch-tensorrt"]

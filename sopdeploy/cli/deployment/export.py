@@ -76,6 +76,6 @@ def inspect_command(
     Example: [bold]sopdeploy inspect w.pth --network my_code:build --preprocess rules.json[/bold]
     """
     with show_steps("inspecting"):
-        from sopdeploy.api.deployment import inspect as run
+        from sopdeploy.api.deployment import inspect_network as run
 
         return run(file, options)

@@ -40,7 +40,7 @@ class CandidateResult(StrictModel):
         """Describe the candidate in one line for the terminal and the report."""
         score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
         return (
-            f"{self.name}: {name} {100 * score.share:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
+            f"{self.name}: {name} {100 * score.value:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
             f"%), loss {self.loss:.3f}, {self.features:,} features, C {self.strength:g}"
             f"{' - chosen' * self.kept}"
         )
@@ -119,7 +119,7 @@ class FewShotResult(ProcedureResult):
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
         return (
-            f"{self.score_name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
+            f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
             f"{100 * score.high:.0f} %{comparison}) of {score.count} images"
         )
 
