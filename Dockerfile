@@ -61,5 +61,6 @@ FROM server AS cpu
 COPY --from=cpu-build /opt/sopdeploy /opt/sopdeploy
 
 FROM server AS gpu
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# video: the hardware JPEG decoder of nvImageCodec loads libnvcuvid
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 COPY --from=gpu-build /opt/sopdeploy /opt/sopdeploy

@@ -116,13 +116,12 @@ $(GPU_VENV)/.installed: pyproject.toml
 	$(GPU_INSTALL) --no-build-isolation --editable '.[$(GPU_EXTRAS)]'
 	touch $@
 
-gpu-bundles: $(STAMP)  ## export the bundles that gpu-check uses to build/gpu; needs no GPU
-	$(BIN)/python benchmarks/gpu_bundles.py build/gpu
+gpu-bundles: $(STAMP)  ## export the bundles that gpu-check uses to build/gpu, or small ones to CARRY=FOLDER; needs no GPU
+	$(BIN)/python benchmarks/gpu_bundles.py $(if $(CARRY),--carry $(CARRY),build/gpu)
 
 gpu-check: $(GPU_VENV)/.installed  ## check this machine's GPU in stages, write docs/benchmarks/gpu.md; see benchmarks/gpu_check.py
-	$(GPU_VENV)/bin/python benchmarks/gpu_bundles.py build/gpu
-	$(GPU_VENV)/bin/python benchmarks/gpu_check.py build/gpu $(OPTIONS)
-	$(GPU_VENV)/bin/python -m pytest tests/gpu
+	$(if $(CARRY),,$(GPU_VENV)/bin/python benchmarks/gpu_bundles.py build/gpu)
+	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(or $(CARRY),build/gpu) $(OPTIONS)
 
 soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)

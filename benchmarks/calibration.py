@@ -29,7 +29,7 @@ from sopdeploy.evaluation.metrics import calibration_error
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.options import ImportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 
@@ -88,7 +88,7 @@ def measure(weights: Path, name: str, data: Path, every: int) -> Measured:
             *predict_logits(network, fitted, checkpoint.preprocess), estimated_on="held-out"
         )
         write_checkpoint(path, replace(checkpoint, decision=decision))
-        runtime = load_model(export(path, Path(folder) / "bundles").path, Settings()).runtime
+        runtime = load_model(export_checkpoint(path, Path(folder) / "bundles").path, Settings()).runtime
         shipped = [
             runtime.run(np.stack([others[index][0] for index in batch]))["logits"]
             for batch in sequential_batches(len(others), BATCH)

@@ -1,10 +1,12 @@
 """Estimates of `train` on folders with copies of photographs, against held-out photographs.
 
     python benchmarks/copied_photos.py --data DIR --test DIR --model NAME --weights FILE --cache DIR
-        [--kinds none,encoded,cropped,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--json]
+        [--kinds none,encoded,cropped,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--first 0]
+        [--json]
 
 --data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs per class
-from --data and adds --copies copies of each, so that the true groups are known. Kinds of copies:
+from --data and adds --copies copies of each, so that the true groups are known; seeds start with --first.
+Kinds of copies:
 
 - encoded: half to all of each side, JPEG of quality 40 to 80;
 - cropped: 75 to 92 % of each side, scaled by 0.7 to 1.3;
@@ -15,8 +17,10 @@ Each run is `sopdeploy train` with default options; the outputs of the frozen ne
 of the pixels, in float16. "error" is the difference of the estimate and the accuracy on --test. Intervals are
 the printed ones: how many contain the accuracy on --test, and the accepted share of --test. "grouped wrongly"
 counts photographs in a group with another photograph, "divided" photographs whose copies are in several
-groups. Finished runs in --cache are not repeated. Exit status 1: a mean absolute error above 2.5 points,
-fewer than 90 % of the intervals, or more than 1 % of the photographs without copies grouped wrongly.
+groups. Finished runs in --cache are not repeated. Exit status 1: a mean error of more than 2.5 points in
+either direction, fewer than 90 % of the intervals, or more than 1 % of the photographs without copies grouped
+wrongly. The mean absolute error has a floor, the sampling error of the draw and of --test: 3.6 points for
+100 and 2.8 points for 200 photographs with 80 % accuracy, and 341 in --test.
 """
 
 import argparse
@@ -44,7 +48,7 @@ from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.few_shot.candidates import TAPS
 from sopdeploy.training.few_shot.config import FewShotResult
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.train import train_recipe
+from sopdeploy.training.train import TrainingResult, train_recipe
 
 KINDS = ("encoded", "cropped", "burst")
 
@@ -99,6 +103,7 @@ class CachedInputs:
 
     def __init__(self, path: Path) -> None:
         self.compute, self.path = SecondOrderHead.head_inputs, path
+        SecondOrderHead.head_inputs = lambda network, images: self(network, images)  # type: ignore[method-assign, assignment]
         self.known: dict[str, list[np.ndarray]] = {}
         for part in sorted(path.glob("*.npz")):
             content = np.load(part)
@@ -157,9 +162,8 @@ def run_draw(
     for previous in (folder, run):
         shutil.rmtree(previous, ignore_errors=True)
     draw(given, folder, kind, copies, size, seed)
-    settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
     with torch.enable_grad():
-        result = train_recipe(read_recipe("photos", settings), run)
+        result = train_on(given, folder, run)
     checkpoint, last = read_checkpoint(result.best), read_checkpoint(result.last)
     model = build_classifier(checkpoint, result.best)
     rule = checkpoint.decision.rejection if checkpoint.decision else None
@@ -193,25 +197,46 @@ def run_draw(
     return measured
 
 
-def main(arguments: list[str]) -> int:
-    """Run the benchmark and return the exit status."""
-    parser = make_parser(__doc__)
+def train_on(given: argparse.Namespace, folder: Path, run: Path) -> TrainingResult:
+    """Run `sopdeploy train` on *folder* with default options."""
+    settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
+    return train_recipe(read_recipe("photos", settings), run)
+
+
+def draws_parser(description: str | None) -> argparse.ArgumentParser:
+    """Build a parser with the options of benchmarks that train on draws of photographs."""
+    parser = make_parser(description)
     parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
-    parser.add_argument("--test", type=Path, required=True, help="photographs of the same classes")
     parser.add_argument("--model", required=True, help="network, such as timm:tf_efficientnet_lite0")
     parser.add_argument("--weights", type=Path, required=True, help="its weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder of copies, features and results")
+    parser.add_argument("--draws", type=int, default=6)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first draw")
+    return parser
+
+
+def parse_draws(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, CachedInputs]:
+    """Parse *arguments*; replace the outputs of the frozen network by those in --cache."""
+    given = parser.parse_args(arguments)
+    given.cache.mkdir(parents=True, exist_ok=True)
+    given.cache = given.cache.resolve()
+    given.seeds = range(given.first, given.first + given.draws)
+    print(f"seeds: {', '.join(map(str, given.seeds))}", file=sys.stderr, flush=True)
+    return given, CachedInputs(given.cache / "features")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the benchmark and return the exit status."""
+    parser = draws_parser(__doc__)
+    parser.add_argument("--test", type=Path, required=True, help="photographs of the same classes")
     parser.add_argument("--kinds", type=lambda text: text.split(","), default=["none", *KINDS, "mixed"])
     for name, values in (("copies", [1, 2]), ("sizes", [10, 20])):
         parser.add_argument(
             f"--{name}", type=lambda text: [int(part) for part in text.split(",")], default=values
         )
-    parser.add_argument("--draws", type=int, default=6)
-    given = parser.parse_args(arguments)
-    given.cache.mkdir(parents=True, exist_ok=True)
-    given.cache = given.cache.resolve()
-    inputs = CachedInputs(given.cache / "features")
-    SecondOrderHead.head_inputs = lambda network, images: inputs(network, images)  # type: ignore[method-assign, assignment]
+    given, inputs = parse_draws(parser, arguments)
     results, passed = [], True
     with one_line_errors():
         for kind in given.kinds:
@@ -219,7 +244,7 @@ def main(arguments: list[str]) -> int:
                 run_draw(given, inputs, kind, copies, size, seed)
                 for size in given.sizes
                 for copies in (given.copies if kind != "none" else [0])
-                for seed in range(given.draws)
+                for seed in given.seeds
             ]
             errors = [one["estimate"] - one["accuracy"] for one in draws]
             inside = np.mean([one["low"] <= one["accuracy"] <= one["high"] for one in draws])
@@ -227,13 +252,15 @@ def main(arguments: list[str]) -> int:
                 [one["accepted, low"] <= one["accepted"] <= one["accepted, high"] for one in draws]
             )
             wrong = float(np.mean([one["grouped wrongly"] for one in draws]))
-            error = float(np.mean(np.abs(errors)))
-            passed &= error <= 2.5 and inside >= 0.9 and accepted >= 0.9 and (kind != "none" or wrong <= 1)
+            error = float(np.mean(errors))
+            passed &= (
+                abs(error) <= 2.5 and inside >= 0.9 and accepted >= 0.9 and (kind != "none" or wrong <= 1)
+            )
             for case, value, unit in (
                 ("accuracy", float(np.mean([one["accuracy"] for one in draws])), "%"),
                 ("estimate", float(np.mean([one["estimate"] for one in draws])), "%"),
-                ("error, mean of absolute values", error, "points"),
-                ("error, mean", float(np.mean(errors)), "points"),
+                ("error, mean", error, "points"),
+                ("error, mean of absolute values", float(np.mean(np.abs(errors))), "points"),
                 ("intervals that contain the accuracy", float(100 * inside), "%"),
                 ("accepted", float(np.mean([one["accepted"] for one in draws])), "%"),
                 ("intervals that contain the accepted share", float(100 * accepted), "%"),

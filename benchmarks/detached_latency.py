@@ -25,12 +25,18 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 
 CLASSES = tuple(f"class {number}" for number in range(1000))
 
 
-def checkpoint(name: str, network: Classifier, folder: Path, side: int | None = None) -> Path:
+def checkpoint(
+    name: str,
+    network: Classifier,
+    folder: Path,
+    side: int | None = None,
+    labels: tuple[str, ...] = CLASSES,
+) -> Path:
     """Write *network* as a checkpoint, for images of 224 pixels or *side*."""
     path = folder / f"{name}.pt"
     write_checkpoint(
@@ -39,7 +45,7 @@ def checkpoint(name: str, network: Classifier, folder: Path, side: int | None = 
             model=name,
             config=network.config.model_dump(mode="json"),
             weights=network.state_dict(),
-            labels=CLASSES,
+            labels=labels,
             preprocess=Preprocess() if side is None else Preprocess(resize=side, crop=side),
             training={},
         ),
@@ -66,11 +72,12 @@ def run(folder: Path, batches: tuple[int, ...], runs: int) -> list[Result]:
     trained = create_model("dsop-resnet18")
     plain = create_model("resnet18", conv5_stride=1)
     plain.load_state_dict({name: trained.state_dict()[name] for name in plain.state_dict()})
-    ours = export(checkpoint("dsop-resnet18", trained, folder), folder, ExportOptions(detach=True)).path
-    other = export(checkpoint("resnet18", plain, folder), folder).path
+    ours = checkpoint("dsop-resnet18", trained, folder)
+    ours = export_checkpoint(ours, folder, ExportOptions(detach=True)).path
+    other = export_checkpoint(checkpoint("resnet18", plain, folder), folder).path
     if initializers(ours / "model.onnx") != initializers(other / "model.onnx"):
         sys.exit("the detached file does not contain the initializers of the plain network")
-    maps = export(folder / "resnet18.pt", folder, ExportOptions(with_cam=True)).path
+    maps = export_checkpoint(folder / "resnet18.pt", folder, ExportOptions(with_cam=True)).path
     detached, plain_file, with_maps = (session(path / "model.onnx") for path in (ours, other, maps))
     cases = {
         "detached": (detached, None),

@@ -23,7 +23,7 @@ from measure import Result, parse, report
 
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 
 BOUNDS = {"dsop-resnet18": (60, 4.0), "dsop-resnet50": (90, 4.0)}  # seconds, GB
 
@@ -35,7 +35,7 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
     def step(name: str) -> None:
         marks.append((name, perf_counter(), process_time()))
 
-    export(path, folder, ExportOptions(detach=True), step)
+    export_checkpoint(path, folder, ExportOptions(detach=True), step)
     step("end")
     return {
         "steps": {

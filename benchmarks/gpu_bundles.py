@@ -1,58 +1,100 @@
 """Writes the bundles that `gpu_check.py` checks; needs torch, but no GPU.
 
-    python benchmarks/gpu_bundles.py FOLDER
+    python benchmarks/gpu_bundles.py FOLDER [--carry]
 
 The networks have random weights, which do not affect speed. FOLDER/NETWORK contains the checkpoint, and one
-folder for each precision with its bundle. What exists is not written again.
+folder for each precision with its bundle. What exists is not written again. With --carry, the networks are
+small ones of DSoP, iSQRT-COV, GSoP and EfficientNet, for machines to which only little can be copied.
 """
 
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from detached_latency import CLASSES, checkpoint
 from measure import make_parser
+from PIL import Image
 
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.models.registry import create_model
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
-
-SIDES = {"dsop-resnet50": 224, "gsop-net2-resnet50": 224, "gmsop-16-8-resnet18": 64}
-PRECISIONS = ("fp32", "fp16")
+from sopdeploy_export.pipeline import export_checkpoint
 
 
-def make_checkpoint(name: str, folder: Path) -> Path:
-    """Write a checkpoint of the network *name* with random weights."""
+class Case(NamedTuple):
+    """A network, the side of its images and its options."""
+
+    name: str
+    side: int
+    config: dict[str, Any]
+
+
+LARGE = (
+    Case("dsop-resnet50", 224, {}),
+    Case("gsop-net2-resnet50", 224, {}),
+    Case("gmsop-16-8-resnet18", 64, {}),
+)
+CARRIED = (
+    Case("dsop-resnet8", 32, {}),
+    Case("isqrt-resnet8", 32, {"pooling": {"kind": "isqrt", "width": 8}}),
+    Case("gsop-net2-preact-resnet29", 32, {"blocks": 2, "cov_width": 32, "final_width": 32}),
+    Case(
+        "gmsop-16-8-resnet18",
+        32,
+        {"components": 4, "chosen": 2, "blocks_per_stage": 1, "conv5_stride": 1, "component_widths": (6,)},
+    ),
+    Case("efficientnet-lite0", 64, {"width": 0.25, "depth": 0.25}),
+)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
+
+def make_checkpoint(case: Case, folder: Path) -> Path:
+    """Write a checkpoint of the network of *case* with random weights; a small one has ten classes."""
     torch.manual_seed(0)
-    network = create_model(name, num_classes=len(CLASSES))
-    return checkpoint(name, network, folder, SIDES[name])
+    labels = CLASSES if case in LARGE else CLASSES[:10]
+    network = create_model(case.name, num_classes=len(labels), **case.config)
+    return checkpoint(case.name, network, folder, case.side, labels)
 
 
-def make_bundle(source: Path, precision: str, folder: Path) -> Path:
+def make_bundle(source: Path, precision: Precision, folder: Path) -> Path:
     """Export *source* in *precision*, detached if it has training-only modules."""
-    network = build_classifier(read_checkpoint(source), source)
-    options = ExportOptions(
-        detach=bool(network.training_only), max_batch=32, precision=precision, pt2=precision == "fp32"
-    )
-    return export(source, folder, options).path
+    trained = read_checkpoint(source)
+    network = build_classifier(trained, source)
+    with tempfile.TemporaryDirectory() as calibration:
+        for number, image in enumerate(generated_images(trained.preprocess.crop)):
+            Image.fromarray(image).save(Path(calibration) / f"{number}.png")
+        int8 = {"calibrate": Path(calibration), "int8_for": "tensorrt", "max_drop": 100.0}
+        options = ExportOptions(
+            detach=bool(network.training_only),
+            max_batch=32,
+            precision=precision,
+            pt2=precision == "fp32",
+            allow_drift=True,  # random weights
+            **(int8 if precision == "int8" else {}),
+        )
+        return export_checkpoint(source, folder, options).path
 
 
 def main() -> None:
     """Write what is missing."""
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    for name in SIDES:
-        target = folder / name
+    parser.add_argument("--carry", action="store_true", help="small networks")
+    options = parser.parse_args()
+    for case in CARRIED if options.carry else LARGE:
+        target = options.folder / case.name
         target.mkdir(parents=True, exist_ok=True)
-        source = target / f"{name}.pt"
+        source = target / f"{case.name}.pt"
         if not source.is_file():
-            make_checkpoint(name, target)
+            make_checkpoint(case, target)
         for precision in PRECISIONS:
             if not list((target / precision).glob("*/manifest.json")):
                 make_bundle(source, precision, target / precision)
-                print(f"{name} {precision}: written", file=sys.stderr, flush=True)
+                print(f"{case.name} {precision}: written", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

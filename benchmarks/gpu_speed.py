@@ -5,7 +5,7 @@ Settings are equal: float32 without TF32 everywhere, inputs and outputs on the h
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.tensorrt.session import EngineSession
+from sopdeploy_export.engine_builder.engine import get_engine, this_machine
+from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_export.graph import Deployed
 from sopdeploy_export.proof.networks import detach
-from sopdeploy_export.tensorrt.engine import get_engine, this_machine
-from sopdeploy_export.tensorrt.options import EngineOptions
 from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options
 
 BATCHES = (1, 8, 32)  # the profiles of the engine
@@ -29,8 +29,8 @@ MEASURED = (1, 5, 8, 20, 32)  # graphs pad 5 to 8 and 20 to 32 images
 Run = Callable[[NDArray[np.uint8]], Any]
 
 
-def speed_table(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> dict[str, Any]:
-    """Measure the median milliseconds per batch of *bundle* on each runtime."""
+def speed_rows(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> Iterator[dict[str, Any]]:
+    """Measure the median milliseconds per batch of *bundle* on each runtime; yield a row for each batch."""
     with ExitStack() as stack:
         runtime = OnnxRuntime(bundle, provider=CUDA, options=cuda_options(bundle.manifest.precision))
         stack.callback(runtime.close)
@@ -50,9 +50,10 @@ def speed_table(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> dict[str, 
             sides = {"TensorRT, graphs": session.run, "TensorRT": plain.run, **sides}
             alone, two = back_to_back(session, bundle, max(BATCHES), runs)
             text += f" TensorRT reaches {alone} images/s one batch at a time, {two} with two in flight."
-        rows = [[batch, *timed(bundle, sides, batch, runs)] for batch in MEASURED]
-    title = f"{bundle.name}, {bundle.manifest.precision}"
-    return {"title": title, "text": text, "columns": ["batch", *sides], "rows": rows}
+        title = f"{bundle.name}, {bundle.manifest.precision}"
+        about = {"title": title, "about": text, "columns": ["batch", *sides]}
+        for batch in MEASURED:
+            yield {**about, "row": [batch, *timed(bundle, sides, batch, runs)]}
 
 
 def torch_sides(bundle: Bundle) -> dict[str, Run]:

@@ -2,12 +2,14 @@
 
     python benchmarks/gpu_stages.py STAGE BUNDLES [--quick]
 
-Prints the result of one stage as a line of JSON, or its error as the last line of stderr, with exit code 1.
+Prints each row of a table as a line of JSON when it is measured, and the result of the stage as the last one;
+or its error as the last line of stderr, with exit code 1.
 """
 
 import importlib.util
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -27,8 +29,8 @@ from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.probes import Replay
 from sopdeploy.errors import SopdeployError
 from sopdeploy.tensorrt.cuda import open_cuda
-from sopdeploy_export.tensorrt.engine import get_engine
-from sopdeploy_export.tensorrt.options import EngineOptions
+from sopdeploy_export.engine_builder.engine import get_engine
+from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_service.app import create_app
 from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
 from sopdeploy_service.inference.bundle_store import BundleStore
@@ -38,6 +40,7 @@ from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
+ROOT = Path(__file__).parents[1]
 PROFILES = "1,2,8"
 SWAPS = 20
 MAX_LEAK_BYTES = 64 << 20  # GPU memory that all swaps may leave allocated
@@ -49,10 +52,13 @@ class CheckFailedError(Exception):
     """A stage gave a wrong result; the message is one line."""
 
 
-def bundles_in(folder: Path) -> list[Bundle]:
-    """Open the bundles that gpu_bundles.py has written to *folder*."""
-    paths = sorted(manifest.parent for manifest in folder.glob("*/*/*/manifest.json"))
-    return [open_bundle(path) for path in paths if not path.is_symlink()]
+def bundles_in(folder: Path, precision: str = "*") -> list[Bundle]:
+    """Open the bundles that gpu_bundles.py has written to *folder*, by default of every precision."""
+    paths = sorted(manifest.parent for manifest in folder.glob(f"*/{precision}/*/manifest.json"))
+    found = [open_bundle(path) for path in paths if not path.is_symlink()]
+    if not found:
+        raise CheckFailedError(f"{folder} has no bundle of precision {precision}")
+    return found
 
 
 def has_tensorrt() -> bool:
@@ -60,10 +66,10 @@ def has_tensorrt() -> bool:
     return importlib.util.find_spec("tensorrt") is not None
 
 
-def check_cuda(folder: Path) -> str:
-    """Replay the probes of all bundles on ONNX Runtime's CUDA provider, alone and in batches."""
+def check_cuda(folder: Path, precision: str) -> str:
+    """Replay the probes of the bundles of *precision* on the CUDA provider, alone and in batches."""
     sentences = []
-    for bundle in bundles_in(folder):
+    for bundle in bundles_in(folder, precision):
         loaded = load_model(bundle.path, Settings(runtime="onnxruntime-cuda"))
         loaded.runtime.close()
         sentences.append(f"{bundle.name}: probes {_deviations(loaded.replays)}")
@@ -200,28 +206,51 @@ def _classify(client: httpx.Client, jpeg: bytes) -> list[float]:
     return [entry["probability"] for entry in reply.json()["classes"]]
 
 
-def tables_of(stage: str, folder: Path, *, quick: bool) -> list[dict[str, Any]]:
-    """Measure the tables of a *stage* that is not a check; nothing else needs their imports."""
+def check_tests(_: Path) -> str:
+    """Run tests/gpu."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    last = (done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""])[-1]
+    if done.returncode:
+        raise CheckFailedError(f"tests/gpu: {last}")
+    return f"tests/gpu: {last}"
+
+
+def rows_of(stage: str, folder: Path, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Measure the rows of a *stage* that is not a check; nothing else needs their imports."""
     if stage == "speed":
-        from gpu_speed import speed_table  # noqa: PLC0415  needs torch
+        from gpu_speed import speed_rows  # noqa: PLC0415  needs torch
 
         runs = 20 if quick else 200
-        return [speed_table(bundle, runs, with_tensorrt=has_tensorrt()) for bundle in bundles_in(folder)]
+        for bundle in bundles_in(folder):
+            yield from speed_rows(bundle, runs, with_tensorrt=has_tensorrt())
+        return
     import gpu_jpegs  # noqa: PLC0415
 
     if stage == "decoding":
+        yield from as_rows(gpu_jpegs.decoding_table())
         loader = make_decoder(Settings(), "nvimagecodec").keywords["load"].func
-        return [gpu_jpegs.decoding_table(), gpu_jpegs.copies_table(loader)]
-    return [gpu_jpegs.http_table(bundles_in(folder)[0])]
+        yield from as_rows(gpu_jpegs.copies_table(loader))
+    else:
+        yield from as_rows(gpu_jpegs.http_table(bundles_in(folder)[0]))
+
+
+def as_rows(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the rows of *table*, each with its title, text and columns."""
+    about = {"title": table["title"], "about": table["text"], "columns": table["columns"]}
+    return ({**about, "row": row} for row in table["rows"])
 
 
 CHECKS: dict[str, Callable[[Path], str]] = {
-    "cuda": check_cuda,
+    "cuda-fp32": lambda folder: check_cuda(folder, "fp32"),
+    "cuda-fp16": lambda folder: check_cuda(folder, "fp16"),
+    "cuda-int8": lambda folder: check_cuda(folder, "int8"),
     "decode-fast": lambda folder: check_decoder(folder, "fast"),
     "decode-nvimagecodec": lambda folder: check_decoder(folder, "nvimagecodec"),
     "training": check_training,
     "server": check_server,
     "tensorrt": check_tensorrt,
+    "tests": check_tests,
 }
 MEASUREMENTS = ("decoding", "http", "speed")
 
@@ -233,18 +262,18 @@ def main() -> int:
     parser.add_argument("bundles", type=existing)
     parser.add_argument("--quick", action="store_true", help="fewer timed runs")
     options = parser.parse_args()
-    tables: list[dict[str, Any]] = []
     try:
         if options.stage in MEASUREMENTS:
-            tables = tables_of(options.stage, options.bundles, quick=options.quick)
+            for row in rows_of(options.stage, options.bundles, quick=options.quick):
+                print(json.dumps(row), flush=True)
             text = "measured, below"
         else:
             text = CHECKS[options.stage](options.bundles)
-        gpu = open_cuda().gpu()
-    except (SopdeployError, CheckFailedError) as problem:
+        gpu = open_cuda().gpu().name
+    except (SopdeployError, CheckFailedError, ImportError) as problem:
         print(" ".join(str(problem).split()), file=sys.stderr)
         return 1
-    print(json.dumps({"text": text, "gpu": gpu.name, "tables": tables}))
+    print(json.dumps({"text": text, "gpu": gpu}))
     return 0
 
 

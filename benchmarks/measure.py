@@ -149,11 +149,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Describe the measured commit; `-dirty` marks uncommitted changes."""
+    """Describe the measured commit; `-dirty` marks uncommitted changes. "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    described = subprocess.run(
-        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
+    try:
+        described = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return "unknown"
     return described.stdout.strip() or "unknown"
 
 

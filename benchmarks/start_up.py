@@ -26,7 +26,7 @@ from measure import Result, existing, make_parser, report
 
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 PACKAGES = (".", "export", "service")  # folders of a checkout on the module path
@@ -37,7 +37,7 @@ def random_bundle(folder: Path) -> Path:
     """Export a detached DSoP ResNet-18 with random weights into *folder*."""
     torch.manual_seed(0)
     path = checkpoint("dsop-resnet18", create_model("dsop-resnet18"), folder)
-    return export(path, folder, ExportOptions(detach=True)).path
+    return export_checkpoint(path, folder, ExportOptions(detach=True)).path
 
 
 def start(bundle: Path, checkout: Path) -> dict[str, float]:

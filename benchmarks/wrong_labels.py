@@ -1,7 +1,8 @@
 """Planted wrong labels that `data check --wrong-labels` lists, against cleanlab on the same probabilities.
 
     python benchmarks/wrong_labels.py --data DIR --model NAME --weights FILE --cache DIR
-        [--size 50] [--shares 0.03,0.08] [--similar shirt,t-shirt,longsleeve] [--draws 6] [--json]
+        [--size 50] [--shares 0.03,0.08] [--similar shirt,t-shirt,longsleeve] [--draws 6] [--first 0]
+        [--json]
 
 --data is a folder of photographs, <class>/*.jpg. Each draw takes --size photographs per class and moves a
 share of them, n photographs, to another class: any class, and in a second run among the classes --similar
@@ -22,16 +23,13 @@ from pathlib import Path
 
 import numpy as np
 from cleanlab.rank import get_label_quality_scores
-from copied_photos import CachedInputs
-from measure import Result, make_parser, one_line_errors, report
+from copied_photos import CachedInputs, draws_parser, parse_draws, train_on
+from measure import Result, one_line_errors, report
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.datasets.folder import list_classes
 from sopdeploy.decision import softmax
-from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.report.run_data import find_wrong_labels
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.train import train_recipe
 
 METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
@@ -61,11 +59,10 @@ def run_draw(
         )
         (folder / other).mkdir(parents=True, exist_ok=True)
         (folder / other / file.name).symlink_to(file.resolve())
-    settings = [f"data.path={folder}", f"model.name={given.model}", f"start.weights={given.weights}"]
-    result = train_recipe(read_recipe("photos", settings), run)
+    result = train_on(given, folder, run)
     names = {file.name for file in moved}
     images, resume = list_classes(folder).images, read_checkpoint(result.last).resume or {}
-    probabilities = softmax(resume["procedure"]["out_of_fold"].double().numpy())
+    probabilities = softmax(resume["procedure"]["label_logits"].double().numpy())
     wrong = np.asarray([images.path(index).name in names for index in range(len(images))])
     listed = [Path(one.file).name in names for one in find_wrong_labels(run)]
     orders = {"ours": np.asarray(listed)}
@@ -86,11 +83,7 @@ def run_draw(
 
 def main(arguments: list[str]) -> int:
     """Run the benchmark and return the exit status."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="photographs to draw from, <class>/*.jpg")
-    parser.add_argument("--model", required=True, help="network, such as timm:tf_efficientnet_lite0")
-    parser.add_argument("--weights", type=Path, required=True, help="its weights")
-    parser.add_argument("--cache", type=Path, required=True, help="folder of features and results")
+    parser = draws_parser(__doc__)
     parser.add_argument("--size", type=int, default=50)
     parser.add_argument(
         "--shares", type=lambda text: [float(one) for one in text.split(",")], default=[0.03, 0.08]
@@ -98,16 +91,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--similar", type=lambda text: text.split(","), default=["shirt", "t-shirt", "longsleeve"]
     )
-    parser.add_argument("--draws", type=int, default=6)
-    given = parser.parse_args(arguments)
-    given.cache.mkdir(parents=True, exist_ok=True)
-    given.cache = given.cache.resolve()
-    inputs = CachedInputs(given.cache / "features")
-    SecondOrderHead.head_inputs = lambda network, images: inputs(network, images)  # type: ignore[method-assign, assignment]
+    given, inputs = parse_draws(parser, arguments)
     results, passed = [], True
     with one_line_errors():
         for share, similar in [(share, []) for share in given.shares] + [(given.shares[0], given.similar)]:
-            draws = [run_draw(given, inputs, share, similar, seed) for seed in range(given.draws)]
+            draws = [run_draw(given, inputs, share, similar, seed) for seed in given.seeds]
             means = {name: np.mean([one[name] for one in draws], axis=0) for name in draws[0]}
             best = max(METHODS, key=lambda name: means[name].sum())
             for place, measure in enumerate(("precision at n", "recall at 2n")):

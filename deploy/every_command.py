@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.cli.app import app, list_commands
 from sopdeploy.errors import SopdeployError
+from sopdeploy.plugins import parts
 
 # Arguments with which a command imports what it needs, and ends at once where everything is installed.
 ARGUMENTS = {
@@ -86,7 +87,10 @@ def main(bundle: Path) -> int:
             Image.new("RGB", (32, 32)).save(Path("photos", name, "1.png"))
         checks = [(name, run, (name, *ARGUMENTS[name].split())) for name in list_commands()]
         checks += [(f"{name} --help", run, (name, "--help")) for name in list_commands()]
-        checks += [(f"sopdeploy.{name}", get, (name,)) for name in sopdeploy.__all__]
+        checks += [
+            (f"sopdeploy.{name}", get, (name,))
+            for name in [*sopdeploy.__all__, *parts("sopdeploy.functions")]
+        ]
         for name, check, arguments in checks:
             try:
                 sys.stdout.write(f"{name}: {check(*arguments)}\n")

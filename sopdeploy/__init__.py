@@ -10,7 +10,6 @@ num_classes=..., **config)` builds a network of the catalog, `list_models()` lis
 """
 
 import os
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.version import __version__ as __version__
@@ -66,12 +65,12 @@ __all__ = sorted(["__version__", *_MODULES])
 
 def __getattr__(name: str) -> Any:
     from sopdeploy.environment import missing_extras
-    from sopdeploy.plugins import parts
+    from sopdeploy.plugins import load_part, parts
 
     target = f"{_MODULES[name]}:{name}" if name in _MODULES else parts("sopdeploy.functions").get(name)
     if target is None:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     with missing_extras():
-        value = resolve_name(target)
+        value = load_part(target)
     globals()[name] = value
     return value

@@ -31,7 +31,7 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.project import Origin
 
-FORMAT = "sopdeploy-checkpoint"
+CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
 
 
@@ -98,7 +98,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write *checkpoint* to *path* atomically; raise `CheckpointError` on failure."""
     decision, origin = checkpoint.decision, checkpoint.origin
     content = {
-        "format": FORMAT,
+        "format": CHECKPOINT_FORMAT,
         "version": _VERSION,
         **{entry.name: getattr(checkpoint, entry.name) for entry in fields(checkpoint)},
         "weights": {name: tensor.detach().cpu() for name, tensor in checkpoint.weights.items()},
@@ -143,7 +143,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         ) from error
     digest, content = hashlib.sha256(raw).hexdigest(), load_plain(path, raw=raw)
     del raw  # frees the memory before the network is built
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+    if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "
             "`sopdeploy import` for weights of other projects"

@@ -61,7 +61,7 @@ class Pair(StrictModel):
     verdict: str
 
 
-class Comparison(StrictModel):
+class RecipeComparison(StrictModel):
     """The comparison of all other recipes with the first one; `images` is the number of held-out images."""
 
     seeds: tuple[int, ...]
@@ -70,7 +70,7 @@ class Comparison(StrictModel):
     pairs: tuple[Pair, ...]
 
 
-def compare(
+def compare_recipes(
     sources: Sequence[str],
     destination: Path,
     *,
@@ -78,7 +78,7 @@ def compare(
     overrides: Sequence[str] = (),
     callback: Callback | None = None,
     on_run: Callable[[str, int], None] = lambda _name, _seed: None,
-) -> Comparison:
+) -> RecipeComparison:
     """Train the recipes *sources* with *overrides* over *seeds* seeds and compare them.
 
     The folder of a run in *destination* is `<recipe>/seed-<n>`; finished runs are reused and interrupted ones
@@ -143,7 +143,9 @@ def _predict_correctly(last: Path, recipe: Recipe, data: Split) -> NDArray[np.bo
     return np.asarray([score.correct for score in scores])  # type: ignore[union-attr]
 
 
-def compare_results(networks: Mapping[str, str], correct: Mapping[str, NDArray[np.bool_]]) -> Comparison:
+def compare_results(
+    networks: Mapping[str, str], correct: Mapping[str, NDArray[np.bool_]]
+) -> RecipeComparison:
     """Compare at least two recipes by their correct predictions (S, N); *networks* names their networks."""
     arms = []
     for name, correct_SN in correct.items():
@@ -151,7 +153,7 @@ def compare_results(networks: Mapping[str, str], correct: Mapping[str, NDArray[n
         arms.append(Arm(name=name, model=networks[name], top1=top1, mean=fmean(top1), sd=stdev(top1)))
     first, *others = correct
     num_seeds, num_images = correct[first].shape
-    return Comparison(
+    return RecipeComparison(
         seeds=tuple(range(num_seeds)),
         images=num_images,
         arms=tuple(arms),

@@ -9,14 +9,12 @@ A package registers an object in its `pyproject.toml`, under the name that users
 imports all networks. `SOPDEPLOY_PLUGINS=off` switches plug-ins off. Names of this project come first.
 """
 
-import logging
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.errors import ConfigError, first_line
@@ -32,8 +30,6 @@ KINDS = {  # by group of entry points
     "sopdeploy.decoders": "sopdeploy_service.images.decode.Load",
     "sopdeploy.runtimes": "sopdeploy_service.runtime.base.OpenRuntime",
 }
-
-log = logging.getLogger("sopdeploy.plugins")
 
 
 def parts(group: str) -> Mapping[str, str]:
@@ -61,6 +57,8 @@ def _installed_parts() -> Mapping[str, Mapping[str, str]]:
 
 def load_part(value: str) -> Any:
     """Import `module:object` or `module`."""
+    from pkgutil import resolve_name  # noqa: PLC0415 - help does not need it
+
     return resolve_name(value if ":" in value else f"{value}:")
 
 
@@ -102,7 +100,9 @@ def load_plugins(group: str, kind: Any) -> dict[str, dict[str, Any]]:
 
 @cache  # once for each message
 def _warn(message: str) -> None:
-    log.warning(message)
+    import logging  # noqa: PLC0415 - help does not need it
+
+    logging.getLogger("sopdeploy.plugins").warning(message)
 
 
 def _load_plugin(point: "EntryPoint", kind: Any) -> Any:

@@ -87,6 +87,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     reasons["slow"] = None if config.getoption("--slow") else "slow; run with --slow or `make test-models`"
     for item in items:
+        for module in [marker.args[0] for marker in item.iter_markers("part")]:
+            if importlib.util.find_spec(module) is None:  # see tests/removable.py
+                item.add_marker(pytest.mark.skip(reason=f"{module} is removed"))
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))

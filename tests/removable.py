@@ -2,8 +2,9 @@
 
     python tests/removable.py [PART ...]
 
-For each part, copy the tree and delete the part's folders, its tests and its line of registration. Then no
-module may import what is gone, every module must be importable, and the unit tests must pass.
+For each part, copy the tree, delete the part's folders and its tests, and the lines of `pyproject.toml` that
+register them. Then no module may import what is gone, every module must be importable, and all tests of the
+packages must pass, except those that import the part or are marked with `part`.
 """
 
 import argparse
@@ -13,121 +14,85 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"sopdeploy": ".", "sopdeploy_export": "export", "sopdeploy_service": "service"}
-UNIT_TESTS = (
-    "tests/sopdeploy/layers",
-    "tests/sopdeploy/images",
-    "tests/sopdeploy/bundle",
-    "tests/service/http",
+UNIT_TESTS = tuple(
+    f"tests/{name}" for name in ("sopdeploy", "export", "service", "sweep", "attacks", "plugin")
 )
 
 
 @dataclass(frozen=True)
 class Part:
-    """Paths (globs) that belong to a part only, and the file that registers it with the text of that line."""
+    """Paths (globs) that belong to a part only."""
 
     paths: tuple[str, ...]
-    registered_in: str
-    line: str
     needed_by: tuple[str, ...] = ()  # other optional parts, which go, too
-    api: str = ""  # the module of a function that `sopdeploy/__init__.py` exports, in two lines
 
 
-CLI = "sopdeploy/cli/app.py"
 PARTS = {
-    "few_shot": Part(
-        ("sopdeploy/training/few_shot", "tests/sopdeploy/training/test_few_shot*"),
-        "sopdeploy/training/recipe.py",
-        '"few_shot": "',
-    ),
+    "few_shot": Part(("sopdeploy/training/few_shot", "tests/sopdeploy/training/test_few_shot*")),
     "reproduction": Part(
-        ("sopdeploy/reproduction", "sopdeploy/cli/training/reproduce.py", "tests/sopdeploy/reproduction"),
-        CLI,
-        '"reproduce": (',
+        ("sopdeploy/reproduction", "sopdeploy/cli/training/reproduce.py", "tests/sopdeploy/reproduction")
     ),
     "importers": Part(
-        ("sopdeploy/importers", "sopdeploy/cli/training/import_weights.py", "tests/sopdeploy/importers"),
-        CLI,
-        '"import": (',
+        ("sopdeploy/importers", "sopdeploy/cli/training/import_weights.py", "tests/sopdeploy/importers")
     ),
     "batch": Part(
         (
             "service/sopdeploy_service/commands/batch",
             "sopdeploy/cli/serving/classify.py",
             "tests/service/commands/batch",
-        ),
-        CLI,
-        '"classify": (',
-        api="sopdeploy_service.commands.batch.run",
+        )
     ),
     "on_ray": Part(
         (
             "service/sopdeploy_service/server/on_ray",
             "sopdeploy/cli/serving/ray.py",
             "tests/service/server/on_ray",
-        ),
-        CLI,
-        '"ray": (',
+        )
     ),
-    "front_ends": Part(
-        ("service/sopdeploy_service/front_ends", "tests/service/front_ends"),
-        "service/sopdeploy_service/server/process.py",
-        "front_ends",
-    ),
-    "shadow": Part(
-        ("service/sopdeploy_service/shadow.py", "tests/service/test_shadow.py"),
-        "service/sopdeploy_service/app.py",
-        "shadow",
-    ),
+    "front_ends": Part(("service/sopdeploy_service/front_ends", "tests/service/front_ends")),
+    "shadow": Part(("service/sopdeploy_service/shadow.py", "tests/service/test_shadow.py")),
     "doctor": Part(
         (
             "sopdeploy/doctor",
             "sopdeploy/cli/serving/doctor.py",
             "tests/sopdeploy/doctor",
             "tests/**/test_doctor.py",
-        ),
-        CLI,
-        '"doctor": (',
+        )
     ),
     "comparison": Part(
         (
             "sopdeploy/comparison.py",
             "sopdeploy/cli/training/compare.py",
             "tests/sopdeploy/evaluation/test_compare.py",
-        ),
-        CLI,
-        '"compare": (',
+        )
     ),
     "client": Part(
         ("sopdeploy/client", "sopdeploy/evaluation/service.py", "tests/sopdeploy/client"),
-        "sopdeploy/api/evaluation.py",
-        "sopdeploy.evaluation.service",
         needed_by=("doctor",),
     ),
     "tensorrt": Part(
         (
             "sopdeploy/tensorrt",
             "sopdeploy/cli/deployment/engine.py",
-            "export/sopdeploy_export/tensorrt",
+            "export/sopdeploy_export/engine_builder",
             "service/sopdeploy_service/runtime/tensorrt.py",
             "tests/tensorrt",
-        ),
-        CLI,
-        '"engine": (',
+        )
     ),
     "triton": Part(
         (
             "export/sopdeploy_export/triton.py",
             "sopdeploy/cli/deployment/triton.py",
             "tests/tensorrt/test_triton.py",
-        ),
-        CLI,
-        '"triton": (',
+        )
     ),
 }
 
@@ -140,18 +105,18 @@ def modules(tree: Path) -> Iterator[tuple[str, Path]]:
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-def imported_names(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line and dotted name of all imports of a file, also those inside functions."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported_names(tree: ast.AST, path: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and dotted name of all imports in *tree*, a part of the file at *path*."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, node.module or ""
+            yield node.lineno, node.module or path.stem
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def copy_without(part: Part, tree: Path) -> list[str]:
-    """Copy the project to `tree` without the part; return what prevents its removal."""
+def copy_without(part: Part, tree: Path) -> set[str]:
+    """Copy the project to `tree` without the files of the part; return the names of the deleted modules."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
@@ -160,42 +125,70 @@ def copy_without(part: Part, tree: Path) -> list[str]:
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes(source.read_bytes())
     before = {name for name, _ in modules(tree)}
-    for gone in (part, *(PARTS[name] for name in part.needed_by)):
-        problems = remove(gone, tree)
-        if problems:
-            return problems
-    removed = before - {name for name, _ in modules(tree)}
-    return [
-        f"{path.relative_to(tree)}:{line} imports {name}"
-        for _, path in modules(tree)
-        for line, name in imported_names(path)
-        if name in removed
-    ]
-
-
-def remove(part: Part, tree: Path) -> list[str]:
-    """Delete the paths and the registration of a part from the copy; return what prevents it."""
-    for pattern in part.paths:
+    for pattern in [path for gone in (part, *map(PARTS.get, part.needed_by)) if gone for path in gone.paths]:
         matches = list(tree.glob(pattern))
         if not matches:
-            return [f"{pattern}: no such path"]
+            sys.exit(f"{pattern}: no such path")
         for path in matches:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    registrations = [(part.registered_in, part.line, 1)]
-    if part.api:
-        registrations.append(("sopdeploy/__init__.py", part.api, 2))
-    for file, text, expected in registrations:
-        lines = (tree / file).read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if text not in line]
-        if len(lines) - len(kept) != expected:
-            return [f"{file}: {len(lines) - len(kept)} lines contain {text}, expected {expected}"]
-        (tree / file).write_text("".join(kept), encoding="utf-8")
-    return []
+    return before - {name for name, _ in modules(tree)}
+
+
+def unregister(removed: set[str], tree: Path) -> None:
+    """Delete the entry points that name *removed* modules; write the metadata that an installation has."""
+    file = tree / "pyproject.toml"
+    named = tuple(f'= "{name}{end}' for name in removed for end in ':"')
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    text = "".join(line for line in lines if not any(value in line for value in named))
+    file.write_text(text, encoding="utf-8")
+    found = distribution("sopdeploy")
+    folder = tree / f"sopdeploy-{found.version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(found.read_text("METADATA") or "", encoding="utf-8")
+    with (folder / "entry_points.txt").open("w", encoding="utf-8") as output:
+        for group, points in tomllib.loads(text)["project"]["entry-points"].items():
+            output.write(
+                "".join([f"[{group}]\n", *(f"{name} = {value}\n" for name, value in points.items())])
+            )
+
+
+def tests_of_others(removed: set[str], tree: Path) -> list[str]:
+    """Delete the test files that import *removed* modules; return pytest's options for single such tests."""
+    gone, options = set(removed), []
+    files = sorted((tree / "tests").rglob("*.py"))
+    while True:  # a test file may import another one
+        found = [path for path in files if path.exists() and imports_at_start(path, gone)]
+        if not found:
+            break
+        for path in found:
+            gone.add(".".join(path.relative_to(tree).with_suffix("").parts))
+            path.unlink()
+    for path in filter(Path.exists, files):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and any(
+                name in gone for _, name in imported_names(node, path)
+            ):
+                options += ["--deselect", f"{path.relative_to(tree)}::{node.name}"]
+    return options
+
+
+def imports_at_start(path: Path, names: set[str]) -> bool:
+    """Check whether the file at *path* imports one of *names* outside of functions."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    statements = ast.Module([node for node in body if not isinstance(node, ast.FunctionDef)], [])
+    return any(name in names for _, name in imported_names(statements, path))
 
 
 def problems_without(part: Part, tree: Path, tests: list[str]) -> list[str]:
     """Return why the project does not work without the part; empty if it does."""
-    problems = copy_without(part, tree)
+    removed = copy_without(part, tree)
+    unregister(removed, tree)
+    problems = [
+        f"{path.relative_to(tree)}:{line} imports {name}"
+        for _, path in modules(tree)
+        for line, name in imported_names(ast.parse(path.read_text(encoding="utf-8")), path)
+        if name in removed
+    ]
     if problems:
         return problems
     environment = {
@@ -205,15 +198,14 @@ def problems_without(part: Part, tree: Path, tests: list[str]) -> list[str]:
     }
     names = [name for name, _ in modules(tree) if not name.endswith("__main__")]
     importing = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
-    for command in (
-        ["-c", importing],
-        ["-m", "pytest", "-q", "-x", "-n", "2", "-p", "no:cacheprovider", *tests],
-    ):
+    options = ["-q", "--maxfail=20", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    options += tests_of_others(removed, tree)
+    for command in (["-c", importing], ["-m", "pytest", *options, *tests]):
         done = subprocess.run(
             [sys.executable, *command], cwd=tree, env=environment, capture_output=True, text=True, check=False
         )
         if done.returncode:
-            return (done.stdout + done.stderr).splitlines()[-15:]
+            return (done.stdout + done.stderr).splitlines()[-30:]
     return []
 
 

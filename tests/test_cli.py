@@ -73,7 +73,7 @@ MEANINGS = {
     "--dry-run": "; ", "--host": "address to listen on", "--json": "Print JSON", "--keys": "API key file",
     "--labels": "lass name", "--logits-key": "of the logits", "--max-batch": "batch", "--model": "Model name",
     "--name": "Name of the project", "--network": "Builder of the network", "--option": "of the network",
-    "--out": "older", "--out-file": "The ", "--port": "port to listen on", "--precision": "recision of the",
+    "--out": "older", "--out-file": "The ", "--port": "port to listen on",
     "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
     "--seeds": "seeds 0, 1 and so on", "--set": "Override a value of", "--setting": "setting of the service",
     "--threads": "CPU threads", "--url": "URL of the server", "--weights-key": "Key of the state dict",

@@ -10,6 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from types import FrameType
@@ -21,7 +22,7 @@ from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.sources import open_data
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests import quick_torch
@@ -37,34 +38,60 @@ OF_THE_NETWORK = ("sopdeploy/models/", "sopdeploy/backbones/", "sopdeploy/layers
 
 
 @contextmanager
-def recorded() -> Iterator[Callable[[], set[str]]]:
-    """Record the files of functions that this thread, and threads started here, execute.
+def recorded() -> Iterator[tuple[Callable[[], set[str]], list[str]]]:
+    """Record the files of functions that this thread, and threads started here, execute; and the returns.
 
     The callable gives the files so far and starts anew. Code of modules runs at import and does not count.
     Nor do finalizers of objects that earlier tests left behind: no garbage is collected meanwhile.
+
+    A return is where a reader, who reads each function at its first call, comes back to a file: the first
+    call of a function of a module, by another file, after one of its file was called so. Methods belong to
+    the value that the reader has in hand.
     """
     files: set[str] = set()
+    entered: set[str] = set()
+    returns: dict[tuple[str, str], str] = {}  # by file and function; empty for those that are none
 
     def record(frame: FrameType, _: str, __: object) -> None:  # called for every call of a Python function
-        if frame.f_code.co_name != "<module>":
-            files.add(frame.f_code.co_filename)
+        key = frame.f_code.co_filename, frame.f_code.co_qualname
+        if key[1] == "<module>" or key in returns:
+            files.add(key[0])
+            return
+        files.add(key[0])
+        returns[key] = ""
+        file, caller = in_packages(key[0]), frame.f_back
+        while caller is not None and not in_packages(caller.f_code.co_filename):
+            caller = caller.f_back
+        by = "" if caller is None else in_packages(caller.f_code.co_filename)
+        if file and key[1].isidentifier() and by != file and not file.startswith(OF_THE_NETWORK):
+            returns[key] = f"{by} calls {key[1]} of {file}" if file in entered else ""
+            entered.add(file)
 
     def take() -> set[str]:
-        taken = {Path(file) for file in files.copy()}
+        taken = files.copy()
         files.clear()
-        inside = {file.relative_to(ROOT).as_posix() for file in taken if file.is_relative_to(ROOT)}
-        return {file for file in inside if file.startswith(PACKAGES) and file.endswith(".py")}
+        return {name for name in map(in_packages, taken) if name}
 
+    found: list[str] = []
     before = sys.gettrace()
     gc.disable()
     threading.settrace(record)
     sys.settrace(record)
     try:
-        yield take
+        yield take, found
     finally:
         threading.settrace(before)
         sys.settrace(before)
         gc.enable()
+        found += filter(None, returns.values())
+
+
+@cache
+def in_packages(file: str) -> str:
+    """Return the path of *file* in this repository, empty for files outside of the packages."""
+    path = Path(file)
+    name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else ""
+    return name if name.startswith(PACKAGES) and name.endswith(".py") else ""
 
 
 def listed(heading: str, folder: str) -> tuple[int, set[str]]:
@@ -79,20 +106,23 @@ def listed(heading: str, folder: str) -> tuple[int, set[str]]:
 def request_files(folder: Path) -> set[str]:
     """Classify a picture twice; the first request also fills caches."""
     bundle, picture = open_bundle(write_bundle(folder)), picture_bytes()
-    with recorded() as take, running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
+    with recorded() as (take, _), running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
         for _ in range(2):
             take()
             assert client.post("/v1/classify", content=picture).status_code == 200
         return take()
 
 
-def export_files(folder: Path) -> set[str]:
-    """Export a small DSoP network, detached; leave out the files of the network itself."""
-    preprocess = Preprocess(resize=SIDE, crop=SIDE)
-    checkpoint = save(trained(), "dsop-resnet8", folder / "ckpt.pt", preprocess)
-    with quick_torch.one_thread(), proving_once(), recorded() as take:
-        export(checkpoint, folder / "out", ExportOptions(detach=True, max_batch=1))
-        return {file for file in take() if not file.startswith(OF_THE_NETWORK)}
+@pytest.fixture(scope="module")
+def export_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], list[str]]:
+    """Export a small DSoP network, detached; return its files and the returns."""
+    folder, preprocess = tmp_path_factory.mktemp("export"), Preprocess(resize=SIDE, crop=SIDE)
+    checkpoint, options = folder / "ckpt.pt", ExportOptions(detach=True, max_batch=1)
+    save(trained(), "dsop-resnet8", checkpoint, preprocess)
+    with quick_torch.one_thread(), proving_once(), recorded() as (take, returns):
+        export_checkpoint(checkpoint, folder / "out", options)
+        files = {file for file in take() if not file.startswith(OF_THE_NETWORK)}
+    return files, returns
 
 
 def test_a_request_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
@@ -100,9 +130,16 @@ def test_a_request_executes_the_files_that_the_architecture_page_lists(tmp_path:
     assert listed("## A `/v1/classify` request", "service/sopdeploy_service") == (len(found), found)
 
 
-def test_an_export_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
-    found = export_files(tmp_path)
+def test_an_export_executes_the_files_that_the_architecture_page_lists(
+    export_run: tuple[set[str], list[str]],
+) -> None:
+    found, _ = export_run
     assert listed("## `ckpt.pt` to bundle", "export/sopdeploy_export") == (len(found), found)
+
+
+def test_an_export_returns_to_a_file_at_most_20_times(export_run: tuple[set[str], list[str]]) -> None:
+    _, returns = export_run
+    assert len(returns) <= 20, "\n".join(returns)
 
 
 MAX_RETURNS = 8

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-Arrays = dict[str, NDArray[Any]]
+Feeds = dict[str, NDArray[Any]]
 Types = dict[str, onnx.TypeProto.Tensor]
-Run = Callable[[Arrays], NDArray[Any]]
+ModelRun = Callable[[Feeds], NDArray[Any]]
 
 _SEED = 20_261_123
 USUAL = ("normal", "normal", "normal")
@@ -168,7 +168,7 @@ def count_elements(model: onnx.ModelProto) -> int:
     return sum(math.prod(size.dim_value or len(USUAL) for size in shape) for shape in shapes)
 
 
-def run_in(model: onnx.ModelProto, precision: int) -> Run:
+def run_in(model: onnx.ModelProto, precision: int) -> ModelRun:
     """Build a function that runs *model* with *precision* in place of every floating-point type."""
     changed, dtype = onnx.ModelProto(), helper.tensor_dtype_to_np_dtype(precision)
     changed.CopyFrom(model)
@@ -187,7 +187,7 @@ def run_in(model: onnx.ModelProto, precision: int) -> Run:
             value.type.tensor_type.elem_type = precision
     evaluator = ReferenceEvaluator(changed)
 
-    def run(feeds: Arrays) -> NDArray[Any]:
+    def run(feeds: Feeds) -> NDArray[Any]:
         with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
             given = {name: x.astype(dtype) if x.dtype.kind == "f" else x for name, x in feeds.items()}
             return np.asarray(next(iter(evaluator.run(None, given))), np.float64)

@@ -5,9 +5,9 @@ float32 outputs for any batch size of the bundle; a program that does not suppor
 Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT release supports it. Opset 18 is
 the lowest that torch writes and the most widely supported.
 
-Probes are the images on which the exported file is compared with the network. Generated probes (noise, smooth
-fields at several scales, ramps, checkerboards, constants) exercise many parts of a network and are the same
-on every machine. Photographs from the deployment domain are more representative.
+Probes are the images on which the exported file is compared with the network: noise, smooth fields at several
+scales, ramps, checkerboards and constants. They exercise many parts of a network and are the same on every
+machine.
 """
 
 import ast
@@ -18,7 +18,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,22 +29,16 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
-from sopdeploy.data.folders import is_image, walk
-from sopdeploy.data.image_files import image_errors
-from sopdeploy.errors import DataError, LoweringError, first_line
-from sopdeploy.files import open_regular
-from sopdeploy.images.formats import load_pixels, open_image
-from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.program_hashes import trace_hash
-from sopdeploy_export.state import first_written_tensor, preserved, read_state
+from sopdeploy_export.state import preserved, unwritten
 
 OPSET = 18
 OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
@@ -54,17 +47,12 @@ EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog
 EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
 # How torch.export says that code depends on the batch size, with the condition if it names one.
 BATCH_GUARD = re.compile(r"generated guard (?P<guard>[^\n]*)|to be a constant|marked \w+ as dynamic")
-STATELESS = "an exported network must be stateless"
-PREFIX = "network."  # the attribute of `Deployed` that holds the network
-REDUCED = (torch.float16, torch.bfloat16, torch.float32)
+NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 
 _SEED = 20_240_117
 GENERATED = 12
-MAX_PHOTOGRAPHS = 64
-MAX_CALIBRATION = 256
-PROBES, CALIBRATE = "probes", "calibrate"
 
 
 class Deployed(nn.Module):
@@ -80,38 +68,9 @@ class Deployed(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the outputs of (B, H, W, 3) uint8 *images*, in float32 or float64."""
-        before = read_state(self.network)
-        outputs = compute_outputs(self.network, self.normalise(images))
-        written = first_written_tensor(before, read_state(self.network))
-        if written is not None:
-            raise LoweringError(f"the network writes to {written} while it runs; {STATELESS}")
+        with unwritten(self.network):
+            outputs = compute_outputs(self.network, self.normalise(images))
         return tuple(at_least_float32(value) for value in outputs)
-
-
-class InFloat64(TorchDispatchMode):
-    """Compute in float64 also where the code of a network names another type, as `.float()` does.
-
-    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted where an
-    operation combines them with float64.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation in float64 if an argument names a smaller type or an operand is float64."""
-        del types
-        call = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
-        dtypes = {value.dtype for value in tree_leaves(call) if isinstance(value, Tensor)}
-        # An operation that writes to an operand needs this operand itself, not a converted copy.
-        if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
-            call = tree_map_only(Tensor, lambda t: t.double() if t.dtype in REDUCED else t, call)
-        return func(*call[0], **call[1])
-
-
-def in_float64(value: Any) -> Any:
-    """Replace *value*, an argument of an operation, by float64 if it is a smaller floating-point type."""
-    return torch.float64 if any(value is dtype for dtype in REDUCED) else value
 
 
 def output_names(network: nn.Module) -> tuple[str, ...]:
@@ -297,8 +256,8 @@ def check_bfloat16(program: ExportedProgram) -> None:
 def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
-    The metadata `part` of a node names the part of the network that computes it, until `clear_parts`. Raises
-    `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
+    The metadata `part` of a node names the part of the network that computes it; `convert_precision` removes
+    it. Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
     """
     if opset < OPSET_OF_BFLOAT16:
         check_bfloat16(program)
@@ -309,7 +268,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     if size > _MAX_BYTES:
         raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}")
     proto: onnx.ModelProto = ir.to_proto(model)
-    check(proto, opset)
+    check_graph(proto, opset)
     return proto
 
 
@@ -319,13 +278,13 @@ def _keep_names_only(model: ir.Model) -> None:
     ClearMetadataAndDocStringPass()(model)
     for node, scope in scopes.items():
         if scope is not None:  # the modules from the outermost to the innermost, then the operation
-            node.metadata_props["part"] = ast.literal_eval(scope)[-2].removeprefix(PREFIX)
+            node.metadata_props["part"] = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape, output.type = None, None
     for name in list(model.graph.initializers):
         value = model.graph.initializers[name]
-        value.name = name.removeprefix(PREFIX)
+        value.name = name.removeprefix(NETWORK_PREFIX)
         value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.outputs):
         value.metadata_props.clear()
@@ -333,12 +292,6 @@ def _keep_names_only(model: ir.Model) -> None:
             value.shape[0] = ir.SymbolicDim("batch")
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-
-
-def clear_parts(model: onnx.ModelProto) -> None:
-    """Remove the metadata of the nodes of *model*, in place."""
-    for node in model.graph.node:
-        del node.metadata_props[:]
 
 
 def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> torch.onnx.ONNXProgram:
@@ -365,7 +318,7 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
     return converted
 
 
-def check(proto: onnx.ModelProto, opset: int = OPSET) -> None:
+def check_graph(proto: onnx.ModelProto, opset: int = OPSET) -> None:
     """Check that every runtime can execute *proto*; raises `LoweringError`.
 
     The graph must be valid, use only *opset* of the standard domain, and hold no control flow and no fixed
@@ -387,24 +340,8 @@ def check(proto: onnx.ModelProto, opset: int = OPSET) -> None:
         raise LoweringError(f"the graph fixes the batch size to {batch.dim_value}")
 
 
-def write(proto: onnx.ModelProto, path: Path) -> None:
-    """Write *proto* to *path*; the same model always gives the same bytes."""
-    path.write_bytes(proto.SerializeToString(deterministic=True))
-
-
-def probe_images(preprocess: Preprocess, folder: Path | None = None) -> NDArray[np.uint8]:
-    """Return the uint8 probes (P, crop, crop, 3): twelve generated images, then at most 64 of *folder*.
-
-    Raises `DataError` if *folder* holds no readable image.
-    """
-    images = generated_images(preprocess.crop)
-    if folder is None:
-        return images
-    return np.concatenate([images, load_images(folder, preprocess, PROBES)])
-
-
 def generated_images(side: int) -> NDArray[np.uint8]:
-    """Generate twelve (side, side, 3) uint8 images from a fixed seed."""
+    """Generate the twelve probes, uint8 (12, side, side, 3), from a fixed seed."""
     random = np.random.default_rng(_SEED)
     ramp = np.linspace(0, 255, side)
     checkerboard = 255 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)
@@ -419,34 +356,6 @@ def generated_images(side: int) -> NDArray[np.uint8]:
         coarse = random.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         images.append(np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)))
     return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])
-
-
-def load_images(folder: Path, preprocess: Preprocess, option: str) -> NDArray[np.uint8]:
-    """Load images of *folder* as uint8 (P, crop, crop, 3).
-
-    *option* is the setting that names the folder. `probes` loads the first 64 images; `calibrate` loads at
-    most 256, spread evenly over the sorted paths so that they cover every class. Raises `DataError` if
-    *folder* does not exist, holds no image or holds one that cannot be read.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of images", setting=option)
-    paths = [path for path in walk(folder) if is_image(path.name)]
-    if not paths:
-        raise DataError(f"{folder}: contains no images; give a folder of JPEG or PNG files", setting=option)
-    chosen = np.arange(min(len(paths), MAX_PHOTOGRAPHS))
-    if option == CALIBRATE:
-        chosen = evenly_spread(len(paths), MAX_CALIBRATION)
-    images = []
-    for path in (paths[position] for position in chosen):
-        try:
-            with image_errors(path), open_regular(path) as file:
-                image = load_pixels(open_image(file.read()))
-            images.append(preprocess_image(image, preprocess))
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); remove it from the folder"
-            ) from error
-    return np.stack(images)
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.int64]:

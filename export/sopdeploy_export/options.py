@@ -23,8 +23,6 @@ class ExportOptions(Options):
     """Remove training-only branches and prove equivalence."""
     max_batch: BatchSize = 64
     """Largest batch that the bundle must accept."""
-    probes: Path | None = None
-    """Folder of images to compare on, in addition to generated ones."""
     allow_drift: bool = False
     """Write the bundle although an output exceeds its tolerance, and record it."""
     precision: Precision = "fp32"

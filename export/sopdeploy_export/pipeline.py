@@ -30,10 +30,10 @@ from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
-from sopdeploy_export.graph import INPUT, Deployed, lower, output_names, probe_images, write
+from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, output_names
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
-from sopdeploy_export.parity.compare import Reference, compare, compute_reference
+from sopdeploy_export.parity.compare import ParityReference, compare_with_network
 from sopdeploy_export.parity.features import (
     add_embedding_output,
     add_feature_map_output,
@@ -41,21 +41,19 @@ from sopdeploy_export.parity.features import (
     check_embedding,
     class_map_layer,
 )
+from sopdeploy_export.parity.findings import LOGITS, ParityReport
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
-from sopdeploy_export.parity.report import LOGITS, ParityReport
 from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
-from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert
+from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision
 from sopdeploy_export.proof.batch import find_mixing
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify, certify_onnx
 from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
 from sopdeploy_export.replay import write_source
 from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
-from sopdeploy_export.report.results import Exported, Results, export_statement
+from sopdeploy_export.report.results import Exported, ExportResults, export_statement
 from sopdeploy_export.subject import ExportSubject
-
-__all__ = ["ExportOptions", "Exported", "export"]
 
 ONNX_FILE = "model.onnx"
 # The parts of the time of an export after which the proof, the conversion and the comparison are complete;
@@ -65,7 +63,7 @@ FOLDED_PROBES = 4  # number of probes on which a folded temperature is checked
 FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; covers the rounding of the divided weights
 
 
-def export(
+def export_checkpoint(
     checkpoint_path: Path,
     destination: Path,
     options: ExportOptions | None = None,
@@ -122,7 +120,7 @@ def export_subject(
     options: ExportOptions | None = None,
     step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Export *subject* as a bundle in *destination*, as `export` does."""
+    """Export *subject* as a bundle in *destination*, as `export_checkpoint` does."""
     options = options or ExportOptions()
     check_exportable(subject.network, subject.detachment.training_only)
     accuracy = AccuracyCheck(subject, options)
@@ -130,15 +128,15 @@ def export_subject(
         add_feature_map_output(subject.network)
     if options.with_features:
         add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
-    images = probe_images(subject.preprocess, options.probes)
+    images = generated_images(subject.preprocess.crop)
     job = _Job(subject, images, accuracy, options, _with_time_left(step), utc_now())
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         certified, certificate = _prove(job)
         if options.precision != "fp32":
             job.step(f"converting the graph to {options.precision}", PROVED)
-        converted = convert(certified, subject.preprocess, options, accuracy)
+        converted = convert_precision(certified, subject.preprocess, options, accuracy)
         accuracy.reject(converted.precision)
-        write(converted.model, folder / ONNX_FILE)
+        (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
         expected, results = _check_file(job, folder, certified, certificate, converted)
         job.step("writing the bundle", CHECKED)
         return _write_bundle(job, folder, destination, converted, expected, results)
@@ -223,14 +221,13 @@ class _Job(NamedTuple):
 
 def _check_file(
     job: _Job, folder: Path, certified: CapturedGraph, certificate: Certificate, converted: ConvertedGraph
-) -> tuple[Reference, Results]:
+) -> tuple[ParityReference, ExportResults]:
     """Compare the file in *folder* with the network, and write `network.pt2` if requested."""
     images, options, step = job.images, job.options, job.step
     file, precision = folder / ONNX_FILE, converted.precision
     step("comparing the file with the network", PROVED)
-    expected, parity = compare_with_network(
-        file, certified.network, converted, job.subject.preprocess, images, options
-    )
+    deployed = Deployed(certified.network, job.subject.preprocess).eval()
+    expected, parity = compare_with_network(file, deployed, images, options, converted.run, converted.gate)
     if options.with_cam:
         layer = class_map_layer(certified.network)
         parity = check_class_maps(file, layer, images[parity.compared_images], parity)
@@ -245,7 +242,7 @@ def _check_file(
         step("writing and checking network.pt2", CHECKED)
         content = torch_program.serialize_program(certified.program, certificate)
         (folder / bundle.PROGRAM).write_bytes(content)
-    results = Results(
+    results = ExportResults(
         certificate=certificate,
         lowering=converted.lowering,
         parity=parity,
@@ -256,28 +253,13 @@ def _check_file(
     return expected, results
 
 
-def compare_with_network(
-    file: Path,
-    detached: nn.Module,
-    converted: ConvertedGraph,
-    preprocess: Preprocess,
-    images: NDArray[np.uint8],
-    options: ExportOptions,
-) -> tuple[Reference, ParityReport]:
-    """Compare the ONNX *file* with the outputs of *detached* in float64 for *images*."""
-    deployed = Deployed(detached, preprocess).eval()
-    expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-    parity = compare(file, expected, images, options.batch, allow_drift=options.allow_drift)
-    return expected, parity
-
-
 def _write_bundle(
     job: _Job,
     folder: Path,
     destination: Path,
     converted: ConvertedGraph,
-    expected: Reference,
-    results: Results,
+    expected: ParityReference,
+    results: ExportResults,
 ) -> Exported:
     """Complete the bundle in *folder* and move it to *destination*."""
     subject, parity = job.subject, results.parity
@@ -301,7 +283,7 @@ def _write_bundle(
     return Exported(path=path, manifest=manifest, warnings=subject.warnings, **vars(results))
 
 
-def as_probes(images: NDArray[np.uint8], expected: Reference, parity: ParityReport) -> Probes:
+def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: ParityReport) -> Probes:
     """Create the bundle's probes from the *images* (P, H, W, 3) that were compared.
 
     If drift was allowed, the tolerance of an output is at least twice its observed drift.
@@ -340,7 +322,7 @@ def write_golden_examples(
 
 
 def _manifest_fields(
-    job: _Job, folder: Path, converted: ConvertedGraph, expected: Reference, results: Results
+    job: _Job, folder: Path, converted: ConvertedGraph, expected: ParityReference, results: ExportResults
 ) -> dict[str, Any]:
     """Collect the fields of the manifest, without `files`."""
     subject, certificate, side = job.subject, results.certificate, job.subject.preprocess.crop

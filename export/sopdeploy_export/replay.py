@@ -20,7 +20,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import BundleError, CertificateError, LoweringError
-from sopdeploy_export.rewrites.apply import LoweringReport, replay
+from sopdeploy_export.rewrites.apply import LoweringReport, reapply
 
 SOURCE = "source.onnx.gz"
 MORE_BYTES = 2**24  # of a source than twice model.onnx: its operators, and weights that a rule folded
@@ -64,7 +64,7 @@ def check_lowering(bundle: Bundle) -> str | None:
         if len(report.rules) > min(MOST_RULES, len(source.graph.node)):
             raise LoweringError(f"{len(report.rules)} rewrites are more than its operators")
         source_root = onnx_root(source)
-        lowered_root = onnx_root(replay(source, report.rules))
+        lowered_root = onnx_root(reapply(source, report.rules))
     except (KeyError, TypeError, ValueError, OSError, EOFError, DecodeError) as error:
         raise BundleError(f"{path}: cannot be read, or belongs to another bundle; {advice}") from error
     except (CertificateError, LoweringError) as error:

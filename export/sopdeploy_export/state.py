@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.errors import LoweringError
 
+STATELESS = "an exported network must be stateless"
 DEPTH = 4  # levels of nested lists, dicts and sets that are restored
 MOST_OBJECTS = 200_000  # that are read; a network with more is refused
 VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dtype, torch.device, torch.Size)
@@ -245,12 +246,15 @@ def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | N
     return None
 
 
-def first_written_tensor(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
-    """Name the first tensor of *before* that was written to or replaced; new tensors may be added."""
+@contextmanager
+def unwritten(network: nn.Module) -> Iterator[None]:
+    """Raise `LoweringError` if the block writes to a tensor of *network* or replaces it; it may add some."""
+    before = read_state(network)
+    yield
+    after = read_state(network)
     for path, leaf in before.items():
         if isinstance(leaf, Identity) and isinstance(leaf.value, Tensor) and after.get(path) != leaf:
-            return path
-    return None
+            raise LoweringError(f"the network writes to {path} while it runs; {STATELESS}")
 
 
 def held_tensors(network: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the report imports this module
 class ExportSubject:
     """A trained network to export.
 
-    `pipeline.export` creates one from a checkpoint, `export_network` from any network.
+    `pipeline.export_checkpoint` creates one from a checkpoint, `export_network` from any network.
 
     Attributes:
         name: Name of the network, such as `dsop-resnet18`.

@@ -19,7 +19,7 @@ from sopdeploy.files import sha256
 
 TYPES = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 WARMUP = "image"
-LABELS = "labels.txt"
+_LABELS = "labels.txt"
 
 
 class TritonModel(StrictModel):
@@ -46,7 +46,7 @@ def write_triton(bundle: Bundle, repository: Path) -> TritonModel:
     broken = [label for label in bundle.labels if label.splitlines() not in ([label], [])]
     if broken:
         raise BundleError(
-            f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {LABELS}"
+            f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}"
             "; rename the class"
         )
     target = repository / bundle.name
@@ -54,7 +54,7 @@ def write_triton(bundle: Bundle, repository: Path) -> TritonModel:
         (folder / "1").mkdir()
         (folder / "warmup").mkdir()
         shutil.copyfile(bundle.onnx, folder / "1" / "model.onnx")
-        (folder / LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
+        (folder / _LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
         (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle.probes).images[0].tobytes())
         (folder / "config.pbtxt").write_text(_model_config(bundle), encoding="utf-8")
         files = _file_hashes(folder)
@@ -119,7 +119,7 @@ def _model_config(bundle: Bundle) -> str:
     batch = manifest.batch
     tensors = [_tensor("input", record) for record in manifest.inputs]
     tensors += [
-        _tensor("output", record, f' label_filename: "{LABELS}"' if position == 0 else "")
+        _tensor("output", record, f' label_filename: "{_LABELS}"' if position == 0 else "")
         for position, record in enumerate(manifest.outputs)
     ]
     text = CONFIG.format(

@@ -15,8 +15,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.user_files import read_class_names
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
-from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.pipeline import export as run
+from sopdeploy_export.pipeline import export_checkpoint as run
+from sopdeploy_export.report.results import Exported
 from sopdeploy_export.user_network.builder import network_builder
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_export.user_network.weights import LoadedWeights, load_weights
@@ -106,7 +106,7 @@ def export_weights(
     )
 
 
-def inspect(weights: Path, options: NetworkOptions) -> dict[str, Any]:
+def inspect_network(weights: Path, options: NetworkOptions) -> dict[str, Any]:
     """List the parts of the network of *options* that its output does not depend on; writes nothing."""
     network, loaded = load_network(weights, options)
     logits_key = _index_or_name(options.logits_key)

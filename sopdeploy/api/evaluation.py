@@ -11,13 +11,13 @@ from sopdeploy.config import expand_options
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.heads import HeadAccuracy
-from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
+from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.plugins import find
 from sopdeploy.report.predictions import metric_tiles, predictions_context
-from sopdeploy.report.run_data import Mistake, Predictions, worst_mistakes
+from sopdeploy.report.run_data import EvaluatedImages, Mistake, worst_mistakes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,7 +46,7 @@ class Evaluation:
     facts: dict[str, str]
     metrics: ClassificationReport | MultiLabelReport
     labels: tuple[str, ...]
-    scores: tuple[Score, ...] | MultiLabelPredictions = field(repr=False)
+    scores: tuple[ImageScore, ...] | MultiLabelPredictions = field(repr=False)
     heads: tuple[HeadAccuracy, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -69,7 +69,7 @@ class Evaluation:
             with suppress(DataError):  # the images may have been moved since
                 images = open_evaluation_images(self.data, self.labels)
                 mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
-        predictions = Predictions(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
+        predictions = EvaluatedImages(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
         return render(
             "sopdeploy.api",
             "scores.html",

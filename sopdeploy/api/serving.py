@@ -17,10 +17,10 @@ from sopdeploy_service.server.background import BackgroundServer
 from sopdeploy_service.server.process import serve as serve_here
 from sopdeploy_service.settings import load_settings
 
-ImageLike: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
+AnyImage: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
 
 
-class Predictions(tuple[FilePrediction, ...]):
+class FilePredictions(tuple[FilePrediction, ...]):
     """The predictions for the images, in their order; a notebook shows them as a table."""
 
     __slots__ = ()
@@ -41,12 +41,12 @@ class Predictions(tuple[FilePrediction, ...]):
 
 def predict(
     bundle: str | Path,
-    images: ImageLike | Iterable[ImageLike],
+    images: AnyImage | Iterable[AnyImage],
     *,
     top_k: int | None = None,
     explain: str | Path | None = None,
     **settings: Any,
-) -> Predictions:
+) -> FilePredictions:
     """Classify images without a server; the results equal those of the service.
 
     The parameters and defaults are those of `sopdeploy predict`.
@@ -74,7 +74,9 @@ def predict(
     items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(items)]
     drawing = None if explain is None else Path(explain)
-    return Predictions(predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing))
+    return FilePredictions(
+        predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing)
+    )
 
 
 def _open(image: object, number: int) -> Path | Image.Image:

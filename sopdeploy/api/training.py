@@ -15,13 +15,13 @@ from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.html.templates import render
 from sopdeploy.project import folder_project
 from sopdeploy.report.predictions import predictions_context, score_tiles
-from sopdeploy.report.run_data import Predictions, RunData, read_run
+from sopdeploy.report.run_data import EvaluatedImages, RunData, read_run
 from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
-from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
+from sopdeploy.training.recipe import Recipe, format_toml, parse_override, read_recipe
 from sopdeploy.training.run_folder import numbered_folder
-from sopdeploy.training.start_weights import choose_network
+from sopdeploy.training.start_weights import network_of_file
 from sopdeploy.training.train import TrainingResult, train_recipe
 
 FOLDER_RECIPE = "photos"
@@ -39,7 +39,7 @@ class TrainedRun(TrainingResult):
     _evaluated: RunData | None = pydantic.PrivateAttr(None)
 
     @property
-    def predictions(self) -> Predictions | None:
+    def predictions(self) -> EvaluatedImages | None:
         """Metrics and worst mistakes of `best` on the held-out images; None if they are not available."""
         if self._evaluated is None:
             self._evaluated = read_run(self.out)
@@ -157,8 +157,8 @@ def configure(
     loaded, keys = read_recipe(source, changes), [parse_override(change)[0] for change in changes]
     weights = None if loaded.start is None else loaded.start.weights
     if recipe is None and "model.name" not in keys and isinstance(weights, Path):
-        network = choose_network(weights, loaded.model.name)
-        loaded = read_recipe(source, [*changes, f"model.name={to_toml(network)}"])
+        network = network_of_file(weights, loaded.model.name)
+        loaded = read_recipe(source, [*changes, f"model.name={format_toml(network)}"])
     if loaded.project is None:
         path = getattr(loaded.data, "path", None)
         name = path and folder_project(path)
@@ -189,7 +189,7 @@ def to_assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[st
             yield from to_assignments(value, f"{key}.")
             continue
         try:
-            yield f"{key}={to_toml(value)}"
+            yield f"{key}={format_toml(value)}"
         except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{key}: not a value of a recipe ({error}); give a number, a text, a list or a dict"

@@ -11,7 +11,7 @@ import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
-from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_name
+from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.errors import BundleError
 from sopdeploy.files import BLOCK_BYTES, writing
@@ -76,7 +76,7 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
         file.seek(BLOCK + len(raw))
         expect(padding(len(raw)), MANIFEST)
         for name, record in sorted(manifest.files.items()):
-            check_name(Path(archive.name), name)
+            check_file_name(Path(archive.name), name)
             if name.casefold() == MANIFEST:
                 raise BundleError(
                     f"{archive.name}: its manifest lists {name!r}, the manifest itself; push the bundle again"

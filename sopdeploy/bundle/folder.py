@@ -194,7 +194,7 @@ def open_bundle(path: Path) -> Bundle:
     path = follow_link(path)
     manifest = read_manifest(path)
     for name in manifest.files:
-        check_name(path, name)
+        check_file_name(path, name)
         if (path / name).is_symlink():
             raise BundleError(f"{path / name}: is a link; a bundle contains only plain files")
         if not (path / name).is_file():
@@ -239,7 +239,7 @@ def _check_size(file: Path, record: FileRecord) -> None:
         raise BundleError(f"{file}: larger than {MAX_JSON_BYTES} bytes; export the bundle again")
 
 
-def check_name(bundle: Path, name: str) -> None:
+def check_file_name(bundle: Path, name: str) -> None:
     """Raise `BundleError` unless *name* from the manifest of *bundle* is a plain file name."""
     plain = PurePosixPath(name).parts == (name,) and len(name.encode()) <= MAX_NAME_BYTES
     if not plain or name in {"/", ".."} or "\\" in name or "\0" in name:

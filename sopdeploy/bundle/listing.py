@@ -74,7 +74,7 @@ def _age(bundle: Listed) -> tuple[str, str, bool, Path]:
     )  # fmt: skip
 
 
-def describe(listed: Iterable[Listed]) -> Iterator[str]:
+def describe_projects(listed: Iterable[Listed]) -> Iterator[str]:
     """Describe in one line per project which bundle is served, and the others with their reasons."""
     lines: dict[str, list[str]] = {}
     for path, manifest, reason in listed:

@@ -20,7 +20,7 @@ from sopdeploy.errors import BundleError, ParityError
 
 ANOTHER_NETWORK = "this runtime does not compute the exported network"
 Outputs = Mapping[str, NDArray[np.float32]]
-Run = Callable[[NDArray[np.uint8]], Outputs]
+RunImages = Callable[[NDArray[np.uint8]], Outputs]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +84,7 @@ def read_probes(path: Path) -> Probes:
     return probes
 
 
-def replay(probes: Probes, run: Run, *, batch: int = 1) -> Replay:
+def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
     """Run the probes in batches of *batch* and compare every output.
 
     Raises `ParityError` if an output is missing, has another shape, is not finite or deviates by more than

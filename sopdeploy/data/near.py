@@ -5,8 +5,8 @@ divided by the root of their variance plus the mean variance. This removes what 
 common: the cosine of two copies stays large, that of two similar objects becomes small. Images whose cosine
 reaches a threshold are connected, and a group is a connected component.
 
-The threshold is measured on the given images and vectors. Nine tenths of `Copies` of a sample of the images
-reach it, unless different images reach that, too: it is at least three standard deviations above the median
+The threshold is measured on the given images and vectors. Four fifths of `Copies` of a sample of the images
+reach it, unless different images reach that, too: it is at least four standard deviations above the median
 cosine of the images of a class, and above the median of the largest cosine with images of other classes.
 
 Letters: N images, M copies, D components of a vector.
@@ -29,8 +29,8 @@ from sopdeploy.images.preprocess import Preprocess
 
 Groups = NDArray[np.int64]  # a number per image
 _RULES = Preprocess()  # for the conversion to upright RGB
-MISSED = 0.1  # share of the copies below the threshold
-DEVIATIONS, QUARTILE = 3.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
+MISSED = 0.2  # share of the copies below the threshold
+DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
 MAX_DIVIDED = 20_000  # with more images, `keep_groups_together` compares no pixels

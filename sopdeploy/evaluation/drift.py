@@ -17,10 +17,10 @@ from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference, known_score
 
 FALSE_ALARMS = 0.01  # without drift, the largest probability that one of the two tests raises an alarm
 TESTS = ("classes", "confidences")
-LEVEL = FALSE_ALARMS / 2  # significance level of each test (Bonferroni)
+SIGNIFICANCE = FALSE_ALARMS / 2  # significance level of each test (Bonferroni)
 MIN_EXPECTED = 5.0
 
-Counts = NDArray[np.int64]
+_Counts = NDArray[np.int64]
 
 
 class Comparison(NamedTuple):
@@ -31,8 +31,8 @@ class Comparison(NamedTuple):
 
     @property
     def alarm(self) -> bool:
-        """Whether the test rejects equal distributions at `LEVEL`."""
-        return self.p_value < LEVEL
+        """Whether the test rejects equal distributions at `SIGNIFICANCE`."""
+        return self.p_value < SIGNIFICANCE
 
 
 class Drift(NamedTuple):
@@ -51,8 +51,8 @@ class PredictionCounts:
     """Counts predictions by class and by confidence."""
 
     def __init__(self, classes: int) -> None:
-        self.classes: Counts = np.zeros(classes, np.int64)
-        self.confidences: Counts = np.zeros(len(CONFIDENCE_BOUNDS) + 1, np.int64)
+        self.classes: _Counts = np.zeros(classes, np.int64)
+        self.confidences: _Counts = np.zeros(len(CONFIDENCE_BOUNDS) + 1, np.int64)
 
     @property
     def images(self) -> int:
@@ -80,7 +80,7 @@ class PredictionCounts:
         return Drift(self.images, dict(zip(TESTS, (classes, confidences), strict=True)))
 
 
-def compare(first: Counts, second: Counts) -> Comparison:
+def compare(first: _Counts, second: _Counts) -> Comparison:
     """Compare two samples, given as counts *first* (K,) and *second* (K,) of the same K categories.
 
     Rare categories are merged for the p-value. An empty sample has the distance 0 and the p-value 1.

@@ -26,7 +26,7 @@ NO_IMAGES = "there are no images to evaluate on; give a folder with images"
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class ImageScore:
     """Prediction for one image; classes are indices into the sorted class names.
 
     `top5` are the five most probable classes, best first. `confidence` is the probability of the first one,
@@ -43,7 +43,7 @@ class Score:
     @classmethod
     def from_ranking(
         cls, target: int, ranked: Sequence[tuple[int, float]], *, known: bool | None = None
-    ) -> "Score":
+    ) -> "ImageScore":
         """Score an image of class *target* from all (class, probability) pairs, most probable first."""
         likelihood = next(probability for index, probability in ranked if index == target)
         top5 = tuple(index for index, _ in ranked[:TOP_K])
@@ -63,6 +63,11 @@ class Rate(StrictModel):
     count: int
     low: Fraction
     high: Fraction
+
+    @property
+    def value(self) -> float:
+        """The fraction, under the name that other scores with an interval have."""
+        return self.share
 
     @classmethod
     def of(cls, right: int, count: int, units: float | None = None) -> "Rate":
@@ -99,7 +104,7 @@ class Bin(StrictModel):
     accuracy: Fraction | None
 
 
-class Calibration(StrictModel):
+class Reliability(StrictModel):
     """Expected calibration error over `bins` bins, with the reliability curve."""
 
     error: Fraction
@@ -120,7 +125,7 @@ class ClassificationReport(StrictModel):
     top1: Rate
     top5: Rate
     nll: Annotated[float, pydantic.Field(ge=0)]
-    calibration: Calibration
+    calibration: Reliability
     classes: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]
     accepted: Rate | None = None
@@ -136,7 +141,7 @@ class ClassificationReport(StrictModel):
         return sorted(confusions, key=lambda confusion: -confusion[2])
 
 
-def classification_report(labels: Sequence[str], scores: Sequence[Score]) -> ClassificationReport:
+def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -> ClassificationReport:
     """Compute all metrics of *scores* over the classes *labels*; raises `DataError` if there are none."""
     count = len(scores)
     if not count:
@@ -177,7 +182,7 @@ def calibration_error(logits: NDArray[np.float64], targets: NDArray[np.int64]) -
     return _calibration(known_score(logits, "max_probability"), logits.argmax(axis=1) == targets).error
 
 
-def _calibration(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -> Calibration:
+def _calibration(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -> Reliability:
     bins = np.clip(np.ceil(confidences * BINS).astype(int) - 1, 0, BINS - 1)
     counts = np.bincount(bins, minlength=BINS)
     expected, right = (np.bincount(bins, values, BINS) for values in (confidences, correct))
@@ -192,4 +197,4 @@ def _calibration(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -
         )
         for index, count in enumerate(counts.tolist())
     ]
-    return Calibration(error=min(1.0, error), bins=BINS, curve=tuple(curve))
+    return Reliability(error=min(1.0, error), bins=BINS, curve=tuple(curve))

@@ -26,9 +26,9 @@ MAX_LOGIT = 30.0  # larger absolute values are clipped
 
 
 class MeanPrecision(StrictModel):
-    """Mean average precision `share` over `count` images with a 95 % interval [`low`, `high`]."""
+    """Mean average precision `value` over `count` images with a 95 % interval [`low`, `high`]."""
 
-    share: Fraction
+    value: Fraction
     count: int
     low: Fraction
     high: Fraction
@@ -48,7 +48,7 @@ class MeanPrecision(StrictModel):
         count, classes = len(true), list(zip(true.T, scores.T, strict=True))
         averages = (average_precision(shown, logits) for shown, logits in classes)
         precisions = [average for average in averages if average is not None]
-        share = float(np.mean(precisions)) if precisions else 0.0
+        value = float(np.mean(precisions)) if precisions else 0.0
         unit_N = np.unique(np.arange(count) if groups is None else groups, return_inverse=True)[1]
         units = int(unit_N.max(initial=-1)) + 1
         draws = np.random.default_rng(seed).multinomial(units, [1 / units] * units, _RESAMPLES)[:, unit_N]
@@ -58,7 +58,7 @@ class MeanPrecision(StrictModel):
         # A resample without any class has no precision: all NaN.
         means = np.nanmean(resampled[~np.isnan(resampled).all(axis=1)], axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return cls(share=share, count=count, low=min(low, share), high=max(high, share))
+        return cls(value=value, count=count, low=min(low, value), high=max(high, value))
 
 
 class MultiLabelMetrics(StrictModel):

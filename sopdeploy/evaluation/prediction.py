@@ -94,7 +94,7 @@ def classification_loss(
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def evaluate(
+def evaluate_network(
     model: nn.Module, dataset: PreprocessedDataset, preprocess: Preprocess, **options: Any
 ) -> HeldOutMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.

@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Decision, sigmoid, softmax
-from sopdeploy.evaluation.metrics import Score
+from sopdeploy.evaluation.metrics import ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions
 
-Predictions = list[Score] | MultiLabelPredictions
+Predictions = list[ImageScore] | MultiLabelPredictions
 
 
 def make_predictions(
@@ -43,5 +43,5 @@ def make_predictions(
         best_first = np.argsort(-(views[0] if len(views) == 1 else probabilities), kind="stable")
         ranked = [(columns[index], float(probabilities[index])) for index in best_first]
         known = decision.is_known(views[0]) if len(views) == 1 else None
-        scores.append(Score.from_ranking(target, ranked, known=known))
+        scores.append(ImageScore.from_ranking(target, ranked, known=known))
     return scores

@@ -10,7 +10,7 @@ from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_ima
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, OverloadedError, ServiceError, UnreachableError
-from sopdeploy.evaluation.metrics import Score
+from sopdeploy.evaluation.metrics import ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions
 
 ALL_CLASSES = 1_000_000  # `top_k` that requests every class
@@ -24,7 +24,7 @@ def score_service(
     model: str | None = None,
     on_image: Callable[[int, int], None],
     log: Log = ignore,
-) -> tuple[tuple[str, ...], list[Score] | MultiLabelPredictions]:
+) -> tuple[tuple[str, ...], list[ImageScore] | MultiLabelPredictions]:
     """Score the service at *url* on the images below *data*, one subfolder per class or `labels.csv`.
 
     Returns the sorted names of the service's classes, and the scores or, for a multi-label network, all
@@ -47,7 +47,9 @@ def score_service(
             response = _classify(client, images, index, model, threshold)
             ranked = [(labels.index(entry.label), entry.probability) for entry in response.classes]
             if thresholds is None:
-                scores.append(Score.from_ranking(int(images.targets[index]), ranked, known=response.known))
+                scores.append(
+                    ImageScore.from_ranking(int(images.targets[index]), ranked, known=response.known)
+                )
             else:
                 for column, probability in ranked:
                     probabilities[index, column] = probability

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sopdeploy.checkpoint import FORMAT, is_state_dict
+from sopdeploy.checkpoint import CHECKPOINT_FORMAT, is_state_dict
 from sopdeploy.errors import WeightsError
 from sopdeploy.importers.matconvnet import read_dagnn
 from sopdeploy.importers.matlab_file import read_hdf5, read_v5
@@ -36,7 +36,7 @@ def open_weights(path: Path) -> WeightFile:
     if start.startswith(MATLAB_MAGIC):
         return read_dagnn(path, read_v5(path))
     content, _ = read_pytorch(path)
-    if isinstance(content, dict) and content.get("format") == FORMAT:
+    if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         raise OwnCheckpointError(f"{path}: already a sopdeploy checkpoint; use it without importing it")
     state, other_keys = _find_state_dict(path, content)
     arch = content.get("arch") if other_keys else None

@@ -8,7 +8,7 @@ from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelReport
 from sopdeploy.html.charts import Axis, Curve, plot
 from sopdeploy.html.templates import percent
-from sopdeploy.report.run_data import Predictions
+from sopdeploy.report.run_data import EvaluatedImages
 from sopdeploy.training.epoch_choice import LoopResult
 from sopdeploy.training.procedure_config import ProcedureResult
 
@@ -16,7 +16,7 @@ MAX_MATRIX_CLASSES = 30
 MAX_CONFUSIONS = 15
 
 
-def predictions_context(predictions: Predictions | None) -> dict[str, Any]:
+def predictions_context(predictions: EvaluatedImages | None) -> dict[str, Any]:
     """Build the template variables that describe *predictions*, which is None if there are no images."""
     if predictions is None:
         return {"predictions": None}
@@ -61,7 +61,7 @@ def score_tiles(result: ProcedureResult) -> dict[str, str]:
     if isinstance(score, float):
         return {**epoch, result.score_name: percent(score)}
     interval = f"{100 * score.low:.0f} to {100 * score.high:.0f}"
-    return {**epoch, result.score_name: f"{percent(score.share)} ({interval})"}
+    return {**epoch, result.score_name: f"{percent(score.value)} ({interval})"}
 
 
 def metric_tiles(metrics: ClassificationReport | MultiLabelReport) -> dict[str, str]:

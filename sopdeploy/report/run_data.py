@@ -4,8 +4,9 @@ import base64
 import io
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -19,7 +20,7 @@ from sopdeploy.data.image_files import ImageFiles, hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
-from sopdeploy.evaluation.metrics import ClassificationReport, Score, classification_report
+from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.prediction import open_images_of, predict_images
 from sopdeploy.evaluation.predictions import make_predictions
@@ -31,7 +32,7 @@ from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe, validate_recipe
 from sopdeploy.training.run import Position
 
-MAX_MISTAKES, MAX_GROUPS, MAX_COPIES = 24, 12, 4  # shown images, groups, and images of a group
+_MAX_MISTAKES, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # shown images, groups, and images of a group
 THUMBNAIL_SIDE = 128  # pixels of the longer side
 JPEG_QUALITY = 75
 OUT_OF_FOLD = "the training images, each predicted by a network that was fitted without it"
@@ -50,7 +51,7 @@ class Mistake:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Predictions:
+class EvaluatedImages:
     """Metrics and worst mistakes on the images that `images` describes.
 
     With several classes per image there is no list of mistakes.
@@ -74,6 +75,9 @@ class WrongLabel(StrictModel):
     probability_suggested: Fraction
 
 
+Gallery = tuple[Mistake, ...]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunData:
     """The contents of a report; if images are missing, `predictions` is None and `reason` explains why.
@@ -86,10 +90,10 @@ class RunData:
     best: Checkpoint
     train_count: int
     history: tuple[EpochRow, ...]
-    predictions: Predictions | None
+    predictions: EvaluatedImages | None = None
     reason: str = ""
-    wrong_labels: tuple[Mistake, ...] = ()
-    groups: tuple[tuple[Mistake, ...], ...] = ()
+    wrong_labels: Gallery = ()
+    groups: tuple[Gallery, ...] = ()
 
 
 def read_run(
@@ -101,47 +105,71 @@ def read_run(
     Raises `ConfigError` for a folder without a finished epoch, `CheckpointError` for invalid checkpoints, and
     `DataError` for an invalid *data*.
     """
-    path, best_path = run / "last.pt", run / "best.pt"
-    if not path.is_file() or not best_path.is_file():
-        raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
-    last, best = read_checkpoint(path), read_checkpoint(best_path)
-    recipe = validate_recipe(last.training.get("recipe", {}), str(path))
-    history, predictions, reason = read_history(last, path), None, ""
-    wrong_labels: tuple[Mistake, ...] = ()
-    groups: tuple[tuple[Mistake, ...], ...] = ()
+    recipe, last = _open_run(run)
+    best = read_checkpoint(run / "best.pt")
+    train_count = int((last.resume or {}).get("train_count", 0))
+    history = read_history(last, run / "last.pt")
+    content = RunData(recipe=recipe, best=best, train_count=train_count, history=history)
+    if data is not None:
+        predictions = _predict(
+            run, content, open_images_of(best, data), f"the images in {data.name}", on_image
+        )
+        return replace(content, predictions=predictions)
     try:
-        images, description = _open_images(recipe, best, data)
+        split = select_procedure(recipe, open_data(recipe.data)).data
+        # Without held-out images, the score was cross-validated on the training images.
+        images = split.held_out if len(split.held_out) else split.train
+        if set(images.labels) != set(best.labels):
+            raise DataError(
+                "the classes of the data have changed since the run started; give the images as data"
+            )
     except (ConfigError, DataError) as error:
-        if data is not None:
-            raise
-        reason = str(error)
+        return replace(content, reason=str(error))
+    state = _procedure_state(last)
+    logits_NC = state.get("out_of_fold")
+    if images is split.train and logits_NC is not None and len(logits_NC) == len(images):
+        views_N1C = logits_NC.double().numpy()[:, None]
+        predicted = make_predictions(views_N1C, images, images.labels, best.decision)
+        predictions = _summarize(predicted, images, best, OUT_OF_FOLD)
     else:
-        if data is None:
-            wrong_labels, groups = _training_galleries(recipe, last)
-        out_of_fold_NC = None if data is not None else _out_of_fold_logits(last, best, len(images))
-        if out_of_fold_NC is None:
-            model = build_classifier(best, best_path)
-            predicted = predict_images(model, best, images, workers=recipe.workers, on_image=on_image)
-        else:
-            views_N1C = out_of_fold_NC.double().numpy()[:, None]
-            predicted = make_predictions(views_N1C, images, images.labels, best.decision)
-            description = OUT_OF_FOLD
-        if isinstance(predicted, MultiLabelPredictions):
-            predictions = Predictions(metrics=predicted.report(), mistakes=(), images=description)
-        else:
-            metrics = classification_report(images.labels, predicted)
-            mistakes = worst_mistakes(predicted, images, best.preprocess)
-            predictions = Predictions(metrics=metrics, mistakes=tuple(mistakes), images=description)
-    return RunData(
-        recipe=recipe,
-        best=best,
-        train_count=int((last.resume or {}).get("train_count", 0)),
-        history=history,
-        predictions=predictions,
-        reason=reason,
-        wrong_labels=wrong_labels,
-        groups=groups,
-    )
+        note = ", which also selected the epoch, so all scores of this section are too high"
+        description = f"the held-out images{note if recipe.procedure.kind == 'loop' else ''}"
+        predictions = _predict(run, content, images, description, on_image)
+    galleries = _training_galleries(split.train, state, last.preprocess)
+    return replace(content, predictions=predictions, **galleries)
+
+
+def _open_run(run: Path) -> tuple[Recipe, Checkpoint]:
+    """Read the recipe and the last checkpoint of the run in the folder *run*."""
+    path = run / "last.pt"
+    if not path.is_file() or not (run / "best.pt").is_file():
+        raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
+    last = read_checkpoint(path)
+    return validate_recipe(last.training.get("recipe", {}), str(path)), last
+
+
+def _predict(
+    run: Path, content: RunData, images: LabeledImages, description: str, on_image: Callable[[int, int], None]
+) -> EvaluatedImages:
+    """Evaluate the network in `best.pt` on *images*."""
+    model = build_classifier(content.best, run / "best.pt")
+    workers = content.recipe.workers
+    predicted = predict_images(model, content.best, images, workers=workers, on_image=on_image)
+    return _summarize(predicted, images, content.best, description)
+
+
+def _summarize(
+    predicted: MultiLabelPredictions | Sequence[ImageScore],
+    images: LabeledImages,
+    best: Checkpoint,
+    description: str,
+) -> EvaluatedImages:
+    """Compute the metrics and find the worst mistakes of the predictions for *images*."""
+    if isinstance(predicted, MultiLabelPredictions):
+        return EvaluatedImages(metrics=predicted.report(), mistakes=(), images=description)
+    metrics = classification_report(images.labels, predicted)
+    mistakes = worst_mistakes(predicted, images, best.preprocess)
+    return EvaluatedImages(metrics=metrics, mistakes=tuple(mistakes), images=description)
 
 
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
@@ -150,16 +178,12 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
     *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for a run without
     out-of-fold predictions of one class per image, `DataError` if the images have changed since the run.
     """
-    path = run / "last.pt"
-    if not path.is_file():
-        raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
-    last = read_checkpoint(path)
-    recipe = validate_recipe(last.training.get("recipe", {}), str(path))
+    recipe, last = _open_run(run)
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
     images = select_procedure(recipe, open_data(recipe.data)).data.train
-    logits_NC = _procedure_state(last).get("out_of_fold")
-    if logits_NC is None or images.targets.ndim != 1 or not isinstance(images, ImageFiles):
+    logits_NC = _procedure_state(last).get("label_logits")
+    if logits_NC is None or not isinstance(images, ImageFiles):
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
@@ -194,37 +218,27 @@ def _rank_labels(logits_NC: NDArray[np.float64], images: ImageFiles) -> list[tup
 
 
 def _training_galleries(
-    recipe: Recipe, last: Checkpoint
-) -> tuple[tuple[Mistake, ...], tuple[tuple[Mistake, ...], ...]]:
-    """Show the training images with probably wrong labels, and the largest groups of copies."""
-    state = _procedure_state(last)
-    logits_NC, group_N = state.get("out_of_fold"), state.get("groups")
-    if logits_NC is None or group_N is None:  # of the training loop, whose split would compare all images
-        return (), ()
-    images = select_procedure(recipe, open_data(recipe.data)).data.train
-    if not isinstance(images, ImageFiles) or len(images) != len(group_N):
-        return (), ()
-    wrong: tuple[Mistake, ...] = ()
-    if images.targets.ndim == 1:
-        wrong = tuple(
-            _picture(
-                images,
-                index,
-                f"{one.label} ({percent(one.probability)}), suggested: {one.suggested} "
-                f"({percent(one.probability_suggested)})",
-                last.preprocess,
-            )
-            for index, one in _rank_labels(logits_NC.double().numpy(), images)[:MAX_MISTAKES]
+    images: LabeledImages, state: dict[str, Tensor], preprocess: Preprocess
+) -> dict[str, Any]:
+    """Show the training *images* with probably wrong labels, and the largest groups of copies."""
+    if "groups" not in state or not isinstance(images, ImageFiles) or len(images) != len(state["groups"]):
+        return {}
+    wrong = []
+    if "label_logits" in state:
+        for index, one in _rank_labels(state["label_logits"].double().numpy(), images)[:_MAX_MISTAKES]:
+            shares = map(percent, (one.probability, one.probability_suggested))
+            caption = f"{one.label} ({next(shares)}), suggested: {one.suggested} ({next(shares)})"
+            wrong.append(_picture(images, index, caption, preprocess))
+    group_N = state["groups"].numpy()
+    sizes = np.bincount(group_N)
+    groups = []
+    for group in np.argsort(-sizes, kind="stable")[: min(_MAX_GROUPS, int((sizes > 1).sum()))]:
+        members = np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist()
+        captions = (", ".join(images.class_names(index)) for index in members)
+        groups.append(
+            tuple(_picture(images, *shown, preprocess) for shown in zip(members, captions, strict=True))
         )
-    sizes = np.bincount(group_N.numpy())
-    largest = [group for group in np.argsort(-sizes, kind="stable")[:MAX_GROUPS] if sizes[group] > 1]
-    members = [np.flatnonzero(group_N.numpy() == group)[:MAX_COPIES].tolist() for group in largest]
-    return wrong, tuple(
-        tuple(
-            _picture(images, index, ", ".join(images.class_names(index)), last.preprocess) for index in group
-        )
-        for group in members
-    )
+    return {"wrong_labels": tuple(wrong), "groups": tuple(groups)}
 
 
 def _procedure_state(last: Checkpoint) -> dict[str, Tensor]:
@@ -257,32 +271,13 @@ def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:
     return history
 
 
-def _open_images(recipe: Recipe, checkpoint: Checkpoint, data: Path | None) -> tuple[LabeledImages, str]:
-    """Open the images to evaluate; return them and a description."""
-    if data is not None:
-        return open_images_of(checkpoint, data), f"the images in {data.name}"
-    split = select_procedure(recipe, open_data(recipe.data)).data
-    # Without held-out images, the score was cross-validated on the training images.
-    images = split.held_out if len(split.held_out) else split.train
-    if set(images.labels) != set(checkpoint.labels):
-        raise DataError("the classes of the data have changed since the run started; give the images as data")
-    note = ", which also selected the epoch, so all scores of this section are too high"
-    return images, f"the held-out images{note if recipe.procedure.kind == 'loop' else ''}"
-
-
-def _out_of_fold_logits(last: Checkpoint, best: Checkpoint, images: int) -> Tensor | None:
-    """Get the out-of-fold logits (N, C) of a cross-validated run; None unless there is a row per image."""
-    if best.training.get("procedure", {}).get("estimated_on") != "cross-validation":
-        return None
-    logits_NC = _procedure_state(last).get("out_of_fold")
-    return logits_NC if logits_NC is not None and len(logits_NC) == images else None
-
-
-def worst_mistakes(scores: Sequence[Score], images: LabeledImages, preprocess: Preprocess) -> list[Mistake]:
+def worst_mistakes(
+    scores: Sequence[ImageScore], images: LabeledImages, preprocess: Preprocess
+) -> list[Mistake]:
     """Select the wrong predictions with the highest confidence."""
     wrong = [(-score.confidence, index) for index, score in enumerate(scores) if not score.correct]
     mistakes = []
-    for _, index in sorted(wrong)[:MAX_MISTAKES]:
+    for _, index in sorted(wrong)[:_MAX_MISTAKES]:
         score = scores[index]
         true, predicted = images.labels[score.target], images.labels[score.top5[0]]
         caption = (

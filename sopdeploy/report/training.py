@@ -25,7 +25,6 @@ def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
     return {
         "learning": _learning_charts(history),
         "branch_images": diagnostics.images if diagnostics and len(_head_names(history)) > 1 else 0,
-        "course": _course_charts(history),
         "throughput": short_number(round(throughput, 1)) if throughput else "",
         "columns": columns,
         "rows": [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],
@@ -89,29 +88,6 @@ def _join_others(curves: list[Curve]) -> list[Curve]:
             by_epoch.setdefault(epoch, []).append(value)
     points = tuple((epoch, sum(values) / len(values)) for epoch, values in sorted(by_epoch.items()))
     return [*curves[: MAX_CURVES - 1], Curve(name=f"{len(others)} other branches: mean", points=points)]
-
-
-def _course_charts(history: Sequence[EpochRow]) -> list[Chart]:
-    """Plot learning rate, gradient norm and waiting time, each if several epochs recorded it."""
-    rate = epoch_curve("learning rate", history, [row.lr for row in history])
-    gradient = epoch_curve("gradient norm", history, [row.gradient for row in history])
-    fractions = [row.speed.data_fraction if row.speed else None for row in history]
-    waiting = epoch_curve("waiting for data", history, fractions)
-    charts = [
-        ("rate", rate, Axis("rate", low=0.0), "At the end of each epoch."),
-        ("gradient", gradient, Axis("norm", logarithmic=True), "Mean norm before clipping."),
-        (
-            "waiting",
-            waiting,
-            Axis("fraction of the time", low=0.0, high=1.0),
-            "If it is high, use more workers or smaller images.",
-        ),
-    ]
-    return [
-        (plot(id_, curve.name.capitalize(), [curve], EPOCHS, axis), caption)
-        for id_, curve, axis, caption in charts
-        if len(curve.points) > 1
-    ]
 
 
 def component_chart(id: str, title: str, counts: Sequence[int]) -> Chart:

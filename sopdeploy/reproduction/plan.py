@@ -17,7 +17,7 @@ from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.results import MeanError, SeedResult, mean_error
 from sopdeploy.reproduction.small import SMALL_DATA, STATEMENT, small_data, small_overrides
 from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable, find_table
-from sopdeploy.training.recipe import Recipe, parse_override, read_recipe, to_toml
+from sopdeploy.training.recipe import Recipe, format_toml, parse_override, read_recipe
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
 # the forward pass, and a multiply-add is two operations.
@@ -216,7 +216,7 @@ def _scale_overrides(row: Row, table: PrintedTable, options: ReproduceOptions) -
             for override in small_overrides(recipe, small_data(options.out, options.data))
             if override.startswith(("model.", "teacher.")) or parse_override(override)[0] not in replaced
         ]
-    return [] if options.data is None else [f"data.path={to_toml(str(options.data))}"]
+    return [] if options.data is None else [f"data.path={format_toml(str(options.data))}"]
 
 
 def _start_weights(printed: PrintedRow, options: ReproduceOptions) -> list[str]:
@@ -225,7 +225,7 @@ def _start_weights(printed: PrintedRow, options: ReproduceOptions) -> list[str]:
         return []
     table, row = printed.pretrained.split("/")
     path = run_path(options.folder(find_table(table)), row, 0) / "best.pt"
-    return [f"start.weights={to_toml(str(path))}"] if path.is_file() else []
+    return [f"start.weights={format_toml(str(path))}"] if path.is_file() else []
 
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:

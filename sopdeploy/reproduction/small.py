@@ -22,7 +22,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.reproduction.tables import DataSet
-from sopdeploy.training.recipe import Recipe, to_toml
+from sopdeploy.training.recipe import Recipe, format_toml
 
 EPOCHS, BATCH_SIZE = 4, 32
 LEARNING_RATES = {"sgd": 0.05, "rmsprop": 0.001, "radam": 0.005, "adamw": 0.002, "adahessian": 0.02}
@@ -74,8 +74,8 @@ def small_overrides(recipe: Recipe, images: Path) -> list[str]:
     kind = recipe.optimizer.kind
     overrides = [
         *([f"model.name={name}"] if name != recipe.model.name else []),
-        f"model.config={to_toml(config)}",
-        f"data={to_toml({'kind': 'folder', 'path': str(images)})}",
+        f"model.config={format_toml(config)}",
+        f"data={format_toml({'kind': 'folder', 'path': str(images)})}",
         f"epochs={EPOCHS}",
         f"batch_size={BATCH_SIZE}",
         "accumulate=1",
@@ -92,7 +92,7 @@ def small_overrides(recipe: Recipe, images: Path) -> list[str]:
     if recipe.teacher is not None and recipe.teacher.model is not None:
         teacher = recipe.model_copy(update={"model": recipe.teacher.model})
         network, options = small_network(teacher)
-        overrides.append(f"teacher.model={to_toml({'name': network, 'config': options})}")
+        overrides.append(f"teacher.model={format_toml({'name': network, 'config': options})}")
     if recipe.ema is not None:
         overrides.append("ema.decay=0.9")
     return overrides

@@ -17,7 +17,7 @@ NAME_LENGTH = 16
 
 
 class EngineKey(StrictModel):
-    """Cache key of a plan: bundle, TensorRT version, GPU, precision, profiles and builder options."""
+    """Cache key of a plan: bundle, TensorRT version, GPU, precision, profiles and converter."""
 
     bundle: str  # <model>-<id>
     bundle_onnx: Sha256
@@ -53,17 +53,12 @@ class EngineKey(StrictModel):
 
 
 class Receipt(StrictModel):
-    """Requested and actual precision of the engine, from TensorRT's inspector.
+    """The number of layers with each floating type at inputs or outputs, from TensorRT's inspector.
 
-    `layers` counts the layers by the floating types at their inputs and outputs. `operators` counts the
-    operators of the graph, `operators_seen` those that the inspector names. `warnings` says where the
-    precisions differ or the inspector shows too little.
+    `warnings` says where these types differ from those of the graph, or that the inspector shows none.
     """
 
-    requested: str
     layers: dict[str, int]
-    operators: int
-    operators_seen: int
     warnings: tuple[str, ...] = ()
 
 

@@ -14,7 +14,7 @@ from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.near import keep_groups_together
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
-from sopdeploy.evaluation.prediction import evaluate, predict_logits
+from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import diagnose
 from sopdeploy.training.distributed.batch_sharding import shard_step
@@ -109,7 +109,7 @@ def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState
         callback.on_evaluation_batch(epoch=epoch, done=done)
         signals.exchange()
 
-    metrics = evaluate(
+    metrics = evaluate_network(
         run.exported,
         held_out,
         recipe.preprocess,

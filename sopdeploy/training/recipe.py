@@ -130,8 +130,8 @@ class Recipe(LoopSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
-        if self.optimizer.kind == "adahessian" and (self.compile or self.precision == "fp16"):
-            raise ValueError("optimizer.kind adahessian: needs compile=false and precision fp32 or bf16")
+        if self.optimizer.kind == "adahessian" and self.compile:
+            raise ValueError("optimizer.kind adahessian: needs compile=false")
         if 2 * self.accumulate > self.batch_size:
             raise ValueError("accumulate: each micro-batch needs at least two samples; lower accumulate")
         if self.accumulate > 1 and "balance_weight" in entry(self.model.name).config.model_fields:
@@ -229,13 +229,13 @@ def parse_override(override: str) -> tuple[str, Any]:
     return key, parsed["value"] if parsed.keys() == {"value"} else text
 
 
-def to_toml(value: Any) -> str:
+def format_toml(value: Any) -> str:
     """Format *value* as an inline TOML value; entries that are None are left out."""
     if isinstance(value, Mapping):
-        pairs = (f"{key}={to_toml(entry)}" for key, entry in value.items() if entry is not None)
+        pairs = (f"{key}={format_toml(entry)}" for key, entry in value.items() if entry is not None)
         return "{" + ", ".join(pairs) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(to_toml, value)) + "]"
+        return "[" + ", ".join(map(format_toml, value)) + "]"
     return json.dumps(value, default=str, ensure_ascii=False)
 
 

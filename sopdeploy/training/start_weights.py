@@ -122,7 +122,7 @@ def _read(recipe: Recipe) -> StartWeights:
     )
 
 
-def choose_network(weights: Path, default: str) -> str:
+def network_of_file(weights: Path, default: str) -> str:
     """Choose the network for the weight file *weights*: *default* unless the file is that of another one."""
     importers, path = find("sopdeploy.importers", "weights"), expand_user(weights)
     return str(importers.choose_network(path, default)) if importers and path.is_file() else default

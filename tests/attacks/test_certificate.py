@@ -21,7 +21,7 @@ from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph import Captured, capture, probe_images
+from sopdeploy_export.graph import Captured, capture, generated_images
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof import certificate
 from sopdeploy_export.proof.certificate import certify
@@ -66,7 +66,7 @@ def network() -> Classifier:
 
 
 def prove(trained: Classifier, detached: nn.Module | None = None, batch: BatchRange | None = ALONE) -> None:
-    probes = torch.from_numpy(probe_images(PREPROCESS))
+    probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     certify(trained, detach(trained) if detached is None else detached, PREPROCESS, probes, batch=batch)
 
 
@@ -242,7 +242,7 @@ def stored_otherwise(found: Any) -> None:
 
 
 def test_unmodified_network_is_certified_and_memory_layout_does_not_change_the_root() -> None:
-    probes, certified = torch.from_numpy(probe_images(PREPROCESS)), []
+    probes, certified = torch.from_numpy(generated_images(PREPROCESS.crop)), []
     for change in (lambda _: None, stored_otherwise):
         trained = network()
         trained.get_buffer("bn1.running_mean").zero_()
@@ -294,7 +294,7 @@ def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
     trained = create_model("isqrt-resnet18", num_classes=10).eval()
     triangle = next(buffer for name, buffer in trained.named_buffers() if name.endswith("triangle"))
     triangle[1] = triangle[0]
-    probes = torch.from_numpy(probe_images(PREPROCESS))
+    probes = torch.from_numpy(generated_images(PREPROCESS.crop))
     with pytest.raises(CertificateError, match=r"triangle differs from the plain network's"):
         certify(trained, trained, PREPROCESS, probes, batch=ALONE)
 

@@ -104,7 +104,7 @@ def test_every_spelling_of_a_norm_is_exported(norm: str, compensated: bool, d: i
     net = Program()
     model = net.model(textbook_root(net, net.image(d, m), d, m, norm=norm, compensated=compensated))
     lowered = lower_graph(model)
-    assert [rule.name for rule in lowered.rules] == [newton_schulz.NAME]
+    assert [rule.name for rule in lowered.rules] == [newton_schulz.NEWTON_SCHULZ]
     assert largest_difference(model, lowered.model) < 1e-7
 
 
@@ -139,7 +139,7 @@ def test_experts_are_left_out_only_if_their_weight_is_0_and_their_vector_is_fini
         assert lower_graph(model).rules == ()
         return
     lowered = lower_graph(model)
-    assert [rule.name for rule in lowered.rules] == [experts.NAME]
+    assert [rule.name for rule in lowered.rules] == [experts.EXPERTS]
 
 
 def test_an_einsum_that_repeats_an_axis_is_left_as_it_is() -> None:

@@ -13,7 +13,7 @@ from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.graph import CALIBRATE, PROBES, load_images
+from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands.batch.reader import Entry, Reader
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.commands.predict import read_image
@@ -61,10 +61,7 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
     assert kept.skipped == (str(special),)
     assert f"{listed}cannot be read" in fails(lambda: [[*part] for part in (split.train, split.held_out)])
     assert [error.startswith(listed) for error in check_data(root).unreadable] == [True]
-    for option in (PROBES, CALIBRATE):
-        assert fails(lambda option=option: load_images(root, RULES, option)).startswith(
-            f"{listed}cannot be read"
-        )
+    assert fails(lambda: calibration_images(root, RULES)).startswith(f"{listed}cannot be read")
     assert fails(lambda: read_image(special, 1000)).startswith(f"{listed}cannot be read (not a regular file)")
 
 
@@ -77,7 +74,7 @@ def test_classify_gives_the_file_a_row_with_an_error(special: Path) -> None:
 
 def test_a_folder_with_an_image_suffix_is_no_image(tmp_path: Path) -> None:
     (write_classes(tmp_path, ("cat",), each=3) / "cat" / "9.jpg").mkdir()
-    assert [len(load_images(tmp_path, RULES, option)) for option in (PROBES, CALIBRATE)] == [3, 3]
+    assert len(calibration_images(tmp_path, RULES)) == 3
 
 
 @pytest.mark.parametrize("suffix", [".tar", ".txt"])

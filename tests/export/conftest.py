@@ -13,9 +13,10 @@ from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph import probe_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import Exported, export
+from sopdeploy_export.pipeline import export_checkpoint
+from sopdeploy_export.report.results import Exported
 from tests import quick_torch
 from tests.export.once import proving_once
 
@@ -49,7 +50,7 @@ def preprocess() -> Preprocess:
 
 @pytest.fixture(scope="session")
 def probes(preprocess: Preprocess) -> Tensor:
-    return torch.from_numpy(probe_images(preprocess))
+    return torch.from_numpy(generated_images(preprocess.crop))
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def export_once(
     checkpoint = save(network, name, folder / "ckpt.pt", preprocess, labels)
     chosen = ExportOptions.model_validate({"detach": bool(network.training_only), **options})
     with proving_once(changes_program=chosen.pt2):
-        return export(checkpoint, folder / "out", chosen)
+        return export_checkpoint(checkpoint, folder / "out", chosen)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ at the end. Both are replaced here.
 import json
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.from_program import build_from_program
+from sopdeploy_export.engine_builder.from_program import build_from_program
 
 DEVICE: dict[str, Any] = {
     "current_device": lambda: 0,
@@ -46,6 +47,7 @@ class Runtime:
 def main(paths: list[str]) -> None:
     for name, function in DEVICE.items():
         setattr(torch.cuda, name, function)
+    import torch_tensorrt
     from torch_tensorrt.dynamo.conversion import _TRTInterpreter as interpreter
 
     interpreter.trt.Runtime = Runtime
@@ -57,6 +59,10 @@ def main(paths: list[str]) -> None:
         names.extend([*kwargs["input_binding_names"], *kwargs["output_binding_names"]])
 
     interpreter.TRTInterpreter.__init__ = record_names
+    convert = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine
+    torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine = partial(
+        convert, optimization_level=0
+    )  # builds in less time
     profile = Profile(minimum=1, optimum=4, maximum=4)
     for path in paths:
         names.clear()

@@ -30,9 +30,10 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph import Deployed, probe_images
+from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import Exported, export, fold_temperature
+from sopdeploy_export.pipeline import export_checkpoint, fold_temperature
+from sopdeploy_export.report.results import Exported
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import GMGAP, LABELS, save, trained
@@ -50,7 +51,7 @@ def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     with proving_once(changes_program=True):  # as `branched`, whose programs are cached
-        return export(checkpoint, tmp_path_factory.mktemp("bundles"), DETACH)
+        return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundles"), DETACH)
 
 
 def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
@@ -91,7 +92,7 @@ def test_folders_are_checked_before_the_first_expensive_step(
     options = ExportOptions(detach=True, precision="int8", **{option: folder})
     steps: list[str] = []
     with pytest.raises(DataError, match=message):
-        export(checkpoint, tmp_path / "bundles", options, steps.append)
+        export_checkpoint(checkpoint, tmp_path / "bundles", options, steps.append)
     assert steps == []
 
 
@@ -107,9 +108,9 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
     def attempt(images: list[int], **options: Any) -> list[str]:
         hashes, steps = torch.tensor(sorted(images), dtype=torch.int64), list[str]()
         write_checkpoint(path, replace(read_checkpoint(checkpoint), project="photos", image_hashes=hashes))
-        chosen = DETACH.model_copy(update={"probes": tmp_path / "no folder", **options})
+        chosen = DETACH.model_copy(update={"evaluate": tmp_path / "no folder", **options})
         with pytest.raises(SopdeployError) as error:
-            export(path, tmp_path / "bundles", chosen, steps.append)
+            export_checkpoint(path, tmp_path / "bundles", chosen, steps.append)
         return [*steps, error.value.describe(command_line_option)]
 
     assert attempt([1, 2]) == [
@@ -138,7 +139,7 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
     with proving_once(changes_program=True):
-        again = export(checkpoint, tmp_path, DETACH)
+        again = export_checkpoint(checkpoint, tmp_path, DETACH)
     assert again.path.name == exported.path.name
     for name in exported.manifest.files:
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
@@ -157,16 +158,11 @@ def test_the_in_toto_statement_names_the_file_its_checkpoint_and_what_was_proved
     assert (predicate["parity"]["passed"], predicate["parity"]["precision"]) == (True, "fp32")
 
 
-def test_photographs_are_added_to_the_probes_and_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (30, 20), (10, 200, 30)).save(tmp_path / "photos" / "one.jpg")
-    options = DETACH.model_copy(update={"probes": tmp_path / "photos"})
+def test_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     with proving_once(changes_program=True):
-        found = export(checkpoint, tmp_path / "out", options, steps.append)
-    assert len(read_probes(found.path / "probes.npz").images) == 13
-    expected = ["proving", "lowering", "comparing", "writing"]
-    assert [step.split()[0] for step in steps] == expected
+        export_checkpoint(checkpoint, tmp_path / "out", DETACH, steps.append)
+    assert [step.split()[0] for step in steps] == ["proving", "lowering", "comparing", "writing"]
 
 
 def test_no_file_of_a_bundle_contains_a_local_path(exported: Exported, checkpoint: Path) -> None:
@@ -182,9 +178,9 @@ def test_failed_comparison_leaves_no_files(
     def fail(*_: object, **__: object) -> None:
         raise ParityError("the exported file drifts")
 
-    monkeypatch.setattr(pipeline, "compare", fail)
+    monkeypatch.setattr(pipeline, "compare_with_network", fail)
     with proving_once(changes_program=True), pytest.raises(ParityError):
-        export(checkpoint, tmp_path / "out", DETACH)
+        export_checkpoint(checkpoint, tmp_path / "out", DETACH)
     assert not (tmp_path / "out").exists()
 
 
@@ -206,9 +202,9 @@ def test_invalid_request_fails_in_one_line_and_writes_nothing(
     (tmp_path / "text" / "note.jpg").write_text("not an image")
     options = ExportOptions(max_batch=4)
     if folder is not None:
-        options = DETACH.model_copy(update={"probes": tmp_path / folder})
+        options = DETACH.model_copy(update={"precision": "int8", "calibrate": tmp_path / folder})
     with pytest.raises(error, match=message) as problem:
-        export(checkpoint, tmp_path / "out", options)
+        export_checkpoint(checkpoint, tmp_path / "out", options)
     assert "\n" not in str(problem.value)
     assert not (tmp_path / "out").exists()
 
@@ -217,7 +213,7 @@ def test_a_class_name_that_is_not_unicode_is_one_line(preprocess: Preprocess, tm
     labels = (*LABELS[:-1], "caf\udce9")  # how Python reads the folder name b"caf\xe9"
     path = save(trained("resnet8"), "resnet8", tmp_path / "ckpt.pt", preprocess, labels)
     with pytest.raises(ConfigError, match=r"class 'caf\\udce9': its name is not valid Unicode"):
-        export(path, tmp_path / "out")
+        export_checkpoint(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["dsop-resnet8", "gmgap-16-8-resnet18"])
@@ -225,7 +221,7 @@ def test_a_folded_temperature_divides_the_logits_and_no_other_output(
     preprocess: Preprocess, name: str
 ) -> None:
     network = trained(name, **({} if name == "dsop-resnet8" else GMGAP))
-    images, ones = probe_images(preprocess), torch.ones(2, 3, 16, 16)
+    images, ones = generated_images(preprocess.crop), torch.ones(2, 3, 16, 16)
     folded = fold_temperature(network, 1.7, preprocess, images)
     with torch.no_grad():
         before, after = (
@@ -253,4 +249,4 @@ def test_a_temperature_that_cannot_be_folded_is_an_error(
     classify = network.classify
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
     with pytest.raises(LoweringError, match=message):
-        fold_temperature(network, 1.7, preprocess, probe_images(preprocess))
+        fold_temperature(network, 1.7, preprocess, generated_images(preprocess.crop))

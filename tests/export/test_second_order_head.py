@@ -6,10 +6,9 @@ import onnx
 import pytest
 from torch import nn
 
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models import user_network
 from sopdeploy.models.registry import REGISTERED, entry
-from sopdeploy_export.graph import probe_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.gpu_graphs import accepted
@@ -40,7 +39,7 @@ def test_a_network_of_the_user_with_a_head_agrees(tmp_path: Path, monkeypatch: p
 def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
     small = Small("head:resnet8", 16, STATISTICS)
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
-    images, plain = probe_images(Preprocess(resize=16, crop=16))[:4], onnx.load(tmp_path / "model.onnx")
+    images, plain = generated_images(16)[:4], onnx.load(tmp_path / "model.onnx")
     graph = Int8Quantizer(plain, images, float32_parts(small.build())).quantize().graph
     in_float = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     weights = {node.input[1] for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}}

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,8 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
 from sopdeploy.models.base import Classifier
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.tensorrt.from_program import build_from_program
-from sopdeploy_export.tensorrt.precision_check import list_precisions
+from sopdeploy_export.engine_builder.from_program import build_from_program
+from sopdeploy_export.report.results import Exported
 from tests.export.conftest import export_once
 from tests.service.children import PYTHONPATH
 
@@ -65,19 +65,13 @@ def test_what_is_missing_is_one_line(
     branched: Exported, gated: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(EngineError, match=r"has no network\.pt2; export the checkpoint again with --pt2"):
-        build_from_program(open_bundle(gated.path), PROFILE, 3, 1 << 30)
+        build_from_program(open_bundle(gated.path), PROFILE, 1 << 30)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match=r"sopdeploy\[torch-tensorrt\]"):
-        build_from_program(open_bundle(branched.path), PROFILE, 3, 1 << 30)
+        build_from_program(open_bundle(branched.path), PROFILE, 1 << 30)
 
 
-@pytest.mark.parametrize(
-    ("types", "warning"),
-    [(("Float", "Float"), None), (("Float", "Half"), "compute with fp16"), ((), "shows no types")],
-)
-def test_lower_precisions_of_a_plan_are_a_warning(types: tuple[str, ...], warning: str | None) -> None:
-    layers = [{"Name": f"layer {n}", "Outputs": [{"Format/Datatype": text}]} for n, text in enumerate(types)]
-    receipt = list_precisions("fp32", json.dumps({"Layers": layers}))
-    assert receipt.layers.get("fp32", 0) == types.count("Float")
-    assert (warning is None) == (not receipt.warnings)
-    assert warning is None or warning in receipt.warnings[0]
+def test_every_allowed_release_names_the_outputs_of_an_engine() -> None:
+    """Releases before 2.14 accept `output_binding_names` among other keywords and ignore it."""
+    extras = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert "torch-tensorrt>=2.14,<2.15" in extras["optional-dependencies"]["torch-tensorrt"]

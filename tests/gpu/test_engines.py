@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sopdeploy.tensorrt.cache import StoredEngine, load_engine
-from sopdeploy_export.tensorrt.engine import get_engine
-from sopdeploy_export.tensorrt.options import EngineOptions
+from sopdeploy_export.engine_builder.engine import get_engine
+from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.networks import network, outputs_of, some_images, write
@@ -24,7 +24,9 @@ def test_an_engine_reproduces_the_probes_and_is_then_cached(tmp_path: Path) -> N
 
 
 def test_an_fp16_graph_becomes_an_fp16_engine(tmp_path: Path) -> None:
-    built = get_engine(write(tmp_path, network(half=True)), EngineOptions(precision="fp16", profiles="1,4"))
+    built = get_engine(
+        write(tmp_path, network(half=True), precision="fp16"), EngineOptions(strict=True, profiles="1,4")
+    )
     assert built.record.receipt.layers.get("fp16", 0) > 0
 
 

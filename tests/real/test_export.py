@@ -8,7 +8,8 @@ import pytest
 import sopdeploy
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import Exported, export
+from sopdeploy_export.pipeline import export_checkpoint
+from sopdeploy_export.report.results import Exported
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.real.conftest import LITE0
@@ -23,7 +24,7 @@ def checkpoint(lite0_file: Path, photos: Path, tmp_path_factory: pytest.TempPath
 
 def int8(checkpoint: Path, photos: Path, folder: Path, runtime: Int8For) -> Exported:
     options = ExportOptions(precision="int8", calibrate=photos, int8_for=runtime, max_drop=4)
-    return export(checkpoint, folder, options)
+    return export_checkpoint(checkpoint, folder, options)
 
 
 @pytest.mark.slow

@@ -110,10 +110,10 @@ def test_the_switch_has_two_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_projects_own_parts_are_those_of_pyproject_and_of_the_metadata() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]
-    installed: dict[str, dict[str, str]] = {}
+    installed: dict[str, dict[str, str]] = {group: {} for group in declared}
     for point in distribution("sopdeploy").entry_points:
         if point.group in declared:
-            installed.setdefault(point.group, {})[point.name] = point.value
+            installed[point.group][point.name] = point.value
     assert {group: dict(plugins.parts(group)) for group in declared} == declared == installed
 
 

@@ -16,12 +16,12 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.step.losses import training_loss
-from sopdeploy_export.graph import Deployed, capture_any_batch, lower, probe_images, write
+from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import Reference
-from sopdeploy_export.parity.report import ParityReport
-from sopdeploy_export.pipeline import Exported, compare_with_network, export
-from sopdeploy_export.precision.convert import CapturedGraph, convert
+from sopdeploy_export.parity.compare import ParityReference, compare_with_network
+from sopdeploy_export.parity.findings import ParityReport
+from sopdeploy_export.pipeline import export_checkpoint
+from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.proof.certificate import (
     Detachment,
     assert_equal_outputs,
@@ -29,6 +29,7 @@ from sopdeploy_export.proof.certificate import (
     build_plain_network,
 )
 from sopdeploy_export.proof.networks import detach
+from sopdeploy_export.report.results import Exported
 
 TRAINED_ON = 4
 FEW = BatchRange(optimum=2, maximum=3)
@@ -87,8 +88,8 @@ def loaded(checkpoint: Path) -> Classifier:
 
 def exported(checkpoint: Path, destination: Path) -> Exported:
     """Run the whole export, which captures and lowers three networks."""
-    heads = loaded(checkpoint).training_only
-    return export(checkpoint, destination, ExportOptions(detach=bool(heads), max_batch=FEW.maximum))
+    options = ExportOptions(detach=bool(loaded(checkpoint).training_only), max_batch=FEW.maximum)
+    return export_checkpoint(checkpoint, destination, options)
 
 
 def agreed(
@@ -100,7 +101,7 @@ def agreed(
 
 def measured(
     checkpoint: Path, destination: Path, precision: Precision = "fp32", batch: BatchRange = FEW
-) -> tuple[Reference, ParityReport]:
+) -> tuple[ParityReference, ParityReport]:
     """Run the export's steps on one graph: inventory, equal outputs, ONNX by rewrite rules, parity.
 
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
@@ -109,9 +110,10 @@ def measured(
     options = ExportOptions(precision=precision, max_batch=batch.maximum)
     program = capture_any_batch(found.network, found.preprocess, batch)
     certified = CapturedGraph(found.network, program, lower(program, found.network.outputs))
-    shipping = convert(certified, found.preprocess, options)
-    write(shipping.model, destination)
-    return compare_with_network(destination, found.network, shipping, found.preprocess, found.images, options)
+    shipping = convert_precision(certified, found.preprocess, options)
+    destination.write_bytes(shipping.model.SerializeToString(deterministic=True))
+    deployed = Deployed(found.network, found.preprocess).eval()
+    return compare_with_network(destination, deployed, found.images, options, shipping.run, shipping.gate)
 
 
 class Detached(NamedTuple):
@@ -125,7 +127,10 @@ class Detached(NamedTuple):
 def detached(checkpoint: Path) -> Detached:
     """Load *checkpoint*, remove training-only parts, and compare with a newly built plain network."""
     found, trained = read_checkpoint(checkpoint), loaded(checkpoint)
-    images, detached = probe_images(found.preprocess), detach(trained) if trained.training_only else trained
+    images, detached = (
+        generated_images(found.preprocess.crop),
+        detach(trained) if trained.training_only else trained,
+    )
     detachment = Detachment.of(trained)
     build_inventory(trained, detached, detachment.training_only)
     plain = build_plain_network(detachment.plain or trained.inference_model, detached)

@@ -13,11 +13,10 @@ import torch
 
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, entry
-from sopdeploy_export.graph import probe_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import detach, export
+from sopdeploy_export.pipeline import detach, export_checkpoint
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.gpu_graphs import accepted
@@ -74,7 +73,7 @@ def test_the_smallest_agrees_with_its_onnx_file_which_gpu_runtimes_accept(
     model = onnx.load(tmp_path / "model.onnx")
     accepted(model, "fp32")
     network = small.build()
-    images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
+    images = generated_images(small.side)[:4]
     kept = float32_parts(detach(network) if network.training_only else network)
     quantizer = Int8Quantizer(model, images, kept, "tensorrt")
     accepted(quantizer.quantize(), "int8")
@@ -107,7 +106,7 @@ def test_every_inference_class_is_lowered() -> None:
 def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(pooling: str, tmp_path: Path) -> None:
     checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match=r"cannot be exported: .* train with"):
-        export(checkpoint, tmp_path / "bundles", ExportOptions())
+        export_checkpoint(checkpoint, tmp_path / "bundles", ExportOptions())
     assert not (tmp_path / "bundles").exists()
 
 
@@ -148,7 +147,7 @@ def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", wanted).passed
     model = onnx.load(tmp_path / "model.onnx")
     if precision == "int8":
-        images = probe_images(Preprocess(resize=small.side, crop=small.side))[:4]
+        images = generated_images(small.side)[:4]
         kept = float32_parts(small.build())
         model = Int8Quantizer(model, images, kept, "tensorrt").quantize()
     accepted(model, precision)
@@ -174,4 +173,4 @@ def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
 def test_every_name_without_an_onnx_form_is_rejected_at_full_width(model: str, tmp_path: Path) -> None:
     checkpoint = full_width(model).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match="cannot be exported: "):
-        export(checkpoint, tmp_path / "bundles", ExportOptions())
+        export_checkpoint(checkpoint, tmp_path / "bundles", ExportOptions())

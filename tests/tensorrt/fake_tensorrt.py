@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from sopdeploy_export.tensorrt.rewrites import value_types
+from sopdeploy_export.engine_builder.lint import value_types
 from tests.gpu_graphs import RealTensorRT
 from tests.tensorrt.surface import SURFACE, members
 

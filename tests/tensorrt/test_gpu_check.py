@@ -1,6 +1,5 @@
 """The stages of `make gpu-check`: the driver, and what runs on the simulated GPU."""
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,10 +56,46 @@ def test_a_failed_stage_does_not_prevent_the_others_and_only_it_is_repeated(
     assert called == list(gpu_check.STAGES)
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert "| server | failed: text of server | 1.0 | Fake H200 | 2026-11-22 | cccccccccccc |" in page
-    assert json.loads((tmp_path / "out" / "gpu-cuda.json").read_text())["passed"]
+    printed = tmp_path / "printed"
+    printed.write_text("a line of a library\n" + capsys.readouterr().out)
     assert check(monkeypatch, tmp_path, tmp_path / "out") == 1
     assert called[len(gpu_check.STAGES) :] == ["server"]
-    assert "ok   cuda: done before" in capsys.readouterr().err
+    assert "ok   cuda-fp32: done before" in capsys.readouterr().err
+    assert check(monkeypatch, tmp_path, tmp_path / "other", "--resume", str(printed)) == 1
+    assert called[len(gpu_check.STAGES) + 1 :] == ["server"]
+
+
+STAGE = """
+import json, sys, time
+for n in range(40):
+    print("line", n, file=sys.stderr)
+for batch in (1, 2):
+    print(json.dumps({"title": "t", "about": "a", "columns": ["batch"], "row": [batch]}), flush=True)
+if sys.argv[1] == "http":
+    time.sleep(60)
+sys.exit(1)
+"""
+
+
+@pytest.mark.parametrize(("stage", "text"), [("speed", "line 39"), ("http", "not finished after 2 s")])
+def test_a_stage_that_fails_keeps_its_rows_and_the_last_lines_of_its_log(
+    stage: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu_stages.py").write_text(STAGE)
+    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", "")  # without git, the result is kept, too
+    result = gpu_check.run_stage(stage, tmp_path, quick=True, seconds=2)
+    assert (result["passed"], result["text"], result["commit"]) == (False, text, "unknown")
+    assert [table["rows"] for table in result["tables"]] == [[[1], [2]]]
+    assert result["log"] == [f"line {n}" for n in range(10, 40)]
+
+
+def test_what_a_machine_lacks_is_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    lines = gpu_check.preconditions()
+    assert {"missing: git", "missing: make"} <= set(lines)
+    assert all(line.startswith(("found: ", "missing: ", "too old: ")) for line in lines)
 
 
 def test_the_engine_stage_captures_the_profiles_of_one_batch_size(

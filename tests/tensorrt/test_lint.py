@@ -7,9 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sopdeploy.errors import EngineError, LoweringError
+from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.lint import check_precision, lint
+from sopdeploy_export.engine_builder.lint import floating_types, lint
 from tests.tensorrt.networks import CHANNELS, network, outputs_of, some_images
 
 ONE = (Profile(minimum=1, optimum=1, maximum=1),)
@@ -99,10 +99,7 @@ def test_a_fixed_batch_of_one_accepts_only_that_profile() -> None:
     lint(network(batch=1), (11, 0), ONE)
 
 
-@pytest.mark.parametrize("requested", ["fp16", "bf16-backbone", "int8"])
-def test_a_precision_other_than_the_graphs_is_rejected(requested: str) -> None:
-    with pytest.raises(EngineError, match=f"{requested} was requested but the graph is fp32"):
-        check_precision(network(), requested, (11, 0))
-    check_precision(network(half=True), "fp16", (11, 0))
-    with pytest.raises(EngineError, match="fp32 was requested but the graph is fp16"):
-        check_precision(network(half=True), "fp32", None)
+def test_the_floating_types_are_those_of_all_values() -> None:
+    assert floating_types(network()) == {"fp32"}
+    assert floating_types(network(half=True)) == {"fp16", "fp32"}
+    assert floating_types(quantized(np.int8(0))) == {"fp32", "int8"}

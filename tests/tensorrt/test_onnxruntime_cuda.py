@@ -19,6 +19,7 @@ from sopdeploy_service.runtime.cuda_libraries import (
     PROVIDER,
     SHARED,
     load_cuda_libraries,
+    package_folders,
 )
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA
 from sopdeploy_service.runtime.selection import open_runtime
@@ -139,3 +140,16 @@ def test_a_failure_of_cuda_is_shown_without_the_library_s_source(
 def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"):
         open_runtime(bundle, ON_CUDA)
+
+
+def test_a_folder_with_one_library_does_not_hide_the_others_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libraries = {"inner": ["libnvjpeg.so.13"], "outer": ["libcublasLt.so.13", "libnvjpeg.so.13"]}
+    for place, names in {**libraries, "again": ["libcublasLt.so.13"]}.items():
+        folder = tmp_path / place / "nvidia" / "cu13" / "lib"
+        folder.mkdir(parents=True)
+        for name in names:
+            (folder / name).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / place) for place in ("inner", "outer", "again")])
+    assert package_folders() == [tmp_path / place / "nvidia/cu13/lib" for place in ("inner", "outer")]

@@ -9,8 +9,8 @@ from onnx import helper
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import create, make_logger
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.tensorrt.build import BuildRequest, build, set_timing_cache
-from sopdeploy_export.tensorrt.lint import lint
+from sopdeploy_export.engine_builder.build import BuildRequest, build, set_timing_cache
+from sopdeploy_export.engine_builder.lint import lint
 from tests.gpu_graphs import ABSENT, RealTensorRT, real_tensorrt
 from tests.tensorrt.networks import network
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy_export.tensorrt.engine import get_engine
-from sopdeploy_export.tensorrt.options import EngineOptions
+from sopdeploy_export.engine_builder.engine import get_engine
+from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.observability.metrics import Metrics

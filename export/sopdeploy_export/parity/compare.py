@@ -20,19 +20,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sopdeploy.bundle.manifest import BatchRange, Precision
+from sopdeploy.bundle.manifest import GATES, BatchRange, Precision
 from sopdeploy.errors import ParityError
-from sopdeploy_export.graph import Deployed, InFloat64, output_names
-from sopdeploy_export.parity.onnx_file import EMULATION, file_outputs, has_bfloat16, open_session
-from sopdeploy_export.parity.report import (
+from sopdeploy_export.float64 import InFloat64
+from sopdeploy_export.graph import Deployed, output_names
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.parity.findings import (
     FLOORS_BY_PRECISION,
-    GATES,
     LOGITS,
     PROVIDER,
     OutputParity,
     ParityReport,
     agreement,
 )
+from sopdeploy_export.parity.onnx_file import EMULATION, Arrays, file_outputs, has_bfloat16, open_session
 from sopdeploy_export.parity.routing import (
     Routing,
     comparable,
@@ -43,9 +44,8 @@ from sopdeploy_export.parity.routing import (
     routing_parity,
 )
 
-Arrays = dict[str, NDArray[Any]]
-Run = Callable[[Tensor], tuple[Tensor, ...]]
-Gate = Callable[[Tensor], NDArray[Any]]
+BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
+GateRun = Callable[[Tensor], NDArray[Any]]
 SINGLE_IMAGES, BATCH = 4, 16
 LARGEST_BATCH = 13  # odd, and more than the generated probes; larger ones take time and memory only
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
@@ -53,11 +53,11 @@ OVERFLOW_REMEDIES: dict[Precision, str] = {
     "fp16": "choose precision bf16-backbone or fp32",
     "fp32": "train it again with weight decay or a lower learning rate",
 }
-UNDECIDED = "add probes: images from the target domain, or train longer"
+UNDECIDED = "train longer"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reference:
+class ParityReference:
     """The float64 outputs of the network, its noise floor per output in *precision*, and its routes."""
 
     outputs: Arrays
@@ -71,17 +71,35 @@ class Reference:
         return FLOORS_BY_PRECISION[self.precision]
 
 
+def compare_with_network(
+    path: Path,
+    deployed: Deployed,
+    images: NDArray[np.uint8],
+    options: ExportOptions,
+    run: BatchRun | None = None,
+    gate: GateRun | None = None,
+) -> tuple[ParityReference, ParityReport]:
+    """Compare the ONNX file at *path* with the float64 outputs of *deployed* for uint8 *images* (P, H, W, 3).
+
+    *run* and *gate* are those of `compute_reference`. Raises the errors of both steps.
+    """
+    expected = compute_reference(deployed, images, run, options.precision, gate)
+    parity = compare_file(path, expected, images, options.batch, allow_drift=options.allow_drift)
+    return expected, parity
+
+
 def compute_reference(
     deployed: Deployed,
     images: NDArray[np.uint8],
-    run: Run | None = None,
+    run: BatchRun | None = None,
     precision: Precision = "fp32",
-    gate: Gate | None = None,
-) -> Reference:
+    gate: GateRun | None = None,
+) -> ParityReference:
     """Compute the float64 outputs of *deployed* for *images* (P, H, W, 3) and the noise floor of *run*.
 
     *run* computes the outputs in *precision*, by default with *deployed* itself, and *gate* the gate logits.
-    The images run in batches of 16 and some of them alone; the noise floor is the larger of the two errors.
+    The images run in batches of 16 and some of them alone. The noise floor of an output is the largest of
+    these two errors and of the rounding of its largest value to float32.
     Raises `ParityError` if outputs are not finite or the gate is undecided on every image.
     """
     run = run or deployed
@@ -118,10 +136,10 @@ def compute_reference(
             float(np.abs(batched[name] - values)[compared].max(initial=0.0)),
             float(np.abs(single[name] - values[:SINGLE_IMAGES])[alone].max(initial=0.0)),
         )
-    return Reference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routes)
+    return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routes)
 
 
-def _network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
+def _network_outputs(run: BatchRun, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
     """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
     pixels = torch.from_numpy(images)
     with torch.no_grad():
@@ -130,9 +148,9 @@ def _network_outputs(run: Run, names: Sequence[str], images: NDArray[np.uint8], 
     return dict(zip(names, joined, strict=True))
 
 
-def compare(
+def compare_file(
     path: Path,
-    expected: Reference,
+    expected: ParityReference,
     images: NDArray[np.uint8],
     batch: BatchRange,
     *,

@@ -20,8 +20,8 @@ from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.models.base import Classifier, last_linear
 from sopdeploy_export.graph import EXPORT_EMBEDDING
+from sopdeploy_export.parity.findings import LOGITS, ClassMapParity, ParityReport
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
-from sopdeploy_export.parity.report import LOGITS, ClassMapParity, ParityReport
 
 WRONG_LAYER = "no last linear layer computes the logits of {}, so it has no features in front of it"
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.errors import ParityError
 from sopdeploy_export.graph import INPUT
-from sopdeploy_export.parity.report import PROVIDER
+from sopdeploy_export.parity.findings import PROVIDER
 
 Arrays = dict[str, NDArray[Any]]
 BFLOAT16 = onnx.TensorProto.BFLOAT16

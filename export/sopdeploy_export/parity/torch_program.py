@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy.bundle.folder import PROGRAM
 from sopdeploy.errors import CertificateError
-from sopdeploy_export.graph import PREFIX
+from sopdeploy_export.graph import NETWORK_PREFIX
 from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.proof.certificate import Certificate
 
@@ -54,7 +54,7 @@ def check_program(content: bytes, certificate: Certificate) -> None:
     constants = loaded.graph_signature.lifted_tensor_constants  # created in `forward`, covered by the root
     stored = 0
     for full_name, tensor in {**loaded.state_dict, **loaded.constants}.items():
-        name = full_name.removeprefix(PREFIX)
+        name = full_name.removeprefix(NETWORK_PREFIX)
         stored += tensor.numel() * tensor.element_size()
         if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
             raise CertificateError(f"{PROGRAM}: the storage of {name} is larger than the tensor")

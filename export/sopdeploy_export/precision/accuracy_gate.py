@@ -8,18 +8,23 @@ import onnx
 from numpy.typing import NDArray
 
 from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.data.image_files import ImageFiles
-from sopdeploy.errors import ConfigError, ParityError
+from sopdeploy.data.folders import is_image, walk
+from sopdeploy.data.image_files import ImageFiles, image_errors
+from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.evaluation.statistics import wilson
+from sopdeploy.files import open_regular
+from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image
-from sopdeploy_export.graph import CALIBRATE, INPUT, load_images
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.parity.findings import LOGITS
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.parity.report import LOGITS
-from sopdeploy_export.precision.report import Accuracy, PrecisionReport
+from sopdeploy_export.precision.findings import Accuracy, PrecisionReport
 from sopdeploy_export.subject import ExportSubject
 
-BATCH = 8
+_BATCH = 8
+MAX_CALIBRATION = 256
 
 
 class AccuracyCheck:
@@ -40,7 +45,7 @@ class AccuracyCheck:
         self._labeled: ImageFiles | None = None
         self._float32_classes: NDArray[np.int64] | None = None
         if options.calibrate is not None:
-            self.calibration = load_images(options.calibrate, subject.preprocess, CALIBRATE)
+            self.calibration = calibration_images(options.calibrate, subject.preprocess)
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
                 raise ConfigError(
@@ -81,7 +86,7 @@ class AccuracyCheck:
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
         """Yield the images (B, H, W, 3): those of `calibrate` one by one."""
         if self._labeled is not None:
-            size = min(BATCH, self.options.batch.maximum)
+            size = min(_BATCH, self.options.batch.maximum)
             for start in range(0, len(self._labeled), size):
                 files = (self._labeled[i][0] for i in range(start, min(start + size, len(self._labeled))))
                 yield np.stack([preprocess_image(image, self._preprocess) for image in files])
@@ -111,3 +116,29 @@ def accuracy(
         high=high,
         drop=round(100 * lost, 6),
     )
+
+
+def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
+    """Load at most 256 images of *folder* as uint8 (P, crop, crop, 3), spread evenly over the sorted paths.
+
+    So they cover every class. Raises `DataError` if *folder* does not exist, holds no image or holds one that
+    cannot be read.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give a folder of images", setting="calibrate")
+    paths = [path for path in walk(folder) if is_image(path.name)]
+    if not paths:
+        raise DataError(
+            f"{folder}: contains no images; give a folder of JPEG or PNG files", setting="calibrate"
+        )
+    images = []
+    for path in (paths[position] for position in evenly_spread(len(paths), MAX_CALIBRATION)):
+        try:
+            with image_errors(path), open_regular(path) as file:
+                image = load_pixels(open_image(file.read()))
+            images.append(preprocess_image(image, preprocess))
+        except OSError as error:
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}); remove it from the folder"
+            ) from error
+    return np.stack(images)

@@ -27,16 +27,17 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.graph import PREFIX, InFloat64, compute_outputs
+from sopdeploy_export.float64 import InFloat64
+from sopdeploy_export.graph import NETWORK_PREFIX, compute_outputs
 
-Part = TypeVar("Part", bound=nn.Module)
+_Part = TypeVar("_Part", bound=nn.Module)
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
 LOW_PRECISION = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
-def with_precision(network: Part, program: ExportedProgram, precision: Precision, pixels: Tensor) -> Part:
+def with_precision(network: _Part, program: ExportedProgram, precision: Precision, pixels: Tensor) -> _Part:
     """Copy *network*, in eval mode, and convert it to *precision*.
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
@@ -60,7 +61,7 @@ def with_precision(network: Part, program: ExportedProgram, precision: Precision
     return place_casts(folded, precision)
 
 
-def place_casts(network: Part, precision: Precision) -> Part:
+def place_casts(network: _Part, precision: Precision) -> _Part:
     """Convert the weights of *network* in place and register hooks that cast activations."""
     low, dtypes = LOW_PRECISION[precision], weight_dtypes(network, precision)
     for name, part in network.named_modules():
@@ -76,17 +77,17 @@ def place_casts(network: Part, precision: Precision) -> Part:
     return network.eval()
 
 
-def _input_dtype(part: nn.Module, weights: torch.dtype) -> torch.dtype | None:
+def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | None:
     """Return the dtype that *part* needs its first input in; None if it accepts every dtype.
 
-    A part with tensors of its own computes in their dtype, *weights*. Without them, float32 is needed where
-    squares of activations could overflow, and where a hint requests it.
+    A part with tensors of its own computes in their dtype, *weight_dtype*. Without them, float32 is needed
+    where squares of activations could overflow, and where a hint requests it.
     """
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
     if any(isinstance(child, nn.ParameterList) for child in part.children()):
-        return weights
+        return weight_dtype
     if any(tensor.is_floating_point() for tensor in tensors):
-        return weights
+        return weight_dtype
     hints = export_hints(part)
     mixed = any(hasattr(part, child) for child in hints.low_precision_children)
     if isinstance(part, nn.LocalResponseNorm) or (hints.cast_inputs and not mixed):
@@ -146,7 +147,7 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
         if None in weight_names or any(len(value.users) != 1 for value in (convolved, *weights)):
             continue
         convolution_name, norm_name = (
-            str(name).removeprefix(PREFIX).rpartition(".")[0] for name in weight_names
+            str(name).removeprefix(NETWORK_PREFIX).rpartition(".")[0] for name in weight_names
         )
         convolution, norm = network.get_submodule(convolution_name), network.get_submodule(norm_name)
         remaining = without_normalization(norm)

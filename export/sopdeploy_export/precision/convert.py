@@ -29,20 +29,19 @@ from sopdeploy_export.graph import (
     OPSET_OF_BFLOAT16,
     Deployed,
     capture_any_batch,
-    check,
-    clear_parts,
+    check_graph,
+    generated_images,
     lower,
     output_names,
-    probe_images,
 )
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import Gate, Run
+from sopdeploy_export.parity.compare import BatchRun, GateRun
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, gate_logits
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import LOW_PRECISION, float32_parts, weight_dtypes, with_precision
+from sopdeploy_export.precision.findings import Accuracy, Attempt, PrecisionReport, Quantization
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_export.precision.report import Accuracy, Attempt, PrecisionReport, Quantization
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.rewrites.apply import Lowered, LoweringReport, lower_graph
 
@@ -115,8 +114,8 @@ class ConvertedGraph:
     """
 
     model: onnx.ModelProto
-    run: Run
-    gate: Gate | None
+    run: BatchRun
+    gate: GateRun | None
     lowering: LoweringReport
     source: onnx.ModelProto | None
     float32_model: onnx.ModelProto
@@ -130,14 +129,14 @@ def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: Export
     """
     if options.precision not in LOW_PRECISION:
         return certified
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:OBSERVED_IMAGES]))
+    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
     cast = with_precision(certified.network, certified.program, options.precision, pixels)
     program = capture_any_batch(cast, preprocess, options.batch)
     opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
     return CapturedGraph(cast, program, lower(program, output_names(certified.network), opset))
 
 
-def convert(
+def convert_precision(
     certified: CapturedGraph,
     preprocess: Preprocess,
     options: ExportOptions,
@@ -151,9 +150,9 @@ def convert(
     detached = certified.network
     source = cast_types(certified, preprocess, options)
     lowered, rules, refused = lower_graph(source.model) if options.lowering else Lowered(source.model)
-    for graph in (source.model, lowered):
-        clear_parts(graph)
-    check(lowered, source.model.opset_import[0].version)
+    for node in (*source.model.graph.node, *lowered.graph.node):
+        del node.metadata_props[:]  # the parts, which only the rules need
+    check_graph(lowered, source.model.opset_import[0].version)
     lowering = LoweringReport(
         rules=rules,
         refused=refused,
@@ -162,8 +161,8 @@ def convert(
         lowered_onnx_root=onnx_root(lowered),
     )
     is_int8 = options.precision == "int8"
-    run: Run
-    gate: Gate | None
+    run: BatchRun
+    gate: GateRun | None
     if is_int8:
         model, quantization, measured = quantize_accurately(detached, lowered, options, accuracy)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
@@ -227,7 +226,7 @@ def quantize_accurately(
     return quantized, quantization, accuracy
 
 
-def run_unfused(model: onnx.ModelProto) -> Run:
+def run_unfused(model: onnx.ModelProto) -> BatchRun:
     """Build a function that runs *model* operator by operator, without fusions."""
     session = open_session(model, optimized=False)
     fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 if the batch varies
@@ -239,7 +238,7 @@ def run_unfused(model: onnx.ModelProto) -> Run:
     return run
 
 
-def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> Gate | None:
+def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
     """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
     gate = find_gate(network)
     if gate is None:

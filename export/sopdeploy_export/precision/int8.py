@@ -45,8 +45,8 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import INPUT, evenly_spread
+from sopdeploy_export.parity.findings import LOGITS
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
-from sopdeploy_export.parity.report import LOGITS
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3

@@ -33,15 +33,9 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy_export.graph import EXPORT_EMBEDDING, PREFIX, Captured, Deployed, capture
+from sopdeploy_export.graph import EXPORT_EMBEDDING, NETWORK_PREFIX, Captured, Deployed, capture
 from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, value_root
-from sopdeploy_export.proof.networks import (
-    Detachment,
-    check_network_state,
-    check_removed_memory,
-    check_torch_state,
-    contiguous,
-)
+from sopdeploy_export.proof.networks import Detachment, contiguous, prepare
 from sopdeploy_export.state import tensors
 
 ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
@@ -137,17 +131,12 @@ def certify(
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
     original = {"trained": trained, "detached": detached}
-    check_torch_state()
-    for role, network in original.items():
-        check_network_state(network, role)
+    networks = prepare(original)
     removed, kept = build_inventory(trained, detached, detachment.training_only)
     nothing_detached = detached is trained
-    trained = contiguous(trained)
-    detached = trained if nothing_detached else contiguous(detached)
-    networks = {"trained": trained, "detached": detached}
     if detachment.plain is not None:
-        plain = contiguous(build_plain_network(detachment.plain, detached, detachment.rename))
-        networks = {"plain": plain, **networks}  # the first one is the reference
+        plain = build_plain_network(detachment.plain, networks["detached"], detachment.rename)
+        networks = {"plain": contiguous(plain), **networks}  # the first one is the reference
     captured, roots = _assert_equal_graphs(
         networks, preprocess, batch or BatchRange(), {entry.name for entry in removed}, detachment.captured
     )
@@ -202,9 +191,9 @@ def build_plain_network(
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
     if embedding_layer is not None:
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
-    source = {rename(name): tensor for name, tensor in tensors(detached).items()}
-    target = tensors(plain)
-    if len(source) != len(tensors(detached)):
+    trained, target = tensors(detached), tensors(plain)
+    source = {rename(name): tensor for name, tensor in trained.items()}
+    if len(source) != len(trained):
         raise CertificateError("rename gives two tensors of the trained network the same name")
     missing, extra = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     if missing:
@@ -254,7 +243,7 @@ def _assert_equal_graphs(
             _assert_equal_sizes(programs)
             expected = roots
         for size, root in roots.items():
-            reached = sorted({name.removeprefix(PREFIX) for name in root.state} & removed)
+            reached = sorted({name.removeprefix(NETWORK_PREFIX) for name in root.state} & removed)
             if reached:
                 more = f" and {len(reached) - 3} more" if len(reached) > 3 else ""
                 raise CertificateError(
@@ -373,6 +362,30 @@ def build_inventory(
             raise CertificateError(f"{name} changed while the network was detached")
         kept.append(entry)
     return tuple(_entry(name, tensor) for name, tensor in removed.items()), tuple(kept)
+
+
+def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
+    """Raise `CertificateError` with both names if a removed and a kept tensor overlap in memory.
+
+    Addresses are compared, because tensors with different storages can overlap.
+    """
+    owners = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
+    for name, tensor in removed.items():
+        start, end = _addresses(tensor)
+        for owner, first, last in owners:
+            if start < last and first < end:
+                raise CertificateError(
+                    f"{name} was removed but shares its memory with {owner}, which was kept"
+                )
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Return the first address of *tensor* and the address after its last; (0, 0) if it is empty."""
+    if not tensor.numel():
+        return 0, 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    elements = 1 + sum((size - 1) * stride for size, stride in steps)
+    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
 def _assert_unchanged(

@@ -9,12 +9,12 @@ captured. The comparisons of the certificate could not detect it.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules import module as nn_module
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -27,7 +27,7 @@ from sopdeploy_export.state import modules, tensors
 
 AUTOCAST_DEVICES = ("cpu", "cuda")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-Network = TypeVar("Network", bound=nn.Module)
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Detachment:
         return cls(training_only=network.training_only, plain=plain)
 
 
-def detach(network: Network, training_only: tuple[str, ...] | None = None) -> Network:
+def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _Network:
     """Copy *network*, in eval mode, without its *training_only* parts.
 
     *training_only* defaults to the parts that a network of the catalog declares. In a network outside of the
@@ -164,7 +164,7 @@ def check_network_state(network: nn.Module, role: str) -> None:
                 )
 
 
-def copy_module(network: Network, memo: dict[int, Any] | None = None) -> Network:
+def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
     """Copy *network* with `copy.deepcopy` and its *memo*.
 
     Raises `LoweringError` if a method of the user's classes fails, or returns a part of *network* itself.
@@ -180,7 +180,22 @@ def copy_module(network: Network, memo: dict[int, Any] | None = None) -> Network
     return copied
 
 
-def contiguous(network: Network) -> Network:
+def prepare(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Check the state of torch and of *networks*, by role, and return them with contiguous tensors.
+
+    A network without is copied, because captured graphs contain strides; one in two roles stays one. Raises
+    the errors of `check_torch_state` and `check_network_state`.
+    """
+    check_torch_state()
+    prepared: dict[int, nn.Module] = {}
+    for role, network in networks.items():
+        check_network_state(network, role)
+        if id(network) not in prepared:
+            prepared[id(network)] = contiguous(network)
+    return {role: prepared[id(network)] for role, network in networks.items()}
+
+
+def contiguous(network: _Network) -> _Network:
     """Return *network*, or a copy with contiguous tensors if any is not; captured graphs contain strides."""
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):
         return network
@@ -188,27 +203,3 @@ def contiguous(network: Network) -> Network:
     for tensor in tensors(copied).values():
         tensor.data = tensor.detach().contiguous()
     return copied
-
-
-def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) -> None:
-    """Raise `CertificateError` with both names if a removed and a kept tensor overlap in memory.
-
-    Addresses are compared, because tensors with different storages can overlap.
-    """
-    owners = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
-    for name, tensor in removed.items():
-        start, end = _addresses(tensor)
-        for owner, first, last in owners:
-            if start < last and first < end:
-                raise CertificateError(
-                    f"{name} was removed but shares its memory with {owner}, which was kept"
-                )
-
-
-def _addresses(tensor: Tensor) -> tuple[int, int]:
-    """Return the first address of *tensor* and the address after its last; (0, 0) if it is empty."""
-    if not tensor.numel():
-        return 0, 0
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in steps)
-    return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()

@@ -12,7 +12,7 @@ from sopdeploy.environment import EXACT_INT8
 from sopdeploy.html.templates import dimensions, percent, reduction, render, sanitize
 from sopdeploy.training.epoch_choice import LoopResult
 from sopdeploy.training.procedure import read_result
-from sopdeploy_export.report.results import Results
+from sopdeploy_export.report.results import ExportResults
 from sopdeploy_export.subject import ExportSubject
 
 CAUSES = {
@@ -33,7 +33,7 @@ x86 processors without VNNI:
 
 
 def render_report(
-    subject: ExportSubject, results: Results, fields: Mapping[str, Any], files: Mapping[str, FileRecord]
+    subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any], files: Mapping[str, FileRecord]
 ) -> str:
     """Render the page; equal arguments give equal text.
 
@@ -100,7 +100,7 @@ def render_report(
     )
 
 
-def render_model_card(subject: ExportSubject, results: Results, fields: Mapping[str, Any]) -> str:
+def render_model_card(subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]) -> str:
     """Render the model card as Markdown; *fields* are those of the manifest.
 
     Names, classes, facts and training records, which a checkpoint contains, are text without markup.

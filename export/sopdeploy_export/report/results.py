@@ -11,8 +11,8 @@ from sopdeploy.decision import Decision
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.files import sha256
 from sopdeploy.html.templates import render
-from sopdeploy_export.parity.report import ClassMapParity, FlipCause, ParityReport
-from sopdeploy_export.precision.report import PrecisionReport
+from sopdeploy_export.parity.findings import ClassMapParity, FlipCause, ParityReport
+from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.report.network_summary import NetworkSummary
 from sopdeploy_export.rewrites.apply import LoweringReport
@@ -28,7 +28,7 @@ TARGETS: Mapping[Int8For, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Results:
+class ExportResults:
     """What an export removed, proved, rewrote and measured."""
 
     certificate: Certificate
@@ -70,7 +70,7 @@ class Results:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported(Results):
+class Exported(ExportResults):
     """The bundle that an export wrote, and its results."""
 
     path: Path
@@ -105,7 +105,7 @@ class Exported(Results):
         }
 
 
-def export_statement(model: Path, lineage: Lineage, results: Results) -> dict[str, Any]:
+def export_statement(model: Path, lineage: Lineage, results: ExportResults) -> dict[str, Any]:
     """Build `statement.json`: what was proved and measured about the file *model*; a signature covers it.
 
     Format: in-toto Attestation Framework, Statement v1.

@@ -25,8 +25,8 @@ from sopdeploy_export.rewrites import linear, mixture, newton_schulz
 Rule = Callable[[Graph, ir.Node], Rewrite | None]  # what it proposes where it matches at an operator
 RULES: dict[str, Rule] = {
     linear.EINSUM: linear.einsum_as_product,
-    newton_schulz.NAME: newton_schulz.apply,
-    mixture.NAME: mixture.apply,
+    newton_schulz.NEWTON_SCHULZ: newton_schulz.shorten_loop,
+    mixture.EXPERTS: mixture.choose_experts,
 }
 
 
@@ -141,7 +141,7 @@ def lower_graph(model: onnx.ModelProto) -> Lowered:
     return Lowered(graph.to_proto() if applied else model, tuple(applied), tuple(refused))
 
 
-def replay(model: onnx.ModelProto, applications: Sequence[Application]) -> onnx.ModelProto:
+def reapply(model: onnx.ModelProto, applications: Sequence[Application]) -> onnx.ModelProto:
     """Apply *applications* to *model*; raise `LoweringError` if one does not match or changes a result."""
     graph = Graph(model)
     for step in applications:

@@ -60,13 +60,13 @@ from sopdeploy_export.onnx_graph import (
     scalar,
 )
 
-NAME = "Newton-Schulz in 3N-3 products"
+NEWTON_SCHULZ = "Newton-Schulz in 3N-3 products"
 PRIME = 2**521 - 1
 LARGEST = 2**200
 MOST_STEPS = 15
 BOUND = 2.0**10
 _GRID = np.linspace(0.0, 1.0, 33)  # eigenvalues of Y_0
-NUMBER, IDENTITY, MATRIX = "number", "identity", "matrix"
+_NUMBER, IDENTITY, MATRIX = "number", "identity", "matrix"
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add,
     "Sub": operator.sub,
@@ -107,7 +107,7 @@ def _number(value: float | None) -> Term | None:
         return None
     exact = Fraction(value)
     element = exact.numerator * pow(exact.denominator, -1, PRIME) % PRIME
-    return Term(NUMBER, np.array([element, element], object), np.full_like(_GRID, value))
+    return Term(_NUMBER, np.array([element, element], object), np.full_like(_GRID, value))
 
 
 def as_fraction(element: int) -> float | None:
@@ -165,11 +165,11 @@ def combine(node: ir.Node, operands: list[Term]) -> Term | None:
     if len(operands) != 2 or node.op_type not in {*OPERATORS, "Div"}:
         return None
     first, second = operands
-    scales = [known.kind for known in operands].count(NUMBER) == 1
+    scales = [known.kind for known in operands].count(_NUMBER) == 1
     if node.op_type == "Div":
         inverse = [pow(element, -1, PRIME) for element in second.at_points]
         second = Term(second.kind, np.array(inverse, object), 1 / second.on_grid)
-        scales = second.kind == NUMBER
+        scales = second.kind == _NUMBER
     if scales != (node.op_type in {"Mul", "Div"}):
         return None
     compute = OPERATORS.get(node.op_type, operator.mul)
@@ -236,7 +236,7 @@ def find_compensation(start: Start, root: Root) -> tuple[ir.Node, ir.Value] | No
     return final, compensation
 
 
-def apply(graph: Graph, node: ir.Node) -> Rewrite | None:
+def shorten_loop(graph: Graph, node: ir.Node) -> Rewrite | None:
     """Replace the root that starts with the normalization *node*."""
     start = find_start(node)
     if start is None or start.value.dtype not in {ir.DataType.FLOAT, ir.DataType.DOUBLE}:

@@ -20,17 +20,17 @@ from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import (
     EXPORT_LOGITS,
-    STATELESS,
     Captured,
     Deployed,
     capture,
     capture_any_batch,
-    probe_images,
+    generated_images,
 )
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
 from sopdeploy_export.state import (
+    STATELESS,
     InPlaceWrites,
     PythonReads,
     first_change,
@@ -138,7 +138,7 @@ def check_outputs(
     the network fails, returns no (B, classes) logits or changes its state, or if the logits of an image
     depend on earlier runs.
     """
-    images, network = torch.from_numpy(probe_images(preprocess)[-_IMAGES:]), deployed.network
+    images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     new = read_state(network)
     first = _run(deployed, images, role, classes)
     _run(deployed, images[:1], role, classes)
@@ -225,7 +225,7 @@ def capture_given(
     on_cpu = devices == {torch.device("cpu")}
     same_memory = on_cpu and all(tensor.is_contiguous() for tensor in tensors(given).values())
     device = next(iter(devices))
-    images = torch.from_numpy(probe_images(preprocess))
+    images = torch.from_numpy(generated_images(preprocess.crop))
     deployed = Deployed(given, preprocess).eval()
     deployed.normalise.to(device)
     tolerance = 0.0 if same_memory else (LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE)

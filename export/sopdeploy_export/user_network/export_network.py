@@ -13,20 +13,21 @@ from sopdeploy.errors import CertificateError, ConfigError, DetachError, Lowerin
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.project import check_project_name
-from sopdeploy_export.graph import PREFIX, Captured, Deployed, capture
+from sopdeploy_export.graph import NETWORK_PREFIX, Captured, Deployed, capture
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import Exported, export_subject
+from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import program_root, tensor_hash
+from sopdeploy_export.proof.certificate import check_removed_memory
 from sopdeploy_export.proof.networks import (
     Detachment,
     check_network_state,
-    check_removed_memory,
     check_torch_state,
     contiguous,
     copy_module,
     detach,
 )
 from sopdeploy_export.report.network_summary import NetworkSummary, summarize
+from sopdeploy_export.report.results import Exported
 from sopdeploy_export.state import modules, tensors
 from sopdeploy_export.subject import ExportSubject
 from sopdeploy_export.user_network.checks import (
@@ -172,7 +173,8 @@ def find_usage(network: nn.Module, captured: Captured) -> tuple[set[str], set[st
     Raises `CertificateError` if the programs are not deterministic or write to buffers.
     """
     programs = (captured.any_batch, captured.batch_of_one)
-    reached = {name.removeprefix(PREFIX) for program in programs for name in program_root(program).state}
+    state = set[str]().union(*(program_root(program).state for program in programs))
+    reached = {name.removeprefix(NETWORK_PREFIX) for name in state}
     named = tensors(network)
     reached_tensors = {id(named[name]) for name in reached if name in named}
     used = {name for name, tensor in named.items() if id(tensor) in reached_tensors}  # also tied ones

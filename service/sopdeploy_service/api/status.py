@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
 from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy_service.api.admission import (
@@ -29,7 +29,7 @@ from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
-from sopdeploy_service.inference.results import GATES, RejectedError, Rejection
+from sopdeploy_service.inference.results import RejectedError, Rejection
 
 router = APIRouter()
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
-from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
 from sopdeploy.images.pixels import visible_box
 from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response
 from sopdeploy_service.api.schema import (
@@ -24,7 +24,6 @@ from sopdeploy_service.http.problems import Problem, bad_request, problem_respon
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
     FEW_CLASSES,
-    GATES,
     Outcome,
     Prediction,
     RejectedError,

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sopdeploy.bundle.folder import MANIFEST, follow_link, read_manifest
-from sopdeploy.bundle.listing import describe, list_bundles, read_bundles
+from sopdeploy.bundle.listing import describe_projects, list_bundles, read_bundles
 from sopdeploy.errors import BundleError, ConfigError, shorten
 
 log = logging.getLogger("sopdeploy.models")
@@ -48,7 +48,7 @@ class BundleStore:
         if all(one.reason for one in listed):
             reason = "no bundle here or in a folder directly below; give the folder with a manifest.json"
             raise BundleError(f"{folder}: {listed[0].reason if listed else reason}")
-        for line in describe(listed):
+        for line in describe_projects(listed):
             log.log(logging.WARNING if "not " in line else logging.INFO, line)
         for path, manifest, reason in listed:
             if manifest is not None and not reason:

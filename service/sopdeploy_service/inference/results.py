@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from sopdeploy.decision import sigmoid, softmax
 from sopdeploy.errors import ImageError
 
-GATES = "gates"  # name of the output with the weights of a gate's components
-
 FEW_CLASSES = 32  # above this, a sort of all classes is faster
 
 RankedClasses = list[tuple[int, float]]  # class index and probability, best first

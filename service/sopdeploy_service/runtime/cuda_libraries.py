@@ -24,12 +24,19 @@ NO_DRIVER = (
 
 
 def package_folders() -> list[Path]:
-    """Return the library folder of each of NVIDIA's pip packages, the first on Python's path."""
-    folders: dict[str, Path] = {}
+    """Return the library folders of NVIDIA's pip packages, in the order of Python's path.
+
+    Several environments on the path can have a folder of one name with different libraries in it, such as
+    `cu13`. A folder is left out if earlier ones have all of its libraries.
+    """
+    folders: list[Path] = []
+    found: set[str] = set()
     for entry in sys.path:
         for folder in sorted(Path(entry, "nvidia").glob("*/lib")):
-            folders.setdefault(folder.parent.name, folder)
-    return list(folders.values())
+            libraries = {path.name for path in folder.glob("*.so*")}
+            folders += [] if libraries <= found else [folder]
+            found |= libraries
+    return folders
 
 
 def load_cuda_libraries(onnxruntime: Any) -> None:

@@ -9,25 +9,25 @@ import typer
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import BundleArgument, print_field, show_steps
-from sopdeploy_export.tensorrt.options import EngineOptions
+from sopdeploy_export.engine_builder.options import EngineOptions
 
 if TYPE_CHECKING:
-    from sopdeploy_export.tensorrt.engine import Engine
-    from sopdeploy_export.tensorrt.plan import EnginePlan
+    from sopdeploy_export.engine_builder.engine import Engine
+    from sopdeploy_export.engine_builder.plan import EnginePlan
 
 _field = partial(print_field, width=9)
 
 
 def _show(result: "Engine | EnginePlan") -> None:
     """Print the engine that was built or found, or the plan of a build."""
-    from sopdeploy_export.tensorrt.plan import EnginePlan
+    from sopdeploy_export.engine_builder.plan import EnginePlan
 
     _show_plan(result) if isinstance(result, EnginePlan) else _show_engine(result)
 
 
 def _summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
     """Build the JSON output."""
-    from sopdeploy_export.tensorrt.plan import EnginePlan
+    from sopdeploy_export.engine_builder.plan import EnginePlan
 
     if isinstance(result, EnginePlan):
         return result.model_dump(mode="json")
@@ -53,8 +53,8 @@ def engine_command(
 
     import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     from sopdeploy.bundle.folder import open_bundle
-    from sopdeploy_export.tensorrt.engine import get_engine
-    from sopdeploy_export.tensorrt.plan import plan_engine
+    from sopdeploy_export.engine_builder.engine import get_engine
+    from sopdeploy_export.engine_builder.plan import plan_engine
 
     opened = open_bundle(bundle)
     configured = os.environ.get("SOPDEPLOY_ENGINE_CACHE")  # where servers with this variable look
@@ -75,7 +75,7 @@ def _show_engine(engine: "Engine") -> None:
     for hazard in record.hazards:
         _field("rewritten", f"{hazard.operators} operators: {hazard.done}")
     layers = ", ".join(f"{precision} in {count}" for precision, count in record.receipt.layers.items())
-    _field("precision", f"requested {record.receipt.requested}; layers: {layers or 'fused'}")
+    _field("precision", f"{key.precision}; layers: {layers or 'unknown'}")
     for warning in record.receipt.warnings:
         _field("warning", warning, style="yellow")
     for replay in record.replays:

@@ -11,7 +11,7 @@ from sopdeploy.environment import SLOW_INT8, lacks_vnni
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
-    from sopdeploy_export.pipeline import Exported
+    from sopdeploy_export.report.results import Exported
 
 
 def show(exported: "Exported") -> None:
@@ -76,6 +76,6 @@ def inspect_command(
     Example: [bold]sopdeploy inspect w.pth --network my_code:build --preprocess rules.json[/bold]
     """
     with show_steps("inspecting"):
-        from sopdeploy.api.deployment import inspect as run
+        from sopdeploy.api.deployment import inspect_network as run
 
         return run(file, options)

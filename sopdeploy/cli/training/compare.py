@@ -11,10 +11,10 @@ from sopdeploy.cli.console import err, out, plain_text, print_table, say
 from sopdeploy.cli.training.train import SetOption, exit_on_signal
 
 if TYPE_CHECKING:
-    from sopdeploy.comparison import Comparison
+    from sopdeploy.comparison import RecipeComparison
 
 
-def _show(comparison: "Comparison") -> None:
+def _show(comparison: "RecipeComparison") -> None:
     """Print top-1 of every run, and the differences with their intervals."""
     seeds = (f"seed {seed}" for seed in comparison.seeds)
     rows = (
@@ -39,7 +39,7 @@ def compare_command(
     seeds: Annotated[int, typer.Option(help="Runs per recipe: seeds 0, 1 and so on.")] = 5,
     settings: SetOption = None,
     folder: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/compare"),
-) -> "Comparison":
+) -> "RecipeComparison":
     """Train recipes over the same seeds and report whether one is better than the first.
 
     Runs with the same seed have the same data order and, with and without branches, the same initial
@@ -51,7 +51,7 @@ def compare_command(
     Example: [bold]sopdeploy compare mine.toml other.toml --set data.path=photos --out runs/mine[/bold]
     """
     with exit_on_signal(hint=" or with the same command"), ProgressBars(err) as bars:
-        from sopdeploy.comparison import compare as run
+        from sopdeploy.comparison import compare_recipes as run
 
         progress: Any = bars  # implements the events that it shows
 

@@ -28,6 +28,8 @@ Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
 MAX_RANK = 1024
+BALANCE_ABOVE = 1.5  # ratio of the largest class to the smallest
+IMPLAUSIBLE = 0.1  # probability of a label
 ROWS = 1024  # images that are centered and scaled at once
 _OPTIONS = {"tol": 1e-4, "max_iter": 2000, "warm_start": True}  # each C starts from the previous one
 
@@ -43,7 +45,7 @@ class Targets:
     balanced: bool
 
     @classmethod
-    def of(cls, images: LabeledImages, balance_above: float) -> "Targets":
+    def of(cls, images: LabeledImages) -> "Targets":
         """Build the targets from class indices (N,) or, with several classes per image, (N, K).
 
         With several classes per image, the stratum of an image is its rarest class, or -1 without a class.
@@ -57,7 +59,7 @@ class Targets:
         classes = np.eye(len(images.labels))[targets]
         counts = classes.sum(axis=0)
         at_least_one = np.maximum(counts, 1)
-        balanced = bool(counts.max() > balance_above * at_least_one.min())
+        balanced = bool(counts.max() > BALANCE_ABOVE * at_least_one.min())
         weights = classes @ (counts.mean() / at_least_one) if balanced else ones
         return cls(classes, weights, targets, "softmax", balanced)
 
@@ -181,6 +183,18 @@ class Problem:
             for number, head in enumerate(self.fit(np.flatnonzero(fitted & ~tested), grid)):
                 logits_GNK[number, tested] = self.reduced[tested] @ head.weight.T + head.bias
         return logits_GNK
+
+    def doubt_labels(self, logits_NK: Array, folds_N: Indices, strength: float) -> Array:
+        """Compute out-of-fold logits (N, K) by heads that were fitted without probably wrong labels.
+
+        These are wrong by *logits_NK*, the out-of-fold logits of heads that were fitted to all labels, and
+        have a probability below `IMPLAUSIBLE`. The new heads are not fitted to them and contradict them more
+        (Northcutt et al., "Confident Learning", JAIR 2021, section 3: prune, then train again).
+        """
+        log_probabilities_NK = log_softmax(logits_NK, axis=1)
+        of_label_N = log_probabilities_NK[self.targets.classes > 0]
+        doubted_N = of_label_N < np.minimum(log_probabilities_NK.max(axis=1), np.log(IMPLAUSIBLE))
+        return self.cross_validate(folds_N, [strength], ~doubted_N)[0] if doubted_N.any() else logits_NK
 
     def fit_all(self, strength: float) -> LinearHead:
         """Fit a head, which reads the vectors of the network, to all images with C = *strength*."""

@@ -40,7 +40,7 @@ class CandidateResult(StrictModel):
         """Describe the candidate in one line for the terminal and the report."""
         score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
         return (
-            f"{self.name}: {name} {100 * score.share:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
+            f"{self.name}: {name} {100 * score.value:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
             f"%), loss {self.loss:.3f}, {self.features:,} features, C {self.strength:g}"
             f"{' - chosen' * self.kept}"
         )
@@ -119,7 +119,7 @@ class FewShotResult(ProcedureResult):
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
         return (
-            f"{self.score_name} {100 * score.share:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
+            f"{self.score_name} {100 * score.value:.1f} % ({origin}, 95 % interval {100 * score.low:.0f} to "
             f"{100 * score.high:.0f} %{comparison}) of {score.count} images"
         )
 
@@ -161,7 +161,6 @@ class FewShotConfig(ProcedureConfig):
             the last two feature maps and of the last one, and "gap".
         models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
             Without a file they start from `start.weights`.
-        balance_above: Ratio of the largest class to the smallest above which classes get equal weights.
     """
 
     implementation: ClassVar[str] = "sopdeploy.training.few_shot.run:FewShot"
@@ -172,4 +171,3 @@ class FewShotConfig(ProcedureConfig):
     group_copies: bool = True
     heads: tuple[HeadKind, ...] = ()
     models: tuple[str, ...] = ()
-    balance_above: Annotated[float, pydantic.Field(ge=1)] = 1.5

@@ -107,7 +107,7 @@ class FewShot(Procedure):
         (N, K). Raises `ConfigError` if a network has no linear classifier, `DataError` if all images have the
         same pixels.
         """
-        targets = Targets.of(images, self.config.balance_above)
+        targets = Targets.of(images)
         networks, groups_N, folds_N = self._compare_heads(run, images, targets, on_progress)
         losses = [[candidate.losses for candidate in network.candidates] for network in networks]
         logits = [[candidate.logits for candidate in network.candidates] for network in networks]
@@ -160,6 +160,9 @@ class FewShot(Procedure):
         run.replace_model(head_name(network.recipe.model.name), model)
         logits_NK = cross_validated_NK - distance_weight * chosen.problem.distances(folds_N)[:, None]
         run.state = {"out_of_fold": torch.from_numpy(logits_NK), "groups": torch.from_numpy(groups_N)}
+        if targets.activation == "softmax":
+            doubted_NK = chosen.problem.doubt_labels(cross_validated_NK, folds_N, strength)
+            run.state["label_logits"] = torch.from_numpy(doubted_NK)
         return targets, result, logits_NK
 
     def _compare_heads(
@@ -218,7 +221,7 @@ class FewShot(Procedure):
         )
         given = getattr(images, "groups", None)
         groups_N = np.arange(len(images)) if given is None else given
-        score = estimate(Targets.of(images, self.config.balance_above), logits_NK, recipe.seed, groups_N)
+        score = estimate(Targets.of(images), logits_NK, recipe.seed, groups_N)
         name = "top1" if isinstance(score, Rate) else "map"
         result = result.model_copy(update={name: score, "estimated_on": "held-out"})
         return result, held_out_metrics(run.labels, logits_NK, targets)

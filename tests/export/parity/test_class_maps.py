@@ -15,7 +15,7 @@ from sopdeploy.errors import ConfigError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy_export import pipeline
-from sopdeploy_export.graph import probe_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.parity.features import check_class_maps
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.verify import verify
@@ -141,4 +141,4 @@ def test_maps_of_another_layer_stop_the_export(exported):
     layer = layer_of(exported)
     wrong = ClassMapLayer(layer.weight, layer.bias + np.float32(1e-3))
     with pytest.raises(ParityError, match=r"maps deviate from the logits by 0\.001"):
-        check_class_maps(exported.path / "model.onnx", wrong, probe_images(RULES), exported.parity)
+        check_class_maps(exported.path / "model.onnx", wrong, generated_images(RULES.crop), exported.parity)

@@ -13,9 +13,9 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import Deployed, write
-from sopdeploy_export.parity.compare import Reference, compare, compute_reference, logit_spread
-from sopdeploy_export.parity.report import FLOORS, ParityReport, agreement
+from sopdeploy_export.graph import Deployed
+from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, logit_spread
+from sopdeploy_export.parity.findings import FLOORS, ParityReport, agreement
 from tests.export.once import BATCH, graph_of
 
 Make = Callable[..., Classifier]
@@ -45,9 +45,9 @@ def measure(exported: Exported, probes: Tensor, tmp_path: Path) -> Measure:
                 values = change(onnx.numpy_helper.to_array(tensor).copy())
                 tensor.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), name))
         path, images = tmp_path / "model.onnx", probes.numpy()
-        write(copy, path)
+        path.write_bytes(copy.SerializeToString())
         expected = compute_reference(exported[1], images)
-        return compare(path, expected, images, BATCH, allow_drift=allow_drift)
+        return compare_file(path, expected, images, BATCH, allow_drift=allow_drift)
 
     return run
 
@@ -105,7 +105,7 @@ def test_a_bundle_for_huge_batches_is_not_run_with_one(
 ) -> None:
     measure()
     expected, huge = compute_reference(exported[1], probes.numpy()), BatchRange(optimum=2, maximum=1000)
-    found = compare(tmp_path / "model.onnx", expected, probes.numpy(), huge)
+    found = compare_file(tmp_path / "model.onnx", expected, probes.numpy(), huge)
     assert list(found.logits.drift) == ["1", "2", "13"]
 
 
@@ -148,22 +148,22 @@ def test_a_noise_floor_as_wide_as_the_logits_stops_a_16_bit_precision(
 ) -> None:
     """A file that ignores its input is wrong by half of the spread; 4 floors of an eighth would allow it."""
     model, deployed = exported
-    write(model, tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     images = probes.numpy()
     exact = compute_reference(deployed, images)
     floor = fraction * logit_spread(exact.outputs["logits"])
-    noisy = Reference(outputs=exact.outputs, noise_floor={"logits": floor}, precision=precision)
+    noisy = ParityReference(outputs=exact.outputs, noise_floor={"logits": floor}, precision=precision)
     arguments = (tmp_path / "model.onnx", noisy, images, BATCH)
     if not unverifiable:
-        report = compare(*arguments)
+        report = compare_file(*arguments)
         assert (report.passed, report.unverifiable) == (True, False)
         return
     with pytest.raises(
         ParityError, match=r"noise floor of .* is 13% of the spread.*at 12\.5% or more"
     ) as caught:
-        compare(*arguments)
+        compare_file(*arguments)
     assert "\n" not in str(caught.value)
-    allowed = compare(*arguments, allow_drift=True)
+    allowed = compare_file(*arguments, allow_drift=True)
     assert (allowed.passed, allowed.drift_allowed, allowed.unverifiable) == (False, True, True)
 
 
@@ -204,7 +204,7 @@ def test_a_fixed_batch_axis_is_rejected(
     measure()
     fixed = onnx.load(tmp_path / "model.onnx")
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    write(fixed, tmp_path / "model.onnx")
+    (tmp_path / "model.onnx").write_bytes(fixed.SerializeToString())
     expected = compute_reference(exported[1], probes.numpy())
     with pytest.raises(ParityError, match="rejects a batch of 2"):
-        compare(tmp_path / "model.onnx", expected, probes.numpy(), BATCH)
+        compare_file(tmp_path / "model.onnx", expected, probes.numpy(), BATCH)

@@ -14,13 +14,13 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.graph import CALIBRATE, generated_images, load_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
-from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, accuracy
+from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, accuracy, calibration_images
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
+from sopdeploy_export.report.results import Exported
 from tests.export.conftest import MIXTURE, export_once, trained
 from tests.export.once import graph_of
 from tests.gpu_graphs import accepted
@@ -184,9 +184,9 @@ def test_missing_calibration_images_are_rejected(tmp_path: Path) -> None:
 
 
 def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
-    assert len(load_images(images, preprocess, CALIBRATE)) == 20
+    assert len(calibration_images(images, preprocess)) == 20
     with pytest.raises(DataError, match=r"calibrate: .*: no such folder"):
-        load_images(images / "nowhere", preprocess, CALIBRATE)
+        calibration_images(images / "nowhere", preprocess)
 
 
 RUNTIMES: tuple[Int8For, ...] = ("cpu", "tensorrt")
@@ -242,11 +242,9 @@ def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_
     name = request.node.callspec.params["graphs"]
     accepted(graph_of(name, preprocess, **NETWORKS[name]).model, "fp32")
     accepted(graphs[0]["tensorrt"], "int8")
-    lint = pytest.importorskip("sopdeploy_export.tensorrt.lint").lint
-    graph_precision = pytest.importorskip("sopdeploy_export.tensorrt.rewrites").graph_precision
+    lint = pytest.importorskip("sopdeploy_export.engine_builder.lint").lint
     for version in ((10, 13), (10, 16), (11, 0)):
-        safe, _ = lint(graphs[0]["tensorrt"], version, ())
-        assert graph_precision(safe) == "int8"
+        lint(graphs[0]["tensorrt"], version, ())
         with pytest.raises(LoweringError, match=r"quantized for CPUs.*--int8-for tensorrt"):
             lint(graphs[0]["cpu"], version, ())
 

@@ -18,7 +18,7 @@ from sopdeploy.errors import LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import PREFIX, capture_any_batch, lower, probe_images
+from sopdeploy_export.graph import NETWORK_PREFIX, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision import casts, convert
@@ -46,7 +46,7 @@ def computed_types(program: ExportedProgram) -> dict[str, set[str]]:
     for node in program.graph.nodes:
         stack, value = list((node.meta.get("nn_module_stack") or {}).values()), node.meta.get("val")
         if node.op == "call_function" and stack and torch.is_tensor(value) and value.is_floating_point():
-            part = stack[-1][0].removeprefix(PREFIX)
+            part = stack[-1][0].removeprefix(NETWORK_PREFIX)
             types.setdefault(part, set()).add(str(value.dtype).removeprefix("torch."))
     return types
 
@@ -64,7 +64,7 @@ def cast_graph(
     program = capture_any_batch(detached, preprocess, ALONE)
     certified = CapturedGraph(detached, program, lower(program, detached.outputs))
     types = computed_types(convert.cast_types(certified, preprocess, options).program)
-    return convert.convert(certified, preprocess, options).model, types
+    return convert.convert_precision(certified, preprocess, options).model, types
 
 
 HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
@@ -146,7 +146,7 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
 
     monkeypatch.setattr(casts, "fold", twice)
     network, program, _ = graph_of("resnet8", preprocess)
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
     with pytest.raises(LoweringError, match=r"batch norms folded into the convolutions change the output"):
         with_precision(network, program, "fp16", pixels)
 
@@ -175,7 +175,7 @@ class RunsTwice(nn.Module):
 def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, preprocess: Preprocess) -> None:
     network = RunsTwice(convolutions, norms).eval()
     program = capture_any_batch(network, preprocess, ALONE)
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
     with_precision(network, program, "fp16", pixels)
     assert casts.fold_batch_norms(network, program) == 1
 
@@ -195,7 +195,7 @@ def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(prep
     network = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNormAct2d(3), nn.Flatten()).eval()
     nn.init.constant_(network[1].weight, 40.0)  # ReLU6 cuts values off
     program = capture_any_batch(network, preprocess, ALONE)
-    pixels = Normalize(preprocess)(torch.from_numpy(probe_images(preprocess)[:2]))
+    pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
     expected = network(pixels)
     assert casts.fold_batch_norms(network, program) == 1
     torch.testing.assert_close(network(pixels), expected)
@@ -205,8 +205,9 @@ def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(prep
 def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "cast_types", lambda certified, *_: certified)
     network, program, model = graph_of("resnet8", preprocess)
+    certified, options = CapturedGraph(network, program, model), ExportOptions(precision="fp16")
     with pytest.raises(LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"):
-        convert.convert(CapturedGraph(network, program, model), preprocess, ExportOptions(precision="fp16"))
+        convert.convert_precision(certified, preprocess, options)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])

@@ -6,7 +6,7 @@ import pytest
 
 from sopdeploy.cli.deployment.export import show
 from sopdeploy.decision import Calibration, Decision, Rejection
-from sopdeploy_export.pipeline import Exported
+from sopdeploy_export.report.results import Exported
 
 NAMES = [
     *("removed", "kept", "graph", "logits", "batch", "rules", "types", "drift", "answers", "costs", "onnx"),

@@ -11,15 +11,15 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training.epoch_choice import LoopResult
-from sopdeploy_export.parity.report import Flip
-from sopdeploy_export.pipeline import Exported
-from sopdeploy_export.precision.report import Accuracy, Attempt, Quantization
+from sopdeploy_export.parity.findings import Flip
+from sopdeploy_export.precision.findings import Accuracy, Attempt, Quantization
 from sopdeploy_export.report.page import (
     as_markdown,
     render_model_card,
     render_report,
     training_rows,
 )
+from sopdeploy_export.report.results import Exported
 from tests.export.conftest import HOSTILE
 from tests.pages import ALLOWED, Reader
 

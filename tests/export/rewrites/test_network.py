@@ -21,9 +21,9 @@ from sopdeploy.errors import BundleError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import capture_any_batch, lower
-from sopdeploy_export.pipeline import Exported
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import SOURCE, check_lowering
+from sopdeploy_export.report.results import Exported
 from sopdeploy_export.rewrites import mixture
 from sopdeploy_export.rewrites.apply import lower_graph
 from tests.export.conftest import MIXTURE
@@ -39,7 +39,7 @@ def test_rules_are_reported_with_place_and_precondition(make: Make, preprocess: 
     detached = detach(network)
     program = capture_any_batch(detached, preprocess, SMALL)
     (rule,) = lower_graph(lower(program, detached.outputs)).rules
-    assert (rule.name, rule.where) == (mixture.NAME, "mixture")
+    assert (rule.name, rule.where) == (mixture.EXPERTS, "mixture")
     assert rule.precondition
     assert rule.effect
 
@@ -67,7 +67,7 @@ def test_lowering_json_records_both_roots_and_every_rule(gated: Exported) -> Non
         == f"{len(gated.lowering.rules)} rewrite rules, replayed on the certified graph, give model.onnx"
     )
     assert gated.parity.passed
-    assert gated.lowering.summary == {mixture.NAME: 1}
+    assert gated.lowering.summary == {mixture.EXPERTS: 1}
 
 
 def forge_source(folder: Path) -> None:

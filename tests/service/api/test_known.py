@@ -19,9 +19,9 @@ from sopdeploy.cli.app import app
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision, Rejection, Score, known_score
 from sopdeploy.training.train import train_recipe
-from sopdeploy_export.graph import probe_images
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export
+from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
@@ -73,7 +73,7 @@ def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     with few_digits():
         best = train_recipe(short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run").best
     with proving_once():
-        return best, export(best, folder / "bundles", ExportOptions(detach=True, max_batch=1)).path
+        return best, export_checkpoint(best, folder / "bundles", ExportOptions(detach=True, max_batch=1)).path
 
 
 def test_training_export_and_predict_share_one_decision(
@@ -90,7 +90,7 @@ def test_training_export_and_predict_share_one_decision(
     for page in ("README.md", "report.html"):
         assert f"{decision.calibration.temperature:.4g}" in (path / page).read_text(encoding="utf-8"), page
     images = [tmp_path / f"{number}.png" for number in range(12)]
-    for image, pixels in zip(images, probe_images(manifest.preprocess), strict=True):
+    for image, pixels in zip(images, generated_images(manifest.preprocess.crop), strict=True):
         Image.fromarray(pixels).save(image)
     arguments = ["predict", str(path), *map(str, images)]
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)

@@ -12,7 +12,7 @@ from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.images.pixels import preprocess_image, visible_box
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.graph import CALIBRATE, PROBES, load_images
+from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
 from sopdeploy_service.images.loaders import load_reduced, synthetic_jpeg
@@ -76,7 +76,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("fit", FITS)
-def test_training_probes_predict_service_and_client_see_the_same_pixels(bundle, folder, monkeypatch, fit):
+def test_training_calibration_predict_service_and_client_see_the_same_pixels(
+    bundle, folder, monkeypatch, fit
+):
     rules, settings = rules_for(fit), Settings(threads=1)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     images = open_evaluation_images(folder, ("a", "b"))
@@ -85,8 +87,7 @@ def test_training_probes_predict_service_and_client_see_the_same_pixels(bundle, 
     training = AugmentedDataset(images, CenterCrop(kind="center"), rules, 0, 0)
     expected = {name: evaluation[index][0] for index, name in enumerate(names)}
     found = {"training": [training[names.index(path.name)][0] for path in paths]}
-    for option in (PROBES, CALIBRATE):
-        found[option] = list(load_images(folder, rules, option))
+    found["calibration"] = list(calibration_images(folder, rules))
     changed = replace(bundle, manifest=bundle.manifest.model_copy(update={"preprocess": rules}))
     recorder = Recorder()
     loaded = LoadedModel(bundle=changed, runtime=recorder, replays={})

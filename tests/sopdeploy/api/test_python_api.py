@@ -21,7 +21,6 @@ from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.progress import ProgressBars
 from sopdeploy.api.training import TrainedRun, configure, to_assignments
 from sopdeploy.cli.app import app
-from sopdeploy.client import Client
 from sopdeploy.errors import (
     BundleError,
     ConfigError,
@@ -33,7 +32,7 @@ from sopdeploy.errors import (
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy_export.pipeline import Exported
+from sopdeploy_export.report.results import Exported
 from tests.export.once import proving_once
 from tests.pages import ALLOWED, Reader
 from tests.service.conftest import wait_for
@@ -170,6 +169,8 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_se
     with sopdeploy.serve(bundle, background=True, port=0, threads=1) as server:
         assert server.running
         assert server.bundles == (bundle.name,)
+        from sopdeploy.client import Client
+
         with Client(server.url) as client:
             answer = client.classify(paths[0])
         assert [(one.label, one.probability) for one in answer.classes] == [
@@ -183,6 +184,7 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_se
     server.stop()
 
 
+@pytest.mark.part("sopdeploy_service.commands.batch")
 def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
     bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -218,6 +220,7 @@ BAD_CLASSIFICATIONS: dict[str, tuple[type[SopdeployError], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.part("sopdeploy_service.commands.batch")
 @pytest.mark.parametrize("message", BAD_CLASSIFICATIONS)
 def test_a_wrong_classification_is_one_error_line(
     message: str, bundle: Path, photos: Path, tmp_path: Path

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.comparison import NO_EFFECT, Comparison, compare, compare_results
+from sopdeploy.comparison import NO_EFFECT, RecipeComparison, compare_recipes, compare_results
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.statistics import paired, wilson
@@ -25,7 +25,7 @@ TINY = ["epochs=1", "batch_size=70", "model.config.base_width=2", "preprocess.re
 PAIR = ["digits-plain", "digits-dsop"]
 
 
-def compare_rows(**rows: tuple[str, ...]) -> Comparison:
+def compare_rows(**rows: tuple[str, ...]) -> RecipeComparison:
     """Compare recipes by one string per seed: `1` is correct, `0` is wrong."""
     correct = {name: np.array([list(row) for row in of_recipe]) == "1" for name, of_recipe in rows.items()}
     return compare_results(dict.fromkeys(rows, "net"), correct)
@@ -62,11 +62,17 @@ def test_a_network_with_and_without_branches_starts_with_the_same_backbone() -> 
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Comparison, list[tuple[str, int]]]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, RecipeComparison, list[tuple[str, int]]]:
     """Return the folder and the result of a comparison over two seeds, and the reported runs."""
     started: list[tuple[str, int]] = []
     out = tmp_path_factory.mktemp("compare") / "out"
-    return out, compare(PAIR, out, seeds=2, overrides=TINY, on_run=lambda *run: started.append(run)), started
+    return (
+        out,
+        compare_recipes(PAIR, out, seeds=2, overrides=TINY, on_run=lambda *run: started.append(run)),
+        started,
+    )
 
 
 def test_a_finished_comparison_is_not_run_again(finished) -> None:
@@ -77,15 +83,15 @@ def test_a_finished_comparison_is_not_run_again(finished) -> None:
     assert stored.training["seed"] == 1
     assert found.arms[1].top1[1] == pytest.approx(stored.training["metrics"]["top1"])
     written = {path: path.stat().st_mtime_ns for path in out.rglob("last.pt")}
-    assert compare(PAIR, out, seeds=2, overrides=TINY) == found
+    assert compare_recipes(PAIR, out, seeds=2, overrides=TINY) == found
     assert {path: path.stat().st_mtime_ns for path in out.rglob("last.pt")} == written
 
 
 def test_an_interrupted_comparison_continues_bit_for_bit(finished, tmp_path) -> None:
     stop = RecordingCallback(stop_at=("step", 0, 1))
     with pytest.raises(TrainingStoppedError):
-        compare(PAIR, tmp_path / "out", seeds=2, overrides=TINY, callback=stop)
-    assert compare(PAIR, tmp_path / "out", seeds=2, overrides=TINY) == finished[1]
+        compare_recipes(PAIR, tmp_path / "out", seeds=2, overrides=TINY, callback=stop)
+    assert compare_recipes(PAIR, tmp_path / "out", seeds=2, overrides=TINY) == finished[1]
     last = Path("digits-plain", "seed-0", "last.pt")
     first, second = (read_checkpoint(folder / last).weights for folder in (tmp_path / "out", finished[0]))
     assert same_bits(first, second)
@@ -102,7 +108,7 @@ def test_an_interrupted_comparison_continues_bit_for_bit(finished, tmp_path) -> 
 )
 def test_invalid_comparisons_are_refused_before_anything_runs(sources, seeds, message, tmp_path) -> None:
     with pytest.raises(ConfigError, match=message):
-        compare(sources, tmp_path / "out", seeds=seeds)
+        compare_recipes(sources, tmp_path / "out", seeds=seeds)
     assert not (tmp_path / "out").exists()
 
 

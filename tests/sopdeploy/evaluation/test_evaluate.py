@@ -21,8 +21,8 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, 
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.errors import ConfigError, DataError, TrainingError
-from sopdeploy.evaluation.metrics import BINS, ClassificationReport, Score, classification_report
-from sopdeploy.evaluation.prediction import evaluate, score_checkpoint
+from sopdeploy.evaluation.metrics import BINS, ClassificationReport, ImageScore, classification_report
+from sopdeploy.evaluation.prediction import evaluate_network, score_checkpoint
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.images.tta import check_tta_mode, tta_views
@@ -61,7 +61,7 @@ def test_evaluate_counts_top1_and_top5_of_every_image(data, classes, size) -> No
     predictions, targets = (list(column) for column in zip(*pairs, strict=True))
     progress: list[int] = []
     dataset = images(predictions, targets, classes)
-    figures = evaluate(FromPixels(classes), dataset, TINY, batch_size=size, on_batch=progress.append)
+    figures = evaluate_network(FromPixels(classes), dataset, TINY, batch_size=size, on_batch=progress.append)
     assert figures.count == progress[-1] == len(pairs)
     assert figures.top1 == pytest.approx(np.mean([a == t for a, t in pairs]))
     near = [sum(abs(c - a) < abs(t - a) for c in range(classes)) for a, t in pairs]
@@ -76,7 +76,7 @@ def test_evaluation_preprocesses_like_the_service_and_keeps_the_mode() -> None:
     model = create_model("dsop-resnet8", num_classes=3, base_width=4)
     pixels = np.random.default_rng(0).integers(0, 256, (10, 30, 20, 3), dtype=np.uint8)
     stored = ArrayImages(("a", "b", "c"), pixels, np.arange(10) % 3)
-    figures = evaluate(model, PreprocessedDataset(stored, RULES), RULES, batch_size=4)
+    figures = evaluate_network(model, PreprocessedDataset(stored, RULES), RULES, batch_size=4)
     assert model.training
     model.eval()
     served = torch.from_numpy(np.stack([preprocess_image(stored[i][0], RULES) for i in range(10)]))
@@ -85,17 +85,17 @@ def test_evaluation_preprocesses_like_the_service_and_keeps_the_mode() -> None:
     assert figures.top1 == int((logits.argmax(1) == targets).sum()) / 10
     assert figures.loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
     assert figures.top5 == 1.0
-    evaluate(model, PreprocessedDataset(stored, RULES), RULES, workers=2)
+    evaluate_network(model, PreprocessedDataset(stored, RULES), RULES, workers=2)
     assert not model.training
 
 
 def test_a_diverged_network_and_an_empty_dataset_are_errors() -> None:
     model = FromPixels(3)
     with pytest.raises(DataError, match="no images to evaluate on"):
-        evaluate(model, images([], [], 3), TINY)
+        evaluate_network(model, images([], [], 3), TINY)
     model.scale.data.fill_(float("nan"))
     with pytest.raises(TrainingError, match="held-out images is not finite"):
-        evaluate(model, images([0], [0], 3), TINY)
+        evaluate_network(model, images([0], [0], 3), TINY)
 
 
 @pytest.fixture
@@ -181,9 +181,9 @@ def test_a_folder_with_other_classes_is_refused(stored, tmp_path) -> None:
 LABELS = ("a", "b", "c")
 
 
-def score(target: int, *probabilities: float) -> Score:
+def score(target: int, *probabilities: float) -> ImageScore:
     ranked = sorted(enumerate(probabilities), key=lambda pair: -pair[1])
-    return Score.from_ranking(target, ranked)
+    return ImageScore.from_ranking(target, ranked)
 
 
 def test_a_report_on_four_images_computed_by_hand() -> None:
@@ -201,14 +201,14 @@ def test_a_report_on_four_images_computed_by_hand() -> None:
     assert found.calibration.error == pytest.approx((0.3 + 0.6 + 0.2 + 0.5) / 4)
     assert found.top1.low < 0.5 < found.top1.high
     # Calibration bins include their upper edge.
-    scores = [Score(0, (0, 1), confidence, 0.5) for confidence in (1 / 15, 1 / 15 + 1e-9, 0.6, 1.0)]
+    scores = [ImageScore(0, (0, 1), confidence, 0.5) for confidence in (1 / 15, 1 / 15 + 1e-9, 0.6, 1.0)]
     counts = [one.count for one in classification_report(("a", "b"), scores).calibration.curve]
     assert (len(counts), sum(counts)) == (BINS, 4)
     assert [place for place, count in enumerate(counts) if count] == [0, 1, 8, 14]
 
 
 def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> None:
-    report = classification_report(("a", "b"), [Score(1, (0, 1), 1.0, 0.0)])
+    report = classification_report(("a", "b"), [ImageScore(1, (0, 1), 1.0, 0.0)])
     assert report.nll == pytest.approx(708.4, abs=0.1)
     with pytest.raises(DataError, match="no images to evaluate on"):
         classification_report(LABELS, [])

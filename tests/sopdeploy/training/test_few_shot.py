@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import configure
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.comparison import compare
+from sopdeploy.comparison import compare_recipes
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
@@ -114,6 +116,20 @@ def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
     assert folds[8] == folds[9]
     assert sorted(np.bincount(folds[10:], minlength=5)) == [1] * 5
     assert max(np.bincount(folds[:10])) <= 3
+
+
+def test_heads_without_doubted_labels_separate_wrong_labels_better():
+    features, classes = blobs(80)
+    wrong = np.arange(80) % 10 == 0
+    labels = np.where(wrong, (classes + 1) % 4, classes)
+    targets = softmax_targets(labels)
+    problem, folds = Problem.create([features], targets), targets.folds(list(map(str, range(80))), 10, 0)
+    first = problem.cross_validate(folds, [30.0])[0]
+    second = problem.doubt_labels(first, folds, 30.0)
+    before, after = (-log_softmax(logits, axis=1)[np.arange(80), labels] for logits in (first, second))
+    assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.05
+    sure = 9.0 * np.eye(4)[labels]
+    assert problem.doubt_labels(sure, folds, 30.0) is sure
 
 
 def test_another_head_needs_a_clearly_smaller_loss():
@@ -395,7 +411,7 @@ def test_the_interval_of_the_map_is_that_of_resampled_images():
     assert np.allclose(resampled_precision(true, scores, draws), expected)
     both = np.stack([true, ~true], axis=1)
     found = MeanPrecision.of(both, np.stack([scores, 1 - scores], axis=1), 0)
-    assert found.low < found.share < found.high
+    assert found.low < found.value < found.high
 
 
 def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
@@ -413,8 +429,8 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     result = train_recipe(recipe, tmp_path / "run")
     found = result.procedure
     assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
-    assert found.map.share == result.best_map > 0.9
-    assert found.map.low <= found.map.share <= found.map.high
+    assert found.map.value == result.best_map > 0.9
+    assert found.map.low <= found.map.value <= found.map.high
     assert {candidate.score.count for candidate in found.candidates} == {32}
     assert len(result.decision.thresholds) == 2
     assert read_checkpoint(result.best).decision == result.decision
@@ -429,7 +445,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
         train_recipe(read_recipe("photos", [*settings, "ema={decay=0.9}"]), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"--set procedure\.kind=loop"):
-        compare(["photos", "photos-dsop"], tmp_path / "comparison", seeds=2, overrides=settings)
+        compare_recipes(["photos", "photos-dsop"], tmp_path / "comparison", seeds=2, overrides=settings)
     with pytest.raises(ConfigError, match="model 'resnet19' is not in the catalog"):
         train_recipe(
             read_recipe("photos", [*settings, *FEW_SHOT, 'procedure.models=["resnet19"]']), tmp_path / "run"

@@ -101,6 +101,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02T10:00:00"))
 
 
+@pytest.mark.part("sopdeploy.comparison")
 def test_compare_says_what_compares_runs(photos: Path) -> None:
     train(settings=LOOP)
     done = CliRunner().invoke(app, ["compare", "runs/photos-1", "runs/photos-1"])

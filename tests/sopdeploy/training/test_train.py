@@ -14,7 +14,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.evaluation.prediction import evaluate
+from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.training.callbacks import CallbackList, TensorBoard
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import TrainingResult, train_recipe
@@ -56,7 +56,7 @@ def test_checkpoints_record_how_they_were_trained_and_reproduce_their_metrics(fi
         assert checkpoint.labels == tuple("0123456789")
         assert checkpoint.preprocess == short_recipe().preprocess
     held_out = PreprocessedDataset(open_data(short_recipe().data).held_out, best.preprocess)
-    metrics = evaluate(build_classifier(best, out), held_out, best.preprocess)
+    metrics = evaluate_network(build_classifier(best, out), held_out, best.preprocess)
     assert (metrics.top1, metrics.top5) == (result.best_top1, result.best_top5)
 
 

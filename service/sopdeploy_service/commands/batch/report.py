@@ -15,7 +15,7 @@ from markupsafe import Markup
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ImageError
-from sopdeploy.evaluation.drift import FALSE_ALARMS, LEVEL, PredictionCounts
+from sopdeploy.evaluation.drift import FALSE_ALARMS, SIGNIFICANCE, PredictionCounts
 from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.templates import render
 from sopdeploy.images.formats import open_image
@@ -92,7 +92,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         classes=_class_bars(report),
         hidden=max(0, len(report.counts) - MAX_BARS),
         least=list(zip(thumbnails, report.least_certain, strict=True)),
-        level=LEVEL,
+        level=SIGNIFICANCE,
     )
     folder.write_text(DATA, report.model_dump_json(indent=2) + "\n")
     folder.write_text(PAGE, page)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
-from sopdeploy.evaluation.prediction import ProcessGroup, evaluate
+from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.strategy import Strategy
@@ -90,9 +90,9 @@ def evaluate_fixed_network(group) -> dict[str, float]:
     dataset = ArrayImages(tuple("abcdefg"), images, random.integers(0, CLASSES, COUNT))
     held_out, progress = PreprocessedDataset(dataset, PREPROCESS), []
     options = {"batch_size": BATCH_SIZE, "processes": group, "on_batch": progress.append}
-    found = evaluate(network, held_out, PREPROCESS, **options)
+    found = evaluate_network(network, held_out, PREPROCESS, **options)
     counts = {"top1": round(found.top1 * COUNT), "top5": round(found.top5 * COUNT), "count": found.count}
-    multi_label = evaluate(
+    multi_label = evaluate_network(
         network, PreprocessedDataset(ManyClasses(dataset), PREPROCESS), PREPROCESS, **options
     )
     counts |= {"map": multi_label.map, "thresholds": multi_label.thresholds, "several loss": multi_label.loss}

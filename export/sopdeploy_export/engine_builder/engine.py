@@ -1,6 +1,6 @@
 """Build or find the TensorRT engine of a bundle for this machine; without torch, unless by torch-tensorrt.
 
-An engine is kept only if it reproduces the bundle's probes. A layer with another precision than requested
+An engine is kept only if it reproduces the bundle's probes. A layer in a type that the graph does not have
 causes a warning, or an error with `strict`.
 """
 
@@ -30,10 +30,10 @@ from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.tensorrt.build import BuildRequest, Report, build, inspect
-from sopdeploy_export.tensorrt.lint import GRAPH_PRECISION, check_precision, lint
-from sopdeploy_export.tensorrt.options import EngineOptions
-from sopdeploy_export.tensorrt.precision_check import check_engine_precision, list_precisions
+from sopdeploy_export.engine_builder.build import BuildRequest, Report, build, layer_information
+from sopdeploy_export.engine_builder.lint import floating_types, lint
+from sopdeploy_export.engine_builder.options import EngineOptions
+from sopdeploy_export.engine_builder.precision_check import check_engine_precision
 
 
 @dataclass(frozen=True)
@@ -75,24 +75,17 @@ def requested_profiles(bundle: Bundle, options: EngineOptions) -> tuple[Profile,
     return (merge_profiles(profiles),) if options.via == "torch-tensorrt" else profiles
 
 
-def make_key(
+def engine_key(
     bundle: Bundle, options: EngineOptions, profiles: Sequence[Profile], tensorrt: str, gpu: Gpu
 ) -> EngineKey:
-    """Compute the cache key of the engine of *bundle* with *options*.
-
-    If the requested precision is that of the graph, the key holds the bundle's name for it (`bf16-backbone`
-    for `bf16`), because servers look engines up by this name.
-    """
-    bundle_precision = bundle.manifest.precision
-    graph_precision = GRAPH_PRECISION.get(bundle_precision)
-    requested = options.precision or bundle_precision
+    """Return the cache key of the engine of *bundle* with *options*."""
     return EngineKey(
         bundle=bundle.name,
         bundle_onnx=bundle.manifest.files[bundle.onnx.name].sha256,
         tensorrt=tensorrt,
         gpu=gpu.name,
         architecture=gpu.architecture,
-        precision=bundle_precision if requested == graph_precision else requested,
+        precision=bundle.manifest.precision,
         profiles=tuple(profiles),
         via=options.via,
     )
@@ -107,7 +100,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     """
     profiles = requested_profiles(bundle, options)
     machine = this_machine()
-    key = make_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
+    key = engine_key(bundle, options, profiles, str(machine.trt.__version__), machine.gpu)
     folder = cache_folder(bundle, options.cache)
     cached = "--rebuild was given" if options.rebuild else load_engine(folder, key)
     if isinstance(cached, StoredEngine):
@@ -136,21 +129,18 @@ def build_plan(
     begin = time.monotonic()
     hazards: tuple[Hazard, ...] = ()
     if key.via == "torch-tensorrt":
-        from sopdeploy_export.tensorrt.from_program import build_from_program  # noqa: PLC0415 # torch
+        from sopdeploy_export.engine_builder.from_program import build_from_program  # noqa: PLC0415 # torch
 
         plan = build_from_program(bundle, key.profiles[0], machine.workspace)
-        source_sha256 = bundle.manifest.files[PROGRAM].sha256
-        receipt = list_precisions(key.precision, inspect(machine.trt, plan))
+        source_sha256, graph_types = bundle.manifest.files[PROGRAM].sha256, {"fp32"}
     else:
         version = parse_version(machine.trt.__version__)
-        model = onnx.load(bundle.onnx)
-        check_precision(model, key.precision, version)
-        model, hazards = lint(model, version, key.profiles)
+        model, hazards = lint(onnx.load(bundle.onnx), version, key.profiles)
         graph = model.SerializeToString(deterministic=True)
-        source_sha256 = hashlib.sha256(graph).hexdigest()
+        source_sha256, graph_types = hashlib.sha256(graph).hexdigest(), floating_types(model)
         plan = build_from_onnx(machine, graph, key, folder, report)
-        report("checking precision and outputs")
-        receipt = check_engine_precision(model, key.precision, inspect(machine.trt, plan))
+    report("checking precision and outputs")
+    receipt = check_engine_precision(graph_types, layer_information(machine.trt, plan))
     record = EngineRecord(
         key=key,
         plan_sha256=hashlib.sha256(plan).hexdigest(),

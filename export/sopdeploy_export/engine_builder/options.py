@@ -9,8 +9,6 @@ from sopdeploy.config import Options
 class EngineOptions(Options):
     """Options of `sopdeploy engine`."""
 
-    precision: str | None = None
-    """Required precision of the engine; by default that of the bundle."""
     via: Literal["onnx", "torch-tensorrt"] = "onnx"
     """Converter: TensorRT's ONNX parser, or torch-tensorrt (of a bundle made with --pt2)."""
     profiles: str | None = None
@@ -20,4 +18,4 @@ class EngineOptions(Options):
     rebuild: bool = False
     """Build even if the cache has one."""
     strict: bool = False
-    """Fail if a layer may run in another precision than requested."""
+    """Fail if a layer may run in another precision than the graph's."""

@@ -7,17 +7,22 @@ of bundles: bytes as input, a fixed batch, the opset, and int8 graphs for CPUs.
 from collections.abc import Sequence
 
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from sopdeploy.errors import EngineError, LoweringError
+from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt.binding import Version
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.record import Hazard
-from sopdeploy_export.tensorrt.rewrites import cast_images_first, graph_precision, value_types
 
 # The newest opset that each release reads; releases between two entries read the earlier one.
 NEWEST_OPSET = {(10, 13): 20, (10, 15): 24, (11, 0): 25}
-GRAPH_PRECISION = {"bf16-backbone": "bf16"}  # precisions whose name in the graph differs
+FLOATING_TYPES: dict[int, str] = {
+    TensorProto.FLOAT: "fp32",
+    TensorProto.FLOAT16: "fp16",
+    TensorProto.BFLOAT16: "bf16",
+    TensorProto.INT8: "int8",
+}
+MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
 def lint(
@@ -25,9 +30,8 @@ def lint(
 ) -> tuple[onnx.ModelProto, tuple[Hazard, ...]]:
     """Copy *model* in a form that TensorRT *version* reads correctly, and list the rewrites.
 
-    Every operator of the copy has a unique name, which identifies it in the layers of the engine. Raises
-    `LoweringError` if TensorRT would reject or misread the graph, or if the batch is fixed and *profiles*
-    need another.
+    Every operator of the copy has a unique name, which TensorRT's messages contain. Raises `LoweringError` if
+    TensorRT would reject or misread the graph, or if the batch is fixed and *profiles* need another.
     """
     safe = onnx.ModelProto.FromString(model.SerializeToString())
     taken: set[str] = set()
@@ -38,7 +42,7 @@ def lint(
     _check_batch(safe, profiles)
     _check_quantization(safe)
     _check_opset(safe, version)
-    hazard = cast_images_first(safe)
+    hazard = _cast_images_first(safe)
     return safe, () if hazard is None else (hazard,)
 
 
@@ -86,16 +90,51 @@ def _check_opset(model: onnx.ModelProto, version: Version) -> None:
         )
 
 
-def check_precision(model: onnx.ModelProto, requested: str, version: Version | None) -> None:
-    """Raise `EngineError` unless the graph has the *requested* precision.
+def _cast_images_first(model: onnx.ModelProto) -> Hazard | None:
+    """Cast uint8 images to float32 before the operators that move them or read their shape, in place.
 
-    TensorRT 11 has no option to change the precision and TensorRT 10 ignores it in a strongly typed network,
-    so the build would succeed with the graph's own precision.
+    TensorRT accepts uint8 only for network inputs, so the cast must come first. The result is the same,
+    because casts commute with operators that only move values, and keep the shape. Later casts of *model*
+    remain and do not change float32 values. Raises `LoweringError` if another operator reads uint8 values.
     """
-    actual = graph_precision(model)
-    if actual != GRAPH_PRECISION.get(requested, requested):
-        release = f"TensorRT {version[0]}" if version is not None else "TensorRT"
-        raise EngineError(
-            f"{requested} was requested but the graph is {actual}; {release} takes the precision from the "
-            f"graph: export the checkpoint again with `sopdeploy export --precision {requested}`"
-        )
+    images = model.graph.input[0]
+    if images.type.tensor_type.elem_type != TensorProto.UINT8:
+        return None
+    unsigned, before_cast = {images.name}, 0
+    for node in model.graph.node:  # in topological order
+        if unsigned.isdisjoint(node.input) or node.op_type == "Cast":
+            continue
+        if node.op_type not in MOVES | {"Shape"}:
+            raise LoweringError(
+                f"{images.name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast"
+            )
+        unsigned.update(node.output if node.op_type in MOVES else ())
+        before_cast += 1
+    if not before_cast:
+        return None
+    cast = helper.make_node(
+        "Cast", [images.name], [f"{images.name}_float32"], f"{images.name}_cast", to=TensorProto.FLOAT
+    )
+    for node in model.graph.node:
+        node.input[:] = [cast.output[0] if name == images.name else name for name in node.input]
+    model.graph.node.insert(0, cast)
+    del model.graph.value_info[:]  # has the types of moved uint8 values
+    return Hazard(
+        rule="uint8-beyond-the-border",
+        operators=before_cast,
+        done="TensorRT accepts unsigned bytes only as an input: the cast now comes first",
+    )
+
+
+def value_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Infer the element type of every value of *model*."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    values = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
+    return types
+
+
+def floating_types(model: onnx.ModelProto) -> set[str]:
+    """Return the floating types, and int8, of the values of *model*."""
+    return {FLOATING_TYPES[kind] for kind in value_types(model).values() if kind in FLOATING_TYPES}

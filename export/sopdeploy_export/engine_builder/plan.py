@@ -9,9 +9,9 @@ from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.record import Hazard
-from sopdeploy_export.tensorrt.engine import make_key, requested_profiles
-from sopdeploy_export.tensorrt.lint import check_precision, lint
-from sopdeploy_export.tensorrt.options import EngineOptions
+from sopdeploy_export.engine_builder.engine import engine_key, requested_profiles
+from sopdeploy_export.engine_builder.lint import lint
+from sopdeploy_export.engine_builder.options import EngineOptions
 
 SUPPORTED = ("10.13.0", "10.16.0", "11.0.0")
 
@@ -38,20 +38,16 @@ class EnginePlan(StrictModel):
 def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
     """Plan the build of *bundle*, for the installed TensorRT or for every supported version.
 
-    Raises `EngineError` if the requested precision is not the graph's, `LoweringError` if every planned
-    version rejects the graph.
+    Raises `LoweringError` if every planned version rejects the graph.
     """
     profiles = requested_profiles(bundle, options)
     installed = key = reason = None
     try:
         installed = str(import_tensorrt().__version__)
-        key = make_key(bundle, options, profiles, installed, open_cuda().gpu()).name
+        key = engine_key(bundle, options, profiles, installed, open_cuda().gpu()).name
     except RuntimeUnavailableError as error:
         reason = str(error)
-    precision = options.precision or bundle.manifest.precision
-    model = onnx.load(bundle.onnx)
-    check_precision(model, precision, parse_version(installed) if installed else None)
-    results = []
+    model, results = onnx.load(bundle.onnx), []
     for tensorrt in [installed] if installed else SUPPORTED:
         hazards: tuple[Hazard, ...] = ()
         refused = None
@@ -64,7 +60,7 @@ def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
         raise LoweringError(str(results[-1].refused))
     return EnginePlan(
         bundle=bundle.name,
-        precision=precision,
+        precision=bundle.manifest.precision,
         profiles=profiles,
         lint=tuple(results),
         key=key,

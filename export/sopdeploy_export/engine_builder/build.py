@@ -82,7 +82,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
             raise EngineError(f"TensorRT rejects the optimization profile for batches of {batches}")
 
 
-def inspect(trt: Any, plan: bytes) -> str:
+def layer_information(trt: Any, plan: bytes) -> str:
     """Read the layer information of the engine in *plan* as JSON; needs a GPU."""
     _runtime, engine = deserialize(trt, plan, make_logger(trt))
     inspector = engine.create_engine_inspector()

@@ -19,7 +19,6 @@ from sopdeploy.evaluation.statistics import wilson
 
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
-GATES = "gates"
 FlipCause = Literal["noise", "routing", "error"]
 FLOORS = 16.0
 FLOORS_BY_PRECISION: Mapping[Precision, float] = {
