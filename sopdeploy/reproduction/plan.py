@@ -154,7 +154,7 @@ class Reproduction:
         ]
         return {
             "table": self.table.id,
-            **self.table.model_dump(include={"source", "title", "measures"}),
+            **self.table.model_dump(include={"source", "title", "measures", "note"}),
             "scale": self.options.scale,
             "statement": self.statement,
             "seeds": self.seeds,
