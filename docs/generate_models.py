@@ -18,7 +18,7 @@ from sopdeploy.layers.pooling.registry import AnyPoolingConfig
 from sopdeploy.models import second_order_head
 from sopdeploy.models import stats as counting
 from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.describe import ROWS, Description, Row, describe
+from sopdeploy.models.describe import PUBLISHED_ROWS, Description, PublishedRow, describe
 from sopdeploy.models.registry import CATALOG, FAMILIES, entry, title
 
 HEAD = """# Networks
@@ -166,11 +166,11 @@ def assumptions(family: ModuleType) -> Iterator[str]:
 def published_section() -> str:
     """Build the table of published figures and ours."""
     head = ("source", "network", "figure", "published", "ours", "")
-    lines = dict.fromkeys(found for row in ROWS for found in published_rows(row))
+    lines = dict.fromkeys(found for row in PUBLISHED_ROWS for found in published_rows(row))
     return f"{PUBLISHED}\n\n{table(head, lines)}"
 
 
-def published_rows(row: Row) -> Iterator[tuple[str, ...]]:
+def published_rows(row: PublishedRow) -> Iterator[tuple[str, ...]]:
     """Yield the table rows of the figures of *row*."""
     config = tuple(row.config.items())
     network = f"`{row.model}`" + "".join(f" `{key}={shown(value)}`" for key, value in config)

@@ -63,7 +63,7 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     if trt is None:
         return
     from sopdeploy.tensorrt.profiles import Profile
-    from sopdeploy_export.engine_builder.build import BuildRequest, build
+    from sopdeploy_export.engine_builder.build import BuildRequest, parse_and_build
     from sopdeploy_export.engine_builder.lint import floating_types, lint
 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
@@ -72,5 +72,5 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     safe, _ = lint(model, (11, 0), profiles)
     assert {"bf16-backbone": "bf16"}.get(precision, precision) in floating_types(safe)
     request = BuildRequest(onnx=safe.SerializeToString(), profiles=profiles)
-    plan, _ = build(trt, request, lambda _: None)
+    plan, _ = parse_and_build(trt, request, lambda _: None)
     assert plan

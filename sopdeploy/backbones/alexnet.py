@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.backbones.vgg import build_classifier
+from sopdeploy.backbones.vgg import vgg_classifier
 from sopdeploy.config import FractionBelowOne, StrictModel
 from sopdeploy.layers.pooling.base import FlattenConfig
 from sopdeploy.layers.pooling.registry import Pooling
@@ -68,5 +68,5 @@ class AlexNet(Backbone):
             channels = width
         self.layers = nn.Sequential(*layers)
         self.pooling = config.pooling.build(channels)
-        self.classifier = build_classifier(self.pooling, config.classifier, config.dropout, num_classes)
+        self.classifier = vgg_classifier(self.pooling, config.classifier, config.dropout, num_classes)
         initialize(self)

@@ -20,7 +20,7 @@ from sopdeploy.layers.residual import BasicBlock, Bottleneck, PreActBasicBlock, 
 
 _STEM_CHANNELS = 16  # of pre-activation networks
 WIDTHS = (256, 512, 1024)  # of ResNeXt
-BLOCKS = 3  # of each stage of ResNeXt
+RESNEXT_BLOCKS = 3  # of each stage of ResNeXt
 
 
 class SmallResNetConfig(StrictModel):
@@ -125,7 +125,7 @@ class ResNeXt(Backbone):
         self.conv1 = conv3x3(3, 64)
         self.bn1 = nn.BatchNorm2d(64)
         self.relu = nn.ReLU(inplace=True)
-        self.add_stages(64, WIDTHS, [BLOCKS] * 3, (1, 2, 2))
+        self.add_stages(64, WIDTHS, [RESNEXT_BLOCKS] * 3, (1, 2, 2))
         self.add_classifier(config.pooling)
         initialize(self)
 

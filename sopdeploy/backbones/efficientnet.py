@@ -18,7 +18,7 @@ from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import mbconv
 
 
-class Stage(NamedTuple):
+class MBConvStage(NamedTuple):
     """One row of the paper's Table 1."""
 
     kernel: int
@@ -26,16 +26,16 @@ class Stage(NamedTuple):
     blocks: int
 
 
-STAGES = {
-    "blocks.0": Stage(3, 16, 1),
-    "blocks.1": Stage(3, 24, 2),
-    "blocks.2": Stage(5, 40, 2),
-    "blocks.3": Stage(3, 80, 3),
-    "blocks.4": Stage(5, 112, 3),
-    "blocks.5": Stage(5, 192, 4),
-    "blocks.6": Stage(3, 320, 1),
+MBCONV_STAGES = {
+    "blocks.0": MBConvStage(3, 16, 1),
+    "blocks.1": MBConvStage(3, 24, 2),
+    "blocks.2": MBConvStage(5, 40, 2),
+    "blocks.3": MBConvStage(3, 80, 3),
+    "blocks.4": MBConvStage(5, 112, 3),
+    "blocks.5": MBConvStage(5, 192, 4),
+    "blocks.6": MBConvStage(3, 320, 1),
 }
-KERNELS = {stage.channels: stage.kernel for stage in STAGES.values()}
+KERNELS = {stage.channels: stage.kernel for stage in MBCONV_STAGES.values()}
 HEAD_CHANNELS = 1280
 
 
@@ -54,7 +54,7 @@ class EfficientNet(Backbone):
     """timm's stem, stages and 1x1 convolution to 1280 channels, global pooling, one linear layer."""
 
     stem_parts = ("conv_stem", "bn1")
-    stage_names = tuple(STAGES)
+    stage_names = tuple(MBCONV_STAGES)
     classifier_parts: tuple[str, ...] = ("pooling", "dropout", "classifier")
     config: EfficientNetConfig
 
@@ -64,7 +64,7 @@ class EfficientNet(Backbone):
         network = timm.create_model("efficientnet_b0", drop_path_rate=config.stochastic_depth)
         self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks
         self.conv_head, self.bn2 = network.conv_head, network.bn2
-        for name, stage in STAGES.items():
+        for name, stage in MBCONV_STAGES.items():
             self.tap_channels |= {f"{name}.{index}": stage.channels for index in range(stage.blocks)}
         self.dropout = nn.Dropout(config.dropout)
         self.pooling = config.pooling.build(HEAD_CHANNELS)

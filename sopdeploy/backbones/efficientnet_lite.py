@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, STAGES
+from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, MBCONV_STAGES
 from sopdeploy.config import FractionBelowOne, Positive, StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
 _STEM_CHANNELS = 32
-_STRIDES = dict(zip(STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
+_STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
 TAPPED_STAGES = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")  # the last ones at their resolution
 DIVISOR = 8  # of the numbers of channels
 
@@ -97,7 +97,7 @@ class EfficientNetLite(Backbone):
     """Stem, seven stages, 1x1 convolution to 1280 channels, global pooling, one linear layer."""
 
     stem_parts = ("conv_stem", "bn1", "act1")
-    stage_names = tuple(STAGES)
+    stage_names = tuple(MBCONV_STAGES)
     classifier_parts: tuple[str, ...] = ("pooling", "dropout", "classifier")
     config: EfficientNetLiteConfig
 
@@ -106,7 +106,7 @@ class EfficientNetLite(Backbone):
         self.conv_stem, self.bn1 = convolution(3, _STEM_CHANNELS, 3, 2), _batch_norm(_STEM_CHANNELS)
         self.act1 = nn.ReLU6(inplace=True)
         channels, stages = _STEM_CHANNELS, []
-        for name, stage in STAGES.items():
+        for name, stage in MBCONV_STAGES.items():
             is_end = name in {"blocks.0", "blocks.6"}
             count = stage.blocks if is_end else math.ceil(stage.blocks * config.depth)
             out = scale_channels(stage.channels, config.width)

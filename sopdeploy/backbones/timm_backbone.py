@@ -70,7 +70,7 @@ class Tap(NamedTuple):
 
 
 @cache
-def find_taps(name: str) -> dict[str, Tap]:
+def timm_taps(name: str) -> dict[str, Tap]:
     """Find the taps of timm's network *name*, in the order of computation.
 
     The result is empty if the network does not name its stages, or if a stage returns neither a feature map
@@ -178,7 +178,7 @@ class TimmBackbone(Backbone):
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.wrapped = (network,)  # a tuple, because a module would become a child
-        self.tap_layouts = find_taps(config.backbone)
+        self.tap_layouts = timm_taps(config.backbone)
         self.tap_channels = {name: tap.channels for name, tap in self.tap_layouts.items()}
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg

@@ -17,7 +17,7 @@ from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
 
-STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 HIDDEN = 4096  # width of the usual classifier of three layers
 
 
@@ -45,7 +45,7 @@ class VGG(Backbone):
         super().__init__(config, num_classes)
         layers: list[nn.Module] = []
         channels = 3
-        for position, stage in enumerate(STAGES):
+        for position, stage in enumerate(VGG_STAGES):
             if position > 0:
                 layers.append(nn.MaxPool2d(2, stride=2))
             for width in stage:
@@ -58,11 +58,11 @@ class VGG(Backbone):
                 channels = width
         self.layers = nn.Sequential(*layers)
         self.pooling = config.pooling.build(channels)
-        self.classifier = build_classifier(self.pooling, config.classifier, config.dropout, num_classes)
+        self.classifier = vgg_classifier(self.pooling, config.classifier, config.dropout, num_classes)
         initialize(self)
 
 
-def build_classifier(
+def vgg_classifier(
     pooling: GlobalPooling, kind: Literal["mlp", "linear"], dropout: float, num_classes: int
 ) -> nn.Module:
     """Build the classifier after *pooling*: three layers for "mlp", the pooling's own for "linear"."""

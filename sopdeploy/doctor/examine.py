@@ -13,7 +13,7 @@ from sopdeploy.client.requests import encode_image
 from sopdeploy.config import StrictModel
 from sopdeploy.data.folders import is_image, walk
 from sopdeploy.doctor.advice import Advice, judge
-from sopdeploy.doctor.measure import Load, LoadStep
+from sopdeploy.doctor.measure import LoadStep, ServerLoad
 from sopdeploy.errors import ConfigError, DataError, ServiceError
 from sopdeploy.images.limits import SUFFIXES
 
@@ -63,7 +63,7 @@ def examine(
             chosen = _choose_model(info.models, model)
             for body in bodies:  # reports a bad image before the load, and warms up the runtime
                 await client.classify(body, model=chosen.name)
-            load = Load(client, bodies, chosen.name)
+            load = ServerLoad(client, bodies, chosen.name)
             steps = await load.run(concurrency, seconds)
         completed = [step for step in steps if step.answered]
         if not completed:

@@ -95,7 +95,7 @@ class LoadStep(StrictModel):
         return refused / max(1, refused + self.answered)
 
 
-def measure(
+def measure_server(
     before: Scrape,
     after: Scrape,
     latencies: Sequence[float],
@@ -145,7 +145,7 @@ def measure(
 
 
 @dataclass(slots=True)
-class Load:
+class ServerLoad:
     """Concurrent clients that send `bodies` in turn and stop at the first error.
 
     `stopped` is that error. `latencies` (seconds) and `refused` (by error code) belong to the current step.
@@ -176,7 +176,7 @@ class Load:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self.ended.wait(), seconds / len(ramp))
                 after = parse_metrics(await self.client.metrics())
-                step = measure(
+                step = measure_server(
                     before,
                     after,
                     self.latencies,

@@ -24,7 +24,7 @@ from sopdeploy.importers.gsop import convert_gsop
 from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.source import ConvertedWeights, WeightFile
 from sopdeploy.importers.timm_network import (
-    PREFIX,
+    TIMM_PREFIX,
     convert_efficientnet_lite,
     convert_timm,
     find_networks,
@@ -167,7 +167,7 @@ def choose_network(path: Path, default: str) -> str:
     recognized = _recognize(file, "")
     found = find_networks(file) if recognized is None else [str(recognized[1].model)]
     is_default = default.removeprefix("head:").removeprefix("dsop-") in found
-    others = [name for name in found if name.startswith(PREFIX) or name in list_models()]
+    others = [name for name in found if name.startswith(TIMM_PREFIX) or name in list_models()]
     return others[0] if len(others) == 1 and not is_default else default
 
 

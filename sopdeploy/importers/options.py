@@ -7,7 +7,7 @@ import pydantic
 
 from sopdeploy.config import Options
 
-Pixels = Annotated[int | None, pydantic.Field(ge=1)]
+ImageSide = Annotated[int | None, pydantic.Field(ge=1)]
 
 
 class ImportOptions(Options):
@@ -15,9 +15,9 @@ class ImportOptions(Options):
 
     labels: Path | None = None
     """Class names in the order of the outputs: a .json list or text lines."""
-    resize: Pixels = None
+    resize: ImageSide = None
     """Shorter side of the image in pixels."""
-    crop: Pixels = None
+    crop: ImageSide = None
     """Side of the center crop in pixels."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Interpolation of the resize."""

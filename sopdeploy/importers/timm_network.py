@@ -19,7 +19,7 @@ from sopdeploy.errors import WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
 
-PREFIX = "timm:"
+TIMM_PREFIX = "timm:"
 MAX_TRIED = 8  # networks are built without memory for their weights, which takes about 0.1 s for each
 HUB_CONFIG = "config.json"
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
@@ -35,9 +35,9 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
 
     Raises `WeightsError` if the tensors are those of another network.
     """
-    if not model.startswith(PREFIX) or file.layers:
+    if not model.startswith(TIMM_PREFIX) or file.layers:
         return None
-    backbone = model.removeprefix(PREFIX)
+    backbone = model.removeprefix(TIMM_PREFIX)
     import_timm(backbone)
     if not _has_tensors_of(backbone, file) and (found := find_networks(file)):
         raise WeightsError(
@@ -68,9 +68,9 @@ def find_networks(file: WeightFile) -> list[str]:
     name = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name.partition(".")[0])
     models = importlib.import_module("timm").list_models()
     if name in models and _has_tensors_of(name, file):
-        return [f"{PREFIX}{name}"]
+        return [f"{TIMM_PREFIX}{name}"]
     nearest = difflib.get_close_matches(name, models, MAX_TRIED, cutoff=0.3)
-    return [f"{PREFIX}{near}" for near in nearest if _has_tensors_of(near, file)]
+    return [f"{TIMM_PREFIX}{near}" for near in nearest if _has_tensors_of(near, file)]
 
 
 def _has_tensors_of(backbone: str, file: WeightFile) -> bool:

@@ -17,7 +17,7 @@ PER_NORM_OUTPUT, PER_ROOT_PRODUCT = 5, 42  # operations in DSoP's tables; 42 d^3
 Unit = Literal["M", "G", "K", "x"]
 
 
-class Row(StrictModel):
+class PublishedRow(StrictModel):
     """One network of a paper's table, as printed; `published.toml` documents the fields."""
 
     source: str
@@ -61,7 +61,7 @@ class Published(StrictModel):
         )
 
 
-def _load_rows() -> tuple[Row, ...]:
+def _load_rows() -> tuple[PublishedRow, ...]:
     text = files("sopdeploy.models").joinpath("published.toml").read_text(encoding="utf-8")
     rows = []
     for table in tomllib.loads(text)["tables"]:
@@ -69,11 +69,11 @@ def _load_rows() -> tuple[Row, ...]:
         for row in table["rows"]:
             config = {**shared.get("config", {}), **row.get("config", {})}
             lists = {key: tuple(value) for key, value in config.items() if isinstance(value, list)}
-            rows.append(Row(**{**shared, **row, "config": {**config, **lists}}))
+            rows.append(PublishedRow(**{**shared, **row, "config": {**config, **lists}}))
     return tuple(rows)
 
 
-ROWS: tuple[Row, ...] = _load_rows()
+PUBLISHED_ROWS: tuple[PublishedRow, ...] = _load_rows()
 
 
 def published(
@@ -81,14 +81,14 @@ def published(
 ) -> tuple[Published, ...]:
     """Look up the figures that papers print for exactly this network at its catalog's image size."""
     figures: list[Published] = []
-    for row in ROWS:
+    for row in PUBLISHED_ROWS:
         same_classes = num_classes == (row.num_classes or entry(name).num_classes)
         if row.model == name and same_classes and make_config(name, row.config) == config:
             figures += _compare(row, training if row.part == "training" else shipped, representation)
     return tuple(figures)
 
 
-def _compare(row: Row, tally: Tally, representation: int) -> list[Published]:
+def _compare(row: PublishedRow, tally: Tally, representation: int) -> list[Published]:
     """Put the package's own count beside every printed figure of *row*."""
     parameters = sum(n for name, n in tally.parameters.items() if name.startswith(row.module))
     operations = sum(n for name, n in tally.macs.items() if name.startswith(row.module)) + row.extra_ops

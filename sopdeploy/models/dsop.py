@@ -16,7 +16,7 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import initialize
-from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, STAGES, EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, MBCONV_STAGES, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
@@ -260,7 +260,7 @@ class DSoPEfficientNet(DSoP, EfficientNet):
     def paper_branches(self) -> PaperBranches:
         """Return two branches, of `blocks.4` and `blocks.6`, the fifth and the seventh stage."""
         return PaperBranches(
-            blocks=(0, 0, 0, 0, STAGES["blocks.4"].blocks, 0, STAGES["blocks.6"].blocks),
+            blocks=(0, 0, 0, 0, MBCONV_STAGES["blocks.4"].blocks, 0, MBCONV_STAGES["blocks.6"].blocks),
             widths=(64,) * 7,
             dropout_rate=0.2,
         )

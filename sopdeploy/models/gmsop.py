@@ -30,7 +30,7 @@ from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
 from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead, Kind, pooling
+from sopdeploy.layers.mixture.components import ComponentKind, Components, Convolutions, FusionHead, pooling
 from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.residual import dimension_reduction
@@ -53,7 +53,7 @@ class GMSOPOptions(NewtonSchulzOptions):
     dense: no shape depends on the data.
     """
 
-    component: Kind = "sop"
+    component: ComponentKind = "sop"
     components: Annotated[int, pydantic.Field(ge=2)] = 16
     chosen: Count = 8
     component_widths: tuple[Count, ...] = pydantic.Field(default=(256, 128), min_length=1)

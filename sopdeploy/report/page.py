@@ -16,7 +16,7 @@ from sopdeploy.training.procedure_config import ProcedureResult
 from sopdeploy.training.recipe import flatten
 
 
-def write_report(
+def write_run_report(
     run: Path,
     destination: Path | None = None,
     *,

@@ -9,7 +9,7 @@ from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, Curve, bars, plot
 from sopdeploy.html.templates import short_number
 from sopdeploy.training.diagnostics import EpochRow, history_table, median_throughput
 
-EPOCHS = Axis("epoch")
+EPOCH_AXIS = Axis("epoch")
 
 Chart = tuple[Markup, str]  # a chart and its caption
 
@@ -63,15 +63,17 @@ def _learning_charts(history: Sequence[EpochRow]) -> list[Chart]:
     title = "mAP" if score == "mAP" else "Top-1 accuracy"
     return [
         (
-            plot("losses", "Training loss", _join_others(losses), EPOCHS, Axis("loss")),
+            plot("losses", "Training loss", _join_others(losses), EPOCH_AXIS, Axis("loss")),
             'Losses of the heads, the penalties, and their weighted sum. "All numbers" lists every branch.',
         ),
         (
-            plot("top1", f"{title} on held-out images", _join_others(scores), EPOCHS, Axis(title)),
+            plot("top1", f"{title} on held-out images", _join_others(scores), EPOCH_AXIS, Axis(title)),
             f"{title} on held-out images.",
         ),
         (
-            plot("held-out-loss", "Loss on held-out images", _join_others(held_out), EPOCHS, Axis("loss")),
+            plot(
+                "held-out-loss", "Loss on held-out images", _join_others(held_out), EPOCH_AXIS, Axis("loss")
+            ),
             f"If the loss rises and {score} does not fall, the network is overconfident.",
         ),
     ]

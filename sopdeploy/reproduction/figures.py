@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 
 from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, bars, plot
-from sopdeploy.report.training import EPOCHS, Chart, component_chart, epoch_curve, head_metric
-from sopdeploy.reproduction.plan import Row
+from sopdeploy.report.training import EPOCH_AXIS, Chart, component_chart, epoch_curve, head_metric
+from sopdeploy.reproduction.plan import ReproducedRow
 
 _ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
 
 
-def curve_charts(rows: Sequence[Row]) -> list[Chart]:
+def curve_charts(rows: Sequence[ReproducedRow]) -> list[Chart]:
     """Plot training loss, top-1 and top-5 error over the epochs: one curve per row, for the first seed."""
     charts = []
     for start in range(0, len(rows), MAX_CURVES):
@@ -24,11 +24,13 @@ def curve_charts(rows: Sequence[Row]) -> list[Chart]:
                     values = [_percent_wrong(getattr(epoch.metrics, name)) for epoch in history]
                 curves.append(epoch_curve(row.printed.name, history, values))
             title = f"{label.capitalize()} over the epochs"
-            charts.append((plot(f"{name}-{start}", title, curves, EPOCHS, Axis(label)), f"{title}, seed 0."))
+            charts.append(
+                (plot(f"{name}-{start}", title, curves, EPOCH_AXIS, Axis(label)), f"{title}, seed 0.")
+            )
     return charts
 
 
-def row_charts(rows: Sequence[Row]) -> list[Chart]:
+def row_charts(rows: Sequence[ReproducedRow]) -> list[Chart]:
     """Draw the heads and the components of the first run of each row that has them."""
     charts: list[Chart] = []
     for row in rows:
@@ -39,7 +41,7 @@ def row_charts(rows: Sequence[Row]) -> list[Chart]:
     return charts
 
 
-def _head_charts(row: Row) -> Iterator[Chart]:
+def _head_charts(row: ReproducedRow) -> Iterator[Chart]:
     """Plot the errors of the heads over the epochs, and the share of each head in the weighted loss."""
     run, row_id = row.runs[0], row.printed.id
     heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
@@ -58,7 +60,7 @@ def _head_charts(row: Row) -> Iterator[Chart]:
             ]
             title = f"Heads of {row.printed.name}"
             caption = f"{title}: {label} on a fixed subset of {diagnostics.images} held-out images."
-            yield plot(f"heads-{name}-{row_id}", title, curves, EPOCHS, Axis(label)), caption
+            yield plot(f"heads-{name}-{row_id}", title, curves, EPOCH_AXIS, Axis(label)), caption
     shares = {head: run.heads[head].share for head in heads}
     entries = [Bar(label=head, value=share, text=f"{share:.1%}") for head, share in shares.items()]
     title = f"Shares of the heads of {row.printed.name} in the weighted loss"

@@ -10,7 +10,7 @@ from sopdeploy.config import Options
 if TYPE_CHECKING:
     from sopdeploy.reproduction.tables import PrintedTable
 
-Scale = Literal["paper", "small"]
+ReproductionScale = Literal["paper", "small"]
 
 
 class ReproduceOptions(Options):
@@ -20,7 +20,7 @@ class ReproduceOptions(Options):
     """Run only these rows, ids separated by commas, and those they need."""
     seeds: Annotated[int | None, pydantic.Field(ge=1)] = None
     """Runs per row: seeds 0, 1 and so on; by default as many as in the paper."""
-    scale: Scale = "paper"
+    scale: ReproductionScale = "paper"
     """small trains narrow networks on few small images, in minutes on a CPU."""
     data: Path | None = None
     """Images: class folders or an official layout. At the small scale any images, by default the bundled

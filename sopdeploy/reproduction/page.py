@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from sopdeploy.html.templates import render
 from sopdeploy.reproduction.figures import curve_charts, row_charts
-from sopdeploy.reproduction.plan import Reproduction, Row
+from sopdeploy.reproduction.plan import ReproducedRow, Reproduction
 from sopdeploy.reproduction.results import MeanError
 from sopdeploy.training.diagnostics import median_throughput
 
@@ -40,7 +40,7 @@ def render_page(results: Reproduction) -> str:
     )
 
 
-def error_table(rows: Sequence[Row]) -> Table:
+def error_table(rows: Sequence[ReproducedRow]) -> Table:
     """Format the printed and the measured errors of *rows*, in percent."""
     lines = [
         (
@@ -57,7 +57,7 @@ def error_table(rows: Sequence[Row]) -> Table:
     return ("row", "top-1 printed", "measured", "top-5 printed", "measured", "status"), lines
 
 
-def fact_table(rows: Sequence[Row]) -> Table:
+def fact_table(rows: Sequence[ReproducedRow]) -> Table:
     """Format the printed counts and facts of *rows*, each beside the one that was counted or measured."""
     lines: list[tuple[str, ...]] = []
     for row in rows:
@@ -72,7 +72,7 @@ def fact_table(rows: Sequence[Row]) -> Table:
     return ("row", "figure", "printed", "counted or measured"), lines
 
 
-def _branch_table(rows: Sequence[Row]) -> Table:
+def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
     """Format printed and measured errors of the branches, averaged over seeds."""
     lines = []
     for row in rows:
@@ -90,7 +90,7 @@ def _branch_table(rows: Sequence[Row]) -> Table:
     return ("branch", "top-1 printed", "measured", "top-5 printed", "measured"), lines
 
 
-def _run_table(rows: Sequence[Row]) -> Table:
+def _run_table(rows: Sequence[ReproducedRow]) -> Table:
     """Format the networks that were trained, and the speed of their training."""
     lines = []
     for row in rows:

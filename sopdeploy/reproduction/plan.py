@@ -36,7 +36,7 @@ QUANTITIES = {  # of `published.toml`, by key of a row
 
 
 @dataclass(kw_only=True)
-class Row:
+class ReproducedRow:
     """What is printed in a row, how it is trained, and its results so far.
 
     `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
@@ -95,7 +95,7 @@ class Reproduction:
 
     table: PrintedTable
     options: ReproduceOptions
-    rows: tuple[Row, ...]
+    rows: tuple[ReproducedRow, ...]
 
     def __post_init__(self) -> None:
         self.folder = self.options.folder(self.table)
@@ -175,8 +175,8 @@ def plan(table: PrintedTable, options: ReproduceOptions) -> Reproduction:
     return Reproduction(table, options, tuple(rows))
 
 
-def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> Row:
-    row, data = Row(printed=printed), DATA_SETS[table.data]
+def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> ReproducedRow:
+    row, data = ReproducedRow(printed=printed), DATA_SETS[table.data]
     trained = table.recipe_of(printed)
     if trained is None:
         row.reason = "cited: no network of the catalog"
@@ -202,7 +202,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
     return row
 
 
-def _scale_overrides(row: Row, table: PrintedTable, options: ReproduceOptions) -> list[str]:
+def _scale_overrides(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> list[str]:
     """Build the overrides of the recipe of *row* for the scale and the data of *options*.
 
     At the small scale, overrides of the table replace the general ones, except for networks.
@@ -266,7 +266,7 @@ def _count_network(recipe: Recipe, printed: PrintedRow, num_classes: int) -> dic
     return {**counts, "dim": described.representation}
 
 
-def _count_facts(row: Row, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
+def _count_facts(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
     """Compute the quantities that the paper prints for *row*, except those that only training measures."""
     printed, model, num_classes = row.printed, recipe.model, DATA_SETS[table.data].classes
     if not printed.facts:

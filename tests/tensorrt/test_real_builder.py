@@ -9,7 +9,7 @@ from onnx import helper
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import create, make_logger
 from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy_export.engine_builder.build import BuildRequest, build, set_timing_cache
+from sopdeploy_export.engine_builder.build import BuildRequest, parse_and_build, set_timing_cache
 from sopdeploy_export.engine_builder.lint import lint
 from tests.gpu_graphs import ABSENT, RealTensorRT, real_tensorrt
 from tests.tensorrt.networks import network
@@ -35,10 +35,10 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
 ) -> None:
     told: list[str] = []
     safe, _ = lint(network(half=half), (11, 0), PROFILES)
-    assert build(trt, request(safe), told.append)[0]
+    assert parse_and_build(trt, request(safe), told.append)[0]
     assert told
     with pytest.raises(EngineError, match=r"node 0 \(Transpose node_moved\): Invalid Node.*UInt8") as caught:
-        build(trt, request(network()), told.append)
+        parse_and_build(trt, request(network()), told.append)
     assert "\n" not in str(caught.value)
 
 
@@ -47,10 +47,10 @@ def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: Real
     safe, _ = lint(network(), (11, 0), PROFILES)
     safe.graph.node.append(helper.make_node("Det", ["covariance"], ["unused"], name="determinant"))
     with pytest.raises(EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"):
-        build(trt, request(safe), lambda _: None)
+        parse_and_build(trt, request(safe), lambda _: None)
     damaged = BuildRequest(onnx=b"no graph", profiles=PROFILES)
     with pytest.raises(EngineError, match=r"cannot read the graph: .+") as caught:
-        build(trt, damaged, lambda _: None)
+        parse_and_build(trt, damaged, lambda _: None)
     assert "gave no reason" not in str(caught.value)
     del other
 
@@ -61,7 +61,7 @@ def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
 
     safe, _ = lint(network(), (11, 0), PROFILES)
     with pytest.raises(KeyboardInterrupt):
-        build(trt, request(safe), interrupt)
+        parse_and_build(trt, request(safe), interrupt)
 
 
 @pytest.mark.parametrize("rejected", ["damaged", "of another machine"])

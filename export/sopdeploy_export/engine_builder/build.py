@@ -25,7 +25,7 @@ class BuildRequest:
     timing_cache: bytes = b""
 
 
-def build(trt: Any, request: BuildRequest, report: Report) -> tuple[bytes, bytes]:
+def parse_and_build(trt: Any, request: BuildRequest, report: Report) -> tuple[bytes, bytes]:
     """Build a plan for *request* and return it with its timing cache; *report* receives the progress.
 
     Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and

@@ -30,7 +30,7 @@ from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
 from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.engine_builder.build import BuildRequest, Report, build, layer_information
+from sopdeploy_export.engine_builder.build import BuildRequest, Report, layer_information, parse_and_build
 from sopdeploy_export.engine_builder.lint import floating_types, lint
 from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_export.engine_builder.precision_check import check_engine_precision
@@ -168,7 +168,7 @@ def build_from_onnx(machine: Machine, graph: bytes, key: EngineKey, folder: Path
         workspace=machine.workspace,
         timing_cache=cache_file.read_bytes() if cache_file.is_file() else b"",
     )
-    plan, timing_cache = build(machine.trt, request, report)
+    plan, timing_cache = parse_and_build(machine.trt, request, report)
     if timing_cache:
         write_atomically(cache_file, timing_cache)
     return plan

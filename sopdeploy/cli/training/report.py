@@ -30,7 +30,7 @@ def report_command(
     Example: [bold]sopdeploy report runs/latest --data test-photos --out-file page.html[/bold]
     """
     with image_progress() as on_image:
-        from sopdeploy.report.page import write_report
+        from sopdeploy.report.page import write_run_report
 
-        page = write_report(run, out_file, data=data, on_image=on_image)
+        page = write_run_report(run, out_file, data=data, on_image=on_image)
     return {"report": str(page), "bytes": page.stat().st_size}

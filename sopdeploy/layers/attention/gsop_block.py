@@ -27,7 +27,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.covariance import at_least_float32, centered_and_scaled, covariance, without_autocast
 from sopdeploy.layers.export_hints import ExportHints
 
-Activation = Literal["none", "relu", "lrelu"]
+BlockActivation = Literal["none", "relu", "lrelu"]
 FusionKind = Literal["average", "sum", "maximum", "concatenation"]
 OUTPUTS_PER_ROW = 4
 CHANNELS_PER_GROUP = 64
@@ -50,8 +50,8 @@ class GSoPBlockConfig(StrictModel):
     pre_relu: bool = False
     channel_norm: bool = True
     position_norm: bool = False
-    channel_activation: Activation = "lrelu"
-    position_activation: Activation = "lrelu"
+    channel_activation: BlockActivation = "lrelu"
+    position_activation: BlockActivation = "lrelu"
     position_rectify: Literal["reduced", "scaled"] = "reduced"
     position_covariance: Literal["centred", "uncentred"] = "centred"
     position_upsampling: Literal["nearest", "average"] = "nearest"
@@ -68,7 +68,7 @@ RELEASED_BLOCK = {
 }
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
+def activate(x: Tensor, activation: BlockActivation) -> Tensor:
     """Apply no activation, ReLU or LReLU(0.1)."""
     if activation == "lrelu":
         return F.leaky_relu(x, 0.1)
@@ -104,9 +104,9 @@ class Excitation(nn.Module, ExportHints):
 
     keep_float32 = True
 
-    def __init__(self, rows: int, out_channels: int, activation: Activation, *, norm: bool) -> None:
+    def __init__(self, rows: int, out_channels: int, activation: BlockActivation, *, norm: bool) -> None:
         super().__init__()
-        self.activation: Activation = activation
+        self.activation: BlockActivation = activation
         self.row_bn = nn.BatchNorm2d(rows)
         self.row_conv = RowConv(rows)
         self.norm: nn.Module = nn.BatchNorm2d(OUTPUTS_PER_ROW * rows) if norm else nn.Identity()

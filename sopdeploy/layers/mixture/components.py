@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
-Kind = Literal["gap", "sop", "linear"]
+ComponentKind = Literal["gap", "sop", "linear"]
 
 
 class Convolutions(NamedTuple):
@@ -48,7 +48,7 @@ class Components(nn.Module):
 
     def __init__(
         self,
-        kind: Kind,
+        kind: ComponentKind,
         channels: int,
         convolutions: Convolutions,
         *,
@@ -120,7 +120,7 @@ class Components(nn.Module):
         return self.counted * positions * weights
 
 
-def pooling(kind: Kind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:
+def pooling(kind: ComponentKind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:
     """Build the pooling of a map of *channels*; return it and the length of its vector."""
     if kind == "sop":
         layer = ISqrtCov(channels, root)

@@ -3,7 +3,7 @@ import timm
 import torch
 
 from sopdeploy import create_model
-from sopdeploy.backbones.efficientnet import STAGES, EfficientNet, EfficientNetConfig
+from sopdeploy.backbones.efficientnet import MBCONV_STAGES, EfficientNet, EfficientNetConfig
 
 
 def test_efficientnet_has_timms_keys_and_gives_its_logits() -> None:
@@ -37,7 +37,7 @@ def test_drop_probability_grows_with_depth() -> None:
 
 def test_branch_blocks_are_like_those_of_their_stage() -> None:
     network = EfficientNet(EfficientNetConfig(), 3)
-    for name, stage in list(STAGES.items())[1:]:
+    for name, stage in list(MBCONV_STAGES.items())[1:]:
         block = network.branch_block(stage.channels, stage.channels, 1)
         assert block.conv_dw.kernel_size == network.get_submodule(name)[-1].conv_dw.kernel_size
         assert block.has_skip

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sopdeploy.doctor.advice import judge
 from sopdeploy.doctor.examine import load_images
-from sopdeploy.doctor.measure import LoadStep, Scrape, measure, parse_metrics
+from sopdeploy.doctor.measure import LoadStep, Scrape, measure_server, parse_metrics
 from sopdeploy.errors import ServiceError
 
 BEFORE = """
@@ -53,7 +53,7 @@ def step(**changes: Any) -> LoadStep:
 def test_a_measurement_is_the_difference_of_two_scrapes() -> None:
     latencies, refused = [0.010] * 90 + [0.110] * 10, {"queue_full": 25}
     before, after = scrape(BEFORE, 100.0), scrape(AFTER, 104.0)
-    found = measure(before, after, latencies, refused, concurrency=8, client_seconds=0.4)
+    found = measure_server(before, after, latencies, refused, concurrency=8, client_seconds=0.4)
     assert (found.rate, found.runtime_busy, found.decoder_busy, found.client_busy) == (25.0, 0.5, 0.375, 0.1)
     assert found.mean_batch == 4.0
     assert found.stage_ms["infer"] == pytest.approx(200)
@@ -61,7 +61,7 @@ def test_a_measurement_is_the_difference_of_two_scrapes() -> None:
     assert found.stage_ms["receive"] == 0
     assert (found.p50_ms, found.p99_ms) == (10, 110)
     assert found.refused_share == pytest.approx(0.2)
-    restarted = measure(after, scrape(BEFORE, 105.0), [], {}, concurrency=1, client_seconds=0.0)
+    restarted = measure_server(after, scrape(BEFORE, 105.0), [], {}, concurrency=1, client_seconds=0.0)
     assert (restarted.rate, restarted.p99_ms, restarted.mean_batch, restarted.elsewhere_ms) == (0, 0, 0, 0)
 
 
@@ -75,7 +75,7 @@ def test_each_device_has_an_engine_and_front_ends_share_it(
         return re.sub(r"(?m)^(\w+)(?:\{(.*)\})? ", rf'\1{{process="{name}",\2}} ', text)
 
     before, after = ("\n".join(labelled(text, name) for name in names) for text in (BEFORE, AFTER))
-    found = measure(
+    found = measure_server(
         scrape(before, 100.0), scrape(after, 104.0), [0.01] * 200, {}, concurrency=8, client_seconds=0.4
     )
     assert (found.runtimes, found.processes, found.decoders) == (runtimes, 2, 4)

@@ -15,7 +15,7 @@ from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision, fit_thresholds
 from sopdeploy.evaluation.prediction import classification_loss, score_checkpoint
-from sopdeploy.report.page import write_report
+from sopdeploy.report.page import write_run_report
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.two_objects import CLASSES, draw_scenes
@@ -101,7 +101,7 @@ def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     labels, found, _ = score_checkpoint(result.best, scenes, on_image=lambda _done, _all: None)
     assert isinstance(found, MultiLabelPredictions)
     assert (labels, found.thresholds) == (CLASSES, stored.decision.thresholds)
-    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    page = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     assert "average precision" in page
     assert "mAP, too high" in page
 

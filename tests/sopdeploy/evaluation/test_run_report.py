@@ -19,7 +19,7 @@ from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.evaluation.prediction import EvalMetrics, score_checkpoint
 from sopdeploy.html.charts import element
 from sopdeploy.html.templates import create_environment, render
-from sopdeploy.report.page import write_report
+from sopdeploy.report.page import write_run_report
 from sopdeploy.report.training import training_context
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.recipe import read_recipe
@@ -37,7 +37,7 @@ def run(few_digits: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run: Path) -> str:
-    return write_report(run).read_text(encoding="utf-8")
+    return write_run_report(run).read_text(encoding="utf-8")
 
 
 def test_the_page_is_well_formed_and_self_contained(page: str) -> None:
@@ -89,7 +89,7 @@ def test_a_gated_run_shows_the_images_per_component(tmp_path: Path) -> None:
     gated = ["model.name=gmsop-16-8-resnet18", f"model.config={small}", "epochs=1", "batch_size=120"]
     recipe = read_recipe("digits-plain", [*gated, "preprocess.resize=8", "preprocess.crop=8"])
     train_recipe(recipe, tmp_path / "run")
-    page = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    page = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     texts = {text for _, text in Reader(page).texts}
     assert {"Images per component", "Training images that the gate sent to each component."} <= texts
 
@@ -104,7 +104,7 @@ def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path
     settings = ["epochs=1", "batch_size=4", "preprocess.resize=8", "preprocess.crop=8", f"data.path={data}"]
     settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
     train_recipe(read_recipe("photos-dsop", settings), tmp_path / "run")
-    page = write_report(tmp_path / "run", data=data).read_text(encoding="utf-8")
+    page = write_run_report(tmp_path / "run", data=data).read_text(encoding="utf-8")
     Reader(page)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
@@ -116,23 +116,23 @@ def test_other_images_are_evaluated_and_hostile_class_names_are_escaped(tmp_path
     assert len(re.findall(r"<code>[^<]+/[0-3]\.png</code>: ", page)) == len(wrong) > 0
     for path in data.rglob("*.png"):
         path.unlink()
-    without = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    without = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
     assert "the images are not available" in without
     with pytest.raises(DataError, match="holds no images of these classes"):
-        write_report(tmp_path / "run", data=data)
+        write_run_report(tmp_path / "run", data=data)
 
 
 def test_a_page_is_reproducible_or_the_error_leaves_no_file(run: Path, page: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
-        write_report(run, tmp_path / "missing" / "page.html")
+        write_run_report(run, tmp_path / "missing" / "page.html")
     assert list(tmp_path.iterdir()) == []
-    assert write_report(run, tmp_path / "again.html").read_text(encoding="utf-8") == page
+    assert write_run_report(run, tmp_path / "again.html").read_text(encoding="utf-8") == page
     with pytest.raises(ConfigError, match="holds no run with a finished epoch"):
-        write_report(tmp_path)
+        write_run_report(tmp_path)
     for name in ("last.pt", "best.pt"):
         (tmp_path / name).write_bytes((run / "best.pt").read_bytes())
     with pytest.raises(CheckpointError, match="holds no history"):
-        write_report(tmp_path)
+        write_run_report(tmp_path)
     with pytest.raises(UndefinedError):
         render("sopdeploy.report", "run.html")
 

@@ -145,9 +145,9 @@ def test_vgg_weights_give_the_same_logits(
     entries: int,
     widths: tuple[int, ...],
 ) -> None:
-    stages = [(width,) * len(stage) for width, stage in zip(widths, vgg.STAGES, strict=True)]
+    stages = [(width,) * len(stage) for width, stage in zip(widths, vgg.VGG_STAGES, strict=True)]
     hidden = vgg.HIDDEN if widths == VGG_WIDTHS else 32
-    monkeypatch.setattr(vgg, "STAGES", stages)
+    monkeypatch.setattr(vgg, "VGG_STAGES", stages)
     monkeypatch.setattr(vgg, "HIDDEN", hidden)
     torch.manual_seed(0)
     network = settled(Vgg(d=d, linear=linear, widths=widths, hidden=hidden))

@@ -4,14 +4,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import Components, Convolutions, Kind
+from sopdeploy.layers.mixture.components import ComponentKind, Components, Convolutions
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
-KINDS: list[tuple[Kind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6, 4)), ("linear", (5,))]
+KINDS: list[tuple[ComponentKind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6, 4)), ("linear", (5,))]
 
 
-def components(kind: Kind, widths: tuple[int, ...], count: int = 4) -> Components:
+def components(kind: ComponentKind, widths: tuple[int, ...], count: int = 4) -> Components:
     torch.manual_seed(0)
     root = NewtonSchulzConfig(iterations=3)
     return Components(kind, 5, Convolutions(widths), components=count, counted=2, root=root).double()
@@ -27,7 +27,7 @@ def weights(images: int, count: int = 4, kept: int = 2) -> Tensor:
     return keep_largest(torch.randn(images, count, dtype=torch.float64), kept)
 
 
-def one_by_one(bank: Components, kind: Kind, features: Tensor, component: int) -> Tensor:
+def one_by_one(bank: Components, kind: ComponentKind, features: Tensor, component: int) -> Tensor:
     """What the paper says of one component, written without packing."""
     x = features.mean(dim=(2, 3), keepdim=True) if kind == "linear" else features
     for weight in bank.weights:
@@ -37,7 +37,7 @@ def one_by_one(bank: Components, kind: Kind, features: Tensor, component: int) -
 
 
 @pytest.mark.parametrize(("kind", "widths"), KINDS)
-def test_packed_components_equal_single_ones(kind: Kind, widths: tuple[int, ...]) -> None:
+def test_packed_components_equal_single_ones(kind: ComponentKind, widths: tuple[int, ...]) -> None:
     bank = components(kind, widths)
     expected = torch.stack([one_by_one(bank, kind, maps(), n) for n in range(4)], dim=1)
     torch.testing.assert_close(bank(maps()), expected, rtol=0, atol=1e-12)
@@ -69,7 +69,9 @@ def test_equation_6_is_the_root_of_the_second_moments_without_relu_or_mean() -> 
 
 @pytest.mark.parametrize("images", [1, 2, 9])
 @pytest.mark.parametrize(("kind", "widths"), KINDS)
-def test_routed_and_dense_evaluation_are_equal(kind: Kind, widths: tuple[int, ...], images: int) -> None:
+def test_routed_and_dense_evaluation_are_equal(
+    kind: ComponentKind, widths: tuple[int, ...], images: int
+) -> None:
     gradients = []
     outputs = []
     for routed in (False, True):
@@ -98,5 +100,5 @@ def test_unselected_components_have_zero_gradients() -> None:
     ("kind", "widths", "macs"),
     [("gap", (7,), 2 * 9 * 35), ("sop", (6, 4), 2 * 9 * 54), ("linear", (5,), 2 * 25)],
 )
-def test_macs_count_the_evaluated_components(kind: Kind, widths: tuple[int, ...], macs: int) -> None:
+def test_macs_count_the_evaluated_components(kind: ComponentKind, widths: tuple[int, ...], macs: int) -> None:
     assert components(kind, widths).macs(maps().shape) == macs

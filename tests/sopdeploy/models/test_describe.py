@@ -8,7 +8,7 @@ import pytest
 
 from sopdeploy import describe
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.describe import ROWS, Published, Row
+from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow
 
 
 def test_dsop_inference_model_counts_equal_the_plain_network() -> None:
@@ -16,7 +16,7 @@ def test_dsop_inference_model_counts_equal_the_plain_network() -> None:
     assert plain.training == plain.shipped == describe("dsop-resnet18").shipped
 
 
-def row_id(row: Row) -> str:
+def row_id(row: PublishedRow) -> str:
     return f"{row.source}, {row.model} {dict(row.config)} {row.module} {row.params} {row.ops}"
 
 
@@ -35,8 +35,8 @@ def published(name: str, classes: int, config: str) -> tuple[Published, ...]:
     return describe(name, num_classes=classes, **json.loads(config)).published
 
 
-@pytest.mark.parametrize("row", ROWS, ids=row_id)
-def test_published_figures_are_reached_to_the_last_digit_or_marked_with_the_reason(row: Row) -> None:
+@pytest.mark.parametrize("row", PUBLISHED_ROWS, ids=row_id)
+def test_published_figures_are_reached_to_the_last_digit_or_marked_with_the_reason(row: PublishedRow) -> None:
     described = published(row.model, row.num_classes, json.dumps(dict(row.config)))
     note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
     found = [figure for figure in described if (figure.source, figure.note) == (row.source, note)]

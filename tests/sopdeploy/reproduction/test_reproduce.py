@@ -15,7 +15,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.reproduction import small
 from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.page import number
-from sopdeploy.reproduction.plan import Reproduction, Row, plan
+from sopdeploy.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy.reproduction.results import HOURS, MILLISECONDS
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
@@ -132,7 +132,7 @@ def test_the_scale_of_the_paper_states_each_difference_to_its_conditions(tmp_pat
     assert Reproduction(TINY, ReproduceOptions(out=tmp_path), ()).statement == ""
 
 
-def branched_rows(table: PrintedTable) -> Iterator[Row]:
+def branched_rows(table: PrintedTable) -> Iterator[ReproducedRow]:
     """The rows of *table* whose networks have several heads, once per network."""
     seen = set()
     for row in plan(table, ReproduceOptions(scale="small")).rows:

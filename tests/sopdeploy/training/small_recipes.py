@@ -57,8 +57,8 @@ def few_blocks(patch: pytest.MonkeyPatch) -> None:
     """Reduce nearly all stages to one block, because each block adds a second to an export."""
     patch.setitem(resnet.BLOCKS, 18, (1, 1, 1, 1))
     patch.setitem(resnet.BLOCKS, 26, (1, 1, 1, 1))
-    patch.setattr(cifar_resnet, "BLOCKS", 1)
-    patch.setattr(vgg, "STAGES", ((16, 16), (32,), (32,), (32,), (32,)))
-    stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.STAGES.items()}
-    stages["blocks.1"] = efficientnet.STAGES["blocks.1"]
-    patch.setattr(efficientnet, "STAGES", stages)
+    patch.setattr(cifar_resnet, "RESNEXT_BLOCKS", 1)
+    patch.setattr(vgg, "VGG_STAGES", ((16, 16), (32,), (32,), (32,), (32,)))
+    stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.MBCONV_STAGES.items()}
+    stages["blocks.1"] = efficientnet.MBCONV_STAGES["blocks.1"]
+    patch.setattr(efficientnet, "MBCONV_STAGES", stages)

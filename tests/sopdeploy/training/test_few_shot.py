@@ -27,7 +27,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.report.page import write_report
+from sopdeploy.report.page import write_run_report
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
 from sopdeploy.training.few_shot.config import FewShotConfig
@@ -190,7 +190,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     test = paint(tmp_path / "test", 5, seed=1)
     _, scores, _ = score_checkpoint(result.best, test, on_image=lambda _done, _total: None)
     assert np.mean([score.correct for score in scores]) > 0.8
-    page = write_report(tmp_path / "run").read_text()
+    page = write_run_report(tmp_path / "run").read_text()
     assert "cross-validated" in page
     assert "by fitting the classifier without it" in page
     rows = dict(checkpoint.decision.rows())
@@ -434,7 +434,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     assert {candidate.score.count for candidate in found.candidates} == {32}
     assert len(result.decision.thresholds) == 2
     assert read_checkpoint(result.best).decision == result.decision
-    page = write_report(tmp_path / "run").read_text()
+    page = write_run_report(tmp_path / "run").read_text()
     assert f"<td>{result.decision.thresholds[0]:.3f}</td>" in page
     assert train_recipe(recipe, tmp_path / "run", resume=True).decision == result.decision
 
