@@ -17,7 +17,7 @@ from sopdeploy.client.requests import (
 )
 from sopdeploy.client.results import Classification, Embedding, ServerInfo
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 class Client:
@@ -206,11 +206,11 @@ class AsyncClient:
             return await self._http.send(request)
 
 
-def _run(call: Coroutine[Any, Any, Value]) -> Value:
+def _run(call: Coroutine[Any, Any, _Value]) -> _Value:
     """Run *call* of a blocking client to its end; it never suspends, so that no event loop is needed."""
     try:
         call.send(None)
     except StopIteration as end:
-        value: Value = end.value
+        value: _Value = end.value
         return value
     raise RuntimeError("a call of the blocking client was suspended")

@@ -35,7 +35,7 @@ FIRST_DELAY = 0.2  # seconds
 MAX_DELAY = 5.0
 RETRY_STATUSES = {429, 503}  # the server did not process the request
 # Errors of a connection that broke before a response.
-BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+_BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
 def address_and_key(url: str, api_key: str | None) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class Calls:
             try:
                 response = await self._transmit(request)
             except (httpx.RequestError, TimeoutError) as failure:
-                error, may_retry = unreachable_error(request, failure, deadline), isinstance(failure, BROKEN)
+                error, may_retry = unreachable_error(request, failure, deadline), isinstance(failure, _BROKEN)
                 delay = backoff(attempt)
             else:
                 if response.is_success:

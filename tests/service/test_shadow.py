@@ -110,7 +110,7 @@ def test_the_request_id_decides_which_requests_are_compared(serve, jpeg, until) 
 def test_a_blocked_shadow_delays_nobody_and_drops_what_does_not_fit(
     serve, models, jpeg, until, monkeypatch
 ) -> None:
-    monkeypatch.setattr(shadows, "MAX_WAITING", 4)
+    monkeypatch.setattr(shadows, "MAX_WAITING_IMAGES", 4)
     held = Held()
     with serve("1", replace(models["new"], runtime=held)) as client:
         codes = [client.post("/v1/classify", content=jpeg).status_code for _ in range(10)]

@@ -29,7 +29,7 @@ from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 router = APIRouter()
 
@@ -186,7 +186,7 @@ async def self_test(admitted: AdmittedRequest) -> SelfTest:
         batch = min(service.settings.queue_size, model.largest_batch)
         result = await asyncio.to_thread(replay, probes, run, batch=batch)
     except (BundleError, ParityError) as problem:
-        raise RejectedError(Rejection("selftest_failed", 500, str(problem))) from problem
+        raise RejectedError(HttpError("selftest_failed", 500, str(problem))) from problem
     context.images = result.images
     return SelfTest(
         model=model.name,

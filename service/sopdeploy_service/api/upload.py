@@ -16,19 +16,19 @@ from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 MAX_TOP_K = 1_000_000
 
-_NO_IMAGE = Rejection("no_image", 422, "the list `images` is empty")
-FETCHES_FULL = Rejection("fetches_full", 429, "too many URLs are being fetched; retry later", 1)
-STRIPPED = Rejection(
+_NO_IMAGE = HttpError("no_image", 422, "the list `images` is empty")
+FETCHES_FULL = HttpError("fetches_full", 429, "too many URLs are being fetched; retry later", 1)
+STRIPPED = HttpError(
     "stripped_body",
     400,
     "curl's --data and -d remove bytes from files; send the image with --data-binary @FILE",
 )
 REMOVED = re.compile(rb"[\0\r\n]")  # by curl's --data; an image file has some of them
-NOT_A_FORM = Rejection("unsupported_multipart", 415, "send the image itself or multipart/form-data")
+NOT_A_FORM = HttpError("unsupported_multipart", 415, "send the image itself or multipart/form-data")
 
 
 class Upload(NamedTuple):

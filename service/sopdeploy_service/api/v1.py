@@ -24,10 +24,10 @@ from sopdeploy_service.http.problems import Problem, bad_request, problem_respon
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
     FEW_CLASSES,
+    HttpError,
     Outcome,
     Prediction,
     RejectedError,
-    Rejection,
     format_prediction,
     rank_classes,
 )
@@ -122,11 +122,11 @@ def _respond(
     format_result: Callable[[Prediction], dict[str, Any]],
 ) -> Response:
     """Create the response with the *outcomes* of *upload*; an image of its own that is invalid raises."""
-    if not upload.is_list and isinstance(outcomes[0], Rejection):
+    if not upload.is_list and isinstance(outcomes[0], HttpError):
         raise RejectedError(outcomes[0])
     results: list[dict[str, Any]] = []
     for outcome in outcomes:
-        if isinstance(outcome, Rejection):
+        if isinstance(outcome, HttpError):
             admitted.service.metrics.rejected.labels(outcome.code).inc()
             results.append({"error": Problem.of(outcome).model_dump()})
         else:

@@ -29,7 +29,7 @@ from sopdeploy_service.http.problems import Problem
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.results import NONFINITE, Rejection, format_prediction, rank_classes
+from sopdeploy_service.inference.results import NONFINITE, HttpError, format_prediction, rank_classes
 from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -55,7 +55,7 @@ class FilePrediction(StrictModel):
         return {key: value for key, value in fields.items() if value is not None or key == "error"}
 
 
-def predict(
+def predict_files(
     bundle_path: Path,
     images: Sequence[Path | Image.Image],
     settings: Settings | None = None,
@@ -95,7 +95,7 @@ def _predict_image(
     try:
         decoded = _decode(image, loaded, settings)
     except ImageError as error:
-        return FilePrediction(image=name, error=Problem.of(Rejection.of(error)))
+        return FilePrediction(image=name, error=Problem.of(HttpError.of(error)))
     with must_run(loaded.runtime):
         outputs = loaded.runtime.run(decoded.pixels[None])
     if not all(np.isfinite(values).all() for values in outputs.values()):

@@ -30,7 +30,7 @@ class RemoteRuntime:
     largest_batch: int
 
 
-def write_archive(model: Model) -> bytes:
+def archive_model(model: Model) -> bytes:
     """Write the archive of *model*."""
     loaded = model.loaded
     facts: dict[str, Any] = {
@@ -53,8 +53,8 @@ def write_archive(model: Model) -> bytes:
     return output.getvalue()
 
 
-def read_archive(data: bytes) -> tuple[str, LoadedModel]:
-    """Read the result of `write_archive`; return the name of the model and the model."""
+def read_model(data: bytes) -> tuple[str, LoadedModel]:
+    """Read the result of `archive_model`; return the name of the model and the model."""
     archive = zipfile.ZipFile(io.BytesIO(data))
     facts: dict[str, Any] = json.loads(archive.read(FACTS))
     manifest = Manifest.from_bytes(archive.read(MANIFEST))

@@ -10,10 +10,10 @@ import contextlib
 import socket
 import struct
 
-CLIENT, METRICS, CHANNEL = b"client", b"metrics", b"channel"  # messages with a file
+CLIENT, SEND_METRICS, CHANNEL = b"client", b"metrics", b"channel"  # messages with a file
 RELOAD = b"reload"  # to a process that loads bundles
 # From an inference process: it has new models, cannot start (and why), or a front end breaks the protocol.
-NEWS = MODELS, FAILED, BROKEN = b"models", b"failed", b"broken"
+NEWS = NEW_MODELS, FAILED, BAD_FRONT_END = b"models", b"failed", b"broken"
 STATUS = struct.Struct("=QI?")  # connections received, open ones, ready for images; then names of bundles
 _METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
@@ -23,7 +23,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
 
-def receive(control: socket.socket) -> tuple[bytes, list[int]]:
+def receive_files(control: socket.socket) -> tuple[bytes, list[int]]:
     """Receive a waiting message and its files."""
     try:
         data, files, _, _ = socket.recv_fds(control, 4096, 2)
@@ -32,7 +32,7 @@ def receive(control: socket.socket) -> tuple[bytes, list[int]]:
     return data, files
 
 
-def send(control: socket.socket, message: bytes, *files: int) -> bool:
+def send_files(control: socket.socket, message: bytes, *files: int) -> bool:
     """Send *message* with *files*; return whether the other end gets it."""
     try:
         socket.send_fds(control, [message], files)
@@ -45,7 +45,7 @@ async def request_metrics(control: socket.socket | None) -> bytes:
     """Return the metrics of the process or supervisor at the other end; empty if it does not answer."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        if control is None or not send(control, METRICS, theirs.fileno()):
+        if control is None or not send_files(control, SEND_METRICS, theirs.fileno()):
             return b""
         theirs.close()
         ours.setblocking(False)

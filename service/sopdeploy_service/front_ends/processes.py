@@ -76,7 +76,7 @@ class Process:
 
     def send(self, message: bytes, *files: int) -> bool:
         """Send *message* with *files*; return whether the child gets it."""
-        return self.control is not None and control.send(self.control, message, *files)
+        return self.control is not None and control.send_files(self.control, message, *files)
 
 
 def list_processes(settings: Settings) -> list[Process]:

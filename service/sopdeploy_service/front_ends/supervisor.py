@@ -49,7 +49,7 @@ MAX_RESTART_DELAY_SECONDS = 30.0
 log = logging.getLogger("sopdeploy.supervisor")
 
 
-def serve(sources: Sequence[str | Path], settings: Settings) -> int | None:
+def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int | None:
     """Serve the bundles at *sources* with several processes; return None if *settings* need only one.
 
     The exit code is 0 after a drain, 2 if a process cannot start at all. Raises `ConfigError` for a device
@@ -219,7 +219,7 @@ class Supervisor:
         """
         if process.control is None:
             return
-        message, files = control.receive(process.control)
+        message, files = control.receive_files(process.control)
         if files:
             for file in files:
                 self._start_task(self._send_metrics(file))
@@ -246,7 +246,7 @@ class Supervisor:
         for front_end in self._servers:
             if front_end.inference is not inference or front_end.bundles is None:
                 continue
-            if kind == control.MODELS:
+            if kind == control.NEW_MODELS:
                 with _connect(inference, front_end.name) as channel:
                     front_end.send(control.CHANNEL, channel.fileno())
             elif kind == control.FAILED:

@@ -61,10 +61,10 @@ class FrontServer(DrainingServer):
         status = control.STATUS.pack(
             self._received, len(self.server_state.connections) + len(self._tasks), self._service.state == "ok"
         )
-        control.send(self._supervisor, status + self.bundles.encode())
+        control.send_files(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:
-        message, files = control.receive(self._supervisor)
+        message, files = control.receive_files(self._supervisor)
         if not message:
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
@@ -76,7 +76,7 @@ class FrontServer(DrainingServer):
             if message == control.CHANNEL:
                 self.run_aside(self._attach(socket.socket(fileno=file)))
                 continue
-            if message == control.METRICS:
+            if message == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 task = self._loop.create_task(control.send_metrics(file, page))
             else:
@@ -130,7 +130,7 @@ def share_memory(service: Service, settings: Settings, launch_config: Mapping[st
     service.decoders.share(decode_budget(settings, at_rest, processes), processes, slot)
 
 
-def serve(launch_config: Mapping[str, Any]) -> int:
+def run_worker(launch_config: Mapping[str, Any]) -> int:
     """Serve until SIGTERM, or until a runtime of this process is dead; return the exit code."""
     settings = Settings(**launch_config["settings"])
     supervisor = socket.socket(fileno=launch_config["control"])
@@ -153,4 +153,4 @@ def serve(launch_config: Mapping[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(serve))
+    sys.exit(run_program(run_worker))

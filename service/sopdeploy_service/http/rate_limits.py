@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, MutableSequence
 from typing import TypeAlias
 
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 # Tokens, and the time of the last fill; 0 before the first one.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
@@ -33,11 +33,11 @@ class TokenBucket:
         tokens = self._fill()
         if images > self.burst:
             message = f"{images} images exceed the limit of this key ({self.burst}); send fewer per request"
-            raise RejectedError(Rejection("too_many_images", 400, message))
+            raise RejectedError(HttpError("too_many_images", 400, message))
         if images > tokens:
             wait = max(1, math.ceil((images - tokens) / self._rate))
             message = f"this key may send {self._rate:g} images per second; retry later"
-            raise RejectedError(Rejection("rate_limited", 429, message, wait))
+            raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
             self._state[0] = tokens - images
 

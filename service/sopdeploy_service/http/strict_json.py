@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 MAX_QUOTES = 10_000
 MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
@@ -21,7 +21,7 @@ _NUMBERS = frozenset({int, float})
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
-TOO_COMPLEX = Rejection(  # more than any valid request has
+TOO_COMPLEX = HttpError(  # more than any valid request has
     "json_too_complex", 400, "the JSON has too many strings, lists, objects or numbers"
 )
 
@@ -36,7 +36,7 @@ def parse(raw: bytes, limit: int, *, max_structure: int = MAX_STRUCTURE) -> Any:
         message = (
             f"the JSON is larger than {limit} bytes, the limit of this server; send binary images or tensors"
         )
-        raise RejectedError(Rejection("json_too_large", 413, message))
+        raise RejectedError(HttpError("json_too_large", 413, message))
     if raw.count(b'"') > MAX_QUOTES or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
         raise RejectedError(TOO_COMPLEX)
     masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw

@@ -27,7 +27,7 @@ from sopdeploy.errors import ParityError, RuntimeUnavailableError, SopdeployErro
 from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.plugins import find
-from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, Load, decode, load_exact
+from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, LoadPixels, decode, load_exact
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.images.nvimagecodec import NvImageCodec
 from sopdeploy_service.runtime.base import Runtime, reason_of
@@ -55,8 +55,8 @@ def make_decoder(
     Calls *on_failure* for each JPEG that Pillow decodes because the GPU could not. Raises
     `RuntimeUnavailableError` if nvImageCodec or its GPU is missing.
     """
-    loaders: dict[str, Load] = {"exact": load_exact, "fast": load_reduced}
-    load: Load | None = loaders.get(way)
+    loaders: dict[str, LoadPixels] = {"exact": load_exact, "fast": load_reduced}
+    load: LoadPixels | None = loaders.get(way)
     if way == "nvimagecodec":
         load = partial(_gpu_loader(), on_failure=on_failure)
     elif load is None and (load := find("sopdeploy.decoders", way, Callable)) is None:

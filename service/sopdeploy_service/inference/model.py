@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from sopdeploy_service.inference.latency import LatencyTable
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ModelWorker, RequestQueue, settle
-from sopdeploy_service.inference.results import DRAINING, RUNTIME_DEAD, Rejection
+from sopdeploy_service.inference.results import DRAINING, RUNTIME_DEAD, HttpError
 from sopdeploy_service.observability.drift import drift_window
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
@@ -97,12 +97,12 @@ class Model:
         self._thread.start()
         self._watchdog = asyncio.create_task(self._watch())
 
-    def close(self, rejection: Rejection) -> None:
-        """Accept no more images and give *rejection* to every image without an outcome."""
+    def close(self, reason: HttpError) -> None:
+        """Accept no more images and give *reason* to every image without an outcome."""
         if self.queue.closed_with is None:
             batches = tuple(self._worker.in_flight)
-            items = [*self.queue.close(rejection), *(item for batch in batches for item in batch.items)]
-            settle(items, [rejection] * len(items))
+            items = [*self.queue.close(reason), *(item for batch in batches for item in batch.items)]
+            settle(items, [reason] * len(items))
 
     def rename(self, name: str, metrics: Metrics) -> None:
         """Serve as *name* and count batches in *metrics* from now on."""

@@ -40,10 +40,10 @@ from sopdeploy_service.inference.results import (
     DRAINING,
     RUNTIME_DEAD,
     TOO_LATE,
+    HttpError,
     Outcome,
     Prediction,
     RejectedError,
-    Rejection,
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
@@ -180,7 +180,7 @@ class Service:
             waiting = self.admitted + model.queue.images_elsewhere
             seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
-            raise RejectedError(Rejection("queue_full", 429, "the queue is full; retry later", retry_after))
+            raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
 
     async def infer(
         self,
@@ -229,7 +229,7 @@ class Service:
             timer.cancel()
         _record_stages(context, items, outcomes)
         for outcome in outcomes:
-            if isinstance(outcome, Rejection) and outcome in {DEADLINE, DECODERS_BUSY}:
+            if isinstance(outcome, HttpError) and outcome in {DEADLINE, DECODERS_BUSY}:
                 raise RejectedError(outcome)
         for observe in self.observers:
             observe(model, context, items, images, outcomes)
@@ -245,9 +245,9 @@ class Service:
             self.decoders.put(model, item, image)
             return
         item.image = image
-        rejection = model.queue.put(item)
-        if rejection is not None:
-            item.settle(rejection)
+        reason = model.queue.put(item)
+        if reason is not None:
+            item.settle(reason)
 
 
 def _record_stages(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported while the bundles are loaded
 log = logging.getLogger("sopdeploy.server")
 
 
-def serve(sources: Sequence[str | Path], settings: Settings) -> int:
+def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* until SIGTERM or SIGINT.
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
@@ -112,4 +112,4 @@ def load_app(
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda config: serve(config["sources"], Settings(**config["settings"]))))
+    sys.exit(run_program(lambda config: run_server(config["sources"], Settings(**config["settings"]))))

@@ -45,6 +45,6 @@ def load_gated(path: Path, settings: Settings) -> LoadedModel:
 
 if __name__ == "__main__":
     inference_process.load_model = load_gated
-    code = run_program(inference_process.serve)
+    code = run_program(inference_process.run_inference_process)
     sys.stdout.flush()
     os._exit(code)

@@ -192,8 +192,8 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
                 bucket.spend(images)
                 taken += images
             except RejectedError as problem:
-                if problem.rejection.retry_after is not None:
-                    now += problem.rejection.retry_after
+                if problem.reason.retry_after is not None:
+                    now += problem.reason.retry_after
                     bucket.spend(images, check_only=True)  # the announced time is sufficient
             assert taken <= 8 + rate * (now - began) + 1e-6
             now += pause

@@ -85,7 +85,7 @@ def test_small_images_pass_large_ones_which_wait_for_each_other(
 
     gated = GatedDecode(np.zeros((32, 32, 3), np.uint8))
     monkeypatch.setattr(loaders, "decode", gated)
-    monkeypatch.setattr(decoders, "MAX_WAITING", 2)
+    monkeypatch.setattr(decoders, "MAX_WAITING_LARGE", 2)
     client = serve_with(FakeRuntime(classes=7), max_decode_bytes=200 * MIB)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(client.post, "/v1/classify", content=b"large")

@@ -111,8 +111,8 @@ def test_pinned_models_stay_and_models_in_use_are_waited_for(bundle_path, monkey
             monkeypatch.setattr(memory_budget, "ROOM_SECONDS", 0.0)
             with pytest.raises(RejectedError) as error:
                 await request(registry, "b")
-            assert (error.value.rejection.status, error.value.rejection.code) == (503, "memory_full")
-            assert error.value.rejection.retry_after
+            assert (error.value.reason.status, error.value.reason.code) == (503, "memory_full")
+            assert error.value.reason.retry_after
             monkeypatch.undo()
             waiting = asyncio.create_task(request(registry, "b"))
             await asyncio.sleep(0)

@@ -57,7 +57,7 @@ async def code(result: Awaitable[Model | None]) -> str:
     """Await *result*, which must be rejected; return the code."""
     with pytest.raises(RejectedError) as error:
         await result
-    return error.value.rejection.code
+    return error.value.reason.code
 
 
 def test_a_new_version_is_served_and_the_previous_one_kept_for_rollback(versions, until) -> None:
@@ -125,7 +125,7 @@ def test_a_version_with_wrong_outputs_is_never_served(versions, make_bundle) -> 
         before = registry.find()
         with pytest.raises(RejectedError, match="deviates") as error:
             await registry.load("tiny", wrong.name)
-        assert (error.value.rejection.code, error.value.rejection.status) == ("cannot_load", 400)
+        assert (error.value.reason.code, error.value.reason.status) == ("cannot_load", 400)
         assert registry.find() is before
 
     run_with_registry(versions[0], scenario)

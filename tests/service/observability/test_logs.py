@@ -133,7 +133,7 @@ def test_which_events_are_logged_by_default_and_with_settings(logged, settings, 
 
 
 def test_a_reader_that_stops_delays_nothing_and_learns_how_many_lines_were_dropped(monkeypatch):
-    monkeypatch.setattr(logs, "MAX_WAITING", 10)
+    monkeypatch.setattr(logs, "MAX_WAITING_LINES", 10)
     reading, writing = os.pipe()
     before, log = logs.DROPPED._value.get(), logging.getLogger("sopdeploy.access")
     with logs.configured(Settings(log="json"), writing):

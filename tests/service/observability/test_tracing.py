@@ -10,7 +10,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.runtime.fake import FakeRuntime
-from sopdeploy_service.server.process import open_tracing, serve
+from sopdeploy_service.server.process import open_tracing, run_server
 from sopdeploy_service.settings import Settings
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
@@ -87,7 +87,7 @@ def test_tracing_without_opentelemetry_is_a_config_error(monkeypatch, bundle_pat
     monkeypatch.delitem(sys.modules, "sopdeploy_service.observability.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ConfigError, match=r"^tracing: .*sopdeploy\[otel\]"):
-        serve([bundle_path], Settings(port=0, tracing=True))
+        run_server([bundle_path], Settings(port=0, tracing=True))
 
 
 def test_a_missing_collector_does_not_fail_requests(monkeypatch, caplog):

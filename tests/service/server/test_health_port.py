@@ -29,7 +29,7 @@ def images(self):  # blocks the event loop until a file exists
         time.sleep(0.01)
     return []
 ImageForm.images = images
-sys.exit(server.serve([Path(sys.argv[1])], load_settings(
+sys.exit(server.run_server([Path(sys.argv[1])], load_settings(
     port=0, health_port=0, threads=1, max_loop_lag_seconds=0.5)))
 """
 

@@ -10,7 +10,7 @@ import orjson
 from numpy.typing import NDArray
 
 from sopdeploy_service.api.v2.request import RequestedOutput
-from sopdeploy_service.inference.results import Outcome, Prediction, RejectedError, Rejection, top_indices
+from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError, top_indices
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -22,7 +22,7 @@ def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]
     """
     predictions: list[Prediction] = []
     for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, Rejection):
+        if isinstance(outcome, HttpError):
             raise RejectedError(replace(outcome, message=f"image {index}: {outcome.message}"))
         predictions.append(outcome)
     names = predictions[0].outputs
@@ -45,7 +45,7 @@ def format_response(
         data: Any = np.ascontiguousarray(values[output.tensor.name], "<f4")
         shape, datatype = list(data.shape), output.tensor.datatype
         if output.classes:
-            rows = classify(data, output.classes, labels.get(output.tensor.name, ()))
+            rows = rank_labels(data, output.classes, labels.get(output.tensor.name, ()))
             shape, datatype, data = [len(rows), len(rows[0])], "BYTES", [text for row in rows for text in row]
         described: dict[str, Any] = {"name": output.tensor.name, "datatype": datatype, "shape": shape}
         if output.binary:
@@ -66,11 +66,11 @@ def format_response(
     return b"".join([text, *binary_parts]), headers
 
 
-def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[list[str]]:
+def rank_labels(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[list[str]]:
     """Format the *classes* largest values of each row of *values* as `value:index:label`.
 
     The value is the shortest text that reads back as the same float32, as in Triton. Ties keep the order of
-    the labels, as in `/v1/classify`.
+    the labels, as in `/v1/rank_labels`.
     """
     rows = values.reshape(len(values), -1)
     return [

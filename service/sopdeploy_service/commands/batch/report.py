@@ -22,14 +22,14 @@ from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.output import DATA, PAGE, OutputFolder
-from sopdeploy_service.commands.batch.reader import Entry, Reader
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.settings import Settings
 
 LEAST_CERTAIN = 24
-THUMBNAIL = 96  # width in CSS pixels
-STORED = 2 * THUMBNAIL  # longer side in pixels, for screens with two pixels per CSS pixel
+THUMBNAIL_WIDTH = 96  # width in CSS pixels
+STORED = 2 * THUMBNAIL_WIDTH  # longer side in pixels, for screens with two pixels per CSS pixel
 MAX_BARS = 50  # classes in the chart; the others are in `DATA`
 _MAX_EXAMPLES = 5  # paths per kind of error
 _COLUMNS = ["path", "classes", "probabilities", "known", "error"]
@@ -78,7 +78,9 @@ class BatchReport(StrictModel):
     false_alarm_rate: float = FALSE_ALARMS
 
 
-def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
+def write_batch_report(
+    folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings
+) -> BatchReport:
     """Write the report of the finished run in *folder* with the images of *listing*."""
     report, positions = _summarize(folder, listing.parts(), bundle)
     thumbnails = [_thumbnail(listing.read(part)[row], bundle, settings) for part, row in positions]
@@ -155,7 +157,7 @@ def _class_bars(report: BatchReport) -> Markup:
     return bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
 
 
-def _thumbnail(entry: Entry, bundle: Bundle, settings: Settings) -> Markup | None:
+def _thumbnail(entry: ListedImage, bundle: Bundle, settings: Settings) -> Markup | None:
     """Build a thumbnail of the image *entry*; None if it does not exist any more."""
     rules = bundle.manifest.preprocess
     reader = Reader(settings.max_body_bytes)
@@ -173,4 +175,4 @@ def _thumbnail(entry: Entry, bundle: Bundle, settings: Settings) -> Markup | Non
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return Markup('<img src="{}" alt="{}" width="{}">').format(source, Path(entry.path).name, THUMBNAIL)
+    return Markup('<img src="{}" alt="{}" width="{}">').format(source, Path(entry.path).name, THUMBNAIL_WIDTH)

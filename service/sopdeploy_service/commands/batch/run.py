@@ -11,7 +11,7 @@ from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.classifier import PartClassifier
 from sopdeploy_service.commands.batch.listing import Listing, write_list
 from sopdeploy_service.commands.batch.options import ClassifyOptions
-from sopdeploy_service.commands.batch.output import LIST, PAGE, ROWS, OutputFolder
+from sopdeploy_service.commands.batch.output import LISTING, PAGE, ROWS_FOLDER, OutputFolder
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import load_settings
@@ -46,7 +46,7 @@ class Classified(StrictModel):
     @property
     def rows(self) -> Path:
         """The folder of the parquet files."""
-        return self.out / ROWS
+        return self.out / ROWS_FOLDER
 
     @property
     def report(self) -> Path:
@@ -115,10 +115,10 @@ def classify(
     report = import_optional(REPORT, "jinja2", "sopdeploy[batch]", ConfigError, "classify")
     loaded = load_model(Path(bundle), loaded_settings)
     with PartClassifier(loaded, loaded_settings, options) as classifier, folder.locked():
-        with atomic_write(folder.path / LIST) as partial:
+        with atomic_write(folder.path / LISTING) as partial:
             source, images = write_list(partial, list_entries(names), classifier.part_images)
             folder.begin(classifier.run_state(source, images))  # rejects a folder of another run
-        listing = Listing(folder.path / LIST)
+        listing = Listing(folder.path / LISTING)
         done = errors = 0
 
         def count(more_images: int, more_errors: int) -> None:
@@ -136,7 +136,7 @@ def classify(
         parts = ((part, listing.read(part)) for part in pending)
         for part, table in classifier.tables(parts, count):
             folder.write_part(part, table)
-        written = report.write_report(folder, listing, loaded.bundle, loaded_settings)
+        written = report.write_batch_report(folder, listing, loaded.bundle, loaded_settings)
         return Classified(
             out=folder.path,
             bundle=loaded.bundle.name,

@@ -14,15 +14,15 @@ from PIL import Image
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy_service.commands.batch.listing import Listing
-from sopdeploy_service.commands.batch.output import LIST, OutputFolder
-from sopdeploy_service.commands.batch.report import write_report
+from sopdeploy_service.commands.batch.output import LISTING, OutputFolder
+from sopdeploy_service.commands.batch.report import write_batch_report
 from tests.service.commands.batch.conftest import BAD, COUNT, SETTINGS, rows_of
 
 
 def report(out, bundle, decision=None, settings=SETTINGS):
     manifest = bundle.manifest.model_copy(update={"decision": decision})
     changed = replace(bundle, manifest=manifest)
-    return write_report(OutputFolder(out), Listing(out / LIST), changed, settings)
+    return write_batch_report(OutputFolder(out), Listing(out / LISTING), changed, settings)
 
 
 def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images(complete, bundle, tmp_path):
