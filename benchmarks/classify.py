@@ -116,7 +116,7 @@ def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind
             max_batch=batch,
             on_progress=on_progress,
         )
-    whole = classified.images / (time.perf_counter() - started)
+    whole = classified.num_images / (time.perf_counter() - started)
     alone.append(bare(loaded.runtime, batch, side))
     images, seconds, busy, cpu, engine_cpu = (times[-1] - times[0]).tolist()
     case, other = f"{name} engine, {kind}", statistics.mean(alone)
@@ -168,7 +168,7 @@ def measure_throughput(bundle: Path, images: Path, scratch: Path) -> list[Result
     with tarfile.open(archive, "w", dereference=True) as tar:
         tar.add(images, "images")
     opened = open_bundle(bundle)
-    fake = FakeRuntime(classes=len(opened.labels), fixed_ms=20, per_image_ms=2, largest_batch=32)
+    fake = FakeRuntime(num_classes=len(opened.labels), fixed_ms=20, per_image_ms=2, largest_batch=32)
     real = load_model(bundle, Settings(threads=1, max_batch=BATCH["real"])).runtime
     results = []
     for name, runtime in (("simulated", fake), ("real", real)):

@@ -57,7 +57,7 @@ def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedMode
     )
     labels = tuple(f"class {number}" for number in range(CLASSES))
     runtime = FakeOverlappingRuntime(
-        classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest
+        num_classes=CLASSES, fixed_ms=fixed_ms, per_image_ms=per_image_ms, largest_batch=largest
     )
     return LoadedModel(
         bundle=Bundle(path=Path("fake"), manifest=manifest, labels=labels), runtime=runtime, replays={}

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, shorten
+from sopdeploy.http_api import ModelInfo, ShadowInfo
 from sopdeploy_service.api.admission import json_response, service_of, use_model
-from sopdeploy_service.api.schema import ModelInfo, ShadowInfo
 from sopdeploy_service.api.status import model_info
 from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses

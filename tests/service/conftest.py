@@ -196,7 +196,7 @@ class GatedRuntime(FakeRuntime):
 
 @pytest.fixture
 def gated_client(gated_bundle: Bundle) -> "Iterator[Client]":
-    with running(GatedRuntime(classes=7), gated_bundle, Settings()) as client:
+    with running(GatedRuntime(num_classes=7), gated_bundle, Settings()) as client:
         yield client
 
 

@@ -11,7 +11,7 @@ class Failing(FakeRuntime):
     """Run number n, from 1, fails as `failures[n]` says: `oom`, `nan` for its first image, or an error."""
 
     def __init__(self, failures: dict[int, str | Exception], *, fixed_ms: float = 0.0) -> None:
-        super().__init__(classes=7, largest_batch=8, fixed_ms=fixed_ms)
+        super().__init__(num_classes=7, largest_batch=8, fixed_ms=fixed_ms)
         self._failures = failures
         self._runs = 0
 

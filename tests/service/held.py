@@ -12,7 +12,7 @@ class Held(FakeRuntime):
     """Blocks until `gate` is set; sets `entered` when the first batch arrives."""
 
     def __init__(self, *, largest_batch: int = 8) -> None:
-        super().__init__(classes=7, largest_batch=largest_batch)
+        super().__init__(num_classes=7, largest_batch=largest_batch)
         self.gate = threading.Event()
         self.entered = threading.Event()
 

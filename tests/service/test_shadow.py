@@ -156,10 +156,10 @@ def test_several_classes_per_image_agree_if_all_of_them_are_equal(models, run_se
             return {name: -values - 1 for name, values in super().run(images).items()}
 
     live, new = (with_decision(models[name], MULTI_LABEL) for name in ("live", "new"))
-    for runtime, result in ((FakeRuntime(classes=7), "agree"), (Absent(classes=7), "differ")):
+    for runtime, result in ((FakeRuntime(num_classes=7), "agree"), (Absent(num_classes=7), "differ")):
         beside = {"new": replace(new, runtime=runtime)}
         with run_server(
-            FakeRuntime(classes=7), live.bundle, settings_with("1"), names=("live",), beside=beside
+            FakeRuntime(num_classes=7), live.bundle, settings_with("1"), names=("live",), beside=beside
         ) as client:
             client.post("/v1/classify", content=jpeg)
             assert settled(client, until, 1)[result] == 1

@@ -13,7 +13,7 @@ from typing import Any, cast
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import MANIFEST, SMALL_FILES, Bundle
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy_service.images.loaders import FastDecode
+from sopdeploy.http_api import FastDecode
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.runtime.base import Runtime

@@ -141,7 +141,7 @@ class RequestContextMiddleware:
             "code": context.code,
             "model": context.model_name or None,
             "digest": context.model_version or None,
-            "images": context.images,
+            "num_images": context.num_images,
             "bytes": context.bytes,
             "ms": round(seconds * 1000, 2),
             "stages_ms": {name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()},

@@ -11,7 +11,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from sopdeploy.config import StrictModel
+from sopdeploy.http_api import Problem
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 PROBLEM_JSON = "application/problem+json"
@@ -23,21 +23,16 @@ def bad_request(code: str, message: str) -> RejectedError:
     return RejectedError(HttpError(code, 400, message))
 
 
-class Problem(StrictModel):
-    """An error of RFC 9457: `code` is stable, `detail` is for people, `type` is a page about the code."""
-
-    type: str
-    title: str
-    status: int
-    code: str
-    detail: str
-
-    @classmethod
-    def of(cls, reason: HttpError) -> "Problem":
-        """Create the response body of *reason*."""
-        code, status = reason.code, reason.status
-        title = "Client Closed Request" if status == 499 else HTTPStatus(status).phrase
-        return cls(type=f"/errors#{code}", title=title, status=status, code=code, detail=reason.message)
+def describe_error(error: HttpError) -> Problem:
+    """Create the response body of *error*."""
+    title = "Client Closed Request" if error.status == 499 else HTTPStatus(error.status).phrase
+    return Problem(
+        type=f"/errors#{error.code}",
+        title=title,
+        status=error.status,
+        code=error.code,
+        detail=error.message,
+    )
 
 
 def problem_response(
@@ -59,7 +54,7 @@ def problem_response(
         headers["X-Error-Code"] = reason.code
         body, media_type = orjson.dumps({"error": reason.message}), "application/json"
     else:
-        body, media_type = orjson.dumps(Problem.of(reason).model_dump()), PROBLEM_JSON
+        body, media_type = orjson.dumps(describe_error(reason).model_dump()), PROBLEM_JSON
     return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 

@@ -16,29 +16,29 @@ class LatencyTable:
         for images, seconds in measured:
             self._seconds[images] = min(seconds, self._seconds.get(images, seconds))
 
-    def record(self, images: int, seconds: float) -> None:
-        """Include a batch of *images* that took *seconds*."""
-        old = self._seconds.get(images, seconds)
-        self._seconds[images] = old + SMOOTHING * (seconds - old)
+    def record(self, num_images: int, seconds: float) -> None:
+        """Include a batch of *num_images* that took *seconds*."""
+        old = self._seconds.get(num_images, seconds)
+        self._seconds[num_images] = old + SMOOTHING * (seconds - old)
 
-    def batch_seconds(self, images: int) -> float:
-        """Estimate the seconds of one batch of *images*; 0 before the first measurement.
+    def batch_seconds(self, num_images: int) -> float:
+        """Estimate the seconds of one batch of *num_images*; 0 before the first measurement.
 
         A size without measurement takes the value of the next larger size, or scales the largest one.
         """
         known = self._seconds
-        if images in known or not known:
-            return known.get(images, 0.0)
+        if num_images in known or not known:
+            return known.get(num_images, 0.0)
         largest = max(known)
-        if images > largest:
-            return known[largest] * images / largest
-        return known[min(size for size in known if size > images)]
+        if num_images > largest:
+            return known[largest] * num_images / largest
+        return known[min(size for size in known if size > num_images)]
 
-    def hang_seconds(self, images: int) -> float:
-        """Compute after how many seconds a batch of *images* counts as hung."""
-        return max(MIN_HANG_SECONDS, HANG_FACTOR * self.batch_seconds(images))
+    def hang_seconds(self, num_images: int) -> float:
+        """Compute after how many seconds a batch of *num_images* counts as hung."""
+        return max(MIN_HANG_SECONDS, HANG_FACTOR * self.batch_seconds(num_images))
 
-    def total_seconds(self, images: int, max_batch: int) -> float:
-        """Estimate the seconds of *images* in batches of at most *max_batch*."""
-        full, rest = divmod(images, max_batch)
+    def total_seconds(self, num_images: int, max_batch: int) -> float:
+        """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
+        full, rest = divmod(num_images, max_batch)
         return full * self.batch_seconds(max_batch) + (self.batch_seconds(rest) if rest else 0.0)

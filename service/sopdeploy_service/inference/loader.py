@@ -9,7 +9,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
+from sopdeploy.http_api import FastDecode
 from sopdeploy_service.runtime.base import (
     OutOfMemoryError,
     OverlappingRuntime,
@@ -29,9 +29,6 @@ from sopdeploy_service.runtime.base import (
 )
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings
-
-if TYPE_CHECKING:  # `verify` and `bench` need no image library
-    from sopdeploy_service.images.loaders import FastDecode
 
 _SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
@@ -54,7 +51,7 @@ class LoadedModel:
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
     decode: str = "exact"
-    fast_decode: "FastDecode | None" = None
+    fast_decode: FastDecode | None = None
     class_maps: ClassMapLayer | None = None
     onnx_root: str | None = None
 

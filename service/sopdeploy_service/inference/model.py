@@ -137,9 +137,9 @@ class Model:
         self.dead = True
         self.close(RUNTIME_DEAD)
 
-    def hang_seconds(self, images: int) -> float:
-        """Compute after how many seconds a batch of *images* counts as hung."""
-        return self._timeout or self.latency.hang_seconds(images)
+    def hang_seconds(self, num_images: int) -> float:
+        """Compute after how many seconds a batch of *num_images* counts as hung."""
+        return self._timeout or self.latency.hang_seconds(num_images)
 
     async def _watch(self) -> None:
         while not self.dead:

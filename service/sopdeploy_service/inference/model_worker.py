@@ -377,13 +377,14 @@ def run_bisected(
     return [row for half in halves for row in run_bisected(run, half, outputs)]
 
 
-def _split_rows(values: Outputs, outputs: Sequence[str], images: int) -> list[ImageOutputs]:
+def _split_rows(values: Outputs, outputs: Sequence[str], num_images: int) -> list[ImageOutputs]:
     """Split the batch into rows; reject rows with an output that is not finite."""
-    finite = np.ones(images, dtype=bool)
+    finite = np.ones(num_images, dtype=bool)
     for name, batch in values.items():
-        if len(batch) != images:
-            raise ValueError(f"output {name!r} has {len(batch)} rows for {images} images")
-        finite &= np.isfinite(batch.reshape(images, -1)).all(axis=1)
+        if len(batch) != num_images:
+            raise ValueError(f"output {name!r} has {len(batch)} rows for {num_images} images")
+        finite &= np.isfinite(batch.reshape(num_images, -1)).all(axis=1)
     return [
-        {name: values[name][row] for name in outputs} if finite[row] else NONFINITE for row in range(images)
+        {name: values[name][row] for name in outputs} if finite[row] else NONFINITE
+        for row in range(num_images)
     ]

@@ -175,8 +175,8 @@ class Service:
         finally:
             self.admitted -= 1
 
-    def _check_queue(self, model: Model, images: int) -> None:
-        if self.admitted + images > self.settings.queue_size:
+    def _check_queue(self, model: Model, num_images: int) -> None:
+        if self.admitted + num_images > self.settings.queue_size:
             waiting = self.admitted + model.queue.images_elsewhere
             seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
@@ -202,7 +202,7 @@ class Service:
         """
         started, loop = time.monotonic(), asyncio.get_running_loop()
         self._check_queue(model, len(images))
-        context.images += len(images)
+        context.num_images += len(images)
         if context.rate_limit is not None:
             context.rate_limit.spend(len(images))
         items = [

@@ -153,15 +153,15 @@ class ModelMetrics:
         started: float,
         ended: float,
         *,
-        images: int | None = None,
+        num_images: int | None = None,
     ) -> None:
         """Count a batch that ran from *started* to *ended*; its images *waited* so many seconds.
 
-        *images* is the size of a batch with images of other processes, which count their own waiting.
+        *num_images* is the size of a batch with images of other processes, which count their own waiting.
         """
-        images = len(waited) if images is None else images
-        self._size.observe(images)
-        self._close.labels(self._model, "full" if images == max_batch else "idle").inc()
+        num_images = len(waited) if num_images is None else num_images
+        self._size.observe(num_images)
+        self._close.labels(self._model, "full" if num_images == max_batch else "idle").inc()
         self._busy.inc(ended - started)
         self._stage("infer", ended - started)
         for seconds in waited:

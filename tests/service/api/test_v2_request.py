@@ -198,13 +198,13 @@ def test_bytes_elements_with_wrong_lengths_are_rejected(raw):
 
 
 def test_all_outputs_are_the_default_and_parameters_apply_to_each():
-    assert [(w.tensor.name, w.binary, w.classes) for w in read(tensor()).outputs] == [
+    assert [(w.tensor.name, w.binary, w.num_classes) for w in read(tensor()).outputs] == [
         ("logits", False, 0), ("gate", False, 0),
     ]  # fmt: skip
     outputs = [{"name": "gate"}, {**LOGITS, "parameters": {"binary_data": False, "classification": 3}}]
     parameters = {"binary_data_output": True, "timeout": 5000}
     found = read({**tensor(), "id": "a", "outputs": outputs, "parameters": parameters})
-    assert [(w.tensor.name, w.binary, w.classes) for w in found.outputs] == [
+    assert [(w.tensor.name, w.binary, w.num_classes) for w in found.outputs] == [
         ("gate", True, 0), ("logits", False, 3),
     ]  # fmt: skip
     assert (found.id, found.timeout_seconds) == ("a", 0.005)

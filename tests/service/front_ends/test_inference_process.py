@@ -89,14 +89,14 @@ def front_end(group: Group, bundle: Bundle, settings: Settings = DEFAULTS) -> It
     """A server without a runtime of its own."""
     create_registry = partial(RemoteRegistry, group.connect())
     with running(
-        FakeRuntime(classes=7), bundle, settings, names=(), create_registry=create_registry
+        FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=create_registry
     ) as client:
         yield client
 
 
 def test_a_front_end_that_cannot_open_the_gpu_decodes_exactly_with_auto(group, bundle, jpeg) -> None:
     settings = Settings(decode="auto", sandbox="off")
-    with front_end(group(FakeRuntime(classes=7), decode="nvimagecodec"), bundle, settings) as client:
+    with front_end(group(FakeRuntime(num_classes=7), decode="nvimagecodec"), bundle, settings) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         assert client.get("/info").json()["models"][0]["decode"] == "exact"
 
@@ -143,9 +143,9 @@ def test_while_the_inference_process_is_replaced_its_front_end_answers_503_and_t
         assert (client.get("/livez").status_code, client.get("/v2/health/live").status_code) == (200, 200)
         reason = "the inference process has ended; it is started again"
         assert client.get("/readyz").json() == {"status": "runtime_restarting", "reason": reason}
-        with group(FakeRuntime(classes=7)).connect():  # ends without having sent models
+        with group(FakeRuntime(num_classes=7)).connect():  # ends without having sent models
             pass
-        attach_to(client, group(FakeRuntime(classes=7)))
+        attach_to(client, group(FakeRuntime(num_classes=7)))
         until(lambda: client.get("/readyz").json() == {"status": "ok"})
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
@@ -246,7 +246,7 @@ def test_a_front_end_that_breaks_the_protocol_is_replaced(group, bundle, jpeg, u
 @pytest.mark.parametrize("seed", range(2))
 def test_no_bytes_of_a_front_end_disturb_another_front_end(group, bundle, jpeg, until, seed) -> None:
     random = Random(seed)
-    shared = group(FakeRuntime(classes=7))
+    shared = group(FakeRuntime(num_classes=7))
     with front_end(shared, bundle) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200  # opens a connection
         before = open_files()

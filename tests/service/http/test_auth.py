@@ -114,7 +114,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def locked(serve_with, keys: dict[str, str]) -> httpx.Client:
-    return serve_with(FakeRuntime(classes=7), keys=keys["path"])
+    return serve_with(FakeRuntime(num_classes=7), keys=keys["path"])
 
 
 def test_requests_without_a_key_are_401_except_probes_metrics_and_pages(locked, jpeg) -> None:
@@ -152,7 +152,7 @@ def test_a_key_without_the_scope_is_403(locked, keys, jpeg) -> None:
 
 
 def test_metrics_can_require_a_key(serve_with, keys) -> None:
-    client = serve_with(FakeRuntime(classes=7), keys=keys["path"], metrics_need_key=True)
+    client = serve_with(FakeRuntime(num_classes=7), keys=keys["path"], metrics_need_key=True)
     assert client.get("/metrics").status_code == 401
     assert client.get("/metrics", headers={"x-api-key": keys["watch"]}).status_code == 200
     assert client.get("/readyz").status_code == 200

@@ -57,7 +57,7 @@ class Recorder(FakeRuntime):
     """Keeps every image that it runs."""
 
     def __init__(self):
-        super().__init__(classes=7)
+        super().__init__(num_classes=7)
         self.seen = []
 
     def run(self, images):

@@ -44,7 +44,7 @@ class Device:
         self.loads += 1
         self.occupied += self.size
         assert self.occupied <= self.budget or self.size > SIZE
-        runtime = FakeRuntime(classes=7)
+        runtime = FakeRuntime(num_classes=7)
         runtime.close = self._release  # type: ignore[method-assign]
         return LoadedModel(bundle=open_once(path), runtime=runtime, replays={}), self.size
 
@@ -144,7 +144,9 @@ def test_requests_wait_for_one_load_and_see_its_time(run_server, bundle, jpeg, u
     registry = partial(BudgetedRegistry, bundles, load=device.load)
     settings = Settings.model_validate({"memory_budget": device.budget})
     with (
-        run_server(FakeRuntime(classes=7), bundle, settings, names=(), create_registry=registry) as client,
+        run_server(
+            FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry
+        ) as client,
         ThreadPoolExecutor() as threads,
     ):
         assert client.get("/readyz").status_code == client.get("/v2/models/a/ready").status_code == 200
@@ -186,7 +188,9 @@ def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_at_every_req
     bundles = {"a": bundle.path, "b": bundle.path}
     registry = partial(BudgetedRegistry, bundles, load=device.load)
     settings = Settings.model_validate({"memory_budget": device.budget})
-    with run_server(FakeRuntime(classes=7), bundle, settings, names=(), create_registry=registry) as client:
+    with run_server(
+        FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry
+    ) as client:
         device.errors.append(BundleError("damaged"))
         codes = [client.post("/v1/classify?model=a", content=jpeg).json()["code"]]
         device.errors.clear()

@@ -35,7 +35,7 @@ def client(run_server, bundle, spans):
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(spans))
     opened = partial(open_trace, provider.get_tracer("sopdeploy"))
-    runtime = FakeRuntime(classes=7, fixed_ms=30, largest_batch=8)
+    runtime = FakeRuntime(num_classes=7, fixed_ms=30, largest_batch=8)
     with run_server(runtime, bundle, Settings(), open_trace=opened) as client:
         yield client
     provider.shutdown()

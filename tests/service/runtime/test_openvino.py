@@ -129,7 +129,7 @@ def test_a_runtime_that_deviates_from_the_probes_or_is_missing_is_not_chosen(bun
 
     runtimes: dict[str, Callable[[], FakeRuntime]] = {
         "onnxruntime-cpu": partial(OnnxRuntime, bundle, threads=1),
-        "wrong": partial(FakeRuntime, classes=7),
+        "wrong": partial(FakeRuntime, num_classes=7),
         "missing": missing,
     }
     assert list(time_runtimes(bundle, runtimes)) == ["onnxruntime-cpu"]

@@ -90,11 +90,11 @@ class InferBody(Body):
 
 
 class RequestedOutput(NamedTuple):
-    """An output to return: its numbers if *classes* is 0, or that many of its best classes."""
+    """An output to return: its numbers if *num_classes* is 0, or that many of its best classes."""
 
     tensor: Tensor
     binary: bool
-    classes: int
+    num_classes: int
 
 
 @dataclass(frozen=True, slots=True)

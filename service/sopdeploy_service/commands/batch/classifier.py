@@ -65,13 +65,13 @@ class PartClassifier:
         self._decoders.__exit__()
         self._runtime.close()
 
-    def run_state(self, source: str, images: int) -> RunState:
-        """Return what the rows of a run depend on; *source* is the hash of the list of its *images*."""
+    def run_state(self, source: str, num_images: int) -> RunState:
+        """Return what the rows of a run depend on; *source* is the hash of the list of its images."""
         return RunState(
             bundle=self._bundle_id,
             runtime=f"{self._runtime.name} on {self._runtime.device}",
             source=source,
-            images=images,
+            num_images=num_images,
             part_images=self.part_images,
             batch=self._batch,
             top_k=self._top_k,

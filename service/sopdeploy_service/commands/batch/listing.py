@@ -19,7 +19,7 @@ class Listing:
     def __init__(self, file: Path) -> None:
         self._file = import_pyarrow("pyarrow.parquet").ParquetFile(file)
 
-    def parts(self) -> int:
+    def num_parts(self) -> int:
         """Count the parts."""
         return int(self._file.metadata.num_row_groups)
 

@@ -39,7 +39,7 @@ class RunState(StrictModel):
     bundle: str
     runtime: str
     source: str
-    images: Count
+    num_images: Count
     part_images: Count
     batch: Count
     top_k: Count | None
@@ -89,7 +89,8 @@ class OutputFolder:
             raise ConfigError(f"{file}: not written by this version{OTHER_FOLDER}", setting="out") from error
         if previous.source != state.source:
             raise ConfigError(
-                f"{self.path} was begun with other images ({previous.images:,} then, {state.images:,} now; "
+                f"{self.path} was begun with other images ({previous.num_images:,} then, "
+                f"{state.num_images:,} now; "
                 f"names and sizes matter, too){OTHER_FOLDER}",
                 setting="out",
             )
@@ -105,14 +106,14 @@ class OutputFolder:
         """Return the file of part *number*."""
         return self.path / ROWS_FOLDER / f"part-{number:05d}.parquet"
 
-    def errors_in(self, number: int, images: int) -> int | None:
-        """Count the images with an error in part *number*; None if its file does not hold *images* rows."""
+    def errors_in(self, number: int, num_images: int) -> int | None:
+        """Count the images with an error in part *number*; None if it has not *num_images* rows."""
         try:
             schema = self._parquet.read_metadata(self.part(number))
-            errors = int(schema.metadata[b"errors"])
+            errors = int(schema.metadata[b"num_errors"])
         except (OSError, ValueError, KeyError, TypeError):  # pyarrow's own error is a ValueError
             return None
-        return errors if schema.num_rows == images else None
+        return errors if schema.num_rows == num_images else None
 
     def write_part(self, number: int, table: Any) -> None:
         """Write the file of part *number*; it has its final name only when it is complete."""

@@ -47,7 +47,7 @@ class ErrorKind(StrictModel):
     """The number of images with the error *code*, and the paths of the first ones."""
 
     code: str
-    images: int
+    num_images: int
     examples: tuple[str, ...]
 
 
@@ -69,7 +69,7 @@ class BatchReport(StrictModel):
     """
 
     bundle: str
-    images: int
+    num_images: int
     errors: tuple[ErrorKind, ...]
     unknown: int
     counts: dict[str, int]
@@ -82,7 +82,7 @@ def write_batch_report(
     folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings
 ) -> BatchReport:
     """Write the report of the finished run in *folder* with the images of *listing*."""
-    report, positions = _summarize(folder, listing.parts(), bundle)
+    report, positions = _summarize(folder, listing.num_parts(), bundle)
     thumbnails = [_thumbnail(listing.read(part)[row], bundle, settings) for part, row in positions]
     page = render(
         "sopdeploy_service.commands.batch",
@@ -90,7 +90,7 @@ def write_batch_report(
         report=report,
         rejects=bundle.manifest.rejection is not None,
         multi_label=bundle.manifest.thresholds is not None,
-        failed=sum(kind.images for kind in report.errors),
+        failed=sum(kind.num_images for kind in report.errors),
         classes=_class_bars(report),
         hidden=max(0, len(report.counts) - MAX_BARS),
         least=list(zip(thumbnails, report.least_certain, strict=True)),
@@ -101,7 +101,9 @@ def write_batch_report(
     return report
 
 
-def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchReport, list[tuple[int, int]]]:
+def _summarize(
+    folder: OutputFolder, num_parts: int, bundle: Bundle
+) -> tuple[BatchReport, list[tuple[int, int]]]:
     """Read all rows; return the report, and part and row of the least certain images."""
     decision, multi_label = bundle.manifest.decision, bundle.manifest.thresholds is not None
     indices = {label: index for index, label in enumerate(bundle.labels)}
@@ -109,7 +111,7 @@ def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchR
     errors, examples = Counter[str](), defaultdict[str, list[str]](list)
     images = unknown = 0
     least: list[tuple[float, int, int, str, str]] = []  # probability, part, row, path, class
-    for part in range(parts):
+    for part in range(num_parts):
         classes: list[int] = []
         confidences: list[float] = []
         for number, row in enumerate(folder.read_columns(part, _COLUMNS).to_pylist()):
@@ -135,9 +137,9 @@ def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchR
         drift = {name: DriftTest(**test._asdict(), alarm=test.alarm) for name, test in tests.items()}
     report = BatchReport(
         bundle=bundle.name,
-        images=images,
+        num_images=images,
         errors=tuple(
-            ErrorKind(code=code, images=count, examples=tuple(examples[code]))
+            ErrorKind(code=code, num_images=count, examples=tuple(examples[code]))
             for code, count in errors.most_common()
         ),
         unknown=unknown,

@@ -67,5 +67,5 @@ class RowFormat:
     def table(self, rows: Sequence[dict[str, Any]]) -> Any:
         """Build the table of a part; its metadata `errors` is the number of images with an error."""
         errors = sum(row["error"] is not None for row in rows)
-        schema = self._schema.with_metadata({"errors": str(errors)})
+        schema = self._schema.with_metadata({"num_errors": str(errors)})
         return self._arrow.Table.from_pylist(rows, schema=schema)

@@ -36,9 +36,9 @@ class Classified(StrictModel):
 
     out: Path
     bundle: str
-    images: int
-    errors: int
-    parts: int
+    num_images: int
+    num_errors: int
+    num_parts: int
     classified: int
     drift: bool | None
     counts: dict[str, int]
@@ -61,10 +61,10 @@ class Classified(StrictModel):
     def _repr_html_(self) -> str:
         largest = sorted(self.counts.items(), key=lambda item: -item[1])[:SHOWN_CLASSES]
         facts = [
-            ("images", f"{self.images:,}; {self.errors:,} with an error"),
+            ("images", f"{self.num_images:,}; {self.num_errors:,} with an error"),
             ("classes", ", ".join(f"{label} {count:,}" for label, count in largest if count) or "none"),
             *([] if self.drift is None else [("drift", self.drift_text)]),
-            ("rows", f"{self.rows}: {self.parts} parquet files"),
+            ("rows", f"{self.rows}: {self.num_parts} parquet files"),
         ]
         templates = import_optional("sopdeploy.html.templates", "jinja2", "sopdeploy[batch]", ConfigError)
         page: str = templates.render(
@@ -127,7 +127,7 @@ def classify(
             on_progress(done, errors, images)
 
         pending = []
-        for part in range(listing.parts()):
+        for part in range(listing.num_parts()):
             errors_in_part = folder.errors_in(part, listing.images_of(part))
             if errors_in_part is None:
                 pending.append(part)
@@ -140,9 +140,9 @@ def classify(
         return Classified(
             out=folder.path,
             bundle=loaded.bundle.name,
-            images=images,
-            errors=errors,
-            parts=listing.parts(),
+            num_images=images,
+            num_errors=errors,
+            num_parts=listing.num_parts(),
             classified=sum(map(listing.images_of, pending)),
             drift=None if written.drift is None else any(test.alarm for test in written.drift.values()),
             counts=written.counts,

@@ -37,7 +37,7 @@ def maps_client(bundle, tmp_path):
     files = {**manifest.files, FILE: manifest.files["labels.json"]}
     changed = manifest.model_copy(update={"outputs": (*manifest.outputs, output), "files": files})
     with running(
-        MapsRuntime(classes=7), replace(bundle, path=tmp_path, manifest=changed), Settings()
+        MapsRuntime(num_classes=7), replace(bundle, path=tmp_path, manifest=changed), Settings()
     ) as client:
         yield client
 

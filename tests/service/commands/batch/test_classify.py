@@ -73,7 +73,7 @@ def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path,
     )
     assert part_bytes(tmp_path) == part_bytes(complete)
     assert shown[-1] == (COUNT, len(BAD), COUNT)
-    assert (found.images, found.errors, found.parts) == (COUNT, len(BAD), 4)
+    assert (found.num_images, found.num_errors, found.num_parts) == (COUNT, len(BAD), 4)
     assert found.classified == 4
 
 
@@ -179,7 +179,7 @@ def test_rows_follow_the_decision_of_the_bundle(bundle):
         assert [first["known"], second["known"]] == known
         assert second["warnings"] == ["exif_rotated"]
         assert (bad["error"], bad["classes"]) == ("nonfinite_output", None)
-        assert table.schema.metadata == {b"errors": b"1"}
+        assert table.schema.metadata == {b"num_errors": b"1"}
 
 
 def test_nothing_is_left_of_a_run_that_could_not_list_its_images(bundle_path, tmp_path):

@@ -30,11 +30,11 @@ def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images
     found, rows = report(out, bundle), rows_of(out)
     good = [row for row in rows if row["error"] is None]
     assert json.loads((out / "_report.json").read_text()) == found.model_dump(mode="json")
-    assert found.images == COUNT
+    assert found.num_images == COUNT
     assert {label: count for label, count in found.counts.items() if count} == Counter(
         row["classes"][0] for row in good
     )
-    assert {kind.code: kind.images for kind in found.errors} == Counter(row["error"] for row in rows) - (
+    assert {kind.code: kind.num_images for kind in found.errors} == Counter(row["error"] for row in rows) - (
         Counter({None: len(good)})
     )
     assert found.errors[0].examples == (rows[min(BAD)]["path"],)

@@ -119,7 +119,7 @@ def test_the_list_is_read_in_parts_and_its_hash_changes_with_names_and_sizes(tmp
     ]
     source, images = write_list(tmp_path / "list", iter(entries), 2)
     listing = Listing(tmp_path / "list")
-    assert (images, listing.parts()) == (3, 2)
+    assert (images, listing.num_parts()) == (3, 2)
     assert [listing.images_of(part) for part in range(2)] == [2, 1]
     first, second, third = (entry for part in range(2) for entry in listing.read(part))
     assert (first.path, first.location) == ("/caf�.jpg", latin)
