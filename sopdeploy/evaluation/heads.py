@@ -17,7 +17,8 @@ class HeadAccuracy(StrictModel):
     """Accuracy and loss of one head.
 
     `loss` is the mean cross entropy without the fitted temperature, `weight` its weight in the training loss
-    (alpha of `main`, beta of a branch), `share` the head's share of the sum of weighted losses.
+    (alpha of `main`, beta of a branch), `share` the head's share of the sum of weighted losses. A head is
+    `constant` if it gives every image the same logits.
     """
 
     name: str
@@ -26,6 +27,7 @@ class HeadAccuracy(StrictModel):
     loss: NonNegative
     weight: NonNegative
     share: Fraction
+    constant: bool = False
 
 
 def loss_shares(weights: dict[str, float], losses: dict[str, float]) -> dict[str, float]:
@@ -46,6 +48,8 @@ class HeadCounter(nn.Module):
         self.model, self.targets, self.done = model, targets, 0
         self.right: dict[str, Tensor] = {}  # correct among the best 1 and the best 5
         self.losses: dict[str, float] = {}
+        self.first: dict[str, Tensor] = {}  # logits of the first image
+        self.constant: dict[str, bool] = {}
 
     def forward(self, images: Tensor) -> Tensor:
         """Compute the main logits (B, C) of *images*, the next ones in the order of `targets`."""
@@ -58,6 +62,8 @@ class HeadCounter(nn.Module):
             self.right[name] = self.right.get(name, torch.zeros_like(right)) + right
             loss = float(cross_entropy(logits.double(), targets, reduction="sum"))
             self.losses[name] = self.losses.get(name, 0.0) + loss
+            same = torch.allclose(logits, self.first.setdefault(name, logits[0]))
+            self.constant[name] = self.constant.get(name, True) and same
         return heads["main"]
 
     def accuracies(self) -> tuple[HeadAccuracy, ...]:
@@ -72,6 +78,7 @@ class HeadCounter(nn.Module):
                 loss=self.losses[name] / self.done,
                 weight=weights[name],
                 share=shares[name],
+                constant=self.constant[name],
             )
             for name, (top1, top5) in self.right.items()
         )

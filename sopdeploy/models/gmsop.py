@@ -5,7 +5,8 @@ Networks" (NeurIPS 2018), section 2. GM-GAP has average poolings instead. The on
 linear experts and a gate on the averaged features.
 
 The inference model is `Gated`; `GMSOP` adds the training-only parts, the gate's noise (Wn of Eq. 2) and
-the balance loss (Eq. 4). Multiply-adds count K of N components and not the gate's Wg f.
+the balance loss (Eq. 4, divided by the number of images of a step as in the released trainer, whose cross
+entropy is a sum over the batch). Multiply-adds count K of N components and not the gate's Wg f.
 
 Where paper and released code differ the default is the paper's: 5 Newton-Schulz iterations (code 3), stride 2
 in conv5_x (code: 1 with second-order pooling), dropout 0.2 (code 0.4 for GM-SOP on WRN), noise per

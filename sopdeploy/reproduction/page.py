@@ -85,7 +85,8 @@ def _branch_table(rows: Sequence[Row]) -> Table:
             top1 = 100 * sum(head.top1 for head in heads) / len(heads)
             top5 = 100 * sum(head.top5 for head in heads) / len(heads)
             cells = _printed_error(printed_top1), f"{top1:.2f}", _printed_error(printed_top5), f"{top5:.2f}"
-            lines.append((f"{row.printed.name}, {name}", *cells))
+            constant = " (the same logits for every image)" if any(head.constant for head in heads) else ""
+            lines.append((f"{row.printed.name}, {name}{constant}", *cells))
     return ("branch", "top-1 printed", "measured", "top-5 printed", "measured"), lines
 
 

@@ -1,6 +1,7 @@
 """The rows of a reproduced table: the recipe of each, its counts, its estimated time, and its results."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,36 @@ class Reproduction:
 
     @property
     def statement(self) -> str:
-        """Why small-scale results are not the paper's; empty if nothing is trained."""
-        return STATEMENT if self.options.scale == "small" and self.table.measures == "errors" else ""
+        """Why the results are not the paper's: the small scale, or what the options and the data change.
+
+        It is empty if nothing is trained, or if no difference is known.
+        """
+        if self.table.measures == "counts":
+            return ""
+        if self.options.scale == "small":
+            return STATEMENT
+        differences = list(dict.fromkeys(self._differences()))
+        return f"Not the conditions of the paper: {'; '.join(differences)}." if differences else ""
+
+    def _differences(self) -> Iterator[str]:
+        """Yield what the options, and then the finished runs, change in the paper's conditions."""
+        data = DATA_SETS[self.table.data]
+        yield from (f"--set {override}" for override in self.options.set)
+        if self.seeds != self.table.seeds:
+            yield f"{self.seeds} runs per row instead of {self.table.seeds}"
+        for row in self.rows:
+            trained = self.table.recipe_of(row.printed)
+            if not row.runs or trained is None:
+                continue
+            run, printed = row.runs[0], read_recipe(*trained)
+            for name, used, stated in (
+                ("training images", run.train_count, data.images),
+                ("classes", run.num_classes, data.classes),
+                ("epochs", run.recipe["epochs"], printed.epochs),
+                ("images per step", run.recipe["batch_size"], printed.batch_size),
+            ):
+                if used != stated:
+                    yield f"{used:,} {name} instead of {stated:,}"
 
     def summary(self) -> dict[str, Any]:
         """Return the results without the epochs of the runs and their recipes, for `--json`."""
@@ -125,7 +154,7 @@ class Reproduction:
         ]
         return {
             "table": self.table.id,
-            **self.table.model_dump(include={"source", "title", "measures"}),
+            **self.table.model_dump(include={"source", "title", "measures", "note"}),
             "scale": self.options.scale,
             "statement": self.statement,
             "seeds": self.seeds,

@@ -27,11 +27,15 @@ _TIMED_BATCHES = 9  # after one warm-up batch
 
 
 class HeadError(StrictModel):
-    """Errors of one head on the held-out images, and its share of the sum of weighted losses."""
+    """Errors of one head on the held-out images, and its share of the sum of weighted losses.
+
+    A head is `constant` if it gives every image the same logits.
+    """
 
     top1: Fraction
     top5: Fraction
     share: Fraction
+    constant: bool = False
 
 
 class SeedResult(StrictModel):
@@ -49,6 +53,7 @@ class SeedResult(StrictModel):
     history: tuple[EpochRow, ...]
     train_count: int
     held_out_count: int
+    num_classes: int
     training: Counts
     deployed: Counts
     heads: dict[str, HeadError]
@@ -83,6 +88,7 @@ def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> Seed
         history=history,
         train_count=trained.train_count,
         held_out_count=trained.held_out_count,
+        num_classes=len(checkpoint.labels),
         training=counts.training,
         deployed=counts.shipped,
         heads=_head_errors(model, checkpoint, recipe, history[-1].losses),
@@ -107,7 +113,12 @@ def _head_errors(
     predict_images(counter.eval(), checkpoint, images, workers=recipe.workers)
     shares = loss_shares(weights, {name: losses[name] for name in counter.right})
     return {
-        head.name: HeadError(top1=1 - head.top1.share, top5=1 - head.top5.share, share=shares[head.name])
+        head.name: HeadError(
+            top1=1 - head.top1.share,
+            top5=1 - head.top5.share,
+            share=shares[head.name],
+            constant=head.constant,
+        )
         for head in counter.accuracies()
     }
 

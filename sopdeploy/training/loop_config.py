@@ -38,7 +38,7 @@ class LoopSettings(StrictModel):
     epochs: Count
     batch_size: Annotated[int, pydantic.Field(ge=2)]
     accumulate: Count = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
     batch_norm: Literal["local", "global", "frozen"] = "local"
     sampler: Literal["shuffled", "balanced"] = "shuffled"

@@ -34,6 +34,7 @@ from sopdeploy.training.distributed.batch_sharding import replace_batch_norms
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
+from sopdeploy.training.precision import MixedPrecision
 from sopdeploy.training.procedure_config import ProcedureResult
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.start_weights import InitialModel, StartReport, create_initial_model
@@ -78,6 +79,7 @@ class Run:
     strategy: Strategy
     name: str
     normalize: Normalize
+    precision: MixedPrecision
     model: Classifier
     network: nn.Module
     groups: list[dict[str, Any]]
@@ -197,6 +199,7 @@ class Run:
                 "position": self.position.model_dump(mode="json"),
                 "optimizer": self.optimizer.state_dict() if "optimizer" in self.__dict__ else {},
                 "train_count": self.train_count,
+                "precision": self.precision.state_dict(),
                 "weights": raw,
                 "average": average,
                 "procedure": self.state,
@@ -294,6 +297,7 @@ def create_run(
         strategy=strategy,
         name=recipe.model.name,
         normalize=Normalize(recipe.preprocess).to(strategy.device),
+        precision=MixedPrecision(recipe.precision, strategy.device),
         model=model,
         network=network,
         groups=groups,

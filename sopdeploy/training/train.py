@@ -206,6 +206,7 @@ def resume_run(
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
         run = create_run(recipe, images, strategy, initial)
         run.name = checkpoint.model
+        run.precision.load_state_dict(state["precision"])
         if run.ema is not None:
             run.ema.load_state_dict(state["average"])
         if run.teacher is not None and run.teacher.learns:

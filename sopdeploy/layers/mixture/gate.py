@@ -87,7 +87,7 @@ def keep_largest(logits_BN: Tensor, chosen: int) -> Tensor:
 
 
 def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
-    """Compute Eq. (4): alpha / S times (std / mean)^2 of the summed weights of all S images of the step.
+    """Compute alpha / S times (std / mean)^2 of the summed weights of all S images: Eq. (4) divided by S.
 
     The sum includes all ranks where `torch.distributed` is initialized, so the loss does not depend on how a
     batch is divided. The gradient is exact when the ranks' gradients are averaged, each weighted by its

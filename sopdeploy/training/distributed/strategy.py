@@ -51,23 +51,23 @@ class Strategy(ProcessGroup):
 
     @torch.no_grad()
     def sum_by_parameter(
-        self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor]
+        self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Sum each of *tensors*, such as the gradients of *parameters*, over the processes.
+        """Sum each of *tensors*, which have the shapes of *likes*, over the processes.
 
         None counts as 0. The sum is None if all processes pass None: weight decay must skip such parameters.
         """
-        if not self.joined or not parameters:
+        if not self.joined or not likes:
             return list(tensors)
         counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
         used = [number for number, count in enumerate(counts.tolist()) if count]
-        zeros_or_tensors = ((tensors[number], parameters[number]) for number in used)
+        zeros_or_tensors = ((tensors[number], likes[number]) for number in used)
         flat = [like.new_zeros(like.numel()) if t is None else t.reshape(-1) for t, like in zeros_or_tensors]
         total = torch.cat(flat)
         dist.all_reduce(total)
-        sums: list[Tensor | None] = [None] * len(parameters)
+        sums: list[Tensor | None] = [None] * len(likes)
         for number, part in zip(used, torch.split(total, [part.numel() for part in flat]), strict=True):
-            sums[number] = torch.empty_like(parameters[number]).copy_(part.view_as(parameters[number]))
+            sums[number] = torch.empty_like(likes[number]).copy_(part.view_as(likes[number]))
         return sums
 
     def shard(self, samples: Sequence[int]) -> list[int]:

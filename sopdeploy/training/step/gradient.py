@@ -46,15 +46,15 @@ def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> tuple
     mixed = recipe.mix(run.normalize(batch[0]), batch[1], len(run.labels))
     run.optimizer.zero_grad()
     loss = compute_gradient(run, mixed, shard_step(samples, recipe, run.strategy).micro_batches)
+    run.precision.scaler.unscale_(run.optimizer)
     gradients = [parameter.grad for parameter in run.trained().parameters() if parameter.grad is not None]
     norm = get_total_norm(gradients)
-    _check_finite_step(run, loss, norm)
-    if recipe.optimizer.clip_norm:
+    finite = _check_finite_step(run, loss, norm)
+    if recipe.optimizer.clip_norm and finite:
         clip_grads_with_norm_(run.trained().parameters(), recipe.optimizer.clip_norm, norm)
-    run.optimizer.step()
-    if run.ema is not None:
+    if run.precision.step(run.optimizer, finite=finite) and run.ema is not None:
         run.ema.update(run.model)
-    return loss, float(norm)
+    return loss, float(norm) if finite else 0.0
 
 
 def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
@@ -72,8 +72,7 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     for micro_batch in micro_batches:
         last = micro_batch is micro_batches[-1]
         inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
-        # Second-order layers disable autocast; weights, averages and optimizer state are float32.
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=run.recipe.precision == "bf16"):
+        with run.precision.autocast():
             output = run.network(inputs)
             smoothing, weights = run.recipe.loss.label_smoothing, run.model.loss_weights()
             loss = training_loss(output, labels, weights, smoothing, run.activation)
@@ -85,7 +84,7 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
             if last:
                 optimizer.all_reduce(strategy.sum_by_parameter)
         else:
-            strategy.backward(loss.total * fraction, run.trained(), last=last)
+            strategy.backward(run.precision.scaler.scale(loss.total * fraction), run.trained(), last=last)
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
         if loss.component_counts is not None:
@@ -96,15 +95,17 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     return Loss(parts.pop("total"), parts, counts)
 
 
-def _check_finite_step(run: Run, loss: Loss, norm: Tensor) -> None:
-    """Raise `TrainingError` if the loss, the gradient or a running statistic is not finite.
+def _check_finite_step(run: Run, loss: Loss, norm: Tensor) -> bool:
+    """Return False if a float16 gradient overflowed; raise `TrainingError` for all other NaNs.
 
     At this point, batch norm's running statistics include the batch, but the weights are unchanged.
     """
     buffers = [buffer for buffer in run.trained().buffers() if buffer.is_floating_point()]
     finite = torch.stack([value.isfinite().all() for value in (norm, loss.total, *buffers)])
     if int(run.strategy.all_reduce(finite.all().int())) == run.strategy.world:  # the only synchronization
-        return
+        return True
+    if run.recipe.precision == "fp16" and bool(finite[1:].all()):
+        return False
     damaged = (name for name, part in loss.parts.items() if not bool(part.isfinite()))
     raise TrainingError(
         f"epoch {run.position.epoch + 1}, step {run.position.step + 1}: "

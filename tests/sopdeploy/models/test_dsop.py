@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -110,6 +112,22 @@ def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeyp
     assert sum(parameter.numel() for parameter in branch.parameters()) == own
 
 
+@pytest.mark.parametrize(
+    ("pooling", "function"),
+    [("power", lambda values: values.sqrt()), ("logarithm", lambda values: (values + 1e-3).log())],
+)
+def test_branches_pool_by_the_matrix_functions_of_section_iii_a(pooling: str, function: Callable) -> None:
+    network = create_model("dsop-resnet18", num_classes=3, **NARROW, aux_pooling=pooling)
+    branch = network.branches["layer2_1"]
+    map_BCHW = torch.randn(2, branch.pooling.channels, 5, 4, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(torch.stack([one.flatten(1).cov(correction=0) for one in map_BCHW]))
+    matrix = vectors @ torch.diag_embed(function(values.clamp_min(0))) @ vectors.mT
+    rows, columns = torch.triu_indices(*matrix.shape[1:])
+    torch.testing.assert_close(
+        branch.pooling.double()(map_BCHW), matrix[:, rows, columns], atol=1e-4, rtol=1e-4
+    )
+
+
 def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
     config = {**NARROW, "aux_blocks": (0, 0, 0, 2), "keep_unused_branches": True, "aux_pooling": "gap"}
     network = create_model("dsop-resnet18", num_classes=3, **config)
@@ -126,7 +144,7 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
         ({"aux_blocks": ((1, 2, 3), 1, 1, 1)}, "aux_blocks"),
         ({"aux_widths": (64,)}, "aux_widths"),
         ({"aux_weights": (1.0,) * 5}, "aux_weights"),
-        ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt' or 'gap'"),
+        ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt', 'power', 'logarithm' or 'gap'"),
     ],
 )
 def test_options_that_do_not_match_the_stages_are_rejected(config: dict, key: str) -> None:

@@ -2,17 +2,20 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
+from sopdeploy.models.registry import create_model
 from sopdeploy.reproduction import small
 from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.page import number
-from sopdeploy.reproduction.plan import Reproduction
+from sopdeploy.reproduction.plan import Reproduction, Row, plan
 from sopdeploy.reproduction.results import HOURS, MILLISECONDS
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
@@ -44,6 +47,7 @@ TINY = PrintedTable(
     ),
 )
 QUICK = ("gsop-2",)
+BRANCHED = ("dsop-2", "dsop-7", "dsop-9a", "dsop-efficientnet")  # the others are slow
 
 
 @pytest.fixture(autouse=True)
@@ -104,6 +108,78 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
 
     with pytest.raises(ConfigError, match=r"result\.json: the row was trained with another recipe"):
         reproduce(TINY.model_copy(update={"set": ("optimizer.momentum=0.8",)}), options)
+
+
+def test_the_scale_of_the_paper_states_each_difference_to_its_conditions(tmp_path) -> None:
+    write_classes(tmp_path / "photos", ("cat", "dog"), 4)
+    data = f"data={{kind='folder', path='{tmp_path / 'photos'}', hold_out=0.25}}"
+    changes = (
+        data,
+        "epochs=1",
+        "batch_size=2",
+        "model.config.depth=8",
+        "preprocess.resize=8",
+        "preprocess.crop=8",
+    )
+    options = ReproduceOptions(out=tmp_path / "out", rows="plain", set=changes, seeds=2)
+    found = reproduce(TINY, options)
+    assert found.statement.startswith("Not the conditions of the paper: --set data=")
+    assert found.statement.endswith(
+        "; --set preprocess.crop=8; 2 runs per row instead of 1; 6 training images instead of 50,000; "
+        "2 classes instead of 10; 1 epochs instead of 160; 2 images per step instead of 256."
+    )
+    assert found.statement in found.page.read_text(encoding="utf-8").replace("&#39;", "'")
+    assert Reproduction(TINY, ReproduceOptions(out=tmp_path), ()).statement == ""
+
+
+def branched_rows(table: PrintedTable) -> Iterator[Row]:
+    """The rows of *table* whose networks have several heads, once per network."""
+    seen = set()
+    for row in plan(table, ReproduceOptions(scale="small")).rows:
+        model = None if row.recipe is None else row.recipe.model
+        if model is not None and (model.name, str(model.config)) not in seen:
+            seen.add((model.name, str(model.config)))
+            yield row
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in BRANCHED else pytest.param(name, marks=pytest.mark.slow)
+        for name, table in TABLES.items()
+        if table.measures == "errors"
+    ],
+)
+def test_no_head_of_a_row_at_the_small_scale_is_constant(name: str) -> None:
+    for row in branched_rows(TABLES[name]):
+        assert row.recipe is not None
+        torch.manual_seed(0)
+        network = create_model(row.recipe.model.name, num_classes=10, **row.recipe.model.config)
+        side = row.recipe.preprocess.crop
+        with torch.no_grad():
+            heads = network.train().heads(torch.randn(4, 3, side, side))
+        assert {
+            head: bool(logits.std(dim=0).max() > 1e-4) for head, logits in heads.items()
+        } == dict.fromkeys(heads, True), row.printed.id
+
+
+def test_the_page_says_which_head_gives_every_image_the_same_logits(tmp_path) -> None:
+    small_images = ("preprocess.resize=4", "preprocess.crop=4")
+    table = TINY.model_copy(update={"small": (*TINY.small[:2], *small_images)})
+    finished = reproduce(table, ReproduceOptions(out=tmp_path, scale="small"))
+    heads = finished.rows[1].runs[0].heads
+    assert [head for head in heads if heads[head].constant] == ["layer3_0"]
+    page = finished.page.read_text(encoding="utf-8")
+    assert "With DSoP, layer3_0 (the same logits for every image)" in page
+    assert page.count("the same logits for every image") == 1
+
+
+def test_table_i_of_dsop_is_counted_without_data(tmp_path) -> None:
+    done = CliRunner().invoke(app, ["reproduce", "dsop-1", "--out", str(tmp_path), "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["rows"]
+    assert [round(row["counted"]["train_params"], 1) for row in rows] == [100.6, 110.7, 181.9, 44.5]
+    assert {row["status"] for row in rows} == {"counted, not trained"}
 
 
 IMAGENET_TABLES = [

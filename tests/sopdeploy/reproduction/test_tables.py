@@ -1,6 +1,7 @@
 """The tables of the papers as data: agreement with each other, with `describe`, and with the recipes."""
 
 import json
+import re
 
 import pytest
 from typer.testing import CliRunner
@@ -54,6 +55,25 @@ def test_the_figures_of_describe_are_those_of_the_tables() -> None:
             compared += len(figures)
             assert figures - known <= {1.58}, (one.source, one.model)  # of the text of GSoP
     assert compared > 60
+
+
+TWO_FORMS = {  # a row of each table
+    **{"gsop-4a": "net1-channel-64", "gsop-4b": "net2-average", "gsop-4c": "s3", "gsop-5": "net1"},
+    **{"dsop-2": "dsop-resnet50-s1", "dsop-3": "one-phase", "dsop-7": "isqrt", "dsop-8": "64"},
+    **{"dsop-9b": "sgd-dsop", "dsop-10": "all", "dsop-removal": "kept"},
+}
+
+
+@pytest.mark.parametrize("name", TWO_FORMS)
+def test_a_table_says_which_of_two_forms_is_trained_and_how_to_train_the_other(name) -> None:
+    changes = tuple(re.findall(r"--set (\S+)", TABLES[name].note))
+    assert changes
+    options = ReproduceOptions(scale="small", rows=TWO_FORMS[name])
+    trained, other = (
+        plan(TABLES[name], options.model_copy(update={"set": given})) for given in ((), changes)
+    )
+    assert trained.rows[-1].recipe.model.config != other.rows[-1].recipe.model.config
+    assert trained.summary()["note"] == TABLES[name].note
 
 
 def disagreements(table: PrintedTable) -> set[tuple[str, str, str]]:

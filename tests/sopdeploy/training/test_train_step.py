@@ -6,10 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.errors import TrainingError
 from sopdeploy.models.base import TrainingOutput
+from sopdeploy.training.precision import MAX_SKIPPED_STEPS, MixedPrecision
 from sopdeploy.training.step.losses import training_loss
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.distributed.cases import build_recipe, learn
@@ -36,7 +39,7 @@ EMA = "ema={}"
 
 @pytest.mark.parametrize(
     ("layout", "precision", "ema"),
-    [("channels_last=true", "fp32", EMA), ("channels_last=false", "bf16", ""), ("compile=true", "bf16", EMA)],
+    [("channels_last=true", "fp16", EMA), ("channels_last=false", "bf16", ""), ("compile=true", "bf16", EMA)],
 )
 def test_any_combination_ends_with_plain_float32_weights(
     tmp_path, monkeypatch, layout, precision, ema
@@ -46,12 +49,46 @@ def test_any_combination_ends_with_plain_float32_weights(
         check_run(tmp_path / "run", layout, f"precision='{precision}'", "accumulate=2", *filter(None, [ema]))
 
 
-def test_a_run_in_bfloat16_is_resumed_bit_for_bit(tmp_path) -> None:
-    recipe = short_recipe("precision='bf16'", "epochs=2")
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_run_in_half_precision_is_resumed_bit_for_bit(tmp_path, precision) -> None:
+    recipe = short_recipe(f"precision='{precision}'", "epochs=2")
     train_recipe(recipe, tmp_path / "whole")
     interrupt(recipe, tmp_path / "stopped", "step", 1, 2)
     train_recipe(recipe, tmp_path / "stopped", resume=True)
     assert same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def run_step(precision: MixedPrecision, weight: nn.Parameter, gradient: float) -> bool:
+    """Run one step of SGD with *gradient*; return whether the weight was updated."""
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    precision.scaler.scale((weight * gradient).sum()).backward()
+    precision.scaler.unscale_(optimizer)
+    assert weight.grad is not None
+    return precision.step(optimizer, finite=bool(weight.grad.isfinite().all()))
+
+
+def test_a_step_with_an_overflow_is_skipped_and_the_scale_halved() -> None:
+    precision, weight = MixedPrecision("fp16", CPU), nn.Parameter(torch.zeros(1))
+    assert not run_step(precision, weight, float("inf"))
+    assert weight.item() == 0.0
+    assert precision.state_dict()["scaler"]["scale"] == 2.0**15
+    weight.grad = None
+    restored = MixedPrecision("fp16", CPU)
+    restored.load_state_dict(precision.state_dict())
+    assert restored.state_dict() == precision.state_dict()
+    assert restored.skipped == 1
+    assert run_step(restored, weight, 0.5)
+    assert weight.item() == -0.5
+    assert restored.skipped == 0
+
+
+def test_too_many_skipped_steps_in_a_row_are_an_error() -> None:
+    precision, weight = MixedPrecision("fp16", CPU), nn.Parameter(torch.zeros(1))
+    for _ in range(MAX_SKIPPED_STEPS - 1):
+        assert not run_step(precision, weight, float("nan"))
+        weight.grad = None
+    with pytest.raises(TrainingError, match=f"overflowed float16 in {MAX_SKIPPED_STEPS} steps in a row"):
+        run_step(precision, weight, float("nan"))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adahessian"])
