@@ -28,8 +28,7 @@ from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, 
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, HttpError, Prediction, rank_classes
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.drift import drift_window
-from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.metrics import Metrics, drift_window
 from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.inference")
