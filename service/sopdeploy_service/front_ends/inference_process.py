@@ -29,8 +29,13 @@ import numpy as np
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.front_ends import channel, control
-from sopdeploy_service.front_ends.archive import archive_model
-from sopdeploy_service.front_ends.channel import IMAGE_HEAD, RESULT_HEAD, ChannelError, MessageKind
+from sopdeploy_service.front_ends.channel import (
+    IMAGE_HEAD,
+    RESULT_HEAD,
+    ChannelError,
+    MessageKind,
+    archive_model,
+)
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model

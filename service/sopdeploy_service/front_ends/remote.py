@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.front_ends import channel
-from sopdeploy_service.front_ends.archive import read_model
-from sopdeploy_service.front_ends.channel import IMAGE_HEAD, RESULT_HEAD, MessageKind
+from sopdeploy_service.front_ends.channel import IMAGE_HEAD, RESULT_HEAD, MessageKind, read_model
 from sopdeploy_service.front_ends.inference_process import HTTP_ERRORS
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service import cores as usable
+from sopdeploy_service import settings as usable
 from sopdeploy_service.front_ends import processes
 from sopdeploy_service.front_ends.control import merge_metrics
 from sopdeploy_service.front_ends.processes import SERVER, list_processes, visible_devices
