@@ -34,6 +34,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
+from fake_runtime import FakeRuntime
 from measure import Result, existing, make_parser, one_line_errors, report
 from numpy.typing import NDArray
 from PIL import Image
@@ -43,7 +44,6 @@ from sopdeploy.errors import DataError
 from sopdeploy_service.commands.batch import run
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 BATCH = {"simulated": 32, "real": 16}
@@ -116,7 +116,7 @@ def throughput(name: str, loaded: LoadedModel, source: Path, scratch: Path, kind
             max_batch=batch,
             on_progress=on_progress,
         )
-    whole = classified.images / (time.perf_counter() - started)
+    whole = classified.num_images / (time.perf_counter() - started)
     alone.append(bare(loaded.runtime, batch, side))
     images, seconds, busy, cpu, engine_cpu = (times[-1] - times[0]).tolist()
     case, other = f"{name} engine, {kind}", statistics.mean(alone)
@@ -168,7 +168,7 @@ def measure_throughput(bundle: Path, images: Path, scratch: Path) -> list[Result
     with tarfile.open(archive, "w", dereference=True) as tar:
         tar.add(images, "images")
     opened = open_bundle(bundle)
-    fake = FakeRuntime(classes=len(opened.labels), fixed_ms=20, per_image_ms=2, largest_batch=32)
+    fake = FakeRuntime(num_classes=len(opened.labels), fixed_ms=20, per_image_ms=2, largest_batch=32)
     real = load_model(bundle, Settings(threads=1, max_batch=BATCH["real"])).runtime
     results = []
     for name, runtime in (("simulated", fake), ("real", real)):

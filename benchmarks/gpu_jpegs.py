@@ -21,12 +21,11 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.cores import LARGEST_DECODE_BATCH, decoders_per_process
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
-from sopdeploy_service.images.nvimagecodec import Job, NvImageCodec
+from sopdeploy_service.images.nvimagecodec import JpegJob, NvImageCodec
 from sopdeploy_service.runtime.onnxruntime import import_onnxruntime, pinned_memory
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import LARGEST_DECODE_BATCH, Settings, decoders_per_process
 
 SIZES = ((500, 375), (4000, 3000))
 WAYS: tuple[str, ...] = ("exact", "nvimagecodec")
@@ -70,7 +69,7 @@ def copies_table(loader: NvImageCodec, device: str = "cuda", runs: int = 50) -> 
     images = value.ortvalue_from_shape_and_type(shape, np.uint8, device)
 
     def decode_and_resize() -> None:
-        jobs = [Job(jpeg, SIZES[0], target, rules.interpolation) for jpeg in jpegs]
+        jobs = [JpegJob(jpeg, SIZES[0], target, rules.interpolation) for jpeg in jpegs]
         loader.run(jobs)
         if any(job.pixels is None for job in jobs):
             raise RuntimeUnavailableError("a JPEG was not decoded on the GPU")

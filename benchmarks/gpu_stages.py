@@ -111,7 +111,7 @@ def check_decoder(folder: Path, decode: str) -> str:
     if result is None:
         raise CheckFailedError(f"decode={decode} was not checked")
     equal = f"{result.agreement:.0%} of classes equal"
-    return f"{result.pictures} JPEGs: logits drift by {result.drift:.4f}, {equal}"
+    return f"{result.num_pictures} JPEGs: logits drift by {result.drift:.4f}, {equal}"
 
 
 def check_training(_: Path) -> str:

@@ -36,7 +36,7 @@ from sopdeploy_service.front_ends import processes, supervisor
 from sopdeploy_service.settings import load_settings
 processes.MODULES.update(dict.fromkeys(processes.MODULES, "simulated_server"))
 supervisor.STABLE_SECONDS = 0.0  # restart without delay, however often a process dies
-sys.exit(supervisor.serve(["model=simulated"], load_settings(**json.loads(sys.argv[1]))))
+sys.exit(supervisor.run_supervisor(["model=simulated"], load_settings(**json.loads(sys.argv[1]))))
 """
 
 
@@ -115,8 +115,8 @@ def main() -> int:
     process.load_model = inference_process.load_model = lambda *_: model  # type: ignore[attr-defined]
     if "buckets" in json.loads(os.environ["SOPDEPLOY_WORKER"]):
         replace_decoder(emulate_decoding)
-        return run_program(worker.serve)
-    return run_program(inference_process.serve)
+        return run_program(worker.run_worker)
+    return run_program(inference_process.run_inference_process)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 from prometheus_client.metrics import MetricWrapperBase
 
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.settings import PREFIX, Settings
+from sopdeploy_service.settings import VARIABLE_PREFIX, Settings
 
 PAGE = Path(__file__).parent / "operations.md"
 
@@ -18,7 +18,9 @@ def settings_table() -> str:
         if isinstance(field.default, str):
             default = f"`{field.default}`"
         rows.append(f"| `{name}` | {default} | {(field.description or '').replace('|', chr(92) + '|')} |")
-    return "\n".join([*rows, "", f"Environment variables have the prefix `{PREFIX}` and upper-case names."])
+    return "\n".join(
+        [*rows, "", f"Environment variables have the prefix `{VARIABLE_PREFIX}` and upper-case names."]
+    )
 
 
 def metrics_table() -> str:

@@ -286,7 +286,7 @@ def test_output_to_a_closed_stdout_is_discarded(case: str, expected: tuple[int, 
 INTERRUPTED = {
     "train": ("train --recipe digits-plain", "sopdeploy.api.training.train_recipe"),
     "eval": ("eval x.pt --data photos", "sopdeploy.api.evaluation.detect_source"),
-    "serve": ("serve x", "sopdeploy_service.server.process.serve"),
+    "serve": ("serve x", "sopdeploy_service.server.process.run_server"),
 }
 
 

@@ -12,7 +12,7 @@ from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
 from sopdeploy_service.http.api_keys import load_keys
 from sopdeploy_service.http.middleware import (
-    METRICS,
+    METRICS_PATH,
     OPEN,
     ApiKeyMiddleware,
     RequestContextMiddleware,
@@ -69,9 +69,9 @@ def create_app(
         app.router.routes += router.routes  # `include_router` would add a second matching step per request
     for install in load_parts("sopdeploy.apps"):
         install(app, service)
-    problems.install(app)
+    problems.handle_errors(app)
     if keys is not None:  # the middleware that is added last runs first
-        open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS}
+        open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
         app.add_middleware(
             ApiKeyMiddleware, keys=keys, open_paths=open_paths, create_bucket_state=create_bucket_state
         )

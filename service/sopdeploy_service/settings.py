@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from sopdeploy.config import Count, first_problem
+from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
 from sopdeploy.plugins import VARIABLE, installed_plugins, parts
@@ -89,7 +90,7 @@ Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Host = Annotated[str, pydantic.AfterValidator(_canonical_host)]
 Hosts = Annotated[tuple[Host, ...], pydantic.BeforeValidator(_split_commas)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
-Shadow = Annotated[str, pydantic.AfterValidator(_check_shadow)]
+_ShadowOption = Annotated[str, pydantic.AfterValidator(_check_shadow)]
 FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
 Formats = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_formats)
@@ -99,7 +100,12 @@ PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
 Budget = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_parse_budget)]
 Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 
-PREFIX = "SOPDEPLOY_"
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
+DECODERS_BESIDE_CPU_INFERENCE = 2
+MAX_DECODERS = 8  # of one process; more would wait for Python's interpreter lock
+LARGEST_DECODE_BATCH = 16  # JPEGs that a GPU decodes at once; a H100 has seven units for it
+
+VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
 SINGLE_PROCESS = ("shadow", "model_control", "memory_budget")  # settings that need a single process
@@ -181,7 +187,9 @@ class Settings(pydantic.BaseModel):
     pin: Names = setting((), "names of bundles to load at the start and never release, with memory_budget")
     max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
     batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
-    shadow: Shadow | None = setting(None, "NAME=0.05: also send 5 % of the requests to the bundle NAME")
+    shadow: _ShadowOption | None = setting(
+        None, "NAME=0.05: also send 5 % of the requests to the bundle NAME"
+    )
     model_control: bool = setting(False, "clients may swap models; needs keys on public addresses")
 
     keys: Path | None = setting(None, "API key file, see `sopdeploy key`; not set: no authentication")
@@ -249,7 +257,7 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
     try:
         values = {} if path is None else tomllib.loads(path.read_text("utf-8"))
         for name in Settings.model_fields:
-            if (text := os.environ.get(f"{PREFIX}{name}".upper())) is not None:
+            if (text := os.environ.get(f"{VARIABLE_PREFIX}{name}".upper())) is not None:
                 values[name] = text
         return Settings(**values | {name: value for name, value in given.items() if value is not None})
     except pydantic.ValidationError as problem:
@@ -280,9 +288,9 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
 
 def unused_variables() -> list[str]:
     """List environment variables that start with `SOPDEPLOY_` but name no setting."""
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    known = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
     known |= {FILE_VARIABLE, VARIABLE}
-    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+    return sorted(name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in known)
 
 
 def to_toml(settings: Settings) -> str:
@@ -291,3 +299,17 @@ def to_toml(settings: Settings) -> str:
     for name, value in settings.model_dump(mode="json").items():
         lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}")
     return "\n".join(lines) + "\n"
+
+
+def cores_within_quota() -> int:
+    """Count the usable cores, at most the CPU time of the container's quota."""
+    try:
+        most, period = CPU_QUOTA.read_text().split()
+        return min(usable_cores(), max(1, int(most) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or no quota: `max 100000`
+        return usable_cores()
+
+
+def decoders_per_process(cores: int, processes: int) -> int:
+    """Return the decoding threads of each of *processes* that share *cores* with no other work."""
+    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores // processes))

@@ -1,7 +1,7 @@
 """A second model, the shadow, that gets a share of the requests; no response depends on it.
 
 After a response is computed, the decoded images of the request wait here. One image at a time runs through
-the shadow while the live model has nothing to run. At most `MAX_WAITING` images wait; more are dropped. If
+the shadow while the live model has nothing to run. At most `MAX_WAITING_IMAGES` wait; more are dropped. If
 the two bundles preprocess images in the same way, the shadow gets the same pixels, otherwise the decoders
 decode the file again.
 """
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError, shorten
+from sopdeploy.http_api import ModelInfo, ShadowInfo
 from sopdeploy_service.api.admission import json_response, service_of, use_model
-from sopdeploy_service.api.schema import ModelInfo, ShadowInfo
 from sopdeploy_service.api.status import model_info
 from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses
@@ -28,11 +28,11 @@ from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
-from sopdeploy_service.inference.results import Outcome, Prediction, RejectedError, Rejection, rank_classes
+from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError, rank_classes
 from sopdeploy_service.inference.service import Images, Service
 from sopdeploy_service.observability.request_context import RequestContext
 
-MAX_WAITING = 32  # images
+MAX_WAITING_IMAGES = 32  # images
 MAX_WAITING_BYTES = 32_000_000
 
 Image = EncodedImage | NDArray[np.uint8]
@@ -40,7 +40,7 @@ Image = EncodedImage | NDArray[np.uint8]
 router = APIRouter()
 
 
-def install(app: FastAPI, service: Service) -> None:
+def serve_shadow(app: FastAPI, service: Service) -> None:
     """Add the route that promotes a shadow to *app* and, if the settings name one, the shadow to *service*.
 
     Raises `ConfigError` for a shadow that is not among the models or has other classes.
@@ -69,10 +69,10 @@ async def promote(request: Request, name: str) -> Response:
         raise RejectedError(NOT_CONTROLLED)
     shadow: Shadow | None = request.app.state.shadow
     if shadow is None or shadow.name != name:
-        raise RejectedError(Rejection("no_shadow", 409, f"{name[:100]!r}: is not the shadow of a model"))
+        raise RejectedError(HttpError("no_shadow", 409, f"{name[:100]!r}: is not the shadow of a model"))
     if shadow.model.dead:
         message = f"{name}: the model worker of this shadow has stopped"
-        raise RejectedError(Rejection("shadow_failed", 409, message))
+        raise RejectedError(HttpError("shadow_failed", 409, message))
     request.app.state.shadow = None
     return json_response(model_info(use_model(request.state.context, await shadow.promote())))
 
@@ -173,7 +173,7 @@ class Shadow:
     def _offer(
         self, live: Model, items: Sequence[QueuedImage], images: Images, outcomes: Sequence[Outcome]
     ) -> None:
-        """Queue the images that the *live* model has predicted; drop images beyond `MAX_WAITING`.
+        """Queue the images that the *live* model has predicted; drop images beyond `MAX_WAITING_IMAGES`.
 
         *items* have the decoded pixels. Images that the live model rejects are not compared.
         """
@@ -184,7 +184,7 @@ class Shadow:
             offered: Image = item.image if same_preprocess else image
             size = len(offered.body) if isinstance(offered, EncodedImage) else offered.nbytes
             waiting_bytes = sum(entry.bytes for entry in self._waiting)
-            full = len(self._waiting) >= MAX_WAITING or waiting_bytes + size > MAX_WAITING_BYTES
+            full = len(self._waiting) >= MAX_WAITING_IMAGES or waiting_bytes + size > MAX_WAITING_BYTES
             # A tensor in a request is preprocessed for the live model.
             unfit = not same_preprocess and not isinstance(image, EncodedImage)
             if full or unfit or self.model.dead:
@@ -204,7 +204,7 @@ class Shadow:
 
     def _compare(self, entry: _Waiting, outcome: Outcome) -> None:
         self._running = None
-        if isinstance(outcome, Rejection):
+        if isinstance(outcome, HttpError):
             self._count("failed")
         else:
             equal = _predicted(self.model, outcome) == _predicted(entry.live, entry.prediction)

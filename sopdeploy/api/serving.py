@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy_service.commands.predict import FilePrediction
-from sopdeploy_service.commands.predict import predict as predict_images
+from sopdeploy_service.commands.predict import FilePrediction, predict_files
 from sopdeploy_service.server.background import BackgroundServer
-from sopdeploy_service.server.process import serve as serve_here
+from sopdeploy_service.server.process import run_server
 from sopdeploy_service.settings import load_settings
 
 AnyImage: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
@@ -75,7 +74,7 @@ def predict(
     opened = [_open(image, number) for number, image in enumerate(items)]
     drawing = None if explain is None else Path(explain)
     return FilePredictions(
-        predict_images(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing)
+        predict_files(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing)
     )
 
 
@@ -146,5 +145,5 @@ def serve(
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return serve_here(sources, loaded)
+        return run_server(sources, loaded)
     raise ConfigError("serve: an event loop runs in this thread, as in a notebook; use background=True")

@@ -2,15 +2,8 @@
 
 from sopdeploy.client.clients import AsyncClient, Client
 from sopdeploy.client.requests import ImageLike
-from sopdeploy.client.results import (
-    Classification,
-    ClassProbability,
-    Component,
-    Embedding,
-    ModelInfo,
-    Problem,
-    ServerInfo,
-)
+from sopdeploy.client.results import Classification, Embedding
+from sopdeploy.http_api import ClassProbability, Component, ModelInfo, Problem, ServerInfo
 
 __all__ = [
     "AsyncClient",

@@ -8,16 +8,17 @@ from typing import Any, Self, TypeVar, Unpack, overload
 import httpx
 
 from sopdeploy.client.requests import (
-    CallOptions,
+    CallArguments,
     Calls,
-    ClassifyOptions,
+    ClassifyArguments,
     ImageLike,
     address_and_key,
     encode_images,
 )
-from sopdeploy.client.results import Classification, Embedding, ServerInfo
+from sopdeploy.client.results import Classification, Embedding
+from sopdeploy.http_api import ServerInfo
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 
 class Client:
@@ -44,12 +45,12 @@ class Client:
 
     @overload
     def classify(
-        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyOptions]
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyArguments]
     ) -> list[Classification]: ...
     @overload
-    def classify(self, image: ImageLike, **options: Unpack[ClassifyOptions]) -> Classification: ...
+    def classify(self, image: ImageLike, **options: Unpack[ClassifyArguments]) -> Classification: ...
     def classify(
-        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[ClassifyOptions]
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[ClassifyArguments]
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
@@ -70,12 +71,12 @@ class Client:
 
     @overload
     def embed(
-        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallOptions]
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallArguments]
     ) -> list[Embedding]: ...
     @overload
-    def embed(self, image: ImageLike, **options: Unpack[CallOptions]) -> Embedding: ...
+    def embed(self, image: ImageLike, **options: Unpack[CallArguments]) -> Embedding: ...
     def embed(
-        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CallOptions]
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CallArguments]
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image*, or of a list of images, in front of the classifier.
 
@@ -132,7 +133,7 @@ class Client:
 class AsyncClient:
     """Asyncio version of `Client`, with the same options, methods, results and errors.
 
-    *connections* limits the open connections. Cancelling a call closes its connection, and the server drops
+    *max_connections* limits the connections. Cancelling a call closes its connection, and the server drops
     the request.
 
         async with AsyncClient("http://127.0.0.1:8000") as client:
@@ -146,21 +147,21 @@ class AsyncClient:
         api_key: str | None = None,
         timeout: float = 30.0,
         retries: int = 4,
-        connections: int = 100,
+        max_connections: int = 100,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        limits = httpx.Limits(max_connections=max_connections, max_keepalive_connections=max_connections)
         self._http = httpx.AsyncClient(**address_and_key(url, api_key), limits=limits, transport=transport)
         self._calls = Calls(self._http, self._send, asyncio.sleep, timeout, retries)
 
     @overload
     async def classify(
-        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyOptions]
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyArguments]
     ) -> list[Classification]: ...
     @overload
-    async def classify(self, image: ImageLike, **options: Unpack[ClassifyOptions]) -> Classification: ...
+    async def classify(self, image: ImageLike, **options: Unpack[ClassifyArguments]) -> Classification: ...
     async def classify(
-        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[ClassifyOptions]
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[ClassifyArguments]
     ) -> Classification | list[Classification]:
         """Classify *image* like `Client.classify`; files are read and arrays encoded in a thread."""
         body = image if isinstance(image, bytes) else await asyncio.to_thread(encode_images, image)
@@ -168,12 +169,12 @@ class AsyncClient:
 
     @overload
     async def embed(
-        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallOptions]
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallArguments]
     ) -> list[Embedding]: ...
     @overload
-    async def embed(self, image: ImageLike, **options: Unpack[CallOptions]) -> Embedding: ...
+    async def embed(self, image: ImageLike, **options: Unpack[CallArguments]) -> Embedding: ...
     async def embed(
-        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CallOptions]
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CallArguments]
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image* like `Client.embed`."""
         body = image if isinstance(image, bytes) else await asyncio.to_thread(encode_images, image)
@@ -206,11 +207,11 @@ class AsyncClient:
             return await self._http.send(request)
 
 
-def _run(call: Coroutine[Any, Any, Value]) -> Value:
+def _run(call: Coroutine[Any, Any, _Value]) -> _Value:
     """Run *call* of a blocking client to its end; it never suspends, so that no event loop is needed."""
     try:
         call.send(None)
     except StopIteration as end:
-        value: Value = end.value
+        value: _Value = end.value
         return value
     raise RuntimeError("a call of the blocking client was suspended")

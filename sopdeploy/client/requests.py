@@ -14,16 +14,10 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.client.results import (
-    Classification,
-    Embedding,
-    Problem,
-    Result,
-    ServerInfo,
-    parse_info,
-    parse_results,
-)
+from sopdeploy.client.results import Classification, Embedding, Result, parse_info, parse_results
+from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
+from sopdeploy.http_api import ClassifyQuery, EmbedQuery, Problem, ServerInfo
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -35,7 +29,7 @@ FIRST_DELAY = 0.2  # seconds
 MAX_DELAY = 5.0
 RETRY_STATUSES = {429, 503}  # the server did not process the request
 # Errors of a connection that broke before a response.
-BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+_BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
 def address_and_key(url: str, api_key: str | None) -> dict[str, Any]:
@@ -97,15 +91,15 @@ def encode_image(image: Any) -> bytes:
     return file.getvalue()
 
 
-class CallOptions(TypedDict, total=False):
-    """The options of every call with images; `Client.classify` describes them."""
+class CallArguments(TypedDict, total=False):
+    """The arguments of every call with images; `Client.classify` describes them."""
 
     model: str | None
     timeout: float | None
 
 
-class ClassifyOptions(CallOptions, total=False):
-    """The options of `Client.classify`."""
+class ClassifyArguments(CallArguments, total=False):
+    """The arguments of `Client.classify`."""
 
     top_k: int | None
     gates: bool
@@ -152,14 +146,20 @@ class Calls:
         """Classify one encoded image, or a list of them in one request."""
         explain = options.pop("explain", False)
         options["explain_label" if isinstance(explain, str) else "explain"] = explain
-        return await self._post("/v1/classify", body, Classification, options)
+        return await self._post("/v1/classify", body, Classification, ClassifyQuery, options)
 
     async def embed(self, body: bytes | list[bytes], **options: Any) -> Embedding | list[Embedding]:
         """Compute the embedding of one encoded image, or of a list of them in one request."""
-        return await self._post("/v1/embed", body, Embedding, {**options, "encoding_format": "base64"})
+        options["encoding_format"] = "base64"
+        return await self._post("/v1/embed", body, Embedding, EmbedQuery, options)
 
     async def _post(
-        self, path: str, body: bytes | list[bytes], kind: type[Result], options: dict[str, Any]
+        self,
+        path: str,
+        body: bytes | list[bytes],
+        kind: type[Result],
+        query: type[ClassifyQuery | EmbedQuery],
+        options: dict[str, Any],
     ) -> Result | list[Result]:
         deadline = self._deadline(options.pop("timeout", None))
         if not body:
@@ -167,11 +167,10 @@ class Calls:
         content: dict[str, Any] = {"content": body, "headers": {"Content-Type": CONTENT_TYPE}}
         if isinstance(body, list):
             content = {"files": [("image", ("image", image, CONTENT_TYPE)) for image in body]}
-        params = {
-            name: "true" if value is True else str(value)
-            for name, value in options.items()
-            if value is not None and value is not False
-        }
+        try:
+            params = query.model_validate(options, extra="forbid").model_dump(exclude_defaults=True)
+        except pydantic.ValidationError as error:
+            raise ConfigError(first_problem(error)) from error
         response = await self._send("POST", path, deadline, params=params, **content)
         results = parse_results(response, kind)
         expected = len(body) if isinstance(body, list) else 1
@@ -236,7 +235,7 @@ class Calls:
             try:
                 response = await self._transmit(request)
             except (httpx.RequestError, TimeoutError) as failure:
-                error, may_retry = unreachable_error(request, failure, deadline), isinstance(failure, BROKEN)
+                error, may_retry = unreachable_error(request, failure, deadline), isinstance(failure, _BROKEN)
                 delay = backoff(attempt)
             else:
                 if response.is_success:
@@ -253,7 +252,7 @@ def response_error(response: httpx.Response) -> ServiceError:
     """Convert an error response to an exception; its body may be anything, such as a proxy's HTML page."""
     status = response.status_code
     try:
-        problem = Problem.model_validate_json(response.content)
+        problem = Problem.model_validate_json(response.content, extra="ignore")
     except pydantic.ValidationError:
         problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
     message = f"{response.request.url}: {status} {problem.code}: {problem.detail}"

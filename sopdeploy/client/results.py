@@ -1,4 +1,4 @@
-"""Typed responses of the server. Unknown keys are ignored, so that newer servers can add keys."""
+"""Results for images, and how responses are parsed: keys of newer servers are ignored."""
 
 import base64
 import re
@@ -11,65 +11,21 @@ from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ServiceError
+from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
 
 Result = TypeVar("Result", bound="ImageResult")
 DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
 
 
-class Response(StrictModel):
-    """Base class of responses and their parts."""
-
-    model_config = pydantic.ConfigDict(extra="ignore")
-
-
-class ClassProbability(Response):
-    """A class and its probability in [0, 1]."""
-
-    label: str
-    probability: float
-
-
-class Component(Response):
-    """Index and mixture weight of a component that the gate selected."""
-
-    component: int
-    weight: float
-
-
-class ClassMap(Response):
-    """Class activation map: the amount that each position of the image adds to the logit of `label`.
-
-    `values` (h rows of w) are in units of logits; their mean plus `bias` is the logit. They are the values of
-    equal cells of `box` (left, top, right, bottom), the region that the network sees, in pixels of the
-    upright image. `image_size` is the (width, height) of that image.
-    """
-
-    label: str
-    values: tuple[tuple[float, ...], ...]
-    bias: float
-    box: tuple[float, float, float, float]
-    image_size: tuple[int, int]
-
-
-class Problem(Response):
-    """The reason why an image was not classified: stable `code`, HTTP `status`, readable `detail`."""
-
-    code: str
-    status: int
-    detail: str
-
-
-class ImageResult(Response):
+class ImageResult(StrictModel):
     """What every result for one image has.
 
     Attributes:
-        warnings: codes of the decoder's warnings, such as first_frame_only.
         error: set if the server has no result for this image of a list.
         model_digest: id of the bundle that computed the result.
         timing_ms: server time per stage (receive, decode, queue, infer); for a list, of its slowest image.
     """
 
-    warnings: tuple[str, ...] = ()
     error: Problem | None = None
     model_digest: str = ""
     timing_ms: dict[str, float] = pydantic.Field(default_factory=dict)
@@ -86,11 +42,13 @@ class Embedding(ImageResult):
 
     Attributes:
         values: (D,) float32, read-only; empty if `error` is set.
+        warnings: codes of the changes made while decoding, such as first_frame_only.
     """
 
     model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
 
     values: NDArray[np.float32] = pydantic.Field(np.zeros(0, np.float32), validation_alias="embedding")
+    warnings: tuple[str, ...] = ()
 
     @pydantic.field_validator("values", mode="before")
     @classmethod
@@ -98,51 +56,14 @@ class Embedding(ImageResult):
         return np.frombuffer(base64.b64decode(text), "<f4")
 
 
-class Classification(ImageResult):
-    """The result for one image, with the attributes of `ImageResult`.
+class Classification(ImageResult, Classes):
+    """The result for one image, with the attributes of `ImageResult` and `Classes`.
 
     Attributes:
-        classes: most probable classes, best first; empty if `error` is set. For a multi-label network, the
-            classes whose probability reaches their threshold.
-        gates: selected components of a gated network, best first, if requested.
-        class_map: class activation map of the explained class, if requested.
-        known: false if the image probably shows none of the classes; `None` if the bundle has no threshold.
-        score: the number that decides `known`; larger is more certainly known.
+        classes: most probable classes, best first; empty if `error` is set.
     """
 
     classes: tuple[ClassProbability, ...] = ()
-    gates: tuple[Component, ...] | None = None
-    class_map: ClassMap | None = None
-    known: bool | None = None
-    score: float | None = None
-
-
-class ModelInfo(Response):
-    """A served model; `id` is its bundle id, `labels` the number of classes.
-
-    `thresholds` are the smallest probabilities by class of a multi-label network; None for other networks.
-    `embedding_size` is the length of an embedding; None if the bundle has no features.
-    """
-
-    name: str
-    id: str
-    bundle: str
-    model: str
-    labels: int
-    precision: str
-    runtime: str
-    device: str
-    largest_batch: int
-    thresholds: dict[str, float] | None = None
-    class_maps: bool = False
-    embedding_size: int | None = None
-
-
-class ServerInfo(Response):
-    """Version and models of the server."""
-
-    server: str
-    models: tuple[ModelInfo, ...]
 
 
 def parse_results(response: httpx.Response, kind: type[Result]) -> list[Result]:
@@ -154,7 +75,7 @@ def parse_results(response: httpx.Response, kind: type[Result]) -> list[Result]:
     try:
         body = response.json()
         rows = body.get("results", [body])
-        return [kind.model_validate({**row, **shared}) for row in rows]
+        return [kind.model_validate({**row, **shared}, extra="ignore") for row in rows]
     except (AttributeError, TypeError, ValueError) as error:
         raise _foreign(response) from error
 
@@ -162,7 +83,7 @@ def parse_results(response: httpx.Response, kind: type[Result]) -> list[Result]:
 def parse_info(response: httpx.Response) -> ServerInfo:
     """Parse the response of `/info`; raise `ServiceError` if it is invalid."""
     try:
-        return ServerInfo.model_validate_json(response.content)
+        return ServerInfo.model_validate_json(response.content, extra="ignore")
     except pydantic.ValidationError as error:
         raise _foreign(response) from error
 

@@ -57,7 +57,7 @@ def examine(
 
     async def run() -> Diagnosis:
         async with AsyncClient(
-            url, api_key=api_key, retries=0, timeout=REQUEST_TIMEOUT, connections=concurrency + 1
+            url, api_key=api_key, retries=0, timeout=REQUEST_TIMEOUT, max_connections=concurrency + 1
         ) as client:
             info = await client.info()
             chosen = _choose_model(info.models, model)

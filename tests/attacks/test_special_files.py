@@ -14,7 +14,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
-from sopdeploy_service.commands.batch.reader import Entry, Reader
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.commands.predict import read_image
 from tests.sopdeploy.data.small_data import jpeg, write_classes
@@ -68,7 +68,7 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
 def test_classify_gives_the_file_a_row_with_an_error(special: Path) -> None:
     entries = list(list_entries([str(special.parents[1])]))
     assert str(special) in [entry.path for entry in entries]
-    message = fails(lambda: Reader(1000).read(Entry(str(special), str(special))), ImageError)
+    message = fails(lambda: Reader(1000).read(ListedImage(str(special), str(special))), ImageError)
     assert message == "cannot be read (not a regular file)"
 
 

@@ -1,17 +1,17 @@
 """A runtime that fails on chosen runs."""
 
 import numpy as np
+from fake_runtime import FakeRuntime
 from numpy.typing import NDArray
 
 from sopdeploy_service.runtime.base import OutOfMemoryError
-from sopdeploy_service.runtime.fake import FakeRuntime
 
 
 class Failing(FakeRuntime):
     """Run number n, from 1, fails as `failures[n]` says: `oom`, `nan` for its first image, or an error."""
 
     def __init__(self, failures: dict[int, str | Exception], *, fixed_ms: float = 0.0) -> None:
-        super().__init__(classes=7, largest_batch=8, fixed_ms=fixed_ms)
+        super().__init__(num_classes=7, largest_batch=8, fixed_ms=fixed_ms)
         self._failures = failures
         self._runs = 0
 

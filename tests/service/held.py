@@ -3,16 +3,15 @@
 import threading
 
 import numpy as np
+from fake_runtime import FakeRuntime
 from numpy.typing import NDArray
-
-from sopdeploy_service.runtime.fake import FakeRuntime
 
 
 class Held(FakeRuntime):
     """Blocks until `gate` is set; sets `entered` when the first batch arrives."""
 
     def __init__(self, *, largest_batch: int = 8) -> None:
-        super().__init__(classes=7, largest_batch=largest_batch)
+        super().__init__(num_classes=7, largest_batch=largest_batch)
         self.gate = threading.Event()
         self.entered = threading.Event()
 

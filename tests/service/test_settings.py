@@ -3,11 +3,11 @@
 import re
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import largest_batch
 from sopdeploy_service.observability.request_context import RequestContext
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments
 
 
@@ -55,7 +55,7 @@ def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
     [("cpu", None, 4), ("cpu", 16, 16), ("cpu", 100, 64), ("cuda:0", None, 64), ("cuda:0", 2, 2)],
 )
 def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(device, wanted, expected):
-    runtime = FakeRuntime(classes=2, largest_batch=64, device=device)
+    runtime = FakeRuntime(num_classes=2, largest_batch=64, device=device)
     assert largest_batch(runtime, Settings(max_batch=wanted)) == expected
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
@@ -17,7 +18,6 @@ from sopdeploy_service import shadow as shadows
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from tests.service.held import Held
 
@@ -110,7 +110,7 @@ def test_the_request_id_decides_which_requests_are_compared(serve, jpeg, until) 
 def test_a_blocked_shadow_delays_nobody_and_drops_what_does_not_fit(
     serve, models, jpeg, until, monkeypatch
 ) -> None:
-    monkeypatch.setattr(shadows, "MAX_WAITING", 4)
+    monkeypatch.setattr(shadows, "MAX_WAITING_IMAGES", 4)
     held = Held()
     with serve("1", replace(models["new"], runtime=held)) as client:
         codes = [client.post("/v1/classify", content=jpeg).status_code for _ in range(10)]
@@ -156,10 +156,10 @@ def test_several_classes_per_image_agree_if_all_of_them_are_equal(models, run_se
             return {name: -values - 1 for name, values in super().run(images).items()}
 
     live, new = (with_decision(models[name], MULTI_LABEL) for name in ("live", "new"))
-    for runtime, result in ((FakeRuntime(classes=7), "agree"), (Absent(classes=7), "differ")):
+    for runtime, result in ((FakeRuntime(num_classes=7), "agree"), (Absent(num_classes=7), "differ")):
         beside = {"new": replace(new, runtime=runtime)}
         with run_server(
-            FakeRuntime(classes=7), live.bundle, settings_with("1"), names=("live",), beside=beside
+            FakeRuntime(num_classes=7), live.bundle, settings_with("1"), names=("live",), beside=beside
         ) as client:
             client.post("/v1/classify", content=jpeg)
             assert settled(client, until, 1)[result] == 1

@@ -14,9 +14,9 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
 from sopdeploy_service.runtime.cuda_libraries import (
+    CUDA_PROVIDER,
     CUDNN,
     DRIVER,
-    PROVIDER,
     SHARED,
     load_cuda_libraries,
     package_folders,
@@ -31,9 +31,17 @@ ADVICE = r'; run: pip install "sopdeploy\[gpu\]"'
 # What is missing, the file that is opened then, and the message; texts as of onnxruntime-gpu 1.31.1.
 CASES = {
     "the driver": (DRIVER, DRIVER, "no NVIDIA driver is usable here .*`--gpus all`"),
-    "cuBLAS": ("libcublasLt.so.13", PROVIDER, rf"needs libcublasLt.so.13 for CUDA \({MISSING}\){ADVICE}"),
+    "cuBLAS": (
+        "libcublasLt.so.13",
+        CUDA_PROVIDER,
+        rf"needs libcublasLt.so.13 for CUDA \({MISSING}\){ADVICE}",
+    ),
     "cuDNN": (CUDNN, CUDNN, rf"needs libcudnn.so.9 for CUDA \({MISSING}\){ADVICE}"),
-    "the provider": (f"/somewhere/capi/{PROVIDER}", PROVIDER, rf"needs {PROVIDER} for CUDA .*{ADVICE}"),
+    "the provider": (
+        f"/somewhere/capi/{CUDA_PROVIDER}",
+        CUDA_PROVIDER,
+        rf"needs {CUDA_PROVIDER} for CUDA .*{ADVICE}",
+    ),
 }
 
 
@@ -59,7 +67,7 @@ def test_the_missing_library_is_named(
         load_cuda_libraries(module)
     assert "\n" not in str(caught.value)
     assert capsys.readouterr().out == ""
-    order = [DRIVER, SHARED, PROVIDER, CUDNN]
+    order = [DRIVER, SHARED, CUDA_PROVIDER, CUDNN]
     assert loaded == order[: order.index(opened) + 1]
 
 

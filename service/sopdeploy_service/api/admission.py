@@ -14,14 +14,14 @@ from fastapi import Request, Response
 from sopdeploy_service.api.body import read_body
 from sopdeploy_service.http.middleware import cancel_on_disconnect, require
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import DEADLINE, Outcome, RejectedError, Rejection
+from sopdeploy_service.inference.results import DEADLINE, HttpError, Outcome, RejectedError
 from sopdeploy_service.inference.service import Images, Service
 from sopdeploy_service.observability.request_context import RequestContext
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_DIGITS = 9  # more milliseconds than any timeout; `int` rejects thousands of digits
 
-BAD_TIMEOUT = Rejection("invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)")
+BAD_TIMEOUT = HttpError("invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)")
 
 
 def service_of(request: Request) -> Service:

@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping
 from fastapi import Request
 
 from sopdeploy.images.formats import too_large_error
-from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
+from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import RequestContext
 
 SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
 
-ENCODED = Rejection("unsupported_encoding", 415, "send the image itself, without a Content-Encoding")
-SLOW_BODY = Rejection("slow_body", 408, "the body arrives more slowly than this server allows")
-LATE_BODY = Rejection("slow_body", 408, "the body did not arrive before the deadline")
-UPLOADS_FULL = Rejection("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
+ENCODED = HttpError("unsupported_encoding", 415, "send the image itself, without a Content-Encoding")
+SLOW_BODY = HttpError("slow_body", 408, "the body arrives more slowly than this server allows")
+LATE_BODY = HttpError("slow_body", 408, "the body did not arrive before the deadline")
+UPLOADS_FULL = HttpError("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
 
 
 async def read_body(
@@ -60,7 +60,7 @@ async def read_body(
         service.upload_bytes += len(piece)
         context.bytes += len(piece)
         if context.bytes > limit:
-            raise RejectedError(Rejection.of(too_large_error(limit)))
+            raise RejectedError(HttpError.of(too_large_error(limit)))
         if piece:
             (consume or pieces.append)(piece)
         more = message.get("more_body", False)

@@ -16,6 +16,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
 from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.errors import BundleError, ParityError
+from sopdeploy.http_api import ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import (
     AdmittedRequest,
     admit,
@@ -23,13 +24,13 @@ from sopdeploy_service.api.admission import (
     service_of,
     use_model,
 )
-from sopdeploy_service.api.schema import Card, CertificateSummary, Health, Info, ModelInfo, SelfTest
+from sopdeploy_service.api.schema import Card, CertificateSummary, Health, SelfTest
 from sopdeploy_service.api.v2.response import stack_outputs
 from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 router = APIRouter()
 
@@ -67,14 +68,14 @@ async def metrics(request: Request) -> Response:
     return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/info", summary="Loaded models", response_model=Info)
+@router.get("/info", summary="Loaded models", response_model=ServerInfo)
 async def info(request: Request) -> Response:
     """Describe each loaded model and its runtime."""
     service = service_of(request)
     loaded = service.registry.models()
     current = [model for model in loaded if service.registry.find(model.name) is model]
     return json_response(
-        Info(
+        ServerInfo(
             server=request.app.version,
             models=tuple(model_info(model) for model in current),
             previous={model.name: model.version for model in loaded if model not in current},
@@ -93,7 +94,7 @@ def model_info(model: Model) -> ModelInfo:
         bundle=model.bundle.name,
         id=manifest.id,
         model=manifest.model,
-        labels=len(model.labels),
+        num_labels=len(model.labels),
         precision=manifest.precision,
         preprocess=manifest.preprocess,
         runtime=runtime.name,
@@ -139,19 +140,19 @@ def read_card(bundle: Bundle) -> Card:
             proof=certificate["proof"],
             compared=certificate["compared"],
             detached=certificate["detached"],
-            removed=len(certificate["removed"]),
+            num_removed=len(certificate["removed"]),
             bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),
-            kept=len(certificate["kept"]),
+            num_kept=len(certificate["kept"]),
             root=roots["any_batch"],
             onnx_root=roots["onnx"],
-            operations=roots["operations"],
-            images=certificate["images"],
+            num_operations=roots["operations"],
+            num_images=certificate["images"],
             largest_difference=certificate["largest_difference"],
         )
     except (KeyError, TypeError, ValueError):
         summary = None
     components = next((output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES), 0)
-    return Card(bundle=bundle.name, text=text, certificate=summary, components=components or 0)
+    return Card(bundle=bundle.name, text=text, certificate=summary, num_components=components or 0)
 
 
 @router.get(
@@ -186,12 +187,12 @@ async def self_test(admitted: AdmittedRequest) -> SelfTest:
         batch = min(service.settings.queue_size, model.largest_batch)
         result = await asyncio.to_thread(replay, probes, run, batch=batch)
     except (BundleError, ParityError) as problem:
-        raise RejectedError(Rejection("selftest_failed", 500, str(problem))) from problem
-    context.images = result.images
+        raise RejectedError(HttpError("selftest_failed", 500, str(problem))) from problem
+    context.num_images = result.images
     return SelfTest(
         model=model.name,
         version=model.version,
-        images=result.images,
+        num_images=result.images,
         deviation=result.deviation,
         tolerance=result.tolerance,
         seconds=round(time.monotonic() - admitted.started, 3),

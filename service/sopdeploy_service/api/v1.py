@@ -8,26 +8,19 @@ import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
+from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding
 from sopdeploy.images.pixels import visible_box
 from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response
-from sopdeploy_service.api.schema import (
-    Classes,
-    ClassifyQuery,
-    ClassifyRequest,
-    Embedding,
-    Embeddings,
-    EmbedQuery,
-    Results,
-)
+from sopdeploy_service.api.schema import ClassifyRequest, Embeddings, Results
 from sopdeploy_service.api.upload import Upload, read_upload
-from sopdeploy_service.http.problems import Problem, bad_request, problem_responses
+from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import (
     FEW_CLASSES,
+    HttpError,
     Outcome,
     Prediction,
     RejectedError,
-    Rejection,
     format_prediction,
     rank_classes,
 )
@@ -88,7 +81,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
 @router.post(
     "/v1/embed",
     summary="Compute the features in front of the classifier",
-    response_model=Embedding | Embeddings,
+    response_model=EncodedEmbedding | Embeddings,
     responses=problem_responses(*STATUSES),
     openapi_extra=BODY,
 )
@@ -122,13 +115,13 @@ def _respond(
     format_result: Callable[[Prediction], dict[str, Any]],
 ) -> Response:
     """Create the response with the *outcomes* of *upload*; an image of its own that is invalid raises."""
-    if not upload.is_list and isinstance(outcomes[0], Rejection):
+    if not upload.is_list and isinstance(outcomes[0], HttpError):
         raise RejectedError(outcomes[0])
     results: list[dict[str, Any]] = []
     for outcome in outcomes:
-        if isinstance(outcome, Rejection):
+        if isinstance(outcome, HttpError):
             admitted.service.metrics.rejected.labels(outcome.code).inc()
-            results.append({"error": Problem.of(outcome).model_dump()})
+            results.append({"error": describe_error(outcome).model_dump()})
         else:
             results.append(format_result(outcome))
     body = {"results": results} if upload.is_list else results[0]

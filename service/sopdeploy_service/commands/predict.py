@@ -10,10 +10,10 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.bundle.manifest import FEATURES
-from sopdeploy.config import StrictModel
 from sopdeploy.data.folders import is_image
 from sopdeploy.errors import ConfigError, DataError, ImageError
 from sopdeploy.files import atomic_write, open_regular, read_at_most, writing
+from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.overlay import draw_overlay
 from sopdeploy.images.pixels import (
@@ -24,17 +24,16 @@ from sopdeploy.images.pixels import (
     upright_size,
     visible_box,
 )
-from sopdeploy_service.api.schema import ClassProbability
-from sopdeploy_service.http.problems import Problem
+from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.results import NONFINITE, Rejection, format_prediction, rank_classes
+from sopdeploy_service.inference.results import NONFINITE, HttpError, format_prediction, rank_classes
 from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import Settings, load_settings
 
 
-class FilePrediction(StrictModel):
+class FilePrediction(Classes):
     """The most probable classes of one image, best first, or the error.
 
     `image` is the path of a file or, for an image in memory, its file name or position. A multi-label
@@ -44,10 +43,7 @@ class FilePrediction(StrictModel):
 
     image: str
     classes: tuple[ClassProbability, ...] = ()
-    warnings: tuple[str, ...] = ()
     error: Problem | None = None
-    known: bool | None = None
-    score: float | None = None
 
     @pydantic.model_serializer(mode="wrap")
     def _omit_unset(self, dump: pydantic.SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -55,7 +51,7 @@ class FilePrediction(StrictModel):
         return {key: value for key, value in fields.items() if value is not None or key == "error"}
 
 
-def predict(
+def predict_files(
     bundle_path: Path,
     images: Sequence[Path | Image.Image],
     settings: Settings | None = None,
@@ -95,11 +91,11 @@ def _predict_image(
     try:
         decoded = _decode(image, loaded, settings)
     except ImageError as error:
-        return FilePrediction(image=name, error=Problem.of(Rejection.of(error)))
+        return FilePrediction(image=name, error=describe_error(HttpError.of(error)))
     with must_run(loaded.runtime):
         outputs = loaded.runtime.run(decoded.pixels[None])
     if not all(np.isfinite(values).all() for values in outputs.values()):
-        return FilePrediction(image=name, error=Problem.of(NONFINITE))
+        return FilePrediction(image=name, error=describe_error(NONFINITE))
     logits = outputs[manifest.outputs[0].name][0]
     if explain is not None and loaded.class_maps is not None:
         class_map = loaded.class_maps.map_of(outputs[FEATURES][0], int(logits.argmax()))

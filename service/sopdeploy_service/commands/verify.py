@@ -35,7 +35,7 @@ class Verification(StrictModel):
     id: str
     model: str
     onnx_root: str | None
-    files: int
+    num_files: int
     bytes: int
     runtime: str
     device: str
@@ -72,7 +72,7 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         id=bundle.manifest.id,
         model=bundle.manifest.model,
         onnx_root=loaded.onnx_root,
-        files=len(bundle.manifest.files),
+        num_files=len(bundle.manifest.files),
         bytes=sum(record.bytes for record in bundle.manifest.files.values()),
         runtime=loaded.runtime.name,
         device=loaded.runtime.device,

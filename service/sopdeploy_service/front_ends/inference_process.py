@@ -29,8 +29,13 @@ import numpy as np
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.front_ends import channel, control
-from sopdeploy_service.front_ends.archive import write_archive
-from sopdeploy_service.front_ends.channel import IMAGE, RESULT, ChannelError, Kind
+from sopdeploy_service.front_ends.channel import (
+    IMAGE_HEAD,
+    RESULT_HEAD,
+    ChannelError,
+    MessageKind,
+    archive_model,
+)
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
@@ -44,19 +49,18 @@ from sopdeploy_service.inference.results import (
     NONFINITE,
     OUT_OF_MEMORY,
     RUNTIME_DEAD,
+    HttpError,
     Outcome,
-    Rejection,
 )
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, run_program
-from sopdeploy_service.server.loop_watch import BEAT_SECONDS
+from sopdeploy_service.server.launch import BEAT_SECONDS, EXIT_RUNTIME_DEAD, run_program
 from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
 MAX_AGE_SECONDS = 60.0  # of an image when it gets here; an earlier arrival is not believed
-REJECTIONS = (CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY)
-CODES = {rejection.code: position for position, rejection in enumerate(REJECTIONS, 1)}  # 0: outputs
+HTTP_ERRORS = (CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY)
+CODES = {reason.code: position for position, reason in enumerate(HTTP_ERRORS, 1)}  # 0: outputs
 
 log = logging.getLogger("sopdeploy.inference")
 
@@ -95,7 +99,7 @@ class InferenceProcess:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._supervisor, self._receive_front_end)
         await self._registry.start()
-        control.send(self._supervisor, control.MODELS)
+        control.send_files(self._supervisor, control.NEW_MODELS)
         dead = False
         while not dead and not self._ended.is_set():
             self._beat()
@@ -113,13 +117,13 @@ class InferenceProcess:
 
     def _beat(self) -> None:
         bundles = " ".join(model.bundle.name for model in self._registry.models())
-        control.send(self._supervisor, control.STATUS.pack(0, 0, True) + bundles.encode())
+        control.send_files(self._supervisor, control.STATUS.pack(0, 0, True) + bundles.encode())
         for front_end in self._front_ends:
-            channel.send(front_end.writer, Kind.LOAD, self._queued_images)
+            channel.send_message(front_end.writer, MessageKind.LOAD, self._queued_images)
 
     def _receive_front_end(self) -> None:
         """Receive the channel of a front end, reload, or detect that the supervisor has ended."""
-        message, files = control.receive(self._supervisor)
+        message, files = control.receive_files(self._supervisor)
         works = [self.serve(message.decode(), socket.socket(fileno=file)) for file in files]
         if message == control.RELOAD:
             works.append(self._reload())
@@ -134,7 +138,7 @@ class InferenceProcess:
         before = self._registry.models()
         await self._registry.reload(self._sources)
         if self._registry.models() != before:
-            control.send(self._supervisor, control.MODELS)
+            control.send_files(self._supervisor, control.NEW_MODELS)
 
     async def serve(self, name: str, connection: socket.socket) -> None:
         """Serve the front end *name* until it ends or breaks the protocol."""
@@ -145,15 +149,15 @@ class InferenceProcess:
         try:
             for number, model in reversed([*enumerate(front_end.models)]):  # 0: the front end has all models
                 stack.enter_context(model.in_use())
-                channel.send(writer, Kind.MODEL, number, write_archive(model))
+                channel.send_message(writer, MessageKind.MODEL, number, archive_model(model))
             while True:
-                self._handle(front_end, *await channel.receive(reader))
+                self._handle(front_end, *await channel.receive_message(reader))
         except ConnectionError:
             log.debug("front end %s has ended", name)
         except Exception as error:  # whatever a front end sends must not end this process
             expected = isinstance(error, (ChannelError, ValueError, struct.error))
             log.error("front end %s: %s; it is replaced", name, str(error), exc_info=not expected)
-            control.send(self._supervisor, control.BROKEN + b": " + name.encode())
+            control.send_files(self._supervisor, control.BAD_FRONT_END + b": " + name.encode())
         finally:
             self._front_ends.discard(front_end)
             writer.close()
@@ -163,9 +167,9 @@ class InferenceProcess:
 
     def _handle(self, front_end: FrontEnd, kind: int, number: int, body: bytes) -> None:
         """Handle one message; raises `ChannelError` for one that a correct front end never sends."""
-        if kind == Kind.IMAGE:
+        if kind == MessageKind.IMAGE:
             self._queue(front_end, number, body)
-        elif kind == Kind.CANCEL:
+        elif kind == MessageKind.CANCEL:
             if number in front_end.images:
                 model, item = front_end.images[number]
                 model.queue.reject([item], CLIENT_GONE)
@@ -174,7 +178,7 @@ class InferenceProcess:
 
     def _queue(self, front_end: FrontEnd, number: int, body: bytes) -> None:
         """Queue an image of *front_end*; every value is checked."""
-        model_number, features, arrived, deadline = IMAGE.unpack_from(body)
+        model_number, features, arrived, deadline = IMAGE_HEAD.unpack_from(body)
         if number in front_end.images or len(front_end.images) >= self._max_images:
             raise ChannelError(f"image {number} was sent twice, or there are too many images")
         if model_number >= len(front_end.models):
@@ -192,11 +196,11 @@ class InferenceProcess:
         model = front_end.models[model_number]
         front_end.images[number] = model, item
         self._queued_images += 1
-        pixels = np.frombuffer(body, np.uint8, offset=IMAGE.size)
+        pixels = np.frombuffer(body, np.uint8, offset=IMAGE_HEAD.size)
         item.image = pixels.reshape(model.bundle.manifest.image_shape)
-        rejection = model.queue.put(item)
-        if rejection is not None:
-            item.settle(rejection)
+        reason = model.queue.put(item)
+        if reason is not None:
+            item.settle(reason)
 
     def _send_result(
         self, front_end: FrontEnd, number: int, item: QueuedImage, done: "asyncio.Future[Outcome]"
@@ -207,9 +211,9 @@ class InferenceProcess:
         if front_end not in self._front_ends:
             return
         outcome = done.result()
-        if isinstance(outcome, Rejection):
-            result = RESULT.pack(CODES[outcome.code], 0, 0, 0.0, 0.0)
-            channel.send(front_end.writer, Kind.RESULT, number, result)
+        if isinstance(outcome, HttpError):
+            result = RESULT_HEAD.pack(CODES[outcome.code], 0, 0, 0.0, 0.0)
+            channel.send_message(front_end.writer, MessageKind.RESULT, number, result)
             return
         timings = outcome.queue_seconds, outcome.infer_seconds
         outputs = [
@@ -217,28 +221,31 @@ class InferenceProcess:
             for name, values in outcome.outputs.items()
             if name not in ON_REQUEST or item.features
         ]
-        result = RESULT.pack(0, outcome.batch, outcome.row, *timings)
-        channel.send(front_end.writer, Kind.RESULT, number, result, *outputs)
+        result = RESULT_HEAD.pack(0, outcome.batch, outcome.row, *timings)
+        channel.send_message(front_end.writer, MessageKind.RESULT, number, result, *outputs)
 
 
-def serve(launch_config: Mapping[str, Any]) -> int:
+def run_inference_process(launch_config: Mapping[str, Any]) -> int:
     """Load the models and serve; return the exit code."""
     settings = Settings(**launch_config["settings"])
     supervisor = socket.socket(fileno=launch_config["control"])
     with logs.configured(settings):
         sources: Sequence[str] = launch_config["sources"]
         try:
-            bundles = BundleStore(sources).bundles
-            loaded = {name: load_model(path, settings) for name, path in bundles.items()}
+            store = BundleStore(sources)
+            loaded = {
+                name: load_model(path, settings, store.checked.get(path))
+                for name, path in store.bundles.items()
+            }
         except SopdeployError as problem:
-            control.send(supervisor, control.FAILED + b": " + str(problem).encode())
+            control.send_files(supervisor, control.FAILED + b": " + str(problem).encode())
             raise
         registry = ModelRegistry(loaded, settings, Metrics(), store=None)
         return asyncio.run(InferenceProcess(registry, supervisor, settings.queue_size, sources).run())
 
 
 if __name__ == "__main__":
-    exit_code = run_program(serve)
+    exit_code = run_program(run_inference_process)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)  # without waiting for a thread that hangs in a runtime

@@ -18,18 +18,16 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.front_ends import channel
-from sopdeploy_service.front_ends.archive import read_archive
-from sopdeploy_service.front_ends.channel import IMAGE, RESULT, Kind
-from sopdeploy_service.front_ends.inference_process import REJECTIONS
+from sopdeploy_service.front_ends.channel import IMAGE_HEAD, RESULT_HEAD, MessageKind, read_model
+from sopdeploy_service.front_ends.inference_process import HTTP_ERRORS
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
-from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, Prediction, Rejection, rank_classes
+from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, HttpError, Prediction, rank_classes
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.drift import drift_window
-from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.metrics import Metrics, drift_window
 from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.inference")
@@ -52,7 +50,7 @@ class RemoteQueue(RequestQueue):
         """The number of images in the inference process that other front ends have sent."""
         return self._registry.images_elsewhere
 
-    def put(self, item: QueuedImage) -> Rejection | None:
+    def put(self, item: QueuedImage) -> HttpError | None:
         """Send the image of *item* from the event loop."""
         if self.closed_with is None:
             call_soon(item.outcome.get_loop(), self._send, item)
@@ -64,25 +62,25 @@ class RemoteQueue(RequestQueue):
         if not item.outcome.done():  # otherwise its request has ended, too
             self._registry.send_image(self, self._number, item)
 
-    def reject(self, items: Sequence[QueuedImage], rejection: Rejection) -> None:
-        """Give *rejection* to all *items* without an outcome, and cancel those that were sent."""
+    def reject(self, items: Sequence[QueuedImage], reason: HttpError) -> None:
+        """Give *reason* to all *items* without an outcome, and cancel those that were sent."""
         for item in items:
-            item.settle(rejection)
+            item.settle(reason)
         self._registry.cancel(items)
 
-    def close(self, rejection: Rejection) -> list[QueuedImage]:
-        """Give *rejection* to every image from now on; return those that have no result."""
-        self.closed_with = rejection
+    def close(self, reason: HttpError) -> list[QueuedImage]:
+        """Give *reason* to every image from now on; return those that have no result."""
+        self.closed_with = reason
         return self._registry.items_of(self)
 
     def settle(self, item: QueuedImage, result: bytes) -> None:
         """Settle *item* with its *result*, and count the image and, for the first of a batch, the batch."""
-        code, batch, row, queue_seconds, infer_seconds = RESULT.unpack_from(result)
+        code, batch, row, queue_seconds, infer_seconds = RESULT_HEAD.unpack_from(result)
         if code:
-            rejection = REJECTIONS[code - 1]
-            if rejection is NONFINITE:
+            reason = HTTP_ERRORS[code - 1]
+            if reason is NONFINITE:
                 self._counts.nonfinite.inc()
-            item.settle(rejection)
+            item.settle(reason)
             return
         outputs = self._read_outputs(item, result)
         logits = [outputs[self._logits]]
@@ -90,7 +88,7 @@ class RemoteQueue(RequestQueue):
         ended = started + infer_seconds
         self._model.latency.record(batch, infer_seconds)
         if row == 0:
-            self._counts.batch([], self._model.largest_batch, started, ended, images=batch)
+            self._counts.batch([], self._model.largest_batch, started, ended, num_images=batch)
         self._metrics.stage("queue", queue_seconds)
         if self._drift is not None:  # every front end tests windows of its own images
             self._drift.add(logits)
@@ -102,7 +100,7 @@ class RemoteQueue(RequestQueue):
         item.settle(Prediction(outputs, *timings, batch, row, ranked, item.warnings, item.size))
 
     def _read_outputs(self, item: QueuedImage, result: bytes) -> dict[str, NDArray[np.float32]]:
-        values = np.frombuffer(result, np.uint8, offset=RESULT.size).view(np.float32)
+        values = np.frombuffer(result, np.uint8, offset=RESULT_HEAD.size).view(np.float32)
         outputs, end = {}, 0
         for name, shape in self._shapes.items():
             if name not in ON_REQUEST or item.features:
@@ -131,7 +129,7 @@ class RemoteRegistry(ModelRegistry):
         number = -1
         while number != 0:  # that of the last model, before other messages
             _, number, body = channel.receive_blocking(connection)
-            name, loaded = read_archive(body)
+            name, loaded = read_model(body)
             if settings.decode == "auto":
                 loaded = _with_usable_decoder(loaded, settings)
             self.count(name, loaded, 1)
@@ -152,17 +150,17 @@ class RemoteRegistry(ModelRegistry):
         if self._writer is not None:
             self._writer.close()
 
-    def send(self, kind: Kind, number: int, *parts: bytes) -> None:
+    def send(self, kind: MessageKind, number: int, *parts: bytes) -> None:
         """Send a message to the inference process."""
         if self._writer is not None:
-            channel.send(self._writer, kind, number, *parts)
+            channel.send_message(self._writer, kind, number, *parts)
 
     def send_image(self, queue: RemoteQueue, model: int, item: QueuedImage) -> None:
         """Send *item* of *queue* for the *model*."""
         number = next(self._numbers) % 0xFFFF_FFFF
         self._images[number] = queue, item
-        head = IMAGE.pack(model, item.features, item.arrived, item.deadline)
-        self.send(Kind.IMAGE, number, head, item.image.tobytes())
+        head = IMAGE_HEAD.pack(model, item.features, item.arrived, item.deadline)
+        self.send(MessageKind.IMAGE, number, head, item.image.tobytes())
 
     def items_of(self, queue: RemoteQueue) -> list[QueuedImage]:
         """List the images of *queue* without a result."""
@@ -172,12 +170,12 @@ class RemoteRegistry(ModelRegistry):
         """Remove *items* from the queue of the inference process."""
         for number, (_, item) in self._images.items():
             if item in items:
-                self.send(Kind.CANCEL, number)
+                self.send(MessageKind.CANCEL, number)
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
             while True:
-                self._handle(*await channel.receive(reader))
+                self._handle(*await channel.receive_message(reader))
         except ConnectionError:
             log.error("the inference process has ended")
             self.problem = self.problem or "the inference process has ended; it is started again"
@@ -189,10 +187,10 @@ class RemoteRegistry(ModelRegistry):
             model.close(RUNTIME_DEAD)
 
     def _handle(self, kind: int, number: int, body: bytes) -> None:
-        if kind == Kind.RESULT:
+        if kind == MessageKind.RESULT:
             queue, item = self._images.pop(number)
             queue.settle(item, body)
-        elif kind == Kind.LOAD:
+        elif kind == MessageKind.LOAD:
             self.images_elsewhere = max(0, number - len(self._images))
 
 

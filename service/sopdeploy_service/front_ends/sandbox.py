@@ -64,7 +64,7 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
 }  # fmt: skip
 
 
-class Limit(NamedTuple):
+class AllowedValues(NamedTuple):
     """A system call that is allowed if `argument & mask` is one of *values*."""
 
     name: str
@@ -79,23 +79,25 @@ EXECUTABLE = 4  # PROT_EXEC
 THREAD, NAMESPACES = 0x10000, 0x7E020080  # CLONE_THREAD; CLONE_NEW*
 
 
-def limits(process: int) -> tuple[Limit, ...]:
+def limits(process: int) -> tuple[AllowedValues, ...]:
     """List the system calls that *process* may use with certain arguments only."""
     # Duplicate, flags, seals; not F_SETOWN, which sends signals.
     descriptor_commands = (0, 1, 2, 3, 4, 1030, 1033, 1034)
     return (
-        Limit("mmap", (9, 222), 2, EXECUTABLE, (0,)),
-        Limit("mprotect", (10, 226), 2, EXECUTABLE, (0,)),
-        Limit("clone", (56, 220), 0, THREAD | NAMESPACES, (THREAD,)),
-        Limit("fcntl", (72, 25), 1, INT, descriptor_commands),
-        Limit("ioctl", (16, 29), 1, INT, (0x5421, 0x541B, 0x5451, 0x5450)),  # FIONBIO, FIONREAD, FIO(N)CLEX
-        Limit("newfstatat", (262, 79), 3, 0x1000, (0x1000,)),  # AT_EMPTY_PATH: an open file, as fstat
-        Limit("socketpair", (53, 199), 0, INT, (socket.AF_UNIX,)),
-        Limit("prctl", (157, 167), 0, INT, (15, 0x53564D41)),  # PR_SET_NAME, PR_SET_VMA
-        Limit("prlimit64", (302, 261), 0, INT, (0,)),  # of this process
-        Limit("setpriority", (141, 140), 1, INT, (0,)),  # of this thread
-        Limit("kill", (62, 129), 0, INT, (process,)),
-        Limit("tgkill", (234, 131), 0, INT, (process,)),
+        AllowedValues("mmap", (9, 222), 2, EXECUTABLE, (0,)),
+        AllowedValues("mprotect", (10, 226), 2, EXECUTABLE, (0,)),
+        AllowedValues("clone", (56, 220), 0, THREAD | NAMESPACES, (THREAD,)),
+        AllowedValues("fcntl", (72, 25), 1, INT, descriptor_commands),
+        AllowedValues(
+            "ioctl", (16, 29), 1, INT, (0x5421, 0x541B, 0x5451, 0x5450)
+        ),  # FIONBIO, FIONREAD, FIO(N)CLEX
+        AllowedValues("newfstatat", (262, 79), 3, 0x1000, (0x1000,)),  # AT_EMPTY_PATH: an open file, as fstat
+        AllowedValues("socketpair", (53, 199), 0, INT, (socket.AF_UNIX,)),
+        AllowedValues("prctl", (157, 167), 0, INT, (15, 0x53564D41)),  # PR_SET_NAME, PR_SET_VMA
+        AllowedValues("prlimit64", (302, 261), 0, INT, (0,)),  # of this process
+        AllowedValues("setpriority", (141, 140), 1, INT, (0,)),  # of this thread
+        AllowedValues("kill", (62, 129), 0, INT, (process,)),
+        AllowedValues("tgkill", (234, 131), 0, INT, (process,)),
     )
 
 

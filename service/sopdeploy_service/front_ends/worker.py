@@ -20,7 +20,6 @@ from prometheus_client import generate_latest
 
 from sopdeploy_service.app import create_app
 from sopdeploy_service.front_ends import control, sandbox
-from sopdeploy_service.front_ends.rate_limits import SharedBucketStates
 from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service
@@ -61,10 +60,10 @@ class FrontServer(DrainingServer):
         status = control.STATUS.pack(
             self._received, len(self.server_state.connections) + len(self._tasks), self._service.state == "ok"
         )
-        control.send(self._supervisor, status + self.bundles.encode())
+        control.send_files(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:
-        message, files = control.receive(self._supervisor)
+        message, files = control.receive_files(self._supervisor)
         if not message:
             self._loop.remove_reader(self._supervisor)
             self._supervisor_left.set()
@@ -76,7 +75,7 @@ class FrontServer(DrainingServer):
             if message == control.CHANNEL:
                 self.run_aside(self._attach(socket.socket(fileno=file)))
                 continue
-            if message == control.METRICS:
+            if message == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
                 task = self._loop.create_task(control.send_metrics(file, page))
             else:
@@ -130,11 +129,11 @@ def share_memory(service: Service, settings: Settings, launch_config: Mapping[st
     service.decoders.share(decode_budget(settings, at_rest, processes), processes, slot)
 
 
-def serve(launch_config: Mapping[str, Any]) -> int:
+def run_worker(launch_config: Mapping[str, Any]) -> int:
     """Serve until SIGTERM, or until a runtime of this process is dead; return the exit code."""
     settings = Settings(**launch_config["settings"])
     supervisor = socket.socket(fileno=launch_config["control"])
-    bucket_states = SharedBucketStates(launch_config["buckets"])
+    bucket_states = control.SharedBucketStates(launch_config["buckets"])
     is_front_end = "channel" in launch_config
     with configured_process(settings) as open_trace:
         options: dict[str, Any] = {"open_trace": open_trace, "create_bucket_state": bucket_states}
@@ -153,4 +152,4 @@ def serve(launch_config: Mapping[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(serve))
+    sys.exit(run_program(run_worker))

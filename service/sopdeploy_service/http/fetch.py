@@ -15,7 +15,7 @@ from socket import SOCK_STREAM
 import httpx
 
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.settings import Settings
 
 system_certificates = cache(ssl.create_default_context)
@@ -24,10 +24,10 @@ PORTS = {"https": 443, "http": 80}
 PUBLIC_V6 = ip_network("2000::/3")  # excludes NAT64 and other prefixes that map IPv4 networks
 HEADERS = {"User-Agent": "sopdeploy", "Accept": "image/*", "Accept-Encoding": "identity"}
 
-NOT_ALLOWED = Rejection("url_not_allowed", 403, "url")
-UNREACHABLE = Rejection("url_unreachable", 422, "url")
-OFF = Rejection("url_input_off", 403, "this server does not fetch URLs; send the image itself")
-_TIMEOUT = Rejection("url_timeout", 504, "fetching the image from the URL took too long")
+NOT_ALLOWED = HttpError("url_not_allowed", 403, "url")
+UNREACHABLE = HttpError("url_unreachable", 422, "url")
+OFF = HttpError("url_input_off", 403, "this server does not fetch URLs; send the image itself")
+_TIMEOUT = HttpError("url_timeout", 504, "fetching the image from the URL took too long")
 
 
 async def fetch(url: str, settings: Settings) -> bytes:
@@ -114,7 +114,7 @@ async def download(target: httpx.URL, address: str, limit: int) -> bytes:
                 body += piece
                 if len(body) > limit:
                     message = f"url: the image is larger than {limit} bytes, the limit of this server"
-                    raise RejectedError(Rejection("too_large", 413, message))
+                    raise RejectedError(HttpError("too_large", 413, message))
     except httpx.HTTPError as problem:
         raise _rejected(UNREACHABLE, f"{host} did not respond ({type(problem).__name__})") from problem
     return bytes(body)
@@ -124,5 +124,5 @@ def _host(target: httpx.URL) -> str:
     return target.raw_host.decode("ascii").lower()
 
 
-def _rejected(kind: Rejection, reason: str) -> RejectedError:
+def _rejected(kind: HttpError, reason: str) -> RejectedError:
     return RejectedError(replace(kind, message=f"url: {reason}"))

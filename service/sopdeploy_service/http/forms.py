@@ -10,13 +10,13 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartState, parse_options_header
 
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 FIELDS = {"image", "images", "file", "files"}
 
-_MALFORMED = Rejection("malformed_multipart", 400, "the multipart body is malformed or truncated")
-NO_BOUNDARY = Rejection("malformed_multipart", 400, "the content type has no valid multipart boundary")
-_NO_IMAGE = Rejection("no_image", 422, "the form has no image; add it as a field named `image`")
+_MALFORMED = HttpError("malformed_multipart", 400, "the multipart body is malformed or truncated")
+NO_BOUNDARY = HttpError("malformed_multipart", 400, "the content type has no valid multipart boundary")
+_NO_IMAGE = HttpError("no_image", 422, "the form has no image; add it as a field named `image`")
 
 
 class ImageForm:
@@ -84,9 +84,9 @@ class _Parts:
     def end_headers(self) -> None:
         if self.name not in FIELDS:
             message = f"field {self.name!r:.80}: images must be in fields named `image`"
-            raise RejectedError(Rejection("unexpected_field", 422, message))
+            raise RejectedError(HttpError("unexpected_field", 422, message))
         if len(self.images) == self.max_images:
             message = f"the form has more than {self.max_images} images, the limit of this server"
-            raise RejectedError(Rejection("too_many_images", 400, message))
+            raise RejectedError(HttpError("too_many_images", 400, message))
         self.images.append((bytearray(), self.content_type))
         self.name, self.content_type = None, ""

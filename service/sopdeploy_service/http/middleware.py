@@ -21,7 +21,7 @@ from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import Key, find_key
 from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.http.rate_limits import CreateBucketState, TokenBucket
-from sopdeploy_service.inference.results import CLIENT_GONE, RejectedError, Rejection
+from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import OpenTrace, RequestContext
 
@@ -33,17 +33,17 @@ PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
 PAGES = frozenset(
     {"/", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/errors"}
 )  # the form for the key and error pages, without model data
-METRICS = "/metrics"
+METRICS_PATH = "/metrics"
 OPEN = PROBES | PAGES  # without a key
-MONITORING = PROBES | {METRICS}  # not traced; successful requests are logged at debug level
+MONITORING = PROBES | {METRICS_PATH}  # not traced; successful requests are logged at debug level
 
-NO_KEY = Rejection(
+NO_KEY = HttpError(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
 
 WATCH_AFTER_SECONDS = 0.1  # most requests end sooner and need no task that waits for a disconnect
 
-Value = TypeVar("Value")
+_Value = TypeVar("_Value")
 
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
@@ -94,29 +94,29 @@ class RequestContextMiddleware:
         self.service.active_requests += 1
         try:
             if int(headers.get("content-length", "0")) > limit:  # the server has checked that it is a number
-                raise RejectedError(Rejection.of(too_large_error(limit)))
+                raise RejectedError(HttpError.of(too_large_error(limit)))
             await self.app(inner, receive, send_with_headers)
         except Exception as error:
-            rejection = self._rejection_of(error, inner)
+            reason = self._error_of(error, inner)
             if status:
                 raise  # part of the response was sent: the connection must be closed
-            await reject(scope, rejection)(scope, receive, send_with_headers)
+            await reject(scope, reason)(scope, receive, send_with_headers)
         finally:
             self.service.active_requests -= 1
             self.service.upload_bytes -= context.bytes
             seconds = time.monotonic() - started
             self._record(context, scope["method"], inner.get("route"), status, seconds)
 
-    def _rejection_of(self, error: Exception, scope: Scope) -> Rejection:
-        """Return the rejection that answers *error*; count it, or log an *error* that is a defect."""
+    def _error_of(self, error: Exception, scope: Scope) -> HttpError:
+        """Return the `HttpError` that answers *error*; count it, or log an *error* that is a defect."""
         if not isinstance(error, RejectedError):
             log.exception("internal error in %s", getattr(scope.get("route"), "path", "other"))
             return INTERNAL
-        if error.rejection is CLIENT_GONE:
+        if error.reason is CLIENT_GONE:
             self.service.metrics.cancelled.inc()
         else:
-            self.service.metrics.rejected.labels(error.rejection.code).inc()
-        return error.rejection
+            self.service.metrics.rejected.labels(error.reason.code).inc()
+        return error.reason
 
     def _record(
         self, context: RequestContext, method: str, route: object, status: int, seconds: float
@@ -141,7 +141,7 @@ class RequestContextMiddleware:
             "code": context.code,
             "model": context.model_name or None,
             "digest": context.model_version or None,
-            "images": context.images,
+            "num_images": context.num_images,
             "bytes": context.bytes,
             "ms": round(seconds * 1000, 2),
             "stages_ms": {name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()},
@@ -195,7 +195,7 @@ class ApiKeyMiddleware:
 def require(context: RequestContext, scope: api_keys.Scope) -> None:
     """Raise `RejectedError` (403) if the key of the request lacks *scope*; servers without keys allow all."""
     if context.scopes is not None and scope not in context.scopes:
-        raise RejectedError(Rejection("forbidden", 403, f"this key does not have the scope `{scope}`"))
+        raise RejectedError(HttpError("forbidden", 403, f"this key does not have the scope `{scope}`"))
 
 
 async def require_admin(request: Request) -> None:
@@ -203,7 +203,7 @@ async def require_admin(request: Request) -> None:
     require(request.scope["state"]["context"], "admin")
 
 
-async def cancel_on_disconnect(work: Coroutine[Any, Any, Value], receive: Receive) -> Value:
+async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Receive) -> _Value:
     """Run *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
 
     The request body must have been read: the next message of *receive* is the disconnect.

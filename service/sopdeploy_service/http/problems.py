@@ -11,64 +11,59 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from sopdeploy.config import StrictModel
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy.http_api import Problem
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 PROBLEM_JSON = "application/problem+json"
-INTERNAL = Rejection("internal_error", 500, "internal error; the server log has the details")
+INTERNAL = HttpError("internal_error", 500, "internal error; the server log has the details")
 
 
 def bad_request(code: str, message: str) -> RejectedError:
     """Create the error of an invalid request, status 400."""
-    return RejectedError(Rejection(code, 400, message))
+    return RejectedError(HttpError(code, 400, message))
 
 
-class Problem(StrictModel):
-    """An error of RFC 9457: `code` is stable, `detail` is for people, `type` is a page about the code."""
-
-    type: str
-    title: str
-    status: int
-    code: str
-    detail: str
-
-    @classmethod
-    def of(cls, rejection: Rejection) -> "Problem":
-        """Create the response body of *rejection*."""
-        code, status = rejection.code, rejection.status
-        title = "Client Closed Request" if status == 499 else HTTPStatus(status).phrase
-        return cls(type=f"/errors#{code}", title=title, status=status, code=code, detail=rejection.message)
+def describe_error(error: HttpError) -> Problem:
+    """Create the response body of *error*."""
+    title = "Client Closed Request" if error.status == 499 else HTTPStatus(error.status).phrase
+    return Problem(
+        type=f"/errors#{error.code}",
+        title=title,
+        status=error.status,
+        code=error.code,
+        detail=error.message,
+    )
 
 
 def problem_response(
-    rejection: Rejection, headers: Mapping[str, str] | None = None, *, path: str = ""
+    reason: HttpError, headers: Mapping[str, str] | None = None, *, path: str = ""
 ) -> Response:
-    """Create the response of *rejection* to a request for *path*.
+    """Create the response of *reason* to a request for *path*.
 
     Below `/v2`, the body is `{"error": message}` as in the Open Inference Protocol, and the code is in the
     header `X-Error-Code`.
     """
     headers = dict(headers or {})
-    if rejection.retry_after is not None:
-        headers["Retry-After"] = str(rejection.retry_after)
-    if rejection.status in {408, 413, 503}:
+    if reason.retry_after is not None:
+        headers["Retry-After"] = str(reason.retry_after)
+    if reason.status in {408, 413, 503}:
         headers["Connection"] = "close"
-    if rejection.status == 401:
+    if reason.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="sopdeploy"'
     if path == "/v2" or path.startswith("/v2/"):
-        headers["X-Error-Code"] = rejection.code
-        body, media_type = orjson.dumps({"error": rejection.message}), "application/json"
+        headers["X-Error-Code"] = reason.code
+        body, media_type = orjson.dumps({"error": reason.message}), "application/json"
     else:
-        body, media_type = orjson.dumps(Problem.of(rejection).model_dump()), PROBLEM_JSON
-    return Response(body, status_code=rejection.status, headers=headers, media_type=media_type)
+        body, media_type = orjson.dumps(describe_error(reason).model_dump()), PROBLEM_JSON
+    return Response(body, status_code=reason.status, headers=headers, media_type=media_type)
 
 
-def reject(scope: Scope, rejection: Rejection, headers: Mapping[str, str] | None = None) -> Response:
-    """Create the response of *rejection* and record its code for the access log."""
+def reject(scope: Scope, reason: HttpError, headers: Mapping[str, str] | None = None) -> Response:
+    """Create the response of *reason* and record its code for the access log."""
     context = scope["state"].get("context") if "state" in scope else None
     if context is not None:
-        context.code = rejection.code
-    return problem_response(rejection, headers, path=scope["path"])
+        context.code = reason.code
+    return problem_response(reason, headers, path=scope["path"])
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -80,7 +75,7 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def install(app: FastAPI) -> None:
+def handle_errors(app: FastAPI) -> None:
     """Make *app* respond to FastAPI's errors with problems; `RequestContextMiddleware` handles all others."""
 
     @app.exception_handler(HTTPException)
@@ -97,10 +92,10 @@ def install(app: FastAPI) -> None:
             detail = f"no such path;{f' did you mean {near[0]}?' if near else ''} /docs lists all"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             detail = f"{path} does not accept {request.method}; use {headers['Allow']} (/docs has examples)"
-        return reject(request.scope, Rejection(status.name.lower(), status, detail), headers)
+        return reject(request.scope, HttpError(status.name.lower(), status, detail), headers)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         message = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-        return reject(request.scope, Rejection("invalid_parameter", 422, message))
+        return reject(request.scope, HttpError("invalid_parameter", 422, message))

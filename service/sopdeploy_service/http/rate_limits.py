@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, MutableSequence
 from typing import TypeAlias
 
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 # Tokens, and the time of the last fill; 0 before the first one.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
@@ -25,21 +25,23 @@ class TokenBucket:
         if not state[1]:
             state[0], state[1] = float(burst), time.monotonic()
 
-    def spend(self, images: int, *, check_only: bool = False) -> None:
-        """Take the tokens of *images*, unless *check_only*.
+    def spend(self, num_images: int, *, check_only: bool = False) -> None:
+        """Take the tokens of *num_images*, unless *check_only*.
 
-        Raises `RejectedError`, and takes none, if *images* exceed the limit now.
+        Raises `RejectedError`, and takes none, if *num_images* exceed the limit now.
         """
         tokens = self._fill()
-        if images > self.burst:
-            message = f"{images} images exceed the limit of this key ({self.burst}); send fewer per request"
-            raise RejectedError(Rejection("too_many_images", 400, message))
-        if images > tokens:
-            wait = max(1, math.ceil((images - tokens) / self._rate))
+        if num_images > self.burst:
+            message = (
+                f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
+            )
+            raise RejectedError(HttpError("too_many_images", 400, message))
+        if num_images > tokens:
+            wait = max(1, math.ceil((num_images - tokens) / self._rate))
             message = f"this key may send {self._rate:g} images per second; retry later"
-            raise RejectedError(Rejection("rate_limited", 429, message, wait))
+            raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
-            self._state[0] = tokens - images
+            self._state[0] = tokens - num_images
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""

@@ -7,21 +7,24 @@ short.
 """
 
 import binascii
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+import pydantic
 
+from sopdeploy.config import first_problem
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 
 MAX_QUOTES = 10_000
 MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
 MAX_STRUCTURE = 100_000  # bytes outside of strings
 _NUMBERS = frozenset({int, float})
+ParsedBody = TypeVar("ParsedBody", bound=pydantic.BaseModel)
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
-TOO_COMPLEX = Rejection(  # more than any valid request has
+TOO_COMPLEX = HttpError(  # more than any valid request has
     "json_too_complex", 400, "the JSON has too many strings, lists, objects or numbers"
 )
 
@@ -36,7 +39,7 @@ def parse(raw: bytes, limit: int, *, max_structure: int = MAX_STRUCTURE) -> Any:
         message = (
             f"the JSON is larger than {limit} bytes, the limit of this server; send binary images or tensors"
         )
-        raise RejectedError(Rejection("json_too_large", 413, message))
+        raise RejectedError(HttpError("json_too_large", 413, message))
     if raw.count(b'"') > MAX_QUOTES or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
         raise RejectedError(TOO_COMPLEX)
     masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw
@@ -64,6 +67,14 @@ def count_keys(value: Any) -> int:
         elif isinstance(item, list) and not _NUMBERS.issuperset(map(type, item)):
             pending.extend(item)
     return keys
+
+
+def validate(model: type[ParsedBody], value: Any) -> ParsedBody:
+    """Validate the JSON *value*; raise `RejectedError` for the first error."""
+    try:
+        return model.model_validate(value)
+    except pydantic.ValidationError as error:
+        raise bad_request("malformed_request", first_problem(error)) from error
 
 
 def decode_text(text: object, where: str) -> bytes:

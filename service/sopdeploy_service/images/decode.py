@@ -55,7 +55,7 @@ class Decoded(NamedTuple):
 
 # (image with only its header read, file, preprocessing) -> None if the image has its pixels now, or the
 # resized pixels (h, w, 3).
-Load = Callable[[Image.Image, bytes, Preprocess], NDArray[np.uint8] | None]
+LoadPixels = Callable[[Image.Image, bytes, Preprocess], NDArray[np.uint8] | None]
 
 
 class Decode(Protocol):
@@ -78,7 +78,7 @@ def decode(
     *,
     max_bytes: int,
     max_pixels: int,
-    load: Load = load_exact,
+    load: LoadPixels = load_exact,
     formats: Collection[str] | None = None,
     admit: Callable[[Cost], None] | None = None,
 ) -> Decoded:

@@ -21,13 +21,13 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import read_golden
-from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ParityError, RuntimeUnavailableError, SopdeployError
+from sopdeploy.http_api import FastDecode
 from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.plugins import find
-from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, Load, decode, load_exact
+from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, LoadPixels, decode, load_exact
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.images.nvimagecodec import NvImageCodec
 from sopdeploy_service.runtime.base import Runtime, reason_of
@@ -55,8 +55,8 @@ def make_decoder(
     Calls *on_failure* for each JPEG that Pillow decodes because the GPU could not. Raises
     `RuntimeUnavailableError` if nvImageCodec or its GPU is missing.
     """
-    loaders: dict[str, Load] = {"exact": load_exact, "fast": load_reduced}
-    load: Load | None = loaders.get(way)
+    loaders: dict[str, LoadPixels] = {"exact": load_exact, "fast": load_reduced}
+    load: LoadPixels | None = loaders.get(way)
     if way == "nvimagecodec":
         load = partial(_gpu_loader(), on_failure=on_failure)
     elif load is None and (load := find("sopdeploy.decoders", way, Callable)) is None:
@@ -102,23 +102,6 @@ def _gpu_loader() -> NvImageCodec:
             f"decode=nvimagecodec: no GPU that can decode ({reason_of(error)}); serve with decode=exact"
         ) from error
     return loader
-
-
-class FastDecode(StrictModel):
-    """How inexact decoding changed the outputs on *pictures* images at the start.
-
-    *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
-    spread of the logits, *agreement* the fraction of images whose best class stayed the same. *gray_levels*
-    is the mean difference between the GPU's pixels and those of the golden example that differs most, at most
-    *max_gray_levels*; it is None if no GPU decodes or the bundle has no golden examples.
-    """
-
-    pictures: int
-    largest: float
-    drift: float
-    agreement: float
-    gray_levels: float | None = None
-    max_gray_levels: float | None = None
 
 
 def choose_decoding(bundle: Bundle, runtime: Runtime, settings: Settings) -> tuple[str, FastDecode | None]:
@@ -173,7 +156,7 @@ def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings, way:
     raise ParityError(
         f"{bundle.path}: decode={way} changes the logits by {result.drift:.3f} of their spread "
         f"(at most {MAX_DRIFT:g}) and keeps {result.agreement:.1%} of the best classes "
-        f"(at least {MIN_AGREEMENT:.0%}) on {result.pictures} JPEGs; serve it with decode=exact"
+        f"(at least {MIN_AGREEMENT:.0%}) on {result.num_pictures} JPEGs; serve it with decode=exact"
     )
 
 
@@ -197,7 +180,7 @@ def _compare(exact: NDArray[np.float64], fast: NDArray[np.float64]) -> FastDecod
     spread = float(np.sqrt(np.square(exact - exact.mean(axis=1, keepdims=True)).mean()))
     difference = float(np.sqrt(np.square(fast - exact).mean()))
     return FastDecode(
-        pictures=len(exact),
+        num_pictures=len(exact),
         largest=float(np.abs(fast - exact).max()),
         drift=difference / spread if spread else float(difference > 0),
         agreement=float((exact.argmax(axis=1) == fast.argmax(axis=1)).mean()),

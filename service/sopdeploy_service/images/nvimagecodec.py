@@ -17,9 +17,9 @@ from PIL import Image
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.images.pixels import MAX_ASPECT_RATIO, resized_size
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.cores import LARGEST_DECODE_BATCH
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.runtime.base import reason_of
+from sopdeploy_service.settings import LARGEST_DECODE_BATCH
 
 MODES = {"RGB", "L"}
 _END = b"\xff\xd9"  # of a complete JPEG; NVIDIA's decoders do not report that data is missing
@@ -31,7 +31,7 @@ log = logging.getLogger("sopdeploy.service")
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class JpegJob:
     """A JPEG *body* of *size* to decode and resize to *target*; sizes are (width, height).
 
     *pixels* (h, w, 3) is set before *done*, unless the device could not decode the image.
@@ -69,7 +69,7 @@ class NvImageCodec:
             options=_OPTIONS,
         )
         self._changed = Condition()
-        self._waiting: list[Job] = []  # the next batch
+        self._waiting: list[JpegJob] = []  # the next batch
         self._busy = False  # a thread runs a batch
         self._last_error = ""
 
@@ -88,7 +88,7 @@ class NvImageCodec:
         strip = preprocess.fit == "crop" and max(image.size) > MAX_ASPECT_RATIO * min(image.size)
         if image.format == "JPEG" and image.mode in MODES and body.endswith(_END) and not strip:
             target = resized_size(image.size, preprocess)
-            job = Job(body, image.size, target, preprocess.interpolation)
+            job = JpegJob(body, image.size, target, preprocess.interpolation)
             if self._join(job):
                 if job.pixels is not None:
                     return job.pixels
@@ -111,7 +111,7 @@ class NvImageCodec:
                 'run: pip install "sopdeploy[nvimagecodec]" (with nvJPEG), or serve with decode=exact'
             )
 
-    def _join(self, job: Job) -> bool:
+    def _join(self, job: JpegJob) -> bool:
         """Wait until *job* has run in a batch; return False if the next batch is full.
 
         One of the waiting threads runs the batch for all of them.
@@ -147,7 +147,7 @@ class NvImageCodec:
         images: list[Any] = self._decoder.decode(bodies, params=self._params)
         return images
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[JpegJob]) -> None:
         """Decode *jobs* in one call and resize what could be decoded."""
         decoded = self.decode([job.body for job in jobs])
         for job, image in zip(jobs, decoded, strict=True):

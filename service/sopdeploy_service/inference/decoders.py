@@ -29,7 +29,7 @@ from sopdeploy_service.inference.results import (
     DECODE_TIMEOUT,
     DECODER_FAILED,
     DECODERS_BUSY,
-    Rejection,
+    HttpError,
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes, trim_heaps
@@ -42,12 +42,12 @@ NICENESS = 10  # of the threads for photos and large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 PHOTO_LANE, LARGE_LANE = 1, 2
-MAX_WAITING = 8  # large images; one more gets 503
+MAX_WAITING_LARGE = 8  # large images; one more gets 503
 LEAST_BYTES = 64 * _MIB  # for a large image
 
 log = logging.getLogger("sopdeploy.service")
 
-Job = tuple[Model, QueuedImage, EncodedImage]
+_Job = tuple[Model, QueuedImage, EncodedImage]
 
 
 class Plan(NamedTuple):
@@ -104,7 +104,7 @@ class Decoders:
     ) -> None:
         """Use *threads* for light images; *of_way* returns the decoder of a value of `decode`."""
         self._threads, self._settings, self._metrics, self._of_way = threads, settings, metrics, of_way
-        self._lanes: list[SimpleQueue[Job | None]] = [SimpleQueue() for _ in range(3)]
+        self._lanes: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(3)]
         self._counts: list[int] = []
         self._running: dict[int, tuple[float, QueuedImage]] = {}  # by thread
         self._slot: int | None = None
@@ -153,20 +153,20 @@ class Decoders:
             _, item, _ = job
             self._running[threading.get_ident()] = time.monotonic(), item
             try:
-                rejection = self._decode_and_queue(lane, *job)
+                reason = self._decode_and_queue(lane, *job)
             except _OtherLaneError as moved:
-                rejection = self._move(job, moved.number)
+                reason = self._move(job, moved.number)
             del self._running[threading.get_ident()]
-            if rejection is not None:
-                call_soon(item.outcome.get_loop(), item.settle, rejection)
+            if reason is not None:
+                call_soon(item.outcome.get_loop(), item.settle, reason)
             if lane == LARGE_LANE:
                 Image.core.clear_cache()  # type: ignore[attr-defined]
                 trim_heaps()
-            del job, item, rejection  # an idle thread must not keep an image or a model alive
+            del job, item, reason  # an idle thread must not keep an image or a model alive
 
-    def _move(self, job: Job, lane: int) -> Rejection | None:
-        """Queue *job* in *lane*; return the rejection if too many large images wait there."""
-        if lane == LARGE_LANE and self._lanes[lane].qsize() >= MAX_WAITING:
+    def _move(self, job: _Job, lane: int) -> HttpError | None:
+        """Queue *job* in *lane*; return the error if too many large images wait there."""
+        if lane == LARGE_LANE and self._lanes[lane].qsize() >= MAX_WAITING_LARGE:
             return DECODERS_BUSY
         job[1].late = DECODERS_BUSY
         self._lanes[lane].put(job)
@@ -174,8 +174,8 @@ class Decoders:
 
     def _decode_and_queue(
         self, lane: int, model: Model, item: QueuedImage, image: EncodedImage
-    ) -> Rejection | None:
-        """Decode *image* and queue *item*; return the rejection of an image that is not queued."""
+    ) -> HttpError | None:
+        """Decode *image* and queue *item*; return the error of an image that is not queued."""
         if item.outcome.done() or model.queue.closed_with is not None:
             return model.queue.closed_with
         with ExitStack() as stack:
@@ -191,7 +191,7 @@ class Decoders:
                 decoded = self._of_way(way)(image, model.bundle.manifest.preprocess, admit=admit)
                 item.image, item.warnings, item.size = decoded
             except ImageError as error:
-                return Rejection.of(error)
+                return HttpError.of(error)
             except _OtherLaneError:
                 raise
             except Exception:  # a bug fails its own image, not the others of the request

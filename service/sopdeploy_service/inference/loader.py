@@ -9,7 +9,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, signature_path
 from sopdeploy.errors import BundleError, RuntimeUnavailableError
+from sopdeploy.http_api import FastDecode
 from sopdeploy_service.runtime.base import (
     OutOfMemoryError,
     OverlappingRuntime,
@@ -29,9 +29,6 @@ from sopdeploy_service.runtime.base import (
 )
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings
-
-if TYPE_CHECKING:  # `verify` and `bench` need no image library
-    from sopdeploy_service.images.loaders import FastDecode
 
 _SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
@@ -54,13 +51,15 @@ class LoadedModel:
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
     decode: str = "exact"
-    fast_decode: "FastDecode | None" = None
+    fast_decode: FastDecode | None = None
     class_maps: ClassMapLayer | None = None
     onnx_root: str | None = None
 
 
-def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
-    """Load the bundle at *path* and replay its probes.
+def load_model(
+    path: Path, settings: Settings, checked: Bundle | None = None, *, thorough: bool = False
+) -> LoadedModel:
+    """Load the bundle at *path* and replay its probes; *checked* is this bundle if it was just opened.
 
     `_SINGLE_PROBES` of the probes run alone, the others in batches of the largest size. With *thorough*, all
     of them run in both ways, and the root of the graph is compared with the certificate, and recomputed if
@@ -69,7 +68,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     Raises `BundleError`, `RuntimeUnavailableError`, `ParityError`, `ConfigError` for an invalid key file, and
     the errors of `choose_decoding`.
     """
-    bundle = open_checked(path, settings)
+    bundle = open_checked(path, settings, checked)
     root = check_roots(bundle) if thorough else None
     smallest = bundle.manifest.batch.minimum
     if smallest > 1:
@@ -106,14 +105,15 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     )
 
 
-def open_checked(path: Path, settings: Settings) -> Bundle:
+def open_checked(path: Path, settings: Settings, checked: Bundle | None = None) -> Bundle:
     """Check the files of the bundle at *path* and, if *settings* require it, the signature; open it.
 
     Raises `BundleError`, and `ConfigError` for an invalid key file.
     """
     if settings.require_signature is not None:
         check_signature(path, signature_path(path), settings.require_signature)
-    return open_bundle(path)
+        checked = None  # nothing may have changed since
+    return checked or open_bundle(path)
 
 
 def _read_probes(bundle: Bundle) -> Probes:

@@ -22,7 +22,7 @@ from sopdeploy.errors import ConfigError, SopdeployError, shorten
 from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked
 from sopdeploy_service.inference.model import Model, ModelMemory
 from sopdeploy_service.inference.registry import ModelRegistry
-from sopdeploy_service.inference.results import DRAINING, RejectedError, Rejection
+from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import MemoryMeter, available_bytes, free_gpu_bytes
 from sopdeploy_service.runtime.onnxruntime import has_cuda
@@ -36,9 +36,9 @@ ROOM_SECONDS = 5.0  # how long a load waits for a model that is in use
 _POLL_SECONDS = 0.01
 RETRY_SECONDS = 60.0  # after a failed load, the bundle is not loaded again for this long
 
-MEMORY_FULL = Rejection("memory_full", 503, "every loaded model is in use or pinned; retry later", 1)
+MEMORY_FULL = HttpError("memory_full", 503, "every loaded model is in use or pinned; retry later", 1)
 
-Load = Callable[[Path, Settings], tuple[LoadedModel, int]]
+LoadMeasured = Callable[[Path, Settings], tuple[LoadedModel, int]]
 
 log = logging.getLogger("sopdeploy.models")
 
@@ -64,11 +64,11 @@ class NoRuntime:
 
 
 @dataclass(eq=False, slots=True)
-class Entry:
+class BudgetEntry:
     """The bundle at *path*: *model* is *unloaded* while the bundle is not loaded.
 
     *users* counts the requests that use the model or wait for it. Until the time in *failed*, no load is
-    tried again, and requests get its rejection.
+    tried again, and requests get its error.
     """
 
     path: Path
@@ -76,15 +76,19 @@ class Entry:
     model: Model
     memory: ModelMemory
     users: int = 0
-    loading: asyncio.Task[Rejection | None] | None = None
-    failed: tuple[float, Rejection] | None = None
+    loading: asyncio.Task[HttpError | None] | None = None
+    failed: tuple[float, HttpError] | None = None
 
 
 class BudgetedRegistry(ModelRegistry):
     """Models by name, of which only as many are loaded as the memory budget of the settings allows."""
 
     def __init__(
-        self, bundles: Mapping[str, Path], settings: Settings, metrics: Metrics, load: Load = load_measured
+        self,
+        bundles: Mapping[str, Path],
+        settings: Settings,
+        metrics: Metrics,
+        load: LoadMeasured = load_measured,
     ) -> None:
         """Check all *bundles* by name, and load the pinned ones.
 
@@ -137,19 +141,19 @@ class BudgetedRegistry(ModelRegistry):
         entry = self._entries[model.name]
         if entry.loading is None:
             entry.loading = asyncio.create_task(self._load_entry(entry))
-        rejection = await asyncio.shield(entry.loading)  # another request may wait for it
-        if rejection is not None:
-            raise RejectedError(rejection)
+        reason = await asyncio.shield(entry.loading)  # another request may wait for it
+        if reason is not None:
+            raise RejectedError(reason)
         return entry.model
 
-    def close(self, rejection: Rejection) -> None:
-        """Give *rejection* to every image without an outcome, and `DRAINING` to waiting requests."""
+    def close(self, reason: HttpError) -> None:
+        """Give *reason* to every image without an outcome, and `DRAINING` to waiting requests."""
         for entry in self._entries.values():
             if entry.loading is not None:
                 entry.loading.cancel()
-        super().close(rejection)
+        super().close(reason)
 
-    def _make_entry(self, name: str, path: Path) -> Entry:
+    def _make_entry(self, name: str, path: Path) -> BudgetEntry:
         bundle = keep_in_memory(open_checked(path, self._settings))
         unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
         model = Model(name, unloaded, self._settings, self._metrics)
@@ -157,14 +161,14 @@ class BudgetedRegistry(ModelRegistry):
         model.memory = ModelMemory(bytes=load_bytes(bundle), pinned=name in self._settings.pin)
         self._by_name[name] = [model]
         self._metrics.model_memory.labels(name).set(0)
-        return Entry(path, model, model, model.memory)
+        return BudgetEntry(path, model, model, model.memory)
 
     def _used(self) -> int:
         """Return the bytes of all loaded models."""
         return sum(entry.memory.bytes for entry in self._entries.values() if entry.model.is_loaded)
 
-    async def _load_entry(self, entry: Entry) -> Rejection | None:
-        """Load *entry* after earlier loads; return the rejection for waiting requests if it fails."""
+    async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
+        """Load *entry* after earlier loads; return the error for waiting requests if it fails."""
         name = entry.model.name
         try:
             async with self.changing:
@@ -184,19 +188,19 @@ class BudgetedRegistry(ModelRegistry):
                     raise
             return None
         except RejectedError as error:
-            return error.rejection
+            return error.reason
         except asyncio.CancelledError:
             return DRAINING
         except Exception as error:  # every waiting request gets a response
             is_bug = not isinstance(error, SopdeployError)
             log.error("%s: cannot be loaded: %s", name, str(error), exc_info=is_bug)
-            rejection = Rejection("load_failed", 500, f"{name}: cannot be loaded; the server's log says why")
-            entry.failed = time.monotonic() + RETRY_SECONDS, rejection
-            return rejection
+            reason = HttpError("load_failed", 500, f"{name}: cannot be loaded; the server's log says why")
+            entry.failed = time.monotonic() + RETRY_SECONDS, reason
+            return reason
         finally:
             entry.loading = None
 
-    def _set_loaded(self, entry: Entry, loaded: LoadedModel, size: int) -> None:
+    def _set_loaded(self, entry: BudgetEntry, loaded: LoadedModel, size: int) -> None:
         """Serve *entry* with *loaded*, which occupies *size* bytes, and continue its drift window."""
         name, entry.memory.bytes = entry.model.name, size
         model = entry.model = self._make_model(name, loaded)
@@ -205,7 +209,7 @@ class BudgetedRegistry(ModelRegistry):
         self._metrics.model_memory.labels(name).set(size)
         self._metrics.model_loads.labels(name).inc()
 
-    async def _make_room(self, entry: Entry) -> None:
+    async def _make_room(self, entry: BudgetEntry) -> None:
         """Release models until *entry* fits, too; raises `RejectedError` if that is impossible."""
         needed = 0
         if not entry.model.is_loaded:  # a load needs more memory for a moment
@@ -224,7 +228,7 @@ class BudgetedRegistry(ModelRegistry):
             else:
                 await asyncio.sleep(_POLL_SECONDS)
 
-    async def _release(self, entry: Entry) -> None:
+    async def _release(self, entry: BudgetEntry) -> None:
         """Stop the model of *entry*; requests for it wait until it can be loaded again."""
         model, entry.model = entry.model, entry.unloaded
         self._by_name[model.name] = [entry.unloaded]

@@ -31,13 +31,12 @@ from sopdeploy_service.inference.results import (
     INFERENCE_FAILED,
     NONFINITE,
     OUT_OF_MEMORY,
+    HttpError,
     Outcome,
     Prediction,
-    Rejection,
     rank_classes,
 )
-from sopdeploy_service.observability.drift import DriftWindow
-from sopdeploy_service.observability.metrics import ModelMetrics
+from sopdeploy_service.observability.metrics import DriftWindow, ModelMetrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,
     OutOfMemoryError,
@@ -52,8 +51,8 @@ if TYPE_CHECKING:  # OpenTelemetry is optional
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out of memory
 
-Images = Sequence[NDArray[np.uint8]]
-Row = dict[str, NDArray[np.float32]] | Rejection
+_Pixels = Sequence[NDArray[np.uint8]]
+ImageOutputs = dict[str, NDArray[np.float32]] | HttpError
 
 
 log = logging.getLogger("sopdeploy.inference")
@@ -78,7 +77,7 @@ class QueuedImage:
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     trace: "RequestTrace | None" = None
-    late: Rejection = DEADLINE  # if it has no other outcome at its deadline
+    late: HttpError = DEADLINE  # if it has no other outcome at its deadline
 
     def settle(self, outcome: Outcome) -> None:
         """Set the outcome unless there is one. Call it on the event loop."""
@@ -94,7 +93,7 @@ class RequestQueue:
     """
 
     max_delay: float = 0.0
-    closed_with: Rejection | None = None
+    closed_with: HttpError | None = None
     _items: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -108,16 +107,16 @@ class RequestQueue:
         """Images of other processes that run on the same device."""
         return 0
 
-    def put(self, item: QueuedImage) -> Rejection | None:
-        """Add *item*; if the queue is closed, return its rejection instead."""
+    def put(self, item: QueuedImage) -> HttpError | None:
+        """Add *item*; if the queue is closed, return the reason instead."""
         with self._changed:
             if self.closed_with is None:
                 self._items.append(item)
                 self._changed.notify()
             return self.closed_with
 
-    def reject(self, items: Sequence[QueuedImage], rejection: Rejection) -> None:
-        """Give *rejection* to all *items* without an outcome, and remove *items* from the queue.
+    def reject(self, items: Sequence[QueuedImage], reason: HttpError) -> None:
+        """Give *reason* to all *items* without an outcome, and remove *items* from the queue.
 
         Call it on the event loop.
         """
@@ -125,7 +124,7 @@ class RequestQueue:
             for item in items:
                 if item in self._items:
                     self._items.remove(item)
-        settle(items, [rejection] * len(items))
+        settle(items, [reason] * len(items))
 
     def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
         """Wait for 1 to *max_size* images; an empty list means a closed queue.
@@ -153,10 +152,10 @@ class RequestQueue:
         if over := [item for item in self._items if item.outcome.done() or item.deadline <= now]:
             self._items = deque(item for item in self._items if item not in over)
 
-    def close(self, rejection: Rejection) -> list[QueuedImage]:
-        """Give *rejection* to every image from now on; return those that are still queued."""
+    def close(self, reason: HttpError) -> list[QueuedImage]:
+        """Give *reason* to every image from now on; return those that are still queued."""
         with self._changed:
-            self.closed_with = rejection
+            self.closed_with = reason
             remaining = list(self._items)
             self._items.clear()
             self._changed.notify_all()
@@ -271,16 +270,16 @@ class ModelWorker:
         call_soon(loop, self._settle, batch.items, outcomes, started, ended)
 
     def _outcomes_of(
-        self, items: Sequence[QueuedImage], rows: Sequence[Row], started: float, ended: float
+        self, items: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
     ) -> list[Outcome]:
         """Create the outcomes of a batch; rank the classes of its images in one step."""
-        logits = [row[self._outputs[0]] for row in rows if not isinstance(row, Rejection)]
+        logits = [row[self._outputs[0]] for row in rows if not isinstance(row, HttpError)]
         top_k = max(item.top_k for item in items)
         ranked = rank_classes(np.stack(logits), top_k) if top_k and logits else [[]] * len(logits)
         outcomes: list[Outcome] = []
         position = 0
         for item, row in zip(items, rows, strict=True):
-            if isinstance(row, Rejection):
+            if isinstance(row, HttpError):
                 outcomes.append(row)
                 continue
             prediction = Prediction(
@@ -315,7 +314,7 @@ class ModelWorker:
             raise DeviceLostError(message) from error
         self.started, self._failed_batches = None, 0
 
-    def _run_images(self, images: Images, batch: _Batch, names: Sequence[str]) -> Outputs:
+    def _run_images(self, images: _Pixels, batch: _Batch, names: Sequence[str]) -> Outputs:
         """Return the outputs *names* of *images*.
 
         The first call is for all images of *batch*, which may have begun already; later ones are for parts.
@@ -353,35 +352,38 @@ class ModelWorker:
             traces[0].record_batch(traces, started, ended)
 
 
-def run_bisected(run: Callable[[Images], Outputs], images: Images, outputs: Sequence[str]) -> list[Row]:
+def run_bisected(
+    run: Callable[[_Pixels], Outputs], images: _Pixels, outputs: Sequence[str]
+) -> list[ImageOutputs]:
     """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
 
-    Returns for each image its row of each of *outputs*, or a rejection. Raises `DeviceLostError`, because
+    Returns for each image its row of each of *outputs*, or an `HttpError`. Raises `DeviceLostError`, because
     another run would fail too.
     """
-    rejection = INFERENCE_FAILED
+    reason = INFERENCE_FAILED
     try:
         return _split_rows(run(images), outputs, len(images))
     except DeviceLostError:
         raise
     except OutOfMemoryError:
         log.warning("out of memory for a batch of %d", len(images))
-        rejection = OUT_OF_MEMORY
+        reason = OUT_OF_MEMORY
     except Exception:  # a runtime may raise anything
         log.exception("inference failed on a batch of %d", len(images))
     if len(images) == 1:
-        return [rejection]
+        return [reason]
     halves = images[: len(images) // 2], images[len(images) // 2 :]
     return [row for half in halves for row in run_bisected(run, half, outputs)]
 
 
-def _split_rows(values: Outputs, outputs: Sequence[str], images: int) -> list[Row]:
+def _split_rows(values: Outputs, outputs: Sequence[str], num_images: int) -> list[ImageOutputs]:
     """Split the batch into rows; reject rows with an output that is not finite."""
-    finite = np.ones(images, dtype=bool)
+    finite = np.ones(num_images, dtype=bool)
     for name, batch in values.items():
-        if len(batch) != images:
-            raise ValueError(f"output {name!r} has {len(batch)} rows for {images} images")
-        finite &= np.isfinite(batch.reshape(images, -1)).all(axis=1)
+        if len(batch) != num_images:
+            raise ValueError(f"output {name!r} has {len(batch)} rows for {num_images} images")
+        finite &= np.isfinite(batch.reshape(num_images, -1)).all(axis=1)
     return [
-        {name: values[name][row] for name in outputs} if finite[row] else NONFINITE for row in range(images)
+        {name: values[name][row] for name in outputs} if finite[row] else NONFINITE
+        for row in range(num_images)
     ]

@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
@@ -17,11 +16,11 @@ from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import RejectedError, Rejection
+from sopdeploy_service.inference.results import HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
-NOT_CONTROLLED = Rejection(
+NOT_CONTROLLED = HttpError(
     "model_control_off", 403, "models cannot be changed while this server runs; start it with --model-control"
 )
 
@@ -75,12 +74,12 @@ class ModelRegistry:
         if name not in self._by_name:
             listed = shorten(sorted(self._by_name)) or "none"
             message = f"no model {name[:100]!r}; available: {listed}"
-            raise RejectedError(Rejection("unknown_model", 404, message))
+            raise RejectedError(HttpError("unknown_model", 404, message))
         current = self._by_name[name][0]
         model = current if version is None else self._loaded_version(name, version)
         if model is None:
             message = f"{name}: no version {str(version)[:100]!r}; the current one is {current.version}"
-            raise RejectedError(Rejection("unknown_version", 404, message))
+            raise RejectedError(HttpError("unknown_version", 404, message))
         return model
 
     def use(self, name: str | None = None, version: str | None = None) -> AbstractContextManager[Model]:
@@ -96,11 +95,11 @@ class ModelRegistry:
 
     def _only_name(self) -> str:
         if not self._by_name:
-            raise RejectedError(Rejection("no_model", 503, "no model is loaded", 5))
+            raise RejectedError(HttpError("no_model", 503, "no model is loaded", 5))
         if len(self._by_name) > 1:
             names = shorten(sorted(self._by_name))
             message = f"the server has several models; choose one with ?model= ({names})"
-            raise RejectedError(Rejection("model_needed", 400, message))
+            raise RejectedError(HttpError("model_needed", 400, message))
         return next(iter(self._by_name))
 
     def _loaded_version(self, name: str, version: str) -> Model | None:
@@ -119,7 +118,7 @@ class ModelRegistry:
                 raise RejectedError(NOT_CONTROLLED)
             if name in self._hidden:
                 message = f"{name}: is the shadow; promote it, or choose another name"
-                raise RejectedError(Rejection("cannot_load", 400, message))
+                raise RejectedError(HttpError("cannot_load", 400, message))
             versions = self._by_name.get(name)
             try:
                 path = self._store.find(name, folder, serving=versions[0].version if versions else None)
@@ -128,7 +127,7 @@ class ModelRegistry:
                 if model is None:
                     model = await asyncio.to_thread(load_model, path, self._settings)
             except SopdeployError as error:
-                raise RejectedError(Rejection("cannot_load", 400, str(error))) from error
+                raise RejectedError(HttpError("cannot_load", 400, str(error))) from error
             return self._make_current(name, model)
 
     async def follow(self, bundles: Mapping[str, Path], load: Callable[[Path], LoadedModel]) -> None:
@@ -157,7 +156,9 @@ class ModelRegistry:
         """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
             store = await asyncio.to_thread(BundleStore, sources)
-            await self.follow(store.bundles, partial(load_model, settings=self._settings))
+            await self.follow(
+                store.bundles, lambda path: load_model(path, self._settings, store.checked.get(path))
+            )
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
@@ -177,7 +178,7 @@ class ModelRegistry:
             versions = self._by_name[name]
             if len(versions) == 1:
                 message = f"{name}: no previous version is loaded"
-                raise RejectedError(Rejection("no_previous_version", 409, message))
+                raise RejectedError(HttpError("no_previous_version", 409, message))
             return self._make_current(name, versions[1])
 
     async def unload(self, name: str) -> None:
@@ -209,10 +210,10 @@ class ModelRegistry:
             model.rename(name, self._metrics)
             return self._make_current(name, model)
 
-    def close(self, rejection: Rejection) -> None:
-        """Give *rejection* to every image without an outcome."""
+    def close(self, reason: HttpError) -> None:
+        """Give *reason* to every image without an outcome."""
         for model in self._all():
-            model.close(rejection)
+            model.close(reason)
 
     async def stop(self) -> None:
         """Stop every model."""

@@ -1,8 +1,8 @@
-"""Outcomes of one image: a `Prediction` or a `Rejection`. `RejectedError` refuses a whole request.
+"""Outcomes of one image: a `Prediction` or an `HttpError`. `RejectedError` refuses a whole request.
 
-A rejection has a stable `code` and an HTTP status that tells clients whether to retry: 4xx is an error of the
-request, 429 and 503 may be sent again after `retry_after` seconds, 504 missed the deadline, 500 is an error
-of the server.
+An `HttpError` has a stable `code` and an HTTP status that tells clients whether to retry: 4xx is an error of
+the request, 429 and 503 may be sent again after `retry_after` seconds, 504 missed the deadline, 500 is an
+error of the server.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ class Prediction(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Rejection:
+class HttpError:
     """The reason why an image or a whole request gets no prediction; *retry_after* is in seconds."""
 
     code: str
@@ -82,32 +82,32 @@ class Rejection:
     retry_after: int | None = None
 
     @classmethod
-    def of(cls, error: ImageError) -> "Rejection":
+    def of(cls, error: ImageError) -> "HttpError":
         """Convert the error of an image that cannot be decoded."""
         return cls(error.code, error.status, str(error))
 
 
 class RejectedError(Exception):
-    """Ends a request with the response of *rejection*."""
+    """Ends a request with the response of *reason*."""
 
-    def __init__(self, rejection: Rejection) -> None:
-        super().__init__(rejection.message)
-        self.rejection = rejection
+    def __init__(self, reason: HttpError) -> None:
+        super().__init__(reason.message)
+        self.reason = reason
 
 
-Outcome: TypeAlias = Prediction | Rejection
+Outcome: TypeAlias = Prediction | HttpError
 
-DRAINING = Rejection("draining", 503, "the server is shutting down; retry on another one", 1)
-RUNTIME_DEAD = Rejection("runtime_dead", 503, "the model worker has stopped; the server is restarting", 5)
-DEADLINE = Rejection("deadline", 504, "no prediction before the deadline; the server is overloaded")
-INFERENCE_FAILED = Rejection("inference_failed", 500, "inference failed on this image")
-DECODER_FAILED = Rejection("decoder_failed", 500, "the decoder failed on this image")
-DECODERS_BUSY = Rejection("decoders_busy", 503, "too many large images wait to be decoded; retry later", 5)
-DECODE_TIMEOUT = Rejection("decode_timeout", 503, "decoding took longer than decode_seconds; retry later", 5)
-NONFINITE = Rejection("nonfinite_output", 500, "the network's output for this image is not finite")
-TOO_LATE = Rejection("deadline_unreachable", 503, "the queue is too long to meet the deadline", 1)
-OUT_OF_MEMORY = Rejection("out_of_memory", 503, "the device is out of memory for this image; retry", 2)
-CLIENT_GONE = Rejection("client_gone", 499, "the client closed the connection")
+DRAINING = HttpError("draining", 503, "the server is shutting down; retry on another one", 1)
+RUNTIME_DEAD = HttpError("runtime_dead", 503, "the model worker has stopped; the server is restarting", 5)
+DEADLINE = HttpError("deadline", 504, "no prediction before the deadline; the server is overloaded")
+INFERENCE_FAILED = HttpError("inference_failed", 500, "inference failed on this image")
+DECODER_FAILED = HttpError("decoder_failed", 500, "the decoder failed on this image")
+DECODERS_BUSY = HttpError("decoders_busy", 503, "too many large images wait to be decoded; retry later", 5)
+DECODE_TIMEOUT = HttpError("decode_timeout", 503, "decoding took longer than decode_seconds; retry later", 5)
+NONFINITE = HttpError("nonfinite_output", 500, "the network's output for this image is not finite")
+TOO_LATE = HttpError("deadline_unreachable", 503, "the queue is too long to meet the deadline", 1)
+OUT_OF_MEMORY = HttpError("out_of_memory", 503, "the device is out of memory for this image; retry", 2)
+CLIENT_GONE = HttpError("client_gone", 499, "the client closed the connection")
 
 
 def format_prediction(

@@ -19,12 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.images.limits import FORMATS
-from sopdeploy_service.cores import (
-    DECODERS_BESIDE_CPU_INFERENCE,
-    LARGEST_DECODE_BATCH,
-    cores_within_quota,
-    decoders_per_process,
-)
 from sopdeploy_service.images.decode import Decode, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
@@ -40,14 +34,20 @@ from sopdeploy_service.inference.results import (
     DRAINING,
     RUNTIME_DEAD,
     TOO_LATE,
+    HttpError,
     Outcome,
     Prediction,
     RejectedError,
-    Rejection,
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import (
+    DECODERS_BESIDE_CPU_INFERENCE,
+    LARGEST_DECODE_BATCH,
+    Settings,
+    cores_within_quota,
+    decoders_per_process,
+)
 
 MAX_RETRY_SECONDS = 60
 
@@ -175,12 +175,12 @@ class Service:
         finally:
             self.admitted -= 1
 
-    def _check_queue(self, model: Model, images: int) -> None:
-        if self.admitted + images > self.settings.queue_size:
+    def _check_queue(self, model: Model, num_images: int) -> None:
+        if self.admitted + num_images > self.settings.queue_size:
             waiting = self.admitted + model.queue.images_elsewhere
             seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
-            raise RejectedError(Rejection("queue_full", 429, "the queue is full; retry later", retry_after))
+            raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
 
     async def infer(
         self,
@@ -202,7 +202,7 @@ class Service:
         """
         started, loop = time.monotonic(), asyncio.get_running_loop()
         self._check_queue(model, len(images))
-        context.images += len(images)
+        context.num_images += len(images)
         if context.rate_limit is not None:
             context.rate_limit.spend(len(images))
         items = [
@@ -229,7 +229,7 @@ class Service:
             timer.cancel()
         _record_stages(context, items, outcomes)
         for outcome in outcomes:
-            if isinstance(outcome, Rejection) and outcome in {DEADLINE, DECODERS_BUSY}:
+            if isinstance(outcome, HttpError) and outcome in {DEADLINE, DECODERS_BUSY}:
                 raise RejectedError(outcome)
         for observe in self.observers:
             observe(model, context, items, images, outcomes)
@@ -245,9 +245,9 @@ class Service:
             self.decoders.put(model, item, image)
             return
         item.image = image
-        rejection = model.queue.put(item)
-        if rejection is not None:
-            item.settle(rejection)
+        reason = model.queue.put(item)
+        if reason is not None:
+            item.settle(reason)
 
 
 def _record_stages(

@@ -4,7 +4,7 @@ Modules log with the standard library; the fields of `extra` become fields of th
 never starts a new line: JSON escapes it, and console output replaces unprintable characters.
 
 A thread writes the lines, so that no reader of the log can stop the server. If the reader stops or the disk
-is full, at most `MAX_WAITING` lines wait; more are dropped and counted.
+is full, at most `MAX_WAITING_LINES` lines wait; more are dropped and counted.
 """
 
 import logging
@@ -25,7 +25,7 @@ from structlog.typing import Processor
 from sopdeploy_service.settings import Settings
 
 ROOT = "sopdeploy"
-MAX_WAITING = 10_000  # lines
+MAX_WAITING_LINES = 10_000  # lines
 CLOSE_SECONDS = 1.0  # for writing the last lines
 
 DROPPED = Counter("sopdeploy_dropped_log_lines", "Log lines that could not be written in time", registry=None)
@@ -35,7 +35,7 @@ class LineQueue(QueueHandler):
     """Formats log records and writes them, as lines, to the file descriptor *file* in a thread of its own."""
 
     def __init__(self, file: int) -> None:
-        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING_LINES)
         super().__init__(self._lines)
         self._file, self._dropped, self._reported = file, 0, 0
         self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)

@@ -41,7 +41,7 @@ class RequestContext:
     model_name: str = ""
     model_version: str = ""
     bytes: int = 0
-    images: int = 0
+    num_images: int = 0
     code: str = "ok"
     stage_seconds: dict[str, float] = field(default_factory=dict)
     spans: list[tuple[str, float, float]] = field(default_factory=list)

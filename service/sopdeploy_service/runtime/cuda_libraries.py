@@ -16,7 +16,7 @@ from sopdeploy.errors import RuntimeUnavailableError
 
 DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"  # opened by the provider at its first convolution
-SHARED, PROVIDER = "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"
+SHARED, CUDA_PROVIDER = "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"
 NO_DRIVER = (
     f"no NVIDIA driver is usable here ({DRIVER} cannot be loaded); start a container with `--gpus all`, or "
     "install the driver"
@@ -60,7 +60,7 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
     folder = Path(onnxruntime.__file__).parent / "capi"
     try:
         ctypes.CDLL(str(folder / SHARED), mode=ctypes.RTLD_GLOBAL)
-        for library in (str(folder / PROVIDER), CUDNN):
+        for library in (str(folder / CUDA_PROVIDER), CUDNN):
             ctypes.CDLL(library, mode=os.RTLD_LAZY)
     except OSError as error:
         name, _, reason = str(error).partition(": ")  # the message of the loader begins with the library

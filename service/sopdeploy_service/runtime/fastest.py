@@ -49,7 +49,7 @@ def fastest(
     except (OSError, ValueError, KeyError, TypeError):
         milliseconds = None
     if milliseconds is None:
-        milliseconds = measure(bundle, runtimes)
+        milliseconds = time_runtimes(bundle, runtimes)
         text = json.dumps({"conditions": conditions, "milliseconds": milliseconds}, indent=2) + "\n"
         try:
             with atomic_write(path, shared=True) as partial:
@@ -63,7 +63,7 @@ def fastest(
     return chosen, f"{times} per image"
 
 
-def measure(bundle: Bundle, runtimes: Mapping[str, Callable[[], Runtime]]) -> dict[str, float]:
+def time_runtimes(bundle: Bundle, runtimes: Mapping[str, Callable[[], Runtime]]) -> dict[str, float]:
     """Measure the median milliseconds of a single image of *bundle* in each of *runtimes*, alternately.
 
     Runtimes after the first one that cannot run the bundle or deviate from its probes are left out.

@@ -15,7 +15,7 @@ from sopdeploy.errors import SopdeployError
 from sopdeploy_service.server.launch import start_process
 from sopdeploy_service.settings import Settings
 
-SERVER = "sopdeploy_service.server.process"
+_MODULE = "sopdeploy_service.server.process"
 MAX_LOG_LINES = 1000
 STOP_SECONDS = 10.0  # beyond the drain, before the process is killed
 _ERROR = re.compile(r"error: device \S+: (.*) \[(\w+)\]")
@@ -48,7 +48,7 @@ class BackgroundServer:
         }
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
         try:
-            self._process = start_process(SERVER, launch_config, [lifeline], **output)
+            self._process = start_process(_MODULE, launch_config, [lifeline], **output)
         finally:
             os.close(lifeline)
         self._reader = threading.Thread(target=self._read_output, name="server log", daemon=True)

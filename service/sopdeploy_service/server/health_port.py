@@ -15,11 +15,11 @@ from starlette.routing import Route
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.api.schema import Health
 from sopdeploy_service.http.problems import problem_response
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.http_protocol import Connections, limited_config
-from sopdeploy_service.server.loop_watch import LoopWatch
+from sopdeploy_service.server.launch import LoopWatch
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 
@@ -43,7 +43,7 @@ def serve_health(
 
     async def respond(request: Request) -> Response:
         if int(request.headers.get("content-length", "0")) > LIMITS.max_body_bytes:
-            return problem_response(Rejection.of(too_large_error(LIMITS.max_body_bytes)))
+            return problem_response(HttpError.of(too_large_error(LIMITS.max_body_bytes)))
         if request.url.path == "/metrics":
             return Response(await collect_metrics(), media_type=CONTENT_TYPE_LATEST)
         is_blocked = watch.lag() > settings.max_loop_lag_seconds

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.http.middleware import request_id
 from sopdeploy_service.http.problems import problem_response
-from sopdeploy_service.inference.results import Rejection
+from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
@@ -32,16 +32,16 @@ PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queu
 MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
 CHUNK_BYTES = 20  # the size of a chunk and its line ends
 
-FULL = Rejection("too_many_connections", 503, "too many connections; retry later", 1)
-_MALFORMED = Rejection("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
-SLOW_HEADERS = Rejection("slow_request", 408, "the request headers did not arrive in time")
-LONG_URL = Rejection("url_too_long", 414, "the URL is longer than the limit of this server")
-LARGE_HEADERS = Rejection(
+FULL = HttpError("too_many_connections", 503, "too many connections; retry later", 1)
+_MALFORMED = HttpError("malformed_request", 400, "the request is not valid HTTP/1.1 (RFC 9112)")
+SLOW_HEADERS = HttpError("slow_request", 408, "the request headers did not arrive in time")
+LONG_URL = HttpError("url_too_long", 414, "the URL is longer than the limit of this server")
+LARGE_HEADERS = HttpError(
     "headers_too_large",
     431,
     "the request has more or larger headers, trailers or chunk extensions than this server accepts",
 )
-UNKNOWN_CODING = Rejection(
+UNKNOWN_CODING = HttpError(
     "unknown_transfer_coding", 501, "the only transfer coding here is `chunked`; send the body without others"
 )
 
@@ -60,10 +60,10 @@ class Connections:
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
 
-    def add(self, connection: "LimitedHttpProtocol") -> Rejection | None:
+    def add(self, connection: "LimitedHttpProtocol") -> HttpError | None:
         """Add *connection*, and close another one if there are too many.
 
-        If none can be closed, the result is the rejection of *connection*.
+        If none can be closed, the result is the error for *connection*.
         """
         if self.short_lived and len(self.open) >= self.settings.max_connections:
             oldest = next(iter(self.open))
@@ -107,8 +107,8 @@ def limited_config(app: ASGIApp, connections: Connections, **options: Any) -> uv
     )
 
 
-def check_codings(codings: Sequence[bytes]) -> Rejection | None:
-    """Return the rejection of a request with the *codings* of `Transfer-Encoding` (RFC 9112, section 6.1)."""
+def check_codings(codings: Sequence[bytes]) -> HttpError | None:
+    """Return the error for a request with the *codings* of `Transfer-Encoding` (RFC 9112, section 6.1)."""
     names = [name.strip(b" \t").lower() for value in codings for name in value.split(b",")]
     if names == [b"chunked"]:
         return None
@@ -123,7 +123,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.url = b""  # uvicorn sets it with the first byte of a request
         self._shared = shared
         self._limits = shared.settings
-        self._rejection: Rejection | None = None  # set by a callback of the parser
+        self._error: HttpError | None = None  # set by a callback of the parser
         self._in_headers = self._in_body = False
         self._header_bytes = 0  # of complete headers
         self._overhead_bytes = 0  # of incomplete headers, or of chunk extensions and trailers
@@ -139,9 +139,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
         self.is_closing = self.transport.is_closing
-        rejection = self._shared.add(self)
-        if rejection is not None:
-            self._reject(rejection)
+        reason = self._shared.add(self)
+        if reason is not None:
+            self._reject(reason)
         else:
             self._limit_headers()
 
@@ -187,14 +187,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._feed(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is what follows the last request
-                self._rejection = self._rejection or _MALFORMED
+                self._error = self._error or _MALFORMED
         limit = self._limits.max_header_bytes + (0 if self._in_body else self._limits.max_url_bytes)
         self._overhead_bytes = max(0, self._overhead_bytes) if self._in_headers or self._in_body else 0
         if self._overhead_bytes > limit:
-            self._rejection = self._rejection or LARGE_HEADERS
+            self._error = self._error or LARGE_HEADERS
         responding = self.cycle is not None and not self.cycle.response_complete
-        if self._rejection is not None:
-            self._reject(self._rejection)
+        if self._error is not None:
+            self._reject(self._error)
         elif self._timer is None and not self._in_body and not responding:
             self._limit_headers()
 
@@ -207,7 +207,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if self._rejection is not None or self._ignores_input:
+            if self._error is not None or self._ignores_input:
                 return
             self.cycle.keep_alive = False
             lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
@@ -235,14 +235,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Limit the length of the URL."""
         super().on_url(url)
         if len(self.url) > self._limits.max_url_bytes:
-            self._rejection = self._rejection or LONG_URL
+            self._error = self._error or LONG_URL
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Limit the number and size of headers and trailers."""
         self._header_bytes += len(name) + len(value) + len(": \r\n")
         too_many = len(self.headers) >= self._limits.max_headers
         if too_many or self._header_bytes > self._limits.max_header_bytes:
-            self._rejection = self._rejection or LARGE_HEADERS
+            self._error = self._error or LARGE_HEADERS
         else:
             super().on_header(name, value)
 
@@ -260,10 +260,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         valid = hosts == 1 if version == "1.1" else version == "1.0" and hosts <= 1 and not codings
         if not valid or len(self.pipeline) >= MAX_PIPELINE:
-            self._rejection = self._rejection or _MALFORMED
+            self._error = self._error or _MALFORMED
         elif codings:
-            self._rejection = self._rejection or check_codings(codings)
-        if self._rejection is None:
+            self._error = self._error or check_codings(codings)
+        if self._error is None:
             super().on_headers_complete()
             # uvicorn appends trailers to this list, and the request must not use them: it keeps the original.
             self.headers = list(self.headers)
@@ -277,12 +277,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         """Pass a piece of the body to the request."""
         self._overhead_bytes -= len(body)
-        if self._rejection is None and not self._ignores_input:
+        if self._error is None and not self._ignores_input:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """End the request, unless it is rejected: the app then never receives the end of the body."""
-        if self._rejection is not None or self.parser.should_upgrade():  # `_feed` reads its body
+        if self._error is not None or self.parser.should_upgrade():  # `_feed` reads its body
             return
         self._in_body = False
         super().on_message_complete()
@@ -369,18 +369,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if not self.transport.is_closing():
                 self.transport.write(data)
 
-    def _reject(self, rejection: Rejection) -> None:
-        """Respond with *rejection* and close; a response in progress is completed instead."""
+    def _reject(self, reason: HttpError) -> None:
+        """Respond with *reason* and close; a response in progress is completed instead."""
         if self.transport.is_closing():
             return
-        if rejection is SLOW_HEADERS and not self._in_headers:  # no request was started
+        if reason is SLOW_HEADERS and not self._in_headers:  # no request was started
             self.transport.close()
             return
-        self._shared.metrics.rejected.labels(rejection.code).inc()
+        self._shared.metrics.rejected.labels(reason.code).inc()
         self._restart_timer(None)
         self._ignores_input = True
         if self.cycle is None or self.cycle.response_complete:
-            self._shared.metrics.request("other", rejection.status, 0.0)
+            self._shared.metrics.request("other", reason.status, 0.0)
         elif self.pipeline or self.cycle.response_started or not self._in_body:
             self.cycle.keep_alive = False
             return
@@ -388,15 +388,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True  # the body is invalid: the app sees a client that disconnected
             self.cycle.message_event.set()
         if not (self._in_body and self.cycle.response_complete):  # else the request has its response already
-            self._write_rejection(rejection)
+            self._write_error(reason)
         self._in_headers = True  # so that `close` waits for input in transit
         self.close()
 
-    def _write_rejection(self, rejection: Rejection) -> None:
+    def _write_error(self, reason: HttpError) -> None:
         identifier = request_id(Headers(raw=self.headers or []))
         path = self.url.partition(b"?")[0].decode("latin-1")
-        response = problem_response(rejection, {"Connection": "close", "X-Request-ID": identifier}, path=path)
-        lines = [STATUS_LINE[rejection.status]]
+        response = problem_response(reason, {"Connection": "close", "X-Request-ID": identifier}, path=path)
+        lines = [STATUS_LINE[reason.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]
         body = b"" if self.parser.get_method() == b"HEAD" else bytes(response.body)

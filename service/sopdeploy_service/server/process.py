@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # imported while the bundles are loaded
 log = logging.getLogger("sopdeploy.server")
 
 
-def serve(sources: Sequence[str | Path], settings: Settings) -> int:
+def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* until SIGTERM or SIGINT.
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
@@ -100,7 +100,9 @@ def load_app(
         options["create_registry"] = partial(BudgetedRegistry, bundles)
         bundles = {}  # the registry loads them
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as loader:
-        loaded = loader.map(lambda path: load_model(path, settings), bundles.values())
+        loaded = loader.map(
+            lambda path: load_model(path, settings, store.checked.get(path)), bundles.values()
+        )
         import sopdeploy_service.server.draining_server  # noqa: F401, PLC0415
         from sopdeploy_service.app import create_app  # noqa: PLC0415
 
@@ -112,4 +114,4 @@ def load_app(
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda config: serve(config["sources"], Settings(**config["settings"]))))
+    sys.exit(run_program(lambda config: run_server(config["sources"], Settings(**config["settings"]))))

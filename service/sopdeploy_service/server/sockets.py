@@ -11,16 +11,16 @@ MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
 OTHER_FILES = 192  # bundles, libraries, the health port
 
 
-def allow_files(connections: int) -> None:
-    """Raise the limit of open files of this process to the number that *connections* need.
+def allow_files(num_connections: int) -> None:
+    """Raise the limit of open files of this process to the number that *num_connections* need.
 
     Raises `ConfigError` if the system does not allow it.
     """
-    needed = connections + SPARE + OTHER_FILES
+    needed = num_connections + SPARE + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise ConfigError(
-            f"max_connections {connections}: needs {needed} open files, but the system allows {hard}; "
+            f"max_connections {num_connections}: needs {needed} open files, but the system allows {hard}; "
             "lower max_connections or raise `ulimit -n`"
         )
     if soft != resource.RLIM_INFINITY and soft < needed:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def _show(verified: "tuple[Verification, str | None]") -> None:
     """Print one line per check."""
     result, lowering = verified
-    print_field("files", f"{result.files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}")
+    print_field("files", f"{result.num_files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}")
     graph = "its root was not recomputed, because onnx is not installed: pip install onnx"
     if result.onnx_root is not None:
         graph = f"root {result.onnx_root[:16]}, recomputed from model.onnx: as exported"

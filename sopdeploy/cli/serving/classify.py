@@ -26,12 +26,12 @@ SourcesArgument = Annotated[
 
 def _show(classified: "Classified") -> None:
     """Print the numbers of images and errors, and the files."""
-    done, images = classified.classified, classified.images
+    done, images = classified.classified, classified.num_images
     new = "" if done == images else f", {done:,} of them in this run"
-    print_field("images", f"{images:,}{new}; {classified.errors:,} with an error")
+    print_field("images", f"{images:,}{new}; {classified.num_errors:,} with an error")
     if classified.drift is not None:
         print_field("drift", classified.drift_text)
-    print_field("rows", f"{classified.rows}: {classified.parts} parquet files", style="bold green")
+    print_field("rows", f"{classified.rows}: {classified.num_parts} parquet files", style="bold green")
     print_field("report", str(classified.report))
 
 

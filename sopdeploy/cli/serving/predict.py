@@ -49,7 +49,7 @@ def predict_command(
 
     Example: [bold]sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg[/bold]
     """
-    from sopdeploy_service.commands.predict import predict as run
+    from sopdeploy_service.commands.predict import predict_files as run
     from sopdeploy_service.settings import load_settings
 
     predictions = run(bundle, images, load_settings(top_k=top_k), explain)

@@ -74,6 +74,6 @@ def serve_command(
     if print_config:
         sys.stdout.write(to_toml(settings))
         return
-    from sopdeploy_service.server.process import serve as run
+    from sopdeploy_service.server.process import run_server
 
-    raise typer.Exit(run(bundles, settings))
+    raise typer.Exit(run_server(bundles, settings))

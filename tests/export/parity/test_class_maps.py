@@ -17,7 +17,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.parity.features import check_class_maps
-from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
@@ -102,8 +102,8 @@ def test_v2_returns_the_feature_map_only_if_it_is_named(exported):
 def test_predict_draws_the_map_over_the_image(exported, branched, tmp_path):
     photo, drawing = tmp_path / "photo.jpg", tmp_path / "map.png"
     photo.write_bytes(picture_bytes(size=(120, 80)))
-    (found,) = predict(exported.path, [photo], SETTINGS, drawing)
-    assert found == predict(exported.path, [photo], SETTINGS)[0]
+    (found,) = predict_files(exported.path, [photo], SETTINGS, drawing)
+    assert found == predict_files(exported.path, [photo], SETTINGS)[0]
     with Image.open(drawing) as image, Image.open(photo) as original:
         assert (image.format, image.size) == ("PNG", original.size)
         assert np.abs(np.asarray(image).astype(int) - np.asarray(original)).max() > 50
@@ -115,7 +115,7 @@ def test_predict_draws_the_map_over_the_image(exported, branched, tmp_path):
     ]
     for bundle, images, target, message in cases:
         with pytest.raises(ConfigError, match=message):
-            predict(bundle, images, SETTINGS, target)
+            predict_files(bundle, images, SETTINGS, target)
     assert not drawing.exists()
 
 

@@ -11,13 +11,13 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import prepare_decoders
 from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.children import ONE_PROCESS, WAYS, serving
 from tests.service.conftest import RULES, picture_bytes, running
@@ -284,7 +284,7 @@ def test_an_image_that_curl_sent_without_its_line_breaks_names_the_right_option(
 
 
 def test_512_concurrent_images_get_200_or_429(serve_with, jpeg):
-    client = serve_with(FakeRuntime(classes=7), queue_size=64, max_connections=600)
+    client = serve_with(FakeRuntime(num_classes=7), queue_size=64, max_connections=600)
     with ExitStack() as stack:
         wires = [stack.enter_context(connect(client)) for _ in range(512)]
         for wire in wires:

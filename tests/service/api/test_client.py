@@ -11,7 +11,7 @@ from PIL import Image
 
 from sopdeploy.client import Client
 from sopdeploy.errors import OverloadedError, ServiceError
-from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import LABELS
 from tests.service.held import Held
@@ -27,7 +27,7 @@ def sdk(client):
 def test_classify_equals_predict_and_reports_the_model(sdk, bundle_path, jpeg, tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg)
     found = sdk.classify(tmp_path / "a.jpg", top_k=7)
-    expected = predict(bundle_path, [tmp_path / "a.jpg"], Settings(threads=1, top_k=7))[0]
+    expected = predict_files(bundle_path, [tmp_path / "a.jpg"], Settings(threads=1, top_k=7))[0]
     assert [c.label for c in found.classes] == [c.label for c in expected.classes]
     assert [c.probability for c in found.classes] == pytest.approx([c.probability for c in expected.classes])
     assert found.model_digest == sdk.info().models[0].id

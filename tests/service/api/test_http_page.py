@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 SERVICE = ROOT / "service" / "sopdeploy_service"
 IMAGES = ROOT / "sopdeploy" / "images"  # decoding, shared with training
-MAKERS = {"Rejection", "bad_request", "_invalid", "ImageError", "cls"}
+MAKERS = {"HttpError", "bad_request", "_invalid", "ImageError", "cls"}
 FRAMEWORK = {"not_found", "method_not_allowed"}  # derived from the status by `problems`
 NAMED_BY_FIELD = {f"{what}_{side}" for what in ("unknown", "duplicate") for side in ("input", "output")}
 

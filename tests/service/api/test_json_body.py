@@ -37,10 +37,10 @@ BAD_TEXTS = ["abc$", "a", "YQ==YQ==", "YQ===", "é", "data:image/png,abc", "data
 def test_invalid_base64_is_rejected_with_its_place(text):
     with pytest.raises(RejectedError) as caught:
         decode_text(text, "images[3]")
-    rejection = caught.value.rejection
-    assert rejection.status == 400
-    assert rejection.code == ("bad_base64" if isinstance(text, str) else "malformed_request")
-    assert rejection.message.startswith("images[3]: ")
+    reason = caught.value.reason
+    assert reason.status == 400
+    assert reason.code == ("bad_base64" if isinstance(text, str) else "malformed_request")
+    assert reason.message.startswith("images[3]: ")
 
 
 def parsed(value: Any) -> Upload:
@@ -77,7 +77,7 @@ BAD_BODIES = [
 def test_an_invalid_body_is_rejected(value, status, code):
     with pytest.raises(RejectedError) as caught:
         parsed(value)
-    assert (caught.value.rejection.status, caught.value.rejection.code) == (status, code)
+    assert (caught.value.reason.status, caught.value.reason.code) == (status, code)
 
 
 @pytest.fixture(scope="module")

@@ -19,25 +19,25 @@ RED = (255, 0, 0)
 def test_the_card_has_readme_certificate_and_experts(gated_client, gated_bundle):
     card = gated_client.get("/v1/card").json()
     assert card["text"].startswith("# tiny\n")
-    assert (card["bundle"], card["components"]) == (gated_bundle.name, 4)
+    assert (card["bundle"], card["num_components"]) == (gated_bundle.name, 4)
     assert card["certificate"] == {
         "proof": "three-way",
         "compared": ["trained", "detached", "plain"],
         "detached": ["gate.noise"],
-        "removed": 1,
+        "num_removed": 1,
         "bytes_removed": 8,
-        "kept": 2,
+        "num_kept": 2,
         "root": "4" * 64,
         "onnx_root": "6" * 64,
-        "operations": 3,
-        "images": 12,
+        "num_operations": 3,
+        "num_images": 12,
         "largest_difference": 0.0,
     }
 
 
 def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_model_404(client, bundle):
     card = read_card(bundle)
-    assert (card.text, card.certificate, card.components) == ("", None, 0)
+    assert (card.text, card.certificate, card.num_components) == ("", None, 0)
     reply = client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
 

@@ -13,7 +13,7 @@ from sopdeploy.decision import Decision
 from sopdeploy.errors import BundleError, DataError
 from sopdeploy.evaluation.service import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
-from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
@@ -74,7 +74,7 @@ def test_info_the_client_and_predict_show_the_same_decision(
         assert [one.label for one in asking.classify(jpeg).classes] == reached
         assert len(asking.classify(jpeg, threshold=0.0).classes) == len(LABELS)
     for settings, listed in ((Settings(threads=1), reached), (Settings(threads=1, top_k=1), reached[:1])):
-        (found,) = predict(bundle_path, [tmp_path / "a.jpg"], settings)
+        (found,) = predict_files(bundle_path, [tmp_path / "a.jpg"], settings)
         assert [one.label for one in found.classes] == listed
 
 

@@ -98,7 +98,7 @@ def test_health_and_info(client, bundle):
         assert (reply.status_code, reply.json()) == (200, {"status": "ok"})
     (info,) = client.get("/info").json()["models"]
     assert (info["name"], info["bundle"], info["id"]) == ("tiny", bundle.name, bundle.manifest.id)
-    assert (info["labels"], info["device"], info["largest_batch"]) == (7, "cpu", 4)
+    assert (info["num_labels"], info["device"], info["largest_batch"]) == (7, "cpu", 4)
     assert info["preprocess"]["crop"] == 32
 
 

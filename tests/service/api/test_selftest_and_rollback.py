@@ -27,7 +27,7 @@ class Drifting:
 def test_a_correct_runtime_passes_the_self_test(serve_with, onnx_runtime, bundle) -> None:
     reply = serve_with(onnx_runtime).get("/selftest")
     found = reply.json()
-    assert (reply.status_code, found["images"], found["version"]) == (200, 3, bundle.manifest.id)
+    assert (reply.status_code, found["num_images"], found["version"]) == (200, 3, bundle.manifest.id)
     assert found["deviation"]["logits"] <= found["tolerance"]["logits"]
     assert reply.headers["x-model-digest"] == bundle.manifest.id
 

@@ -6,7 +6,7 @@ import pytest
 
 from sopdeploy_service.api.v2.metadata import Tensor
 from sopdeploy_service.api.v2.request import RequestedOutput
-from sopdeploy_service.api.v2.response import classify, format_response, stack_outputs
+from sopdeploy_service.api.v2.response import format_response, rank_labels, stack_outputs
 from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
 
 LOGITS = Tensor("logits", "FP32", (-1, 3))
@@ -30,7 +30,7 @@ def test_json_numbers_are_the_same_float32_when_parsed():
 
 
 def test_classes_are_value_index_label_and_ties_keep_their_order():
-    assert classify(VALUES["logits"], 2, LABELS["logits"]) == [
+    assert rank_labels(VALUES["logits"], 2, LABELS["logits"]) == [
         ["0.1:0:ant", "1e-07:1:bee: the big one"],
         ["5.0:2:çat", "2.0:0:ant"],
     ]
@@ -54,6 +54,6 @@ def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():
     assert all(np.array_equal(found[name], VALUES[name]) for name in VALUES)
     with pytest.raises(RejectedError) as caught:
         stack_outputs([prediction(0, 1), NONFINITE, INFERENCE_FAILED])
-    rejection = caught.value.rejection
-    assert (rejection.code, rejection.status) == (NONFINITE.code, 500)
-    assert rejection.message == f"image 1: {NONFINITE.message}"
+    reason = caught.value.reason
+    assert (reason.code, reason.status) == (NONFINITE.code, 500)
+    assert reason.message == f"image 1: {NONFINITE.message}"

@@ -32,8 +32,8 @@ def read(text: Any, binary: bytes = b"", header: str | None = None) -> InferRequ
 def rejected(*args: Any, **options: Any) -> tuple[str, int, str]:
     with pytest.raises(RejectedError) as caught:
         read(*args, **options)
-    rejection = caught.value.rejection
-    return rejection.code, rejection.status, rejection.message
+    reason = caught.value.reason
+    return reason.code, reason.status, reason.message
 
 
 def tensor(**changes: Any) -> dict[str, Any]:
@@ -159,14 +159,14 @@ def test_malformed_or_ambiguous_json_is_rejected(case):
     text, expected = BAD_JSON[case]
     with pytest.raises(RejectedError) as caught:
         parse_body(text, None, PIXELS, 99_999)
-    rejection = caught.value.rejection
-    assert (rejection.code, rejection.status) == (expected, 413 if expected == "json_too_large" else 400)
+    reason = caught.value.reason
+    assert (reason.code, reason.status) == (expected, 413 if expected == "json_too_large" else 400)
 
 
 def test_a_document_of_too_many_lists_is_rejected():
     with pytest.raises(RejectedError) as caught:
         parse_body(b"[" + b"[]," * 1_000_000 + b"[]]", None, PIXELS, 10_000_000)
-    assert caught.value.rejection.code == "json_too_complex"
+    assert caught.value.reason.code == "json_too_complex"
 
 
 @pytest.mark.parametrize("header", ["-1", "1e3", "", "9999999", "9" * 5000, "²"])
@@ -198,13 +198,13 @@ def test_bytes_elements_with_wrong_lengths_are_rejected(raw):
 
 
 def test_all_outputs_are_the_default_and_parameters_apply_to_each():
-    assert [(w.tensor.name, w.binary, w.classes) for w in read(tensor()).outputs] == [
+    assert [(w.tensor.name, w.binary, w.num_classes) for w in read(tensor()).outputs] == [
         ("logits", False, 0), ("gate", False, 0),
     ]  # fmt: skip
     outputs = [{"name": "gate"}, {**LOGITS, "parameters": {"binary_data": False, "classification": 3}}]
     parameters = {"binary_data_output": True, "timeout": 5000}
     found = read({**tensor(), "id": "a", "outputs": outputs, "parameters": parameters})
-    assert [(w.tensor.name, w.binary, w.classes) for w in found.outputs] == [
+    assert [(w.tensor.name, w.binary, w.num_classes) for w in found.outputs] == [
         ("gate", True, 0), ("logits", False, 3),
     ]  # fmt: skip
     assert (found.id, found.timeout_seconds) == ("a", 0.005)
@@ -227,5 +227,5 @@ def test_a_damaged_request_is_a_request_or_a_400(edits, binary, header):
     try:
         images = len(parse_body(text.encode() + binary, header, PIXELS, LIMIT).images)
     except RejectedError as problem:
-        status = problem.rejection.status
+        status = problem.reason.status
     assert (status in {200, 400}, images) == (True, 1)

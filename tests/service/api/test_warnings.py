@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.settings import Settings
 
 SIZE = (48, 40)
@@ -53,7 +53,7 @@ def test_warnings_name_the_changes_to_the_image(client, bundle_path, tmp_path, n
     body, expected = CASES[name]
     assert client.post("/v1/classify", content=body).json()["warnings"] == expected
     (tmp_path / "x").write_bytes(body)
-    assert list(predict(bundle_path, [tmp_path / "x"], Settings(threads=1))[0].warnings) == expected
+    assert list(predict_files(bundle_path, [tmp_path / "x"], Settings(threads=1))[0].warnings) == expected
 
 
 def test_a_content_type_of_another_format_is_a_warning(client, jpeg):

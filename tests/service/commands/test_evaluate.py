@@ -8,7 +8,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.evaluation.service import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
-from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.settings import Settings
 
 ONE_THREAD = Settings(threads=1)
@@ -42,7 +42,7 @@ def test_a_bundle_a_service_and_predict_agree_exactly(client, bundle_path, folde
     assert score_service(url, folder, on_image=silent) == (labels, scores)
     assert progress == [(done, 14) for done in range(1, 15)]
     paths = [path for label in labels for path in sorted((folder / label).iterdir())]
-    predictions = predict(bundle_path, paths, Settings(threads=1, top_k=7))
+    predictions = predict_files(bundle_path, paths, Settings(threads=1, top_k=7))
     for one, prediction in zip(scores, predictions, strict=True):
         assert one.confidence == prediction.classes[0].probability
         assert [labels[index] for index in one.top5] == [c.label for c in prediction.classes[:5]]

@@ -18,7 +18,7 @@ from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import make_key, sign
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, DataError, ParityError, RuntimeUnavailableError
-from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
@@ -32,7 +32,7 @@ def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, t
     paths = [tmp_path / name for name in ("a.jpg", "b.txt", "c.jpg")]
     for path, body in zip(paths, (jpeg, b"text", jpeg), strict=True):
         path.write_bytes(body)
-    first, bad, last = predict(bundle_path, paths, Settings(threads=1, top_k=2))
+    first, bad, last = predict_files(bundle_path, paths, Settings(threads=1, top_k=2))
     assert [entry.image for entry in (first, bad, last)] == [str(path) for path in paths]
     assert first.classes == last.classes
     assert len(first.classes) == 2
@@ -42,9 +42,9 @@ def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, t
 
 def test_a_file_that_cannot_be_read_or_is_too_large_is_named(bundle_path, tmp_path):
     with pytest.raises(DataError, match=r"nothing\.jpg: cannot be read"):
-        predict(bundle_path, [tmp_path / "nothing.jpg"], ONE_THREAD)
+        predict_files(bundle_path, [tmp_path / "nothing.jpg"], ONE_THREAD)
     (tmp_path / "big").write_bytes(bytes(3000))
-    (found,) = predict(bundle_path, [tmp_path / "big"], Settings(threads=1, max_body_bytes=2000))
+    (found,) = predict_files(bundle_path, [tmp_path / "big"], Settings(threads=1, max_body_bytes=2000))
     assert found.error.code == "too_large"
 
 
@@ -55,7 +55,9 @@ def test_an_image_from_a_pipe_with_a_short_adobe_segment_is_explained(bundle_pat
     with os.fdopen(writing, "wb") as file:
         file.write(jpeg[:2] + b"\xff\xee\x00\x07Adobe" + jpeg[2:])
     try:
-        (found,) = predict(bundle, [Path(f"/dev/fd/{reading}")], ONE_THREAD, explain=tmp_path / "map.png")
+        (found,) = predict_files(
+            bundle, [Path(f"/dev/fd/{reading}")], ONE_THREAD, explain=tmp_path / "map.png"
+        )
     finally:
         os.close(reading)
     assert found.error is None
@@ -66,7 +68,7 @@ def test_an_image_from_a_pipe_with_a_short_adobe_segment_is_explained(bundle_pat
 def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):
     report = verify(bundle_path, ONE_THREAD)
     assert (report.bundle, report.id) == (bundle_path.name, bundle.manifest.id)
-    assert (report.files, report.device) == (6, "cpu")
+    assert (report.num_files, report.device) == (6, "cpu")
     assert [(entry["batch"], entry["images"]) for entry in report.replays] == [(1, 3), (3, 3)]
     for entry in report.replays:
         assert entry["deviation"]["logits"] <= entry["tolerance"]["logits"]

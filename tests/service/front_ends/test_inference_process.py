@@ -18,18 +18,18 @@ from random import Random
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy_service.front_ends import control
-from sopdeploy_service.front_ends.channel import HEADER, IMAGE, Kind, receive_blocking
+from sopdeploy_service.front_ends.channel import HEADER, IMAGE_HEAD, MessageKind, receive_blocking
 from sopdeploy_service.front_ends.inference_process import InferenceProcess
 from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.bundle_with_maps import write_bundle_with_maps
@@ -53,14 +53,14 @@ class Group:
         self.thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
         self.thread.start()
         self.control.setblocking(True)
-        while self.control.recv(4096) != control.MODELS:
+        while self.control.recv(4096) != control.NEW_MODELS:
             pass
 
     def connect(self) -> socket.socket:
         """Return the channel of a new front end."""
         ours, theirs = socket.socketpair()
         with ours:
-            control.send(self.control, b"0", ours.fileno())
+            control.send_files(self.control, b"0", ours.fileno())
         return theirs
 
     def stop(self) -> None:
@@ -89,14 +89,14 @@ def front_end(group: Group, bundle: Bundle, settings: Settings = DEFAULTS) -> It
     """A server without a runtime of its own."""
     create_registry = partial(RemoteRegistry, group.connect())
     with running(
-        FakeRuntime(classes=7), bundle, settings, names=(), create_registry=create_registry
+        FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=create_registry
     ) as client:
         yield client
 
 
 def test_a_front_end_that_cannot_open_the_gpu_decodes_exactly_with_auto(group, bundle, jpeg) -> None:
     settings = Settings(decode="auto", sandbox="off")
-    with front_end(group(FakeRuntime(classes=7), decode="nvimagecodec"), bundle, settings) as client:
+    with front_end(group(FakeRuntime(num_classes=7), decode="nvimagecodec"), bundle, settings) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         assert client.get("/info").json()["models"][0]["decode"] == "exact"
 
@@ -143,9 +143,9 @@ def test_while_the_inference_process_is_replaced_its_front_end_answers_503_and_t
         assert (client.get("/livez").status_code, client.get("/v2/health/live").status_code) == (200, 200)
         reason = "the inference process has ended; it is started again"
         assert client.get("/readyz").json() == {"status": "runtime_restarting", "reason": reason}
-        with group(FakeRuntime(classes=7)).connect():  # ends without having sent models
+        with group(FakeRuntime(num_classes=7)).connect():  # ends without having sent models
             pass
-        attach_to(client, group(FakeRuntime(classes=7)))
+        attach_to(client, group(FakeRuntime(num_classes=7)))
         until(lambda: client.get("/readyz").json() == {"status": "ok"})
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
@@ -161,8 +161,8 @@ def test_a_reload_serves_other_bundles_and_loses_no_request(make_bundle, tmp_pat
             replies.append(client.post("/v1/classify", content=jpeg))
 
     def reload() -> bytes:
-        control.send(shared.control, control.RELOAD)
-        while (news := shared.control.recv(4096)) != control.MODELS and log.empty():
+        control.send_files(shared.control, control.RELOAD)
+        while (news := shared.control.recv(4096)) != control.NEW_MODELS and log.empty():
             until(lambda: select.select([shared.control], [], [], 1)[0])
         return news
 
@@ -175,13 +175,13 @@ def test_a_reload_serves_other_bundles_and_loses_no_request(make_bundle, tmp_pat
         try:
             until(lambda: len(replies) > 20)
             second = make_bundle(tmp_path, seed=1)
-            assert reload() == control.MODELS
+            assert reload() == control.NEW_MODELS
             attach_to(client, shared)
             until(lambda: client.get("/info").json()["models"][0]["id"] == second.name.rpartition("-")[2])
             served = len(replies)
             until(lambda: len(replies) > served + 20)
             make_bundle(tmp_path, seed=2, wrong_by=1.0)
-            assert reload() != control.MODELS
+            assert reload() != control.NEW_MODELS
         finally:
             stopped.set()
         for each in sending:
@@ -213,18 +213,18 @@ def message(kind: int, number: int, body: bytes = b"") -> bytes:
 
 
 def image(model: int = 0, size: int = IMAGE_BYTES) -> bytes:
-    return IMAGE.pack(model, False, 0.0, float("inf")) + bytes(size)
+    return IMAGE_HEAD.pack(model, False, 0.0, float("inf")) + bytes(size)
 
 
 ATTACKS = {
-    "no pixels": message(Kind.IMAGE, 1, image(size=0)),
-    "too many pixels": message(Kind.IMAGE, 1, image(size=IMAGE_BYTES + 1)),
-    "half a header": message(Kind.IMAGE, 1, b"x"),
-    "an image that is sent twice": message(Kind.IMAGE, 1, image()) * 2,
-    "too many images": b"".join(message(Kind.IMAGE, number, image()) for number in range(17)),
+    "no pixels": message(MessageKind.IMAGE, 1, image(size=0)),
+    "too many pixels": message(MessageKind.IMAGE, 1, image(size=IMAGE_BYTES + 1)),
+    "half a header": message(MessageKind.IMAGE, 1, b"x"),
+    "an image that is sent twice": message(MessageKind.IMAGE, 1, image()) * 2,
+    "too many images": b"".join(message(MessageKind.IMAGE, number, image()) for number in range(17)),
     "an unknown message": message(99, 0),
-    "an image for an unknown model": message(Kind.IMAGE, 1, image(model=1)),
-    "a body of 4 GB": HEADER.pack(Kind.IMAGE, 1, 0xFFFF_FFFF),
+    "an image for an unknown model": message(MessageKind.IMAGE, 1, image(model=1)),
+    "a body of 4 GB": HEADER.pack(MessageKind.IMAGE, 1, 0xFFFF_FFFF),
 }
 
 
@@ -238,7 +238,7 @@ def test_a_front_end_that_breaks_the_protocol_is_replaced(group, bundle, jpeg, u
             while True:
                 receive_blocking(connection)
     runtime.gate.set()
-    until(lambda: shared.control.recv(4096) == control.BROKEN + b": 0")  # for the supervisor
+    until(lambda: shared.control.recv(4096) == control.BAD_FRONT_END + b": 0")  # for the supervisor
     with front_end(shared, bundle) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200
 
@@ -246,7 +246,7 @@ def test_a_front_end_that_breaks_the_protocol_is_replaced(group, bundle, jpeg, u
 @pytest.mark.parametrize("seed", range(2))
 def test_no_bytes_of_a_front_end_disturb_another_front_end(group, bundle, jpeg, until, seed) -> None:
     random = Random(seed)
-    shared = group(FakeRuntime(classes=7))
+    shared = group(FakeRuntime(num_classes=7))
     with front_end(shared, bundle) as client:
         assert client.post("/v1/classify", content=jpeg).status_code == 200  # opens a connection
         before = open_files()
@@ -254,7 +254,7 @@ def test_no_bytes_of_a_front_end_disturb_another_front_end(group, bundle, jpeg, 
             with shared.connect() as connection, contextlib.suppress(OSError):
                 for _ in range(random.choice([1, 20])):
                     body = random.choice([image(), random.randbytes(random.randrange(64))])
-                    kind = random.choice([Kind.IMAGE, *Kind, 77])
+                    kind = random.choice([MessageKind.IMAGE, *MessageKind, 77])
                     connection.sendall(message(kind, random.randrange(4), body)[: random.randrange(1, 99)])
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         until(lambda: open_files() <= before)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -15,7 +16,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.http.api_keys import Key, find_key, load_keys, new_key
 from sopdeploy_service.http.rate_limits import TokenBucket, local_state
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import load_settings
 
 DIGEST = hashlib.sha256(b"secret").hexdigest()
@@ -114,7 +114,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def locked(serve_with, keys: dict[str, str]) -> httpx.Client:
-    return serve_with(FakeRuntime(classes=7), keys=keys["path"])
+    return serve_with(FakeRuntime(num_classes=7), keys=keys["path"])
 
 
 def test_requests_without_a_key_are_401_except_probes_metrics_and_pages(locked, jpeg) -> None:
@@ -152,7 +152,7 @@ def test_a_key_without_the_scope_is_403(locked, keys, jpeg) -> None:
 
 
 def test_metrics_can_require_a_key(serve_with, keys) -> None:
-    client = serve_with(FakeRuntime(classes=7), keys=keys["path"], metrics_need_key=True)
+    client = serve_with(FakeRuntime(num_classes=7), keys=keys["path"], metrics_need_key=True)
     assert client.get("/metrics").status_code == 401
     assert client.get("/metrics", headers={"x-api-key": keys["watch"]}).status_code == 200
     assert client.get("/readyz").status_code == 200
@@ -192,8 +192,8 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
                 bucket.spend(images)
                 taken += images
             except RejectedError as problem:
-                if problem.rejection.retry_after is not None:
-                    now += problem.rejection.retry_after
+                if problem.reason.retry_after is not None:
+                    now += problem.reason.retry_after
                     bucket.spend(images, check_only=True)  # the announced time is sufficient
             assert taken <= 8 + rate * (now - began) + 1e-6
             now += pause

@@ -3,16 +3,19 @@
 from contextlib import ExitStack
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import load_settings
 from tests.service.raw import EXPECT, POST, connect, count, read
 
 
 def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, jpeg, until):
     client = serve_with(
-        FakeRuntime(classes=7), max_body_bytes=2_000_000, max_upload_bytes=8_000_000, body_grace_seconds=60
+        FakeRuntime(num_classes=7),
+        max_body_bytes=2_000_000,
+        max_upload_bytes=8_000_000,
+        body_grace_seconds=60,
     )
     codes = []
     with ExitStack() as stack:
@@ -40,7 +43,10 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
 
 def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with, until):
     client = serve_with(
-        FakeRuntime(classes=7), max_body_bytes=2_000_000, max_upload_bytes=2_300_000, body_grace_seconds=60
+        FakeRuntime(num_classes=7),
+        max_body_bytes=2_000_000,
+        max_upload_bytes=2_300_000,
+        body_grace_seconds=60,
     )
     with connect(client) as first, connect(client) as second:
         first.sendall(POST + b"Content-Length: 1900000\r\n\r\n" + bytes(1_800_000))

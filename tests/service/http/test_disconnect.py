@@ -2,7 +2,8 @@
 
 import threading
 
-from sopdeploy_service.runtime.fake import FakeRuntime
+from fake_runtime import FakeRuntime
+
 from tests.service.conftest import open_files
 from tests.service.held import Held
 from tests.service.raw import connect, count, post_of
@@ -11,7 +12,7 @@ GONE = 'requests_total{code="499",model="tiny",route="/v1/classify"}'
 
 
 def test_a_disconnect_after_some_bytes_of_the_body_is_counted(serve_with, jpeg, until):
-    runtime = FakeRuntime(classes=7)
+    runtime = FakeRuntime(num_classes=7)
     client = serve_with(runtime)
     for sent in (0, 0, 1, 1, 100):
         with connect(client) as wire:
@@ -44,7 +45,7 @@ def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg, 
 
 
 def test_disconnects_at_every_position_leave_no_file_and_no_thread(serve_with, jpeg, until):
-    client = serve_with(FakeRuntime(classes=7, fixed_ms=1))
+    client = serve_with(FakeRuntime(num_classes=7, fixed_ms=1))
     request = post_of(jpeg)
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     files, threads = open_files(), threading.active_count()

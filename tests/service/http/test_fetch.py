@@ -62,7 +62,7 @@ def got(
 def rejected(*args: object, **options: object) -> tuple[str, int]:
     with pytest.raises(RejectedError) as caught:
         got(*args, **options)
-    return caught.value.rejection.code, caught.value.rejection.status
+    return caught.value.reason.code, caught.value.reason.status
 
 
 def test_no_url_is_fetched_without_allowed_hosts():
@@ -211,4 +211,4 @@ def test_a_real_connection_uses_the_resolved_address_and_no_proxy(place, monkeyp
     assert found == place.encode()
     with pytest.raises(RejectedError) as caught:  # this server has no TLS
         asyncio.run(fetching.fetch(f"https://{place}/", settings))
-    assert caught.value.rejection.code == "url_unreachable"
+    assert caught.value.reason.code == "url_unreachable"

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.errors import ParityError
@@ -11,7 +12,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
 from sopdeploy_service.images.loaders import MAX_DRIFT, choose_decoding, load_reduced, synthetic_jpeg
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 RULES = Preprocess(resize=36, crop=32)
@@ -55,7 +55,7 @@ def test_only_a_large_jpeg_is_decoded_to_other_pixels_which_are_close(size, opti
 
 def test_a_robust_network_is_loaded_with_its_drift(bundle_path):
     found = load_model(bundle_path, FAST)
-    assert found.fast_decode.pictures == 9
+    assert found.fast_decode.num_pictures == 9
     assert 0 < found.fast_decode.drift < MAX_DRIFT
     assert found.fast_decode.agreement == 1
 
@@ -71,7 +71,7 @@ class Sensitive(FakeRuntime):
 
 def test_a_sensitive_network_is_rejected(bundle):
     with pytest.raises(ParityError, match=r"decode=fast changes the logits by .*serve it with decode=exact"):
-        choose_decoding(bundle, Sensitive(classes=7), FAST)
+        choose_decoding(bundle, Sensitive(num_classes=7), FAST)
 
 
 def test_a_server_decodes_fast_and_reports_the_drift(run_server, bundle_path, jpeg):

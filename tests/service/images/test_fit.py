@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
@@ -17,7 +18,6 @@ from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
 from sopdeploy_service.images.loaders import load_reduced, synthetic_jpeg
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import running
 
@@ -57,7 +57,7 @@ class Recorder(FakeRuntime):
     """Keeps every image that it runs."""
 
     def __init__(self):
-        super().__init__(classes=7)
+        super().__init__(num_classes=7)
         self.seen = []
 
     def run(self, images):
@@ -92,7 +92,7 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
     recorder = Recorder()
     loaded = LoadedModel(bundle=changed, runtime=recorder, replays={})
     monkeypatch.setattr(predict_command, "load_model", lambda *_: loaded)
-    predict_command.predict(bundle.path, paths, settings)
+    predict_command.predict_files(bundle.path, paths, settings)
     found["predict"], recorder.seen = recorder.seen, []
     with running(recorder, changed, settings) as client:
         shown = client.get("/info").json()["models"][0]["preprocess"]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hostile_images as hostile
 import pytest
+from fake_runtime import FakeRuntime
 from memory_group import can_limit_memory
 
 from sopdeploy.images.cost import Cost
@@ -13,7 +14,6 @@ from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import LEAST_BYTES, LIGHT, PHOTO, plan_lanes
 from sopdeploy_service.runtime import device_memory
-from sopdeploy_service.runtime.fake import FakeRuntime
 from tests.service.children import FRONT_ENDS, WAYS, serving
 from tests.service.raw import count
 
@@ -39,7 +39,7 @@ def test_light_images_then_photographs_then_one_large_image_share_the_budget(
 
 
 def test_an_image_that_exceeds_the_memory_alone_is_413_and_names_the_setting(serve_with) -> None:
-    client = serve_with(FakeRuntime(classes=7), max_decode_bytes=150 * MIB)
+    client = serve_with(FakeRuntime(num_classes=7), max_decode_bytes=150 * MIB)
     assert count(client, "max_decode_bytes") == 118 * MIB
     refused = client.post("/v1/classify", content=hostile.webp_lossless(4000, 3000))
     assert (refused.status_code, refused.json()["code"]) == (413, "too_much_memory")
@@ -50,10 +50,10 @@ def test_an_image_that_exceeds_the_memory_alone_is_413_and_names_the_setting(ser
 @pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
 def test_a_format_that_is_not_in_the_settings_is_415(serve_with, make_picture, kind: str) -> None:
     body = make_picture(kind=kind)
-    refused = serve_with(FakeRuntime(classes=7)).post("/v1/classify", content=body)
+    refused = serve_with(FakeRuntime(num_classes=7)).post("/v1/classify", content=body)
     assert (refused.status_code, refused.json()["code"]) == (415, "unsupported_format")
     assert "formats is jpeg,png,webp" in refused.json()["detail"]
-    client = serve_with(FakeRuntime(classes=7), formats=f"jpeg,{kind.lower()}")
+    client = serve_with(FakeRuntime(num_classes=7), formats=f"jpeg,{kind.lower()}")
     assert client.post("/v1/classify", content=body).status_code == 200
 
 
@@ -85,8 +85,8 @@ def test_small_images_pass_large_ones_which_wait_for_each_other(
 
     gated = GatedDecode(np.zeros((32, 32, 3), np.uint8))
     monkeypatch.setattr(loaders, "decode", gated)
-    monkeypatch.setattr(decoders, "MAX_WAITING", 2)
-    client = serve_with(FakeRuntime(classes=7), max_decode_bytes=200 * MIB)
+    monkeypatch.setattr(decoders, "MAX_WAITING_LARGE", 2)
+    client = serve_with(FakeRuntime(num_classes=7), max_decode_bytes=200 * MIB)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(client.post, "/v1/classify", content=b"large")
         assert gated.entered.wait(20)
@@ -108,7 +108,7 @@ def test_a_large_image_that_misses_its_deadline_is_503(serve_with, bundle, monke
 
     gated = GatedDecode(np.zeros((32, 32, 3), np.uint8))
     monkeypatch.setattr(loaders, "decode", gated)
-    client = serve_with(FakeRuntime(classes=7), request_timeout=0.2, max_decode_bytes=200 * MIB)
+    client = serve_with(FakeRuntime(num_classes=7), request_timeout=0.2, max_decode_bytes=200 * MIB)
     reply = client.post("/v1/classify", content=b"large")
     assert (reply.status_code, reply.json()["code"]) == (503, "decoders_busy")
     gated.gate.set()
@@ -121,7 +121,7 @@ def test_a_decoder_that_takes_too_long_is_found(serve_with, until, monkeypatch) 
 
     gated = GatedDecode(np.zeros((32, 32, 3), np.uint8))
     monkeypatch.setattr(loaders, "decode", gated)
-    client = serve_with(FakeRuntime(classes=7), max_decode_bytes=200 * MIB)
+    client = serve_with(FakeRuntime(num_classes=7), max_decode_bytes=200 * MIB)
     found = client.app.state.service.decoders
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(client.post, "/v1/classify", content=b"large")

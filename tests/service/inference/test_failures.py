@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from fake_runtime import FakeRuntime
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
@@ -11,7 +12,6 @@ from sopdeploy_service.inference import model, service
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.failing import Failing
 
@@ -36,7 +36,7 @@ def test_a_run_out_of_memory_fails_only_its_image(serve_with, jpeg):
 
 def test_a_failing_decoder_fails_only_its_image(serve_with, jpeg, monkeypatch):
     failing_decoder(monkeypatch, 2)
-    client = serve_with(FakeRuntime(classes=7))
+    client = serve_with(FakeRuntime(num_classes=7))
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     reply = client.post("/v1/classify", content=jpeg)
     assert (reply.status_code, reply.json()["code"]) == (500, "decoder_failed")
@@ -62,7 +62,7 @@ def test_out_of_memory_halves_batches_for_a_while(serve_with, jpeg, monkeypatch)
 
 
 def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
-    runtime = FakeRuntime(classes=7)
+    runtime = FakeRuntime(num_classes=7)
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
     for timeout, images, seconds in ((None, 8, 10.0), (None, 3, 10.0), (None, 1, 4.0), (2.5, 3, 2.5)):
         served = model.Model("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())

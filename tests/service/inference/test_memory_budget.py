@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError
@@ -19,7 +20,6 @@ from sopdeploy_service.inference.memory_budget import BudgetedRegistry, budget_b
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
 
 MB = 1_000_000
@@ -44,7 +44,7 @@ class Device:
         self.loads += 1
         self.occupied += self.size
         assert self.occupied <= self.budget or self.size > SIZE
-        runtime = FakeRuntime(classes=7)
+        runtime = FakeRuntime(num_classes=7)
         runtime.close = self._release  # type: ignore[method-assign]
         return LoadedModel(bundle=open_once(path), runtime=runtime, replays={}), self.size
 
@@ -111,8 +111,8 @@ def test_pinned_models_stay_and_models_in_use_are_waited_for(bundle_path, monkey
             monkeypatch.setattr(memory_budget, "ROOM_SECONDS", 0.0)
             with pytest.raises(RejectedError) as error:
                 await request(registry, "b")
-            assert (error.value.rejection.status, error.value.rejection.code) == (503, "memory_full")
-            assert error.value.rejection.retry_after
+            assert (error.value.reason.status, error.value.reason.code) == (503, "memory_full")
+            assert error.value.reason.retry_after
             monkeypatch.undo()
             waiting = asyncio.create_task(request(registry, "b"))
             await asyncio.sleep(0)
@@ -144,7 +144,9 @@ def test_requests_wait_for_one_load_and_see_its_time(run_server, bundle, jpeg, u
     registry = partial(BudgetedRegistry, bundles, load=device.load)
     settings = Settings.model_validate({"memory_budget": device.budget})
     with (
-        run_server(FakeRuntime(classes=7), bundle, settings, names=(), create_registry=registry) as client,
+        run_server(
+            FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry
+        ) as client,
         ThreadPoolExecutor() as threads,
     ):
         assert client.get("/readyz").status_code == client.get("/v2/models/a/ready").status_code == 200
@@ -186,7 +188,9 @@ def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_at_every_req
     bundles = {"a": bundle.path, "b": bundle.path}
     registry = partial(BudgetedRegistry, bundles, load=device.load)
     settings = Settings.model_validate({"memory_budget": device.budget})
-    with run_server(FakeRuntime(classes=7), bundle, settings, names=(), create_registry=registry) as client:
+    with run_server(
+        FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry
+    ) as client:
         device.errors.append(BundleError("damaged"))
         codes = [client.post("/v1/classify?model=a", content=jpeg).json()["code"]]
         device.errors.clear()

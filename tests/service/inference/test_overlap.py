@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from fake_runtime import FakeOverlappingRuntime
 
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.runtime.base import DeviceLostError
-from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 
 MAX_BATCH = 2
 COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (10, 250, 250), (250, 10, 250)]
@@ -23,7 +23,7 @@ class Scripted(FakeOverlappingRuntime):
     """
 
     def __init__(self, errors=None) -> None:
-        super().__init__(classes=7, largest_batch=MAX_BATCH)
+        super().__init__(num_classes=7, largest_batch=MAX_BATCH)
         self.errors = errors or {}
         self.gate = threading.Event()
         self.calls: list[str] = []
@@ -100,7 +100,7 @@ class Leaking(FakeOverlappingRuntime):
     """Gives an overlapping batch the outputs of the batch before it."""
 
     def __init__(self) -> None:
-        super().__init__(classes=7)
+        super().__init__(num_classes=7)
         self.begun = []
 
     def begin(self, images, names=None):
@@ -110,7 +110,7 @@ class Leaking(FakeOverlappingRuntime):
 
 def test_a_runtime_that_mixes_up_batches_is_rejected_by_the_probes():
     images = np.full((2, 32, 32, 3), np.arange(2, dtype=np.uint8)[:, None, None, None])
-    runtime = FakeOverlappingRuntime(classes=7)
+    runtime = FakeOverlappingRuntime(num_classes=7)
     probes = Probes(images=images, expected=runtime.run(images), tolerance={"logits": 1e-3})
     replay_overlapping(probes, runtime, 2)
     with pytest.raises(ParityError, match="deviates by"):

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy_service.inference import service
 from sopdeploy_service.inference.model_worker import MAX_FAILED_BATCHES
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.held import Held
 from tests.service.raw import count
@@ -19,7 +19,7 @@ class FailingRuntime(FakeRuntime):
     """Raises *problem* for a batch with a dark image; gives NaN for a blue image."""
 
     def __init__(self, problem: BaseException) -> None:
-        super().__init__(classes=7, fixed_ms=30, largest_batch=16)
+        super().__init__(num_classes=7, fixed_ms=30, largest_batch=16)
         self.problem = problem
 
     def run(self, images):
@@ -122,7 +122,7 @@ def test_a_hung_runtime_is_detected_and_queued_images_are_rejected(serve_with, p
 
 
 def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
-    client = serve_with(FakeRuntime(classes=7))
+    client = serve_with(FakeRuntime(num_classes=7))
     monkeypatch.setattr("sopdeploy_service.api.v1.format_prediction", lambda *_: 1 / 0)
     reply = post(client, jpeg)
     assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")
@@ -136,7 +136,7 @@ def test_a_stopped_server_leaves_no_threads(run_server, bundle, jpeg, until):
     def names() -> set[str]:
         return {thread.name.partition("_")[0] for thread in threading.enumerate()}
 
-    with run_server(FakeRuntime(classes=7), bundle, Settings()) as client:
+    with run_server(FakeRuntime(num_classes=7), bundle, Settings()) as client:
         assert post(client, jpeg).status_code == 200
         assert {"model", "decoder"} <= names()
     until(lambda: not {"model", "decoder"} & names())
@@ -154,14 +154,14 @@ class Broken(FakeRuntime):
 
 
 def test_a_device_that_fails_every_batch_ends_the_server_whatever_its_error_is(serve_with, jpeg, until):
-    client = serve_with(Broken(classes=7))
+    client = serve_with(Broken(num_classes=7))
     codes = [post(client, jpeg).json()["code"] for _ in range(MAX_FAILED_BATCHES)]
     assert set(codes) == {"inference_failed"}
     until(lambda: client.app.state.service.state == "runtime_dead")
 
 
 def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg):
-    runtime = Broken(classes=7)
+    runtime = Broken(num_classes=7)
     runtime.everywhere = False
     client = serve_with(runtime)
     codes = [post(client, jpeg).json()["code"] for _ in range(2 * MAX_FAILED_BATCHES + 1)]
@@ -176,5 +176,5 @@ def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg
 )
 def test_a_process_with_a_gpu_has_a_decoder_per_core(serve_with, monkeypatch, device, cores, expected):
     monkeypatch.setattr(service, "cores_within_quota", lambda: cores)
-    client = serve_with(FakeRuntime(classes=7, device=device))
+    client = serve_with(FakeRuntime(num_classes=7, device=device))
     assert f"sopdeploy_decoders {expected}.0" in client.get("/metrics").text

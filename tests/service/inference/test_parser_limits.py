@@ -5,10 +5,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy_service.api import upload
 from sopdeploy_service.api.v2 import routes
-from sopdeploy_service.runtime.fake import FakeRuntime
 from tests.service.raw import count
 
 
@@ -38,7 +38,7 @@ REQUESTS = {"/v1/classify": {"image": "AAAA"}, "/v2/models/tiny/infer": {"inputs
 
 @pytest.mark.parametrize("path", REQUESTS)
 def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, until, path):
-    client = serve_with(FakeRuntime(classes=7), queue_size=4, max_images=1, parsers=1)
+    client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1, parsers=1)
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(client.post, path, json=REQUESTS[path]) for _ in range(4)]
         until(lambda: count(client, "queue_depth") == 4)
@@ -54,7 +54,7 @@ def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, u
 
 @pytest.mark.usefixtures("blocked")
 def test_a_request_without_a_free_parser_ends_at_the_deadline(serve_with):
-    client = serve_with(FakeRuntime(classes=7), parsers=1)
+    client = serve_with(FakeRuntime(num_classes=7), parsers=1)
     for path, body in REQUESTS.items():
         reply = client.post(path, json=body, headers={"X-Request-Timeout-Ms": "200"})
         assert (reply.status_code, count(client, "queue_depth")) == (504, 0)
@@ -70,7 +70,7 @@ def test_concurrent_url_fetches_are_limited(serve_with, monkeypatch, until, jpeg
         return jpeg
 
     monkeypatch.setattr(upload, "fetch", slow_fetch)
-    client = serve_with(FakeRuntime(classes=7), url_fetches=2)
+    client = serve_with(FakeRuntime(num_classes=7), url_fetches=2)
     body = {"url": "https://img.example/a.jpg"}
     with ThreadPoolExecutor(2) as pool:
         sent = [pool.submit(client.post, "/v1/classify", json=body) for _ in range(2)]

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 
@@ -39,13 +39,13 @@ def requests(stream: Path) -> list[dict]:
 def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jpeg, until):
     stream = logged(log="json")
     key = new_key(tmp_path / "keys.toml", "phone", rate=100, burst=None, admin=False)
-    client = serve_with(FakeRuntime(classes=7), keys=tmp_path / "keys.toml")
+    client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     sent = {"x-api-key": key, "x-request-id": "trip-7"}
     client.post("/v1/classify", files=[("image", jpeg)] * 2, headers=sent)
     until(lambda: len(requests(stream)) == 1)
     (line,) = requests(stream)
     expected = {"request": "trip-7", "key": "phone", "method": "POST", "route": "/v1/classify"}
-    assert line.items() >= {**expected, "status": 200, "code": "ok", "images": 2, "level": "info"}.items()
+    assert line.items() >= {**expected, "status": 200, "code": "ok", "num_images": 2, "level": "info"}.items()
     assert line["model"] == "tiny"
     assert len(line["digest"]) >= 12
     assert line["bytes"] > 2 * len(jpeg)
@@ -57,7 +57,7 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
 def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serve_with, tmp_path, until):
     stream = logged(log="json")
     new_key(tmp_path / "keys.toml", "phone", rate=None, burst=None, admin=False)
-    client = serve_with(FakeRuntime(classes=7), keys=tmp_path / "keys.toml")
+    client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     client.post("/v1/classify", content=b"x", headers={"x-api-key": "guess"})
     until(lambda: len(requests(stream)) == 1)
     (line,) = requests(stream)
@@ -68,7 +68,7 @@ def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serv
 
 def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until):
     stream = logged(log="json")
-    client = serve_with(FakeRuntime(classes=7))
+    client = serve_with(FakeRuntime(num_classes=7))
     for path in ("/readyz", "/livez", "/metrics", "/info"):
         client.get(path)
     until(lambda: len(requests(stream)) > 0)
@@ -90,7 +90,7 @@ def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until)
 )
 def test_clients_cannot_forge_lines_or_control_a_terminal(logged, serve_with, until, form, path, headers):
     stream = logged(log=form)
-    serve_with(FakeRuntime(classes=7)).post(path, content=b"x", headers=headers)
+    serve_with(FakeRuntime(num_classes=7)).post(path, content=b"x", headers=headers)
     until(lambda: stream.read_text().count("\n") == 1)
     assert "forged" not in stream.read_text()
     assert "\x1b" not in stream.read_text()
@@ -133,7 +133,7 @@ def test_which_events_are_logged_by_default_and_with_settings(logged, settings, 
 
 
 def test_a_reader_that_stops_delays_nothing_and_learns_how_many_lines_were_dropped(monkeypatch):
-    monkeypatch.setattr(logs, "MAX_WAITING", 10)
+    monkeypatch.setattr(logs, "MAX_WAITING_LINES", 10)
     reading, writing = os.pipe()
     before, log = logs.DROPPED._value.get(), logging.getLogger("sopdeploy.access")
     with logs.configured(Settings(log="json"), writing):

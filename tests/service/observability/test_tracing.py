@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.runtime.fake import FakeRuntime
-from sopdeploy_service.server.process import open_tracing, serve
+from sopdeploy_service.server.process import open_tracing, run_server
 from sopdeploy_service.settings import Settings
 
 pytest.importorskip("opentelemetry.sdk", reason="needs the extra otel")
@@ -35,7 +35,7 @@ def client(run_server, bundle, spans):
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(spans))
     opened = partial(open_trace, provider.get_tracer("sopdeploy"))
-    runtime = FakeRuntime(classes=7, fixed_ms=30, largest_batch=8)
+    runtime = FakeRuntime(num_classes=7, fixed_ms=30, largest_batch=8)
     with run_server(runtime, bundle, Settings(), open_trace=opened) as client:
         yield client
     provider.shutdown()
@@ -87,7 +87,7 @@ def test_tracing_without_opentelemetry_is_a_config_error(monkeypatch, bundle_pat
     monkeypatch.delitem(sys.modules, "sopdeploy_service.observability.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(ConfigError, match=r"^tracing: .*sopdeploy\[otel\]"):
-        serve([bundle_path], Settings(port=0, tracing=True))
+        run_server([bundle_path], Settings(port=0, tracing=True))
 
 
 def test_a_missing_collector_does_not_fail_requests(monkeypatch, caplog):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from fake_runtime import FakeRuntime
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -18,8 +19,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime import fastest as fastest_module
 from sopdeploy_service.runtime import selection
-from sopdeploy_service.runtime.fake import FakeRuntime
-from sopdeploy_service.runtime.fastest import fastest, measure
+from sopdeploy_service.runtime.fastest import fastest, time_runtimes
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.settings import Settings
@@ -114,7 +114,7 @@ def test_the_faster_runtime_is_measured_once_per_bundle_and_machine(
         measured.append(measured_bundle.name)
         return milliseconds
 
-    monkeypatch.setattr(fastest_module, "measure", measure_once)
+    monkeypatch.setattr(fastest_module, "time_runtimes", measure_once)
     for threads in (1, 1, 2):
         settings = Settings(engine_cache=tmp_path, threads=threads)
         assert fastest(bundle, settings, dict.fromkeys(selection.CPU_RUNTIMES, None))[0] == chosen
@@ -129,10 +129,10 @@ def test_a_runtime_that_deviates_from_the_probes_or_is_missing_is_not_chosen(bun
 
     runtimes: dict[str, Callable[[], FakeRuntime]] = {
         "onnxruntime-cpu": partial(OnnxRuntime, bundle, threads=1),
-        "wrong": partial(FakeRuntime, classes=7),
+        "wrong": partial(FakeRuntime, num_classes=7),
         "missing": missing,
     }
-    assert list(measure(bundle, runtimes)) == ["onnxruntime-cpu"]
+    assert list(time_runtimes(bundle, runtimes)) == ["onnxruntime-cpu"]
 
 
 @pytest.mark.parametrize(("precision", "name"), [("fp32", "onnxruntime-cpu"), ("bf16-backbone", "openvino")])

@@ -9,11 +9,11 @@ from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
 from tests.service.raw import EXPECT, GET, POST, connect, count, read
@@ -29,7 +29,7 @@ LIMITS = {
 
 @pytest.fixture(scope="module")
 def client(run_server, bundle):
-    with run_server(FakeRuntime(classes=7), bundle, Settings(**LIMITS)) as client:
+    with run_server(FakeRuntime(num_classes=7), bundle, Settings(**LIMITS)) as client:
         yield client
 
 
@@ -177,7 +177,7 @@ def test_slow_bytes_do_not_extend_the_timeout(wire, start, code):
 
 
 def test_a_body_above_the_minimum_rate_still_ends_at_the_deadline(serve_with):
-    client = serve_with(FakeRuntime(classes=7), min_body_rate=100, request_timeout=0.6)
+    client = serve_with(FakeRuntime(num_classes=7), min_body_rate=100, request_timeout=0.6)
     with connect(client) as bad:
         bad.sendall(POST + b"Content-Length: 1000000\r\n\r\n")
         for _ in range(9):
@@ -195,7 +195,7 @@ def test_a_silent_connection_is_closed_without_a_response(wire):
 
 
 def test_an_idle_connection_is_closed_after_the_keep_alive_time(serve_with):
-    client = serve_with(FakeRuntime(classes=7), keep_alive_seconds=1)
+    client = serve_with(FakeRuntime(num_classes=7), keep_alive_seconds=1)
     with connect(client) as idle:
         idle.sendall(GET + b"\r\n")
         assert read(idle, to_the_end=False).status == 200
@@ -353,7 +353,7 @@ def test_expect_100_gets_100_continue_for_a_valid_request(wire, jpeg):
 
 
 def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with):
-    client = serve_with(FakeRuntime(classes=7), max_connections=4)
+    client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
     with ExitStack() as stack:
         wires = []
         for _ in range(6):  # each is idle when the next one connects
@@ -367,7 +367,7 @@ def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with):
 
 
 def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until):
-    client = serve_with(FakeRuntime(classes=7), max_connections=4)
+    client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
     with ExitStack() as stack:
         wires = [stack.enter_context(connect(client)) for _ in range(4)]
         for wire in wires:
@@ -425,6 +425,6 @@ def test_any_bytes_get_a_response_or_a_closed_connection(
 @pytest.fixture(scope="module")
 def fuzzed(run_server, bundle):
     with run_server(
-        FakeRuntime(classes=7), bundle, Settings(header_timeout=0.05, body_grace_seconds=0.05)
+        FakeRuntime(num_classes=7), bundle, Settings(header_timeout=0.05, body_grace_seconds=0.05)
     ) as client:
         yield client

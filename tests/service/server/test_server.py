@@ -19,7 +19,7 @@ import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
 from sopdeploy_service.server import launch
-from sopdeploy_service.server.process import serve
+from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
 from tests.service.children import FRONT_ENDS, ONE_PROCESS, WAYS, line_of, serving
@@ -37,7 +37,7 @@ from sopdeploy_service.settings import (load_settings)
 {faults}
 
 try:
-    sys.exit(server.serve([sys.argv[1]], load_settings(port=0, threads=1, {settings})))
+    sys.exit(server.run_server([sys.argv[1]], load_settings(port=0, threads=1, {settings})))
 except SopdeployError as problem:
     sys.exit(f"error: {{problem}}")
 """
@@ -266,10 +266,10 @@ def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: cannot listen .*another"):
-            serve([bundle_path], Settings(port=port))
+            run_server([bundle_path], Settings(port=port))
     for host in ("host.invalid", "a..b"):
         with pytest.raises(ConfigError, match="cannot listen"):
-            serve([bundle_path], Settings(host=host, port=0))
+            run_server([bundle_path], Settings(host=host, port=0))
 
 
 def test_a_damaged_bundle_and_one_with_other_outputs_are_never_served(
@@ -278,6 +278,6 @@ def test_a_damaged_bundle_and_one_with_other_outputs_are_never_served(
     copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
     (copy / "model.onnx").write_bytes(b"x")
     with pytest.raises(BundleError, match=r"model\.onnx"):
-        serve([copy], Settings(port=0))
+        run_server([copy], Settings(port=0))
     with pytest.raises(ParityError, match="deviates"):
-        serve([wrong_bundle_path], Settings(port=0))
+        run_server([wrong_bundle_path], Settings(port=0))

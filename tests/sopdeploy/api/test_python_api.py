@@ -197,7 +197,7 @@ def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
     )
     figures = found.model_dump(mode="json")
     assert figures == {**printed, "out": str(tmp_path / "b")}
-    assert (found.images, found.errors, sum(found.counts.values()), shown[-1]) == (8, 0, 8, (8, 0, 8))
+    assert (found.num_images, found.num_errors, sum(found.counts.values()), shown[-1]) == (8, 0, 8, (8, 0, 8))
     names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "rows").iterdir()]
     assert [(tmp_path / "b" / name).read_bytes() for name in names] == [
         (tmp_path / "a" / name).read_bytes() for name in names
@@ -242,8 +242,8 @@ def test_serving_has_the_settings_of_the_command(
         calls.append((list(map(str, sources)), settings.model_dump()))
         return 0
 
-    monkeypatch.setattr("sopdeploy.api.serving.serve_here", record)
-    monkeypatch.setattr("sopdeploy_service.server.process.serve", record)
+    monkeypatch.setattr("sopdeploy.api.serving.run_server", record)
+    monkeypatch.setattr("sopdeploy_service.server.process.run_server", record)
     (tmp_path / "s.toml").write_text("queue_size = 300\n", encoding="utf-8")
     assert CliRunner().invoke(app, ["serve", str(bundle)]).exit_code == 0
     options = ["--port", "9", "--setting", "top_k=2", "--config", str(tmp_path / "s.toml")]

@@ -7,7 +7,7 @@ const SEAL = "M12 2l2.4 2 3.1-.3 1 3 2.6 1.7-.9 3 .9 3-2.6 1.7-1 3-3.1-.3L12 21l
 function showAbout(info, card, server) {
   document.title = `${info.name} · sopdeploy`;
   byId("model").textContent = info.name;
-  const facts = [`${info.labels} classes`, info.precision, `${info.runtime} on ${info.device}`];
+  const facts = [`${info.num_labels} classes`, info.precision, `${info.runtime} on ${info.device}`];
   byId("facts").replaceChildren(...facts.map((fact) => make("li", {}, fact)));
   byId("bundle").textContent = `${info.bundle} · sopdeploy ${server}`;
   byId("proof").replaceChildren(...(card.certificate ? proof(card.certificate) : [nothing("certificate")]));
@@ -19,7 +19,7 @@ const nothing = (what) => make("p", { className: "empty" }, `This bundle has no 
 
 /** Nodes of a certificate summary. */
 function proof(certificate) {
-  const { compared, detached, removed, bytes_removed: bytes, kept, operations, images } = certificate;
+  const { compared, detached, num_removed: removed, bytes_removed: bytes, num_kept: kept, num_operations: operations, num_images: images } = certificate;
   const rows = [
     ["Removed", removed ? `${detached.join(", ")} (${counted(removed, "tensor")}, ${bytes.toLocaleString("en")} bytes)` : "nothing; all tensors are used for inference"],
     ["Kept", `${counted(kept, "tensor")}, sha256 equal before and after`],

@@ -10,7 +10,7 @@ function classifyUrl() {
   const url = new URL("v1/classify", document.baseURI);
   url.searchParams.set("top_k", String(topK()));
   if (state.info && state.server.models.length > 1) url.searchParams.set("model", state.info.name);
-  if (state.card?.components) url.searchParams.set("gates", "true");
+  if (state.card?.num_components) url.searchParams.set("gates", "true");
   if (state.info?.class_maps && byId("explain").checked) url.searchParams.set("explain", "true");
   return url.href;
 }
@@ -112,7 +112,7 @@ async function ask(photo, signal) {
     if (body.known === false) photo.result.textContent = "Unknown";
     photo.show = () => {
       clearAnswer();
-      showAnswer(body, state.card?.components ?? 0, state.info?.known_from);
+      showAnswer(body, state.card?.num_components ?? 0, state.info?.known_from);
       showTime(reply.getResponseHeader("Server-Timing") ?? "", total);
     };
   } else {
@@ -214,7 +214,7 @@ async function choose(name) {
     return;
   }
   state.info = state.server.models.find((model) => model.name === name);
-  byId("top-k").max = String(state.info.labels);
+  byId("top-k").max = String(state.info.num_labels);
   byId("explain-row").hidden = !state.info.class_maps;
   showAbout(state.info, state.card, state.server.server);
   showSnippets();
@@ -236,7 +236,7 @@ async function followSwap(digest) {
     Object.assign(state, { server, card, info });
     byId("explain-row").hidden = !info.class_maps;
     showAbout(info, card, server.server);
-    byId("top-k").max = String(info.labels);
+    byId("top-k").max = String(info.num_labels);
     byId("status").textContent = `${name} was replaced: now ${info.bundle}`;
   } catch (problem) {
     showError(`the model was replaced, but its information cannot be loaded: ${problem.message}`);

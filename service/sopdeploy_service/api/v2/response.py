@@ -10,7 +10,7 @@ import orjson
 from numpy.typing import NDArray
 
 from sopdeploy_service.api.v2.request import RequestedOutput
-from sopdeploy_service.inference.results import Outcome, Prediction, RejectedError, Rejection, top_indices
+from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError, top_indices
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -22,7 +22,7 @@ def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]
     """
     predictions: list[Prediction] = []
     for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, Rejection):
+        if isinstance(outcome, HttpError):
             raise RejectedError(replace(outcome, message=f"image {index}: {outcome.message}"))
         predictions.append(outcome)
     names = predictions[0].outputs
@@ -44,12 +44,12 @@ def format_response(
     for output in requested:
         data: Any = np.ascontiguousarray(values[output.tensor.name], "<f4")
         shape, datatype = list(data.shape), output.tensor.datatype
-        if output.classes:
-            rows = classify(data, output.classes, labels.get(output.tensor.name, ()))
+        if output.num_classes:
+            rows = rank_labels(data, output.num_classes, labels.get(output.tensor.name, ()))
             shape, datatype, data = [len(rows), len(rows[0])], "BYTES", [text for row in rows for text in row]
         described: dict[str, Any] = {"name": output.tensor.name, "datatype": datatype, "shape": shape}
         if output.binary:
-            if output.classes:  # each element is its length, 4 bytes little-endian, and its text
+            if output.num_classes:  # each element is its length, 4 bytes little-endian, and its text
                 elements = [text.encode() for text in data]
                 raw = b"".join(pack("<I", len(element)) + element for element in elements)
             else:
@@ -57,7 +57,7 @@ def format_response(
             binary_parts.append(raw)
             described["parameters"] = {"binary_data_size": len(raw)}
         else:
-            described["data"] = data if output.classes else data.reshape(-1)
+            described["data"] = data if output.num_classes else data.reshape(-1)
         outputs.append(described)
     text = orjson.dumps({**head, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not any(output.binary for output in requested):
@@ -66,8 +66,8 @@ def format_response(
     return b"".join([text, *binary_parts]), headers
 
 
-def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[list[str]]:
-    """Format the *classes* largest values of each row of *values* as `value:index:label`.
+def rank_labels(values: NDArray[Any], num_classes: int, labels: Sequence[str]) -> list[list[str]]:
+    """Format the *num_classes* largest values of each row of *values* as `value:index:label`.
 
     The value is the shortest text that reads back as the same float32, as in Triton. Ties keep the order of
     the labels, as in `/v1/classify`.
@@ -75,5 +75,5 @@ def classify(values: NDArray[Any], classes: int, labels: Sequence[str]) -> list[
     rows = values.reshape(len(values), -1)
     return [
         [f"{row[index]!s}:{index}" + (f":{labels[index]}" if labels else "") for index in indices]
-        for row, indices in zip(rows, top_indices(rows, classes).tolist(), strict=True)
+        for row, indices in zip(rows, top_indices(rows, num_classes).tolist(), strict=True)
     ]

@@ -21,10 +21,10 @@ from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import RunState
-from sopdeploy_service.commands.batch.reader import Entry
+from sopdeploy_service.commands.batch.reader import ListedImage
 from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
-from sopdeploy_service.inference.model_worker import Images, Row, run_bisected
+from sopdeploy_service.inference.model_worker import ImageOutputs, run_bisected
 from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY
 from sopdeploy_service.runtime.base import DeviceLostError, SelectiveRuntime
 from sopdeploy_service.settings import Settings
@@ -65,13 +65,13 @@ class PartClassifier:
         self._decoders.__exit__()
         self._runtime.close()
 
-    def run_state(self, source: str, images: int) -> RunState:
-        """Return what the rows of a run depend on; *source* is the hash of the list of its *images*."""
+    def run_state(self, source: str, num_images: int) -> RunState:
+        """Return what the rows of a run depend on; *source* is the hash of the list of its images."""
         return RunState(
             bundle=self._bundle_id,
             runtime=f"{self._runtime.name} on {self._runtime.device}",
             source=source,
-            images=images,
+            num_images=num_images,
             part_images=self.part_images,
             batch=self._batch,
             top_k=self._top_k,
@@ -82,7 +82,7 @@ class PartClassifier:
 
     def tables(
         self,
-        parts: Iterable[tuple[int, Sequence[Entry]]],
+        parts: Iterable[tuple[int, Sequence[ListedImage]]],
         on_block: Callable[[int, int], None],
     ) -> Iterator[tuple[int, Any]]:
         """Classify *parts*, each a number and a list of images; yield each number with its table of rows.
@@ -99,7 +99,7 @@ class PartClassifier:
         for number, decoded_blocks in itertools.groupby(self._decoders.decode(blocks), key=itemgetter(0)):
             rows: list[dict[str, Any]] = []
             for _, (images, pixels) in decoded_blocks:
-                outputs: list[Row] = []
+                outputs: list[ImageOutputs] = []
                 for first in range(0, len(images), self._batch):
                     outputs += self._run(pixels[first : first + self._batch])
                 block_rows = list(map(self._format.row, images, outputs))
@@ -107,10 +107,10 @@ class PartClassifier:
                 rows += block_rows
             yield number, self._format.table(rows)
 
-    def _run(self, pixels: NDArray[np.uint8]) -> list[Row]:
+    def _run(self, pixels: NDArray[np.uint8]) -> list[ImageOutputs]:
         """Return the outputs of a batch; if it fails, halve it until the image that fails is alone."""
 
-        def run(images: Images) -> Outputs:
+        def run(images: Sequence[NDArray[np.uint8]]) -> Outputs:
             batch = cast(NDArray[np.uint8], images)
             if isinstance(self._runtime, SelectiveRuntime):
                 return self._runtime.run_outputs(batch, self._outputs)

@@ -25,7 +25,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.commands.batch.reader import Entry, Reader
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.results import DECODER_FAILED
@@ -71,9 +71,11 @@ class DecoderProcesses:
             if executor is not None:
                 executor.shutdown(wait=False, cancel_futures=True)
 
-    def decode(self, blocks: Iterable[tuple[int, Sequence[Entry]]]) -> Iterator[tuple[int, DecodedBlock]]:
+    def decode(
+        self, blocks: Iterable[tuple[int, Sequence[ListedImage]]]
+    ) -> Iterator[tuple[int, DecodedBlock]]:
         """Decode *blocks*, each with the number of its part, in advance; yield them in order."""
-        waiting: deque[tuple[int, Sequence[Entry], Future[DecodedBlock]]] = deque()
+        waiting: deque[tuple[int, Sequence[ListedImage], Future[DecodedBlock]]] = deque()
         for number, entries in blocks:
             waiting.append((number, entries, self._submit(entries)))
             if len(waiting) > BLOCKS_PER_WORKER * self._workers:
@@ -89,7 +91,7 @@ class DecoderProcesses:
             executor.submit(os.getpid)
         return executor
 
-    def _submit(self, entries: Sequence[Entry]) -> "Future[DecodedBlock]":
+    def _submit(self, entries: Sequence[ListedImage]) -> "Future[DecodedBlock]":
         try:
             return self._executor.submit(decode_entries, entries)
         except BrokenProcessPool:  # a worker has died
@@ -97,7 +99,7 @@ class DecoderProcesses:
             return self._executor.submit(decode_entries, entries)
 
     def _wait(
-        self, number: int, entries: Sequence[Entry], decoded: "Future[DecodedBlock]"
+        self, number: int, entries: Sequence[ListedImage], decoded: "Future[DecodedBlock]"
     ) -> tuple[int, DecodedBlock]:
         try:
             return number, decoded.result()
@@ -105,7 +107,7 @@ class DecoderProcesses:
             images, pixels = zip(*map(self._decode_alone, entries), strict=True)
             return number, ([image for (image,) in images], np.concatenate(pixels))
 
-    def _decode_alone(self, entry: Entry) -> DecodedBlock:
+    def _decode_alone(self, entry: ListedImage) -> DecodedBlock:
         if self._single is None:
             self._single = self._start(1)
             try:
@@ -152,7 +154,7 @@ class EntryDecoder:
         self.rules, self._max_bytes = rules, settings.max_body_bytes
         self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings, way)
 
-    def __call__(self, entry: Entry, pixels: NDArray[np.uint8]) -> DecodedImage:
+    def __call__(self, entry: ListedImage, pixels: NDArray[np.uint8]) -> DecodedImage:
         """Write the network's input of *entry* to *pixels* (H, W, 3), unless it has an error."""
         sha256 = None
         try:
@@ -178,7 +180,7 @@ def start_worker(rules: Preprocess, settings: Settings, way: str) -> None:
     _worker.append(EntryDecoder(rules, settings, way))
 
 
-def decode_entries(entries: Sequence[Entry]) -> DecodedBlock:
+def decode_entries(entries: Sequence[ListedImage]) -> DecodedBlock:
     """Decode *entries* in a worker process."""
     (decoder,) = _worker
     pixels = np.zeros((len(entries), decoder.rules.crop, decoder.rules.crop, 3), np.uint8)

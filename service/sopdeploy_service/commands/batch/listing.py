@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from sopdeploy_service.commands.batch.reader import Entry, import_pyarrow
+from sopdeploy_service.commands.batch.reader import ListedImage, import_pyarrow
 
 
 class Listing:
@@ -19,7 +19,7 @@ class Listing:
     def __init__(self, file: Path) -> None:
         self._file = import_pyarrow("pyarrow.parquet").ParquetFile(file)
 
-    def parts(self) -> int:
+    def num_parts(self) -> int:
         """Count the parts."""
         return int(self._file.metadata.num_row_groups)
 
@@ -27,14 +27,14 @@ class Listing:
         """Count the images of *part*."""
         return int(self._file.metadata.row_group(part).num_rows)
 
-    def read(self, part: int) -> list[Entry]:
+    def read(self, part: int) -> list[ListedImage]:
         """Read the entries of *part*."""
         columns = self._file.read_row_group(part, use_threads=False).to_pydict()
         locations = map(os.fsdecode, columns["location"])
-        return list(map(Entry, columns["path"], locations, columns["offset"], columns["size"]))
+        return list(map(ListedImage, columns["path"], locations, columns["offset"], columns["size"]))
 
 
-def write_list(file: Path, entries: Iterable[Entry], part_images: int) -> tuple[str, int]:
+def write_list(file: Path, entries: Iterable[ListedImage], part_images: int) -> tuple[str, int]:
     """Write *entries* to *file* in parts of *part_images*.
 
     Returns a hash of their names, positions and sizes, and their number.

@@ -24,7 +24,7 @@ from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.files import PARTIAL, atomic_write, writing
 from sopdeploy_service.commands.batch.reader import import_pyarrow
 
-ROWS, STATE, LIST, PAGE, DATA = "rows", "_run.json", "_list.parquet", "_report.html", "_report.json"
+ROWS_FOLDER, STATE, LISTING, PAGE, DATA = "rows", "_run.json", "_list.parquet", "_report.html", "_report.json"
 OTHER_FOLDER = "; choose another folder"
 
 
@@ -39,7 +39,7 @@ class RunState(StrictModel):
     bundle: str
     runtime: str
     source: str
-    images: Count
+    num_images: Count
     part_images: Count
     batch: Count
     top_k: Count | None
@@ -59,7 +59,7 @@ class OutputFolder:
     def locked(self) -> Iterator[None]:
         """Create the folder and reserve it for this process; raise `ConfigError` if another one uses it."""
         with writing(str(self.path), ConfigError):
-            (self.path / ROWS).mkdir(parents=True, exist_ok=True)
+            (self.path / ROWS_FOLDER).mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
         with lock:
             try:
@@ -68,7 +68,7 @@ class OutputFolder:
                 raise ConfigError(
                     f"another run is writing to {self.path}; wait for it", setting="out"
                 ) from error
-            for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS).glob(f"*{PARTIAL}")):
+            for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS_FOLDER).glob(f"*{PARTIAL}")):
                 partial.unlink()  # of a run that was killed
             with writing(str(self.path), StorageError):  # errors of sources are no `OSError`
                 yield
@@ -77,7 +77,7 @@ class OutputFolder:
         """Write *state*, or compare it with that of the run to continue; raises `ConfigError`."""
         file = self.path / STATE
         if not file.exists():
-            if any((self.path / ROWS).iterdir()):
+            if any((self.path / ROWS_FOLDER).iterdir()):
                 raise ConfigError(f"{self.path} has rows, but no {STATE}{OTHER_FOLDER}", setting="out")
             with atomic_write(file) as partial:
                 partial.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
@@ -89,7 +89,8 @@ class OutputFolder:
             raise ConfigError(f"{file}: not written by this version{OTHER_FOLDER}", setting="out") from error
         if previous.source != state.source:
             raise ConfigError(
-                f"{self.path} was begun with other images ({previous.images:,} then, {state.images:,} now; "
+                f"{self.path} was begun with other images ({previous.num_images:,} then, "
+                f"{state.num_images:,} now; "
                 f"names and sizes matter, too){OTHER_FOLDER}",
                 setting="out",
             )
@@ -103,16 +104,16 @@ class OutputFolder:
 
     def part(self, number: int) -> Path:
         """Return the file of part *number*."""
-        return self.path / ROWS / f"part-{number:05d}.parquet"
+        return self.path / ROWS_FOLDER / f"part-{number:05d}.parquet"
 
-    def errors_in(self, number: int, images: int) -> int | None:
-        """Count the images with an error in part *number*; None if its file does not hold *images* rows."""
+    def errors_in(self, number: int, num_images: int) -> int | None:
+        """Count the images with an error in part *number*; None if it has not *num_images* rows."""
         try:
             schema = self._parquet.read_metadata(self.part(number))
-            errors = int(schema.metadata[b"errors"])
+            errors = int(schema.metadata[b"num_errors"])
         except (OSError, ValueError, KeyError, TypeError):  # pyarrow's own error is a ValueError
             return None
-        return errors if schema.num_rows == images else None
+        return errors if schema.num_rows == num_images else None
 
     def write_part(self, number: int, table: Any) -> None:
         """Write the file of part *number*; it has its final name only when it is complete."""

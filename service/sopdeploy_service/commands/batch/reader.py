@@ -15,7 +15,7 @@ UNKNOWN = -1  # size of an image that is not known before it is read
 LOCAL = "file"  # the protocol of the file system of this machine
 
 
-class Entry(NamedTuple):
+class ListedImage(NamedTuple):
     """One image of a list.
 
     *path* is its name in the output. *location* is the file or URL with its bytes; *offset* is a position in
@@ -36,7 +36,7 @@ class Reader:
         self._open_location = ""
         self._file: IO[bytes] | None = None
 
-    def read(self, entry: Entry) -> bytes:
+    def read(self, entry: ListedImage) -> bytes:
         """Read the bytes of *entry*; raise `ImageError` with the code `unusable_data` if that fails."""
         try:
             if entry.offset == WHOLE:

@@ -22,14 +22,14 @@ from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.output import DATA, PAGE, OutputFolder
-from sopdeploy_service.commands.batch.reader import Entry, Reader
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.settings import Settings
 
 LEAST_CERTAIN = 24
-THUMBNAIL = 96  # width in CSS pixels
-STORED = 2 * THUMBNAIL  # longer side in pixels, for screens with two pixels per CSS pixel
+THUMBNAIL_WIDTH = 96  # width in CSS pixels
+STORED = 2 * THUMBNAIL_WIDTH  # longer side in pixels, for screens with two pixels per CSS pixel
 MAX_BARS = 50  # classes in the chart; the others are in `DATA`
 _MAX_EXAMPLES = 5  # paths per kind of error
 _COLUMNS = ["path", "classes", "probabilities", "known", "error"]
@@ -47,7 +47,7 @@ class ErrorKind(StrictModel):
     """The number of images with the error *code*, and the paths of the first ones."""
 
     code: str
-    images: int
+    num_images: int
     examples: tuple[str, ...]
 
 
@@ -69,7 +69,7 @@ class BatchReport(StrictModel):
     """
 
     bundle: str
-    images: int
+    num_images: int
     errors: tuple[ErrorKind, ...]
     unknown: int
     counts: dict[str, int]
@@ -78,9 +78,11 @@ class BatchReport(StrictModel):
     false_alarm_rate: float = FALSE_ALARMS
 
 
-def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings) -> BatchReport:
+def write_batch_report(
+    folder: OutputFolder, listing: Listing, bundle: Bundle, settings: Settings
+) -> BatchReport:
     """Write the report of the finished run in *folder* with the images of *listing*."""
-    report, positions = _summarize(folder, listing.parts(), bundle)
+    report, positions = _summarize(folder, listing.num_parts(), bundle)
     thumbnails = [_thumbnail(listing.read(part)[row], bundle, settings) for part, row in positions]
     page = render(
         "sopdeploy_service.commands.batch",
@@ -88,7 +90,7 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
         report=report,
         rejects=bundle.manifest.rejection is not None,
         multi_label=bundle.manifest.thresholds is not None,
-        failed=sum(kind.images for kind in report.errors),
+        failed=sum(kind.num_images for kind in report.errors),
         classes=_class_bars(report),
         hidden=max(0, len(report.counts) - MAX_BARS),
         least=list(zip(thumbnails, report.least_certain, strict=True)),
@@ -99,7 +101,9 @@ def write_report(folder: OutputFolder, listing: Listing, bundle: Bundle, setting
     return report
 
 
-def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchReport, list[tuple[int, int]]]:
+def _summarize(
+    folder: OutputFolder, num_parts: int, bundle: Bundle
+) -> tuple[BatchReport, list[tuple[int, int]]]:
     """Read all rows; return the report, and part and row of the least certain images."""
     decision, multi_label = bundle.manifest.decision, bundle.manifest.thresholds is not None
     indices = {label: index for index, label in enumerate(bundle.labels)}
@@ -107,7 +111,7 @@ def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchR
     errors, examples = Counter[str](), defaultdict[str, list[str]](list)
     images = unknown = 0
     least: list[tuple[float, int, int, str, str]] = []  # probability, part, row, path, class
-    for part in range(parts):
+    for part in range(num_parts):
         classes: list[int] = []
         confidences: list[float] = []
         for number, row in enumerate(folder.read_columns(part, _COLUMNS).to_pylist()):
@@ -133,9 +137,9 @@ def _summarize(folder: OutputFolder, parts: int, bundle: Bundle) -> tuple[BatchR
         drift = {name: DriftTest(**test._asdict(), alarm=test.alarm) for name, test in tests.items()}
     report = BatchReport(
         bundle=bundle.name,
-        images=images,
+        num_images=images,
         errors=tuple(
-            ErrorKind(code=code, images=count, examples=tuple(examples[code]))
+            ErrorKind(code=code, num_images=count, examples=tuple(examples[code]))
             for code, count in errors.most_common()
         ),
         unknown=unknown,
@@ -155,7 +159,7 @@ def _class_bars(report: BatchReport) -> Markup:
     return bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
 
 
-def _thumbnail(entry: Entry, bundle: Bundle, settings: Settings) -> Markup | None:
+def _thumbnail(entry: ListedImage, bundle: Bundle, settings: Settings) -> Markup | None:
     """Build a thumbnail of the image *entry*; None if it does not exist any more."""
     rules = bundle.manifest.preprocess
     reader = Reader(settings.max_body_bytes)
@@ -173,4 +177,4 @@ def _thumbnail(entry: Entry, bundle: Bundle, settings: Settings) -> Markup | Non
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85)
     source = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return Markup('<img src="{}" alt="{}" width="{}">').format(source, Path(entry.path).name, THUMBNAIL)
+    return Markup('<img src="{}" alt="{}" width="{}">').format(source, Path(entry.path).name, THUMBNAIL_WIDTH)

@@ -10,8 +10,8 @@ from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy_service.commands.batch.decoders import DecodedImage
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.reader import import_pyarrow
-from sopdeploy_service.inference.model_worker import Row
-from sopdeploy_service.inference.results import Rejection, rank_classes
+from sopdeploy_service.inference.model_worker import ImageOutputs
+from sopdeploy_service.inference.results import HttpError, rank_classes
 
 
 class RowFormat:
@@ -41,13 +41,13 @@ class RowFormat:
         }
         self._schema = arrow.schema(columns)
 
-    def row(self, image: DecodedImage, output: Row) -> dict[str, Any]:
+    def row(self, image: DecodedImage, output: ImageOutputs) -> dict[str, Any]:
         """Return the columns of *image*; the *output* of an image that was not decoded is ignored."""
         manifest, labels = self._bundle.manifest, self._bundle.labels
         row = {**image._asdict(), "bundle": manifest.id}
         if image.error is not None:
             return row
-        if isinstance(output, Rejection):
+        if isinstance(output, HttpError):
             return {**row, "error": output.code, "error_message": output.message}
         logits, features = output[manifest.outputs[0].name], output.get(EMBEDDING)
         if FEATURES in output:
@@ -67,5 +67,5 @@ class RowFormat:
     def table(self, rows: Sequence[dict[str, Any]]) -> Any:
         """Build the table of a part; its metadata `errors` is the number of images with an error."""
         errors = sum(row["error"] is not None for row in rows)
-        schema = self._schema.with_metadata({"errors": str(errors)})
+        schema = self._schema.with_metadata({"num_errors": str(errors)})
         return self._arrow.Table.from_pylist(rows, schema=schema)

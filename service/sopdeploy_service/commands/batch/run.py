@@ -11,7 +11,7 @@ from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.classifier import PartClassifier
 from sopdeploy_service.commands.batch.listing import Listing, write_list
 from sopdeploy_service.commands.batch.options import ClassifyOptions
-from sopdeploy_service.commands.batch.output import LIST, PAGE, ROWS, OutputFolder
+from sopdeploy_service.commands.batch.output import LISTING, PAGE, ROWS_FOLDER, OutputFolder
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import load_settings
@@ -36,9 +36,9 @@ class Classified(StrictModel):
 
     out: Path
     bundle: str
-    images: int
-    errors: int
-    parts: int
+    num_images: int
+    num_errors: int
+    num_parts: int
     classified: int
     drift: bool | None
     counts: dict[str, int]
@@ -46,7 +46,7 @@ class Classified(StrictModel):
     @property
     def rows(self) -> Path:
         """The folder of the parquet files."""
-        return self.out / ROWS
+        return self.out / ROWS_FOLDER
 
     @property
     def report(self) -> Path:
@@ -61,10 +61,10 @@ class Classified(StrictModel):
     def _repr_html_(self) -> str:
         largest = sorted(self.counts.items(), key=lambda item: -item[1])[:SHOWN_CLASSES]
         facts = [
-            ("images", f"{self.images:,}; {self.errors:,} with an error"),
+            ("images", f"{self.num_images:,}; {self.num_errors:,} with an error"),
             ("classes", ", ".join(f"{label} {count:,}" for label, count in largest if count) or "none"),
             *([] if self.drift is None else [("drift", self.drift_text)]),
-            ("rows", f"{self.rows}: {self.parts} parquet files"),
+            ("rows", f"{self.rows}: {self.num_parts} parquet files"),
         ]
         templates = import_optional("sopdeploy.html.templates", "jinja2", "sopdeploy[batch]", ConfigError)
         page: str = templates.render(
@@ -115,10 +115,10 @@ def classify(
     report = import_optional(REPORT, "jinja2", "sopdeploy[batch]", ConfigError, "classify")
     loaded = load_model(Path(bundle), loaded_settings)
     with PartClassifier(loaded, loaded_settings, options) as classifier, folder.locked():
-        with atomic_write(folder.path / LIST) as partial:
+        with atomic_write(folder.path / LISTING) as partial:
             source, images = write_list(partial, list_entries(names), classifier.part_images)
             folder.begin(classifier.run_state(source, images))  # rejects a folder of another run
-        listing = Listing(folder.path / LIST)
+        listing = Listing(folder.path / LISTING)
         done = errors = 0
 
         def count(more_images: int, more_errors: int) -> None:
@@ -127,7 +127,7 @@ def classify(
             on_progress(done, errors, images)
 
         pending = []
-        for part in range(listing.parts()):
+        for part in range(listing.num_parts()):
             errors_in_part = folder.errors_in(part, listing.images_of(part))
             if errors_in_part is None:
                 pending.append(part)
@@ -136,13 +136,13 @@ def classify(
         parts = ((part, listing.read(part)) for part in pending)
         for part, table in classifier.tables(parts, count):
             folder.write_part(part, table)
-        written = report.write_report(folder, listing, loaded.bundle, loaded_settings)
+        written = report.write_batch_report(folder, listing, loaded.bundle, loaded_settings)
         return Classified(
             out=folder.path,
             bundle=loaded.bundle.name,
-            images=images,
-            errors=errors,
-            parts=listing.parts(),
+            num_images=images,
+            num_errors=errors,
+            num_parts=listing.num_parts(),
             classified=sum(map(listing.images_of, pending)),
             drift=None if written.drift is None else any(test.alarm for test in written.drift.values()),
             counts=written.counts,

@@ -18,14 +18,14 @@ from sopdeploy.data.folders import is_hidden, is_image, walk
 from sopdeploy.errors import DataError
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
-from sopdeploy_service.commands.batch.reader import UNKNOWN, Entry, is_url, open_location, open_store
+from sopdeploy_service.commands.batch.reader import UNKNOWN, ListedImage, is_url, open_location, open_store
 
 LIST, TAR = ".txt", ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz")
 PATTERN = "*?["
 
 
-def list_entries(sources: Sequence[str]) -> Iterator[Entry]:
+def list_entries(sources: Sequence[str]) -> Iterator[ListedImage]:
     """Yield the images of *sources*.
 
     Raises `DataError` for a source that does not exist, is damaged or has no images.
@@ -46,7 +46,7 @@ def list_entries(sources: Sequence[str]) -> Iterator[Entry]:
             )
 
 
-def _list_source(source: str) -> Iterator[Entry]:
+def _list_source(source: str) -> Iterator[ListedImage]:
     if is_url(source):
         yield from _list_url(source)
         return
@@ -66,16 +66,16 @@ def _list_source(source: str) -> Iterator[Entry]:
         raise DataError(f"{source}: not found; name a folder, a pattern, images, archives or lists of paths")
 
 
-def _file_entry(path: Path) -> Entry:
+def _file_entry(path: Path) -> ListedImage:
     """Describe an image file; a missing file gets an error row later."""
     try:
         size = path.stat().st_size
     except (OSError, ValueError):  # a name of a list may have null bytes
         size = UNKNOWN
-    return Entry(str(path), str(path.absolute()), size=size)
+    return ListedImage(str(path), str(path.absolute()), size=size)
 
 
-def _list_file(file: Entry) -> Iterator[Entry]:
+def _list_file(file: ListedImage) -> Iterator[ListedImage]:
     """Yield the images in *file*: an archive, a list or an image, by its name."""
     if file.location.lower().endswith(TAR):
         yield from _list_tar(file.path, file.location)
@@ -87,7 +87,7 @@ def _list_file(file: Entry) -> Iterator[Entry]:
         yield file
 
 
-def _list_url(url: str) -> Iterator[Entry]:
+def _list_url(url: str) -> Iterator[ListedImage]:
     """Yield the images at *url*: below a folder, of a pattern, or in one object."""
     store, path = open_store(url)
     try:
@@ -111,7 +111,7 @@ def _list_url(url: str) -> Iterator[Entry]:
         ) from error
 
 
-def _walk_url(store: Any, folder: str) -> Iterator[Entry]:
+def _walk_url(store: Any, folder: str) -> Iterator[ListedImage]:
     """Yield the images below *folder* of *store*, without hidden ones, the files of a folder first."""
     for _, folders, files in store.walk(folder, detail=True, on_error="raise"):
         for name in sorted(folders):  # `walk` visits them in the order of this dict
@@ -122,13 +122,13 @@ def _walk_url(store: Any, folder: str) -> Iterator[Entry]:
             yield _object_entry(store.unstrip_protocol(files[name]["name"]), files[name])
 
 
-def _object_entry(url: str, facts: Any) -> Entry:
+def _object_entry(url: str, facts: Any) -> ListedImage:
     """Describe the object *url* of a store."""
     size = facts.get("size")
-    return Entry(url, url, size=UNKNOWN if size is None else int(size))
+    return ListedImage(url, url, size=UNKNOWN if size is None else int(size))
 
 
-def _list_tar(name: str, location: str) -> Iterator[Entry]:
+def _list_tar(name: str, location: str) -> Iterator[ListedImage]:
     """Yield the images of the tar archive *location* as if it were a folder with this *name*."""
     archive: Any  # its list of members is not part of the typed interface
     try:
@@ -147,7 +147,7 @@ def _list_tar(name: str, location: str) -> Iterator[Entry]:
                         continue
                     if member.offset_data + member.size > end:
                         raise DataError(f"{member.name} is truncated; copy the archive again")
-                    yield Entry("/".join((name, *parts)), location, member.offset_data, member.size)
+                    yield ListedImage("/".join((name, *parts)), location, member.offset_data, member.size)
     except DataError as error:
         raise DataError(f"{name}: {error}") from error
     except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
@@ -155,7 +155,7 @@ def _list_tar(name: str, location: str) -> Iterator[Entry]:
         raise DataError(f"{name}: {reason}") from error
 
 
-def _list_lines(location: str) -> Iterator[Entry]:
+def _list_lines(location: str) -> Iterator[ListedImage]:
     """Yield the images that the text file *location* lists, one path or URL per line.
 
     Paths are relative to the folder of the list.
@@ -164,9 +164,9 @@ def _list_lines(location: str) -> Iterator[Entry]:
     with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape") as lines:
         for name in filter(None, map(str.strip, lines)):
             if is_url(name):
-                yield Entry(name, name)
+                yield ListedImage(name, name)
             elif is_url(location):
                 url = f"{location.rpartition('/')[0]}/{name}"
-                yield Entry(url, url)
+                yield ListedImage(url, url)
             else:
                 yield _file_entry(Path(location).parent / name)

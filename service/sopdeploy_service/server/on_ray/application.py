@@ -95,7 +95,7 @@ class RemoveRequestId:
         await self.app(scope, receive, filtered)
 
 
-def build(arguments: Arguments) -> serve.Application:
+def build_application(arguments: Arguments) -> serve.Application:
     """Build the application of a config file, whose deployment sets the number of replicas."""
     return application(OnRay, arguments.settings)
 

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.bundle.class_maps import FILE, ClassMapLayer, write_class_maps
 from sopdeploy.bundle.manifest import FEATURES, TensorRecord
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import give
 from tests.service.conftest import picture_bytes, running
@@ -37,7 +37,7 @@ def maps_client(bundle, tmp_path):
     files = {**manifest.files, FILE: manifest.files["labels.json"]}
     changed = manifest.model_copy(update={"outputs": (*manifest.outputs, output), "files": files})
     with running(
-        MapsRuntime(classes=7), replace(bundle, path=tmp_path, manifest=changed), Settings()
+        MapsRuntime(num_classes=7), replace(bundle, path=tmp_path, manifest=changed), Settings()
     ) as client:
         yield client
 

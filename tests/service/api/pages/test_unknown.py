@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.decision import Decision, Rejection
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import give, shown
 from tests.service.conftest import picture_bytes, running
@@ -30,7 +30,7 @@ def with_decision(bundle, decision: Decision):
 
 def test_the_banner_with_the_score_is_shown_for_unknown_images_only(open_page, bundle) -> None:
     rule = Decision(rejection=Rejection(score="max_probability", threshold=0.7))
-    with running(ContrastRuntime(classes=7), with_decision(bundle, rule), Settings()) as client:
+    with running(ContrastRuntime(num_classes=7), with_decision(bundle, rule), Settings()) as client:
         found = [client.post("/v1/classify", content=body).json() for body in (BRIGHT, DARK)]
         assert [one["known"] for one in found] == [True, False]
         page = open_page(client.base_url)

@@ -9,7 +9,7 @@ from sopdeploy_service.commands.batch import decoders
 
 
 class CrashingDecoder(decoders.EntryDecoder):
-    def __call__(self, entry: decoders.Entry, pixels: NDArray[np.uint8]) -> decoders.DecodedImage:
+    def __call__(self, entry: decoders.ListedImage, pixels: NDArray[np.uint8]) -> decoders.DecodedImage:
         return os._exit(1) if entry.path.endswith("017.jpg") else super().__call__(entry, pixels)
 
 

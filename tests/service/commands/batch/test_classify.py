@@ -21,9 +21,9 @@ from sopdeploy_service.commands.batch import decoders
 from sopdeploy_service.commands.batch.decoders import DecodedImage, DecoderProcesses
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
-from sopdeploy_service.commands.batch.reader import Entry
+from sopdeploy_service.commands.batch.reader import ListedImage
 from sopdeploy_service.commands.batch.rows import RowFormat
-from sopdeploy_service.commands.predict import predict
+from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import load_model
@@ -49,7 +49,7 @@ def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, b
     rows, paths = rows_of(complete), sorted(photos.glob("*.jpg"))
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert len(part_bytes(complete)) == 4
-    for row, path, one in zip(rows, paths, predict(bundle_path, paths, SETTINGS), strict=True):
+    for row, path, one in zip(rows, paths, predict_files(bundle_path, paths, SETTINGS), strict=True):
         assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert row["bundle"] == bundle_path.name.rpartition("-")[2]
         assert row["error"] == (one.error.code if one.error else None)
@@ -73,7 +73,7 @@ def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path,
     )
     assert part_bytes(tmp_path) == part_bytes(complete)
     assert shown[-1] == (COUNT, len(BAD), COUNT)
-    assert (found.images, found.errors, found.parts) == (COUNT, len(BAD), 4)
+    assert (found.num_images, found.num_errors, found.num_parts) == (COUNT, len(BAD), 4)
     assert found.classified == 4
 
 
@@ -130,7 +130,7 @@ def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_pa
     assert (bad["error"], bad["logits"], bad["features"]) == ("not_an_image", None, None)
 
 
-def decode_all(batches: list[list[Entry]]) -> list[tuple[str | None, bool]]:
+def decode_all(batches: list[list[ListedImage]]) -> list[tuple[str | None, bool]]:
     """Decode *batches* in two processes; list the error of each image and whether it has pixels."""
     with DecoderProcesses(RULES, SETTINGS, "exact", workers=2) as processes:
         return [
@@ -143,13 +143,13 @@ def decode_all(batches: list[list[Entry]]) -> list[tuple[str | None, bool]]:
 def test_an_image_that_crashes_the_decoder_gets_an_error_and_no_other(photos, monkeypatch):
     monkeypatch.setattr(decoders, "start_worker", start_crashing_worker)
     paths = [photos / f"{number:03d}.jpg" for number in range(14, 32)]
-    entries = [Entry(str(path), str(path)) for path in paths]
+    entries = [ListedImage(str(path), str(path)) for path in paths]
     found = decode_all([entries[:6], entries[6:12], entries[12:]])
     assert found == [("decoder_failed", False) if path.name == "017.jpg" else (None, True) for path in paths]
 
 
 def test_a_killed_decoder_process_is_replaced(photos):
-    entries = [Entry(str(path), str(path)) for path in sorted(photos.glob("00*.jpg"))]
+    entries = [ListedImage(str(path), str(path)) for path in sorted(photos.glob("00*.jpg"))]
 
     def tasks():
         yield entries[:5]
@@ -179,7 +179,7 @@ def test_rows_follow_the_decision_of_the_bundle(bundle):
         assert [first["known"], second["known"]] == known
         assert second["warnings"] == ["exif_rotated"]
         assert (bad["error"], bad["classes"]) == ("nonfinite_output", None)
-        assert table.schema.metadata == {b"errors": b"1"}
+        assert table.schema.metadata == {b"num_errors": b"1"}
 
 
 def test_nothing_is_left_of_a_run_that_could_not_list_its_images(bundle_path, tmp_path):

@@ -48,7 +48,7 @@ def test_files_with_hostile_names_have_rows_and_links_in_a_circle_are_not_follow
     (folder / "folder.jpg").mkdir()
     found = classify(bundle_path, [str(folder)], tmp_path / "out", SETTINGS, OPTIONS)
     assert errors_of(tmp_path / "out") == list(IN_FOLDER.values())
-    assert (found.images, found.errors) == (4, 1)
+    assert (found.num_images, found.num_errors) == (4, 1)
 
 
 def test_members_of_an_archive_stay_below_its_name(tmp_path):

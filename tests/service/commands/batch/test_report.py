@@ -14,15 +14,15 @@ from PIL import Image
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy_service.commands.batch.listing import Listing
-from sopdeploy_service.commands.batch.output import LIST, OutputFolder
-from sopdeploy_service.commands.batch.report import write_report
+from sopdeploy_service.commands.batch.output import LISTING, OutputFolder
+from sopdeploy_service.commands.batch.report import write_batch_report
 from tests.service.commands.batch.conftest import BAD, COUNT, SETTINGS, rows_of
 
 
 def report(out, bundle, decision=None, settings=SETTINGS):
     manifest = bundle.manifest.model_copy(update={"decision": decision})
     changed = replace(bundle, manifest=manifest)
-    return write_report(OutputFolder(out), Listing(out / LIST), changed, settings)
+    return write_batch_report(OutputFolder(out), Listing(out / LISTING), changed, settings)
 
 
 def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images(complete, bundle, tmp_path):
@@ -30,11 +30,11 @@ def test_the_report_counts_classes_and_errors_and_shows_the_least_certain_images
     found, rows = report(out, bundle), rows_of(out)
     good = [row for row in rows if row["error"] is None]
     assert json.loads((out / "_report.json").read_text()) == found.model_dump(mode="json")
-    assert found.images == COUNT
+    assert found.num_images == COUNT
     assert {label: count for label, count in found.counts.items() if count} == Counter(
         row["classes"][0] for row in good
     )
-    assert {kind.code: kind.images for kind in found.errors} == Counter(row["error"] for row in rows) - (
+    assert {kind.code: kind.num_images for kind in found.errors} == Counter(row["error"] for row in rows) - (
         Counter({None: len(good)})
     )
     assert found.errors[0].examples == (rows[min(BAD)]["path"],)

@@ -10,7 +10,7 @@ import pytest
 
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy_service.commands.batch.listing import Listing, write_list
-from sopdeploy_service.commands.batch.reader import Entry, Reader
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.commands.batch.sources import list_entries
 
 BODIES = {"b/2.jpg": b"two", "a.png": b"one", "b/c/3.JPEG": b"three", "z.gif": b"four"}
@@ -106,20 +106,24 @@ def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypat
 def test_an_image_that_cannot_be_read_has_the_code_of_unusable_data(sources, monkeypatch):
     monkeypatch.chdir(sources)
     with pytest.raises(ImageError, match=r"cannot be read \(No such file or directory\)") as raised:
-        Reader(max_bytes=9).read(Entry("x", "/nowhere/x.jpg"))
+        Reader(max_bytes=9).read(ListedImage("x", "/nowhere/x.jpg"))
     assert raised.value.code == "unusable_data"
 
 
 def test_the_list_is_read_in_parts_and_its_hash_changes_with_names_and_sizes(tmp_path):
     latin = os.fsdecode(b"/caf\xe9.jpg")
-    entries = [Entry(latin, latin, size=3), Entry("b", "/b", 512, 7), Entry("c", "s3://x/c")]
+    entries = [
+        ListedImage(latin, latin, size=3),
+        ListedImage("b", "/b", 512, 7),
+        ListedImage("c", "s3://x/c"),
+    ]
     source, images = write_list(tmp_path / "list", iter(entries), 2)
     listing = Listing(tmp_path / "list")
-    assert (images, listing.parts()) == (3, 2)
+    assert (images, listing.num_parts()) == (3, 2)
     assert [listing.images_of(part) for part in range(2)] == [2, 1]
     first, second, third = (entry for part in range(2) for entry in listing.read(part))
     assert (first.path, first.location) == ("/caf�.jpg", latin)
     assert [second, third] == entries[1:]
     assert write_list(tmp_path / "again", entries, 3)[0] == source
-    changes = [entries[:2], entries[::-1], [*entries[:2], Entry("c", "s3://x/c", size=1)]]
+    changes = [entries[:2], entries[::-1], [*entries[:2], ListedImage("c", "s3://x/c", size=1)]]
     assert source not in [write_list(tmp_path / "changed", changed, 2)[0] for changed in changes]

@@ -21,7 +21,7 @@ class FakeRuntime:
     def __init__(
         self,
         *,
-        classes: int,
+        num_classes: int,
         fixed_ms: float = 0.0,
         per_image_ms: float = 0.0,
         largest_batch: int = 8,
@@ -31,7 +31,7 @@ class FakeRuntime:
         self.device = device
         self.largest_batch = largest_batch
         self.batches: list[int] = []  # sizes of all batches so far, for tests
-        self._classes = classes
+        self._classes = num_classes
         self._output = output
         self._fixed = fixed_ms / 1000
         self._per_image = per_image_ms / 1000

@@ -1,0 +1,175 @@
+"""Requests and responses of the HTTP API, for the server and the client; imports neither."""
+
+from typing import Annotated, Literal
+
+import pydantic
+
+from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.images.preprocess import Preprocess
+
+
+class ClassifyQuery(pydantic.BaseModel):
+    """Query parameters of `/v1/classify`; unknown ones are ignored."""
+
+    top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
+    model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
+    version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
+    gates: bool = pydantic.Field(
+        False, description="Include the selected components of a network with a gate."
+    )
+    threshold: Fraction | None = pydantic.Field(
+        None,
+        description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
+    )
+    explain: bool = pydantic.Field(False, description="Include the class activation map of the best class.")
+    explain_label: str | None = pydantic.Field(None, description="The class to explain instead of the best.")
+
+
+class EmbedQuery(pydantic.BaseModel):
+    """Query parameters of `/v1/embed`; unknown ones are ignored."""
+
+    model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
+    version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
+    encoding_format: Literal["float", "base64"] = pydantic.Field(
+        "float", description="A list of numbers, or base64 of little-endian float32."
+    )
+
+
+class Problem(StrictModel):
+    """An error of RFC 9457: `code` is stable, `detail` is for people, `type` is a page about the code."""
+
+    type: str = "about:blank"
+    title: str = ""
+    status: int
+    code: str
+    detail: str
+
+
+class ClassProbability(StrictModel):
+    """One class and its probability."""
+
+    label: str
+    probability: Fraction
+
+
+class Component(StrictModel):
+    """One component selected by the gate: its index and its weight in the sum."""
+
+    component: int
+    weight: float
+
+
+class ClassMap(StrictModel):
+    """Class activation map: what each position of the image adds to the logit of a class.
+
+    `values` are the rows of the map in units of logits; their mean plus `bias` is the logit. `box` is the
+    part (left, top, right, bottom) of the upright image that the network receives; the values divide it into
+    equal cells. `image_size` is (width, height). Both are in pixels. A padded image is smaller than its box.
+    """
+
+    label: str
+    values: tuple[tuple[float, ...], ...]
+    bias: float
+    box: tuple[float, float, float, float]
+    image_size: tuple[int, int]
+
+
+class Classes(StrictModel):
+    """Prediction for one image: its most probable classes, best first.
+
+    A multi-label network lists the classes whose probability reaches their threshold, possibly none.
+    `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
+    `first_frame_only`, `sixteen_bit_scaled`. If requested, `gates` lists the selected components, largest
+    weight first, and `class_map` explains a class. `known` is false if the image probably shows none of the
+    classes, because its `score` is below the threshold of the bundle. Without a threshold, `known` and
+    `score` are absent.
+    """
+
+    classes: tuple[ClassProbability, ...]
+    warnings: tuple[str, ...] = ()
+    gates: tuple[Component, ...] | None = None
+    class_map: ClassMap | None = None
+    known: bool | None = None
+    score: float | None = None
+
+
+class EncodedEmbedding(StrictModel):
+    """Features of one image: the D numbers that the classifier reads, or base64 of little-endian float32."""
+
+    embedding: tuple[float, ...] | str
+    warnings: tuple[str, ...] = ()
+
+
+class FastDecode(StrictModel):
+    """How inexact decoding changed the outputs on *num_pictures* images at the start.
+
+    *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
+    spread of the logits, *agreement* the fraction of images whose best class stayed the same. *gray_levels*
+    is the mean difference between the GPU's pixels and those of the golden example that differs most, at most
+    *max_gray_levels*; it is None if no GPU decodes or the bundle has no golden examples.
+    """
+
+    num_pictures: int
+    largest: float
+    drift: float
+    agreement: float
+    gray_levels: float | None = None
+    max_gray_levels: float | None = None
+
+
+class ModelInfo(StrictModel):
+    """A loaded network and its runtime; `id` is its bundle ID.
+
+    `decode` is the way in which images are decoded; unless it is `exact`, `fast_decode` is its effect.
+    `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a vector of
+    `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a known image, if it has
+    such a threshold. The last three fields are set with a memory budget; `memory_bytes` is an estimate before
+    the first load.
+    """
+
+    name: str
+    bundle: str
+    id: str
+    model: str
+    num_labels: int
+    precision: str
+    preprocess: Preprocess
+    runtime: str
+    device: str
+    largest_batch: int
+    versions: dict[str, str]
+    decode: str
+    fast_decode: FastDecode | None = None
+    thresholds: dict[str, float] | None = None
+    class_maps: bool = False
+    embedding_size: int | None = None
+    known_from: float | None = None
+    loaded: bool | None = None
+    pinned: bool | None = None
+    memory_bytes: int | None = None
+
+
+class ShadowInfo(StrictModel):
+    """The shadow of the model *live*, which receives the fraction *share* of the requests for that model.
+
+    `images` counts the images since the start by result: best class agrees or differs, failed, dropped.
+    """
+
+    name: str
+    bundle: str
+    id: str
+    live: str
+    share: float
+    images: dict[str, int]
+
+
+class ServerInfo(StrictModel):
+    """The models of a server by name, the versions available for rollback, and the shadow.
+
+    `server` is its version.
+    """
+
+    server: str
+    models: tuple[ModelInfo, ...]
+    previous: dict[str, str]
+    shadow: ShadowInfo | None = None
