@@ -17,7 +17,7 @@ from measure import make_parser
 from numpy.typing import NDArray
 from scipy.stats import poisson
 
-from sopdeploy_service.cores import LARGEST_DECODE_BATCH, decoders_per_process
+from sopdeploy_service.settings import LARGEST_DECODE_BATCH, decoders_per_process
 
 Floats = NDArray[np.float64]
 

@@ -34,6 +34,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
+from fake_runtime import FakeRuntime
 from measure import Result, existing, make_parser, one_line_errors, report
 from numpy.typing import NDArray
 from PIL import Image
@@ -43,7 +44,6 @@ from sopdeploy.errors import DataError
 from sopdeploy_service.commands.batch import run
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 BATCH = {"simulated": 32, "real": 16}

@@ -21,12 +21,11 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.cores import LARGEST_DECODE_BATCH, decoders_per_process
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
 from sopdeploy_service.images.nvimagecodec import JpegJob, NvImageCodec
 from sopdeploy_service.runtime.onnxruntime import import_onnxruntime, pinned_memory
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import LARGEST_DECODE_BATCH, Settings, decoders_per_process
 
 SIZES = ((500, 375), (4000, 3000))
 WAYS: tuple[str, ...] = ("exact", "nvimagecodec")

@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import numpy as np
 import uvicorn
+from fake_runtime import FakeOverlappingRuntime
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord
@@ -30,7 +31,6 @@ from sopdeploy_service.images import loaders
 from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import OverlappingRuntime
-from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 from sopdeploy_service.server.draining_server import freeze_objects, http_config
 from sopdeploy_service.server.memory import limit_heaps
 from sopdeploy_service.settings import Settings, load_settings

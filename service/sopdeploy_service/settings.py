@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from sopdeploy.config import Count, first_problem
+from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
 from sopdeploy.plugins import VARIABLE, installed_plugins, parts
@@ -98,6 +99,11 @@ Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_split_commas)]
 PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
 Budget = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_parse_budget)]
 Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
+DECODERS_BESIDE_CPU_INFERENCE = 2
+MAX_DECODERS = 8  # of one process; more would wait for Python's interpreter lock
+LARGEST_DECODE_BATCH = 16  # JPEGs that a GPU decodes at once; a H100 has seven units for it
 
 VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
@@ -293,3 +299,17 @@ def to_toml(settings: Settings) -> str:
     for name, value in settings.model_dump(mode="json").items():
         lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}")
     return "\n".join(lines) + "\n"
+
+
+def cores_within_quota() -> int:
+    """Count the usable cores, at most the CPU time of the container's quota."""
+    try:
+        most, period = CPU_QUOTA.read_text().split()
+        return min(usable_cores(), max(1, int(most) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or no quota: `max 100000`
+        return usable_cores()
+
+
+def decoders_per_process(cores: int, processes: int) -> int:
+    """Return the decoding threads of each of *processes* that share *cores* with no other work."""
+    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores // processes))

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import uvicorn
+from fake_runtime import FakeRuntime
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
@@ -35,7 +36,6 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url

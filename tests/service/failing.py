@@ -1,10 +1,10 @@
 """A runtime that fails on chosen runs."""
 
 import numpy as np
+from fake_runtime import FakeRuntime
 from numpy.typing import NDArray
 
 from sopdeploy_service.runtime.base import OutOfMemoryError
-from sopdeploy_service.runtime.fake import FakeRuntime
 
 
 class Failing(FakeRuntime):

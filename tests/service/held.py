@@ -3,9 +3,8 @@
 import threading
 
 import numpy as np
+from fake_runtime import FakeRuntime
 from numpy.typing import NDArray
-
-from sopdeploy_service.runtime.fake import FakeRuntime
 
 
 class Held(FakeRuntime):

@@ -3,11 +3,11 @@
 import re
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import largest_batch
 from sopdeploy_service.observability.request_context import RequestContext
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments
 
 

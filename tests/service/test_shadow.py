@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
@@ -17,7 +18,6 @@ from sopdeploy_service import shadow as shadows
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
 from tests.service.held import Held
 

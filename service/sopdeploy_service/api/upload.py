@@ -4,9 +4,6 @@ import asyncio
 import re
 from typing import NamedTuple
 
-import pydantic
-
-from sopdeploy.config import first_problem
 from sopdeploy.images.formats import FIRST_BYTES
 from sopdeploy_service.api.admission import AdmittedRequest
 from sopdeploy_service.api.body import check_encoding
@@ -14,7 +11,7 @@ from sopdeploy_service.api.schema import ClassifyRequest
 from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.http.strict_json import decode_text, parse
+from sopdeploy_service.http.strict_json import decode_text, parse, validate
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
@@ -85,11 +82,7 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
 
     Raises `RejectedError` for anything that is not a `ClassifyRequest` with base64 images.
     """
-    value = parse(raw, max_bytes)
-    try:
-        body = ClassifyRequest.model_validate(value)
-    except pydantic.ValidationError as problem:
-        raise bad_request("malformed_request", first_problem(problem)) from problem
+    body = validate(ClassifyRequest, parse(raw, max_bytes))
     top_k = None if body.top_k is None else min(body.top_k, MAX_TOP_K)
     if body.images is None:
         images = [] if body.image is None else [EncodedImage(decode_text(body.image, "image"))]

@@ -2,5 +2,5 @@
 
 `front_ends` above 1 starts, for each device, an *inference process*, which owns the runtimes, and several
 *front ends*, which handle HTTP, limits, decoding and responses. The supervisor starts, connects and restarts
-them. `server.process.PARTS` is the only place outside of this folder that names it.
+them.
 """

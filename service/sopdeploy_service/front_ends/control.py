@@ -1,20 +1,35 @@
-"""The socket between the supervisor and one of its processes.
+"""The socket between the supervisor and one of its processes, and the rate limits that front ends share.
 
 The supervisor sends file descriptors: connections of clients, and channels between front ends and inference
 processes. The process reports its status ten times per second. Both may ask the other for metrics. An empty
 message means that the other one has ended or left.
+
+The state of every bucket of a rate limit is in shared memory, without a lock: if two front ends charge a key
+in the same microsecond, one of the charges is lost.
 """
 
 import asyncio
 import contextlib
+import mmap
+import os
 import socket
 import struct
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import cast
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from sopdeploy.errors import ConfigError
 
 CLIENT, SEND_METRICS, CHANNEL = b"client", b"metrics", b"channel"  # messages with a file
 RELOAD = b"reload"  # to a process that loads bundles
 # From an inference process: it has new models, cannot start (and why), or a front end breaks the protocol.
 NEWS = NEW_MODELS, FAILED, BAD_FRONT_END = b"models", b"failed", b"broken"
 STATUS = struct.Struct("=QI?")  # connections received, open ones, ready for images; then names of bundles
+MAX_KEYS = 4096
+_LIMIT_BYTES = 16 * MAX_KEYS  # two numbers of 8 bytes for each key
 _METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 
@@ -63,3 +78,42 @@ async def send_metrics(file: int, page: bytes) -> None:
     with contextlib.suppress(OSError), socket.socket(fileno=file) as connection:
         connection.setblocking(False)
         await asyncio.get_running_loop().sock_sendall(connection, page)
+
+
+def merge_metrics(pages: Mapping[str, bytes]) -> bytes:
+    """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
+
+    A page is empty if its process is down. A name is that of a device, or `DEVICE:NUMBER` for a front end.
+    """
+    up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
+    families: dict[str, Metric] = {}
+    for name, page in pages.items():
+        added = {"process": name}
+        up.add_sample(up.name, added, float(bool(page)))
+        for family in text_string_to_metric_families(page.decode()):
+            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            merged.samples += [
+                sample._replace(labels={**sample.labels, **added}) for sample in family.samples
+            ]
+    pages_merged = SimpleNamespace(collect=lambda: [up, *families.values()])
+    return generate_latest(cast(CollectorRegistry, pages_merged))  # which calls only `collect`
+
+
+def create_memory() -> int:
+    """Create a memory file for all front ends."""
+    file = os.memfd_create("sopdeploy-limits", os.MFD_CLOEXEC)
+    os.ftruncate(file, _LIMIT_BYTES)
+    return file
+
+
+class SharedBucketStates:
+    """Creates states of buckets in the memory *file*, which may be closed afterwards."""
+
+    def __init__(self, file: int) -> None:
+        self._values = memoryview(mmap.mmap(file, _LIMIT_BYTES)).cast("d")
+
+    def __call__(self, key: int) -> "memoryview[float]":
+        """Return the state of the key number *key*; raises `ConfigError` if there are too many keys."""
+        if key >= MAX_KEYS:
+            raise ConfigError(f"more than {MAX_KEYS} keys, the limit with front_ends; remove some")
+        return self._values[2 * key : 2 * key + 2]

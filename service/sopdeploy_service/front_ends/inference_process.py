@@ -29,8 +29,13 @@ import numpy as np
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.front_ends import channel, control
-from sopdeploy_service.front_ends.archive import archive_model
-from sopdeploy_service.front_ends.channel import IMAGE_HEAD, RESULT_HEAD, ChannelError, MessageKind
+from sopdeploy_service.front_ends.channel import (
+    IMAGE_HEAD,
+    RESULT_HEAD,
+    ChannelError,
+    MessageKind,
+    archive_model,
+)
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
@@ -49,8 +54,7 @@ from sopdeploy_service.inference.results import (
 )
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, run_program
-from sopdeploy_service.server.loop_watch import BEAT_SECONDS
+from sopdeploy_service.server.launch import BEAT_SECONDS, EXIT_RUNTIME_DEAD, run_program
 from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
@@ -228,8 +232,11 @@ def run_inference_process(launch_config: Mapping[str, Any]) -> int:
     with logs.configured(settings):
         sources: Sequence[str] = launch_config["sources"]
         try:
-            bundles = BundleStore(sources).bundles
-            loaded = {name: load_model(path, settings) for name, path in bundles.items()}
+            store = BundleStore(sources)
+            loaded = {
+                name: load_model(path, settings, store.checked.get(path))
+                for name, path in store.bundles.items()
+            }
         except SopdeployError as problem:
             control.send_files(supervisor, control.FAILED + b": " + str(problem).encode())
             raise

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.cores import cores_within_quota, decoders_per_process
 from sopdeploy_service.front_ends import control
-from sopdeploy_service.settings import SINGLE_PROCESS, Settings
+from sopdeploy_service.settings import SINGLE_PROCESS, Settings, cores_within_quota, decoders_per_process
 
 SERVER, INFERENCE = "server", "inference process"
 MODULES = {

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.front_ends import channel
-from sopdeploy_service.front_ends.archive import read_model
-from sopdeploy_service.front_ends.channel import IMAGE_HEAD, RESULT_HEAD, MessageKind
+from sopdeploy_service.front_ends.channel import IMAGE_HEAD, RESULT_HEAD, MessageKind, read_model
 from sopdeploy_service.front_ends.inference_process import HTTP_ERRORS
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel
@@ -28,8 +27,7 @@ from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, 
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, HttpError, Prediction, rank_classes
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.drift import drift_window
-from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.metrics import Metrics, drift_window
 from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.inference")

@@ -33,10 +33,15 @@ from sopdeploy_service.front_ends.processes import (
     count_front_ends,
     list_processes,
 )
-from sopdeploy_service.front_ends.rate_limits import create_memory
 from sopdeploy_service.observability import logs
-from sopdeploy_service.server.launch import STDERR, USER_ERROR, start_process, terminal_is_closed
-from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
+from sopdeploy_service.server.launch import (
+    BEAT_SECONDS,
+    STDERR,
+    USER_ERROR,
+    LoopWatch,
+    start_process,
+    terminal_is_closed,
+)
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
 
@@ -93,7 +98,7 @@ class Supervisor:
         self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
-            self._buckets = create_memory()
+            self._buckets = control.create_memory()
             for file in (self._lifeline, writing, self._buckets):
                 stack.callback(os.close, file)
             watch = LoopWatch()
@@ -308,9 +313,8 @@ class Supervisor:
 
     async def _collect_metrics(self) -> bytes:
         pages = await asyncio.gather(*(control.request_metrics(process.control) for process in self._servers))
-        from sopdeploy_service.front_ends.monitoring import merge  # noqa: PLC0415
-
-        return merge({process.name: page for process, page in zip(self._servers, pages, strict=True)})
+        names = [process.name for process in self._servers]
+        return control.merge_metrics(dict(zip(names, pages, strict=True)))
 
     async def _send_metrics(self, file: int) -> None:
         await control.send_metrics(file, await self._collect_metrics())

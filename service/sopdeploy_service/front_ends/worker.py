@@ -20,7 +20,6 @@ from prometheus_client import generate_latest
 
 from sopdeploy_service.app import create_app
 from sopdeploy_service.front_ends import control, sandbox
-from sopdeploy_service.front_ends.rate_limits import SharedBucketStates
 from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service
@@ -134,7 +133,7 @@ def run_worker(launch_config: Mapping[str, Any]) -> int:
     """Serve until SIGTERM, or until a runtime of this process is dead; return the exit code."""
     settings = Settings(**launch_config["settings"])
     supervisor = socket.socket(fileno=launch_config["control"])
-    bucket_states = SharedBucketStates(launch_config["buckets"])
+    bucket_states = control.SharedBucketStates(launch_config["buckets"])
     is_front_end = "channel" in launch_config
     with configured_process(settings) as open_trace:
         options: dict[str, Any] = {"open_trace": open_trace, "create_bucket_state": bucket_states}

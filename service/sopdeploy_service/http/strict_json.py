@@ -7,10 +7,12 @@ short.
 """
 
 import binascii
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+import pydantic
 
+from sopdeploy.config import first_problem
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
@@ -18,6 +20,7 @@ MAX_QUOTES = 10_000
 MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
 MAX_STRUCTURE = 100_000  # bytes outside of strings
 _NUMBERS = frozenset({int, float})
+ParsedBody = TypeVar("ParsedBody", bound=pydantic.BaseModel)
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
@@ -64,6 +67,14 @@ def count_keys(value: Any) -> int:
         elif isinstance(item, list) and not _NUMBERS.issuperset(map(type, item)):
             pending.extend(item)
     return keys
+
+
+def validate(model: type[ParsedBody], value: Any) -> ParsedBody:
+    """Validate the JSON *value*; raise `RejectedError` for the first error."""
+    try:
+        return model.model_validate(value)
+    except pydantic.ValidationError as error:
+        raise bad_request("malformed_request", first_problem(error)) from error
 
 
 def decode_text(text: object, where: str) -> bytes:

@@ -17,9 +17,9 @@ from PIL import Image
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.images.pixels import MAX_ASPECT_RATIO, resized_size
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.cores import LARGEST_DECODE_BATCH
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.runtime.base import reason_of
+from sopdeploy_service.settings import LARGEST_DECODE_BATCH
 
 MODES = {"RGB", "L"}
 _END = b"\xff\xd9"  # of a complete JPEG; NVIDIA's decoders do not report that data is missing

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from sopdeploy.bundle.folder import MANIFEST, follow_link, read_manifest
+from sopdeploy.bundle.folder import MANIFEST, Bundle, follow_link, read_manifest
 from sopdeploy.bundle.listing import describe_projects, list_bundles, read_bundles
 from sopdeploy.errors import BundleError, ConfigError, shorten
 
@@ -17,15 +17,19 @@ log = logging.getLogger("sopdeploy.models")
 
 
 class BundleStore:
-    """The bundles by name, and the folders that may hold later versions."""
+    """The bundles by name, and the folders that may hold later versions.
+
+    `checked` has those bundles whose files were already compared with their hashes.
+    """
 
     def __init__(self, sources: Iterable[str | Path]) -> None:
         """Find the bundles of *sources*, each `PATH` or `NAME=PATH`.
 
-        For a folder, the log gets a line about each project, a warning if it has a bundle that is not served.
+        For a folder, the log gets a line about each project, a warning if a bundle cannot be served.
         Raises `BundleError` for a path without a bundle and `ConfigError` for two bundles with one name.
         """
         self.bundles: dict[str, Path] = {}
+        self.checked: dict[Path, Bundle] = {}
         self._folders: list[Path] = []
         for source in map(str, sources):
             name, equals, text = source.partition("=")
@@ -48,11 +52,12 @@ class BundleStore:
         if all(one.reason for one in listed):
             reason = "no bundle here or in a folder directly below; give the folder with a manifest.json"
             raise BundleError(f"{folder}: {listed[0].reason if listed else reason}")
-        for line in describe_projects(listed):
-            log.log(logging.WARNING if "not " in line else logging.INFO, line)
-        for path, manifest, reason in listed:
-            if manifest is not None and not reason:
-                self._add(manifest.project, path)
+        for line, failed in describe_projects(listed):
+            log.log(logging.WARNING if failed else logging.INFO, line)
+        for one in listed:
+            if one.checked is not None:
+                self._add(one.checked.manifest.project, one.path)
+                self.checked[one.path] = one.checked
 
     def _add(self, name: str, bundle: Path) -> None:
         if name in self.bundles:
@@ -76,7 +81,7 @@ class BundleStore:
         else:
             matches = [
                 path
-                for path, manifest, _ in candidates
+                for path, manifest, *_ in candidates
                 if manifest is not None and manifest.project == name and manifest.id != serving
             ]
         if not matches and folder is None and serving is not None:

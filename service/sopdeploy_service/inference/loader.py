@@ -56,8 +56,10 @@ class LoadedModel:
     onnx_root: str | None = None
 
 
-def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
-    """Load the bundle at *path* and replay its probes.
+def load_model(
+    path: Path, settings: Settings, checked: Bundle | None = None, *, thorough: bool = False
+) -> LoadedModel:
+    """Load the bundle at *path* and replay its probes; *checked* is this bundle if it was just opened.
 
     `_SINGLE_PROBES` of the probes run alone, the others in batches of the largest size. With *thorough*, all
     of them run in both ways, and the root of the graph is compared with the certificate, and recomputed if
@@ -66,7 +68,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     Raises `BundleError`, `RuntimeUnavailableError`, `ParityError`, `ConfigError` for an invalid key file, and
     the errors of `choose_decoding`.
     """
-    bundle = open_checked(path, settings)
+    bundle = open_checked(path, settings, checked)
     root = check_roots(bundle) if thorough else None
     smallest = bundle.manifest.batch.minimum
     if smallest > 1:
@@ -103,14 +105,15 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     )
 
 
-def open_checked(path: Path, settings: Settings) -> Bundle:
+def open_checked(path: Path, settings: Settings, checked: Bundle | None = None) -> Bundle:
     """Check the files of the bundle at *path* and, if *settings* require it, the signature; open it.
 
     Raises `BundleError`, and `ConfigError` for an invalid key file.
     """
     if settings.require_signature is not None:
         check_signature(path, signature_path(path), settings.require_signature)
-    return open_bundle(path)
+        checked = None  # nothing may have changed since
+    return checked or open_bundle(path)
 
 
 def _read_probes(bundle: Bundle) -> Probes:

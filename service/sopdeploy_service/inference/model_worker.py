@@ -36,8 +36,7 @@ from sopdeploy_service.inference.results import (
     Prediction,
     rank_classes,
 )
-from sopdeploy_service.observability.drift import DriftWindow
-from sopdeploy_service.observability.metrics import ModelMetrics
+from sopdeploy_service.observability.metrics import DriftWindow, ModelMetrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,
     OutOfMemoryError,

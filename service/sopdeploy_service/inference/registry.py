@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from pathlib import Path
 
 from sopdeploy.bundle.folder import read_manifest
@@ -157,7 +156,9 @@ class ModelRegistry:
         """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
             store = await asyncio.to_thread(BundleStore, sources)
-            await self.follow(store.bundles, partial(load_model, settings=self._settings))
+            await self.follow(
+                store.bundles, lambda path: load_model(path, self._settings, store.checked.get(path))
+            )
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)

@@ -19,12 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.images.limits import FORMATS
-from sopdeploy_service.cores import (
-    DECODERS_BESIDE_CPU_INFERENCE,
-    LARGEST_DECODE_BATCH,
-    cores_within_quota,
-    decoders_per_process,
-)
 from sopdeploy_service.images.decode import Decode, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
@@ -47,7 +41,13 @@ from sopdeploy_service.inference.results import (
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import (
+    DECODERS_BESIDE_CPU_INFERENCE,
+    LARGEST_DECODE_BATCH,
+    Settings,
+    cores_within_quota,
+    decoders_per_process,
+)
 
 MAX_RETRY_SECONDS = 60
 

@@ -5,14 +5,18 @@ from collections import Counter as Counts
 from collections.abc import Sequence
 from functools import cache, partial
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.evaluation.drift import TESTS, Drift
+from sopdeploy.decision import Reference
+from sopdeploy.evaluation.drift import TESTS, Drift, PredictionCounts
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+WINDOW_IMAGES = 1000  # predictions per test for drift
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # nothing reads these series
@@ -174,3 +178,33 @@ class ModelMetrics:
     def drift_p_value(self, test: str) -> float:
         """Return the p-value of the drift *test*; NaN before the first full window."""
         return math.nan if self.drift is None else self.drift.tests[test].p_value
+
+
+def drift_window(bundle: Bundle) -> "DriftWindow | None":
+    """Create the window of *bundle*; None if it has no predictions for held-out images."""
+    decision = bundle.manifest.decision
+    if decision is None or decision.reference is None:
+        return None
+    return DriftWindow(decision.reference)
+
+
+class DriftWindow:
+    """Counts predictions, and compares every full window with the held-out ones. Not thread-safe.
+
+    Each window of `WINDOW_IMAGES` is tested once, so the false-alarm rate of `sopdeploy.evaluation.drift`
+    holds per window. Testing all predictions again at every scrape would raise more and more false alarms.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._counts = PredictionCounts(len(reference.classes))
+        self.latest: Drift | None = None  # of the last full window
+
+    def add(self, logits: Sequence[NDArray[np.float32]]) -> None:
+        """Count the predictions of images with *logits* (C,)."""
+        if not logits:
+            return
+        self._counts.add_logits(np.stack(logits))
+        if self._counts.images >= WINDOW_IMAGES:
+            self.latest = self._counts.compare(self._reference)
+            self._counts = PredictionCounts(len(self._reference.classes))

@@ -19,8 +19,7 @@ from fastapi import FastAPI
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, terminal_is_closed
-from sopdeploy_service.server.loop_watch import LoopWatch
+from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, LoopWatch, terminal_is_closed
 from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings

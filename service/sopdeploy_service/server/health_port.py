@@ -19,7 +19,7 @@ from sopdeploy_service.inference.results import HttpError
 from sopdeploy_service.inference.service import State
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.http_protocol import Connections, limited_config
-from sopdeploy_service.server.loop_watch import LoopWatch
+from sopdeploy_service.server.launch import LoopWatch
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 

@@ -1,4 +1,4 @@
-"""Start a server process from another process of sopdeploy, and be such a process.
+"""Start a server process from another process of sopdeploy, be such a process, and watch its event loop.
 
 The new process gets its launch config, JSON with the settings, the bundles and the inherited file
 descriptors, in an environment variable.
@@ -10,7 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from sopdeploy.errors import SopdeployError
@@ -18,6 +21,8 @@ from sopdeploy_service.settings import WORKER_VARIABLE
 
 STDERR, USER_ERROR = 2, 2
 HAS_TERMINAL = os.isatty(STDERR)  # at the start
+BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
+BEATS = 100  # the last ten seconds
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 
 
@@ -68,3 +73,24 @@ def run_program(serve: Callable[[Mapping[str, Any]], int]) -> int:
     except SopdeployError as problem:
         sys.stderr.write(f"error: device {launch_config['name']}: {problem} [{problem.code}]\n")
         return USER_ERROR
+
+
+@dataclass
+class LoopWatch:
+    """Measures how late an event loop is. `beat` runs on that loop, the other methods on any thread."""
+
+    _last: float = field(default_factory=lambda: time.monotonic())
+    _lags: deque[float] = field(default_factory=lambda: deque(maxlen=BEATS))
+
+    def beat(self) -> None:
+        """Record that the loop is running; call it every `BEAT_SECONDS`."""
+        self._lags.append(self.lag())
+        self._last = time.monotonic()
+
+    def lag(self) -> float:
+        """Seconds by which the next beat is overdue."""
+        return max(0.0, time.monotonic() - self._last - BEAT_SECONDS)
+
+    def worst(self) -> float:
+        """Largest lag in seconds of the last ten seconds of beats."""
+        return max([*tuple(self._lags), self.lag()])

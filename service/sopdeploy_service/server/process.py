@@ -100,7 +100,9 @@ def load_app(
         options["create_registry"] = partial(BudgetedRegistry, bundles)
         bundles = {}  # the registry loads them
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as loader:
-        loaded = loader.map(lambda path: load_model(path, settings), bundles.values())
+        loaded = loader.map(
+            lambda path: load_model(path, settings, store.checked.get(path)), bundles.values()
+        )
         import sopdeploy_service.server.draining_server  # noqa: F401, PLC0415
         from sopdeploy_service.app import create_app  # noqa: PLC0415
 

@@ -66,7 +66,7 @@ def runs_command(
         origin, estimate = checkpoint.origin, dict(training_rows(checkpoint.training)).get("accuracy", "")
         key = name if origin is None else origin.run_id
         trained[key] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
-    for path, manifest, reason in list_bundles(bundles):
+    for path, manifest, reason, *_ in list_bundles(bundles):
         row = _row(None)
         if manifest is not None:
             key = "" if manifest.origin is None else manifest.origin.run_id

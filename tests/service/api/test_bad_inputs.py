@@ -11,13 +11,13 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import prepare_decoders
 from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.children import ONE_PROCESS, WAYS, serving
 from tests.service.conftest import RULES, picture_bytes, running

@@ -1,12 +1,12 @@
 """`sopdeploy doctor` against servers with a known bottleneck."""
 
 import pytest
+from fake_runtime import FakeRuntime
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.doctor.examine import Diagnosis, examine
 from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.front_ends import inference_process
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
@@ -38,8 +39,8 @@ class Gated:
         return self._runtime.run(images)
 
 
-def load_gated(path: Path, settings: Settings) -> LoadedModel:
-    loaded = load_model(path, settings)
+def load_gated(path: Path, settings: Settings, checked: Bundle | None) -> LoadedModel:
+    loaded = load_model(path, settings, checked)
     return replace(loaded, runtime=Gated(loaded.runtime))
 
 

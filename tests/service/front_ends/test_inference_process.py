@@ -18,6 +18,7 @@ from random import Random
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
@@ -29,7 +30,6 @@ from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.bundle_with_maps import write_bundle_with_maps

@@ -14,9 +14,9 @@ import httpx
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service import cores as usable
+from sopdeploy_service import settings as usable
 from sopdeploy_service.front_ends import processes
-from sopdeploy_service.front_ends.monitoring import merge
+from sopdeploy_service.front_ends.control import merge_metrics
 from sopdeploy_service.front_ends.processes import SERVER, list_processes, visible_devices
 from sopdeploy_service.settings import load_settings
 from tests.service.children import children_of, is_alive, line_of, module_of, spawn
@@ -252,7 +252,7 @@ def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None
         b'a_total{route="/"} 2.0\n# TYPE b histogram\n# HELP b y\nb_bucket{le="1.0"} 1.0\n'
         b'b_bucket{le="+Inf"} 3.0\nb_count 3.0\nb_sum 4.5\n'
     )
-    text = merge({"0": page, "1": page, "2": b""}).decode()
+    text = merge_metrics({"0": page, "1": page, "2": b""}).decode()
     for line in (
         'a_total{process="0",route="/"} 2.0',
         'a_total{process="1",route="/"} 2.0',

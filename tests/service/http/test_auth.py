@@ -6,6 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -15,7 +16,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.http.api_keys import Key, find_key, load_keys, new_key
 from sopdeploy_service.http.rate_limits import TokenBucket, local_state
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import load_settings
 
 DIGEST = hashlib.sha256(b"secret").hexdigest()

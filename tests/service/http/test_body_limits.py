@@ -3,9 +3,9 @@
 from contextlib import ExitStack
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import load_settings
 from tests.service.raw import EXPECT, POST, connect, count, read
 

@@ -2,7 +2,8 @@
 
 import threading
 
-from sopdeploy_service.runtime.fake import FakeRuntime
+from fake_runtime import FakeRuntime
+
 from tests.service.conftest import open_files
 from tests.service.held import Held
 from tests.service.raw import connect, count, post_of

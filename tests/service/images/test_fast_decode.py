@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.errors import ParityError
@@ -11,7 +12,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
 from sopdeploy_service.images.loaders import MAX_DRIFT, choose_decoding, load_reduced, synthetic_jpeg
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 RULES = Preprocess(resize=36, crop=32)

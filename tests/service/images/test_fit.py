@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
@@ -17,7 +18,6 @@ from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
 from sopdeploy_service.images.loaders import load_reduced, synthetic_jpeg
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import running
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import hostile_images as hostile
 import pytest
+from fake_runtime import FakeRuntime
 from memory_group import can_limit_memory
 
 from sopdeploy.images.cost import Cost
@@ -13,7 +14,6 @@ from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import LEAST_BYTES, LIGHT, PHOTO, plan_lanes
 from sopdeploy_service.runtime import device_memory
-from sopdeploy_service.runtime.fake import FakeRuntime
 from tests.service.children import FRONT_ENDS, WAYS, serving
 from tests.service.raw import count
 

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from fake_runtime import FakeRuntime
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
@@ -11,7 +12,6 @@ from sopdeploy_service.inference import model, service
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.failing import Failing
 

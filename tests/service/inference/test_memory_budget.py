@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError
@@ -19,7 +20,6 @@ from sopdeploy_service.inference.memory_budget import BudgetedRegistry, budget_b
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime import device_memory
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings, load_settings
 
 MB = 1_000_000

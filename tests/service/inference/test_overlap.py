@@ -5,12 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from fake_runtime import FakeOverlappingRuntime
 
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.runtime.base import DeviceLostError
-from sopdeploy_service.runtime.fake import FakeOverlappingRuntime
 
 MAX_BATCH = 2
 COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (10, 250, 250), (250, 10, 250)]

@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy_service.inference import service
 from sopdeploy_service.inference.model_worker import MAX_FAILED_BATCHES
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.held import Held
 from tests.service.raw import count

@@ -5,10 +5,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy_service.api import upload
 from sopdeploy_service.api.v2 import routes
-from sopdeploy_service.runtime.fake import FakeRuntime
 from tests.service.raw import count
 
 

@@ -12,8 +12,10 @@ import httpx
 import numpy as np
 import pytest
 
-from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.bundle import folder as bundle_folder
+from sopdeploy.bundle.folder import open_bundle, read_manifest
 from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.files import sha256
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
@@ -21,6 +23,7 @@ from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
+from sopdeploy_service.server.process import load_app
 from sopdeploy_service.settings import Settings
 from tests.forged import flip
 from tests.service.failing import Failing
@@ -262,7 +265,9 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
         for project, day, probes in (("hats", 2, 3), ("hats", 1, 4), ("shoes", 0, 3), ("shoes", 3, 4))
     }
     last = {"hats": made["hats", 2], "shoes": made["shoes", 3]}
+    caplog.set_level("INFO")
     assert BundleStore([folder]).bundles == last
+    assert {record.levelname for record in caplog.records} == {"INFO"}
     assert lines(caplog) == [
         f"shoes: serves {last['shoes']} (exported 2026-11-23T10:00:00Z); "
         f"not {made['shoes', 0].name}, exported earlier, 2026-11-20T10:00:00Z",
@@ -282,7 +287,15 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
     assert BundleStore([tmp_path / "copied" / "latest"]).bundles == {"hats": tmp_path / "copied" / "latest"}
 
 
+def test_a_start_hashes_every_file_once(tmp_path, make_bundle, monkeypatch) -> None:
+    bundle, hashed = make_bundle(tmp_path / "models"), []
+    monkeypatch.setattr(bundle_folder, "sha256", lambda file: [hashed.append(file), sha256(file)][1])
+    load_app([tmp_path / "models"], Settings(threads=1))
+    assert sorted(hashed) == sorted(bundle / name for name in read_manifest(bundle).files)
+
+
 def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, make_bundle, caplog) -> None:
+    caplog.set_level("INFO")
     first, folder = make_bundle(tmp_path / "a"), tmp_path / "models"
     for name in ("flowers", first.name, "zoo"):
         shutil.copytree(first, folder / name)
@@ -296,6 +309,7 @@ def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, make_bun
 
 
 def test_of_bundles_exported_at_the_same_time_the_greater_id_is_served(tmp_path, make_bundle, caplog) -> None:
+    caplog.set_level("INFO")
     folder = tmp_path / "models"
     smaller, greater = sorted(make_bundle(folder, probes=count, exported_at=TIMES[0]) for count in (3, 4))
     assert BundleStore([folder]).bundles == {"tiny": greater}

@@ -10,7 +10,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Reference
 from sopdeploy.errors import BundleError
 from sopdeploy.evaluation.drift import PredictionCounts
-from sopdeploy_service.observability import drift
+from sopdeploy_service.observability import metrics
 from sopdeploy_service.settings import Settings
 
 
@@ -29,7 +29,7 @@ def reference(classes: int) -> Reference:
 def test_a_full_window_that_differs_from_the_held_out_images_shows_drift(
     bundle, onnx_runtime, run_server, jpeg, monkeypatch
 ):
-    monkeypatch.setattr(drift, "WINDOW_IMAGES", 20)
+    monkeypatch.setattr(metrics, "WINDOW_IMAGES", 20)
     decision = Decision(reference=reference(7))
     compared = replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
     files = [("image", ("x.jpg", jpeg))] * 10

@@ -9,10 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.server.process import open_tracing, run_server
 from sopdeploy_service.settings import Settings
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from fake_runtime import FakeRuntime
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -18,7 +19,6 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime import fastest as fastest_module
 from sopdeploy_service.runtime import selection
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.runtime.fastest import fastest, time_runtimes
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
-from sopdeploy_service.server import loop_watch
+from sopdeploy_service.server import launch
 from sopdeploy_service.server.health_port import serve_health
-from sopdeploy_service.server.loop_watch import LoopWatch
+from sopdeploy_service.server.launch import LoopWatch
 from sopdeploy_service.settings import Settings
 from tests.service.children import START_SECONDS, line_of
 from tests.service.raw import GET, connect, read
@@ -38,7 +38,7 @@ sys.exit(server.run_server([Path(sys.argv[1])], load_settings(
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The clock of the health port; a test sets its time `now`."""
     clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(loop_watch, "time", clock)
+    monkeypatch.setattr(launch, "time", clock)
     return clock
 
 

@@ -9,11 +9,11 @@ from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
+from fake_runtime import FakeRuntime
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
 from tests.service.raw import EXPECT, GET, POST, connect, count, read

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from struct import unpack_from
-from typing import Annotated, Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pydantic
@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, WithJsonSchema
 
 from sopdeploy.bundle.manifest import ON_REQUEST
-from sopdeploy.config import first_problem
 from sopdeploy_service.api.v2.metadata import IMAGE, Signature, Tensor
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.http.strict_json import decode_text, parse
+from sopdeploy_service.http.strict_json import decode_text, parse, validate
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import RejectedError
 
@@ -105,17 +104,6 @@ class InferRequest:
     images: list[EncodedImage] | NDArray[np.uint8]
     outputs: tuple[RequestedOutput, ...]
     timeout_seconds: float | None
-
-
-ParsedBody = TypeVar("ParsedBody", bound=pydantic.BaseModel)
-
-
-def validate(model: type[ParsedBody], value: Any) -> ParsedBody:
-    """Validate the JSON *value*; raise `RejectedError` for the first error."""
-    try:
-        return model.model_validate(value)
-    except pydantic.ValidationError as error:
-        raise bad_request("malformed_request", first_problem(error)) from error
 
 
 def parse_body(body: bytes, header_length: str | None, signature: Signature, max_json: int) -> InferRequest:

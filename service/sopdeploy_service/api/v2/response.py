@@ -70,7 +70,7 @@ def rank_labels(values: NDArray[Any], num_classes: int, labels: Sequence[str]) -
     """Format the *num_classes* largest values of each row of *values* as `value:index:label`.
 
     The value is the shortest text that reads back as the same float32, as in Triton. Ties keep the order of
-    the labels, as in `/v1/rank_labels`.
+    the labels, as in `/v1/classify`.
     """
     rows = values.reshape(len(values), -1)
     return [

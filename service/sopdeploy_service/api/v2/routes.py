@@ -14,10 +14,10 @@ from sopdeploy_service.api.admission import admit, json_response, service_of, us
 from sopdeploy_service.api.body import read_body
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
-from sopdeploy_service.api.v2.request import Body, InferBody, ParsedBody, parse_body, validate
+from sopdeploy_service.api.v2.request import Body, InferBody, parse_body
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
 from sopdeploy_service.http.middleware import require_admin
-from sopdeploy_service.http.strict_json import parse
+from sopdeploy_service.http.strict_json import ParsedBody, parse, validate
 
 MAX_BODY_BYTES = 100_000  # of a repository request
 ADMIN = [Depends(require_admin)]

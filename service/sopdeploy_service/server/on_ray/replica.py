@@ -22,8 +22,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.draining_server import CLOSING_SECONDS, freeze_objects
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD
-from sopdeploy_service.server.loop_watch import BEAT_SECONDS, LoopWatch
+from sopdeploy_service.server.launch import BEAT_SECONDS, EXIT_RUNTIME_DEAD, LoopWatch
 from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.on_ray.plan import UserConfig, check_settings
 from sopdeploy_service.server.process import configured_process

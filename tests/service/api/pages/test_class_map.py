@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.bundle.class_maps import FILE, ClassMapLayer, write_class_maps
 from sopdeploy.bundle.manifest import FEATURES, TensorRecord
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import give
 from tests.service.conftest import picture_bytes, running

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
 from sopdeploy.decision import Decision, Rejection
-from sopdeploy_service.runtime.fake import FakeRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import give, shown
 from tests.service.conftest import picture_bytes, running
