@@ -1,10 +1,11 @@
-"""The charts of a table's page: training curves, errors of the heads and images per component."""
+"""The charts of a table's page: the figures of the papers, training curves, and what the runs record."""
 
 from collections.abc import Iterator, Sequence
 
-from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, bars, plot
+from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, Curve, bars, plot
 from sopdeploy.report.training import EPOCH_AXIS, Chart, component_chart, epoch_curve, head_metric
 from sopdeploy.reproduction.plan import ReproducedRow
+from sopdeploy.reproduction.tables import PrintedTable
 
 _ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
 
@@ -28,6 +29,29 @@ def curve_charts(rows: Sequence[ReproducedRow]) -> list[Chart]:
                 (plot(f"{name}-{start}", title, curves, EPOCH_AXIS, Axis(label)), f"{title}, seed 0.")
             )
     return charts
+
+
+def table_charts(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Chart]:
+    """Draw *table* as the paper's chart: errors over an option of the networks, or the times of layers."""
+    values: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        options = row.runs[0].network if row.runs else {}
+        if table.over in options and row.top1 is not None:
+            name = f"{table.curve} = {options[table.curve]}" if table.curve else "measured"
+            values.setdefault(name, []).append((float(options[table.over]), row.top1.mean))
+    used = {x for points in values.values() for x, _ in points}
+    if len(used) > 1:
+        curves = [Curve(name=name, points=tuple(sorted(points))) for name, points in values.items()]
+        x_axis = Axis(table.over, logarithmic=max(used) > 100 * min(used))
+        title = f"Top-1 error over {table.over}"
+        yield plot("over", title, curves, x_axis, Axis(_ERRORS["top1"])), f"{title}, {table.title}."
+    timed = [row for row in rows if row.printed.layer is not None and row.facts]
+    for number, name in enumerate(timed[0].facts if timed else ()):
+        entries = [
+            Bar(label=row.printed.name, value=row.facts[name], text=f"{row.facts[name]:.3g}") for row in timed
+        ]
+        largest = max(entry.value for entry in entries)
+        yield bars(f"times-{number}", name, entries, largest), f"{name}, measured here."
 
 
 def row_charts(rows: Sequence[ReproducedRow]) -> list[Chart]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sopdeploy.html.templates import render
-from sopdeploy.reproduction.figures import curve_charts, row_charts
+from sopdeploy.reproduction.figures import curve_charts, row_charts, table_charts
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction
 from sopdeploy.reproduction.results import MeanError
 from sopdeploy.training.diagnostics import median_throughput
@@ -35,7 +35,7 @@ def render_page(results: Reproduction) -> str:
         facts=fact_table(results.rows),
         runs=_run_table(finished),
         curves=curve_charts(finished),
-        charts=row_charts(finished),
+        charts=[*table_charts(results.table, results.rows), *row_charts(finished)],
         commands=[(row.printed.name, row.command(results.folder, 0)) for row in results.rows if row.recipe],
     )
 
@@ -66,9 +66,10 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
             printed = getattr(row.printed, key)
             if printed is not None and key in row.counts:
                 lines.append((row.printed.name, name, f"{number(printed)}{unit}", number(row.counts[key])))
-        for name, printed in row.printed.facts.items():
-            measured = number(row.facts[name]) if name in row.facts else ""
-            lines.append((row.printed.name, name, number(printed), measured))
+        for name in dict.fromkeys((*row.printed.facts, *row.facts)):
+            figures = (facts.get(name) for facts in (row.printed.facts, row.facts))
+            cells = ("" if figure is None else number(figure) for figure in figures)
+            lines.append((row.printed.name, name, *cells))
     return ("row", "figure", "printed", "counted or measured"), lines
 
 

@@ -108,7 +108,7 @@ class Reproduction:
 
         It is empty if nothing is trained, or if no difference is known.
         """
-        if self.table.measures == "counts":
+        if self.table.measures != "errors":
             return ""
         if self.options.scale == "small":
             return STATEMENT
@@ -177,6 +177,9 @@ def plan(table: PrintedTable, options: ReproduceOptions) -> Reproduction:
 
 def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> ReproducedRow:
     row, data = ReproducedRow(printed=printed), DATA_SETS[table.data]
+    if table.measures == "times":
+        row.reason = "timed, not trained"
+        return row
     trained = table.recipe_of(printed)
     if trained is None:
         row.reason = "cited: no network of the catalog"

@@ -9,6 +9,7 @@ import pydantic
 from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
+from sopdeploy.reproduction.layer_times import time_layer
 from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.page import render_page
 from sopdeploy.reproduction.plan import Reproduction, plan, run_path
@@ -47,6 +48,8 @@ def reproduce(
             write_small_images(options.data, small_data(options.out, options.data))
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
+        if row.printed.layer is not None:
+            row.facts = time_layer(row.printed.layer, read_recipe(table.recipe, options.set))
         if row.recipe is None:
             continue
         timed = MILLISECONDS in row.printed.facts

@@ -51,7 +51,7 @@ class PrintedRow(StrictModel):
     the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. `pretrained` is
     a row of another table, "TABLE/ROW", whose `best.pt` gives the start weights if it exists. A `cited` row
     was not trained by the paper; it can be trained only if it has its own `recipe` or `set`. A `teacher` is
-    not printed, but other rows need it.
+    not printed, but other rows need it. `layer` is what `layer_times.py` times.
     """
 
     id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -60,6 +60,7 @@ class PrintedRow(StrictModel):
     set: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     needs: dict[str, str] = pydantic.Field(default_factory=dict)
+    layer: dict[str, Any] | None = None
     pretrained: str | None = None
     baseline: str | None = None
     cited: bool = False
@@ -81,21 +82,24 @@ class PrintedRow(StrictModel):
 class PrintedTable(StrictModel):
     """A table or figure of a paper; `source` is its name in `published.toml`, too.
 
-    `measures` is what its rows print: "errors" of trained networks, or "counts" of networks that are only
-    built. `recipe`, `set` and `small` apply to all rows. `data` is a key of `DATA_SETS`. `seeds` is the
-    number of runs that the paper averages. If `accuracy` is true, `top1` and `top5` in the file are the
-    printed accuracies; they are converted to errors.
+    `measures` is what its rows print: "errors" of trained networks, "counts" of networks that are only built,
+    or "times" of layers. `recipe`, `set` and `small` apply to all rows. `data` is a key of `DATA_SETS`.
+    `seeds` is the number of runs that the paper averages. `over` and `curve` make the table a chart of errors
+    over this option of the networks, with one curve for each value of the other one. If `accuracy` is true,
+    `top1` and `top5` in the file are the printed accuracies; they are converted to errors.
     """
 
     id: str
     source: str
     title: str
-    measures: Literal["errors", "counts"] = "errors"
+    measures: Literal["errors", "counts", "times"] = "errors"
     data: str
     recipe: str
     set: tuple[str, ...] = ()
     small: tuple[str, ...] = ()
     seeds: Annotated[int, pydantic.Field(ge=1)] = 1
+    over: str = ""
+    curve: str = ""
     accuracy: bool = False
     note: str = ""
     rows: tuple[PrintedRow, ...]

@@ -78,8 +78,8 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
             kinds = ["cited"] if row.cited else []
             if row.teacher:
                 kinds = ["teacher"]
-            elif table.measures == "counts":
-                kinds.append("counted")
+            elif table.measures != "errors":
+                kinds.append({"counts": "counted", "times": "timed"}[table.measures])
             elif table.recipe_of(row) is None:
                 kinds.append("not run")
             lines.append((row.id, row.name, *errors, ", ".join(kinds)))

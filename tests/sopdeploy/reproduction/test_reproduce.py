@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import create_model
-from sopdeploy.reproduction import small
+from sopdeploy.reproduction import layer_times, small
 from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.page import number
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction, plan
@@ -20,6 +20,7 @@ from sopdeploy.reproduction.results import HOURS, MILLISECONDS
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
 from sopdeploy.reproduction.tables import TABLES, PrintedRow, PrintedTable
+from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
 from tests.sopdeploy.data.small_data import write_classes, write_imagenet
 from tests.sopdeploy.training.runs import RecordingCallback
@@ -238,3 +239,50 @@ def test_every_table_runs_at_the_small_scale(name, tmp_path, monkeypatch) -> Non
             assert bool(run["usage"]) == row["network"].startswith(("gm", "sgmoe"))
             assert sum(run["usage"]) % run["train_count"] == 0  # every image selects equally many components
     assert Path(found["page"]).is_file()
+
+
+def test_errors_over_an_option_of_the_networks_are_a_chart(tmp_path) -> None:
+    """Fig. 2 and Fig. 3 of GM-SOP are charts over alpha, and over K with one curve for each N."""
+    assert (TABLES["gmsop-fig2"].over, TABLES["gmsop-fig3"].over) == ("balance_weight", "chosen")
+    table = TINY.model_copy(
+        update={
+            "small": ("epochs=1", *TINY.small[1:]),
+            "over": "aux_dropout",
+            "curve": "iterations",
+            "rows": tuple(
+                PrintedRow(id=f"d{share}", name=f"{share}", set=(f"model.config.aux_dropout={share}",))
+                for share in (0.0, 0.5)
+            ),
+        }
+    )
+    finished = reproduce(table, ReproduceOptions(out=tmp_path, scale="small"))
+    page = finished.page.read_text(encoding="utf-8")
+    drawn = re.search(r"<svg[^>]*>(?:(?!</svg>).)*Top-1 error over aux_dropout.*?</svg>", page, re.DOTALL)
+    assert drawn is not None
+    assert "iterations = 5" in drawn[0]
+    assert f"{finished.rows[1].top1.mean:.3g}" in drawn[0]  # type: ignore[union-attr]
+
+
+def test_layers_of_the_slides_are_timed_on_the_device_that_is_set(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(layer_times, "_CHANNELS", 8)
+    command = ["reproduce", "slides-layers", "--out", str(tmp_path / "out"), "--set", "device=cpu", "--json"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert {row["status"] for row in found["rows"]} == {"timed, not trained"}
+    for row in found["rows"]:
+        assert row["facts"].keys() == {"FP+BP, ms", "BP, ms"}
+        assert min(row["facts"].values()) > 0
+    page = Path(found["page"]).read_text(encoding="utf-8")
+    assert page.count("measured here.") == 2
+    assert "iSQRT-COV (N = 5)" in page
+    with pytest.raises(ConfigError, match="devic: unknown key"):
+        reproduce(TABLES["slides-layers"], ReproduceOptions(out=tmp_path / "no", set=("devic=cpu",)))
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("kind", ["eig", "svd", "newton-schulz"])
+def test_matrix_functions_are_timed_forward_and_backward(kind: str, monkeypatch) -> None:
+    monkeypatch.setattr(layer_times, "_CHANNELS", 8)
+    recipe = read_recipe(TABLES["slides-decomposition"].recipe, ("device=cpu",))
+    assert min(layer_times.time_layer({"kind": kind}, recipe).values()) > 0
