@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RECORDED = json.loads((Path(__file__).parent / "signatures.json").read_text())
 TENSORRT = [
     *(ROOT / "sopdeploy" / "tensorrt").glob("*.py"),
-    *(ROOT / "export" / "sopdeploy_export" / "tensorrt").glob("*.py"),
+    *(ROOT / "export" / "sopdeploy_export" / "engine_builder").glob("*.py"),
     ROOT / "service" / "sopdeploy_service" / "runtime" / "tensorrt.py",
 ]
 NOT_TENSORRT = {"device_memory", "dtype", "infer_shapes", "update"}  # calls of our classes, numpy and onnx
