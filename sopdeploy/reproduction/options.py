@@ -17,7 +17,7 @@ class ReproduceOptions(Options):
     """Which rows of a table are run, how often, at which scale and on which images."""
 
     rows: str | None = None
-    """Run only these rows, ids separated by commas, and those they need."""
+    """Run only these rows, ids separated by commas, and those they need; none writes the page alone."""
     seeds: Annotated[int | None, pydantic.Field(ge=1)] = None
     """Runs per row: seeds 0, 1 and so on; by default as many as in the paper."""
     scale: ReproductionScale = "paper"

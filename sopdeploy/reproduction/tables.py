@@ -122,12 +122,14 @@ class PrintedTable(StrictModel):
         return row.recipe or self.recipe, (*self.set, *row.set)
 
     def select(self, names: str | None) -> tuple[PrintedRow, ...]:
-        """Select the rows *names*, ids separated by commas, and the rows that they need; None selects all.
+        """Select the rows *names*, ids separated by commas, and the rows that they need.
+
+        None selects all rows, "none" no row.
 
         Raises `ConfigError` for an unknown id.
         """
-        if names is None:
-            return self.rows
+        if names is None or names == "none":
+            return () if names else self.rows
         by_id = {row.id: row for row in self.rows}
         wanted: set[str] = set()
         for name in (part.strip() for part in names.split(",")):

@@ -1,5 +1,6 @@
 """Running a table: interruption, resumption, the page, and every table at the small scale."""
 
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -181,6 +182,16 @@ def test_table_i_of_dsop_is_counted_without_data(tmp_path) -> None:
     rows = json.loads(done.stdout)["rows"]
     assert [round(row["counted"]["train_params"], 1) for row in rows] == [100.6, 110.7, 181.9, 44.5]
     assert {row["status"] for row in rows} == {"counted, not trained"}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_has_a_page_without_a_run(name: str, tmp_path: Path) -> None:
+    data = write_imagenet(tmp_path / "imagenet", 2, 1, 1)
+    found = reproduce(TABLES[name], ReproduceOptions(out=tmp_path / "out", data=data, rows="none"))
+    assert (found.rows, TABLES[name].title in html.unescape(found.page.read_text(encoding="utf-8"))) == (
+        (),
+        True,
+    )
 
 
 IMAGENET_TABLES = [
