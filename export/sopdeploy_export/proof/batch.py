@@ -4,7 +4,7 @@ Every value has at most one batch axis, of `outer * batch * inner` rows: row r b
 `r // inner % batch`. A table has one rule for each operator, which says where this axis is in the results. An
 operator without a rule, or to which its rule does not apply, mixes images. Shapes, and numbers computed from
 them, are evaluated for several batch sizes: every size must be constant or a multiple of the batch, and a
-number that depends on the batch size is used as a size, never as data or as an index.
+number that depends on the batch size is used as a size, never as data.
 
 The proof covers all contents of the images, also those that no probe has. It assumes that the runtime
 implements the operators as ONNX defines them.
@@ -26,6 +26,11 @@ _BATCHES = (2, 211, 212)  # no quotient or remainder of all three is the same nu
 _MOST_NUMBERS = 1024  # of a value that is evaluated
 Place = tuple[int | None, int | None]  # the batch axis of a value, if any, and its `inner`; None fits any
 _NONE: Place = (None, None)
+FIRST_COLUMN = (
+    1,
+    -1,
+    -1,
+)  # `TracedValue.index` if only the first of the last axis is the number of the image
 Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 
 
@@ -44,12 +49,14 @@ class TracedValue:
     """What is known of a value; `mixed` names the operators through which it depends on other images.
 
     `shapes` is empty if unknown. `contents` exist for values that depend on sizes only, for each batch size.
+    `index` is (step, low, high) if the numbers of image i are integers from i step + low to i step + high.
     """
 
     type: int = 0
     shapes: Shapes = ()
     contents: Sequence[NDArray[Any]] = ()
     place: Place = _NONE
+    index: tuple[int, int, int] | None = None
     mixed: tuple[str, ...] = ()
 
     @property
@@ -241,15 +248,24 @@ def repeats(call: Call, *, tile: bool = False) -> Place:
 
 
 def counts(call: Call) -> Place:
-    """List constants; a list of as many numbers as images could select another image."""
-    _require(varying(call.shapes) is None)
-    return _NONE
+    """Number the images from 0, or list constants."""
+    axis = varying(call.shapes)
+    _require(
+        axis is None or (call.x.numbers(), call[2].numbers(), call.shapes[0]) == ([0], [1], _BATCHES[:1])
+    )
+    return _NONE if axis is None else (0, 1)
 
 
 def gathers(call: Call) -> Place:
-    """Select along another axis than the batch, or from a constant table."""
+    """Select along another axis than the batch, from a constant table, or from the rows of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
-    _require(data.axis != axis and _NONE in (data.place, indices.place))
+    if data.axis == axis:
+        (step, low, high), size = indices.index or (0, 0, 0), data.shapes[0][axis] // _BATCHES[0]
+        _require(
+            indices.axis is not None and step == size == (data.place[1] or size) and 0 <= low <= high < step
+        )
+        return indices.at(axis + (indices.axis or 0))
+    _require(_NONE in (data.place, indices.place))
     after = indices.rank - 1 if (data.axis or 0) > axis else 0
     return agree(data.at((data.axis or 0) + after), indices.at(axis + (indices.axis or 0)))
 
@@ -258,7 +274,7 @@ def gathers_nd(call: Call) -> Place:
     """Select by indices of several axes within each row, in front of the batch, or from a constant."""
     data, indices, shared = call.x, call[1], call.attributes.get("batch_dims", 0)
     _require(indices.axis is None or indices.axis < indices.rank - 1)
-    if data.axis is None:
+    if data.axis is None or own_rows(data, indices, shared):
         return indices.place
     if data.axis < shared:
         _require(data.axis == indices.axis)
@@ -269,12 +285,20 @@ def gathers_nd(call: Call) -> Place:
 
 
 def writes_nd(call: Call) -> Place:
-    """Write by constant indices of several axes in front of the batch."""
+    """Write by indices of several axes within each row, or in front of the batch."""
     data, indices, updates = call.x, call[1], call[2]
+    if own_rows(data, indices, 0) and updates.axis == indices.axis is not None:
+        return agree(data.place, (0, indices.place[1]), (0, updates.place[1]))
     indexed = indices.shapes[0][-1]
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
     _require(data.axis is None or data.axis >= indexed)
     return agree(data.place, updates.at((updates.axis or 0) - indices.rank + 1 + indexed))
+
+
+def own_rows(data: TracedValue, indices: TracedValue, shared: int) -> bool:
+    """Return whether the first index is the number of the image, and axis 0 of *data* the batch."""
+    first = FIRST_COLUMN if indices.shapes[0][-1] > 1 else (1, 0, 0)
+    return data.axis == 0 == shared and data.shapes[0][0] == _BATCHES[0] and indices.index == first
 
 
 def recurs(call: Call) -> list[Place]:
@@ -311,6 +335,8 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
 }  # fmt: skip
 _RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
 _SIZES = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 1, "Slice": 2, "Resize": 3}
+SAME_NUMBERS = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
 
 
 def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -324,7 +350,9 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         known = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
-        values[tensor.name] = TracedValue(tensor.data_type, [array.shape] * len(_BATCHES), known)
+        values[tensor.name] = TracedValue(
+            tensor.data_type, [array.shape] * len(_BATCHES), known, index=_limits(array)
+        )
     for node in model.graph.node:
         inputs = [values[name] if name else None for name in node.input]
         mixed = tuple(dict.fromkeys(name for value in inputs if value for name in value.mixed))
@@ -340,9 +368,15 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
-        if not value.mixed and (value.axis != 0 or value.shapes[0][0] != _BATCHES[0]):
+        counts_images = value.index is not None and value.index[0] != 0
+        if not value.mixed and (value.axis != 0 or value.shapes[0][0] != _BATCHES[0] or counts_images):
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
+
+
+def _limits(array: NDArray[Any]) -> tuple[int, int, int] | None:
+    """Return the `TracedValue.index` of a constant."""
+    return (0, int(array.min()), int(array.max())) if array.dtype.kind == "i" and array.size else None
 
 
 def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
@@ -381,7 +415,33 @@ def locate(
     _require(not any(value and value.is_size and i != size for i, value in enumerate(inputs)))
     call = Call(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
-    each = places if isinstance(places, list) else [places] * len(results)
-    located = [replace(result, place=place) for result, place in zip(results, each, strict=False)]
+    index = numbering(node.op_type, call)
+    counted = [value for value in inputs if value and value.index and value.index[0]]
+    _require(index or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
+    located = [
+        replace(result, place=place, index=index)
+        for result, place in zip(
+            results, places if isinstance(places, list) else [places] * len(results), strict=False
+        )
+    ]
     _require(all(not value.shapes or varying(value.shapes) == value.axis for value in located))
     return located
+
+
+def numbering(kind: str, call: Call) -> tuple[int, int, int] | None:
+    """Return the `TracedValue.index` of the result of an operator."""
+    known = [_limits(v.contents[0]) if v.contents else v.index for v in call.inputs if v is not None]
+    if kind in SAME_NUMBERS:
+        return None if known[0] == FIRST_COLUMN else known[0]
+    if kind == "Range" and varying(call.shapes) is not None:
+        return 1, 0, 0
+    if kind == "Concat" and known[0] == (1, 0, 0) and call.axis(0) == call.rank - 1:
+        return FIRST_COLUMN if call.x.shapes[0][-1] == 1 else None
+    limited = sorted((limit for limit in known if limit is not None and min(limit) >= 0), reverse=True)
+    if kind in ("Add", "Mul") and len(limited) == len(known):
+        (step, low, high), (other, least, most) = limited
+        if kind == "Add":
+            return step + other, low + least, high + most
+        if other == 0 and least == most:
+            return step * least, low * least, high * least
+    return None

@@ -13,10 +13,10 @@ HEAD = """<ir_version: 8, opset_import: ["" : 18]>
 g (float[batch, 4, 2, 2] f) => (float[batch, n] logits)
 <int64[1] zero = {0}, int64[1] one = {1}, int64[1] two = {2}, int64[1] four = {4}, int64[2] space = {2, 3},
  int64[3] tokens = {0, 4, 4}, int64[2] rows = {-1, 4}, int64[2] turned = {4, -1}, int64 first = {0},
- int64 next = {1}, float eps = {0.1},
+ int64 next = {1}, int64 width = {4}, int64[4] offsets = {0, 1, 2, 3}, int64[1] all = {-1}, float eps = {0.1},
  int64[1] back = {-1}, int64[1] end = {9223372036854775807}, int64[1] start = {-9223372036854775807},
  float[4, 4] W = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}, float[1, 1, 4] token = {1, 2, 3, 4},
- int64[2] ones = {1, 1}>
+ int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}>
 { v = ReduceMean<keepdims = 0>(f, space)
   t = Reshape(f, tokens)
   size = Shape<start = 0, end = 1>(f)
@@ -35,6 +35,9 @@ INDEPENDENT = {
     "  logits = Mul(g, v)",
     "an expert of each image": """i = ArgMax<axis = 1, keepdims = 0>(v)  e = Gather<axis = 0>(W, i)
         logits = Mul(e, v)""",
+    "the own row by its number": """n = Unsqueeze(number, one)  logits = GatherND(v, n)""",
+    "the own elements by their numbers": """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)
+        i = Add(u, offsets)  logits = Gather<axis = 0>(s, i)""",
     "einsum of an image": 'logits = Einsum<equation = "bi,ij->bj">(v, W)',
     "a shift within an image": "logits = Slice(v, back, start, one, back)",
 }
@@ -59,20 +62,27 @@ MIXING = {
     "a cumulative sum": ("logits = CumSum(v, first)", "CumSum"),
     "a sort": ("logits, i = TopK<axis = 0>(v, one)", "TopK"),
     "the number of images": ("n = Cast<to = 1>(count)  logits = Div(v, n)", "Div"),
-    "the number of the image": (
-        "n = Cast<to = 1>(number)  u = Unsqueeze(n, one)  logits = Add(v, u)",
-        "Range",
-    ),
+    "the number of the image": ("n = Cast<to = 1>(number)  u = Unsqueeze(n, one)  logits = Add(v, u)", "Add"),
     "the next image by its number": (
         "n = Add(number, next)  u = Unsqueeze(n, one)  logits = GatherND(v, u)",
-        "Range",
+        "GatherND",
+    ),
+    "elements of the next image": (
+        """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)  m = Add(u, next)
+        i = Add(m, offsets)  logits = Gather<axis = 0>(s, i)""",
+        "Gather",
     ),
     "a joined batch": ("a = Concat<axis = 0>(v, v)  logits = Slice(a, zero, four, zero)", "Concat"),
     "an operator without a rule": ("logits = MeanVarianceNormalization<axes = [0]>(v)", "MeanVariance"),
     "einsum over the batch": ('logits = Einsum<equation = "bi,cj->bj">(v, v)', "Einsum"),
     "einsum of two images": ('logits = Einsum<equation = "bi,bj->ij">(v, v)', "Einsum"),
     "halves of the batch": ("a, b = Split<num_outputs = 2>(v)  logits = Concat<axis = 0>(b, a)", "Split"),
-    "the number of the image as logits": ("n = Unsqueeze(number, one)  logits = Cast<to = 1>(n)", "Range"),
+    "the number of the image as logits": ("n = Unsqueeze(number, one)  logits = Cast<to = 1>(n)", "output"),
+    "indices in another order": (
+        """n = Unsqueeze(number, one)  i = ArgMax<axis = 1, keepdims = 1>(v)  c = Concat<axis = 1>(n, i)
+        x = Reshape(c, all)  y = Reshape(x, pairs)  logits = GatherND(v, y)""",
+        "Reshape",
+    ),
     "a hidden influence": (
         """m = ReduceMax<keepdims = 1>(v, zero)  d = Sub(m, eps)  r = Relu(d)  logits = Add(v, r)""",
         "ReduceMax",
