@@ -4,7 +4,8 @@ The mixture is sum_i w_i v_i, where v_i (D,) is computed from map i of N maps. I
 only the maps with the K largest weights matter; others are multiplied by 0. This bound follows from the
 operators that compute the weights, never from examples:
 
-- Softmax of logits is 0 where they are -inf.
+- ScatterElements of K values per image into zeros has at most K weights that are not 0.
+- Softmax of logits is 0 where they are -inf. ScatterElements of K values into -inf leaves at most K others.
 - r_i, the number of j with l_j > l_i, or l_j = l_i and j < i, ranks the logits of an image without ties, so
   at most K of them have r_i < K. Where(r >= K, -inf, l) leaves those. A logit that is not a number makes
   all weights so, in both forms.
@@ -63,24 +64,28 @@ WEIGHTED_SUM = Pattern(_weighted_sum)
 KEPT_BY_RANK = Pattern(_kept_by_rank)
 
 
-class RankGate(NamedTuple):
+class Gate(NamedTuple):
     """At most *chosen* of the weights of each image are not 0; they are computed from *logits* (B, N)."""
 
     chosen: int
     logits: ir.Value
 
 
-def _find_gate(graph: Graph, weights: ir.Value) -> RankGate | None:
+def _find_gate(graph: Graph, weights: ir.Value) -> Gate | None:
     """Return the gate if it bounds the number of *weights* (B, N) that are not 0, and none is negative."""
-    node = producer(weights, "Softmax", "Cast")
+    node = producer(weights, "Softmax", "ScatterElements", "Cast")
     if node is None or len(dims(weights)) != 2:
         return None
     if node.op_type == "Cast":
         return _find_gate(graph, operand(node, 0))
+    if node.op_type == "ScatterElements":
+        return scattered(node, 0.0) if producer(node.inputs[2], "Softmax") else None
     logits = producer(node.inputs[0])
-    matched = {} if logits is None else graph.match(KEPT_BY_RANK, logits)
-    if not matched or attribute(node, "axis", -1) % 2 != 1:
+    if logits is None or attribute(node, "axis", -1) % 2 != 1:
         return None
+    matched = graph.match(KEPT_BY_RANK, logits)
+    if not matched:
+        return scattered(logits, -np.inf)
     limit, earlier = scalar(matched["limit"]), square(matched["earlier"])
     counted = producer(matched["counted"])
     is_order = earlier is not None and np.array_equal(
@@ -89,7 +94,21 @@ def _find_gate(graph: Graph, weights: ir.Value) -> RankGate | None:
     counts = counted is not None and counted.attributes["to"].value in {ir.DataType.INT32, ir.DataType.INT64}
     if not (is_order and counts and limit and limit >= 1 and scalar(matched["hidden"]) == -np.inf):
         return None
-    return RankGate(int(limit), matched["logits"])
+    return Gate(int(limit), matched["logits"])
+
+
+def scattered(node: ir.Node, fill: float) -> Gate | None:
+    """Return the gate if *node* writes at K positions per image, from TopK, into a tensor of *fill*."""
+    reduction, largest = attribute(node, "reduction", "none"), producer(node.inputs[1], "TopK")
+    if node.op_type != "ScatterElements" or attribute(node, "axis", 0) % 2 != 1 or reduction != "none":
+        return None
+    base, chosen = node.inputs[0], dims(node.inputs[1])[1]
+    expanded, filled = producer(base, "Expand"), producer(base, "ConstantOfShape")
+    array = content(base if expanded is None else expanded.inputs[0])
+    if filled is not None:
+        array = filled.attributes["value"].value.numpy() if "value" in filled.attributes else np.zeros(1)
+    is_filled = array is not None and bool((array == fill).all())
+    return Gate(chosen, operand(largest, 0)) if is_filled and largest and chosen else None
 
 
 def is_positive(value: ir.Value | None) -> bool:

@@ -118,6 +118,11 @@ def einsum_case(net: Net) -> onnx.ModelProto:
 def gate(net: Net, count: int, chosen: int) -> str:
     """Compute softmax weights of which *chosen* of *count* are not 0."""
     logits = net.image(count)
+    if net.draw(st.booleans()):
+        kept, index = net.TopK(logits, np.array([chosen]), axis=1, outputs=2)
+        return net.ScatterElements(
+            net.Expand(np.zeros((1, count)), net.Shape(logits)), index, net.Softmax(kept, axis=1), axis=1
+        )
     other, own = net.Unsqueeze(logits, np.array([1])), net.Unsqueeze(logits, np.array([2]))
     earlier = np.tril(np.ones((count, count), bool), -1)
     ahead = net.Or(net.Greater(other, own), net.And(net.Equal(other, own), earlier))
