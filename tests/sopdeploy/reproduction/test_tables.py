@@ -76,6 +76,10 @@ def test_a_table_says_which_of_two_forms_is_trained_and_how_to_train_the_other(n
     assert trained.summary()["note"] == TABLES[name].note
 
 
+def test_no_row_has_the_name_that_selects_no_row() -> None:
+    assert not [(name, row.id) for name, table in TABLES.items() for row in table.rows if row.id == "none"]
+
+
 def disagreements(table: PrintedTable) -> set[tuple[str, str, str]]:
     found = set()
     for row in plan(table, ReproduceOptions()).rows:
