@@ -106,11 +106,14 @@ REFUSED = {
 def test_a_file_that_costs_more_than_its_pixels_is_refused_at_once(name: str) -> None:
     make, code = REFUSED[name]
     body = make()
-    started = time.thread_time()
-    with pytest.raises(ImageError) as caught:
-        open_image(body)
-    assert caught.value.code == code
-    assert time.thread_time() - started < 2  # generous: other processes slow the thread down
+    seconds = []
+    for _ in range(5):  # the least is that without other processes
+        started = time.thread_time()
+        with pytest.raises(ImageError) as caught:
+            open_image(body)
+        seconds.append(time.thread_time() - started)
+        assert caught.value.code == code
+    assert min(seconds) < 0.1
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow does not read AVIF")
