@@ -50,8 +50,8 @@ def time_layer(layer: dict[str, Any], recipe: Recipe) -> dict[str, float]:
         torch.autograd.grad(output, values, gradient, retain_graph=True)
 
     return {
-        "FP+BP, ms": _milliseconds(lambda: backward(_flat(call(values))), device) / count,
-        "BP, ms": _milliseconds(lambda: backward(stored), device) / count,
+        "FP+BP, ms": median_milliseconds(lambda: backward(_flat(call(values))), device) / count,
+        "BP, ms": median_milliseconds(lambda: backward(stored), device) / count,
     }
 
 
@@ -61,8 +61,8 @@ def _flat(results: Tensor | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def _milliseconds(call: Callable[[], None], device: torch.device) -> float:
-    """Measure the median time of *call* in milliseconds."""
+def median_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Measure the median time of *call* on *device* in milliseconds."""
 
     def call_and_wait() -> None:
         call()

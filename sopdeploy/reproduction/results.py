@@ -1,8 +1,7 @@
 """The results of finished runs: what is measured and stored for each, and mean errors over seeds."""
 
 from collections.abc import Collection, Sequence
-from statistics import mean, median
-from timeit import repeat
+from statistics import mean
 from typing import Any
 
 import torch
@@ -17,13 +16,13 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.report.run_data import read_history
+from sopdeploy.reproduction.layer_times import median_milliseconds
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import TrainingResult
 
 HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
-_TIMED_BATCHES = 9  # after one warm-up batch
 
 
 class HeadError(StrictModel):
@@ -129,14 +128,7 @@ def _milliseconds_per_image(model: Classifier, recipe: Recipe) -> float:
     device, side = select_device(recipe.device), recipe.preprocess.crop
     network = model.inference_model().eval().to(device)
     images = torch.randn(recipe.batch_size, 3, side, side, device=device)
-
-    def run_batch() -> None:
-        network(images)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    run_batch()
-    return 1000 * median(repeat(run_batch, repeat=_TIMED_BATCHES, number=1)) / recipe.batch_size
+    return median_milliseconds(lambda: network(images), device) / recipe.batch_size
 
 
 def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:

@@ -128,8 +128,10 @@ class PrintedTable(StrictModel):
 
         Raises `ConfigError` for an unknown id.
         """
-        if names is None or names == "none":
-            return () if names else self.rows
+        if names is None:
+            return self.rows
+        if names == "none":
+            return ()
         by_id = {row.id: row for row in self.rows}
         wanted: set[str] = set()
         for name in (part.strip() for part in names.split(",")):
