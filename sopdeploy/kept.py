@@ -18,7 +18,7 @@ from sopdeploy.config import StrictModel
 
 Reason = Literal["unknown", "low_margin", "sample", "disagreement"]
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
-MAX_LABELS = 100  # classes of a record
+MAX_KEPT_LABELS = 100  # classes of a record
 
 log = logging.getLogger("sopdeploy.kept")
 
@@ -33,8 +33,8 @@ class KeptRecord(StrictModel):
         time: When it was predicted, in UTC.
         reasons: Why it was kept: `known` was false, the two most probable classes were close, a hash of its
             bytes put it into the uniform sample, or a shadow predicted another class.
-        labels: The classes of the bundle, in its order; of more than `MAX_LABELS`, the most probable ones,
-            best first.
+        labels: The classes of the bundle, in its order; of more than `MAX_KEPT_LABELS`, the most
+            probable ones, best first.
         logits: The logits of `labels`, as the bundle gave them.
         known: Whether it probably shows one of the classes; None if the bundle has no threshold for this.
         score: What the threshold of `known` was applied to.
