@@ -67,6 +67,7 @@ def request_body(model: type[pydantic.BaseModel], *, required: bool = False) -> 
     definitions = schema.pop("$defs", {})
 
     def inline(node: Any) -> Any:
+        """Replace every `$ref` in the schema *node* by the definition it names."""
         if isinstance(node, list):
             return [inline(item) for item in node]
         if not isinstance(node, dict):
