@@ -26,7 +26,7 @@ from sopdeploy_service.inference.results import RejectedError
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
 SHAPE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}}
-FLOATS = "FP32"  # what clients that compute in floating point send instead of UINT8
+FLOAT_PIXELS = "FP32"  # what clients that compute in floating point send instead of UINT8
 PIXELS_ONLY = (
     "FP32 values must be whole numbers from 0 to 255: send pixels before any scaling and normalization, "
     "which are part of the network, and round the result of a resize"
@@ -52,7 +52,7 @@ class InputTensor(Body):
     model_config = pydantic.ConfigDict(json_schema_extra={"required": ["name", "datatype", "shape"]})
 
     name: str = Field(description="the bundle's input, or `IMAGE` for encoded images")
-    datatype: str = Field(json_schema_extra={"enum": ["UINT8", FLOATS, "BYTES"]})
+    datatype: str = Field(json_schema_extra={"enum": ["UINT8", FLOAT_PIXELS, "BYTES"]})
     # `shape` and `data` are checked against the tensor, with error codes of their own.
     shape: Annotated[Any, WithJsonSchema(SHAPE_SCHEMA)] = None
     parameters: InputParameters | None = None
@@ -180,7 +180,7 @@ def _read_images(
             "(BYTES [n], encoded images)",
         )
     item, tensor = inputs[0], known[inputs[0].name]
-    allowed = (tensor.datatype,) if tensor is IMAGE else (tensor.datatype, FLOATS)
+    allowed = (tensor.datatype,) if tensor is IMAGE else (tensor.datatype, FLOAT_PIXELS)
     if item.datatype not in allowed:
         message = f"the datatype must be {' or '.join(allowed)}, not {item.datatype[:20]!r}"
         raise _invalid("wrong_datatype", tensor, message)
@@ -199,7 +199,7 @@ def _read_images(
         return [EncodedImage(file) for file in files]
     if size is None:
         return _pixels_from_json(item, tensor, shape)
-    dtype = np.dtype("<f4" if item.datatype == FLOATS else np.uint8)
+    dtype = np.dtype("<f4" if item.datatype == FLOAT_PIXELS else np.uint8)
     needed = prod(shape) * dtype.itemsize
     if size != needed:
         message = f"{list(shape)} {item.datatype} is {needed} bytes, not {size}"
@@ -232,7 +232,7 @@ def _check_shape(value: Any, tensor: Tensor, max_images: int) -> tuple[int, ...]
 def _pixels_from_json(item: InputTensor, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Convert the data of *item*, numbers in a list that is flat or nested like *shape*, to that shape."""
     numbers = item.data if isinstance(item.data, list) else []
-    as_floats = item.datatype == FLOATS
+    as_floats = item.datatype == FLOAT_PIXELS
     if isinstance(next(iter(numbers), None), list):
         for size in shape[1:]:
             if not all(isinstance(row, list) and len(row) == size for row in numbers):
