@@ -37,7 +37,7 @@ WRITE_SHARE, WRITE_BURST = (
     0.02,
     1.0,
 )  # of the time of a core; seconds of unused time that may be spent at once
-STOP_SECONDS = 5.0  # for the photographs in the queue
+_STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
 # `KeptFolder.add`, of this process or of another one
@@ -120,9 +120,9 @@ class Keeper:
         self._thread.start()
 
     def stop(self) -> None:
-        """Store what is queued, for at most `STOP_SECONDS`, and end the thread."""
+        """Store what is queued, for at most `_STOP_SECONDS`, and end the thread."""
         self._photos.put(None)
-        self._thread.join(STOP_SECONDS)
+        self._thread.join(_STOP_SECONDS)
 
     def observe(
         self,

@@ -21,7 +21,7 @@ from sopdeploy.kept import NEAR_BITS, KeptRecord, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 FILE_BLOCK = 4096  # bytes
-RETRY_SECONDS = 60.0  # after a write that failed
+PAUSE_SECONDS = 60.0  # after a write that failed
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
 _INCOMPLETE = re.compile(
     rf"[0-9a-f]{{32}}\.(?:(?:jpg|png)(?:{re.escape(PARTIAL)})?|json{re.escape(PARTIAL)})"
@@ -96,9 +96,9 @@ class KeptFolder:
         """Keep *image* unless it is a near-duplicate; of a copy, only new reasons are added.
 
         Images of the uniform sample may be near-duplicates. After a write has failed, none is tried for
-        `RETRY_SECONDS`.
+        `PAUSE_SECONDS`.
         """
-        if self._failed_at is not None and time.monotonic() < self._failed_at + RETRY_SECONDS:
+        if self._failed_at is not None and time.monotonic() < self._failed_at + PAUSE_SECONDS:
             return "failed"
         try:
             self._expire()

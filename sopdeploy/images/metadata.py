@@ -15,7 +15,7 @@ from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 MAX_COPIED_MEMORY = 128 << 20  # bytes to decode a file that is not a JPEG
-JFIF, COLORS, ADOBE, END = 0xE0, 0xE2, 0xEE, 0xD9
+JFIF, COLORS, ADOBE, _END = 0xE0, 0xE2, 0xEE, 0xD9
 JFIF_BYTES = 16  # of the segment without a thumbnail
 # Huffman and quantization tables, number of lines, restart interval
 NEEDED = {*FRAMES, SCAN, 0xC4, 0xDB, 0xDC, 0xDD}
@@ -56,7 +56,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
             parts.append(body[scan:begin])
         scan = end if marker == SCAN else None
         kind = body[start + 2 : end]
-        if marker == END:
+        if marker == _END:
             break
         if marker == JFIF and kind.startswith(b"JFIF\0"):
             parts += [b"\xff\xe0\0\x10", body[start + 2 : start + JFIF_BYTES - 2], b"\0\0"]

@@ -188,12 +188,12 @@ def test_a_full_disk_stops_keeping_with_one_warning_until_it_works_again(
         full.setattr(Path, "write_bytes", fail)
         assert [kept.add(PHOTO, photo(number)) for number in (1, 2)] == ["failed", "failed"]
         assert len(tried) == 1
-        full.setattr(kept_folder, "RETRY_SECONDS", 0.0)
+        full.setattr(kept_folder, "PAUSE_SECONDS", 0.0)
         assert kept.add(PHOTO, photo(3)) == "failed"
         assert len(tried) == 2
         assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert (numbers(tmp_path), len(list(tmp_path.glob("*"))), kept.used) == ([0], 3, PAIR)
-    monkeypatch.setattr(kept_folder, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(kept_folder, "PAUSE_SECONDS", 0.0)
     assert kept.add(PHOTO, photo(4)) == "kept"
     assert numbers(tmp_path) == [0, 4]
 
