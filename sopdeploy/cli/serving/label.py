@@ -19,9 +19,11 @@ def label_command(
         typer.Option(help="Folder of the classes; labels go to PHOTOS, PHOTOS-held-out, PHOTOS-unknown."),
     ] = Path("photos"),
     host: Annotated[
-        str, typer.Option(help="Address of the page; one that other machines reach demands a key.")
+        str, typer.Option(help="IP address to listen on; one that other machines reach demands a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the page; 0 is any free port.")] = 8001,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="TCP port to listen on; 0 is any free port.")
+    ] = 8001,
 ) -> None:
     """Label kept photographs on a local web page, by keyboard or touch; Ctrl-C ends it.
 
