@@ -41,7 +41,7 @@ from sopdeploy_export.graph import evenly_spread
 from sopdeploy_export.parity.findings import LOGITS
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 
-LEVEL = 0.96  # of the thresholds in docs/stable.md, which of 90 to 99 % keeps most answers and few flips
+_LEVEL = 0.96  # of the thresholds in docs/stable.md, which of 90 to 99 % keeps most answers and few flips
 MAX_PHOTOGRAPHS = 200
 OTHER_DECODING = {  # options of nvImageCodec's decoder for CPUs, which is libjpeg-turbo
     "fast DCT": ":fancy_upsampling=1 :fast_idct=1",
@@ -50,7 +50,7 @@ OTHER_DECODING = {  # options of nvImageCodec's decoder for CPUs, which is libjp
 _PARTS = 10_000  # of a logit: what is recorded does not depend on the threads of a runtime
 _SEED = 43
 
-Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (n, H, W, 3) to logits (n, C)
+ComputeLogits = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (n, H, W, 3) to logits (n, C)
 
 
 class Photographs(NamedTuple):
@@ -118,7 +118,7 @@ def fit_stability(names: tuple[str, ...], leads_P1V: NDArray[np.float64], *, fit
     threshold = max(0.0, quantile(worst_P))
     return Stability(
         threshold=None if threshold == math.inf else math.ceil(threshold * _PARTS) / _PARTS,
-        level=LEVEL,
+        level=_LEVEL,
         images=len(margins_P),
         photographs="training" if fitted else "held-out",
         variants=tuple(
@@ -131,11 +131,11 @@ def fit_stability(names: tuple[str, ...], leads_P1V: NDArray[np.float64], *, fit
 
 
 def quantile(losses_P: NDArray[np.float64]) -> float:
-    """Return a bound that the loss of one more photograph exceeds with probability 1 - `LEVEL` at most.
+    """Return a bound that the loss of one more photograph exceeds with probability 1 - `_LEVEL` at most.
 
-    It is the loss with rank ceil(`LEVEL` (P + 1)), infinite if there are fewer photographs than that.
+    It is the loss with rank ceil(`_LEVEL` (P + 1)), infinite if there are fewer photographs than that.
     """
-    rank = math.ceil(LEVEL * (len(losses_P) + 1) - 1e-9)
+    rank = math.ceil(_LEVEL * (len(losses_P) + 1) - 1e-9)
     return float(np.sort(losses_P)[rank - 1]) if rank <= len(losses_P) else math.inf
 
 
@@ -230,7 +230,7 @@ def _with_noise(file: bytes, rules: Preprocess) -> Pixels:
     return noisy
 
 
-def other_runtimes(file: Path) -> dict[str, Run]:
+def other_runtimes(file: Path) -> dict[str, ComputeLogits]:
     """Open *file* in the other runtimes for CPUs that are installed and accept it, by name."""
     if find_spec("openvino") is None:
         return {}
@@ -242,7 +242,7 @@ def other_runtimes(file: Path) -> dict[str, Run]:
     return {"OpenVINO": lambda pixels: np.asarray(model([pixels])[LOGITS])}
 
 
-def _run_with(session: ort.InferenceSession, batch: int) -> Run:
+def _run_with(session: ort.InferenceSession, batch: int) -> ComputeLogits:
     return lambda pixels: file_outputs(session, pixels, min(batch, len(pixels)))[LOGITS]
 
 

@@ -126,7 +126,7 @@ def test_answers_that_a_variant_changes_are_not_stable(
     margins = lead(exact, exact.argmax(axis=1))
     shift = float(np.median(margins))
 
-    def open_planted(file: Path) -> dict[str, stability.Run]:
+    def open_planted(file: Path) -> dict[str, stability.ComputeLogits]:
         session = open_session(file)
 
         def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
