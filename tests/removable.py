@@ -58,6 +58,13 @@ PARTS = {
         )
     ),
     "front_ends": Part(("service/sopdeploy_service/front_ends", "tests/service/front_ends")),
+    "labelling": Part(
+        (
+            "service/sopdeploy_service/labelling",
+            "sopdeploy/cli/serving/label.py",
+            "tests/service/labelling",
+        )
+    ),
     "shadow": Part(("service/sopdeploy_service/shadow.py", "tests/service/test_shadow.py")),
     "doctor": Part(
         (
@@ -67,11 +74,11 @@ PARTS = {
             "tests/**/test_doctor.py",
         )
     ),
-    "comparison": Part(
+    "recipe_comparison": Part(
         (
-            "sopdeploy/comparison.py",
-            "sopdeploy/cli/training/compare.py",
-            "tests/sopdeploy/evaluation/test_compare.py",
+            "sopdeploy/recipe_comparison.py",
+            "sopdeploy/cli/training/compare_recipes.py",
+            "tests/sopdeploy/evaluation/test_compare_recipes.py",
         )
     ),
     "client": Part(

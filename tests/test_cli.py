@@ -76,8 +76,9 @@ MEANINGS = {
     "--out": "older", "--out-file": "The ", "--port": "port to listen on",
     "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
     "--seeds": "seeds 0, 1 and so on", "--set": "Override a value of", "--setting": "setting of the service",
-    "--threads": "CPU threads", "--url": "URL of the server", "--weights-key": "Key of the state dict",
-    "--workers": "rocesses that load images",
+    "--threads": "CPU threads",
+    "--tolerance": "Points of accuracy", "--unknown": "none of the classes", "--url": "URL of the server",
+    "--weights-key": "Key of the state dict", "--workers": "rocesses that load images",
 }  # fmt: skip
 
 
@@ -98,7 +99,7 @@ def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = sopdeploy_cli(*arguments)
         assert (result.exit_code, result.stderr) == (0, "")
-        assert re.findall(r"^  ([a-z]+) +[a-z]", result.stdout, re.MULTILINE) == list(list_commands())
+        assert re.findall(r"^  ([a-z-]+) +[a-z]", result.stdout, re.MULTILINE) == list(list_commands())
         assert max(map(len, result.stdout.splitlines())) <= 100
 
 

@@ -62,10 +62,14 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     """Return the metrics of all processes of this server."""
+    return Response(await metrics_page(request), media_type=CONTENT_TYPE_LATEST)
+
+
+async def metrics_page(request: Request) -> bytes:
+    """Collect the metrics of all processes of the server that handles *request*, in Prometheus' format."""
     collect: Collect | None = request.app.state.collect_metrics
     page = await collect() if collect is not None else b""
-    page = page or generate_latest(service_of(request).metrics.registry)
-    return Response(page, media_type=CONTENT_TYPE_LATEST)
+    return page or generate_latest(service_of(request).metrics.registry)
 
 
 @router.get("/info", summary="Loaded models", response_model=ServerInfo)
@@ -107,6 +111,7 @@ def model_info(model: Model) -> ModelInfo:
         class_maps=FEATURES in shapes,
         embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
         known_from=None if model.rejection is None else model.rejection.threshold,
+        stable_above=None if model.stability is None else model.stability.threshold,
         loaded=None if memory is None else model.is_loaded,
         pinned=None if memory is None else memory.pinned,
         memory_bytes=None if memory is None else memory.bytes,
