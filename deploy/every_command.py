@@ -34,7 +34,7 @@ ARGUMENTS = {
     "eval": "bundle --data photos",
     "calibrate": "file --data photos",
     "report": "file",
-    "compare": "absent absent",
+    "compare-recipes": "absent absent",
     "runs": "",
     "reproduce": "dsop-9a --rows absent",
     "export": "file",

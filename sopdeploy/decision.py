@@ -87,6 +87,41 @@ class Reference(StrictModel):
     ]
 
 
+class Variant(StrictModel):
+    """Another way to compute an answer, such as another decoder, and its effect on the photographs.
+
+    `flips` photographs get another class; `largest` is the largest loss of a margin, in units of logits.
+    """
+
+    name: str
+    flips: Occurrences
+    largest: float
+
+
+class Stability(StrictModel):
+    """Rule that marks answers as stable: the margin of the two largest logits is above `threshold`.
+
+    Attributes:
+        threshold: Largest margin of an answer that is not stable, in units of logits.
+        level: Fraction of new photographs whose margin loses at most `threshold` in every variant.
+        images: Number of photographs that the threshold was measured on; copies of one count once.
+        variants: What was varied.
+        stable: Number of these photographs that are stable.
+        flips: Number of the stable ones that get another class in a variant.
+    """
+
+    threshold: Annotated[float, pydantic.Field(ge=0)]
+    level: Annotated[float, pydantic.Field(gt=0, lt=1)]
+    images: Count
+    variants: Annotated[tuple[Variant, ...], pydantic.Field(min_length=1)]
+    stable: Occurrences
+    flips: Occurrences
+
+    def is_stable(self, logits: NDArray[np.floating]) -> bool:
+        """Say whether the class of an image with *logits* (C,) of the bundle is stable."""
+        return bool(margins(logits) > self.threshold)
+
+
 class Decision(StrictModel):
     """Rules that turn logits into classes.
 
@@ -180,6 +215,13 @@ def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float6
     largest = values.max(axis=-1)
     energy: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
     return np.exp(largest - energy) if score == "max_probability" else energy
+
+
+def margins(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Compute the difference (...) of the two largest of *logits* (..., C); C is at least 2."""
+    largest = np.partition(logits.astype(np.float64), -2, axis=-1)
+    difference: NDArray[np.float64] = largest[..., -1] - largest[..., -2]
+    return difference
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:

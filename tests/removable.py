@@ -67,11 +67,11 @@ PARTS = {
             "tests/**/test_doctor.py",
         )
     ),
-    "comparison": Part(
+    "recipe_comparison": Part(
         (
-            "sopdeploy/comparison.py",
-            "sopdeploy/cli/training/compare.py",
-            "tests/sopdeploy/evaluation/test_compare.py",
+            "sopdeploy/recipe_comparison.py",
+            "sopdeploy/cli/training/compare_recipes.py",
+            "tests/sopdeploy/evaluation/test_compare_recipes.py",
         )
     ),
     "client": Part(

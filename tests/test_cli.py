@@ -98,7 +98,7 @@ def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = sopdeploy_cli(*arguments)
         assert (result.exit_code, result.stderr) == (0, "")
-        assert re.findall(r"^  ([a-z]+) +[a-z]", result.stdout, re.MULTILINE) == list(list_commands())
+        assert re.findall(r"^  ([a-z-]+) +[a-z]", result.stdout, re.MULTILINE) == list(list_commands())
         assert max(map(len, result.stdout.splitlines())) <= 100
 
 

@@ -21,8 +21,8 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command`, summary. Commands of
-# optional parts are in pyproject.toml.
+# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command` (with `_` for `-`),
+# summary. Commands of optional parts are in pyproject.toml.
 COMMANDS = {
     "demo": ("Get started", "demo", "run the whole workflow in a minute"),
     "env": ("Get started", "env", "versions and hardware, for a bug report"),
@@ -80,7 +80,7 @@ class Commands(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         module = import_module(f"sopdeploy.cli.{list_commands()[name][1]}")
-        target = getattr(module, f"{name}_command")
+        target = getattr(module, f"{name.replace('-', '_')}_command")
         if not isinstance(target, typer.Typer):
             command, target = target, typer.Typer(add_completion=False, **SETTINGS)
             target.command(name)(command)

@@ -120,7 +120,7 @@ def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
     """Compute the 95 % interval of the fraction that the threshold accepts of as many new known images.
 
     The threshold is the score with rank *rejected* among *images* scores. The number of accepted new images
-    then has a beta-binomial distribution (Angelopoulos and Bates, 2021, appendix C): both the threshold and
+    then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the threshold and
     the share of a finite number of new images vary.
     """
     from scipy.stats import betabinom  # noqa: PLC0415  # its import takes half a second

@@ -56,7 +56,8 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the whole request (queue full,
     deadline, malformed form) fail it as a whole. A multi-label network lists all classes above their
     threshold, at most `top_k` if the request sets it. `warnings` next to the classes name changes made while
-    decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
+    decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`, those
+    with a threshold for margins `stable`.
     """
     async with admit(request, query.model, query.version) as admitted:
         explained = _check_query(query, admitted.model)
@@ -156,7 +157,12 @@ def _format_result(
     weights = outcome.outputs[GATES] if query.gates else None
     recognized = None if chosen.rejection is None else chosen.rejection.recognize(logits)
     result = format_prediction(
-        ranked, chosen.labels, warnings=outcome.warnings, gates=weights, recognized=recognized
+        ranked,
+        chosen.labels,
+        warnings=outcome.warnings,
+        gates=weights,
+        recognized=recognized,
+        stable=None if chosen.stability is None else chosen.stability.is_stable(logits),
     )
     label, layer = query.explain_label, chosen.loaded.class_maps
     if layer is not None and (query.explain or label is not None):

@@ -17,7 +17,7 @@ PROGRAM = Path(sopdeploy.__file__).parents[1] / "deploy" / "every_command.py"
 NEEDS_TRAIN = {
     *(
         "calibrate",
-        "compare",
+        "compare-recipes",
         "describe",
         "eval",
         "export",

@@ -20,13 +20,13 @@ from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import configure
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.comparison import compare_recipes
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
+from sopdeploy.recipe_comparison import compare_recipes
 from sopdeploy.report.page import write_run_report
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets

@@ -101,10 +101,10 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02T10:00:00"))
 
 
-@pytest.mark.part("sopdeploy.comparison")
+@pytest.mark.part("sopdeploy.recipe_comparison")
 def test_compare_says_what_compares_runs(photos: Path) -> None:
     train(settings=LOOP)
-    done = CliRunner().invoke(app, ["compare", "runs/photos-1", "runs/photos-1"])
+    done = CliRunner().invoke(app, ["compare-recipes", "runs/photos-1", "runs/photos-1"])
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert "runs/photos-1: a run, not a recipe; `sopdeploy runs` lists" in done.stderr
     assert "`sopdeploy eval runs/photos-1/best.pt --data DIR`" in done.stderr

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.comparison import NO_EFFECT, RecipeComparison, compare_recipes, compare_results
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.statistics import paired, wilson
+from sopdeploy.recipe_comparison import NO_EFFECT, RecipeComparison, compare_recipes, compare_results
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.start_weights import create_initial_model

@@ -1,4 +1,4 @@
-"""Train recipes over the same seeds and compare them (`sopdeploy compare`).
+"""Train recipes over the same seeds and compare them (`sopdeploy compare-recipes`).
 
 The two runs of a pair have the same seed: the same order and augmentation of the same images, and for a
 network with and without branches the same random initial weights of the backbone. The weights of the last

@@ -1,4 +1,4 @@
-"""`sopdeploy compare`: test whether one recipe is better than another."""
+"""`sopdeploy compare-recipes`: test whether one recipe is better than another."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,7 @@ from sopdeploy.cli.console import err, out, plain_text, print_table, say
 from sopdeploy.cli.training.train import SetOption, exit_on_signal
 
 if TYPE_CHECKING:
-    from sopdeploy.comparison import RecipeComparison
+    from sopdeploy.recipe_comparison import RecipeComparison
 
 
 def _show(comparison: "RecipeComparison") -> None:
@@ -34,11 +34,11 @@ def _show(comparison: "RecipeComparison") -> None:
 
 
 @command(_show)
-def compare_command(
+def compare_recipes_command(
     recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...", help="Two or more recipes.")],
     seeds: Annotated[int, typer.Option(help="Runs per recipe: seeds 0, 1 and so on.")] = 5,
     settings: SetOption = None,
-    folder: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/compare"),
+    folder: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/compare-recipes"),
 ) -> "RecipeComparison":
     """Train recipes over the same seeds and report whether one is better than the first.
 
@@ -46,12 +46,12 @@ def compare_command(
     backbone. The weights of the last epoch are evaluated. Repeat the command to continue an interrupted
     comparison.
 
-    Example: [bold]sopdeploy compare digits-plain digits-dsop --seeds 5[/bold]
+    Example: [bold]sopdeploy compare-recipes digits-plain digits-dsop --seeds 5[/bold]
 
-    Example: [bold]sopdeploy compare mine.toml other.toml --set data.path=photos --out runs/mine[/bold]
+    Example: [bold]sopdeploy compare-recipes a.toml b.toml --set data.path=photos --out runs/ab[/bold]
     """
     with exit_on_signal(hint=" or with the same command"), ProgressBars(err) as bars:
-        from sopdeploy.comparison import compare_recipes as run
+        from sopdeploy.recipe_comparison import compare_recipes as run
 
         progress: Any = bars  # implements the events that it shows
 
