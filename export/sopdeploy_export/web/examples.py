@@ -1,7 +1,7 @@
 """Images with the results of every step that a browser must reproduce: golden examples, and three more.
 
-The three have what golden examples lack: a rotation in EXIF, transparency, and the shape of a strip, in another
-color space. Decoded and resized pixels are those of Pillow on this machine.
+The three have what golden examples lack: a rotation in EXIF, transparency, and the shape of a strip, in
+another color space. Decoded and resized pixels are those of Pillow on this machine.
 """
 
 import struct
@@ -88,7 +88,8 @@ def _draw_more(golden: Path) -> tuple[Path, ...]:
 
 def _answer(bundle: Bundle, logits: NDArray[np.float32]) -> dict[str, Any]:
     """Compute all classes, best first, `known`, `score` and `stable` of an image with *logits* (C,)."""
-    thresholds, rejection = bundle.manifest.thresholds, bundle.manifest.rejection
+    manifest = bundle.manifest
+    thresholds, rejection, stability = manifest.thresholds, manifest.rejection, manifest.stability
     shares = (softmax(logits) if thresholds is None else sigmoid(logits)).tolist()
     order = [
         index
@@ -97,4 +98,5 @@ def _answer(bundle: Bundle, logits: NDArray[np.float32]) -> dict[str, Any]:
     ]
     known, score = (None, None) if rejection is None else rejection.recognize(logits)
     classes = [{"label": bundle.labels[index], "probability": shares[index]} for index in order]
-    return {"classes": classes, "known": known, "score": score, "stable": None}
+    stable = None if stability is None else stability.is_stable(logits)
+    return {"classes": classes, "known": known, "score": score, "stable": stable}
