@@ -19,6 +19,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r".*(--profiles|--runtime tensorrt)",
     r"sopdeploy (import|\w+ ckpt\.pt)",
     r"sopdeploy reproduce .*--data",
+    r"sopdeploy web ",
     r".* --weights ",
     r".* fgvc",
     r"torchrun ",

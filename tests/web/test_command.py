@@ -9,13 +9,10 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ParityError, RuntimeUnavailableError
 from sopdeploy_export.web import runtime, site
-from sopdeploy_export.web.chromium import Report, Row, find_chromium
-from sopdeploy_export.web.examples import CheckIndex, Example
+from sopdeploy_export.web.chromium import Report, find_chromium
 from sopdeploy_export.web.runtime import fetch_runtime
-from sopdeploy_export.web.site import check_report, write_site
+from sopdeploy_export.web.site import write_site
 from tests.web.conftest import tiny
-
-NOTHING = Report(rows=(), ms=(), error="")
 
 
 def program(folder: Path, name: str, script: str) -> Path:
@@ -33,7 +30,7 @@ def test_the_command_writes_a_page_that_replays_and_its_time(tmp_path: Path) -> 
     done = CliRunner().invoke(app, [*command, "--json"])
     assert done.exit_code == 0, done.output
     written = json.loads(done.stdout)
-    assert (written["bundle"], written["images"]) == (bundle.path.name, 6)
+    assert (written["bundle"], written["steps"]) == (bundle.path.name, 24)
     assert written["ms_pixels"] > 0
     assert written["ms_network"] > 0
     assert [path.name for path in (tmp_path / "pages").iterdir()] == ["site"]
@@ -111,37 +108,21 @@ def test_only_the_published_package_is_used(
         fetch_runtime(tmp_path / "site")
 
 
-INDEX = CheckIndex(
-    bounds={"decode": 1, "resize": 0, "network": 0.01},
-    examples=(Example(file="a.jpg", size=(2, 2), logits=(0.5,)),),
-)
-
-
-def report(**found: float | None) -> Report:
-    rows = (Row(example="a.jpg", step=step, found=value, error="") for step, value in found.items())
-    return Report(rows=tuple(rows), ms=(), error="")
-
-
+@pytest.mark.usefixtures("no_download")
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (report(decode=1, resize=0, network=0.01), None),
         (
-            report(decode=2, resize=9, network=9),
-            "a.jpg: the step `decode` differs by 2 gray levels in Chromium",
+            Report(failure="a.jpg: the step `resize` fails", steps=24, ms=()),
+            "a.jpg: the step `resize` fails; nothing",
         ),
-        (
-            report(decode=0, resize=None, network=9),
-            "the step `resize` has another result in Chromium, the bound is 0",
-        ),
-        (report(decode=0, resize=0), "the step `network` has another result"),
-        (NOTHING, "the step `decode` has another result"),
-        (NOTHING.model_copy(update={"error": "no memory"}), r"the page fails in this Chromium \(no memory\)"),
+        (Report(failure="", steps=23, ms=()), "23 of 24 steps were replayed; nothing was written"),
     ],
 )
-def test_the_first_step_outside_of_its_bound_is_named(found: Report, message: str | None) -> None:
-    if message is None:
-        check_report(found, INDEX)
-    else:
-        with pytest.raises(ParityError, match=message):
-            check_report(found, INDEX)
+def test_a_failure_or_a_missing_step_leaves_nothing_behind(
+    found: Report, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "run_check", lambda folder, program: found)
+    with pytest.raises(ParityError, match=message):
+        write_site(tiny(tmp_path / "bundles"), tmp_path / "site", str(program(tmp_path, "browser", "exit 1")))
+    assert not (tmp_path / "site").exists()

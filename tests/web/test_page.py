@@ -9,11 +9,11 @@ import pytest
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.web.chromium import Report
-from sopdeploy_export.web.site import check_report, fill_site
+from sopdeploy_export.web.site import fill_site
 from sopdeploy_service.commands.predict import predict_files
 from tests.service.api.pages.conftest import SEND_FILE
 from tests.service.conftest import picture_bytes
-from tests.web.conftest import KNOWN, tiny
+from tests.web.conftest import KNOWN, RULES, tiny
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("linked_runtime")]
 SIGMOID = {"activation": "sigmoid", "thresholds": (0.5, 0.2, 0.9, 0.6, 0.4, 0.5, 0.7)}
@@ -89,7 +89,14 @@ def test_all_rules_replay(
     rules: Preprocess, decision: dict[str, Any], tmp_path: Path, replay: Callable[[Path], Report]
 ) -> None:
     (tmp_path / "site").mkdir()
-    index = fill_site(tiny(tmp_path / "bundles", rules, **decision), tmp_path / "site")
+    steps = fill_site(tiny(tmp_path / "bundles", rules, **decision), tmp_path / "site")
     report = replay(tmp_path / "site")
-    check_report(report, index)
-    assert [row.found for row in report.rows if row.step in {"resize", "normalization"}] == [0] * 9
+    assert (report.failure, report.steps) == ("", steps)
+
+
+def test_rules_that_ignore_exif_are_refused(tmp_path: Path, replay: Callable[[Path], Report]) -> None:
+    (tmp_path / "site").mkdir()
+    fill_site(
+        tiny(tmp_path / "bundles", RULES.model_copy(update={"exif_orientation": False})), tmp_path / "site"
+    )
+    assert replay(tmp_path / "site").failure.startswith("turn.jpg: the step `decode` fails in this browser")

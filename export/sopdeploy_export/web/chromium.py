@@ -20,21 +20,15 @@ _OPTIONS = ("--headless", "--no-first-run", "--disable-background-networking")
 _SECONDS = 600  # for all examples
 
 
-class Row(StrictModel):
-    """Difference of one step for one example; `found` is None if the results cannot be compared."""
-
-    example: str
-    step: str
-    found: float | None
-    error: str
-
-
 class Report(StrictModel):
-    """What the check page found; `ms` are milliseconds, for the pixels of an image and for the network."""
+    """What the check page found: the first failure of `steps` replayed ones, or an empty text.
 
-    rows: tuple[Row, ...]
+    `ms` are the milliseconds of each golden example, for its pixels and for the network.
+    """
+
+    failure: str
+    steps: int
     ms: tuple[tuple[float, float], ...]
-    error: str
 
 
 def find_chromium(given: str | None = None) -> str:
@@ -74,9 +68,9 @@ def run_check(folder: Path, program: str) -> Report:
         if hasattr(os, "geteuid") and os.geteuid() == 0:  # then Chromium does not start with its sandbox
             options.append("--no-sandbox")
         url = f"http://127.0.0.1:{server.server_port}/check.html#report"
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         end = time.monotonic() + _SECONDS
-        with subprocess.Popen([program, *options, url], **quiet) as process:
+        command = [program, *options, url]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             while not received and process.poll() is None and time.monotonic() < end:
                 time.sleep(0.05)
             process.terminate()

@@ -15,40 +15,24 @@ from PIL import Image, PngImagePlugin
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import MAX_DRIFT, MAX_LEVELS, read_golden
 from sopdeploy.bundle.manifest import to_json
-from sopdeploy.config import StrictModel
 from sopdeploy.decision import sigmoid, softmax
 from sopdeploy.errors import BundleError
 from sopdeploy.images.exif import ORIENTATION
 from sopdeploy.images.pixels import MAX_ASPECT_RATIO, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
-PIXEL_STEPS = ("decode", "resize")  # of all images; the other steps are those of golden examples
 _QUARTER_TURN = 6  # EXIF orientation
 _GAMMA = struct.pack(">I", 100_000)  # 1; browsers convert such colors unless told not to
 _STRIP_WIDTH = 8
 
 
-class Example(StrictModel):
-    """One image: *file*, its decoded pixels in `.rgba` of *size*, and resized in `.rgb`.
+def write_examples(bundle: Bundle, folder: Path) -> int:
+    """Write the examples of *bundle* to *folder*; return the number of steps to replay.
 
-    A golden example also has `.input`, the pixels that belong to *logits* (C,), and the *answer* to them.
+    `check.json` has the largest difference of each step, and the images: name, size and, of a golden example,
+    logits and the answer to them. Beside an image, `.rgba` has its decoded pixels, `.rgb` the resized ones,
+    and `.input` those that belong to the logits. Raises `BundleError` without golden examples.
     """
-
-    file: str
-    size: tuple[int, int]
-    logits: tuple[float, ...] | None = None
-    answer: dict[str, Any] | None = None
-
-
-class CheckIndex(StrictModel):
-    """Content of `check.json`: the largest difference of each step, and the images."""
-
-    bounds: dict[str, float]
-    examples: tuple[Example, ...]
-
-
-def write_examples(bundle: Bundle, folder: Path) -> CheckIndex:
-    """Write the examples of *bundle* to *folder*; raises `BundleError` if it has no golden examples."""
     golden, rules = read_golden(bundle), bundle.manifest.preprocess
     if not golden:
         raise BundleError(f"{bundle.path}: has no golden examples; export the checkpoint again")
@@ -56,21 +40,21 @@ def write_examples(bundle: Bundle, folder: Path) -> CheckIndex:
     for image in golden:
         (folder / image.name).write_bytes(image.jpeg)
         (folder / f"{image.name}.input").write_bytes(image.pixels.tobytes())
-        facts = {"logits": tuple(image.logits.tolist()), "answer": _answer(bundle, image.logits)}
-        examples.append(_write_pixels(folder / image.name, rules).model_copy(update=facts))
+        facts = {"logits": image.logits.tolist(), "answer": _answer(bundle, image.logits)}
+        examples.append({**_write_pixels(folder / image.name, rules), **facts})
     examples += [_write_pixels(file, rules) for file in _draw_more(folder / golden[0].name)]
-    bounds = {"decode": MAX_LEVELS, "resize": 0, "normalization": 0, "network": golden[0].tolerance}
-    index = CheckIndex(bounds=bounds | {"classes": 1e-6, "all": MAX_DRIFT}, examples=tuple(examples))
-    (folder / "check.json").write_bytes(to_json(index.model_dump(mode="json")))
-    return index
+    of_all = {"decode": MAX_LEVELS, "resize": 0}
+    of_golden = {"normalization": 0, "network": golden[0].tolerance, "classes": 1e-6, "all": MAX_DRIFT}
+    (folder / "check.json").write_bytes(to_json({"bounds": of_all | of_golden, "examples": examples}))
+    return len(examples) * len(of_all) + len(golden) * len(of_golden)
 
 
-def _write_pixels(file: Path, rules: Preprocess) -> Example:
+def _write_pixels(file: Path, rules: Preprocess) -> dict[str, Any]:
     with Image.open(file) as image:
         decoded = to_rgb(image, rules)
         file.with_name(f"{file.name}.rgba").write_bytes(decoded.convert("RGBA").tobytes())
         file.with_name(f"{file.name}.rgb").write_bytes(preprocess_image(image, rules).tobytes())
-    return Example(file=file.name, size=decoded.size)
+    return {"file": file.name, "size": decoded.size}
 
 
 def _draw_more(golden: Path) -> tuple[Path, ...]:

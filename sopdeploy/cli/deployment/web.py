@@ -11,12 +11,9 @@ from sopdeploy_export.web.site import Site
 
 
 def _show(site: Site) -> None:
-    """Print what was replayed, its time, and the folder."""
-    print_field("replayed", f"{site.images} images in Chromium, every step within its bound")
-    print_field(
-        "time",
-        f"{site.ms_pixels:.0f} ms for the pixels of an image, {site.ms_network:.0f} ms for the network",
-    )
+    """Print what was replayed, the time of an image, and the folder."""
+    print_field("replayed", f"{site.steps} steps in Chromium, each within its bound")
+    print_field("image", f"{site.ms_pixels:.0f} ms for its pixels, {site.ms_network:.0f} ms for the network")
     print_field("written", f"{site.path}: {site.bytes:,} bytes for {site.bundle}", style="bold green")
 
 
@@ -35,5 +32,5 @@ def web_command(
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_export.web.site import write_site
 
-    with show_steps("web") as step:
-        return write_site(open_bundle(bundle), out, browser, step)
+    with show_steps("writing the page and replaying the examples in Chromium"):
+        return write_site(open_bundle(bundle), out, browser)

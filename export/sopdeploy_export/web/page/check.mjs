@@ -3,6 +3,11 @@
 import { classify, decode, openSite, readBlob, readBytes, readJson } from "./browser.mjs";
 import { decide, distance, preprocess, tensorOf } from "./classify.mjs";
 
+const UNITS = {
+  decode: "gray levels", resize: "gray levels", normalization: "gray levels", network: "in a logit",
+  classes: "in a probability or the score", all: "of the spread of the logits",
+};
+
 const rms = (values) => Math.sqrt(values.reduce((sum, value) => sum + value ** 2, 0) / values.length);
 
 // Root mean square difference of logits, relative to their spread, as in `sopdeploy.bundle.golden`.
@@ -45,18 +50,25 @@ async function replay(opened, { file, size: [width, height], logits, answer }, b
   }
   const rows = [];
   for (const [step, run] of Object.entries(steps)) {
-    const row = { example: file, step, found: null, error: "" };
+    const row = { example: file, step, found: null, bound: bounds[step], error: "" };
     rows.push(row);
     await Promise.resolve().then(run).then((found) => (row.found = found), (error) => (row.error = String(error)));
   }
   return { rows, ms };
 }
 
-/** Every step of every example with the difference found, milliseconds of whole images, and why the page fails, if it does. */
+export const fails = ({ found, bound }) => !(found !== null && found <= bound);
+
+function describe({ example, step, found, bound, error }) {
+  const difference = error || (Number.isFinite(found) ? `it differs by ${found} ${UNITS[step]}` : "another result");
+  return `${example}: the step \`${step}\` fails in this browser: ${difference} (bound ${bound})`;
+}
+
+/** Every step of every example with the difference found, milliseconds of whole images, and the first failure or "". */
 export async function check() {
-  const report = { rows: [], ms: [], error: "" };
+  const report = { rows: [], ms: [], failure: "" };
   addEventListener("securitypolicyviolation", ({ violatedDirective, blockedURI }) => {
-    report.error = `its policy forbids ${violatedDirective} ${blockedURI}`;
+    report.failure = `the page fails in this browser: its policy forbids ${violatedDirective} ${blockedURI}`;
   });
   try {
     const [opened, { bounds, examples }] = [await openSite(), await readJson("check/check.json")];
@@ -65,8 +77,11 @@ export async function check() {
       report.rows.push(...rows);
       report.ms.push(...ms);
     }
+    const steps = Object.keys(bounds); // a wrong step also changes those after it
+    const [first] = report.rows.filter(fails).sort((a, b) => steps.indexOf(a.step) - steps.indexOf(b.step));
+    report.failure ||= first ? describe(first) : "";
   } catch (error) {
-    report.error = String(error);
+    report.failure ||= `the page fails in this browser: ${error}`;
   }
   return report;
 }
