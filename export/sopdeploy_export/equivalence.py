@@ -105,16 +105,19 @@ def _compare(
 
 
 def make_batches(types: Types) -> Iterator[dict[str, tuple[str, ...]]]:
-    """List the batches to compare: for every input, the kinds of its images."""
+    """List the batches to compare: for every input, the kinds of its images.
+
+    First all inputs have the same kinds; then one input at a time has a special kind. A model with a fixed
+    batch size gets each batch in several of that size; usual images complete the last one.
+    """
     batches = [dict.fromkeys(types, kinds) for kinds in _BATCHES]
     for special in SPECIAL:
         batches += [{other: special if other == name else USUAL for other in types} for name in types]
-    fixed = fixed_batch(types)
     for batch in batches:
-        count = len(next(iter(batch.values())))
-        for start in range(0, count, fixed or count):
-            end = start + (fixed or count)
-            yield {name: (kinds[start:end] + USUAL * end)[: end - start] for name, kinds in batch.items()}
+        length = len(next(iter(batch.values())))
+        size = fixed_batch(types) or length
+        for start in range(0, length, size):
+            yield {name: (kinds[start : start + size] + USUAL * size)[:size] for name, kinds in batch.items()}
 
 
 def make_input(

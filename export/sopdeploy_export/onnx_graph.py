@@ -203,19 +203,24 @@ class Builder:
     def insert(
         self, kind: str, inputs: Sequence[Any], attributes: dict[str, Any], outputs: int = 1
     ) -> ir.Node:
-        """Insert an operator."""
-        first = next(operand for operand in inputs if isinstance(operand, ir.Value))
+        """Insert the operator *kind* ahead of `node` and return it.
+
+        `None` leaves an optional input out. The first output has the type of the first value of *inputs*,
+        that of a Cast its attribute `to`.
+        """
         name = f"{name_of(self.node)}/{kind}_{next(self.graph.names)}"
+        first_value = next(operand for operand in inputs if isinstance(operand, ir.Value))
         values = [
             operand
             if isinstance(operand, ir.Value) or operand is None
-            else self.graph.constant(f"{name}/{i}", operand, first)
+            else self.graph.constant(f"{name}/{i}", operand, first_value)
             for i, operand in enumerate(inputs)
         ]
         node = ir.node(kind, values, attributes, num_outputs=outputs)
         for i, value in enumerate(node.outputs):
             value.name = name if i == 0 else f"{name}/result_{i}"
-        node.outputs[0].type = ir.TensorType(ir.DataType(attributes["to"])) if kind == "Cast" else first.type
+        is_cast = kind == "Cast"
+        node.outputs[0].type = ir.TensorType(ir.DataType(attributes["to"])) if is_cast else first_value.type
         self.graph.graph.insert_before(self.node, node)
         self.graph.made.add(node)
         return node

@@ -79,18 +79,21 @@ def check_lowering(bundle: Bundle) -> str | None:
 
 
 def _read(path: Path, exported: bytes) -> onnx.ModelProto:
-    """Read the source at *path*, with the weights that *exported*, the content of model.onnx, contains."""
+    """Read the source graph at *path*, with weights from *exported*, the content of model.onnx.
+
+    A tensor of both graphs is stored once; in the source, its `doc_string` is its name in *exported*.
+    """
     limit = 2 * len(exported) + MORE_BYTES
     with gzip.open(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise LoweringError(f"expands to more than {limit:,} bytes")
     source = onnx.load_from_string(content)
-    weights = {tensor.name: tensor for tensor in onnx.load_from_string(exported).graph.initializer}
+    exported_weights = {tensor.name: tensor for tensor in onnx.load_from_string(exported).graph.initializer}
     for tensor in source.graph.initializer:
         if tensor.doc_string:
-            known = weights[tensor.doc_string]
-            if known.data_type != tensor.data_type or known.dims != tensor.dims:
+            weight = exported_weights[tensor.doc_string]
+            if weight.data_type != tensor.data_type or weight.dims != tensor.dims:
                 raise ValueError(tensor.name)
-            tensor.raw_data, tensor.doc_string = known.raw_data, ""
+            tensor.raw_data, tensor.doc_string = weight.raw_data, ""
     return source

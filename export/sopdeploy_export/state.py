@@ -202,6 +202,7 @@ def _slots(value: Any) -> Iterator[tuple[str, Any]]:
 
 @cache
 def _slots_of(kind: type) -> tuple[tuple[str, MemberDescriptorType], ...]:
+    """List the `__slots__` of the class *kind* and its bases, except those of libraries, by name."""
     return tuple(
         (name, slot)
         for base in kind.__mro__

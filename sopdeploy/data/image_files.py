@@ -109,8 +109,10 @@ def divide(images: ImageFiles, fraction: float, seed: int) -> tuple[ImageFiles, 
         raise DataError(f"{images.root}: only one image of {name}; add another, one has to be held out")
     keys = [path.decode("utf-8", "surrogateescape") for path in images.paths.tolist()]
     groups = np.arange(len(keys)) if images.groups is None else images.groups
-    first, group_N = np.unique(groups, return_index=True, return_inverse=True)[1:]
-    mask = hold_out([keys[index] for index in first], images.targets[first], fraction, seed)[group_N]
+    # Of G groups, the first image stands for the others; N is the number of images.
+    _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
+    held_out_G = hold_out([keys[index] for index in first_G], images.targets[first_G], fraction, seed)
+    mask = held_out_G[group_N]
     return images.select(~mask), images.select(mask)
 
 

@@ -52,8 +52,8 @@ class Tally:
         def sum_by_part(counts: Counter[str]) -> Counter[str]:
             sums: Counter[str] = Counter()
             for name, number in counts.items():
-                child, _, rest = name.partition(".")
-                sums[f"{child}.{rest.partition('.')[0]}" if child in split else child] += number
+                path = name.split(".")
+                sums[".".join(path[:2] if path[0] in split else path[:1])] += number
             return sums
 
         parameters, macs = sum_by_part(self.parameters), sum_by_part(self.macs)

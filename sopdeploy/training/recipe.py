@@ -272,7 +272,7 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
         return str(problem["msg"]).removeprefix("Value error, ")
     *parents, last = problem["loc"]
     keys = []
-    for parent in parents:
+    for parent in parents:  # a tag of a union is no key of the values
         if isinstance(values, dict) and parent in values:
             values = values[parent]
             keys.append(str(parent))
@@ -282,7 +282,8 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
     if problem["type"] == "union_tag_invalid":
         return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
     if problem["type"] != "extra_forbidden":
-        return key + first_problem(error).removeprefix(".".join(map(str, problem["loc"])))
+        path_with_tags = ".".join(map(str, problem["loc"]))
+        return key + first_problem(error).removeprefix(path_with_tags)
     known = sorted(set(_list_keys(Recipe)))
     if key in known:
         return f"{key}: unknown key of this kind"

@@ -15,10 +15,11 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sopdeploy.errors import ConfigError
@@ -80,20 +81,28 @@ async def send_metrics(file: int, page: bytes) -> None:
         await asyncio.get_running_loop().sock_sendall(connection, page)
 
 
-def merge_metrics(pages: Mapping[str, bytes]) -> bytes:
+def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
 
     A page is empty if its process is down. A name is that of a device, or `DEVICE:NUMBER` for a front end.
+    The `process_*` metrics are those of the process *ids*: a process in a sandbox cannot read its own.
     """
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
+    found: dict[str, list[Metric]] = {}
     families: dict[str, Metric] = {}
     for name, page in pages.items():
-        added = {"process": name}
-        up.add_sample(up.name, added, float(bool(page)))
-        for family in text_string_to_metric_families(page.decode()):
+        up.add_sample(up.name, {"process": name}, float(bool(page)))
+        found[name] = list(text_string_to_metric_families(page.decode()))
+    for name, number in ids.items():
+        found[name] = [
+            *found.get(name, ()),
+            *ProcessCollector(pid=partial(str, number), registry=None).collect(),
+        ]
+    for name, collected in found.items():
+        for family in collected:
             merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
             merged.samples += [
-                sample._replace(labels={**sample.labels, **added}) for sample in family.samples
+                sample._replace(labels={**sample.labels, "process": name}) for sample in family.samples
             ]
     pages_merged = SimpleNamespace(collect=lambda: [up, *families.values()])
     return generate_latest(cast(CollectorRegistry, pages_merged))  # which calls only `collect`

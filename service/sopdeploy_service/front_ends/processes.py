@@ -85,8 +85,8 @@ def list_processes(settings: Settings) -> list[Process]:
     """
     devices = settings.devices or ("",)
     front_ends = count_front_ends(settings)
-    exact = front_ends > 1 and settings.decode == "auto" and settings.sandbox != "off"
-    if exact:
+    is_exact = front_ends > 1 and settings.decode == "auto" and settings.sandbox != "off"
+    if is_exact:
         log.info("decode=auto is exact: front ends decode in a sandbox without GPU; sandbox=off permits it")
     processes: list[Process] = []
     for position, device in enumerate(devices):
@@ -99,16 +99,17 @@ def list_processes(settings: Settings) -> list[Process]:
             changed["runtime"] = "onnxruntime-cpu"
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders_per_process(cores_within_quota(), front_ends * len(devices))
+        if is_exact:
+            changed["decode"] = "exact"
         if front_ends == 1:
             processes.append(Process(name, SERVER, variables, changed))
             continue
-        if exact:
-            changed["decode"] = "exact"
         inference = Process(name, INFERENCE, variables, changed)
-        changed = {**changed, **share_limits(settings, front_ends * len(devices))}
+        of_front_end = {**changed, **share_limits(settings, front_ends * len(devices))}
         processes.append(inference)
         processes += [
-            Process(f"{name}:{number}", SERVER, variables, changed, inference) for number in range(front_ends)
+            Process(f"{name}:{number}", SERVER, variables, of_front_end, inference)
+            for number in range(front_ends)
         ]
     return processes
 

@@ -153,7 +153,11 @@ def preload(config: uvicorn.Config) -> None:
 
 
 def build_filter(machine: str, process: int) -> bytes:
-    """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`."""
+    """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`.
+
+    An instruction is its operation, the numbers of instructions to skip if a comparison holds and if it does
+    not, and its operand.
+    """
     column, architecture = ARCHITECTURES[machine]
     deny = FAIL | errno.EPERM
     code = [

@@ -314,7 +314,9 @@ class Supervisor:
     async def _collect_metrics(self) -> bytes:
         pages = await asyncio.gather(*(control.request_metrics(process.control) for process in self._servers))
         names = [process.name for process in self._servers]
-        return control.merge_metrics(dict(zip(names, pages, strict=True)))
+        ids = {process.name: process.child.pid for process in self._processes if process.child is not None}
+        ids["supervisor"] = os.getpid()
+        return control.merge_metrics(dict(zip(names, pages, strict=True)), ids)
 
     async def _send_metrics(self, file: int) -> None:
         await control.send_metrics(file, await self._collect_metrics())

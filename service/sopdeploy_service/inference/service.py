@@ -85,22 +85,26 @@ class Service:
         # Few threads: a JSON parser holds the interpreter lock.
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
+        self.max_upload_bytes = upload_budget(settings)
+        self.decoders = self._create_decoders()
+        self.metrics.queue_depth.set_function(lambda: self.admitted)
+        self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
+        self._draining = True
+
+    def _create_decoders(self) -> Decoders:
+        """Create the decoder threads; every value of `decode` among the models gets one decoder."""
         on_failure = self.metrics.failed_gpu_decodes.inc
-        formats = {FORMATS[name] for name in settings.formats}
+        formats = {FORMATS[name] for name in self.settings.formats}
 
         @cache
         def decoder_of(way: str) -> Decode:
-            return partial(make_decoder(settings, way, on_failure), formats=formats)
+            return partial(make_decoder(self.settings, way, on_failure), formats=formats)
 
         for model in self.registry.models():  # now: a front end cannot open the GPU in its sandbox
             decoder_of(model.loaded.decode)
         threads = self._count_decoders()
-        self.decoders = Decoders(threads, settings, self.metrics, decoder_of)
-        self.max_upload_bytes = upload_budget(settings)
         self.metrics.decoders.set(threads)
-        self.metrics.queue_depth.set_function(lambda: self.admitted)
-        self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
-        self._draining = True
+        return Decoders(threads, self.settings, self.metrics, decoder_of)
 
     def _count_decoders(self) -> int:
         """Count the threads that decode, and those that wait for two batches of a GPU that decodes."""

@@ -257,8 +257,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._restart_timer(None)
         hosts = sum(name == b"host" for name, _ in self.headers)
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
-        version = self.parser.get_http_version()
-        valid = hosts == 1 if version == "1.1" else version == "1.0" and hosts <= 1 and not codings
+        if self.parser.get_http_version() == "1.1":
+            valid = hosts == 1
+        else:  # HTTP/1.0 has no transfer codings
+            valid = self.parser.get_http_version() == "1.0" and hosts <= 1 and not codings
         if not valid or len(self.pipeline) >= MAX_PIPELINE:
             self._error = self._error or _MALFORMED
         elif codings:

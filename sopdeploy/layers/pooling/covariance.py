@@ -33,11 +33,12 @@ class ISqrtPooling(ReducedPooling):
 
     def __init__(self, config: "ISqrtPoolingConfig", channels: int) -> None:
         super().__init__(channels, config.width, linear=config.reduction == "linear")
-        root = config.newton_schulz(compensate=config.compensation == "norm", centered=config.centered)
-        self.root = ISqrtCov(self.channels, root)
+        options = config.newton_schulz(compensate=config.compensation == "norm", centered=config.centered)
+        self.root = ISqrtCov(self.channels, options)
         self.out_features = self.root.out_features
-        by_batch = config.compensation == "batch_norm"
-        self.batch_norm: nn.Module = nn.BatchNorm1d(self.out_features) if by_batch else nn.Identity()
+        self.batch_norm: nn.Module = nn.Identity()
+        if config.compensation == "batch_norm":
+            self.batch_norm = nn.BatchNorm1d(self.out_features)
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute the vector (B, d (d + 1) / 2); `isqrt_cov` converts half-precision maps to float32."""

@@ -198,13 +198,17 @@ def list_heads(full: SecondOrderHead, config: FewShotConfig) -> list[HeadConfig]
     Without `config.heads`, the means of the feature maps are compared only if the network's own vector is
     not the mean of the last one.
     """
-    taps, kinds = tuple(full.pooled_head.channels), config.heads
-    if not taps:
+    all_taps, kinds = tuple(full.pooled_head.channels), config.heads
+    if not all_taps:
         return [HeadConfig(kind="gap")]
     if not kinds:
         kinds = ("gap+isqrt", "gap") if full.averages_last_map else ("gap+isqrt", "gap+mean+isqrt", "gap")
+    last_tap = all_taps[-1:]
     heads = []
     for kind in kinds:
-        taps_to_compare = [None] if kind == "gap" else dict.fromkeys((taps, taps[-1:]))
-        heads += [HeadConfig(kind=kind, taps=chosen, width=WIDTH) for chosen in taps_to_compare]
+        if kind == "gap":  # reads the network's own vector instead of taps
+            choices: list[tuple[str, ...] | None] = [None]
+        else:
+            choices = [all_taps] if all_taps == last_tap else [all_taps, last_tap]
+        heads += [HeadConfig(kind=kind, taps=taps, width=WIDTH) for taps in choices]
     return heads

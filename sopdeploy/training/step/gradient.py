@@ -64,35 +64,45 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     the whole batch. Batch norm uses the statistics of a micro-batch.
     """
     images, targets = batch
-    optimizer, strategy = run.optimizer, run.strategy
-    signs_seed = derive_seed(run.recipe.seed, "curvature", run.position.epoch, run.position.step)
-    count = sum(micro_batch.total for micro_batch in micro_batches)
+    num_samples = sum(micro_batch.total for micro_batch in micro_batches)
     sums: dict[str, Tensor] = {}
     component_counts: list[Tensor] = []
     for micro_batch in micro_batches:
-        last = micro_batch is micro_batches[-1]
-        inputs, labels = (tensor[micro_batch.first : micro_batch.end] for tensor in (images, targets))
-        with run.precision.autocast():
-            output = run.network(inputs)
-            smoothing, weights = run.recipe.loss.label_smoothing, run.model.loss_weights()
-            loss = training_loss(output, labels, weights, smoothing, run.activation)
-            if run.teacher is not None:
-                loss = run.teacher.add_to(loss, inputs, labels, output)
-        fraction = len(labels) / count
-        if isinstance(optimizer, AdaHessian):
-            optimizer.backward(loss.total * fraction, signs_seed)
-            if last:
-                optimizer.all_reduce(strategy.sum_by_parameter)
-        else:
-            strategy.backward(run.precision.scaler.scale(loss.total * fraction), run.trained(), last=last)
+        rows = slice(micro_batch.first, micro_batch.end)
+        loss = _compute_loss(run, images[rows], targets[rows])
+        fraction = len(targets[rows]) / num_samples
+        _backward(run, loss.total * fraction, last=micro_batch is micro_batches[-1])
         for name, value in {"total": loss.total.detach(), **loss.parts}.items():
             sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
         if loss.component_counts is not None:
             component_counts.append(loss.component_counts)
-    reduced = strategy.all_reduce(torch.stack([value.double() for value in sums.values()]))
+    reduced = run.strategy.all_reduce(torch.stack([value.double() for value in sums.values()]))
     parts = dict(zip(sums, reduced, strict=True))
-    counts = strategy.all_reduce(torch.stack(component_counts).sum(dim=0)) if component_counts else None
+    counts = run.strategy.all_reduce(torch.stack(component_counts).sum(dim=0)) if component_counts else None
     return Loss(parts.pop("total"), parts, counts)
+
+
+def _compute_loss(run: Run, images: Tensor, labels: Tensor) -> Loss:
+    """Compute the loss of a micro-batch, with that of the teacher if the run has one."""
+    with run.precision.autocast():
+        output = run.network(images)
+        smoothing, weights = run.recipe.loss.label_smoothing, run.model.loss_weights()
+        loss = training_loss(output, labels, weights, smoothing, run.activation)
+        return loss if run.teacher is None else run.teacher.add_to(loss, images, labels, output)
+
+
+def _backward(run: Run, loss: Tensor, *, last: bool) -> None:
+    """Add the gradient of *loss* to that of the step; after the *last* one, sum it over the processes.
+
+    AdaHessian also needs the curvature, with random signs that all micro-batches of a step share.
+    """
+    if isinstance(run.optimizer, AdaHessian):
+        position = run.position
+        run.optimizer.backward(loss, derive_seed(run.recipe.seed, "curvature", position.epoch, position.step))
+        if last:
+            run.optimizer.all_reduce(run.strategy.sum_by_parameter)
+    else:
+        run.strategy.backward(run.precision.scaler.scale(loss), run.trained(), last=last)
 
 
 def _check_finite_step(run: Run, loss: Loss, norm: Tensor) -> bool:

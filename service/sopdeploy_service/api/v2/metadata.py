@@ -10,7 +10,7 @@ from sopdeploy_service.settings import Settings
 
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # of the input and of the outputs of every bundle
 CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
-EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository")
+EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +78,11 @@ def model_config(model: Model, settings: Settings) -> dict[str, Any]:
     Both inputs are optional: a request gives one of them.
     """
     signature = signature_of(model.bundle, settings.max_images)
-    described = [
-        {"name": tensor.name, "data_type": CONFIG_TYPES[tensor.datatype], "dims": list(tensor.shape[1:])}
-        for tensor in (signature.tensor, IMAGE, *signature.outputs)
-    ]
+
+    def describe(tensor: Tensor) -> dict[str, Any]:
+        dims = list(tensor.shape[1:])
+        return {"name": tensor.name, "data_type": CONFIG_TYPES[tensor.datatype], "dims": dims}
+
     kinds = {"cpu": "KIND_CPU", "none": "KIND_AUTO"}  # none: not loaded
     return {
         "name": model.name,
@@ -89,10 +90,10 @@ def model_config(model: Model, settings: Settings) -> dict[str, Any]:
         "backend": platform(model).partition("_")[0],
         "max_batch_size": signature.max_images,
         "input": [
-            {**tensor, "format": layout, "optional": True}
-            for tensor, layout in zip(described, ("FORMAT_NHWC", "FORMAT_NONE"), strict=False)
+            {**describe(signature.tensor), "format": "FORMAT_NHWC", "optional": True},
+            {**describe(IMAGE), "format": "FORMAT_NONE", "optional": True},
         ],
-        "output": described[2:],
+        "output": [describe(tensor) for tensor in signature.outputs],
         "dynamic_batching": {"max_queue_delay_microseconds": round(settings.max_queue_delay_ms * 1000)},
         "instance_group": [{"count": 1, "kind": kinds.get(model.loaded.runtime.device, "KIND_GPU")}],
     }

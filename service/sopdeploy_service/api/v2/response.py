@@ -42,28 +42,35 @@ def format_response(
     binary_parts: list[bytes] = []
     outputs = []
     for output in requested:
-        data: Any = np.ascontiguousarray(values[output.tensor.name], "<f4")
-        shape, datatype = list(data.shape), output.tensor.datatype
+        name = output.tensor.name
+        array = np.ascontiguousarray(values[name], "<f4")
+        described: dict[str, Any] = {"name": name}
+        elements: Any
         if output.num_classes:
-            rows = rank_labels(data, output.num_classes, labels.get(output.tensor.name, ()))
-            shape, datatype, data = [len(rows), len(rows[0])], "BYTES", [text for row in rows for text in row]
-        described: dict[str, Any] = {"name": output.tensor.name, "datatype": datatype, "shape": shape}
+            rows = rank_labels(array, output.num_classes, labels.get(name, ()))
+            described |= {"datatype": "BYTES", "shape": [len(rows), len(rows[0])]}
+            elements = [text for row in rows for text in row]
+        else:
+            described |= {"datatype": output.tensor.datatype, "shape": list(array.shape)}
+            elements = array.reshape(-1)
         if output.binary:
-            if output.num_classes:  # each element is its length, 4 bytes little-endian, and its text
-                elements = [text.encode() for text in data]
-                raw = b"".join(pack("<I", len(element)) + element for element in elements)
-            else:
-                raw = data.tobytes()
+            raw = _pack_texts(elements) if output.num_classes else array.tobytes()
             binary_parts.append(raw)
             described["parameters"] = {"binary_data_size": len(raw)}
         else:
-            described["data"] = data if output.num_classes else data.reshape(-1)
+            described["data"] = elements
         outputs.append(described)
     text = orjson.dumps({**head, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not any(output.binary for output in requested):
         return text, {"Content-Type": "application/json"}
     headers = {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(text))}
     return b"".join([text, *binary_parts]), headers
+
+
+def _pack_texts(texts: Sequence[str]) -> bytes:
+    """Join *texts*; each is its length in bytes, 4 bytes little-endian, and its UTF-8 form."""
+    elements = [text.encode() for text in texts]
+    return b"".join(pack("<I", len(element)) + element for element in elements)
 
 
 def rank_labels(values: NDArray[Any], num_classes: int, labels: Sequence[str]) -> list[list[str]]:

@@ -1,0 +1,95 @@
+"""Photographs that a server or `classify` keeps because a label for them would help.
+
+A folder of kept photographs is flat: `ID.jpg` or `ID.png` is a photograph without metadata except its
+orientation, and `ID.json` its `KeptRecord`. The photograph is written first, so a record always has its
+photograph; a photograph without a record is not complete.
+"""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.config import StrictModel
+
+Reason = Literal["unknown", "low_margin", "sample", "disagreement"]
+NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
+MAX_KEPT_LABELS = 100  # classes of a record
+
+log = logging.getLogger("sopdeploy.kept")
+
+
+class KeptRecord(StrictModel):
+    """What was predicted for a kept photograph, and why it was kept.
+
+    Attributes:
+        image: Name of the file beside the record.
+        bundle: ID of the bundle that predicted.
+        model: Name under which the bundle was served.
+        time: When it was predicted, in UTC.
+        reasons: Why it was kept: `known` was false, the two most probable classes were close, a hash of its
+            bytes put it into the uniform sample, or a shadow predicted another class.
+        labels: The classes of the bundle, in its order; of more than `MAX_KEPT_LABELS`, the most
+            probable ones, best first.
+        logits: The logits of `labels`, as the bundle gave them.
+        known: Whether it probably shows one of the classes; None if the bundle has no threshold for this.
+        score: What the threshold of `known` was applied to.
+        near_hash: `near_hash` of the network's input.
+    """
+
+    image: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}\.(jpg|png)$")]
+    bundle: str
+    model: str
+    time: pydantic.AwareDatetime
+    reasons: Annotated[tuple[Reason, ...], pydantic.Field(min_length=1)]
+    labels: tuple[str, ...]
+    logits: tuple[float, ...]
+    known: bool | None = None
+    score: float | None = None
+    near_hash: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{16}$")]
+
+    @pydantic.model_validator(mode="after")
+    def _check_lengths(self) -> "KeptRecord":
+        if len(self.labels) != len(self.logits):
+            raise ValueError(f"{len(self.logits)} logits for {len(self.labels)} labels")
+        return self
+
+
+def read_kept(folder: Path) -> list[tuple[Path, KeptRecord]]:
+    """Read the kept photographs in *folder*: the path of each and its record, the oldest first.
+
+    Records that are damaged, or whose photograph is missing, are skipped; a warning tells how many. Raises
+    `OSError` if *folder* cannot be read.
+    """
+    kept, skipped = [], 0
+    for path in sorted(folder.iterdir()):
+        if path.suffix != ".json":
+            continue
+        try:
+            record = KeptRecord.model_validate_json(path.read_bytes())
+        except (OSError, pydantic.ValidationError):
+            skipped += 1
+            continue
+        image = folder / record.image
+        if image.stem == path.stem and image.is_file() and not image.is_symlink():
+            kept.append((image, record))
+        else:
+            skipped += 1
+    if skipped:
+        log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, skipped)
+    return sorted(kept, key=lambda entry: entry[1].time)
+
+
+def near_hash(pixels: NDArray[np.uint8]) -> str:
+    """Compute a hash of *pixels* (H, W, 3) as 16 hexadecimal digits, which copies share up to `NEAR_BITS`.
+
+    Each of its 64 bits tells whether a cell of the gray image is brighter than the cell to its left, in 8
+    rows of 9 cells (dHash; Krawetz, "Kind of Like That", hackerfactor.com, 2013).
+    """
+    gray = Image.fromarray(pixels).convert("L").resize((9, 8), Image.Resampling.BOX)
+    cells = np.asarray(gray, np.int16)
+    return np.packbits(cells[:, 1:] > cells[:, :-1]).tobytes().hex()
