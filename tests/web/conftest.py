@@ -15,7 +15,7 @@ from sopdeploy.decision import Decision, Rejection, Stability, Variant
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.web import runtime, site
-from sopdeploy_export.web.chromium import Report
+from sopdeploy_export.web.chromium import PageReport
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401 - fixtures
 from tests.service.conftest import write_bundle
 
@@ -82,12 +82,12 @@ def check_tab(chromium: Any) -> Iterator[Any]:  # noqa: F811 - the fixture
 
 
 @pytest.fixture
-def replay(check_tab: Any, served: str) -> Callable[[Path], Report]:
+def replay(check_tab: Any, served: str) -> Callable[[Path], PageReport]:
     """`replay(folder)` opens the check page of the *folder* in `tmp_path`, as `sopdeploy web` does."""
 
-    def run(folder: Path) -> Report:
+    def run(folder: Path) -> PageReport:
         with check_tab.expect_request("**/report") as sent:
             check_tab.goto(f"{served}/{folder.name}/check.html#report")
-        return Report.model_validate_json(sent.value.post_data)
+        return PageReport.model_validate_json(sent.value.post_data)
 
     return run

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ParityError, RuntimeUnavailableError
 from sopdeploy_export.web import runtime, site
-from sopdeploy_export.web.chromium import Report, find_chromium
+from sopdeploy_export.web.chromium import PageReport, find_chromium
 from sopdeploy_export.web.runtime import fetch_runtime
 from sopdeploy_export.web.site import write_site
 from tests.web.conftest import tiny
@@ -113,14 +113,14 @@ def test_only_the_published_package_is_used(
     ("found", "message"),
     [
         (
-            Report(failure="a.jpg: the step `resize` fails", steps=24, ms=()),
+            PageReport(failure="a.jpg: the step `resize` fails", steps=24, ms=()),
             "a.jpg: the step `resize` fails; nothing",
         ),
-        (Report(failure="", steps=23, ms=()), "23 of 24 steps were replayed; nothing was written"),
+        (PageReport(failure="", steps=23, ms=()), "23 of 24 steps were replayed; nothing was written"),
     ],
 )
 def test_a_failure_or_a_missing_step_leaves_nothing_behind(
-    found: Report, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: PageReport, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(site, "run_check", lambda folder, program: found)
     with pytest.raises(ParityError, match=message):

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from sopdeploy_export.web.chromium import Report
+from sopdeploy_export.web.chromium import PageReport
 from sopdeploy_export.web.site import fill_site
 from tests.web.conftest import KNOWN, tiny
 
@@ -106,7 +106,9 @@ BY_DEFAULT = {"no antialiasing", "float16", "labels shifted"}
 @pytest.mark.parametrize(
     "fault", [pytest.param(name, marks=() if name in BY_DEFAULT else pytest.mark.slow) for name in FAULTS]
 )
-def test_a_page_with_a_fault_is_refused(fault: str, tmp_path: Path, replay: Callable[[Path], Report]) -> None:
+def test_a_page_with_a_fault_is_refused(
+    fault: str, tmp_path: Path, replay: Callable[[Path], PageReport]
+) -> None:
     folder = tmp_path / "site"
     folder.mkdir()
     fill_site(tiny(tmp_path / "bundles", rejection=KNOWN), folder)

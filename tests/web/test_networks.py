@@ -11,13 +11,13 @@ import torch
 import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.web.chromium import Report
+from sopdeploy_export.web.chromium import PageReport
 from sopdeploy_export.web.site import fill_site
 from tests.export.conftest import export_once, trained
 from tests.real.conftest import LITE0, PHOTOS, lite0_file  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("linked_runtime")]
-Replay = Callable[[Path], Report]
+Replay = Callable[[Path], PageReport]
 
 
 def check(exported: Path, folder: Path, replay: Replay) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.web.chromium import Report
+from sopdeploy_export.web.chromium import PageReport
 from sopdeploy_export.web.site import fill_site
 from sopdeploy_service.commands.predict import predict_files
 from tests.service.api.pages.conftest import SEND_FILE
@@ -86,7 +86,7 @@ def test_a_page_with_another_network_starts_with_an_error(
     ids=["bilinear, without rules", "padded, several classes per image", "squashed, score is a probability"],
 )
 def test_all_rules_replay(
-    rules: Preprocess, decision: dict[str, Any], tmp_path: Path, replay: Callable[[Path], Report]
+    rules: Preprocess, decision: dict[str, Any], tmp_path: Path, replay: Callable[[Path], PageReport]
 ) -> None:
     (tmp_path / "site").mkdir()
     steps = fill_site(tiny(tmp_path / "bundles", rules, **decision), tmp_path / "site")
@@ -94,7 +94,7 @@ def test_all_rules_replay(
     assert (report.failure, report.steps) == ("", steps)
 
 
-def test_rules_that_ignore_exif_are_refused(tmp_path: Path, replay: Callable[[Path], Report]) -> None:
+def test_rules_that_ignore_exif_are_refused(tmp_path: Path, replay: Callable[[Path], PageReport]) -> None:
     (tmp_path / "site").mkdir()
     fill_site(
         tiny(tmp_path / "bundles", RULES.model_copy(update={"exif_orientation": False})), tmp_path / "site"

@@ -20,7 +20,7 @@ _OPTIONS = ("--headless", "--no-first-run", "--disable-background-networking")
 _SECONDS = 600  # for all examples
 
 
-class Report(StrictModel):
+class PageReport(StrictModel):
     """What the check page found: the first failure of `steps` replayed ones, or an empty text.
 
     `ms` are the milliseconds of each golden example, for its pixels and for the network.
@@ -42,7 +42,7 @@ def find_chromium(given: str | None = None) -> str:
     )
 
 
-def run_check(folder: Path, program: str) -> Report:
+def run_check(folder: Path, program: str) -> PageReport:
     """Serve *folder* to this machine and open its `check.html` in *program*; return the report of that page.
 
     Raises `ParityError` if the browser gives no report.
@@ -76,7 +76,7 @@ def run_check(folder: Path, program: str) -> Report:
             process.terminate()
         server.shutdown()
     try:
-        return Report.model_validate_json(received[0])
+        return PageReport.model_validate_json(received[0])
     except (IndexError, pydantic.ValidationError) as error:
         raise ParityError(
             f"{program}: no report of the check page; start it on this machine by hand, or name another",
