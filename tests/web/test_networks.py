@@ -40,7 +40,7 @@ def test_heads_on_lite0_replay(
     replay: Replay,
     lite0_file: Path,  # noqa: F811 - the fixture
 ) -> None:
-    settings: dict[str, Any] = {"model.name": LITE0, "procedure": {"kind": "few_shot", "heads": ["gap"]}}
+    settings: dict[str, Any] = {"model.name": LITE0, "procedure.kind": "few_shot", "procedure.heads": ["gap"]}
     run = sopdeploy.train(PHOTOS, out=tmp_path / "run", weights=lite0_file, **settings)
     more = {"calibrate": PHOTOS, "max_drop": 4} if precision == "int8" else {}
     exported = sopdeploy.export(run.best, tmp_path / "bundles", precision=precision, **more)

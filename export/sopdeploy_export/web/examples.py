@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.golden import MAX_LOGIT_DRIFT, MAX_LEVELS, read_golden
+from sopdeploy.bundle.golden import LOGIT_DRIFT, MAX_LEVELS, read_golden
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.decision import sigmoid, softmax
 from sopdeploy.errors import BundleError
@@ -44,7 +44,7 @@ def write_examples(bundle: Bundle, folder: Path) -> int:
         examples.append({**_write_pixels(folder / image.name, rules), **facts})
     examples += [_write_pixels(file, rules) for file in _draw_more(folder / golden[0].name)]
     of_all = {"decode": MAX_LEVELS, "resize": 0}
-    of_golden = {"normalization": 0, "network": golden[0].tolerance, "classes": 1e-6, "all": MAX_LOGIT_DRIFT}
+    of_golden = {"normalization": 0, "network": golden[0].tolerance, "classes": 1e-6, "all": LOGIT_DRIFT}
     (folder / "check.json").write_bytes(to_json({"bounds": of_all | of_golden, "examples": examples}))
     return len(examples) * len(of_all) + len(golden) * len(of_golden)
 
