@@ -187,7 +187,7 @@ def check_golden(
         )
     if not difference.drift <= LOGIT_DRIFT:
         raise ParityError(
-            f"{example.name}: {difference.describe()} (at most {100 * LOGIT_DRIFT:g} %); install that version "
-            "or export the bundle again"
+            f"{example.name}: {difference.describe()} (at most {100 * LOGIT_DRIFT:g} %); install that "
+            "version or export the bundle again"
         )
     return difference
