@@ -30,6 +30,25 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [(f"sum by (code) (rate(sopdeploy_requests_total{RATE}))", "{{code}}")],
     ),
     ("Request duration", "s", quantiles("sopdeploy_request_duration_seconds", "route")),
+    ("Request duration of each model", "s", quantiles("sopdeploy_request_duration_seconds", "model")),
+    (
+        "Mean time of a request with images, and of its stages",
+        "s",
+        [
+            (
+                f"sum by (model, part) (rate(sopdeploy_inference_seconds_sum{RATE}))"
+                f" / sum by (model, part) (rate(sopdeploy_inference_seconds_count{RATE}))",
+                "{{model}} {{part}}",
+            )
+        ],
+    ),
+    (
+        "Time since the last request with images",
+        "s",
+        [("time() - max by (model) (sopdeploy_last_inference_timestamp_seconds > 0)", "{{model}}")],
+    ),
+    ("Memory of each process", "bytes", [("process_resident_memory_bytes", "{{instance}} {{process}}")]),
+    ("Cores in use", "none", [(f"rate(process_cpu_seconds_total{RATE})", "{{instance}} {{process}}")]),
     ("Duration of each stage", "s", quantiles("sopdeploy_stage_duration_seconds", "stage")),
     (
         "Images per second",

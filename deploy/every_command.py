@@ -47,6 +47,8 @@ ARGUMENTS = {
     "pull": "oci://127.0.0.1:1/absent pulled",
     "predict": "bundle photos/ant/1.png",
     "classify": "bundle photos --out rows",
+    "compare": "bundle bundle --data photos",
+    "promote": "bundle --over live",
     "serve": "bundle --keys absent",
     "ray": "bundle",
     "health": "--url http://127.0.0.1:1",

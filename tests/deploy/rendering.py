@@ -1,7 +1,7 @@
 """Render the chart's Helm templates with Jinja, to validate them without helm.
 
 Supports `.Values.x`, `quote`, `toYaml ... | nindent N`, `if`, `if not`, `else`, `range $k, $v :=` and `end`;
-anything else is an error. test_deploy.py compares it with helm where helm is installed.
+anything else is an error. test_deploy.py compares it with Helm where its library is installed.
 """
 
 import json

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,25 @@ VALUES: dict[str, dict[str, Any]] = {
         "autoscaling": AUTOSCALING,
         "nodeSelector": {"disk": "fast"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
+        "affinity": {
+            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}
+        },
+        "topologySpread": {"key": "zone", "maxSkew": 2, "whenUnsatisfiable": "DoNotSchedule"},
+        "imagePullSecrets": [{"name": "registry"}],
+        "serviceAccount": {"create": True, "annotations": {"role": "reader"}},
+        "ingress": {
+            "host": "shop.example",
+            "className": "nginx",
+            "tlsSecret": "tls",
+            "annotations": {"nginx.ingress.kubernetes.io/proxy-body-size": "20m"},
+        },
+        "networkPolicy": {
+            "enabled": True,
+            "podLabels": {"app": "gateway"},
+            "namespaceLabels": {"team": "shop"},
+            "egress": [{"ports": [{"port": 443, "protocol": "TCP"}]}],
+        },
+        "serviceMonitor": {"enabled": True, "interval": "30s", "labels": {"release": "prometheus"}},
     },
     "with KEDA": {"autoscaling": AUTOSCALING | {"keda": KEDA}},
     "with KEDA and a proxy's requests": {
@@ -62,8 +83,18 @@ VALUES: dict[str, dict[str, Any]] = {
 }
 
 
+def merged(defaults: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Merge tables as Helm does."""
+    tables = {
+        name: merged(defaults[name], value)
+        for name, value in changes.items()
+        if isinstance(value, dict) and isinstance(defaults.get(name), dict)
+    }
+    return {**defaults, **changes, **tables}
+
+
 def chart(case: str) -> list[dict[str, Any]]:
-    values = yaml.safe_load((CHART / "values.yaml").read_text()) | VALUES[case]
+    values = merged(yaml.safe_load((CHART / "values.yaml").read_text()), VALUES[case])
     texts = [render(path.read_text(), values, "shop") for path in sorted(CHART.glob("templates/*.yaml"))]
     return [found for text in texts for found in yaml.safe_load_all(text) if found]
 
@@ -96,8 +127,47 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     for document in CLUSTER[name]:
         if document["kind"] == "ScaledObject":
             jsonschema.validate(document, SCALED_OBJECT)
-        else:
+        elif (
+            document["kind"] != "ServiceMonitor"
+        ):  # of an operator; a test below compares it with the Service
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
+
+
+OPTIONAL_KINDS = {"ServiceAccount", "Ingress", "NetworkPolicy", "ServiceMonitor"}
+OPTIONAL_FIELDS = {"serviceAccountName", "imagePullSecrets", "affinity", "topologySpreadConstraints"}
+
+
+def test_the_chart_adds_the_optional_parts_only_when_asked() -> None:
+    for case, wanted in (("with everything", True), *((case, False) for case in VALUES)):
+        if wanted == (case == "with everything"):
+            kinds, pod = {document["kind"] for document in chart(case)}, PODS[f"the chart {case}"]
+            assert kinds & OPTIONAL_KINDS == (OPTIONAL_KINDS if wanted else set()), case
+            assert pod.keys() & OPTIONAL_FIELDS == (OPTIONAL_FIELDS if wanted else set()), case
+
+
+def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
+    found = {document["kind"]: document for document in chart("with everything")}
+    pod = found["Deployment"]["spec"]["template"]
+    pod_ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
+    service_ports = {port["name"]: port["targetPort"] for port in found["Service"]["spec"]["ports"]}
+    assert set(service_ports.values()) == pod_ports
+    assert pod["spec"]["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
+    assert found["ServiceAccount"]["automountServiceAccountToken"] is False
+    (path,) = found["Ingress"]["spec"]["rules"][0]["http"]["paths"]
+    assert path["backend"]["service"]["name"] == found["Service"]["metadata"]["name"]
+    assert path["backend"]["service"]["port"]["name"] in service_ports
+    policy, monitor = found["NetworkPolicy"]["spec"], found["ServiceMonitor"]["spec"]
+    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["http", "health"]
+    assert {*policy["ingress"][0]["from"][0]} == {"podSelector", "namespaceSelector"}
+    assert len(policy["egress"]) == 2
+    assert [end["port"] for end in monitor["endpoints"]] == ["health"]
+    (spread,) = pod["spec"]["topologySpreadConstraints"]
+    for selector, labels in (
+        (policy["podSelector"], pod["metadata"]["labels"]),
+        (spread["labelSelector"], pod["metadata"]["labels"]),
+        (monitor["selector"], found["Service"]["metadata"]["labels"]),
+    ):
+        assert selector["matchLabels"].items() <= labels.items()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +267,7 @@ def metric_names() -> set[str]:
         if isinstance(metric, MetricWrapperBase):
             (family,) = metric.describe()
             ends = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum", "_count"]}
+            ends["summary"] = ["_sum", "_count"]
             found |= {family.name + end for end in ends[family.type]}
     return found
 
@@ -279,14 +350,28 @@ def test_the_images_serve_as_a_non_root_user_with_a_health_check() -> None:
         assert f"install_image.sh {target}" in stage(f"{target}-build")[1]
 
 
-@pytest.mark.skipif(shutil.which("helm") is None, reason="helm is not installed")
-def test_helm_renders_the_chart_like_these_tests(tmp_path: Path) -> None:
-    for case, values in VALUES.items():
-        (tmp_path / "values.yaml").write_text(json.dumps(values))
-        command = ["helm", "template", "shop", CHART, "--values", tmp_path / "values.yaml"]
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        ours = sorted(chart(case), key=lambda d: str(d["kind"]))
-        assert sorted((d for d in yaml.safe_load_all(found) if d), key=lambda d: str(d["kind"])) == ours
+# In another process: Helm is a library in Go, which installs signal handlers.
+HELM = """
+import json, sys
+from helm_python import chart
+folder, values = sys.argv[1], json.load(sys.stdin)
+lint = [chart.lint(folder, case, strict=True, kube_version="v1.33.0") for case in values]
+rendered = [chart.Chart.load(folder).render(case, name="shop", namespace="default") for case in values]
+json.dump([lint, [list(files.values()) for files in rendered]], sys.stdout)
+"""
+
+
+@pytest.mark.skipif(find_spec("helm_python") is None, reason="Helm's library is not installed")
+def test_helm_accepts_the_chart_and_renders_it_like_these_tests() -> None:
+    command, given = [sys.executable, "-c", HELM, str(CHART)], json.dumps(list(VALUES.values()))
+    done = subprocess.run(command, input=given, capture_output=True, text=True, check=True)
+    reports, rendered = json.loads(done.stdout)
+    for case, report, files in zip(VALUES, reports, rendered, strict=True):
+        assert [m for m in report["messages"] if m["severity"] > 1] == report["errors"] == [], case
+        theirs = [found for text in files for found in yaml.safe_load_all(text) if found]
+        assert sorted(theirs, key=lambda d: str(d["kind"])) == sorted(
+            chart(case), key=lambda d: str(d["kind"])
+        )
 
 
 def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(tmp_path: Path) -> None:

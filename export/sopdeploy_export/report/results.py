@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sopdeploy.bundle.manifest import Int8For, Lineage, Manifest
-from sopdeploy.decision import Decision
+from sopdeploy.decision import Decision, Stability
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.files import sha256
 from sopdeploy.html.templates import render
@@ -37,6 +37,7 @@ class ExportResults:
     precision: PrecisionReport
     network_summary: NetworkSummary
     decision: Decision | None
+    stability: Stability | None = None
 
     def facts(self) -> dict[str, str]:
         """Describe the results, one line for each."""
@@ -63,6 +64,7 @@ class ExportResults:
             **_precision_facts(self.precision),
             **({} if parity.class_maps is None else {"maps": _describe_class_maps(parity.class_maps)}),
             **_decision_facts(self.decision),
+            **({} if self.stability is None else {"stable": self.stability.describe()}),
             "costs": f"{shipped.parameters:,} of {trained.parameters:,} parameters, "
             f"{shipped.macs:,} of {trained.macs:,} multiply-adds per image",
             "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
@@ -83,7 +85,7 @@ class Exported(ExportResults):
         return render("sopdeploy_export.report", "notebook_export.html", path=self.path, facts=facts)
 
     def summary(self) -> dict[str, Any]:
-        """Build the output of `sopdeploy export --json`; `decision` only if one was fitted."""
+        """Build the output of `export --json`; `decision` and `stability` only if they were fitted."""
         return {
             "bundle": str(self.path),
             "id": self.manifest.id,
@@ -99,6 +101,7 @@ class Exported(ExportResults):
             "precision": self.precision.model_dump(),
             "lowering": self.lowering.model_dump(),
             **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
+            **({} if self.stability is None else {"stability": self.stability.model_dump(mode="json")}),
             "trained": self.network_summary.trained.model_dump(),
             "shipped": self.network_summary.shipped.model_dump(),
             "warnings": list(self.warnings),

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 import pydantic
@@ -57,9 +57,13 @@ class AdmittedRequest:
     started: float
     deadline: float
 
-    async def read_body(self, limit: int, consume: Callable[[bytes], None] | None = None) -> bytes:
+    async def read_body(
+        self, limit: int, consume: Callable[[bytes], None] | None = None, *, decompress: bool = False
+    ) -> bytes:
         """Read the body before the deadline, see `read_body`."""
-        return await read_body(self.request, self.service, limit, self.deadline, consume)
+        return await read_body(
+            self.request, self.service, limit, self.deadline, consume, decompress=decompress
+        )
 
     @asynccontextmanager
     async def preparing(self) -> AsyncIterator[None]:
@@ -112,13 +116,19 @@ async def admit(
     deadline = started + timeout_of(context.headers, service.settings.request_timeout)
     with service.registry.use(name, version) as model:
         use_model(context, model)
-        service.check_admission(model, deadline)
-        if context.rate_limit is not None:
-            context.rate_limit.spend(1, check_only=True)
-        admitted = AdmittedRequest(request, service, context, model, started, deadline)
-        if not model.is_loaded:
-            await admitted.load_model()
-        yield admitted
+        result: Literal["success", "fail"] = "fail"
+        try:
+            service.check_admission(model, deadline)
+            if context.rate_limit is not None:
+                context.rate_limit.spend(1, check_only=True)
+            admitted = AdmittedRequest(request, service, context, model, started, deadline)
+            if not model.is_loaded:
+                await admitted.load_model()
+            yield admitted
+            result = "success"
+        finally:
+            seconds = time.monotonic() - started
+            service.metrics.of(model.name).request(result, seconds, context.stage_seconds)
 
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:

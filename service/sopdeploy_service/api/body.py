@@ -1,12 +1,14 @@
 """Read the body of a request under limits of size, time, rate and memory.
 
 The memory budget counts the bytes of a body from their arrival until the end of the request. It does not
-count announced bytes, because a client could then use up the budget with a header.
+count announced bytes, because a client could then use up the budget with a header. A compressed body is
+decompressed in steps, and limits and budget apply to the decompressed bytes.
 """
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from fastapi import Request
 
@@ -17,6 +19,13 @@ from sopdeploy_service.observability.request_context import RequestContext
 
 SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
 
+STEP_BYTES = 1 << 18  # to decompress at once
+WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}  # RFC 1952; RFC 1950, as RFC 9110 says
+
+NOT_COMPRESSED = HttpError(
+    "bad_encoding", 400, "the body is not one complete stream of the format that its Content-Encoding names"
+)
+UNKNOWN_ENCODING = HttpError("unsupported_encoding", 415, "send Content-Encoding gzip or deflate, or none")
 ENCODED = HttpError("unsupported_encoding", 415, "send the image itself, without a Content-Encoding")
 SLOW_BODY = HttpError("slow_body", 408, "the body arrives more slowly than this server allows")
 LATE_BODY = HttpError("slow_body", 408, "the body did not arrive before the deadline")
@@ -29,18 +38,22 @@ async def read_body(
     limit: int,
     deadline: float,
     consume: Callable[[bytes], None] | None = None,
+    *,
+    decompress: bool = False,
 ) -> bytes:
     """Read the body of *request*, at most *limit* bytes, before *deadline*; *consume* gets it in pieces.
 
-    A client may be slower than the minimum rate for a grace period in total. Returns the body, empty with
-    *consume*. Raises `RejectedError`: 408 too slow, 413 too large, 415 for a Content-Encoding, 429 for a full
-    budget, 499 client disconnected.
+    A client may be slower than the minimum rate for a grace period in total. With *decompress*, the body may
+    be compressed. Returns the body, empty with *consume*. Raises `RejectedError`: 400 not compressed as
+    announced, 408 too slow, 413 too large, 415 for another Content-Encoding, 429 for a full budget, 499
+    client disconnected.
     """
     context: RequestContext = request.state.context
     settings = service.settings
-    check_encoding(context.headers)
+    stream = _decompressor(context.headers, allowed=decompress)
     announced = int(context.headers.get("content-length", "0"))
     pieces: list[bytes] = []
+    received = 0  # before decompression
     grace, more = settings.body_grace_seconds, True
     while more:
         # Also before the first byte: a client that waits for `100 Continue` must not send the body in vain.
@@ -56,14 +69,18 @@ async def read_body(
         piece = message.get("body", b"")
         waited = time.monotonic() - started
         grace = min(settings.body_grace_seconds, grace - waited + len(piece) / settings.min_body_rate)
-        _check_budget(service, context.bytes, len(piece))
-        service.upload_bytes += len(piece)
-        context.bytes += len(piece)
-        if context.bytes > limit:
-            raise RejectedError(HttpError.of(too_large_error(limit)))
-        if piece:
-            (consume or pieces.append)(piece)
+        received += len(piece)
+        async for part in _decompressed(stream, piece, service):
+            _check_budget(service, context.bytes, len(part))
+            service.upload_bytes += len(part)
+            context.bytes += len(part)
+            if max(received, context.bytes) > limit:
+                raise RejectedError(HttpError.of(too_large_error(limit)))
+            if part:
+                (consume or pieces.append)(part)
         more = message.get("more_body", False)
+    if stream is not None and not stream.eof:
+        raise RejectedError(NOT_COMPRESSED)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -71,6 +88,37 @@ def check_encoding(headers: Mapping[str, str]) -> None:
     """Raise `RejectedError` (415) for a body with a Content-Encoding."""
     if headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise RejectedError(ENCODED)
+
+
+def _decompressor(headers: Mapping[str, str], *, allowed: bool) -> "zlib._Decompress | None":
+    """Create what decompresses a body with *headers*; None if it is not compressed."""
+    if not allowed:
+        check_encoding(headers)
+        return None
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in {"identity", *WINDOW_BITS}:
+        raise RejectedError(UNKNOWN_ENCODING)
+    return zlib.decompressobj(WINDOW_BITS[encoding]) if encoding in WINDOW_BITS else None
+
+
+async def _decompressed(
+    stream: "zlib._Decompress | None", piece: bytes, service: Service
+) -> AsyncIterator[bytes]:
+    """Yield *piece*, or what *stream* makes of it: at most `STEP_BYTES` at once, each in a thread."""
+    if stream is None:
+        yield piece
+        return
+    run = asyncio.get_running_loop().run_in_executor
+    part = piece
+    while part:
+        try:
+            part = await run(service.parsers, stream.decompress, piece, STEP_BYTES)
+        except zlib.error as problem:
+            raise RejectedError(NOT_COMPRESSED) from problem
+        if stream.unused_data:  # not kept: zlib would collect it without limit
+            raise RejectedError(NOT_COMPRESSED)
+        yield part
+        piece = stream.unconsumed_tail
 
 
 def _check_budget(service: Service, received: int, more: int) -> None:

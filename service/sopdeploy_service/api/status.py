@@ -62,10 +62,14 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     """Return the metrics of all processes of this server."""
+    return Response(await metrics_page(request), media_type=CONTENT_TYPE_LATEST)
+
+
+async def metrics_page(request: Request) -> bytes:
+    """Collect the metrics of all processes of the server that handles *request*, in Prometheus' format."""
     collect: Collect | None = request.app.state.collect_metrics
     page = await collect() if collect is not None else b""
-    page = page or generate_latest(service_of(request).metrics.registry)
-    return Response(page, media_type=CONTENT_TYPE_LATEST)
+    return page or generate_latest(service_of(request).metrics.registry)
 
 
 @router.get("/info", summary="Loaded models", response_model=ServerInfo)

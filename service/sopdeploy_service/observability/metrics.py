@@ -2,12 +2,13 @@
 
 import math
 from collections import Counter as Counts
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, partial
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summary, disable_created_metrics
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Reference
@@ -16,6 +17,7 @@ from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+REQUEST_PARTS = ("success", "fail", "decode", "queue", "infer")
 WINDOW_IMAGES = 1000  # predictions per test for drift
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -32,7 +34,20 @@ class Metrics:
         histogram = partial(Histogram, namespace="sopdeploy", registry=registry)
         self._requests = counter("requests", "Requests answered", ("route", "code", "model"))
         self._request_seconds = histogram(
-            "request_duration_seconds", "From request to response", ("route",), buckets=SECONDS_BUCKETS
+            "request_duration_seconds",
+            "From request to response",
+            ("route", "model"),
+            buckets=SECONDS_BUCKETS,
+        )
+        self.inference_seconds = Summary(
+            "inference_seconds",
+            "Requests with images: success and fail are whole requests, the others stages of successful ones",
+            ("model", "part"),
+            namespace="sopdeploy",
+            registry=registry,
+        )
+        self.last_inference = gauge(
+            "last_inference_timestamp_seconds", "End of the last request with images", ("model",)
         )
         self._stage_seconds = histogram(
             "stage_duration_seconds",
@@ -71,6 +86,11 @@ class Metrics:
             "Batch time of the same images at the live model and at the shadow",
             ("model", "side"),
             buckets=SECONDS_BUCKETS,
+        )
+        self.kept_images = counter(
+            "kept_images",
+            "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
+            ("result",),
         )
         self.memory_budget = gauge("memory_budget_bytes", "For all loaded models; 0: no budget")
         self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
@@ -131,7 +151,7 @@ class Metrics:
     def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
         """Count a response with the status *code*, from *model* if the request chose one."""
         self._requests_of(route, str(code), model).inc()
-        self._request_seconds_of(route).observe(seconds)
+        self._request_seconds_of(route, model).observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in `load`, `receive`, `decode`, `queue` or `infer`."""
@@ -148,7 +168,19 @@ class ModelMetrics:
         self.nonfinite = metrics.nonfinite_outputs.labels(model)
         self._close, self._model = metrics.batch_close, model
         self._busy = metrics.runtime_seconds.labels(model)
+        self._seconds = {part: metrics.inference_seconds.labels(model, part) for part in REQUEST_PARTS}
+        self._last = metrics.last_inference.labels(model)
         self.drift: Drift | None = None  # of the version that ran the last batch
+
+    def request(
+        self, result: Literal["success", "fail"], seconds: float, stages: Mapping[str, float]
+    ) -> None:
+        """Count a request with images that ended after *seconds*, of which *stages* are parts."""
+        self._last.set_to_current_time()
+        self._seconds[result].observe(seconds)
+        if result == "success":
+            for part in REQUEST_PARTS[2:]:
+                self._seconds[part].observe(stages.get(part, 0.0))
 
     def batch(
         self,

@@ -54,15 +54,15 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
         ExitStack() as stack,
     ):
         app, names = load_app(sources, settings, open_trace=open_trace)
-        from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415 - see `load_app`
+        from prometheus_client import ProcessCollector, generate_latest  # noqa: PLC0415 - see `load_app`
 
+        from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
+
+        service: Service = app.state.service
+        ProcessCollector(registry=service.metrics.registry)
         server = DrainingServer(app, settings, names)
         if settings.health_port is not None:
-            from prometheus_client import generate_latest  # noqa: PLC0415
-
             from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
-
-            service: Service = app.state.service
 
             async def collect_metrics() -> bytes:
                 return generate_latest(service.metrics.registry)

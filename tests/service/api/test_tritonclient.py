@@ -65,6 +65,42 @@ def test_tensors_get_the_predictions_of_v1(triton, pixels, classified, bundle, b
     assert response["model_version"] == bundle.manifest.id
 
 
+@pytest.mark.parametrize("algorithm", [None, "gzip", "deflate"])
+@pytest.mark.parametrize("binary", [True, False])
+def test_pixels_may_be_fp32_and_compressed(triton, pixels, classified, bundle, binary, algorithm):
+    sent = [infer_input("images", pixels.astype(np.float32), "FP32", binary)]
+    found = triton.infer(
+        "tiny", sent, request_compression_algorithm=algorithm, response_compression_algorithm=algorithm
+    )
+    assert equal(found.as_numpy("logits"), bundle, classified)
+
+
+def test_statistics_count_requests_images_batches_and_times(triton, pixels, bundle):
+    def one(*name: str) -> dict[str, Any]:
+        (found,) = triton.get_inference_statistics(*name)["model_stats"]
+        assert (found["name"], found["version"]) == ("tiny", bundle.manifest.id)
+        return found
+
+    before = one("tiny")
+    triton.infer("tiny", [infer_input("images", pixels, "UINT8", True)])
+    with pytest.raises(InferenceServerException):
+        triton.infer("tiny", [infer_input("images", pixels[:, :5], "UINT8", True)])
+    after = one("tiny", bundle.manifest.id)
+    assert after["inference_count"] - before["inference_count"] == len(pixels)
+    assert 1 <= after["execution_count"] - before["execution_count"] <= len(pixels)
+    assert after["last_inference"] >= before["last_inference"]
+    grown = {
+        part: (numbers["count"] - before["inference_stats"][part]["count"])
+        for part, numbers in after["inference_stats"].items()
+    }
+    assert grown == {"success": 1, "fail": 1, "queue": 1, "compute_input": 1, "compute_infer": 1}
+    ns = {part: numbers["ns"] for part, numbers in after["inference_stats"].items()}
+    assert 0 < ns["compute_infer"] < ns["success"]
+    assert one()["inference_count"] == after["inference_count"]
+    with pytest.raises(InferenceServerException, match="no model 'other'"):
+        triton.get_inference_statistics("other")
+
+
 @pytest.mark.parametrize(("shape", "binary"), [((3,), True), ((3, 1), False)])
 def test_encoded_images_get_the_predictions_of_v1(triton, images, classified, bundle, shape, binary):
     sent = images if binary else [base64.b64encode(image) for image in images]
@@ -115,7 +151,8 @@ def test_server_and_model_metadata(triton, bundle):
 def test_errors_reach_the_client(triton, pixels, images):
     for name, sent, message in (
         ("tiny", infer_input("images", pixels[:, :5], "UINT8", True), r"\[n, 32, 32, 3\]"),
-        ("tiny", infer_input("images", pixels.astype(np.float32), "FP32", True), "must be UINT8"),
+        ("tiny", infer_input("images", pixels.astype(np.float16), "FP16", True), "must be UINT8 or FP32"),
+        ("tiny", infer_input("images", np.float32(pixels) / 255, "FP32", True), "send pixels before"),
         ("other", infer_input("images", pixels, "UINT8", True), "no model 'other'"),
     ):
         with pytest.raises(InferenceServerException, match=message):

@@ -64,6 +64,41 @@ def test_a_tensor_is_flat_or_nested_in_json_or_binary_after_it():
         assert np.array_equal(images, expected)
 
 
+WHOLE = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
+
+
+def test_fp32_pixels_are_those_of_uint8():
+    binary = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 48})
+    as_json = (tensor(datatype="FP32", data=data) for data in (WHOLE.tolist(), list(range(12))))
+    for asked, raw in (binary, WHOLE.tobytes()), *((asked, b"") for asked in as_json):
+        images = read(asked, raw).images
+        assert images.dtype == np.uint8
+        assert np.array_equal(images, WHOLE)
+
+
+NO_PIXELS = {
+    "scaled to 1": WHOLE / 255,
+    "normalized": WHOLE - 6,
+    "fractions of a resize": WHOLE + 0.5,
+    "too large": WHOLE + 250,
+    "far too large": WHOLE + 1e30,
+    "not a number": np.where(WHOLE == 3, np.nan, WHOLE),
+    "infinite": np.where(WHOLE == 3, np.inf, WHOLE),
+}
+
+
+@pytest.mark.parametrize("case", NO_PIXELS)
+def test_fp32_that_is_not_pixels_is_rejected_with_what_to_send(case):
+    values = NO_PIXELS[case].astype(np.float32)
+    bodies = [(tensor(datatype="FP32", data=None, parameters={"binary_data_size": 48}), values.tobytes())]
+    if np.isfinite(values).all():  # JSON has no other numbers
+        bodies.append((tensor(datatype="FP32", data=values.tolist()), b""))
+    for asked, raw in bodies:
+        code, status, message = rejected(asked, raw)
+        assert (code, status) == ("wrong_data", 400)
+        assert "send pixels before any scaling and normalization" in message
+
+
 @pytest.mark.parametrize("shape", [[2], [2, 1]])
 def test_encoded_images_may_be_binary_or_base64(shape):
     body = files(b"one", b"")
@@ -79,7 +114,7 @@ BAD_SHAPES: list[Any] = [
     *([first, 2, 2, 3] for first in (0, -1, 1.0, True, "1", 1e30)),
     [HUGE, HUGE, HUGE, 3],
 ]
-BAD_DATATYPES = ["FP32", "BYTES", "", "X" * 1000]
+BAD_DATATYPES = ["FP16", "BYTES", "", "X" * 1000]
 BAD_NUMBERS = [256, -1, 1.0, True, "1", None, [1], 2**63]
 BAD_DATA = [
     *(RAGGED, list(range(11)), list(range(13)), [], [[]], [NESTED], "abc", {"a": 1}),
@@ -185,6 +220,8 @@ def test_binary_data_without_header_or_with_another_size_is_rejected():
     for sent in (asked,), (asked, bytes(13)), (tensor(), b"x"):
         assert rejected(*sent)[0] == "wrong_binary_size"
     assert "is 12 bytes, not 13" in rejected(right, bytes(13))[2]
+    floats = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 12})
+    assert "FP32 is 48 bytes, not 12" in rejected(floats, bytes(12))[2]
 
 
 BAD_BYTES = [b"", b"\3\0\0", b"\4\0\0\0abc", files(b"a", b"b") + b"x"]

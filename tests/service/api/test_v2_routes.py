@@ -1,14 +1,21 @@
 """The protocol over HTTP: every request gets a response in the protocol's form, and never a 5xx."""
 
+import gzip
+import tracemalloc
+import zlib
+
 import orjson
 import pytest
 
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.settings import Settings
+from tests.service.raw import count
 
 INFER = "/v2/models/tiny/infer"
 ZEROS = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
 GOOD = {"inputs": [ZEROS]}
+RAW = orjson.dumps(GOOD)
+GZIP = {"Content-Encoding": "gzip"}
 LENGTH = "Inference-Header-Content-Length"
 
 
@@ -21,7 +28,15 @@ BAD_REQUESTS = {
     "an empty body": (b"", {}, 400, "malformed_json"),
     "a header length beyond the body": (GOOD, {LENGTH: "999999"}, 400, "bad_header_length"),
     "a body above the limit": (bytes(1_000_001), {}, 413, "too_large"),
-    "gzip": (GOOD, {"Content-Encoding": "gzip"}, 415, "unsupported_encoding"),
+    "another encoding": (GOOD, {"Content-Encoding": "br"}, 415, "unsupported_encoding"),
+    "two encodings": (GOOD, {"Content-Encoding": "gzip, gzip"}, 415, "unsupported_encoding"),
+    "no gzip": (GOOD, GZIP, 400, "bad_encoding"),
+    "raw deflate": (zlib.compress(RAW)[2:-4], {"Content-Encoding": "deflate"}, 400, "bad_encoding"),
+    "half a stream": (gzip.compress(RAW)[:-9], {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
+    "an empty stream": (b"", {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
+    "bytes after a stream": (gzip.compress(RAW) + b"x", {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
+    "two streams": (gzip.compress(RAW) * 2, {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
+    "a bomb": (gzip.compress(bytes(1_000_001)), {"Content-Encoding": "gzip"}, 413, "too_large"),
     "an invalid timeout": (GOOD, {"X-Request-Timeout-Ms": "-5"}, 400, "invalid_timeout"),
 }
 
@@ -33,6 +48,26 @@ def test_a_bad_request_gets_an_error_object_and_its_code_in_a_header(client, cas
     assert (reply.status_code, reply.headers["x-error-code"]) == (status, code)
     assert list(reply.json()) == ["error"]
     assert post(client, GOOD).status_code == 200
+
+
+def test_a_bomb_costs_no_more_memory_than_the_limit(client):
+    body = zlib.compress(bytes(200_000_000), 9)  # 194 kB; the limit of this server is 1 MB
+    post(client, body, **{"Content-Encoding": "deflate"})  # imports and caches
+    tracemalloc.start()
+    reply = post(client, body, **{"Content-Encoding": "deflate"})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (reply.status_code, reply.headers["x-error-code"]) == (413, "too_large")
+    assert peak < 3_000_000
+    assert count(client, "upload_bytes") == 0
+
+
+def test_a_body_of_empty_blocks_ends_at_the_limit(client):
+    stream = zlib.compressobj(wbits=31)
+    body = stream.compress(b"") + b"".join(stream.flush(zlib.Z_FULL_FLUSH) for _ in range(4))
+    empty = b"\0\0\0\xff\xff"  # a stored block of 0 bytes
+    reply = client.post(INFER, content=iter([body, empty * 100_000, empty * 100_001]), headers=GZIP)
+    assert (reply.status_code, reply.headers["x-error-code"]) == (413, "too_large")
 
 
 MISSING = {

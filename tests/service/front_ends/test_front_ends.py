@@ -218,6 +218,11 @@ def test_sums_of_metrics_over_the_processes_are_those_of_one_process(servers: Se
     assert changes[0] == changes[1]
     assert sum(changes[0].values()) > 15
     assert set(re.findall(r'sopdeploy_connections{process="default:(\d)"}', pages[0])) == {"0", "1"}
+    names = {"default", "default:0", "default:1", "supervisor"}
+    assert set(re.findall(r'^process_cpu_seconds_total{process="(.*?)"}', pages[0], re.M)) == names
+    one = servers[0].get("/metrics").text
+    assert "\nprocess_resident_memory_bytes " in one
+    assert "\nprocess_open_fds " in one
 
 
 def test_a_drain_completes_the_requests_of_both_front_ends(bundle_path, tmp_path, monkeypatch, until) -> None:

@@ -26,6 +26,11 @@ from sopdeploy_service.inference.results import RejectedError
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
 SHAPE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}}
+FLOAT_PIXELS = "FP32"  # what clients that compute in floating point send instead of UINT8
+PIXELS_ONLY = (
+    "FP32 values must be whole numbers from 0 to 255: send pixels before any scaling and normalization, "
+    "which are part of the network, and round the result of a resize"
+)
 LENGTH_BYTES = 4  # before every element of a binary BYTES tensor
 
 
@@ -47,7 +52,7 @@ class InputTensor(Body):
     model_config = pydantic.ConfigDict(json_schema_extra={"required": ["name", "datatype", "shape"]})
 
     name: str = Field(description="the bundle's input, or `IMAGE` for encoded images")
-    datatype: str = Field(json_schema_extra={"enum": ["UINT8", "BYTES"]})
+    datatype: str = Field(json_schema_extra={"enum": ["UINT8", FLOAT_PIXELS, "BYTES"]})
     # `shape` and `data` are checked against the tensor, with error codes of their own.
     shape: Annotated[Any, WithJsonSchema(SHAPE_SCHEMA)] = None
     parameters: InputParameters | None = None
@@ -175,8 +180,9 @@ def _read_images(
             "(BYTES [n], encoded images)",
         )
     item, tensor = inputs[0], known[inputs[0].name]
-    if item.datatype != tensor.datatype:
-        message = f"the datatype must be {tensor.datatype}, not {item.datatype[:20]!r}"
+    allowed = (tensor.datatype,) if tensor is IMAGE else (tensor.datatype, FLOAT_PIXELS)
+    if item.datatype not in allowed:
+        message = f"the datatype must be {' or '.join(allowed)}, not {item.datatype[:20]!r}"
         raise _invalid("wrong_datatype", tensor, message)
     shape = _check_shape(item.shape, tensor, signature.max_images)
     size = item.parameters.binary_data_size if item.parameters else None
@@ -192,10 +198,18 @@ def _read_images(
         files = _split_elements(binary, shape[0]) if size is not None else _decode_texts(item.data, shape)
         return [EncodedImage(file) for file in files]
     if size is None:
-        return _pixels_from_json(item.data, tensor, shape)
-    if size != prod(shape):
-        raise _invalid("wrong_binary_size", tensor, f"{list(shape)} UINT8 is {prod(shape)} bytes, not {size}")
-    return np.frombuffer(binary, np.uint8).reshape(shape)
+        return _pixels_from_json(item, tensor, shape)
+    dtype = np.dtype("<f4" if item.datatype == FLOAT_PIXELS else np.uint8)
+    needed = prod(shape) * dtype.itemsize
+    if size != needed:
+        message = f"{list(shape)} {item.datatype} is {needed} bytes, not {size}"
+        raise _invalid("wrong_binary_size", tensor, message)
+    values = np.frombuffer(binary, dtype).reshape(shape)
+    with np.errstate(invalid="ignore"):  # NaN and numbers above 255, which the comparison finds
+        pixels = values.astype(np.uint8, copy=False)
+    if not np.array_equal(pixels, values):
+        raise _invalid("wrong_data", tensor, PIXELS_ONLY)
+    return pixels
 
 
 def _invalid(code: str, tensor: Tensor, message: str) -> RejectedError:
@@ -215,9 +229,10 @@ def _check_shape(value: Any, tensor: Tensor, max_images: int) -> tuple[int, ...]
     return tuple(value)
 
 
-def _pixels_from_json(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Convert *data*, a list of numbers that is flat or nested like *shape*, to an array of *shape*."""
-    numbers = data if isinstance(data, list) else []
+def _pixels_from_json(item: InputTensor, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Convert the data of *item*, numbers in a list that is flat or nested like *shape*, to that shape."""
+    numbers = item.data if isinstance(item.data, list) else []
+    as_floats = item.datatype == FLOAT_PIXELS
     if isinstance(next(iter(numbers), None), list):
         for size in shape[1:]:
             if not all(isinstance(row, list) and len(row) == size for row in numbers):
@@ -225,8 +240,10 @@ def _pixels_from_json(data: Any, tensor: Tensor, shape: tuple[int, ...]) -> NDAr
             numbers = list(chain.from_iterable(numbers))
     if len(numbers) != prod(shape):
         raise _invalid("wrong_data", tensor, _wrong_count(shape))
-    if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) > 255:
-        raise _invalid("wrong_data", tensor, "data must be a list of whole numbers from 0 to 255")
+    are_numbers = set(map(type, numbers)) <= ({int, float} if as_floats else {int})
+    if not are_numbers or min(numbers) < 0 or max(numbers) > 255 or any(number % 1 for number in numbers):
+        message = PIXELS_ONLY if as_floats else "data must be a list of whole numbers from 0 to 255"
+        raise _invalid("wrong_data", tensor, message)
     return np.array(numbers, np.uint8).reshape(shape)
 
 
