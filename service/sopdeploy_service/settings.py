@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import Count, first_problem
+from sopdeploy.config import Count, Fraction, first_problem
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
@@ -191,6 +191,12 @@ class Settings(pydantic.BaseModel):
         None, "NAME=0.05: also send 5 % of the requests to the bundle NAME"
     )
     follow: bool = setting(False, "check each second where a BUNDLE that is a link leads, and reload it")
+    keep: Path | None = setting(None, "folder for photographs that are worth a label; not set: none is kept")
+    keep_bytes: PositiveBytes = setting(1_000_000_000, "at most in that folder; the oldest make room")
+    keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(30.0, "then they are deleted")
+    keep_sample: Fraction = setting(
+        0.01, "share of all photographs to keep in addition, for unbiased figures"
+    )
     model_control: bool = setting(False, "clients may swap models; needs keys on public addresses")
 
     keys: Path | None = setting(None, "API key file, see `sopdeploy key`; not set: no authentication")

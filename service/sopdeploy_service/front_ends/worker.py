@@ -137,6 +137,7 @@ def run_worker(launch_config: Mapping[str, Any]) -> int:
     is_front_end = "channel" in launch_config
     with configured_process(settings) as open_trace:
         options: dict[str, Any] = {"open_trace": open_trace, "create_bucket_state": bucket_states}
+        options["store_kept"] = partial(control.send_kept, supervisor)
         if is_front_end:
             connection = socket.socket(fileno=launch_config["channel"])
             app = create_app({}, settings, create_registry=partial(RemoteRegistry, connection), **options)
