@@ -10,9 +10,10 @@ from time import process_time
 
 from measure import compare, parse, report
 
+from sopdeploy.images.pixels import load_reduced
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.images.loaders import load_reduced, synthetic_jpeg
+from sopdeploy_service.images.loaders import synthetic_jpeg
 
 SIZES = ((4000, 3000), (2048, 1536), (1400, 1050), (500, 375))
 

@@ -87,14 +87,20 @@ def link_latest(target: Path) -> None:
     link = target.with_name(LATEST)
     if target.name == LATEST or (link.exists() and not link.is_symlink()):
         return
-    partial = link.with_name(f".{LATEST}.{os.getpid()}{PARTIAL}")
     try:
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(target.name)
-        partial.replace(link)
+        move_link(link, target.name)
     except OSError as error:
         if error.errno not in NO_LINKS_ERRNOS:
             raise
+
+
+def move_link(link: Path, target: str) -> None:
+    """Make *link* a link to *target*, in one step; raises `OSError`."""
+    partial = link.with_name(f".{link.name}.{os.getpid()}{PARTIAL}")
+    try:
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target)
+        partial.replace(link)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

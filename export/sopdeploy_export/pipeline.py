@@ -24,6 +24,8 @@ from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
+from sopdeploy.decision import Stability
 from sopdeploy.errors import ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
@@ -53,6 +55,7 @@ from sopdeploy_export.replay import write_source
 from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import Exported, ExportResults, export_statement
+from sopdeploy_export.stability import MAX_PHOTOGRAPHS, Photographs, find_photographs, measure_stability
 from sopdeploy_export.subject import ExportSubject
 
 ONNX_FILE = "model.onnx"
@@ -92,6 +95,7 @@ def export_checkpoint(
         decision=checkpoint.decision,
         training=checkpoint.training,
         origin=checkpoint.origin,
+        photographs=lambda: find_photographs(checkpoint),
     )
     return export_subject(subject, destination, options, step)
 
@@ -238,6 +242,7 @@ def _check_file(
         accuracy = job.accuracy.measure(converted.float32_model, file)
         precision = precision.model_copy(update={"accuracy": accuracy})
         job.accuracy.reject(precision)
+    stability = _measure_stability(job, file, converted)
     if options.pt2:
         step("writing and checking network.pt2", CHECKED)
         content = torch_program.serialize_program(certified.program, certificate)
@@ -249,8 +254,32 @@ def _check_file(
         precision=precision,
         network_summary=job.subject.summary(),
         decision=job.subject.decision,
+        stability=stability,
     )
     return expected, results
+
+
+def _measure_stability(job: "_Job", file: Path, converted: ConvertedGraph) -> Stability | None:
+    """Measure which answers of *file* are stable, on images of the options or else of the run.
+
+    None without images, and for networks that predict several classes per image, which have no margin.
+    """
+    subject, options = job.subject, job.options
+    if len(subject.labels) < 2 or (subject.decision is not None and subject.decision.activation == "sigmoid"):
+        return None
+    photographs: Photographs | None
+    if options.evaluate is not None:
+        photographs = Photographs(open_evaluation_images(options.evaluate, subject.labels), fitted=False)
+    elif options.calibrate is not None:
+        photographs = Photographs(open_any_images(options.calibrate), fitted=False)
+    else:
+        photographs = subject.photographs()
+    if photographs is None:
+        return None
+    count = min(len(photographs.images), MAX_PHOTOGRAPHS)
+    job.step(f"measuring which answers are stable on {count} photographs", CHECKED)
+    float32 = None if options.precision == "fp32" else converted.float32_model
+    return measure_stability(file, float32, photographs, subject.preprocess, options.batch.maximum)
 
 
 def _write_bundle(
@@ -348,6 +377,7 @@ def _manifest_fields(
         ),
         "preprocess": subject.preprocess,
         "decision": subject.decision,
+        "stability": results.stability,
         "batch": job.options.batch,
         "mixes_images": certificate.mixes_images,
         "detached": certificate.detached,

@@ -13,8 +13,9 @@ from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
 from sopdeploy_export.proof.networks import Detachment
 
-if TYPE_CHECKING:  # the report imports this module
+if TYPE_CHECKING:  # these modules import this one
     from sopdeploy_export.report.network_summary import NetworkSummary
+    from sopdeploy_export.stability import Photographs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class ExportSubject:
         decision: How logits become classes; `None` for softmax without thresholds.
         training: Recipe, epoch and metrics, for the model card.
         origin: The run and its images; `None` if `train` did not train the network.
+        photographs: Finds images of the run, to measure which answers are stable; None if there are none.
         warnings: Findings of the checks that do not stop the export.
     """
 
@@ -51,6 +53,7 @@ class ExportSubject:
     decision: Decision | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
+    photographs: "Callable[[], Photographs | None]" = lambda: None
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

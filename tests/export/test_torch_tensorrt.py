@@ -6,16 +6,23 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import timm
+from torch import nn
+from torchvision.models import resnet18
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy_export.engine_builder.from_program import build_from_program
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.report.results import Exported
+from sopdeploy_export.user_network.export_network import export_network
 from tests.export.conftest import export_once
 from tests.service.children import PYTHONPATH
 
@@ -59,6 +66,29 @@ def test_torch_tensorrt_converts_every_family(
 ) -> None:
     bundle = export_once(make(name), name, tmp_path, max_batch=4, pt2=True).path
     assert converted(bundle)["tensors"] == ["images", *outputs]
+
+
+@needs_converters
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "build",
+    [partial(timm.create_model, "test_efficientnet", num_classes=4), partial(resnet18, num_classes=4)],
+    ids=["timm", "torchvision"],
+)
+def test_torch_tensorrt_converts_networks_of_timm_and_torchvision(
+    build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    """Their pooling to one position, on maps in channels-last layout, has no converter in ATen's own form."""
+    exported = export_network(
+        build().eval(),
+        plain=build,
+        labels="abcd",
+        preprocess=Preprocess(resize=64, crop=64),
+        destination=tmp_path,
+        name="small",
+        options=ExportOptions(max_batch=4, pt2=True),
+    )
+    assert converted(exported.path)["tensors"] == ["images", "logits"]
 
 
 def test_what_is_missing_is_one_line(

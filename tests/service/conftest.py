@@ -28,7 +28,7 @@ from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
-from sopdeploy.decision import Decision
+from sopdeploy.decision import Decision, Stability
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
@@ -74,6 +74,7 @@ def write_bundle(
     output: str = "logits",
     seed: int = 0,
     decision: Decision | None = None,
+    stability: Stability | None = None,
     preprocess: Preprocess = RULES,
     golden: bool = False,
     project: str = "tiny",
@@ -120,6 +121,7 @@ def write_bundle(
                 "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root=root),
                 "versions": {"onnx": onnx.__version__},
                 "decision": decision,
+                "stability": stability,
             },
         )
         return publish(stage, manifest, folder)
@@ -165,7 +167,7 @@ def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
     folder = tmp_path_factory.mktemp("gated")
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
-    roots = Roots(any_batch="4" * 64, batch_of_one="5" * 64, operations=3, onnx="6" * 64)
+    roots = Roots(any_batch="4" * 64, batch_of_one="5" * 64, num_operations=3, onnx="6" * 64)
     certificate = Certificate(
         model="tiny",
         detached=("gate.noise",),
@@ -173,7 +175,7 @@ def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
         kept=(entry, entry),
         roots=roots,
         batches=(1,),
-        images=12,
+        num_images=12,
     )
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "README.md").write_text(CARD)

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
+from sopdeploy.bundle.golden import Golden, PixelDifference, check_golden, read_golden
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.config import StrictModel
+from sopdeploy.decision import lead
+from sopdeploy.errors import ParityError
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import must_run
@@ -23,6 +26,9 @@ _ROUNDING = 1 + 1e-9
 
 class Verification(StrictModel):
     """The facts of a bundle that passed every check; `golden` counts its golden examples.
+
+    `stable` counts the golden examples whose answers are stable; they have the same class here. None if the
+    export did not measure which answers are stable.
 
     `replays` has the deviation and the tolerance of each output by batch size.
 
@@ -41,6 +47,7 @@ class Verification(StrictModel):
     device: str
     replays: tuple[dict[str, Any], ...]
     golden: int
+    stable: int | None = None
     pixels: PixelDifference | None = None
     notes: tuple[str, ...] = ()
 
@@ -54,7 +61,7 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
     loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
     bundle, examples = loaded.bundle, read_golden(loaded.bundle)
     output = bundle.manifest.outputs[0].name
-    differences = []
+    differences, num_stable, stability = [], 0, bundle.manifest.stability
     for example in examples:
         image = EncodedImage(example.jpeg)
         rules, size = bundle.manifest.preprocess, len(example.jpeg)
@@ -66,6 +73,9 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
                 lambda image: loaded.runtime.run(image[None])[output][0],
                 bundle.manifest.versions.get("pillow"),
             )
+            if stability is not None and stability.is_stable(example.logits):
+                _check_class(example, loaded.runtime.run(decoded.pixels[None])[output][0])
+                num_stable += 1
         differences.append(difference)
     return Verification(
         bundle=bundle.name,
@@ -78,9 +88,19 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         device=loaded.runtime.device,
         replays=tuple({"batch": batch, **asdict(replay)} for batch, replay in loaded.replays.items()),
         golden=len(examples),
+        stable=None if stability is None else num_stable,
         pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
         notes=_notes(bundle),
     )
+
+
+def _check_class(example: Golden, logits: NDArray[np.float32]) -> None:
+    """Raise `ParityError` unless the best class of *logits* (C,) is that of *example*, which is stable."""
+    if lead(logits, example.logits.argmax()) <= 0:
+        raise ParityError(
+            f"{example.name}: its class is marked as stable, but it gets another one here; this machine "
+            "decodes or computes differently; install the versions that the manifest names"
+        )
 
 
 def _notes(bundle: Bundle) -> tuple[str, ...]:

@@ -24,8 +24,7 @@ from sopdeploy.bundle.golden import read_golden
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ParityError, RuntimeUnavailableError, SopdeployError
 from sopdeploy.http_api import FastDecode
-from sopdeploy.images.pixels import resized_size
-from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.images.pixels import load_reduced
 from sopdeploy.plugins import find
 from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, LoadPixels, decode, load_exact
 from sopdeploy_service.images.device_resize import DeviceResize
@@ -35,7 +34,6 @@ from sopdeploy_service.settings import Settings
 
 GPU_BACKENDS = ("HW_GPU_ONLY", "GPU_ONLY", "HYBRID_CPU_GPU")  # never fall back to the CPU silently
 CHECKED_SIZE = (96, 64)  # width and height of the JPEG that the GPU must decode at the start
-MAX_REDUCTION = 4  # per side; 1/8 would need a check on images of 16 times the network's input
 
 MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread
 MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
@@ -62,23 +60,6 @@ def make_decoder(
     elif load is None and (load := find("sopdeploy.decoders", way, Callable)) is None:
         raise RuntimeUnavailableError(f"decode={way}: no installed package has this decoder; choose another")
     return partial(decode, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels, load=load)
-
-
-def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:  # noqa: ARG001
-    """Load a JPEG at 1/2 or 1/4 of its size, other formats at full size.
-
-    Each side keeps at least twice the pixels of the resized image; `check_fast_decode` measures the effect.
-    The scale of a padded image must not change its resized size, so that its position stays the same.
-    """
-    width, height = image.size
-    target = resized_size(image.size, preprocess)
-    for scale in (MAX_REDUCTION, 2):
-        reduced = (-(-width // scale), -(-height // scale))
-        is_large = reduced[0] >= 2 * target[0] and reduced[1] >= 2 * target[1]
-        if is_large and (preprocess.fit == "crop" or resized_size(reduced, preprocess) == target):
-            image.draft(image.mode, (width // scale, height // scale))
-            break
-    image.load()
 
 
 @cache

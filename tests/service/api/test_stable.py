@@ -4,24 +4,38 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 
 import httpx
 import numpy as np
 import pytest
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.golden import GOLDEN
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.client import Client
 from sopdeploy.decision import Stability, Variant
+from sopdeploy.errors import ParityError
+from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
+from tests.forged import forge
+from tests.service.conftest import write_bundle
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 def stability(threshold: float) -> Stability:
     variants = (Variant(name="noise", flips=1, largest=threshold),)
-    return Stability(threshold=threshold, level=0.95, images=100, variants=variants, stable=80, flips=0)
+    return Stability(
+        threshold=threshold,
+        level=0.95,
+        images=100,
+        photographs="held-out",
+        variants=variants,
+        stable=80,
+        flips=0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -59,3 +73,17 @@ def test_a_manifest_has_the_measurement_only_if_there_is_one(bundle: Bundle) -> 
     assert Manifest.from_bytes(without.to_bytes()) == without
     assert Manifest.from_bytes(measured.to_bytes()) == measured
     assert measured.id != without.id
+
+
+def test_verify_replays_stable_golden_examples(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "a", golden=True, stability=stability(0.0))
+    assert verify(path, Settings(threads=1)).stable == 3
+    assert verify(write_bundle(tmp_path / "b", golden=True), Settings(threads=1)).stable is None
+    index = json.loads((path / GOLDEN).read_bytes())
+    index["tolerance"] = 1e9  # so that only the class of a stable example can differ
+    index["examples"][0]["logits"] = [-value for value in index["examples"][0]["logits"]]
+    (path / GOLDEN).write_text(json.dumps(index))
+    with pytest.raises(
+        ParityError, match=r"golden-0.jpg: its class is marked as stable, but it gets another"
+    ):
+        verify(forge(path), Settings(threads=1))

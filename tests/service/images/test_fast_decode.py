@@ -8,9 +8,10 @@ from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.errors import ParityError
+from sopdeploy.images.pixels import load_reduced
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.loaders import MAX_DRIFT, choose_decoding, load_reduced, synthetic_jpeg
+from sopdeploy_service.images.loaders import MAX_DRIFT, choose_decoding, synthetic_jpeg
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 

@@ -11,12 +11,12 @@ from PIL import Image
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.images.pixels import preprocess_image, visible_box
+from sopdeploy.images.pixels import load_reduced, preprocess_image, visible_box
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.loaders import load_reduced, synthetic_jpeg
+from sopdeploy_service.images.loaders import synthetic_jpeg
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import running

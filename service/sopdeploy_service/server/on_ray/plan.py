@@ -31,8 +31,10 @@ COMMENT = (
 
 _SINGLE_PROCESS = {  # settings that must have their default, and what to use instead
     "devices": "Ray assigns a device to each replica; use --gpus-per-replica and --replicas",
+    "follow": "a link may lead elsewhere on each machine; deploy another user_config instead",
     "front_ends": "a replica is one process; use --replicas",
     "health_port": "replicas of one machine would conflict; Ray checks their health itself",
+    "keep": "one process writes to the folder; keep photographs with `sopdeploy serve`",
     "memory_budget": "Ray multiplexes models itself; serve the bundles with `sopdeploy serve`",
     "model_control": "it would change one replica only; deploy another user_config instead",
     "shadow": "it needs a server of its own: start `sopdeploy serve --shadow` beside the cluster",
