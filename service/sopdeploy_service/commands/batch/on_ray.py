@@ -24,15 +24,14 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
 from sopdeploy_service.commands.batch.classifier import MAX_WORKERS, PartClassifier
 from sopdeploy_service.commands.batch.listing import Listing
-from sopdeploy_service.commands.batch.options import ClassifyOptions
+from sopdeploy_service.commands.batch.options import NEW_CLUSTER, ClassifyOptions
 from sopdeploy_service.commands.batch.output import LISTING, OutputFolder, RunState
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 
 PARTS_PER_TASK = 8  # at most: within a task, the decoders of an actor work ahead
 TASKS_PER_ACTOR = 8  # at least, if there are so many parts: actors differ in speed
-LOCAL = "local"  # the address of a cluster that starts and ends with the command
-CONNECT_SECONDS = 5.0
+_CONNECT_SECONDS = 5.0
 ERROR_OF_ACTOR = re.compile(r"sopdeploy\.errors\.(\w+): (.+)")  # in the traceback that Ray raises
 
 
@@ -93,9 +92,9 @@ def errors_of_actors() -> Iterator[None]:
 def connect(address: str, **options: int) -> None:
     """Connect to the Ray cluster at *address*, or start one with *options* here; raises `ConfigError`."""
     try:
-        if address not in {"auto", LOCAL}:  # Ray would try for minutes, then end the process
+        if address not in {"auto", NEW_CLUSTER}:  # Ray would try for minutes, then end the process
             host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+            socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {address}; `local` starts one here", setting="ray") from error
@@ -116,10 +115,10 @@ class RayClassifier:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
         actors, workers = self._options.actors, self._options.workers
-        if self._options.ray == LOCAL:
+        if self._options.ray == NEW_CLUSTER:
             actors = actors or 1
             workers = workers or min(MAX_WORKERS, max(1, usable_cores() // actors))
-            connect(LOCAL, num_cpus=actors * workers, include_dashboard=False)
+            connect(NEW_CLUSTER, num_cpus=actors * workers, include_dashboard=False)
         else:
             connect(str(self._options.ray))
             cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]

@@ -6,6 +6,7 @@ import pydantic
 
 from sopdeploy.config import Options
 
+NEW_CLUSTER = "local"  # the address of a Ray cluster that starts and ends with the command
 PART_IMAGES = 4096
 
 

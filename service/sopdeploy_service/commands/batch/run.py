@@ -11,7 +11,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.classifier import PartClassifier
 from sopdeploy_service.commands.batch.listing import Listing, write_list
-from sopdeploy_service.commands.batch.options import ClassifyOptions
+from sopdeploy_service.commands.batch.options import NEW_CLUSTER, ClassifyOptions
 from sopdeploy_service.commands.batch.output import LISTING, PAGE, ROWS_FOLDER, OutputFolder
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
@@ -158,7 +158,7 @@ def _open_classifier(
     """Load *bundle* in this process, or connect to the Ray cluster of *options*, whose machines load it."""
     if options.ray is None:
         return PartClassifier(load_model(bundle, settings), settings, options)
-    prepare_ray(starts=options.ray == "local")
+    prepare_ray(starts=options.ray == NEW_CLUSTER)
     on_ray = import_optional(ON_RAY, "Ray Data", "sopdeploy[batch,ray]", ConfigError, "--ray")
     classifier: RayClassifier = on_ray.RayClassifier(bundle, settings, options)
     return classifier
