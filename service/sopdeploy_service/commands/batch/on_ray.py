@@ -89,7 +89,7 @@ def errors_of_actors() -> Iterator[None]:
         raise getattr(errors, kind, RuntimeUnavailableError)(f"on the Ray cluster: {text}") from error
 
 
-def connect(address: str, **options: int) -> None:
+def connect_ray(address: str, **options: int) -> None:
     """Connect to the Ray cluster at *address*, or start one with *options* here; raises `ConfigError`."""
     try:
         if address not in {"auto", NEW_CLUSTER}:  # Ray would try for minutes, then end the process
@@ -118,9 +118,9 @@ class RayClassifier:
         if self._options.ray == NEW_CLUSTER:
             actors = actors or 1
             workers = workers or min(MAX_WORKERS, max(1, usable_cores() // actors))
-            connect(NEW_CLUSTER, num_cpus=actors * workers, include_dashboard=False)
+            connect_ray(NEW_CLUSTER, num_cpus=actors * workers, include_dashboard=False)
         else:
-            connect(str(self._options.ray))
+            connect_ray(str(self._options.ray))
             cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
             workers = workers or min([MAX_WORKERS, *filter(None, cores)])
             actors = actors or max(1, sum(number >= workers for number in cores))
