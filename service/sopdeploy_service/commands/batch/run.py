@@ -26,9 +26,9 @@ class Classified(StrictModel):
     Attributes:
         out: The output folder.
         bundle: Name of the bundle.
-        images: Number of images and of rows.
-        errors: Number of images that have an error and no prediction.
-        parts: Number of parquet files.
+        num_images: Number of images and of rows.
+        num_errors: Number of images that have an error and no prediction.
+        num_parts: Number of parquet files.
         classified: Number of images that this call classified, without those of an earlier, stopped run.
         drift: Whether the report shows a drift alarm; None if the bundle has no held-out predictions.
         counts: Number of images of each class, as in the report.
