@@ -15,6 +15,9 @@ Workers = Annotated[int, pydantic.Field(ge=0)]
 class TrainOptions(Options):
     """Options of `sopdeploy.train` and `sopdeploy train`."""
 
+    from_: Text = None
+    """A run, or a bundle whose run is in runs: start from its recipe, and print its accuracy and what was
+    added since."""
     weights: Text = None
     """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
     imagenet for a folder of images without a recipe."""
