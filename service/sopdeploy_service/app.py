@@ -77,6 +77,7 @@ def create_app(
     )
     app.state.service, app.state.keeper = service, keeper
     app.state.reload = None  # or a function that finds the bundles again
+    app.state.links = None  # or the links to follow, and where they lead
     app.state.collect_metrics = None  # or a function that collects those of several processes
     for router in (v1.router, status.router, v2.router, web.router):
         app.router.routes += router.routes  # `include_router` would add a second matching step per request

@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -33,6 +33,7 @@ from sopdeploy_service.front_ends.processes import (
     count_front_ends,
     list_processes,
 )
+from sopdeploy_service.inference.bundle_store import links_among, moves_of
 from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.observability import logs
 from sopdeploy_service.server.launch import (
@@ -81,6 +82,7 @@ class Supervisor:
         listener: socket.socket,
     ) -> None:
         self._sources = [str(source) for source in sources]
+        self._links = links_among(sources) if settings.follow else None
         self._settings = settings
         self._processes = processes
         self._servers = [process for process in processes if process.kind == SERVER]
@@ -112,6 +114,8 @@ class Supervisor:
             if self._settings.health_port is not None:
                 stack.enter_context(self._serve_health(watch))
             self._start_task(self._kill_hanging(watch))
+            if self._links is not None:
+                self._start_task(self._follow(self._links))
             supervised = {process: self._start_task(self._supervise(process)) for process in self._processes}
             await asyncio.gather(*(supervised[process] for process in self._servers))
             for process in set(self._processes) - set(self._servers):
@@ -161,6 +165,10 @@ class Supervisor:
             if process.inference is None:
                 process.send(control.RELOAD)
 
+    async def _follow(self, links: Mapping[Path, Path]) -> None:
+        async for _ in moves_of(links):
+            self._hang_up()
+
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""
         early_deaths = 0
@@ -193,6 +201,7 @@ class Supervisor:
                 **self._settings.model_dump(mode="json"),
                 **process.settings,
                 "health_port": None,
+                "follow": False,
                 "devices": (),
             },
             "name": process.name,

@@ -63,6 +63,11 @@ class FrontServer(DrainingServer):
         control.send_files(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:
+        """Act on a message of the supervisor; without a message it has ended.
+
+        Some come with files: `CHANNEL` with a socket to the inference process, `SEND_METRICS` with a file to
+        write them to, `CLIENT` with an accepted connection.
+        """
         message, files = control.receive_files(self._supervisor)
         if not message:
             self._loop.remove_reader(self._supervisor)

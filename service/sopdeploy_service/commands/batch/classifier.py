@@ -21,8 +21,9 @@ from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch.decoders import DecodedImage, DecoderProcesses
+from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.options import ClassifyOptions
-from sopdeploy_service.commands.batch.output import RunState
+from sopdeploy_service.commands.batch.output import OutputFolder, RunState
 from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
@@ -138,6 +139,17 @@ class PartClassifier:
                         body, pixels, logits, self._bundle, name, datetime.now(UTC), reasons
                     )
                     keep_photo(photo, image.sha256, folder.add)
+
+    def write_parts(
+        self,
+        folder: OutputFolder,
+        listing: Listing,
+        parts: Iterable[int],
+        on_block: Callable[[int, int], None],
+    ) -> None:
+        """Classify the *parts* of *listing* and write them to *folder*; raises what `tables` raises."""
+        for part, table in self.tables(((part, listing.read(part)) for part in parts), on_block):
+            folder.write_part(part, table)
 
     def _run(self, pixels: NDArray[np.uint8]) -> list[ImageOutputs]:
         """Return the outputs of a batch; if it fails, halve it until the image that fails is alone."""

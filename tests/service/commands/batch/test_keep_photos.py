@@ -62,3 +62,10 @@ def test_a_folder_of_a_running_server_is_refused(bundle_path, photos, tmp_path) 
     with pytest.raises(ConfigError, match="another process keeps photographs there"):
         classify(bundle_path, [str(photos)], tmp_path / "out", options=keeping(server.path))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_cluster_does_not_keep(bundle_path, photos, tmp_path) -> None:
+    options = keeping(tmp_path / "kept").model_copy(update={"ray": "local"})
+    with pytest.raises(ConfigError, match="one process writes to the folder"):
+        classify(bundle_path, [str(photos)], tmp_path / "out", options=options)
+    assert list(tmp_path.iterdir()) == []
