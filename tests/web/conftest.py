@@ -22,12 +22,15 @@ from tests.service.conftest import write_bundle
 RULES = Preprocess(resize=61, crop=32, interpolation="bicubic")
 
 
-def tiny(folder: Path, rules: Preprocess = RULES, *, seed: int = 0, **decision: Any) -> Bundle:
+def tiny(
+    folder: Path, rules: Preprocess = RULES, *, seed: int = 0, margin: float | None = 0.5, **decision: Any
+) -> Bundle:
     """A bundle of the network of mean colors with all rules of an answer."""
     rest = {"preprocess": rules, "seed": seed, "decision": Decision(**decision)}
     bundle = open_bundle(write_bundle(folder, golden=True, **rest))
     variant = Variant(name="another decoder", flips=0, largest=0.1)
-    stability = Stability(threshold=0.5, level=0.95, images=100, variants=(variant,), stable=80, flips=0)
+    counts: dict[str, Any] = {"images": 100, "stable": 80, "flips": 0}
+    stability = Stability(threshold=margin, level=0.95, photographs="held-out", variants=(variant,), **counts)
     return replace(bundle, manifest=bundle.manifest.model_copy(update={"stability": stability}))
 
 

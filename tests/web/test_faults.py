@@ -82,7 +82,7 @@ NETWORK: dict[str, Change] = {
 ANSWER: dict[str, Change] = {
     "temperature": text("logits[index] - energy)", "2 * (logits[index] - energy))"),
     "known inverted": text("score >= rejection", "score <= rejection"),
-    "stable inverted": text("> stability.threshold", "< stability.threshold"),
+    "stable inverted": text("[order[1]] > threshold", "[order[1]] < threshold"),
 }
 FAULTS: dict[str, tuple[str, Change, str]] = {
     **{name: ("browser.mjs", change, "`decode`") for name, change in DECODE.items()},

@@ -64,6 +64,16 @@ def test_the_page_gives_the_answers_of_the_server_also_offline(
     assert page.locator("#classes li").count() == 0
 
 
+def test_without_a_camera_the_page_says_so_and_goes_on(
+    bundle: Bundle, served: str, open_page: Callable[..., Any]
+) -> None:
+    page = open_page(served, "/site/")
+    page.get_by_text("Ready").wait_for()
+    page.get_by_role("button", name="Camera").click()
+    page.get_by_text("The camera cannot be used: ").wait_for()
+    assert "known" in give(page, picture_bytes())
+
+
 def test_a_page_with_another_network_starts_with_an_error(
     bundle: Bundle, served: str, open_page: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -76,14 +86,18 @@ def test_a_page_with_another_network_starts_with_an_error(
 @pytest.mark.parametrize(
     ("rules", "decision"),
     [
-        (Preprocess(resize=36, crop=32), {}),
+        (Preprocess(resize=36, crop=32), {"margin": None}),
         (Preprocess(resize=36, crop=32, fit="pad", background=(10, 20, 30)), SIGMOID),
         (
             Preprocess(resize=70, crop=32, fit="squash", interpolation="bicubic"),
             {"rejection": KNOWN.model_copy(update={"score": "max_probability", "threshold": 0.5})},
         ),
     ],
-    ids=["bilinear, without rules", "padded, several classes per image", "squashed, score is a probability"],
+    ids=[
+        "bilinear, no rule and no stable answer",
+        "padded, several classes per image",
+        "squashed, score is a probability",
+    ],
 )
 def test_all_rules_replay(
     rules: Preprocess, decision: dict[str, Any], tmp_path: Path, replay: Callable[[Path], PageReport]

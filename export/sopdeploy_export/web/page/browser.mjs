@@ -18,7 +18,7 @@ export async function openSite() {
   return { site, network: await openNetwork(ort, await readBytes("model.onnx"), site) };
 }
 
-/** The upright RGBA pixels of a file, a video or a canvas, on the background; color profiles are ignored, as in training. */
+/** The upright RGBA pixels of an image file, on the background; color profiles are ignored, as in training. */
 export async function decode(source, { background }) {
   const bitmap = await createImageBitmap(source, { colorSpaceConversion: "none" });
   const { width, height } = bitmap;

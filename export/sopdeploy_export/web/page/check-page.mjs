@@ -5,7 +5,7 @@ import { check, fails } from "./check.mjs";
 const { rows, ms, failure } = await check();
 document.getElementById("rows").append(...rows.map((result) => {
   const row = document.createElement("tr");
-  const cells = [result.example, result.step, result.error || String(result.found), result.bound, fails(result) ? "fails" : ""];
+  const cells = [result.example, result.step, result.error || Number(result.found?.toPrecision(3)), result.bound, fails(result) ? "fails" : ""];
   row.append(...cells.map((text) => Object.assign(document.createElement("td"), { textContent: text })));
   return row;
 }));

@@ -118,7 +118,8 @@ export function decide(logits, { labels, decision, stability }) {
     .map((index) => ({ index, probability: thresholds ? 1 / (1 + Math.exp(-logits[index])) : Math.exp(logits[index] - energy) }))
     .filter(({ index, probability }) => !thresholds || probability >= thresholds[index])
     .map(({ index, probability }) => ({ label: labels[index], probability }));
-  const stable = stability ? largest - logits[order[1]] > stability.threshold : null;
+  const { threshold = null } = stability ?? {}; // null also if no answer is stable
+  const stable = stability ? threshold !== null && largest - logits[order[1]] > threshold : null;
   if (!rejection) return { classes, known: null, score: null, stable };
   const score = rejection.score === "energy" ? energy : Math.exp(largest - energy);
   return { classes, known: score >= rejection.threshold, score, stable };

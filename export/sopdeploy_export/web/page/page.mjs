@@ -33,12 +33,12 @@ function startQueue(opened) {
     while ((source = next)) {
       next = null;
       byId("classes").setAttribute("aria-busy", "true");
+      byId("classes").replaceChildren();
       try {
         const { answer, ms } = await classify(source, opened);
         byId("classes").replaceChildren(...answer.classes.slice(0, SHOWN).map(entry));
         byId("status").textContent = describe(answer, ms);
       } catch (error) {
-        byId("classes").replaceChildren();
         byId("status").textContent = `This image cannot be read: ${error.message}`;
       }
       byId("classes").setAttribute("aria-busy", "false");
@@ -61,7 +61,11 @@ function connect(submit) {
     event.preventDefault();
     show(event.dataTransfer.files[0]);
   });
-  byId("take").addEventListener("click", () => submit(byId("video")));
+  byId("take").addEventListener("click", async () => {
+    const canvas = new OffscreenCanvas(byId("video").videoWidth, byId("video").videoHeight);
+    canvas.getContext("2d").drawImage(byId("video"), 0, 0);
+    show(await canvas.convertToBlob()); // a PNG: no further loss
+  });
   byId("camera").addEventListener("click", async () => {
     try {
       byId("video").srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
