@@ -42,6 +42,7 @@ ARGUMENTS = {
     "verify": "bundle",
     "engine": "bundle",
     "triton": "bundle repository",
+    "web": "bundle --out site --browser absent",
     "sign": "bundle --key file",
     "push": "bundle s3://absent/bundle",
     "pull": "oci://127.0.0.1:1/absent pulled",

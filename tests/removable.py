@@ -101,6 +101,7 @@ PARTS = {
             "tests/tensorrt/test_triton.py",
         )
     ),
+    "web": Part(("export/sopdeploy_export/web", "sopdeploy/cli/deployment/web.py", "tests/web")),
 }
 
 

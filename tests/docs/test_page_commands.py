@@ -18,7 +18,9 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy ray .*--replicas",
     r".*(--profiles|--runtime tensorrt)",
     r"sopdeploy (import|\w+ ckpt\.pt)",
+    r"sopdeploy promote ",  # needs two networks; `tests/service/commands/test_compare_and_promote.py` runs it
     r"sopdeploy reproduce .*--data",
+    r"sopdeploy web ",
     r".* --weights ",
     r".* fgvc",
     r"torchrun ",
