@@ -9,7 +9,7 @@ import importlib
 
 from measure import existing, make_parser, report
 
-PARTS = ("keep",)
+PARTS = ("keep", "promote")
 
 
 def main() -> None:
