@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import platform
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,12 +29,12 @@ FULL_ERRNOS = {errno.EDQUOT, errno.ENOSPC}
 def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path; rename it to *path* on success, delete it on error.
 
-    With *shared*, the temporary name contains the process id, for files that several processes may write at
-    the same time. Raises `OSError`, also if *path* is a folder.
+    With *shared*, the temporary name contains the machine and the process id, for files that several
+    processes may write at the same time. Raises `OSError`, also if *path* is a folder.
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    own = f".{os.getpid()}" if shared else ""
+    own = f".{platform.node()}.{os.getpid()}" if shared else ""
     partial = path.with_name(f"{path.name}{own}{PARTIAL}")
     try:
         yield partial

@@ -26,6 +26,9 @@ class TrainOptions(Options):
     `procedure.models`."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
+    unknown: Text = None
+    """Folder of images of none of the classes: half of them sets the threshold for unknown images, half tests
+    it; sets `rejection.unknown`."""
     procedure: Literal["auto", "few_shot", "loop"] | None = None
     """Train linear heads on the frozen network (few_shot) or all its weights (loop); auto decides by the time
     that they take. Sets `procedure.kind`, which is auto in the recipe for photos."""

@@ -201,6 +201,7 @@ def configure(
         "project": options.name,
         "data.path": str(data) if data else None,
         "start.weights": options.weights or settings.get("start.weights"),
+        "rejection.unknown": options.unknown,
         "procedure.kind": options.procedure or settings.get("procedure.kind"),
     }
     given = {key: value for key, value in settings.items() if value is not None}

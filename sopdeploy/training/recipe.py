@@ -37,6 +37,7 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "start.weights",
     "save.every_minutes",
     "rejection.accepts",
+    "rejection.unknown",
 }
 
 
@@ -82,9 +83,13 @@ class ModelConfig(CatalogModel):
 
 
 class RejectionConfig(StrictModel):
-    """The fraction of known images to accept; with 1 no image counts as unknown."""
+    """The fraction of known images to accept; with 1 no image counts as unknown.
+
+    `unknown` is a folder of images of no class; one half of them sets the threshold, the other tests it.
+    """
 
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
+    unknown: Path | None = None
 
 
 class Recipe(LoopSettings):

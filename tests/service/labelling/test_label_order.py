@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sopdeploy_service.labelling.order import MAX_DRAWN, order_by_value
+from sopdeploy_service.labelling.order import MAX_SPREAD, order_by_value
 
 
 def two_classes(*probabilities: float) -> np.ndarray:
@@ -27,7 +27,7 @@ def test_small_cases_have_the_expected_order(probabilities, known, expected):
     assert found.tolist() == expected
 
 
-@pytest.mark.parametrize("count", [40, MAX_DRAWN + 100])
+@pytest.mark.parametrize("count", [40, MAX_SPREAD + 100])
 def test_each_photograph_occurs_once_and_the_order_is_the_same_each_time(count):
     logits = np.random.default_rng(0).normal(size=(count, 5)) * 2
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)

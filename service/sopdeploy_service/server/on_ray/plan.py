@@ -21,7 +21,6 @@ from sopdeploy_service.server.on_ray.scale import ScaleOptions
 from sopdeploy_service.settings import Settings
 
 NAME = "sopdeploy"  # of the application and of its only deployment
-CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0, on every system: Ray's ports are on loopback
 IMPORT_PATH = "sopdeploy_service.server.on_ray.application:build_application"
 HEALTH_CHECK_SECONDS = 2.0  # Ray's default of 10 would keep a dead replica too long
 SPARE_SECONDS = 1.0  # so that the server's own timeout responds first, with an error code

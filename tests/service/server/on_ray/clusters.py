@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import re
 import signal
@@ -79,6 +80,20 @@ def below(process: int) -> dict[int, str]:
             except OSError:
                 continue
     return found
+
+
+def listening(process: int) -> list[ipaddress.IPv4Address]:
+    """Return the addresses on which *process* listens for TCP (Linux); `::` counts as 0.0.0.0."""
+    inodes = set()
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(str(file.readlink()))
+    tables = (Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6"))
+    rows = [line.split() for lines in tables for line in lines]
+    found = (
+        row[1].partition(":")[0][-8:] for row in rows if f"socket:[{row[9]}]" in inodes and row[3] == "0A"
+    )
+    return [ipaddress.IPv4Address(bytes.fromhex(address)[::-1]) for address in found]
 
 
 @contextmanager
