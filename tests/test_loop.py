@@ -41,7 +41,7 @@ def draw(label: str, number: int) -> bytes:
     """A photograph of a class by its colour, with edges and a tint of its own."""
     random = np.random.default_rng([number, *map(ord, label)])
     cells = np.kron(random.random((6, 6)), np.ones((8, 8)))[..., None]
-    tint = np.clip(np.array(COLOURS[label]) + random.normal(0, 35, 3), 0, 255)
+    tint = np.clip(np.array(COLOURS[label]) + random.normal(0, 15, 3), 0, 255)
     file = io.BytesIO()
     Image.fromarray((tint * (0.35 + 0.65 * cells)).astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
