@@ -15,11 +15,12 @@ from importlib.resources.abc import Traversable
 from fastapi import APIRouter, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 
+from sopdeploy_service.http.middleware import PAGE_FILES
+
 _FOLDER = files("sopdeploy_service.api") / "pages"
 _LOGO = (_FOLDER / "mark.svg").read_text("utf-8")
 _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
 _NONE = "'none'"
-_ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
 TRUSTED_TYPES = "require-trusted-types-for 'script'"  # no script can turn a string into markup
 
 router = APIRouter(include_in_schema=False)
@@ -111,6 +112,6 @@ _ERRORS = Page(_read("errors.html"), [], policy=TRUSTED_TYPES)
 
 for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():
     router.add_api_route(path, page.respond)
-for name, media_type in _ASSETS.items():  # read now: a sandboxed server cannot read them later
-    asset = (files("fastapi_offline") / "static" / name).read_bytes()
-    router.add_api_route(f"/docs/{name}", partial(_respond_file, asset, media_type))
+for path, media_type in PAGE_FILES.items():  # read now: a sandboxed server cannot read them later
+    content = (files("fastapi_offline") / "static" / path.removeprefix("/docs/")).read_bytes()
+    router.add_api_route(path, partial(_respond_file, content, media_type))

@@ -49,8 +49,7 @@ class Job:
 
     def run_state(self) -> RunState:
         """Return what the rows of this machine depend on; the source is added later."""
-        with self.load() as classifier:
-            return classifier.run_state("", 1)
+        return self.load().run_state("", 1)  # without its decoder processes
 
 
 class PartActor:

@@ -12,6 +12,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.commands.batch.options import ClassifyOptions
+from tests.service.children import below, listening
 from tests.service.commands.batch.conftest import (
     BAD,
     SETTINGS,
@@ -22,7 +23,6 @@ from tests.service.commands.batch.conftest import (
     stop_at,
     write_photos,
 )
-from tests.service.server.on_ray.clusters import below, listening
 
 on_ray = pytest.importorskip("sopdeploy_service.commands.batch.on_ray")
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from tests.ports import held_port
-from tests.service.children import START_SECONDS, line_of
-from tests.service.server.on_ray.clusters import Clients, Cluster, below, listening, own_cluster
+from tests.service.children import START_SECONDS, below, line_of, listening
+from tests.service.server.on_ray.clusters import Clients, Cluster, own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
