@@ -83,11 +83,9 @@ def count_answered(url: str) -> float:
     return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
 
 
-def settings_for(largest: int, *, decoders: int, threads: int, shadow: str | None = None) -> Settings:
-    """Create the server's settings."""
-    return load_settings(
-        max_batch=largest, decoders=decoders, threads=threads, queue_size=1024, shadow=shadow
-    )
+def settings_for(largest: int, *, decoders: int, threads: int, **more: Any) -> Settings:
+    """Create the server's settings, with *more* that are not None."""
+    return load_settings(max_batch=largest, decoders=decoders, threads=threads, queue_size=1024, **more)
 
 
 @dataclass(slots=True)
@@ -162,12 +160,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-times", type=Path, help="file for the CPU times of decoding and runtime")
     parser.add_argument("--shadow", help="with --fake: share of the requests for a second simulated model")
+    parser.add_argument("--keep", type=Path, help="folder for photographs")
+    parser.add_argument("--keep-bytes", type=int)
     arguments = parser.parse_args()
     limit_heaps()
     freeze_objects()
     share = None if arguments.shadow is None else f"shadow={arguments.shadow}"
     settings = settings_for(
-        arguments.largest, decoders=arguments.decoders, threads=arguments.threads, shadow=share
+        arguments.largest,
+        decoders=arguments.decoders,
+        threads=arguments.threads,
+        shadow=share,
+        keep=arguments.keep,
+        keep_bytes=arguments.keep_bytes,
     )
     if arguments.bundle is not None:
         model = load_model(arguments.bundle, settings)

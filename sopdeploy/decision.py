@@ -57,6 +57,8 @@ class Rejection(StrictModel):
         auroc: Area under the ROC curve for separating the images of a class that is left out from all
             others, averaged over classes.
         left_out: "refitted" if the classifier was fitted without the class, `None` if its logit was masked.
+        recognized: How many images of a folder of unknown ones it rejects, and of how many; other images of
+            this folder set the threshold. `None` without such a folder.
     """
 
     score: Score
@@ -65,6 +67,7 @@ class Rejection(StrictModel):
     accepted: tuple[Fraction, Fraction] | None = None
     auroc: Fraction | None = None
     left_out: Literal["refitted"] | None = None
+    recognized: tuple[Occurrences, Occurrences] | None = None
 
     def recognize(self, logits: NDArray[np.floating]) -> tuple[bool, float]:
         """Return whether an image is known, and its score, from *logits* (C,) of the bundle."""
@@ -201,6 +204,10 @@ class Decision(StrictModel):
                 how = "by fitting the classifier without it" if rule.left_out else "by masking its logit"
                 text = f"{rule.auroc:.2f}, {how}: {describe_auroc(rule.auroc)}"
                 rows.append(("AUROC, one class left out", text))
+            if rule.recognized is not None:
+                rejects, tested = rule.recognized
+                text = f"{rejects} of {tested} images of your folder; its other images set the threshold"
+                rows.append(("recognized unknown images", text))
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
             if 0 < len(labels) <= _MAX_LISTED:

@@ -126,6 +126,12 @@ class BundleError(SopdeployError):
     code = "unusable_bundle"
 
 
+class PromotionError(SopdeployError):
+    """Photographs do not show that a bundle is as good as the live one, or there is none to go back to."""
+
+    code = "not_promoted"
+
+
 class EngineError(SopdeployError):
     """A TensorRT engine cannot be built, or differs from the request."""
 

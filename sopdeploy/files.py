@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import platform
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,12 +29,12 @@ FULL_ERRNOS = {errno.EDQUOT, errno.ENOSPC}
 def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary path; rename it to *path* on success, delete it on error.
 
-    With *shared*, the temporary name contains the process id, for files that several processes may write at
-    the same time. Raises `OSError`, also if *path* is a folder.
+    With *shared*, the temporary name contains the machine and the process id, for files that several
+    processes may write at the same time. Raises `OSError`, also if *path* is a folder.
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    own = f".{os.getpid()}" if shared else ""
+    own = f".{platform.node()}.{os.getpid()}" if shared else ""
     partial = path.with_name(f"{path.name}{own}{PARTIAL}")
     try:
         yield partial
@@ -86,14 +87,20 @@ def link_latest(target: Path) -> None:
     link = target.with_name(LATEST)
     if target.name == LATEST or (link.exists() and not link.is_symlink()):
         return
-    partial = link.with_name(f".{LATEST}.{os.getpid()}{PARTIAL}")
     try:
-        partial.unlink(missing_ok=True)
-        partial.symlink_to(target.name)
-        partial.replace(link)
+        move_link(link, target.name)
     except OSError as error:
         if error.errno not in NO_LINKS_ERRNOS:
             raise
+
+
+def move_link(link: Path, target: str) -> None:
+    """Make *link* a link to *target*, in one step; raises `OSError`."""
+    partial = link.with_name(f".{link.name}.{os.getpid()}{PARTIAL}")
+    try:
+        partial.unlink(missing_ok=True)
+        partial.symlink_to(target)
+        partial.replace(link)
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from sopdeploy.files import expand_user
 PROJECT_NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}$"  # files and folders have up to 50 more characters
 # UTC; the order of the texts is that of the times.
 Time = Annotated[str, pydantic.Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$")]
-SAMPLED = 16  # images of a data set that a bundle records
+SAMPLED = 2000  # images of a data set that a bundle records, 50 KB
 
 
 def check_project_name(name: str | None) -> str | None:
@@ -34,7 +34,7 @@ class Origin(StrictModel):
     """Where a trained network comes from.
 
     `run` and `data` are the names of the folders of the run and of its images. `images` includes the held-out
-    ones; `sample` has hashes of some training images.
+    ones; `sample` has the lowest hashes of training images, at most `SAMPLED`.
     """
 
     run: str

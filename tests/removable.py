@@ -58,6 +58,13 @@ PARTS = {
         )
     ),
     "front_ends": Part(("service/sopdeploy_service/front_ends", "tests/service/front_ends")),
+    "labelling": Part(
+        (
+            "service/sopdeploy_service/labelling",
+            "sopdeploy/cli/serving/label.py",
+            "tests/service/labelling",
+        )
+    ),
     "shadow": Part(("service/sopdeploy_service/shadow.py", "tests/service/test_shadow.py")),
     "doctor": Part(
         (
@@ -94,6 +101,7 @@ PARTS = {
             "tests/tensorrt/test_triton.py",
         )
     ),
+    "web": Part(("export/sopdeploy_export/web", "sopdeploy/cli/deployment/web.py", "tests/web")),
 }
 
 

@@ -76,8 +76,9 @@ MEANINGS = {
     "--out": "older", "--out-file": "The ", "--port": "port to listen on",
     "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
     "--seeds": "seeds 0, 1 and so on", "--set": "Override a value of", "--setting": "setting of the service",
-    "--threads": "CPU threads", "--url": "URL of the server", "--weights-key": "Key of the state dict",
-    "--workers": "rocesses that load images",
+    "--threads": "CPU threads",
+    "--tolerance": "Points of accuracy", "--unknown": "none of the classes", "--url": "URL of the server",
+    "--weights-key": "Key of the state dict", "--workers": "rocesses that load images",
 }  # fmt: skip
 
 

@@ -191,6 +191,7 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     Raises `LoweringError` if torch cannot do this, or if the program does not accept the whole range.
     """
     with capturing():
+        _pool_by_mean(program)
         program = program.run_decompositions({})
     if batch.maximum == 1:
         return program
@@ -207,6 +208,19 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
             f"1 to {batch.maximum}; its code depends on the batch size"
         )
     return program
+
+
+def _pool_by_mean(program: ExportedProgram) -> None:
+    """Replace average pooling to one position in *program* by the mean that ATen computes for it, in place.
+
+    After the mean, ATen restores the strides of a map in channels-last layout with `as_strided`
+    (AdaptiveAveragePooling.cpp). torch-tensorrt cannot convert that, and ONNX needs five operators for it.
+    """
+    pooling = torch.ops.aten.adaptive_avg_pool2d.default
+    for node in program.graph.find_nodes(op="call_function", target=pooling):
+        if node.args[1] == [1, 1]:
+            node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-1, -2], True)
+    program.graph_module.recompile()
 
 
 @contextmanager

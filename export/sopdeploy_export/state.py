@@ -101,9 +101,10 @@ def read_state(network: nn.Module) -> dict[str, Any]:
     anything was assigned, added, removed or written in place between them. Raises `LoweringError` if the
     network holds too many objects.
     """
+    generator = tree_leaves(np.random.get_state(legacy=False))  # noqa: NPY002
     state: dict[str, Any] = {
         "random": hash(random.getstate()),
-        "numpy.random": str(np.random.get_state(legacy=False)),  # noqa: NPY002
+        "numpy.random": [leaf.tobytes() if isinstance(leaf, np.ndarray) else leaf for leaf in generator],
     }
     owners = list(modules(network))
     seen = {id(module) for _, module in owners}  # each object is read once

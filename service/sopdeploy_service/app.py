@@ -1,5 +1,6 @@
 """The ASGI app of the service, for any server."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -21,6 +22,8 @@ from sopdeploy_service.http.rate_limits import CreateBucketState, local_state
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import CreateRegistry, Service
+from sopdeploy_service.keep import Keeper, StoreKept
+from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.observability.request_context import OpenTrace
 from sopdeploy_service.settings import Settings
 
@@ -33,24 +36,34 @@ def create_app(
     open_trace: OpenTrace | None = None,
     create_registry: CreateRegistry | None = None,
     create_bucket_state: CreateBucketState = local_state,
+    store_kept: StoreKept | None = None,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`.
 
     *store* has the bundles that clients may load later, and *open_trace* starts the trace of a request.
     *create_registry* replaces the registry of models in this process, and *create_bucket_state* creates the
-    state of a key's token bucket. `app.state.service` is the `Service` of the app; it runs once, from startup
-    to shutdown.
-    Raises `ConfigError` if the key file of *settings* cannot be used.
+    state of a key's token bucket. *store_kept* replaces the folder of photographs.
+    `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
+    Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
     keys = None if settings.keys is None else load_keys(settings.keys)
     service = Service(models, settings, store, create_registry)
+    keeper: Keeper | None = None
+    if settings.keep is not None:
+        store_kept = store_kept or KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days).add
+        keeper = Keeper(store_kept, settings.keep_sample, service.metrics)
+        service.observers.append(keeper.observe)
     names = sorted({model.name for model in service.registry.models()})
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         await service.start()
+        if keeper is not None:
+            keeper.start()
         yield
         await service.stop()
+        if keeper is not None:
+            await asyncio.to_thread(keeper.stop)
 
     app = FastAPI(
         title="sopdeploy",
@@ -62,8 +75,9 @@ def create_app(
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # sopdeploy has its own
     )
-    app.state.service = service
+    app.state.service, app.state.keeper = service, keeper
     app.state.reload = None  # or a function that finds the bundles again
+    app.state.links = None  # or the links to follow, and where they lead
     app.state.collect_metrics = None  # or a function that collects those of several processes
     for router in (v1.router, status.router, v2.router, web.router):
         app.router.routes += router.routes  # `include_router` would add a second matching step per request

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import Count, first_problem
+from sopdeploy.config import Count, Fraction, first_problem
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
@@ -190,6 +190,13 @@ class Settings(pydantic.BaseModel):
     shadow: _ShadowOption | None = setting(
         None, "NAME=0.05: also send 5 % of the requests to the bundle NAME"
     )
+    follow: bool = setting(False, "check each second where a BUNDLE that is a link leads, and reload it")
+    keep: Path | None = setting(None, "folder for photographs that are worth a label; not set: none is kept")
+    keep_bytes: PositiveBytes = setting(1_000_000_000, "at most in that folder; the oldest make room")
+    keep_days: Annotated[float, pydantic.Field(gt=0, le=36_500)] = setting(30.0, "then they are deleted")
+    keep_sample: Fraction = setting(
+        0.01, "share of all photographs to keep in addition, for unbiased figures"
+    )
     model_control: bool = setting(False, "clients may swap models; needs keys on public addresses")
 
     keys: Path | None = setting(None, "API key file, see `sopdeploy key`; not set: no authentication")
@@ -217,6 +224,8 @@ class Settings(pydantic.BaseModel):
             raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
         if self.memory_budget is not None and (self.shadow or self.model_control):
             raise ValueError("memory_budget excludes shadow and model_control; remove them")
+        if self.follow and (self.shadow or self.memory_budget is not None):
+            raise ValueError("follow excludes shadow and memory_budget; remove them")
         if self.pin and self.memory_budget is None:
             raise ValueError("pin needs memory_budget; without it, no bundle is released")
         if self.max_images > self.queue_size:

@@ -30,6 +30,7 @@ from sopdeploy_service.inference.model_worker import QueuedImage
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError, rank_classes
 from sopdeploy_service.inference.service import Images, Service
+from sopdeploy_service.keep import Keeper
 from sopdeploy_service.observability.request_context import RequestContext
 
 MAX_WAITING_IMAGES = 32  # images
@@ -50,7 +51,7 @@ def serve_shadow(app: FastAPI, service: Service) -> None:
     if service.settings.shadow is not None:
         name, _, share = service.settings.shadow.partition("=")
         live = find_live_model(service.registry.models(), name)
-        shadow = app.state.shadow = Shadow(service, name, live, float(share))
+        shadow = app.state.shadow = Shadow(service, name, live, float(share), app.state.keeper)
         service.observers.append(shadow.observe)
         service.more_info["shadow"] = shadow.info
 
@@ -104,12 +105,16 @@ def find_live_model(models: Sequence[Model], name: str) -> str:
 
 
 class _Waiting(NamedTuple):
-    """An image, its bytes in memory, and the *prediction* of the *live* model for it."""
+    """An image, its bytes in memory, and the *prediction* of the *live* model for it.
+
+    *to_keep* is what the client sent and what the live model got, to keep if both disagree.
+    """
 
     image: Image
     bytes: int
     live: Model
     prediction: Prediction
+    to_keep: tuple[EncodedImage, NDArray[np.uint8]] | None
 
 
 class Shadow:
@@ -118,9 +123,14 @@ class Shadow:
     Every method is called on the event loop.
     """
 
-    def __init__(self, service: Service, name: str, live: str, share: float) -> None:
-        """Hide the model *name* from clients of *service*: it gets only images that *live* predicted."""
-        self.name, self._live, self._share = name, live, share
+    def __init__(
+        self, service: Service, name: str, live: str, share: float, keeper: Keeper | None = None
+    ) -> None:
+        """Hide the model *name* from clients of *service*: it gets only images that *live* predicted.
+
+        The *keeper* gets the photographs on which both disagree.
+        """
+        self.name, self._live, self._share, self._keeper = name, live, share, keeper
         self._service = service
         self.model = service.registry.hide(name)
         metrics = service.metrics
@@ -152,7 +162,8 @@ class Shadow:
     ) -> None:
         """Queue the images of a request to the live model if the request is sampled."""
         if model.name == self._live and self.samples(context.request_id):
-            self._offer(model, items, images, outcomes)
+            keep = self._keeper is not None and context.may_keep
+            self._offer(model, items, images, outcomes, keep=keep)
         asyncio.get_running_loop().call_soon(self._advance)  # after the response
 
     def samples(self, request_id: str) -> bool:
@@ -171,18 +182,27 @@ class Shadow:
         return await self._service.registry.promote(self.name, self._live)
 
     def _offer(
-        self, live: Model, items: Sequence[QueuedImage], images: Images, outcomes: Sequence[Outcome]
+        self,
+        live: Model,
+        items: Sequence[QueuedImage],
+        images: Images,
+        outcomes: Sequence[Outcome],
+        *,
+        keep: bool,
     ) -> None:
         """Queue the images that the *live* model has predicted; drop images beyond `MAX_WAITING_IMAGES`.
 
-        *items* have the decoded pixels. Images that the live model rejects are not compared.
+        *items* have the decoded pixels. Images that the live model rejects are not compared. With *keep*,
+        files wait, too.
         """
         same_preprocess = live.bundle.manifest.preprocess == self.model.bundle.manifest.preprocess
         for item, image, outcome in zip(items, images, outcomes, strict=True):
             if not isinstance(outcome, Prediction):
                 continue
             offered: Image = item.image if same_preprocess else image
-            size = len(offered.body) if isinstance(offered, EncodedImage) else offered.nbytes
+            to_keep = (image, item.image) if keep and isinstance(image, EncodedImage) else None
+            held = to_keep or (offered,)
+            size = sum(len(each.body) if isinstance(each, EncodedImage) else each.nbytes for each in held)
             waiting_bytes = sum(entry.bytes for entry in self._waiting)
             full = len(self._waiting) >= MAX_WAITING_IMAGES or waiting_bytes + size > MAX_WAITING_BYTES
             # A tensor in a request is preprocessed for the live model.
@@ -190,7 +210,7 @@ class Shadow:
             if full or unfit or self.model.dead:
                 self._count("dropped")
             else:
-                self._waiting.append(_Waiting(offered, size, live, outcome))
+                self._waiting.append(_Waiting(offered, size, live, outcome, to_keep))
 
     def _advance(self) -> None:
         """Begin the next image if the live model is idle; call it after every event that can make it idle."""
@@ -209,6 +229,8 @@ class Shadow:
         else:
             equal = _predicted(self.model, outcome) == _predicted(entry.live, entry.prediction)
             self._count("agree" if equal else "differ")
+            if not equal and self._keeper is not None and entry.to_keep is not None:
+                self._keeper.offer(entry.live, *entry.to_keep, entry.prediction, "disagreement")
             self._seconds["live"].observe(entry.prediction.infer_seconds)
             self._seconds["shadow"].observe(outcome.infer_seconds)
         self._advance()

@@ -15,6 +15,9 @@ Workers = Annotated[int, pydantic.Field(ge=0)]
 class TrainOptions(Options):
     """Options of `sopdeploy.train` and `sopdeploy train`."""
 
+    from_: Text = None
+    """A run, or a bundle whose run is in runs: start from its recipe, and print its accuracy and what was
+    added since."""
     weights: Text = None
     """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
     imagenet for a folder of images without a recipe."""
@@ -23,6 +26,9 @@ class TrainOptions(Options):
     `procedure.models`."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
+    unknown: Text = None
+    """Folder of images of none of the classes: half of them sets the threshold for unknown images, half tests
+    it; sets `rejection.unknown`."""
     procedure: Literal["auto", "few_shot", "loop"] | None = None
     """Train linear heads on the frozen network (few_shot) or all its weights (loop); auto decides by the time
     that they take. Sets `procedure.kind`, which is auto in the recipe for photos."""

@@ -10,7 +10,9 @@ from rich.console import Console
 
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.progress import ProgressBars
-from sopdeploy.config import expand_options
+from sopdeploy.bundle.folder import MANIFEST, read_manifest
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.config import StrictModel, expand_options
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy.html.templates import render
 from sopdeploy.project import folder_project
@@ -19,8 +21,9 @@ from sopdeploy.report.run_data import EvaluatedImages, RunData, read_run
 from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
+from sopdeploy.training.procedure import read_result
 from sopdeploy.training.recipe import Recipe, format_toml, parse_override, read_recipe
-from sopdeploy.training.run_folder import numbered_folder
+from sopdeploy.training.run_folder import RUNS, numbered_folder
 from sopdeploy.training.start_weights import network_of_file
 from sopdeploy.training.train import TrainingResult, train_recipe
 
@@ -29,13 +32,29 @@ OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.
 MAX_EVALUATED = 5000  # held-out images that a notebook evaluates to show a result
 
 
+class PreviousRun(StrictModel):
+    """The run that another one starts from: its folder, its accuracy, and what it was trained on."""
+
+    folder: Path
+    accuracy: str
+    classes: tuple[str, ...]
+    images: int
+
+    def changes(self, classes: Sequence[str], images: int) -> str:
+        """Say what it reached and what *classes* and *images* add to it."""
+        names = [name for name in classes if name not in self.classes]
+        added = f"{images - self.images:+,} photographs" + f", new: {', '.join(names)}" * bool(names)
+        return f"before, {self.folder}: {self.accuracy or 'accuracy not recorded'}; since then {added}"
+
+
 class TrainedRun(TrainingResult):
-    """The files and metrics of a finished run.
+    """The files and metrics of a finished run. `previous` describes the run that it started from.
 
     A notebook shows a summary, the confusion matrix and the worst mistakes of `best` on the held-out images.
     The first display evaluates these images.
     """
 
+    previous: str = ""
     _evaluated: RunData | None = pydantic.PrivateAttr(None)
 
     @property
@@ -66,7 +85,7 @@ class TrainedRun(TrainingResult):
             "scores.html",
             title=f"{self.model}, {self.out}",
             tiles=tiles,
-            notes=self.procedure.lines(),
+            notes=[*self.procedure.lines(), *filter(None, [self.previous])],
             reason=reason,
             next=f"sopdeploy.export({str(self.best)!r}, detach=True)",
             **predictions_context(predictions),
@@ -111,6 +130,8 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(join_processes())
         given = [*assignments, *to_assignments(settings)]
+        # Read now, because `runs/latest` will lead to the new run.
+        before = None if options.from_ is None else read_previous(Path(options.from_))[0]
         loaded, keys = configure(data, recipe, options, given)
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
@@ -132,7 +153,34 @@ def train(
             strategy=strategy,
             given=keys,
         )
-    return TrainedRun(**dict(result))
+    text = ""
+    if before is not None:
+        labels = read_checkpoint(result.best).labels
+        text = before.changes(labels, result.train_count + result.held_out_count)
+    return TrainedRun(**dict(result), previous=text)
+
+
+def read_previous(source: Path) -> tuple[PreviousRun, dict[str, Any]]:
+    """Read the run at *source*, or that of the bundle at *source* from `runs`, and the recipe of the run.
+
+    Raises `ConfigError` if the run of a bundle is not there, and the errors of `read_checkpoint`.
+    """
+    best = source / "best.pt" if (source / "best.pt").is_file() else source
+    expected = None
+    if (source / MANIFEST).is_file():
+        expected = read_manifest(source).origin
+        best = RUNS / ("" if expected is None else expected.run) / "best.pt"
+        if expected is None or not best.is_file():
+            raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
+    checkpoint = read_checkpoint(best)
+    origin, result = checkpoint.origin, read_result(checkpoint.training)
+    if origin is None or result is None or (expected is not None and expected.run_id != origin.run_id):
+        raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
+    accuracy = dict(result.rows()).get("accuracy", "")
+    previous = PreviousRun(
+        folder=best.parent, accuracy=accuracy, classes=checkpoint.labels, images=origin.images
+    )
+    return previous, checkpoint.training["recipe"]
 
 
 def configure(
@@ -145,18 +193,22 @@ def configure(
     """
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
+    if recipe is not None and options.from_ is not None:
+        raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
+    recorded = None if options.from_ is None else read_previous(Path(options.from_))[1]
     source, settings = recipe or FOLDER_RECIPE, _compared_networks(options)
     settings |= {
         "project": options.name,
         "data.path": str(data) if data else None,
         "start.weights": options.weights or settings.get("start.weights"),
+        "rejection.unknown": options.unknown,
         "procedure.kind": options.procedure or settings.get("procedure.kind"),
     }
     given = {key: value for key, value in settings.items() if value is not None}
     changes = [*assignments, *to_assignments(given)]
-    loaded, keys = read_recipe(source, changes), [parse_override(change)[0] for change in changes]
+    loaded, keys = read_recipe(source, changes, recorded), [parse_override(change)[0] for change in changes]
     weights = None if loaded.start is None else loaded.start.weights
-    if recipe is None and "model.name" not in keys and isinstance(weights, Path):
+    if recipe is None and recorded is None and "model.name" not in keys and isinstance(weights, Path):
         network = network_of_file(weights, loaded.model.name)
         loaded = read_recipe(source, [*changes, f"model.name={format_toml(network)}"])
     if loaded.project is None:

@@ -91,6 +91,7 @@ class DilatedResNet(ResNet):
     config: DilatedResNetConfig
 
     def __init__(self, config: DilatedResNetConfig, num_classes: int) -> None:
+        """Build a ResNet, then replace the strides of its last two stages by dilations of 2 and 4."""
         super().__init__(config, num_classes)
         strided_1x1 = self.bottlenecks and config.bottleneck_stride == "v1"
         for stage, before in (("layer3", 1), ("layer4", 2)):  # `before`: the dilation of the previous stage

@@ -29,7 +29,7 @@ from sopdeploy.images.preprocess import Preprocess
 GOLDEN = "golden.json"
 _MAX_EXAMPLES = 16  # that `verify` decodes; an export writes three
 MAX_LEVELS = 1  # gray levels between decoders
-_MAX_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
+LOGIT_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
 _SEED = 11
 CELL = 8  # pixels per random color
 
@@ -157,7 +157,7 @@ def check_golden(
     """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
 
     *exporter* is the version of Pillow that computed the pixels of *example*. Versions of Pillow resize
-    differently. The logits of such pixels may differ by `_MAX_DRIFT` of their spread, and the result
+    differently. The logits of such pixels may differ by `LOGIT_DRIFT` of their spread, and the result
     describes the difference: None if no pixel is more than `MAX_LEVELS` gray levels off. Raises
     `ParityError` for other pixels, and for logits outside of the tolerance.
     """
@@ -185,9 +185,9 @@ def check_golden(
             "of the export; this machine decodes or resizes differently; install Pillow from its wheel on "
             "PyPI"
         )
-    if not difference.drift <= _MAX_DRIFT:
+    if not difference.drift <= LOGIT_DRIFT:
         raise ParityError(
-            f"{example.name}: {difference.describe()} (at most {100 * _MAX_DRIFT:g} %); install that version "
-            "or export the bundle again"
+            f"{example.name}: {difference.describe()} (at most {100 * LOGIT_DRIFT:g} %); install that "
+            "version or export the bundle again"
         )
     return difference

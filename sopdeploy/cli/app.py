@@ -42,6 +42,8 @@ COMMANDS = {
     "push": ("Export", "deployment.transfer", "upload a bundle"),
     "pull": ("Export", "deployment.transfer", "download and check a bundle"),
     "predict": ("Serve", "serving.predict", "classify images without a server"),
+    "compare": ("Serve", "serving.promote", "compare two bundles on photographs"),
+    "promote": ("Serve", "serving.promote", "make a bundle live if it is not worse"),
     "serve": ("Serve", "serving.serve", "serve bundles over HTTP, with a web page"),
     "health": ("Serve", "serving.health", "check whether a server is ready"),
     "key": ("Serve", "deployment.keys", "create an API key for a server"),

@@ -57,7 +57,7 @@ def command(
 
 def _option(model: type[Options], name: str) -> Any:
     """Annotate a field of *model* as typer declares an option."""
-    field, flag = model.model_fields[name], name.replace("_", "-")
+    field, flag = model.model_fields[name], name.strip("_").replace("_", "-")
     annotation: Any = field.annotation
     switch = annotation is bool and field.default
     if get_origin(annotation) is tuple:

@@ -202,10 +202,10 @@ def _find_near(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:
     """Yield the groups of near-duplicates whose files do not all have the same pixels."""
     if len(infos) < 2:
         return
-    names = np.unique([info.label for info in infos], return_inverse=True)[1]
+    _, label_N = np.unique([info.label for info in infos], return_inverse=True)
     paths = np.asarray([os.fsencode(info.file) for info in infos], dtype=np.bytes_)
     signatures = np.stack([info.signature for info in infos if info.signature is not None])
-    groups = groups_of_files(ImageFiles(Path(), ("",), paths, names.astype(np.int64)), signatures)
+    groups = groups_of_files(ImageFiles(Path(), ("",), paths, label_N.astype(np.int64)), signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist()):
         if len({hashes[file] for file in group.files}) > 1:

@@ -110,14 +110,15 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
 
     A key may be None. The groups are numbered by their first image.
     """
-    from scipy.sparse import coo_array  # noqa: PLC0415  # part of an extra
-    from scipy.sparse.csgraph import connected_components  # noqa: PLC0415
-
     equal = [np.stack([np.arange(count), _first_equal(key)]) for key in keys if key is not None]
-    edges = np.concatenate([pairs, *equal], axis=1)
-    graph = coo_array((np.ones(edges.shape[1], np.int8), tuple(edges)), shape=(count, count))
-    components = connected_components(graph, directed=False)[1]
-    return np.unique(_first_equal(components), return_inverse=True)[1].astype(np.int64)
+    one, other = np.concatenate([pairs, *equal], axis=1)
+    lowest, before = np.arange(count), np.zeros(0, int)  # the lowest index of a connected image, so far
+    while not np.array_equal(lowest, before):
+        before = lowest.copy()
+        np.minimum.at(lowest, one, before[other])
+        np.minimum.at(lowest, other, before[one])
+        lowest = lowest[lowest]
+    return np.unique(lowest, return_inverse=True)[1].astype(np.int64)
 
 
 def _whiten(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ AUROC on images from another domain differs, because the features were trained o
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,13 @@ MAX_LEFT_OUT = 100  # classes, evenly spaced
 SCORES: tuple[Score, ...] = ("max_probability", "energy")
 
 
+class UnknownLogits(NamedTuple):
+    """Logits (N, C) of images of no class: those that set the threshold, and those that test it."""
+
+    setting: Logits
+    testing: Logits
+
+
 def fit_decision(
     logits: Logits,
     targets: NDArray[np.int64],
@@ -46,6 +54,7 @@ def fit_decision(
     scalable: bool = True,
     refitted: Mapping[Score, float] = {},
     groups: NDArray[np.integer] | None = None,
+    unknown: UnknownLogits | None = None,
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
@@ -63,6 +72,8 @@ def fit_decision(
         refitted: AUROC by score of heads that were fitted without one class. If empty, the AUROCs are
             computed with the logit of the class masked.
         groups: The groups of the images; by default, all images are different.
+        unknown: Images of no class. They choose the score, and the threshold with the smallest sum of both
+            error rates among those that accept at least the fraction *accepts*.
     """
     if groups is not None:
         first = np.sort(np.unique(groups, return_index=True)[1])
@@ -81,21 +92,41 @@ def fit_decision(
     predictions = PredictionCounts(logits.shape[1])
     predictions.add_logits(scaled)
     reference = predictions.reference()
+    if unknown is not None:
+        unknown = UnknownLogits(unknown.setting / temperature, unknown.testing / temperature)
+    rejection = _fit_rejection(scaled, targets, accepts, refitted, unknown)
+    return Decision(calibration=calibration, rejection=rejection, reference=reference)
+
+
+def _fit_rejection(
+    logits: Logits,
+    targets: NDArray[np.int64],
+    accepts: float,
+    refitted: Mapping[Score, float],
+    unknown: UnknownLogits | None,
+) -> Rejection | None:
+    """Fit score and threshold to calibrated *logits* (N, C), as `fit_decision` describes."""
     rejected = count_rejected(len(logits), accepts)
     if rejected == 0:
-        return Decision(calibration=calibration, reference=reference)
-    aurocs = refitted or leave_one_class_out(scaled, targets)
-    score = max(SCORES, key=lambda name: aurocs.get(name, 0.0))
-    threshold = float(np.sort(known_score(scaled, score))[rejected - 1])
-    rejection = Rejection(
+        return None
+    aurocs = refitted or leave_one_class_out(logits, targets)
+    score, recognized = max(SCORES, key=lambda name: aurocs.get(name, 0.0)), None
+    if unknown is not None and len(unknown.setting):
+        score, rejected = choose_rejected(logits, unknown.setting, rejected)
+        accepts = round(1 - rejected / (len(logits) + 1), 3)
+    threshold = float(np.sort(known_score(logits, score))[rejected - 1])
+    if unknown is not None:
+        rejects = known_score(unknown.testing, score) < threshold
+        recognized = (int(rejects.sum()), len(rejects))
+    return Rejection(
         score=score,
         threshold=threshold,
         accepts=accepts,
         accepted=accepted_interval(len(logits), rejected),
         auroc=aurocs.get(score),
         left_out="refitted" if refitted else None,
+        recognized=recognized,
     )
-    return Decision(calibration=calibration, rejection=rejection, reference=reference)
 
 
 def missing_threshold(images: int, classes: int, accepts: float) -> str:
@@ -114,6 +145,21 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
 def count_rejected(images: int, accepts: float) -> int:
     """Count the *images* to reject, so that the fraction *accepts* of new known images is accepted."""
     return min(images, math.floor((images + 1) * (1 - accepts) + 1e-9))
+
+
+def choose_rejected(known: Logits, unknown: Logits, most: int) -> tuple[Score, int]:
+    """Choose the score, and the number of *known* images to reject, 1 to *most*.
+
+    The sum of the rejected fraction of *known* (N, C) and the accepted fraction of *unknown* (M, C) is the
+    smallest; of equal sums, the first score and the smallest number are chosen.
+    """
+    sums: dict[tuple[Score, int], float] = {}
+    for score in SCORES:
+        ordered, unknown_M = np.sort(known_score(known, score)), known_score(unknown, score)
+        for rejected in range(1, most + 1):
+            accepted = float((unknown_M >= ordered[rejected - 1]).mean())
+            sums[score, rejected] = rejected / len(known) + accepted
+    return min(sums, key=lambda choice: sums[choice])
 
 
 def accepted_interval(images: int, rejected: int) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from sopdeploy.data.near import keep_groups_together
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
+from sopdeploy.evaluation.unknown_images import predict_unknown
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import diagnose
 from sopdeploy.training.distributed.batch_sharding import shard_step
@@ -151,6 +152,13 @@ def fit_best(run: Run, held_out: PreprocessedDataset, folder: RunFolder, callbac
             accepts=run.recipe.rejection.accepts,
             scalable=model.logits_layer() is not None,
             groups=getattr(held_out.images, "groups", None),
+            unknown=predict_unknown(
+                model,
+                run.recipe.rejection.unknown,
+                run.recipe.preprocess,
+                batch_size=run.recipe.batch_size,
+                workers=run.recipe.workers,
+            ),
         )
     record = {**checkpoint.training, "procedure": result.model_dump(mode="json")}
     write_checkpoint(folder.best, replace(checkpoint, training=record, decision=run.decision))

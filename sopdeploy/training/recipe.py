@@ -7,6 +7,7 @@ import difflib
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
@@ -36,6 +37,7 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "start.weights",
     "save.every_minutes",
     "rejection.accepts",
+    "rejection.unknown",
 }
 
 
@@ -81,9 +83,13 @@ class ModelConfig(CatalogModel):
 
 
 class RejectionConfig(StrictModel):
-    """The fraction of known images to accept; with 1 no image counts as unknown."""
+    """The fraction of known images to accept; with 1 no image counts as unknown.
+
+    `unknown` is a folder of images of no class; one half of them sets the threshold, the other tests it.
+    """
 
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
+    unknown: Path | None = None
 
 
 class Recipe(LoopSettings):
@@ -170,8 +176,10 @@ def recipe_text(source: str | Path) -> str:
     return (resources.files("sopdeploy.recipes") / f"{source}.toml").read_text(encoding="utf-8")
 
 
-def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read the recipe *source*, a packaged name or a `.toml` file.
+def read_recipe(
+    source: str | Path, overrides: Sequence[str] = (), recorded: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read the recipe *source*, a packaged name or a `.toml` file, or take the *recorded* values of a run.
 
     An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. If an
     override selects another network, the values of `model.config` that this network does not have are
@@ -179,7 +187,7 @@ def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     `ConfigError` that names the file or key, and the closest known key.
     """
     try:
-        values = tomllib.loads(recipe_text(source))
+        values = tomllib.loads(recipe_text(source)) if recorded is None else deepcopy(dict(recorded))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
     parsed = [parse_override(override) for override in overrides]

@@ -17,10 +17,11 @@ import torch
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import LabeledImages, Split
+from sopdeploy.data.datasets.layouts import open_any_images
 from sopdeploy.data.image_files import describe_contradictions, hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
-from sopdeploy.errors import CheckpointError, DataError, shorten
+from sopdeploy.errors import CheckpointError, ConfigError, DataError, shorten
 from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch
@@ -136,6 +137,7 @@ def start_or_resume(
     data = open_data(recipe.data, callback.on_warning)
     procedure, recipe, data, reason = select_procedure(recipe, data, recorded)
     recipe.check_effect(given)
+    _check_unknown(recipe, data)
     check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
         run = create_run(recipe, data.train, strategy)
@@ -172,6 +174,15 @@ def start_or_resume(
         input_side=run.recipe.preprocess.crop,
     )
     return run, data, procedure
+
+
+def _check_unknown(recipe: Recipe, data: Split) -> None:
+    """Raise an error before the training if the folder of unknown images cannot be used after it."""
+    if recipe.rejection.unknown is None:
+        return
+    if data.train.targets.ndim == 2:
+        raise ConfigError("rejection.unknown: without effect where images have several classes; remove it")
+    open_any_images(recipe.rejection.unknown)
 
 
 def resume_run(

@@ -54,16 +54,19 @@ def _opener() -> subprocess.Popen[str]:
 
 
 def opened(model: onnx.ModelProto, precision: str = "fp32") -> str:
-    """Open *model* with the options of the service; return "ok" or the message of the provider."""
+    """Open *model* with the options of the service for *precision*; return "ok" or what is wrong.
+
+    That is the message of the provider, operators on the CPU, or copies between GPU and CPU.
+    """
     if not installed():
         return ABSENT
     opener = _opener()
     assert opener.stdin
     assert opener.stdout
-    with tempfile.NamedTemporaryFile(suffix=".onnx") as file:
-        file.write(model.SerializeToString())
-        file.flush()
-        opener.stdin.write(f"{precision} {file.name}\n")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.onnx")
+        path.write_bytes(model.SerializeToString())
+        opener.stdin.write(f"{precision} {path}\n")
         opener.stdin.flush()
         answer: str = json.loads(opener.stdout.readline())
     return answer

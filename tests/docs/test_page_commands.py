@@ -16,9 +16,12 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"(git|make|docker|helm) ",
     r".* s3://",
     r"sopdeploy ray .*--replicas",
+    r"sopdeploy classify .*--ray ",  # `tests/service/commands/batch/test_on_ray.py` runs it
     r".*(--profiles|--runtime tensorrt)",
     r"sopdeploy (import|\w+ ckpt\.pt)",
+    r"sopdeploy promote ",  # needs two networks; `tests/service/commands/test_compare_and_promote.py` runs it
     r"sopdeploy reproduce .*--data",
+    r"sopdeploy web ",
     r".* --weights ",
     r".* fgvc",
     r"torchrun ",

@@ -31,6 +31,7 @@ CODES = {
     "not_lowered": "LoweringError",
     "numbers_differ": "ParityError",
     "unusable_bundle": "BundleError",
+    "not_promoted": "PromotionError",
     "no_engine": "EngineError",
     "no_runtime": "RuntimeUnavailableError",
     "no_storage": "StorageError",

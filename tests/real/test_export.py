@@ -34,7 +34,7 @@ def test_int8_agrees_with_float32_on_all_but_one_photograph(
 ) -> None:
     found = int8(checkpoint, photos, tmp_path, runtime)
     assert found.precision.accuracy is not None
-    assert found.precision.accuracy.images - found.precision.accuracy.agree <= 1
+    assert found.precision.accuracy.num_images - found.precision.accuracy.num_agreeing <= 1
     assert found.precision.quantisation is not None
     assert found.precision.quantisation.in_float32 == ()
     assert verify(found.path, Settings(threads=1)).golden == 3

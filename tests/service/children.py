@@ -1,5 +1,7 @@
 """Helpers for server processes of tests; every wait has a timeout."""
 
+import contextlib
+import ipaddress
 import os
 import re
 import socket
@@ -96,3 +98,39 @@ def free_port() -> int:
     """Find a port on which nothing listens now."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return int(free.getsockname()[1])
+
+
+def below(process: int) -> dict[int, str]:
+    """List the command lines of the running descendants of *process* by process ID (Linux)."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+        except OSError:
+            continue
+    found: dict[int, str] = {}
+    waiting = [process]
+    while waiting:
+        one = waiting.pop()
+        children = [child for child, parent in parents.items() if parent == one]
+        waiting += children
+        for child in children:
+            try:
+                found[child] = (Path("/proc") / str(child) / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+    return found
+
+
+def listening(process: int) -> list[ipaddress.IPv4Address]:
+    """Return the addresses on which *process* listens for TCP (Linux); `::` counts as 0.0.0.0."""
+    inodes = set()
+    for file in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            inodes.add(str(file.readlink()))
+    tables = (Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6"))
+    rows = [line.split() for lines in tables for line in lines]
+    found = (
+        row[1].partition(":")[0][-8:] for row in rows if f"socket:[{row[9]}]" in inodes and row[3] == "0A"
+    )
+    return [ipaddress.IPv4Address(bytes.fromhex(address)[::-1]) for address in found]

@@ -167,7 +167,7 @@ def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
 
     folder = tmp_path_factory.mktemp("gated")
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
-    roots = Roots(any_batch="4" * 64, batch_of_one="5" * 64, operations=3, onnx="6" * 64)
+    roots = Roots(any_batch="4" * 64, batch_of_one="5" * 64, num_operations=3, onnx="6" * 64)
     certificate = Certificate(
         model="tiny",
         detached=("gate.noise",),
@@ -175,7 +175,7 @@ def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bu
         kept=(entry, entry),
         roots=roots,
         batches=(1,),
-        images=12,
+        num_images=12,
     )
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "README.md").write_text(CARD)

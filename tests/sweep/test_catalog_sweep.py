@@ -39,6 +39,7 @@ COVERED = (
     "se-preact-resnet164",
     "resnext29-8x64d",
 )
+OF_TIMM = (Small("timm:efficientnet_lite0", 64), Small("timm:vit_tiny_patch16_224", 224))
 NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith(BY_EIGENVALUES)}
 
 
@@ -122,7 +123,7 @@ def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
-@pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
+@pytest.mark.parametrize("small", [*WALKED, *LOWERED, *OF_TIMM], ids=name)
 def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precision, tmp_path: Path) -> None:
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", precision)
     assert report.passed

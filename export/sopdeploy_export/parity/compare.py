@@ -189,14 +189,14 @@ def compare_file(
             for output in outputs.values()
         )
         and top1.flips("error") == 0
-        and (routing is None or routing.wrong == 0)
+        and (routing is None or routing.num_wrong == 0)
     )
     report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
         provider=PROVIDER,
         emulation=EMULATION if has_bfloat16(model) else None,
-        images=len(images),
+        num_images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,
         spread=logit_spread(expected.outputs[LOGITS][compared]) if expected.precision != "fp32" else None,
@@ -211,7 +211,7 @@ def compare_file(
     report = report.model_copy(update={"passed": passed, "drift_allowed": allow_drift and not passed})
     if not report.passed and not allow_drift:
         undecided = ""
-        if routing is not None and routing.flips and routing.undecided == report.images:
+        if routing is not None and routing.num_flips and routing.num_undecided == report.num_images:
             undecided = "; the gate is undecided on every image, so rounding decides: train longer"
         raise ParityError(f"the exported file {_first_violation(report)}{undecided}; nothing was written")
     return report
@@ -249,9 +249,9 @@ def _first_violation(report: ParityReport) -> str:
             f"{0.5 / report.floors_allowed:.1%} or more a file that ignores its input would pass; train "
             "longer, or choose precision fp32"
         )
-    if report.routing is not None and report.routing.wrong:
-        wrong = report.routing.wrong
-        return f"routes {wrong} of {report.images} images to components that the gate did not choose"
+    if report.routing is not None and report.routing.num_wrong:
+        wrong = report.routing.num_wrong
+        return f"routes {wrong} of {report.num_images} images to components that the gate did not choose"
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:
             return (
@@ -260,4 +260,4 @@ def _first_violation(report: ParityReport) -> str:
             )
         if output.batch_difference > output.tolerance:
             return f"changes {name} by {output.batch_difference:.3g} when images are batched"
-    return f"changes the top class of {report.top1.flips('error')} of {report.images} images"
+    return f"changes the top class of {report.top1.flips('error')} of {report.num_images} images"

@@ -49,8 +49,8 @@ class Agreement(StrictModel):
     `low` and `high` are the 95 % Wilson interval of the agreement rate.
     """
 
-    images: int
-    agree: int
+    num_images: int
+    num_agreeing: int
     flipped: tuple[Flip, ...] = ()
     low: float
     high: float
@@ -94,18 +94,18 @@ class RoutingParity(StrictModel):
     """Comparison of the routes that the gate of the file chose with those of the float64 network.
 
     The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
-    `tolerance`, the allowed drift of these logits; `undecided` is the number of these images. The images that
-    the file routes to other components are counted as `flips` if the gate is undecided on them, and as
-    `wrong` if not. `left_out` lists the images excluded from the drift and from the probes. `usage` is the
+    `tolerance`, the allowed drift of these logits; `num_undecided` counts these images. `num_flips` counts
+    those that the file routes to other components; `num_wrong` counts images that it routes so although the
+    gate is decided. `left_out` lists the images excluded from the drift and from the probes. `usage` is the
     number of images per component in float64.
     """
 
     noise_floor: float
     tolerance: float
     smallest_margin: float
-    undecided: int
-    flips: int
-    wrong: int
+    num_undecided: int
+    num_flips: int
+    num_wrong: int
     left_out: tuple[int, ...] = ()
     usage: tuple[int, ...] = ()
 
@@ -129,7 +129,7 @@ class ParityReport(StrictModel):
     runtime: str
     provider: str
     emulation: str | None = None
-    images: int
+    num_images: int
     floors_allowed: float = FLOORS
     outputs: dict[str, OutputParity]
     spread: float | None = None
@@ -156,7 +156,7 @@ class ParityReport(StrictModel):
     def compared_images(self) -> list[int]:
         """The indices of the images whose outputs were compared."""
         left_out = () if self.routing is None else self.routing.left_out
-        return [image for image in range(self.images) if image not in left_out]
+        return [image for image in range(self.num_images) if image not in left_out]
 
     @property
     def logits(self) -> OutputParity:
@@ -180,6 +180,8 @@ def agreement(
             cause = "routing"
         classes = {"network": int(network[image]), "file": int(file[image])}
         flipped.append(Flip(image=image, **classes, margin=margin, cause=cause))
-    agree = len(expected) - len(flipped)
-    low, high = wilson(agree, len(expected))
-    return Agreement(images=len(expected), agree=agree, flipped=tuple(flipped), low=low, high=high)
+    num_images, num_agreeing = len(expected), len(expected) - len(flipped)
+    low, high = wilson(num_agreeing, num_images)
+    return Agreement(
+        num_images=num_images, num_agreeing=num_agreeing, flipped=tuple(flipped), low=low, high=high
+    )

@@ -125,9 +125,9 @@ def routing_parity(rerouted_images: NDArray[np.bool_], routes: Routing) -> Routi
         noise_floor=routes.noise_floor,
         tolerance=routes.tolerance,
         smallest_margin=float(finite.min()) if len(finite) else 0.0,
-        undecided=int((~routes.decided).sum()),
-        flips=int((rerouted_images & ~routes.decided).sum()),
-        wrong=int((rerouted_images & routes.decided).sum()),
+        num_undecided=int((~routes.decided).sum()),
+        num_flips=int((rerouted_images & ~routes.decided).sum()),
+        num_wrong=int((rerouted_images & routes.decided).sum()),
         left_out=tuple(int(image) for image in np.flatnonzero(~comparable(rerouted_images, routes))),
         usage=tuple(int(count) for count in routes.chosen.sum(axis=0)),
     )

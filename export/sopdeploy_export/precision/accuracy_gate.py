@@ -73,8 +73,8 @@ class AccuracyCheck:
             attempts = ", ".join(map(str, report.quantisation.tried))
             tried = f"; tried: {attempts}; add images like those of production"
         raise ParityError(
-            f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.images} images, "
-            f"more than {limit:g}{tried}",
+            f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "
+            f"images, more than {limit:g}{tried}",
             setting="max_drop",
         )
 
@@ -108,10 +108,10 @@ def accuracy(
     after = None if truth is None else float((exported == truth).mean())
     lost = 1 - agree / len(float32) if before is None or after is None else before - after
     return Accuracy(
-        images=len(float32),
+        num_images=len(float32),
         before=before,
         after=after,
-        agree=agree,
+        num_agreeing=agree,
         low=low,
         high=high,
         drop=round(100 * lost, 6),

@@ -219,8 +219,8 @@ def quantize_accurately(
     quantization = Quantization(
         runtime=options.int8_for,
         in_float32=best.in_float32,
-        images=len(images),
-        layers=len(quantizer.layers) - len(best.in_float32),
+        num_images=len(images),
+        num_layers=len(quantizer.layers) - len(best.in_float32),
         tried=tuple(attempt for attempt, _, _ in attempts),
     )
     return quantized, quantization, accuracy

@@ -26,15 +26,15 @@ class Quantization(StrictModel):
     Attributes:
         runtime: The runtime that the graph is quantized for.
         in_float32: Layers that stay in float32 because the accuracy dropped too much with int8 in all layers.
-        images: Number of calibration images.
-        layers: Number of parts with int8 convolutions.
+        num_images: Number of calibration images.
+        num_layers: Number of parts with int8 convolutions.
         tried: All attempts, in the order in which they were measured.
     """
 
     runtime: Int8For
     in_float32: tuple[str, ...] = ()
-    images: int
-    layers: int
+    num_images: int
+    num_layers: int
     tried: tuple[Attempt, ...] = ()
 
 
@@ -42,19 +42,19 @@ class Accuracy(StrictModel):
     """The float32 graph compared with the exported one on the same images.
 
     Attributes:
-        images: Number of images.
+        num_images: Number of images.
         before: Top-1 of the float32 graph as a fraction; `None` without labels.
         after: Top-1 of the exported graph as a fraction; `None` without labels.
-        agree: Number of images with the same top class.
+        num_agreeing: Number of images with the same top class.
         low: Lower end of the 95 % confidence interval of the fraction that agrees.
         high: Upper end of that interval.
         drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
     """
 
-    images: int
+    num_images: int
     before: float | None
     after: float | None
-    agree: int
+    num_agreeing: int
     low: float
     high: float
     drop: float

@@ -116,15 +116,19 @@ class Int8Quantizer:
         )
 
     def quantize(self, in_float: Collection[str] = ()) -> onnx.ModelProto:
-        """Quantize the graph, with corrected biases; the layers named in *in_float* stay in float32, too."""
-        chosen = {
+        """Quantize the graph, with corrected biases; the layers named in *in_float* stay in float32, too.
+
+        `convolutions` below are the operators to quantize; `activations` follow them and are quantized with
+        them if the form of the runtime says so.
+        """
+        convolutions = {
             node.name
             for node in self.model.graph.node
             if node.name in self.chosen and part_of(node.input[1]) not in in_float
         }
         named = onnx.ModelProto()
         named.CopyFrom(self.model)
-        results = {name for node in named.graph.node if node.name in chosen for name in node.output}
+        results = {name for node in named.graph.node if node.name in convolutions for name in node.output}
         activations = {
             node.name
             for node in named.graph.node
@@ -137,18 +141,18 @@ class Int8Quantizer:
             weight_qType=QuantType.QInt8,
             activation_qType=self.form.activations,
             tensors_range=self.ranges,
-            nodes_to_quantize=sorted(chosen | {name for name in activations if name not in self.chosen}),
+            nodes_to_quantize=sorted(convolutions | (activations - self.chosen)),
             nodes_to_exclude=[],
             op_types_to_quantize=list(self.form.operators),
             extra_options=dict(self.form.options),
         )
         if self.runtime == "tensorrt":
-            for value in _shortcuts(named, chosen):
+            for value in _shortcuts(named, convolutions):
                 quantizer.quantize_activation_tensor(value)
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
-        self._correct_biases(quantized, chosen)
+        self._correct_biases(quantized, convolutions)
         if self.runtime == "cpu":
             _protect_float_convolutions(quantized.graph)
         del quantized.opset_import[:]

@@ -153,7 +153,11 @@ def reduces(call: Call) -> Place:
 
 
 def _rows(call: Call, operands: int = 1) -> Place:
-    """Compute each row of the first *operands* with weights that all images share."""
+    """Compute each row of the first *operands* with weights that all images share.
+
+    The rows are along the first axis, of which the result has as many as `x`. Refused are the resizing of
+    regions, which can shift this axis, and batch norm in training mode.
+    """
     place = common(call.inputs[:operands])
     _require(place[0] in (None, 0) and common(call.inputs[operands:]) == _NONE)
     _require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])

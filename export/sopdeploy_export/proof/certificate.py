@@ -69,7 +69,7 @@ class Roots(StrictModel):
 
     any_batch: str
     batch_of_one: str
-    operations: int
+    num_operations: int
     onnx: str = ""
 
 
@@ -89,7 +89,7 @@ class Certificate(StrictModel):
     roots: Roots
     compared: tuple[str, ...] = ("trained", "detached", "plain")
     batches: tuple[int, ...]
-    images: int
+    num_images: int
     largest_difference: float = 0.0
     mixes_images: tuple[str, ...] = ()
 
@@ -157,7 +157,7 @@ def certify(
         roots=roots,
         compared=COMPARED[kind],
         batches=sizes,
-        images=len(probes),
+        num_images=len(probes),
     )
     return Proof(certificate=certificate, captured=captured)
 
@@ -258,7 +258,7 @@ def _assert_equal_graphs(
     shared = Roots(
         any_batch=expected["any batch size"].sha256,
         batch_of_one=expected["a batch of one"].sha256,
-        operations=len(expected["any batch size"].nodes),
+        num_operations=len(expected["any batch size"].nodes),
     )
     return captured, shared
 

@@ -83,7 +83,8 @@ def render_report(
             for flip in parity.top1.flipped
         ],
         "usage": [
-            (f"component {number}", percent(count / parity.images, 0)) for number, count in enumerate(usage)
+            (f"component {number}", percent(count / parity.num_images, 0))
+            for number, count in enumerate(usage)
         ],
         "decision": [] if results.decision is None else results.decision.rows(subject.labels),
         "types": list(results.precision.parts.items()),

@@ -133,7 +133,7 @@ def export_statement(model: Path, lineage: Lineage, results: ExportResults) -> d
                 "largestDrift": parity.logits.largest_drift,
                 "tolerance": parity.logits.tolerance,
                 "top1": parity.top1.model_dump(mode="json"),
-                "images": parity.images,
+                "images": parity.num_images,
             },
         },
     }
@@ -156,8 +156,8 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         "kept": f"{len(certificate.kept)} tensors, sha256 equal before and after",
         **weaker,
         "graph": f"{' = '.join(certificate.compared)}, root {certificate.roots.any_batch[:16]} "
-        f"({certificate.roots.operations} operations; also at batch 1, also as ONNX)",
-        "logits": f"bitwise equal on {certificate.images} probe images",
+        f"({certificate.roots.num_operations} operations; also at batch 1, also as ONNX)",
+        "logits": f"bitwise equal on {certificate.num_images} probe images",
         "batch": f"outputs may depend on other images: {', '.join(certificate.mixes_images)}"
         if certificate.mixes_images
         else "no output depends on other images, by the data flow of the ONNX graph",
@@ -167,13 +167,14 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
 def _agreement(parity: ParityReport) -> str:
     """Describe how often the top class equals that of the network, and the reasons for differences."""
     top1, routing = parity.top1, parity.routing
-    line = (
-        f"top class equal on {top1.agree} of {top1.images} probe images ({top1.low:.1%} to {top1.high:.1%})"
-    )
+    interval = f"{top1.low:.1%} to {top1.high:.1%}"
+    line = f"top class equal on {top1.num_agreeing} of {top1.num_images} probe images ({interval})"
     if top1.flipped:
         noise, routed, wrong = (top1.flips(cause) for cause in get_args(FlipCause))
         line += f"; flips: {noise} noise, {routed} routing, {wrong} wrong"
-    return line if routing is None else f"{line}; {routing.flips} routes flipped, {routing.wrong} wrong"
+    return (
+        line if routing is None else f"{line}; {routing.num_flips} routes flipped, {routing.num_wrong} wrong"
+    )
 
 
 def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
@@ -182,16 +183,16 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
     if (accuracy := precision.accuracy) is not None:
         top1 = ""
         if accuracy.before is not None and accuracy.after is not None:
-            before, after = (_top1(share, accuracy.images) for share in (accuracy.before, accuracy.after))
+            before, after = (_top1(share, accuracy.num_images) for share in (accuracy.before, accuracy.after))
             top1 = f"top-1 {before} before, {after} after; "
         rows["images"] = (
-            f"{top1}same class as float32 on {accuracy.agree} of {accuracy.images} images "
+            f"{top1}same class as float32 on {accuracy.num_agreeing} of {accuracy.num_images} images "
             f"({accuracy.low:.1%} to {accuracy.high:.1%})"
         )
     if (int8 := precision.quantisation) is not None:
         kept = ", ".join(int8.in_float32) or "none"
         rows["int8"] = (
-            f"{int8.layers} layers {TARGETS[int8.runtime]}, ranges of {int8.images} images; "
+            f"{int8.num_layers} layers {TARGETS[int8.runtime]}, ranges of {int8.num_images} images; "
             f"in float32: {kept}"
         )
         if len(int8.tried) > 1:

@@ -99,14 +99,17 @@ def _find_gate(graph: Graph, weights: ir.Value) -> Gate | None:
 
 def scattered(node: ir.Node, fill: float) -> Gate | None:
     """Return the gate if *node* writes at K positions per image, from TopK, into a tensor of *fill*."""
-    reduction, largest = attribute(node, "reduction", "none"), producer(node.inputs[1], "TopK")
-    if node.op_type != "ScatterElements" or attribute(node, "axis", 0) % 2 != 1 or reduction != "none":
+    if node.op_type != "ScatterElements" or attribute(node, "reduction", "none") != "none":
         return None
-    base, chosen = node.inputs[0], dims(node.inputs[1])[1]
-    expanded, filled = producer(base, "Expand"), producer(base, "ConstantOfShape")
-    array = content(base if expanded is None else expanded.inputs[0])
-    if filled is not None:
-        array = filled.attributes["value"].value.numpy() if "value" in filled.attributes else np.zeros(1)
+    if attribute(node, "axis", 0) not in (1, -1):  # the components, the last of two axes
+        return None
+    target, largest, chosen = node.inputs[0], producer(node.inputs[1], "TopK"), dims(node.inputs[1])[1]
+    expand, constant = producer(target, "Expand"), producer(target, "ConstantOfShape")
+    if constant is not None:
+        value = constant.attributes.get("value")
+        array = np.zeros(1) if value is None else value.value.numpy()
+    else:
+        array = content(target if expand is None else expand.inputs[0])
     is_filled = array is not None and bool((array == fill).all())
     return Gate(chosen, operand(largest, 0)) if is_filled and largest and chosen else None
 

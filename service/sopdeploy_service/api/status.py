@@ -150,8 +150,8 @@ def read_card(bundle: Bundle) -> Card:
             num_kept=len(certificate["kept"]),
             root=roots["any_batch"],
             onnx_root=roots["onnx"],
-            num_operations=roots["operations"],
-            num_images=certificate["images"],
+            num_operations=roots["num_operations"],
+            num_images=certificate["num_images"],
             largest_difference=certificate["largest_difference"],
         )
     except (KeyError, TypeError, ValueError):

@@ -68,6 +68,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             top_k = top_k or service.settings.top_k
             # Only few: the worker ranks as many for the images of other requests in the batch.
             ranked_in_batch = top_k if top_k <= FEW_CLASSES else 0
+        admitted.context.may_keep = True
         outcomes = await admitted.infer(upload.images, features=explained, top_k=ranked_in_batch)
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:

@@ -10,16 +10,18 @@ import hashlib
 import re
 from functools import partial
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter, Response
 from fastapi.openapi.docs import get_swagger_ui_html
+
+from sopdeploy_service.http.middleware import PAGE_FILES
 
 _FOLDER = files("sopdeploy_service.api") / "pages"
 _LOGO = (_FOLDER / "mark.svg").read_text("utf-8")
 _ICON = f"data:image/svg+xml;base64,{base64.b64encode(_LOGO.encode()).decode()}"
 _NONE = "'none'"
-_ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}
-_TRUSTED_TYPES = "require-trusted-types-for 'script'"  # no script can turn a string into markup
+TRUSTED_TYPES = "require-trusted-types-for 'script'"  # no script can turn a string into markup
 
 router = APIRouter(include_in_schema=False)
 
@@ -28,16 +30,23 @@ class Page:
     """A page with its HTML and response headers."""
 
     def __init__(
-        self, html: str, scripts: list[str], *, assets: tuple[str, ...] = (), policy: str = ""
+        self,
+        html: str,
+        scripts: list[str],
+        *,
+        assets: tuple[str, ...] = (),
+        policy: str = "",
+        folder: Traversable = _FOLDER,
     ) -> None:
         """Insert the logo, the styles and the files *scripts* into *html*.
 
         *assets* are further sources of styles and scripts, *policy* further rules of the security policy.
+        Files that *folder* does not have are those of this package.
         """
         html = html.replace("<!-- mark -->", _LOGO)
         html = html.replace("<!-- icon -->", f'<link rel="icon" href="{_ICON}">')
-        html = re.sub(r"<!-- (\w+\.css) -->", lambda match: f"<style>{_read(match[1])}</style>", html)
-        inline = "\n".join(f"<script>{_read(name)}</script>" for name in scripts)
+        html = re.sub(r"<!-- (\w+\.css) -->", lambda match: f"<style>{_read(match[1], folder)}</style>", html)
+        inline = "\n".join(f"<script>{_read(name, folder)}</script>" for name in scripts)
         self.html = html.replace("</body>", f"{inline}</body>")
         rules = [
             f"default-src {_NONE}",
@@ -64,8 +73,9 @@ class Page:
         return Response(self.html, media_type="text/html", headers=self.headers)
 
 
-def _read(name: str) -> str:
-    return (_FOLDER / name).read_text("utf-8")
+def _read(name: str, folder: Traversable = _FOLDER) -> str:
+    path = folder / name
+    return (path if path.is_file() else _FOLDER / name).read_text("utf-8")
 
 
 def _hashes(tag: str, html: str) -> list[str]:
@@ -94,14 +104,14 @@ async def _respond_file(content: bytes, media_type: str) -> Response:
 INDEX = Page(
     _read("index.html"),
     ["dom.js", "key.js", "markdown.js", "snippets.js", "answer.js", "about.js", "index.js"],
-    policy=_TRUSTED_TYPES,
+    policy=TRUSTED_TYPES,
 )
 # Swagger UI turns descriptions into markup itself, after it has removed scripts.
 DOCS = Page(_swagger_page(), ["dom.js", "key.js", "docs.js"], assets=("'self'",))
-_ERRORS = Page(_read("errors.html"), [], policy=_TRUSTED_TYPES)
+_ERRORS = Page(_read("errors.html"), [], policy=TRUSTED_TYPES)
 
 for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():
     router.add_api_route(path, page.respond)
-for name, media_type in _ASSETS.items():  # read now: a sandboxed server cannot read them later
-    asset = (files("fastapi_offline") / "static" / name).read_bytes()
-    router.add_api_route(f"/docs/{name}", partial(_respond_file, asset, media_type))
+for path, media_type in PAGE_FILES.items():  # read now: a sandboxed server cannot read them later
+    content = (files("fastapi_offline") / "static" / path.removeprefix("/docs/")).read_bytes()
+    router.add_api_route(path, partial(_respond_file, content, media_type))

@@ -48,13 +48,13 @@ def scores_of_bundle(
     )
     logits = []  # (V, C) of the views of each image
     for index in range(len(images)):
-        logits.append(_view_logits(loaded, images, index, tta, settings))
+        logits.append(view_logits(loaded, images, index, tta, settings))
         on_image(index + 1, len(images))
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
     return sorted_labels, make_predictions(logits, images, labels, decision), facts
 
 
-def _view_logits(
+def view_logits(
     loaded: LoadedModel, images: ImageFiles, index: int, tta: TtaMode, settings: Settings
 ) -> NDArray[np.float32]:
     """Compute the logits (views, classes) of the test-time augmentation views of image *index*."""

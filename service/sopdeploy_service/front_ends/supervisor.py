@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -33,6 +33,8 @@ from sopdeploy_service.front_ends.processes import (
     count_front_ends,
     list_processes,
 )
+from sopdeploy_service.inference.bundle_store import links_among, moves_of
+from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.observability import logs
 from sopdeploy_service.server.launch import (
     BEAT_SECONDS,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:  # a server of one process starts without these modules
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
+MAX_KEEPING = 4  # photographs that are received and written at once
 
 log = logging.getLogger("sopdeploy.supervisor")
 
@@ -58,7 +61,7 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int | N
     """Serve the bundles at *sources* with several processes; return None if *settings* need only one.
 
     The exit code is 0 after a drain, 2 if a process cannot start at all. Raises `ConfigError` for a device
-    that this process cannot use, and for too many front ends.
+    that this process cannot use, for too many front ends, and for a folder `keep` that cannot be used.
     """
     if not settings.devices and count_front_ends(settings) == 1:
         return None
@@ -79,10 +82,15 @@ class Supervisor:
         listener: socket.socket,
     ) -> None:
         self._sources = [str(source) for source in sources]
+        self._links = links_among(sources) if settings.follow else None
         self._settings = settings
         self._processes = processes
         self._servers = [process for process in processes if process.kind == SERVER]
         self._listener = listener
+        self._kept = None
+        if settings.keep is not None:
+            self._kept = KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days)
+        self._keeping = 0  # photographs
         self._stopping = asyncio.Event()
         self._announced = False
         self._code = 0
@@ -101,10 +109,13 @@ class Supervisor:
             self._buckets = control.create_memory()
             for file in (self._lifeline, writing, self._buckets):
                 stack.callback(os.close, file)
+            self._writer = stack.enter_context(ThreadPoolExecutor(1, "keeper"))
             watch = LoopWatch()
             if self._settings.health_port is not None:
                 stack.enter_context(self._serve_health(watch))
             self._start_task(self._kill_hanging(watch))
+            if self._links is not None:
+                self._start_task(self._follow(self._links))
             supervised = {process: self._start_task(self._supervise(process)) for process in self._processes}
             await asyncio.gather(*(supervised[process] for process in self._servers))
             for process in set(self._processes) - set(self._servers):
@@ -154,6 +165,10 @@ class Supervisor:
             if process.inference is None:
                 process.send(control.RELOAD)
 
+    async def _follow(self, links: Mapping[Path, Path]) -> None:
+        async for _ in moves_of(links):
+            self._hang_up()
+
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""
         early_deaths = 0
@@ -186,6 +201,7 @@ class Supervisor:
                 **self._settings.model_dump(mode="json"),
                 **process.settings,
                 "health_port": None,
+                "follow": False,
                 "devices": (),
             },
             "name": process.name,
@@ -218,7 +234,7 @@ class Supervisor:
             process.control, process.ready = None, False
 
     def _receive(self, process: Process) -> None:
-        """Handle a message of *process*: its status, news for its front ends or a request for the metrics.
+        """Handle a message of *process*: status, news for front ends, a photograph, a request for metrics.
 
         An invalid message ends the connection, because a front end is not trusted.
         """
@@ -227,7 +243,7 @@ class Supervisor:
         message, files = control.receive_files(process.control)
         if files:
             for file in files:
-                self._start_task(self._send_metrics(file))
+                self._start_task(self._keep(file) if message == control.KEEP else self._send_metrics(file))
             return
         if process.kind == INFERENCE and message.startswith(control.NEWS):
             self._tell_front_ends(process, message)
@@ -310,6 +326,23 @@ class Supervisor:
                     log.error("%s: hangs; it is killed", process)
                     process.child.kill()
                     self._close_control(process)
+
+    async def _keep(self, file: int) -> None:
+        """Write a photograph from the socket *file*; a front end that sends anything else gets no result."""
+        with socket.socket(fileno=file) as connection:
+            if self._kept is None or self._keeping == MAX_KEEPING:
+                return
+            connection.setblocking(False)
+            self._keeping += 1
+            try:
+                async with asyncio.timeout(control.KEEP_SECONDS):
+                    photo = await control.receive_kept(connection)
+                    result = await self._loop.run_in_executor(self._writer, self._kept.add, *photo)
+                    await self._loop.sock_sendall(connection, result.encode())
+            except (OSError, ValueError, struct.error) as error:
+                log.warning("a process sent no photograph that can be kept: %s", type(error).__name__)
+            finally:
+                self._keeping -= 1
 
     async def _collect_metrics(self) -> bytes:
         pages = await asyncio.gather(*(control.request_metrics(process.control) for process in self._servers))

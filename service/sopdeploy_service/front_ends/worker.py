@@ -63,6 +63,11 @@ class FrontServer(DrainingServer):
         control.send_files(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:
+        """Act on a message of the supervisor; without a message it has ended.
+
+        Some come with files: `CHANNEL` with a socket to the inference process, `SEND_METRICS` with a file to
+        write them to, `CLIENT` with an accepted connection.
+        """
         message, files = control.receive_files(self._supervisor)
         if not message:
             self._loop.remove_reader(self._supervisor)
@@ -137,6 +142,7 @@ def run_worker(launch_config: Mapping[str, Any]) -> int:
     is_front_end = "channel" in launch_config
     with configured_process(settings) as open_trace:
         options: dict[str, Any] = {"open_trace": open_trace, "create_bucket_state": bucket_states}
+        options["store_kept"] = partial(control.send_kept, supervisor)
         if is_front_end:
             connection = socket.socket(fileno=launch_config["channel"])
             app = create_app({}, settings, create_registry=partial(RemoteRegistry, connection), **options)

@@ -30,11 +30,10 @@ _NUMBERS = itertools.count()
 VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")  # other characters could forge log lines
 
 PROBES = frozenset({"/livez", "/readyz", "/v2/health/live", "/v2/health/ready"})
-PAGES = frozenset(
-    {"/", "/docs", "/docs/swagger-ui-bundle.js", "/docs/swagger-ui.css", "/errors"}
-)  # the form for the key and error pages, without model data
+PAGE_FILES = {"/docs/swagger-ui-bundle.js": "text/javascript", "/docs/swagger-ui.css": "text/css"}
+PAGES = {"/", "/docs", "/errors"}  # the form for the key and error pages, without model data
 METRICS_PATH = "/metrics"
-OPEN = PROBES | PAGES  # without a key
+OPEN = PROBES | PAGES | PAGE_FILES.keys()  # without a key
 MONITORING = PROBES | {METRICS_PATH}  # not traced; successful requests are logged at debug level
 
 NO_KEY = HttpError(

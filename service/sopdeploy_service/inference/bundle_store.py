@@ -4,16 +4,54 @@ A source is a bundle, a folder of bundles (`sopdeploy.bundle.listing` says which
 `NAME=BUNDLE`. Clients use NAME or, without it, the name of the project.
 """
 
+import asyncio
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
 from sopdeploy.bundle.folder import MANIFEST, Bundle, follow_link, read_manifest
 from sopdeploy.bundle.listing import describe_projects, list_bundles, read_bundles
 from sopdeploy.errors import BundleError, ConfigError, shorten
 
+FOLLOW_SECONDS = 1.0
+
 log = logging.getLogger("sopdeploy.models")
+
+
+def _parse_source(source: str | Path) -> tuple[str, Path]:
+    """Split *source* into a name, empty if it has none, and a path; raises `ConfigError`."""
+    name, equals, text = str(source).partition("=")
+    if not equals or Path(source).exists():
+        return "", Path(source)
+    if re.fullmatch(r"[\w.-]+", name) is None:
+        raise ConfigError(f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`")
+    return name, Path(text)
+
+
+def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
+    """Return where the links among *sources* lead now; raises `ConfigError` if there are none."""
+    links = _targets(path for _, path in map(_parse_source, sources) if path.is_symlink())
+    if not links:
+        raise ConfigError("no BUNDLE is a link; name one, such as bundles/live", setting="follow")
+    return links
+
+
+def _targets(links: Iterable[Path]) -> dict[Path, Path]:
+    return {link: follow_link(link) for link in links}
+
+
+async def moves_of(links: Mapping[Path, Path]) -> AsyncIterator[None]:
+    """Yield whenever one of *links* leads elsewhere than before, which is checked each second."""
+    while True:
+        await asyncio.sleep(FOLLOW_SECONDS)
+        try:
+            found = await asyncio.to_thread(_targets, links)
+        except OSError:  # the folder cannot be read now
+            continue
+        if found != links:
+            links = found
+            yield
 
 
 class BundleStore:
@@ -31,15 +69,8 @@ class BundleStore:
         self.bundles: dict[str, Path] = {}
         self.checked: dict[Path, Bundle] = {}
         self._folders: list[Path] = []
-        for source in map(str, sources):
-            name, equals, text = source.partition("=")
-            if not equals or Path(source).exists():
-                name, text = "", source
-            elif re.fullmatch(r"[\w.-]+", name) is None:
-                raise ConfigError(
-                    f"{source}: a model name may contain only letters, digits, `-`, `_` and `.`"
-                )
-            path = follow_link(Path(text))  # every process must serve the same bundle
+        for name, source in map(_parse_source, sources):
+            path = follow_link(source)  # every process must serve the same bundle
             if name or not path.is_dir() or (path / MANIFEST).is_file():
                 self._folders.append(path.resolve().parent)
                 self._add(name or read_manifest(path).project, path)

@@ -242,7 +242,10 @@ class ModelRegistry:
             self._metrics.show_drift(name)
 
     def _make_current(self, name: str, model: Model | LoadedModel) -> Model:
-        """Make *model* the current version of *name*; start it if it is new. `changing` must be held."""
+        """Make *model* the current version of *name*; start it if it is new. `changing` must be held.
+
+        The current version comes first in `_by_name`, then the one before it; older versions are retired.
+        """
         if isinstance(model, LoadedModel):
             model = self._make_model(name, model)
             model.start()

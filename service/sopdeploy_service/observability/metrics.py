@@ -87,6 +87,11 @@ class Metrics:
             ("model", "side"),
             buckets=SECONDS_BUCKETS,
         )
+        self.kept_images = counter(
+            "kept_images",
+            "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
+            ("result",),
+        )
         self.memory_budget = gauge("memory_budget_bytes", "For all loaded models; 0: no budget")
         self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))

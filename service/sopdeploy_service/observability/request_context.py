@@ -43,6 +43,7 @@ class RequestContext:
     bytes: int = 0
     num_images: int = 0
     code: str = "ok"
+    may_keep: bool = False
     stage_seconds: dict[str, float] = field(default_factory=dict)
     spans: list[tuple[str, float, float]] = field(default_factory=list)
 

@@ -1,6 +1,7 @@
 """onnxruntime on the CPU, or on a GPU with CUDA."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -136,7 +137,7 @@ class OnnxRuntime:
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
         threads = threads or usable_cores()
-        self._session = _open_session(onnxruntime, bundle, threads, provider, dict(options or {}))
+        self._session = _open_session(onnxruntime, bundle, threads, provider, options or {})
         if provider == CPU and manifest.precision == "int8" and lacks_vnni():
             log.info("%s: %s", bundle.name, SLOW_INT8)
         self._bound: BoundSession | None = None
@@ -184,6 +185,31 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     return options
 
 
+def open_graph(
+    onnxruntime: Any, path: str, options: Any, provider: str, provider_options: Mapping[str, str]
+) -> Any:
+    """Open the graph at *path* on *provider*; *options* are `session_options`.
+
+    With `prefer_nhwc`, onnxruntime moves the operators that compute shapes to the GPU, and copies shapes
+    between GPU and CPU in every run. A graph with more operators Shape than Conv, such as that of a
+    transformer, is therefore opened without it.
+    """
+    session = onnxruntime.InferenceSession(
+        path,
+        options,
+        providers=[(provider, dict(provider_options))],
+        enable_fallback=0,  # otherwise it falls back to the CPU after errors
+    )
+    if not PREFER_NHWC.items() <= provider_options.items():
+        return session
+    assigned = session.get_provider_graph_assignment_info()
+    operators = Counter(node.op_type for subgraph in assigned for node in subgraph.get_nodes())
+    if operators["Shape"] <= operators["Conv"]:
+        return session
+    del session  # its weights are on the GPU
+    return open_graph(onnxruntime, path, options, provider, CUDA_OPTIONS)
+
+
 def operators_on_cpu(session: Any) -> list[str]:
     """Return the operators of a GPU's *session* that run on the CPU, except those that compute shapes.
 
@@ -202,7 +228,7 @@ def operators_on_cpu(session: Any) -> list[str]:
 
 
 def _open_session(
-    onnxruntime: Any, bundle: Bundle, threads: int, provider: str, provider_options: dict[str, str]
+    onnxruntime: Any, bundle: Bundle, threads: int, provider: str, provider_options: Mapping[str, str]
 ) -> Any:
     """Open a session on *provider* only and check the tensors of the graph.
 
@@ -216,13 +242,7 @@ def _open_session(
             'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
         )
     try:
-        providers = [(provider, provider_options)]
-        session = onnxruntime.InferenceSession(
-            str(bundle.onnx),
-            options,
-            providers=providers,
-            enable_fallback=0,  # otherwise it falls back to the CPU after errors
-        )
+        session = open_graph(onnxruntime, str(bundle.onnx), options, provider, provider_options)
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {reason_of(error)}"
         if bundle.manifest.precision == "bf16-backbone":

@@ -9,7 +9,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, LoopWatch, terminal_is_closed
@@ -64,6 +66,7 @@ class DrainingServer(uvicorn.Server):
         self.bundles = " ".join(bundles)
         self._service: Service = app.state.service
         self._reload: Callable[[], Coroutine[Any, Any, None]] | None = app.state.reload
+        self._links: dict[Path, Path] | None = app.state.links
         self._aside: set[asyncio.Task[None]] = set()
         self._drain_until: float | None = None
         self._is_draining = False
@@ -90,6 +93,8 @@ class DrainingServer(uvicorn.Server):
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
+        if self._links is not None:
+            self.run_aside(self._follow(self._links))
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -117,6 +122,11 @@ class DrainingServer(uvicorn.Server):
             log.error("not reloaded: impossible in a front end, and with shadow or memory_budget")
         elif self._drain_until is None:
             self.run_aside(self._reload())
+
+    async def _follow(self, links: Mapping[Path, Path]) -> None:
+        async for _ in moves_of(links):
+            if self._reload is not None and self._drain_until is None:
+                await self._reload()
 
     def run_aside(self, work: Coroutine[Any, Any, None]) -> None:
         """Run *work*, for which the end of the server does not wait."""

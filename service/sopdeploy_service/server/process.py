@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.plugins import load_parts
-from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.bundle_store import BundleStore, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.request_context import OpenTrace, open_tracing
@@ -92,6 +92,7 @@ def load_app(
 
     The modules of the app and its server are imported while a thread loads the bundles.
     """
+    links = links_among(sources) if settings.follow else None
     store = BundleStore(sources)
     bundles = store.bundles
     if settings.memory_budget is not None:
@@ -110,6 +111,7 @@ def load_app(
     app = create_app(models, settings, store if settings.model_control else None, **options)
     if settings.shadow is None and settings.memory_budget is None:
         app.state.reload = partial(app.state.service.registry.reload, sources)
+    app.state.links = links
     return app, [model.bundle.name for model in app.state.service.registry.models()]
 
 

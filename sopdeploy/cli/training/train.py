@@ -77,6 +77,8 @@ def _train(
 
     Example: [bold]sopdeploy train --data photos/[/bold]
 
+    Example: [bold]sopdeploy train --data photos/ --from bundles/live[/bold]
+
     Example: [bold]sopdeploy train --data photos/ --weights model.safetensors[/bold]
 
     Example: [bold]sopdeploy train --recipe digits-dsop --set epochs=10[/bold]
@@ -129,6 +131,8 @@ def _print_dry_run(
 
 def _print_result(result: "TrainedRun") -> None:
     say(*result.procedure.lines(), f"{result.seconds:.0f} s in total")
+    if result.previous:
+        say(result.previous)
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
     say(f"next: sopdeploy export {result.best}{' --detach' * bool(result.training_only)}")

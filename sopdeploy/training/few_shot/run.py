@@ -23,6 +23,7 @@ from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
+from sopdeploy.evaluation.unknown_images import predict_unknown
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
@@ -244,6 +245,13 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Few
             scalable=False,  # heads that saw fewer images are less certain than the final one
             refitted=result.auroc,
             groups=groups,
+            unknown=predict_unknown(
+                run.model,
+                run.recipe.rejection.unknown,
+                run.recipe.preprocess,
+                batch_size=run.recipe.batch_size,
+                workers=run.recipe.workers,
+            ),
         )
         run.decision = None if decision == Decision() else decision
     run.result = result

@@ -1,11 +1,14 @@
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
@@ -18,6 +21,7 @@ from sopdeploy_export.graph import (
     lower,
 )
 from tests.export.once import BATCH, graph_of
+from tests.gpu_graphs import accepted
 
 Make = Callable[..., Classifier]
 
@@ -94,3 +98,33 @@ def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preproce
     with pytest.raises(LoweringError, match=r"no ONNX form: .*aten\._linalg_eigh") as problem:
         lowered(eigenvalues.eval(), preprocess)
     assert str(problem.value).isprintable()
+
+
+ON_SHAPES = ("Shape", "Range", "Gather", "Squeeze", "Unsqueeze")
+NETWORKS_OF_OTHERS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
+    "torchvision": (lambda: ResNet(BasicBlock, [1, 1, 1, 1]), 64, {"Reshape": 1, "Mul": 1, "Add": 5}),
+    "timm": (lambda: timm.create_model("test_efficientnet"), 64, {"Reshape": 1, "ReduceMean": 3}),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS_OF_OTHERS)
+def test_pooling_to_one_position_adds_no_operators_on_shapes(name: str) -> None:
+    build, side, expected = NETWORKS_OF_OTHERS[name]
+    model = lowered(build().eval(), Preprocess(resize=side, crop=side))
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert {kind: counts[kind] for kind in (*ON_SHAPES, *expected)} == dict.fromkeys(ON_SHAPES, 0) | expected
+    accepted(model, "fp32")
+
+
+def test_a_transformer_copies_no_shapes_between_gpu_and_cpu() -> None:
+    transformer = timm.create_model("test_vit", num_classes=4).eval()
+    accepted(lowered(transformer, Preprocess(resize=160, crop=160)), "fp32")
+
+
+@pytest.mark.parametrize(("size", "mean"), [((1, 1), True), ((1, 2), False)])
+def test_only_pooling_to_one_position_becomes_a_mean(size: tuple[int, int], mean: bool) -> None:
+    pooling = Minimal(lambda x: torch.nn.functional.adaptive_avg_pool2d(x, size).flatten(1))
+    program = capture_any_batch(pooling.eval(), Preprocess(resize=16, crop=16), BATCH)
+    targets = {node.target for node in program.graph.nodes}
+    assert (torch.ops.aten.mean.dim in targets) == mean
+    assert (torch.ops.aten.adaptive_avg_pool2d.default in targets) == (not mean)

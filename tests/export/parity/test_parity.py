@@ -83,7 +83,7 @@ def test_the_exported_file_stays_within_its_tolerance(measure: Measure) -> None:
     assert report.logits.drift.keys() == {"1", "2", "4", "8"}
     assert report.logits.tolerance == pytest.approx(FLOORS * report.logits.noise_floor)
     assert report.logits.drift_in_floors < FLOORS
-    assert report.top1.agree + report.top1.flips("noise") == report.images == 12
+    assert report.top1.num_agreeing + report.top1.flips("noise") == report.num_images == 12
 
 
 @pytest.mark.parametrize(

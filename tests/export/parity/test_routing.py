@@ -55,7 +55,7 @@ def test_a_changed_route_is_a_flip_where_the_gate_is_undecided_and_otherwise_wro
     routes = routes_of([CLEAR, [3.0, 1.0001, 1.0, 0.0]], noise=1e-3)
     assert routes.decided.tolist() == [True, False]
     both = routing_parity(np.array([True, True]), routes)
-    assert (both.flips, both.wrong, both.undecided) == (1, 1, 1)
+    assert (both.num_flips, both.num_wrong, both.num_undecided) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_images_rerouted_by_rounding_are_left_out_if_none_is_decided() -> None:
     other = np.array([False, True, False])
     assert comparable(other, routes).tolist() == [True, False, False]
     found = routing_parity(other, routes)
-    assert (found.undecided, found.flips, found.wrong, found.left_out) == (3, 1, 0, (1, 2))
+    assert (found.num_undecided, found.num_flips, found.num_wrong, found.left_out) == (3, 1, 0, (1, 2))
 
 
 def test_a_correct_file_with_underflowing_gate_weights_passes(tmp_path: Path) -> None:
@@ -99,10 +99,10 @@ def test_a_correct_file_with_underflowing_gate_weights_passes(tmp_path: Path) ->
     checkpoint = save(network, "gmgap-16-8-resnet18", 16, tmp_path / "ckpt.pt")
     expected, parity = measured(checkpoint, tmp_path / "model.onnx", batch=ALONE)
     assert parity.routing is not None
-    assert parity.routing.wrong == 0
+    assert parity.routing.num_wrong == 0
     probes = as_probes(generated_images(16), expected, parity)
     assert (probes.expected["gates"] == 0).sum(axis=1).max() == 3  # one of the two chosen weights is 0
-    assert len(probes.images) == parity.images - len(parity.routing.left_out)
+    assert len(probes.images) == parity.num_images - len(parity.routing.left_out)
 
 
 def test_a_gate_that_rounding_changes_on_every_image_is_refused(

@@ -68,9 +68,9 @@ def run(name: str, folder: Path, **options: object) -> Exported:
 def test_int8_bundle_records_its_accuracy_and_what_was_tried(tmp_path: Path, images: Path) -> None:
     found = run("isqrt-resnet8", tmp_path, calibrate=images, evaluate=images, max_drop=100.0)
     report = found.precision
-    assert report.accuracy.images == 20
+    assert report.accuracy.num_images == 20
     assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
-    assert report.quantisation.layers == 6
+    assert report.quantisation.num_layers == 6
     assert found.manifest.int8_for == report.quantisation.runtime == "cpu"
     assert len(report.quantisation.tried) == 1
     page = (found.path / "report.html").read_text(encoding="utf-8")
@@ -105,7 +105,7 @@ def test_the_first_attempt_within_the_limit_is_exported_with_the_costliest_layer
     monkeypatch.setattr(Int8Quantizer, "layer_costs", lambda *_: costs)
     report = run("resnet8", tmp_path, calibrate=images).precision
     found = report.quantisation
-    assert (found.in_float32, found.layers) == (("layer2.0.conv1",), 5)
+    assert (found.in_float32, found.num_layers) == (("layer2.0.conv1",), 5)
     assert [attempt.drop for attempt in found.tried] == [50, 0]
     types = report.parts
     assert (types["layer2.0.conv1"], types["layer3.0.conv2"]) == ("float32", "int8")

@@ -63,8 +63,17 @@ def cast_graph(
     options = ExportOptions(precision=precision, lowering=rules, max_batch=1)
     program = capture_any_batch(detached, preprocess, ALONE)
     certified = CapturedGraph(detached, program, lower(program, detached.outputs))
-    types = computed_types(convert.cast_types(certified, preprocess, options).program)
-    return convert.convert_precision(certified, preprocess, options).model, types
+    types: dict[str, set[str]] = {}
+    cast_types = convert.cast_types
+
+    def observed(*arguments: Any) -> CapturedGraph:
+        cast = cast_types(*arguments)
+        types.update(computed_types(cast.program))
+        return cast
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert, "cast_types", observed)
+        return convert.convert_precision(certified, preprocess, options).model, types
 
 
 HALF, BF16, FLOAT = "float16", "bfloat16", "float32"

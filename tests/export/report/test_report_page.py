@@ -69,12 +69,12 @@ def test_hostile_class_names_are_escaped(page: str) -> None:
 def test_the_gate_section_shows_the_usage_of_every_component(gated: Exported) -> None:
     routing = gated.parity.routing
     assert routing is not None
-    assert (len(routing.usage), sum(routing.usage)) == (4, 2 * gated.parity.images)
+    assert (len(routing.usage), sum(routing.usage)) == (4, 2 * gated.parity.num_images)
     page = page_of(gated)
     assert "Component usage" in page
     assert "selects 2 of 4 components" in page
     for number, count in enumerate(routing.usage):
-        share = f"{100 * count / gated.parity.images:.0f}\N{NO-BREAK SPACE}%"
+        share = f"{100 * count / gated.parity.num_images:.0f}\N{NO-BREAK SPACE}%"
         assert f"component {number}</th><td>{share}" in page
     assert "gate.noise" in page
 
@@ -123,7 +123,7 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
     assert "- epoch: &lt;img src=x onerror=alert(1)&gt; \\# \\[Heading\\](https\\://example.org)\n" in card
     assert not re.search(r"[<>]|(?<!\\)\[|(?<!\\)https?:", card)
     assert "\u202e" not in card
-    assert f"bitwise equal on {branched.certificate.images} probe images" in card
+    assert f"bitwise equal on {branched.certificate.num_images} probe images" in card
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def rendered(exported: Exported, **changes: Any) -> str:
 
 def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
     flip = Flip(image=1, network=0, file=2, margin=0.5, cause="error")
-    top1 = branched.parity.top1.model_copy(update={"flipped": (flip,), "agree": 11})
+    top1 = branched.parity.top1.model_copy(update={"flipped": (flip,), "num_agreeing": 11})
     parity = branched.parity.model_copy(update={"top1": top1, "passed": False})
     page = rendered(branched, parity=parity)
     assert "0 noise, 0 routing, 1 wrong" in page
@@ -173,8 +173,8 @@ def test_the_page_of_an_int8_bundle_shows_the_accuracy_and_what_was_tried(branch
         Attempt(drop=5.5),
         Attempt(in_float32=("conv1",), drop=5.0),
     )
-    settings = {"runtime": "cpu", "images": 20, "layers": 7}
-    accuracy = Accuracy(images=20, before=0.9, after=0.85, agree=19, low=0.76, high=0.99, drop=5.0)
+    settings = {"runtime": "cpu", "num_images": 20, "num_layers": 7}
+    accuracy = Accuracy(num_images=20, before=0.9, after=0.85, num_agreeing=19, low=0.76, high=0.99, drop=5.0)
     quantisation = Quantization(**settings, in_float32=("conv1",), tried=tried)
     precision = branched.precision.model_copy(
         update={"precision": "int8", "quantisation": quantisation, "accuracy": accuracy}

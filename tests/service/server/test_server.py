@@ -18,6 +18,8 @@ import httpx
 import pytest
 
 from sopdeploy.errors import BundleError, ConfigError, ParityError
+from sopdeploy.files import move_link
+from sopdeploy_service.commands.promote import promote, promote_back
 from sopdeploy_service.server import launch
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
@@ -239,6 +241,50 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(
     found = {reply.headers["x-model-digest"] for reply in replies}
     assert found == {path.name.rpartition("-")[2] for path in (first, second)}
     assert ["probes" in events[0], "no bundle here" in events[1]] == [True, True]
+
+
+@pytest.mark.parametrize("way", BOTH_WAYS)
+def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_request(
+    make_bundle, tmp_path, jpeg, until, way
+) -> None:
+    live, replies, stopped = tmp_path / "live", [], threading.Event()
+    first, second = (make_bundle(tmp_path, seed=seed) for seed in (0, 1))
+    wrong = make_bundle(tmp_path, seed=2, wrong_by=1.0)
+    promote(first, live, None)
+    with serving(str(live), *WAYS[way], "--setting", "follow=true") as client, ThreadPoolExecutor(4) as pool:
+
+        def send() -> None:
+            while not stopped.is_set():
+                replies.append(client.post("/v1/classify", content=jpeg))
+
+        def serves(bundle: Path) -> bool:
+            served = {reply.headers["x-model-digest"] for reply in replies[-8:]}
+            return served == {bundle.name.rpartition("-")[2]}
+
+        sending = [pool.submit(send) for _ in range(4)]
+        try:
+            until(lambda: len(replies) > 8)
+            promote(second, live, None, force="newer")
+            until(lambda: serves(second))
+            move_link(live, wrong.name)  # `promote` would refuse it
+            start = "not reloaded, the bundles in use stay: "
+            while not (event := json.loads(client.child.stderr.readline())["event"]).startswith(start):
+                pass
+            move_link(live, second.name)
+            promote_back(live)
+            until(lambda: serves(first))
+        finally:
+            stopped.set()
+        for each in sending:
+            each.result()
+    assert "probes" in event
+    assert {reply.status_code for reply in replies} == {200}
+
+
+@pytest.mark.parametrize("front_ends", [1, 2])
+def test_a_server_cannot_follow_what_is_no_link(bundle_path: Path, front_ends: int) -> None:
+    with pytest.raises(ConfigError, match="no BUNDLE is a link; name one, such as bundles/live"):
+        run_server([bundle_path], Settings(port=0, follow=True, front_ends=front_ends))
 
 
 def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypatch) -> None:

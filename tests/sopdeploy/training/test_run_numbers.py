@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,45 @@ def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos
         for name, settings in values.items()
     ]
     assert all((found[0][name] == found[1][name]).all() for name in found[0])
+
+
+def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(photos: Path) -> None:
+    first = train("--name", "lights", settings=[*LOOP, "batch_size=3"])
+    origin = read_checkpoint(first / "best.pt").origin
+    bundle = write_hollow(
+        Path("bundles"), project="lights", exported_at=origin.started, origin=origin, opset=17
+    )
+    shutil.copytree(photos / "dark", photos / "black")
+    for number, path in enumerate(sorted((photos / "black").iterdir())):
+        Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(path)
+    for source, folder, added in (
+        (first, "lights-1", "+6 photographs, new: black"),
+        (Path("runs/latest"), "latest", "+0 photographs"),
+        (bundle, "lights-1", "+6 photographs, new: black"),
+    ):
+        arguments = ["train", "--data", "photos", "--from", str(source), "--set", "epochs=2"]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        (line,) = (line for line in done.stdout.splitlines() if line.startswith("before, "))
+        assert re.fullmatch(rf"before, runs/{folder}: top-1 .*; since then {re.escape(added)}", line), line
+        recipe = read_checkpoint(Path("runs/latest/best.pt")).training["recipe"]
+        assert (recipe["batch_size"], recipe["epochs"], recipe["project"]) == (3, 2, "lights")
+    assert Path("runs/latest").readlink() == Path("lights-4")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--from", "bundles/none"), "bundles/none: no such file; use the best.pt"),
+        (("--from", "runs/photos-1", "--recipe", "photos"), "--from: not with a recipe"),
+        (("--from", "bundles/other"), "bundles/other: its run is not in runs; give the run"),
+    ],
+)
+def test_what_is_no_run_to_start_from_is_named(photos: Path, options: tuple[str, ...], message: str) -> None:
+    train(settings=LOOP)
+    write_hollow(
+        Path("bundles"), project="x", exported_at="2026-01-01T10:00:00.000000Z", origin=None, opset=17
+    )
+    next(Path("bundles").glob("x-*")).rename("bundles/other")
+    done = CliRunner().invoke(app, ["train", "--data", "photos", *options])
+    assert (done.exit_code, message in done.stderr) == (2, True), done.stderr

@@ -194,6 +194,7 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
         features = any(output.tensor.name in ON_REQUEST for output in parsed.outputs)
+        admitted.context.may_keep = True
         outcomes = await admitted.infer(parsed.images, features=features)
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:

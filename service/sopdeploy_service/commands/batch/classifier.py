@@ -19,8 +19,9 @@ from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch.decoders import DecoderProcesses
+from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.options import ClassifyOptions
-from sopdeploy_service.commands.batch.output import RunState
+from sopdeploy_service.commands.batch.output import OutputFolder, RunState
 from sopdeploy_service.commands.batch.reader import ListedImage
 from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
@@ -106,6 +107,17 @@ class PartClassifier:
                 on_block(len(block_rows), sum(row["error"] is not None for row in block_rows))
                 rows += block_rows
             yield number, self._format.table(rows)
+
+    def write_parts(
+        self,
+        folder: OutputFolder,
+        listing: Listing,
+        parts: Iterable[int],
+        on_block: Callable[[int, int], None],
+    ) -> None:
+        """Classify the *parts* of *listing* and write them to *folder*; raises what `tables` raises."""
+        for part, table in self.tables(((part, listing.read(part)) for part in parts), on_block):
+            folder.write_part(part, table)
 
     def _run(self, pixels: NDArray[np.uint8]) -> list[ImageOutputs]:
         """Return the outputs of a batch; if it fails, halve it until the image that fails is alone."""

@@ -6,6 +6,7 @@ import pydantic
 
 from sopdeploy.config import Options
 
+NEW_CLUSTER = "local"  # the address of a Ray cluster that starts and ends with the command
 PART_IMAGES = 4096
 
 
@@ -17,6 +18,12 @@ class ClassifyOptions(Options):
     features: bool = False
     """Add a column with the features; the bundle must have been exported with_features or with_cam."""
     workers: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None
-    """Processes that load images; by default one per core, up to 16."""
+    """Processes that load images, of each copy of the bundle; by default one per core, up to 16."""
+    ray: str | None = None
+    """HOST:PORT of a Ray cluster that classifies; `auto`: that of this machine, `local`: a new one here."""
+    actors: Annotated[int | None, pydantic.Field(ge=1)] = None
+    """Copies of the bundle on the Ray cluster; by default one per machine."""
+    gpus_per_actor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
+    """GPUs of a copy on the Ray cluster: 1, 0.5 lets two share one, 0 uses the CPU."""
     part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = PART_IMAGES
     """Images per parquet file, rounded up to full batches."""

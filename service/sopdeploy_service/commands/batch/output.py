@@ -117,7 +117,7 @@ class OutputFolder:
 
     def write_part(self, number: int, table: Any) -> None:
         """Write the file of part *number*; it has its final name only when it is complete."""
-        with atomic_write(self.part(number)) as partial:
+        with atomic_write(self.part(number), shared=True) as partial:
             self._parquet.write_table(table, partial, compression="zstd", row_group_size=len(table))
             _flush(partial)
 

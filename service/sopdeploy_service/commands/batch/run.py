@@ -2,21 +2,26 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.config import StrictModel, expand_options
-from sopdeploy.environment import import_optional
+from sopdeploy.environment import import_optional, prepare_ray
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy_service.commands.batch.classifier import PartClassifier
 from sopdeploy_service.commands.batch.listing import Listing, write_list
-from sopdeploy_service.commands.batch.options import ClassifyOptions
+from sopdeploy_service.commands.batch.options import NEW_CLUSTER, ClassifyOptions
 from sopdeploy_service.commands.batch.output import LISTING, PAGE, ROWS_FOLDER, OutputFolder
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.settings import load_settings
+from sopdeploy_service.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from sopdeploy_service.commands.batch.on_ray import RayClassifier
 
 SHOWN_CLASSES = 20  # in a notebook
+ON_RAY = "sopdeploy_service.commands.batch.on_ray"
 REPORT = "sopdeploy_service.commands.batch.report"  # needs jinja2
 
 
@@ -26,9 +31,9 @@ class Classified(StrictModel):
     Attributes:
         out: The output folder.
         bundle: Name of the bundle.
-        images: Number of images and of rows.
-        errors: Number of images that have an error and no prediction.
-        parts: Number of parquet files.
+        num_images: Number of images and of rows.
+        num_errors: Number of images that have an error and no prediction.
+        num_parts: Number of parquet files.
         classified: Number of images that this call classified, without those of an earlier, stopped run.
         drift: Whether the report shows a drift alarm; None if the bundle has no held-out predictions.
         counts: Number of images of each class, as in the report.
@@ -113,8 +118,7 @@ def classify(
     loaded_settings = load_settings(None if config is None else Path(config), **settings)
     folder = OutputFolder(Path(out))
     report = import_optional(REPORT, "jinja2", "sopdeploy[batch]", ConfigError, "classify")
-    loaded = load_model(Path(bundle), loaded_settings)
-    with PartClassifier(loaded, loaded_settings, options) as classifier, folder.locked():
+    with _open_classifier(Path(bundle), loaded_settings, options) as classifier, folder.locked():
         with atomic_write(folder.path / LISTING) as partial:
             source, images = write_list(partial, list_entries(names), classifier.part_images)
             folder.begin(classifier.run_state(source, images))  # rejects a folder of another run
@@ -133,13 +137,12 @@ def classify(
                 pending.append(part)
             else:
                 count(listing.images_of(part), errors_in_part)
-        parts = ((part, listing.read(part)) for part in pending)
-        for part, table in classifier.tables(parts, count):
-            folder.write_part(part, table)
-        written = report.write_batch_report(folder, listing, loaded.bundle, loaded_settings)
+        classifier.write_parts(folder, listing, pending, count)
+        opened = open_bundle(Path(bundle))
+        written = report.write_batch_report(folder, listing, opened, loaded_settings)
         return Classified(
             out=folder.path,
-            bundle=loaded.bundle.name,
+            bundle=opened.name,
             num_images=images,
             num_errors=errors,
             num_parts=listing.num_parts(),
@@ -147,3 +150,15 @@ def classify(
             drift=None if written.drift is None else any(test.alarm for test in written.drift.values()),
             counts=written.counts,
         )
+
+
+def _open_classifier(
+    bundle: Path, settings: Settings, options: ClassifyOptions
+) -> "PartClassifier | RayClassifier":
+    """Load *bundle* in this process, or connect to the Ray cluster of *options*, whose machines load it."""
+    if options.ray is None:
+        return PartClassifier(load_model(bundle, settings), settings, options)
+    prepare_ray(starts=options.ray == NEW_CLUSTER)
+    on_ray = import_optional(ON_RAY, "Ray Data", "sopdeploy[batch,ray]", ConfigError, "--ray")
+    classifier: RayClassifier = on_ray.RayClassifier(bundle, settings, options)
+    return classifier

@@ -14,7 +14,8 @@ from ray.util.metrics import Gauge
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.config import StrictModel
-from sopdeploy_service.server.on_ray.plan import CLUSTER_VARIABLE, NAME
+from sopdeploy.environment import CLUSTER_VARIABLE
+from sopdeploy_service.server.on_ray.plan import NAME
 from sopdeploy_service.server.on_ray.replica import Replica
 
 REPLICA = "replica"

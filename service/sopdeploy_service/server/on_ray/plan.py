@@ -21,7 +21,6 @@ from sopdeploy_service.server.on_ray.scale import ScaleOptions
 from sopdeploy_service.settings import Settings
 
 NAME = "sopdeploy"  # of the application and of its only deployment
-CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0, on every system: Ray's ports are on loopback
 IMPORT_PATH = "sopdeploy_service.server.on_ray.application:build_application"
 HEALTH_CHECK_SECONDS = 2.0  # Ray's default of 10 would keep a dead replica too long
 SPARE_SECONDS = 1.0  # so that the server's own timeout responds first, with an error code
@@ -32,8 +31,10 @@ COMMENT = (
 
 _SINGLE_PROCESS = {  # settings that must have their default, and what to use instead
     "devices": "Ray assigns a device to each replica; use --gpus-per-replica and --replicas",
+    "follow": "a link may lead elsewhere on each machine; deploy another user_config instead",
     "front_ends": "a replica is one process; use --replicas",
     "health_port": "replicas of one machine would conflict; Ray checks their health itself",
+    "keep": "one process writes to the folder; keep photographs with `sopdeploy serve`",
     "memory_budget": "Ray multiplexes models itself; serve the bundles with `sopdeploy serve`",
     "model_control": "it would change one replica only; deploy another user_config instead",
     "shadow": "it needs a server of its own: start `sopdeploy serve --shadow` beside the cluster",

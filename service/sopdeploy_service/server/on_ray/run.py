@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.environment import install_hint
+from sopdeploy.environment import install_hint, prepare_ray
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.server.on_ray.plan import CLUSTER_VARIABLE, NAME, build_config
+from sopdeploy_service.server.on_ray.plan import NAME, build_config
 from sopdeploy_service.server.on_ray.scale import ScaleOptions
 from sopdeploy_service.settings import Settings
 
-USAGE_VARIABLE = "RAY_USAGE_STATS_ENABLED"
 CONNECT_SECONDS = 5.0
 OUR_ERROR = re.compile(r"sopdeploy\.errors\.\w+: (.+)")  # in the traceback of a replica
 
@@ -31,9 +30,7 @@ def run(bundles: Mapping[str, Path], settings: Settings, scale: ScaleOptions) ->
     another address, or if a replica does not start, and the errors of `build_config`.
     """
     config = build_config(bundles, settings, scale)
-    os.environ.setdefault(USAGE_VARIABLE, "0")  # no usage statistics
-    if "RAY_ADDRESS" not in os.environ:  # only the HTTP port is for other machines
-        os.environ.setdefault(CLUSTER_VARIABLE, "0")
+    prepare_ray(starts="RAY_ADDRESS" not in os.environ)  # only the HTTP port is for other machines
     try:
         ray, serve = importlib.import_module("ray"), importlib.import_module("ray.serve")
     except ImportError as problem:

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from tests.ports import held_port
-from tests.service.children import line_of
+from tests.service.children import below, line_of
 
 STARTED = re.compile(r"ray start --address='([^']+)'")  # printed by `ray start`
 REPLICA = "ray::ServeReplica"
@@ -57,28 +57,6 @@ class Cluster:
             assert replica is not None, labels
             found[replica[1]] = found.get(replica[1], 0.0) + float(value)
         return found
-
-
-def below(process: int) -> dict[int, str]:
-    """List the command lines of the running descendants of *process* by process ID (Linux)."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-    found: dict[int, str] = {}
-    waiting = [process]
-    while waiting:
-        one = waiting.pop()
-        children = [child for child, parent in parents.items() if parent == one]
-        waiting += children
-        for child in children:
-            try:
-                found[child] = (Path("/proc") / str(child) / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
-    return found
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """A real Ray cluster on this machine; one test, because it takes seconds to start."""
 
-import contextlib
-import ipaddress
 import os
 import signal
 import subprocess
@@ -17,8 +15,8 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from tests.ports import held_port
-from tests.service.children import START_SECONDS, line_of
-from tests.service.server.on_ray.clusters import Clients, Cluster, below, own_cluster
+from tests.service.children import START_SECONDS, below, line_of, listening
+from tests.service.server.on_ray.clusters import Clients, Cluster, own_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -92,20 +90,6 @@ def test_a_cluster_of_its_own_listens_on_loopback_only(bundle_path: Path) -> Non
         finally:
             child.terminate()
             child.communicate(timeout=START_SECONDS)
-
-
-def listening(process: int) -> list[ipaddress.IPv4Address]:
-    """Return the addresses on which *process* listens for TCP (Linux); `::` counts as 0.0.0.0."""
-    inodes = set()
-    for file in Path(f"/proc/{process}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            inodes.add(str(file.readlink()))
-    tables = (Path(f"/proc/net/{name}").read_text().splitlines() for name in ("tcp", "tcp6"))
-    rows = [line.split() for lines in tables for line in lines]
-    found = (
-        row[1].partition(":")[0][-8:] for row in rows if f"socket:[{row[9]}]" in inodes and row[3] == "0A"
-    )
-    return [ipaddress.IPv4Address(bytes.fromhex(address)[::-1]) for address in found]
 
 
 def ready(port: int) -> bool:

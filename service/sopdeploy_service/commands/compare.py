@@ -1,0 +1,264 @@
+"""`sopdeploy compare`: compare two bundles on the same photographs, with the server's code.
+
+What decides is the photographs of classes that both bundles have. Photographs of a class that only the second
+bundle has are wrong for the first one by definition; counted, they would hide a loss in the other classes.
+They are reported beside the comparison, in which the answer "new class" to another photograph is a mistake.
+
+Photographs that a bundle was trained on are left out: `Origin.sample` has their hashes. Near-duplicates are
+not independent; only the first of a group counts. Letters: N photographs, C classes.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.config import StrictModel
+from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
+from sopdeploy.data.image_files import ImageFiles, hash_images, map_threaded
+from sopdeploy.data.near import MAX_DIVIDED, groups_of_files, signature
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.mcnemar import (
+    ALPHA,
+    Verdict,
+    decide,
+    difference_interval,
+    holm,
+    images_to_decide,
+    mcnemar,
+)
+from sopdeploy.evaluation.metrics import Rate, calibration_error
+from sopdeploy.project import SAMPLED
+from sopdeploy_service.commands.evaluate import view_logits
+from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.settings import Settings, load_settings
+
+TESTABLE = 6  # images on which only one bundle is right, below which no McNemar test reaches 5 %
+
+
+class BundleScore(StrictModel):
+    """Accuracy and calibration error of one bundle, and the median time to decode and run a photograph.
+
+    `accepted` is the share of the photographs that are `known`, `rejected` that of the unknown ones that are
+    not; None without a threshold or unknown photographs.
+    """
+
+    bundle: str
+    id: str
+    top1: Rate
+    calibration_error: float
+    accepted: Rate | None
+    rejected: Rate | None
+    median_ms: float
+
+
+class ClassChange(StrictModel):
+    """One class: photographs that the first and the second bundle classify correctly.
+
+    `wins` and `losses` are those that only the second or only the first does. `p` is McNemar's exact p-value
+    after Holm's correction over the classes with at least `TESTABLE` of them; None for the others.
+    """
+
+    label: str
+    images: int
+    first: int
+    second: int
+    wins: int
+    losses: int
+    p: float | None = None
+
+
+class BundleComparison(StrictModel):
+    """The second bundle compared with the first on `images` photographs of `classes`; fractions, not points.
+
+    `new` and `removed` are classes of the second or the first bundle only. `copies` near-duplicates and
+    `trained_on` training images were left out. `suspects` are bundles some of whose training images were
+    found, but whose record of them is incomplete. `more_images` would decide what is undecided.
+    """
+
+    first: BundleScore
+    second: BundleScore
+    images: int
+    copies: int
+    trained_on: int
+    suspects: tuple[str, ...]
+    wins: int
+    losses: int
+    difference: float
+    low: float
+    high: float
+    p: float
+    tolerance: float
+    verdict: Verdict
+    more_images: int | None
+    classes: tuple[ClassChange, ...]
+    new: tuple[ClassChange, ...]
+    removed: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def summary(self) -> str:
+        """The verdict in one line."""
+        text: str = self.verdict
+        if text == "not worse":
+            text += f" within {100 * self.tolerance:g} points"
+        elif text == "undecided" and self.more_images is not None:
+            text += f" (about {float(f'{self.more_images:.1e}'):,.0f} more labels would decide)"
+        points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
+        return f"{text}: {points[0]} points ({points[1]} to {points[2]}) on {self.images:,} photographs"
+
+    @property
+    def worse_classes(self) -> list[str]:
+        """Classes in which the second bundle is worse."""
+        return [one.label for one in self.classes if one.p and one.p <= ALPHA and one.losses > one.wins]
+
+
+def compare_bundles(
+    first: Path,
+    second: Path,
+    data: Path,
+    *,
+    unknown: Path | None = None,
+    tolerance: float = 0.01,
+    settings: Settings | None = None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> BundleComparison:
+    """Compare the bundle *second* with *first* on the photographs of *data*, one subfolder per class.
+
+    *unknown* is a folder of images of no class, for the shares that the thresholds reject; *tolerance* is
+    that of `decide`. Calls *on_image* with the number of finished photographs and of all. Raises `DataError`
+    for folders that are no class of either bundle, for images that the server would reject and if no
+    photograph of a common class remains, `ConfigError` for bundles with several classes per image, and the
+    errors of `load_model`.
+    """
+    settings = settings or load_settings()
+    pair = [load_model(path, settings) for path in (first, second)]
+    if several := [one.bundle.name for one in pair if one.bundle.manifest.thresholds is not None]:
+        raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
+    notes: list[str] = []
+    old, new = (set(one.bundle.labels) for one in pair)
+    images = open_evaluation_images(data, tuple(sorted(old | new)), log=notes.append)
+    images, left_out = _select(images, pair, notes)
+    labels, targets = images.labels, images.targets.astype(np.int64)
+    common = np.array([label in old & new for label in labels])[targets]
+    if not common.any():
+        raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
+    sets = [images] if unknown is None else [images, open_any_images(unknown)]
+    scores, right = [], []
+    for one, outputs, median_ms in zip(pair, *_run(pair, sets, settings, on_image), strict=True):
+        answers = np.array([labels.index(label) for label in one.bundle.labels])[outputs[0].argmax(axis=1)]
+        right.append(answers == targets)
+        own = np.array([one.bundle.labels.index(labels[target]) for target in targets[common]])
+        scores.append(_score(one, own, [outputs[0][common], *outputs[1:]], median_ms))
+    changes = _compare_classes(labels, targets[common], [each[common] for each in right])
+    added = _compare_classes(labels, targets[~common], [each[~common] for each in right])
+    wins, losses, count = (
+        sum(one.wins for one in changes),
+        sum(one.losses for one in changes),
+        int(common.sum()),
+    )
+    low, high = difference_interval(wins, losses, count)
+    return BundleComparison(
+        first=scores[0], second=scores[1], images=count, **left_out,
+        wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
+        p=mcnemar(wins, losses), tolerance=tolerance, verdict=decide(wins, losses, count, tolerance),
+        more_images=images_to_decide(wins, losses, count, tolerance), classes=changes,
+        new=[one for one in added if one.label in new], removed=sorted(old - new), notes=notes,
+    )  # fmt: skip
+
+
+def _select(
+    images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
+) -> tuple[ImageFiles, dict[str, Any]]:
+    """Leave out training images of the bundles and their near-duplicates, and all but one of a group.
+
+    Also returns the fields of `BundleComparison` that say what was left out.
+    """
+    hashes, seen, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
+    for one in pair:
+        name, origin = one.bundle.name, one.bundle.manifest.origin
+        if origin is None or not origin.sample:
+            notes.append(f"{name}: its training images are not recorded; leave them out yourself")
+            continue
+        found = np.isin(hashes, origin.sample)
+        if found.any() and len(origin.sample) == SAMPLED:
+            suspects.append(name)
+        seen |= found
+    groups = np.arange(len(images))
+    if len(images) <= MAX_DIVIDED:
+        signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
+        groups = groups_of_files(images, np.stack(list(signatures)))
+    else:
+        notes.append(f"{images.root}: more than {MAX_DIVIDED:,} images; no near-duplicates are left out")
+    seen = np.isin(groups, groups[seen])
+    kept = np.zeros(len(images), np.bool_)
+    kept[np.unique(groups, return_index=True)[1]] = True
+    kept &= ~seen
+    if not kept.any():
+        raise DataError(
+            f"{images.root}: one of the bundles was trained on all of these photographs; give others"
+        )
+    copies = int((~kept & ~seen).sum())
+    return images.select(kept), {"copies": copies, "trained_on": int(seen.sum()), "suspects": suspects}
+
+
+def _run(
+    pair: Sequence[LoadedModel],
+    sets: Sequence[ImageFiles],
+    settings: Settings,
+    on_image: Callable[[int, int], None],
+) -> tuple[list[list[NDArray[np.float32]]], list[float]]:
+    """Run both bundles on each image, in changing order, so that what slows the machine affects both.
+
+    Returns the logits (N, C) of each bundle on each of *sets*, and the median milliseconds of each bundle.
+    """
+    logits: list[list[list[NDArray[np.float32]]]] = [[[] for _ in sets] for _ in pair]
+    seconds: list[list[float]] = [[], []]
+    places = [(number, index) for number, images in enumerate(sets) for index in range(len(images))]
+    for done, (number, index) in enumerate(places, 1):
+        for which in (0, 1) if done % 2 else (1, 0):
+            start = time.perf_counter()
+            logits[which][number] += [*view_logits(pair[which], sets[number], index, "none", settings)]
+            seconds[which].append(time.perf_counter() - start)
+        on_image(done, len(places))
+    return [[np.stack(rows) for rows in both] for both in logits], [1e3 * median(times) for times in seconds]
+
+
+def _score(
+    loaded: LoadedModel, targets: NDArray[np.int64], outputs: Sequence[NDArray[np.float32]], median_ms: float
+) -> BundleScore:
+    """Score the logits *outputs* on photographs of *targets* (N,) and, if given, on unknown photographs."""
+    rule = loaded.bundle.manifest.rejection
+    known = [[] if rule is None else [rule.recognize(row)[0] for row in logits] for logits in outputs]
+    rejected = (
+        None if rule is None or not known[1:] else Rate.of(len(known[1]) - sum(known[1]), len(known[1]))
+    )
+    return BundleScore(
+        bundle=loaded.bundle.name,
+        id=loaded.bundle.manifest.id,
+        top1=Rate.of(int((outputs[0].argmax(axis=1) == targets).sum()), len(targets)),
+        calibration_error=calibration_error(outputs[0].astype(np.float64), targets),
+        accepted=None if rule is None else Rate.of(sum(known[0]), len(targets)),
+        rejected=rejected,
+        median_ms=median_ms,
+    )
+
+
+def _compare_classes(
+    labels: Sequence[str], targets: NDArray[np.int64], right: Sequence[NDArray[np.bool_]]
+) -> list[ClassChange]:
+    """Compare the classes of the photographs of *targets* (N,); *right* (N,) of each bundle are correct."""
+    changes = []
+    for target in np.unique(targets).tolist():
+        first, second = (each[targets == target] for each in right)
+        counts = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
+        sums = {name: int(values.sum()) for name, values in counts.items()}
+        changes.append(ClassChange(label=labels[target], images=len(first), **sums))
+    tested = [one for one in changes if one.wins + one.losses >= TESTABLE]
+    corrected = holm([mcnemar(one.wins, one.losses) for one in tested])
+    values = dict(zip((one.label for one in tested), corrected, strict=True))
+    return [one.model_copy(update={"p": values.get(one.label)}) for one in changes]

@@ -1,0 +1,152 @@
+"""`sopdeploy promote`: lead the link that a server follows to another bundle, if the evidence allows it.
+
+`promotions.jsonl` beside the link has one line for each move. The line is on disk before the link is moved.
+"""
+
+import fcntl
+import getpass
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pydantic
+
+from sopdeploy.bundle.folder import read_manifest
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import ConfigError, PromotionError, StorageError
+from sopdeploy.files import move_link, writing
+from sopdeploy.project import Time, utc_now
+from sopdeploy_service.commands.compare import BundleComparison, compare_bundles
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.settings import load_settings
+
+LOG = "promotions.jsonl"
+
+
+class Promotion(StrictModel):
+    """One move of the link named `link`: who, when, why, and the figures.
+
+    `before` and `after` are what the link contains: paths relative to its folder. `before` is None for the
+    first bundle; `comparison` is None if nothing was compared.
+    """
+
+    time: Time
+    user: str
+    link: str
+    before: str | None
+    after: str
+    reason: str
+    comparison: BundleComparison | None = None
+
+
+def promote(
+    new: Path,
+    link: Path,
+    data: Path | None,
+    *,
+    unknown: Path | None = None,
+    tolerance: float = 0.01,
+    force: str | None = None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Promotion:
+    """Move *link* to the bundle *new* if the photographs of *data* show that it is not worse.
+
+    The bundle that *link* leads to is compared by `compare_bundles`; there is none before the first
+    promotion. *force* is the reason to move the link whatever they show, or without *data*. Raises
+    `PromotionError` with all objections, `ConfigError` for a *link* that is none, and the errors of
+    `compare_bundles` and `load_model`. *new* is loaded before the move, which checks its hashes and outputs.
+    """
+    before = _target(link)
+    target = os.path.relpath(new.resolve(), link.parent.resolve())
+    comparison, reason = None, force or "first bundle"
+    if not link.exists():
+        load_model(new, load_settings())
+    elif link.resolve() == new.resolve():
+        raise ConfigError(f"{link}: leads to this bundle already; name another one")
+    elif data is not None:
+        comparison = compare_bundles(link, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
+        objections = _object(comparison, read_manifest(link).project, read_manifest(new).project)
+        if objections and force is None:
+            raise PromotionError(
+                f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
+                lists={"objections": objections},
+            )
+        reason = force or comparison.summary
+    elif force is None:
+        raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
+    else:
+        load_model(new, load_settings())
+    return _move(link, before, target, reason, comparison)
+
+
+def promote_back(link: Path) -> Promotion:
+    """Move *link* back to the bundle before the last promotion; a second call undoes the first.
+
+    Raises `PromotionError` if the log names no such bundle, and the errors of `load_model`.
+    """
+    target = _target(link)
+    log, moves = link.with_name(LOG), list[Promotion]()
+    for line in log.read_bytes().splitlines() if log.is_file() else ():
+        try:
+            moves.append(Promotion.model_validate_json(line))
+        except pydantic.ValidationError:  # the machine stopped while the line was written
+            continue
+    previous = [
+        move.before for move in moves if move.link == link.name and move.after == target and move.before
+    ]
+    if not previous:
+        raise PromotionError(f"{log}: names no bundle before {target}; name the bundle to promote")
+    load_model(link.parent / previous[-1], load_settings())
+    return _move(link, target, previous[-1], "back", None)
+
+
+def _object(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
+    """List what speaks against the second bundle."""
+    found = []
+    if comparison.verdict in {"worse", "undecided"}:
+        found.append(comparison.summary)
+    if comparison.worse_classes:
+        found.append(f"worse in {', '.join(comparison.worse_classes)}")
+    if comparison.removed:
+        found.append(f"without the classes {', '.join(comparison.removed)}")
+    if comparison.suspects:
+        found.append(f"{', '.join(comparison.suspects)} may have been trained on more of the photographs")
+    if old_name != new_name:
+        found.append(f"its name is {new_name}, but clients use {old_name}")
+    return found
+
+
+def _target(link: Path) -> str | None:
+    """Read *link*; None if it does not exist. Raises `ConfigError` for a file or folder."""
+    if link.exists() and not link.is_symlink():
+        raise ConfigError(f"{link}: not a link; name one, such as bundles/live, which need not exist yet")
+    return str(link.readlink()) if link.is_symlink() else None
+
+
+def _move(
+    link: Path, before: str | None, after: str, reason: str, comparison: BundleComparison | None
+) -> Promotion:
+    """Record the move and make it, unless *link* has changed from *before*."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a name for its user
+        user = str(os.getuid())
+    move = Promotion(
+        time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
+        comparison=comparison,
+    )  # fmt: skip
+    with writing(link, StorageError), link.with_name(LOG).open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        if _target(link) != before:
+            raise ConfigError(f"{link}: was moved by another process; repeat the command")
+        recorded = link.with_name(LOG).read_bytes()
+        torn = b"\n" if recorded[-1:] not in {b"", b"\n"} else b""
+        log.write(torn + move.model_dump_json().encode() + b"\n")
+        log.flush()
+        os.fsync(log.fileno())
+        try:
+            move_link(link, after)
+        except OSError:
+            log.truncate(len(recorded))
+            raise
+    return move

@@ -1,0 +1,183 @@
+"""Keep photographs that are worth a label: unknown and uncertain ones, and a small uniform sample.
+
+A request only appends its photographs and logits to a queue. One thread decides which to keep, removes their
+metadata and stores them. Photographs that find the queue full are dropped, and so are those outside of the
+uniform sample that would need more than `WRITE_SHARE` of the time of a core.
+"""
+
+import hashlib
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import NamedTuple, TypeAlias, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.decision import sigmoid, softmax
+from sopdeploy.errors import ImageError
+from sopdeploy.images.metadata import copy_without_metadata
+from sopdeploy.kept import MAX_KEPT_LABELS, KeptRecord, Reason, near_hash
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import QueuedImage
+from sopdeploy_service.inference.results import Outcome, Prediction, top_indices
+from sopdeploy_service.inference.service import Images
+from sopdeploy_service.kept_folder import KeptResult
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.observability.request_context import RequestContext
+
+LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
+MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
+WRITE_SHARE, WRITE_BURST = (
+    0.02,
+    1.0,
+)  # of the time of a core; seconds of unused time that may be spent at once
+_STOP_SECONDS = 5.0  # for the photographs in the queue
+
+log = logging.getLogger("sopdeploy.keep")
+# `KeptFolder.add`, of this process or of another one
+StoreKept: TypeAlias = Callable[[bytes, KeptRecord], KeptResult]
+
+
+class PredictedPhoto(NamedTuple):
+    """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*."""
+
+    body: bytes
+    pixels: NDArray[np.uint8]
+    logits: NDArray[np.float32]
+    bundle: Bundle
+    model: str
+    time: datetime
+    reasons: tuple[Reason, ...] = ()
+
+
+def reasons_to_keep(
+    bundle: Bundle, logits: NDArray[np.float32], sha256: str, share: float
+) -> tuple[Reason, ...]:
+    """List why a file with the hash *sha256* and with *logits* (C,) of *bundle* is worth a label.
+
+    *share* of all files are in the uniform sample. The margin of a network with several classes per image is
+    twice the distance of a probability from its threshold, for the closest class.
+    """
+    manifest = bundle.manifest
+    if manifest.thresholds is None:
+        second, first = np.sort(np.append(softmax(logits), 0.0))[-2:]
+        margin = first - second
+    else:
+        margin = 2 * np.abs(sigmoid(logits) - manifest.thresholds).min()
+    found: dict[Reason, bool] = {
+        "unknown": manifest.rejection is not None and not manifest.rejection.recognize(logits)[0],
+        "low_margin": bool(margin < LOW_MARGIN),
+        "sample": int(sha256[:8], 16) < share * 2**32,
+    }
+    return tuple(reason for reason, applies in found.items() if applies)
+
+
+def keep_photo(photo: PredictedPhoto, sha256: str, store: StoreKept) -> KeptResult:
+    """Pass *photo*, whose file has the hash *sha256*, to *store*, without metadata and with its record."""
+    manifest, labels = photo.bundle.manifest, photo.bundle.labels
+    try:
+        image, suffix = copy_without_metadata(photo.body)
+    except ImageError:
+        return "dropped"
+    listed = list(range(len(labels)))
+    if len(labels) > MAX_KEPT_LABELS:
+        listed = top_indices(photo.logits[None], MAX_KEPT_LABELS)[0].tolist()
+    rejection = manifest.rejection
+    known, score = (None, None) if rejection is None else rejection.recognize(photo.logits)
+    record = KeptRecord(
+        image=f"{sha256[:32]}{suffix}",
+        bundle=manifest.id,
+        model=photo.model,
+        time=photo.time,
+        reasons=photo.reasons,
+        labels=tuple(labels[index] for index in listed),
+        logits=tuple(photo.logits[listed].tolist()),
+        known=known,
+        score=score,
+        near_hash=near_hash(photo.pixels),
+    )
+    return store(image, record)
+
+
+class Keeper:
+    """Passes photographs of requests to *store*, from `start` to `stop`; *share* are a uniform sample."""
+
+    def __init__(self, store: StoreKept, share: float, metrics: Metrics) -> None:
+        self._store, self._share = store, share
+        self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
+        self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
+        self._bytes_in = self._bytes_out = 0  # of the queue; each is changed by one thread
+        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Store what is queued, for at most `_STOP_SECONDS`, and end the thread."""
+        self._photos.put(None)
+        self._thread.join(_STOP_SECONDS)
+
+    def observe(
+        self,
+        model: Model,
+        context: RequestContext,
+        items: Sequence[QueuedImage],
+        images: Images,
+        outcomes: Sequence[Outcome],
+    ) -> None:
+        """Queue the photographs of a request that may be kept."""
+        if context.may_keep:
+            for item, image, outcome in zip(items, images, outcomes, strict=True):
+                if isinstance(image, EncodedImage) and isinstance(outcome, Prediction):
+                    self.offer(model, image, item.image, outcome)
+
+    def offer(
+        self,
+        model: Model,
+        image: EncodedImage,
+        pixels: NDArray[np.uint8],
+        prediction: Prediction,
+        *reasons: Reason,
+    ) -> None:
+        """Queue *image*, which *model* has predicted from *pixels*; drop it if the queue is full.
+
+        It is kept for *reasons*, and for those of `reasons_to_keep`. Call it on the event loop.
+        """
+        size = len(image.body) + pixels.nbytes
+        queued = self._bytes_in - self._bytes_out
+        if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
+            self._counts["dropped"].inc()
+            return
+        self._bytes_in += size
+        logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
+        now = datetime.now(UTC)
+        self._photos.put(PredictedPhoto(image.body, pixels, logits, model.bundle, model.name, now, reasons))
+
+    def _run(self) -> None:
+        budget, refilled = WRITE_BURST, time.monotonic()
+        while (photo := self._photos.get()) is not None:
+            self._bytes_out += len(photo.body) + photo.pixels.nbytes
+            sha256 = hashlib.sha256(photo.body).hexdigest()
+            found = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
+            reasons = (*found, *photo.reasons)
+            if not reasons:
+                continue
+            began = time.monotonic()
+            budget, refilled = min(WRITE_BURST, budget + WRITE_SHARE * (began - refilled)), began
+            result: KeptResult = "dropped"
+            if "sample" in reasons or budget > 0:
+                try:
+                    result = keep_photo(photo._replace(reasons=reasons), sha256, self._store)
+                except Exception:  # untrusted bytes, and nothing else sees the error of this thread
+                    log.exception("a photograph of %d bytes is not kept", len(photo.body))
+                    result = "failed"
+            if "sample" not in reasons:
+                budget -= time.monotonic() - began
+            self._counts[result].inc()

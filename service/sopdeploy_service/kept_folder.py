@@ -1,0 +1,179 @@
+"""A folder of kept photographs with a limit in bytes and in days; one process writes to it.
+
+Every file is written under a temporary name and then renamed, the photograph before its record. What a killed
+process leaves is deleted at the next start. A file counts as whole blocks, as on most file systems.
+"""
+
+import fcntl
+import logging
+import os
+import re
+import time
+import weakref
+from datetime import UTC, datetime, timedelta
+from itertools import chain
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from sopdeploy.errors import ConfigError
+from sopdeploy.files import PARTIAL, atomic_write, writing
+from sopdeploy.kept import NEAR_BITS, KeptRecord, read_kept
+
+KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
+FILE_BLOCK = 4096  # bytes
+PAUSE_SECONDS = 60.0  # after a write that failed
+SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
+_INCOMPLETE = re.compile(
+    rf"[0-9a-f]{{32}}\.(?:(?:jpg|png)(?:{re.escape(PARTIAL)})?|json{re.escape(PARTIAL)})"
+)
+
+log = logging.getLogger("sopdeploy.keep")
+
+
+class _Entry(NamedTuple):
+    """A kept photograph: `near_hash` is a number, `bytes` are those of both files."""
+
+    path: Path
+    time: datetime
+    near_hash: int
+    reasons: frozenset[str]
+    bytes: int
+
+    @property
+    def group(self) -> int:
+        """0 in the uniform sample, else the number of reasons."""
+        return 0 if "sample" in self.reasons else len(self.reasons)
+
+
+class KeptFolder:
+    """Keeps photographs in *path*, at most *max_bytes*, each for *days*; not thread-safe.
+
+    The oldest one with the fewest reasons makes room. The uniform sample makes room, by age only, while it
+    has more than `SAMPLE_SHARE` of the bytes or nothing else is kept.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, days: float) -> None:
+        """Reserve *path* for this process, and create it if needed; only its owner can read the files.
+
+        Raises `ConfigError` if it cannot be written, or if another process keeps photographs there.
+        """
+        self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
+        self._groups: tuple[dict[str, _Entry], ...] = ({}, {}, {}, {})  # by name, oldest first
+        self._failed_at: float | None = None
+        self._group_bytes, self._other_bytes = [0, 0, 0, 0], 0
+        with writing(path, ConfigError):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+            weakref.finalize(self, os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                message = f"{path}: another process keeps photographs there; name another folder"
+                raise ConfigError(message) from error
+            self._read()
+            self._expire()
+            self._make_room(0)
+
+    @property
+    def used(self) -> int:
+        """Bytes of all files in the folder, also of those that are being written."""
+        return sum(self._group_bytes) + self._other_bytes
+
+    def _read(self) -> None:
+        """Read the records and delete incomplete photographs; other files count, but stay."""
+        own: set[Path] = set()
+        for path, record in read_kept(self.path):
+            files = path, path.with_suffix(".json")
+            self._insert(path, record, sum(_size_on_disk(file.stat().st_size) for file in files))
+            own.update(files)
+        for file in set(self.path.iterdir()) - own:
+            if _INCOMPLETE.fullmatch(file.name):
+                file.unlink()
+            elif file.is_file():
+                self._other_bytes += _size_on_disk(file.stat().st_size)
+
+    def add(self, image: bytes, record: KeptRecord) -> KeptResult:
+        """Keep *image* unless it is a near-duplicate; of a copy, only new reasons are added.
+
+        Images of the uniform sample may be near-duplicates. After a write has failed, none is tried for
+        `PAUSE_SECONDS`.
+        """
+        if self._failed_at is not None and time.monotonic() < self._failed_at + PAUSE_SECONDS:
+            return "failed"
+        try:
+            self._expire()
+            result = self._add(image, record)
+        except OSError as error:
+            if self._failed_at is None:
+                log.warning("%s: cannot be written (%s); no photograph is kept", self.path, error.strerror)
+            self._failed_at = time.monotonic()
+            return "failed"
+        if self._failed_at is not None:
+            log.warning("%s: can be written again", self.path)
+            self._failed_at = None
+        return result
+
+    def _expire(self) -> None:
+        """Delete photographs that are too old."""
+        oldest = datetime.now(UTC) - self._age
+        for group in self._groups:
+            while group and (entry := next(iter(group.values()))).time < oldest:
+                self._delete(entry)
+
+    def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
+        path = self.path / record.image
+        copy = next((group[path.name] for group in self._groups if path.name in group), None)
+        if copy is not None:
+            if copy.reasons.issuperset(record.reasons):
+                return "near_duplicate"
+            reasons = tuple(sorted(copy.reasons.union(record.reasons)))
+            record = record.model_copy(update={"reasons": reasons})
+        elif "sample" not in record.reasons:
+            near_hash = int(record.near_hash, 16)
+            entries = chain.from_iterable(group.values() for group in self._groups)
+            if any((near_hash ^ entry.near_hash).bit_count() <= NEAR_BITS for entry in entries):
+                return "near_duplicate"
+        files = {path: image, path.with_suffix(".json"): record.model_dump_json().encode()}
+        size = sum(_size_on_disk(len(content)) for content in files.values())
+        if copy is not None:
+            self._delete(copy)
+        if not self._make_room(size):
+            return "dropped"
+        entry = self._insert(path, record, size)
+        try:
+            for file, content in files.items():
+                with atomic_write(file) as partial:
+                    partial.touch(0o600)
+                    partial.write_bytes(content)
+        except OSError:
+            self._delete(entry)
+            raise
+        return "kept"
+
+    def _insert(self, path: Path, record: KeptRecord, size: int) -> _Entry:
+        entry = _Entry(path, record.time, int(record.near_hash, 16), frozenset(record.reasons), size)
+        self._groups[entry.group][path.name] = entry
+        self._group_bytes[entry.group] += size
+        return entry
+
+    def _make_room(self, size: int) -> bool:
+        """Delete photographs until *size* more bytes are within the limit; tell whether that is possible."""
+        if self._other_bytes + size > self._max_bytes:
+            return False
+        while self.used + size > self._max_bytes:
+            sample, *others = self._groups
+            rest = [group for group in others if group]
+            from_sample = not rest or self._group_bytes[0] > SAMPLE_SHARE * self._max_bytes
+            self._delete(next(iter((sample if from_sample else rest[0]).values())))
+        return True
+
+    def _delete(self, entry: _Entry) -> None:
+        """Delete the files of *entry*, the record first."""
+        for file in (entry.path.with_suffix(".json"), entry.path):
+            file.unlink(missing_ok=True)
+        self._groups[entry.group].pop(entry.path.name)
+        self._group_bytes[entry.group] -= entry.bytes
+
+
+def _size_on_disk(size: int) -> int:
+    return -(-size // FILE_BLOCK) * FILE_BLOCK

@@ -1,0 +1,192 @@
+"""The server of the label page: its routes, and the requests that it refuses.
+
+Browsers let every page send requests to this server. It therefore answers only to its own names (a page of
+another host that resolves to this address has another `Host`) and only to its own page (`Origin`,
+`Sec-Fetch-Site`). On an address that other machines reach, it also demands a random key.
+"""
+
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.resources import files
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs, urlsplit
+
+import numpy as np
+import pydantic
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sopdeploy.config import StrictModel
+from sopdeploy.decision import softmax
+from sopdeploy.errors import SopdeployError
+from sopdeploy_service.api.web import TRUSTED_TYPES, Page
+from sopdeploy_service.labelling.folders import GoneError, LabelFolders
+from sopdeploy_service.server.sockets import bind, url
+
+COOKIE = "sopdeploy-label"
+LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
+IMAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+_FOLDER = files("sopdeploy_service.labelling") / "pages"
+_PAGE = Page(
+    (_FOLDER / "label.html").read_text("utf-8"), ["dom.js", "label.js"], policy=TRUSTED_TYPES, folder=_FOLDER
+)
+
+
+class Answer(StrictModel):
+    """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
+
+    id: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}$")]
+    kind: Literal["class", "unknown", "skip"]
+    name: str = ""
+
+
+class Guard:
+    """Refuses requests for other hosts, from other origins and, with a key, those without it."""
+
+    def __init__(self, app: ASGIApp, names: set[str], key: str) -> None:
+        """Answer to the host *names*; with a *key*, also to each IP address."""
+        self.app, self.names, self.key = app, names, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle or refuse one request."""
+        refusal = self._refuse(Request(scope)) if scope["type"] == "http" else None
+        await (refusal or self.app)(scope, receive, send)
+
+    def _refuse(self, request: Request) -> Response | None:
+        headers = request.headers
+        host, navigates = headers.get("host", ""), request.method == "GET" and request.url.path == "/"
+        if not self._is_own(host):
+            return PlainTextResponse("this server has another name", 403)
+        other_site = headers.get("sec-fetch-site", "none") not in {"none", "same-origin"} and not navigates
+        if other_site or headers.get("origin", f"http://{host}") != f"http://{host}":
+            return PlainTextResponse("requests of other pages are refused", 403)
+        if request.method == "POST" and headers.get("content-type") != "application/json":
+            return PlainTextResponse("send application/json", 415)
+        if not self.key:
+            return None
+        if secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), self.key.encode()):
+            return None
+        given = parse_qs(request.url.query).get("key", [""])[0]
+        if navigates and secrets.compare_digest(given.encode(), self.key.encode()):
+            response = RedirectResponse("/", 303)  # so that the key is not in the history of the browser
+            response.set_cookie(COOKIE, self.key, httponly=True, samesite="lax")
+            return response
+        return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        if name in self.names or not self.key:
+            return name in self.names
+        try:
+            ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+def create_label_app(folders: LabelFolders, names: set[str], key: str = "") -> FastAPI:
+    """Create the app that labels the photographs of *folders*; `Guard` describes *names* and *key*."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    lock = threading.Lock()  # of *folders*; the routes run in threads
+
+    @app.get("/")
+    def page() -> Response:
+        with lock:
+            folders.read()
+        return Response(_PAGE.html, media_type="text/html", headers=_PAGE.headers)
+
+    @app.get("/state")
+    def state() -> dict[str, Any]:
+        with lock:
+            return describe_next(folders)
+
+    @app.get("/images/{identity}")
+    def image(identity: str) -> Response:
+        with lock:
+            path = folders.waiting[identity][0] if identity in folders.waiting else None
+        if path is None:
+            return JSONResponse({"detail": "no such photograph"}, 404)
+        return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
+
+    @app.post("/label")
+    def label(answer: Answer) -> dict[str, Any]:
+        with lock:
+            if answer.kind == "skip":
+                folders.skip(answer.id)
+            else:
+                folders.label(answer.id, answer.name if answer.kind == "class" else None)
+            return describe_next(folders)
+
+    @app.post("/undo")
+    def undo() -> dict[str, Any]:
+        with lock:
+            folders.undo()
+            return describe_next(folders)
+
+    @app.exception_handler(SopdeployError)
+    def refuse(_request: Request, error: SopdeployError) -> Response:
+        return JSONResponse({"detail": str(error)}, 409 if isinstance(error, GoneError) else 422)
+
+    @app.exception_handler(OSError)
+    def fail(_request: Request, error: OSError) -> Response:
+        detail = f"{error.filename}: cannot be read or written ({error.strerror}); nothing was changed"
+        return JSONResponse({"detail": detail}, 507)
+
+    app.add_middleware(Guard, names=names, key=key)
+    return app
+
+
+def describe_next(folders: LabelFolders) -> dict[str, Any]:
+    """Describe the next photograph of *folders*, the classes, most probable first, and the progress."""
+    if not folders.waiting:
+        folders.read()  # the server may have kept others
+    photograph, probabilities = None, dict[str, float]()
+    if folders.waiting:
+        identity, (_, record) = next(iter(folders.waiting.items()))
+        probabilities = dict(zip(record.labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
+        photograph = {"id": identity, "sampled": "sample" in record.reasons, "known": record.known}
+    names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))
+    return {
+        "photograph": photograph,
+        "classes": [{"name": name, "probability": probabilities.get(name)} for name in names],
+        "done": len(folders.steps),
+        "left": len(folders.waiting),
+    }
+
+
+def run_label_server(
+    kept: Path, photos: Path, host: str, port: int, on_ready: Callable[[str, int], None]
+) -> LabelFolders:
+    """Serve the label page on *host* and *port* until Ctrl-C or SIGTERM; return the folders.
+
+    *on_ready* receives the URL to open and the number of photographs. The URL has a random key if other
+    machines reach the address. Raises `ConfigError` if it cannot listen, and `DataError` as `LabelFolders`.
+    """
+    folders = LabelFolders(kept, photos)
+    with bind(host, port) as listener:
+        is_local = ip_address(listener.getsockname()[0]).is_loopback
+        key = "" if is_local else secrets.token_urlsafe(16)
+        names = LOOPBACK_NAMES if is_local else LOOPBACK_NAMES | {host, socket.gethostname()}
+        app = create_label_app(folders, names, key)
+        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")
+        on_ready(f"{address}/?key={key}" if key else address, len(folders.waiting))
+        with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
+            uvicorn.Server(config).run(sockets=[listener])
+    return folders

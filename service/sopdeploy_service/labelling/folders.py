@@ -1,0 +1,194 @@
+"""Kept photographs that wait for a label, and the folders into which labels move them.
+
+The folders are the only state. A label is one rename of the photograph, so a photograph is either kept or
+labelled, also after a crash, and of two labels for one photograph only the first succeeds. Its record is
+deleted after that; `read_kept` skips a record that remains. A file `ID.skipped` marks a skipped photograph.
+"""
+
+import errno
+import shutil
+import unicodedata
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sopdeploy.data.folders import find_parts, is_hidden, list_subfolders, part_kind
+from sopdeploy.decision import softmax
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.files import atomic_write, expand_user
+from sopdeploy.kept import KeptRecord, read_kept
+from sopdeploy_service.labelling.order import order_by_value
+
+SKIPPED = ".skipped"
+SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
+MAX_CLASS_BYTES = 100  # of a class
+NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
+
+Kept = tuple[Path, KeptRecord]
+
+
+class GoneError(DataError):
+    """The photograph has a label already, or the server has deleted it."""
+
+
+class LabelStep(NamedTuple):
+    """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped."""
+
+    kept: Kept
+    target: Path | None = None
+    new_folder: bool = False
+
+
+class LabelFolders:
+    """Photographs in the order in which they are labelled, and the labels of this session.
+
+    Attributes:
+        waiting: The photographs without a label and their records, by ID; the next one is first.
+        steps: The labels and skips of this session.
+    """
+
+    def __init__(self, kept: Path, photos: Path) -> None:
+        """Read the photographs in *kept*; labels go to *photos* and to two folders beside it.
+
+        Raises `DataError` if *kept* is no folder, or if *photos* has its classes in a folder `train/`.
+        """
+        self.kept, self.photos = expand_user(kept), expand_user(photos).resolve()
+        if not self.kept.is_dir():
+            raise DataError(f"{self.kept}: no such folder; give the folder of `serve --setting keep=FOLDER`")
+        if self.photos.is_dir() and (train := find_parts(self.photos).train):
+            raise DataError(f"{photos}: has its classes in the folder {train}; give {photos / train}")
+        self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
+        self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
+        self.steps: list[LabelStep] = []
+        self.read()
+
+    def read(self) -> None:
+        """Read the kept photographs again, and order them; raises `OSError`."""
+        skipped = {path.stem for path in self.kept.glob(f"*{SKIPPED}")}
+        found = [kept for kept in read_kept(self.kept) if kept[0].stem not in skipped]
+        samples = [kept for kept in found if "sample" in kept[1].reasons]
+        queue = order_records([kept for kept in found if "sample" not in kept[1].reasons])
+        for place, kept in enumerate(samples):
+            queue.insert(SAMPLE_EVERY * place, kept)
+        self.waiting = {kept[0].stem: kept for kept in queue}
+
+    def classes(self) -> list[str]:
+        """List the names of all classes: those of the bundles and of the folders, sorted."""
+        names = {label for _, record in self.waiting.values() for label in record.labels}
+        return sorted(names.union(*map(list_subfolders, filter(Path.is_dir, (self.photos, self.held_out)))))
+
+    def label(self, identity: str, name: str | None) -> None:
+        """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
+
+        A photograph of the uniform sample is held out from training. Raises `ConfigError` if *name* cannot
+        name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
+        """
+        image, record = kept = self._find(identity)
+        folder = self.unknown
+        if name is not None:
+            folder = self.held_out if "sample" in record.reasons else self.photos
+            folder /= check_class_name(name, self.classes())
+        target, new_folder = folder / image.name, not folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _move(image, target)
+        except FileNotFoundError:
+            raise self._gone(identity) from None
+        finally:
+            if new_folder:
+                with suppress(OSError):  # the photograph is in it
+                    folder.rmdir()
+        del self.waiting[identity]
+        self.steps.append(LabelStep(kept, target, new_folder))
+        image.with_suffix(".json").unlink(missing_ok=True)
+
+    def skip(self, identity: str) -> None:
+        """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
+        kept = self._find(identity)
+        kept[0].with_suffix(SKIPPED).touch()
+        del self.waiting[identity]
+        self.steps.append(LabelStep(kept))
+
+    def undo(self) -> None:
+        """Reverse the last step of this session; its photograph becomes the next one.
+
+        Raises `GoneError` if there is no step or its photograph is gone, and `OSError`.
+        """
+        if not self.steps:
+            raise GoneError("nothing to undo in this session; move older photographs yourself")
+        (image, record), target, new_folder = self.steps.pop()
+        if target is None:
+            image.with_suffix(SKIPPED).unlink(missing_ok=True)
+        else:
+            try:
+                _move(target, image)
+            except FileNotFoundError:
+                raise GoneError(f"{target}: no longer there, so its label cannot be undone") from None
+            with atomic_write(image.with_suffix(".json")) as partial:
+                partial.write_text(record.model_dump_json(), encoding="utf-8")
+            if new_folder:
+                with suppress(OSError):  # other photographs are in it
+                    target.parent.rmdir()
+        self.waiting = {image.stem: (image, record), **self.waiting}
+
+    def _find(self, identity: str) -> Kept:
+        if identity not in self.waiting:
+            raise self._gone(identity)
+        return self.waiting[identity]
+
+    def _gone(self, identity: str) -> GoneError:
+        self.waiting.pop(identity, None)
+        return GoneError("that photograph has a label already or is no longer kept; this is the next one")
+
+
+def order_records(found: list[Kept]) -> list[Kept]:
+    """Order photographs by the value of their labels; their bundles may have different classes."""
+    names = {label for _, record in found for label in record.labels}
+    columns = {name: column for column, name in enumerate(sorted(names))}
+    probabilities_NC = np.zeros((len(found), len(names)))
+    for row, (_, record) in zip(probabilities_NC, found, strict=True):
+        row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
+    known_N = np.asarray([record.known is not False for _, record in found], np.bool_)
+    return [found[index] for index in order_by_value(probabilities_NC, known_N)]
+
+
+def check_class_name(name: str, classes: list[str]) -> str:
+    """Return the name of the folder of the class *name*; raise `ConfigError` unless it can name a class.
+
+    A new name must differ from *classes* by more than case and the encoding of its letters.
+    """
+    if name not in classes:
+        name = unicodedata.normalize("NFC", name.strip())
+    same = [other for other in classes if _folded(other) == _folded(name)]
+    problem = ""
+    if not name or len(name.encode("utf-8", "replace")) > MAX_CLASS_BYTES:
+        problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
+    elif any(unicodedata.category(letter)[0] == "C" or letter in NOT_IN_NAMES for letter in name):
+        problem = f"leave out control characters and {' '.join(NOT_IN_NAMES)}"
+    elif is_hidden(name) or name.endswith("."):
+        problem = "the folder would be hidden; do not begin or end with a dot"
+    elif part_kind(name):
+        problem = "`train` takes such a folder for a part of the data; choose another name"
+    elif same and name not in same:
+        problem = f"use the class {same[0]!r}, which has the same name in other letters"
+    if problem:
+        raise ConfigError(f"class {name!r:.80}: {problem}")
+    return name
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move a file in one step; between file systems, the copy is complete before *source* is deleted."""
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        with atomic_write(target) as partial:
+            shutil.copyfile(source, partial)
+        source.unlink()

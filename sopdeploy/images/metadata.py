@@ -1,0 +1,71 @@
+"""Copies of image files without metadata: no place, time, device, comment or thumbnail; upright as before.
+
+A JPEG keeps its coefficients, so its pixels do not change. Other formats are decoded and written as PNG.
+"""
+
+import io
+import struct
+
+from sopdeploy.errors import ImageError
+from sopdeploy.images.cost import decode_cost
+from sopdeploy.images.exif import ORIENTATION, UPRIGHT, exif_orientation
+from sopdeploy.images.formats import open_image
+from sopdeploy.images.jpeg import FRAMES, MARKER_BYTES, SCAN, jpeg_segments
+from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.preprocess import Preprocess
+
+MAX_COPIED_MEMORY = 128 << 20  # bytes to decode a file that is not a JPEG
+JFIF, COLORS, ADOBE, _END = 0xE0, 0xE2, 0xEE, 0xD9
+JFIF_BYTES = 16  # of the segment without a thumbnail
+# Huffman and quantization tables, number of lines, restart interval
+NEEDED = {*FRAMES, SCAN, 0xC4, 0xDB, 0xDC, 0xDD}
+
+
+def copy_without_metadata(body: bytes) -> tuple[bytes, str]:
+    """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
+
+    An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError` for a file
+    that `open_image` rejects, that is damaged, or that is not a JPEG and needs more than
+    `MAX_COPIED_MEMORY`.
+    """
+    with open_image(body, max_bytes=len(body)) as image:
+        if image.format in {"JPEG", "MPO"}:
+            return _copy_jpeg(body, exif_orientation(image)), ".jpg"
+        if decode_cost(image, body).memory > MAX_COPIED_MEMORY:
+            raise ImageError("too large to be written as PNG", code="too_much_memory", status=413)
+        file = io.BytesIO()
+        try:
+            pixels = to_rgb(image, Preprocess())
+            pixels.info.clear()
+            pixels.save(file, "PNG", compress_level=1)
+        except Exception as error:  # a decoder may raise anything
+            raise ImageError("damaged", code="damaged_image", status=422) from error
+        return file.getvalue(), ".png"
+
+
+def _copy_jpeg(body: bytes, orientation: int) -> bytes:
+    """Copy the segments of the first image in the JPEG *body* that its pixels depend on."""
+    parts = [b"\xff\xd8"]
+    if orientation != UPRIGHT:
+        tags = struct.pack(">2sHIHHHIHxxI", b"MM", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)
+        parts += [b"\xff\xe1", struct.pack(">H", 8 + len(tags)), b"Exif\0\0", tags]
+    scan: int | None = None  # where the data of the last scan begin
+    for marker, start in jpeg_segments(body):
+        begin, end = start - MARKER_BYTES, start + int.from_bytes(body[start : start + 2], "big")
+        if scan is not None:
+            parts.append(body[scan:begin])
+        scan = end if marker == SCAN else None
+        kind = body[start + 2 : end]
+        if marker == _END:
+            break
+        if marker == JFIF and kind.startswith(b"JFIF\0"):
+            parts += [b"\xff\xe0\0\x10", body[start + 2 : start + JFIF_BYTES - 2], b"\0\0"]
+        elif (
+            marker in NEEDED
+            or (marker == COLORS and kind.startswith(b"ICC_PROFILE\0"))
+            or (marker == ADOBE and kind.startswith(b"Adobe"))
+        ):
+            parts.append(body[begin:end])
+    if scan is not None:  # the file has no end
+        parts.append(body[scan:])
+    return b"".join((*parts, b"\xff\xd9"))

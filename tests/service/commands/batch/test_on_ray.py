@@ -1,0 +1,133 @@
+"""`classify --ray`: the rows of `classify`, from actors of Ray; most tests start real clusters."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.commands.batch.options import ClassifyOptions
+from tests.service.children import below, listening
+from tests.service.commands.batch.conftest import (
+    BAD,
+    SETTINGS,
+    StopError,
+    classify,
+    part_bytes,
+    rows_of,
+    stop_at,
+    write_photos,
+)
+
+on_ray = pytest.importorskip("sopdeploy_service.commands.batch.on_ray")
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+MANY = 400
+SMALL_PARTS = ClassifyOptions(workers=1, part_images=4)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """Two machines, each with room for both actors, without usage statistics and without a dashboard."""
+    from ray.cluster_utils import Cluster
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder,
+    ):
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise Ray writes a token to the home directory
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
+        head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder}
+        started = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            yield started
+        finally:
+            started.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path, tmp_path):
+    """The rows are those of `classify`, also if it began them, and an interrupted run continues."""
+    photos = write_photos(tmp_path / "photos", MANY)
+    classify(bundle_path, [str(photos)], tmp_path / "here", options=SMALL_PARTS)
+    out, options = tmp_path / "out", SMALL_PARTS.model_copy(update={"ray": cluster.address, "actors": 2})
+    with pytest.raises(StopError):
+        classify(bundle_path, [str(photos)], out, options=SMALL_PARTS, on_progress=stop_at(8))
+    written = set(part_bytes(out))
+    other, nodes = cluster.add_node(num_cpus=2, num_gpus=0), set()
+
+    def lose_a_machine(done: int, _errors: int, _total: int) -> None:
+        if done > 4 * len(written) and not nodes:
+            from ray._private.state import actors
+
+            alive = [found for found in actors().values() if found["State"] == "ALIVE"]
+            nodes.update(found["Address"]["NodeID"] for found in alive)
+            cluster.remove_node(other, allow_graceful=False)
+
+    found = classify(bundle_path, [str(photos)], out, options=options, on_progress=lose_a_machine)
+    assert len(nodes) == 2
+    assert (found.num_images, found.num_errors) == (MANY, len(BAD))
+    assert found.classified == MANY - 4 * len(written)
+    assert part_bytes(out) == part_bytes(tmp_path / "here")
+    assert len({row["path"] for row in rows_of(out)}) == MANY
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_cluster_that_the_command_starts_listens_on_loopback_only(bundle_path, tmp_path):
+    photos = write_photos(tmp_path / "photos", 2000)
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        environment = {**os.environ, "RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled"}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        environment.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-m", "sopdeploy", "classify", str(bundle_path), str(photos)]
+        command += ["--out", str(tmp_path / "out"), "--ray", "local", "--part-images", "4"]
+        addresses: set[str] = set()
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as child:
+            ended = threading.Event()
+            while not ended.wait(0.2) and child.poll() is None:
+                for process in (child.pid, *below(child.pid)):
+                    addresses |= set(map(str, listening(process)))
+        assert child.returncode == 0
+    assert addresses == {"127.0.0.1"}
+    assert len(rows_of(tmp_path / "out")) == 2000
+
+
+def test_a_machine_whose_rows_would_differ_is_named(bundle_path, complete):
+    job = on_ray.Job(bundle_path, SETTINGS, SMALL_PARTS)
+    state = job.run_state()
+    assert on_ray.PartActor(job, complete, state)
+    for change in {"runtime": "onnxruntime-cuda 1.31 on cuda:0"}, {"batch": 7}:
+        with pytest.raises(ConfigError, match=r"has onnxruntime .* on cpu .*; use machines of one kind"):
+            on_ray.PartActor(job, complete, state.model_copy(update=change))
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense", "ray://127.0.0.1:10001", "[::1]:x"])
+def test_an_address_without_a_cluster_is_one_line(bundle_path, photos, tmp_path, address):
+    options = ClassifyOptions(ray=address)
+    with pytest.raises(ConfigError, match=r"ray: no Ray cluster at .*; `local` starts one here"):
+        classify(bundle_path, [str(photos)], tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_errors_of_actors_keep_their_class_and_other_text_is_one_line():
+    for text, kind, message in (
+        (
+            "Traceback\n  x\nsopdeploy.errors.ConfigError: a is b\n",
+            "ConfigError",
+            "on the Ray cluster: a is b",
+        ),
+        ("The actor died\nOOM", "RuntimeUnavailableError", "on the Ray cluster: OOM"),
+    ):
+        with pytest.raises(Exception, match=message) as caught, on_ray.errors_of_actors():
+            raise RuntimeError(text)
+        assert type(caught.value).__name__ == kind

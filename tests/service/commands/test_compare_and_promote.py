@@ -1,0 +1,311 @@
+"""Comparing two bundles on photographs, and moving the link to the better one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.bundle.folder import read_manifest
+from sopdeploy.bundle.manifest import FileRecord
+from sopdeploy.cli.app import app
+from sopdeploy.data.datasets.layouts import open_any_images
+from sopdeploy.data.image_files import hash_images
+from sopdeploy.decision import Decision, Rejection
+from sopdeploy.errors import ConfigError, DataError, PromotionError
+from sopdeploy.files import sha256
+from sopdeploy.project import Origin, utc_now
+from sopdeploy_service.commands.compare import compare_bundles
+from sopdeploy_service.commands.predict import predict_files
+from sopdeploy_service.commands.promote import LOG, promote, promote_back
+from sopdeploy_service.settings import Settings
+
+ONE_THREAD = Settings(threads=1)
+
+
+def photograph(number: int) -> Image.Image:
+    """A photograph of a colour of its own with edges of its own."""
+    rng = np.random.default_rng(number)
+    cells = np.kron(rng.random((5, 6)), np.ones((10, 10)))[..., None]
+    return Image.fromarray((cells * 255 * rng.permutation([1.0, 0.6, 0.0])).astype(np.uint8))
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOPDEPLOY_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def bundles(make_bundle, tmp_path_factory) -> tuple[Path, Path]:
+    """Two bundles of different networks with the same classes."""
+    folder = tmp_path_factory.mktemp("bundles")
+    rule = Decision(rejection=Rejection(score="max_probability", threshold=0.5))
+    return make_bundle(folder, seed=0), make_bundle(folder, seed=1, decision=rule)
+
+
+@pytest.fixture(scope="module")
+def labelled(bundles, tmp_path_factory):
+    """`labelled(by, count, first)` sorts photographs into the classes that the bundle *by* gives them."""
+
+    def make(by: Path, count: int = 40, first: int = 0) -> Path:
+        folder = tmp_path_factory.mktemp("photos")
+        for number in range(first, first + count):
+            (prediction,) = predict_files(by, [photograph(number)], ONE_THREAD)
+            path = folder / prediction.classes[0].label / f"{number}.png"
+            path.parent.mkdir(exist_ok=True)
+            photograph(number).save(path)
+        return folder
+
+    return make
+
+
+def with_manifest(bundle: Path, destination: Path, **changes) -> Path:
+    """Copy *bundle*, with other fields in its manifest."""
+    shutil.copytree(bundle, destination)
+    manifest = read_manifest(bundle).model_copy(update=changes)
+    (destination / "manifest.json").write_bytes(manifest.to_bytes())
+    return destination
+
+
+def trained_on(bundle: Path, destination: Path, photos: Path) -> Path:
+    """Copy *bundle*, as if it had been trained on *photos*."""
+    hashes = np.unique(hash_images(open_any_images(photos))).tolist()
+    origin = Origin(
+        run="r", run_id="0", started=utc_now(), data="d", images=len(hashes), classes=7, sample=tuple(hashes)
+    )
+    return with_manifest(bundle, destination, origin=origin)
+
+
+def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
+    first, second = bundles
+    photos = labelled(second)
+    strangers = labelled(first, count=6, first=500)
+    done: list[tuple[int, int]] = []
+    found = compare_bundles(
+        first, second, photos, unknown=strangers, on_image=lambda *counts: done.append(counts)
+    )
+    paths = sorted(photos.rglob("*.png"))
+    answers = [
+        [one.classes[0].label for one in predict_files(bundle, paths, ONE_THREAD)] for bundle in bundles
+    ]
+    right = sum(one == path.parent.name for one, path in zip(answers[0], paths, strict=True))
+    assert (found.images, found.first.top1.right, found.second.top1.right) == (40, right, 40)
+    assert (found.wins, found.losses, found.difference) == (40 - right, 0, (40 - right) / 40)
+    assert found.verdict == "better"
+    assert found.summary.startswith(f"better: +{100 * found.difference:.1f} points (+")
+    assert [one.label for one in found.classes] == sorted(set(answers[1]))
+    assert sum(one.images for one in found.classes) == 40
+    assert found.first.accepted is None
+    known = [one.known for one in predict_files(second, paths, ONE_THREAD)]
+    unknown = [one.known for one in predict_files(second, sorted(strangers.rglob("*.png")), ONE_THREAD)]
+    assert (found.second.accepted.right, found.second.rejected.right) == (sum(known), 6 - sum(unknown))
+    assert done[-1] == (46, 46)
+    assert found.first.median_ms > 0
+    assert all("not recorded" in note or "no images of" in note for note in found.notes)
+    back = compare_bundles(second, first, photos)
+    assert (back.verdict, back.wins, back.difference) == ("worse", 0, -found.difference)
+
+
+def test_copies_of_photographs_count_once(bundles, labelled) -> None:
+    """A user who copies what the second bundle gets right would otherwise prove anything."""
+    first, second = bundles
+    photos = labelled(second, count=24)
+    before = compare_bundles(first, second, photos)
+    for path in sorted(photos.rglob("*.png"))[::2]:
+        image = Image.open(path)
+        for number, quality in enumerate((60, 80, 95)):
+            image.resize((54, 45)).save(path.with_name(f"{path.stem}-{number}.jpg"), quality=quality)
+    after = compare_bundles(first, second, photos)
+    assert (before.copies, after.copies) == (0, 36)
+    assert (after.images, after.wins + after.losses) == (before.images, before.wins + before.losses)
+    assert (after.low, after.high, after.p) == (before.low, before.high, before.p)
+
+
+def test_photographs_of_the_training_and_their_copies_decide_nothing(bundles, labelled, tmp_path) -> None:
+    first, second = bundles
+    photos = labelled(second, count=30)
+    seen = tmp_path / "seen"
+    shutil.copytree(photos, seen)
+    kept = sorted(seen.rglob("*.png"))[12:]
+    for path in kept:
+        path.unlink()
+    trained = trained_on(second, tmp_path / "trained", seen)
+    (one, *_) = sorted(seen.rglob("*.png"))
+    (photos / one.relative_to(seen)).with_name("copy.jpg").write_bytes(b"")
+    Image.open(one).save((photos / one.relative_to(seen)).with_name("copy.jpg"), quality=70)
+    found = compare_bundles(first, trained, photos)
+    assert (found.trained_on, found.images, found.copies, found.suspects) == (13, 18, 0, ())
+    assert not any("trained: its" in note for note in found.notes)
+    with pytest.raises(DataError, match="was trained on all of these photographs"):
+        compare_bundles(first, trained, seen)
+
+
+def test_an_incomplete_record_of_the_training_is_suspect(bundles, labelled, tmp_path, monkeypatch) -> None:
+    photos = labelled(bundles[1], count=20)
+    (photos / "half").mkdir()
+    for path in sorted(photos.rglob("*.png"))[:5]:
+        shutil.copy(path, photos / "half")
+    trained = trained_on(bundles[1], tmp_path / "trained", photos / "half")
+    trained_name = read_manifest(trained).name
+    shutil.rmtree(photos / "half")
+    assert compare_bundles(bundles[0], trained, photos).suspects == ()
+    monkeypatch.setattr("sopdeploy_service.commands.compare.SAMPLED", 5)
+    assert compare_bundles(bundles[0], trained, photos).suspects == (trained_name,)
+
+
+def relabelled(bundle: Path, destination: Path, old: str, new: str) -> Path:
+    """Copy *bundle* with another name of a class."""
+    shutil.copytree(bundle, destination)
+    path = destination / "labels.json"
+    path.write_text(path.read_text().replace(f'"{old}"', f'"{new}"'))
+    manifest = read_manifest(bundle)
+    files = {**manifest.files, path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))}
+    (destination / "manifest.json").write_bytes(manifest.model_copy(update={"files": files}).to_bytes())
+    return destination
+
+
+def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_path) -> None:
+    first, second = bundles
+    photos = labelled(second)
+    classes = {path.name: len(list(path.iterdir())) for path in photos.iterdir()}
+    name = min(classes, key=classes.__getitem__)
+    newer = relabelled(second, tmp_path / "newer", name, "yak")
+    (photos / name).rename(photos / "yak")
+    found = compare_bundles(first, newer, photos)
+    assert found.images == 40 - classes[name]
+    assert [(one.label, one.second) for one in found.new] == [("yak", classes[name])]
+    assert (found.removed, "yak" in [one.label for one in found.classes]) == ((name,), False)
+    (photos / "cow").mkdir()
+    photograph(0).save(photos / "cow" / "0.png")
+    with pytest.raises(DataError, match="cow is no class"):
+        compare_bundles(first, newer, photos)
+
+
+@pytest.fixture
+def shelf(bundles, tmp_path) -> Path:
+    """A folder with both bundles and the link `live` to the first."""
+    for bundle in bundles:
+        shutil.copytree(bundle, tmp_path / "shelf" / bundle.name)
+    promote(tmp_path / "shelf" / bundles[0].name, tmp_path / "shelf" / "live", None)
+    return tmp_path / "shelf"
+
+
+def log_of(shelf: Path) -> list[dict]:
+    return [json.loads(line) for line in (shelf / LOG).read_text().splitlines()]
+
+
+def test_a_better_bundle_is_promoted_and_the_log_says_why(bundles, labelled, shelf) -> None:
+    first, second = (bundle.name for bundle in bundles)
+    move = promote(shelf / second, shelf / "live", labelled(bundles[1]))
+    assert ((shelf / "live").readlink().name, move.before, move.after) == (second, first, second)
+    created, moved = log_of(shelf)
+    assert (created["reason"], created["before"]) == ("first bundle", None)
+    assert moved["reason"].startswith("better: +")
+    assert moved["comparison"]["first"]["bundle"] == first
+    assert moved["user"]
+    assert promote_back(shelf / "live").after == first
+    assert promote_back(shelf / "live").after == second
+    assert [line["after"] for line in log_of(shelf)] == [first, second, first, second]
+
+
+def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, shelf) -> None:
+    first, second = (bundle.name for bundle in bundles)
+    for photos, message in (
+        (labelled(bundles[0]), r"not promoted, worse: -.*; worse in"),
+        (labelled(bundles[1], count=3), r"not promoted, undecided \(about [\d,]+ more labels would decide\)"),
+    ):
+        with pytest.raises(PromotionError, match=message):
+            promote(shelf / second, shelf / "live", photos)
+    with pytest.raises(ConfigError, match="no photographs to compare with"):
+        promote(shelf / second, shelf / "live", None)
+    assert ((shelf / "live").readlink().name, len(log_of(shelf))) == (first, 1)
+    promote(shelf / second, shelf / "live", labelled(bundles[0]), force="rollback of the camera")
+    promote(shelf / first, shelf / "live", None, force="once more")
+    assert [line["reason"] for line in log_of(shelf)[1:]] == ["rollback of the camera", "once more"]
+    assert log_of(shelf)[1]["comparison"]["verdict"] == "worse"
+
+
+def test_a_bundle_that_lacks_a_class_or_has_another_name_is_refused(
+    bundles, labelled, shelf, tmp_path
+) -> None:
+    photos = labelled(bundles[1])
+    name = min(path.name for path in photos.iterdir())
+    narrower = relabelled(bundles[1], tmp_path / "narrower", name, "yak")
+    with pytest.raises(PromotionError, match=f"without the classes {name}"):
+        promote(narrower, shelf / "live", photos)
+    renamed = with_manifest(bundles[1], tmp_path / "renamed", project="other")
+    with pytest.raises(PromotionError, match="its name is other, but clients use tiny"):
+        promote(renamed, shelf / "live", photos)
+
+
+def test_a_damaged_bundle_never_becomes_live(bundles, shelf) -> None:
+    second = shelf / bundles[1].name
+    (second / "model.onnx").write_bytes(b"damaged")
+    for force in (None, "urgent"):
+        with pytest.raises(Exception, match=r"model\.onnx"):
+            promote(second, shelf / ("live" if force else "new"), None, force=force)
+    assert ((shelf / "live").readlink().name, (shelf / "new").is_symlink()) == (bundles[0].name, False)
+
+
+def test_what_is_no_link_stays(bundles, shelf) -> None:
+    with pytest.raises(ConfigError, match="not a link"):
+        promote(shelf / bundles[1].name, shelf / bundles[0].name, None, force="x")
+    with pytest.raises(ConfigError, match="leads to this bundle already"):
+        promote(shelf / "live", shelf / "live", None, force="x")
+    with pytest.raises(PromotionError, match="names no bundle before"):
+        promote_back(shelf / "live")
+
+
+def test_a_move_in_between_and_a_file_system_without_links_change_nothing(
+    bundles, shelf, monkeypatch
+) -> None:
+    module = "sopdeploy_service.commands.promote"
+    first, second = (bundle.name for bundle in bundles)
+
+    def move_away(*_arguments: object) -> None:
+        (shelf / "live").unlink()
+        (shelf / "live").symlink_to("elsewhere")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{module}.load_model", move_away)
+        with pytest.raises(ConfigError, match="was moved by another process"):
+            promote(shelf / second, shelf / "live", None, force="x")
+    (shelf / "live").unlink()
+    (shelf / "live").symlink_to(first)
+
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"{module}.move_link", refuse)
+        with pytest.raises(Exception, match="cannot be written"):
+            promote(shelf / second, shelf / "live", None, force="x")
+    assert ((shelf / "live").readlink().name, len(log_of(shelf))) == (first, 1)
+
+
+def test_a_torn_line_of_the_log_is_skipped(bundles, shelf) -> None:
+    promote(shelf / bundles[1].name, shelf / "live", None, force="x")
+    with (shelf / LOG).open("a") as log:
+        log.write('{"time": "2026-')
+    assert promote_back(shelf / "live").after == bundles[0].name
+    assert promote_back(shelf / "live").after == bundles[1].name
+
+
+def test_the_commands_print_the_verdict_and_json(bundles, labelled, shelf) -> None:
+    photos = str(labelled(bundles[1]))
+    names = [str(shelf / bundle.name) for bundle in bundles]
+    shown = CliRunner().invoke(app, ["compare", *names, "--data", photos])
+    assert (shown.exit_code, shown.stdout.splitlines()[-1][:9]) == (0, "better: +")
+    parsed = json.loads(CliRunner().invoke(app, ["compare", *names, "--data", photos, "--json"]).stdout)
+    assert (parsed["verdict"], parsed["tolerance"]) == ("better", 0.01)
+    live = ["--over", str(shelf / "live")]
+    refused = CliRunner().invoke(app, ["promote", names[1], *live, "--data", photos, "--tolerance", "60"])
+    assert refused.exit_code == 2
+    assert CliRunner().invoke(app, ["promote", names[1]]).exit_code == 2
+    done = CliRunner().invoke(app, ["promote", names[1], *live, "--data", photos])
+    assert (done.exit_code, done.stdout.splitlines()[1][:9]) == (0, "better: +")
+    assert CliRunner().invoke(app, ["promote", "--back", str(shelf / "live")]).exit_code == 0
+    assert (shelf / "live").readlink().name == bundles[0].name

@@ -1,0 +1,80 @@
+"""A folder of kept photographs, and a label server for it in a thread of this process."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from sopdeploy.kept import KeptRecord
+from sopdeploy_service.labelling.app import LOOPBACK_NAMES, create_label_app
+from sopdeploy_service.labelling.folders import LabelFolders
+from sopdeploy_service.server.sockets import bind, url
+from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
+from tests.service.conftest import picture_bytes, wait_for
+
+LABELS = ("hat", "shoes", "t-shirt")
+
+
+def identity(number: int) -> str:
+    return f"{number:032x}"
+
+
+@pytest.fixture
+def keep(tmp_path: Path) -> Callable[..., str]:
+    """`keep(number, logits)` writes a photograph and its record to the folder `kept`; returns its ID."""
+    folder = tmp_path / "kept"
+    folder.mkdir()
+
+    def write(
+        number: int,
+        logits: Sequence[float] = (0.0, 0.0, 0.0),
+        *,
+        labels: Sequence[str] = LABELS,
+        known: bool | None = None,
+        reasons: Sequence[str] = ("low_margin",),
+    ) -> str:
+        name = identity(number)
+        (folder / f"{name}.jpg").write_bytes(picture_bytes((number % 256, 100, 200)))
+        record = KeptRecord.model_validate(
+            {
+                **{"image": f"{name}.jpg", "bundle": "photos-3f6c01d2a4b7", "model": "photos"},
+                **{"time": f"2026-11-22T10:00:{number % 60:02}Z", "reasons": reasons, "labels": labels},
+                **{"logits": logits, "known": known, "near_hash": f"{number:016x}"},
+            }
+        )
+        (folder / f"{name}.json").write_text(record.model_dump_json())
+        return name
+
+    return write
+
+
+@pytest.fixture
+def open_folders(tmp_path: Path) -> Callable[[], LabelFolders]:
+    return lambda: LabelFolders(tmp_path / "kept", tmp_path / "photos")
+
+
+@contextmanager
+def label_server(
+    folders: LabelFolders, names: set[str] = LOOPBACK_NAMES, key: str = ""
+) -> Iterator[httpx.Client]:
+    config = uvicorn.Config(create_label_app(folders, names, key), log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        wait_for(lambda: server.started)
+        try:
+            with httpx.Client(base_url=url(listener), timeout=20) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            thread.join(20)
+
+
+def files_below(folder: Path) -> set[str]:
+    """Paths of all files below *folder*, relative to it."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}

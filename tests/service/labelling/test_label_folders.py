@@ -1,0 +1,196 @@
+"""Labels as moves between folders: where photographs go, undo, restarts, names of classes."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy_service.labelling.folders import GoneError, LabelFolders, check_class_name
+from tests.service.labelling.conftest import LABELS, files_below
+
+
+@pytest.mark.parametrize(
+    ("reasons", "name", "folder"),
+    [
+        (("low_margin",), "hat", "photos/hat"),
+        (("unknown", "low_margin"), "scarf", "photos/scarf"),
+        (("sample",), "hat", "photos-held-out/hat"),
+        (("unknown", "sample"), "scarf", "photos-held-out/scarf"),
+        (("unknown",), None, "photos-unknown"),
+        (("sample",), None, "photos-unknown"),
+    ],
+)
+def test_a_label_moves_the_photograph_to_the_folder_of_its_kind(
+    tmp_path, keep, open_folders, reasons, name, folder
+):
+    one = keep(1, reasons=reasons)
+    content = (tmp_path / "kept" / f"{one}.jpg").read_bytes()
+    folders = open_folders()
+    folders.label(one, name)
+    assert files_below(tmp_path) == {f"{folder}/{one}.jpg"}
+    assert (tmp_path / folder / f"{one}.jpg").read_bytes() == content
+    assert not folders.waiting
+
+
+def test_undo_restores_photographs_records_and_folders_in_reverse_order(tmp_path, keep, open_folders):
+    for number in range(4):
+        keep(number)
+    before = {path: (tmp_path / path).read_bytes() for path in files_below(tmp_path)}
+    folders = open_folders()
+    order = list(folders.waiting)
+    folders.label(order[0], "hat")
+    folders.skip(order[1])
+    folders.label(order[2], None)
+    folders.label(order[3], "hat")
+    for left in (order[3:], order[2:], order[1:], order):
+        folders.undo()
+        assert list(folders.waiting) == left
+    after = {path: (tmp_path / path).read_bytes() for path in files_below(tmp_path)}
+    assert set(after) == set(before)
+    for path, content in before.items():
+        same = after[path] == content or json.loads(after[path]) == json.loads(content)
+        assert same, path
+    assert not list((tmp_path / "photos").iterdir())
+    assert not (tmp_path / "photos-unknown").exists()
+    with pytest.raises(GoneError, match="nothing to undo"):
+        folders.undo()
+
+
+def test_after_a_restart_only_photographs_without_a_label_wait(keep, open_folders):
+    names = [keep(number) for number in range(5)]
+    folders = open_folders()
+    folders.label(names[0], "hat")
+    folders.label(names[1], None)
+    folders.skip(names[2])
+    assert set(open_folders().waiting) == set(names[3:])
+
+
+@pytest.mark.parametrize("stop", ["before the record is deleted", "after a copy to another file system"])
+def test_a_label_that_was_interrupted_is_complete_or_did_not_happen(
+    tmp_path, keep, open_folders, monkeypatch, stop
+):
+    one = keep(1)
+    folders = open_folders()
+
+    def interrupt(*_args, **_options):
+        raise KeyboardInterrupt
+
+    if stop == "before the record is deleted":
+        monkeypatch.setattr(Path, "unlink", interrupt)
+    else:
+        other_file_system(monkeypatch)
+        monkeypatch.setattr("shutil.copyfile", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        folders.label(one, "hat")
+    monkeypatch.undo()
+    waiting = set(open_folders().waiting)
+    labelled = (tmp_path / "photos" / "hat" / f"{one}.jpg").is_file()
+    assert waiting == (set() if labelled else {one})
+    assert labelled is (stop == "before the record is deleted")
+
+
+def other_file_system(monkeypatch) -> None:
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.parent != Path(target).parent:
+            raise OSError(errno.EXDEV, "other file system")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+
+
+def test_labels_and_undo_work_between_file_systems(tmp_path, keep, open_folders, monkeypatch):
+    one = keep(1)
+    other_file_system(monkeypatch)
+    folders = open_folders()
+    folders.label(one, "hat")
+    assert files_below(tmp_path) == {f"photos/hat/{one}.jpg"}
+    folders.undo()
+    assert files_below(tmp_path) == {f"kept/{one}.jpg", f"kept/{one}.json"}
+
+
+@pytest.mark.parametrize("first", ["label", "delete"])
+def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
+    tmp_path, keep, open_folders, first
+):
+    one, other = keep(1), keep(2)
+    folders, second = open_folders(), open_folders()
+    if first == "label":
+        second.label(one, "hat")
+    else:
+        (tmp_path / "kept" / f"{one}.jpg").unlink()
+    with pytest.raises(GoneError, match="has a label already or is no longer kept"):
+        folders.label(one, "shoes")
+    assert not (tmp_path / "photos" / "shoes").exists()
+    assert list(folders.waiting) == [other]
+
+
+def test_one_of_five_photographs_is_from_the_uniform_sample_until_there_are_no_more(keep, open_folders):
+    for number in range(12):
+        keep(number)
+    for number in range(20, 24):
+        keep(number, reasons=("sample",))
+    waiting = open_folders().waiting
+    sampled = [place for place, (_, record) in enumerate(waiting.values()) if "sample" in record.reasons]
+    assert sampled == [0, 5, 10, 15]
+
+
+def test_classes_are_those_of_the_bundles_and_of_the_folders(tmp_path, keep, open_folders):
+    keep(1)
+    keep(2, [0.0, 1.0], labels=["coat", "hat"])
+    for folder in ("photos/scarf", "photos/.hidden", "photos-held-out/belt", "photos-unknown/none"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert open_folders().classes() == sorted([*LABELS, "coat", "scarf", "belt"])
+
+
+INVALID = {
+    **dict.fromkeys(("", "  ", "a" * 101, "é" * 51), "1 to 100 bytes"),
+    **dict.fromkeys(
+        ("a/b", "../hat", "a\\b", "/etc", "a\nb", "a\x00b", "C:", "\u202etah", "a\x7f"), "leave out"
+    ),
+    **dict.fromkeys(("<img src=x>", "a|b", "a\ue000"), "leave out"),
+    **dict.fromkeys((".", "..", ".hat", "hat.", "__MACOSX", "@eaDir"), "hidden"),
+    **dict.fromkeys(("train", "Test", "val", "validation_set"), "a part of the data"),
+    **dict.fromkeys(("Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"), "use the class 'hat'"),
+}
+
+
+def test_names_that_can_name_a_class_are_normalized():
+    names = {"hat": "hat", "  red hat ": "red hat", "e\u0301toile": "\u00e9toile", "t-shirt": "t-shirt"}
+    assert {name: check_class_name(name, list(LABELS)) for name in names} == names
+    decomposed = "cafe\u0301"
+    assert check_class_name(decomposed, [decomposed]) == decomposed
+
+
+@pytest.mark.parametrize("name", INVALID)
+def test_names_that_cannot_name_a_class_are_refused_and_change_nothing(tmp_path, keep, open_folders, name):
+    one = keep(1)
+    before = files_below(tmp_path)
+    with pytest.raises(ConfigError, match=INVALID[name]) as caught:
+        open_folders().label(one, name)
+    assert files_below(tmp_path) == before
+    assert not (tmp_path / "photos").exists()
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_that_cannot_be_used_are_refused(tmp_path):
+    with pytest.raises(DataError, match="no such folder"):
+        LabelFolders(tmp_path / "none", tmp_path / "photos")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "photos" / "train" / "hat").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"in the folder train; give .*photos/train"):
+        LabelFolders(tmp_path / "kept", tmp_path / "photos")
+
+
+def test_links_and_foreign_files_in_the_kept_folder_are_not_shown(tmp_path, keep, open_folders):
+    one, link = keep(1), keep(2)
+    secret = tmp_path / "secret.jpg"
+    secret.write_bytes(b"secret")
+    image = tmp_path / "kept" / f"{link}.jpg"
+    image.unlink()
+    image.symlink_to(secret)
+    (tmp_path / "kept" / "notes.json").write_text("{}")
+    assert list(open_folders().waiting) == [one]

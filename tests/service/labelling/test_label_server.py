@@ -1,0 +1,207 @@
+"""Requests that the server of the label page answers, and those that it refuses."""
+
+import itertools
+import re
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sopdeploy_service.labelling.app import LOOPBACK_NAMES, run_label_server
+from tests.service.conftest import wait_for
+from tests.service.labelling.conftest import files_below, identity, label_server
+
+KEY = "c2VjcmV0LWtleQ"
+ONE = identity(1)
+
+
+@pytest.fixture
+def client(keep, open_folders):
+    keep(1, [0.0, 2.0, 1.0])
+    with label_server(open_folders()) as client:
+        yield client
+
+
+def answer(kind: str = "class", name: str = "hat", one: str = ONE) -> dict[str, str]:
+    return {"id": one, "kind": kind, "name": name}
+
+
+def test_the_state_has_the_photograph_and_the_classes_by_probability(client, tmp_path):
+    (tmp_path / "photos" / "a scarf").mkdir(parents=True)
+    state = client.get("/state").json()
+    assert state["photograph"] == {"id": ONE, "sampled": False, "known": None}
+    assert [one["name"] for one in state["classes"]] == ["shoes", "t-shirt", "hat", "a scarf"]
+    assert [one["probability"] for one in state["classes"]] == [
+        *(pytest.approx(value, abs=1e-3) for value in (0.665, 0.245, 0.090)),
+        None,
+    ]
+    assert (state["done"], state["left"]) == (0, 1)
+    image = client.get(f"/images/{ONE}")
+    assert image.content == (tmp_path / "kept" / f"{ONE}.jpg").read_bytes()
+    assert image.headers["content-type"] == "image/jpeg"
+
+
+REFUSED = {
+    "a name that resolves to this address": {"host": "attacker.example"},
+    "such a name with the port": {"host": "attacker.example:8001"},
+    "a name that begins with localhost": {"host": "localhost.attacker.example"},
+    "another address": {"host": "192.168.1.5:8001"},
+    "no name": {"host": ""},
+    "no valid name": {"host": "[::1"},
+    "user information": {"host": "localhost@attacker.example"},
+    "a page of another host": {"origin": "https://attacker.example"},
+    "a page of another port": {"origin": "http://127.0.0.1:1"},
+    "a page without an origin": {"origin": "null"},
+    "an image in a page of another host": {"sec-fetch-site": "cross-site"},
+    "an image in a page of another port": {"sec-fetch-site": "same-site"},
+}
+
+
+PATHS = {
+    **dict.fromkeys(("/", "/state", f"/images/{ONE}", "/none"), "GET"),
+    **dict.fromkeys(("/label", "/undo"), "POST"),
+}
+
+
+def test_requests_of_other_origins_are_refused_and_change_nothing(client, tmp_path):
+    before = files_below(tmp_path)
+    for (case, headers), (path, method) in itertools.product(REFUSED.items(), PATHS.items()):
+        if path == "/" and "sec-fetch-site" in headers:
+            continue  # a link to the page
+        reply = client.request(method, path, headers=headers, json=answer() if method == "POST" else None)
+        assert reply.status_code == 403, (case, path)
+        assert reply.text in {"this server has another name", "requests of other pages are refused"}
+        assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["localhost:1", "127.0.0.1:1", "[::1]:1", "LOCALHOST:1"])
+def test_the_page_answers_to_each_name_of_this_machine_and_to_its_own_origin(client, name):
+    assert client.get("/state", headers={"host": name, "origin": f"http://{name}"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=b"]
+)
+def test_a_form_cannot_send_a_label(client, tmp_path, kind):
+    body = b'{"id": "%s", "kind": "skip"}' % ONE.encode()
+    assert client.post("/label", content=body, headers={"content-type": kind}).status_code == 415
+    assert files_below(tmp_path) == {f"kept/{ONE}.jpg", f"kept/{ONE}.json"}
+
+
+OTHER_FILES = (
+    *(f"/images/{name}" for name in (identity(2), f"{ONE}.jpg", f"{ONE}.json", f"{ONE}%00", "%2e%2e", ".")),
+    *("/images/..%2fsecret.txt", "/images/../secret.txt", "/images/%2fetc%2fpasswd", "//etc/passwd"),
+    *("/kept", "/photos", "/docs", "/openapi.json", "/label.js"),
+)
+
+
+def test_no_other_file_can_be_read(client, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    (tmp_path / "kept" / "secret.txt").write_text("secret")
+    for path in OTHER_FILES:
+        reply = client.get(path)
+        assert reply.status_code == 404, path
+        assert "secret" not in reply.text
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (answer(name="../hat"), 422),
+        (answer(name="<script>"), 422),
+        (answer(name=""), 422),
+        (answer(one=identity(2)), 409),
+        (answer(one="../../etc/passwd"), 422),
+        (answer(one=ONE.upper() + "x"), 422),
+        (answer(kind="delete"), 422),
+        ({**answer(), "path": "/etc"}, 422),
+        ({}, 422),
+        ([], 422),
+    ],
+)
+def test_a_label_that_cannot_be_used_is_refused_and_changes_nothing(client, tmp_path, body, status):
+    before = files_below(tmp_path)
+    assert client.post("/label", json=body).status_code == status
+    assert client.get("/state").json()["left"] == 1
+    assert files_below(tmp_path) == before
+
+
+def test_two_tabs_do_not_label_a_photograph_twice(client, tmp_path, keep):
+    assert client.post("/label", json=answer(name="hat")).status_code == 200
+    second = client.post("/label", json=answer(name="shoes"))
+    assert second.status_code == 409
+    assert "has a label already" in second.json()["detail"]
+    assert files_below(tmp_path) == {f"photos/hat/{ONE}.jpg"}
+
+
+def test_a_full_disk_is_described_and_the_photograph_waits(client, tmp_path, monkeypatch):
+    def refuse(_path: Path, _target: Path) -> None:
+        raise OSError(28, "No space left on device", "photos")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        reply = client.post("/label", json=answer())
+    assert reply.status_code == 507
+    assert reply.json()["detail"].startswith("photos: cannot be read or written (No space left on device)")
+    assert files_below(tmp_path) == {f"kept/{ONE}.jpg", f"kept/{ONE}.json"}
+    assert client.post("/label", json=answer()).status_code == 200
+
+
+@pytest.mark.parametrize("cookie", ["", "sopdeploy-label=wrong", "sopdeploy-label=", ";=\u00e9;"])
+def test_with_a_key_every_request_needs_it(keep, open_folders, tmp_path, cookie):
+    keep(1)
+    headers = {"cookie": cookie.encode()} if cookie else {}
+    with label_server(open_folders(), key=KEY) as client:
+        for (path, method), query in itertools.product(PATHS.items(), ("", "?key=", "?key=wrong")):
+            body = answer() if method == "POST" else None
+            assert client.request(method, path + query, headers=headers, json=body).status_code == 401
+    assert files_below(tmp_path) == {f"kept/{ONE}.jpg", f"kept/{ONE}.json"}
+
+
+def test_the_key_of_the_address_becomes_a_cookie_that_scripts_cannot_read(keep, open_folders):
+    keep(1)
+    with label_server(open_folders(), LOOPBACK_NAMES | {"desk"}, KEY) as client:
+        reply = client.get(f"/?key={KEY}")
+        assert (reply.status_code, reply.headers["location"]) == (303, "/")
+        cookie = reply.headers["set-cookie"]
+        assert {"HttpOnly", "SameSite=lax"} <= set(cookie.split("; "))
+        assert client.get("/state").json()["left"] == 1  # with the cookie
+        names = {"192.168.1.5:8001": 200, "desk:8001": 200, "attacker.example": 403}
+        headers = {"cookie": f"sopdeploy-label={KEY}"}
+        assert {
+            name: client.get("/state", headers={**headers, "host": name}).status_code for name in names
+        } == names
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])  # noqa: S104
+def test_an_address_that_other_machines_reach_has_a_random_key(keep, tmp_path, host, monkeypatch):
+    has_key = host == "0.0.0.0"  # noqa: S104
+    keep(1)
+    ready: list[tuple[str, int]] = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda *_args, **_options: None)
+    for _ in range(2):
+        run_label_server(tmp_path / "kept", tmp_path / "photos", host, 0, lambda *given: ready.append(given))
+    keys = {re.search(r"\?key=(.{22})$", url)[1] for url, _ in ready} if has_key else set()
+    assert len(keys) == 2 * has_key
+    assert [count for _, count in ready] == [1, 1]
+    assert has_key or all(re.fullmatch(r"http://127\.0\.0\.1:\d+", url) for url, _ in ready)
+
+
+def test_labels_of_many_requests_at_once_are_each_saved_once(keep, open_folders, tmp_path):
+    names = [keep(number) for number in range(20)]
+    statuses: list[int] = []
+    with label_server(open_folders()) as client:
+
+        def label_all(name: str) -> None:
+            with httpx.Client(base_url=client.base_url) as own:
+                statuses.extend(
+                    own.post("/label", json=answer(name=name, one=one)).status_code for one in names
+                )
+
+        threads = [threading.Thread(target=label_all, args=(name,)) for name in ("hat", "shoes")]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: not any(thread.is_alive() for thread in threads))
+    assert sorted(statuses) == [200] * 20 + [409] * 20
+    assert sorted(Path(path).stem for path in files_below(tmp_path)) == names

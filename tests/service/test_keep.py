@@ -1,0 +1,337 @@
+"""A server keeps photographs that are worth a label, outside of requests, and only if it was told to."""
+
+import asyncio
+import base64
+import errno
+import hashlib
+import io
+import os
+import socket
+import struct
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.decision import Decision, Rejection
+from sopdeploy.kept import KeptRecord, read_kept
+from sopdeploy_service import keep
+from sopdeploy_service.front_ends import control
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.inference.results import Prediction
+from sopdeploy_service.keep import Keeper, reasons_to_keep
+from sopdeploy_service.observability.metrics import Metrics
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.settings import Settings
+from tests.service.children import FRONT_ENDS, WAYS, serving
+from tests.service.conftest import LABELS, picture_bytes
+from tests.service.test_shadow import colours
+from tests.sopdeploy.test_kept import record_of
+
+RunServer = Callable[..., AbstractContextManager[httpx.Client]]
+NEVER = "f" * 64  # a hash outside of every sample below 1
+
+
+def deciding(bundle: Bundle, **decision: object) -> Bundle:
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": Decision(**decision)}))
+
+
+def rejecting_all(bundle: Bundle) -> Bundle:
+    return deciding(bundle, rejection=Rejection(score="energy", threshold=1e9))
+
+
+def photos(count: int) -> list[bytes]:
+    """JPEGs of random cells with a place in their EXIF data."""
+    exif = Image.Exif()
+    exif[0x0112], exif.get_ifd(0x8825)[27] = 6, b"SECRET"
+    found = []
+    for seed in range(count):
+        cells = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(cells).resize((80, 64), Image.Resampling.NEAREST).save(file, "JPEG", exif=exif)
+        found.append(file.getvalue())
+    return found
+
+
+def results(client: httpx.Client) -> dict[str, int]:
+    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("sopdeploy_kept")]
+    found: Counter[str] = Counter()
+    for line in lines:
+        found[line.partition('result="')[2].partition('"')[0]] += int(float(line.rpartition(" ")[2]))
+    return {name: count for name, count in found.items() if count}
+
+
+MARGINS = {
+    "far": ([4.0, 0.0, 0.0], {}, ()),
+    "close": ([1.0, 0.9, -5.0], {}, ("low_margin",)),
+    "one class": ([1.0], {}, ()),
+    "unknown": ([4.0, 0.0], {"rejection": Rejection(score="energy", threshold=5.0)}, ("unknown",)),
+    "known": ([4.0, 0.0], {"rejection": Rejection(score="energy", threshold=3.0)}, ()),
+    "several classes": ([4.0, -4.0], {"activation": "sigmoid", "thresholds": (0.5, 0.5)}, ()),
+    "close to a threshold": (
+        [4.0, -4.0],
+        {"activation": "sigmoid", "thresholds": (0.5, 0.1)},
+        ("low_margin",),
+    ),
+}
+
+
+@pytest.mark.parametrize(("logits", "decision", "expected"), MARGINS.values(), ids=MARGINS)
+def test_unknown_and_uncertain_photographs_are_worth_a_label(bundle, logits, decision, expected) -> None:
+    found = reasons_to_keep(deciding(bundle, **decision), np.array(logits, np.float32), NEVER, 0.5)
+    assert found == expected
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def test_the_sample_is_a_share_of_all_files_whatever_they_show(bundle, share: float) -> None:
+    sure = np.array([9.0, 0.0], np.float32)
+    hashes = [hashlib.sha256(b"%d" % number).hexdigest() for number in range(4000)]
+    found = [reasons_to_keep(bundle, sure, sha256, share) for sha256 in hashes]
+    assert set(found) <= {(), ("sample",)}
+    assert abs(found.count(("sample",)) - 4000 * share) <= 3 * (4000 * share * (1 - share)) ** 0.5
+
+
+def test_nothing_is_on_disk_without_the_setting(
+    bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with run_server(onnx_runtime, rejecting_all(bundle), Settings()) as client:
+        for body in photos(3):
+            assert client.post("/v1/classify", content=body).json()["known"] is False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_photograph_is_kept_without_its_place(
+    bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, tmp_path: Path, until
+) -> None:
+    (body,) = photos(1)
+    unknown = rejecting_all(bundle)
+    settings = Settings(keep=tmp_path / "kept", keep_sample=0)
+    with run_server(onnx_runtime, unknown, settings) as client:
+        response = client.post("/v1/classify?top_k=7", content=body).json()
+        until(lambda: results(client) == {"kept": 1})
+    ((path, record),) = read_kept(tmp_path / "kept")
+    kept = path.read_bytes()
+    assert b"SECRET" in body
+    assert b"SECRET" not in kept
+    before, after = Image.open(io.BytesIO(body)), Image.open(io.BytesIO(kept))
+    assert dict(after.getexif()) == {0x0112: 6}
+    assert np.array_equal(np.asarray(before), np.asarray(after))
+    assert path.name == f"{hashlib.sha256(body).hexdigest()[:32]}.jpg"
+    assert (record.bundle, record.model, record.known) == (unknown.manifest.id, "tiny", False)
+    assert (record.labels, record.score) == (tuple(LABELS), pytest.approx(response["score"]))
+    best = record.labels[int(np.argmax(record.logits))]
+    assert (best, "unknown" in record.reasons) == (response["classes"][0]["label"], True)
+
+
+def test_many_classes_are_recorded_best_first(bundle, tmp_path: Path) -> None:
+    labels = tuple(f"class {number}" for number in range(300))
+    logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
+    (body,) = photos(1)
+    kept: list[KeptRecord] = []
+    photo = keep.PredictedPhoto(
+        body, np.zeros((32, 32, 3), np.uint8), logits, replace(bundle, labels=labels), "many",
+        record_of().time, ("sample",),
+    )  # fmt: skip
+    assert keep.keep_photo(photo, NEVER, lambda _, record: kept.append(record) or "kept") == "kept"
+    order = np.argsort(-logits)[:100]
+    assert kept[0].labels == tuple(labels[index] for index in order)
+    assert kept[0].logits == pytest.approx(logits[order].tolist())
+
+
+def test_only_files_that_are_classified_are_kept(
+    bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, tmp_path: Path, until, monkeypatch
+) -> None:
+    monkeypatch.setattr(keep, "WRITE_SHARE", 1e9)
+    first, second, third = photos(3)
+    settings = Settings(keep=tmp_path, keep_sample=1)
+    tensor = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [0] * 3072}
+    with run_server(onnx_runtime, bundle, settings) as client:
+        assert client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
+        assert client.post("/v1/classify", content=b"no image").status_code == 415
+        files = [("image", first), ("image", b"no image"), ("image", second)]
+        assert client.post("/v1/classify", files=files).status_code == 200
+        text = {"image": base64.b64encode(third).decode()}
+        assert client.post("/v1/classify", json=text).status_code == 200
+        until(lambda: sum(results(client).values()) >= 3)
+        assert results(client) == {"kept": 3}
+    names = {f"{hashlib.sha256(body).hexdigest()[:32]}.jpg" for body in (first, second, third)}
+    assert {record.image for _, record in read_kept(tmp_path)} == names
+
+
+def test_a_photograph_on_which_the_shadow_disagrees_is_kept(
+    bundle, make_bundle, run_server: RunServer, tmp_path: Path, until
+) -> None:
+    live, new = (
+        load_model(make_bundle(tmp_path / name, seed=seed), Settings(threads=1))
+        for name, seed in (("live", 0), ("new", 1))
+    )
+    kept = tmp_path / "kept"
+    settings = Settings(threads=1, shadow="new=1", keep=kept, keep_sample=0)
+    bodies = colours(picture_bytes)
+    with run_server(live.runtime, live.bundle, settings, names=("live",), beside={"new": new}) as client:
+        for body in bodies:
+            client.post("/v1/classify", content=body)
+        shadow = lambda: client.get("/info").json()["shadow"]["images"]  # noqa: E731
+        until(lambda: sum(shadow().values()) == len(bodies))
+        counts = shadow()
+        assert counts["differ"] > 0
+        assert counts["agree"] > 0
+        until(lambda: sum(results(client).values()) >= counts["differ"])
+    kept_images = {record.image: record.reasons for _, record in read_kept(kept)}
+    assert "disagreement" in next(iter(kept_images.values()))
+
+
+def make_keeper(store: keep.StoreKept, share: float = 0.0) -> tuple[Keeper, Metrics]:
+    metrics = Metrics()
+    return Keeper(store, share, metrics), metrics
+
+
+def count(metrics: Metrics, result: str) -> float:
+    return metrics.kept_images.labels(result)._value.get()
+
+
+@pytest.fixture
+def offered(bundle: Bundle) -> Callable[[Keeper, bytes], None]:
+    """`offered(keeper, body)` passes an unknown photograph to *keeper*."""
+
+    class Served:
+        name, labels = "tiny", bundle.labels
+
+    Served.bundle = rejecting_all(bundle)  # type: ignore[attr-defined]
+    logits = {"logits": np.arange(7, dtype=np.float32)}
+
+    def offer(keeper: Keeper, body: bytes) -> None:
+        prediction = Prediction(logits, 0.0, 0.0, 1, 0, [])
+        keeper.offer(Served, EncodedImage(body), np.zeros((32, 32, 3), np.uint8), prediction)  # type: ignore[arg-type]
+
+    return offer
+
+
+def test_a_full_queue_drops_and_counts(offered, monkeypatch) -> None:
+    kept: list[bytes] = []
+    keeper, metrics = make_keeper(lambda image, _: kept.append(image) or "kept")
+    monkeypatch.setattr(keep, "MAX_QUEUED_PHOTOS", 3)
+    bodies = photos(6)
+    for body in bodies[:5]:
+        offered(keeper, body)
+    assert count(metrics, "dropped") == 2
+    monkeypatch.setattr(keep, "MAX_QUEUED_PHOTOS", 100)
+    monkeypatch.setattr(keep, "MAX_QUEUED_PHOTO_BYTES", 3 * (len(bodies[0]) + 3072))
+    offered(keeper, bodies[5])
+    assert count(metrics, "dropped") == 3
+    keeper.start()
+    keeper.stop()
+    assert (len(kept), count(metrics, "kept")) == (3, 3)
+
+
+@pytest.mark.parametrize(("share", "stored"), [(0.0, 0), (1.0, 4)])
+def test_only_the_sample_is_written_without_a_rest_of_time(offered, monkeypatch, share, stored) -> None:
+    monkeypatch.setattr(keep, "WRITE_BURST", 0.0)
+    keeper, metrics = make_keeper(lambda *_: "kept", share)
+    for body in photos(4):
+        offered(keeper, body)
+    keeper.start()
+    keeper.stop()
+    assert (count(metrics, "kept"), count(metrics, "dropped")) == (stored, 4 - stored)
+
+
+def test_a_damaged_file_and_a_bug_do_not_end_keeping(offered, caplog) -> None:
+    good, bug, last = photos(3)
+
+    def store(image: bytes, _: KeptRecord) -> str:
+        if image == keep.copy_without_metadata(bug)[0]:
+            raise RuntimeError("bug")
+        return "kept"
+
+    keeper, metrics = make_keeper(store)  # type: ignore[arg-type]
+    for body in (b"no image", good, bug, last):
+        offered(keeper, body)
+    keeper.start()
+    keeper.stop()
+    assert {result: count(metrics, result) for result in ("kept", "dropped", "failed")} == {
+        "kept": 2,
+        "dropped": 1,
+        "failed": 1,
+    }
+    assert "is not kept" in caplog.text
+
+
+def test_a_full_disk_does_not_stop_serving(
+    bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, tmp_path: Path, until, monkeypatch
+) -> None:
+    with run_server(onnx_runtime, rejecting_all(bundle), Settings(keep=tmp_path)) as client:
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(Path, "write_bytes", fail)
+        for body in photos(3):
+            assert client.post("/v1/classify", content=body).status_code == 200
+        until(lambda: results(client) == {"failed": 3})
+
+
+def test_two_front_ends_keep_in_one_folder(tmp_path: Path, make_bundle, until) -> None:
+    decision = Decision(rejection=Rejection(score="energy", threshold=1e9))
+    bundle = make_bundle(tmp_path / "bundle", decision=decision)
+    kept = tmp_path / "kept"
+    bodies = photos(12)
+    options = ["--setting", f"keep={kept}", "--setting", "keep_bytes=65536", "--setting", "keep_sample=1"]
+    with serving(str(bundle), *options, *WAYS[FRONT_ENDS]) as client:
+        for body in bodies:
+            with httpx.Client(base_url=client.base_url) as other:  # a connection to any front end
+                assert other.post("/v1/classify", content=body).status_code == 200
+        until(lambda: sum(results(client).values()) == 12)
+        assert results(client) == {"kept": 12}
+        assert len({record.image for _, record in read_kept(kept)}) == 8
+        assert sum(4096 for file in kept.iterdir() if file.name != ".lock") == 65_536
+
+
+def sent(data: bytes) -> tuple[bytes, KeptRecord]:
+    """What the supervisor receives of *data* from a process."""
+
+    async def receive() -> tuple[bytes, KeptRecord]:
+        ours, theirs = socket.socketpair()
+        with ours:
+            theirs.sendall(data)
+            theirs.close()
+            ours.setblocking(False)
+            return await control.receive_kept(ours)
+
+    return asyncio.run(receive())
+
+
+def test_the_supervisor_receives_what_a_process_sends() -> None:
+    text = record_of().model_dump_json().encode()
+    assert sent(control.RECORD_HEAD.pack(len(text)) + text + b"image") == (b"image", record_of())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x01",
+        control.RECORD_HEAD.pack(2) + b"{}",
+        control.RECORD_HEAD.pack(2**32 - 1) + b"{}",
+        record_of().model_dump_json().replace(".jpg", "/../../x.jpg").encode(),
+    ],
+)
+def test_a_compromised_front_end_writes_no_other_file(data: bytes) -> None:
+    if data.startswith(b'{"image'):
+        data = control.RECORD_HEAD.pack(len(data)) + data
+    with pytest.raises((ValueError, struct.error)):
+        sent(data)
+
+
+def test_a_photograph_that_is_too_large_is_not_received(monkeypatch) -> None:
+    monkeypatch.setattr(control, "MAX_KEPT_BYTES", 1000)
+    with pytest.raises(ValueError, match="too large"):
+        sent(b"x" * 1001)

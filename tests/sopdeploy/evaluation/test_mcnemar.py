@@ -1,0 +1,161 @@
+"""McNemar's test, Tango's interval and the verdict: against scipy, and by enumeration of all results."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import optimize, stats
+
+from sopdeploy.evaluation.mcnemar import (
+    ALPHA,
+    Z_NOT_WORSE,
+    decide,
+    difference_interval,
+    holm,
+    images_to_decide,
+    mcnemar,
+    score_statistic,
+)
+from sopdeploy.evaluation.statistics import Z_95
+
+
+def table_probabilities(images: int, wins: float, losses: float) -> np.ndarray:
+    """Probabilities (images + 1, images + 1) of every number of wins (rows) and losses (columns)."""
+    of_wins = stats.binom.pmf(np.arange(images + 1), images, wins)
+    left = images - np.arange(images + 1)
+    return of_wins[:, None] * stats.binom.pmf(np.arange(images + 1), left[:, None], losses / (1 - wins))
+
+
+def promoted(images: int, tolerance: float) -> np.ndarray:
+    """Which of these numbers `decide` calls better or not worse; `decide` is monotonous in the wins."""
+    accepted = np.zeros((images + 1, images + 1), bool)
+    wins = 0
+    for losses in range(images // 2 + 1):
+        while wins <= images - losses and decide(wins, losses, images, tolerance) in {"worse", "undecided"}:
+            wins += 1
+        accepted[wins:, losses] = True
+    return accepted
+
+
+@pytest.mark.parametrize("wins", [0, 1, 6, 40, 700])
+@pytest.mark.parametrize("losses", [0, 1, 5, 41])
+def test_mcnemar_is_the_binomial_test_of_scipy(wins: int, losses: int) -> None:
+    expected = stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1.0
+    assert mcnemar(wins, losses) == pytest.approx(expected, rel=1e-9)
+
+
+def test_holm_equals_the_definition() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([]) == []
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "images", "difference"),
+    [(10, 4, 100, -0.01), (0, 3, 60, 0.02), (25, 25, 300, -0.05), (2, 0, 40, 0.3)],
+)
+def test_the_variance_is_that_of_the_most_likely_shares(
+    wins: int, losses: int, images: int, difference: float
+) -> None:
+    def unlikely(share: float) -> float:
+        same = images - wins - losses
+        return -float(
+            stats.multinomial.logpmf(
+                [wins, losses, same], images, [share + difference, share, 1 - 2 * share - difference]
+            )
+        )
+
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    share = optimize.minimize_scalar(
+        unlikely, bounds=(low, high), method="bounded", options={"xatol": 1e-9}
+    ).x
+    spread = math.sqrt(images * (2 * share + difference - difference**2))
+    expected = (wins - losses - images * difference) / spread
+    assert score_statistic(wins, losses, images, difference) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("wins", "losses", "images"), [(12, 5, 80), (0, 0, 50), (3, 30, 33), (1, 0, 1)])
+def test_the_ends_of_the_interval_are_just_not_rejected(wins: int, losses: int, images: int) -> None:
+    low, high = difference_interval(wins, losses, images)
+    assert -1 <= low <= (wins - losses) / images <= high <= 1
+    for end, sign in ((low, 1), (high, -1)):
+        if abs(end) < 1 - 1e-9:
+            assert sign * score_statistic(wins, losses, images, end) == pytest.approx(Z_95, abs=1e-3)
+
+
+@pytest.mark.parametrize("differing", [0.05, 0.15, 0.4])
+def test_the_interval_covers_the_true_difference(differing: float) -> None:
+    """Coverage at a true difference of 2 points with 100 images, by enumeration."""
+    share = table_probabilities(100, differing / 2 + 0.01, differing / 2 - 0.01)
+    likely = np.argwhere(share > 1e-7)
+    covered = sum(
+        share[wins, losses]
+        for wins, losses in likely.tolist()
+        if (bounds := difference_interval(wins, losses, 100)).low <= 0.02 <= bounds.high
+    )
+    assert 0.94 < covered < 0.975
+
+
+@pytest.mark.parametrize("tolerance", [0.01, 0.03])
+@pytest.mark.parametrize("images", [20, 60, 299, 300, 305])
+def test_of_bundles_that_are_worse_by_the_tolerance_at_most_5_percent_pass(
+    images: int, tolerance: float
+) -> None:
+    """The exact probability for any share of images on which the bundles differ."""
+    accepted = promoted(images, tolerance)
+    for differing in (*np.geomspace(1.001 * tolerance, 0.6, 12),):
+        losses = (differing + tolerance) / 2
+        assert table_probabilities(images, differing - losses, losses)[accepted].sum() <= ALPHA, differing
+
+
+@pytest.mark.parametrize(("differing", "power"), [(0.03, 0.99), (0.05, 0.92), (0.07, 0.8), (0.1, 0.66)])
+def test_three_points_better_with_300_images_passes_as_often_as_documented(
+    differing: float, power: float
+) -> None:
+    wins = (differing + 0.03) / 2
+    found = table_probabilities(300, wins, differing - wins)[promoted(300, 0.01)].sum()
+    assert power <= found < power + 0.03
+    # The most powerful test of this level, which knows the shares, passes hardly more (Neyman and Pearson).
+    best = stats.norm.cdf(0.04 / math.sqrt((differing - 0.0009) / 300) - stats.norm.isf(ALPHA))
+    assert found > best - 0.05
+
+
+def test_the_verdict_of_each_kind() -> None:
+    cases = {
+        (20, 3, 300): "better",
+        (3, 20, 300): "worse",
+        (0, 0, 320): "not worse",
+        (0, 0, 200): "undecided",
+        (12, 7, 300): "not worse",
+        (10, 12, 300): "undecided",
+        (9000, 9200, 400_000): "not worse",
+    }
+    assert {counts: decide(*counts, 0.01) for counts in cases} == cases
+
+
+@pytest.mark.parametrize(("wins", "losses", "images"), [(9, 6, 150), (30, 20, 200), (6, 14, 200), (0, 0, 50)])
+def test_as_many_more_images_as_stated_decide_in_most_cases(wins: int, losses: int, images: int) -> None:
+    more = images_to_decide(wins, losses, images, 0.01)
+    assert more is not None
+    total = images + more
+    share = table_probabilities(total, wins / images, losses / images)
+    likely = np.argwhere(share > 1e-6)
+    decided = sum(
+        share[won, lost] for won, lost in likely.tolist() if decide(won, lost, total, 0.01) != "undecided"
+    )
+    assert decided > 0.7
+
+
+def test_no_number_of_images_decides_at_the_tolerance() -> None:
+    assert images_to_decide(0, 0, 10, 0.0) is None
+
+
+def test_the_quantile_is_not_the_nominal_one() -> None:
+    """With the 5 % quantile, 60 images would let more than 5 % pass: why `Z_NOT_WORSE` is larger."""
+    share = table_probabilities(100, 0.025, 0.035)
+    results = np.argwhere(share > 0)
+    passing = sum(
+        share[won, lost] for won, lost in results.tolist() if score_statistic(won, lost, 100, -0.01) >= 1.645
+    )
+    assert passing > ALPHA
+    assert Z_NOT_WORSE > 1.645

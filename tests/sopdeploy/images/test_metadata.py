@@ -1,0 +1,146 @@
+"""Copies of image files keep pixels and orientation, and nothing that tells where, when or by whom."""
+
+import io
+from collections.abc import Callable
+
+import hostile_images as hostile
+import numpy as np
+import pytest
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+
+from sopdeploy.errors import ImageError
+from sopdeploy.images.exif import exif_orientation
+from sopdeploy.images.metadata import copy_without_metadata
+from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.preprocess import Preprocess
+
+SECRET = b"SECRET"
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def scene(mode: str = "RGB") -> Image.Image:
+    cells = np.random.default_rng(0).integers(0, 256, (4, 5, 3), np.uint8)
+    return Image.fromarray(cells).resize((75, 60), Image.Resampling.BICUBIC).convert(mode)
+
+
+def secret_exif(orientation: int = 1) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Artist] = SECRET.decode()
+    gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+    gps[ExifTags.GPS.GPSLatitude] = (52.0, 31.0, 12.0)
+    gps[ExifTags.GPS.GPSProcessingMethod] = SECRET
+    return exif.tobytes()
+
+
+def save(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def secret_jpeg(mode: str = "RGB", orientation: int = 1, **options: object) -> bytes:
+    """A JPEG with a secret in every kind of segment, between segments and behind the end."""
+    body = save(scene(mode), "JPEG", exif=secret_exif(orientation), icc_profile=PROFILE, **options)
+    segments = [
+        hostile.segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta>" + SECRET),
+        hostile.segment(0xE0, b"JFXX\0\x10" + SECRET),
+        hostile.segment(0xE2, b"FPXR\0" + SECRET),
+        hostile.segment(0xED, b"Photoshop 3.0\0" + SECRET),
+        hostile.segment(0xEE, b"other" + SECRET),
+        hostile.segment(0xEF, SECRET),
+        hostile.segment(0xFE, SECRET),
+        SECRET,
+    ]
+    tables = body.index(b"\xff\xdb")
+    return body[:tables] + b"".join(segments) + body[tables:] + SECRET + body
+
+
+def opened(body: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(body))
+    image.load()
+    return image
+
+
+JPEGS: dict[str, Callable[[], bytes]] = {
+    "baseline": secret_jpeg,
+    "progressive": lambda: secret_jpeg(progressive=True),
+    "restart markers": lambda: secret_jpeg(restart_marker_blocks=2),
+    "gray": lambda: secret_jpeg("L"),
+    "cmyk": lambda: secret_jpeg("CMYK"),
+    "rgb": lambda: secret_jpeg(keep_rgb=True),
+    "subsampled": lambda: secret_jpeg(subsampling="4:2:0", optimize=True),
+    "thumbnail in JFIF": lambda: save(scene(), "JPEG").replace(
+        b"\xff\xe0\0\x10JFIF\0\x01\x01\0\0\x01\0\x01\0\0",
+        hostile.segment(0xE0, b"JFIF\0\x01\x01\0\0\x01\0\x01\x02\x01" + SECRET),
+        1,
+    ),
+    "two photographs": lambda: save(
+        scene(), "MPO", save_all=True, append_images=[scene("L").convert("RGB")], exif=secret_exif()
+    ),
+}
+
+
+@pytest.mark.parametrize("make", JPEGS.values(), ids=JPEGS)
+def test_a_jpeg_keeps_its_pixels_and_loses_every_secret(make) -> None:
+    body = make()
+    assert SECRET in body
+    copy, suffix = copy_without_metadata(body)
+    assert (suffix, SECRET in copy, copy.count(b"\xff\xd8\xff")) == (".jpg", False, 1)
+    before, after = opened(body), opened(copy)
+    assert np.array_equal(np.asarray(before), np.asarray(after))
+    assert before.mode == after.mode
+    assert after.info.get("icc_profile") == before.info.get("icc_profile")
+    assert not dict(after.getexif())
+    assert copy_without_metadata(copy) == (copy, suffix)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_stays_as_the_only_tag(orientation: int) -> None:
+    copy, _ = copy_without_metadata(secret_jpeg(orientation=orientation))
+    image = opened(copy)
+    assert exif_orientation(image) == orientation
+    assert dict(image.getexif()) == ({} if orientation == 1 else {ExifTags.Base.Orientation: orientation})
+
+
+def test_a_jpeg_without_an_end_gets_one() -> None:
+    body = save(scene(), "JPEG")
+    assert copy_without_metadata(body[:-2]) == copy_without_metadata(body)
+
+
+PNG_TEXT = PngImagePlugin.PngInfo()
+PNG_TEXT.add_text("Comment", SECRET.decode())
+OTHERS: dict[str, Callable[[], bytes]] = {
+    "PNG": lambda: save(scene(), "PNG", pnginfo=PNG_TEXT, exif=secret_exif(6), icc_profile=PROFILE),
+    "PNG with alpha": lambda: save(scene("RGBA"), "PNG", pnginfo=PNG_TEXT),
+    "PNG of 16 bits": lambda: save(scene().convert("I;16"), "PNG", pnginfo=PNG_TEXT),
+    "palette": lambda: save(scene("P"), "PNG", pnginfo=PNG_TEXT),
+    "WEBP": lambda: save(scene(), "WEBP", lossless=True, exif=secret_exif(8), xmp=SECRET),
+    "GIF": lambda: save(scene("P"), "GIF", comment=SECRET),
+    "TIFF": lambda: save(scene(), "TIFF", description=SECRET.decode()),
+}
+
+
+@pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS)
+def test_another_format_becomes_an_upright_png_without_secrets(make) -> None:
+    body = make()
+    assert SECRET in body
+    copy, suffix = copy_without_metadata(body)
+    assert (suffix, SECRET in copy, set(opened(copy).info)) == (".png", False, set())
+    assert np.array_equal(np.asarray(to_rgb(Image.open(io.BytesIO(body)), Preprocess())), opened(copy))
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "not_an_image"),
+        (b"no image", "not_an_image"),
+        (save(scene(), "PNG")[:-900], "damaged_image"),
+        (save(Image.new("1", (11_000, 4000)), "PNG"), "too_much_memory"),
+    ],
+    ids=["empty", "text", "truncated", "large"],
+)
+def test_what_cannot_be_copied_is_refused(body: bytes, code: str) -> None:
+    with pytest.raises(ImageError) as refused:
+        copy_without_metadata(body)
+    assert refused.value.code == code
