@@ -32,7 +32,7 @@ export NO_MKDOCS_2_WARNING := 1
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo quick test fuzz check lint types contracts unit compile tests ray-test test-models cuda-stand-in removable goldens format docs \
-	pictures site gpu-bundles gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
+	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
 	$(BIN)/sopdeploy demo
@@ -118,6 +118,14 @@ $(GPU_VENV)/.installed: pyproject.toml
 
 gpu-bundles: $(STAMP)  ## export the bundles that gpu-check uses to build/gpu, or small ones to CARRY=FOLDER; needs no GPU
 	$(BIN)/python benchmarks/gpu_bundles.py $(if $(CARRY),--carry $(CARRY),build/gpu)
+
+# What pip would install for $(PYTHON), without the project itself.
+gpu-wheels:  ## download to WHEELS=FOLDER what gpu-check needs beside the packages of $(PYTHON)
+	mkdir -p $(WHEELS)
+	$(PYTHON) -m pip install --quiet --dry-run --report $(WHEELS)/missing.json hatchling editables '.[$(GPU_EXTRAS)]'
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) $$($(PYTHON) -c "import json, sys; \
+		found = [found['metadata'] for found in json.load(open(sys.argv[1]))['install']]; \
+		print(*(f\"{one['name']}=={one['version']}\" for one in found if one['name'] != 'sopdeploy'))" $(WHEELS)/missing.json)
 
 gpu-check: $(GPU_VENV)/.installed  ## check this machine's GPU in stages, write docs/benchmarks/gpu.md; see benchmarks/gpu_check.py
 	$(if $(CARRY),,$(GPU_VENV)/bin/python benchmarks/gpu_bundles.py build/gpu)

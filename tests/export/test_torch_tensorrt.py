@@ -1,5 +1,7 @@
 """`sopdeploy engine --via torch-tensorrt`: real converters and a real build; loading a plan needs a GPU."""
 
+import ast
+import inspect
 import json
 import os
 import subprocess
@@ -19,6 +21,7 @@ from sopdeploy.errors import EngineError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy_export.engine_builder import from_program
 from sopdeploy_export.engine_builder.from_program import build_from_program
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.report.results import Exported
@@ -42,6 +45,25 @@ def converted(bundle: Path) -> dict[str, object]:
     assert done.returncode == 0, done.stderr[-2000:]
     answer: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def calls(source: str, name: str) -> ast.Call:
+    """Find the call of the method *name* in *source*."""
+    found = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return next(call for call in found if isinstance(call.func, ast.Attribute) and call.func.attr == name)
+
+
+@needs_converters
+def test_torch_tensorrt_has_every_option_that_we_pass() -> None:
+    """It accepts unknown keywords without effect."""
+    name = "convert_exported_program_to_serialized_trt_engine"
+    compiler = ast.parse((FOLDER / "torch_tensorrt/dynamo/_compiler.py").read_text(encoding="utf-8"))
+    definitions = (node for node in ast.walk(compiler) if isinstance(node, ast.FunctionDef))
+    arguments = next(node.args for node in definitions if node.name == name)
+    accepted = {argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)}
+    passed = {keyword.arg for keyword in calls(inspect.getsource(from_program), name).keywords}
+    assert "output_binding_names" in passed
+    assert passed <= accepted
 
 
 @needs_converters

@@ -1,8 +1,10 @@
 """The stages of `make gpu-check`: the driver, and what runs on the simulated GPU."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_check
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
+from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.images.nvimagecodec import NvImageCodec
 from sopdeploy_service.runtime.onnxruntime import CPU
@@ -120,6 +123,40 @@ def test_the_server_stage_swaps_two_bundles(
     monkeypatch.setattr(gpu_stages, "bundles_in", lambda _: [first, first])
     with pytest.raises(gpu_stages.CheckFailedError, match="a swap did not load the other bundle"):
         gpu_stages.check_server(bundles)
+
+
+TABLE = {"title": "t", "text": "a", "columns": ["way"]}
+
+
+def without_codec(*_: object) -> Any:
+    raise RuntimeUnavailableError("no codec here")
+
+
+def test_a_stage_without_a_gpu_passes_or_keeps_the_rows_that_need_none(
+    bundles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(stage: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["gpu_stages.py", stage, str(bundles)])
+        return gpu_stages.main()
+
+    no_gpu = SimpleNamespace(gpu=lambda: without_codec())
+    monkeypatch.setattr(gpu_stages, "open_cuda", lambda: no_gpu)
+    monkeypatch.setitem(gpu_stages.CHECKS, "decode-fast", lambda _: "decoded")
+    assert run("decode-fast") == 0
+    assert json.loads(capsys.readouterr().out) == {"text": "decoded", "gpu": "none"}
+    monkeypatch.setattr(gpu_stages, "make_decoder", without_codec)
+    monkeypatch.setattr(gpu_jpegs, "decoding_table", lambda ways: {**TABLE, "rows": [[way] for way in ways]})
+    assert run("decoding") == 1
+    out, err = capsys.readouterr()
+    assert [row["row"] for row in gpu_check.json_lines(out.splitlines())] == [["exact"]]
+    assert err == "no codec here\n"
+
+    def http_table(_: object, ways: tuple[str, ...]) -> dict[str, Any]:
+        return {**TABLE, "rows": [["exact"]]} if ways == ("exact",) else without_codec()
+
+    monkeypatch.setattr(gpu_jpegs, "http_table", http_table)
+    assert run("http") == 1
+    assert [row["row"] for row in gpu_check.json_lines(capsys.readouterr().out.splitlines())] == [["exact"]]
 
 
 def test_the_measured_stages_count_images(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from sopdeploy_service.runtime.cuda_libraries import (
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings
+from tests.tensorrt.networks import write
 
 ON_CUDA = Settings(runtime="onnxruntime-cuda")
 MISSING = "cannot open shared object file: No such file or directory"
@@ -114,6 +115,23 @@ def test_onnxruntime_uses_cuda_without_tf32_and_without_fallback_after_errors(
     claim_cuda(monkeypatch, session)
     assert open_runtime(bundle, Settings(runtime="auto")).device == "cuda:0"
     assert asked == [([(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})], "1")]
+
+
+def test_int8_runs_on_cuda_only_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle, asked = write(tmp_path, precision="int8"), []
+
+    def session(*_: Any, providers: Any, **__: Any) -> Any:
+        asked.append(providers)
+        raise RuntimeError("no device")
+
+    claim_cuda(monkeypatch, session)
+    message = r"computes int8 on CUDA in float32; export .* fp16, or .*; try runtime='onnxruntime-cuda'$"
+    with pytest.raises(RuntimeUnavailableError, match=message):
+        open_runtime(bundle, Settings(runtime="auto"))
+    assert asked == []
+    with pytest.raises(RuntimeUnavailableError, match="cannot load the graph: no device"):
+        open_runtime(bundle, ON_CUDA)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("runtime", ["auto", "onnxruntime-cuda"])

@@ -50,6 +50,12 @@ def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     if tensorrt is not None and (folders := tensorrt.usable_engines(bundle, settings)):
         return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
     if has_cuda():
+        if bundle.manifest.precision == "int8":
+            raise RuntimeUnavailableError(
+                f"{bundle.path}: onnxruntime computes int8 on CUDA in float32; export the checkpoint in "
+                "precision fp16, or build a TensorRT engine (sopdeploy engine)",
+                remedies={"runtime": "onnxruntime-cuda"},
+            )
         return "onnxruntime-cuda", "the bundle has no TensorRT engine that can be used here"
     if find_spec("openvino") is None:
         return "onnxruntime-cpu", "ONNX Runtime has no CUDA here, and OpenVINO is not installed"
