@@ -252,7 +252,7 @@ def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None
         b'a_total{route="/"} 2.0\n# TYPE b histogram\n# HELP b y\nb_bucket{le="1.0"} 1.0\n'
         b'b_bucket{le="+Inf"} 3.0\nb_count 3.0\nb_sum 4.5\n'
     )
-    text = merge_metrics({"0": page, "1": page, "2": b""}).decode()
+    text = merge_metrics({"0": page, "1": page, "2": b""}, {}).decode()
     for line in (
         'a_total{process="0",route="/"} 2.0',
         'a_total{process="1",route="/"} 2.0',
