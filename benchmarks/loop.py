@@ -1,7 +1,8 @@
-"""Measures the loop after the first deployment, in parts: keep, label and promote.
+"""Measures the loop after the first deployment, in parts: keep, order and promote.
 
     python benchmarks/loop.py keep --json
     python benchmarks/loop.py order --photos DIR --unknown DIR --weights FILE
+    python benchmarks/loop.py promote
 
 Each part is a module `loop_PART` with a function `measure(arguments)`, which returns its results.
 """
@@ -10,7 +11,7 @@ import importlib
 
 from measure import existing, make_parser, report
 
-PARTS = ("keep", "order")
+PARTS = ("keep", "order", "promote")
 
 
 def main() -> None:

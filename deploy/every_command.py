@@ -51,6 +51,7 @@ ARGUMENTS = {
     "compare": "bundle bundle --data photos",
     "promote": "bundle --over live",
     "serve": "bundle --keys absent",
+    "label": "absent",
     "ray": "bundle",
     "health": "--url http://127.0.0.1:1",
     "key": "app --keys keys.toml",

@@ -33,10 +33,7 @@ from sopdeploy_service.observability.request_context import RequestContext
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
-WRITE_SHARE, WRITE_BURST = (
-    0.02,
-    1.0,
-)  # of the time of a core; seconds of unused time that may be spent at once
+WRITE_SHARE, WRITE_BURST = 0.01, 0.25  # of a core; seconds of unused time that may be spent at once
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
@@ -113,6 +110,7 @@ class Keeper:
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
         self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
         self._bytes_in = self._bytes_out = 0  # of the queue; each is changed by one thread
+        self._budget, self._refilled = WRITE_BURST, time.monotonic()  # seconds of the thread
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
@@ -161,23 +159,29 @@ class Keeper:
         self._photos.put(PredictedPhoto(image.body, pixels, logits, model.bundle, model.name, now, reasons))
 
     def _run(self) -> None:
-        budget, refilled = WRITE_BURST, time.monotonic()
         while (photo := self._photos.get()) is not None:
             self._bytes_out += len(photo.body) + photo.pixels.nbytes
-            sha256 = hashlib.sha256(photo.body).hexdigest()
-            found = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
-            reasons = (*found, *photo.reasons)
-            if not reasons:
-                continue
-            began = time.monotonic()
-            budget, refilled = min(WRITE_BURST, budget + WRITE_SHARE * (began - refilled)), began
-            result: KeptResult = "dropped"
-            if "sample" in reasons or budget > 0:
-                try:
-                    result = keep_photo(photo._replace(reasons=reasons), sha256, self._store)
-                except Exception:  # untrusted bytes, and nothing else sees the error of this thread
-                    log.exception("a photograph of %d bytes is not kept", len(photo.body))
-                    result = "failed"
-            if "sample" not in reasons:
-                budget -= time.monotonic() - began
-            self._counts[result].inc()
+            try:
+                result = self._keep(photo)
+            except Exception:  # untrusted bytes, and nothing else sees the error of this thread
+                log.exception("a photograph of %d bytes is not kept", len(photo.body))
+                result = "failed"
+            if result is not None:
+                self._counts[result].inc()
+
+    def _keep(self, photo: PredictedPhoto) -> KeptResult | None:
+        """Keep *photo* if it is worth a label; return the result, or None if it is not."""
+        sha256 = hashlib.sha256(photo.body).hexdigest()
+        found = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
+        photo = photo._replace(reasons=(*found, *photo.reasons))
+        if not photo.reasons or "sample" in photo.reasons:
+            return keep_photo(photo, sha256, self._store) if photo.reasons else None
+        now, began = time.monotonic(), time.thread_time()
+        self._budget = min(WRITE_BURST, self._budget + WRITE_SHARE * (now - self._refilled))
+        self._refilled = now
+        if self._budget <= 0:
+            return "dropped"
+        try:
+            return keep_photo(photo, sha256, self._store)
+        finally:
+            self._budget -= time.thread_time() - began

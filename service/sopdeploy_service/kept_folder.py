@@ -23,9 +23,7 @@ KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 FILE_BLOCK = 4096  # bytes
 PAUSE_SECONDS = 60.0  # after a write that failed
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
-_INCOMPLETE = re.compile(
-    rf"[0-9a-f]{{32}}\.(?:(?:jpg|png)(?:{re.escape(PARTIAL)})?|json{re.escape(PARTIAL)})"
-)
+_OWN = re.compile(rf"[0-9a-f]{{32}}\.(jpg|png|json)(?:{re.escape(PARTIAL)})?")
 
 log = logging.getLogger("sopdeploy.keep")
 
@@ -80,14 +78,16 @@ class KeptFolder:
         return sum(self._group_bytes) + self._other_bytes
 
     def _read(self) -> None:
-        """Read the records and delete incomplete photographs; other files count, but stay."""
+        """Read the records; delete photographs without one, and the reverse. Other files count, but stay."""
         own: set[Path] = set()
         for path, record in read_kept(self.path):
             files = path, path.with_suffix(".json")
             self._insert(path, record, sum(_size_on_disk(file.stat().st_size) for file in files))
             own.update(files)
         for file in set(self.path.iterdir()) - own:
-            if _INCOMPLETE.fullmatch(file.name):
+            name = _OWN.fullmatch(file.name)
+            others = (".jpg", ".png") if name and name[1] == "json" else (".json",)
+            if name and not any(file.with_suffix(suffix).exists() for suffix in others):
                 file.unlink()
             elif file.is_file():
                 self._other_bytes += _size_on_disk(file.stat().st_size)

@@ -23,6 +23,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy reproduce .*--data",
     r"sopdeploy web ",
     r".* --weights ",
+    r"sopdeploy label |.* --unknown ",  # `tests/service/labelling` labels; these folders come from it
     r".* fgvc",
     r"torchrun ",
     r"#!/bin/bash\n#SBATCH",

@@ -1,4 +1,4 @@
-"""Real networks replay in Chromium within the tolerance of their bundles."""
+"""Networks at full size replay in Chromium; one of the catalog: `tests/export/test_browser.py`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +13,9 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.web.chromium import PageReport
 from sopdeploy_export.web.site import fill_site
-from tests.export.conftest import export_once, trained
 from tests.real.conftest import LITE0, PHOTOS, lite0_file  # noqa: F401 - a fixture
 
-pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("linked_runtime")]
+pytestmark = [pytest.mark.browser, pytest.mark.slow, pytest.mark.usefixtures("linked_runtime")]
 Replay = Callable[[Path], PageReport]
 
 
@@ -27,12 +26,6 @@ def check(exported: Path, folder: Path, replay: Replay) -> None:
     assert (report.failure, report.steps) == ("", steps)
 
 
-def test_a_network_of_the_catalog_replays(tmp_path: Path, replay: Replay) -> None:
-    exported = export_once(trained(), "dsop-resnet8", tmp_path)
-    check(exported.path, tmp_path, replay)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_heads_on_lite0_replay(
     precision: str,
@@ -47,7 +40,6 @@ def test_heads_on_lite0_replay(
     check(exported.path, tmp_path, replay)
 
 
-@pytest.mark.slow
 def test_a_vision_transformer_replays(tmp_path: Path, replay: Replay) -> None:
     torch.manual_seed(0)
     network = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()

@@ -106,28 +106,32 @@ std::vector<Taps> taps(int from, int to, const std::string& interpolation) {
 
 uint8_t rounded(double value) { return uint8_t(std::clamp(std::floor(value + 0.5), 0.0, 255.0)); }
 
-Image resize(const Image& image, int width, int height, const std::string& interpolation) {
-  Image wide{width, image.height, std::vector<uint8_t>(3 * size_t(width) * image.height)};
-  const auto columns = taps(image.width, width, interpolation);
-  for (int y = 0; y < image.height; y++)
-    for (int x = 0; x < width; x++)
-      for (int channel = 0; channel < 3; channel++) {
-        double sum = 0;
-        for (size_t i = 0; i < columns[x].weights.size(); i++)
-          sum += columns[x].weights[i] *
-                 image.pixels[3 * (size_t(y) * image.width + columns[x].first + i) + channel];
-        wide.pixels[3 * (size_t(y) * width + x) + channel] = rounded(sum);
-      }
-  Image result{width, height, std::vector<uint8_t>(3 * size_t(width) * height)};
-  const auto rows = taps(image.height, height, interpolation);
+// One pass: the columns or, with `down`, the rows of the image resampled at `positions`, rounded to 8 bits.
+Image resample(const Image& image, const std::vector<Taps>& positions, bool down) {
+  const int width = down ? image.width : int(positions.size());
+  const int height = down ? int(positions.size()) : image.height;
+  const size_t along = down ? 3 * size_t(image.width) : 3, across = down ? 3 : 3 * size_t(image.width);
+  Image result{width, height, {}};
   for (int y = 0; y < height; y++)
-    for (int x = 0; x < 3 * width; x++) {
-      double sum = 0;
-      for (size_t i = 0; i < rows[y].weights.size(); i++)
-        sum += rows[y].weights[i] * wide.pixels[3 * size_t(width) * (rows[y].first + i) + x];
-      result.pixels[3 * size_t(width) * y + x] = rounded(sum);
+    for (int x = 0; x < width; x++) {
+      const Taps& taps = positions[down ? y : x];
+      for (int channel = 0; channel < 3; channel++) {
+        const size_t start = taps.first * along + (down ? x : y) * across + channel;
+        double sum = 0;
+        for (size_t i = 0; i < taps.weights.size(); i++) sum += taps.weights[i] * image.pixels[start + i * along];
+        result.pixels.push_back(rounded(sum));
+      }
     }
   return result;
+}
+
+Image resize(const Image& image, int width, int height, const std::string& interpolation) {
+  const auto columns = taps(image.width, width, interpolation), rows = taps(image.height, height, interpolation);
+  // Pillow 13 starts with the rows if that removes more; earlier versions start with the columns.
+  const int removed = image.height - height;
+  if (removed > 0 && removed > 2 * (image.width - width))
+    return resample(resample(image, rows, true), columns, false);
+  return resample(resample(image, columns, false), rows, true);
 }
 
 // The network's input (crop, crop, 3) by the rules `preprocess` of the manifest.

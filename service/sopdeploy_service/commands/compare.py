@@ -71,6 +71,11 @@ class ClassChange(StrictModel):
     losses: int
     p: float | None = None
 
+    @property
+    def is_worse(self) -> bool:
+        """Whether the second bundle is worse in this class."""
+        return self.p is not None and self.p <= ALPHA and self.losses > self.wins
+
 
 class BundleComparison(StrictModel):
     """The second bundle compared with the first on `images` photographs of `classes`; fractions, not points.
@@ -114,7 +119,7 @@ class BundleComparison(StrictModel):
     @property
     def worse_classes(self) -> list[str]:
         """Classes in which the second bundle is worse."""
-        return [one.label for one in self.classes if one.p and one.p <= ALPHA and one.losses > one.wins]
+        return [one.label for one in self.classes if one.is_worse]
 
 
 def compare_bundles(
@@ -154,8 +159,8 @@ def compare_bundles(
         right.append(answers == targets)
         own = np.array([one.bundle.labels.index(labels[target]) for target in targets[common]])
         scores.append(_score(one, own, [outputs[0][common], *outputs[1:]], median_ms))
-    changes = _compare_classes(labels, targets[common], [each[common] for each in right])
-    added = _compare_classes(labels, targets[~common], [each[~common] for each in right])
+    changes = compare_classes(labels, targets[common], [each[common] for each in right])
+    added = compare_classes(labels, targets[~common], [each[~common] for each in right])
     wins, losses, count = (
         sum(one.wins for one in changes),
         sum(one.losses for one in changes),
@@ -248,7 +253,7 @@ def _score(
     )
 
 
-def _compare_classes(
+def compare_classes(
     labels: Sequence[str], targets: NDArray[np.int64], right: Sequence[NDArray[np.bool_]]
 ) -> list[ClassChange]:
     """Compare the classes of the photographs of *targets* (N,); *right* (N,) of each bundle are correct."""

@@ -126,11 +126,15 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
     assert again == run
 
 
-def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> None:
+@pytest.mark.part("sopdeploy.training.few_shot")
+def test_settings_can_be_lists() -> None:
     recipe = read_recipe(
         "photos", list(to_assignments({"procedure": {"kind": "few_shot", "heads": ["isqrt", "gap"]}}))
     )
     assert recipe.procedure.heads == ("isqrt", "gap")
+
+
+def test_an_empty_table_enables_what_is_optional() -> None:
     given = list(to_assignments({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
     assert given == ["ema={}"]
     assert read_recipe("digits-dsop", given).ema is not None

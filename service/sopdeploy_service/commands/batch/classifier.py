@@ -8,6 +8,8 @@ The outputs of an image then depend neither on interruptions nor on errors of ot
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
 from operator import itemgetter
 from typing import Any, cast
 
@@ -17,16 +19,18 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import usable_cores
-from sopdeploy.errors import ConfigError, RuntimeUnavailableError
-from sopdeploy_service.commands.batch.decoders import DecoderProcesses
+from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
+from sopdeploy_service.commands.batch.decoders import DecodedImage, DecoderProcesses
 from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder, RunState
-from sopdeploy_service.commands.batch.reader import ListedImage
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ImageOutputs, run_bisected
-from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
+from sopdeploy_service.keep import PredictedPhoto, keep_photo, reasons_to_keep
+from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.runtime.base import DeviceLostError, SelectiveRuntime
 from sopdeploy_service.settings import Settings
 
@@ -38,7 +42,8 @@ DECODER_SETTINGS = {"decode", "max_body_bytes", "max_pixels"}
 class PartClassifier:
     """Classifies parts in this process; as a context manager, it owns the decoders and the loaded bundle.
 
-    Raises `ConfigError` if the bundle does not have the requested features.
+    Raises `ConfigError` if the bundle does not have the requested features, or the folder `keep` of *options*
+    cannot be written.
     """
 
     def __init__(self, loaded: LoadedModel, settings: Settings, options: ClassifyOptions) -> None:
@@ -49,12 +54,15 @@ class PartClassifier:
             message = f"{loaded.bundle.path} has no features; export it with_features"
             raise ConfigError(message, setting="features")
         self._outputs = (names[0], *(features if options.features else ()))
-        self._runtime, self._bundle_id = loaded.runtime, manifest.id
+        self._runtime, self._bundle = loaded.runtime, loaded.bundle
         self._settings, self._options = settings.model_copy(update={"decode": loaded.decode}), options
         self._batch = largest_batch(loaded.runtime, settings)
         self.part_images = self._batch * math.ceil(options.part_images / self._batch)
         self._top_k = settings.classes_per_image(multi_label=manifest.thresholds is not None)
         self._format = RowFormat(loaded.bundle, self._top_k, options)
+        self._kept, self._reader = None, Reader(settings.max_body_bytes)
+        if options.keep is not None:
+            self._kept = KeptFolder(options.keep, settings.keep_bytes, settings.keep_days)
         workers = options.workers or min(usable_cores(), MAX_WORKERS)
         self._decoders = DecoderProcesses(manifest.preprocess, settings, loaded.decode, workers)
 
@@ -64,12 +72,13 @@ class PartClassifier:
 
     def __exit__(self, *_: object) -> None:
         self._decoders.__exit__()
+        self._reader.close()
         self._runtime.close()
 
     def run_state(self, source: str, num_images: int) -> RunState:
         """Return what the rows of a run depend on; *source* is the hash of the list of its images."""
         return RunState(
-            bundle=self._bundle_id,
+            bundle=self._bundle.manifest.id,
             runtime=f"{self._runtime.name} on {self._runtime.device}",
             source=source,
             num_images=num_images,
@@ -97,16 +106,39 @@ class PartClassifier:
             for number, entries in parts
             for first in range(0, len(entries), block_images)
         )
-        for number, decoded_blocks in itertools.groupby(self._decoders.decode(blocks), key=itemgetter(0)):
+        given, listed = itertools.tee(blocks)
+        for number, decoded_blocks in itertools.groupby(self._decoders.decode(given), key=itemgetter(0)):
             rows: list[dict[str, Any]] = []
             for _, (images, pixels) in decoded_blocks:
                 outputs: list[ImageOutputs] = []
                 for first in range(0, len(images), self._batch):
                     outputs += self._run(pixels[first : first + self._batch])
+                _, entries = next(listed)
+                if self._kept is not None:
+                    self._keep(self._kept, zip(entries, images, pixels, outputs, strict=True))
                 block_rows = list(map(self._format.row, images, outputs))
                 on_block(len(block_rows), sum(row["error"] is not None for row in block_rows))
                 rows += block_rows
             yield number, self._format.table(rows)
+
+    def _keep(
+        self,
+        folder: KeptFolder,
+        classified: Iterable[tuple[ListedImage, DecodedImage, NDArray[np.uint8], ImageOutputs]],
+    ) -> None:
+        """Copy photographs that are worth a label to *folder*."""
+        for entry, image, pixels, output in classified:
+            if image.sha256 is None or image.error is not None or isinstance(output, HttpError):
+                continue
+            logits = output[self._outputs[0]]
+            reasons = reasons_to_keep(self._bundle, logits, image.sha256, self._settings.keep_sample)
+            if reasons:
+                with suppress(ImageError):  # it can no longer be read
+                    body, name = self._reader.read(entry), self._bundle.manifest.project
+                    photo = PredictedPhoto(
+                        body, pixels, logits, self._bundle, name, datetime.now(UTC), reasons
+                    )
+                    keep_photo(photo, image.sha256, folder.add)
 
     def write_parts(
         self,

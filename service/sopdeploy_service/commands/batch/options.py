@@ -1,5 +1,6 @@
 """Options of `sopdeploy.classify` and `sopdeploy classify`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import pydantic
@@ -25,5 +26,7 @@ class ClassifyOptions(Options):
     """Copies of the bundle on the Ray cluster; by default one per machine."""
     gpus_per_actor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
     """GPUs of a copy on the Ray cluster: 1, 0.5 lets two share one, 0 uses the CPU."""
+    keep: Path | None = None
+    """Copy photographs that are worth a label to this folder, as a server does."""
     part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = PART_IMAGES
     """Images per parquet file, rounded up to full batches."""

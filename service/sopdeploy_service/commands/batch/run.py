@@ -158,6 +158,8 @@ def _open_classifier(
     """Load *bundle* in this process, or connect to the Ray cluster of *options*, whose machines load it."""
     if options.ray is None:
         return PartClassifier(load_model(bundle, settings), settings, options)
+    if options.keep is not None:
+        raise ConfigError("one process writes to the folder; keep without a Ray cluster", setting="keep")
     prepare_ray(starts=options.ray == NEW_CLUSTER)
     on_ray = import_optional(ON_RAY, "Ray Data", "sopdeploy[batch,ray]", ConfigError, "--ray")
     classifier: RayClassifier = on_ray.RayClassifier(bundle, settings, options)
