@@ -6,6 +6,7 @@ With the simulated engine, every photograph is uncertain; with a bundle, its pre
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -38,8 +39,20 @@ def folder_bytes(folder: Path) -> int:
     return total
 
 
-def put_load_on(folder: Path, kept: Path | None, arguments: argparse.Namespace) -> tuple[Load, int, float]:
-    """Put load on a new server; return the client's figures, the largest size of *kept*, and photos kept."""
+def cpu_seconds(process: int) -> float:
+    """Read the processor time of *process* and its threads."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def put_load_on(
+    folder: Path, kept: Path | None, arguments: argparse.Namespace
+) -> tuple[Load, float, int, float]:
+    """Put load on a new server.
+
+    Returns the client's figures, the server's processor time per image in ms, the largest size of *kept*, and
+    the number of photographs kept.
+    """
     port, largest, ended = free_port(), 0, threading.Event()
     command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), "--largest", str(LARGEST)]
     command += ["--fake", ENGINE] if arguments.bundle is None else ["--bundle", str(arguments.bundle)]
@@ -51,21 +64,29 @@ def put_load_on(folder: Path, kept: Path | None, arguments: argparse.Namespace) 
         while kept is not None and not ended.wait(WATCH_SECONDS):
             largest = max(largest, folder_bytes(kept))
 
-    with started(command, OURS, port, {}, HERE):
+    with started(command, OURS, port, {}, HERE) as process:
         watcher = threading.Thread(target=watch)
         watcher.start()
         url = f"http://127.0.0.1:{port}"
+        before = cpu_seconds(process)
         load = put_load(f"{url}/v1/classify", folder, arguments.seconds, "--connections", CONNECTIONS)
+        used = 1000 * (cpu_seconds(process) - before) / (load.answered * (1 + 1 / arguments.seconds))
         ended.set()
         watcher.join()
         lines = httpx.get(f"{url}/metrics").text.splitlines()
     start = 'sopdeploy_kept_images_total{result="kept"} '
-    return load, largest, sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
+    return (
+        load,
+        used,
+        largest,
+        sum(float(line.removeprefix(start)) for line in lines if line.startswith(start)),
+    )
 
 
 def measure(arguments: argparse.Namespace) -> list[Result]:
     """Measure throughput and p99 with and without `keep`, and the largest size of the folder."""
     sides: dict[bool, list[Load]] = {True: [], False: []}
+    used: dict[bool, list[float]] = {True: [], False: []}
     largest, kept_photos = 0, 0.0
     with tempfile.TemporaryDirectory() as temporary:
         (folder := Path(temporary, "photos")).mkdir()
@@ -73,10 +94,11 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
         (kept := Path(temporary, "kept")).mkdir()
         for number in range(arguments.rounds):
             for keeps in (True, False) if number % 2 else (False, True):
-                load, size, photos = put_load_on(folder, kept if keeps else None, arguments)
+                load, cpu, size, photos = put_load_on(folder, kept if keeps else None, arguments)
                 sides[keeps].append(load)
+                used[keeps].append(cpu)
                 largest, kept_photos = max(largest, size), kept_photos + photos
-                print(f"keep {keeps}: {load}", file=sys.stderr)
+                print(f"keep {keeps}: {load}, {cpu:.2f} ms per image", file=sys.stderr)
     results = [
         Result(
             case=what,
@@ -91,6 +113,14 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
     seconds = arguments.rounds * arguments.seconds
     return [
         *results,
+        Result(
+            case="processor time per image",
+            against="no keep",
+            ours=statistics.median(used[True]),
+            other=statistics.median(used[False]),
+            unit="ms",
+            runs=arguments.rounds,
+        ),
         Result(case="photographs kept", ours=kept_photos / seconds, unit="1/s", runs=arguments.rounds),
         Result(case="largest folder", against="limit", ours=largest, other=LIMIT, unit="bytes", runs=1),
     ]

@@ -33,7 +33,7 @@ from sopdeploy_service.observability.request_context import RequestContext
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
-WRITE_SHARE, WRITE_BURST = 0.02, 0.5  # of a core; seconds of unused time that may be spent at once
+WRITE_SHARE, WRITE_BURST = 0.01, 0.25  # of a core; seconds of unused time that may be spent at once
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
