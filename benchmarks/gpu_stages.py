@@ -68,12 +68,19 @@ def has_tensorrt() -> bool:
 
 def check_cuda(folder: Path, precision: str) -> str:
     """Replay the probes of the bundles of *precision* on the CUDA provider, alone and in batches."""
-    sentences = []
-    for bundle in bundles_in(folder, precision):
-        loaded = load_model(bundle.path, Settings(runtime="onnxruntime-cuda"))
+    passed, failed, bundles = [], [], bundles_in(folder, precision)
+    for bundle in bundles:
+        try:
+            loaded = load_model(bundle.path, Settings(runtime="onnxruntime-cuda"))
+        except SopdeployError as error:
+            failed.append(f"{bundle.name}: {error}")
+            continue
         loaded.runtime.close()
-        sentences.append(f"{bundle.name}: probes {_deviations(loaded.replays)}")
-    return f"{loaded.runtime.name}; {'; '.join(sentences)}"
+        passed.append(f"{bundle.name}: probes {_deviations(loaded.replays)}")
+    if failed:
+        others = "; ".join(passed) or "none"
+        raise CheckFailedError(f"{len(failed)} of {len(bundles)} fail: {'; '.join(failed)}; passed: {others}")
+    return f"{loaded.runtime.name}; {'; '.join(passed)}"
 
 
 def check_tensorrt(folder: Path) -> str:

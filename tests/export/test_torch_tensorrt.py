@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -120,6 +121,24 @@ def test_what_is_missing_is_one_line(
         build_from_program(open_bundle(gated.path), PROFILE, 1 << 30)
     monkeypatch.setitem(sys.modules, "torch_tensorrt", None)
     with pytest.raises(RuntimeUnavailableError, match=r"sopdeploy\[torch-tensorrt\]"):
+        build_from_program(open_bundle(branched.path), PROFILE, 1 << 30)
+
+
+def test_an_operator_without_a_converter_is_named(
+    branched: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def convert(*_: object, **__: object) -> bytes:
+        try:
+            raise RuntimeError(
+                "Conversion of function torch._ops.aten.aten::roll not currently supported!\n\nx"
+            )
+        except RuntimeError as error:
+            raise RuntimeError("Conversion of module GraphModule(\n  (conv1): Module()\n)") from error
+
+    dynamo = SimpleNamespace(convert_exported_program_to_serialized_trt_engine=convert)
+    library = SimpleNamespace(Input=lambda **_: None, dynamo=dynamo)
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", library)
+    with pytest.raises(EngineError, match=r"cannot build the engine: RuntimeError: .*aten::roll not .*!$"):
         build_from_program(open_bundle(branched.path), PROFILE, 1 << 30)
 
 

@@ -13,16 +13,18 @@ import torch
 
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, entry
-from sopdeploy_export.graph import generated_images
+from sopdeploy_export.graph import capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import detach, export_checkpoint
 from sopdeploy_export.precision.casts import float32_parts
+from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.gpu_graphs import accepted
 from tests.sopdeploy.training.small_recipes import few_blocks
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
-from tests.sweep.steps import Small, agreed, detached, exported
+from tests.sweep.steps import FEW, Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
@@ -123,12 +125,23 @@ def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
-@pytest.mark.parametrize("small", [*WALKED, *LOWERED, *OF_TIMM], ids=name)
+@pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
 def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precision, tmp_path: Path) -> None:
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", precision)
     assert report.passed
     assert report.precision == precision
     accepted(onnx.load(tmp_path / "model.onnx"), precision)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("small", OF_TIMM, ids=name)
+def test_gpu_runtimes_accept_networks_of_timm(small: Small, precision: Precision) -> None:
+    network, preprocess = small.build().eval(), Preprocess(resize=small.side, crop=small.side)
+    program = capture_any_batch(network, preprocess, FEW)
+    certified = CapturedGraph(network, program, lower(program, network.outputs))
+    options = ExportOptions(precision=precision, max_batch=FEW.maximum)
+    accepted(convert_precision(certified, preprocess, options).model, precision)
 
 
 @pytest.mark.parametrize(

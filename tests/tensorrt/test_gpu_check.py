@@ -7,14 +7,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gpu_bundles
 import gpu_check
 import gpu_jpegs
 import gpu_stages
 import numpy as np
 import pytest
+import torch
 from onnx import numpy_helper
 
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy.models.registry import create_model
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.images.nvimagecodec import NvImageCodec
 from sopdeploy_service.runtime.onnxruntime import CPU
@@ -99,6 +102,34 @@ def test_what_a_machine_lacks_is_one_line_each(monkeypatch: pytest.MonkeyPatch) 
     lines = gpu_check.preconditions()
     assert {"missing: git", "missing: make"} <= set(lines)
     assert all(line.startswith(("found: ", "missing: ", "too old: ")) for line in lines)
+
+
+def test_a_stage_on_cuda_names_each_network_that_fails(
+    bundles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replay = SimpleNamespace(deviation={"logits": 1.0}, tolerance={"logits": 2.0})
+
+    def load(path: Path, _: object) -> SimpleNamespace:
+        if path.parents[1].name == "first":
+            raise RuntimeUnavailableError("no kernel")
+        return SimpleNamespace(
+            runtime=SimpleNamespace(close=lambda: None, name="onnxruntime 1"), replays={1: replay}
+        )
+
+    monkeypatch.setattr(gpu_stages, "load_model", load)
+    found = r"^1 of 2 fail: tiny-\w+: no kernel; passed: tiny-\w+: probes deviate by 0.50 at batch 1 of their"
+    with pytest.raises(gpu_stages.CheckFailedError, match=found):
+        gpu_stages.check_cuda(bundles, "fp32")
+
+
+def test_the_carried_networks_are_one_of_each_family_and_small() -> None:
+    """Weights are in the checkpoint, the program and three graphs: 4 + 4 + 4 + 2 + 1 bytes each."""
+    with torch.device("meta"):
+        networks = [create_model(case.name, num_classes=10, **case.config) for case in gpu_bundles.CARRIED]
+    families = {case.name.partition("-")[0] for case in gpu_bundles.CARRIED}
+    assert families == {"dsop", "isqrt", "gsop", "gmsop", "efficientnet"}
+    weights = sum(weight.numel() for network in networks for weight in network.parameters())
+    assert 15 * weights < 17 << 20  # the other files take 2.5 MiB
 
 
 def test_the_engine_stage_captures_the_profiles_of_one_batch_size(

@@ -56,7 +56,8 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
             )
         )
     except Exception as error:  # its errors have no common base class
-        raise EngineError(f"{path}: torch-tensorrt cannot build the engine: {first_line(error)}") from error
+        cause = first_line(error.__cause__ or error)  # names the operator; the error itself shows the graph
+        raise EngineError(f"{path}: torch-tensorrt cannot build the engine: {cause}") from error
 
 
 def _cast_images_first(program: ExportedProgram) -> ExportedProgram:
