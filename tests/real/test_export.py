@@ -57,4 +57,4 @@ def test_half_precision_with_class_maps_classifies_a_folder(
     found = sopdeploy.evaluate(exported.path, photos)
     assert found.metrics.top1.share > 0.9
     summary = sopdeploy.classify(exported.path, photos, tmp_path / "rows", workers=1)
-    assert (summary.images, summary.errors) == (32, 0)
+    assert (summary.num_images, summary.num_errors) == (32, 0)
