@@ -76,6 +76,11 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "ops",
         [(f"sum by (model, result) (rate(sopdeploy_shadow_images_total{RATE}))", "{{model}} {{result}}")],
     ),
+    (
+        "Kept photographs, by result",
+        "ops",
+        [(f"sum by (result) (rate(sopdeploy_kept_images_total{RATE}))", "{{result}}")],
+    ),
     ("Shadow: batch time of the same images", "s", quantiles("sopdeploy_shadow_duration_seconds", "side")),
     ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
     (
