@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import sopdeploy
+from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_table
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import writing
@@ -32,7 +33,7 @@ def demo_command(
         run = folder / "run"
         _sopdeploy("train", "--recipe", "digits-dsop", "--out", str(run))
         _sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(folder))
-        bundle = next(folder.glob("dsop-*"))
+        bundle = next(read_bundles(folder)).path
         _sopdeploy("verify", str(bundle))
         _show_command("serve", str(bundle), "--port", "0")
         with sopdeploy.serve(bundle, background=True, port=0) as server:
