@@ -73,7 +73,7 @@ class Photographs:
 def compute_features(photos: Path, unknown: Path, weights: Path) -> Photographs:
     """Compute the vectors of all photographs by the network that `train` starts from."""
     known, others = list_classes(photos).images, open_any_images(unknown)
-    recipe, _ = configure(photos, None, TrainOptions(weights=str(weights)), [])
+    recipe = configure(photos, None, TrainOptions(weights=str(weights)), []).recipe
     model, recipe, _ = create_initial_model(recipe, known.labels, Strategy(select_device("cpu")))
     paths = [
         str(images.path(index).resolve()).encode()

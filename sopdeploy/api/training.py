@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 from rich.console import Console
@@ -33,10 +33,11 @@ MAX_EVALUATED = 5000  # held-out images that a notebook evaluates to show a resu
 
 
 class PreviousRun(StrictModel):
-    """The run that another one starts from: its folder, its accuracy, and what it was trained on."""
+    """The run that another one starts from: its folder, accuracy and recipe, and what it was trained on."""
 
     folder: Path
     accuracy: str
+    recipe: dict[str, Any]
     classes: tuple[str, ...]
     images: int
 
@@ -45,6 +46,14 @@ class PreviousRun(StrictModel):
         names = [name for name in classes if name not in self.classes]
         added = f"{images - self.images:+,} photographs" + f", new: {', '.join(names)}" * bool(names)
         return f"before, {self.folder}: {self.accuracy or 'accuracy not recorded'}; since then {added}"
+
+
+class Configured(NamedTuple):
+    """The recipe of a run, the keys that the caller has set, and the run that it starts from."""
+
+    recipe: Recipe
+    keys: list[str]
+    previous: PreviousRun | None
 
 
 class TrainedRun(TrainingResult):
@@ -130,9 +139,7 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(join_processes())
         given = [*assignments, *to_assignments(settings)]
-        # Read now, because `runs/latest` will lead to the new run.
-        before = None if options.from_ is None else read_previous(Path(options.from_))[0]
-        loaded, keys = configure(data, recipe, options, given)
+        loaded, keys, before = configure(data, recipe, options, given)
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
         folder = numbered_folder(str(loaded.project), strategy, resume=resuming) if out is None else Path(out)
@@ -160,8 +167,8 @@ def train(
     return TrainedRun(**dict(result), previous=text)
 
 
-def read_previous(source: Path) -> tuple[PreviousRun, dict[str, Any]]:
-    """Read the run at *source*, or that of the bundle at *source* from `runs`, and the recipe of the run.
+def read_previous(source: Path) -> PreviousRun:
+    """Read the run at *source*, or that of the bundle at *source* from `runs`.
 
     Raises `ConfigError` if the run of a bundle is not there, and the errors of `read_checkpoint`.
     """
@@ -176,17 +183,19 @@ def read_previous(source: Path) -> tuple[PreviousRun, dict[str, Any]]:
     origin, result = checkpoint.origin, read_result(checkpoint.training)
     if origin is None or result is None or (expected is not None and expected.run_id != origin.run_id):
         raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
-    accuracy = dict(result.rows()).get("accuracy", "")
-    previous = PreviousRun(
-        folder=best.parent, accuracy=accuracy, classes=checkpoint.labels, images=origin.images
+    return PreviousRun(
+        folder=best.parent,
+        accuracy=dict(result.rows()).get("accuracy", ""),
+        recipe=checkpoint.training["recipe"],
+        classes=checkpoint.labels,
+        images=origin.images,
     )
-    return previous, checkpoint.training["recipe"]
 
 
 def configure(
     data: str | Path | None, recipe: str | Path | None, options: TrainOptions, assignments: Sequence[str]
-) -> tuple[Recipe, list[str]]:
-    """Read *recipe* with the given changes and name its project; return it and the keys that were changed.
+) -> Configured:
+    """Read *recipe*, or that of the run to start from, with the given changes, and name its project.
 
     Without a recipe and a network, a weight file determines the network. Raises `ConfigError` if there are no
     data and no recipe, or if a value is invalid.
@@ -195,7 +204,8 @@ def configure(
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
     if recipe is not None and options.from_ is not None:
         raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
-    recorded = None if options.from_ is None else read_previous(Path(options.from_))[1]
+    previous = None if options.from_ is None else read_previous(Path(options.from_))
+    recorded = None if previous is None else previous.recipe
     source, settings = recipe or FOLDER_RECIPE, _compared_networks(options)
     settings |= {
         "project": options.name,
@@ -216,7 +226,7 @@ def configure(
         name = path and folder_project(path)
         name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         loaded = loaded.model_copy(update={"project": name})
-    return loaded, keys
+    return Configured(loaded, keys, previous)
 
 
 def _compared_networks(options: TrainOptions) -> dict[str, Any]:

@@ -58,7 +58,7 @@ CONFIGURED: dict[str, tuple[dict[str, Any], str]] = {
 def test_train_names_the_project_by_name_folder_or_recipe(case: str) -> None:
     given, expected = CONFIGURED[case]
     options = TrainOptions(name=given.get("name"))
-    recipe, _ = configure(given.get("data"), given.get("recipe"), options, given.get("assignments", []))
+    recipe = configure(given.get("data"), given.get("recipe"), options, given.get("assignments", [])).recipe
     assert recipe.project == expected
 
 

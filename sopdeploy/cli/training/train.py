@@ -113,7 +113,7 @@ def _print_dry_run(
     from sopdeploy.training.dry_run import dry_run
     from sopdeploy.training.recipe import flatten
 
-    dry = dry_run(configure(data, recipe, options, settings)[0])
+    dry = dry_run(configure(data, recipe, options, settings).recipe)
     if as_json:
         print_json(dry.model_dump(mode="json"))
         return

@@ -293,7 +293,7 @@ def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
 def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
-    recipe, _ = configure(name, None, TrainOptions(weights=name), [])
+    recipe = configure(name, None, TrainOptions(weights=name), []).recipe
     assert str(getattr(recipe.data, "path", None)) == name
     assert recipe.start is not None
     assert str(recipe.start.weights) == name

@@ -464,7 +464,7 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     ],
 )
 def test_networks_to_compare_become_settings(models, expected):
-    recipe, _ = configure(None, "photos", TrainOptions(models=models), [])
+    recipe = configure(None, "photos", TrainOptions(models=models), []).recipe
     assert (recipe.model.name, recipe.procedure, str(recipe.start.weights)) == expected
     with pytest.raises(ConfigError, match="a name is empty"):
         configure(None, "photos", TrainOptions(models="a,,b"), [])

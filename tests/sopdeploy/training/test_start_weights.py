@@ -134,8 +134,8 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
     if hub is not None:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": hub}))
     options = TrainOptions(weights=str(tmp_path / name))
-    assert configure("photos", None, options, ())[0].model.name == "timm:test_efficientnet"
-    assert configure("photos", None, options, ("model.name=resnet18",))[0].model.name == "resnet18"
+    assert configure("photos", None, options, ()).recipe.model.name == "timm:test_efficientnet"
+    assert configure("photos", None, options, ("model.name=resnet18",)).recipe.model.name == "resnet18"
 
 
 def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server) -> None:
