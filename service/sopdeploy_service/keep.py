@@ -10,7 +10,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeAlias, get_args
 
@@ -24,12 +24,10 @@ from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import MAX_KEPT_LABELS, KeptRecord, Reason, near_hash
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.model_worker import QueuedImage
-from sopdeploy_service.inference.results import Outcome, Prediction, top_indices
-from sopdeploy_service.inference.service import Images
+from sopdeploy_service.inference.results import Prediction, top_indices
+from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.kept_folder import KeptResult
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.observability.request_context import RequestContext
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
@@ -122,19 +120,12 @@ class Keeper:
         self._photos.put(None)
         self._thread.join(_STOP_SECONDS)
 
-    def observe(
-        self,
-        model: Model,
-        context: RequestContext,
-        items: Sequence[QueuedImage],
-        images: Images,
-        outcomes: Sequence[Outcome],
-    ) -> None:
-        """Queue the photographs of a request that may be kept."""
-        if context.may_keep:
-            for item, image, outcome in zip(items, images, outcomes, strict=True):
-                if isinstance(image, EncodedImage) and isinstance(outcome, Prediction):
-                    self.offer(model, image, item.image, outcome)
+    def observe(self, request: ObservedRequest) -> None:
+        """Queue the photographs of a *request* that may be kept."""
+        if request.context.may_keep:
+            for image, pixels, prediction in request.predicted():
+                if isinstance(image, EncodedImage):
+                    self.offer(request.model, image, pixels, prediction)
 
     def offer(
         self,
@@ -174,8 +165,10 @@ class Keeper:
         sha256 = hashlib.sha256(photo.body).hexdigest()
         found = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
         photo = photo._replace(reasons=(*found, *photo.reasons))
-        if not photo.reasons or "sample" in photo.reasons:
-            return keep_photo(photo, sha256, self._store) if photo.reasons else None
+        if not photo.reasons:
+            return None
+        if "sample" in photo.reasons:
+            return keep_photo(photo, sha256, self._store)
         now, began = time.monotonic(), time.thread_time()
         self._budget = min(WRITE_BURST, self._budget + WRITE_SHARE * (now - self._refilled))
         self._refilled = now

@@ -29,9 +29,8 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage
 from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError, rank_classes
-from sopdeploy_service.inference.service import Images, Service
+from sopdeploy_service.inference.service import ObservedRequest, Service
 from sopdeploy_service.keep import Keeper
-from sopdeploy_service.observability.request_context import RequestContext
 
 MAX_WAITING_IMAGES = 32  # images
 MAX_WAITING_BYTES = 32_000_000
@@ -152,18 +151,10 @@ class Shadow:
             images=self.counts,
         )
 
-    def observe(
-        self,
-        model: Model,
-        context: RequestContext,
-        items: Sequence[QueuedImage],
-        images: Images,
-        outcomes: Sequence[Outcome],
-    ) -> None:
-        """Queue the images of a request to the live model if the request is sampled."""
-        if model.name == self._live and self.samples(context.request_id):
-            keep = self._keeper is not None and context.may_keep
-            self._offer(model, items, images, outcomes, keep=keep)
+    def observe(self, request: ObservedRequest) -> None:
+        """Queue the images of a *request* to the live model if the request is sampled."""
+        if request.model.name == self._live and self.samples(request.context.request_id):
+            self._offer(request)
         asyncio.get_running_loop().call_soon(self._advance)  # after the response
 
     def samples(self, request_id: str) -> bool:
@@ -181,26 +172,16 @@ class Shadow:
         self._waiting.clear()
         return await self._service.registry.promote(self.name, self._live)
 
-    def _offer(
-        self,
-        live: Model,
-        items: Sequence[QueuedImage],
-        images: Images,
-        outcomes: Sequence[Outcome],
-        *,
-        keep: bool,
-    ) -> None:
-        """Queue the images that the *live* model has predicted; drop images beyond `MAX_WAITING_IMAGES`.
+    def _offer(self, request: ObservedRequest) -> None:
+        """Queue the images that the live model has predicted; drop images beyond `MAX_WAITING_IMAGES`.
 
-        *items* have the decoded pixels. Images that the live model rejects are not compared. With *keep*,
-        files wait, too.
+        Images that the live model rejects are not compared. Files that may be kept wait, too.
         """
+        live, keep = request.model, self._keeper is not None and request.context.may_keep
         same_preprocess = live.bundle.manifest.preprocess == self.model.bundle.manifest.preprocess
-        for item, image, outcome in zip(items, images, outcomes, strict=True):
-            if not isinstance(outcome, Prediction):
-                continue
-            offered: Image = item.image if same_preprocess else image
-            to_keep = (image, item.image) if keep and isinstance(image, EncodedImage) else None
+        for image, pixels, prediction in request.predicted():
+            offered: Image = pixels if same_preprocess else image
+            to_keep = (image, pixels) if keep and isinstance(image, EncodedImage) else None
             held = to_keep or (offered,)
             size = sum(len(each.body) if isinstance(each, EncodedImage) else each.nbytes for each in held)
             waiting_bytes = sum(entry.bytes for entry in self._waiting)
@@ -210,7 +191,7 @@ class Shadow:
             if full or unfit or self.model.dead:
                 self._count("dropped")
             else:
-                self._waiting.append(_Waiting(offered, size, live, outcome, to_keep))
+                self._waiting.append(_Waiting(offered, size, live, prediction, to_keep))
 
     def _advance(self) -> None:
         """Begin the next image if the live model is idle; call it after every event that can make it idle."""

@@ -27,6 +27,7 @@ from sopdeploy_service.front_ends import control
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import Prediction
+from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.keep import Keeper, reasons_to_keep
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
@@ -232,7 +233,8 @@ def test_images_of_other_routes_are_not_kept(bundle) -> None:
     prediction = Prediction({"logits": np.arange(7, dtype=np.float32)}, 0.0, 0.0, 1, 0, [])
     for may_keep in (False, True):
         context = RequestContext("id", may_keep=may_keep)
-        keeper.observe(Served, context, [Item], [EncodedImage(body)], [prediction])  # type: ignore[arg-type, list-item]
+        request = ObservedRequest(Served, context, [Item], [EncodedImage(body)], [prediction])  # type: ignore[arg-type, list-item]
+        keeper.observe(request)
         assert keeper._photos.qsize() == may_keep
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,10 +54,27 @@ MAX_RETRY_SECONDS = 60
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
 State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "runtime_restarting", "loop_blocked"]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
-# Observes the outcomes of a request before its response; the items have the decoded pixels.
-Observe: TypeAlias = Callable[[Model, RequestContext, Sequence[QueuedImage], Images, Sequence[Outcome]], None]
 
 log = logging.getLogger("sopdeploy.service")
+
+
+class ObservedRequest(NamedTuple):
+    """The images of a request and their outcomes, before its response; the items have the decoded pixels."""
+
+    model: Model
+    context: RequestContext
+    items: Sequence[QueuedImage]
+    images: Images
+    outcomes: Sequence[Outcome]
+
+    def predicted(self) -> Iterator[tuple[EncodedImage | NDArray[np.uint8], NDArray[np.uint8], Prediction]]:
+        """Yield each predicted image as it was sent, the pixels that the model got, and its prediction."""
+        for item, image, outcome in zip(self.items, self.images, self.outcomes, strict=True):
+            if isinstance(outcome, Prediction):
+                yield image, item.image, outcome
+
+
+Observe: TypeAlias = Callable[[ObservedRequest], None]
 
 
 class Service:
@@ -235,8 +252,9 @@ class Service:
         for outcome in outcomes:
             if isinstance(outcome, HttpError) and outcome in {DEADLINE, DECODERS_BUSY}:
                 raise RejectedError(outcome)
+        request = ObservedRequest(model, context, items, images, outcomes)
         for observe in self.observers:
-            observe(model, context, items, images, outcomes)
+            observe(request)
         return outcomes
 
     def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:
