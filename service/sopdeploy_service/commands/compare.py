@@ -161,11 +161,8 @@ def compare_bundles(
         scores.append(_score(one, own, [outputs[0][common], *outputs[1:]], median_ms))
     changes = compare_classes(labels, targets[common], [each[common] for each in right])
     added = compare_classes(labels, targets[~common], [each[~common] for each in right])
-    wins, losses, count = (
-        sum(one.wins for one in changes),
-        sum(one.losses for one in changes),
-        int(common.sum()),
-    )
+    wins, losses = sum(one.wins for one in changes), sum(one.losses for one in changes)
+    count = int(common.sum())
     low, high = difference_interval(wins, losses, count)
     return BundleComparison(
         first=scores[0], second=scores[1], images=count, **left_out,

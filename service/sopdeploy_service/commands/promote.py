@@ -59,11 +59,9 @@ def promote(
     before = _target(link)
     target = os.path.relpath(new.resolve(), link.parent.resolve())
     comparison, reason = None, force or "first bundle"
-    if not link.exists():
-        load_model(new, load_settings())
-    elif link.resolve() == new.resolve():
+    if link.exists() and link.resolve() == new.resolve():
         raise ConfigError(f"{link}: leads to this bundle already; name another one")
-    elif data is not None:
+    if link.exists() and data is not None:
         comparison = compare_bundles(link, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
         objections = _object(comparison, read_manifest(link).project, read_manifest(new).project)
         if objections and force is None:
@@ -72,7 +70,7 @@ def promote(
                 lists={"objections": objections},
             )
         reason = force or comparison.summary
-    elif force is None:
+    elif link.exists() and force is None:
         raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     else:
         load_model(new, load_settings())

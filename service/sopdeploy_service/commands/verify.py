@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
@@ -60,20 +61,20 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
     bundle, examples = loaded.bundle, read_golden(loaded.bundle)
     output = bundle.manifest.outputs[0].name
     differences, num_stable, stability = [], 0, bundle.manifest.stability
+
+    def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = loaded.runtime.run(pixels[None])[output][0]
+        return logits
+
     for example in examples:
         image = EncodedImage(example.jpeg)
         rules, size = bundle.manifest.preprocess, len(example.jpeg)
         decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
         with must_run(loaded.runtime):
-            difference = check_golden(
-                example,
-                decoded.pixels,
-                lambda image: loaded.runtime.run(image[None])[output][0],
-                bundle.manifest.versions.get("pillow"),
-            )
+            exporter = bundle.manifest.versions.get("pillow")
+            difference = check_golden(example, decoded.pixels, run, exporter)
             if stability is not None and stability.is_stable(example.logits):
-                logits = loaded.runtime.run(decoded.pixels[None])[output][0]
-                if logits.argmax() != example.logits.argmax():
+                if run(decoded.pixels).argmax() != example.logits.argmax():
                     raise ParityError(
                         f"{example.name}: its class is marked as stable, but it gets another one here; "
                         "install the versions that the manifest names"

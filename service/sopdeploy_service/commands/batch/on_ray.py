@@ -123,10 +123,8 @@ class RayClassifier:
             cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
             workers = workers or min([MAX_WORKERS, *filter(None, cores)])
             actors = actors or max(1, sum(number >= workers for number in cores))
-        self._actors, self._resources = (
-            actors,
-            {"num_cpus": workers, "num_gpus": self._options.gpus_per_actor},
-        )
+        self._actors = actors
+        self._resources = {"num_cpus": workers, "num_gpus": self._options.gpus_per_actor}
         options = self._options.model_copy(update={"workers": workers})
         self._job = Job(self._bundle, self._settings, options)
         return self
