@@ -10,8 +10,9 @@ import pytest
 DESK = {"width": 1200, "height": 900}
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
+    """One browser per file: while it runs, Playwright's event loop prevents `asyncio.run` in this process."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
