@@ -22,7 +22,8 @@ from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_ima
 from sopdeploy.data.image_files import ImageFiles, hash_images, map_threaded
 from sopdeploy.data.near import MAX_DIVIDED, groups_of_files, signature
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.mcnemar import (
+from sopdeploy.evaluation.metrics import Rate, calibration_error
+from sopdeploy.evaluation.statistics import (
     ALPHA,
     Verdict,
     decide,
@@ -31,7 +32,6 @@ from sopdeploy.evaluation.mcnemar import (
     images_to_decide,
     mcnemar,
 )
-from sopdeploy.evaluation.metrics import Rate, calibration_error
 from sopdeploy.project import SAMPLED
 from sopdeploy_service.commands.evaluate import view_logits
 from sopdeploy_service.inference.loader import LoadedModel, load_model

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from sopdeploy.evaluation.mcnemar import (
+from sopdeploy.evaluation.statistics import (
     ALPHA,
+    Z_95,
     Z_NOT_WORSE,
     decide,
     difference_interval,
@@ -16,7 +17,6 @@ from sopdeploy.evaluation.mcnemar import (
     mcnemar,
     score_statistic,
 )
-from sopdeploy.evaluation.statistics import Z_95
 
 
 def table_probabilities(images: int, wins: float, losses: float) -> np.ndarray:
