@@ -10,7 +10,7 @@ import argparse
 import numpy as np
 from measure import Result
 
-from sopdeploy.evaluation.statistics import decide
+from sopdeploy.evaluation.mcnemar import decide
 from sopdeploy_service.commands.compare import compare_classes
 
 PAIRS = 1000
