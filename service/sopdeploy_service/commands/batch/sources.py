@@ -18,7 +18,7 @@ from sopdeploy.data.folders import is_hidden, is_image, walk
 from sopdeploy.errors import DataError
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
-from sopdeploy_service.commands.batch.reader import UNKNOWN, ListedImage, is_url, open_location, open_store
+from sopdeploy_service.commands.batch.listing import UNKNOWN, ListedImage, is_url, open_location, open_store
 
 LIST, TAR = ".txt", ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz")

@@ -9,8 +9,7 @@ import fsspec
 import pytest
 
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy_service.commands.batch.listing import Listing, write_list
-from sopdeploy_service.commands.batch.reader import ListedImage, Reader
+from sopdeploy_service.commands.batch.listing import ListedImage, Listing, Reader, write_list
 from sopdeploy_service.commands.batch.sources import list_entries
 
 BODIES = {"b/2.jpg": b"two", "a.png": b"one", "b/c/3.JPEG": b"three", "z.gif": b"four"}
