@@ -99,8 +99,7 @@ class Metrics:
         self.runtime_seconds = counter("runtime_seconds", "Busy time of the runtime", ("model",))
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
-        self.dropped_log_lines = DROPPED  # of this process, whichever server it has
-        registry.register(DROPPED)
+        registry.register(DROPPED)  # of this process, whichever server it has
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
         self._drift_distance = gauge(
             "drift_distance",
@@ -130,8 +129,8 @@ class Metrics:
         """Show the drift of *model*, NaN before its first full window."""
         counts = self.of(model)
         for test in TESTS:
-            self._drift_distance.labels(model, test).set_function(partial(counts.drift_distance, test))
-            self._drift_p_value.labels(model, test).set_function(partial(counts.drift_p_value, test))
+            self._drift_distance.labels(model, test).set_function(partial(counts.drift_of, test, "distance"))
+            self._drift_p_value.labels(model, test).set_function(partial(counts.drift_of, test, "p_value"))
 
     def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, decode: str, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
@@ -203,13 +202,9 @@ class ModelMetrics:
         for seconds in waited:
             self._stage("queue", seconds)
 
-    def drift_distance(self, test: str) -> float:
-        """Return the distance of the drift *test*; NaN before the first full window."""
-        return math.nan if self.drift is None else self.drift.tests[test].distance
-
-    def drift_p_value(self, test: str) -> float:
-        """Return the p-value of the drift *test*; NaN before the first full window."""
-        return math.nan if self.drift is None else self.drift.tests[test].p_value
+    def drift_of(self, test: str, what: Literal["distance", "p_value"]) -> float:
+        """Return the result of the drift *test*; NaN before the first full window."""
+        return math.nan if self.drift is None else float(getattr(self.drift.tests[test], what))
 
 
 def drift_window(bundle: Bundle) -> "DriftWindow | None":
