@@ -14,7 +14,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
-from sopdeploy_service.commands.batch.listing import ListedImage, Reader
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.commands.batch.sources import list_entries
 from sopdeploy_service.commands.predict import read_image
 from tests.sopdeploy.data.small_data import jpeg, write_classes

@@ -22,9 +22,11 @@ from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch.decoders import DecodedImage, DecoderProcesses
-from sopdeploy_service.commands.batch.listing import ListedImage, Listing, Reader, import_pyarrow
+from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder, RunState
+from sopdeploy_service.commands.batch.parquet import import_pyarrow
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ImageOutputs, run_bisected
 from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError, rank_classes

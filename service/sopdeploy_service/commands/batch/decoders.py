@@ -25,7 +25,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.commands.batch.listing import ListedImage, Reader
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.results import DECODER_FAILED

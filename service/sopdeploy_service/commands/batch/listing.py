@@ -1,8 +1,7 @@
-"""The list of all images of a run, a parquet file with one row group per part, and the bytes of the images.
+"""The list of all images of a run, as a parquet file with one row group per part.
 
 A part is a fixed range of the list, so a resumed run writes the same parts as an uninterrupted one. The list
-is on disk, because a list of millions of images does not fit into memory. The bytes are those of files,
-members of tar archives, or objects of a store.
+is on disk, because a list of millions of images does not fit into memory.
 """
 
 import hashlib
@@ -10,97 +9,9 @@ import os
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
-from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError, ImageError
-from sopdeploy.files import open_regular, read_at_most
-
-WHOLE = -1  # offset of an image that is a whole file
-UNKNOWN = -1  # size of an image that is not known before it is read
-LOCAL = "file"  # the protocol of the file system of this machine
-
-
-class ListedImage(NamedTuple):
-    """One image of a list.
-
-    *path* is its name in the output. *location* is the file or URL with its bytes; *offset* is a position in
-    bytes in a tar archive, or `WHOLE`. *size* is in bytes, or `UNKNOWN`.
-    """
-
-    path: str
-    location: str
-    offset: int = WHOLE
-    size: int = UNKNOWN
-
-
-class Reader:
-    """Reads entries, at most *max_bytes* + 1 bytes of each: enough to reject a larger image.
-
-    It keeps the last archive open: neighboring entries of a list are usually in the same one.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._limit = max_bytes + 1
-        self._open_location = ""
-        self._file: IO[bytes] | None = None
-
-    def read(self, entry: ListedImage) -> bytes:
-        """Read the bytes of *entry*; raise `ImageError` with the code `unusable_data` if that fails."""
-        try:
-            if entry.offset == WHOLE:
-                with open_location(entry.location) as file:
-                    return read_at_most(file, self._limit)
-            if self._file is None or entry.location != self._open_location:
-                self.close()
-                self._file, self._open_location = open_location(entry.location), entry.location
-            self._file.seek(entry.offset)
-            return read_at_most(self._file, min(entry.size, self._limit))
-        except Exception as error:  # object stores raise types of their own
-            self.close()
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            message = f"cannot be read ({' '.join(reason.split()) or type(error).__name__})"
-            raise ImageError(message, code="unusable_data", status=422) from error
-
-    def close(self) -> None:
-        """Close the open archive."""
-        if self._file is not None:
-            self._file.close()
-        self._file, self._open_location = None, ""
-
-
-def import_pyarrow(module: str) -> Any:
-    """Import a *module* of pyarrow; raise `ConfigError` if it is not installed."""
-    return import_optional(module, "pyarrow", "sopdeploy[batch]", ConfigError, "classify")
-
-
-def open_location(location: str) -> Any:
-    """Open the regular file or URL *location*; raises `OSError` or an error of the object store."""
-    if is_url(location):
-        store, path = open_store(location)
-        # `file://` is a store, too, whose `open` waits for a writer of a named pipe
-        return open_regular(path, buffering=0) if LOCAL in store.protocol else store.open(path, "rb")
-    return open_regular(location, buffering=0)
-
-
-def is_url(location: str) -> bool:
-    """Tell whether *location* is a URL and not a path."""
-    return "://" in location
-
-
-def open_store(url: str) -> tuple[Any, str]:
-    """Open the object store of *url* with fsspec; return it and the path in it.
-
-    Raises `ConfigError` if fsspec or the package for such URLs is not installed.
-    """
-    fsspec = import_optional("fsspec", "fsspec", "sopdeploy[batch,s3]", ConfigError, url)
-    try:
-        store, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(
-            f"{url}: cannot be opened ({' '.join(str(error).split())}); check the address and the credentials"
-        ) from error
-    return store, path
+from sopdeploy_service.commands.batch.parquet import import_pyarrow
+from sopdeploy_service.commands.batch.reader import ListedImage
 
 
 class Listing:

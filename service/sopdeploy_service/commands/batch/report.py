@@ -20,8 +20,9 @@ from sopdeploy.html.charts import Bar, bars
 from sopdeploy.html.templates import render
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import to_rgb
-from sopdeploy_service.commands.batch.listing import ListedImage, Listing, Reader
+from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.output import DATA, PAGE, OutputFolder
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.settings import Settings

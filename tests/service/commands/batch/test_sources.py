@@ -9,7 +9,8 @@ import fsspec
 import pytest
 
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy_service.commands.batch.listing import ListedImage, Listing, Reader, write_list
+from sopdeploy_service.commands.batch.listing import Listing, write_list
+from sopdeploy_service.commands.batch.reader import ListedImage, Reader
 from sopdeploy_service.commands.batch.sources import list_entries
 
 BODIES = {"b/2.jpg": b"two", "a.png": b"one", "b/c/3.JPEG": b"three", "z.gif": b"four"}
@@ -78,7 +79,7 @@ def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources
 BAD_SOURCES = {
     "nowhere": "nowhere: not found; name a folder",
     "~nobody-here/x": "~nobody-here/x: not found; name a folder",
-    "shards": r"shards: has no images \(.*; name the archives in it",
+    "shards": r"shards: has no images \(.*; name archives or parquet files in it",
     "damaged.tar": "damaged.tar: damaged or not a tar file",
     "memory://absent": "memory://absent: not found",
     "memory://no-keys": r"memory://no-keys: has no images",
