@@ -5,6 +5,7 @@ computes with the same integers as Pillow. tests/service/images/test_device_resi
 """
 
 import math
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from numpy.typing import NDArray
 
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.cuda_libraries import ON_DEVICE, cuda_copy, host_copy, load_cuda_libraries
-from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, import_onnxruntime, session_options
+from sopdeploy_service.runtime.onnxruntime import (
+    CPU,
+    CUDA,
+    import_onnxruntime,
+    pinned_memory,
+    session_options,
+)
 
 FILTERS = ("bilinear", "bicubic")
 # CUDA's legacy default stream, by its number in the CUDA array interface. nvImageCodec makes it wait for its
@@ -41,6 +48,8 @@ class DeviceResize:
             load_cuda_libraries(onnxruntime)
         self._kind, self._interface = INTERFACES[provider]
         self._value = onnxruntime.OrtValue
+        self._memory = pinned_memory(onnxruntime) if provider == CUDA else None
+        self._blocks: list[NDArray[np.uint8]] = []
         self._copy = cuda_copy(onnxruntime) if provider == CUDA else host_copy
         options = session_options(onnxruntime, 1, provider)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -73,7 +82,7 @@ class DeviceResize:
             address, bytes_of_one = collected.data_ptr(), math.prod(shape)
             for number, source in enumerate(sources):
                 self._copy(address + number * bytes_of_one, source["data"][0], bytes_of_one, ON_DEVICE)
-        pixels = np.empty((count, size[1], size[0], 3), np.uint8)
+        pixels = self._host_array((count, size[1], size[0], 3))
         session = self._sessions[interpolation]
         binding = session.io_binding()
         binding.bind_input("images", self._kind, 0, np.uint8, (count, *shape), address)
@@ -81,3 +90,18 @@ class DeviceResize:
         binding.bind_output("pixels", "cpu", 0, np.uint8, pixels.shape, pixels.ctypes.data)
         session.run_with_iobinding(binding)
         return pixels
+
+    def _host_array(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+        """Return an array in a block of memory that is reused once no view of the array exists any more.
+
+        On a GPU, the block is page-locked. Clearing the pages of new memory takes longer than all the rest.
+        """
+        size = math.prod(shape)
+        block = self._blocks.pop() if self._blocks else None
+        if block is None or block.size < size:
+            block = self._value.ortvalue_from_shape_and_type(
+                (size,), np.uint8, memory_info=self._memory
+            ).numpy()
+        owner = np.frombuffer(block.data, np.uint8, size)  # the base of every view
+        weakref.finalize(owner, self._blocks.append, block).atexit = False
+        return owner.reshape(shape)

@@ -78,6 +78,20 @@ def test_images_of_a_batch_get_the_pixels_they_get_alone(resize: DeviceResize, i
         np.testing.assert_array_equal(found, resize([image], (34, 25), interpolation)[0])
 
 
+def test_memory_is_reused_only_when_no_view_of_the_pixels_exists() -> None:
+    resize = DeviceResize(CPU)
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 37, 50, 3), dtype=np.uint8))
+    kept = resize(images, (34, 25), "bilinear")[1][2:]
+    before, address = kept.copy(), kept.ctypes.data
+    for _ in range(2):
+        assert abs(resize(images[::-1], (34, 25), "bilinear").ctypes.data - address) > kept.nbytes
+    np.testing.assert_array_equal(kept, before)
+    assert len(resize._blocks) == 1
+    del kept
+    assert len(resize._blocks) == 2
+    resize(images, (40, 30), "bilinear")  # larger than any block
+
+
 @pytest.mark.parametrize("interpolation", FILTERS)
 def test_the_graph_is_what_its_source_builds(interpolation: str) -> None:
     stored = (FOLDER / f"{interpolation}.onnx").read_bytes()
