@@ -22,7 +22,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy_export.float64 import REDUCED, InFloat64
 from sopdeploy_export.graph import evenly_spread
 
-MAX_IMAGES = 4  # the gradients of an image take about five times as long as its logits in float64
+_MAX_IMAGES = 4  # the gradients of an image take about five times as long as its logits in float64
 _FACTOR = 4.0
 
 
@@ -38,14 +38,14 @@ class RoundingBound(StrictModel):
 def bound_rounding(
     program: ExportedProgram, images: NDArray[np.uint8], precision: Precision
 ) -> RoundingBound | None:
-    """Bound the effect of rounding in *program* for at most `MAX_IMAGES` of the *images* (P, H, W, 3) uint8.
+    """Bound the effect of rounding in *program* for at most `_MAX_IMAGES` of the *images* (P, H, W, 3) uint8.
 
     The types are those of *program*, which has the casts of *precision*. None for int8, whose steps are no
     roundings of this kind, and for a network without gradients.
     """
     if precision == "int8":
         return None
-    module, chosen = program.module(), evenly_spread(len(images), MAX_IMAGES)
+    module, chosen = program.module(), evenly_spread(len(images), _MAX_IMAGES)
     try:
         found = [bound_margin(module, torch.tensor(images[[index]])) for index in chosen]
     except RuntimeError:  # an operation without a derivative

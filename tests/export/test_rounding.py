@@ -11,7 +11,7 @@ from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images
 from sopdeploy_export.precision.casts import place_casts
 from sopdeploy_export.report.results import Exported
-from sopdeploy_export.rounding import MAX_IMAGES, RoundingBound, bound_margin, bound_rounding
+from sopdeploy_export.rounding import RoundingBound, bound_margin, bound_rounding
 from tests.export.conftest import PREPROCESS, SIDE, trained
 
 FLOAT32, FLOAT16 = 2.0**-24, 2.0**-11  # unit roundoff
@@ -81,7 +81,7 @@ def test_the_logits_of_a_network_in_two_precisions_differ_by_less_than_the_bound
     for precision in ("fp32", "fp16"):
         run = network if precision == "fp32" else place_casts(trained("resnet8"), "fp16")
         found = bound_rounding(capture_any_batch(run, PREPROCESS, batch), images, precision)
-        assert len(found.bounds) == MAX_IMAGES
+        assert len(found.bounds) == 4
         bounds[precision] = found.bounds
         for index, bound in zip((0, 4, 7, 11), found.bounds, strict=True):
             pixels = torch.from_numpy(images[[index]])
@@ -107,6 +107,6 @@ def test_the_json_of_an_export_names_the_kind_of_the_bound(branched: Exported):
     before = [parameter.requires_grad for parameter in branched.rounding.args[0].parameters()]
     found = RoundingBound.model_validate(branched.summary()["rounding"])
     assert found.kind == "probabilistic, first-order"
-    assert len(found.margins) == MAX_IMAGES
+    assert len(found.margins) == 4
     assert all(0 < bound < 0.01 for bound in found.bounds)
     assert [parameter.requires_grad for parameter in branched.rounding.args[0].parameters()] == before
