@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.cuda_libraries import ON_DEVICE, cuda_copy, host_copy, load_cuda_libraries
+from sopdeploy_service.runtime.cuda_libraries import ON_DEVICE, device_copy, load_cuda_libraries
 from sopdeploy_service.runtime.onnxruntime import (
     CPU,
     CUDA,
@@ -50,7 +50,7 @@ class DeviceResize:
         self._value = onnxruntime.OrtValue
         self._memory = pinned_memory(onnxruntime) if provider == CUDA else None
         self._blocks: list[NDArray[np.uint8]] = []
-        self._copy = cuda_copy(onnxruntime) if provider == CUDA else host_copy
+        self._copy = device_copy(onnxruntime, self._kind)
         options = session_options(onnxruntime, 1, provider)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._sessions = {
