@@ -18,11 +18,11 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.commands.batch import decoders
+from sopdeploy_service.commands.batch.classifier import RowFormat
 from sopdeploy_service.commands.batch.decoders import DecodedImage, DecoderProcesses
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.reader import ListedImage
-from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
