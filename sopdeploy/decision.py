@@ -135,8 +135,8 @@ class Stability(StrictModel):
             )
         return (
             f"margins above {self.threshold:.4g}, level {100 * self.level:g} %: {self.num_stable} of "
-            f"{self.num_images} {self.photographs} photographs; {self.num_flips} of these get another class in "
-            f"{len(self.variants)} variants"
+            f"{self.num_images} {self.photographs} photographs; {self.num_flips} of these get another "
+            f"class in {len(self.variants)} variants"
         )
 
 
