@@ -108,9 +108,6 @@ def test_the_loss_of_a_photograph_is_that_of_its_worst_variant() -> None:
     assert (found.num_images, found.photographs) == (39, "training")
     # The margins 0 and 1 are not above the largest loss, 1.
     assert (found.num_stable, found.num_flips) == (37, 0)
-        37,
-        0,
-    )  # the margins 0 and 1 are not above the largest loss, 1
 
 
 def test_too_few_photographs_make_no_answer_stable() -> None:
