@@ -151,7 +151,14 @@ class InferenceProcess:
                 stack.enter_context(model.in_use())
                 channel.send_message(writer, MessageKind.MODEL, number, archive_model(model))
             while True:
-                self._handle(front_end, *await channel.receive_message(reader))
+                kind, number, body = await channel.receive_message(reader)
+                if kind == MessageKind.IMAGE:
+                    self._queue(front_end, number, body)
+                elif kind != MessageKind.CANCEL:
+                    raise ChannelError(f"unknown message {kind}")
+                elif number in front_end.images:
+                    model, item = front_end.images[number]
+                    model.queue.reject([item], CLIENT_GONE)
         except ConnectionError:
             log.debug("front end %s has ended", name)
         except Exception as error:  # whatever a front end sends must not end this process
@@ -165,19 +172,11 @@ class InferenceProcess:
                 model.queue.reject([item], CLIENT_GONE)
             stack.close()
 
-    def _handle(self, front_end: FrontEnd, kind: int, number: int, body: bytes) -> None:
-        """Handle one message; raises `ChannelError` for one that a correct front end never sends."""
-        if kind == MessageKind.IMAGE:
-            self._queue(front_end, number, body)
-        elif kind == MessageKind.CANCEL:
-            if number in front_end.images:
-                model, item = front_end.images[number]
-                model.queue.reject([item], CLIENT_GONE)
-        else:
-            raise ChannelError(f"unknown message {kind}")
-
     def _queue(self, front_end: FrontEnd, number: int, body: bytes) -> None:
-        """Queue an image of *front_end*; every value is checked."""
+        """Queue an image of *front_end*.
+
+        Every value is checked; raises `ChannelError` for one that a correct front end never sends.
+        """
         model_number, features, arrived, deadline = IMAGE_HEAD.unpack_from(body)
         if number in front_end.images or len(front_end.images) >= self._max_images:
             raise ChannelError(f"image {number} was sent twice, or there are too many images")

@@ -215,21 +215,17 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
             pass
         task.cancel()
 
-    watcher: asyncio.Task[None] | None = None
-
-    def start_watching() -> None:
-        nonlocal watcher
-        watcher = asyncio.ensure_future(watch())
-
-    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, start_watching)
+    watchers: list[asyncio.Task[None]] = []  # one, once it is needed
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(WATCH_AFTER_SECONDS, lambda: watchers.append(loop.create_task(watch())))
     try:
         return await work
     except asyncio.CancelledError:
-        disconnected = watcher is not None and watcher.done() and not watcher.cancelled()
+        disconnected = any(watcher.done() and not watcher.cancelled() for watcher in watchers)
         if not disconnected or task.uncancel():  # cancelled by another task, or by both
             raise
         raise RejectedError(CLIENT_GONE) from None
     finally:
         timer.cancel()
-        if watcher is not None:
+        for watcher in watchers:
             watcher.cancel()

@@ -140,8 +140,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _follow(self, links: Mapping[Path, Path]) -> None:
         async for _ in moves_of(links):
-            if self._reload is not None and self._drain_until is None:
-                await self._reload()
+            self.reload()
 
     def run_aside(self, work: Coroutine[Any, Any, None]) -> None:
         """Run *work*, for which the end of the server does not wait."""
