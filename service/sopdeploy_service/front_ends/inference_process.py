@@ -54,7 +54,7 @@ from sopdeploy_service.inference.results import (
 )
 from sopdeploy_service.observability import logs
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.server.launch import BEAT_SECONDS, EXIT_RUNTIME_DEAD, run_program
+from sopdeploy_service.server.launch import BEAT_SECONDS, EXIT_RUNTIME_DEAD, run_program, start_task
 from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
@@ -124,14 +124,11 @@ class InferenceProcess:
     def _receive_front_end(self) -> None:
         """Receive the channel of a front end, reload, or detect that the supervisor has ended."""
         message, files = control.receive_files(self._supervisor)
-        works = [self.serve(message.decode(), socket.socket(fileno=file)) for file in files]
+        for file in files:
+            start_task(self._tasks, self.serve(message.decode(), socket.socket(fileno=file)))
         if message == control.RELOAD:
-            works.append(self._reload())
-        for work in works:
-            task = asyncio.create_task(work)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        if not works:
+            start_task(self._tasks, self._reload())
+        elif not files:
             self._ended.set()
 
     async def _reload(self) -> None:

@@ -18,7 +18,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -42,6 +42,7 @@ from sopdeploy_service.server.launch import (
     USER_ERROR,
     LoopWatch,
     start_process,
+    start_task,
     terminal_is_closed,
 )
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
@@ -113,10 +114,12 @@ class Supervisor:
             watch = LoopWatch()
             if self._settings.health_port is not None:
                 stack.enter_context(self._serve_health(watch))
-            self._start_task(self._kill_hanging(watch))
+            start_task(self._tasks, self._kill_hanging(watch))
             if self._links is not None:
-                self._start_task(self._follow(self._links))
-            supervised = {process: self._start_task(self._supervise(process)) for process in self._processes}
+                start_task(self._tasks, self._follow(self._links))
+            supervised = {
+                process: start_task(self._tasks, self._supervise(process)) for process in self._processes
+            }
             await asyncio.gather(*(supervised[process] for process in self._servers))
             for process in set(self._processes) - set(self._servers):
                 self._close_control(process)  # it ends
@@ -126,12 +129,6 @@ class Supervisor:
         if self._output_error is not None:
             raise self._output_error
         return self._code
-
-    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     def _serve_health(self, watch: LoopWatch) -> AbstractContextManager[str]:
         """Serve health and metrics during a block; the server is ready if one of its processes is."""
@@ -243,7 +240,9 @@ class Supervisor:
         message, files = control.receive_files(process.control)
         if files:
             for file in files:
-                self._start_task(self._keep(file) if message == control.KEEP else self._send_metrics(file))
+                start_task(
+                    self._tasks, self._keep(file) if message == control.KEEP else self._send_metrics(file)
+                )
             return
         if process.kind == INFERENCE and message.startswith(control.NEWS):
             self._tell_front_ends(process, message)

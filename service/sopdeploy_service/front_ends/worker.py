@@ -25,7 +25,7 @@ from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer
-from sopdeploy_service.server.launch import run_program
+from sopdeploy_service.server.launch import run_program, start_task
 from sopdeploy_service.server.process import configured_process, load_app
 from sopdeploy_service.settings import Settings
 
@@ -78,16 +78,13 @@ class FrontServer(DrainingServer):
             self._service.registry.problem = message.partition(b": ")[2].decode(errors="replace")
         for file in files:
             if message == control.CHANNEL:
-                self.run_aside(self._attach(socket.socket(fileno=file)))
-                continue
-            if message == control.SEND_METRICS:
+                start_task(self._aside, self._attach(socket.socket(fileno=file)))
+            elif message == control.SEND_METRICS:
                 page = generate_latest(self._service.metrics.registry)
-                task = self._loop.create_task(control.send_metrics(file, page))
+                start_task(self._tasks, control.send_metrics(file, page))
             else:
                 self._received += 1
-                task = self._loop.create_task(self.serve_connections([socket.socket(fileno=file)]))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+                start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
         self._report()
 
     async def _attach(self, connection: socket.socket) -> None:

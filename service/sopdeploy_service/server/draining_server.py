@@ -22,7 +22,7 @@ from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import trim_heaps
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, LoopWatch, terminal_is_closed
+from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, LoopWatch, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
 
@@ -82,7 +82,7 @@ class DrainingServer(uvicorn.Server):
         self._service: Service = app.state.service
         self._reload: Callable[[], Coroutine[Any, Any, None]] | None = app.state.reload
         self._links: dict[Path, Path] | None = app.state.links
-        self._aside: set[asyncio.Task[None]] = set()
+        self._aside: set[asyncio.Task[None]] = set()  # the end of the server does not wait for them
         self._drain_until: float | None = None
         self._is_draining = False
         self._idle = IdleTrigger()
@@ -109,7 +109,7 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
         if self._links is not None:
-            self.run_aside(self._follow(self._links))
+            start_task(self._aside, self._follow(self._links))
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -136,17 +136,11 @@ class DrainingServer(uvicorn.Server):
         elif self._reload is None:
             log.error("not reloaded: impossible in a front end, and with shadow or memory_budget")
         elif self._drain_until is None:
-            self.run_aside(self._reload())
+            start_task(self._aside, self._reload())
 
     async def _follow(self, links: Mapping[Path, Path]) -> None:
         async for _ in moves_of(links):
             self.reload()
-
-    def run_aside(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run *work*, for which the end of the server does not wait."""
-        task = asyncio.get_running_loop().create_task(work)
-        self._aside.add(task)
-        task.add_done_callback(self._aside.discard)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Start to drain, or end the drain; uvicorn would exit with the code of the signal."""

@@ -4,6 +4,7 @@ The new process gets its launch config, JSON with the settings, the bundles and 
 descriptors, in an environment variable.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +74,14 @@ def run_program(serve: Callable[[Mapping[str, Any]], int]) -> int:
     except SopdeployError as problem:
         sys.stderr.write(f"error: device {launch_config['name']}: {problem} [{problem.code}]\n")
         return USER_ERROR
+
+
+def start_task(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Start *work* on the running event loop; *tasks* keeps it until it ends, as the loop alone does not."""
+    task = asyncio.get_running_loop().create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
 
 
 @dataclass
