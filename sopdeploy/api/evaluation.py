@@ -10,9 +10,9 @@ from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.config import expand_options
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.heads import HeadAccuracy
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
+from sopdeploy.evaluation.prediction import HeadAccuracy
 from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.plugins import find
@@ -69,7 +69,7 @@ class Evaluation:
             with suppress(DataError):  # the images may have been moved since
                 images = open_evaluation_images(self.data, self.labels)
                 mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
-        predictions = EvaluatedImages(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
+        predictions = EvaluatedImages(metrics=self.metrics, mistakes=mistakes, description=self.data.name)
         return render(
             "sopdeploy.api",
             "scores.html",

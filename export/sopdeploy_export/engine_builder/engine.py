@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,24 @@ import numpy as np
 import onnx
 
 from sopdeploy.bundle.folder import PROGRAM, Bundle
-from sopdeploy.bundle.probes import Probes, read_probes, replay
+from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cache import (
+    EngineKey,
+    EngineRecord,
+    Hazard,
+    Profile,
+    Receipt,
     StoredEngine,
     cache_folder,
     load_engine,
+    merge_profiles,
+    parse_profiles,
     store_engine,
     write_atomically,
 )
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
-from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
-from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.engine_builder.build import BuildRequest, Report, layer_information, parse_and_build
 from sopdeploy_export.engine_builder.lint import floating_types, lint
@@ -174,7 +179,7 @@ def build_from_onnx(machine: Machine, graph: bytes, key: EngineKey, folder: Path
     return plan
 
 
-def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[ProbeReplay, ...]:
+def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
     Raises `ParityError` if an output deviates by more than the bundle's tolerance.
@@ -196,6 +201,5 @@ def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey)
                 expected={name: values[indices] for name, values in probes.expected.items()},
                 tolerance=probes.tolerance,
             )
-            result = replay(repeated, session.run, batch=size)
-            replays.append(ProbeReplay(batch=size, **asdict(result)))
+            replays.append(replay(repeated, session.run, batch=size))
     return tuple(replays)

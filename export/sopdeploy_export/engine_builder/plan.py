@@ -6,9 +6,8 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import LoweringError, RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
+from sopdeploy.tensorrt.cache import Hazard, Profile
 from sopdeploy.tensorrt.cuda import open_cuda
-from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy.tensorrt.record import Hazard
 from sopdeploy_export.engine_builder.engine import engine_key, requested_profiles
 from sopdeploy_export.engine_builder.lint import lint
 from sopdeploy_export.engine_builder.options import EngineOptions
