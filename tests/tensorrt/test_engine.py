@@ -18,7 +18,7 @@ from sopdeploy.errors import EngineError, LoweringError, ParityError, RuntimeUna
 from sopdeploy.tensorrt.cache import StoredEngine, cache_folder, load_best_engine
 from sopdeploy.tensorrt.record import EngineRecord
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
-from sopdeploy_export.engine_builder.options import EngineOptions
+from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime import selection
 from sopdeploy_service.runtime.selection import open_runtime

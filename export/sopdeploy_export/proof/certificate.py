@@ -63,8 +63,8 @@ class TensorEntry(StrictModel):
 class Roots(StrictModel):
     """The Merkle roots that the three networks share.
 
-    `operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX graphs;
-    it is empty until `certify_onnx` has compared them.
+    `num_operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX graphs;
+    it is empty until `pipeline.certify_onnx` has compared them.
     """
 
     any_batch: str
@@ -160,21 +160,6 @@ def certify(
         num_images=len(probes),
     )
     return Proof(certificate=certificate, captured=captured)
-
-
-def certify_onnx(proof: Proof, roots: Mapping[str, str]) -> Certificate:
-    """Add the root of the ONNX graphs of the compared networks, given by role in *roots*, to the certificate.
-
-    Raises `CertificateError` if the roots differ.
-    """
-    for role, root in roots.items():
-        if root != roots["detached"]:
-            raise CertificateError(
-                f"the ONNX graph of the {role} network differs from that of the detached network"
-            )
-    certificate = proof.certificate
-    shared = certificate.roots.model_copy(update={"onnx": roots["detached"]})
-    return certificate.model_copy(update={"roots": shared})
 
 
 def build_plain_network(
