@@ -163,15 +163,16 @@ def unregister(removed: set[str], tree: Path) -> None:
 def tests_of_others(removed: set[str], tree: Path) -> list[str]:
     """Delete the test files that import *removed* modules; return pytest's options for single such tests."""
     gone, options = set(removed), []
-    files = sorted((tree / "tests").rglob("*.py"))
-    while True:  # a test file may import another one
+    files = sorted([*(tree / "tests").rglob("*.py"), *(tree / "benchmarks").glob("*.py")])
+    while True:  # a test file may import another one, or a benchmark
         found = [path for path in files if path.exists() and imports_at_start(path, gone)]
         if not found:
             break
         for path in found:
-            gone.add(".".join(path.relative_to(tree).with_suffix("").parts))
+            parts = path.relative_to(tree).with_suffix("").parts
+            gone.add(parts[-1] if parts[0] == "benchmarks" else ".".join(parts))
             path.unlink()
-    for path in filter(Path.exists, files):
+    for path in (path for path in files if path.exists() and path.name.startswith("test_")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and any(
                 name in gone for _, name in imported_names(node, path)
@@ -206,7 +207,7 @@ def problems_without(part: Part, tree: Path, tests: list[str]) -> list[str]:
     }
     names = [name for name, _ in modules(tree) if not name.endswith("__main__")]
     importing = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
-    options = ["-q", "--maxfail=20", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    options = ["-q", "-rfE", "--maxfail=20", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
     options += tests_of_others(removed, tree)
     for command in (["-c", importing], ["-m", "pytest", *options, *tests]):
         done = subprocess.run(

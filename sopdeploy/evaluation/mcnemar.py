@@ -6,6 +6,7 @@ is; the difference of the accuracies is (wins - losses) / images. The images mus
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Literal
 
 from sopdeploy.evaluation.statistics import Z_95, Interval
@@ -66,25 +67,42 @@ def difference_interval(wins: int, losses: int, images: int) -> Interval:
     return Interval(*bounds)
 
 
-def decide(wins: int, losses: int, images: int, tolerance: float) -> Verdict:
+def share_of_level(attempt: int) -> float:
+    """Return the share of the level that attempt 1, 2, ... may use; the shares from 2 on sum to 1.
+
+    By Bonferroni's inequality, the first attempt errs with 5 % and all others together with at most 5 %,
+    however many there are and whatever images and classifiers they compare.
+    """
+    return 1.0 if attempt == 1 else 1 / (attempt * (attempt - 1))
+
+
+def _quantile_not_worse(attempt: int) -> float:
+    normal = NormalDist()
+    return -normal.inv_cdf(normal.cdf(-Z_NOT_WORSE) * share_of_level(attempt))
+
+
+def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> Verdict:
     """Compare the second classifier with the first; "not worse" means by less than *tolerance*.
 
-    If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 % of cases.
+    If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 % of cases. Who
+    tries again until it is, with more images or another classifier, counts the *attempt*: see
+    `share_of_level`.
     """
-    differs = mcnemar(wins, losses) <= ALPHA
-    if differs and wins > losses:
+    p = mcnemar(wins, losses)
+    if wins > losses and p <= ALPHA * share_of_level(attempt):
         return "better"
-    if score_statistic(wins, losses, images, -tolerance) >= Z_NOT_WORSE:
+    if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(attempt):
         return "not worse"
-    return "worse" if differs else "undecided"
+    return "worse" if losses > wins and p <= ALPHA else "undecided"
 
 
-def images_to_decide(wins: int, losses: int, images: int, tolerance: float) -> int | None:
+def images_to_decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> int | None:
     """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
     difference, differing = (wins - losses) / images, (wins + losses + 1) / (images + 2)
     needed = []
     if difference > -tolerance:
-        needed.append(differing * ((Z_NOT_WORSE + Z_POWER) / (difference + tolerance)) ** 2)
+        quantile = _quantile_not_worse(attempt)
+        needed.append(differing * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
     if difference < 0:
         needed.append(differing * ((Z_95 + Z_POWER) / difference) ** 2)
     return max(1, math.ceil(min(needed)) - images) if needed else None

@@ -82,7 +82,8 @@ class BundleComparison(StrictModel):
 
     `new` and `removed` are classes of the second or the first bundle only. `copies` near-duplicates and
     `trained_on` training images were left out. `suspects` are bundles some of whose training images were
-    found, but whose record of them is incomplete. `more_images` would decide what is undecided.
+    found, but whose record of them is incomplete. `attempt` counts the comparisons of `promote` with this
+    first bundle; 0 for `compare`. `more_images` would decide what is undecided, in the next attempt.
     """
 
     first: BundleScore
@@ -98,6 +99,7 @@ class BundleComparison(StrictModel):
     high: float
     p: float
     tolerance: float
+    attempt: int
     verdict: Verdict
     more_images: int | None
     classes: tuple[ClassChange, ...]
@@ -114,7 +116,8 @@ class BundleComparison(StrictModel):
         elif text == "undecided" and self.more_images is not None:
             text += f" (about {float(f'{self.more_images:.1e}'):,.0f} more labels would decide)"
         points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
-        return f"{text}: {points[0]} points ({points[1]} to {points[2]}) on {self.images:,} photographs"
+        text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.images:,} photographs"
+        return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
 
     @property
     def worse_classes(self) -> list[str]:
@@ -129,18 +132,18 @@ def compare_bundles(
     *,
     unknown: Path | None = None,
     tolerance: float = 0.01,
-    settings: Settings | None = None,
+    attempt: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> BundleComparison:
     """Compare the bundle *second* with *first* on the photographs of *data*, one subfolder per class.
 
-    *unknown* is a folder of images of no class, for the shares that the thresholds reject; *tolerance* is
-    that of `decide`. Calls *on_image* with the number of finished photographs and of all. Raises `DataError`
-    for folders that are no class of either bundle, for images that the server would reject and if no
-    photograph of a common class remains, `ConfigError` for bundles with several classes per image, and the
-    errors of `load_model`.
+    *unknown* is a folder of images of no class, for the shares that the thresholds reject; *tolerance* and
+    *attempt* (0: the first one follows) are those of `decide`. Calls *on_image* with the number of finished
+    photographs and of all. Raises `DataError` for folders that are no class of either bundle, for images that
+    the server would reject and if no photograph of a common class remains, `ConfigError` for bundles with
+    several classes per image, and the errors of `load_model`.
     """
-    settings = settings or load_settings()
+    settings = load_settings()
     pair = [load_model(path, settings) for path in (first, second)]
     if several := [one.bundle.name for one in pair if one.bundle.manifest.thresholds is not None]:
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
@@ -167,8 +170,9 @@ def compare_bundles(
     return BundleComparison(
         first=scores[0], second=scores[1], images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
-        p=mcnemar(wins, losses), tolerance=tolerance, verdict=decide(wins, losses, count, tolerance),
-        more_images=images_to_decide(wins, losses, count, tolerance), classes=changes,
+        p=mcnemar(wins, losses), tolerance=tolerance, attempt=attempt,
+        verdict=decide(wins, losses, count, tolerance, max(1, attempt)),
+        more_images=images_to_decide(wins, losses, count, tolerance, attempt + 1), classes=changes,
         new=[one for one in added if one.label in new], removed=sorted(old - new), notes=notes,
     )  # fmt: skip
 

@@ -1,6 +1,8 @@
 """`sopdeploy promote`: lead the link that a server follows to another bundle, if the evidence allows it.
 
-`promotions.jsonl` beside the link has one line for each move. The line is on disk before the link is moved.
+`promotions.jsonl` beside the link has one line for each move and for each attempt that was refused. The line
+is on disk before the link is moved. Trying again until a bundle passes would promote a worse one more often
+than stated, so each further comparison with one live bundle needs stronger evidence (`decide`).
 """
 
 import fcntl
@@ -24,7 +26,7 @@ LOG = "promotions.jsonl"
 
 
 class Promotion(StrictModel):
-    """One move of the link named `link`: who, when, why, and the figures.
+    """One move of the link named `link`, or a refused one: who, when, why, and the figures.
 
     `before` and `after` are what the link contains: paths relative to its folder. `before` is None for the
     first bundle; `comparison` is None if nothing was compared.
@@ -36,6 +38,7 @@ class Promotion(StrictModel):
     before: str | None
     after: str
     reason: str
+    refused: bool = False
     comparison: BundleComparison | None = None
 
 
@@ -52,9 +55,10 @@ def promote(
     """Move *link* to the bundle *new* if the photographs of *data* show that it is not worse.
 
     The bundle that *link* leads to is compared by `compare_bundles`; there is none before the first
-    promotion. *force* is the reason to move the link whatever they show, or without *data*. Raises
-    `PromotionError` with all objections, `ConfigError` for a *link* that is none, and the errors of
-    `compare_bundles` and `load_model`. *new* is loaded before the move, which checks its hashes and outputs.
+    promotion. A refusal is recorded, and counts as an attempt. *force* is the reason to move the link
+    whatever they show, or without *data*. Raises `PromotionError` with all objections, `ConfigError` for a
+    *link* that is none, and the errors of `compare_bundles` and `load_model`. *new* is loaded before the
+    move, which checks its hashes and outputs.
     """
     before = _target(link)
     target = os.path.relpath(new.resolve(), link.parent.resolve())
@@ -62,9 +66,13 @@ def promote(
     if link.exists() and link.resolve() == new.resolve():
         raise ConfigError(f"{link}: leads to this bundle already; name another one")
     if link.exists() and data is not None:
-        comparison = compare_bundles(link, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
+        attempt = _count_comparisons(link, before) + 1
+        comparison = compare_bundles(
+            link, new, data, unknown=unknown, tolerance=tolerance, attempt=attempt, on_image=on_image
+        )
         objections = _object(comparison, read_manifest(link).project, read_manifest(new).project)
         if objections and force is None:
+            _record(link, before, target, "; ".join(objections), comparison, refused=True)
             raise PromotionError(
                 f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
                 lists={"objections": objections},
@@ -74,7 +82,7 @@ def promote(
         raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     else:
         load_model(new, load_settings())
-    return _move(link, before, target, reason, comparison)
+    return _record(link, before, target, reason, comparison)
 
 
 def promote_back(link: Path) -> Promotion:
@@ -83,19 +91,36 @@ def promote_back(link: Path) -> Promotion:
     Raises `PromotionError` if the log names no such bundle, and the errors of `load_model`.
     """
     target = _target(link)
-    log, moves = link.with_name(LOG), list[Promotion]()
-    for line in log.read_bytes().splitlines() if log.is_file() else ():
-        try:
-            moves.append(Promotion.model_validate_json(line))
-        except pydantic.ValidationError:  # the machine stopped while the line was written
-            continue
     previous = [
-        move.before for move in moves if move.link == link.name and move.after == target and move.before
+        move.before for move in _read(link) if move.after == target and move.before and not move.refused
     ]
     if not previous:
+        log = link.with_name(LOG)
         raise PromotionError(f"{log}: names no bundle before {target}; name the bundle to promote")
     load_model(link.parent / previous[-1], load_settings())
-    return _move(link, target, previous[-1], "back", None)
+    return _record(link, target, previous[-1], "back", None)
+
+
+def _read(link: Path) -> list[Promotion]:
+    """Read what the log says of *link*."""
+    log, found = link.with_name(LOG), list[Promotion]()
+    for line in log.read_bytes().splitlines() if log.is_file() else ():
+        try:
+            found.append(Promotion.model_validate_json(line))
+        except pydantic.ValidationError:  # the machine stopped while the line was written
+            continue
+    return [one for one in found if one.link == link.name]
+
+
+def _count_comparisons(link: Path, before: str | None) -> int:
+    """Count the recorded comparisons with the bundle *before*; the same one again is not another one."""
+    return len(
+        {
+            (one.after, one.comparison.images, one.comparison.wins, one.comparison.losses)
+            for one in _read(link)
+            if one.before == before and one.comparison is not None
+        }
+    )
 
 
 def _object(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
@@ -121,17 +146,23 @@ def _target(link: Path) -> str | None:
     return str(link.readlink()) if link.is_symlink() else None
 
 
-def _move(
-    link: Path, before: str | None, after: str, reason: str, comparison: BundleComparison | None
+def _record(
+    link: Path,
+    before: str | None,
+    after: str,
+    reason: str,
+    comparison: BundleComparison | None,
+    *,
+    refused: bool = False,
 ) -> Promotion:
-    """Record the move and make it, unless *link* has changed from *before*."""
+    """Record the move and make it unless it is *refused*. Raises `ConfigError` if *link* is not *before*."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a container without a name for its user
         user = str(os.getuid())
     move = Promotion(
         time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
-        comparison=comparison,
+        refused=refused, comparison=comparison,
     )  # fmt: skip
     with writing(link, StorageError), link.with_name(LOG).open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
@@ -143,7 +174,8 @@ def _move(
         log.flush()
         os.fsync(log.fileno())
         try:
-            move_link(link, after)
+            if not refused:
+                move_link(link, after)
         except OSError:
             log.truncate(len(recorded))
             raise

@@ -18,7 +18,7 @@ from sopdeploy.data.folders import find_parts, is_hidden, list_subfolders, part_
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import atomic_write, expand_user
-from sopdeploy.kept import KeptRecord, read_kept
+from sopdeploy.kept import NEAR_BITS, KeptRecord, read_kept
 from sopdeploy_service.labelling.order import order_by_value
 
 SKIPPED = ".skipped"
@@ -62,6 +62,7 @@ class LabelFolders:
         self.held_out = self.photos.with_name(f"{self.photos.name}-held-out")
         self.unknown = self.photos.with_name(f"{self.photos.name}-unknown")
         self.steps: list[LabelStep] = []
+        self._sampled: set[int] = set()  # near_hash of the uniform sample
         self.read()
 
     def read(self) -> None:
@@ -69,6 +70,7 @@ class LabelFolders:
         skipped = {path.stem for path in self.kept.glob(f"*{SKIPPED}")}
         found = [kept for kept in read_kept(self.kept) if kept[0].stem not in skipped]
         samples = [kept for kept in found if "sample" in kept[1].reasons]
+        self._sampled.update(int(record.near_hash, 16) for _, record in samples)
         queue = order_records([kept for kept in found if "sample" not in kept[1].reasons])
         for place, kept in enumerate(samples):
             queue.insert(SAMPLE_EVERY * place, kept)
@@ -82,13 +84,16 @@ class LabelFolders:
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
 
-        A photograph of the uniform sample is held out from training. Raises `ConfigError` if *name* cannot
-        name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
+        A photograph of the uniform sample is held out from training, and so are its near-duplicates, which
+        would make a network that was trained on them look better than it is. Raises `ConfigError` if *name*
+        cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
         image, record = kept = self._find(identity)
         folder = self.unknown
         if name is not None:
-            folder = self.held_out if "sample" in record.reasons else self.photos
+            near_hash = int(record.near_hash, 16)
+            held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
+            folder = self.held_out if held_out else self.photos
             folder /= check_class_name(name, self.classes())
         target, new_folder = folder / image.name, not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ SourcesArgument = Annotated[
     list[str],
     typer.Argument(
         metavar="SOURCE...",
-        help="Folders, quoted patterns, images, tar archives, lists of paths (.txt), URLs.",
+        help="Folders, quoted patterns, images, tar and parquet files, lists of paths (.txt), URLs.",
     ),
 ]
 

@@ -98,7 +98,8 @@ def promote_command(
     """Move the link that a server follows to a bundle that is better or not worse, and record why.
 
     Refused is a bundle that is worse, overall or in a class, or of which the photographs do not show that it
-    is not worse. `promotions.jsonl` beside the link has the figures of each move.
+    is not worse. `promotions.jsonl` beside the link has the figures of each move and refusal; each further
+    attempt at the same live bundle needs stronger evidence.
 
     Example: [bold]sopdeploy promote bundles/latest --over bundles/live --data held-out[/bold]
 

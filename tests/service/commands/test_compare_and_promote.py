@@ -16,6 +16,7 @@ from sopdeploy.data.datasets.layouts import open_any_images
 from sopdeploy.data.image_files import hash_images
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, PromotionError
+from sopdeploy.evaluation.mcnemar import decide
 from sopdeploy.files import sha256
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_service.commands.compare import compare_bundles
@@ -221,11 +222,37 @@ def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, 
             promote(shelf / second, shelf / "live", photos)
     with pytest.raises(ConfigError, match="no photographs to compare with"):
         promote(shelf / second, shelf / "live", None)
-    assert ((shelf / "live").readlink().name, len(log_of(shelf))) == (first, 1)
+    assert ((shelf / "live").readlink().name, len(log_of(shelf))) == (first, 3)
     promote(shelf / second, shelf / "live", labelled(bundles[0]), force="rollback of the camera")
     promote(shelf / first, shelf / "live", None, force="once more")
-    assert [line["reason"] for line in log_of(shelf)[1:]] == ["rollback of the camera", "once more"]
-    assert log_of(shelf)[1]["comparison"]["verdict"] == "worse"
+    assert [line["reason"] for line in log_of(shelf)[3:]] == ["rollback of the camera", "once more"]
+    assert log_of(shelf)[3]["comparison"]["verdict"] == "worse"
+
+
+def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> None:
+    second = shelf / bundles[1].name
+    few, photos = labelled(bundles[1], count=3), labelled(bundles[1], count=10)
+    found = compare_bundles(*bundles, photos)
+    verdicts = (decide(found.wins, found.losses, 10, 0.01, attempt) for attempt in range(3, 200))
+    refusing = 3 + list(verdicts).index("undecided")
+    for _ in range(3):  # the same comparison again is not another one
+        with pytest.raises(PromotionError, match="undecided"):
+            promote(second, shelf / "live", few)
+    assert [(line["refused"], (line["comparison"] or {}).get("attempt")) for line in log_of(shelf)] == [
+        (False, None), (True, 1), (True, 2), (True, 2),
+    ]  # fmt: skip
+    refused = log_of(shelf)[1]
+    for number in range(refusing - 2):
+        refused["comparison"]["images"] = 100 + number
+        with (shelf / LOG).open("a") as log:
+            log.write(json.dumps(refused) + "\n")
+    with pytest.raises(PromotionError, match=f"undecided .* on 10 photographs, attempt {refusing}"):
+        promote(second, shelf / "live", photos)
+    with pytest.raises(PromotionError, match="names no bundle before"):
+        promote_back(shelf / "live")
+    refused["before"] = "another"
+    (shelf / LOG).write_text(json.dumps(refused) + "\n")
+    assert promote(second, shelf / "live", photos).comparison.attempt == 1
 
 
 def test_a_bundle_that_lacks_a_class_or_has_another_name_is_refused(

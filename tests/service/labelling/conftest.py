@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
@@ -36,6 +37,7 @@ def keep(tmp_path: Path) -> Callable[..., str]:
         labels: Sequence[str] = LABELS,
         known: bool | None = None,
         reasons: Sequence[str] = ("low_margin",),
+        near_hash: str = "",
     ) -> str:
         name = identity(number)
         (folder / f"{name}.jpg").write_bytes(picture_bytes((number % 256, 100, 200)))
@@ -43,7 +45,11 @@ def keep(tmp_path: Path) -> Callable[..., str]:
             {
                 **{"image": f"{name}.jpg", "bundle": "photos-3f6c01d2a4b7", "model": "photos"},
                 **{"time": f"2026-11-22T10:00:{number % 60:02}Z", "reasons": reasons, "labels": labels},
-                **{"logits": logits, "known": known, "near_hash": f"{number:016x}"},
+                **{
+                    "logits": logits,
+                    "known": known,
+                    "near_hash": near_hash or sha256(name.encode()).hexdigest()[:16],
+                },
             }
         )
         (folder / f"{name}.json").write_text(record.model_dump_json())

@@ -34,6 +34,18 @@ def test_a_label_moves_the_photograph_to_the_folder_of_its_kind(
     assert not folders.waiting
 
 
+def test_near_duplicates_of_the_uniform_sample_are_not_trained_on(tmp_path, keep, open_folders):
+    """Also after the sampled one has its label; four bits of the hash differ in copies, five in others."""
+    sampled = keep(1, reasons=("sample",), near_hash="00" * 8)
+    copy, other = keep(2, near_hash="00" * 7 + "0f"), keep(3, near_hash="00" * 7 + "1f")
+    folders = open_folders()
+    for one in (sampled, copy, other):
+        folders.label(one, "hat")
+        folders.read()
+    held_out = {f"photos-held-out/hat/{one}.jpg" for one in (sampled, copy)}
+    assert files_below(tmp_path) == {*held_out, f"photos/hat/{other}.jpg"}
+
+
 def test_undo_restores_photographs_records_and_folders_in_reverse_order(tmp_path, keep, open_folders):
     for number in range(4):
         keep(number)

@@ -15,6 +15,7 @@ from sopdeploy.evaluation.mcnemar import (
     images_to_decide,
     mcnemar,
     score_statistic,
+    share_of_level,
 )
 from sopdeploy.evaluation.statistics import Z_95
 
@@ -118,6 +119,43 @@ def test_three_points_better_with_300_images_passes_as_often_as_documented(
     # The most powerful test of this level, which knows the shares, passes hardly more (Neyman and Pearson).
     best = stats.norm.cdf(0.04 / math.sqrt((differing - 0.0009) / 300) - stats.norm.isf(ALPHA))
     assert found > best - 0.05
+
+
+@pytest.mark.parametrize("differing", [0.03, 0.12])
+def test_who_tries_again_with_more_images_until_it_passes_still_errs_in_about_5_percent(
+    differing: float,
+) -> None:
+    """Six attempts at a bundle that is worse by one point: the exact probability that one of them passes."""
+    passed = dict.fromkeys(("counted", "not counted"), 0.0)
+    wins, losses = (differing - 0.01) / 2, (differing + 0.01) / 2
+    for rule in passed:
+        going = np.zeros((140, 140))
+        going[0, 0] = 1
+        for attempt in range(1, 7):
+            for _ in range(100):
+                more = going * (1 - differing)
+                more[1:] += going[:-1] * wins
+                more[:, 1:] += going[:, :-1] * losses
+                going = more
+            for won, lost in np.argwhere(going > 1e-9).tolist():
+                number = attempt if rule == "counted" else 1
+                if decide(won, lost, 100 * attempt, 0.01, number) in {"better", "not worse"}:
+                    passed[rule] += going[won, lost]
+                    going[won, lost] = 0
+    assert passed["counted"] < 0.055
+    assert passed["not counted"] > 0.09
+
+
+def test_all_attempts_after_the_first_share_one_level() -> None:
+    """Bonferroni's bound, which needs no assumption on what the attempts compare."""
+    assert share_of_level(1) == 1
+    assert sum(map(share_of_level, range(2, 100_000))) == pytest.approx(1, abs=1e-4)
+    for attempt in (2, 5, 40):
+        images = 300  # no wins and no losses: the smallest number of images at which "not worse" is possible
+        while decide(0, 0, images, 0.01, attempt) == "undecided":
+            images += 1
+        assert 0.99**images < ALPHA * share_of_level(attempt)
+    assert decide(5, 40, 300, 0.01, attempt=50) == "worse"
 
 
 def test_the_verdict_of_each_kind() -> None:

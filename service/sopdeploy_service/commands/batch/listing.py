@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
-from sopdeploy_service.commands.batch.reader import ListedImage, import_pyarrow
+from sopdeploy_service.commands.batch.parquet import import_pyarrow
+from sopdeploy_service.commands.batch.reader import ListedImage
 
 
 class Listing:

@@ -22,7 +22,7 @@ import pydantic
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.files import PARTIAL, atomic_write, writing
-from sopdeploy_service.commands.batch.reader import import_pyarrow
+from sopdeploy_service.commands.batch.parquet import import_pyarrow
 
 ROWS_FOLDER, STATE, LISTING, PAGE, DATA = "rows", "_run.json", "_list.parquet", "_report.html", "_report.json"
 OTHER_FOLDER = "; choose another folder"

@@ -9,7 +9,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy_service.commands.batch.decoders import DecodedImage
 from sopdeploy_service.commands.batch.options import ClassifyOptions
-from sopdeploy_service.commands.batch.reader import import_pyarrow
+from sopdeploy_service.commands.batch.parquet import import_pyarrow
 from sopdeploy_service.inference.model_worker import ImageOutputs
 from sopdeploy_service.inference.results import HttpError, rank_classes
 

@@ -95,7 +95,8 @@ def classify(
 
     Args:
         bundle: A bundle written by `sopdeploy.export`.
-        sources: One or several of: folders, patterns, images, tar archives, lists of paths (`.txt`), URLs.
+        sources: One or several of: folders, patterns, images, tar archives, parquet files, lists of paths
+            (`.txt`), URLs.
         out: Folder for the rows and the report; an interrupted run in it continues.
         options: The fields of `ClassifyOptions`, each as a keyword argument.
         config: TOML file with settings, as for `serve`.

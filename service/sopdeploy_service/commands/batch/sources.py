@@ -1,8 +1,8 @@
 """List the images of the sources of `sopdeploy classify`, in an order that does not change between runs.
 
-A source is a folder, a pattern such as `photos/**/*.jpg`, an image, a tar archive, a list of paths (`.txt`),
-or the URL of any of them in an object store. Folders are walked one by one, so that a list of any length
-needs little memory. Order: sources as given, names sorted within a folder, members of an archive as stored.
+A source is a folder, a pattern such as `photos/**/*.jpg`, an image, a tar archive, a parquet file, a list of
+paths (`.txt`), or the URL of any of them in an object store. Folders are walked one by one, so that a list of
+any length needs little memory. Order: sources as given, names sorted in a folder, members and rows as stored.
 """
 
 import glob
@@ -18,7 +18,15 @@ from sopdeploy.data.folders import is_hidden, is_image, walk
 from sopdeploy.errors import DataError
 from sopdeploy.files import expand_user
 from sopdeploy.images.limits import SUFFIXES
-from sopdeploy_service.commands.batch.reader import UNKNOWN, ListedImage, is_url, open_location, open_store
+from sopdeploy_service.commands.batch.parquet import ParquetImages
+from sopdeploy_service.commands.batch.reader import (
+    UNKNOWN,
+    ListedImage,
+    is_parquet,
+    is_url,
+    open_location,
+    open_store,
+)
 
 LIST, TAR = ".txt", ".tar"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.xz")
@@ -41,8 +49,9 @@ def list_entries(sources: Sequence[str]) -> Iterator[ListedImage]:
         except OSError as error:
             raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
         if empty:
+            suffixes = ", ".join(SUFFIXES)
             raise DataError(
-                f"{source}: has no images ({', '.join(SUFFIXES)}); name the archives in it, if any"
+                f"{source}: has no images ({suffixes}); name archives or parquet files in it, if any"
             )
 
 
@@ -76,9 +85,11 @@ def _file_entry(path: Path) -> ListedImage:
 
 
 def _list_file(file: ListedImage) -> Iterator[ListedImage]:
-    """Yield the images in *file*: an archive, a list or an image, by its name."""
+    """Yield the images in *file*: an archive, a parquet file, a list or an image, by its name."""
     if file.location.lower().endswith(TAR):
         yield from _list_tar(file.path, file.location)
+    elif is_parquet(file.location):
+        yield from _list_parquet(file.path, file.location)
     elif file.location.lower().endswith(COMPRESSED):
         raise DataError(f"{file.path}: is compressed; unpack it, or pack it as an uncompressed .tar")
     elif file.location.lower().endswith(LIST):
@@ -153,6 +164,17 @@ def _list_tar(name: str, location: str) -> Iterator[ListedImage]:
     except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
         reason = f"damaged or not a tar file ({error}); copy or unpack it again"
         raise DataError(f"{name}: {reason}") from error
+
+
+def _list_parquet(name: str, location: str) -> Iterator[ListedImage]:
+    """Yield the rows of the parquet file *location*, whose metadata alone are read."""
+    try:
+        with open_location(location) as file:
+            for row, size in enumerate(ParquetImages(file).sizes()):
+                yield ListedImage(f"{name}/{row}", location, row, size)
+    except (OSError, ValueError, MemoryError) as error:  # pyarrow's own error is a ValueError
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: no parquet file with images ({reason}); write it again") from error
 
 
 def _list_lines(location: str) -> Iterator[ListedImage]:

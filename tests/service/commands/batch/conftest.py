@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -15,6 +16,7 @@ from tests.service.conftest import picture_bytes
 COUNT = 100
 BAD = {17: b"text", 40: b"", 41: picture_bytes()[:300]}  # by position
 SETTINGS = Settings(threads=1)
+STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})  # of Hugging Face
 OPTIONS = ClassifyOptions(workers=1, part_images=32)
 
 
@@ -37,6 +39,12 @@ def write_photos(folder: Path, count: int = COUNT) -> Path:
         (folder / f"{number:03d}.jpg").write_bytes(BAD.get(number, body))
     (folder / "notes.md").write_text("not an image")
     return folder
+
+
+def write_shard(photos: list[Path], file: Path) -> None:
+    """Write *photos* to the parquet *file*, in row groups of 15 structs as Hugging Face writes them."""
+    column = pa.array([{"bytes": photo.read_bytes(), "path": photo.name} for photo in photos], STRUCT)
+    pq.write_table(pa.table({"label": list(range(len(photos))), "image": column}), file, row_group_size=15)
 
 
 @pytest.fixture(scope="session")

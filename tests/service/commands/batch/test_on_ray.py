@@ -22,6 +22,7 @@ from tests.service.commands.batch.conftest import (
     rows_of,
     stop_at,
     write_photos,
+    write_shard,
 )
 
 on_ray = pytest.importorskip("sopdeploy_service.commands.batch.on_ray")
@@ -56,11 +57,13 @@ def cluster() -> Iterator[Any]:
 @pytest.mark.timeout(600)
 def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path, tmp_path):
     """The rows are those of `classify`, also if it began them, and an interrupted run continues."""
-    photos = write_photos(tmp_path / "photos", MANY)
-    classify(bundle_path, [str(photos)], tmp_path / "here", options=SMALL_PARTS)
+    photos, shard = write_photos(tmp_path / "photos", MANY // 2), tmp_path / "shard.parquet"
+    write_shard(sorted(photos.glob("*.jpg")), shard)
+    sources = [str(photos), str(shard)]
+    classify(bundle_path, sources, tmp_path / "here", options=SMALL_PARTS)
     out, options = tmp_path / "out", SMALL_PARTS.model_copy(update={"ray": cluster.address, "actors": 2})
     with pytest.raises(StopError):
-        classify(bundle_path, [str(photos)], out, options=SMALL_PARTS, on_progress=stop_at(8))
+        classify(bundle_path, sources, out, options=SMALL_PARTS, on_progress=stop_at(8))
     written = set(part_bytes(out))
     other, nodes = cluster.add_node(num_cpus=2, num_gpus=0), set()
 
@@ -72,9 +75,9 @@ def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path,
             nodes.update(found["Address"]["NodeID"] for found in alive)
             cluster.remove_node(other, allow_graceful=False)
 
-    found = classify(bundle_path, [str(photos)], out, options=options, on_progress=lose_a_machine)
+    found = classify(bundle_path, sources, out, options=options, on_progress=lose_a_machine)
     assert len(nodes) == 2
-    assert (found.num_images, found.num_errors) == (MANY, len(BAD))
+    assert (found.num_images, found.num_errors) == (MANY, 2 * len(BAD))
     assert found.classified == MANY - 4 * len(written)
     assert part_bytes(out) == part_bytes(tmp_path / "here")
     assert len({row["path"] for row in rows_of(out)}) == MANY

@@ -79,7 +79,7 @@ def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources
 BAD_SOURCES = {
     "nowhere": "nowhere: not found; name a folder",
     "~nobody-here/x": "~nobody-here/x: not found; name a folder",
-    "shards": r"shards: has no images \(.*; name the archives in it",
+    "shards": r"shards: has no images \(.*; name archives or parquet files in it",
     "damaged.tar": "damaged.tar: damaged or not a tar file",
     "memory://absent": "memory://absent: not found",
     "memory://no-keys": r"memory://no-keys: has no images",
