@@ -63,8 +63,8 @@ class TensorEntry(StrictModel):
 class Roots(StrictModel):
     """The Merkle roots that the three networks share.
 
-    `num_operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX graphs;
-    it is empty until `pipeline.certify_onnx` has compared them.
+    `num_operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX
+    graphs; it is empty until `pipeline.certify_onnx` has compared them.
     """
 
     any_batch: str
