@@ -64,7 +64,7 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     trt = real_tensorrt()
     if trt is None:
         return
-    from sopdeploy.tensorrt.profiles import Profile
+    from sopdeploy.tensorrt.cache import Profile
     from sopdeploy_export.engine_builder.build import BuildRequest, parse_and_build
     from sopdeploy_export.engine_builder.lint import floating_types, lint
 

@@ -68,7 +68,7 @@ PARTS = {
     "shadow": Part(("service/sopdeploy_service/shadow.py", "tests/service/test_shadow.py")),
     "doctor": Part(
         (
-            "sopdeploy/doctor",
+            "sopdeploy/doctor.py",
             "sopdeploy/cli/serving/doctor.py",
             "tests/sopdeploy/doctor",
             "tests/**/test_doctor.py",

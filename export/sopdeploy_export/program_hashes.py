@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from sopdeploy.bundle.merkle import hash_parts
+from sopdeploy.bundle.onnx_root import hash_parts
 from sopdeploy.errors import CertificateError
 
 SCALARS = (bool, int, str, torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -10,9 +10,9 @@ from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.config import expand_options
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.heads import HeadAccuracy
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
+from sopdeploy.evaluation.prediction import HeadAccuracy
 from sopdeploy.html.templates import render
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.plugins import find

@@ -12,15 +12,29 @@ import json
 from typing import TYPE_CHECKING
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.merkle import hash_parts
 from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
     import onnx
 
+import hashlib
+
 _NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
 SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
+
+
+def hash_parts(*parts: str | bytes | memoryview) -> str:
+    """Compute the sha256 of *parts*, each preceded by its length, so that different lists never collide.
+
+    The Merkle roots of captured programs and of ONNX graphs are built from it.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        digest.update(f"{len(content)}:".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def onnx_file_root(content: bytes) -> str:

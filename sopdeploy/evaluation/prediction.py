@@ -1,4 +1,9 @@
-"""Evaluation of networks: metrics during training, and per-image scores of a checkpoint."""
+"""Evaluation of networks: metrics during training, and per-image scores of a checkpoint.
+
+`HeadCounter` measures every head of a network, as in DSoP's Tables III and V, Figures 4 and 5. The heads are
+the network's own classifier, `main`, and the training-only ones: the branches of DSoP, the auxiliary heads of
+PSDR. Export removes the training-only heads, so only a checkpoint has them.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.config import Fraction, NonNegative, StrictModel
 from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages, PreprocessedDataset, Target
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
@@ -21,8 +26,7 @@ from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Activation, Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError, TrainingError
-from sopdeploy.evaluation.heads import HeadAccuracy, HeadCounter
-from sopdeploy.evaluation.metrics import NO_IMAGES
+from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K, Rate
 from sopdeploy.evaluation.multi_label import (
     DEFAULT_THRESHOLD,
     MultiLabelMetrics,
@@ -34,6 +38,7 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.images.tta import TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.base import Classifier
 
 SCORE_BATCH = 32  # images, each with up to ten views
 
@@ -199,6 +204,77 @@ def predict_logits(
         logits[indices] = batch_logits
     # the rows of other processes are 0, so the sum holds all rows
     return processes.all_reduce(logits).numpy(), dataset.images.targets
+
+
+class HeadAccuracy(StrictModel):
+    """Accuracy and loss of one head.
+
+    `loss` is the mean cross entropy without the fitted temperature, `weight` its weight in the training loss
+    (alpha of `main`, beta of a branch), `share` the head's share of the sum of weighted losses. A head is
+    `constant` if it gives every image the same logits.
+    """
+
+    name: str
+    top1: Rate
+    top5: Rate
+    loss: NonNegative
+    weight: NonNegative
+    share: Fraction
+    constant: bool = False
+
+
+def loss_shares(weights: dict[str, float], losses: dict[str, float]) -> dict[str, float]:
+    """Compute the share of each head in the sum of weighted losses; 0 for all if the sum is 0."""
+    weighted = {name: weights[name] * loss for name, loss in losses.items()}
+    total = sum(weighted.values())
+    return {name: value / total if total else 0.0 for name, value in weighted.items()}
+
+
+class HeadCounter(nn.Module):
+    """Compute the main logits of *model* and count the correct predictions of all its heads.
+
+    *targets* (N,) are the class indices of all images, in the order in which the network receives them.
+    """
+
+    def __init__(self, model: Classifier, targets: Tensor) -> None:
+        super().__init__()
+        self.model, self.targets, self.done = model, targets, 0
+        self.right: dict[str, Tensor] = {}  # correct among the best 1 and the best 5
+        self.losses: dict[str, float] = {}
+        self.first: dict[str, Tensor] = {}  # logits of the first image
+        self.constant: dict[str, bool] = {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the main logits (B, C) of *images*, the next ones in the order of `targets`."""
+        targets = self.targets[self.done : self.done + len(images)].to(images.device)
+        self.done += len(images)
+        heads: dict[str, Tensor] = self.model.heads(images)
+        for name, logits in heads.items():
+            top = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == targets[:, None]
+            right = torch.stack([top[:, 0].sum(), top.any(dim=1).sum()]).cpu()
+            self.right[name] = self.right.get(name, torch.zeros_like(right)) + right
+            loss = float(cross_entropy(logits.double(), targets, reduction="sum"))
+            self.losses[name] = self.losses.get(name, 0.0) + loss
+            same = torch.allclose(logits, self.first.setdefault(name, logits[0]))
+            self.constant[name] = self.constant.get(name, True) and same
+        return heads["main"]
+
+    def accuracies(self) -> tuple[HeadAccuracy, ...]:
+        """Return the accuracies on the images so far: branches in the order of computation, then `main`."""
+        weights = self.model.loss_weights()
+        shares = loss_shares(weights, self.losses)
+        return tuple(
+            HeadAccuracy(
+                name=name,
+                top1=Rate.of(int(top1), self.done),
+                top5=Rate.of(int(top5), self.done),
+                loss=self.losses[name] / self.done,
+                weight=weights[name],
+                share=shares[name],
+                constant=self.constant[name],
+            )
+            for name, (top1, top5) in self.right.items()
+        )
 
 
 def score_checkpoint(

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, Curve, bars, plot
-from sopdeploy.report.training import EPOCH_AXIS, Chart, component_chart, epoch_curve, head_metric
+from sopdeploy.report.page import EPOCH_AXIS, Chart, component_chart, epoch_curve, head_metric
 from sopdeploy.reproduction.plan import ReproducedRow
 from sopdeploy.reproduction.tables import PrintedTable
 

@@ -9,8 +9,7 @@ import torch
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.sources import open_data
-from sopdeploy.evaluation.heads import HeadCounter, loss_shares
-from sopdeploy.evaluation.prediction import predict_images
+from sopdeploy.evaluation.prediction import HeadCounter, loss_shares, predict_images
 from sopdeploy.evaluation.statistics import paired, wilson
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe

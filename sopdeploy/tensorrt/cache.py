@@ -1,22 +1,161 @@
 """The engine cache: a plan and a JSON record per key, in `engines/<bundle>/` beside the bundle.
 
-A plan is native code for one GPU model and one TensorRT version. It is loaded only if the key and the sha256
-in its record match; a cache miss returns its reason. The hash detects damage, not an attacker: everyone who
-can write to the folder can run code.
+A plan is native code for one GPU model and one TensorRT version. The key contains everything that decides
+whether it can be used; keys are compared field by field, so that a cache miss states its reason. A plan is
+loaded only if the key and the sha256 in its record match. The hash detects damage, not an attacker: everyone
+who can write to the folder can run code.
+
+The profiles of an engine are the batch sizes that it is built and tuned for. `1,8,32` gives three disjoint
+profiles: 1, 2 to 8, and 9 to 32. Each is tuned for its largest batch. Every batch size has exactly one
+profile, and single images run without a dynamic dimension.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
+
+import pydantic
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import to_json
-from sopdeploy.errors import EngineError
+from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
+from sopdeploy.config import Count, NonNegative, StrictModel
+from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.files import atomic_write, writing
-from sopdeploy.tensorrt.record import EngineKey, EngineRecord
 
 _FOLDER = "engines"
+NAME_LENGTH = 16
 EMPTY = "no engine of this bundle was built here yet"
+
+
+class Profile(StrictModel):
+    """The batch sizes of a profile; it is tuned for `optimum`."""
+
+    minimum: Count
+    optimum: Count
+    maximum: Count
+
+    def __str__(self) -> str:
+        return f"{self.minimum}" if self.minimum == self.maximum else f"{self.minimum}-{self.maximum}"
+
+
+def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
+    """Parse `1,8,32` to one profile per size; without *text*, use the sizes of *batch*.
+
+    Each profile covers the batches from the previous size plus one up to its size. Raises `ConfigError` if a
+    size is not a number or outside the range that the bundle was verified for.
+    """
+    if text is None:
+        sizes = [batch.minimum, batch.optimum, batch.maximum]
+    else:
+        try:
+            sizes = [int(part) for part in text.split(",")]
+        except ValueError as error:
+            raise ConfigError("write batch sizes such as 1,8,32", setting="profiles", value=text) from error
+    ordered = sorted(set(sizes))
+    if ordered[0] < batch.minimum or ordered[-1] > batch.maximum:
+        raise ConfigError(
+            f"the bundle was verified for batches of {batch.minimum} to {batch.maximum}; choose from these",
+            setting="profiles",
+            value=text,
+        )
+    starts = [batch.minimum, *(size + 1 for size in ordered[:-1])]
+    return tuple(
+        Profile(minimum=start, optimum=size, maximum=size)
+        for start, size in zip(starts, ordered, strict=True)
+    )
+
+
+def merge_profiles(profiles: Sequence[Profile]) -> Profile:
+    """Return one profile for all batches of *profiles*, tuned for the largest."""
+    return Profile(minimum=profiles[0].minimum, optimum=profiles[-1].optimum, maximum=profiles[-1].maximum)
+
+
+def index_for(profiles: Sequence[Profile], batch: int) -> int:
+    """Return the index of the profile for *batch* images; raise `ConfigError` if there is none."""
+    for index, profile in enumerate(profiles):
+        if profile.minimum <= batch <= profile.maximum:
+            return index
+    accepted = ", ".join(map(str, profiles))
+    raise ConfigError(f"no profile accepts {batch} images; send batches of {accepted} images")
+
+
+class EngineKey(StrictModel):
+    """Cache key of a plan: bundle, TensorRT version, GPU, precision, profiles and converter."""
+
+    bundle: str  # <model>-<id>
+    bundle_onnx: Sha256
+    tensorrt: str
+    gpu: str
+    architecture: Annotated[str, pydantic.Field(pattern=r"^sm_\d+$")]
+    precision: str
+    profiles: Annotated[tuple[Profile, ...], pydantic.Field(min_length=1)]
+    via: Literal["onnx", "torch-tensorrt"] = "onnx"  # TensorRT's ONNX parser, or torch-tensorrt
+    builder: Literal[1] = 1  # increased when the lint or the builder flags change what a plan computes
+
+    @property
+    def name(self) -> str:
+        """File name of the plan without suffix: a hash over the key."""
+        return hashlib.sha256(to_json(self.model_dump(mode="json"))).hexdigest()[:NAME_LENGTH]
+
+    @property
+    def largest_batch(self) -> int:
+        """Largest batch of all profiles."""
+        return max(profile.maximum for profile in self.profiles)
+
+    def differences(self, other: "EngineKey") -> list[str]:
+        """Describe each field in which *other* differs from this key; hashes are shortened."""
+        texts = []
+        for field in EngineKey.model_fields:
+            theirs, own = getattr(other, field), getattr(self, field)
+            if field == "profiles":
+                theirs, own = (",".join(map(str, profiles)) for profiles in (theirs, own))
+            if theirs != own:
+                length = NAME_LENGTH if field == "bundle_onnx" else None
+                texts.append(f"{field.replace('_', ' ')} {str(theirs)[:length]}, not {str(own)[:length]}")
+        return texts
+
+
+class Receipt(StrictModel):
+    """The number of layers with each floating type at inputs or outputs, from TensorRT's inspector.
+
+    `warnings` says where these types differ from those of the graph, or that the inspector shows none.
+    """
+
+    layers: dict[str, int]
+    warnings: tuple[str, ...] = ()
+
+
+class ProbeReplay(StrictModel):
+    """Largest deviation per output when the engine ran the probes in batches of `batch`."""
+
+    batch: int
+    images: int
+    deviation: dict[str, float]
+    tolerance: dict[str, float]
+
+
+class Hazard(StrictModel):
+    """A pattern that this TensorRT version would compute incorrectly, and how the graph was changed."""
+
+    rule: str
+    operators: int
+    done: str
+
+
+class EngineRecord(StrictModel):
+    """Content of `<name>.json`; `source_sha256` is the hash of the builder's input."""
+
+    format: Literal["sopdeploy-engine"] = "sopdeploy-engine"
+    version: Literal[1] = 1
+    key: EngineKey
+    plan_sha256: Sha256
+    plan_bytes: Count
+    source_sha256: Sha256
+    build_seconds: NonNegative
+    hazards: tuple[Hazard, ...]
+    receipt: Receipt
+    replays: tuple[ProbeReplay, ...]
 
 
 class StoredEngine(NamedTuple):

@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import deserialize, last_error, make_logger
+from sopdeploy.tensorrt.cache import EngineKey, Profile, index_for
 from sopdeploy.tensorrt.cuda import Cuda, CudaResources
-from sopdeploy.tensorrt.profiles import Profile, index_for
-from sopdeploy.tensorrt.record import EngineKey
 
 BUFFERS = 2  # batches in flight
 

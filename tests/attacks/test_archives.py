@@ -14,10 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from sopdeploy.bundle.archive import BLOCK, END, header, padding
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.signing import make_key, sign, signature_path
-from sopdeploy.bundle.transfer import pull, push
+from sopdeploy.bundle.transfer import BLOCK, END, header, padding, pull, push
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError
 from tests.forged import forge, write_hollow

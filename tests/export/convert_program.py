@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy.tensorrt.cache import Profile
 from sopdeploy_export.engine_builder.from_program import build_from_program
 
 DEVICE: dict[str, Any] = {

@@ -21,7 +21,7 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy.tensorrt.cache import Profile
 from sopdeploy_export.engine_builder import from_program
 from sopdeploy_export.engine_builder.from_program import build_from_program
 from sopdeploy_export.options import ExportOptions

@@ -15,8 +15,7 @@ from typer.testing import CliRunner, Result
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.cli.app import app
 from sopdeploy.errors import EngineError, LoweringError, ParityError, RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import StoredEngine, cache_folder, load_best_engine
-from sopdeploy.tensorrt.record import EngineRecord
+from sopdeploy.tensorrt.cache import EngineRecord, StoredEngine, cache_folder, load_best_engine
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.errors import LoweringError
-from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy.tensorrt.cache import Profile
 from sopdeploy_export.engine_builder.lint import floating_types, lint
 from tests.tensorrt.networks import CHANNELS, network, outputs_of, some_images
 

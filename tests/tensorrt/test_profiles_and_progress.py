@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
-from sopdeploy.tensorrt.profiles import index_for, parse_profiles
+from sopdeploy.tensorrt.cache import index_for, parse_profiles
 from sopdeploy_export.engine_builder.build import (
     interrupts_recorded,
     make_monitor,

@@ -8,7 +8,7 @@ from onnx import helper
 
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import create, make_logger
-from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy.tensorrt.cache import Profile
 from sopdeploy_export.engine_builder.build import BuildRequest, parse_and_build, set_timing_cache
 from sopdeploy_export.engine_builder.lint import lint
 from tests.gpu_graphs import ABSENT, RealTensorRT, real_tensorrt

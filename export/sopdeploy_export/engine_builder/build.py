@@ -10,7 +10,7 @@ from typing import Any
 
 from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import create, deserialize, last_error, make_logger
-from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy.tensorrt.cache import Profile
 
 Report = Callable[[str], None]
 

@@ -21,15 +21,21 @@ from sopdeploy.config import StrictModel
 from sopdeploy.errors import EngineError, LoweringError, RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cache import (
+    EngineKey,
+    EngineRecord,
+    Hazard,
+    ProbeReplay,
+    Profile,
+    Receipt,
     StoredEngine,
     cache_folder,
     load_engine,
+    merge_profiles,
+    parse_profiles,
     store_engine,
     write_atomically,
 )
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
-from sopdeploy.tensorrt.profiles import Profile, merge_profiles, parse_profiles
-from sopdeploy.tensorrt.record import EngineKey, EngineRecord, Hazard, ProbeReplay, Receipt
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.engine_builder.build import BuildRequest, Report, layer_information, parse_and_build
 from sopdeploy_export.engine_builder.lint import floating_types, lint

@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from sopdeploy.bundle.folder import PROGRAM, Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import EngineError, RuntimeUnavailableError, first_line
-from sopdeploy.tensorrt.profiles import Profile
+from sopdeploy.tensorrt.cache import Profile
 
 
 def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> bytes:

@@ -11,8 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt.binding import Version
-from sopdeploy.tensorrt.profiles import Profile
-from sopdeploy.tensorrt.record import Hazard
+from sopdeploy.tensorrt.cache import Hazard, Profile
 
 # The newest opset that each release reads; releases between two entries read the earlier one.
 NEWEST_OPSET = {(10, 13): 20, (10, 15): 24, (11, 0): 25}

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from sopdeploy.tensorrt.record import Receipt
+from sopdeploy.tensorrt.cache import Receipt
 
 TYPE_KEYS = ("Format/Datatype", "Datatype")
 LOW = frozenset({"fp16", "bf16", "int8"})

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt
-from sopdeploy.tensorrt.cache import EMPTY, cache_folder, load_best_engine, records
+from sopdeploy.tensorrt.cache import EMPTY, Profile, cache_folder, load_best_engine, records
 from sopdeploy.tensorrt.cuda import open_cuda
-from sopdeploy.tensorrt.profiles import Profile
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_service.runtime.base import translate_errors
 from sopdeploy_service.settings import Settings

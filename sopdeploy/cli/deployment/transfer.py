@@ -1,7 +1,7 @@
-"""`sopdeploy push` and `sopdeploy pull`: upload a bundle as one archive, download and check it."""
+"""`sopdeploy sign`, `push` and `pull`: sign a bundle, upload it as one archive, download and check it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -62,3 +62,31 @@ def pull_command(
     from sopdeploy.bundle.transfer import pull as run
 
     return run(source, destination, sha256=sha256, require_signature=require_signature, max_bytes=max_bytes)
+
+
+def _show_signed(signed: dict[str, Any]) -> None:
+    """Print the signature file, and the public key if it is new."""
+    if signed["public_key"] is not None:
+        print_field("key", f"distribute {signed['public_key']}, keep the other file secret", style="")
+    print_field("signed", str(signed["signature"]), style="")
+
+
+@command(_show_signed)
+def sign_command(
+    bundle: BundleArgument,
+    key: Annotated[Path, typer.Option(help="Private key in a PEM file: an elliptic curve key.")],
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="Create the key first; the public key is written to KEY.pub.")
+    ] = False,
+) -> dict[str, Any]:
+    """Sign a bundle: write BUNDLE.sig beside it, for --require-signature of `pull` and `serve`.
+
+    The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts it, too.
+
+    Example: [bold]sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key[/bold]
+    """
+    from sopdeploy.bundle.signing import make_key
+    from sopdeploy.bundle.signing import sign as run
+
+    public = make_key(key) if new_key else None
+    return {"signature": run(bundle, key), "public_key": public}

@@ -10,7 +10,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, out, plain_text, print_table, say, show_steps
 
 if TYPE_CHECKING:
-    from sopdeploy.doctor.examine import Diagnosis
+    from sopdeploy.doctor import Diagnosis
 
 _COLUMNS = ("clients", "img/s", "p50 ms", "p99", "runtime", "decode", "client", "batch", "refused")
 
@@ -57,7 +57,7 @@ def doctor_command(
     Example: [bold]sopdeploy doctor --url http://127.0.0.1:8000 --images photos --seconds 20[/bold]
     """
     with show_steps(f"measuring for {seconds:.0f} s"):
-        from sopdeploy.doctor.examine import examine
+        from sopdeploy.doctor import examine
 
         return examine(
             url, images=images, seconds=seconds, concurrency=concurrency, model=model, api_key=api_key

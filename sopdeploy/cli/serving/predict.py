@@ -1,4 +1,4 @@
-"""`sopdeploy predict`: classify images without a server."""
+"""`sopdeploy predict` and `bench`: classify images without a server, and measure how long it takes."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,9 +15,13 @@ from sopdeploy.cli.console import (
     plain_text,
     print_error,
     print_json,
+    say,
+    show_steps,
 )
+from sopdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sopdeploy_service.commands.bench import Benchmark
     from sopdeploy_service.commands.predict import FilePrediction
 
 
@@ -64,3 +68,44 @@ def predict_command(
             _show(prediction)
     if any(prediction.error is not None for prediction in predictions):
         raise typer.Exit(USER_ERROR_EXIT_CODE)
+
+
+def _show_benchmark(result: "Benchmark") -> None:
+    """Print the machine, and one line per batch size."""
+    facts = {**result.machine, **result.versions}
+    say(", ".join(f"{key} {value}" for key, value in facts.items()))
+    for side in filter(None, (result.ours, result.other)):
+        say(f"{side.bundle} ({side.precision}) on {side.runtime}, {side.device}")
+        for row in side.latencies:
+            out.print(
+                f"  batch {row.batch:<4} median {row.median_ms:9.2f} ms  p95 {row.p95_ms:9.2f}  "
+                f"p99 {row.p99_ms:9.2f}  {row.images_per_s:10.1f} images/s  ({row.runs} runs)"
+            )
+    for size, ratio in result.ratios.items():
+        out.print(f"[bold]batch {size}[/] takes {ratio:.2f} of the other bundle's time (1 : {1 / ratio:.2f})")
+
+
+@command(_show_benchmark)
+def bench_command(
+    bundle: BundleArgument,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,
+    against: Annotated[Path | None, typer.Option(help="A second bundle, timed alternately.")] = None,
+) -> "Benchmark":
+    """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
+
+    Example: [bold]sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8[/bold]
+    """
+    with show_steps("timing") as step:
+        from sopdeploy_service.commands.bench import bench as run
+        from sopdeploy_service.settings import load_settings
+
+        return run(bundle, load_settings(threads=threads), batch_sizes(batch), against, step)
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Parse batch sizes such as "1,8", without duplicates; raise `ConfigError` for other text."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and 0 < len(word) < 7 for word in words):
+        raise ConfigError("not a list of batch sizes; write it as 1,8", setting="batch", value=text)
+    return tuple(dict.fromkeys(int(word) for word in words))

@@ -1,4 +1,4 @@
-"""`sopdeploy serve`: serve bundles over HTTP."""
+"""`sopdeploy serve`: serve bundles over HTTP; `sopdeploy key`: create an API key for its clients."""
 
 import sys
 from pathlib import Path
@@ -77,3 +77,26 @@ def serve_command(
     from sopdeploy_service.server.process import run_server
 
     raise typer.Exit(run_server(bundles, settings))
+
+
+@command()
+def key_command(
+    name: Annotated[str, typer.Argument(help="Name of the client; it appears in the server's log.")],
+    keys: Annotated[Path, typer.Option(help="API key file; created if it is missing.")],
+    rate: Annotated[
+        float | None, typer.Option(help="Largest number of images per second; by default no limit.")
+    ] = None,
+    burst: Annotated[
+        int | None, typer.Option(min=1, help="Images allowed at once after a pause; by default 32.")
+    ] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="Allow the key to load and swap models.")] = False,
+) -> None:
+    """Create an API key, print it once and store its hash; servers read the file when they start.
+
+    Example: [bold]sopdeploy key phone-app --keys keys.toml --rate 100[/bold]
+    """
+    from sopdeploy_service.http.api_keys import new_key
+
+    created = new_key(keys, name, rate=rate, burst=burst, admin=admin)
+    sys.stdout.write(created + "\n")
+    err.print(plain_text(f"{keys} stores only a hash: keep the key, it is not shown again"))

@@ -1,4 +1,4 @@
-"""`sopdeploy eval`: evaluate a checkpoint, a bundle or a server."""
+"""`sopdeploy eval`, `calibrate` and `report`: measure a network, fit its thresholds, report on its run."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sopdeploy.api.options import EvaluateOptions
+from sopdeploy.api.options import CalibrateOptions, EvaluateOptions
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, image_progress, out, plain_text, print_table, say
 
 if TYPE_CHECKING:
+    from sopdeploy.api.calibration import Calibrated
     from sopdeploy.api.evaluation import Evaluation
-    from sopdeploy.evaluation.heads import HeadAccuracy
     from sopdeploy.evaluation.metrics import ClassificationReport
     from sopdeploy.evaluation.multi_label import MultiLabelReport
+    from sopdeploy.evaluation.prediction import HeadAccuracy
 
 _MAX_CLASSES = 50  # of more classes, the output lists those with the lowest recall or average precision
 MAX_COLUMNS = 12  # with more classes, the terminal shows no confusion matrix
@@ -115,3 +116,73 @@ def _print_multi_label_report(report: "MultiLabelReport") -> None:
         shown = ("-" if rate is None else f"{rate:.2%}" for rate in rates)
         rows.append((entry.label, str(entry.count), str(entry.answered), f"{entry.threshold:.3f}", *shown))
     print_table(("class", "images", "predicted", "threshold", "AP", "precision", "recall", "F1"), rows)
+
+
+def _show_calibrated(calibrated: "Calibrated") -> None:
+    """Print the fitted values and the next command."""
+    for note in calibrated.notes:
+        err.print(plain_text(f"warning: {note}"))
+    say(*(f"{name}: {text}" for name, text in calibrated.decision.rows(calibrated.labels)))
+    say(f"next: sopdeploy export {calibrated.path}{' --detach' * calibrated.training_only}")
+
+
+def _summarize_calibrated(calibrated: "Calibrated") -> dict[str, Any]:
+    """Build the JSON output."""
+    return {
+        "checkpoint": str(calibrated.path),
+        "images": calibrated.images,
+        "decision": calibrated.decision.model_dump(mode="json"),
+        "notes": list(calibrated.notes),
+    }
+
+
+@command(_show_calibrated, summarize=_summarize_calibrated)
+def calibrate_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `sopdeploy train` or `import`.")],
+    data: Annotated[
+        Path, typer.Option(help="Images not used for training, DIR/<class>/*.jpg or with labels.csv.")
+    ],
+    out_file: Annotated[
+        Path | None, typer.Option(help="The new checkpoint; by default <name>-calibrated.pt.")
+    ] = None,
+    *,
+    options: CalibrateOptions,
+) -> "Calibrated":
+    """Fit temperature and rejection threshold of a checkpoint to images that were not used for training.
+
+    `train` does this at the end of a run, so this command is for imported checkpoints and for other images.
+    For a multi-label network it fits a threshold per class instead.
+
+    Example: [bold]sopdeploy calibrate ckpt.pt --data test-photos[/bold]
+    """
+    with image_progress() as on_image:
+        from sopdeploy.api.calibration import calibrate as run
+
+        return run(checkpoint, data, out_file, options=options, on_image=on_image)
+
+
+def _show_report(written: dict[str, Any]) -> None:
+    """Print the page and its size."""
+    say(f"{written['report']}: {written['bytes']:,} bytes, opens offline")
+
+
+@command(_show_report)
+def report_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder written by `sopdeploy train`.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Images to evaluate, DIR/<class>/*.jpg; by default the held-out images."),
+    ] = None,
+    out_file: Annotated[Path | None, typer.Option(help="The HTML file; by default RUN/report.html.")] = None,
+) -> dict[str, Any]:
+    """Write an HTML report on a run: curves, components, confusions, calibration, worst mistakes.
+
+    Example: [bold]sopdeploy report runs/latest[/bold]
+
+    Example: [bold]sopdeploy report runs/latest --data test-photos --out-file page.html[/bold]
+    """
+    with image_progress() as on_image:
+        from sopdeploy.report.page import write_run_report
+
+        page = write_run_report(run, out_file, data=data, on_image=on_image)
+    return {"report": str(page), "bytes": page.stat().st_size}

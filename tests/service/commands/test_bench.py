@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.cli.serving.bench import batch_sizes
+from sopdeploy.cli.serving.predict import batch_sizes
 from sopdeploy.errors import ConfigError, ParityError
 from sopdeploy_service.commands import bench as timing
 from sopdeploy_service.settings import load_settings

@@ -5,7 +5,7 @@ from fake_runtime import FakeRuntime
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.doctor.examine import Diagnosis, examine
+from sopdeploy.doctor import Diagnosis, examine
 from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
 from sopdeploy_service.settings import Settings
 
@@ -88,7 +88,7 @@ def test_the_command_prints_a_table_or_json(serve_with, monkeypatch):
     arguments = ["doctor", "--url", str(server.base_url), "--seconds", "1", "--concurrency", "4"]
     found = Diagnosis.model_validate_json(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert [step.concurrency for step in found.steps] == [1, 2, 4]
-    monkeypatch.setattr("sopdeploy.doctor.examine.examine", lambda *_, **__: found)
+    monkeypatch.setattr("sopdeploy.doctor.examine", lambda *_, **__: found)
     shown = CliRunner().invoke(app, arguments)
     assert (shown.exit_code, shown.stderr) == (0, "")
     advice = found.advice

@@ -7,8 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sopdeploy.bundle.merkle import hash_parts
-from sopdeploy.bundle.onnx_root import onnx_file_root
+from sopdeploy.bundle.onnx_root import hash_parts, onnx_file_root
 from sopdeploy.errors import CertificateError
 
 

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sopdeploy.doctor.advice import judge
-from sopdeploy.doctor.examine import load_images
-from sopdeploy.doctor.measure import LoadStep, Scrape, measure_server, parse_metrics
+from sopdeploy.doctor import LoadStep, Scrape, judge, load_images, measure_server, parse_metrics
 from sopdeploy.errors import ServiceError
 
 BEFORE = """

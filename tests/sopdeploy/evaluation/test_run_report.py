@@ -19,8 +19,7 @@ from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.evaluation.prediction import EvalMetrics, score_checkpoint
 from sopdeploy.html.charts import element
 from sopdeploy.html.templates import create_environment, render
-from sopdeploy.report.page import write_run_report
-from sopdeploy.report.training import training_context
+from sopdeploy.report.page import training_context, write_run_report
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe

@@ -1,1 +1,0 @@
-"""Find the bottleneck of a running server from outside: bounded load, metrics, advice."""
