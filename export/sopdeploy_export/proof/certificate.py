@@ -258,16 +258,17 @@ def _capture_networks(
 
     The detached network comes first, because the names in its programs are those of the exported file.
     """
-    captured = {} if captured_trained is None else {"trained": captured_trained}
-    same = networks["detached"] is networks["trained"]
-    for role in ("trained" if same else "detached", *networks):
-        if role in captured or (same and role == "detached"):
+    trained, detached = networks["trained"], networks["detached"]
+    captured = {} if captured_trained is None else {id(trained): captured_trained}
+    for role in ("trained" if detached is trained else "detached", *networks):
+        network = networks[role]
+        if id(network) in captured:
             continue
         try:
-            captured[role] = capture(networks[role], preprocess, batch, tuple(captured.values()))
+            captured[id(network)] = capture(network, preprocess, batch, tuple(captured.values()))
         except LoweringError as error:
             raise CertificateError(f"{role} network: {error}") from error
-    return {role: captured["trained" if same and role == "detached" else role] for role in networks}
+    return {role: captured[id(network)] for role, network in networks.items()}
 
 
 def _assert_equal_sizes(programs: Captured) -> None:
