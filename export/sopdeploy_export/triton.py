@@ -34,9 +34,15 @@ class TritonModel(StrictModel):
 def write_triton(bundle: Bundle, repository: Path) -> TritonModel:
     """Write *bundle* as a model folder in *repository*, atomically.
 
-    An existing folder with the same content is kept. Raises `BundleError` if it has other content, or if
-    a class name has line breaks.
+    An existing folder with the same content is kept. Raises `BundleError` if it has other content, if the
+    bundle was not verified for single images, or if a class name has line breaks.
     """
+    manifest = bundle.manifest
+    if manifest.batch.minimum > 1:
+        raise BundleError(
+            f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton also "
+            "sends single images; export it with a minimum batch of 1"
+        )
     broken = [label for label in bundle.labels if label.splitlines() not in ([label], [])]
     if broken:
         raise BundleError(
@@ -58,7 +64,7 @@ def write_triton(bundle: Bundle, repository: Path) -> TritonModel:
         elif _file_hashes(target) != files:
             raise BundleError(f"{target}: exists with other content; remove it or choose another folder")
     return TritonModel(
-        path=target, name=bundle.name, max_batch=bundle.manifest.batch.maximum, files=tuple(sorted(files))
+        path=target, name=bundle.name, max_batch=manifest.batch.maximum, files=tuple(sorted(files))
     )
 
 
