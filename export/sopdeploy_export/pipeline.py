@@ -4,6 +4,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has
 from sopdeploy_export.replay import write_source
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import Exported, ExportResults, export_statement
+from sopdeploy_export.rounding import bound_rounding
 from sopdeploy_export.stability import MAX_PHOTOGRAPHS, Photographs, find_photographs, measure_stability
 from sopdeploy_export.subject import ExportSubject, summarize_checkpoint
 
@@ -252,6 +254,9 @@ def _check_file(
         network_summary=job.subject.summary(),
         decision=job.subject.decision,
         stability=stability,
+        rounding=partial(
+            bound_rounding, converted.program, images[parity.compared_images], options.precision
+        ),
     )
     return expected, results
 

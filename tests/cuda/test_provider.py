@@ -105,10 +105,10 @@ UPLOAD = """
 import ctypes, sys
 from pathlib import Path
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime
+from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from tests.cuda.stand_in import runtime_library
 from tests.tensorrt.networks import some_images
-runtime, cudart = OnnxRuntime(open_bundle(Path(sys.argv[1])), provider=CUDA), ctypes.CDLL(runtime_library())
+runtime, cudart = CudaOnnxRuntime(open_bundle(Path(sys.argv[1]))), ctypes.CDLL(runtime_library())
 before = cudart.stand_in_pageable_bytes()  # of the weights
 runtime.run(some_images())
 print(cudart.stand_in_pageable_bytes() - before)

@@ -19,11 +19,10 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.bundle.manifest import GATES, BatchRange, Precision
 from sopdeploy.errors import ParityError
+from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import Deployed, output_names
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.findings import (
@@ -55,7 +54,6 @@ OVERFLOW_REMEDIES: dict[Precision, str] = {
     "fp32": "train it again with weight decay or a lower learning rate",
 }
 UNDECIDED = "train longer"
-REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,32 +69,6 @@ class ParityReference:
     def floors(self) -> float:
         """The allowed drift as a multiple of the noise floor."""
         return FLOORS_BY_PRECISION[self.precision]
-
-
-class InFloat64(TorchDispatchMode):
-    """Compute in float64 also where the code of a network names another type, as `.float()` does.
-
-    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted where an
-    operation combines them with float64.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run one operation in float64 if an argument names a smaller type or an operand is float64."""
-        del types
-        call = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
-        dtypes = {value.dtype for value in tree_leaves(call) if isinstance(value, Tensor)}
-        # An operation that writes to an operand needs this operand itself, not a converted copy.
-        if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
-            call = tree_map_only(Tensor, lambda t: t.double() if t.dtype in REDUCED else t, call)
-        return func(*call[0], **call[1])
-
-
-def in_float64(value: Any) -> Any:
-    """Replace *value*, an argument of an operation, by float64 if it is a smaller floating-point type."""
-    return torch.float64 if any(value is dtype for dtype in REDUCED) else value
 
 
 def compare_with_network(

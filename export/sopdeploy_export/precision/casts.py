@@ -27,8 +27,8 @@ from torch.export import ExportedProgram
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
+from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import NETWORK_PREFIX, compute_outputs
-from sopdeploy_export.parity.compare import InFloat64
 
 _Part = TypeVar("_Part", bound=nn.Module)
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12

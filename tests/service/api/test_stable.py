@@ -60,12 +60,6 @@ def test_responses_say_whether_the_answer_is_stable(
                 assert typed.classify(picture).stable is expected
 
 
-def test_a_bundle_without_photographs_answers_without_stable(client: httpx.Client, jpeg) -> None:
-    assert "stable" not in client.post("/v1/classify", content=jpeg).json()
-    with Client(str(client.base_url)) as typed:
-        assert typed.classify(jpeg).stable is None
-
-
 def test_a_manifest_has_the_measurement_only_if_there_is_one(bundle: Bundle) -> None:
     without = bundle.manifest.model_copy(update={"stability": None})
     measured = bundle.manifest.model_copy(update={"stability": stability(1.5)})

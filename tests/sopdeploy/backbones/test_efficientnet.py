@@ -6,25 +6,21 @@ from sopdeploy import create_model
 from sopdeploy.backbones.efficientnet import MBCONV_STAGES, EfficientNet, EfficientNetConfig
 
 
-def test_efficientnet_has_timms_keys_and_gives_its_logits() -> None:
+@pytest.mark.parametrize(
+    ("name", "timms", "sides"),
+    [
+        ("efficientnet-b0", "efficientnet_b0", (64, 96)),
+        ("efficientnet-lite0", "tf_efficientnet_lite0", (64, 67)),
+        ("efficientnet-lite2", "tf_efficientnet_lite2", (65, 68)),
+    ],
+)
+def test_networks_have_timms_keys_and_give_its_logits(name: str, timms: str, sides: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    theirs = timm.create_model("efficientnet_b0", num_classes=7).eval()
-    ours = EfficientNet(EfficientNetConfig(), 7).eval()
+    theirs = timm.create_model(timms, num_classes=7).eval()
+    ours = create_model(name, num_classes=7).eval()
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(2, 3, 64, 96)
-    with torch.no_grad():
-        assert torch.equal(ours(images), theirs(images))
-
-
-@pytest.mark.parametrize(("name", "side"), [("lite0", 64), ("lite2", 65)])
-def test_lite_networks_have_timms_keys_and_give_its_logits(name: str, side: int) -> None:
-    torch.manual_seed(0)
-    theirs = timm.create_model(f"tf_efficientnet_{name}", num_classes=7).eval()
-    ours = create_model(f"efficientnet-{name}", num_classes=7).eval()
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(2, 3, side, side + 3)
+    images = torch.randn(2, 3, *sides)
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images))
 
