@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 
 from sopdeploy.bundle.folder import PROGRAM, Bundle
-from sopdeploy.bundle.probes import Probes, read_probes, replay
+from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import EngineError, LoweringError, RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
@@ -24,7 +24,6 @@ from sopdeploy.tensorrt.cache import (
     EngineKey,
     EngineRecord,
     Hazard,
-    ProbeReplay,
     Profile,
     Receipt,
     StoredEngine,
@@ -235,7 +234,7 @@ def build_from_onnx(machine: Machine, graph: bytes, key: EngineKey, folder: Path
     return plan
 
 
-def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[ProbeReplay, ...]:
+def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
     Raises `ParityError` if an output deviates by more than the bundle's tolerance.
@@ -257,6 +256,5 @@ def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey)
                 expected={name: values[indices] for name, values in probes.expected.items()},
                 tolerance=probes.tolerance,
             )
-            result = replay(repeated, session.run, batch=size)
-            replays.append(ProbeReplay(batch=size, **asdict(result)))
+            replays.append(replay(repeated, session.run, batch=size))
     return tuple(replays)
