@@ -43,7 +43,7 @@ class PrintedRow(StrictModel):
     Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `params` and
     `gflops` describe the deployed network in millions and billions, `train_params` and `train_gflops` the
     network in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector
-    that is classified. `facts` are other printed figures by name: `facts.py` counts those of a network,
+    that is classified. `facts` are other printed figures by name: `plan.py` counts those of a network,
     `results.py` measures those of a run. Extra costs and increments are relative to the row `baseline`. None
     stands for a figure that is not printed.
 
@@ -51,7 +51,7 @@ class PrintedRow(StrictModel):
     the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. `pretrained` is
     a row of another table, "TABLE/ROW", whose `best.pt` gives the start weights if it exists. A `cited` row
     was not trained by the paper; it can be trained only if it has its own `recipe` or `set`. A `teacher` is
-    not printed, but other rows need it. `layer` is what `layer_times.py` times.
+    not printed, but other rows need it. `layer` is what `time_layer` times.
     """
 
     id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]

@@ -69,7 +69,7 @@ def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     assert {"width": 16, "iterations": 5}.items() <= report.config["pooling"].items()
     assert report.config["base_width"] == BASE
     assert (report.preprocess.resize, report.preprocess.crop) == (256, 224)
-    assert report.tensors == len(network.state_dict())
+    assert report.num_tensors == len(network.state_dict())
 
 
 def training_file(path: Path, network: ResNet, arch: str | None, **how: Any) -> Path:
@@ -123,7 +123,7 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     ours, report = imported(tmp_path / "a.pth", "isqrt-resnet18")
     assert_same_logits(ours, network, random_images(48))
-    assert report.tensors == len(old) + 15
+    assert report.num_tensors == len(old) + 15
 
 
 @pytest.mark.parametrize(
