@@ -16,10 +16,16 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import CatalogModel, create_model
-from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.results import MeanError, SeedResult, mean_error
 from sopdeploy.reproduction.small import SMALL_DATA, STATEMENT, small_data, small_overrides
-from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable, find_table
+from sopdeploy.reproduction.tables import (
+    DATA_SETS,
+    DataSet,
+    PrintedRow,
+    PrintedTable,
+    ReproduceOptions,
+    find_table,
+)
 from sopdeploy.training.recipe import Recipe, format_toml, parse_override, read_recipe
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as

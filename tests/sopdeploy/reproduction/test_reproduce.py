@@ -15,17 +15,18 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import create_model
 from sopdeploy.reproduction import results as measured
 from sopdeploy.reproduction import small
-from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.page import number
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy.reproduction.results import HOURS, MILLISECONDS
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
-from sopdeploy.reproduction.tables import TABLES, PrintedRow, PrintedTable
+from sopdeploy.reproduction.tables import PrintedRow, PrintedTable, ReproduceOptions, load_tables
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
 from tests.sopdeploy.data.small_data import write_classes, write_imagenet
 from tests.sopdeploy.training.runs import RecordingCallback
+
+TABLES = load_tables()
 
 TINY = PrintedTable(
     id="tiny",
