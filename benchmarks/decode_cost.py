@@ -22,7 +22,7 @@ from sopdeploy.images.cost import Cost
 from sopdeploy.images.formats import prepare_decoders
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.server.memory import limit_heaps
+from sopdeploy_service.server.process import limit_heaps
 
 decode_any = partial(decode, max_bytes=30_000_000, max_pixels=70_000_000)
 

@@ -19,10 +19,10 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.engine_builder.engine import get_engine, this_machine
-from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_export.graph import Deployed
+from sopdeploy_export.options import EngineOptions
 from sopdeploy_export.proof.networks import detach
-from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options
+from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 
 BATCHES = (1, 8, 32)  # the profiles of the engine
 MEASURED = (1, 5, 8, 20, 32)  # graphs pad 5 to 8 and 20 to 32 images
@@ -32,7 +32,7 @@ Run = Callable[[NDArray[np.uint8]], Any]
 def speed_rows(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> Iterator[dict[str, Any]]:
     """Measure the median milliseconds per batch of *bundle* on each runtime; yield a row for each batch."""
     with ExitStack() as stack:
-        runtime = OnnxRuntime(bundle, provider=CUDA, options=cuda_options(bundle.manifest.precision))
+        runtime = CudaOnnxRuntime(bundle)
         stack.callback(runtime.close)
         sides: dict[str, Run] = {"onnxruntime CUDA": runtime.run, **torch_sides(bundle)}
         text = f"Milliseconds per batch, medians of {runs} runs, copies to and from the GPU included."

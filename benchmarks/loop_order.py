@@ -40,7 +40,7 @@ from sopdeploy.training.few_shot.candidates import Network, list_heads
 from sopdeploy.training.few_shot.classifier import Problem, Targets
 from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.start_weights import create_initial_model
-from sopdeploy_service.labelling.order import order_by_value
+from sopdeploy_service.labelling.folders import order_by_value
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]

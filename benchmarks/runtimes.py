@@ -27,7 +27,10 @@ from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 
-RUNTIMES = {"onnxruntime": OnnxRuntime, "openvino": OpenVINORuntime}
+RUNTIMES: dict[str, type[OnnxRuntime | OpenVINORuntime]] = {
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVINORuntime,
+}
 RUNS, WARMUPS = 21, 3
 
 

@@ -32,7 +32,7 @@ from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.server.draining_server import freeze_objects, http_config
-from sopdeploy_service.server.memory import limit_heaps
+from sopdeploy_service.server.process import limit_heaps
 from sopdeploy_service.settings import Settings, load_settings
 
 CLASSES = 1000

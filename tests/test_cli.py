@@ -220,11 +220,6 @@ def test_invalid_input_is_one_error_line(case: str) -> None:
     assert re.search(message, error_line(*arguments))
 
 
-def test_an_invalid_setting_in_the_environment_is_one_error_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOPDEPLOY_PORT", "many")
-    assert "port" in error_line("serve", "bundle").lower()
-
-
 def test_usage_errors_exit_with_2_and_mention_help() -> None:
     for arguments in (("models", "--jsn"), ("export",)):
         result = sopdeploy_cli(*arguments)

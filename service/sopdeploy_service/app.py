@@ -11,14 +11,13 @@ from sopdeploy.plugins import load_parts
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
-from sopdeploy_service.http.api_keys import load_keys
+from sopdeploy_service.http.api_keys import CreateBucketState, load_keys, local_state
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
     ApiKeyMiddleware,
     RequestContextMiddleware,
 )
-from sopdeploy_service.http.rate_limits import CreateBucketState, local_state
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import CreateRegistry, Service

@@ -86,7 +86,7 @@ def fit_decision(
         temperature=temperature,
         error_before=calibration_error(logits, targets),
         error_after=calibration_error(scaled, targets),
-        images=len(logits),
+        num_images=len(logits),
         estimated_on=estimated_on,
     )
     predictions = PredictionCounts(logits.shape[1])

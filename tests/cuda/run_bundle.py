@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options
+from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from tests.cuda.stand_in import runtime_library
 from tests.tensorrt.networks import some_images
 
@@ -26,7 +26,7 @@ def main(folder: str, function: str, code: str, when: str) -> None:
     try:
         if when == "open":
             fail(function, int(code))
-        runtime = OnnxRuntime(bundle, provider=CUDA, options=cuda_options(bundle.manifest.precision))
+        runtime = CudaOnnxRuntime(bundle)
         fail(function, int(code))
         runtime.run(some_images())
     except Exception as error:

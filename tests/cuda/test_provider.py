@@ -105,10 +105,10 @@ UPLOAD = """
 import ctypes, sys
 from pathlib import Path
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime
+from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from tests.cuda.stand_in import runtime_library
 from tests.tensorrt.networks import some_images
-runtime, cudart = OnnxRuntime(open_bundle(Path(sys.argv[1])), provider=CUDA), ctypes.CDLL(runtime_library())
+runtime, cudart = CudaOnnxRuntime(open_bundle(Path(sys.argv[1]))), ctypes.CDLL(runtime_library())
 before = cudart.stand_in_pageable_bytes()  # of the weights
 runtime.run(some_images())
 print(cudart.stand_in_pageable_bytes() - before)
@@ -118,6 +118,13 @@ print(cudart.stand_in_pageable_bytes() - before)
 def test_a_batch_is_uploaded_from_page_locked_memory(tmp_path: Path) -> None:
     bundle = write(tmp_path / "bundle", without_convolution())
     assert start("-c", UPLOAD, str(bundle.path)).communicate(timeout=120)[0] == "0\n"
+
+
+def test_the_bound_of_every_stage_of_an_h100_is_computed() -> None:
+    found, _ = start("benchmarks/gpu_bound.py", "--runs", "2", "--json").communicate(timeout=120)
+    rows = json.loads(found)["results"]
+    assert len(rows) == 9
+    assert all(row["ours"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize("command", [("serve", "--port", "0"), ("verify",)])

@@ -260,12 +260,6 @@ def test_pods_with_a_gpu_have_its_runtime_class_and_time_to_start() -> None:
     assert "runtimeClassName" not in on_cpus["spec"]["template"]["spec"]
 
 
-def test_a_service_link_variable_is_rejected_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SOPDEPLOY_PORT", "tcp://10.0.0.1:80")
-    with pytest.raises(sopdeploy.errors.ConfigError, match="enableServiceLinks: false"):
-        load_settings()
-
-
 @pytest.mark.parametrize("container", SERVERS)
 def test_probes_use_existing_paths_and_ports(container: dict[str, Any]) -> None:
     probes = {kind: container[kind]["httpGet"] for kind in ("livenessProbe", "readinessProbe")}

@@ -1,6 +1,7 @@
 """I/O binding of onnxruntime on the CPU, with the calls of the GPU path."""
 
 from pathlib import Path
+from threading import Semaphore
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from sopdeploy_service.runtime.base import padded_sizes
+from sopdeploy_service.runtime.base import OutOfMemoryError, padded_sizes
 from sopdeploy_service.runtime.onnxruntime import BoundSession
 
 SHAPES = {"sums": (3,), "doubled": (2, 2, 3)}
@@ -47,7 +48,7 @@ def test_every_batch_gets_its_own_outputs_in_any_order_of_sizes(session: Any) ->
     bound_session = over(session)
     batches = [some_images(count, seed) for seed, count in enumerate([1, 4, 1, 2, 4, 4, 1])]
     outputs = [
-        bound_session.run(images.copy(), list(SHAPES)) for images in batches
+        bound_session.begin(images.copy(), list(SHAPES))() for images in batches
     ]  # the next batch overwrites none
     for images, found in zip(batches, outputs, strict=True):
         assert list(found) == list(SHAPES)
@@ -64,7 +65,68 @@ def test_tensors_on_the_device_exist_once_per_padded_size(session: Any) -> None:
     bound_session = over(counted)
     for count in (1, 2, 3, 4, 5, 3, 1, 6):  # 6 is not one of them
         images = some_images(count, count)
-        found = bound_session.run(images, list(SHAPES))
+        found = bound_session.begin(images, list(SHAPES))()
         np.testing.assert_array_equal(found["doubled"], images * np.float32(2))
     assert [len({id(run) for run in runs}), len(runs)] == [5, 8]
     assert runs[2] is runs[3]
+
+
+class Gated:
+    """A session in which each run waits for `gate`; those whose number is in *failing* then fail."""
+
+    def __init__(self, session: Any, failing: tuple[int, ...] = ()) -> None:
+        self.io_binding, self.gate, self._session = session.io_binding, Semaphore(0), session
+        self.failing, self.bindings = failing, list[Any]()
+
+    def run_with_iobinding(self, binding: Any) -> None:
+        self.bindings.append(binding)
+        assert self.gate.acquire(timeout=60)
+        if len(self.bindings) - 1 in self.failing:
+            raise RuntimeError("CUDA failure 2: out of memory")
+        self._session.run_with_iobinding(binding)
+
+
+@pytest.mark.parametrize("failing", [(), (0,), (1, 2)])
+def test_a_batch_is_collected_while_another_runs_and_no_buffer_is_reused_before_its_run_ended(
+    session: Any, failing: tuple[int, ...]
+) -> None:
+    gated = Gated(session, failing)
+    bound_session = over(gated)
+    batches = [some_images(4, seed) for seed in range(5)]
+    sent = [images.copy() for images in batches]
+    ends = [bound_session.begin(sent[0], list(SHAPES))]
+    for number, images in enumerate(batches):
+        if number + 1 < len(batches):
+            ends.append(bound_session.begin(sent[number + 1], list(SHAPES)))  # run `number` has not ended
+            sent[number + 1].fill(0)  # the worker may overwrite its images
+        gated.gate.release()
+        if number in failing:
+            with pytest.raises(OutOfMemoryError, match="out of memory"):
+                ends[number]()
+        else:
+            np.testing.assert_array_equal(ends[number]()["doubled"], images * np.float32(2))
+    bound_session.close()
+    assert len({id(binding) for binding in gated.bindings}) == 2
+    assert gated.bindings[0] is gated.bindings[2]
+
+
+def test_images_that_cannot_be_collected_cost_no_buffer(session: Any) -> None:
+    gated = Gated(session)
+    bound_session = over(gated)
+    gated.gate.release(2)
+    images = some_images(2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="shape"):
+            bound_session.begin([images[0], images[1][:1]], ["sums"])
+        bound_session.begin(images, ["sums"])()
+    assert gated.bindings[0] is gated.bindings[1]
+
+
+def test_a_closed_session_has_no_thread_and_no_tensors(session: Any) -> None:
+    bound_session = over(session)
+    bound_session.begin(some_images(2), ["sums"])()
+    thread = bound_session._thread
+    for _ in range(2):
+        bound_session.close()
+    assert not thread.is_alive()
+    assert not bound_session._free

@@ -12,7 +12,7 @@ from sopdeploy_service.runtime.base import (
     OutOfMemoryError,
     classify_error,
 )
-from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.tensorrt.networks import some_images
 
 ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Status Message: "
@@ -56,7 +56,7 @@ def test_every_wording_of_the_cuda_library_is_a_lost_device() -> None:
 def test_onnxruntime_errors_are_translated_with_their_cause(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime = OnnxRuntime(bundle, provider=CPU)
+    runtime = OnnxRuntime(bundle)
 
     def run(*_: Any) -> Any:
         raise RuntimeError(f"{ORT}CUDA failure 700: an illegal memory access was encountered")

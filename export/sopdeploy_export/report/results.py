@@ -1,7 +1,7 @@
 """The results of an export, and their description in words for terminals, notebooks and model cards."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -14,8 +14,9 @@ from sopdeploy.html.templates import render
 from sopdeploy_export.parity.findings import ClassMapParity, FlipCause, ParityReport
 from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.report.network_summary import NetworkSummary
 from sopdeploy_export.rewrites.apply import LoweringReport
+from sopdeploy_export.rounding import RoundingBound
+from sopdeploy_export.subject import NetworkSummary
 
 WEAKER_PROOFS = {
     "trained-detached": "no plain network was given; the detached network was compared with the trained one",
@@ -38,6 +39,7 @@ class ExportResults:
     network_summary: NetworkSummary
     decision: Decision | None
     stability: Stability | None = None
+    rounding: Callable[[], RoundingBound | None]  # takes about five times as long as logits in float64
 
     def facts(self) -> dict[str, str]:
         """Describe the results, one line for each."""
@@ -85,7 +87,7 @@ class Exported(ExportResults):
         return render("sopdeploy_export.report", "notebook_export.html", path=self.path, facts=facts)
 
     def summary(self) -> dict[str, Any]:
-        """Build the output of `export --json`; `decision` and `stability` only if they were fitted."""
+        """Build the output of `export --json`, with a decision, stability and rounding if there are any."""
         return {
             "bundle": str(self.path),
             "id": self.manifest.id,
@@ -93,15 +95,16 @@ class Exported(ExportResults):
             "model": self.manifest.model,
             "proof": self.certificate.proof,
             "detached": list(self.certificate.detached),
-            "tensors_removed": len(self.certificate.removed),
+            "num_tensors_removed": len(self.certificate.removed),
             "bytes_removed": self.certificate.bytes_removed,
-            "tensors_kept": len(self.certificate.kept),
+            "num_tensors_kept": len(self.certificate.kept),
             "roots": self.certificate.roots.model_dump(),
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
             "lowering": self.lowering.model_dump(),
             **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
             **({} if self.stability is None else {"stability": self.stability.model_dump(mode="json")}),
+            **({} if (bound := self.rounding()) is None else {"rounding": bound.model_dump(mode="json")}),
             "trained": self.network_summary.trained.model_dump(),
             "shipped": self.network_summary.shipped.model_dump(),
             "warnings": list(self.warnings),

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +11,6 @@ import orjson
 import pydantic
 from fastapi import Request, Response
 
-from sopdeploy_service.api.body import read_body
 from sopdeploy_service.http.middleware import cancel_on_disconnect, require
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import DEADLINE, HttpError, Outcome, RejectedError
@@ -56,14 +55,6 @@ class AdmittedRequest:
     model: Model
     started: float
     deadline: float
-
-    async def read_body(
-        self, limit: int, consume: Callable[[bytes], None] | None = None, *, decompress: bool = False
-    ) -> bytes:
-        """Read the body before the deadline, see `read_body`."""
-        return await read_body(
-            self.request, self.service, limit, self.deadline, consume, decompress=decompress
-        )
 
     @asynccontextmanager
     async def preparing(self) -> AsyncIterator[None]:

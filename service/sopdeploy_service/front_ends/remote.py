@@ -60,18 +60,22 @@ class RemoteQueue(RequestQueue):
         if self.closed_with is not None:
             item.settle(self.closed_with)
         if not item.outcome.done():  # otherwise its request has ended, too
-            self._registry.send_image(self, self._number, item)
+            number = self._registry.add(self, item)
+            head = IMAGE_HEAD.pack(self._number, item.features, item.arrived, item.deadline)
+            self._registry.send(MessageKind.IMAGE, number, head, item.image.tobytes())
 
     def reject(self, items: Sequence[QueuedImage], reason: HttpError) -> None:
         """Give *reason* to all *items* without an outcome, and cancel those that were sent."""
         for item in items:
             item.settle(reason)
-        self._registry.cancel(items)
+        for number, (_, item) in self._registry.images.items():
+            if item in items:
+                self._registry.send(MessageKind.CANCEL, number)
 
     def close(self, reason: HttpError) -> list[QueuedImage]:
         """Give *reason* to every image from now on; return those that have no result."""
         self.closed_with = reason
-        return self._registry.items_of(self)
+        return [item for sender, item in self._registry.images.values() if sender is self]
 
     def settle(self, item: QueuedImage, result: bytes) -> None:
         """Settle *item* with its *result*, and count the image and, for the first of a batch, the batch."""
@@ -110,7 +114,10 @@ class RemoteQueue(RequestQueue):
 
 
 class RemoteRegistry(ModelRegistry):
-    """The models of the inference process, which the supervisor replaces when it ends."""
+    """The models of the inference process, which the supervisor replaces when it ends.
+
+    `images` has the images without a result, and their queues, by number.
+    """
 
     is_replaced = True
 
@@ -125,7 +132,7 @@ class RemoteRegistry(ModelRegistry):
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
         self._numbers = itertools.count(1)
-        self._images: dict[int, tuple[RemoteQueue, QueuedImage]] = {}
+        self.images: dict[int, tuple[RemoteQueue, QueuedImage]] = {}
         number = -1
         while number != 0:  # that of the last model, before other messages
             _, number, body = channel.receive_blocking(connection)
@@ -155,22 +162,11 @@ class RemoteRegistry(ModelRegistry):
         if self._writer is not None:
             channel.send_message(self._writer, kind, number, *parts)
 
-    def send_image(self, queue: RemoteQueue, model: int, item: QueuedImage) -> None:
-        """Send *item* of *queue* for the *model*."""
+    def add(self, queue: RemoteQueue, item: QueuedImage) -> int:
+        """Add *item* of *queue* to `images`; return its number."""
         number = next(self._numbers) % 0xFFFF_FFFF
-        self._images[number] = queue, item
-        head = IMAGE_HEAD.pack(model, item.features, item.arrived, item.deadline)
-        self.send(MessageKind.IMAGE, number, head, item.image.tobytes())
-
-    def items_of(self, queue: RemoteQueue) -> list[QueuedImage]:
-        """List the images of *queue* without a result."""
-        return [item for sender, item in self._images.values() if sender is queue]
-
-    def cancel(self, items: Sequence[QueuedImage]) -> None:
-        """Remove *items* from the queue of the inference process."""
-        for number, (_, item) in self._images.items():
-            if item in items:
-                self.send(MessageKind.CANCEL, number)
+        self.images[number] = queue, item
+        return number
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
         try:
@@ -188,10 +184,10 @@ class RemoteRegistry(ModelRegistry):
 
     def _handle(self, kind: int, number: int, body: bytes) -> None:
         if kind == MessageKind.RESULT:
-            queue, item = self._images.pop(number)
+            queue, item = self.images.pop(number)
             queue.settle(item, body)
         elif kind == MessageKind.LOAD:
-            self.images_elsewhere = max(0, number - len(self._images))
+            self.images_elsewhere = max(0, number - len(self.images))
 
 
 async def attach(service: Service, connection: socket.socket) -> None:

@@ -18,9 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http import api_keys
-from sopdeploy_service.http.api_keys import Key, find_key
+from sopdeploy_service.http.api_keys import CreateBucketState, Key, TokenBucket, find_key
 from sopdeploy_service.http.problems import INTERNAL, reject
-from sopdeploy_service.http.rate_limits import CreateBucketState, TokenBucket
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.request_context import OpenTrace, RequestContext

@@ -60,9 +60,7 @@ def problem_response(
 
 def reject(scope: Scope, reason: HttpError, headers: Mapping[str, str] | None = None) -> Response:
     """Create the response of *reason* and record its code for the access log."""
-    context = scope["state"].get("context") if "state" in scope else None
-    if context is not None:
-        context.code = reason.code
+    scope["state"]["context"].code = reason.code
     return problem_response(reason, headers, path=scope["path"])
 
 

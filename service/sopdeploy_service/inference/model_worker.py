@@ -216,6 +216,9 @@ class ModelWorker:
         self._limited_until = 0.0
         self._failed_batches = 0  # in a row
         self._image_shape: tuple[int, ...] = ()
+        self._pixels = np.empty(
+            (0,), np.uint8
+        )  # reused by all batches, because clearing new pages takes longer
         self.in_flight: list[_Batch] = []  # oldest first
         self.started: float | None = None  # when the oldest batch got the device to itself
 
@@ -327,9 +330,12 @@ class ModelWorker:
                 return wait()
             if self._overlapping is not None:
                 return self._overlapping.begin(images, names)()
+            if self._pixels.shape[1:] != images[0].shape:
+                self._pixels = np.empty((self._max_batch, *images[0].shape), np.uint8)
+            batch_pixels = np.stack(images, out=self._pixels[: len(images)])
             if self._selective is not None:
-                return self._selective.run_outputs(np.stack(images), names)
-            return self._runtime.run(np.stack(images))
+                return self._selective.run_outputs(batch_pixels, names)
+            return self._runtime.run(batch_pixels)
         except OutOfMemoryError:
             self._limit = max(1, len(images) // 2)
             self._limited_until = time.monotonic() + SMALLER_SECONDS

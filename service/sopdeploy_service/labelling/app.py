@@ -89,15 +89,9 @@ class Guard:
     def _is_own(self, host: str) -> bool:
         try:
             name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
+            return name in self.names or bool(self.key and ip_address(name))
+        except ValueError:  # no host, or no address
             return False
-        if name in self.names or not self.key:
-            return name in self.names
-        try:
-            ip_address(name)
-        except ValueError:
-            return False
-        return True
 
 
 def create_label_app(folders: LabelFolders, names: set[str], key: str = "") -> FastAPI:

@@ -1,4 +1,4 @@
-"""Kept photographs that wait for a label, and the folders into which labels move them.
+"""Kept photographs that wait for a label, their order, and the folders into which labels move them.
 
 The folders are the only state. A label is one rename of the photograph, so a photograph is either kept or
 labelled, also after a crash, and of two labels for one photograph only the first succeeds. Its record is
@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sopdeploy.data.folders import find_parts, is_hidden, list_subfolders, part_kind
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import atomic_write, expand_user
 from sopdeploy.kept import NEAR_BITS, KeptRecord, read_kept
-from sopdeploy_service.labelling.order import order_by_value
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
 MAX_CLASS_BYTES = 100  # of a class
+MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 
 Kept = tuple[Path, KeptRecord]
@@ -157,6 +158,30 @@ def order_records(found: list[Kept]) -> list[Kept]:
         row[[columns[label] for label in record.labels]] = softmax(np.asarray(record.logits))
     known_N = np.asarray([record.known is not False for _, record in found], np.bool_)
     return [found[index] for index in order_by_value(probabilities_NC, known_N)]
+
+
+def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Order N photographs by their *probabilities_NC* (N, C), (N,): uncertain and different ones first.
+
+    Photographs that are probably of none of the classes follow the *known_N* (N,), because most of them show
+    nothing that the network has to learn. In each group, the next one has the largest product of uncertainty,
+    1 minus the margin between its two largest probabilities (Scheffer et al., IDA 2001), and distance from
+    those chosen before, in the space of probabilities (k-center: Sener and Savarese, ICLR 2018). After
+    `MAX_SPREAD`, the uncertainty decides alone.
+    """
+    largest = np.sort(np.pad(probabilities_NC, ((0, 0), (2, 0))), axis=1)[:, -2:]
+    uncertainties_N = 1 - (largest[:, 1] - largest[:, 0])
+    order: list[int] = []
+    for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
+        left = group[np.argsort(-uncertainties_N[group], kind="stable")]
+        distances = np.ones(len(left))
+        for _ in range(min(MAX_SPREAD, len(left))):
+            best = int((distances * uncertainties_N[left]).argmax())
+            step = np.linalg.norm(probabilities_NC[left] - probabilities_NC[left[best]], axis=1)
+            order.append(int(left[best]))
+            left, distances = np.delete(left, best), np.delete(np.minimum(distances, step), best)
+        order += left.tolist()
+    return np.asarray(order, np.intp)
 
 
 def check_class_name(name: str, classes: list[str]) -> str:

@@ -130,8 +130,8 @@ class Metrics:
         """Show the drift of *model*, NaN before its first full window."""
         counts = self.of(model)
         for test in TESTS:
-            self._drift_distance.labels(model, test).set_function(partial(counts.drift_distance, test))
-            self._drift_p_value.labels(model, test).set_function(partial(counts.drift_p_value, test))
+            self._drift_distance.labels(model, test).set_function(partial(counts.drift_of, test, "distance"))
+            self._drift_p_value.labels(model, test).set_function(partial(counts.drift_of, test, "p_value"))
 
     def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, decode: str, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
@@ -203,13 +203,9 @@ class ModelMetrics:
         for seconds in waited:
             self._stage("queue", seconds)
 
-    def drift_distance(self, test: str) -> float:
-        """Return the distance of the drift *test*; NaN before the first full window."""
-        return math.nan if self.drift is None else self.drift.tests[test].distance
-
-    def drift_p_value(self, test: str) -> float:
-        """Return the p-value of the drift *test*; NaN before the first full window."""
-        return math.nan if self.drift is None else self.drift.tests[test].p_value
+    def drift_of(self, test: str, what: Literal["distance", "p_value"]) -> float:
+        """Return the result of the drift *test*; NaN before the first full window."""
+        return math.nan if self.drift is None else float(getattr(self.drift.tests[test], what))
 
 
 def drift_window(bundle: Bundle) -> "DriftWindow | None":

@@ -16,7 +16,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # OpenTelemetry is optional
-    from sopdeploy_service.http.rate_limits import TokenBucket
+    from sopdeploy_service.http.api_keys import TokenBucket
     from sopdeploy_service.observability.tracing import RequestTrace
 
 # (request headers, start time) -> trace, or None if the request is not sampled.

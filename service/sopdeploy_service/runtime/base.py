@@ -36,8 +36,9 @@ class Runtime(Protocol):
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name.
 
-        The outputs must not share memory with *images*. Raises `DeviceLostError` if no other batch can run,
-        `OutOfMemoryError` if a smaller one may, and any other exception if this batch has no outputs.
+        The outputs must not share memory with *images*, which the next batch overwrites. Raises
+        `DeviceLostError` if no other batch can run, `OutOfMemoryError` if a smaller one may, and any other
+        exception if this batch has no outputs.
         """
         ...
 

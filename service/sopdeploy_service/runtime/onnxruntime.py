@@ -1,10 +1,14 @@
 """onnxruntime on the CPU, or on a GPU with CUDA."""
 
 import logging
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -14,7 +18,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import padded_sizes, reason_of, translate_errors
-from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
+from sopdeploy_service.runtime.cuda_libraries import DOWNLOAD, UPLOAD, device_copy, load_cuda_libraries
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -36,7 +40,7 @@ DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 class Binding:
     """The input and outputs of one batch size on the device, bound to the session.
 
-    *host* is the buffer in which images are padded to the batch size; for a GPU, it is page-locked.
+    *host* is the buffer in which the images of a batch are collected; for a GPU, it is page-locked.
     """
 
     host: NDArray[np.uint8]
@@ -60,10 +64,11 @@ def pinned_memory(onnxruntime: Any) -> Any:
 
 
 class BoundSession:
-    """Runs *session* on tensors that stay on *device*, such as `cuda:0`.
+    """Runs *session* on tensors that stay on *device*, such as `cuda:0`; at most two batches are in flight.
 
     *image* is the name of the input; *outputs* has the shape of each float32 output without the batch.
     Batches are padded to one of *sizes*, because cuDNN plans every convolution anew when the size changes.
+    Batches run in order in a thread of their own, so the next one is uploaded meanwhile, into other buffers.
     """
 
     def __init__(
@@ -78,20 +83,57 @@ class BoundSession:
         self._onnxruntime, self._session = onnxruntime, session
         kind, _, number = device.partition(":")
         self._device = (kind, int(number or 0))
+        self._copy = device_copy(onnxruntime, kind)
         self._image, self._shapes, self._sizes = image, outputs, sizes
-        self._bindings: dict[int, Binding] = {}
+        self._free: defaultdict[int, list[Binding]] = defaultdict(list)  # by padded size
+        self._jobs: SimpleQueue[tuple[Any, Future[None]] | None] = SimpleQueue()
+        self._end_thread = weakref.finalize(self, self._jobs.put, None)
+        # A daemon: a device that hangs must not delay the exit.
+        self._thread = Thread(target=_run_jobs, args=(session, self._jobs), name="onnxruntime", daemon=True)
+        self._thread.start()
 
-    def run(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8; return the outputs *names* (n, ...) float32."""
+    def begin(
+        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str]
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin a batch of *images* (H, W, 3) uint8; return a function that waits for its outputs *names*.
+
+        Call this function once; outputs are (n, ...) float32. The images are copied before `begin` returns.
+        """
         count = len(images)
         size = next((size for size in self._sizes if size >= count), count)
-        if size not in self._bindings:
-            self._bindings[size] = self._bind((size, *images.shape[1:]))
-        binding = self._bindings[size]
-        binding.host[:count] = images
-        binding.images.update_inplace(binding.host)
-        self._session.run_with_iobinding(binding.io_binding)
-        return {name: binding.outputs[name].numpy()[:count].copy() for name in names}
+        free, done = self._free[size], Future[None]()
+        with translate_errors():
+            binding = free.pop() if free else self._bind((size, *images[0].shape))
+            try:
+                pixels = np.stack(images, out=binding.host[:count])
+                self._copy(binding.images.data_ptr(), pixels.ctypes.data, pixels.nbytes, UPLOAD)
+            except BaseException:
+                free.append(binding)
+                raise
+        self._jobs.put((binding.io_binding, done))
+
+        def end() -> dict[str, NDArray[np.float32]]:
+            try:
+                with translate_errors():
+                    done.result()
+                    return {name: self._download(binding.outputs[name], count) for name in names}
+            finally:
+                free.append(binding)
+
+        return end
+
+    def close(self) -> None:
+        """Release the session and the tensors; no batch may be in flight. Later calls do nothing."""
+        self._end_thread()
+        self._thread.join()
+        self._session = None
+        self._free.clear()
+
+    def _download(self, output: Any, count: int) -> NDArray[np.float32]:
+        """Copy the first *count* rows of *output* from the device."""
+        rows = np.empty((count, *output.shape()[1:]), np.float32)
+        self._copy(rows.ctypes.data, output.data_ptr(), rows.nbytes, DOWNLOAD)
+        return rows
 
     def _bind(self, shape: tuple[int, ...]) -> Binding:
         value = self._onnxruntime.OrtValue
@@ -110,41 +152,43 @@ class BoundSession:
         return Binding(host, on_device, outputs, io_binding)
 
 
-class OnnxRuntime:
-    """A session on `model.onnx` of a bundle."""
+def _run_jobs(session: Any, jobs: "SimpleQueue[tuple[Any, Future[None]] | None]") -> None:
+    """Run the bindings in *jobs* until None is queued."""
+    while (job := jobs.get()) is not None:
+        io_binding, done = job
+        try:
+            session.run_with_iobinding(io_binding)
+        except Exception as error:  # raised where the outputs are due
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+        del job, io_binding, done  # the idle thread must not keep the memory of a batch alive
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        *,
-        threads: int | None = None,
-        provider: str = CPU,
-        options: Mapping[str, str] | None = None,
-    ) -> None:
-        """Load *bundle* on *provider* with its *options*; *threads* defaults to one per core.
+
+class OnnxRuntime:
+    """A session on `model.onnx` of a bundle, on the CPU."""
+
+    _provider = CPU
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Load *bundle*; *threads* defaults to one per core.
 
         Raises `RuntimeUnavailableError` if onnxruntime is not installed, cannot load the graph, or would run
         it on another provider.
         """
-        onnxruntime = import_onnxruntime()
+        self._onnxruntime = onnxruntime = import_onnxruntime()
         manifest = bundle.manifest
-        if provider != CPU and provider in onnxruntime.get_available_providers():
+        if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)
             onnxruntime.set_default_logger_severity(4)  # as below, for the provider
         self.name = f"onnxruntime {onnxruntime.__version__}"
-        self.device = DEVICES[provider]
+        self.device = DEVICES[self._provider]
         self.largest_batch = manifest.batch.maximum
         self._input = manifest.inputs[0].name
         self._outputs = [output.name for output in manifest.outputs]
-        threads = threads or usable_cores()
-        self._session = _open_session(onnxruntime, bundle, threads, provider, options or {})
-        if provider == CPU and manifest.precision == "int8" and lacks_vnni():
+        self._session = _open_session(onnxruntime, bundle, threads or usable_cores(), self._provider)
+        if self._provider == CPU and manifest.precision == "int8" and lacks_vnni():
             log.info("%s: %s", bundle.name, SLOW_INT8)
-        self._bound: BoundSession | None = None
-        if provider != CPU:
-            shapes = {output.name: output.shape[1:] for output in manifest.outputs}
-            sizes = padded_sizes(self.largest_batch)
-            self._bound = BoundSession(onnxruntime, self._session, self.device, self._input, shapes, sizes)
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
@@ -153,14 +197,40 @@ class OnnxRuntime:
     def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
         with translate_errors():
-            if self._bound is not None:
-                return self._bound.run(images, names)
             values = self._session.run(list(names), {self._input: images})
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
+        """Release the session."""
+        self._session = None
+
+
+class CudaOnnxRuntime(OnnxRuntime):
+    """A session on a GPU, in which two batches can be in flight."""
+
+    _provider = CUDA
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        """Load *bundle* as `OnnxRuntime` does; *threads* compute shapes."""
+        super().__init__(bundle, threads=threads)
+        shapes = {output.name: output.shape[1:] for output in bundle.manifest.outputs}
+        sizes = padded_sizes(self.largest_batch)
+        self._bound = BoundSession(self._onnxruntime, self._session, self.device, self._input, shapes, sizes)
+
+    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
+        return self.begin(list(images), names)()
+
+    def begin(
+        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
+        return self._bound.begin(images, self._outputs if names is None else names)
+
+    def close(self) -> None:
         """Release the session and the tensors on the device."""
-        self._session = self._bound = None
+        super().close()
+        self._bound.close()
 
 
 def import_onnxruntime() -> Any:
@@ -227,9 +297,7 @@ def operators_on_cpu(session: Any) -> list[str]:
     )
 
 
-def _open_session(
-    onnxruntime: Any, bundle: Bundle, threads: int, provider: str, provider_options: Mapping[str, str]
-) -> Any:
+def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str) -> Any:
     """Open a session on *provider* only and check the tensors of the graph.
 
     onnxruntime adds the CPU provider by itself; with another *provider* only shapes may be computed there.
@@ -242,6 +310,7 @@ def _open_session(
             'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
         )
     try:
+        provider_options = cuda_options(bundle.manifest.precision) if provider == CUDA else {}
         session = open_graph(onnxruntime, str(bundle.onnx), options, provider, provider_options)
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {reason_of(error)}"

@@ -15,7 +15,7 @@ from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import find
 from sopdeploy_service.runtime.base import OpenRuntime, Runtime
 from sopdeploy_service.runtime.fastest import fastest
-from sopdeploy_service.runtime.onnxruntime import CUDA, OnnxRuntime, cuda_options, has_cuda
+from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime, OnnxRuntime, has_cuda
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.settings import CPU_RUNTIMES, Settings
 
@@ -70,8 +70,7 @@ def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
     if name == "onnxruntime-cpu":
         return OnnxRuntime(bundle, threads=settings.threads)
     if name == "onnxruntime-cuda":
-        options = cuda_options(bundle.manifest.precision)
-        return OnnxRuntime(bundle, threads=settings.threads, provider=CUDA, options=options)
+        return CudaOnnxRuntime(bundle, threads=settings.threads)
     open_registered: OpenRuntime | None = find(REGISTERED_RUNTIMES, name, Callable)
     if open_registered is None:
         raise RuntimeUnavailableError(f"runtime {name!r}: no installed package has it; choose another one")

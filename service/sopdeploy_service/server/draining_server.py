@@ -20,15 +20,16 @@ from fastapi import FastAPI
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
+from sopdeploy_service.runtime.device_memory import trim_heaps
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
 from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, LoopWatch, terminal_is_closed
-from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
 
 CLOSING_SECONDS = 2  # for sending the last responses after the drain
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02
+IDLE_SECONDS = 1.0
 _YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
 
 log = logging.getLogger("sopdeploy.server")
@@ -51,6 +52,20 @@ def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
+
+
+class IdleTrigger:
+    """Calls `trim_heaps` in a thread after each `IDLE_SECONDS` without requests."""
+
+    _last_busy: float | None = None  # None after the call
+
+    def tick(self, now: float, requests: int) -> None:
+        """Update with the number of active *requests* at *now* (seconds)."""
+        if requests:
+            self._last_busy = now
+        elif self._last_busy is not None and now - self._last_busy >= IDLE_SECONDS:
+            self._last_busy = None
+            asyncio.get_running_loop().run_in_executor(None, trim_heaps)
 
 
 class DrainingServer(uvicorn.Server):

@@ -91,7 +91,8 @@ def test_images_in_json_have_the_same_response_as_raw_images(client, jpeg, text)
         assert client.post("/v1/classify", json={"image": image}).json() == plain
     assert client.post("/v1/classify", json={"images": [text]}).json() == {"results": [plain]}
     two = client.post("/v1/classify", json={"images": [text, "aGVsbG8="]}).json()["results"]
-    assert (two[0], two[1]["error"]["code"]) == (plain, "not_an_image")
+    bad = two[1]["error"]
+    assert (two[0], bad["code"], bad["status"]) == (plain, "not_an_image", 415)
 
 
 def test_top_k_in_the_query_overrides_the_body(client, text):

@@ -41,15 +41,6 @@ def test_a_form_with_several_images_gives_results_in_order(client, make_picture)
         assert probabilities(together) == pytest.approx(probabilities(single), abs=1e-6)
 
 
-def test_a_bad_image_among_several_is_an_error_in_its_place(client, jpeg):
-    files = [("image", jpeg), ("image", b"no image"), ("image", jpeg)]
-    reply = client.post("/v1/classify", files=files)
-    assert reply.status_code == 200
-    first, bad, last = reply.json()["results"]
-    assert labels(first) == labels(last)
-    assert (bad["error"]["code"], bad["error"]["status"]) == ("not_an_image", 415)
-
-
 @pytest.mark.parametrize(
     ("query", "listed"),
     [("top_k=3", 3), ("top_k=1000", 7), ("top_k=2&unknown=1", 2), ("gates=0", 5), ("model=t%69ny", 5)],

@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.api_keys import Key, find_key, load_keys, new_key
-from sopdeploy_service.http.rate_limits import TokenBucket, local_state
+from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, load_keys, local_state, new_key
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import load_settings
 

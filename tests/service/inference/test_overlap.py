@@ -11,6 +11,8 @@ from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.runtime.base import DeviceLostError
+from tests.service.held import Held
+from tests.service.raw import connect, count, post_of
 
 MAX_BATCH = 2
 COLORS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (250, 250, 10), (10, 250, 250), (250, 10, 250)]
@@ -115,3 +117,31 @@ def test_a_runtime_that_mixes_up_batches_is_rejected_by_the_probes():
     replay_overlapping(probes, runtime, 2)
     with pytest.raises(ParityError, match="deviates by"):
         replay_overlapping(probes, Leaking(), 2)
+
+
+def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(
+    serve_with, make_picture, pool, until
+):
+    runtime = Held()  # reads its images when the gate opens
+    client = serve_with(runtime, decoders=1)
+    images = [make_picture(color) for color in COLORS]
+
+    def post(image):
+        return client.post("/v1/classify", content=image).json()["classes"]
+
+    runtime.gate.set()
+    expected = [post(image) for image in images]
+    runtime.gate.clear()
+    runtime.entered.clear()
+    first = pool.submit(post, images[0])
+    assert runtime.entered.wait(20)
+    gone = [connect(client) for _ in images]
+    for wire, image in zip(gone, images, strict=True):
+        wire.sendall(post_of(image))
+    others = [pool.submit(post, image) for image in images[1:]]
+    until(lambda: count(client, "queue_depth") == 12)
+    for wire in gone:
+        wire.close()
+    until(lambda: count(client, "queue_depth") == 6)
+    runtime.gate.set()
+    assert [future.result(20) for future in (first, *others)] == expected

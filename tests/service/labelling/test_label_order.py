@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sopdeploy_service.labelling.order import MAX_SPREAD, order_by_value
+from sopdeploy_service.labelling.folders import MAX_SPREAD, order_by_value
 
 
 def two_classes(*probabilities: float) -> np.ndarray:

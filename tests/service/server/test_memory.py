@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sopdeploy_service.server.memory import MALLOPT, limit_heaps
+from sopdeploy_service.server.process import MALLOPT, limit_heaps
 
 OPTIONS = [option for _, option, _ in MALLOPT]
 HAS_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
@@ -17,7 +17,8 @@ HAS_GLIBC = "CS_GNU_LIBC_VERSION" in os.confstr_names
 PEAK = """
 import ctypes, sys
 from pathlib import Path
-from sopdeploy_service.server.memory import (trim_heaps, limit_heaps)
+from sopdeploy_service.runtime.device_memory import trim_heaps
+from sopdeploy_service.server.process import limit_heaps
 limit_heaps()
 c = ctypes.CDLL(None)
 c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

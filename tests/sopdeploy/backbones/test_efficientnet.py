@@ -4,27 +4,24 @@ import torch
 
 from sopdeploy import create_model
 from sopdeploy.backbones.efficientnet import MBCONV_STAGES, EfficientNet, EfficientNetConfig
+from tests.sweep.steps import Small, one_training_step
 
 
-def test_efficientnet_has_timms_keys_and_gives_its_logits() -> None:
+@pytest.mark.parametrize(
+    ("name", "timms", "sides"),
+    [
+        ("efficientnet-b0", "efficientnet_b0", (64, 96)),
+        ("efficientnet-lite0", "tf_efficientnet_lite0", (64, 67)),
+        ("efficientnet-lite2", "tf_efficientnet_lite2", (65, 68)),
+    ],
+)
+def test_networks_have_timms_keys_and_give_its_logits(name: str, timms: str, sides: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    theirs = timm.create_model("efficientnet_b0", num_classes=7).eval()
-    ours = EfficientNet(EfficientNetConfig(), 7).eval()
+    theirs = timm.create_model(timms, num_classes=7).eval()
+    ours = create_model(name, num_classes=7).eval()
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(2, 3, 64, 96)
-    with torch.no_grad():
-        assert torch.equal(ours(images), theirs(images))
-
-
-@pytest.mark.parametrize(("name", "side"), [("lite0", 64), ("lite2", 65)])
-def test_lite_networks_have_timms_keys_and_give_its_logits(name: str, side: int) -> None:
-    torch.manual_seed(0)
-    theirs = timm.create_model(f"tf_efficientnet_{name}", num_classes=7).eval()
-    ours = create_model(f"efficientnet-{name}", num_classes=7).eval()
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict())
-    images = torch.randn(2, 3, side, side + 3)
+    images = torch.randn(2, 3, *sides)
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images))
 
@@ -50,3 +47,13 @@ def test_second_order_head_goes_by_64_swished_channels_to_2080_numbers() -> None
     assert isinstance(network.reduction[2], torch.nn.SiLU)
     assert network.dropout.p == 0.2
     assert network.num_features() == network.classifier.in_features == 2080
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-lite0"])
+def test_images_have_different_logits_after_one_training_step(name: str) -> None:
+    network = Small(name, 64).build()
+    assert one_training_step(network, 64)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = network.eval()(images)
+    assert float((logits.amax(dim=0) - logits.amin(dim=0)).max() / logits.abs().max()) > 1e-4

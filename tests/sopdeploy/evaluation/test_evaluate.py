@@ -172,12 +172,6 @@ def test_heads_are_evaluated_on_every_image(stored, tmp_path) -> None:
         sopdeploy.evaluate("http://127.0.0.1:1", tmp_path, heads=True)
 
 
-def test_a_folder_with_other_classes_is_refused(stored, tmp_path) -> None:
-    make(tmp_path / "val", a=1, b=1, c=1)
-    with pytest.raises(DataError, match="c is no class of the network, which knows a, b; remove or rename"):
-        measured(stored, tmp_path / "val")
-
-
 LABELS = ("a", "b", "c")
 
 

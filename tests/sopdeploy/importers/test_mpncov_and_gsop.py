@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sopdeploy.backbones import vgg
+from sopdeploy.backbones import alexnet_vgg
 from sopdeploy.errors import ConfigError, WeightsError
 from tests.sopdeploy.importers.released_torch import (
     BASE,
@@ -145,10 +145,10 @@ def test_vgg_weights_give_the_same_logits(
     entries: int,
     widths: tuple[int, ...],
 ) -> None:
-    stages = [(width,) * len(stage) for width, stage in zip(widths, vgg.VGG_STAGES, strict=True)]
-    hidden = vgg.HIDDEN if widths == VGG_WIDTHS else 32
-    monkeypatch.setattr(vgg, "VGG_STAGES", stages)
-    monkeypatch.setattr(vgg, "HIDDEN", hidden)
+    stages = [(width,) * len(stage) for width, stage in zip(widths, alexnet_vgg.VGG_STAGES, strict=True)]
+    hidden = alexnet_vgg.HIDDEN if widths == VGG_WIDTHS else 32
+    monkeypatch.setattr(alexnet_vgg, "VGG_STAGES", stages)
+    monkeypatch.setattr(alexnet_vgg, "HIDDEN", hidden)
     torch.manual_seed(0)
     network = settled(Vgg(d=d, linear=linear, widths=widths, hidden=hidden))
     if not d:

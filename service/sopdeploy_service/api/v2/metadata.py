@@ -1,8 +1,15 @@
-"""Metadata and configuration of models in the form that Triton clients read."""
+"""Metadata, configuration and statistics of models in the form that Triton clients read.
 
+Statistics come from the metrics of the server. Counters are those of all versions of a model since its
+processes started: a reload keeps them.
+"""
+
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.inference.model import Model
@@ -11,6 +18,14 @@ from sopdeploy_service.settings import Settings
 DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # of the input and of the outputs of every bundle
 CONFIG_TYPES = {"UINT8": "TYPE_UINT8", "FP32": "TYPE_FP32", "BYTES": "TYPE_STRING"}
 EXTENSIONS = ("binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics")
+# Of Triton: of `sopdeploy_inference_seconds`. Writing the response is not measured.
+PARTS = {
+    "success": "success",
+    "fail": "fail",
+    "queue": "queue",
+    "compute_input": "decode",
+    "compute_infer": "infer",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,4 +111,40 @@ def model_config(model: Model, settings: Settings) -> dict[str, Any]:
         "output": [describe(tensor) for tensor in signature.outputs],
         "dynamic_batching": {"max_queue_delay_microseconds": round(settings.max_queue_delay_ms * 1000)},
         "instance_group": [{"count": 1, "kind": kinds.get(model.loaded.runtime.device, "KIND_GPU")}],
+    }
+
+
+def model_statistics(page: bytes, models: Iterable[Model]) -> dict[str, Any]:
+    """Build the response of `GET /v2/models/{name}/stats` from the metrics *page* of all processes.
+
+    Durations are sums over requests in nanoseconds; `last_inference` is in milliseconds since 1970.
+    """
+    values: dict[tuple[str, str, str], list[float]] = defaultdict(list)  # of each process
+    for family in text_string_to_metric_families(page.decode()):
+        for sample in family.samples:
+            labels = sample.labels
+            values[sample.name, labels.get("model", ""), labels.get("part", "")].append(sample.value)
+
+    def of(model: Model, name: str, part: str = "") -> list[float]:
+        return values[f"sopdeploy_{name}", model.name, part] or [0.0]
+
+    return {
+        "model_stats": [
+            {
+                "name": model.name,
+                "version": model.version,
+                "last_inference": round(1e3 * max(of(model, "last_inference_timestamp_seconds"))),
+                "inference_count": round(sum(of(model, "batch_size_sum"))),
+                "execution_count": round(sum(of(model, "batch_size_count"))),
+                "inference_stats": {
+                    name: {
+                        "count": round(sum(of(model, "inference_seconds_count", part))),
+                        "ns": round(1e9 * sum(of(model, "inference_seconds_sum", part))),
+                    }
+                    for name, part in PARTS.items()
+                },
+                "batch_stats": [],
+            }
+            for model in models
+        ]
     }

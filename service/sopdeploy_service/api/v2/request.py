@@ -28,7 +28,7 @@ MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
 SHAPE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}}
 FLOAT_PIXELS = "FP32"  # what clients that compute in floating point send instead of UINT8
 PIXELS_ONLY = (
-    "FP32 values must be whole numbers from 0 to 255: send pixels before any scaling and normalization, "
+    "values must be whole numbers from 0 to 255: send pixels before any scaling and normalization, "
     "which are part of the network, and round the result of a resize"
 )
 LENGTH_BYTES = 4  # before every element of a binary BYTES tensor
@@ -204,12 +204,7 @@ def _read_images(
     if size != needed:
         message = f"{list(shape)} {item.datatype} is {needed} bytes, not {size}"
         raise _invalid("wrong_binary_size", tensor, message)
-    values = np.frombuffer(binary, dtype).reshape(shape)
-    with np.errstate(invalid="ignore"):  # NaN and numbers above 255, which the comparison finds
-        pixels = values.astype(np.uint8, copy=False)
-    if not np.array_equal(pixels, values):
-        raise _invalid("wrong_data", tensor, PIXELS_ONLY)
-    return pixels
+    return _as_pixels(np.frombuffer(binary, dtype).reshape(shape), tensor)
 
 
 def _invalid(code: str, tensor: Tensor, message: str) -> RejectedError:
@@ -232,7 +227,6 @@ def _check_shape(value: Any, tensor: Tensor, max_images: int) -> tuple[int, ...]
 def _pixels_from_json(item: InputTensor, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Convert the data of *item*, numbers in a list that is flat or nested like *shape*, to that shape."""
     numbers = item.data if isinstance(item.data, list) else []
-    as_floats = item.datatype == FLOAT_PIXELS
     if isinstance(next(iter(numbers), None), list):
         for size in shape[1:]:
             if not all(isinstance(row, list) and len(row) == size for row in numbers):
@@ -240,11 +234,18 @@ def _pixels_from_json(item: InputTensor, tensor: Tensor, shape: tuple[int, ...])
             numbers = list(chain.from_iterable(numbers))
     if len(numbers) != prod(shape):
         raise _invalid("wrong_data", tensor, _wrong_count(shape))
-    are_numbers = set(map(type, numbers)) <= ({int, float} if as_floats else {int})
-    if not are_numbers or min(numbers) < 0 or max(numbers) > 255 or any(number % 1 for number in numbers):
-        message = PIXELS_ONLY if as_floats else "data must be a list of whole numbers from 0 to 255"
-        raise _invalid("wrong_data", tensor, message)
-    return np.array(numbers, np.uint8).reshape(shape)
+    if not set(map(type, numbers)) <= ({int, float} if item.datatype == FLOAT_PIXELS else {int}):
+        raise _invalid("wrong_data", tensor, PIXELS_ONLY)
+    return _as_pixels(np.array(numbers, np.float64).reshape(shape), tensor)
+
+
+def _as_pixels(values: NDArray[Any], tensor: Tensor) -> NDArray[np.uint8]:
+    """Convert *values* to uint8; raise `RejectedError` unless they are whole numbers from 0 to 255."""
+    with np.errstate(invalid="ignore"):  # NaN and numbers above 255, which the comparison finds
+        pixels = values.astype(np.uint8, copy=False)
+    if not np.array_equal(pixels, values):
+        raise _invalid("wrong_data", tensor, PIXELS_ONLY)
+    return pixels
 
 
 def _wrong_count(shape: tuple[int, ...]) -> str:

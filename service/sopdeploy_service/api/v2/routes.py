@@ -11,13 +11,12 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy_service.api.admission import admit, json_response, service_of, use_model
-from sopdeploy_service.api.body import read_body
 from sopdeploy_service.api.status import metrics_page
+from sopdeploy_service.api.upload import read_body
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
 from sopdeploy_service.api.v2.request import Body, InferBody, parse_body
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
-from sopdeploy_service.api.v2.statistics import model_statistics
 from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.strict_json import ParsedBody, parse, validate
 
@@ -160,14 +159,14 @@ async def model_config(request: Request, name: str, version: str | None) -> Resp
 async def all_statistics(request: Request) -> Response:
     """Count requests and times of every model."""
     models = service_of(request).registry.models()
-    return json_response(model_statistics(await metrics_page(request), models))
+    return json_response(metadata.model_statistics(await metrics_page(request), models))
 
 
 @model_endpoint("GET", "/stats")
 async def statistics(request: Request, name: str, version: str | None) -> Response:
     """Count requests and times of the model, all of its versions together."""
     model = use_model(request.state.context, service_of(request).registry.find(name, version))
-    return json_response(model_statistics(await metrics_page(request), [model]))
+    return json_response(metadata.model_statistics(await metrics_page(request), [model]))
 
 
 @model_endpoint("GET", "")
@@ -185,7 +184,8 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
     async with admit(request, name, version) as admitted:
         service, model = admitted.service, admitted.model
         signature = signature_of(model.bundle, service.settings.max_images)
-        body = await admitted.read_body(service.settings.max_body_bytes, decompress=True)
+        limit, deadline = service.settings.max_body_bytes, admitted.deadline
+        body = await read_body(request, service, limit, deadline, decompress=True)
         length = request.headers.get(HEADER_LENGTH)
         async with admitted.preparing():
             given = (body, length, signature, service.settings.max_json_bytes)

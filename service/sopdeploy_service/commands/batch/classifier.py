@@ -1,4 +1,4 @@
-"""Classify parts of a list: decoder processes, full batches, and the rows of each part.
+"""Classify parts of a list: decoder processes, full batches, the rows of the images and the table of a part.
 
 The last bits of a runtime's results may depend on the size of the batch and on the position in the batch.
 Therefore batches are fixed ranges of a part, and zeros replace an image that cannot be decoded.
@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import usable_cores
@@ -24,11 +25,11 @@ from sopdeploy_service.commands.batch.decoders import DecodedImage, DecoderProce
 from sopdeploy_service.commands.batch.listing import Listing
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder, RunState
+from sopdeploy_service.commands.batch.parquet import import_pyarrow
 from sopdeploy_service.commands.batch.reader import ListedImage, Reader
-from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ImageOutputs, run_bisected
-from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError, rank_classes
 from sopdeploy_service.keep import PredictedPhoto, keep_photo, reasons_to_keep
 from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.runtime.base import DeviceLostError, SelectiveRuntime
@@ -37,6 +38,65 @@ from sopdeploy_service.settings import Settings
 BLOCK_IMAGES = 32  # at least, of a message to a decoder process
 MAX_WORKERS = 16  # unless more are requested: their blocks need memory
 DECODER_SETTINGS = {"decode", "max_body_bytes", "max_pixels"}
+
+
+class RowFormat:
+    """Converts outputs of *bundle* to rows with the columns of *options*, documented in docs/batch.md.
+
+    *top_k* limits the classes of an image; without it, a multi-label network gives all of its classes above
+    their thresholds.
+    """
+
+    def __init__(self, bundle: Bundle, top_k: int | None, options: ClassifyOptions) -> None:
+        self._bundle, self._top_k = bundle, top_k
+        self._arrow = arrow = import_pyarrow("pyarrow")
+        text, floats = arrow.string(), arrow.list_(arrow.float32())
+        columns = {
+            "path": text,
+            "sha256": text,
+            "classes": arrow.list_(text),
+            "probabilities": arrow.list_(arrow.float64()),
+            "known": arrow.bool_(),
+            "score": arrow.float64(),
+            "stable": arrow.bool_(),
+            "warnings": arrow.list_(text),
+            "error": text,
+            "error_message": text,
+            "bundle": text,
+            **({"logits": floats} if options.logits else {}),
+            **({"features": floats} if options.features else {}),
+        }
+        self._schema = arrow.schema(columns)
+
+    def row(self, image: DecodedImage, output: ImageOutputs) -> dict[str, Any]:
+        """Return the columns of *image*; the *output* of an image that was not decoded is ignored."""
+        manifest, labels = self._bundle.manifest, self._bundle.labels
+        row = {**image._asdict(), "bundle": manifest.id}
+        if image.error is not None:
+            return row
+        if isinstance(output, HttpError):
+            return {**row, "error": output.code, "error_message": output.message}
+        logits, features = output[manifest.outputs[0].name], output.get(EMBEDDING)
+        if FEATURES in output:
+            features = output[FEATURES].mean(axis=(1, 2), dtype=np.float32)  # maps would fill the memory
+        (ranking,) = rank_classes(logits[None], self._top_k, manifest.thresholds)
+        known, score = manifest.rejection.recognize(logits) if manifest.rejection else (None, None)
+        return {
+            **row,
+            "classes": [labels[index] for index, _ in ranking],
+            "probabilities": [probability for _, probability in ranking],
+            "known": known,
+            "score": score,
+            "stable": None if manifest.stability is None else manifest.stability.is_stable(logits),
+            "logits": logits,
+            "features": features,
+        }
+
+    def table(self, rows: Sequence[dict[str, Any]]) -> Any:
+        """Build the table of a part; its metadata `errors` is the number of images with an error."""
+        errors = sum(row["error"] is not None for row in rows)
+        schema = self._schema.with_metadata({"num_errors": str(errors)})
+        return self._arrow.Table.from_pylist(rows, schema=schema)
 
 
 class PartClassifier:

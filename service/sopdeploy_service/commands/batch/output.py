@@ -68,10 +68,14 @@ class OutputFolder:
                 raise ConfigError(
                     f"another run is writing to {self.path}; wait for it", setting="out"
                 ) from error
-            for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS_FOLDER).glob(f"*{PARTIAL}")):
-                partial.unlink()  # of a run that was killed
+            self._remove_partial()  # of a run that was killed
             with writing(str(self.path), StorageError):  # errors of sources are no `OSError`
                 yield
+            self._remove_partial()  # of machines of a Ray cluster that were lost
+
+    def _remove_partial(self) -> None:
+        for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS_FOLDER).glob(f"*{PARTIAL}")):
+            partial.unlink(missing_ok=True)
 
     def begin(self, state: RunState) -> None:
         """Write *state*, or compare it with that of the run to continue; raises `ConfigError`."""

@@ -21,9 +21,8 @@ from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.server.draining_server import CLOSING_SECONDS, freeze_objects
+from sopdeploy_service.server.draining_server import CLOSING_SECONDS, IdleTrigger, freeze_objects
 from sopdeploy_service.server.launch import BEAT_SECONDS, EXIT_RUNTIME_DEAD, LoopWatch
-from sopdeploy_service.server.memory import IdleTrigger
 from sopdeploy_service.server.on_ray.plan import UserConfig, check_settings
 from sopdeploy_service.server.process import configured_process
 from sopdeploy_service.settings import load_settings

@@ -18,11 +18,11 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy_service.commands.batch import decoders
+from sopdeploy_service.commands.batch.classifier import RowFormat
 from sopdeploy_service.commands.batch.decoders import DecodedImage, DecoderProcesses
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.reader import ListedImage
-from sopdeploy_service.commands.batch.rows import RowFormat
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
@@ -85,6 +85,19 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(complete, bundle_p
         found = classify(bundle_path, [str(photos)], out, SETTINGS, OPTIONS)
         assert found.classified == classified
     assert part_bytes(out) == part_bytes(complete)
+
+
+def test_incomplete_files_of_killed_processes_are_removed_before_and_after_the_rows(
+    complete, bundle_path, photos, tmp_path
+):
+    def lose_a_machine(done: int, _errors: int, _total: int) -> None:
+        (tmp_path / "rows" / f"part-00009.parquet.host.{done}.partial").touch()
+
+    with pytest.raises(StopError):
+        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(33))
+    lose_a_machine(0, 0, 0)
+    classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, lose_a_machine)
+    assert part_bytes(tmp_path) == part_bytes(complete)
 
 
 def test_a_folder_of_a_run_with_other_options_is_rejected(complete, bundle_path, photos):

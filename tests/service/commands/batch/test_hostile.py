@@ -95,11 +95,6 @@ def test_lines_of_a_list_that_are_no_images_have_errors(bundle_path, tmp_path):
     assert (dot, null) == ("cannot be read (Is a directory)", "cannot be read (embedded null byte)")
 
 
-def test_an_empty_source_is_rejected():
-    with pytest.raises(DataError, match="no source, or an empty one; name a folder"):
-        list(list_entries([""]))
-
-
 def test_a_full_disk_is_a_one_line_error_and_the_run_continues(
     complete, bundle_path, photos, tmp_path, monkeypatch
 ):

@@ -77,6 +77,7 @@ def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources
 
 
 BAD_SOURCES = {
+    "": "no source, or an empty one; name a folder",
     "nowhere": "nowhere: not found; name a folder",
     "~nobody-here/x": "~nobody-here/x: not found; name a folder",
     "shards": r"shards: has no images \(.*; name archives or parquet files in it",
