@@ -70,7 +70,7 @@ def copies_table(loader: NvImageCodec, device: str = "cuda", runs: int = 50) -> 
 
     def decode_and_resize() -> None:
         jobs = [JpegJob(jpeg, SIZES[0], target, rules.interpolation) for jpeg in jpegs]
-        loader.run(jobs)
+        loader.resize(jobs, loader.decode(jpegs))
         if any(job.pixels is None for job in jobs):
             raise RuntimeUnavailableError("a JPEG was not decoded on the GPU")
 

@@ -32,14 +32,14 @@ class Calibration(StrictModel):
         temperature: Divisor of the network's logits (Guo et al., ICML 2017, section 4.2).
         error_before: Expected calibration error without the temperature, over 15 bins (section 3).
         error_after: Expected calibration error with the temperature.
-        images: Number of predictions that the temperature was fitted to, one per image.
+        num_images: Number of predictions that the temperature was fitted to, one per image.
         estimated_on: Whether these are held-out images or out-of-fold predictions of a cross-validation.
     """
 
     temperature: Positive
     error_before: Fraction
     error_after: Fraction
-    images: Count
+    num_images: Count
     estimated_on: Estimate
 
 
@@ -93,11 +93,11 @@ class Reference(StrictModel):
 class Variant(StrictModel):
     """Another way to compute an answer, such as another decoder, and its effect on the photographs.
 
-    `flips` photographs get another class; `largest` is the largest loss of a margin, in units of logits.
+    `num_flips` photographs get another class; `largest` is the largest loss of a margin, in units of logits.
     """
 
     name: str
-    flips: Occurrences
+    num_flips: Occurrences
     largest: float
 
 
@@ -108,20 +108,20 @@ class Stability(StrictModel):
         threshold: Largest margin of an answer that is not stable, in units of logits; `None` if the
             photographs are too few for the level, so that no answer is stable.
         level: Fraction of new photographs whose margin loses at most `threshold` in every variant.
-        images: Number of photographs that the threshold was measured on; copies of one count once.
+        num_images: Number of photographs that the threshold was measured on; copies of one count once.
         photographs: Whether the network was trained on these photographs; their margins are larger then.
         variants: What was varied.
-        stable: Number of the photographs whose margin is above the threshold of the others.
-        flips: Number of these that get another class in a variant.
+        num_stable: Number of the photographs whose margin is above the threshold of the others.
+        num_flips: Number of these that get another class in a variant.
     """
 
     threshold: Annotated[float, pydantic.Field(ge=0)] | None
     level: Annotated[float, pydantic.Field(gt=0, lt=1)]
-    images: Count
+    num_images: Count
     photographs: Literal["held-out", "training"]
     variants: Annotated[tuple[Variant, ...], pydantic.Field(min_length=1)]
-    stable: Occurrences
-    flips: Occurrences
+    num_stable: Occurrences
+    num_flips: Occurrences
 
     def is_stable(self, logits: NDArray[np.floating]) -> bool:
         """Say whether the class of an image with *logits* (C,) of the bundle is stable."""
@@ -130,11 +130,13 @@ class Stability(StrictModel):
     def describe(self) -> str:
         """Describe the threshold and what it was measured on in one line."""
         if self.threshold is None:
-            return f"no answer: {self.images} photographs are too few for a level of {100 * self.level:g} %"
+            return (
+                f"no answer: {self.num_images} photographs are too few for a level of {100 * self.level:g} %"
+            )
         return (
-            f"margins above {self.threshold:.4g}, level {100 * self.level:g} %: {self.stable} of "
-            f"{self.images} {self.photographs} photographs; {self.flips} of these get another class in "
-            f"{len(self.variants)} variants"
+            f"margins above {self.threshold:.4g}, level {100 * self.level:g} %: {self.num_stable} of "
+            f"{self.num_images} {self.photographs} photographs; {self.num_flips} of these get another "
+            f"class in {len(self.variants)} variants"
         )
 
 
@@ -188,7 +190,7 @@ class Decision(StrictModel):
         """
         rows = []
         if (fit := self.calibration) is not None:
-            images = f"{fit.images:,} {fit.estimated_on} images"
+            images = f"{fit.num_images:,} {fit.estimated_on} images"
             if fit.temperature == 1:
                 rows.append(("calibration error", f"{fit.error_after:.4f} of {images}; no temperature"))
             else:

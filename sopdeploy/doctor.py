@@ -81,9 +81,9 @@ class LoadStep(StrictModel):
 
     Rates are images per second, times milliseconds. `runtime_busy`, `decoder_busy` and `client_busy` are the
     fractions of time for which the runtimes (one per device), the decoders and the one core of this client
-    were busy. `decoders` is the sum over all `processes`. `stage_ms` is the mean time of an image per stage.
-    `elsewhere_ms` is the rest of a request: network, HTTP and event loops. `refused` counts rejections by
-    error code.
+    were busy. `num_decoders` is the sum over all processes. `stage_ms` is the mean time of an image per
+    stage. `elsewhere_ms` is the rest of a request: network, HTTP and event loops. `refused` counts rejections
+    by error code.
     """
 
     concurrency: int
@@ -93,11 +93,11 @@ class LoadStep(StrictModel):
     p50_ms: float
     p99_ms: float
     refused: dict[str, int]
-    runtimes: int
-    processes: int
+    num_runtimes: int
+    num_processes: int
     runtime_busy: float
     decoder_busy: float
-    decoders: int
+    num_decoders: int
     client_busy: float
     mean_batch: float
     stage_ms: dict[str, float]
@@ -147,11 +147,11 @@ def measure_server(
         p50_ms=p50_ms,
         p99_ms=p99_ms,
         refused=dict(refused),
-        runtimes=runtimes,
-        processes=len(after.processes),
+        num_runtimes=runtimes,
+        num_processes=len(after.processes),
         runtime_busy=infer_seconds / (seconds * runtimes),
         decoder_busy=increase("decode_seconds_total") / (seconds * max(1, decoders)),
-        decoders=decoders,
+        num_decoders=decoders,
         client_busy=client_seconds / seconds,
         mean_batch=mean("batch_size"),
         stage_ms=stage_ms,
@@ -255,12 +255,12 @@ def judge(best: LoadStep, steps: Sequence[LoadStep]) -> Advice:
             gain="the runtime determines the rate; no other setting changes it",
         )
     if best.decoder_busy >= BUSY:
-        decoders_per_process = best.decoders // best.processes  # what the setting counts
+        decoders_per_process = best.num_decoders // best.num_processes  # what the setting counts
         more = min(2.0, 1 / max(best.runtime_busy, MIN_UTILIZATION)) - 1
         return Advice(
             limit="decode",
-            why=f"decoders are the bottleneck: all {best.decoders} are busy for {decoders} of the time, the "
-            f"runtime for {runtime}",
+            why=f"decoders are the bottleneck: all {best.num_decoders} are busy for {decoders} of the time, "
+            f"the runtime for {runtime}",
             change=f"--setting decoders={2 * decoders_per_process} on a machine with as many cores, or send "
             "smaller images",
             gain=f"expected: up to +{more:.0%}",

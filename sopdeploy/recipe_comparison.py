@@ -62,10 +62,10 @@ class Pair(StrictModel):
 
 
 class RecipeComparison(StrictModel):
-    """The comparison of all other recipes with the first one; `images` is the number of held-out images."""
+    """The comparison of all other recipes with the first one; `num_images` counts the held-out images."""
 
     seeds: tuple[int, ...]
-    images: int
+    num_images: int
     arms: tuple[Arm, ...]
     pairs: tuple[Pair, ...]
 
@@ -155,7 +155,7 @@ def compare_results(
     num_seeds, num_images = correct[first].shape
     return RecipeComparison(
         seeds=tuple(range(num_seeds)),
-        images=num_images,
+        num_images=num_images,
         arms=tuple(arms),
         pairs=tuple(_compare_pair(first, second, correct) for second in others),
     )

@@ -1,12 +1,17 @@
-"""Test selection, hypothesis profiles and the summary of tests that did not run."""
+"""Test selection, hypothesis profiles, the state between files, and the summary of tests that did not run."""
 
+import asyncio
 import atexit
 import gc
 import importlib.util
 import os
 import shutil
+import signal
+import sys
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +77,31 @@ def pytest_configure() -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--rewrite-goldens", action="store_true", help="rewrite tests/goldens; review the diff")
+
+
+def process_state() -> dict[str, Any]:
+    """Return what later files on the same worker depend on, without what imports of libraries set."""
+    state: dict[str, Any] = {"folder": Path.cwd(), "mask": os.umask(0), "event loop": None}
+    os.umask(state["mask"])
+    state["settings"] = {name: text for name, text in os.environ.items() if name.startswith("SOPDEPLOY_")}
+    with suppress(RuntimeError):
+        state["event loop"] = asyncio.get_running_loop()
+    if torch := sys.modules.get("torch"):
+        state["default type"] = torch.get_default_dtype()
+    return state
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _state_between_files() -> Iterator[None]:
+    """Fail if a file leaves another state of its process; restore signals, of which a server ignores some."""
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM)
+    }
+    before = process_state()
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert {name: value for name, value in process_state().items() if before.get(name, value) != value} == {}
 
 
 @pytest.hookimpl(optionalhook=True)

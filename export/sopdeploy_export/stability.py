@@ -132,14 +132,14 @@ def fit_stability(names: tuple[str, ...], leads_P1V: NDArray[np.float64], *, fit
     return Stability(
         threshold=None if threshold == math.inf else math.ceil(threshold * _PARTS) / _PARTS,
         level=_LEVEL,
-        images=len(margins_P),
+        num_images=len(margins_P),
         photographs="training" if fitted else "held-out",
         variants=tuple(
-            Variant(name=name, flips=int((leads < 0).sum()), largest=round(float(loss) * _PARTS) / _PARTS)
+            Variant(name=name, num_flips=int((leads < 0).sum()), largest=round(float(loss) * _PARTS) / _PARTS)
             for name, leads, loss in zip(names, leads_P1V.T[1:], losses_PV.max(axis=0), strict=True)
         ),
-        stable=int(above_others_P.sum()),
-        flips=int((above_others_P & (leads_P1V.min(axis=1) < 0)).sum()),
+        num_stable=int(above_others_P.sum()),
+        num_flips=int((above_others_P & (leads_P1V.min(axis=1) < 0)).sum()),
     )
 
 

@@ -29,7 +29,7 @@ class Calibrated:
         path: The new checkpoint.
         decision: The fitted temperature and rejection threshold, or with several classes per image the
             thresholds.
-        images: Number of images.
+        num_images: Number of images.
         labels: Class names in output order.
         training_only: The network has parts that `export` detaches.
         notes: Lines about the images that are not as expected, such as classes without images.
@@ -37,7 +37,7 @@ class Calibrated:
 
     path: Path
     decision: Decision
-    images: int
+    num_images: int
     labels: tuple[str, ...]
     training_only: bool
     notes: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ def calibrate(
     return Calibrated(
         path=destination,
         decision=decision,
-        images=len(images),
+        num_images=len(images),
         labels=read.labels,
         training_only=bool(network.training_only),
         notes=tuple(notes),

@@ -69,7 +69,7 @@ class Evaluation:
             with suppress(DataError):  # the images may have been moved since
                 images = open_evaluation_images(self.data, self.labels)
                 mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
-        predictions = EvaluatedImages(metrics=self.metrics, mistakes=mistakes, images=self.data.name)
+        predictions = EvaluatedImages(metrics=self.metrics, mistakes=mistakes, description=self.data.name)
         return render(
             "sopdeploy.api",
             "scores.html",

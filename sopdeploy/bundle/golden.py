@@ -54,22 +54,22 @@ class GoldenIndex(StrictModel):
 class PixelDifference(StrictModel):
     """How the pixels of a golden example differ from those of the export, made by Pillow *pillow*.
 
-    Of `of` values, `values` differ by more than `MAX_LEVELS` gray levels, by at most `levels`. `drift` is the
-    root mean square difference of the logits, relative to their spread.
+    Of `num_values` values, `num_different` differ by more than `MAX_LEVELS` gray levels; `largest` is the
+    largest difference. `drift` is the root mean square difference of the logits, relative to their spread.
     """
 
     pillow: str
-    values: int
-    of: int
-    levels: int
+    num_values: int
+    num_different: int
+    largest: int
     drift: float
 
     def describe(self) -> str:
         """Describe the difference in one line."""
         return (
-            f"another Pillow ({PIL.__version__} here, {self.pillow} at the export): {self.values:,} of "
-            f"{self.of:,} pixel values differ, by at most {self.levels} gray levels; the logits drift by "
-            f"{100 * self.drift:.2g} % of their spread"
+            f"another Pillow ({PIL.__version__} here, {self.pillow} at the export): {self.num_different:,} "
+            f"of {self.num_values:,} pixel values differ, by at most {self.largest} gray levels; the logits "
+            f"drift by {100 * self.drift:.2g} % of their spread"
         )
 
 
@@ -174,14 +174,14 @@ def check_golden(
     spread = max(float(logits.std()), example.tolerance)
     difference = PixelDifference(
         pillow=exporter or "an unknown version",
-        values=int((levels > MAX_LEVELS).sum()),
-        of=levels.size,
-        levels=int(levels.max()),
+        num_values=levels.size,
+        num_different=int((levels > MAX_LEVELS).sum()),
+        largest=int(levels.max()),
         drift=float(np.sqrt(np.square(run(pixels) - logits).mean())) / spread,
     )
     if exporter == PIL.__version__:
         raise ParityError(
-            f"{example.name}: its pixels differ by {difference.levels} gray levels, although Pillow is that "
+            f"{example.name}: its pixels differ by {difference.largest} gray levels, although Pillow is that "
             "of the export; this machine decodes or resizes differently; install Pillow from its wheel on "
             "PyPI"
         )

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError, ParityError
 
 ANOTHER_NETWORK = "this runtime does not compute the exported network"
@@ -32,13 +34,17 @@ class Probes:
     tolerance: dict[str, float]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Replay:
-    """Result of a replay: the largest deviation and the tolerance per output, and the number of images."""
+class Replay(StrictModel):
+    """Result of a replay of `num_images` probes in batches of `batch`, by output.
 
+    `deviation` is the largest absolute difference. Records of engines that were built before name the number
+    `images`.
+    """
+
+    batch: int
+    num_images: int = pydantic.Field(validation_alias=pydantic.AliasChoices("num_images", "images"))
     deviation: dict[str, float]
     tolerance: dict[str, float]
-    images: int
 
 
 def write_probes(path: Path, probes: Probes) -> None:
@@ -102,7 +108,7 @@ def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
                 f"probes: output {name!r} deviates by {difference:.3g}, the bound is "
                 f"{probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
             )
-    return Replay(deviation=worst, tolerance=probes.tolerance, images=len(probes.images))
+    return Replay(batch=batch, num_images=len(probes.images), deviation=worst, tolerance=probes.tolerance)
 
 
 def deviation(name: str, outputs: Outputs, expected: NDArray[np.float32]) -> float:

@@ -36,9 +36,9 @@ class Comparison(NamedTuple):
 
 
 class Drift(NamedTuple):
-    """Comparison of the predictions of *images* images with a reference: two *tests*, by name."""
+    """Comparison of the predictions of *num_images* images with a reference: two *tests*, by name."""
 
-    images: int
+    num_images: int
     tests: dict[str, Comparison]
 
     @property

@@ -105,10 +105,10 @@ class Bin(StrictModel):
 
 
 class Reliability(StrictModel):
-    """Expected calibration error over `bins` bins, with the reliability curve."""
+    """Expected calibration error over `num_bins` bins, with the reliability curve."""
 
     error: Fraction
-    bins: int
+    num_bins: int
     curve: tuple[Bin, ...]
 
 
@@ -197,4 +197,4 @@ def _calibration(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -
         )
         for index, count in enumerate(counts.tolist())
     ]
-    return Reliability(error=min(1.0, error), bins=BINS, curve=tuple(curve))
+    return Reliability(error=min(1.0, error), num_bins=BINS, curve=tuple(curve))

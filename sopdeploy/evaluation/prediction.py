@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -84,7 +84,6 @@ def classification_loss(
     activation: Activation,
     *,
     label_smoothing: float = 0.0,
-    reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """Compute the loss of *logits* (B, C) over the images of a batch.
 
@@ -93,10 +92,9 @@ def classification_loss(
     which labels move towards 1 / C ("softmax") or 0.5 ("sigmoid").
     """
     if activation == "softmax":
-        return cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction=reduction)
+        return cross_entropy(logits, labels, label_smoothing=label_smoothing)
     targets = labels.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
-    losses = binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
-    return losses.mean() if reduction == "mean" else losses.sum()
+    return binary_cross_entropy_with_logits(logits, targets)
 
 
 def evaluate_network(

@@ -52,14 +52,14 @@ class Mistake:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluatedImages:
-    """Metrics and worst mistakes on the images that `images` describes.
+    """Metrics and worst mistakes on the images that `description` names.
 
     With several classes per image there is no list of mistakes.
     """
 
     metrics: ClassificationReport | MultiLabelReport
     mistakes: tuple[Mistake, ...]
-    images: str
+    description: str
 
 
 class WrongLabel(StrictModel):
@@ -166,10 +166,10 @@ def _summarize(
 ) -> EvaluatedImages:
     """Compute the metrics and find the worst mistakes of the predictions for *images*."""
     if isinstance(predicted, MultiLabelPredictions):
-        return EvaluatedImages(metrics=predicted.report(), mistakes=(), images=description)
+        return EvaluatedImages(metrics=predicted.report(), mistakes=(), description=description)
     metrics = classification_report(images.labels, predicted)
     mistakes = worst_mistakes(predicted, images, best.preprocess)
-    return EvaluatedImages(metrics=metrics, mistakes=tuple(mistakes), images=description)
+    return EvaluatedImages(metrics=metrics, mistakes=tuple(mistakes), description=description)
 
 
 def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:

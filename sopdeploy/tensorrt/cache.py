@@ -19,6 +19,7 @@ import pydantic
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange, Sha256, to_json
+from sopdeploy.bundle.probes import Replay
 from sopdeploy.config import Count, NonNegative, StrictModel
 from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.files import atomic_write, writing
@@ -126,15 +127,6 @@ class Receipt(StrictModel):
     warnings: tuple[str, ...] = ()
 
 
-class ProbeReplay(StrictModel):
-    """Largest deviation per output when the engine ran the probes in batches of `batch`."""
-
-    batch: int
-    images: int
-    deviation: dict[str, float]
-    tolerance: dict[str, float]
-
-
 class Hazard(StrictModel):
     """A pattern that this TensorRT version would compute incorrectly, and how the graph was changed."""
 
@@ -155,7 +147,7 @@ class EngineRecord(StrictModel):
     build_seconds: NonNegative
     hazards: tuple[Hazard, ...]
     receipt: Receipt
-    replays: tuple[ProbeReplay, ...]
+    replays: tuple[Replay, ...]
 
 
 class StoredEngine(NamedTuple):

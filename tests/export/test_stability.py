@@ -101,17 +101,18 @@ def test_the_loss_of_a_photograph_is_that_of_its_worst_variant() -> None:
     worst = np.sort(np.maximum(0.25, 2 * np.arange(39) / 38 - 1))
     assert found.threshold == pytest.approx(worst[37], abs=1e-3)
     assert found.threshold >= worst[37]
-    assert [(one.name, one.flips, one.largest) for one in found.variants] == [
+    assert [(one.name, one.num_flips, one.largest) for one in found.variants] == [
         ("shift", 1, 0.25),
         ("tilt", 0, 1),
     ]
-    assert (found.images, found.photographs) == (39, "training")
-    assert (found.stable, found.flips) == (37, 0)  # the margins 0 and 1 are not above the largest loss, 1
+    assert (found.num_images, found.photographs) == (39, "training")
+    # The margins 0 and 1 are not above the largest loss, 1.
+    assert (found.num_stable, found.num_flips) == (37, 0)
 
 
 def test_too_few_photographs_make_no_answer_stable() -> None:
     found = fit_stability(("shift",), np.array([[9.0, 9.0]] * 18), fitted=False)
-    assert (found.threshold, found.stable) == (None, 0)
+    assert (found.threshold, found.num_stable) == (None, 0)
     assert not found.is_stable(np.array([100.0, 0.0]))
     assert "18 photographs are too few" in found.describe()
 
@@ -146,7 +147,7 @@ def test_answers_that_a_variant_changes_are_not_stable(
     found = export(checkpoint_of(folder), tmp_path / "with")[1].stability
     assert found is not None
     (planted,) = [one for one in found.variants if one.name == "planted"]
-    assert planted.flips == pytest.approx(20, abs=10)
+    assert planted.num_flips == pytest.approx(20, abs=10)
     flipped = margins < shift
     assert not any(found.is_stable(row) for row in exact[flipped])
     assert np.mean([found.is_stable(row) for row in exact[~flipped]]) > 0.5
@@ -167,7 +168,7 @@ def test_every_variant_gives_other_pixels_of_the_same_photograph(folder: Path, t
 def test_an_export_measures_the_held_out_images_of_its_run(folder: Path, tmp_path: Path) -> None:
     found = export(checkpoint_of(folder), tmp_path)[1].stability
     assert found is not None
-    assert (found.images, found.photographs) == (40, "held-out")
+    assert (found.num_images, found.photographs) == (40, "held-out")
     assert found.threshold is not None
     assert {"scaled decoding", "box resampling", "resampling of OpenCV"} <= {
         one.name for one in found.variants
@@ -183,7 +184,7 @@ def test_copies_of_a_photograph_count_once(folder: Path, tmp_path: Path) -> None
     bundle, manifest = export(replace(checkpoint_of(folder), training={}), tmp_path)
     photographs = Photographs(open_any_images(copies), fitted=False)
     found = measure_stability(bundle / "model.onnx", None, photographs, manifest.preprocess, 8)
-    assert (len(photographs.images), found.images) == (40, 30)
+    assert (len(photographs.images), found.num_images) == (40, 30)
 
 
 def test_training_images_are_measured_if_none_are_held_out(folder: Path) -> None:

@@ -28,8 +28,8 @@ def tiny(
     """A bundle of the network of mean colors with all rules of an answer."""
     rest = {"preprocess": rules, "seed": seed, "decision": Decision(**decision)}
     bundle = open_bundle(write_bundle(folder, golden=True, **rest))
-    variant = Variant(name="another decoder", flips=0, largest=0.1)
-    counts: dict[str, Any] = {"images": 100, "stable": 80, "flips": 0}
+    variant = Variant(name="another decoder", num_flips=0, largest=0.1)
+    counts: dict[str, Any] = {"num_images": 100, "num_stable": 80, "num_flips": 0}
     stability = Stability(threshold=margin, level=0.95, photographs="held-out", variants=(variant,), **counts)
     return replace(bundle, manifest=bundle.manifest.model_copy(update={"stability": stability}))
 

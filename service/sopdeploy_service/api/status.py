@@ -193,11 +193,11 @@ async def self_test(admitted: AdmittedRequest) -> SelfTest:
         result = await asyncio.to_thread(replay, probes, run, batch=batch)
     except (BundleError, ParityError) as problem:
         raise RejectedError(HttpError("selftest_failed", 500, str(problem))) from problem
-    context.num_images = result.images
+    context.num_images = result.num_images
     return SelfTest(
         model=model.name,
         version=model.version,
-        num_images=result.images,
+        num_images=result.num_images,
         deviation=result.deviation,
         tolerance=result.tolerance,
         seconds=round(time.monotonic() - admitted.started, 3),

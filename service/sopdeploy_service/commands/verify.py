@@ -1,16 +1,14 @@
 """`sopdeploy verify`: check a bundle's files and its outputs on this machine."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
-from sopdeploy.bundle.probes import read_probes
+from sopdeploy.bundle.probes import Replay, read_probes
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ParityError
 from sopdeploy_service.images.decode import EncodedImage, decode
@@ -44,7 +42,7 @@ class Verification(StrictModel):
     bytes: int
     runtime: str
     device: str
-    replays: tuple[dict[str, Any], ...]
+    replays: tuple[Replay, ...]
     golden: int
     stable: int | None = None
     pixels: PixelDifference | None = None
@@ -90,7 +88,7 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         bytes=sum(record.bytes for record in bundle.manifest.files.values()),
         runtime=loaded.runtime.name,
         device=loaded.runtime.device,
-        replays=tuple({"batch": batch, **asdict(replay)} for batch, replay in loaded.replays.items()),
+        replays=tuple(loaded.replays.values()),
         golden=len(examples),
         stable=None if stability is None else num_stable,
         pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),

@@ -1,13 +1,14 @@
 """Load JPEGs in batches with NVIDIA's nvImageCodec, and resize them on the same device.
 
-Each decoder thread loads one image. While a batch is on the device, the images of other threads become the
-next batch. If that is full, a thread returns to Pillow: the cores decode what the device cannot.
+Each decoder thread loads one image. While a batch is decoded, the images of other threads become the next
+batch, which is decoded while the first is resized. If the next batch is full, a thread returns to Pillow: the
+cores decode what the device cannot.
 """
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Condition
+from threading import Condition, Lock
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ MODES = {"RGB", "L"}
 _END = b"\xff\xd9"  # of a complete JPEG; NVIDIA's decoders do not report that data is missing
 _OPTIONS = ":fancy_upsampling=1"  # chroma interpolation as in libjpeg
 THREADS = 4  # of the library, for what its decoders do on the CPU
-MAX_BATCH_PIXELS = 100_000_000  # 300 MB of the device, unless a single image has more
+MAX_BATCH_PIXELS = 50_000_000  # 150 MB of the device, unless a single image has more; two batches are there
+MAX_GROUPED_PIXELS = 1_000_000  # of an image that is resized together with others
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -70,7 +72,8 @@ class NvImageCodec:
         )
         self._changed = Condition()
         self._waiting: list[JpegJob] = []  # the next batch
-        self._busy = False  # a thread runs a batch
+        self._decoding: list[JpegJob] = []  # the batch that a thread decodes
+        self._resizing = Lock()
         self._last_error = ""
 
     def __call__(
@@ -122,34 +125,50 @@ class NvImageCodec:
             if full or (self._waiting and area + job.area > MAX_BATCH_PIXELS):
                 return False
             self._waiting.append(job)
-            while self._busy and not job.done:
+            while not job.done and (self._decoding or job not in self._waiting):
                 self._changed.wait()
             if job.done:
                 return True
-            jobs, self._waiting, self._busy = self._waiting, [], True
+            jobs, self._waiting = self._waiting, []
+            self._decoding = jobs
         try:
-            self.run(jobs)
+            decoded = self.decode([job.body for job in jobs])
+            with self._resizing:  # a third batch waits here, so two are on the device
+                self._end_decoding(jobs)
+                self.resize(jobs, decoded)
         except Exception as error:  # the libraries' errors share no base class
             reason = reason_of(error)
             if reason != self._last_error:  # a device that is lost fails with every batch
                 log.warning("%d JPEGs are decoded on the CPU: %s", len(jobs), reason)
             self._last_error = reason
         finally:
-            with self._changed:
-                for ended in jobs:
-                    ended.done = True
-                self._busy = False
-                self._changed.notify_all()
+            for ended in jobs:
+                ended.done = True
+            self._end_decoding(jobs)
         return True
+
+    def _end_decoding(self, jobs: list[JpegJob]) -> None:
+        """Let another thread decode the next batch, and wake the threads of *jobs*."""
+        with self._changed:
+            if self._decoding is jobs:
+                self._decoding = []
+            self._changed.notify_all()
 
     def decode(self, bodies: Sequence[bytes]) -> list[Any]:
         """Decode JPEGs to images of the library on the device, None for those that it cannot decode."""
         images: list[Any] = self._decoder.decode(bodies, params=self._params)
         return images
 
-    def run(self, jobs: Sequence[JpegJob]) -> None:
-        """Decode *jobs* in one call and resize what could be decoded."""
-        decoded = self.decode([job.body for job in jobs])
+    def resize(self, jobs: Sequence[JpegJob], decoded: Sequence[Any]) -> None:
+        """Resize what could be decoded of *jobs*; images of the same sizes in one run."""
+        groups: dict[tuple[object, ...], list[tuple[JpegJob, Any]]] = {}
         for job, image in zip(jobs, decoded, strict=True):
             if image is not None and tuple(image.shape) == (job.size[1], job.size[0], 3):
-                job.pixels = self._resize(image, job.target, job.interpolation)
+                alone = job.area > MAX_GROUPED_PIXELS and id(job)  # a group is copied on the device
+                key = (job.size, job.target, job.interpolation, alone)
+                groups.setdefault(key, []).append((job, image))
+        for group in groups.values():
+            first, _ = group[0]
+            resized = self._resize([image for _, image in group], first.target, first.interpolation)
+            for (job, _), pixels in zip(group, resized, strict=True):
+                job.pixels = pixels

@@ -21,9 +21,9 @@ def _show(verified: "tuple[Verification, str | None]") -> None:
     if lowering is not None:
         print_field("lowering", lowering)
     for replay in result.replays:
-        for name, deviation in replay["deviation"].items():
-            allowed = f"(allowed {replay['tolerance'][name]:.2g}) on {result.runtime}"
-            images = f"batch {replay['batch']}: {name} of {replay['images']} images"
+        for name, deviation in replay.deviation.items():
+            allowed = f"(allowed {replay.tolerance[name]:.2g}) on {result.runtime}"
+            images = f"batch {replay.batch}: {name} of {replay.num_images} images"
             print_field("probes", f"{images} deviate by {deviation:.2g} {allowed}")
     if result.golden:
         same = "pixels and logits" if result.pixels is None else "logits"

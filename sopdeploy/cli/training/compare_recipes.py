@@ -22,7 +22,7 @@ def _show(comparison: "RecipeComparison") -> None:
         for arm in comparison.arms
     )
     print_table(("recipe", "top-1", "sd", *seeds), rows)
-    say(f"last epoch, {comparison.images} held-out images; differences in points of top-1")
+    say(f"last epoch, {comparison.num_images} held-out images; differences in points of top-1")
     for pair in comparison.pairs:
         out.print()
         say(f"{pair.second} - {pair.first}: {100 * pair.mean:+.2f} (sd {100 * pair.sd:.2f})")

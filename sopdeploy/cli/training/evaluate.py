@@ -72,7 +72,7 @@ def _print_report(report: "ClassificationReport") -> None:
     )
     out.print(f"top-1 {top1}   top-5 {top5}   of {report.count} images")
     error = report.calibration
-    out.print(f"nll {report.nll:.4f}   calibration error {error.error:.4f} ({error.bins} bins)")
+    out.print(f"nll {report.nll:.4f}   calibration error {error.error:.4f} ({error.num_bins} bins)")
     if (known := report.accepted) is not None:
         out.print(f"accepted as known {known.share:.2%} ({known.low:.1%} to {known.high:.1%})")
     rows = []
@@ -130,7 +130,7 @@ def _summarize_calibrated(calibrated: "Calibrated") -> dict[str, Any]:
     """Build the JSON output."""
     return {
         "checkpoint": str(calibrated.path),
-        "images": calibrated.images,
+        "num_images": calibrated.num_images,
         "decision": calibrated.decision.model_dump(mode="json"),
         "notes": list(calibrated.notes),
     }

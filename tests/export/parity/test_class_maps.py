@@ -48,7 +48,7 @@ def test_the_mean_of_a_map_plus_bias_is_the_logit_and_the_export_records_it(expo
     assert maps.shape == (12, 10, 4, 4)
     found = maps.mean(axis=(2, 3)) + layer.bias
     assert np.abs(found - probes.expected["logits"]).max() <= record.tolerance
-    assert {entry["deviation"].keys() == {"logits", FEATURES} for entry in verify(exported.path).replays} == {
+    assert {entry.deviation.keys() == {"logits", FEATURES} for entry in verify(exported.path).replays} == {
         True
     }
 

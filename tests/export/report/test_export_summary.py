@@ -36,7 +36,7 @@ DECISIONS = {
                 temperature=2.5,
                 error_before=0.1256,
                 error_after=0.0141,
-                images=5000,
+                num_images=5000,
                 estimated_on="held-out",
             ),
             rejection=Rejection(score="energy", threshold=3.25, auroc=0.915),

@@ -26,15 +26,15 @@ RunServer = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 def stability(threshold: float) -> Stability:
-    variants = (Variant(name="noise", flips=1, largest=threshold),)
+    variants = (Variant(name="noise", num_flips=1, largest=threshold),)
     return Stability(
         threshold=threshold,
         level=0.95,
-        images=100,
+        num_images=100,
         photographs="held-out",
         variants=variants,
-        stable=80,
-        flips=0,
+        num_stable=80,
+        num_flips=0,
     )
 
 

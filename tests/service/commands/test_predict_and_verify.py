@@ -69,9 +69,9 @@ def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path
     report = verify(bundle_path, ONE_THREAD)
     assert (report.bundle, report.id) == (bundle_path.name, bundle.manifest.id)
     assert (report.num_files, report.device) == (6, "cpu")
-    assert [(entry["batch"], entry["images"]) for entry in report.replays] == [(1, 3), (3, 3)]
+    assert [(entry.batch, entry.num_images) for entry in report.replays] == [(1, 3), (3, 3)]
     for entry in report.replays:
-        assert entry["deviation"]["logits"] <= entry["tolerance"]["logits"]
+        assert entry.deviation["logits"] <= entry.tolerance["logits"]
 
 
 def replace_weight(folder: Path) -> None:
@@ -152,8 +152,8 @@ def test_a_start_replays_two_probes_alone_and_verify_all_of_them(make_bundle, tm
     path = make_bundle(tmp_path, probes=6)
     for settings, expected in ((ONE_THREAD, {1: 2, 4: 4}), (Settings(threads=1, max_batch=1), {1: 6})):
         loaded = load_model(path, settings)
-        assert {batch: found.images for batch, found in loaded.replays.items()} == expected
-    assert [(entry["batch"], entry["images"]) for entry in verify(path, ONE_THREAD).replays] == [
+        assert {batch: found.num_images for batch, found in loaded.replays.items()} == expected
+    assert [(entry.batch, entry.num_images) for entry in verify(path, ONE_THREAD).replays] == [
         (1, 6),
         (4, 6),
     ]

@@ -30,10 +30,9 @@ SIZES = [  # of the file, of the resized image
 
 
 def build(interpolation: str) -> onnx.ModelProto:
-    """Build the graph: image (H, W, 3) and size (1, 3, h, w) to pixels (h, w, 3)."""
+    """Build the graph: images (n, H, W, 3) and size (n, 3, h, w) to pixels (n, h, w, 3)."""
     nodes = [
-        helper.make_node("Unsqueeze", ["image", "batch"], ["rows"]),
-        helper.make_node("Transpose", ["rows"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Transpose", ["images"], ["planes"], perm=[0, 3, 1, 2]),
         helper.make_node(
             "Resize",
             ["planes", "", "", "size"],
@@ -43,16 +42,14 @@ def build(interpolation: str) -> onnx.ModelProto:
             exclude_outside=1,  # Pillow cuts the filter at the edges
             cubic_coeff_a=-0.5,
         ),
-        helper.make_node("Transpose", ["resized"], ["resized_rows"], perm=[0, 2, 3, 1]),
-        helper.make_node("Squeeze", ["resized_rows", "batch"], ["pixels"]),
+        helper.make_node("Transpose", ["resized"], ["pixels"], perm=[0, 2, 3, 1]),
     ]
     inputs = [
-        helper.make_tensor_value_info("image", TensorProto.UINT8, ["H", "W", 3]),
+        helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", "H", "W", 3]),
         helper.make_tensor_value_info("size", TensorProto.INT64, [4]),
     ]
-    outputs = [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["h", "w", 3])]
-    batch = helper.make_tensor("batch", TensorProto.INT64, [1], [0])
-    graph = helper.make_graph(nodes, interpolation, inputs, outputs, [batch])
+    outputs = [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["n", "h", "w", 3])]
+    graph = helper.make_graph(nodes, interpolation, inputs, outputs)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=10)
 
 
@@ -68,9 +65,31 @@ def test_pixels_are_at_most_one_gray_level_from_those_of_pillow(
 ) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(noise).resize(target, RESAMPLING[interpolation]))
-    difference = np.abs(resize(noise, target, interpolation).astype(int) - expected)
+    difference = np.abs(resize([noise], target, interpolation)[0].astype(int) - expected)
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_images_of_a_batch_get_the_pixels_they_get_alone(resize: DeviceResize, interpolation: str) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (5, 37, 50, 3), dtype=np.uint8)
+    together = resize(list(images), (34, 25), interpolation)
+    for image, found in zip(images, together, strict=True):
+        np.testing.assert_array_equal(found, resize([image], (34, 25), interpolation)[0])
+
+
+def test_memory_is_reused_only_when_no_view_of_the_pixels_exists() -> None:
+    resize = DeviceResize(CPU)
+    images = list(np.random.default_rng(0).integers(0, 256, (3, 37, 50, 3), dtype=np.uint8))
+    kept = resize(images, (34, 25), "bilinear")[1][2:]
+    before, address = kept.copy(), kept.ctypes.data
+    for _ in range(2):
+        assert abs(resize(images[::-1], (34, 25), "bilinear").ctypes.data - address) > kept.nbytes
+    np.testing.assert_array_equal(kept, before)
+    assert len(resize._blocks) == 1
+    del kept
+    assert len(resize._blocks) == 2
+    resize(images, (40, 30), "bilinear")  # larger than any block
 
 
 @pytest.mark.parametrize("interpolation", FILTERS)
@@ -97,7 +116,7 @@ facts["stream"] = eval(sys.argv[1])
 resize, cudart = DeviceResize(), ctypes.CDLL(runtime_library())
 cudart.stand_in_streams()
 try:
-    print(resize(SimpleNamespace(__cuda_array_interface__=facts), (4, 3), "bicubic").shape, end=" ")
+    print(resize([SimpleNamespace(__cuda_array_interface__=facts)] * 2, (4, 3), "bicubic").shape, end=" ")
 except ValueError as error:
     print(error, end=" ")
 print(bin(cudart.stand_in_streams()))
@@ -108,8 +127,8 @@ print(bin(cudart.stand_in_streams()))
 @pytest.mark.parametrize(
     ("stream", "expected"),
     [
-        ("1", "(3, 4, 3) 0b10"),  # only the legacy default stream was used
-        ("None", "(3, 4, 3) 0b10"),
+        ("1", "(2, 3, 4, 3) 0b10"),  # only the legacy default stream was used
+        ("None", "(2, 3, 4, 3) 0b10"),
         ("2", "a decoded image is complete on stream 2, not on 1 0b0"),
     ],
 )

@@ -121,6 +121,56 @@ def test_large_images_do_not_share_a_batch(codec, monkeypatch):
     assert first.result().size == (31, 17)
 
 
+def test_a_batch_of_mixed_sizes_gets_the_pixels_of_single_images_one_run_for_each_size(codec):
+    bodies = [encode(size) for size in ((300, 200), (31, 17), (300, 200), (200, 300), (31, 17), (300, 200))]
+    alone = [decode_with(codec, body).pixels for body in bodies]
+    resize, runs, decoder = codec._resize, [], codec._decoder
+
+    def counted(images, *rules):
+        runs.append(len(images))
+        return resize(images, *rules)
+
+    codec._resize = counted
+    decoder.open.clear()
+    with ThreadPoolExecutor(len(bodies) + 1) as pool:
+        found = [pool.submit(decode_with, codec, READ[0])]
+        while len(decoder.batches) <= len(bodies):  # of the single images, and one that blocks
+            threading.Event().wait(0.001)
+        for number, body in enumerate(bodies, 1):
+            found.append(pool.submit(decode_with, codec, body))
+            while len(codec._waiting) < number:
+                threading.Event().wait(0.001)
+        decoder.open.set()
+    assert decoder.batches[-1] == len(bodies)
+    assert runs == [1, 3, 2, 1]
+    for future, expected in zip(found[1:], alone, strict=True):
+        np.testing.assert_array_equal(future.result().pixels, expected)
+
+
+def test_the_next_batch_is_decoded_while_one_is_resized_and_a_third_one_waits(codec):
+    resize, gate, decoder = codec._resize, threading.Semaphore(0), codec._decoder
+
+    def gated(*given):
+        assert gate.acquire(timeout=60)
+        return resize(*given)
+
+    codec._resize = gated
+    with ThreadPoolExecutor(3) as pool:
+        found = []
+        for number in (1, 2):  # batch 1 is resized, 2 decoded
+            found.append(pool.submit(decode_with, codec, READ[0]))
+            while len(decoder.batches) < number or (number == 1 and codec._decoding):
+                threading.Event().wait(0.001)
+        found.append(pool.submit(decode_with, codec, READ[0]))
+        while not codec._waiting:
+            threading.Event().wait(0.001)
+        assert decoder.batches == [1, 1]
+        gate.release(3)
+    assert decoder.batches == [1, 1, 1]
+    for future in found:
+        np.testing.assert_array_equal(future.result().pixels, found[0].result().pixels)
+
+
 def broken(*_):
     raise RuntimeError("CUDA error 719")
 
@@ -207,7 +257,7 @@ def faulty(request, tmp_path, library, monkeypatch):
         codec = request.getfixturevalue("codec")
         resize = codec._resize
         if fault == "the pixels":
-            monkeypatch.setattr(codec, "_resize", lambda *given: np.roll(resize(*given), 1, axis=1))
+            monkeypatch.setattr(codec, "_resize", lambda *given: np.roll(resize(*given), 1, axis=2))
         elif fault == "the JPEGs":
             monkeypatch.setattr(codec, "_resize", broken)
     else:

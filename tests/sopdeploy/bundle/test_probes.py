@@ -39,7 +39,7 @@ def test_the_same_network_passes_at_every_batch_size(batch: int) -> None:
     sizes: list[int] = []
     found = replay(PROBES, lambda images: sizes.append(len(images)) or network(images), batch=batch)
     assert found.deviation == {"logits": 0.0, "gate": 0.0}
-    assert (found.images, found.tolerance) == (5, PROBES.tolerance)
+    assert (found.num_images, found.tolerance) == (5, PROBES.tolerance)
     assert (sum(sizes), max(sizes)) == (5, min(batch, 5))
 
 

@@ -169,7 +169,7 @@ def test_the_loop_fits_its_threshold_to_one_image_of_each_group(tmp_path: Path):
     ]
     result = train_recipe(read_recipe("photos-dsop", settings), tmp_path / "run")
     assert result.held_out_count == 120
-    assert result.decision.calibration.images == 60
+    assert result.decision.calibration.num_images == 60
 
 
 def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):

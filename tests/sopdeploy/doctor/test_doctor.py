@@ -41,8 +41,9 @@ def scrape(text: str, moment: float) -> Scrape:
 def step(**changes: Any) -> LoadStep:
     facts: dict[str, Any] = {
         "concurrency": 8, "seconds": 1.0, "answered": 100, "rate": 100.0, "p50_ms": 10,
-        "p99_ms": 30, "refused": {}, "runtimes": 1, "processes": 1, "runtime_busy": 0.3, "decoder_busy": 0.3,
-        "decoders": 2, "client_busy": 0.3, "mean_batch": 2.0, "elsewhere_ms": 1.0,
+        "p99_ms": 30, "refused": {}, "num_runtimes": 1, "num_processes": 1,
+        "runtime_busy": 0.3, "decoder_busy": 0.3,
+        "num_decoders": 2, "client_busy": 0.3, "mean_batch": 2.0, "elsewhere_ms": 1.0,
         "stage_ms": {"receive": 1.0, "decode": 3.0, "queue": 3.0, "infer": 5.0},
     }  # fmt: skip
     return LoadStep(**{**facts, **changes})
@@ -76,7 +77,7 @@ def test_each_device_has_an_engine_and_front_ends_share_it(
     found = measure_server(
         scrape(before, 100.0), scrape(after, 104.0), [0.01] * 200, {}, concurrency=8, client_seconds=0.4
     )
-    assert (found.runtimes, found.processes, found.decoders) == (runtimes, 2, 4)
+    assert (found.num_runtimes, found.num_processes, found.num_decoders) == (runtimes, 2, 4)
     assert (found.runtime_busy, found.decoder_busy) == (busy, 0.375)
 
 

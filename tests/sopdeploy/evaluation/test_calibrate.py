@@ -52,7 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> None:
     source = (home / "ckpt.pt").read_bytes()
     found = sopdeploy.calibrate(home / "ckpt.pt", home / "photos")
-    assert (found.path, found.images, found.labels) == (home / "ckpt-calibrated.pt", 80, LABELS)
+    assert (found.path, found.num_images, found.labels) == (home / "ckpt-calibrated.pt", 80, LABELS)
     assert found.decision.calibration is not None
     assert found.decision.rejection is not None
     assert found.decision.calibration.temperature > 1.5
@@ -69,7 +69,7 @@ def test_the_command_writes_the_same_and_prints_the_next_step(home: Path) -> Non
     ours = sopdeploy.calibrate(home / "ckpt.pt", home / "photos", home / "ours.pt", accepts=0.8)
     done = CliRunner().invoke(app, ["calibrate", *options, "--out-file", str(home / "theirs.pt"), "--json"])
     printed = json.loads(done.stdout)
-    assert (printed["images"], printed["checkpoint"]) == (80, str(home / "theirs.pt"))
+    assert (printed["num_images"], printed["checkpoint"]) == (80, str(home / "theirs.pt"))
     assert Decision.model_validate(printed["decision"]) == ours.decision
     assert read_checkpoint(home / "theirs.pt").decision == ours.decision
     lines = CliRunner().invoke(app, ["calibrate", *options]).stdout.splitlines()

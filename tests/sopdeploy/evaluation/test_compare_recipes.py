@@ -33,7 +33,7 @@ def compare_rows(**rows: tuple[str, ...]) -> RecipeComparison:
 
 def test_three_seeds_computed_by_hand() -> None:
     found = compare_rows(a=("1100", "1000", "1010"), b=("1110", "1100", "1110"))
-    assert (found.seeds, found.images) == ((0, 1, 2), 4)
+    assert (found.seeds, found.num_images) == ((0, 1, 2), 4)
     assert [arm.top1 for arm in found.arms] == [(0.5, 0.25, 0.5), (0.75, 0.5, 0.75)]
     (pair,) = found.pairs
     assert pair.differences == (0.25, 0.25, 0.25)
@@ -78,7 +78,7 @@ def finished(
 def test_a_finished_comparison_is_not_run_again(finished) -> None:
     out, found, started = finished
     assert started == [("digits-plain", 0), ("digits-dsop", 0), ("digits-plain", 1), ("digits-dsop", 1)]
-    assert (found.images, len(found.pairs)) == (52, 1)
+    assert (found.num_images, len(found.pairs)) == (52, 1)
     stored = read_checkpoint(out / "digits-dsop" / "seed-1" / "last.pt")
     assert stored.training["seed"] == 1
     assert found.arms[1].top1[1] == pytest.approx(stored.training["metrics"]["top1"])

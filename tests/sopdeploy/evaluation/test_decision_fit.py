@@ -25,7 +25,7 @@ def test_the_fit_finds_the_temperature_that_scaled_the_logits(temperature: float
     assert fitted is not None
     assert fitted.temperature == pytest.approx(temperature, rel=0.05)
     assert fitted.error_after < fitted.error_before / 4
-    assert (fitted.images, fitted.estimated_on) == (4000, "held-out")
+    assert (fitted.num_images, fitted.estimated_on) == (4000, "held-out")
 
 
 def all_correct() -> Predictions:

@@ -52,7 +52,7 @@ def test_logits_are_counted_by_their_best_class_and_its_probability():
     assert counts.classes.tolist() == [0, 2, 1]
     assert np.flatnonzero(counts.confidences).tolist() == [5, 6, 16]
     drift = counts.compare(counts.reference())
-    assert (drift.images, drift.alarm) == (3, False)
+    assert (drift.num_images, drift.alarm) == (3, False)
     assert drift.tests == {"classes": (0.0, 1.0), "confidences": (0.0, 1.0)}
     assert PredictionCounts(3).compare(counts.reference()).alarm is False
     far = PredictionCounts(3)

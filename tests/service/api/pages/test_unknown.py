@@ -55,11 +55,11 @@ def test_a_line_marks_answers_that_are_not_stable(open_page, bundle) -> None:
     rule = Stability(
         threshold=2.0,
         level=0.95,
-        images=40,
+        num_images=40,
         photographs="held-out",
-        variants=(Variant(name="noise", flips=1, largest=2.0),),
-        stable=30,
-        flips=0,
+        variants=(Variant(name="noise", num_flips=1, largest=2.0),),
+        num_stable=30,
+        num_flips=0,
     )
     manifest = bundle.manifest.model_copy(update={"stability": rule})
     with running(ContrastRuntime(num_classes=7), replace(bundle, manifest=manifest), Settings()) as client:
