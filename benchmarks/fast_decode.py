@@ -27,7 +27,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.images.device_resize import STREAM, DeviceResize
 from sopdeploy_service.images.loaders import synthetic_jpeg
-from sopdeploy_service.runtime.cuda_libraries import UPLOAD, cuda_copy
+from sopdeploy_service.runtime.cuda_libraries import UPLOAD, device_copy
 from sopdeploy_service.runtime.onnxruntime import CUDA, import_onnxruntime, pinned_memory, session_options
 from sopdeploy_service.server.process import limit_heaps
 from sopdeploy_service.settings import LARGEST_DECODE_BATCH
@@ -100,7 +100,7 @@ def gpu_rows(runs: int) -> list[Result]:
     """Measure the microseconds of CPU time per image of each step, and their sum."""
     limit_heaps()  # as the server does
     resize, onnxruntime = DeviceResize(), import_onnxruntime()
-    copy, value = cuda_copy(onnxruntime), onnxruntime.OrtValue
+    copy, value = device_copy(onnxruntime, "cuda"), onnxruntime.OrtValue
     host = value.ortvalue_from_shape_and_type(
         (BATCH, RULES.crop, RULES.crop, 3), np.uint8, memory_info=pinned_memory(onnxruntime)
     ).numpy()

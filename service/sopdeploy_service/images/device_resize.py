@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.cuda_libraries import ON_DEVICE, cuda_copy, host_copy, load_cuda_libraries
+from sopdeploy_service.runtime.cuda_libraries import ON_DEVICE, device_copy, load_cuda_libraries
 from sopdeploy_service.runtime.onnxruntime import (
     CPU,
     CUDA,
@@ -47,10 +47,10 @@ class DeviceResize:
         if provider == CUDA:
             load_cuda_libraries(onnxruntime)
         self._kind, self._interface = INTERFACES[provider]
-        self._value = onnxruntime.OrtValue
+        self._allocate = onnxruntime.OrtValue.ortvalue_from_shape_and_type
         self._memory = pinned_memory(onnxruntime) if provider == CUDA else None
         self._blocks: list[NDArray[np.uint8]] = []
-        self._copy = cuda_copy(onnxruntime) if provider == CUDA else host_copy
+        self._copy = device_copy(onnxruntime, self._kind)
         options = session_options(onnxruntime, 1, provider)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self._sessions = {
@@ -78,7 +78,7 @@ class DeviceResize:
                 raise ValueError(f"a decoded image is complete on stream {source['stream']}, not on {STREAM}")
         count, shape, address = len(images), sources[0]["shape"], sources[0]["data"][0]
         if count > 1:
-            collected = self._value.ortvalue_from_shape_and_type((count, *shape), np.uint8, self._kind, 0)
+            collected = self._allocate((count, *shape), np.uint8, self._kind, 0)
             address, bytes_of_one = collected.data_ptr(), math.prod(shape)
             for number, source in enumerate(sources):
                 self._copy(address + number * bytes_of_one, source["data"][0], bytes_of_one, ON_DEVICE)
@@ -89,6 +89,7 @@ class DeviceResize:
         binding.bind_cpu_input("size", np.array([count, 3, size[1], size[0]]))
         binding.bind_output("pixels", "cpu", 0, np.uint8, pixels.shape, pixels.ctypes.data)
         session.run_with_iobinding(binding)
+        binding.synchronize_outputs()  # a GPU writes to page-locked memory asynchronously
         return pixels
 
     def _host_array(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -99,9 +100,7 @@ class DeviceResize:
         size = math.prod(shape)
         block = self._blocks.pop() if self._blocks else None
         if block is None or block.size < size:
-            block = self._value.ortvalue_from_shape_and_type(
-                (size,), np.uint8, memory_info=self._memory
-            ).numpy()
+            block = self._allocate((size,), np.uint8, memory_info=self._memory).numpy()
         owner = np.frombuffer(block.data, np.uint8, size)  # the base of every view
         weakref.finalize(owner, self._blocks.append, block).atexit = False
         return owner.reshape(shape)

@@ -164,8 +164,7 @@ class NvImageCodec:
         groups: dict[tuple[object, ...], list[tuple[JpegJob, Any]]] = {}
         for job, image in zip(jobs, decoded, strict=True):
             if image is not None and tuple(image.shape) == (job.size[1], job.size[0], 3):
-                # A group is copied on the device, so large images are alone.
-                alone = id(job) if job.area > MAX_GROUPED_PIXELS else None
+                alone = job.area > MAX_GROUPED_PIXELS and id(job)  # a group is copied on the device
                 key = (job.size, job.target, job.interpolation, alone)
                 groups.setdefault(key, []).append((job, image))
         for group in groups.values():

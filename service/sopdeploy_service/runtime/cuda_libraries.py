@@ -72,24 +72,21 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
         ) from error
 
 
-def cuda_copy(onnxruntime: Any) -> Callable[[int, int, int, int], None]:
+def device_copy(onnxruntime: Any, kind: str) -> Callable[[int, int, int, int], object]:
     """Return a function that copies memory: addresses to and from, bytes, and one of the kinds above.
 
-    It waits for the copy without the GIL, which `update_inplace` and `numpy` of an `OrtValue` hold; copies
-    `ON_DEVICE` only begin, in the order of CUDA's legacy default stream. It raises `RuntimeError` with the
-    code of CUDA. `load_cuda_libraries` must have succeeded.
+    On the *kind* of device `cuda`, it waits for the copy without the GIL, which `update_inplace` and `numpy`
+    of an `OrtValue` hold; copies `ON_DEVICE` only begin, in the order of CUDA's legacy default stream. It
+    raises `RuntimeError` with the code of CUDA. `load_cuda_libraries` must have succeeded.
     """
+    if kind == "cpu":
+        return lambda to, source, size, _: ctypes.memmove(to, source, size)
     provider = ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / CUDA_PROVIDER))
     memcpy = provider.cudaMemcpy  # of the version with which the provider is linked
     memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
-    def copy(to: int, source: int, size: int, kind: int) -> None:
-        if status := memcpy(to, source, size, kind):
+    def copy(to: int, source: int, size: int, direction: int) -> None:
+        if status := memcpy(to, source, size, direction):
             raise RuntimeError(f"CUDA failure {status}: cudaMemcpy of {size} bytes")
 
     return copy
-
-
-def host_copy(to: int, source: int, size: int, _: int) -> None:
-    """Copy memory as `cuda_copy` does, where the CPU is the device."""
-    ctypes.memmove(to, source, size)

@@ -18,13 +18,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import padded_sizes, reason_of, translate_errors
-from sopdeploy_service.runtime.cuda_libraries import (
-    DOWNLOAD,
-    UPLOAD,
-    cuda_copy,
-    host_copy,
-    load_cuda_libraries,
-)
+from sopdeploy_service.runtime.cuda_libraries import DOWNLOAD, UPLOAD, device_copy, load_cuda_libraries
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -89,7 +83,7 @@ class BoundSession:
         self._onnxruntime, self._session = onnxruntime, session
         kind, _, number = device.partition(":")
         self._device = (kind, int(number or 0))
-        self._copy = cuda_copy(onnxruntime) if kind == "cuda" else host_copy
+        self._copy = device_copy(onnxruntime, kind)
         self._image, self._shapes, self._sizes = image, outputs, sizes
         self._free: defaultdict[int, list[Binding]] = defaultdict(list)  # by padded size
         self._jobs: SimpleQueue[tuple[Any, Future[None]] | None] = SimpleQueue()
@@ -108,19 +102,21 @@ class BoundSession:
         count = len(images)
         size = next((size for size in self._sizes if size >= count), count)
         free, done = self._free[size], Future[None]()
-        binding = free.pop() if free else self._bind((size, *images[0].shape))
-        try:
-            pixels = np.stack(images, out=binding.host[:count])
-            self._copy(binding.images.data_ptr(), pixels.ctypes.data, pixels.nbytes, UPLOAD)
-        except BaseException:
-            free.append(binding)
-            raise
+        with translate_errors():
+            binding = free.pop() if free else self._bind((size, *images[0].shape))
+            try:
+                pixels = np.stack(images, out=binding.host[:count])
+                self._copy(binding.images.data_ptr(), pixels.ctypes.data, pixels.nbytes, UPLOAD)
+            except BaseException:
+                free.append(binding)
+                raise
         self._jobs.put((binding.io_binding, done))
 
         def end() -> dict[str, NDArray[np.float32]]:
             try:
-                done.result()
-                return {name: self._download(binding.outputs[name], count) for name in names}
+                with translate_errors():
+                    done.result()
+                    return {name: self._download(binding.outputs[name], count) for name in names}
             finally:
                 free.append(binding)
 
@@ -229,14 +225,7 @@ class CudaOnnxRuntime(OnnxRuntime):
         self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
-        with translate_errors():
-            end = self._bound.begin(images, self._outputs if names is None else names)
-
-        def wait() -> dict[str, NDArray[np.float32]]:
-            with translate_errors():
-                return end()
-
-        return wait
+        return self._bound.begin(images, self._outputs if names is None else names)
 
     def close(self) -> None:
         """Release the session and the tensors on the device."""
