@@ -19,8 +19,8 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.engine_builder.engine import get_engine, this_machine
-from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_export.graph import Deployed
+from sopdeploy_export.options import EngineOptions
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 

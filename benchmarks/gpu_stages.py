@@ -30,7 +30,7 @@ from sopdeploy.bundle.probes import Replay
 from sopdeploy.errors import SopdeployError
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy_export.engine_builder.engine import get_engine
-from sopdeploy_export.engine_builder.options import EngineOptions
+from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.app import create_app
 from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
 from sopdeploy_service.inference.bundle_store import BundleStore

@@ -1,7 +1,7 @@
-"""Options of an export."""
+"""Options of an export and of an engine build."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pydantic
 
@@ -104,3 +104,18 @@ class NetworkExportOptions(NetworkOptions):
         if self.plain_option and self.plain is None:
             raise ConfigError("only with a plain network", setting="plain_option", remedies={"plain": None})
         return self
+
+
+class EngineOptions(Options):
+    """Options of `sopdeploy engine`."""
+
+    via: Literal["onnx", "torch-tensorrt"] = "onnx"
+    """Converter: TensorRT's ONNX parser, or torch-tensorrt (of a bundle made with --pt2)."""
+    profiles: str | None = None
+    """Largest batch of each optimization profile, such as 1,8,32."""
+    cache: Path | None = None
+    """Engine cache folder; by default $SOPDEPLOY_ENGINE_CACHE, or engines/ next to the bundle."""
+    rebuild: bool = False
+    """Build even if the cache has one."""
+    strict: bool = False
+    """Fail if a layer may run in another precision than the graph's."""

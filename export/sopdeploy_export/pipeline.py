@@ -27,7 +27,7 @@ from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
 from sopdeploy.decision import Stability
-from sopdeploy.errors import ConfigError, DetachError, LoweringError
+from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
@@ -50,15 +50,14 @@ from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision
 from sopdeploy_export.proof.batch import find_mixing
-from sopdeploy_export.proof.certificate import Certificate, Proof, certify, certify_onnx
+from sopdeploy_export.proof.certificate import Certificate, Proof, certify
 from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
 from sopdeploy_export.replay import write_source
-from sopdeploy_export.report.network_summary import summarize_checkpoint
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import Exported, ExportResults, export_statement
 from sopdeploy_export.rounding import bound_rounding
 from sopdeploy_export.stability import MAX_PHOTOGRAPHS, Photographs, find_photographs, measure_stability
-from sopdeploy_export.subject import ExportSubject
+from sopdeploy_export.subject import ExportSubject, summarize_checkpoint
 
 ONNX_FILE = "model.onnx"
 # The parts of the time of an export after which the proof, the conversion and the comparison are complete;
@@ -135,7 +134,7 @@ def export_subject(
     if options.with_features:
         add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
     images = generated_images(subject.preprocess.crop)
-    job = _Job(subject, images, accuracy, options, _with_time_left(step), utc_now())
+    job = _Job(subject, images, accuracy, options, _with_time_left(step))
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         certified, certificate = _prove(job)
         if options.precision != "fp32":
@@ -185,33 +184,32 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
         detachment=subject.detachment,
     )
     job.step("lowering to ONNX", CERTIFIED)
-    model, certificate = lower_certified(proof, output_names(detached))
-    certificate = check_batch(model, certificate, options)
-    return CapturedGraph(detached, proof.detached.any_batch, model), certificate
+    program, outputs = proof.detached.any_batch, output_names(detached)
+    model = lower(program, outputs)
+    return CapturedGraph(detached, program, model), certify_onnx(proof, model, outputs, options)
 
 
-def lower_certified(proof: Proof, outputs: tuple[str, ...]) -> tuple[onnx.ModelProto, Certificate]:
-    """Convert the detached network to ONNX, and certify that the compared networks give the same graph."""
-    model = lower(proof.detached.any_batch, outputs)
-    roots = {"detached": onnx_root(model)}
-    for role, captured in proof.captured.items():
-        if captured is not proof.detached:
-            roots[role] = onnx_root(lower(captured.any_batch, outputs))
-    return model, certify_onnx(proof, roots)
+def certify_onnx(
+    proof: Proof, model: onnx.ModelProto, outputs: tuple[str, ...], options: ExportOptions
+) -> Certificate:
+    """Complete the certificate with what *model*, the graph of the detached network, shows.
 
-
-def check_batch(model: onnx.ModelProto, certificate: Certificate, options: ExportOptions) -> Certificate:
-    """Add the operators of *model* that may mix images to the certificate.
-
-    Raises `LoweringError` if there are any, unless the user accepts them.
+    Raises `CertificateError` if another compared network gives another graph, and `LoweringError` if an
+    output for an image may depend on other images, unless the user accepts this.
     """
-    mixing = find_mixing(model)
+    root, mixing = onnx_root(model), find_mixing(model)
+    for role, captured in proof.captured.items():
+        if captured is not proof.detached and onnx_root(lower(captured.any_batch, outputs)) != root:
+            raise CertificateError(
+                f"the ONNX graph of the {role} network differs from that of the detached network"
+            )
     if mixing and not options.allow_batch_dependence:
         raise LoweringError(
             f"the outputs for an image may depend on other images of its batch: {mixing[0]} combines images",
             remedies={"allow_batch_dependence": True},
         )
-    return certificate.model_copy(update={"mixes_images": mixing})
+    roots = proof.certificate.roots.model_copy(update={"onnx": root})
+    return proof.certificate.model_copy(update={"roots": roots, "mixes_images": mixing})
 
 
 class _Job(NamedTuple):
@@ -222,7 +220,6 @@ class _Job(NamedTuple):
     accuracy: AccuracyCheck
     options: ExportOptions
     step: Callable[[str, float], None]
-    time: str
 
 
 def _check_file(
@@ -372,7 +369,7 @@ def _manifest_fields(
     return {
         "model": subject.name,
         "project": subject.project,
-        "exported_at": job.time,
+        "exported_at": utc_now(),
         "origin": subject.origin,
         "config": json.loads(json.dumps(subject.config)),
         "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),

@@ -113,7 +113,7 @@ def inspect_network(weights: Path, options: NetworkOptions) -> dict[str, Any]:
     unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
     return {
         "network": options.network,
-        "tensors": len(network.state_dict()),
+        "num_tensors": len(network.state_dict()),
         "table": loaded.table,
         "prefixes_removed": list(loaded.removed),
         "unused": list(unused),

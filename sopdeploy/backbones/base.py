@@ -1,7 +1,7 @@
 """Backbone interface: computes class logits, and the feature maps of its stages on request."""
 
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -113,13 +113,18 @@ class Backbone(nn.Module):
 def initialize(network: nn.Module) -> None:
     """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to weight 1 and bias 0.
 
+    Each input channel of a depthwise convolution reaches one output channel, as the released code of
+    EfficientNet counts; torch counts all of them. With such small weights, activations vanish in eval mode
+    until the running statistics of the batch norms have converged: all images then have equal logits.
     Modules on the `meta` device are skipped, because their weights have no values.
     """
     for module in network.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             continue
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            is_depthwise = module.groups == module.in_channels == module.out_channels
+            mode: Literal["fan_in", "fan_out"] = "fan_in" if is_depthwise else "fan_out"
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):

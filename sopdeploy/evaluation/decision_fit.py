@@ -17,16 +17,24 @@ AUROC on images from another domain differs, because the features were trained o
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from torch import nn
 
+from sopdeploy.data.base import PreprocessedDataset
+from sopdeploy.data.datasets.layouts import open_any_images
+from sopdeploy.data.image_files import hash_images, unreadable_images_error
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
+from sopdeploy.errors import DataError
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy.evaluation.metrics import calibration_error
+from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.evaluation.statistics import LEVEL
+from sopdeploy.images.preprocess import Preprocess
 
 Logits = NDArray[np.float64]
 
@@ -229,3 +237,23 @@ def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Scor
         for score in SCORES:
             aurocs[score].append(float(roc_auc_score(targets != left_out, known_score(masked, score))))
     return {score: float(np.mean(per_class)) for score, per_class in aurocs.items()}
+
+
+def predict_unknown(
+    model: nn.Module, folder: Path | None, preprocess: Preprocess, *, batch_size: int, workers: int
+) -> UnknownLogits | None:
+    """Compute the logits of *model* on the images in *folder*, in two halves; None without a folder.
+
+    The hash of its bytes says whether an image sets or tests the threshold, so copies are in the same half.
+    Raises `DataError` if an image cannot be read.
+    """
+    if folder is None:
+        return None
+    images = open_any_images(folder)
+    try:
+        dataset = PreprocessedDataset(images, preprocess)
+        logits, _ = predict_logits(model.eval(), dataset, preprocess, batch_size=batch_size, workers=workers)
+    except DataError as error:
+        raise unreadable_images_error(error, images) from None
+    sets_N = hash_images(images) % 2 == 0
+    return UnknownLogits(logits[sets_N], logits[~sets_N])

@@ -105,14 +105,14 @@ def open_image(
     return image
 
 
-def load_pixels(image: Image.Image, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_pixels(image: Image.Image) -> Image.Image:
     """Decode the pixels of an opened *image* in place and return it; raises `ImageError`."""
     size = image.size
     try:
         image.load()
         check_decoded_size(image, size)
     except Exception as error:  # untrusted bytes: a decoder may raise anything
-        raise image_error(error, max_pixels) from error
+        raise image_error(error) from error
     return image
 
 

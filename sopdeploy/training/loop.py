@@ -13,9 +13,8 @@ from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.near import keep_groups_together
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
+from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
-from sopdeploy.evaluation.unknown_images import predict_unknown
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import diagnose
 from sopdeploy.training.distributed.batch_sharding import shard_step

@@ -79,7 +79,7 @@ def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
     ("option", "message"),
     [
         ("evaluate", r"dog is no class of the network, which knows a, b.* j; remove or rename"),
-        ("calibrate", "contains no images; give a folder of JPEG"),
+        ("calibrate", "holds no images; give a folder of JPEG"),
     ],
 )
 def test_folders_are_checked_before_the_first_expensive_step(
@@ -189,7 +189,7 @@ def test_failed_comparison_leaves_no_files(
     [
         (None, DetachError, "try detach=True"),
         ("missing", DataError, "no such folder"),
-        ("empty", DataError, "contains no images"),
+        ("empty", DataError, "holds no images"),
         ("text", DataError, "this is not an image"),
     ],
     ids=["training-only parts without --detach", "no folder", "an empty folder", "text instead of an image"],

@@ -7,7 +7,7 @@ import pytest
 
 from sopdeploy.tensorrt.cache import StoredEngine, load_engine
 from sopdeploy_export.engine_builder.engine import get_engine
-from sopdeploy_export.engine_builder.options import EngineOptions
+from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.networks import network, outputs_of, some_images, write

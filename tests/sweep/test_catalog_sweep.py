@@ -125,7 +125,11 @@ def test_the_smallest_is_certified(small: Small, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
-@pytest.mark.parametrize("small", [*WALKED, *LOWERED], ids=name)
+@pytest.mark.parametrize(
+    "small",
+    [*WALKED, *LOWERED, *OF_TIMM, Small("efficientnet-lite0", 64)],
+    ids=lambda s: f"{s.name}-{s.side}",
+)
 def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precision, tmp_path: Path) -> None:
     report = agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", precision)
     assert report.passed

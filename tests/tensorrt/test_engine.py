@@ -17,7 +17,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import EngineError, LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.tensorrt.cache import EngineRecord, StoredEngine, cache_folder, load_best_engine
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
-from sopdeploy_export.engine_builder.options import EngineOptions
+from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime import selection
 from sopdeploy_service.runtime.selection import open_runtime

@@ -13,7 +13,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy_export.engine_builder.engine import get_engine
-from sopdeploy_export.engine_builder.options import EngineOptions
+from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.observability.metrics import Metrics

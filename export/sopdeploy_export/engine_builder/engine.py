@@ -1,7 +1,7 @@
 """Build or find the TensorRT engine of a bundle for this machine; without torch, unless by torch-tensorrt.
 
 An engine is kept only if it reproduces the bundle's probes. A layer in a type that the graph does not have
-causes a warning, or an error with `strict`.
+causes a warning, or an error with `strict`. `plan_engine` plans a build without a GPU and without TensorRT.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ import onnx
 
 from sopdeploy.bundle.folder import PROGRAM, Bundle
 from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
-from sopdeploy.errors import EngineError
+from sopdeploy.config import StrictModel
+from sopdeploy.errors import EngineError, LoweringError, RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
 from sopdeploy.tensorrt.cache import (
     EngineKey,
@@ -37,8 +38,10 @@ from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.engine_builder.build import BuildRequest, Report, layer_information, parse_and_build
 from sopdeploy_export.engine_builder.lint import floating_types, lint
-from sopdeploy_export.engine_builder.options import EngineOptions
 from sopdeploy_export.engine_builder.precision_check import check_engine_precision
+from sopdeploy_export.options import EngineOptions
+
+SUPPORTED = ("10.13.0", "10.16.0", "11.0.0")  # versions of TensorRT that a plan covers without TensorRT
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,25 @@ class Machine:
         return self.gpu.memory // 4
 
 
+class LintResult(StrictModel):
+    """The lint for one TensorRT version: its rewrites, or why it rejects the graph."""
+
+    tensorrt: str
+    hazards: tuple[Hazard, ...]
+    refused: str | None
+
+
+class EnginePlan(StrictModel):
+    """The plan of a build; `key_unknown` says why there is no `key`."""
+
+    bundle: str
+    precision: str
+    profiles: tuple[Profile, ...]
+    lint: tuple[LintResult, ...]
+    key: str | None
+    key_unknown: str | None
+
+
 def this_machine() -> Machine:
     """Load TensorRT and open the GPU.
 
@@ -72,6 +94,39 @@ def this_machine() -> Machine:
     trt = import_tensorrt()
     cuda = open_cuda()
     return Machine(trt=trt, cuda=cuda, gpu=cuda.gpu())
+
+
+def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
+    """Plan the build of *bundle*, for the installed TensorRT or for every supported version.
+
+    Raises `LoweringError` if every planned version rejects the graph.
+    """
+    profiles = requested_profiles(bundle, options)
+    installed = key = reason = None
+    try:
+        installed = str(import_tensorrt().__version__)
+        key = engine_key(bundle, options, profiles, installed, open_cuda().gpu()).name
+    except RuntimeUnavailableError as error:
+        reason = str(error)
+    model, results = onnx.load(bundle.onnx), []
+    for tensorrt in [installed] if installed else SUPPORTED:
+        hazards: tuple[Hazard, ...] = ()
+        refused = None
+        try:
+            _, hazards = lint(model, parse_version(tensorrt), profiles)
+        except LoweringError as error:
+            refused = str(error)
+        results.append(LintResult(tensorrt=tensorrt, hazards=hazards, refused=refused))
+    if all(result.refused for result in results):
+        raise LoweringError(str(results[-1].refused))
+    return EnginePlan(
+        bundle=bundle.name,
+        precision=bundle.manifest.precision,
+        profiles=profiles,
+        lint=tuple(results),
+        key=key,
+        key_unknown=reason,
+    )
 
 
 def requested_profiles(bundle: Bundle, options: EngineOptions) -> tuple[Profile, ...]:

@@ -184,10 +184,7 @@ def compare_file(
     top1 = agreement(by_size[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance, ~compared)
     routing = None if routes is None else routing_parity(rerouted_images, routes)
     passed = (
-        all(
-            max(output.largest_drift, output.batch_difference) <= output.tolerance
-            for output in outputs.values()
-        )
+        all(output.largest_difference <= output.tolerance for output in outputs.values())
         and top1.flips("error") == 0
         and (routing is None or routing.num_wrong == 0)
     )

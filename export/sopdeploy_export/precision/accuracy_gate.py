@@ -7,13 +7,10 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.data.folders import is_image, walk
-from sopdeploy.data.image_files import ImageFiles, image_errors
+from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
+from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.evaluation.statistics import wilson
-from sopdeploy.files import open_regular
-from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import INPUT, evenly_spread
@@ -124,21 +121,9 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
     So they cover every class. Raises `DataError` if *folder* does not exist, holds no image or holds one that
     cannot be read.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give a folder of images", setting="calibrate")
-    paths = [path for path in walk(folder) if is_image(path.name)]
-    if not paths:
-        raise DataError(
-            f"{folder}: contains no images; give a folder of JPEG or PNG files", setting="calibrate"
-        )
-    images = []
-    for path in (paths[position] for position in evenly_spread(len(paths), MAX_CALIBRATION)):
-        try:
-            with image_errors(path), open_regular(path) as file:
-                image = load_pixels(open_image(file.read()))
-            images.append(preprocess_image(image, preprocess))
-        except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}); remove it from the folder"
-            ) from error
-    return np.stack(images)
+    try:
+        images = open_any_images(folder)
+    except DataError as error:
+        raise DataError(str(error), setting="calibrate") from error
+    positions = evenly_spread(len(images), MAX_CALIBRATION)
+    return np.stack([preprocess_image(images[position][0], preprocess) for position in positions.tolist()])

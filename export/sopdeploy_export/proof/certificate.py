@@ -63,8 +63,8 @@ class TensorEntry(StrictModel):
 class Roots(StrictModel):
     """The Merkle roots that the three networks share.
 
-    `operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX graphs;
-    it is empty until `certify_onnx` has compared them.
+    `num_operations` is the number of operations that `any_batch` covers. `onnx` is the root of the ONNX
+    graphs; it is empty until `pipeline.certify_onnx` has compared them.
     """
 
     any_batch: str
@@ -160,21 +160,6 @@ def certify(
         num_images=len(probes),
     )
     return Proof(certificate=certificate, captured=captured)
-
-
-def certify_onnx(proof: Proof, roots: Mapping[str, str]) -> Certificate:
-    """Add the root of the ONNX graphs of the compared networks, given by role in *roots*, to the certificate.
-
-    Raises `CertificateError` if the roots differ.
-    """
-    for role, root in roots.items():
-        if root != roots["detached"]:
-            raise CertificateError(
-                f"the ONNX graph of the {role} network differs from that of the detached network"
-            )
-    certificate = proof.certificate
-    shared = certificate.roots.model_copy(update={"onnx": roots["detached"]})
-    return certificate.model_copy(update={"roots": shared})
 
 
 def build_plain_network(
@@ -273,16 +258,17 @@ def _capture_networks(
 
     The detached network comes first, because the names in its programs are those of the exported file.
     """
-    captured = {} if captured_trained is None else {"trained": captured_trained}
-    same = networks["detached"] is networks["trained"]
-    for role in ("trained" if same else "detached", *networks):
-        if role in captured or (same and role == "detached"):
+    trained, detached = networks["trained"], networks["detached"]
+    captured = {} if captured_trained is None else {id(trained): captured_trained}
+    for role in ("trained" if detached is trained else "detached", *networks):
+        network = networks[role]
+        if id(network) in captured:
             continue
         try:
-            captured[role] = capture(networks[role], preprocess, batch, tuple(captured.values()))
+            captured[id(network)] = capture(network, preprocess, batch, tuple(captured.values()))
         except LoweringError as error:
             raise CertificateError(f"{role} network: {error}") from error
-    return {role: captured["trained" if same and role == "detached" else role] for role in networks}
+    return {role: captured[id(network)] for role, network in networks.items()}
 
 
 def _assert_equal_sizes(programs: Captured) -> None:

@@ -187,11 +187,9 @@ def prepare(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     the errors of `check_torch_state` and `check_network_state`.
     """
     check_torch_state()
-    prepared: dict[int, nn.Module] = {}
     for role, network in networks.items():
         check_network_state(network, role)
-        if id(network) not in prepared:
-            prepared[id(network)] = contiguous(network)
+    prepared = {id(network): contiguous(network) for network in networks.values()}
     return {role: prepared[id(network)] for role, network in networks.items()}
 
 

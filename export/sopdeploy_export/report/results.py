@@ -14,9 +14,9 @@ from sopdeploy.html.templates import render
 from sopdeploy_export.parity.findings import ClassMapParity, FlipCause, ParityReport
 from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.report.network_summary import NetworkSummary
 from sopdeploy_export.rewrites.apply import LoweringReport
 from sopdeploy_export.rounding import RoundingBound
+from sopdeploy_export.subject import NetworkSummary
 
 WEAKER_PROOFS = {
     "trained-detached": "no plain network was given; the detached network was compared with the trained one",
@@ -95,9 +95,9 @@ class Exported(ExportResults):
             "model": self.manifest.model,
             "proof": self.certificate.proof,
             "detached": list(self.certificate.detached),
-            "tensors_removed": len(self.certificate.removed),
+            "num_tensors_removed": len(self.certificate.removed),
             "bytes_removed": self.certificate.bytes_removed,
-            "tensors_kept": len(self.certificate.kept),
+            "num_tensors_kept": len(self.certificate.kept),
             "roots": self.certificate.roots.model_dump(),
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),

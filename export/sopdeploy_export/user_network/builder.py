@@ -4,16 +4,15 @@ This imports and runs the user's code. Only the command line calls it, and only 
 never because of a checkpoint or a bundle.
 """
 
-import importlib
+import pkgutil
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from torch import nn
 
 from sopdeploy.errors import ConfigError, first_line
+from sopdeploy.training.recipe import parse_override
 
 
 def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
@@ -23,20 +22,17 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
     the created function raises `ConfigError` if the network cannot be built.
     """
     invalid = partial(ConfigError, setting=setting, value=import_path)
-    module_name, _, path = import_path.partition(":")
-    if not module_name or not path:
+    if not all(import_path.partition(":")):
         raise invalid("write package.module:callable, as in torchvision.models:googlenet")
     if "" not in sys.path:
         sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
     try:
-        builder: Any = importlib.import_module(module_name)
-        for attribute in path.split("."):
-            builder = getattr(builder, attribute)
+        builder = pkgutil.resolve_name(import_path)
     except (Exception, SystemExit) as error:  # importing runs the user's code
         raise invalid(f"cannot be imported ({first_line(error)}); check its name") from error
     if not callable(builder):
         raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
-    options = parse_settings(settings)
+    options = dict(map(parse_override, settings))
 
     def build() -> nn.Module:
         try:
@@ -48,20 +44,3 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
         return network
 
     return build
-
-
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """Parse `key=value` options, such as `aux_logits=true`, `widths=[8, 16]` and `act=relu`.
-
-    Values are TOML; a value that is not TOML is text. Raises `ConfigError` for other text.
-    """
-    options: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key.isidentifier():
-            raise ConfigError(f"option {setting!r} of a network: write key=value")
-        try:
-            options[key] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[key] = text
-    return options

@@ -26,10 +26,9 @@ from sopdeploy_export.proof.networks import (
     copy_module,
     detach,
 )
-from sopdeploy_export.report.network_summary import NetworkSummary, summarize
 from sopdeploy_export.report.results import Exported
 from sopdeploy_export.state import modules, tensors
-from sopdeploy_export.subject import ExportSubject
+from sopdeploy_export.subject import ExportSubject, NetworkSummary, summarize
 from sopdeploy_export.user_network.checks import (
     capture_given,
     check_cache,

@@ -9,25 +9,24 @@ import typer
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import BundleArgument, print_field, show_steps
-from sopdeploy_export.engine_builder.options import EngineOptions
+from sopdeploy_export.options import EngineOptions
 
 if TYPE_CHECKING:
-    from sopdeploy_export.engine_builder.engine import Engine
-    from sopdeploy_export.engine_builder.plan import EnginePlan
+    from sopdeploy_export.engine_builder.engine import Engine, EnginePlan
 
 _field = partial(print_field, width=9)
 
 
 def _show(result: "Engine | EnginePlan") -> None:
     """Print the engine that was built or found, or the plan of a build."""
-    from sopdeploy_export.engine_builder.plan import EnginePlan
+    from sopdeploy_export.engine_builder.engine import EnginePlan
 
     _show_plan(result) if isinstance(result, EnginePlan) else _show_engine(result)
 
 
 def _summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
     """Build the JSON output."""
-    from sopdeploy_export.engine_builder.plan import EnginePlan
+    from sopdeploy_export.engine_builder.engine import EnginePlan
 
     if isinstance(result, EnginePlan):
         return result.model_dump(mode="json")
@@ -53,8 +52,7 @@ def engine_command(
 
     import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     from sopdeploy.bundle.folder import open_bundle
-    from sopdeploy_export.engine_builder.engine import get_engine
-    from sopdeploy_export.engine_builder.plan import plan_engine
+    from sopdeploy_export.engine_builder.engine import get_engine, plan_engine
 
     opened = open_bundle(bundle)
     configured = os.environ.get("SOPDEPLOY_ENGINE_CACHE")  # where servers with this variable look

@@ -57,7 +57,7 @@ def export_command(
 def show_unused(inspected: dict[str, Any]) -> None:
     """Print which tensors fit, the unused parts, and the next command."""
     removed = ", ".join(inspected["prefixes_removed"]) or "nothing"
-    print_field("weights", f"{inspected['tensors']} tensors fit; removed from the names: {removed}")
+    print_field("weights", f"{inspected['num_tensors']} tensors fit; removed from the names: {removed}")
     unused = inspected["unused"]
     print_field("unused", ", ".join(unused) if unused else "nothing; the output depends on every part")
     if unused:

@@ -73,7 +73,7 @@ def open_any_images(root: Path) -> ImageFiles:
     root = data_folder(root)
     paths = np.asarray(list_images(root)[0], dtype=np.bytes_)
     if not len(paths):
-        raise DataError(f"{root}: holds no images; sort images into one subfolder per class")
+        raise DataError(f"{root}: holds no images; give a folder of JPEG or PNG files")
     return ImageFiles(root, ("",), paths, np.zeros(len(paths), dtype=np.int64))
 
 

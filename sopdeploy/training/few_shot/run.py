@@ -19,11 +19,10 @@ from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.near import connect
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold
+from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold, predict_unknown
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
-from sopdeploy.evaluation.unknown_images import predict_unknown
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback

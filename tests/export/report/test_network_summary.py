@@ -6,7 +6,7 @@ from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import entry, make_config
-from sopdeploy_export.report.network_summary import NetworkSummary, summarize_checkpoint
+from sopdeploy_export.subject import NetworkSummary, summarize_checkpoint
 
 
 def summary_of(name: str, **config: object) -> NetworkSummary:

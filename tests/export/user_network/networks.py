@@ -51,6 +51,14 @@ def variant(forward: Callable[[Any, Tensor], Any], *, aux: bool = True) -> Small
     return type("Variant", (Small,), {"forward": forward})(aux=aux)
 
 
+class Keeps(nn.Module):
+    """Keeps the options that it is built with."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+
 class SecondOrder(nn.Module):
     """A user's network with iSQRT-COV pooling."""
 

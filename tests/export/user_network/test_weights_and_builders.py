@@ -14,7 +14,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.user_files import read_class_names
-from sopdeploy_export.user_network.builder import network_builder, parse_settings
+from sopdeploy_export.user_network.builder import network_builder
 from sopdeploy_export.user_network.weights import load_weights
 from tests.export.user_network.networks import Small, trained
 
@@ -92,7 +92,7 @@ def test_a_file_that_does_not_fit_is_rejected(case: str, tmp_path: Path) -> None
         ("torch.nn.functional:__name__", (), r"is a str, not a function or a class"),
         (f"{MODULE}:Small", ("width=3",), r"cannot be built \(TypeError"),
         ("builtins:dict", (), r"returned a dict, not a torch\.nn\.Module"),
-        (f"{MODULE}:Small", ("aux",), r"option 'aux' of a network: write key=value"),
+        (f"{MODULE}:Small", ("aux",), r"^aux: write key=value"),
     ],
 )
 def test_a_builder_that_cannot_be_used_is_one_line(
@@ -104,7 +104,8 @@ def test_a_builder_that_cannot_be_used_is_one_line(
 
 def test_options_of_a_builder_are_toml_values_or_text() -> None:
     settings = ("aux=false", "depth=18", "widths=[8, 16]", "act=relu")
-    assert parse_settings(settings) == {"aux": False, "depth": 18, "widths": [8, 16], "act": "relu"}
+    built = network_builder("network", f"{MODULE}:Keeps", settings)()
+    assert vars(built)["options"] == {"aux": False, "depth": 18, "widths": [8, 16], "act": "relu"}
 
 
 PUBLISHED: dict[str, tuple[Any, Preprocess]] = {

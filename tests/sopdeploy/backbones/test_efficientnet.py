@@ -4,6 +4,7 @@ import torch
 
 from sopdeploy import create_model
 from sopdeploy.backbones.efficientnet import MBCONV_STAGES, EfficientNet, EfficientNetConfig
+from tests.sweep.steps import Small, one_training_step
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,13 @@ def test_second_order_head_goes_by_64_swished_channels_to_2080_numbers() -> None
     assert isinstance(network.reduction[2], torch.nn.SiLU)
     assert network.dropout.p == 0.2
     assert network.num_features() == network.classifier.in_features == 2080
+
+
+@pytest.mark.parametrize("name", ["efficientnet-b0", "efficientnet-lite0"])
+def test_images_have_different_logits_after_one_training_step(name: str) -> None:
+    network = Small(name, 64).build()
+    assert one_training_step(network, 64)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = network.eval()(images)
+    assert float((logits.amax(dim=0) - logits.amin(dim=0)).max() / logits.abs().max()) > 1e-4

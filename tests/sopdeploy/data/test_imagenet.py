@@ -8,8 +8,8 @@ from scipy.io import savemat
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.datasets.imagenet import open_imagenet
 from sopdeploy.data.datasets.label_table import read_label_table
+from sopdeploy.data.datasets.official import open_imagenet
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.user_files import read_class_names
 from tests.sopdeploy.data.small_data import write_imagenet
