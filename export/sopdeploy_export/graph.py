@@ -302,7 +302,8 @@ def _decompose_attention(program: ExportedProgram) -> ExportedProgram:
             mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
         return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
-    return program.run_decompositions({ATTENTION: decompose})
+    decomposed: ExportedProgram = program.run_decompositions({ATTENTION: decompose})
+    return decomposed
 
 
 def _keep_names_only(model: ir.Model) -> None:
