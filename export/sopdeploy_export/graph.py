@@ -49,6 +49,7 @@ EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_
 BATCH_GUARD = re.compile(r"generated guard (?P<guard>[^\n]*)|to be a constant|marked \w+ as dynamic")
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 
 _SEED = 20_240_117
@@ -275,7 +276,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     """
     if opset < OPSET_OF_BFLOAT16:
         check_bfloat16(program)
-    model = _convert(program, outputs, opset).model
+    model = _convert(_decompose_attention(program), outputs, opset).model
     _keep_names_only(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
@@ -284,6 +285,25 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     proto: onnx.ModelProto = ir.to_proto(model)
     check_graph(proto, opset)
     return proto
+
+
+def _decompose_attention(program: ExportedProgram) -> ExportedProgram:
+    """Write attention on other than four dimensions as matrix products: the converter knows only these."""
+    calls = [node for node in program.graph.nodes if node.target is ATTENTION]
+    if all(node.args[0].meta["val"].dim() == 4 for node in calls):
+        return program
+
+    def decompose(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
+    ) -> Any:
+        if query.dim() == 4:
+            return NotImplemented
+        if mask is not None and mask.dtype == torch.bool:  # which the form below would add as 0 and 1
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
+
+    decomposed: ExportedProgram = program.run_decompositions({ATTENTION: decompose})
+    return decomposed
 
 
 def _keep_names_only(model: ir.Model) -> None:

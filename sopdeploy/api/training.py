@@ -78,7 +78,7 @@ class TrainedRun(TrainingResult):
             **score_tiles(self.procedure),
             "training images": str(self.train_count),
             "held-out images": str(self.held_out_count),
-            "classes": str(self.classes),
+            "classes": str(self.num_classes),
             "time": f"{self.seconds:.0f} s",
         }
         predictions, reason = None, "the held-out images are not available"

@@ -11,9 +11,8 @@ import re
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, rename_tensors, triangle_side
 from sopdeploy.importers.first_order import resnet_depth
-from sopdeploy.importers.fit import triangle_side
-from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
 from sopdeploy.models.registry import CATALOG
 
 VGG_CHANNELS = 512

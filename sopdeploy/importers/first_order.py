@@ -12,7 +12,7 @@ from sopdeploy.backbones.resnet import BLOCKS, STAGES
 from sopdeploy.errors import WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, rename_tensors
 from sopdeploy.importers.timm_network import FROM_HUB_CONFIG, read_hub_config
 
 BASIC_BLOCK_DEPTHS = {18, 34}

@@ -16,7 +16,13 @@ from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.backbones.resnet import RAW_SCALE
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.fit import row_wise_order, triangle_side
+from sopdeploy.importers.conversion import (
+    ConvertedWeights,
+    MappedTensor,
+    WeightFile,
+    row_wise_order,
+    triangle_side,
+)
 from sopdeploy.importers.matconvnet import (
     batch_norm,
     bias,
@@ -26,7 +32,6 @@ from sopdeploy.importers.matconvnet import (
     read_settings,
     reorder,
 )
-from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile
 
 _STAGES = (2, 3, 4, 5)
 LETTERS = "abcdefgh"  # of the convolutions of a component

@@ -11,9 +11,15 @@ from typing import Any
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.conversion import (
+    ConvertedWeights,
+    MappedTensor,
+    WeightFile,
+    rename_tensors,
+    row_wise_order,
+    triangle_side,
+)
 from sopdeploy.importers.first_order import resnet_depth
-from sopdeploy.importers.fit import row_wise_order, triangle_side
-from sopdeploy.importers.source import ConvertedWeights, MappedTensor, WeightFile, rename_tensors
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
 

@@ -12,17 +12,16 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
 from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet, convert_mpncov_vgg
 from sopdeploy.importers.first_order import (
     convert_cifar_resnet,
     convert_torchvision_resnet,
     convert_torchvision_vgg,
 )
-from sopdeploy.importers.fit import choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.gsop import convert_gsop
 from sopdeploy.importers.options import ImportOptions
-from sopdeploy.importers.source import ConvertedWeights, WeightFile
 from sopdeploy.importers.timm_network import (
     TIMM_PREFIX,
     convert_efficientnet_lite,
@@ -52,7 +51,7 @@ CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 class ImportReport(StrictModel):
     """Result of an import.
 
-    `tensors` is the number of tensors of the checkpoint, `labels` the origin of the class names; `beside`
+    `num_tensors` counts those of the checkpoint, `labels` is the origin of the class names; `beside`
     lists content of the file that was not imported.
     """
 
@@ -65,7 +64,7 @@ class ImportReport(StrictModel):
     num_classes: int
     labels: str
     preprocess: Preprocess
-    tensors: int
+    num_tensors: int
     beside: tuple[str, ...]
     notes: tuple[str, ...]
     checkpoint: str
@@ -122,7 +121,7 @@ def import_weights(
         num_classes=converted.num_classes,
         labels=label_origin,
         preprocess=preprocess,
-        tensors=len(state),
+        num_tensors=len(state),
         beside=file.other_keys,
         notes=converted.notes,
         checkpoint=str(destination),

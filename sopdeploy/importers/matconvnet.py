@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.source import Layer, MappedTensor, WeightFile
+from sopdeploy.importers.conversion import Layer, MappedTensor, WeightFile
 from sopdeploy.user_files import check_tensors
 
 EPS = 1e-5  # of every batch norm of sopdeploy

@@ -17,11 +17,11 @@ from urllib.error import HTTPError
 
 import torch
 
+from sopdeploy.backbones.alexnet_vgg import VGGConfig
 from sopdeploy.backbones.efficientnet import EfficientNet
 from sopdeploy.backbones.efficientnet_lite import EfficientNetLite
 from sopdeploy.backbones.resnet import ResNet
 from sopdeploy.backbones.timm_backbone import import_timm
-from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256

@@ -17,7 +17,7 @@ import torch
 from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.errors import WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.source import ConvertedWeights, WeightFile, rename_tensors
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, rename_tensors
 
 TIMM_PREFIX = "timm:"
 MAX_TRIED = 8  # networks are built without memory for their weights, which takes about 0.1 s for each

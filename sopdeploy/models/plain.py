@@ -1,6 +1,6 @@
 """First-order networks: baselines, and the networks that remain after detaching."""
 
-from sopdeploy.backbones.alexnet import AlexNet, AlexNetConfig
+from sopdeploy.backbones.alexnet_vgg import VGG, AlexNet, AlexNetConfig, VGGConfig
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import (
     PreActResNet,
@@ -13,7 +13,6 @@ from sopdeploy.backbones.cifar_resnet import (
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
 from sopdeploy.backbones.resnet import DilatedResNet, DilatedResNetConfig, ResNet, ResNetConfig
-from sopdeploy.backbones.vgg import VGG, VGGConfig
 from sopdeploy.layers.pooling.base import FlattenConfig
 from sopdeploy.models.base import Classifier, Entry
 

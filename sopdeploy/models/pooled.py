@@ -8,12 +8,11 @@ seven poolings of the authors' slides on iSQRT-COV. iSQRT-COV with the Frobenius
 
 from torch import nn
 
-from sopdeploy.backbones.alexnet import AlexNetConfig
+from sopdeploy.backbones.alexnet_vgg import AlexNetConfig, VGGConfig
 from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
 from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
-from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.config import Count
 from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions

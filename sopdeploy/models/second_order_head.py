@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.config import Count
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.newton_schulz import Iterations, NewtonSchulzOptions
 from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
-from sopdeploy.layers.pooling.projection import principal_components
 from sopdeploy.models.base import Classifier, Entry
 
 POOLED_HEAD = "pooled_head"
@@ -212,3 +211,31 @@ def head_entry(name: str, base: Entry) -> Entry:
 def head_name(name: str) -> str:
     """Return the name of the network *name*, without the branches of `dsop-NAME`, with a head."""
     return f"head:{name.removeprefix('head:').removeprefix('dsop-')}"
+
+
+@torch.no_grad()
+def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
+    """Compute the first *width* principal components (d, C) float64 of the positions of maps (B, C, H, W).
+
+    Of all projections to d channels, the one to them keeps most of the trace of the covariance.
+    *batches* are of any floating-point type and device. Components have length 1 and descending order. The
+    largest element of each is positive, so that the result does not depend on the library. Raises
+    `DataError` if the values of the maps are not finite.
+    """
+
+    def rows_of(maps_BCHW: Tensor) -> Tensor:
+        return maps_BCHW.transpose(0, 1).flatten(start_dim=1).T.double().cpu()
+
+    positions = sum(maps.numel() // maps.shape[1] for maps in batches)
+    mean_C = torch.stack([rows_of(maps).sum(dim=0) for maps in batches]).sum(dim=0) / positions
+    covariance_CC = torch.zeros(len(mean_C), len(mean_C), dtype=torch.float64, device="cpu")
+    for maps in batches:
+        centered = rows_of(maps) - mean_C
+        covariance_CC += centered.T @ centered / positions
+    if not bool(torch.isfinite(covariance_CC).all()):
+        raise DataError("principal components: the feature maps have values that are not finite")
+    _, vectors_CC = torch.linalg.eigh(covariance_CC)
+    components_dC = vectors_CC.flip(1)[:, :width].T
+    largest = components_dC.abs().argmax(dim=1, keepdim=True)
+    signed_dC: Tensor = components_dC * components_dC.gather(1, largest).sign()
+    return signed_dC

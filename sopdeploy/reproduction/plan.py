@@ -1,22 +1,31 @@
 """The rows of a reproduced table: the recipe of each, its counts, its estimated time, and its results."""
 
+import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
+from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
+from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import CatalogModel, create_model
-from sopdeploy.reproduction.facts import count_facts
-from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.results import MeanError, SeedResult, mean_error
 from sopdeploy.reproduction.small import SMALL_DATA, STATEMENT, small_data, small_overrides
-from sopdeploy.reproduction.tables import DATA_SETS, DataSet, PrintedRow, PrintedTable, find_table
+from sopdeploy.reproduction.tables import (
+    DATA_SETS,
+    DataSet,
+    PrintedRow,
+    PrintedTable,
+    ReproduceOptions,
+    find_table,
+)
 from sopdeploy.training.recipe import Recipe, format_toml, parse_override, read_recipe
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
@@ -32,6 +41,15 @@ QUANTITIES = {  # of `published.toml`, by key of a row
     "gflops": "operations",
     "train_params": "parameters",
     "train_gflops": "operations",
+}
+CONVOLUTION = re.compile(r"conv\d$")  # of a block, not of its shortcut or a reduction of channels
+LAYERS = {  # a layer as a paper names it, and the module that computes it; for a stage, its last block
+    "conv1": "conv1",
+    "pool1": "maxpool",
+    "conv2_x": "layer1",
+    "conv3_x": "layer2",
+    "conv4_x": "layer3",
+    "conv5_x": "layer4",
 }
 
 
@@ -270,14 +288,29 @@ def _count_network(recipe: Recipe, printed: PrintedRow, num_classes: int) -> dic
 
 
 def _count_facts(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
-    """Compute the quantities that the paper prints for *row*, except those that only training measures."""
+    """Compute the quantities that the paper prints for *row*, except those that only training measures.
+
+    Those "per stage" are counted in the first stage, because all stages of these networks are equal.
+    """
     printed, model, num_classes = row.printed, recipe.model, DATA_SETS[table.data].classes
     if not printed.facts:
         return {}
     with torch.device("meta"):
         network = create_model(model.name, num_classes=num_classes, **model.config)
     facts: dict[str, float] = {"epochs": recipe.epochs}
-    facts |= count_facts(network, recipe.preprocess.crop, printed.facts)
+    stage = getattr(network, "layer1", None)
+    if isinstance(stage, nn.Sequential):
+        branches = dict(network.branches.named_children()) if isinstance(network, DSoP) else {}
+        of_stage = [branch for name, branch in branches.items() if name.startswith("layer1")]
+        facts |= {
+            "blocks per stage": len(stage),
+            "branches per stage": len(of_stage),
+            "branches": len(branches),
+            "convolutions per stage": _convolutions([stage]),
+            "convolutions of branches per stage": _convolutions(of_stage),
+        }
+    if any(" after " in name for name in printed.facts):
+        facts |= _map_sizes(network, recipe.preprocess.crop)
     baseline = next((other for other in table.rows if other.id == printed.baseline), None)
     baseline_recipe = None if baseline is None else table.recipe_of(baseline)
     if baseline is not None and baseline_recipe is not None:
@@ -285,3 +318,28 @@ def _count_facts(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> dic
         facts["extra GFLOPs"] = row.counts["gflops"] - baseline_counts["gflops"]
         facts["extra parameters (M)"] = row.counts["params"] - baseline_counts["params"]
     return {name: facts[name] for name in printed.facts if name in facts}
+
+
+def _map_sizes(network: Classifier, side: int) -> dict[str, float]:
+    """Return the side in pixels and the channels of the output of each layer in `LAYERS`."""
+    sizes: dict[str, float] = {}
+    for name, attribute in LAYERS.items():
+        module = getattr(network, attribute, None)
+        if module is not None:
+            last = module[-1] if isinstance(module, nn.Sequential) else module
+            last.register_forward_hook(
+                lambda _module, _inputs, output, name=name: sizes.update(
+                    {f"side after {name}": output.shape[-1], f"channels after {name}": output.shape[1]}
+                )
+            )
+    with torch.no_grad():
+        network.eval()(torch.empty(1, 3, side, side, device="meta"))
+    return sizes
+
+
+def _convolutions(modules: Iterable[nn.Module]) -> int:
+    return sum(
+        isinstance(module, nn.Conv2d) and CONVOLUTION.search(name) is not None
+        for part in modules
+        for name, module in part.named_modules()
+    )

@@ -1,27 +1,42 @@
-"""The results of finished runs: what is measured and stored for each, and mean errors over seeds."""
+"""What is measured and stored for a row: results of finished runs, mean errors over seeds, times of layers.
 
-from collections.abc import Collection, Sequence
-from statistics import mean
+The slides on iSQRT-COV print times of second-order layers and of matrix functions. A layer reads maps of the
+size of AlexNet's last one; a matrix function, the covariance of one such map.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from statistics import mean, median
+from timeit import repeat
 from typing import Any
 
+import pydantic
 import torch
+from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import HeadCounter, loss_shares, predict_images
 from sopdeploy.evaluation.statistics import paired, wilson
+from sopdeploy.layers.newton_schulz import newton_schulz
+from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.report.run_data import read_history
-from sopdeploy.reproduction.layer_times import median_milliseconds
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import TrainingResult
 
 HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
+_CHANNELS, _SIDE, _IMAGES = 256, 13, 8  # of timed layers
+_RUNS = 9  # after one warm-up run
+_FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
+    "eig": torch.linalg.eigh,
+    "svd": torch.linalg.svd,
+    "newton-schulz": lambda matrix: newton_schulz(matrix[None] / matrix.trace(), 5),
+}
 
 
 class HeadError(StrictModel):
@@ -156,3 +171,50 @@ def measured_facts(
         if error is not None and reference is not None:
             facts[fact] = reference.mean - error.mean
     return {name: facts[name] for name in names if name in facts}
+
+
+def time_layer(layer: dict[str, Any], recipe: Recipe) -> dict[str, float]:
+    """Time *layer* in milliseconds on the device and with the threads of *recipe*.
+
+    *layer* holds the options of a pooling, timed per image, or the `kind` of a matrix function, timed per
+    matrix. The result has forward and backward pass together (FP+BP), and the backward pass alone (BP).
+    """
+    device = select_device(recipe.device)
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    torch.manual_seed(0)
+    maps = torch.randn(_IMAGES, _CHANNELS, _SIDE, _SIDE).relu().to(device)
+    call, count = _FUNCTIONS.get(layer["kind"]), 1
+    values = maps[0].flatten(start_dim=1).cov()
+    if call is None:
+        pooling = pydantic.TypeAdapter(Pooling).validate_python(layer).build(_CHANNELS).to(device)
+        call, count, values = pooling, _IMAGES, maps
+    values.requires_grad_()
+    stored = _flat(call(values))
+    gradient = torch.randn_like(stored)
+
+    def backward(output: Tensor) -> None:
+        torch.autograd.grad(output, values, gradient, retain_graph=True)
+
+    return {
+        "FP+BP, ms": median_milliseconds(lambda: backward(_flat(call(values))), device) / count,
+        "BP, ms": median_milliseconds(lambda: backward(stored), device) / count,
+    }
+
+
+def _flat(results: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Join the results of a layer or a matrix function, which may be several, in one vector."""
+    tensors = (results,) if isinstance(results, Tensor) else results
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def median_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Measure the median time of *call* on *device* in milliseconds."""
+
+    def call_and_wait() -> None:
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    call_and_wait()
+    return 1000 * median(repeat(call_and_wait, repeat=_RUNS, number=1))

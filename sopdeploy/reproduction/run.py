@@ -9,13 +9,11 @@ import pydantic
 from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
-from sopdeploy.reproduction.layer_times import time_layer
-from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.page import render_page
 from sopdeploy.reproduction.plan import Reproduction, plan, run_path
-from sopdeploy.reproduction.results import MILLISECONDS, SeedResult, measure_run, measured_facts
+from sopdeploy.reproduction.results import MILLISECONDS, SeedResult, measure_run, measured_facts, time_layer
 from sopdeploy.reproduction.small import small_data, write_small_images
-from sopdeploy.reproduction.tables import PrintedTable
+from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.torchrun import is_main_process
 from sopdeploy.training.recipe import Recipe, read_recipe

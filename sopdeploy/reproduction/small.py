@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from sopdeploy.backbones.alexnet import AlexNetConfig
+from sopdeploy.backbones.alexnet_vgg import AlexNetConfig, VGGConfig
 from sopdeploy.backbones.efficientnet import EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
-from sopdeploy.backbones.vgg import VGGConfig
 from sopdeploy.bundle.folder import staging
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.datasets.small import open_digits

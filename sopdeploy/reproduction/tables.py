@@ -1,4 +1,4 @@
-"""The tables of the papers as data: printed figures, and the recipe that trains each row.
+"""The tables of the papers as data: printed figures, and the recipe that trains each row; options of a run.
 
 `tables/*.toml` hold one entry per printed table or figure. Figures that only `describe` compares are in
 `sopdeploy/models/published.toml`; a test checks that both agree where they overlap.
@@ -6,15 +6,18 @@
 
 import difflib
 import tomllib
+from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
-from sopdeploy.config import Positive, StrictModel
+from sopdeploy.config import Options, Positive, StrictModel
 from sopdeploy.errors import ConfigError
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
+ReproductionScale = Literal["paper", "small"]
 
 
 class DataSet(NamedTuple):
@@ -43,7 +46,7 @@ class PrintedRow(StrictModel):
     Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `params` and
     `gflops` describe the deployed network in millions and billions, `train_params` and `train_gflops` the
     network in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector
-    that is classified. `facts` are other printed figures by name: `facts.py` counts those of a network,
+    that is classified. `facts` are other printed figures by name: `plan.py` counts those of a network,
     `results.py` measures those of a run. Extra costs and increments are relative to the row `baseline`. None
     stands for a figure that is not printed.
 
@@ -51,7 +54,7 @@ class PrintedRow(StrictModel):
     the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. `pretrained` is
     a row of another table, "TABLE/ROW", whose `best.pt` gives the start weights if it exists. A `cited` row
     was not trained by the paper; it can be trained only if it has its own `recipe` or `set`. A `teacher` is
-    not printed, but other rows need it. `layer` is what `layer_times.py` times.
+    not printed, but other rows need it. `layer` is what `time_layer` times.
     """
 
     id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
@@ -143,7 +146,9 @@ class PrintedTable(StrictModel):
         return tuple(row for row in self.rows if row.id in wanted)
 
 
-def _load_tables() -> dict[str, PrintedTable]:
+@cache
+def load_tables() -> dict[str, PrintedTable]:
+    """Read all tables, by id."""
     folder = files("sopdeploy.reproduction") / "tables"
     tables: dict[str, PrintedTable] = {}
     for name in ("dsop", "gsop", "gmsop", "slides"):
@@ -152,13 +157,37 @@ def _load_tables() -> dict[str, PrintedTable]:
     return tables
 
 
-TABLES: dict[str, PrintedTable] = _load_tables()
-
-
 def find_table(name: str) -> PrintedTable:
     """Look up a table by its id; raise `ConfigError` with the nearest ids if it is unknown."""
-    if name not in TABLES:
-        near = difflib.get_close_matches(name, TABLES, n=3)
+    tables = load_tables()
+    if name not in tables:
+        near = difflib.get_close_matches(name, tables, n=3)
         hint = f"did you mean {', '.join(near)}?" if near else "`sopdeploy reproduce list` shows them"
         raise ConfigError(f"table {name!r}: no such table; {hint}")
-    return TABLES[name]
+    return tables[name]
+
+
+class ReproduceOptions(Options):
+    """Which rows of a table are run, how often, at which scale and on which images."""
+
+    rows: str | None = None
+    """Run only these rows, ids separated by commas, and those they need; none writes the page alone."""
+    seeds: Annotated[int | None, pydantic.Field(ge=1)] = None
+    """Runs per row: seeds 0, 1 and so on; by default as many as in the paper."""
+    scale: ReproductionScale = "paper"
+    """small trains narrow networks on few small images, in minutes on a CPU."""
+    data: Path | None = None
+    """Images: class folders or an official layout. At the small scale any images, by default the bundled
+    digits."""
+    set: tuple[str, ...] = ()
+    """Override a value of all recipes, such as threads=4; repeatable."""
+    out: Path = Path("runs/reproduce")
+    """Folder of runs and pages."""
+
+    def runs_per_row(self, table: PrintedTable) -> int:
+        """Return `seeds`, or the number of runs that the paper of *table* averages; 1 at the small scale."""
+        return self.seeds or (table.seeds if self.scale == "paper" else 1)
+
+    def folder(self, table: PrintedTable) -> Path:
+        """Return the folder of the runs and the page of *table*."""
+        return self.out / f"{table.id}-{self.scale}"

@@ -29,8 +29,8 @@ class DryRun(StrictModel):
     device: str
     train_count: int
     held_out_count: int
-    classes: int
-    steps: int
+    num_classes: int
+    num_steps: int
     training: Counts
     shipped: Counts
     step_seconds: float
@@ -63,8 +63,8 @@ def dry_run(recipe: Recipe) -> DryRun:
         device=str(run.strategy.device),
         train_count=len(data.train),
         held_out_count=len(data.held_out),
-        classes=len(run.labels),
-        steps=len(batches),
+        num_classes=len(run.labels),
+        num_steps=len(batches),
         training=described[recipe.training_crop].training,
         shipped=described[recipe.preprocess.crop].shipped,
         step_seconds=step_seconds,

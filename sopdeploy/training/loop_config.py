@@ -11,7 +11,7 @@ from sopdeploy.training.epoch_choice import LoopResult
 from sopdeploy.training.optimizers import OptimizerConfig
 from sopdeploy.training.procedure_config import ProcedureConfig
 from sopdeploy.training.schedule import Schedule
-from sopdeploy.training.step.teacher import TeacherConfig
+from sopdeploy.training.step.losses import TeacherConfig
 
 
 class LossConfig(StrictModel):

@@ -38,8 +38,7 @@ from sopdeploy.training.precision import MixedPrecision
 from sopdeploy.training.procedure_config import ProcedureResult
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.start_weights import InitialModel, StartReport, create_initial_model
-from sopdeploy.training.step.losses import Loss
-from sopdeploy.training.step.teacher import Teacher
+from sopdeploy.training.step.losses import Loss, Teacher
 from sopdeploy.version import __version__
 
 

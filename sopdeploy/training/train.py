@@ -62,11 +62,11 @@ class TrainingResult(StrictModel):
     last: Path
     history: Path
     model: str
-    classes: int
+    num_classes: int
     train_count: int
     held_out_count: int
     skipped: tuple[str, ...]
-    epochs: int
+    num_epochs: int
     best_epoch: int
     best_top1: float | None = None
     best_top5: float | None = None
@@ -246,11 +246,11 @@ def _summarize(run: Run, folder: RunFolder, data: Split, result: ProcedureResult
         last=folder.last,
         history=folder.history,
         model=run.name,
-        classes=len(run.labels),
+        num_classes=len(run.labels),
         train_count=run.train_count,
         held_out_count=len(data.held_out),
         skipped=data.skipped,
-        epochs=run.position.epoch,
+        num_epochs=run.position.epoch,
         best_epoch=best.epoch,
         seconds=run.position.seconds,
         procedure=result,

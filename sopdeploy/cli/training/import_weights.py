@@ -21,7 +21,7 @@ def _show(report: "ImportReport") -> None:
     crop = f"resize {rules.resize}, crop {rules.crop}"
     geometry = crop if rules.fit == "crop" else f"{rules.fit} to {rules.crop}"
     print_field("found", report.looks_like)
-    print_field("mapped", f"{report.tensors} tensors as {report.model}")
+    print_field("mapped", f"{report.num_tensors} tensors as {report.model}")
     print_field("ignored", ", ".join(report.beside) or "nothing")
     print_field("input", f"{geometry}, {rules.interpolation}, mean {mean}, std {std}")
     print_field("classes", f"{report.num_classes}: {report.labels}")

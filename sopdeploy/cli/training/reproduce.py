@@ -9,11 +9,10 @@ from sopdeploy.api.progress import ProgressBars
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import JsonOption, err, out, plain_text, print_json, print_table, say
 from sopdeploy.cli.training.train import exit_on_signal
-from sopdeploy.reproduction.options import ReproduceOptions
+from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions, find_table, load_tables
 
 if TYPE_CHECKING:
     from sopdeploy.reproduction.plan import Reproduction
-    from sopdeploy.reproduction.tables import PrintedTable
 
 
 @command()
@@ -36,10 +35,8 @@ def reproduce_command(
 
     Example: [bold]sopdeploy reproduce dsop-9a --scale small[/bold]
     """
-    from sopdeploy.reproduction.tables import TABLES, find_table
-
     if table == "list":
-        _print_tables(list(TABLES.values()), as_json=as_json)
+        _print_tables(list(load_tables().values()), as_json=as_json)
         return
     printed = find_table(table)
     if dry_run:
@@ -88,7 +85,7 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
     out.print("errors in percent; sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
 
 
-def _print_plan(table: "PrintedTable", options: ReproduceOptions, *, as_json: bool) -> None:
+def _print_plan(table: PrintedTable, options: ReproduceOptions, *, as_json: bool) -> None:
     from sopdeploy.reproduction.plan import ASSUMPTION, plan
 
     planned = plan(table, options)

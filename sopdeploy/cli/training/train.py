@@ -120,8 +120,8 @@ def _print_dry_run(
     say(
         *(f"{key} = {value}" for key, value in flatten(dry.recipe)),
         "",
-        f"{dry.train_count} training images of {dry.classes} classes, {dry.held_out_count} held out",
-        f"{dry.steps} steps per epoch",
+        f"{dry.train_count} training images of {dry.num_classes} classes, {dry.held_out_count} held out",
+        f"{dry.num_steps} steps per epoch",
         f"parameters: {dry.training.parameters:,} in training, {dry.shipped.parameters:,} deployed",
         f"multiply-adds per image: {dry.training.macs:,} in training, {dry.shipped.macs:,} deployed",
         f"one step on {dry.device}: {dry.step_seconds:.3f} s",

@@ -1,14 +1,30 @@
-"""The training loss: weighted heads and penalties of the model."""
+"""The training loss: weighted heads and penalties of the model, and knowledge distillation.
+
+A teacher is trained before, or jointly with its student. Sources: Hinton et al., "Distilling the Knowledge in
+a Neural Network" (2015); Mishra and Marr, "Apprentice" (ICLR 2018), schemes A (joint) and B (teacher first).
+DSoP's Table II trains both jointly.
+"""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from pathlib import Path
+from typing import Annotated, NamedTuple
 
+import pydantic
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
 
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.config import Positive, StrictModel
+from sopdeploy.data.base import derive_seed
 from sopdeploy.decision import Activation
+from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import classification_loss
-from sopdeploy.models.base import TrainingOutput
+from sopdeploy.files import expand_user
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import Classifier, TrainingOutput
+from sopdeploy.models.gmsop import GMSOP
+from sopdeploy.models.registry import CatalogModel, create_model
 
 
 class Loss(NamedTuple):
@@ -43,3 +59,87 @@ def training_loss(
     total = torch.stack([*weighted, *output.penalties.values()]).sum()
     parts = {name: part.detach() for name, part in (losses | output.penalties).items()}
     return Loss(total, parts, output.component_counts)
+
+
+class TeacherConfig(StrictModel):
+    """The teacher of knowledge distillation.
+
+    `weights` is the checkpoint of a trained teacher, which does not change. Without it, the network `model`
+    starts from random weights and is trained jointly: its own loss is added, and the student follows the
+    outputs of each step. `share` is the weight of the divergence from the teacher's outputs in the loss of
+    the student, 1 - share that of the student's own loss. `temperature` softens both outputs, and its square
+    scales the divergence.
+    """
+
+    weights: Path | None = None
+    model: CatalogModel | None = None
+    share: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
+    temperature: Positive = 1.0
+
+
+class Teacher:
+    """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
+
+    Its random weights depend on *seed*. *label_smoothing* applies to its own loss.
+    """
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        labels: tuple[str, ...],
+        preprocess: Preprocess,
+        label_smoothing: float,
+        seed: int,
+    ) -> None:
+        self.config, self.label_smoothing = config, label_smoothing
+        self.learns = config.weights is None
+        if config.weights is not None:
+            self.model = _read_teacher(expand_user(config.weights), labels, preprocess)
+        elif config.model is not None:
+            torch.manual_seed(derive_seed(seed, "teacher weights"))
+            self.model = create_model(config.model.name, num_classes=len(labels), **config.model.config)
+        else:
+            raise ConfigError(
+                "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
+            )
+        if self.learns and isinstance(self.model, GMSOP):
+            raise ConfigError(
+                "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
+                "teacher.weights"
+            )
+
+    def add_to(self, loss: Loss, images: Tensor, labels: Tensor, output: Tensor | TrainingOutput) -> Loss:
+        """Combine the student's *loss* with the divergence of its main head from the teacher's outputs.
+
+        No gradient of the divergence reaches the teacher. A teacher that learns adds its own loss.
+        """
+        logits = output if isinstance(output, Tensor) else output.logits
+        temperature, share = self.config.temperature, self.config.share
+        with torch.set_grad_enabled(self.learns):
+            teacher_output = self.model(images)
+        teacher_logits = teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
+        target = log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+        student = log_softmax(logits.float() / temperature, dim=1)
+        divergence = kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+        total = (1 - share) * loss.total + share * divergence
+        parts = {**loss.parts, "teacher": divergence.detach()}
+        if self.learns:
+            teacher_loss = training_loss(
+                teacher_output, labels, self.model.loss_weights(), self.label_smoothing
+            ).total
+            total, parts["teacher_loss"] = total + teacher_loss, teacher_loss.detach()
+        return Loss(total, parts, loss.component_counts)
+
+
+def _read_teacher(path: Path, labels: tuple[str, ...], preprocess: Preprocess) -> Classifier:
+    """Read a trained teacher; raise `ConfigError` for other classes or another normalization."""
+    stored = read_checkpoint(path)
+    if stored.labels != labels:
+        raise ConfigError(
+            f"teacher.weights: {path} has other classes than the data; train the teacher on the same classes"
+        )
+    if (stored.preprocess.mean, stored.preprocess.std) != (preprocess.mean, preprocess.std):
+        raise ConfigError(
+            f"teacher.weights: {path} normalizes colors differently; set the same preprocess.mean and std"
+        )
+    return build_classifier(stored, path).eval().requires_grad_(False)

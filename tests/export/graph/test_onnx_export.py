@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from sopdeploy.bundle.manifest import BatchRange
@@ -98,6 +99,27 @@ def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preproce
     with pytest.raises(LoweringError, match=r"no ONNX form: .*aten\._linalg_eigh") as problem:
         lowered(eigenvalues.eval(), preprocess)
     assert str(problem.value).isprintable()
+
+
+def attend(images: Tensor, dimensions: int, masked: bool) -> Tensor:
+    """Attention between pixels (2), rows (3), rows of patches (4) or of windows of them (5 dimensions)."""
+    rows = images.flatten(2) if dimensions == 3 else images
+    values = rows.unflatten(2, (2, -1)) if dimensions == 5 else rows
+    mask = torch.eye(values.shape[-2], dtype=torch.bool) if masked else None
+    return F.scaled_dot_product_attention(values, values + 1, values, mask).flatten(2).mean(dim=2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dimensions", [3, 4, 5])
+def test_attention_on_any_number_of_dimensions_is_exported(
+    dimensions: int, masked: bool, preprocess: Preprocess
+) -> None:
+    network = Minimal(lambda x: attend(x, dimensions, masked)).eval()
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
+    expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
+    np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
 
 
 ON_SHAPES = ("Shape", "Range", "Gather", "Squeeze", "Unsqueeze")

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers.fit import choose_config, fit_tensors
+from sopdeploy.importers.conversion import WeightFile, choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
 from sopdeploy.importers.matconvnet import batch_norm
-from sopdeploy.importers.source import WeightFile
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model

@@ -38,7 +38,7 @@ def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) ->
         assert text in output
     report = json.loads(run(*arguments, "--json").stdout)
     stored = read_checkpoint(tmp_path / "c.pt")
-    assert report["tensors"] == len(stored.weights)
+    assert report["num_tensors"] == len(stored.weights)
     assert report["model"] == stored.model == "resnet8"
     assert report["sha256"] == stored.training["imported_sha256"]
     assert report["beside"] == ["best_prec1"]

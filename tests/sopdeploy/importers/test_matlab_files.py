@@ -9,8 +9,7 @@ import scipy.io
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.importers.matconvnet import read_dagnn
-from sopdeploy.importers.matlab_file import read_v5
-from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.importers.weight_files import open_weights, read_v5
 
 DATA = Path(scipy.io.matlab.__file__).parent / "tests" / "data"
 needs_samples = pytest.mark.skipif(not DATA.is_dir(), reason="scipy was installed without its sample files")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sopdeploy.backbones import vgg
+from sopdeploy.backbones import alexnet_vgg
 from sopdeploy.errors import ConfigError, WeightsError
 from tests.sopdeploy.importers.released_torch import (
     BASE,
@@ -69,7 +69,7 @@ def test_a_published_resnet50_gives_the_same_logits(tmp_path: Path) -> None:
     assert {"width": 16, "iterations": 5}.items() <= report.config["pooling"].items()
     assert report.config["base_width"] == BASE
     assert (report.preprocess.resize, report.preprocess.crop) == (256, 224)
-    assert report.tensors == len(network.state_dict())
+    assert report.num_tensors == len(network.state_dict())
 
 
 def training_file(path: Path, network: ResNet, arch: str | None, **how: Any) -> Path:
@@ -123,7 +123,7 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
     ours, report = imported(tmp_path / "a.pth", "isqrt-resnet18")
     assert_same_logits(ours, network, random_images(48))
-    assert report.tensors == len(old) + 15
+    assert report.num_tensors == len(old) + 15
 
 
 @pytest.mark.parametrize(
@@ -145,10 +145,10 @@ def test_vgg_weights_give_the_same_logits(
     entries: int,
     widths: tuple[int, ...],
 ) -> None:
-    stages = [(width,) * len(stage) for width, stage in zip(widths, vgg.VGG_STAGES, strict=True)]
-    hidden = vgg.HIDDEN if widths == VGG_WIDTHS else 32
-    monkeypatch.setattr(vgg, "VGG_STAGES", stages)
-    monkeypatch.setattr(vgg, "HIDDEN", hidden)
+    stages = [(width,) * len(stage) for width, stage in zip(widths, alexnet_vgg.VGG_STAGES, strict=True)]
+    hidden = alexnet_vgg.HIDDEN if widths == VGG_WIDTHS else 32
+    monkeypatch.setattr(alexnet_vgg, "VGG_STAGES", stages)
+    monkeypatch.setattr(alexnet_vgg, "HIDDEN", hidden)
     torch.manual_seed(0)
     network = settled(Vgg(d=d, linear=linear, widths=widths, hidden=hidden))
     if not d:

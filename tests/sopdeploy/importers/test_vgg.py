@@ -9,8 +9,8 @@ import torchvision
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert
-from sopdeploy.importers.source import WeightFile
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.start_weights import StartWeights, load_start_weights
 from tests.sopdeploy.importers.released_torch import assert_same_logits, imported, random_images, settled

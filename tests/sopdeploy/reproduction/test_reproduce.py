@@ -13,18 +13,20 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import create_model
-from sopdeploy.reproduction import layer_times, small
-from sopdeploy.reproduction.options import ReproduceOptions
+from sopdeploy.reproduction import results as measured
+from sopdeploy.reproduction import small
 from sopdeploy.reproduction.page import number
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction, plan
 from sopdeploy.reproduction.results import HOURS, MILLISECONDS
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
-from sopdeploy.reproduction.tables import TABLES, PrintedRow, PrintedTable
+from sopdeploy.reproduction.tables import PrintedRow, PrintedTable, ReproduceOptions, load_tables
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
 from tests.sopdeploy.data.small_data import write_classes, write_imagenet
 from tests.sopdeploy.training.runs import RecordingCallback
+
+TABLES = load_tables()
 
 TINY = PrintedTable(
     id="tiny",
@@ -275,7 +277,7 @@ def test_errors_over_an_option_of_the_networks_are_a_chart(tmp_path) -> None:
 
 
 def test_layers_of_the_slides_are_timed_on_the_device_that_is_set(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(layer_times, "_CHANNELS", 8)
+    monkeypatch.setattr(measured, "_CHANNELS", 8)
     command = ["reproduce", "slides-layers", "--out", str(tmp_path / "out"), "--set", "device=cpu", "--json"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
@@ -294,6 +296,6 @@ def test_layers_of_the_slides_are_timed_on_the_device_that_is_set(tmp_path, monk
 
 @pytest.mark.parametrize("kind", ["eig", "svd", "newton-schulz"])
 def test_matrix_functions_are_timed_forward_and_backward(kind: str, monkeypatch) -> None:
-    monkeypatch.setattr(layer_times, "_CHANNELS", 8)
+    monkeypatch.setattr(measured, "_CHANNELS", 8)
     recipe = read_recipe(TABLES["slides-decomposition"].recipe, ("device=cpu",))
-    assert min(layer_times.time_layer({"kind": kind}, recipe).values()) > 0
+    assert min(measured.time_layer({"kind": kind}, recipe).values()) > 0

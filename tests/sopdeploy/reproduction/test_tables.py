@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import PUBLISHED_ROWS
-from sopdeploy.reproduction.options import ReproduceOptions
 from sopdeploy.reproduction.plan import plan
-from sopdeploy.reproduction.tables import DATA_SETS, TABLES, PrintedTable, find_table
+from sopdeploy.reproduction.tables import DATA_SETS, PrintedTable, ReproduceOptions, find_table, load_tables
+
+TABLES = load_tables()
 
 COUNTS = ("params", "gflops", "train_params", "train_gflops", "dim")
 # Parameters (M) are printed with one digit, sometimes cut off instead of rounded; others are printed with two

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sopdeploy.backbones import cifar_resnet, efficientnet, resnet, vgg
+from sopdeploy.backbones import alexnet_vgg, cifar_resnet, efficientnet, resnet
 
 HEADS = "aux_widths=[8,8,8], iterations=2"
 DSOP = ["model.name=dsop-resnet8", f"model.config={{{HEADS}}}"]
@@ -58,7 +58,7 @@ def few_blocks(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(resnet.BLOCKS, 18, (1, 1, 1, 1))
     patch.setitem(resnet.BLOCKS, 26, (1, 1, 1, 1))
     patch.setattr(cifar_resnet, "RESNEXT_BLOCKS", 1)
-    patch.setattr(vgg, "VGG_STAGES", ((16, 16), (32,), (32,), (32,), (32,)))
+    patch.setattr(alexnet_vgg, "VGG_STAGES", ((16, 16), (32,), (32,), (32,), (32,)))
     stages = {name: stage._replace(blocks=1) for name, stage in efficientnet.MBCONV_STAGES.items()}
     stages["blocks.1"] = efficientnet.MBCONV_STAGES["blocks.1"]
     patch.setattr(efficientnet, "MBCONV_STAGES", stages)

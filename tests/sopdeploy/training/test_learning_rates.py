@@ -32,7 +32,7 @@ def test_a_dry_run_resolves_the_recipe() -> None:
     dry = dry_run(recipe)
     assert dry.recipe["model"]["config"] == recipe.model.full_config()
     assert dry.recipe["ema"]["decay"] == 0.999
-    assert (dry.train_count, dry.held_out_count, dry.classes, dry.steps) == (205, 52, 10, 6)
+    assert (dry.train_count, dry.held_out_count, dry.num_classes, dry.num_steps) == (205, 52, 10, 6)
     assert dry.shipped.parameters < dry.training.parameters
 
 
@@ -53,7 +53,7 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, command) -> None:
     text = " ".join(result.stdout.split())
     assert all(line in text for line in ("optimizer.kind = sgd", "205 training images", "one step on cpu"))
     assert OTHER_PROCEDURE.format("few_shot") not in text
-    assert json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)["steps"] == 6
+    assert json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)["num_steps"] == 6
     few = CliRunner().invoke(app, [*command, "--dry-run", "--set", "procedure.kind=few_shot"])
     assert OTHER_PROCEDURE.format("few_shot") in " ".join(few.stdout.split())
     assert not (tmp_path / "run").exists()
@@ -65,7 +65,7 @@ def test_resume_takes_an_optional_value(command) -> None:
     assert refused.exit_code == 2
     assert "holds no run; start one first" in refused.stderr
     for words in (["--resume", "auto", "--json"], ["--resume=auto", "--json"], ["--json", "--resume"]):
-        assert json.loads(CliRunner().invoke(app, [*command, *words]).stdout)["epochs"] == 1
+        assert json.loads(CliRunner().invoke(app, [*command, *words]).stdout)["num_epochs"] == 1
 
 
 def test_milestones_multiply_after_a_linear_warm_up() -> None:

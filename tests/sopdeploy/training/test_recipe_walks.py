@@ -50,7 +50,7 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
     assert read_checkpoint(out / "last.pt").resume["position"]["step"] == 1
     result = train_recipe(recipe, out, resume=True)
     stored = read_checkpoint(result.best)
-    assert result.epochs == 1
+    assert result.num_epochs == 1
     assert stored.training["recipe"]["summary"] == recipe.summary
     assert (stored.model, stored.config) == (recipe.model.name, recipe.model.full_config())
     _, scores, _ = score_checkpoint(

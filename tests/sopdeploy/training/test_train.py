@@ -35,7 +35,7 @@ def test_a_run_writes_last_best_and_history(finished) -> None:
     assert {path.name for path in out.iterdir()} == {"best.pt", "history.csv", "last.pt"}
     files = (result.best, result.last, result.history)
     assert files == (out / "best.pt", out / "last.pt", out / "history.csv")
-    assert (result.train_count, result.held_out_count, result.classes) == (205, 52, 10)
+    assert (result.train_count, result.held_out_count, result.num_classes) == (205, 52, 10)
     assert TrainingResult.model_validate_json(result.model_dump_json()) == result
 
 

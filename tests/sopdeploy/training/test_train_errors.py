@@ -78,7 +78,7 @@ def test_two_processes_never_train_in_the_same_folder(tmp_path) -> None:
     interrupt(recipe, out, "step", 0, 0)
     with locked_by_another_process(out / LOCK_FILE), pytest.raises(ConfigError, match=message):
         train_recipe(recipe, out, resume=True)
-    assert train_recipe(recipe, out, resume=True).epochs == 1
+    assert train_recipe(recipe, out, resume=True).num_epochs == 1
     assert not (out / LOCK_FILE).exists()
 
 
@@ -137,7 +137,7 @@ def test_the_data_may_move_but_not_change(stopped) -> None:
         train_recipe(recipe, stopped / "run", resume=True)
     for number in range(3):
         (moved / "a" / "more" / f"{number:03}.jpg").unlink()
-    assert train_recipe(recipe, stopped / "run", resume=True).epochs == 1
+    assert train_recipe(recipe, stopped / "run", resume=True).num_epochs == 1
 
 
 def test_a_loss_with_nan_ends_the_run_and_names_the_part(tmp_path, monkeypatch) -> None:

@@ -39,7 +39,7 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrup
     out, (before, after) = tmp_path / "run", workers
     interrupt(short_recipe(f"workers={before}"), out, *event)
     assert not same_run(out, uninterrupted)
-    assert train_recipe(short_recipe(f"workers={after}"), out, resume=True).epochs == 3
+    assert train_recipe(short_recipe(f"workers={after}"), out, resume=True).num_epochs == 3
     assert same_run(out, uninterrupted)
     assert (out / "history.csv").read_text().count("\n") == 4
 
@@ -52,7 +52,7 @@ def test_auto_overwrites_partial_files_and_keeps_events_only(tmp_path) -> None:
         train_recipe(short_recipe(), tmp_path, resume="auto")
     assert (tmp_path / "best.pt").read_bytes() == b"mine"
     (tmp_path / "best.pt").unlink()
-    assert train_recipe(short_recipe("epochs=1"), tmp_path, resume="auto").epochs == 1
+    assert train_recipe(short_recipe("epochs=1"), tmp_path, resume="auto").num_epochs == 1
     assert not (tmp_path / "last.pt.partial").exists()
 
 

@@ -59,7 +59,7 @@ def test_a_signal_to_one_process_stops_both_and_one_process_resumes(tmp_path, mo
     resumed, single = RecordingLoader(), RecordingLoader()
     monkeypatch.setattr(loop, "load_batches", resumed)
     result = train_recipe(short_recipe(GLOBAL, "epochs=3"), tmp_path / "run", resume=True)
-    assert result.epochs == 3
+    assert result.num_epochs == 3
     monkeypatch.setattr(loop, "load_batches", single)
     train_recipe(short_recipe(GLOBAL, "epochs=3"), tmp_path / "single")
     before = [first + second for first, second in zip(*shards, strict=True)]
