@@ -196,7 +196,7 @@ def compare_file(
         num_images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,
-        spread=logit_spread(expected.outputs[LOGITS][compared]) if expected.precision != "fp32" else None,
+        spread=logit_spread(expected.outputs[LOGITS][compared]),
         top1=top1,
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
@@ -242,9 +242,9 @@ def _first_violation(report: ParityReport) -> str:
         # A file that ignores its input is wrong by half of the spread or more.
         return (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
-            f"{floor / max(report.spread or 0.0, floor * 1e-6):.0%} of the spread of the logits, and at "
-            f"{0.5 / report.floors_allowed:.1%} or more a file that ignores its input would pass; train "
-            "longer, or choose precision fp32"
+            f"{floor / max(report.spread, floor * 1e-6):.0%} of the spread of the logits, and at "
+            f"{0.5 / report.floors_allowed:.1%} or more a file that ignores its input would pass; "
+            + ("train longer" if report.precision == "fp32" else "train longer, or choose precision fp32")
         )
     if report.routing is not None and report.routing.num_wrong:
         wrong = report.routing.num_wrong

@@ -120,9 +120,9 @@ class ClassMapParity(StrictModel):
 class ParityReport(StrictModel):
     """The comparison of the exported file with its network.
 
-    `spread` is the largest range of a logit over the images; None in float32. `emulation` describes how the
-    runtime computed operators for which it has no kernels; None if it ran the file unchanged. `class_maps` is
-    None without `--with-cam`.
+    `spread` is the largest range of a logit over the images. `emulation` describes how the runtime computed
+    operators for which it has no kernels; None if it ran the file unchanged. `class_maps` is None without
+    `--with-cam`.
     """
 
     precision: Precision = "fp32"
@@ -132,7 +132,7 @@ class ParityReport(StrictModel):
     num_images: int
     floors_allowed: float = FLOORS
     outputs: dict[str, OutputParity]
-    spread: float | None = None
+    spread: float
     top1: Agreement
     routing: RoutingParity | None = None
     class_maps: ClassMapParity | None = None
@@ -148,9 +148,7 @@ class ParityReport(StrictModel):
         Such a file is wrong by at least half of the spread. int8 is exempt: rounding may move a single probe
         far, and agreement with float32 is measured on the calibration or evaluation images instead.
         """
-        if self.precision == "int8" or self.spread is None:
-            return False
-        return self.logits.tolerance >= self.spread / 2
+        return self.precision != "int8" and self.logits.tolerance >= self.spread / 2
 
     @property
     def compared_images(self) -> list[int]:
