@@ -27,9 +27,9 @@ RECEIVED = 0.11e-3  # s with the interpreter lock there; measured by front_ends.
 # Published: https://www.baseten.co/blog/unlocking-the-full-power-of-nvidia-h100-gpus-for-ml-inference-with-tensorrt/
 H100_MEMORY = 3.35e12  # bytes/s, H100 SXM
 H100_TO_A100 = 1.6  # of the bandwidth of their memory
-# Published: https://www.nvidia.com/en-us/data-center/h100/
-# H100 SXM: 128 GB/s in both directions together; 7 JPEG decoders.
-PCIE, H100_ENGINES = 64e9, 7  # bytes/s in one direction
+# Published: PCI Express Gen 5, https://docs.nvidia.com/launchpad/ai/h100-mig/latest/h100-mig-gpu.html
+PCIE = 16 * 32e9 / 8  # bytes/s in one direction: 16 lanes of 32 Gbit/s
+H100_ENGINES = 7  # JPEG decoders; assumed, no source was read
 # Published: https://forums.developer.nvidia.com/t/a100-hardware-nvjpeg-batch-decoding-takes-5ms-before-decoding-and-why/228533
 # An A100 decodes 5 images of 3840 x 2160 pixels in 5 ms, and one in the same time: one engine each.
 ENGINE_PIXELS = 3840 * 2160 / 5e-3  # pixels/s
@@ -69,8 +69,8 @@ def stages(runs: int) -> list[Stage]:
         Stage("16 cores, decoding on the GPU", CORES / (header + resize + upload + http), "measured"),
         Stage("decode on the GPU", H100_ENGINES * ENGINE_PIXELS / pixels, "estimated from published"),
         Stage("resize on the GPU", H100_MEMORY / resize_bytes, "estimated from published"),
-        Stage("resized pixels to the host", PCIE / (3 * width * height), "published"),
-        Stage(f"upload, {BATCH} images", PCIE / image, "published"),
+        Stage("resized pixels to the host", PCIE / (3 * width * height), "estimated from published"),
+        Stage(f"upload, {BATCH} images", PCIE / image, "estimated from published"),
         Stage("run", A100_RESNET50 * H100_TO_A100, "estimated from published"),
         # Collecting and uploading a batch do not hold the lock.
         Stage("response: the lock of the inference process", 1 / RECEIVED, "measured"),
