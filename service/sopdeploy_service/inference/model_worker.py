@@ -216,9 +216,7 @@ class ModelWorker:
         self._limited_until = 0.0
         self._failed_batches = 0  # in a row
         self._image_shape: tuple[int, ...] = ()
-        self._pixels = np.empty(
-            (0,), np.uint8
-        )  # reused by all batches, because clearing new pages takes longer
+        self._pixels = np.empty((0,), np.uint8)  # reused: to clear new pages for each batch takes longer
         self.in_flight: list[_Batch] = []  # oldest first
         self.started: float | None = None  # when the oldest batch got the device to itself
 
