@@ -106,7 +106,8 @@ def missing_extras() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        package = {"sklearn": "scikit-learn"}.get(error.name or "", (error.name or "").replace("_", "-"))
+        module = error.name or ""
+        package = {"sklearn": "scikit-learn", "markupsafe": "jinja2"}.get(module, module.replace("_", "-"))
         requirement = re.compile(rf"{re.escape(package)}\b(?!-).*\bextra == ['\"]([\w-]+)")
         extras = [match[1] for match in map(requirement.match, metadata.requires("sopdeploy") or []) if match]
         if not package or not extras:

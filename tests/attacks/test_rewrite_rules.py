@@ -105,7 +105,7 @@ class Experts(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.conv(images).relu()
         gate = self.gate(x.mean((2, 3)))
-        above_threshold = gate.softmax(dim=1) * (gate > 3)
+        above_threshold = gate.softmax(dim=1) * (gate > 0)
         weights = keep_largest(gate, 2) if self.kind == "rank" else above_threshold
         logits: Tensor = self.fc(self.experts(x, weights))
         return logits
