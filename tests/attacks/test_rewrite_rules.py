@@ -214,7 +214,7 @@ class DiagonalWithAnAxis(Root):
 
 
 class Roots(nn.Module):
-    """One logit for each of *roots*."""
+    """The mean of the features, and a logit for each of *roots*; some are equal for all probe images."""
 
     def __init__(self, *roots: Root) -> None:
         super().__init__()
@@ -224,7 +224,9 @@ class Roots(nn.Module):
         features = self.conv(images).relu()
         extra = (images[:, 0] - images[:, 2]).mean((1, 2)).view(-1, 1, 1)
         hidden = (extra - 2).relu() - (-2 - extra).relu()
-        return torch.cat([root(features, hidden) for root in self.roots], 1)
+        return torch.cat(
+            [features.mean((1, 2, 3))[:, None], *(root(features, hidden) for root in self.roots)], 1
+        )
 
 
 ROOTS, ROUTED = "Newton-Schulz in 3N-3 products", "K of N experts"
@@ -290,7 +292,7 @@ def check_roots(kinds: Sequence[tuple[type[Root], bool]], path: Path, batches: S
     torch.manual_seed(0)
     network = Roots(*(kind(inner) for kind, inner in kinds)).eval()
     nn.init.uniform_(network.conv.get_parameter("bias"), 0.1, 0.5)
-    labels, options = [f"{i}" for i in range(len(network.roots))], ExportOptions(max_batch=max(batches))
+    labels, options = [f"{i}" for i in range(len(kinds) + 1)], ExportOptions(max_batch=max(batches))
     exported = export_small(network, path, plain=None, labels=labels, options=options)
     session = ort.InferenceSession(exported.path / "model.onnx", providers=["CPUExecutionProvider"])
     images = colors()
