@@ -99,7 +99,7 @@ def test_unseen_images_exceed_the_bound_of_the_attacks() -> None:
     assert (network(images).amax(1) > u.Small.limit).sum() > 2
 
 
-USUAL = ("a cache of a weight", "a transposed weight", "a choice by value")
+USUAL = ("a cache of a weight", "a lock and a logger", "a choice by value")
 VALID = [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in u.VALID]
 
 

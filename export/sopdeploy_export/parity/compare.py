@@ -6,7 +6,6 @@ other images of the batch. A changed top class or gate route is an error unless 
 small that rounding can change it.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,6 +42,7 @@ from sopdeploy_export.parity.routing import (
     rerouted,
     routing_parity,
 )
+from sopdeploy_export.proof.networks import copy_module
 
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
 GateRun = Callable[[Tensor], NDArray[Any]]
@@ -103,7 +103,7 @@ def compute_reference(
     Raises `ParityError` if outputs are not finite or the gate is undecided on every image.
     """
     run = run or deployed
-    names, network64 = output_names(deployed.network), copy.deepcopy(deployed).double()
+    names, network64 = output_names(deployed.network), copy_module(deployed).double()
     with InFloat64():
         exact = _network_outputs(network64, names, images, BATCH_IN_FLOAT64)
     batched = _network_outputs(run, names, images, BATCH)

@@ -16,7 +16,6 @@ which folds weights that are already rounded, and does not support bfloat16. A b
 the captured program shows that nothing else reads the output of the convolution, and that both run once.
 """
 
-import copy
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,6 +28,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import NETWORK_PREFIX, compute_outputs
+from sopdeploy_export.proof.networks import copy_module
 
 _Part = TypeVar("_Part", bound=nn.Module)
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
@@ -44,7 +44,7 @@ def with_precision(network: _Part, program: ExportedProgram, precision: Precisio
     Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
     The comparison of the file cannot detect such an error, because it raises the noise floor as well.
     """
-    exact = copy.deepcopy(network).double().eval()
+    exact = copy_module(network).double().eval()
     with torch.no_grad(), InFloat64():
         expected = compute_outputs(exact, pixels.double())[0]
         fold_batch_norms(exact, program)
@@ -56,7 +56,7 @@ def with_precision(network: _Part, program: ExportedProgram, precision: Precisio
             f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
             "value in float64; nothing was written; choose precision fp32"
         )
-    folded = copy.deepcopy(network)
+    folded = copy_module(network)
     fold_batch_norms(folded, program)
     return place_casts(folded, precision)
 

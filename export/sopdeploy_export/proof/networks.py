@@ -9,6 +9,7 @@ captured. The comparisons of the certificate could not detect it.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import Captured
 from sopdeploy_export.state import modules, tensors
 
+LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
 AUTOCAST_DEVICES = ("cpu", "cuda")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -165,10 +167,14 @@ def check_network_state(network: nn.Module, role: str) -> None:
 
 
 def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
-    """Copy *network* with `copy.deepcopy` and its *memo*.
+    """Copy *network* with `copy.deepcopy` and its *memo*; the locks of modules become new ones.
 
     Raises `LoweringError` if a method of the user's classes fails, or returns a part of *network* itself.
     """
+    memo = {} if memo is None else memo
+    for value in (value for _, module in modules(network) for value in vars(module).values()):
+        if type(value) in LOCKS:  # which deepcopy cannot copy
+            memo[id(value)] = LOCKS[type(value)]()
     try:
         copied = copy.deepcopy(network, memo)
     except Exception as error:  # classes can define how they are copied
