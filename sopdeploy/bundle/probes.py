@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
@@ -35,14 +34,10 @@ class Probes:
 
 
 class Replay(StrictModel):
-    """Result of a replay of `num_images` probes in batches of `batch`, by output.
-
-    `deviation` is the largest absolute difference. Records of engines that were built before name the number
-    `images`.
-    """
+    """Result of a replay in batches of `batch`: the largest deviation and the tolerance, by output."""
 
     batch: int
-    num_images: int = pydantic.Field(validation_alias=pydantic.AliasChoices("num_images", "images"))
+    num_images: int
     deviation: dict[str, float]
     tolerance: dict[str, float]
 
