@@ -84,9 +84,8 @@ def _quantile_not_worse(attempt: int) -> float:
 def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> Verdict:
     """Compare the second classifier with the first; "not worse" means by less than *tolerance*.
 
-    If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 % of cases. Who
-    tries again until it is, with more images or another classifier, counts the *attempt*: see
-    `share_of_level`.
+    If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 % of cases. A
+    caller that compares again after a refusal gives the number of this *attempt*: see `share_of_level`.
     """
     p = mcnemar(wins, losses)
     if wins > losses and p <= ALPHA * share_of_level(attempt):
