@@ -346,8 +346,9 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
                 verbose=False,
                 optimize=False,
             )
-            _keep_small_differences(converted.model.graph)
-            converted.optimize()
+            if converted is not None:
+                _keep_small_differences(converted.model.graph)
+                converted.optimize()
         except Exception as error:  # the converter does not limit what its passes raise
             cause: BaseException = error
             while cause.__cause__ is not None:  # only the first error names the operator
@@ -361,9 +362,9 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
 def _keep_small_differences(graph: ir.Graph) -> None:
     """Give scalars in sums and products of *graph* one axis if they are nearly, but not exactly, 0 and 1.
 
-    The converter's optimizer (onnxscript) takes a scalar without axes for 0 if it is at most 1e-8, and for 1 if
-    it differs by at most 1e-5, and removes the operator: x / (|x| + 1e-8) becomes x / |x|, which is NaN at 0.
-    Results without axes are computed from constants only; the optimizer does this first, and exactly.
+    The converter's optimizer (onnxscript) takes a scalar without axes for 0 if it is at most 1e-8, and for 1
+    if it differs by at most 1e-5, and removes the operator: x / (|x| + 1e-8) becomes x / |x|, which is NaN at
+    0. Results without axes are computed from constants only; the optimizer does this first, and exactly.
     """
     for node in list(graph):
         result, neutral = node.outputs[0], NEUTRAL.get(node.op_type)
