@@ -118,7 +118,7 @@ def _count_comparisons(link: Path, before: str | None) -> int:
     for promotion in _read(link):
         found = promotion.comparison
         if promotion.before == before and found is not None:
-            different.add((promotion.after, found.images, found.wins, found.losses))
+            different.add((promotion.after, found.num_images, found.wins, found.losses))
     return len(different)
 
 

@@ -104,7 +104,7 @@ class Network:
             name=self.describe(head),
             score=estimate(targets, logits[best], self.recipe.seed, groups_N, int(folds_N.max()) + 1),
             loss=float(losses[best].mean()),
-            features=len(problem.center),
+            num_features=len(problem.center),
             strength=GRID[best],
             seconds=seconds,
         )

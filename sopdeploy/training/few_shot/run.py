@@ -141,8 +141,8 @@ class FewShot(Procedure):
                 zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)
             ),
             balanced=targets.balanced,
-            duplicates=len(images) - len(set(network.hashes)),
-            groups=int(groups_N.max()) + 1,
+            num_duplicates=len(images) - len(set(network.hashes)),
+            num_groups=int(groups_N.max()) + 1,
             one_group=tuple(np.asarray(images.labels)[group_counts == 1].tolist()),
             contradictions=tuple(
                 " = ".join(names[index] for index in group) for group in targets.contradictions(groups_N)
@@ -237,7 +237,7 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Few
     if run.activation == "sigmoid":
         run.decision = fit_presence(images.targets.astype(np.float64), sigmoid(logits))
     else:
-        reason = missing_threshold(result.groups, logits.shape[1], accepts)
+        reason = missing_threshold(result.num_groups, logits.shape[1], accepts)
         result = result.model_copy(update={"unknown": reason})
         decision = fit_decision(
             logits,
