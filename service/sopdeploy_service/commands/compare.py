@@ -80,10 +80,11 @@ class ClassChange(StrictModel):
 class BundleComparison(StrictModel):
     """The second bundle compared with the first on `num_images` photographs of `classes`.
 
-    Accuracies and differences are fractions. `new` and `removed` are classes of the second or the first bundle only. `num_copies` near-duplicates and
-    `trained_on` training images were left out. `suspects` are bundles some of whose training images were
-    found, but whose record of them is incomplete. `attempt` counts the comparisons of `promote` with this
-    first bundle; 0 for `compare`. `num_more_images` would decide what is undecided, in the next attempt.
+    Accuracies and differences are fractions. `new` and `removed` are classes of the second or the first
+    bundle only. `num_copies` near-duplicates and `trained_on` training images were left out. `suspects` are
+    bundles some of whose training images were found, but whose record of them is incomplete. `attempt` counts
+    the comparisons of `promote` with this first bundle; 0 for `compare`. `num_more_images` would decide what
+    is undecided, in the next attempt.
     """
 
     first: BundleScore
