@@ -32,7 +32,7 @@ H100_TO_A100 = 1.6  # of the bandwidth of their memory; assumed to be that of th
 PCIE = 64e9  # bytes/s; the peak, what copies reach is not known
 H100_ENGINES = 7  # JPEG decoders; assumed, no source was found
 # Published: https://forums.developer.nvidia.com/t/a100-hardware-nvjpeg-batch-decoding-takes-5ms-before-decoding-and-why/228533
-# An A100 decodes 5 images of 3840 x 2160 pixels in 5 ms, and one in the same time: assumed to be an engine each.
+# An A100 decodes 5 images of 3840 x 2160 pixels in 5 ms, and one in the same time; assumed: an engine each.
 ENGINE_PIXELS = 3840 * 2160 / 5e-3  # pixels/s
 # Published: https://github.com/NVIDIA/DeepLearningExamples, PyTorch/Classification/ConvNets/triton/resnet50
 # One A100 of 80 GB, Triton, ONNX Runtime with TensorRT, fp16, 256 concurrent requests.
