@@ -109,9 +109,11 @@ site: $(STAMP)  ## build docs/ as a site; open build/site/index.html
 	$(BIN)/mkdocs build --strict --quiet
 
 # In its own environment, which also sees the packages of $(PYTHON), such as torch: a GPU server may have no package
-# index. The .pth file is for a $(PYTHON) that is itself a virtual environment.
+# index. The .pth file is for a $(PYTHON) that is itself a virtual environment. Before Python 3.12, `venv` adds an old
+# setuptools, which would hide the one that torch needs.
 $(GPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip uninstall --quiet --yes setuptools
 	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$($(GPU_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	$(GPU_INSTALL) hatchling editables
