@@ -97,12 +97,12 @@ class _Rounded(fx.Interpreter):
         """
         if not isinstance(like, Tensor) or like.dtype not in REDUCED:
             return exact
-        is_cast = isinstance(exact, nn.Parameter) and like.dtype != torch.float32
-        exact = (exact.detach() if isinstance(exact, nn.Parameter) else exact).double()
+        is_parameter = isinstance(exact, nn.Parameter)
+        exact = (exact.detach() if is_parameter else exact).double()
         value = exact.detach()
         rounded, change = value.to(like.dtype).double(), value.abs() * torch.finfo(like.dtype).eps / 2
-        if not is_cast:
-            change[rounded == value] = 0.0
+        if not is_parameter or like.dtype == torch.float32:
+            change[rounded == value] = 0.0  # these values are exact
         if not change.any():
             return exact
         result = exact + (rounded - value) if exact.requires_grad else rounded.requires_grad_()

@@ -170,7 +170,7 @@ def quantile(losses_P: NDArray[np.float64]) -> float:
 
     It is the loss with rank ceil(`_LEVEL` (P + 1)), infinite if there are fewer photographs than that.
     """
-    rank = math.ceil(_LEVEL * (len(losses_P) + 1) - 1e-9)
+    rank = math.ceil(_LEVEL * (len(losses_P) + 1) - 1e-9)  # a product such as 95.00000000000001 is 95
     return float(np.sort(losses_P)[rank - 1]) if rank <= len(losses_P) else math.inf
 
 
