@@ -309,10 +309,10 @@ def _apply(
     image_size: int,
     config: dict[str, Any],
 ) -> Trained:
-    """Apply method *name* to *network*; the number of its logits is that of the classes."""
+    """Build the network *trained*, that of the method *name*, from *network*; it has as many logits."""
     options = parse_options(name, METHODS[name].options, config)
-    classes = find_taps(network, taps, image_size)[1]
-    return trained(options, classes, Source(lambda _: network, tuple(taps), image_size))
+    _, num_classes = find_taps(network, taps, image_size)
+    return trained(options, num_classes, Source(lambda _: network, tuple(taps), image_size))
 
 
 def register_model(
