@@ -2,16 +2,14 @@
 
 The network is built by `timm.create_model(pretrained=False)`. This is the only module that imports timm, and
 only when such a network is requested. Taps are the stages in timm's `feature_info` from stride 4 on: what the
-papers call conv2_x to conv5_x. In a transformer, the patch tokens are the feature map; its last tap is the
-norm after the blocks.
+papers call conv2_x to conv5_x. timm's `forward_intermediates` returns their maps; in a transformer, these are
+the patch tokens of a block after the network's last norm.
 """
 
 import difflib
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache, partial
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable, Collection
+from functools import cache
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -48,102 +46,28 @@ def timm_image_size(name: str) -> int:
     return size
 
 
-class Tap(NamedTuple):
-    """A module whose output is a feature map of *channels* channels.
-
-    The output is (B, C, H, W), (B, H, W, C), or (B, N, C): H W patch tokens after `class_tokens` others.
-    """
-
-    channels: int
-    layout: Literal["NCHW", "NHWC", "tokens"]
-    class_tokens: int = 0
-
-    def as_map(self, output: Tensor) -> Tensor:
-        """Convert the output of the module to (B, C, H, W)."""
-        if self.layout == "NCHW":
-            return output
-        if self.layout == "tokens":
-            patches = output[:, self.class_tokens :]
-            side = math.isqrt(patches.shape[1])
-            output = patches.reshape(-1, side, side, self.channels)
-        return output.permute(0, 3, 1, 2)
-
-
 @cache
-def timm_taps(name: str) -> dict[str, Tap]:
-    """Find the taps of timm's network *name*, in the order of computation.
+def timm_taps(name: str) -> dict[str, int]:
+    """Find the feature maps of timm's network *name*: their channels by tap, in the order of computation.
 
-    The result is empty if the network does not name its stages, or if a stage returns neither a feature map
-    nor patch tokens.
+    The result is empty if the network does not name its stages, if a stage returns no feature map, or if its
+    code depends on the values of pixels.
     """
     timm, side = import_timm(name), timm_image_size(name)
     with torch.device("meta"):
         network = timm.create_model(name).eval()
-        channels = {
-            stage["module"]: int(stage["num_chs"])
-            for stage in getattr(network, "feature_info", [])
-            if stage["reduction"] >= FIRST_STRIDE
-        }
-        if not channels or not channels.keys() <= dict(network.named_modules()).keys():
+        stages = list(getattr(network, "feature_info", ()))
+        if not stages or not hasattr(network, "forward_intermediates"):
             return {}
-        if isinstance(getattr(network, "norm", None), nn.Module):
-            channels.setdefault("norm", network.num_features)
-        _, outputs = run_tapped(network, network.forward_features, torch.empty(1, 3, side, side), channels)
-    class_tokens = getattr(network, "num_prefix_tokens", 0)
-    taps: dict[str, Tap] = {}
-    for stage, output in outputs.items():
-        tap = _find_layout(output, channels[stage], class_tokens)
-        if tap is None:
+        try:
+            maps = network.forward_intermediates(torch.empty(1, 3, side, side), intermediates_only=True)
+        except RuntimeError:  # it reads values, which `meta` does not have
             return {}
-        if stage != "norm" or tap.layout != "NCHW":  # a normalized map is no stage of its own
-            taps[stage] = tap
-    return taps
-
-
-def _find_layout(output: Tensor, channels: int, class_tokens: int) -> Tap | None:
-    """Find the axes of the feature map of *channels* channels in *output*; `None` if it is no feature map.
-
-    *class_tokens* is the network's number of class and register tokens, which *output* may lack.
-    """
-    if output.dim() == 4 and output.shape[1] == channels:
-        return Tap(channels, "NCHW")
-    if output.dim() == 4 and output.shape[3] == channels:
-        return Tap(channels, "NHWC")
-    if output.dim() == 3 and output.shape[2] == channels:
-        for skipped in (class_tokens, 0):
-            patches = output.shape[1] - skipped
-            if math.isqrt(patches) ** 2 == patches:
-                return Tap(channels, "tokens", skipped)
-    return None
-
-
-@contextmanager
-def hooked(network: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Add forward hooks to modules of *network*, by name, and remove them afterwards.
-
-    A hook that returns a value replaces the output of its module. Hooks added later run first.
-    """
-    handles = [
-        network.get_submodule(name).register_forward_hook(hook, prepend=True) for name, hook in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_tapped(
-    network: nn.Module, run: Callable[[Tensor], Any], images: Tensor, taps: Collection[str]
-) -> tuple[Any, dict[str, Any]]:
-    """Return `run(images)` and the outputs of the modules *taps* of *network*, in order of computation."""
-    outputs: dict[str, Any] = {}
-
-    def store(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        outputs[tap] = output
-
-    with hooked(network, {tap: partial(store, tap) for tap in taps}):
-        return run(images), outputs
+    channels = [stage["num_chs"] for stage in stages]
+    if [(4, count) for count in channels] != [(found.dim(), found.shape[1]) for found in maps]:
+        return {}
+    taps = zip(stages, channels, strict=True)
+    return {stage["module"]: count for stage, count in taps if stage["reduction"] >= FIRST_STRIDE}
 
 
 def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, int, int], nn.Module]:
@@ -178,8 +102,7 @@ class TimmBackbone(Backbone):
         self._buffers = network._buffers
         self._non_persistent_buffers_set = network._non_persistent_buffers_set
         self.wrapped = (network,)  # a tuple, because a module would become a child
-        self.tap_layouts = timm_taps(config.backbone)
-        self.tap_channels = {name: tap.channels for name, tap in self.tap_layouts.items()}
+        self.tap_channels = timm_taps(config.backbone)
         self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
         published = network.pretrained_cfg
         self.fixed_size: int | None = published["input_size"][-1] if published["fixed_input_size"] else None
@@ -204,8 +127,12 @@ class TimmBackbone(Backbone):
                 f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
             )
         network = self.wrapped[0]
-        last, outputs = run_tapped(network, network.forward_features, images, taps)
-        return last, [self.tap_layouts[tap].as_map(output) for tap, output in outputs.items()]
+        if not taps:
+            return network.forward_features(images), []
+        wanted = [number for number, stage in enumerate(network.feature_info) if stage["module"] in taps]
+        with_norm = hasattr(network, "norm")  # two networks without this module do not accept the argument
+        last, maps = network.forward_intermediates(images, indices=wanted, norm=with_norm)
+        return last, maps
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute logits by timm's `forward_head`."""

@@ -41,11 +41,10 @@ class DSoPTimm(DSoP, TimmBackbone):
 
     def paper_branches(self) -> PaperBranches:
         """Return two blocks and at most 256 channels for every stage; raise `ConfigError` without stages."""
-        taps = self.tap_layouts.values()
-        if not taps or any(tap.layout != "NCHW" for tap in taps):
+        if not self.tap_channels:
             raise ConfigError(
                 f"timm:{self.config.backbone} has no feature maps (batch, channels, height, width) for "
-                "branches; choose a convolutional network with named stages"
+                "branches; choose a network with named stages"
             )
         return super().paper_branches()
 

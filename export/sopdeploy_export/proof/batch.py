@@ -196,9 +196,13 @@ def transposes(call: Call) -> Place:
 def multiplies(call: Call) -> Place:
     """Multiply matrices, with a sum over the last axis of the first and the one before it of the second."""
     a, b = call.x, call[1]
-    left, right = ((value.axis or 0) - value.rank for value in (a, b))
-    _require((a.axis is None or left != -1) and (b.axis is None or (right != -2 and a.rank > 1 < b.rank)))
-    return agree(a.at(call.rank + left + (b.rank == 1)), b.at(call.rank + right))
+    # The axes of the images, counted from the last one: -1 and lower.
+    axis_of_a, axis_of_b = ((value.axis or 0) - value.rank for value in (a, b))
+    are_matrices = a.rank > 1 and b.rank > 1
+    _require(a.axis is None or axis_of_a != -1)
+    _require(b.axis is None or (axis_of_b != -2 and are_matrices))
+    missing = 1 if b.rank == 1 else 0  # the product with a vector lacks the last axis
+    return agree(a.at(call.rank + axis_of_a + missing), b.at(call.rank + axis_of_b))
 
 
 def gemm(call: Call) -> Place:

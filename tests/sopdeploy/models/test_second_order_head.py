@@ -54,7 +54,7 @@ def with_statistics(name: str, side: int, head: HeadConfig = EVERYTHING) -> tupl
     [
         ("resnet8", 32, {"layer3.0": (64, 8)}),
         ("timm:test_efficientnet", 64, {"blocks.4": (64, 2)}),
-        ("timm:test_vit", 160, {"norm": (64, 10)}),
+        ("timm:test_vit", 160, {"blocks.5": (64, 10)}),
         ("timm:test_mambaout", 160, {"stages.3": (64, 5)}),
     ],
 )
@@ -171,7 +171,7 @@ def test_an_unknown_tap_and_a_network_without_maps_are_refused() -> None:
     ):
         create_model("head:resnet8", head={"taps": ("layer9",)})
     with torch.device("meta"), pytest.raises(ConfigError, match=r"has no feature maps; set head.kind=gap"):
-        create_model("head:timm:hrnet_w18_small")
+        create_model("head:timm:gemma4_vit_167m")
 
 
 def test_every_parameter_of_the_head_is_trained() -> None:

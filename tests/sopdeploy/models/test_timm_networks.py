@@ -67,13 +67,26 @@ def test_branches_follow_timms_stages_in_the_nearest_kind_of_block(name, taps, k
         assert isinstance(branch.reduction, nn.Identity) == (channels <= 256)
 
 
-@pytest.mark.parametrize("name", ["test_vit", "test_mambaout"])
-def test_networks_without_feature_maps_are_plain_and_have_no_branches(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"timm:{name} has no feature maps"):
-        create_model(f"dsop-timm:{name}")
-    with torch.device("meta"):
-        network = create_model(f"timm:{name}", num_classes=3)
-        assert network(torch.empty(2, 3, 160, 160)).shape == (2, 3)
+@pytest.mark.parametrize(
+    ("name", "taps"),
+    [
+        ("test_vit", {f"blocks.{number}": (64, 10) for number in range(6)}),
+        (
+            "test_mambaout",
+            {f"stages.{n}": size for n, size in enumerate([(16, 40), (32, 20), (48, 10), (64, 5)])},
+        ),
+    ],
+)
+@torch.no_grad()
+def test_tokens_and_maps_with_channels_last_are_taps_like_others(name: str, taps) -> None:
+    network, images = create_model(f"dsop-timm:{name}", num_classes=3).eval(), torch.randn(2, 3, 160, 160)
+    last, maps = network.feature_maps(images, taps)
+    assert network.tap_channels == {tap: channels for tap, (channels, _) in taps.items()}
+    assert [(len(one), *one.shape[1:3], one.shape[3]) for one in maps] == [
+        (2, channels, side, side) for channels, side in taps.values()
+    ]
+    assert torch.equal(network.classify(last), network(images))
+    assert len(network.train()(images).branches) == len(taps)
 
 
 def test_a_network_of_fixed_size_says_which() -> None:
@@ -106,9 +119,9 @@ def test_networks_with_a_module_called_features_keep_its_name_and_can_be_capture
         torch.export.export(plain, (torch.empty(2, 3, 64, 64),), strict=False)
 
 
-def test_a_network_that_does_not_name_its_stages_has_no_branches() -> None:
-    with pytest.raises(ConfigError, match="timm:hrnet_w18_small has no feature maps"):
-        create_model("dsop-timm:hrnet_w18_small")
+def test_a_network_whose_code_reads_values_has_no_branches() -> None:
+    with torch.device("meta"), pytest.raises(ConfigError, match="timm:gemma4_vit_167m has no feature maps"):
+        create_model("dsop-timm:gemma4_vit_167m")
 
 
 def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
