@@ -100,7 +100,8 @@ MIXING = {
         "GatherND",
     ),
     "positions of maxima in the batch": (
-        "p, i = MaxPool<kernel_shape = [2, 2]>(f)  n = Cast<to = 1>(i)  s = Reshape(n, rows)  logits = Add(v, s)",
+        """p, i = MaxPool<kernel_shape = [2, 2]>(f)  n = Cast<to = 1>(i)  s = Reshape(n, rows)
+        logits = Add(v, s)""",
         "Cast",
     ),
     "the first rows of repeated images": (
