@@ -51,7 +51,7 @@ class TracedValue:
     """What is known of a value; `mixed` names the operators through which it depends on other images.
 
     `shapes` is empty if unknown. `contents` exist for values that depend on sizes only, for each batch size.
-    `index` is (step, low, high) if the numbers of image i are 64-bit integers from i step + low to i step + high.
+    `index` is (step, low, high) if the numbers of image i are integers from i step + low to i step + high.
     """
 
     type: int = 0

@@ -105,8 +105,9 @@ MIXING = {
         "Cast",
     ),
     "the first rows of repeated images": (
-        """u = Unsqueeze(v, one)  a = Concat<axis = 0>(size, two, four)  x = Expand(u, a)  y = Reshape(x, rows)
-        b = Concat<axis = 0>(size, four)  c = Expand(columns, b)  logits = GatherElements<axis = 1>(y, c)""",
+        """u = Unsqueeze(v, one)  a = Concat<axis = 0>(size, two, four)  x = Expand(u, a)
+        y = Reshape(x, rows)  b = Concat<axis = 0>(size, four)
+        c = Expand(columns, b)  logits = GatherElements<axis = 1>(y, c)""",
         "GatherElements",
     ),
     "whether there are many images": (
