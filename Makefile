@@ -19,8 +19,10 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 # The same bytes for the same commit: its time, and locked build tools.
 BUILD = env SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --build-constraints deploy/lock/build.txt --require-hashes
-ALONE = env -u PYTHONPATH $(CURDIR)/$(BIN)/uv run --no-project --isolated --python $(CURDIR)/$(BIN)/python --with "$$(ls *.whl)
-EVERY_COMMAND = python $(CURDIR)/deploy/every_command.py bundles/latest
+# An environment with nothing but the wheel and some extras; `--exact` removes what the extras before needed.
+ALONE := env -u PYTHONPATH nice .venv/bin
+INSTALL_ALONE = nice $(CURDIR)/$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
+EVERY_COMMAND = $(ALONE)/python $(CURDIR)/deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation doctor) \
 	$(addprefix tests/service/,http images) tests/sweep/test_goldens.py
@@ -139,17 +141,18 @@ soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting client
 dist: $(STAMP)  ## sdist and wheel in dist/, reproducible for the same commit
 	$(BUILD) --out-dir dist
 
-# Each environment contains the wheel and its extras only; the last three lack torch or a runtime.
-wheel-test: $(STAMP)  ## build the wheel, install it into empty environments, train with [train], run every command in each
+# One environment with changing extras: torch is installed and compiled once. Two lack a runtime, two lack torch.
+wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train with [train], run every command with each
 	rm -rf build/wheel
 	nice $(BUILD) --wheel --out-dir build/wheel
-	cd build/wheel && nice $(ALONE)[train,cpu]" sh -e -c '\
-		sopdeploy train --recipe digits-dsop --set epochs=1 --out run && \
-		sopdeploy export run/best.pt --detach --max-batch 1 --out bundles'
-	cd build/wheel && nice $(ALONE)[cpu]" sh -e -c '\
-		python $(CURDIR)/deploy/no_torch.py && sopdeploy verify bundles/latest && $(EVERY_COMMAND)'
-	cd build/wheel && nice $(ALONE)" $(EVERY_COMMAND)
-	cd build/wheel && nice $(ALONE)[train]" $(EVERY_COMMAND)
+	$(BIN)/uv venv --quiet --python $(BIN)/python build/wheel/.venv
+	cd build/wheel && $(INSTALL_ALONE)[train,cpu]"
+	cd build/wheel && $(ALONE)/sopdeploy train --recipe digits-dsop --set epochs=1 --out run
+	cd build/wheel && $(ALONE)/sopdeploy export run/best.pt --detach --max-batch 1 --out bundles
+	cd build/wheel && $(INSTALL_ALONE)[train]" && $(EVERY_COMMAND)
+	cd build/wheel && $(INSTALL_ALONE)" && $(EVERY_COMMAND)
+	cd build/wheel && $(INSTALL_ALONE)[cpu]" && $(EVERY_COMMAND)
+	cd build/wheel && $(ALONE)/python $(CURDIR)/deploy/no_torch.py && $(ALONE)/sopdeploy verify bundles/latest
 
 samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm install` there
 	$(BIN)/pytest --slow tests/deploy/test_samples.py

@@ -5,12 +5,11 @@ this cache. Other tests check that another capture gives the same bytes.
 """
 
 import copy
-import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import onnx
 import pytest
@@ -19,39 +18,29 @@ from torch.export import ExportedProgram
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Captured, capture, capture_any_batch, lower, output_names
+from sopdeploy_export.precision.convert import CapturedGraph
 from sopdeploy_export.program_hashes import program_root
 from sopdeploy_export.proof import certificate
 
 CAPTURED: dict[str, Captured] = {}
+GRAPHS: dict[str, CapturedGraph] = {}
 LOWERED: dict[tuple[str, tuple[str, ...]], onnx.ModelProto] = {}
 BATCH = BatchRange(optimum=4, maximum=9)  # one range for all, because each range needs a capture
 ALONE = BatchRange(optimum=1, maximum=1)  # captured once instead of twice
 
 
-class Graph(NamedTuple):
-    """A network, its program and its ONNX graph."""
-
-    network: Classifier
-    program: ExportedProgram
-    model: onnx.ModelProto
-
-
-def graph_of(name: str, preprocess: Preprocess, **config: Any) -> Graph:
+def graph_of(name: str, preprocess: Preprocess, **config: Any) -> CapturedGraph:
     """Capture the network that `conftest.trained` builds for `BATCH` and convert it."""
-    graph = _graph_of(name, preprocess, tuple(sorted(config.items())))
-    return graph._replace(model=_copy(graph.model))
-
-
-@functools.cache
-def _graph_of(name: str, preprocess: Preprocess, config: tuple[Any, ...]) -> Graph:
     from tests.export.conftest import trained
 
-    network = trained(name, **dict(config))
-    program = capture_any_batch(network, preprocess, BATCH)
-    return Graph(network, program, lower(program, network.outputs))
+    key = repr((name, preprocess, sorted(config.items())))
+    if key not in GRAPHS:
+        network = trained(name, **config)
+        program = capture_any_batch(network, preprocess, BATCH)
+        GRAPHS[key] = CapturedGraph(network, program, lower(program, network.outputs))
+    return GRAPHS[key]._replace(model=_copy(GRAPHS[key].model))
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -12,7 +12,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import UnknownLogits, choose_rejected, fit_decision
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.training.test_few_shot import SMALL, paint
+from tests.sopdeploy.training.painted import SMALL, paint
 
 NOTHING = np.zeros((0, 3))
 
@@ -98,7 +98,13 @@ def labelled_twice(photos):
     return photos
 
 
-@pytest.mark.parametrize("procedure", ["few_shot", pytest.param("loop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "procedure",
+    [
+        pytest.param("few_shot", marks=pytest.mark.part("sopdeploy.training.few_shot")),
+        pytest.param("loop", marks=pytest.mark.slow),
+    ],
+)
 def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure):
     photos, unknown = paint(tmp_path / "photos", 17), stripes(tmp_path / "photos-unknown", 12)
     if procedure == "loop":
