@@ -78,14 +78,13 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                added = {"x-request-id": context.request_id}
+                added = message["headers"]
+                added.append((b"x-request-id", context.request_id.encode()))
                 if context.model_version:
-                    added["x-model-digest"] = context.model_version
+                    added.append((b"x-model-digest", context.model_version.encode()))
                 if context.rate_limit is not None:
-                    added |= context.rate_limit.headers()
-                message["headers"] += [
-                    (name.lower().encode(), value.encode()) for name, value in added.items()
-                ]
+                    limits = context.rate_limit.headers().items()
+                    added += [(name.lower().encode(), value.encode()) for name, value in limits]
             await send(message)
 
         limit = self.service.settings.max_body_bytes
