@@ -101,6 +101,7 @@ class RemoteQueue(RequestQueue):
         ended = started + infer_seconds
         self._model.latency.record(batch, infer_seconds)
         if row == 0:
+            # Images of other front ends may be in the batch; each front end counts the waiting of its own.
             self._counts.batch([], self._model.largest_batch, started, ended, num_images=batch)
         self._metrics.stage("queue", queue_seconds)
         if self._drift is not None:  # every front end tests windows of its own images

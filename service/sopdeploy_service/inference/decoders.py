@@ -48,7 +48,14 @@ START_OF_JPEG = b"\xff\xd8"
 
 log = logging.getLogger("sopdeploy.service")
 
-_Job = tuple[Model, QueuedImage, EncodedImage, bool]  # the last one: whether only this process may decode it
+
+class _Job(NamedTuple):
+    """An *image* to decode, with *here* only in this process; *item* then joins the queue of *model*."""
+
+    model: Model
+    item: QueuedImage
+    image: EncodedImage
+    here: bool
 
 
 class Plan(NamedTuple):
@@ -145,7 +152,7 @@ class Decoders:
 
     def put(self, model: Model, item: QueuedImage, image: EncodedImage, *, here: bool = False) -> None:
         """Queue *image* for decoding, with *here* in this process; *item* then joins the queue of *model*."""
-        self._lanes[0].put((model, item, image, here))
+        self._lanes[0].put(_Job(model, item, image, here))
 
     def reject_overdue(self, seconds: float) -> bool:
         """Reject the images whose decoding takes longer than *seconds*; return whether there are any."""
@@ -160,32 +167,30 @@ class Decoders:
             with suppress(OSError):  # of this thread only, on Linux
                 os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
         while (job := self._lanes[lane].get()) is not None:
-            item = job[1]
-            self._running[threading.get_ident()] = time.monotonic(), item
+            self._running[threading.get_ident()] = time.monotonic(), job.item
             try:
-                reason = self._decode_and_queue(lane, *job)
+                reason = self._decode_and_queue(lane, job)
             except _OtherLaneError as moved:
                 reason = self._move(job, moved.number)
             del self._running[threading.get_ident()]
             if reason is not None:
-                call_soon(item.outcome.get_loop(), item.settle, reason)
+                call_soon(job.item.outcome.get_loop(), job.item.settle, reason)
             if lane == LARGE_LANE:
                 Image.core.clear_cache()  # type: ignore[attr-defined]
                 trim_heaps()
-            del job, item, reason  # an idle thread must not keep an image or a model alive
+            del job, reason  # an idle thread must not keep an image or a model alive
 
     def _move(self, job: _Job, lane: int) -> HttpError | None:
         """Queue *job* in *lane*; return the error if too many large images wait there."""
         if lane == LARGE_LANE and self._lanes[lane].qsize() >= MAX_WAITING_LARGE:
             return DECODERS_BUSY
-        job[1].late = DECODERS_BUSY
+        job.item.late = DECODERS_BUSY
         self._lanes[lane].put(job)
         return None
 
-    def _decode_and_queue(
-        self, lane: int, model: Model, item: QueuedImage, image: EncodedImage, here: bool
-    ) -> HttpError | None:
-        """Decode *image* and queue *item*; return the error of an image that is not queued."""
+    def _decode_and_queue(self, lane: int, job: _Job) -> HttpError | None:
+        """Decode the image of *job* and queue its item; return the error of an image that is not queued."""
+        model, item, image, here = job
         if item.outcome.done() or model.queue.closed_with is not None:
             return model.queue.closed_with
         with ExitStack() as stack:

@@ -247,7 +247,7 @@ def test_given_groups_one_group_classes_and_contradictions_are_named(tmp_path: P
     ]
     found = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Warnings()).procedure
     lines = "\n".join(found.lines())
-    assert found.groups == 12
+    assert found.num_groups == 12
     assert "18 photographs, 12 different ones: copies are kept in the same fold" in lines
     assert "all images of red are one group" in lines
     assert "copies with different labels, correct or delete one: blue/0.png = green/1.png" in lines
@@ -342,7 +342,7 @@ def test_the_procedure_trains_on_thousands_of_images_and_says_so(tmp_path: Path)
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Reasons())
     assert result.procedure.top1.count == 3030
     assert result.procedure.top1.share > 0.95
-    assert max(candidate.features for candidate in result.procedure.candidates) > 1024
+    assert max(candidate.num_features for candidate in result.procedure.candidates) > 1024
     assert reasons[0].startswith("few-shot procedure, about ")
 
 

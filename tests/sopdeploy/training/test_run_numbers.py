@@ -75,7 +75,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert [checkpoint.project for checkpoint in checkpoints] == ["photos", "lights"]
     first = checkpoints[0].origin
     assert first is not None
-    assert (first.data, first.images, first.classes, len(first.sample)) == ("photos", 12, 2, 10)
+    assert (first.data, first.num_images, first.num_classes, len(first.sample)) == ("photos", 12, 2, 10)
     days = [f"2026-01-0{day}T10:00:00.000000Z" for day in (1, 2, 3)]
     old, new, pulled = (
         write_hollow(Path("bundles"), project=project, exported_at=day, origin=origin, opset=opset)
@@ -94,7 +94,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
         ("", pulled.name), ("broken", ""),
     }  # fmt: skip
     of_old = rows["photos-1", old.name]
-    assert (of_old["images"], of_old["classes"], of_old["date"]) == (12, 2, days[0])
+    assert (of_old["num_images"], of_old["num_classes"], of_old["date"]) == (12, 2, days[0])
     assert of_old["estimate"].startswith("top-1 ")
     assert "exported earlier" in of_old["problem"]
     assert rows["photos-1", "broken"]["problem"] == f"a copy of {new.name}"
