@@ -19,8 +19,10 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	--no-header --no-annotate --no-emit-index-url --no-emit-find-links
 # The same bytes for the same commit: its time, and locked build tools.
 BUILD = env SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/uv build --build-constraints deploy/lock/build.txt --require-hashes
-ALONE = env -u PYTHONPATH $(CURDIR)/$(BIN)/uv run --no-project --isolated --python $(CURDIR)/$(BIN)/python --with "$$(ls *.whl)
-EVERY_COMMAND = python $(CURDIR)/deploy/every_command.py bundles/latest
+# An environment with nothing but the wheel and some extras; `--exact` removes what the extras before needed.
+ALONE := env -u PYTHONPATH nice .venv/bin
+INSTALL_ALONE = nice $(CURDIR)/$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
+EVERY_COMMAND = $(ALONE)/python $(CURDIR)/deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
 UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation doctor) \
 	$(addprefix tests/service/,http images) tests/sweep/test_goldens.py
@@ -40,9 +42,10 @@ demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
 	$(MAKE) --jobs=2 types lint contracts unit
 
+# `types` and `wheel-test` are nice: they run while tests wait.
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests that are not slow: what CI runs
-	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile check
-	$(MAKE) --jobs=2 wheel-test tests
+	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile lint contracts
+	$(MAKE) --jobs=2 tests types wheel-test
 
 fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
 	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m hypothesis
@@ -107,9 +110,11 @@ site: $(STAMP)  ## build docs/ as a site; open build/site/index.html
 	$(BIN)/mkdocs build --strict --quiet
 
 # In its own environment, which also sees the packages of $(PYTHON), such as torch: a GPU server may have no package
-# index. The .pth file is for a $(PYTHON) that is itself a virtual environment.
+# index. The .pth file is for a $(PYTHON) that is itself a virtual environment. Before Python 3.12, `venv` adds an old
+# setuptools, which would hide the one that torch needs.
 $(GPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv --system-site-packages $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip uninstall --quiet --yes setuptools
 	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$($(GPU_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	$(GPU_INSTALL) hatchling editables
@@ -137,17 +142,18 @@ soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting client
 dist: $(STAMP)  ## sdist and wheel in dist/, reproducible for the same commit
 	$(BUILD) --out-dir dist
 
-# Each environment contains the wheel and its extras only; the last three lack torch or a runtime.
-wheel-test: $(STAMP)  ## build the wheel, install it into empty environments, train with [train], run every command in each
+# One environment with changing extras: torch is installed and compiled once. Two lack a runtime, two lack torch.
+wheel-test: $(STAMP)  ## build the wheel, install it with changing extras, train with [train], run every command with each
 	rm -rf build/wheel
 	nice $(BUILD) --wheel --out-dir build/wheel
-	cd build/wheel && nice $(ALONE)[train,cpu]" sh -e -c '\
-		sopdeploy train --recipe digits-dsop --set epochs=1 --out run && \
-		sopdeploy export run/best.pt --detach --max-batch 1 --out bundles'
-	cd build/wheel && nice $(ALONE)[cpu]" sh -e -c '\
-		python $(CURDIR)/deploy/no_torch.py && sopdeploy verify bundles/latest && $(EVERY_COMMAND)'
-	cd build/wheel && nice $(ALONE)" $(EVERY_COMMAND)
-	cd build/wheel && nice $(ALONE)[train]" $(EVERY_COMMAND)
+	$(BIN)/uv venv --quiet --python $(BIN)/python build/wheel/.venv
+	cd build/wheel && $(INSTALL_ALONE)[train,cpu]"
+	cd build/wheel && $(ALONE)/sopdeploy train --recipe digits-dsop --set epochs=1 --out run
+	cd build/wheel && $(ALONE)/sopdeploy export run/best.pt --detach --max-batch 1 --out bundles
+	cd build/wheel && $(INSTALL_ALONE)[train]" && $(EVERY_COMMAND)
+	cd build/wheel && $(INSTALL_ALONE)" && $(EVERY_COMMAND)
+	cd build/wheel && $(INSTALL_ALONE)[cpu]" && $(EVERY_COMMAND)
+	cd build/wheel && $(ALONE)/python $(CURDIR)/deploy/no_torch.py && $(ALONE)/sopdeploy verify bundles/latest
 
 samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs g++ with headers, and `npm install` there
 	$(BIN)/pytest --slow tests/deploy/test_samples.py

@@ -56,7 +56,7 @@ from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.decision import Score, known_score
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.statistics import paired
+from sopdeploy.evaluation.statistics import student
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import with_head
 from sopdeploy.models.second_order_head import HeadConfig, PooledHead, SecondOrderHead
@@ -292,8 +292,7 @@ def results_of(name: str, draws: list[dict[str, Any]]) -> tuple[list[Result], li
 
 def interval(case: str, differences: list[float]) -> list[Result]:
     """Report the mean of *differences* and its 95 % interval, in points."""
-    found = paired(differences)
-    values = {"mean": found.mean, "low": found.interval.low, "high": found.interval.high}
+    values = {"mean": float(np.mean(differences)), **student(differences)._asdict()}
     return [
         Result(case=f"{case}, {name}", ours=value, unit="points", runs=len(differences))
         for name, value in values.items()
@@ -336,7 +335,7 @@ def main(arguments: list[str]) -> int:
                 gains.append(gain)
             per_draw = np.mean(gains, axis=0).tolist()
             results += interval(f"{case.name}, all sizes, train minus best simple head", per_draw)
-            is_better &= paired(per_draw).interval.low > 0
+            is_better &= student(per_draw).low > 0
     report(results, as_json=given.json, threads=os.environ.get("OMP_NUM_THREADS", "all"))
     return 0 if is_better else 1
 

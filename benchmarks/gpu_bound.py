@@ -4,8 +4,9 @@
 
 ResNet-50 in fp16, JPEGs of 500 x 375 pixels, one image per request. Each row is the bound that one stage
 alone sets. The CPU time of decoding and of the steps for the GPU is measured, on the stand-in for CUDA or on
-a GPU; the other figures are below with their source. Nothing here has run on an H100: the smallest rows are
-the claim that `make gpu-check` (stage `http`) tests.
+a GPU; the other figures are below with their source, and a row that needs one without a source says
+`assumed`. Nothing here has run on an H100: the smallest rows are the claim that `make gpu-check` (stage
+`http`) tests.
 """
 
 import statistics
@@ -24,14 +25,15 @@ CORES = 16
 REQUEST = 0.2e-3  # s of CPU per request; measured by request_cpu.py (docs/scaling.md, inputs)
 SENT = 0.1e-3  # s to send an image to the inference process; measured by front_ends.py (docs/scaling.md)
 RECEIVED = 0.11e-3  # s with the interpreter lock there; measured by front_ends.py (docs/scaling.md)
+DECODED_THERE = 0.03e-3  # s of CPU more for a JPEG; measured by jpeg_messages.py, as if it held the lock
 # Published: https://www.baseten.co/blog/unlocking-the-full-power-of-nvidia-h100-gpus-for-ml-inference-with-tensorrt/
 H100_MEMORY = 3.35e12  # bytes/s, H100 SXM
-H100_TO_A100 = 1.6  # of the bandwidth of their memory
-# Published: PCI Express Gen 5, https://docs.nvidia.com/launchpad/ai/h100-mig/latest/h100-mig-gpu.html
-PCIE = 16 * 32e9 / 8  # bytes/s in one direction: 16 lanes of 32 Gbit/s
-H100_ENGINES = 7  # JPEG decoders; assumed, no source was read
+H100_TO_A100 = 1.6  # of the bandwidth of their memory; assumed to be that of their images/s, too
+# Published: https://hawkvelt.id.au/post/2024-08-04-nvidia-h100, 128 GB/s in both directions together
+PCIE = 64e9  # bytes/s; the peak, what copies reach is not known
+H100_ENGINES = 7  # JPEG decoders; assumed, no source was found
 # Published: https://forums.developer.nvidia.com/t/a100-hardware-nvjpeg-batch-decoding-takes-5ms-before-decoding-and-why/228533
-# An A100 decodes 5 images of 3840 x 2160 pixels in 5 ms, and one in the same time: one engine each.
+# An A100 decodes 5 images of 3840 x 2160 pixels in 5 ms, and one in the same time; assumed: an engine each.
 ENGINE_PIXELS = 3840 * 2160 / 5e-3  # pixels/s
 # Published: https://github.com/NVIDIA/DeepLearningExamples, PyTorch/Classification/ConvNets/triton/resnet50
 # One A100 of 80 GB, Triton, ONNX Runtime with TensorRT, fp16, 256 concurrent requests.
@@ -66,14 +68,18 @@ def stages(runs: int) -> list[Stage]:
     return [
         Stage("decode on 16 cores", CORES / on_core, "measured"),
         Stage("16 cores, decoding on them", CORES / (on_core + upload + http), "measured"),
-        Stage("16 cores, decoding on the GPU", CORES / (header + resize + upload + http), "measured"),
-        Stage("decode on the GPU", H100_ENGINES * ENGINE_PIXELS / pixels, "estimated from published"),
+        Stage(
+            "16 cores, decoding on the GPU",
+            CORES / (header + resize + upload + http + DECODED_THERE),
+            "measured",
+        ),
+        Stage("decode on the GPU", H100_ENGINES * ENGINE_PIXELS / pixels, f"{H100_ENGINES} engines assumed"),
         Stage("resize on the GPU", H100_MEMORY / resize_bytes, "estimated from published"),
         Stage("resized pixels to the host", PCIE / (3 * width * height), "estimated from published"),
         Stage(f"upload, {BATCH} images", PCIE / image, "estimated from published"),
-        Stage("run", A100_RESNET50 * H100_TO_A100, "estimated from published"),
+        Stage("run", A100_RESNET50 * H100_TO_A100, f"{H100_TO_A100} times an A100 assumed"),
         # Collecting and uploading a batch do not hold the lock.
-        Stage("response: the lock of the inference process", 1 / RECEIVED, "measured"),
+        Stage("response: the lock of the inference process", 1 / (RECEIVED + DECODED_THERE), "measured"),
     ]
 
 

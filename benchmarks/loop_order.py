@@ -34,7 +34,7 @@ from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision
-from sopdeploy.evaluation.statistics import paired
+from sopdeploy.evaluation.statistics import student
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.few_shot.candidates import Network, list_heads
 from sopdeploy.training.few_shot.classifier import Problem, Targets
@@ -233,8 +233,7 @@ def measure(arguments: argparse.Namespace) -> list[Result]:
     results = []
     for name in draws[0]:
         needed = [labels_needed(curves[name], curves["random"][BUDGET // STEP - 1]) for curves in draws]
-        found = paired(needed)
-        interval = {"mean": found.mean, "low": found.interval.low, "high": found.interval.high}
+        interval = {"mean": float(np.mean(needed)), **student(needed)._asdict()}
         values = {
             f"labels for the accuracy of {BUDGET} random, {what}": (one, "labels")
             for what, one in interval.items()

@@ -305,21 +305,21 @@ def chart(points: Sequence[Point]) -> Markup:
     title = "Accuracy on new photographs against training time, EfficientNet-Lite0 on one core"
     across = Axis("", logarithmic=True, low=5, high=max(point.seconds for point in points) * 1.3)
     upward = Axis("", low=10 * (min(point.accuracy for point in points) // 10), high=100)
-    x_scale = across.scale([point.seconds for point in points])
-    y_scale = upward.scale([point.accuracy for point in points])
+    left, right = across.limits([point.seconds for point in points])
+    low, high = upward.limits([point.accuracy for point in points])
 
     def position(seconds: float, accuracy: float) -> tuple[float, float]:
-        x, y = x_scale.position(seconds), y_scale.position(accuracy)
+        x, y = across.position(seconds, left, right), upward.position(accuracy, low, high)
         return LEFT + x * (RIGHT - LEFT), BOTTOM - y * (BOTTOM - TOP)
 
     shapes = [element("text", title, x=16, y=28)]
-    for accuracy in range(int(y_scale.low), 101, 10):
-        _, y = position(x_scale.low, accuracy)
+    for accuracy in range(int(low), 101, 10):
+        _, y = position(left, accuracy)
         shapes.append(element("path", d=f"M{LEFT} {y:.1f}H{RIGHT}", stroke="#e3e8e9"))
         shapes.append(element("text", f"{accuracy} %", x=LEFT - 8, y=y + 5, text_anchor="end", class_="axis"))
     for seconds in (5, 10, 20, 50, 100, 200, 500, 1000, 2000):
-        if x_scale.low <= seconds <= x_scale.high:
-            x, _ = position(seconds, y_scale.low)
+        if left <= seconds <= right:
+            x, _ = position(seconds, low)
             shapes.append(
                 element("text", f"{seconds} s", x=x, y=BOTTOM + 20, text_anchor="middle", class_="axis")
             )

@@ -2,8 +2,8 @@
 
 Computes the margins of photographs in all variants that an export measures here. Three of five photographs,
 at most as many as an export uses, give the threshold; the others are marked and tested in all variants. This
-is repeated with 200 random splits. Then one variant after the other is left out: the threshold does not see
-it, the test does.
+is repeated with 200 random splits. Then one variant after the other is left out, all draws of noise together:
+the threshold does not see it, the test does.
 
     python benchmarks/stable.py --data DIR BUNDLE [--every N] [--json]
 
@@ -24,13 +24,13 @@ SPLITS = 200
 
 
 def measure(names: tuple[str, ...], leads: NDArray[np.float64], left_out: str) -> NDArray[np.float64]:
-    """Mark a part of the photographs by a threshold that does not see *left_out*, a variant or "".
+    """Mark a part of the photographs by a threshold that does not see *left_out*, a kind of variant or "".
 
     Returns, for each split, the threshold, the share of stable photographs, the share of these that get
     another class in a variant, and the share of all photographs that do.
     """
-    seen = [True, *(name != left_out for name in names)]
-    kept, random, rows = tuple(name for name in names if name != left_out), np.random.default_rng(0), []
+    kept = tuple(name for name in names if kind_of(name) != left_out)
+    seen, random, rows = [True, *(name in kept for name in names)], np.random.default_rng(0), []
     for _ in range(SPLITS):
         order = random.permutation(len(leads))
         count = min(3 * len(leads) // 5, MAX_PHOTOGRAPHS)
@@ -43,10 +43,15 @@ def measure(names: tuple[str, ...], leads: NDArray[np.float64], left_out: str) -
     return np.array(rows)
 
 
+def kind_of(variant: str) -> str:
+    """Return the name of a variant without the number of its draw."""
+    return variant.partition(", draw")[0]
+
+
 def results(names: tuple[str, ...], leads: NDArray[np.float64]) -> list[Result]:
-    """Summarize the splits, with all variants and with each of them left out."""
+    """Summarize the splits, with all variants and with each kind of them left out."""
     found = []
-    for left_out in ("", *names):
+    for left_out in ("", *dict.fromkeys(map(kind_of, names))):
         rows = measure(names, leads, left_out)
         case = f"without {left_out}" if left_out else f"{len(leads)} photographs, {len(names)} variants"
         for name, value, unit in (

@@ -33,16 +33,16 @@ Name = Annotated[str | None, pydantic.AfterValidator(check_project_name)]
 class Origin(StrictModel):
     """Where a trained network comes from.
 
-    `run` and `data` are the names of the folders of the run and of its images. `images` includes the held-out
-    ones; `sample` has the lowest hashes of training images, at most `SAMPLED`.
+    `run` and `data` are the names of the folders of the run and of its images. `num_images` includes the
+    held-out ones; `sample` has the lowest hashes of training images, at most `SAMPLED`.
     """
 
     run: str
     run_id: str
     started: Time
     data: str
-    images: int
-    classes: int
+    num_images: int
+    num_classes: int
     sample: tuple[int, ...] = ()
 
 

@@ -21,7 +21,7 @@ from sopdeploy.data.base import Split
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import predict_images
-from sopdeploy.evaluation.statistics import paired
+from sopdeploy.evaluation.statistics import student
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.procedure import select_procedure
@@ -164,8 +164,7 @@ def compare_results(
 def _compare_pair(first: str, second: str, correct: Mapping[str, NDArray[np.bool_]]) -> Pair:
     gain_SN = correct[second].astype(np.int8) - correct[first].astype(np.int8)
     differences = gain_SN.mean(axis=1).tolist()
-    change = paired(differences)._asdict()
-    mean, (low, high) = change["mean"], change.pop("interval")
+    mean, (low, high) = fmean(differences), student(differences)
     verdict = NO_EFFECT
     if low > 0 or high < 0:
         verdict = (
@@ -173,5 +172,15 @@ def _compare_pair(first: str, second: str, correct: Mapping[str, NDArray[np.bool
             f"{100 * abs(mean):.2f} points ({100 * low:+.2f} to {100 * high:+.2f})"
         )
     return Pair(
-        first=first, second=second, differences=differences, low=low, high=high, verdict=verdict, **change
+        first=first,
+        second=second,
+        differences=differences,
+        mean=mean,
+        sd=stdev(differences),
+        low=low,
+        high=high,
+        wins=sum(value > 0 for value in differences),
+        ties=sum(value == 0 for value in differences),
+        losses=sum(value < 0 for value in differences),
+        verdict=verdict,
     )

@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"sopdeploy": ".", "sopdeploy_export": "export", "sopdeploy_service": "service"}
+WITH_TESTS = {**PACKAGES, "tests": "."}
 UNIT_TESTS = tuple(
     f"tests/{name}" for name in ("sopdeploy", "export", "service", "sweep", "attacks", "plugin")
 )
@@ -105,9 +106,9 @@ PARTS = {
 }
 
 
-def modules(tree: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the dotted name and the file of every module of the three packages."""
-    for package, folder in PACKAGES.items():
+def modules(tree: Path, packages: Mapping[str, str] = PACKAGES) -> Iterator[tuple[str, Path]]:
+    """Yield the dotted name and the file of every module of *packages*, by default of the three packages."""
+    for package, folder in packages.items():
         for path in sorted((tree / folder / package).rglob("*.py")):
             parts = path.relative_to(tree / folder).with_suffix("").parts
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
@@ -132,14 +133,14 @@ def copy_without(part: Part, tree: Path) -> set[str]:
         if source.is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes(source.read_bytes())
-    before = {name for name, _ in modules(tree)}
+    before = {name for name, _ in modules(tree, WITH_TESTS)}
     for pattern in [path for gone in (part, *map(PARTS.get, part.needed_by)) if gone for path in gone.paths]:
         matches = list(tree.glob(pattern))
         if not matches:
             sys.exit(f"{pattern}: no such path")
         for path in matches:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return before - {name for name, _ in modules(tree)}
+    return before - {name for name, _ in modules(tree, WITH_TESTS)}
 
 
 def unregister(removed: set[str], tree: Path) -> None:
@@ -207,7 +208,8 @@ def problems_without(part: Part, tree: Path, tests: list[str]) -> list[str]:
     }
     names = [name for name, _ in modules(tree) if not name.endswith("__main__")]
     importing = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
-    options = ["-q", "-rfE", "--maxfail=20", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    workers = str((os.cpu_count() or 1) + 1)  # as `make tests`
+    options = ["-q", "-rfE", "--maxfail=20", "-n", workers, "--dist", "loadfile", "-p", "no:cacheprovider"]
     options += tests_of_others(removed, tree)
     for command in (["-c", importing], ["-m", "pytest", *options, *tests]):
         done = subprocess.run(

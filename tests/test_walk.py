@@ -105,7 +105,7 @@ def test_the_export_detaches_with_proof(home: Path, exported: dict[str, Any]) ->
     assert (manifest.project, manifest.model) == ("photos", "dsop-resnet8")
     assert manifest.origin is not None
     assert (manifest.origin.run, manifest.origin.data) == ("photos-1", "photos")
-    assert (manifest.origin.images, manifest.origin.classes) == (
+    assert (manifest.origin.num_images, manifest.origin.num_classes) == (
         len(COLOURS) * PHOTOS,
         len(COLOURS),
     )

@@ -127,14 +127,17 @@ def find_factor(value: ir.Value) -> Factor:
 
 
 def find_gram(node: ir.Node | None) -> Gram | None:
-    """Return the product of a value and its own transpose that *node* computes."""
+    """Return the product X X^T that *node* computes, or X^T X without centering; None for other operators.
+
+    X must have fixed sizes apart from the batch.
+    """
     if node is None or node.op_type != "MatMul" or len(dims(node.outputs[0])) != 3:
         return None
-    factors = [find_factor(operand(node, index)) for index in (0, 1)]
-    left, right = factors
+    left, right = (find_factor(operand(node, index)) for index in (0, 1))
     symmetric = left.base is right.base and left.transposed != right.transposed and left.sign == right.sign
     centered = left.centered or right.centered
-    if not symmetric or (centered and left.transposed) or None in dims(left.base)[1:]:
+    has_fixed_sizes = None not in dims(left.base)[1:]
+    if not symmetric or (centered and left.transposed) or not has_fixed_sizes:
         return None
     return Gram(node, left.base, centered)
 
@@ -159,16 +162,18 @@ def find_total(value: ir.Value, a: ir.Value) -> Norm | None:
     ):
         return None
     (first, by), other = unscaled(operand(node, 0)), node.inputs[1]
-    if node.op_type == "Pow":
-        return Norm(value, True, by, by**2, 2) if first is a and scalar(other) == 2 else None
-    if other is not None and unscaled(other)[0] is a and first is a:
+    if node.op_type == "Pow":  # (c A)^2
+        if first is not a or scalar(other) != 2:
+            return None
+        return Norm(value, squared=True, factor=by, share=by**2, power=2)
+    if other is not None and unscaled(other)[0] is a and first is a:  # (c A) (d A)
         product = by * unscaled(other)[1]
-        return Norm(value, True, product**0.5, product, 2) if product > 0 else None
-    for matrix, identity in (node.inputs, node.inputs[::-1]):
+        return Norm(value, squared=True, factor=product**0.5, share=product, power=2) if product > 0 else None
+    for matrix, identity in (node.inputs, node.inputs[::-1]):  # (c A) (d I)
         factor = identity_factor(identity, a)
         if matrix is not None and factor is not None and unscaled(matrix)[0] is a:
             factor *= unscaled(matrix)[1]
-            return Norm(value, False, factor, factor, 1) if factor > 0 else None
+            return Norm(value, squared=False, factor=factor, share=factor, power=1) if factor > 0 else None
     return None
 
 

@@ -114,10 +114,11 @@ def make_batches(types: Types) -> Iterator[dict[str, tuple[str, ...]]]:
     for special in SPECIAL:
         batches += [{other: special if other == name else USUAL for other in types} for name in types]
     for batch in batches:
-        length = len(next(iter(batch.values())))
-        size = fixed_batch(types) or length
-        for start in range(0, length, size):
-            yield {name: (kinds[start : start + size] + USUAL * size)[:size] for name, kinds in batch.items()}
+        num_images = len(next(iter(batch.values())))
+        size = fixed_batch(types) or num_images
+        for start in range(0, num_images, size):
+            parts = {name: kinds[start : start + size] for name, kinds in batch.items()}
+            yield {name: (part + USUAL * size)[:size] for name, part in parts.items()}
 
 
 def make_input(

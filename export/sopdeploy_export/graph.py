@@ -50,6 +50,9 @@ BATCH_GUARD = re.compile(r"generated guard (?P<guard>[^\n]*)|to be a constant|ma
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}  # x + 0 = x, x * 1 = x
+NEARLY = 1e-5  # the largest difference that the converter's optimizer ignores
+COPIES = frozenset({"Identity", "Cast", "CastLike"})
 _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 
 _SEED = 20_240_117
@@ -341,7 +344,11 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
                 output_names=list(outputs),
                 external_data=False,
                 verbose=False,
+                optimize=False,
             )
+            if converted is not None:
+                _keep_small_differences(converted.model.graph)
+                converted.optimize()
         except Exception as error:  # the converter does not limit what its passes raise
             cause: BaseException = error
             while cause.__cause__ is not None:  # only the first error names the operator
@@ -350,6 +357,30 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
     if converted is None:
         raise LoweringError("no ONNX form: the converter returned nothing")
     return converted
+
+
+def _keep_small_differences(graph: ir.Graph) -> None:
+    """Give scalars in sums and products of *graph* one axis if they are nearly, but not exactly, 0 and 1.
+
+    The converter's optimizer (onnxscript) takes a scalar without axes for 0 if it is at most 1e-8, and for 1
+    if it differs by at most 1e-5, and removes the operator: x / (|x| + 1e-8) becomes x / |x|, which is NaN at
+    0. Results without axes are computed from constants only; the optimizer does this first, and exactly.
+    """
+    for node in list(graph):
+        result, neutral = node.outputs[0], NEUTRAL.get(node.op_type)
+        if neutral is None or (result.shape is not None and result.shape.rank() == 0):
+            continue
+        for index, value in enumerate(node.inputs):
+            source = value
+            while source is not None and (maker := source.producer()) is not None and maker.op_type in COPIES:
+                source = maker.inputs[0]
+            tensor = None if source is None else ir.convenience.get_const_tensor(source)
+            if tensor is None or tensor.shape.rank() or not 0 < abs(tensor.numpy() - neutral) <= NEARLY:
+                continue
+            axis = ir.node("Constant", [], {"value_ints": [0]})
+            widened = ir.node("Unsqueeze", [value, axis.outputs[0]])
+            graph.insert_before(node, [axis, widened])
+            node.replace_input_with(index, widened.outputs[0])
 
 
 def check_graph(proto: onnx.ModelProto, opset: int = OPSET) -> None:

@@ -30,6 +30,7 @@ RANDOM = ("Random", "Bernoulli", "Multinomial", "Dropout")
 GROWING = ("ConstantOfShape", "EyeLike", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile")
 _MOST_NUMBERS = 2**26  # of a constant that is computed
 CONSTANT = "constant"  # the key of the content of a computed constant in `Value.meta`
+REPLACED = "/before"  # ends the name of a value whose readers now read another one
 _ROWS = "rows"  # the key of the result of `rows`
 
 
@@ -113,6 +114,7 @@ class Graph:
         return nodes
 
     def _model(self, nodes: set[ir.Node], inputs: Sequence[ir.Value], output: ir.Value) -> onnx.ModelProto:
+        """Make a model of *nodes* and the constants that they read, from *inputs* to *output*."""
         constants = {
             str(value.name): ir.tensor(np.asarray(content(value)), name=value.name)
             for node in nodes
@@ -121,9 +123,9 @@ class Graph:
         }
         described = []
         for value in inputs:
-            sizes = [
-                size if i or rows(value) == (size, None) else "batch" for i, size in enumerate(dims(value))
-            ]
+            sizes: list[int | str | None] = [*dims(value)]
+            if sizes and rows(value) != (sizes[0], None):  # the first size is not fixed
+                sizes[0] = "batch"
             described.append(
                 onnx.helper.make_tensor_value_info(str(value.name), int(value.dtype or 0), sizes)
             )
@@ -169,7 +171,7 @@ class Graph:
 
     def replace(self, old: ir.Value, new: ir.Value) -> None:
         """Replace *old* by *new* for every reader; *new* takes the name of *old*."""
-        name, old.name = old.name, f"{old.name}/before"
+        name, old.name = old.name, f"{old.name}{REPLACED}"
         new.name, new.type, new.shape = name, old.type, old.shape
         old.replace_all_uses_with(new, replace_graph_outputs=True)
 
@@ -178,7 +180,7 @@ class Graph:
         removed = []
         for node in reversed(self.nodes()):
             if not any(value.uses() or value.is_graph_output() for value in node.outputs):
-                removed.append(name_of(node).removesuffix("/before"))
+                removed.append(name_of(node).removesuffix(REPLACED))
                 self.graph.remove(node, safe=True)
                 self.made.discard(node)
         for name, value in list(self.graph.initializers.items()):

@@ -98,9 +98,11 @@ class NetworkExportOptions(NetworkOptions):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "NetworkExportOptions":
-        for name in self.model_fields_set if self.network is None else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ConfigError("only for a network of your own", setting=name, remedies={"network": None})
+        if self.network is None:
+            for name in self.model_fields_set:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    remedies = {"network": None}
+                    raise ConfigError("only for a network of your own", setting=name, remedies=remedies)
         if self.plain_option and self.plain is None:
             raise ConfigError("only with a plain network", setting="plain_option", remedies={"plain": None})
         return self

@@ -205,7 +205,8 @@ def certify_onnx(
             )
     if mixing and not options.allow_batch_dependence:
         raise LoweringError(
-            f"the outputs for an image may depend on other images of its batch: {mixing[0]} combines images",
+            f"the outputs for an image may depend on its batch: {mixing[0]} combines images, or uses their "
+            "number or positions",
             remedies={"allow_batch_dependence": True},
         )
     roots = proof.certificate.roots.model_copy(update={"onnx": root})
@@ -279,9 +280,16 @@ def _measure_stability(job: "_Job", file: Path, converted: ConvertedGraph) -> St
     if photographs is None:
         return None
     count = min(len(photographs.images), MAX_PHOTOGRAPHS)
-    job.step(f"measuring which answers are stable on {count} photographs", CHECKED)
-    float32 = None if options.precision == "fp32" else converted.float32_model
-    return measure_stability(file, float32, photographs, subject.preprocess, options.batch.maximum)
+    name = f"measuring which answers are stable on {count} photographs"
+    job.step(name, 0.0)  # its time depends on the photographs
+    return measure_stability(
+        file,
+        None if options.precision == "fp32" else converted.float32_model,
+        photographs,
+        subject.preprocess,
+        options.batch.maximum,
+        lambda left: job.step(f"{name} (about {left:.0f} s left)", 0.0),
+    )
 
 
 def _write_bundle(

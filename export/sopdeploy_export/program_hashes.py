@@ -252,6 +252,7 @@ class _ValueHasher:
             self._visit_call(node)
 
     def _visit_call(self, node: fx.Node) -> None:
+        """Compute the value of a call without the images, otherwise its hash; see `value_root`."""
         target: Any = node.target
         if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
             value = node.meta["val"].node.expr.subs(self.sizes)
@@ -266,13 +267,11 @@ class _ValueHasher:
                 self.known[node] = target(*args, **kwargs)
             return
         name = str(getattr(target, "overloadpacket", target))
-        layout = name in VALUE_LAYOUT and str(target) != "aten.view.dtype"
+        keeps_values = name in VALUE_LAYOUT and str(target) != "aten.view.dtype"
         shape = self._shape(node)
-        if layout or (name == "aten.expand" and shape == self._shape(operands[0])):
-            source, before = self.reshaped.get(operands[0]) or (
-                self._hash(operands[0]),
-                self._shape(operands[0]),
-            )
+        if keeps_values or (name == "aten.expand" and shape == self._shape(operands[0])):
+            operand = operands[0]  # if it is itself reshaped, both reshapes become one
+            source, before = self.reshaped.get(operand) or (self._hash(operand), self._shape(operand))
             self.reshaped[node] = source, before
             self.hashes[node] = source if shape == before else hash_parts("reshape", source, shape)
             return
@@ -323,7 +322,7 @@ def _attribute_hash(node: fx.Node) -> str:
         raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
     # inputs of a subgraph are hashed by position
     placeholders = [inner for inner in value.graph.nodes if inner.op == "placeholder"]
-    leaves = {node.name: hash_parts("argument", str(i)) for i, node in enumerate(placeholders)}
+    leaves = {inner.name: hash_parts("argument", str(i)) for i, inner in enumerate(placeholders)}
     outputs = next(inner for inner in value.graph.nodes if inner.op == "output")
     hashes, _ = _hash_nodes(value.graph, leaves, outputs.all_input_nodes)
     return hash_parts("graph", _encode(outputs.args[0], hashes.__getitem__))

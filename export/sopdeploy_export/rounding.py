@@ -9,6 +9,7 @@ example the partial sums of a convolution.
 """
 
 import math
+import re
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,8 @@ from sopdeploy_export.graph import evenly_spread
 
 _MAX_IMAGES = 4  # the gradients of an image take about five times as long as its logits in float64
 _FACTOR = 4.0
+# What torch says of its own operations and of custom ones
+_NO_DERIVATIVE = re.compile("derivative for .* is not implemented|no autograd formula was registered")
 
 
 class RoundingBound(StrictModel):
@@ -41,14 +44,16 @@ def bound_rounding(
     """Bound the effect of rounding in *program* for at most `_MAX_IMAGES` of the *images* (P, H, W, 3) uint8.
 
     The types are those of *program*, which has the casts of *precision*. None for int8, whose steps are no
-    roundings of this kind, and for a network without gradients.
+    roundings of this kind, and for a network with an operation that has no derivative.
     """
     if precision == "int8":
         return None
     module, chosen = program.module(), evenly_spread(len(images), _MAX_IMAGES)
     try:
         found = [bound_margin(module, torch.tensor(images[[index]])) for index in chosen]
-    except RuntimeError:  # an operation without a derivative
+    except RuntimeError as error:
+        if _NO_DERIVATIVE.search(str(error)) is None:
+            raise
         return None
     margins, bounds = zip(*found, strict=True)
     return RoundingBound(precision=precision, margins=margins, bounds=bounds)
@@ -92,12 +97,12 @@ class _Rounded(fx.Interpreter):
         """
         if not isinstance(like, Tensor) or like.dtype not in REDUCED:
             return exact
-        is_cast = isinstance(exact, nn.Parameter) and like.dtype != torch.float32
-        exact = (exact.detach() if isinstance(exact, nn.Parameter) else exact).double()
+        is_parameter = isinstance(exact, nn.Parameter)
+        exact = (exact.detach() if is_parameter else exact).double()
         value = exact.detach()
         rounded, change = value.to(like.dtype).double(), value.abs() * torch.finfo(like.dtype).eps / 2
-        if not is_cast:
-            change[rounded == value] = 0.0
+        if not is_parameter or like.dtype == torch.float32:
+            change[rounded == value] = 0.0  # these values are exact
         if not change.any():
             return exact
         result = exact + (rounded - value) if exact.requires_grad else rounded.requires_grad_()

@@ -6,12 +6,19 @@ largest losses of the photographs with the correction of split conformal predict
 2021, section 1): it assumes no distribution, only that new photographs are like these. Losses of photographs
 that the network was trained on are larger, so a threshold from them is higher than it has to be.
 
+For decoders and filters that are not measured, filters, colors and noise are varied in several ways each, and
+`_RESERVE` is a factor on the threshold. docs/benchmarks/stable.md shows what a variant changes that the
+threshold has not seen.
+
 Letters: P photographs, V variants.
 """
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,13 +49,15 @@ from sopdeploy_export.parity.findings import LOGITS
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 
 _LEVEL = 0.95
+_RESERVE = 1.15  # chosen on the photographs of docs/benchmarks/stable.md
 MAX_PHOTOGRAPHS = 200
+_TIMED = 10  # photographs that give the time of the others
 _DECODERS = {  # options of nvImageCodec's decoder for CPUs, which is libjpeg-turbo
     "fast DCT": ":fancy_upsampling=1 :fast_idct=1",
     "box upsampling of colors": ":fancy_upsampling=0",
 }
 _PARTS = 10_000  # of a logit: what is recorded does not depend on the threads of a runtime
-_SEED = 43
+_SEEDS = {f"noise of one gray level, draw {number}": 42 + number for number in (1, 2, 3, 4)}
 
 Decoder = Callable[[bytes], Image.Image | None]
 ComputeLogits = Callable[[NDArray[np.uint8]], NDArray[np.float32]]  # (n, H, W, 3) to logits (n, C)
@@ -83,17 +92,30 @@ def find_photographs(checkpoint: Checkpoint) -> Photographs | None:
 
 
 def measure_stability(
-    file: Path, float32: onnx.ModelProto | None, photographs: Photographs, rules: Preprocess, batch: int
+    file: Path,
+    float32: onnx.ModelProto | None,
+    photographs: Photographs,
+    rules: Preprocess,
+    batch: int,
+    on_seconds_left: Callable[[float], None] = lambda _: None,
 ) -> Stability:
     """Measure the threshold of stable answers for the exported *file*, at most `MAX_PHOTOGRAPHS` images.
 
     *float32* is the graph before its conversion to another precision, None for fp32. Images run in batches of
-    at most *batch*. Of near-duplicates, one is used. Raises `DataError` for an image that cannot be read.
+    at most *batch*. Of near-duplicates, one is used. *on_seconds_left* is called after `_TIMED` of them.
+    Raises `DataError` for an image that cannot be read.
     """
     images = _spread(photographs.images)
     signatures = np.stack([signature(images[index][0]) for index in range(len(images))])
     first = np.unique(groups_of_files(images, signatures), return_index=True)[1].tolist()
-    names, leads = compute_leads(file, float32, map(images.read, first), rules, batch)
+    started = time.monotonic()
+
+    def read(number: int) -> bytes:
+        if number == _TIMED:
+            on_seconds_left((time.monotonic() - started) * (len(first) / _TIMED - 1))
+        return images.read(first[number])
+
+    names, leads = compute_leads(file, float32, map(read, range(len(first))), rules, batch)
     return fit_stability(names, leads, fitted=photographs.fitted)
 
 
@@ -126,9 +148,9 @@ def fit_stability(names: tuple[str, ...], leads_P1V: NDArray[np.float64], *, fit
     margins_P, losses_PV = leads_P1V[:, 0], leads_P1V[:, :1] - leads_P1V[:, 1:]
     worst_P = losses_PV.max(axis=1)
     above_others_P = np.array(
-        [margin > quantile(np.delete(worst_P, index)) for index, margin in enumerate(margins_P)]
+        [margin > _RESERVE * quantile(np.delete(worst_P, index)) for index, margin in enumerate(margins_P)]
     )
-    threshold = max(0.0, quantile(worst_P))
+    threshold = max(0.0, _RESERVE * quantile(worst_P))
     return Stability(
         threshold=None if threshold == math.inf else math.ceil(threshold * _PARTS) / _PARTS,
         level=_LEVEL,
@@ -148,7 +170,7 @@ def quantile(losses_P: NDArray[np.float64]) -> float:
 
     It is the loss with rank ceil(`_LEVEL` (P + 1)), infinite if there are fewer photographs than that.
     """
-    rank = math.ceil(_LEVEL * (len(losses_P) + 1) - 1e-9)
+    rank = math.ceil(_LEVEL * (len(losses_P) + 1) - 1e-9)  # a product such as 95.00000000000001 is 95
     return float(np.sort(losses_P)[rank - 1]) if rank <= len(losses_P) else math.inf
 
 
@@ -163,16 +185,22 @@ def image_variants(file: bytes, rules: Preprocess, decoders: Mapping[str, Decode
     like_opencv = functional.interpolate(  # between the nearest pixels, without antialiasing
         torch.from_numpy(np.array(upright)).permute(2, 0, 1)[None], size[::-1], mode=rules.interpolation
     )
-    noise = np.random.default_rng(_SEED).choice(np.array([-1, 1], np.int16), exact.shape)
+    brightness, *colors = upright.convert("YCbCr").split()
+    colors = [color.reduce(2).resize(upright.size, Image.Resampling.BOX) for color in colors]
+    noise = {
+        name: np.random.default_rng(seed).choice(np.array([-1, 1], np.int16), exact.shape)
+        for name, seed in _SEEDS.items()
+    }
     variants = {
         "scaled decoding": reduced,
         "box resampling": upright.resize(size, Image.Resampling.BOX),
         "resampling of OpenCV": Image.fromarray(like_opencv[0].permute(1, 2, 0).contiguous().numpy()),
+        "colors at half resolution": Image.merge("YCbCr", (brightness, *colors)).convert("RGB"),
         **{name: decode(file) or upright for name, decode in decoders.items()},
     }
     return {
         "exact": exact,
-        "noise of one gray level": np.clip(exact + noise, 0, 255).astype(np.uint8),
+        **{name: np.clip(exact + change, 0, 255).astype(np.uint8) for name, change in noise.items()},
         **{name: preprocess_image(image, rules) for name, image in variants.items()},
     }
 
@@ -181,7 +209,8 @@ def other_decoders() -> dict[str, Decoder]:
     """Open decoders of nvImageCodec, if it is installed; they return None unless the file is an RGB JPEG."""
     if find_spec("nvidia") is None or find_spec("nvidia.nvimgcodec") is None:
         return {}
-    codec: Any = importlib.import_module("nvidia.nvimgcodec")
+    with _without_stderr():  # where it prints that it finds no libraries for GPUs
+        codec: Any = importlib.import_module("nvidia.nvimgcodec")
     params = codec.DecodeParams(color_spec=codec.ColorSpec.SRGB, apply_exif_orientation=False)
     cpu = {"device_id": codec.NVIMGCODEC_DEVICE_CPU_ONLY, "backends": [codec.Backend(codec.CPU_ONLY)]}
 
@@ -196,6 +225,19 @@ def other_decoders() -> dict[str, Decoder]:
 
     opened = {name: codec.Decoder(**cpu, options=options) for name, options in _DECODERS.items()}
     return {name: partial(decode, decoder) for name, decoder in opened.items()}
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discard what C libraries and this process write to the descriptor of stderr."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def other_runtimes(file: Path) -> dict[str, ComputeLogits]:

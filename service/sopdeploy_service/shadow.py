@@ -177,13 +177,15 @@ class Shadow:
 
         Images that the live model rejects are not compared. Files that may be kept wait, too.
         """
-        live, keep = request.model, self._keeper is not None and request.context.may_keep
+        live, may_keep = request.model, self._keeper is not None and request.context.may_keep
         same_preprocess = live.bundle.manifest.preprocess == self.model.bundle.manifest.preprocess
         for image, pixels, prediction in request.predicted():
             offered: Image = pixels if same_preprocess else image
-            to_keep = (image, pixels) if keep and isinstance(image, EncodedImage) else None
-            held = to_keep or (offered,)
-            size = sum(len(each.body) if isinstance(each, EncodedImage) else each.nbytes for each in held)
+            to_keep = (image, pixels) if may_keep and isinstance(image, EncodedImage) else None
+            in_memory = to_keep or (offered,)  # *offered* is one of *to_keep*
+            size = sum(
+                len(each.body) if isinstance(each, EncodedImage) else each.nbytes for each in in_memory
+            )
             waiting_bytes = sum(entry.bytes for entry in self._waiting)
             full = len(self._waiting) >= MAX_WAITING_IMAGES or waiting_bytes + size > MAX_WAITING_BYTES
             # A tensor in a request is preprocessed for the live model.

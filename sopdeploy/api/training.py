@@ -39,12 +39,12 @@ class PreviousRun(StrictModel):
     accuracy: str
     recipe: dict[str, Any]
     classes: tuple[str, ...]
-    images: int
+    num_images: int
 
-    def changes(self, classes: Sequence[str], images: int) -> str:
-        """Say what it reached and what *classes* and *images* add to it."""
+    def changes(self, classes: Sequence[str], num_images: int) -> str:
+        """Say what it reached and what *classes* and *num_images* add to it."""
         names = [name for name in classes if name not in self.classes]
-        added = f"{images - self.images:+,} photographs" + f", new: {', '.join(names)}" * bool(names)
+        added = f"{num_images - self.num_images:+,} photographs" + f", new: {', '.join(names)}" * bool(names)
         return f"before, {self.folder}: {self.accuracy or 'accuracy not recorded'}; since then {added}"
 
 
@@ -188,7 +188,7 @@ def read_previous(source: Path) -> PreviousRun:
         accuracy=dict(result.rows()).get("accuracy", ""),
         recipe=checkpoint.training["recipe"],
         classes=checkpoint.labels,
-        images=origin.images,
+        num_images=origin.num_images,
     )
 
 

@@ -155,13 +155,13 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     """Name the files with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
     if not isinstance(images, ImageFiles):
         return ""
-    indices, inverse = np.unique(hashes, return_index=True, return_inverse=True)[1:]
-    first = indices[inverse].tolist()
+    _, indices, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    first = indices[inverse].tolist()  # for each file, the index of the first one with its hash
     same = images.targets[first] == images.targets
-    differ = ~(same if same.ndim == 1 else same.all(axis=1)) & (hashes != 0)
-    pairs = [
-        f"{images.path(first[index])} = {images.path(index)}" for index in np.flatnonzero(differ).tolist()
-    ]
+    same_labels = same if same.ndim == 1 else same.all(axis=1)
+    readable = hashes != 0
+    contradictions = np.flatnonzero(readable & ~same_labels).tolist()
+    pairs = [f"{images.path(first[index])} = {images.path(index)}" for index in contradictions]
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
 
 

@@ -123,12 +123,16 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
 
 def _whiten(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
     """Join *parts* (N, D) to rows of norm 1, with equal norms of the parts and damped variances."""
-    centered = [part - part.mean(axis=0) for part in parts]
-    rows = np.concatenate(
-        [part / max(float(np.sqrt(np.square(part).sum(axis=1).mean())), 1e-12) for part in centered], axis=1
-    )
+    scaled = []
+    for part in parts:
+        centered = part - part.mean(axis=0)
+        norm = float(np.sqrt(np.square(centered).sum(axis=1).mean()))
+        scaled.append(centered / max(norm, 1e-12))
+    rows = np.concatenate(scaled, axis=1)
+    # Both products have the same eigenvalues above 0; with fewer rows than columns, (N, N) is smaller.
     wide = rows.shape[0] <= rows.shape[1]
-    variances, vectors = np.linalg.eigh((rows @ rows.T if wide else rows.T @ rows).astype(np.float64))
+    product = rows @ rows.T if wide else rows.T @ rows
+    variances, vectors = np.linalg.eigh(product.astype(np.float64))
     variances = np.maximum(variances, 0)
     damped = variances + max(float(variances.mean()), 1e-12)
     whitened = vectors * np.sqrt(variances / damped) if wide else rows @ (vectors / np.sqrt(damped))

@@ -49,9 +49,11 @@ class MeanPrecision(StrictModel):
         averages = (average_precision(shown, logits) for shown, logits in classes)
         precisions = [average for average in averages if average is not None]
         value = float(np.mean(precisions)) if precisions else 0.0
-        unit_N = np.unique(np.arange(count) if groups is None else groups, return_inverse=True)[1]
-        units = int(unit_N.max(initial=-1)) + 1
-        draws = np.random.default_rng(seed).multinomial(units, [1 / units] * units, _RESAMPLES)[:, unit_N]
+        unique, group_N = np.unique(np.arange(count) if groups is None else groups, return_inverse=True)
+        num_groups = len(unique)
+        random = np.random.default_rng(seed)
+        draws_G = random.multinomial(num_groups, [1 / num_groups] * num_groups, _RESAMPLES)
+        draws = draws_G[:, group_N]  # how often each resample contains each image
         resampled = np.stack(
             [resampled_precision(shown, logits, draws) for shown, logits in classes if shown.any()], axis=1
         )

@@ -19,20 +19,6 @@ class Interval(NamedTuple):
     high: float
 
 
-class Paired(NamedTuple):
-    """Paired differences: mean, standard deviation (over n - 1), interval of the mean.
-
-    `wins`, `ties` and `losses` count the positive, zero and negative differences.
-    """
-
-    mean: float
-    sd: float
-    interval: Interval
-    wins: int
-    ties: int
-    losses: int
-
-
 def wilson(successes: float, trials: float) -> Interval:
     """Compute the score interval of a proportion (Wilson, "Probable Inference", JASA 1927)."""
     if trials == 0:
@@ -44,17 +30,9 @@ def wilson(successes: float, trials: float) -> Interval:
     return Interval(max(0.0, center - half), min(1.0, center + half))
 
 
-def paired(differences: Sequence[float]) -> Paired:
-    """Compute Student's t interval of the mean of at least two paired *differences*."""
+def student(values: Sequence[float]) -> Interval:
+    """Compute Student's t interval of the mean of at least two *values*."""
     from scipy.stats import t  # noqa: PLC0415  # not part of the base installation
 
-    mean, sd = fmean(differences), stdev(differences)
-    half = float(t.ppf(0.5 + LEVEL / 2, len(differences) - 1)) * sd / math.sqrt(len(differences))
-    return Paired(
-        mean=mean,
-        sd=sd,
-        interval=Interval(mean - half, mean + half),
-        wins=sum(value > 0 for value in differences),
-        ties=sum(value == 0 for value in differences),
-        losses=sum(value < 0 for value in differences),
-    )
+    half = float(t.ppf(0.5 + LEVEL / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return Interval(fmean(values) - half, fmean(values) + half)

@@ -56,34 +56,19 @@ class Axis:
     low: float | None = None
     high: float | None = None
 
-    def scale(self, values: Sequence[float]) -> "Scale":
-        """Choose the limits of the axis for *values*."""
+    def limits(self, values: Sequence[float]) -> tuple[float, float]:
+        """Choose the limits for *values*, the second above the first."""
         shown = [value for value in values if value > 0 or not self.logarithmic] or [1.0]
         low = min(shown) if self.low is None else self.low
         high = max(shown) if self.high is None else self.high
-        return Scale(low, high if high > low else low + (abs(low) or 1.0), self.logarithmic)
+        return low, high if high > low else low + (abs(low) or 1.0)
 
-
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """A linear or logarithmic mapping between [low, high] and [0, 1]."""
-
-    low: float
-    high: float
-    logarithmic: bool
-
-    def position(self, value: float) -> float:
-        """Map *value*, clipped to the limits, to [0, 1]."""
-        value = min(max(value, self.low), self.high)
+    def position(self, value: float, low: float, high: float) -> float:
+        """Map *value*, clipped to the limits *low* and *high*, to [0, 1]."""
+        value = min(max(value, low), high)
         if self.logarithmic:
-            return math.log(value / self.low) / math.log(self.high / self.low)
-        return (value - self.low) / (self.high - self.low)
-
-    def value(self, position: float) -> float:
-        """Map a *position* in [0, 1] back to a value."""
-        if self.logarithmic:
-            return float(self.low * (self.high / self.low) ** position)
-        return self.low + position * (self.high - self.low)
+            return math.log(value / low) / math.log(high / low)
+        return (value - low) / (high - low)
 
 
 def element(name: str, /, *children: str, **attributes: str | float | None) -> Markup:
@@ -147,30 +132,33 @@ def bars(id: str, title: str, rows: Sequence[Bar], largest: float) -> Markup:
 
 
 def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axis) -> Markup:
-    """Draw *curves*, of at least one point each, with a legend above them.
+    """Draw *curves*, of at least one point each, with a legend above them; *y_axis* is linear.
 
     Raises `ValueError` for more than `MAX_CURVES`, which readers could not tell apart.
     """
     if len(curves) > MAX_CURVES:
         raise ValueError(f"{id}: {len(curves)} curves; draw at most {MAX_CURVES}")
     xs = sorted({x for curve in curves for x, _ in curve.points})
-    x_scale, y_scale = x_axis.scale(xs), y_axis.scale([y for curve in curves for _, y in curve.points])
+    left, right = x_axis.limits(xs)
+    low, high = y_axis.limits([y for curve in curves for _, y in curve.points])
     down = _LEGEND_LINE * ((len(curves) - 1) // _LEGEND_COLUMNS)  # more legend lines move the plot down
     top, bottom = _PLOT_TOP + down, _PLOT_BOTTOM + down
 
     def to_pixels(point: Point) -> Point:
-        x, y = x_scale.position(point[0]), y_scale.position(point[1])
+        x, y = x_axis.position(point[0], left, right), y_axis.position(point[1], low, high)
         return _PLOT_LEFT + x * (_PLOT_RIGHT - _PLOT_LEFT), bottom - y * (bottom - top)
 
     shapes = [text(8, top - 12, y_axis.label)]
     for position in (0.0, 0.5, 1.0):
         y = bottom - position * (bottom - top)
         shapes.append(element("path", d=f"M{_PLOT_LEFT} {y:.2f}H{_PLOT_RIGHT}", class_="mark"))
-        shapes.append(text(_PLOT_LEFT - 4, y + 4, f"{y_scale.value(position):.3g}", anchor="end"))
-    shapes += [
-        text(to_pixels((tick, y_scale.low))[0], bottom + 16, f"{tick:.3g}", anchor="middle")
-        for tick in _ticks(xs, x_scale)
-    ]
+        shapes.append(text(_PLOT_LEFT - 4, y + 4, f"{low + position * (high - low):.3g}", anchor="end"))
+    shown = _PLOT_RIGHT + _TICK_LABEL_WIDTH
+    for tick in reversed(xs):  # those whose labels do not overlap
+        x, _ = to_pixels((tick, low))
+        if shown - x >= _TICK_LABEL_WIDTH:
+            shapes.append(text(x, bottom + 16, f"{tick:.3g}", anchor="middle"))
+            shown = x
     shapes.append(text((_PLOT_LEFT + _PLOT_RIGHT) / 2, bottom + 32, x_axis.label, anchor="middle"))
     descriptions = []
     for number, curve in enumerate(curves):
@@ -179,16 +167,6 @@ def plot(id: str, title: str, curves: Sequence[Curve], x_axis: Axis, y_axis: Axi
         descriptions.append(f"{curve.name}: " + ", ".join(f"{y:.3g} at {x:.3g}" for x, y in described))
     description = f"{y_axis.label} over {x_axis.label}. {'. '.join(descriptions)}."
     return svg(id, title, description, (_WIDTH, bottom + 36), *shapes)
-
-
-def _ticks(values: Sequence[float], scale: Scale) -> list[float]:
-    """Select those of the sorted *values* whose labels do not overlap."""
-    ticks: list[float] = []
-    for value in reversed(values):
-        distance = scale.position(ticks[-1]) - scale.position(value) if ticks else 1.0
-        if distance >= _TICK_LABEL_WIDTH / (_PLOT_RIGHT - _PLOT_LEFT):
-            ticks.append(value)
-    return ticks
 
 
 def _draw_curve(number: int, curve: Curve, points: Sequence[Point]) -> Iterator[Markup]:

@@ -226,7 +226,10 @@ def _open(body: bytes, kind: str) -> Image.Image:
 
 
 def _inner_sizes(image: Image.Image, body: bytes, kind: str) -> Iterator[tuple[int, int]]:
-    """Yield the sizes of parts that a decoder allocates: tiles of a TIFF, images in a HEIC or AVIF file."""
+    """Yield the sizes of parts that a decoder allocates: tiles of a TIFF, images in a HEIC or AVIF file.
+
+    Also notes in `image.info["deep"]` whether an AVIF file has more than 8 bits, which costs memory.
+    """
     if kind == "TIFF":
         tags = getattr(image, "tag_v2", {})
         yield int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
@@ -234,7 +237,7 @@ def _inner_sizes(image: Image.Image, body: bytes, kind: str) -> Iterator[tuple[i
         for width, height in ITEM_SIZE.findall(body):
             yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
     if kind == "AVIF":
-        image.info["deep"] = any(config[0] & 64 for config in AV1_CONFIG.findall(body))  # more than 8 bits
+        image.info["deep"] = any(config[0] & 64 for config in AV1_CONFIG.findall(body))
         yield from frame_sizes(body)
 
 

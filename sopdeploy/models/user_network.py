@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.backbones.timm_backbone import hooked, nearest_block, run_tapped
+from sopdeploy.backbones.timm_backbone import nearest_block
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
@@ -25,7 +25,7 @@ from sopdeploy.models.dsop import DSoP, DSoPConfig
 from sopdeploy.models.gmsop import GMSOP, Gated, GMSOPOptions
 from sopdeploy.models.psdr import PSDR, PSDROptions, SupervisedPSDR
 from sopdeploy.models.registry import CATALOG, REGISTERED, parse_options
-from sopdeploy.models.user_maps import evaluated, find_taps, last_map, remove_after
+from sopdeploy.models.user_maps import evaluated, find_taps, hooked, last_map, remove_after, run_tapped
 
 Trained = TypeVar("Trained", bound="UserNetwork")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
@@ -309,10 +309,10 @@ def _apply(
     image_size: int,
     config: dict[str, Any],
 ) -> Trained:
-    """Apply method *name* to *network*; the number of its logits is that of the classes."""
+    """Build the network *trained*, that of the method *name*, from *network*; it has as many logits."""
     options = parse_options(name, METHODS[name].options, config)
-    classes = find_taps(network, taps, image_size)[1]
-    return trained(options, classes, Source(lambda _: network, tuple(taps), image_size))
+    _, num_classes = find_taps(network, taps, image_size)
+    return trained(options, num_classes, Source(lambda _: network, tuple(taps), image_size))
 
 
 def register_model(

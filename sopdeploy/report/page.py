@@ -110,7 +110,7 @@ def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
         components.append(component_chart("components", "Images per component", component_counts))
     return {
         "learning": _learning_charts(history),
-        "branch_images": diagnostics.images if diagnostics and len(_head_names(history)) > 1 else 0,
+        "branch_images": diagnostics.num_images if diagnostics and len(_head_names(history)) > 1 else 0,
         "throughput": short_number(round(throughput, 1)) if throughput else "",
         "columns": columns,
         "rows": [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],

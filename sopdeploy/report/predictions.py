@@ -57,7 +57,7 @@ def _classification_context(metrics: ClassificationReport) -> dict[str, Any]:
 def score_tiles(result: ProcedureResult) -> dict[str, str]:
     """Format the score of a run with its interval, by name; of the training loop, its best epoch, too."""
     score = result.score
-    epoch = {"epoch": f"{result.epoch} of {result.epochs}"} if isinstance(result, LoopResult) else {}
+    epoch = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}
     if isinstance(score, float):
         return {**epoch, result.score_name: percent(score)}
     interval = f"{100 * score.low:.0f} to {100 * score.high:.0f}"

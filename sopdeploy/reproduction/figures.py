@@ -83,7 +83,7 @@ def _head_charts(row: ReproducedRow) -> Iterator[Chart]:
                 for head in heads
             ]
             title = f"Heads of {row.printed.name}"
-            caption = f"{title}: {label} on a fixed subset of {diagnostics.images} held-out images."
+            caption = f"{title}: {label} on a fixed subset of {diagnostics.num_images} held-out images."
             yield plot(f"heads-{name}-{row_id}", title, curves, EPOCH_AXIS, Axis(label)), caption
     shares = {head: run.heads[head].share for head in heads}
     entries = [Bar(label=head, value=share, text=f"{share:.1%}") for head, share in shares.items()]

@@ -101,7 +101,7 @@ def _run_table(rows: Sequence[ReproducedRow]) -> Table:
             *(f"{count:,}" for count in counts),
             "" if printed_speed is None else f"{printed_speed:g}",
             f"{median_throughput(run.history):.0f}",
-            f"{sum(run.history[-1].seconds for run in row.runs):.0f}",
+            f"{sum(other.history[-1].seconds for other in row.runs):.0f}",
         )
         lines.append((row.printed.name, row.recipe.model.name if row.recipe else "", *cells))
     counted = "parameters", "in training", "multiply-adds"

@@ -5,19 +5,19 @@ size of AlexNet's last one; a matrix function, the covariance of one such map.
 """
 
 from collections.abc import Callable, Collection, Sequence
-from statistics import mean, median
-from timeit import repeat
+from statistics import mean
 from typing import Any
 
 import pydantic
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import HeadCounter, loss_shares, predict_images
-from sopdeploy.evaluation.statistics import paired, wilson
+from sopdeploy.evaluation.statistics import student, wilson
 from sopdeploy.layers.newton_schulz import newton_schulz
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
@@ -31,7 +31,7 @@ from sopdeploy.training.train import TrainingResult
 
 HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
 _CHANNELS, _SIDE, _IMAGES = 256, 13, 8  # of timed layers
-_RUNS = 9  # after one warm-up run
+_SECONDS = 0.1  # of a measurement, at least
 _FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "eig": torch.linalg.eigh,
     "svd": torch.linalg.svd,
@@ -142,7 +142,7 @@ def _milliseconds_per_image(model: Classifier, recipe: Recipe) -> float:
     device, side = select_device(recipe.device), recipe.preprocess.crop
     network = model.inference_model().eval().to(device)
     images = torch.randn(recipe.batch_size, 3, side, side, device=device)
-    return median_milliseconds(lambda: network(images), device) / recipe.batch_size
+    return median_milliseconds(lambda: network(images)) / recipe.batch_size
 
 
 def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
@@ -150,11 +150,8 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
     if not errors:
         return None
-    if len(errors) > 1:
-        center, _, (low, high), *_ = paired(errors)
-    else:
-        center, count = errors[0], runs[0].held_out_count
-        low, high = wilson(round(center * count), count)
+    center, count = mean(errors), runs[0].held_out_count
+    low, high = student(errors) if len(errors) > 1 else wilson(round(center * count), count)
     return MeanError(mean=100 * center, low=100 * max(0.0, low), high=100 * min(1.0, high))
 
 
@@ -197,8 +194,8 @@ def time_layer(layer: dict[str, Any], recipe: Recipe) -> dict[str, float]:
         torch.autograd.grad(output, values, gradient, retain_graph=True)
 
     return {
-        "FP+BP, ms": median_milliseconds(lambda: backward(_flat(call(values))), device) / count,
-        "BP, ms": median_milliseconds(lambda: backward(stored), device) / count,
+        "FP+BP, ms": median_milliseconds(lambda: backward(_flat(call(values)))) / count,
+        "BP, ms": median_milliseconds(lambda: backward(stored)) / count,
     }
 
 
@@ -208,13 +205,7 @@ def _flat(results: Tensor | tuple[Tensor, ...]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def median_milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Measure the median time of *call* on *device* in milliseconds."""
-
-    def call_and_wait() -> None:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    call_and_wait()
-    return 1000 * median(repeat(call_and_wait, repeat=_RUNS, number=1))
+def median_milliseconds(call: Callable[[], Any]) -> float:
+    """Measure the median time of *call* in milliseconds, after a warm-up and with torch's threads."""
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return 1000 * float(timer.blocked_autorange(min_run_time=_SECONDS).median)

@@ -131,7 +131,7 @@ class Hazard(StrictModel):
     """A pattern that this TensorRT version would compute incorrectly, and how the graph was changed."""
 
     rule: str
-    operators: int
+    num_operators: int
     done: str
 
 

@@ -40,13 +40,13 @@ class HeadMetrics(StrictModel):
 
 
 class Diagnostics(StrictModel):
-    """Diagnostics on `images` images.
+    """Diagnostics on `num_images` images.
 
     `right` has one character per image: 1 if the top class of the main head is right, otherwise 0. It is
     empty with several classes per image.
     """
 
-    images: int
+    num_images: int
     right: str = ""
     heads: dict[str, HeadMetrics]
 
@@ -157,4 +157,6 @@ def diagnose(model: Classifier, held_out: Dataset, normalize: Normalize, batch_s
     for name, logits in logits_NC.items():
         metrics = held_out_metrics(held_out.labels, logits.numpy(), labels.numpy())
         heads[name] = HeadMetrics(**metrics.model_dump(include={"top1", "top5", "map", "loss"}))
-    return Diagnostics(images=count, right="".join("01"[correct] for correct in right.tolist()), heads=heads)
+    return Diagnostics(
+        num_images=count, right="".join("01"[correct] for correct in right.tolist()), heads=heads
+    )

@@ -36,7 +36,7 @@ class LoopResult(ProcedureResult):
 
     kind: Literal["loop"] = "loop"
     epoch: int
-    epochs: int
+    num_epochs: int
     top1: Rate | None = None
     map: Fraction | None = None
     count: int
@@ -69,7 +69,7 @@ class LoopResult(ProcedureResult):
 
     def lines(self) -> tuple[str]:
         """Describe the best epoch and its score."""
-        return (f"epoch {self.epoch} of {self.epochs}: {self.describe()}",)
+        return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}",)
 
     def rows(self) -> list[tuple[str, str]]:
         """Describe the score."""
@@ -95,7 +95,7 @@ def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False)
         top1 = Rate.of(right, count)
     return LoopResult(
         epoch=best.epoch,
-        epochs=len(history),
+        num_epochs=len(history),
         top1=top1,
         map=metrics.score if top1 is None else None,
         count=count,

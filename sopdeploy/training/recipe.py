@@ -210,15 +210,17 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
     if isinstance(config, dict) and isinstance(network, str):
         for key in config.keys() - entry(network).config.model_fields:
             del config[key]
-    unions = {"data": get_args(get_args(DataConfig)[0]), "procedure": (AutoConfig, *procedure_configs())}
-    for name, configs in unions.items():
+    configs_of = {"data": get_args(get_args(DataConfig)[0]), "procedure": (AutoConfig, *procedure_configs())}
+    for name, configs in configs_of.items():
         table, kind = tables.get(name, {}), overrides.get(f"{name}.kind")
-        if isinstance(kind, str) and kind != table.get("kind"):
-            of_kind = (item for item in configs if kind in get_args(item.model_fields["kind"].annotation))
-            chosen = next(of_kind, None) or (
-                find("sopdeploy.data", kind, DataSource) if name == "data" else None
-            )
-            for key in table.keys() - (table if chosen is None else chosen.model_fields).keys():
+        if not isinstance(kind, str) or kind == table.get("kind"):
+            continue
+        of_kind = [item for item in configs if kind in get_args(item.model_fields["kind"].annotation)]
+        chosen = of_kind[0] if of_kind else None
+        if chosen is None and name == "data":
+            chosen = find("sopdeploy.data", kind, DataSource)  # of a plug-in
+        if chosen is not None:  # otherwise the validation of the recipe names the unknown kind
+            for key in table.keys() - chosen.model_fields.keys():
                 del table[key]
 
 

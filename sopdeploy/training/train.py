@@ -158,8 +158,8 @@ def start_or_resume(
         run_id=token_hex(6) if before is None else before.run_id,
         started=utc_now() if before is None else before.started,
         data=folder_name(getattr(recipe.data, "path", None) or recipe.data.kind),
-        images=len(data.train) + len(data.held_out),
-        classes=len(run.labels),
+        num_images=len(data.train) + len(data.held_out),
+        num_classes=len(run.labels),
         sample=run.image_hashes[:SAMPLED].tolist(),
     )
     if checkpoint is not None:

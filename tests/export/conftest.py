@@ -26,6 +26,13 @@ BRANCHED = BatchRange(optimum=2, maximum=4)
 LABELS = tuple("abcdefghij")
 MIXTURE = {"components": 4, "chosen": 2, "blocks_per_stage": 1}
 GMGAP: dict[str, Any] = {**MIXTURE, "component_widths": (6,), "gate_widths": (), "conv5_stride": 1}
+GMSOP: dict[str, Any] = {
+    **MIXTURE,
+    "component_widths": (8, 6),
+    "gate_widths": (8, 6),
+    "conv5_stride": 1,
+    "iterations": 2,
+}
 HOSTILE = (
     "<script>alert(1)</script>",
     '"><img src=x onerror=alert(2)>',

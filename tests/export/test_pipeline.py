@@ -101,7 +101,7 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
 ) -> None:
     started = "2026-01-02T03:04:05.000000Z"
     run = {"run": "photos-1", "run_id": "0" * 12, "started": started, "data": "photos"}
-    other = Origin(**run, images=40, classes=4, sample=(3, -4))
+    other = Origin(**run, num_images=40, num_classes=4, sample=(3, -4))
     write_hollow(tmp_path / "bundles", project="photos", origin=other)
     path = tmp_path / "best.pt"
 

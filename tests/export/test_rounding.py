@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy_export import rounding
 from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images
 from sopdeploy_export.precision.casts import place_casts
@@ -35,6 +36,22 @@ class Product(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor]:
         product = images.flatten(1)[:, :1].to(self.weight.dtype) * self.weight
         return (torch.cat([product, torch.zeros_like(product)], dim=1).float(),)
+
+
+@torch.library.custom_op("sopdeploy_tests::doubled", mutates_args=())
+def doubled(values: Tensor) -> Tensor:
+    """Twice *values*, without a formula for its derivative."""
+    return 2 * values
+
+
+doubled.register_fake(torch.empty_like)
+
+
+class Custom(nn.Module):
+    """Logits by an operation of the user that has no derivative."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (doubled(images.flatten(1)[:, :2].float() / 3),)
 
 
 class Steps(nn.Module):
@@ -101,6 +118,16 @@ def test_there_is_no_bound_for_int8_and_for_operations_without_a_derivative():
     assert bound_rounding(program_of(Thirds()), images, "fp32") is not None
     assert bound_rounding(program_of(Thirds()), images, "int8") is None
     assert bound_rounding(program_of(Steps()), images, "fp32") is None
+    assert bound_rounding(program_of(Custom()), images, "fp32") is None
+
+
+def test_another_failure_is_not_taken_for_a_missing_derivative(monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("not enough memory")
+
+    monkeypatch.setattr(rounding, "bound_margin", fail)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        bound_rounding(program_of(Thirds()), generated_images(SIDE), "fp32")
 
 
 def test_the_json_of_an_export_names_the_kind_of_the_bound(branched: Exported):

@@ -2,6 +2,8 @@
 
 import math
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,14 +101,14 @@ def test_the_loss_of_a_photograph_is_that_of_its_worst_variant() -> None:
     leads = np.stack([margins, margins - 0.25, margins + 1 - 2 * np.arange(39) / 38], axis=1)
     found = fit_stability(("shift", "tilt"), leads, fitted=True)
     worst = np.sort(np.maximum(0.25, 2 * np.arange(39) / 38 - 1))
-    assert found.threshold == pytest.approx(worst[37], abs=1e-3)
-    assert found.threshold >= worst[37]
+    assert found.threshold == pytest.approx(1.15 * worst[37], abs=1e-3)
+    assert found.threshold >= 1.15 * worst[37]
     assert [(one.name, one.num_flips, one.largest) for one in found.variants] == [
         ("shift", 1, 0.25),
         ("tilt", 0, 1),
     ]
     assert (found.num_images, found.photographs) == (39, "training")
-    # The margins 0 and 1 are not above the largest loss, 1.
+    # The margins 0 and 1 are not above 1.15 times the largest loss, 1.
     assert (found.num_stable, found.num_flips) == (37, 0)
 
 
@@ -124,14 +126,14 @@ def test_losses_below_zero_give_the_threshold_zero() -> None:
 def test_answers_that_a_variant_changes_are_not_stable(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Plant a runtime that takes half of the median margin from the best class of every image."""
+    """Plant a runtime that takes the margin of a third of the images from the best class of every image."""
     pixels = np.stack(
         [preprocess_image(Image.open(path), PREPROCESS) for path in sorted(folder.rglob("*.jpg"))]
     )
     without, _ = export(checkpoint_of(folder), tmp_path / "without")
     exact = file_outputs(open_session(without / "model.onnx"), pixels, 1)["logits"]
     margins = lead(exact, exact.argmax(axis=1))
-    shift = float(np.median(margins))
+    shift = float(np.quantile(margins, 0.35))
 
     def open_planted(file: Path) -> dict[str, stability.ComputeLogits]:
         session = open_session(file)
@@ -183,8 +185,17 @@ def test_copies_of_a_photograph_count_once(folder: Path, tmp_path: Path) -> None
         shutil.copy(path, copies / "a" / f"copy-of-b{path.name}")
     bundle, manifest = export(replace(checkpoint_of(folder), training={}), tmp_path)
     photographs = Photographs(open_any_images(copies), fitted=False)
-    found = measure_stability(bundle / "model.onnx", None, photographs, manifest.preprocess, 8)
+    left: list[float] = []
+    found = measure_stability(bundle / "model.onnx", None, photographs, manifest.preprocess, 8, left.append)
     assert (len(photographs.images), found.num_images) == (40, 30)
+    (seconds,) = left  # after ten of thirty: the others need about twice the time
+    assert seconds > 0
+
+
+def test_opening_other_decoders_prints_nothing() -> None:
+    code = "import os, sopdeploy_export.stability as it; it.other_decoders(); os.write(2, b'end')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"end")
 
 
 def test_training_images_are_measured_if_none_are_held_out(folder: Path) -> None:

@@ -1,13 +1,10 @@
 """A server keeps photographs that are worth a label, outside of requests, and only if it was told to."""
 
-import asyncio
 import base64
 import errno
 import hashlib
 import io
 import os
-import socket
-import struct
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -23,7 +20,6 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy_service import keep
-from sopdeploy_service.front_ends import control
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import Prediction
@@ -33,9 +29,7 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
-from tests.service.children import FRONT_ENDS, WAYS, serving
-from tests.service.conftest import LABELS, picture_bytes
-from tests.service.test_shadow import colours
+from tests.service.conftest import LABELS, colours
 from tests.sopdeploy.test_kept import record_of
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
@@ -169,6 +163,7 @@ def test_only_files_that_are_classified_are_kept(
     assert {record.image for _, record in read_kept(tmp_path)} == names
 
 
+@pytest.mark.part("sopdeploy_service.shadow")
 def test_a_photograph_on_which_the_shadow_disagrees_is_kept(
     bundle, make_bundle, run_server: RunServer, tmp_path: Path, until
 ) -> None:
@@ -178,7 +173,7 @@ def test_a_photograph_on_which_the_shadow_disagrees_is_kept(
     )
     kept = tmp_path / "kept"
     settings = Settings(threads=1, shadow="new=1", keep=kept, keep_sample=1)
-    bodies = colours(picture_bytes)
+    bodies = colours()
     with run_server(live.runtime, live.bundle, settings, names=("live",), beside={"new": new}) as client:
         for body in bodies:
             client.post("/v1/classify", content=body)
@@ -299,61 +294,3 @@ def test_a_full_disk_does_not_stop_serving(
         for body in photos(3):
             assert client.post("/v1/classify", content=body).status_code == 200
         until(lambda: results(client) == {"failed": 3})
-
-
-def test_two_front_ends_keep_in_one_folder(tmp_path: Path, make_bundle, until) -> None:
-    decision = Decision(rejection=Rejection(score="energy", threshold=1e9))
-    bundle = make_bundle(tmp_path / "bundle", decision=decision)
-    kept = tmp_path / "kept"
-    bodies = photos(12)
-    options = ["--setting", f"keep={kept}", "--setting", "keep_bytes=65536", "--setting", "keep_sample=1"]
-    with serving(str(bundle), *options, *WAYS[FRONT_ENDS]) as client:
-        for body in bodies:
-            with httpx.Client(base_url=client.base_url) as other:  # a connection to any front end
-                assert other.post("/v1/classify", content=body).status_code == 200
-        until(lambda: sum(results(client).values()) == 12)
-        assert results(client) == {"kept": 12}
-        assert len({record.image for _, record in read_kept(kept)}) == 8
-        assert sum(4096 for file in kept.iterdir() if file.name != ".lock") == 65_536
-
-
-def sent(data: bytes) -> tuple[bytes, KeptRecord]:
-    """What the supervisor receives of *data* from a process."""
-
-    async def receive() -> tuple[bytes, KeptRecord]:
-        ours, theirs = socket.socketpair()
-        with ours:
-            theirs.sendall(data)
-            theirs.close()
-            ours.setblocking(False)
-            return await control.receive_kept(ours)
-
-    return asyncio.run(receive())
-
-
-def test_the_supervisor_receives_what_a_process_sends() -> None:
-    text = record_of().model_dump_json().encode()
-    assert sent(control.RECORD_HEAD.pack(len(text)) + text + b"image") == (b"image", record_of())
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"\x01",
-        control.RECORD_HEAD.pack(2) + b"{}",
-        control.RECORD_HEAD.pack(2**32 - 1) + b"{}",
-        record_of().model_dump_json().replace(".jpg", "/../../x.jpg").encode(),
-    ],
-)
-def test_a_compromised_front_end_writes_no_other_file(data: bytes) -> None:
-    if data.startswith(b'{"image'):
-        data = control.RECORD_HEAD.pack(len(data)) + data
-    with pytest.raises((ValueError, struct.error)):
-        sent(data)
-
-
-def test_a_photograph_that_is_too_large_is_not_received(monkeypatch) -> None:
-    monkeypatch.setattr(control, "MAX_KEPT_BYTES", 1000)
-    with pytest.raises(ValueError, match="too large"):
-        sent(b"x" * 1001)

@@ -19,6 +19,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
+from tests.service.conftest import colours
 from tests.service.held import Held
 
 Serve = Callable[..., AbstractContextManager[httpx.Client]]
@@ -60,14 +61,9 @@ def settled(client: httpx.Client, until, images: int) -> dict[str, int]:
     return counts(client)
 
 
-def colours(make_picture) -> list[bytes]:
-    values = (20, 240)
-    return [make_picture((red, green, blue)) for red in values for green in values for blue in values]
-
-
 @pytest.mark.parametrize("same_pixels", [True, False])
 def test_a_shadow_is_compared_image_by_image_and_changes_no_response(
-    serve, models, make_picture, until, same_pixels
+    serve, models, until, same_pixels
 ) -> None:
     new = models["new"]
     if not same_pixels:
@@ -75,7 +71,7 @@ def test_a_shadow_is_compared_image_by_image_and_changes_no_response(
         new = replace(new, bundle=replace(new.bundle, manifest=manifest))
     with serve("1", new) as client:
         live, expected = [], {"agree": 0, "differ": 0, "failed": 0, "dropped": 0}
-        for number, body in enumerate(colours(make_picture), 1):
+        for number, body in enumerate(colours(), 1):
             reply = client.post("/v1/classify", content=body)
             assert reply.headers["x-model-digest"] == models["live"].bundle.manifest.id
             live.append(reply.json()["classes"][0]["label"])
@@ -83,7 +79,7 @@ def test_a_shadow_is_compared_image_by_image_and_changes_no_response(
         assert client.post("/v1/classify?model=new", content=body).json()["code"] == "unknown_model"
         found, metrics = counts(client), client.get("/metrics").text
         assert client.post("/v1/models/new/promote").status_code == 200
-        for body, label in zip(colours(make_picture), live, strict=True):
+        for body, label in zip(colours(), live, strict=True):
             shown = client.post("/v1/classify", content=body).json()["classes"][0]["label"]
             expected["agree" if shown == label else "differ"] += 1
         assert found == expected

@@ -83,11 +83,16 @@ def test_a_name_that_two_packages_register_is_an_error_that_names_both(install: 
 def test_a_plug_in_does_not_replace_what_the_project_has(install: Install) -> None:
     install(
         "[sopdeploy.models]\nresnet18 = raises_plugin:X\n[sopdeploy.poolings]\nisqrt = raises_plugin:X\n"
-        "[sopdeploy.data]\ndigits = raises_plugin:X\n[sopdeploy.runtimes]\ntensorrt = raises_plugin:X\n"
+        "[sopdeploy.data]\ndigits = raises_plugin:X\n"
     )
     assert isinstance(entry("resnet18"), Entry)
     recipe = read_recipe("digits-plain", ["model.config.pooling=isqrt"])
     assert (recipe.data.kind, recipe.model.config["pooling"]) == ("digits", "isqrt")
+
+
+@pytest.mark.part("sopdeploy_service.runtime.tensorrt")
+def test_a_plug_in_does_not_replace_a_part(install: Install) -> None:
+    install("[sopdeploy.runtimes]\ntensorrt = raises_plugin:X\n")
     assert plugins.find("sopdeploy.runtimes", "tensorrt").__module__ == "sopdeploy_service.runtime.tensorrt"
 
 

@@ -82,7 +82,7 @@ def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
     for node in (rows, dynamic):
         model.graph.node.insert(0, node)
     safe, hazards = lint(model, (10, 16), FREE)
-    assert hazards[0].operators == 2
+    assert hazards[0].num_operators == 2
     users = {node.op_type for node in safe.graph.node if "images" in node.input}
     assert users == {"Cast"}
     np.testing.assert_array_equal(outputs_of(safe, images), outputs_of(model, images))

@@ -42,7 +42,7 @@ def onnxruntime_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of onnxruntime-web; without npm or its registry, the test is skipped."""
     folder = tmp_path_factory.mktemp("onnxruntime-web")
     try:
-        runtime.fetch_runtime(folder)
+        runtime.fetch_runtime(folder, webgpu=True)
     except RuntimeUnavailableError as problem:
         pytest.skip(str(problem))
     return folder
@@ -52,7 +52,7 @@ def onnxruntime_web(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def linked_runtime(onnxruntime_web: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Link these files instead of a download."""
 
-    def link(folder: Path) -> None:
+    def link(folder: Path, *, webgpu: bool) -> None:
         for file in onnxruntime_web.iterdir():
             (folder / file.name).symlink_to(file)
 

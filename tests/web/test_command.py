@@ -24,6 +24,18 @@ def program(folder: Path, name: str, script: str) -> Path:
 
 @pytest.mark.browser
 @pytest.mark.usefixtures("linked_runtime")
+def test_a_page_for_gpus_is_also_replayed_with_webgpu(tmp_path: Path) -> None:
+    command = ["web", str(tiny(tmp_path / "bundles").path), "--out", str(tmp_path / "site"), "--webgpu"]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["steps"] == 25
+    first_visit = (tmp_path / "site" / "worker.js").read_text().partition("\n")[0]
+    assert "ort.wasm.min.mjs" in first_visit
+    assert "asyncify" not in first_visit  # only browsers with a GPU load these 27 MB
+
+
+@pytest.mark.browser
+@pytest.mark.usefixtures("linked_runtime")
 def test_the_command_writes_a_page_that_replays_and_its_time(tmp_path: Path) -> None:
     bundle = tiny(tmp_path / "bundles")
     command = ["web", str(bundle.path), "--out", str(tmp_path / "pages" / "site")]
@@ -56,7 +68,7 @@ def test_a_browser_without_a_report_leaves_nothing_behind(
 
 @pytest.fixture
 def no_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(site, "fetch_runtime", lambda _: None)
+    monkeypatch.setattr(site, "fetch_runtime", lambda _, webgpu: None)
 
 
 def test_without_chromium_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +117,7 @@ def test_only_the_published_package_is_used(
         program(tmp_path, "npm", script)
     (tmp_path / "site").mkdir()
     with pytest.raises(RuntimeUnavailableError, match=message):
-        fetch_runtime(tmp_path / "site")
+        fetch_runtime(tmp_path / "site", webgpu=False)
 
 
 @pytest.mark.usefixtures("no_download")
@@ -122,7 +134,7 @@ def test_only_the_published_package_is_used(
 def test_a_failure_or_a_missing_step_leaves_nothing_behind(
     found: PageReport, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(site, "run_check", lambda folder, program: found)
+    monkeypatch.setattr(site, "run_check", lambda folder, program, webgpu: found)
     with pytest.raises(ParityError, match=message):
         write_site(tiny(tmp_path / "bundles"), tmp_path / "site", str(program(tmp_path, "browser", "exit 1")))
     assert not (tmp_path / "site").exists()

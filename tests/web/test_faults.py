@@ -98,7 +98,11 @@ FAULTS: dict[str, tuple[str, Change, str]] = {
         "`all`",
     ),
     "damaged network": ("model.onnx", lambda content: content[:-9], "the page fails"),
-    "another host": ("browser.mjs", text("openSite() {", f"openSite() {{ {ABROAD}"), "the page fails"),
+    "another host": (
+        "browser.mjs",
+        text("const [site, ort]", f"{ABROAD} const [site, ort]"),
+        "the page fails",
+    ),
 }
 BY_DEFAULT = {"no antialiasing", "float16", "labels shifted"}
 

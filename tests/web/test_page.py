@@ -83,6 +83,44 @@ def test_a_page_with_another_network_starts_with_an_error(
     page.get_by_text("This browser cannot run the network: a logit deviates by").wait_for()
 
 
+FOR_GPUS = """
+import { InferenceSession as Session, Tensor, env } from "./ort.wasm.min.mjs";
+const create = async (model) => {
+  const session = await Session.create(model);
+  return { run: async (...given) => {
+    const found = await session.run(...given);
+    found.logits.data[0] += CHANGE;
+    return found;
+  } };
+};
+export const InferenceSession = { create };
+export { Tensor, env };
+"""  # in place of onnxruntime-web's build for WebGPU
+
+
+@pytest.mark.parametrize(
+    ("adapter", "change", "status"),
+    [("{}", 0, "Ready, on the GPU"), ("{}", 1, "Ready"), ("null", 0, "Ready")],
+    ids=["the same logits", "other logits", "no adapter"],
+)
+def test_the_page_uses_a_gpu_only_if_it_gives_the_logits_of_the_export(
+    adapter: str, change: int, status: str, served: str, tmp_path: Path, chromium: Any
+) -> None:
+    folder = tmp_path / "site"
+    folder.mkdir()
+    fill_site(tiny(tmp_path / "bundles"), folder, webgpu=True)
+    (folder / "ort.webgpu.min.mjs").unlink()
+    (folder / "ort.webgpu.min.mjs").write_text(FOR_GPUS.replace("CHANGE", str(change)))
+    page = chromium.new_context().new_page()
+    gpu = f"{{ value: {{ requestAdapter: async () => ({adapter}) }}, configurable: true }}"
+    page.add_init_script(f"Object.defineProperty(Navigator.prototype, 'gpu', {gpu})")
+    page.goto(f"{served}/site/")
+    page.get_by_text("Ready").wait_for()
+    assert page.get_by_role("status").text_content() == status
+    assert "stable" in give(page, picture_bytes())
+    page.context.close()
+
+
 @pytest.mark.parametrize(
     ("rules", "decision"),
     [

@@ -120,7 +120,7 @@ def _cast_images_first(model: onnx.ModelProto) -> Hazard | None:
     del model.graph.value_info[:]  # has the types of moved uint8 values
     return Hazard(
         rule="uint8-beyond-the-border",
-        operators=before_cast,
+        num_operators=before_cast,
         done="TensorRT accepts unsigned bytes only as an input: the cast now comes first",
     )
 

@@ -84,13 +84,16 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
         raise LoweringError("int8 was requested, but no convolution of the graph is int8")
     if precision not in LOW_PRECISION:
         return
-    dtypes = weight_dtypes(network, precision)
-    expected = {
-        name: str(dtypes[name]).removeprefix("torch.")
-        for name, part in network.named_modules()
-        if isinstance(part, nn.Conv2d | nn.Linear | nn.ParameterList)
+    dtypes = {
+        part: str(dtype).removeprefix("torch.") for part, dtype in weight_dtypes(network, precision).items()
     }
-    wrong = [part for part, name in expected.items() if actual.get(part, name) != name]
+    expected = {
+        part: dtypes[part]
+        for part, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.ParameterList)
+    }
+    # Folding can remove the weights of a part from the graph.
+    wrong = [part for part, dtype in expected.items() if part in actual and actual[part] != dtype]
     if wrong or str(LOW_PRECISION[precision]).removeprefix("torch.") not in actual.values():
         part = wrong[0] if wrong else next(iter(actual), "no part")
         raise LoweringError(

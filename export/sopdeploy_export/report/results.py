@@ -4,14 +4,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from sopdeploy.bundle.manifest import Int8For, Lineage, Manifest
 from sopdeploy.decision import Decision, Stability
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.files import sha256
 from sopdeploy.html.templates import render
-from sopdeploy_export.parity.findings import ClassMapParity, FlipCause, ParityReport
+from sopdeploy_export.parity.findings import ClassMapParity, ParityReport
 from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.rewrites.apply import LoweringReport
@@ -173,11 +173,11 @@ def _agreement(parity: ParityReport) -> str:
     interval = f"{top1.low:.1%} to {top1.high:.1%}"
     line = f"top class equal on {top1.num_agreeing} of {top1.num_images} probe images ({interval})"
     if top1.flipped:
-        noise, routed, wrong = (top1.flips(cause) for cause in get_args(FlipCause))
-        line += f"; flips: {noise} noise, {routed} routing, {wrong} wrong"
-    return (
-        line if routing is None else f"{line}; {routing.num_flips} routes flipped, {routing.num_wrong} wrong"
-    )
+        line += f"; flips: {top1.flips('noise')} noise, {top1.flips('routing')} routing"
+        line += f", {top1.flips('error')} wrong"
+    if routing is not None:
+        line += f"; {routing.num_flips} routes flipped, {routing.num_wrong} wrong"
+    return line
 
 
 def _precision_facts(precision: PrecisionReport) -> dict[str, str]:

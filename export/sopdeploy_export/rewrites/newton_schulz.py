@@ -102,12 +102,13 @@ class Root(NamedTuple):
 
 
 def _number(value: float | None) -> Term | None:
-    """Return a constant as the exact fraction that the float is; None for 0, NaN and infinity."""
-    if value is None or not np.isfinite(value) or not value:
+    """Represent a constant, in the field by the exact fraction that it is; None for 0, NaN and infinity."""
+    if value is None or not np.isfinite(value) or value == 0:
         return None
     exact = Fraction(value)
     element = exact.numerator * pow(exact.denominator, -1, PRIME) % PRIME
-    return Term(_NUMBER, np.array([element, element], object), np.full_like(_GRID, value))
+    at_points = np.array([element, element], object)  # a number has the same value at both
+    return Term(_NUMBER, at_points, on_grid=np.full_like(_GRID, value))
 
 
 def as_fraction(element: int) -> float | None:

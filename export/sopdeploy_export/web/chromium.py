@@ -17,6 +17,7 @@ from sopdeploy.errors import ParityError, RuntimeUnavailableError
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 _OPTIONS = ("--headless", "--no-first-run", "--disable-background-networking")
+_SWIFTSHADER = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader")  # WebGPU on the processor
 _SECONDS = 600  # for all examples
 
 
@@ -42,10 +43,10 @@ def find_chromium(given: str | None = None) -> str:
     )
 
 
-def run_check(folder: Path, program: str) -> PageReport:
+def run_check(folder: Path, program: str, *, webgpu: bool) -> PageReport:
     """Serve *folder* to this machine and open its `check.html` in *program*; return the report of that page.
 
-    Raises `ParityError` if the browser gives no report.
+    With *webgpu*, the browser has WebGPU without a GPU. Raises `ParityError` if the browser gives no report.
     """
     received: list[bytes] = []
 
@@ -64,7 +65,7 @@ def run_check(folder: Path, program: str) -> PageReport:
         tempfile.TemporaryDirectory(prefix="sopdeploy-", ignore_cleanup_errors=True) as profile,
     ):
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        options = [*_OPTIONS, f"--user-data-dir={profile}"]
+        options = [*_OPTIONS, *_SWIFTSHADER * webgpu, f"--user-data-dir={profile}"]
         if hasattr(os, "geteuid") and os.geteuid() == 0:  # then Chromium does not start with its sandbox
             options.append("--no-sandbox")
         url = f"http://127.0.0.1:{server.server_port}/check.html#report"

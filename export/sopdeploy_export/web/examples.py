@@ -45,7 +45,8 @@ def write_examples(bundle: Bundle, folder: Path) -> int:
     examples += [_write_pixels(file, rules) for file in _draw_more(folder / golden[0].name)]
     of_all = {"decode": MAX_LEVELS, "resize": 0}
     of_golden = {"normalization": 0, "network": golden[0].tolerance, "classes": 1e-6, "all": LOGIT_DRIFT}
-    (folder / "check.json").write_bytes(to_json({"bounds": of_all | of_golden, "examples": examples}))
+    bounds = {**of_all, **of_golden, "webgpu": golden[0].tolerance}
+    (folder / "check.json").write_bytes(to_json({"bounds": bounds, "examples": examples}))
     return len(examples) * len(of_all) + len(golden) * len(of_golden)
 
 

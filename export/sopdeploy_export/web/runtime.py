@@ -12,12 +12,18 @@ from sopdeploy.errors import RuntimeUnavailableError
 VERSION = "1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
 _FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+WEBGPU_FILES = (
+    "ort.webgpu.min.mjs",
+    "ort-wasm-simd-threaded.asyncify.mjs",
+    "ort-wasm-simd-threaded.asyncify.wasm",
+)
 
 
-def fetch_runtime(folder: Path) -> None:
-    """Get onnxruntime-web `VERSION` from npm's registry or cache, and write `_FILES` to *folder*.
+def fetch_runtime(folder: Path, *, webgpu: bool) -> None:
+    """Get onnxruntime-web `VERSION` from npm's registry or cache, and write its files to *folder*.
 
-    Raises `RuntimeUnavailableError` without npm, without the package, or if its SHA-512 is not `SHA512`.
+    With *webgpu*, these are also `WEBGPU_FILES`. Raises `RuntimeUnavailableError` without npm, without the
+    package, or if its SHA-512 is not `SHA512`.
     """
     npm, archive = shutil.which("npm"), folder / f"onnxruntime-web-{VERSION}.tgz"
     if npm is None:
@@ -35,7 +41,7 @@ def fetch_runtime(folder: Path) -> None:
             f"onnxruntime-web {VERSION} is not the published file; check npm's setting `registry`"
         )
     with tarfile.open(archive) as package:
-        for name in _FILES:
+        for name in _FILES + WEBGPU_FILES * webgpu:
             with (folder / name).open("wb") as file:
                 shutil.copyfileobj(package.extractfile(f"package/dist/{name}"), file)  # type: ignore[arg-type]
     archive.unlink()

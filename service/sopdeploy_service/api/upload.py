@@ -10,6 +10,7 @@ import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 from fastapi import Request
@@ -49,7 +50,7 @@ STRIPPED = HttpError(
     400,
     "curl's --data and -d remove bytes from files; send the image with --data-binary @FILE",
 )
-REMOVED = re.compile(rb"[\0\r\n]")  # by curl's --data; an image file has some of them
+REMOVED = re.compile(rb"[\0\r\n]")
 NOT_A_FORM = HttpError("unsupported_multipart", 415, "send the image itself or multipart/form-data")
 
 
@@ -84,16 +85,17 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
         return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
         body = await read_body(request, service, settings.max_body_bytes, deadline)
+        # curl's --data sends this type, and removes bytes that every image file has.
         if kind == "application/x-www-form-urlencoded" and body and not REMOVED.search(body):
             raise RejectedError(STRIPPED)
         return Upload([EncodedImage(body, content_type)])
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
     body = await read_body(request, service, limit, deadline)
-    if body.startswith(FIRST_BYTES):
+    if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
         return Upload([EncodedImage(body, content_type)])
     async with admitted.preparing():
-        loop, given = asyncio.get_running_loop(), (body, limit, settings.max_images)
-        upload = await loop.run_in_executor(service.parsers, parse_upload, *given)
+        parse_body = partial(parse_upload, body, limit, settings.max_images)
+        upload = await asyncio.get_running_loop().run_in_executor(service.parsers, parse_body)
         if upload.url is None:
             return upload
         if service.fetches.locked():

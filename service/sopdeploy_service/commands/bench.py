@@ -27,10 +27,10 @@ _SEED = 0
 
 
 class Latency(StrictModel):
-    """Milliseconds per run, over `runs` warm runs, and images per second at the median."""
+    """Milliseconds per run, over `num_runs` warm runs, and images per second at the median."""
 
     batch: int
-    runs: int
+    num_runs: int
     median_ms: float
     p95_ms: float
     p99_ms: float
@@ -130,7 +130,7 @@ def _summarize(batch: int, seconds: Sequence[float]) -> Latency:
     median, p95, p99 = (float(value) * 1e3 for value in np.percentile(seconds, (50, 95, 99)))
     return Latency(
         batch=batch,
-        runs=len(seconds),
+        num_runs=len(seconds),
         median_ms=median,
         p95_ms=p95,
         p99_ms=p99,

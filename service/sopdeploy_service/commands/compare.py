@@ -64,7 +64,7 @@ class ClassChange(StrictModel):
     """
 
     label: str
-    images: int
+    num_images: int
     first: int
     second: int
     wins: int
@@ -78,18 +78,19 @@ class ClassChange(StrictModel):
 
 
 class BundleComparison(StrictModel):
-    """The second bundle compared with the first on `images` photographs of `classes`; fractions, not points.
+    """The second bundle compared with the first on `num_images` photographs of `classes`.
 
-    `new` and `removed` are classes of the second or the first bundle only. `copies` near-duplicates and
-    `trained_on` training images were left out. `suspects` are bundles some of whose training images were
-    found, but whose record of them is incomplete. `attempt` counts the comparisons of `promote` with this
-    first bundle; 0 for `compare`. `more_images` would decide what is undecided, in the next attempt.
+    Accuracies and differences are fractions. `new` and `removed` are classes of the second or the first
+    bundle only. `num_copies` near-duplicates and `trained_on` training images were left out. `suspects` are
+    bundles some of whose training images were found, but whose record of them is incomplete. `attempt` counts
+    the comparisons of `promote` with this first bundle; 0 for `compare`. `num_more_images` would decide what
+    is undecided, in the next attempt.
     """
 
     first: BundleScore
     second: BundleScore
-    images: int
-    copies: int
+    num_images: int
+    num_copies: int
     trained_on: int
     suspects: tuple[str, ...]
     wins: int
@@ -101,7 +102,7 @@ class BundleComparison(StrictModel):
     tolerance: float
     attempt: int
     verdict: Verdict
-    more_images: int | None
+    num_more_images: int | None
     classes: tuple[ClassChange, ...]
     new: tuple[ClassChange, ...]
     removed: tuple[str, ...]
@@ -113,10 +114,10 @@ class BundleComparison(StrictModel):
         text: str = self.verdict
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
-        elif text == "undecided" and self.more_images is not None:
-            text += f" (about {float(f'{self.more_images:.1e}'):,.0f} more labels would decide)"
+        elif text == "undecided" and self.num_more_images is not None:
+            text += f" (about {float(f'{self.num_more_images:.1e}'):,.0f} more labels would decide)"
         points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
-        text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.images:,} photographs"
+        text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.num_images:,} photographs"
         return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
 
     @property
@@ -168,11 +169,11 @@ def compare_bundles(
     count = int(common.sum())
     low, high = difference_interval(wins, losses, count)
     return BundleComparison(
-        first=scores[0], second=scores[1], images=count, **left_out,
+        first=scores[0], second=scores[1], num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
         p=mcnemar(wins, losses), tolerance=tolerance, attempt=attempt,
         verdict=decide(wins, losses, count, tolerance, max(1, attempt)),
-        more_images=images_to_decide(wins, losses, count, tolerance, attempt + 1), classes=changes,
+        num_more_images=images_to_decide(wins, losses, count, tolerance, attempt + 1), classes=changes,
         new=[one for one in added if one.label in new], removed=sorted(old - new), notes=notes,
     )  # fmt: skip
 
@@ -208,8 +209,12 @@ def _select(
         raise DataError(
             f"{images.root}: one of the bundles was trained on all of these photographs; give others"
         )
-    copies = int((~kept & ~seen).sum())
-    return images.select(kept), {"copies": copies, "trained_on": int(seen.sum()), "suspects": suspects}
+    num_copies = int((~kept & ~seen).sum())
+    return images.select(kept), {
+        "num_copies": num_copies,
+        "trained_on": int(seen.sum()),
+        "suspects": suspects,
+    }
 
 
 def _run(
@@ -263,7 +268,7 @@ def compare_classes(
         first, second = (each[targets == target] for each in right)
         counts = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
         sums = {name: int(values.sum()) for name, values in counts.items()}
-        changes.append(ClassChange(label=labels[target], images=len(first), **sums))
+        changes.append(ClassChange(label=labels[target], num_images=len(first), **sums))
     tested = [one for one in changes if one.wins + one.losses >= TESTABLE]
     corrected = holm([mcnemar(one.wins, one.losses) for one in tested])
     values = dict(zip((one.label for one in tested), corrected, strict=True))

@@ -70,7 +70,7 @@ def promote(
         comparison = compare_bundles(
             link, new, data, unknown=unknown, tolerance=tolerance, attempt=attempt, on_image=on_image
         )
-        objections = _object(comparison, read_manifest(link).project, read_manifest(new).project)
+        objections = _list_objections(comparison, read_manifest(link).project, read_manifest(new).project)
         if objections and force is None:
             _record(link, before, target, "; ".join(objections), comparison, refused=True)
             raise PromotionError(
@@ -113,17 +113,16 @@ def _read(link: Path) -> list[Promotion]:
 
 
 def _count_comparisons(link: Path, before: str | None) -> int:
-    """Count the recorded comparisons with the bundle *before*; the same one again is not another one."""
-    return len(
-        {
-            (one.after, one.comparison.images, one.comparison.wins, one.comparison.losses)
-            for one in _read(link)
-            if one.before == before and one.comparison is not None
-        }
-    )
+    """Count the recorded comparisons with the bundle *before*; a repeated one counts once."""
+    different = set()
+    for promotion in _read(link):
+        found = promotion.comparison
+        if promotion.before == before and found is not None:
+            different.add((promotion.after, found.num_images, found.wins, found.losses))
+    return len(different)
 
 
-def _object(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
+def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
     """List what speaks against the second bundle."""
     found = []
     if comparison.verdict in {"worse", "undecided"}:

@@ -25,7 +25,8 @@ from sopdeploy_service.runtime.base import Runtime
 
 HEADER = struct.Struct("=BII")  # kind, number, bytes of the body
 IMAGE_HEAD = struct.Struct("=I?dd")  # model, features, arrived, deadline
-RESULT_HEAD = struct.Struct("=BIIdd")  # error or 0, batch, row, queue seconds, inference seconds
+JPEG_HEAD = struct.Struct("=IIB")  # width, height, EXIF orientation
+RESULT_HEAD = struct.Struct("=BIIddd")  # error or 0, batch, row; seconds of decoding, queue and inference
 FACTS, LABELS = "runtime.json", "labels.json"  # files of an archive
 BUFFER_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 1 << 27
@@ -36,9 +37,10 @@ class MessageKind(IntEnum):
 
     IMAGE = 1  # images of this front end; `IMAGE_HEAD` and the pixels
     CANCEL = 2  # an image whose request has ended
+    JPEG = 3  # images, too; `IMAGE_HEAD`, `JPEG_HEAD` and the file
 
     MODEL = 16  # a model, counted backwards to 0; its archive
-    RESULT = 17  # an image; `RESULT_HEAD` and its outputs, float32, one after the other
+    RESULT = 17  # an image; `RESULT_HEAD` and its outputs, float32; with `keep`, then the pixels of a JPEG
     LOAD = 18  # images in the inference process
 
 

@@ -1,7 +1,7 @@
 """The inference process: it owns the runtimes of one device and runs the images of all its front ends.
 
 It loads and runs models as a single process does (`ModelRegistry`). Clients reach it only through front ends,
-which send pixels.
+which send pixels, or JPEGs for the GPU: so a device has one process that uses it.
 
 Front ends decode images of untrusted clients and may be compromised, so everything that they send is checked.
 A front end that breaks the protocol is disconnected, and replaced by the supervisor.
@@ -28,18 +28,23 @@ import numpy as np
 
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.errors import SopdeployError
+from sopdeploy.images.pixels import fit_resized, resized_size
 from sopdeploy_service.front_ends import channel, control
 from sopdeploy_service.front_ends.channel import (
     IMAGE_HEAD,
+    JPEG_HEAD,
     RESULT_HEAD,
     ChannelError,
     MessageKind,
     archive_model,
 )
+from sopdeploy_service.images import loaders
+from sopdeploy_service.images.decode import has_fill_color, is_strip
+from sopdeploy_service.images.nvimagecodec import JpegJob, NvImageCodec
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.model_worker import QueuedImage
+from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
@@ -59,7 +64,13 @@ from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
 MAX_AGE_SECONDS = 60.0  # of an image when it gets here; an earlier arrival is not believed
-HTTP_ERRORS = (CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY)
+# The front end then decodes the JPEG; no client gets these.
+LEFT_TO_CPU = HttpError("left_to_cpu", 503, "the front end decodes the image")
+GPU_FAILED = HttpError("gpu_failed", 503, "the GPU could not decode the image")
+HTTP_ERRORS = (
+    CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY, LEFT_TO_CPU,
+    GPU_FAILED,
+)  # fmt: skip
 CODES = {reason.code: position for position, reason in enumerate(HTTP_ERRORS, 1)}  # 0: outputs
 
 log = logging.getLogger("sopdeploy.inference")
@@ -79,16 +90,17 @@ class InferenceProcess:
     """Runs the images of all front ends with the models of *registry*, whose bundles are at *sources*.
 
     The *supervisor* sends the channels of front ends, and gets status reports. A front end may have
-    *max_images* images here.
+    `queue_size` images of *settings* here.
     """
 
     def __init__(
-        self, registry: ModelRegistry, supervisor: socket.socket, max_images: int, sources: Sequence[str]
+        self, registry: ModelRegistry, supervisor: socket.socket, settings: Settings, sources: Sequence[str]
     ) -> None:
         self._registry = registry
         self._supervisor = supervisor
         self._sources = sources
-        self._max_images = max_images
+        self._settings = settings
+        self._decoder: NvImageCodec | None = None
         self._ended = asyncio.Event()
         self._queued_images = 0
         self._front_ends: set[FrontEnd] = set()
@@ -105,7 +117,7 @@ class InferenceProcess:
             self._beat()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), BEAT_SECONDS)
-            dead = any(model.dead for model in self._registry.models())
+            dead = any(model.dead for model in self._registry.models()) or self._decoder_hangs()
         loop.remove_reader(self._supervisor)
         self._supervisor.close()
         self._registry.close(DRAINING)
@@ -114,6 +126,12 @@ class InferenceProcess:
         if not dead:  # otherwise a thread may hang
             await self._registry.stop()
         return EXIT_RUNTIME_DEAD if dead else 0
+
+    def _decoder_hangs(self) -> bool:
+        hangs = self._decoder is not None and self._decoder.hangs(self._settings.decode_seconds)
+        if hangs:
+            log.critical("the GPU decodes a batch for more than %g s", self._settings.decode_seconds)
+        return hangs
 
     def _beat(self) -> None:
         bundles = " ".join(model.bundle.name for model in self._registry.models())
@@ -149,8 +167,8 @@ class InferenceProcess:
                 channel.send_message(writer, MessageKind.MODEL, number, archive_model(model))
             while True:
                 kind, number, body = await channel.receive_message(reader)
-                if kind == MessageKind.IMAGE:
-                    self._queue(front_end, number, body)
+                if kind in {MessageKind.IMAGE, MessageKind.JPEG}:
+                    self._queue(front_end, number, body, is_jpeg=kind == MessageKind.JPEG)
                 elif kind != MessageKind.CANCEL:
                     raise ChannelError(f"unknown message {kind}")
                 elif number in front_end.images:
@@ -169,13 +187,13 @@ class InferenceProcess:
                 model.queue.reject([item], CLIENT_GONE)
             stack.close()
 
-    def _queue(self, front_end: FrontEnd, number: int, body: bytes) -> None:
-        """Queue an image of *front_end*.
+    def _queue(self, front_end: FrontEnd, number: int, body: bytes, *, is_jpeg: bool) -> None:
+        """Queue an image of *front_end*, once it is decoded.
 
         Every value is checked; raises `ChannelError` for one that a correct front end never sends.
         """
         model_number, features, arrived, deadline = IMAGE_HEAD.unpack_from(body)
-        if number in front_end.images or len(front_end.images) >= self._max_images:
+        if number in front_end.images or len(front_end.images) >= self._settings.queue_size:
             raise ChannelError(f"image {number} was sent twice, or there are too many images")
         if model_number >= len(front_end.models):
             raise ChannelError(f"unknown model {model_number}")
@@ -192,11 +210,30 @@ class InferenceProcess:
         model = front_end.models[model_number]
         front_end.images[number] = model, item
         self._queued_images += 1
-        pixels = np.frombuffer(body, np.uint8, offset=IMAGE_HEAD.size)
-        item.image = pixels.reshape(model.bundle.manifest.image_shape)
-        reason = model.queue.put(item)
+        if is_jpeg:
+            reason = self._decode(model, item, body)
+        else:
+            pixels = np.frombuffer(body, np.uint8, offset=IMAGE_HEAD.size)
+            item.image = pixels.reshape(model.bundle.manifest.image_shape)
+            reason = model.queue.put(item)
         if reason is not None:
             item.settle(reason)
+
+    def _decode(self, model: Model, item: QueuedImage, body: bytes) -> HttpError | None:
+        """Let the GPU decode the JPEG of *item*, which then joins the queue of *model*; or return why not.
+
+        At most three batches of files are held, each of at most `max_body_bytes`. Raises `ChannelError`.
+        """
+        width, height, orientation = JPEG_HEAD.unpack_from(body, IMAGE_HEAD.size)
+        file, size = body[IMAGE_HEAD.size + JPEG_HEAD.size :], (width, height)
+        rules, settings = model.bundle.manifest.preprocess, self._settings
+        is_allowed = 0 < width * height <= settings.max_pixels and len(file) <= settings.max_body_bytes
+        if model.loaded.decode != "nvimagecodec" or not is_allowed or is_strip(size, rules):
+            raise ChannelError(f"a JPEG of {width} x {height} and {len(file)} bytes is not for the GPU")
+        self._decoder = self._decoder or loaders.gpu_loader()
+        on_end = partial(_queue_decoded, model, item, orientation)
+        job = JpegJob(file, size, resized_size(size, rules), rules.interpolation, on_end)
+        return None if self._decoder.put(job) else LEFT_TO_CPU
 
     def _send_result(
         self, front_end: FrontEnd, number: int, item: QueuedImage, done: "asyncio.Future[Outcome]"
@@ -208,17 +245,36 @@ class InferenceProcess:
             return
         outcome = done.result()
         if isinstance(outcome, HttpError):
-            result = RESULT_HEAD.pack(CODES[outcome.code], 0, 0, 0.0, 0.0)
+            result = RESULT_HEAD.pack(CODES[outcome.code], 0, 0, 0.0, 0.0, 0.0)
             channel.send_message(front_end.writer, MessageKind.RESULT, number, result)
             return
-        timings = outcome.queue_seconds, outcome.infer_seconds
+        timings = item.decode_seconds or 0.0, outcome.queue_seconds, outcome.infer_seconds
         outputs = [
             values.tobytes()
             for name, values in outcome.outputs.items()
             if name not in ON_REQUEST or item.features
         ]
+        if item.decode_seconds is not None and self._settings.keep is not None:
+            outputs.append(item.image.tobytes())
         result = RESULT_HEAD.pack(0, outcome.batch, outcome.row, *timings)
         channel.send_message(front_end.writer, MessageKind.RESULT, number, result, *outputs)
+
+
+def _queue_decoded(model: Model, item: QueuedImage, orientation: int, job: JpegJob) -> None:
+    """Put *item* with the pixels of *job* into the queue of *model*, or leave it to its front end.
+
+    Called in a thread of the decoder. A front end decodes what may be truncated, which needs Pillow.
+    """
+    reason: HttpError | None = GPU_FAILED
+    if job.pixels is not None and has_fill_color(job.pixels):
+        reason = LEFT_TO_CPU
+    elif job.pixels is not None:
+        item.image = fit_resized(job.pixels, orientation, model.bundle.manifest.preprocess)
+        now = time.monotonic()
+        item.decode_seconds, item.arrived = now - item.arrived, now
+        reason = model.queue.put(item)
+    if reason is not None:
+        call_soon(item.outcome.get_loop(), item.settle, reason)
 
 
 def run_inference_process(launch_config: Mapping[str, Any]) -> int:
@@ -237,7 +293,7 @@ def run_inference_process(launch_config: Mapping[str, Any]) -> int:
             control.send_files(supervisor, control.FAILED + b": " + str(problem).encode())
             raise
         registry = ModelRegistry(loaded, settings, Metrics(), store=None)
-        return asyncio.run(InferenceProcess(registry, supervisor, settings.queue_size, sources).run())
+        return asyncio.run(InferenceProcess(registry, supervisor, settings, sources).run())
 
 
 if __name__ == "__main__":

@@ -85,9 +85,9 @@ def list_processes(settings: Settings) -> list[Process]:
     """
     devices = settings.devices or ("",)
     front_ends = count_front_ends(settings)
-    is_exact = front_ends > 1 and settings.decode == "auto" and settings.sandbox != "off"
+    is_exact = front_ends > 1 and settings.decode == "auto" and settings.sandbox == "required"
     if is_exact:
-        log.info("decode=auto is exact: front ends decode in a sandbox without GPU; sandbox=off permits it")
+        log.info("decode=auto is exact: a GPU decodes outside of the sandbox; sandbox=auto permits it")
     processes: list[Process] = []
     for position, device in enumerate(devices):
         name = device or "default"

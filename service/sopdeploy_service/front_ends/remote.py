@@ -10,25 +10,23 @@ import logging
 import math
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import ON_REQUEST
-from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.front_ends import channel
-from sopdeploy_service.front_ends.channel import IMAGE_HEAD, RESULT_HEAD, MessageKind, read_model
-from sopdeploy_service.front_ends.inference_process import HTTP_ERRORS
-from sopdeploy_service.images.loaders import make_decoder
-from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.front_ends.channel import IMAGE_HEAD, JPEG_HEAD, RESULT_HEAD, MessageKind, read_model
+from sopdeploy_service.front_ends.inference_process import GPU_FAILED, HTTP_ERRORS, LEFT_TO_CPU
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, HttpError, Prediction, rank_classes
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.metrics import Metrics, drift_window
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import LARGEST_DECODE_BATCH, Settings
+
+MAX_JPEGS = 2 * LARGEST_DECODE_BATCH  # of a front end in the inference process; it decodes the others itself
 
 log = logging.getLogger("sopdeploy.inference")
 
@@ -50,6 +48,11 @@ class RemoteQueue(RequestQueue):
         """The number of images in the inference process that other front ends have sent."""
         return self._registry.images_elsewhere
 
+    @property
+    def takes_jpegs(self) -> bool:
+        """Whether the inference process decodes a JPEG now."""
+        return self._model.loaded.decode == "nvimagecodec" and self._registry.jpegs < MAX_JPEGS
+
     def put(self, item: QueuedImage) -> HttpError | None:
         """Send the image of *item* from the event loop."""
         if self.closed_with is None:
@@ -62,7 +65,12 @@ class RemoteQueue(RequestQueue):
         if not item.outcome.done():  # otherwise its request has ended, too
             number = self._registry.add(self, item)
             head = IMAGE_HEAD.pack(self._number, item.features, item.arrived, item.deadline)
-            self._registry.send(MessageKind.IMAGE, number, head, item.image.tobytes())
+            if item.jpeg is None:
+                self._registry.send(MessageKind.IMAGE, number, head, item.image.tobytes())
+            else:
+                body, size, orientation = item.jpeg
+                head += JPEG_HEAD.pack(*size, orientation)
+                self._registry.send(MessageKind.JPEG, number, head, body)
 
     def reject(self, items: Sequence[QueuedImage], reason: HttpError) -> None:
         """Give *reason* to all *items* without an outcome, and cancel those that were sent."""
@@ -79,19 +87,21 @@ class RemoteQueue(RequestQueue):
 
     def settle(self, item: QueuedImage, result: bytes) -> None:
         """Settle *item* with its *result*, and count the image and, for the first of a batch, the batch."""
-        code, batch, row, queue_seconds, infer_seconds = RESULT_HEAD.unpack_from(result)
+        code, batch, row, decode_seconds, queue_seconds, infer_seconds = RESULT_HEAD.unpack_from(result)
         if code:
-            reason = HTTP_ERRORS[code - 1]
-            if reason is NONFINITE:
-                self._counts.nonfinite.inc()
-            item.settle(reason)
+            self._settle_with(item, HTTP_ERRORS[code - 1])
             return
+        if item.jpeg is not None:
+            item.decode_seconds = (item.decode_seconds or 0.0) + decode_seconds
+            self._metrics.stage("decode", item.decode_seconds)
+        item.arrived += decode_seconds
         outputs = self._read_outputs(item, result)
         logits = [outputs[self._logits]]
         started = item.arrived + queue_seconds
         ended = started + infer_seconds
         self._model.latency.record(batch, infer_seconds)
         if row == 0:
+            # Images of other front ends may be in the batch; each front end counts the waiting of its own.
             self._counts.batch([], self._model.largest_batch, started, ended, num_images=batch)
         self._metrics.stage("queue", queue_seconds)
         if self._drift is not None:  # every front end tests windows of its own images
@@ -103,13 +113,27 @@ class RemoteQueue(RequestQueue):
         timings = queue_seconds, infer_seconds
         item.settle(Prediction(outputs, *timings, batch, row, ranked, item.warnings, item.size))
 
+    def _settle_with(self, item: QueuedImage, reason: HttpError) -> None:
+        """Settle *item* with *reason*, or decode it in this process."""
+        if reason in {LEFT_TO_CPU, GPU_FAILED} and item.decode_here is not None:
+            self._metrics.failed_gpu_decodes.inc(reason is GPU_FAILED)
+            item.jpeg = None
+            item.decode_here(item)
+            return
+        if reason is NONFINITE:
+            self._counts.nonfinite.inc()
+        item.settle(reason)
+
     def _read_outputs(self, item: QueuedImage, result: bytes) -> dict[str, NDArray[np.float32]]:
-        values = np.frombuffer(result, np.uint8, offset=RESULT_HEAD.size).view(np.float32)
+        """Read the outputs from *result*, and the pixels that follow those of a JPEG with `keep`."""
+        values = np.frombuffer(result, np.uint8, offset=RESULT_HEAD.size)
         outputs, end = {}, 0
         for name, shape in self._shapes.items():
             if name not in ON_REQUEST or item.features:
-                start, end = end, end + math.prod(shape)
-                outputs[name] = values[start:end].reshape(shape)
+                start, end = end, end + 4 * math.prod(shape)
+                outputs[name] = values[start:end].view(np.float32).reshape(shape)
+        if item.jpeg is not None and end < len(values):
+            item.image = values[end:].reshape(self._model.bundle.manifest.image_shape)
         return outputs
 
 
@@ -119,6 +143,7 @@ class RemoteRegistry(ModelRegistry):
     `images` has the images without a result, and their queues, by number.
     """
 
+    has_devices = False
     is_replaced = True
 
     def __init__(self, connection: socket.socket, settings: Settings, metrics: Metrics) -> None:
@@ -128,6 +153,7 @@ class RemoteRegistry(ModelRegistry):
         """
         super().__init__({}, settings, metrics, None)
         self.images_elsewhere = 0
+        self.jpegs = 0  # among `images`
         self._connection = connection
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -137,8 +163,6 @@ class RemoteRegistry(ModelRegistry):
         while number != 0:  # that of the last model, before other messages
             _, number, body = channel.receive_blocking(connection)
             name, loaded = read_model(body)
-            if settings.decode == "auto":
-                loaded = _with_usable_decoder(loaded, settings)
             self.count(name, loaded, 1)
             model = Model(name, loaded, settings, metrics)  # never started: it has no worker here
             model.queue = RemoteQueue(model, number, self, metrics)
@@ -166,6 +190,7 @@ class RemoteRegistry(ModelRegistry):
         """Add *item* of *queue* to `images`; return its number."""
         number = next(self._numbers) % 0xFFFF_FFFF
         self.images[number] = queue, item
+        self.jpegs += item.jpeg is not None
         return number
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
@@ -185,6 +210,7 @@ class RemoteRegistry(ModelRegistry):
     def _handle(self, kind: int, number: int, body: bytes) -> None:
         if kind == MessageKind.RESULT:
             queue, item = self.images.pop(number)
+            self.jpegs -= item.jpeg is not None
             queue.settle(item, body)
         elif kind == MessageKind.LOAD:
             self.images_elsewhere = max(0, number - len(self.images))
@@ -202,13 +228,3 @@ async def attach(service: Service, connection: socket.socket) -> None:
         await model.unused.wait()
         previous.count(model.name, model.loaded, -1)
     await previous.stop()
-
-
-def _with_usable_decoder(loaded: LoadedModel, settings: Settings) -> LoadedModel:
-    """Return *loaded*; if this process cannot open its decoder, its images are decoded exactly."""
-    try:
-        make_decoder(settings, loaded.decode)
-    except RuntimeUnavailableError as error:
-        log.warning("%s: decode=auto is exact in this process: %s", loaded.bundle.name, error)
-        return replace(loaded, decode="exact", fast_decode=None)
-    return loaded

@@ -8,7 +8,8 @@ warning. Invalid bytes raise `ImageError` and no other exception.
 import io
 import random
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost, decode_cost
+from sopdeploy.images.exif import ROTATED, UPRIGHT, exif_orientation
 from sopdeploy.images.formats import (
     ALIASES,
     SHORT_ADOBE,
@@ -26,12 +28,20 @@ from sopdeploy.images.formats import (
     open_image,
 )
 from sopdeploy.images.jpeg import MARKER_BYTES, SCAN, jpeg_segments
-from sopdeploy.images.pixels import fit_resized, list_changes, preprocess_image, upright_size
+from sopdeploy.images.pixels import (
+    MAX_ASPECT_RATIO,
+    fit_resized,
+    list_changes,
+    preprocess_image,
+    upright_size,
+)
 from sopdeploy.images.preprocess import Preprocess
 
 ANIMATED = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}  # the second image of a JPEG is a thumbnail
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
+GPU_MODES = {"RGB", "L"}
+END_OF_JPEG = b"\xff\xd9"  # NVIDIA's decoders do not report that data is missing
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 
@@ -53,6 +63,17 @@ class Decoded(NamedTuple):
     size: tuple[int, int]
 
 
+class CheckedJpeg(NamedTuple):
+    """The file of a JPEG that another process decodes on a GPU, and what its header says.
+
+    *size* is the (width, height) in the file, before it is rotated by the EXIF *orientation*.
+    """
+
+    body: bytes
+    size: tuple[int, int]
+    orientation: int
+
+
 # (image with only its header read, file, preprocessing) -> None if the image has its pixels now, or the
 # resized pixels (h, w, 3).
 LoadPixels = Callable[[Image.Image, bytes, Preprocess], NDArray[np.uint8] | None]
@@ -65,6 +86,15 @@ class Decode(Protocol):
         self, encoded: EncodedImage, preprocess: Preprocess, /, *, admit: Callable[[Cost], None] | None = None
     ) -> Decoded:
         """Decode *encoded*."""
+
+
+class CheckJpeg(Protocol):
+    """`check_jpeg` with the limits of a server."""
+
+    def __call__(
+        self, encoded: EncodedImage, preprocess: Preprocess, /, *, admit: Callable[[Cost], None] | None = None
+    ) -> tuple[CheckedJpeg, tuple[str, ...], tuple[int, int]] | None:
+        """Check the header of *encoded*."""
 
 
 def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:  # noqa: ARG001
@@ -89,27 +119,84 @@ def decode(
     HTTP status.
     """
     body = encoded.body
+    with _opened(body, max_bytes, max_pixels, formats, admit) as image:
+        kind = "JPEG" if image.format == "MPO" else str(image.format)
+        size, upright = image.size, upright_size(image, preprocess)
+        resized = load(image, body, preprocess)
+        check_decoded_size(image, size)
+        corner = image if resized is None else Image.fromarray(resized[-1:, -1:])
+        if kind == "JPEG" and is_truncated(corner, body):
+            raise EOFError("the data ends before the last pixel")
+        if resized is None:
+            pixels = preprocess_image(image, preprocess)
+        else:
+            pixels = fit_resized(resized, _orientation(image, preprocess), preprocess)
+        warnings = (*list_changes(image, preprocess), *_file_warnings(image, kind, encoded.media_type))
+        return Decoded(pixels, tuple(sorted(warnings)), upright)
+
+
+def check_jpeg(
+    encoded: EncodedImage,
+    preprocess: Preprocess,
+    *,
+    max_bytes: int,
+    max_pixels: int,
+    formats: Collection[str] | None = None,
+    admit: Callable[[Cost], None] | None = None,
+) -> tuple[CheckedJpeg, tuple[str, ...], tuple[int, int]] | None:
+    """Check the header of a JPEG as `decode` does; return None if a GPU does not decode such an image.
+
+    Otherwise, return the JPEG, warning codes and the (width, height) of the upright image.
+    """
+    body = encoded.body
+    with _opened(body, max_bytes, max_pixels, formats, admit) as image:
+        if not is_for_gpu(image, body, preprocess):
+            return None
+        warnings = (*list_changes(image, preprocess), *_file_warnings(image, "JPEG", encoded.media_type))
+        jpeg = CheckedJpeg(body, image.size, _orientation(image, preprocess))
+        return jpeg, tuple(sorted(warnings)), upright_size(image, preprocess)
+
+
+@contextmanager
+def _opened(
+    body: bytes,
+    max_bytes: int,
+    max_pixels: int,
+    formats: Collection[str] | None,
+    admit: Callable[[Cost], None] | None,
+) -> Iterator[Image.Image]:
+    """Open the file *body* and admit it; errors of the block become an `ImageError`."""
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
     with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats) as image:
         if admit is not None:
             admit(decode_cost(image, body))
         try:
-            kind = "JPEG" if image.format == "MPO" else str(image.format)
-            size, upright = image.size, upright_size(image, preprocess)
-            resized = load(image, body, preprocess)
-            check_decoded_size(image, size)
-            corner = image if resized is None else Image.fromarray(resized[-1:, -1:])
-            if kind == "JPEG" and is_truncated(corner, body):
-                raise EOFError("the data ends before the last pixel")
-            if resized is None:
-                pixels = preprocess_image(image, preprocess)
-            else:
-                pixels = fit_resized(resized, image, preprocess)
-            warnings = (*list_changes(image, preprocess), *_file_warnings(image, kind, encoded.media_type))
-            return Decoded(pixels, tuple(sorted(warnings)), upright)
+            yield image
         except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
             raise image_error(error, max_pixels) from error
+
+
+def _orientation(image: Image.Image, preprocess: Preprocess) -> int:
+    """Return the EXIF orientation that preprocessing considers."""
+    found = exif_orientation(image) if preprocess.exif_orientation else UPRIGHT
+    return found if found in ROTATED else UPRIGHT
+
+
+def is_for_gpu(image: Image.Image, body: bytes, preprocess: Preprocess) -> bool:
+    """Whether a GPU decodes *image* with the file *body*: a complete RGB or gray JPEG, not a strip."""
+    is_whole = image.format == "JPEG" and body.endswith(END_OF_JPEG)
+    return is_whole and image.mode in GPU_MODES and not is_strip(image.size, preprocess)
+
+
+def is_strip(size: tuple[int, int], preprocess: Preprocess) -> bool:
+    """Whether preprocessing resizes only a part of an image of this *size*."""
+    return preprocess.fit == "crop" and max(size) > MAX_ASPECT_RATIO * min(size)
+
+
+def has_fill_color(pixels: NDArray[np.uint8]) -> bool:
+    """Whether the last of *pixels* (h, w, 3) has libjpeg's color for missing data, see `is_truncated`."""
+    return FILL_COLOR.issuperset(pixels[-1, -1].tolist())
 
 
 def is_truncated(image: Image.Image, body: bytes) -> bool:

@@ -56,14 +56,14 @@ def make_decoder(
     loaders: dict[str, LoadPixels] = {"exact": load_exact, "fast": load_reduced}
     load: LoadPixels | None = loaders.get(way)
     if way == "nvimagecodec":
-        load = partial(_gpu_loader(), on_failure=on_failure)
+        load = partial(gpu_loader(), on_failure=on_failure)
     elif load is None and (load := find("sopdeploy.decoders", way, Callable)) is None:
         raise RuntimeUnavailableError(f"decode={way}: no installed package has this decoder; choose another")
     return partial(decode, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels, load=load)
 
 
 @cache
-def _gpu_loader() -> NvImageCodec:
+def gpu_loader() -> NvImageCodec:
     """Create the loader of this process's first GPU, once."""
     os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")  # it would write lines for every damaged JPEG
     library = import_optional(

@@ -1,14 +1,15 @@
 """Load JPEGs in batches with NVIDIA's nvImageCodec, and resize them on the same device.
 
-Each decoder thread loads one image. While a batch is decoded, the images of other threads become the next
-batch, which is decoded while the first is resized. If the next batch is full, a thread returns to Pillow: the
-cores decode what the device cannot.
+While a batch is decoded, further images become the next batch, which is decoded while the first is resized.
+If the next batch is full, an image is left to Pillow: the cores decode what the device cannot.
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from threading import Condition, Lock
+from threading import Condition, Event, Lock, Thread, get_ident
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.images.pixels import MAX_ASPECT_RATIO, resized_size
+from sopdeploy.images.pixels import resized_size
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.images.decode import is_for_gpu
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.runtime.base import reason_of
 from sopdeploy_service.settings import LARGEST_DECODE_BATCH
 
-MODES = {"RGB", "L"}
-_END = b"\xff\xd9"  # of a complete JPEG; NVIDIA's decoders do not report that data is missing
 _OPTIONS = ":fancy_upsampling=1"  # chroma interpolation as in libjpeg
 THREADS = 4  # of the library, for what its decoders do on the CPU
 MAX_BATCH_PIXELS = 50_000_000  # 150 MB of the device, unless a single image has more; two batches are there
@@ -36,15 +36,16 @@ log = logging.getLogger("sopdeploy.service")
 class JpegJob:
     """A JPEG *body* of *size* to decode and resize to *target*; sizes are (width, height).
 
-    *pixels* (h, w, 3) is set before *done*, unless the device could not decode the image.
+    *on_end* is called in a thread of the decoder; then *pixels* (h, w, 3) is set, unless the device could not
+    decode the image.
     """
 
     body: bytes
     size: tuple[int, int]
     target: tuple[int, int]
     interpolation: str
+    on_end: Callable[["JpegJob"], None] = lambda job: None  # noqa: ARG005
     pixels: NDArray[np.uint8] | None = None
-    done: bool = False
 
     @property
     def area(self) -> int:
@@ -72,9 +73,11 @@ class NvImageCodec:
         )
         self._changed = Condition()
         self._waiting: list[JpegJob] = []  # the next batch
-        self._decoding: list[JpegJob] = []  # the batch that a thread decodes
-        self._resizing = Lock()
+        self._decoding, self._resizing = Lock(), Lock()
+        self._began: dict[int, float] = {}  # when a thread took its batch
         self._last_error = ""
+        for number in range(2):  # daemons: a device that hangs cannot block an exit
+            Thread(target=self._run, name=f"gpu_decoder_{number}", daemon=True).start()
 
     def __call__(
         self,
@@ -88,11 +91,11 @@ class NvImageCodec:
         Pillow loads at full size what the device does not; the result is None then. Calls *on_failure* if the
         device could not decode an RGB or gray JPEG.
         """
-        strip = preprocess.fit == "crop" and max(image.size) > MAX_ASPECT_RATIO * min(image.size)
-        if image.format == "JPEG" and image.mode in MODES and body.endswith(_END) and not strip:
-            target = resized_size(image.size, preprocess)
-            job = JpegJob(body, image.size, target, preprocess.interpolation)
-            if self._join(job):
+        if is_for_gpu(image, body, preprocess):
+            ended, target = Event(), resized_size(image.size, preprocess)
+            job = JpegJob(body, image.size, target, preprocess.interpolation, lambda _: ended.set())
+            if self.put(job):
+                ended.wait()
                 if job.pixels is not None:
                     return job.pixels
                 on_failure()
@@ -114,49 +117,67 @@ class NvImageCodec:
                 'run: pip install "sopdeploy[nvimagecodec]" (with nvJPEG), or serve with decode=exact'
             )
 
-    def _join(self, job: JpegJob) -> bool:
-        """Wait until *job* has run in a batch; return False if the next batch is full.
-
-        One of the waiting threads runs the batch for all of them.
-        """
+    def put(self, job: JpegJob) -> bool:
+        """Add *job* to the next batch; return False if that is full."""
         with self._changed:
             area = sum(waiting.area for waiting in self._waiting)
             full = len(self._waiting) >= LARGEST_DECODE_BATCH
             if full or (self._waiting and area + job.area > MAX_BATCH_PIXELS):
                 return False
             self._waiting.append(job)
-            while not job.done and (self._decoding or job not in self._waiting):
-                self._changed.wait()
-            if job.done:
-                return True
-            jobs, self._waiting = self._waiting, []
-            self._decoding = jobs
+            self._changed.notify()
+            return True
+
+    def hangs(self, seconds: float) -> bool:
+        """Return whether a batch has been on the device for more than *seconds*."""
+        return any(time.monotonic() - began > seconds for began in list(self._began.values()))
+
+    def _run(self) -> None:
+        while True:
+            self._run_batch()
+
+    def _run_batch(self) -> None:
+        """Wait for a batch and run it; while this thread resizes it, the other one decodes the next."""
+        jobs: list[JpegJob] = []
         try:
-            decoded = self.decode([job.body for job in jobs])
-            with self._resizing:  # a third batch waits here, so two are on the device
-                self._end_decoding(jobs)
-                self.resize(jobs, decoded)
+            with self._decoding:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting)
+                    jobs, self._waiting = self._waiting, []
+                self._began[get_ident()] = time.monotonic()
+                streams = self._read_headers(jobs)
+                decoded = self.decode([*streams.values()])
+            with self._resizing:
+                self.resize([*streams], decoded)
         except Exception as error:  # the libraries' errors share no base class
             reason = reason_of(error)
             if reason != self._last_error:  # a device that is lost fails with every batch
                 log.warning("%d JPEGs are decoded on the CPU: %s", len(jobs), reason)
             self._last_error = reason
-        finally:
-            for ended in jobs:
-                ended.done = True
-            self._end_decoding(jobs)
-        return True
+        self._began.pop(get_ident(), None)
+        for job in jobs:
+            job.on_end(job)
 
-    def _end_decoding(self, jobs: list[JpegJob]) -> None:
-        """Let another thread decode the next batch, and wake the threads of *jobs*."""
-        with self._changed:
-            if self._decoding is jobs:
-                self._decoding = []
-            self._changed.notify_all()
+    def _read_headers(self, jobs: Sequence[JpegJob]) -> dict[JpegJob, Any]:
+        """Let the library read the headers of *jobs*; leave out those with another size than announced.
 
-    def decode(self, bodies: Sequence[bytes]) -> list[Any]:
-        """Decode JPEGs to images of the library on the device, None for those that it cannot decode."""
-        images: list[Any] = self._decoder.decode(bodies, params=self._params)
+        The memory that an image needs on the device follows from this header, its limit from the announced
+        size.
+        """
+        streams = {}
+        for job in jobs:
+            with suppress(RuntimeError):  # not readable
+                stream = self._library.CodeStream(job.body)
+                if (stream.width, stream.height) == job.size:
+                    streams[job] = stream
+        return streams
+
+    def decode(self, files: Sequence[Any]) -> list[Any]:
+        """Decode JPEGs, as bytes or streams of the library, to its images on the device.
+
+        It is None for those that cannot be decoded.
+        """
+        images: list[Any] = self._decoder.decode(files, params=self._params)
         return images
 
     def resize(self, jobs: Sequence[JpegJob], decoded: Sequence[Any]) -> None:

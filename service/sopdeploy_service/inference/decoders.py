@@ -21,7 +21,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost
-from sopdeploy_service.images.decode import Decode, EncodedImage, keep_freed_blocks
+from sopdeploy_service.images.decode import CheckJpeg, Decode, EncodedImage, keep_freed_blocks
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
 from sopdeploy_service.inference.results import (
@@ -44,10 +44,18 @@ UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 PHOTO_LANE, LARGE_LANE = 1, 2
 MAX_WAITING_LARGE = 8  # large images; one more gets 503
 LEAST_BYTES = 64 * _MIB  # for a large image
+START_OF_JPEG = b"\xff\xd8"
 
 log = logging.getLogger("sopdeploy.service")
 
-_Job = tuple[Model, QueuedImage, EncodedImage]
+
+class _Job(NamedTuple):
+    """An *image* to decode, with *here* only in this process; *item* then joins the queue of *model*."""
+
+    model: Model
+    item: QueuedImage
+    image: EncodedImage
+    here: bool
 
 
 class Plan(NamedTuple):
@@ -100,10 +108,19 @@ class Decoders:
     """Decodes queued images and queues them at their models, from `start` to `stop`."""
 
     def __init__(
-        self, threads: int, settings: Settings, metrics: Metrics, of_way: Callable[[str], Decode]
+        self,
+        threads: int,
+        settings: Settings,
+        metrics: Metrics,
+        of_way: Callable[[str], Decode],
+        check_jpeg: CheckJpeg | None = None,
     ) -> None:
-        """Use *threads* for light images; *of_way* returns the decoder of a value of `decode`."""
+        """Use *threads* for light images; *of_way* returns the decoder of a value of `decode`.
+
+        With *check_jpeg*, the GPU of `nvimagecodec` is that of another process.
+        """
         self._threads, self._settings, self._metrics, self._of_way = threads, settings, metrics, of_way
+        self._check_jpeg = check_jpeg
         self._lanes: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(3)]
         self._counts: list[int] = []
         self._running: dict[int, tuple[float, QueuedImage]] = {}  # by thread
@@ -133,9 +150,9 @@ class Decoders:
             for _ in range(count):
                 lane.put(None)
 
-    def put(self, model: Model, item: QueuedImage, image: EncodedImage) -> None:
-        """Queue *image* for decoding; *item* then joins the queue of *model*."""
-        self._lanes[0].put((model, item, image))
+    def put(self, model: Model, item: QueuedImage, image: EncodedImage, *, here: bool = False) -> None:
+        """Queue *image* for decoding, with *here* in this process; *item* then joins the queue of *model*."""
+        self._lanes[0].put(_Job(model, item, image, here))
 
     def reject_overdue(self, seconds: float) -> bool:
         """Reject the images whose decoding takes longer than *seconds*; return whether there are any."""
@@ -150,32 +167,30 @@ class Decoders:
             with suppress(OSError):  # of this thread only, on Linux
                 os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
         while (job := self._lanes[lane].get()) is not None:
-            _, item, _ = job
-            self._running[threading.get_ident()] = time.monotonic(), item
+            self._running[threading.get_ident()] = time.monotonic(), job.item
             try:
-                reason = self._decode_and_queue(lane, *job)
+                reason = self._decode_and_queue(lane, job)
             except _OtherLaneError as moved:
                 reason = self._move(job, moved.number)
             del self._running[threading.get_ident()]
             if reason is not None:
-                call_soon(item.outcome.get_loop(), item.settle, reason)
+                call_soon(job.item.outcome.get_loop(), job.item.settle, reason)
             if lane == LARGE_LANE:
                 Image.core.clear_cache()  # type: ignore[attr-defined]
                 trim_heaps()
-            del job, item, reason  # an idle thread must not keep an image or a model alive
+            del job, reason  # an idle thread must not keep an image or a model alive
 
     def _move(self, job: _Job, lane: int) -> HttpError | None:
         """Queue *job* in *lane*; return the error if too many large images wait there."""
         if lane == LARGE_LANE and self._lanes[lane].qsize() >= MAX_WAITING_LARGE:
             return DECODERS_BUSY
-        job[1].late = DECODERS_BUSY
+        job.item.late = DECODERS_BUSY
         self._lanes[lane].put(job)
         return None
 
-    def _decode_and_queue(
-        self, lane: int, model: Model, item: QueuedImage, image: EncodedImage
-    ) -> HttpError | None:
-        """Decode *image* and queue *item*; return the error of an image that is not queued."""
+    def _decode_and_queue(self, lane: int, job: _Job) -> HttpError | None:
+        """Decode the image of *job* and queue its item; return the error of an image that is not queued."""
+        model, item, image, here = job
         if item.outcome.done() or model.queue.closed_with is not None:
             return model.queue.closed_with
         with ExitStack() as stack:
@@ -184,12 +199,9 @@ class Decoders:
                 stack.callback(fcntl.flock, self._slot, fcntl.LOCK_UN)
             started = time.monotonic()
             self._running[threading.get_ident()] = started, item
-            way = model.loaded.decode
-            on_gpu = way == "nvimagecodec" and image.body.startswith(b"\xff\xd8")
-            admit = partial(self._admit, lane, on_gpu)
             try:
-                decoded = self._of_way(way)(image, model.bundle.manifest.preprocess, admit=admit)
-                item.image, item.warnings, item.size = decoded
+                if here or not self._leave_to_gpu(model, item, image):
+                    self._decode(lane, model, item, image)
             except ImageError as error:
                 return HttpError.of(error)
             except _OtherLaneError:
@@ -202,8 +214,28 @@ class Decoders:
                 self._metrics.decode_seconds.inc(ended - started)
         item.late = DEADLINE
         item.decode_seconds, item.arrived = ended - item.arrived, ended
-        self._metrics.stage("decode", item.decode_seconds)
+        if item.jpeg is None:
+            self._metrics.stage("decode", item.decode_seconds)
         return model.queue.put(item)
+
+    def _decode(self, lane: int, model: Model, item: QueuedImage, image: EncodedImage) -> None:
+        way = model.loaded.decode
+        on_gpu = way == "nvimagecodec" and self._check_jpeg is None and image.body.startswith(START_OF_JPEG)
+        admit = partial(self._admit, lane, on_gpu)
+        decoded = self._of_way(way)(image, model.bundle.manifest.preprocess, admit=admit)
+        item.image, item.warnings, item.size = decoded
+
+    def _leave_to_gpu(self, model: Model, item: QueuedImage, image: EncodedImage) -> bool:
+        """Let *item* join the queue of *model* as a JPEG; return False if this process has to decode it."""
+        is_jpeg = image.body.startswith(START_OF_JPEG)
+        if self._check_jpeg is None or not is_jpeg or not model.queue.takes_jpegs:
+            return False
+        rules = model.bundle.manifest.preprocess
+        found = self._check_jpeg(image, rules, admit=partial(self._admit, 0, True))
+        if found is not None:
+            item.jpeg, item.warnings, item.size = found
+            item.decode_here = partial(self.put, model, image=image, here=True)  # without a cycle
+        return found is not None
 
     def _admit(self, lane: int, on_gpu: bool, cost: Cost) -> None:
         """Raise `_OtherLaneError` if an image of this *cost* belongs to another lane than *lane*.

@@ -30,6 +30,7 @@ log = logging.getLogger("sopdeploy.models")
 class ModelRegistry:
     """The loaded models. Every method is called on the event loop."""
 
+    has_devices = True  # this process runs the models
     is_replaced = False  # by the supervisor, if the models are dead
     problem: str | None = None  # why they are dead, until then
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.images.limits import FORMATS
-from sopdeploy_service.images.decode import Decode, EncodedImage
+from sopdeploy_service.images.decode import Decode, EncodedImage, check_jpeg
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
@@ -110,24 +110,30 @@ class Service:
 
     def _create_decoders(self) -> Decoders:
         """Create the decoder threads; every value of `decode` among the models gets one decoder."""
-        on_failure = self.metrics.failed_gpu_decodes.inc
-        formats = {FORMATS[name] for name in self.settings.formats}
+        settings, on_failure = self.settings, self.metrics.failed_gpu_decodes.inc
+        formats = {FORMATS[name] for name in settings.formats}
+        check = None
+        if not self.registry.has_devices:
+            max_bytes, max_pixels = settings.max_body_bytes, settings.max_pixels
+            check = partial(check_jpeg, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats)
 
         @cache
         def decoder_of(way: str) -> Decode:
-            return partial(make_decoder(self.settings, way, on_failure), formats=formats)
+            if way == "nvimagecodec" and check is not None:
+                way = "exact"  # what the GPU of the inference process does not decode
+            return partial(make_decoder(settings, way, on_failure), formats=formats)
 
-        for model in self.registry.models():  # now: a front end cannot open the GPU in its sandbox
+        for model in self.registry.models():  # now: a front end cannot import more in its sandbox
             decoder_of(model.loaded.decode)
         threads = self._count_decoders()
         self.metrics.decoders.set(threads)
-        return Decoders(threads, self.settings, self.metrics, decoder_of)
+        return Decoders(threads, settings, self.metrics, decoder_of, check)
 
     def _count_decoders(self) -> int:
         """Count the threads that decode, and those that wait for two batches of a GPU that decodes."""
         loaded = [model.loaded for model in self.registry.models()]
         on_gpu = self.settings.decode == "nvimagecodec" or any(m.decode == "nvimagecodec" for m in loaded)
-        waiting = 2 * LARGEST_DECODE_BATCH if on_gpu else 0
+        waiting = 2 * LARGEST_DECODE_BATCH if on_gpu and self.registry.has_devices else 0
         if self.settings.decoders != "auto":
             return self.settings.decoders + waiting
         if all(model.runtime.device == "cpu" for model in loaded):

@@ -71,7 +71,7 @@ def _show_engine(engine: "Engine") -> None:
     _field("built", engine.reason or "no, it was in the cache")
     _field("profiles", f"batches {', '.join(map(str, key.profiles))}")
     for hazard in record.hazards:
-        _field("rewritten", f"{hazard.operators} operators: {hazard.done}")
+        _field("rewritten", f"{hazard.num_operators} operators: {hazard.done}")
     layers = ", ".join(f"{precision} in {count}" for precision, count in record.receipt.layers.items())
     _field("precision", f"{key.precision}; layers: {layers or 'unknown'}")
     for warning in record.receipt.warnings:
@@ -87,7 +87,7 @@ def _show_plan(plan: "EnginePlan") -> None:
     _field("bundle", f"{plan.bundle}, {plan.precision}")
     _field("profiles", f"batches {', '.join(map(str, plan.profiles))}")
     for result in plan.lint:
-        rewrites = [f"{hazard.operators} operators rewritten, {hazard.done}" for hazard in result.hazards]
+        rewrites = [f"{hazard.num_operators} operators rewritten, {hazard.done}" for hazard in result.hazards]
         text = f"refused: {result.refused}" if result.refused else "; ".join(rewrites) or "nothing to rewrite"
         _field("lint", f"TensorRT {result.tensorrt}: {text}")
     _field("key", plan.key or f"not known: {plan.key_unknown}")

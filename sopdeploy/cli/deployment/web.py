@@ -24,6 +24,8 @@ def web_command(
     browser: Annotated[
         str | None, typer.Option(help="Program of Chromium for the check; default: one on PATH.")
     ] = None,
+    *,
+    webgpu: Annotated[bool, typer.Option("--webgpu", help="Let the page use GPUs; 27 MB more.")] = False,
 ) -> Site:
     """Write a page that classifies images in the browser, checked in a headless Chromium.
 
@@ -33,4 +35,4 @@ def web_command(
     from sopdeploy_export.web.site import write_site
 
     with show_steps("writing the page and replaying the examples in Chromium"):
-        return write_site(open_bundle(bundle), out, browser)
+        return write_site(open_bundle(bundle), out, browser, webgpu=webgpu)

@@ -79,7 +79,7 @@ def _show_benchmark(result: "Benchmark") -> None:
         for row in side.latencies:
             out.print(
                 f"  batch {row.batch:<4} median {row.median_ms:9.2f} ms  p95 {row.p95_ms:9.2f}  "
-                f"p99 {row.p99_ms:9.2f}  {row.images_per_s:10.1f} images/s  ({row.runs} runs)"
+                f"p99 {row.p99_ms:9.2f}  {row.images_per_s:10.1f} images/s  ({row.num_runs} runs)"
             )
     for size, ratio in result.ratios.items():
         out.print(f"[bold]batch {size}[/] takes {ratio:.2f} of the other bundle's time (1 : {1 / ratio:.2f})")

@@ -30,17 +30,23 @@ def _show(result: "BundleComparison") -> None:
     print_table(columns, map(_row, (result.first, result.second)))
     rows = [
         (
-            one.label, str(one.images), f"{one.first / one.images:.1%}", f"{one.second / one.images:.1%}",
+            one.label, str(one.num_images),
+            *(f"{right / one.num_images:.1%}" for right in (one.first, one.second)),
             f"{one.wins}, {one.losses}", "" if one.p is None else f"{one.p:.2g}",
         )
         for one in result.classes
     ]  # fmt: skip
     print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), rows)
-    say(*(f"new class {one.label}: {one.second} of {one.images} correct, not counted" for one in result.new))
+    say(
+        *(
+            f"new class {one.label}: {one.second} of {one.num_images} correct, not counted"
+            for one in result.new
+        )
+    )
     if result.removed:
         say(f"only in the first bundle, not counted: {', '.join(result.removed)}")
     say(
-        f"left out: {result.copies} near-duplicates, {result.trained_on} photographs from the training",
+        f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
         f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}; takes "
         f"{result.second.median_ms / result.first.median_ms:.2f} of the time",
     )

@@ -12,13 +12,25 @@ from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin
 
-_COLUMNS = ("date", "run", "images", "classes", "estimate")
+_COLUMNS = {
+    "date": "date (UTC)",
+    "run": "run",
+    "num_images": "images",
+    "num_classes": "classes",
+    "estimate": "estimate",
+}
 
 
 def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"project": "", **dict.fromkeys(_COLUMNS, ""), "images": None, "classes": None}
+    row: dict[str, Any] = {
+        "project": "",
+        **dict.fromkeys(_COLUMNS, ""),
+        "num_images": None,
+        "num_classes": None,
+    }
     if origin is not None:
-        row |= {"run": origin.run, "date": origin.started, "images": origin.images, "classes": origin.classes}
+        row |= {"run": origin.run, "date": origin.started}
+        row |= {"num_images": origin.num_images, "num_classes": origin.num_classes}
     return {**row, "bundle": "", "live": False, "problem": "", **fields}
 
 
@@ -27,7 +39,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
-    table = [["date (UTC)", *_COLUMNS[1:], "bundle", ""]]
+    table = [[*_COLUMNS.values(), "bundle", ""]]
     for row in rows:
         shown = {**row, "date": row["date"][:19], "estimate": row["estimate"].partition(" (")[0]}
         cells = [

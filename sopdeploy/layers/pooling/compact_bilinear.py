@@ -110,7 +110,7 @@ class KernelPooling(GlobalPooling):
     def pool(self, features: Tensor) -> Tensor:
         """Compute the vector (B, 1 + C + (order - 1) D): one part per power, each with a learned weight."""
         x_BMC = features.flatten(start_dim=2).transpose(1, 2)
-        sketches = zip(self.indices, self.signs, strict=True)
+        sketches = zip(self.indices, self.signs, strict=True)  # each power takes the next p of them
         high = [self.tensor_sketch(x_BMC, islice(sketches, p)) for p in range(2, self.config.order + 1)]
         powers = [x_BMC.new_ones(len(x_BMC), 1), x_BMC.mean(dim=1), *high]
         weighted = [weight * power for weight, power in zip(self.order_weights, powers, strict=True)]

@@ -51,23 +51,25 @@ class Strategy(ProcessGroup):
 
     @torch.no_grad()
     def sum_by_parameter(
-        self, tensors: Sequence[Tensor | None], likes: Sequence[Tensor]
+        self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Sum each of *tensors*, which have the shapes of *likes*, over the processes.
+        """Sum each of *tensors*, which have the shapes of *parameters*, over the processes.
 
         None counts as 0. The sum is None if all processes pass None: weight decay must skip such parameters.
         """
-        if not self.joined or not likes:
+        if not self.joined or not parameters:
             return list(tensors)
         counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
-        used = [number for number, count in enumerate(counts.tolist()) if count]
-        zeros_or_tensors = ((tensors[number], likes[number]) for number in used)
-        flat = [like.new_zeros(like.numel()) if t is None else t.reshape(-1) for t, like in zeros_or_tensors]
+        used = [index for index, count in enumerate(counts.tolist()) if count]
+        flat = []
+        for index in used:
+            tensor, parameter = tensors[index], parameters[index]
+            flat.append(parameter.new_zeros(parameter.numel()) if tensor is None else tensor.reshape(-1))
         total = torch.cat(flat)
         dist.all_reduce(total)
-        sums: list[Tensor | None] = [None] * len(likes)
-        for number, part in zip(used, torch.split(total, [part.numel() for part in flat]), strict=True):
-            sums[number] = torch.empty_like(likes[number]).copy_(part.view_as(likes[number]))
+        sums: list[Tensor | None] = [None] * len(parameters)
+        for index, part in zip(used, torch.split(total, [part.numel() for part in flat]), strict=True):
+            sums[index] = torch.empty_like(parameters[index]).copy_(part.view_as(parameters[index]))
         return sums
 
     def shard(self, samples: Sequence[int]) -> list[int]:

@@ -99,12 +99,12 @@ class Network:
         problem = Problem.create([self.vectors[:, part] for part in self.columns(head)], targets)
         logits = problem.cross_validate(folds_N)
         losses, seconds = targets.losses(logits), round(time.monotonic() - since, 3)
-        best = int(losses.mean(axis=1).argmin())
+        best = int(losses.mean(axis=1).argmin())  # of the strengths in `GRID`
         result = CandidateResult(
             name=self.describe(head),
             score=estimate(targets, logits[best], self.recipe.seed, groups_N, int(folds_N.max()) + 1),
             loss=float(losses[best].mean()),
-            features=len(problem.center),
+            num_features=len(problem.center),
             strength=GRID[best],
             seconds=seconds,
         )

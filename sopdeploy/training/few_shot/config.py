@@ -23,7 +23,7 @@ class CandidateResult(StrictModel):
     Attributes:
         name: The network, and the statistics that the classifier reads.
         kept: Whether the candidate was chosen.
-        features: Length of the vector that the classifier reads.
+        num_features: Length of the vector that the classifier reads.
         strength: The chosen inverse strength of the regularization, scikit-learn's C.
         seconds: Time of its cross-validation.
     """
@@ -32,7 +32,7 @@ class CandidateResult(StrictModel):
     kept: bool = False
     score: Rate | MeanPrecision
     loss: NonNegative
-    features: Count
+    num_features: Count
     strength: Positive
     seconds: NonNegative
 
@@ -41,7 +41,7 @@ class CandidateResult(StrictModel):
         score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
         return (
             f"{self.name}: {name} {100 * score.value:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
-            f"%), loss {self.loss:.3f}, {self.features:,} features, C {self.strength:g}"
+            f"%), loss {self.loss:.3f}, {self.num_features:,} features, C {self.strength:g}"
             f"{' - chosen' * self.kept}"
         )
 
@@ -55,8 +55,8 @@ class FewShotResult(ProcedureResult):
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
         balanced: Whether classes had equal weights in the loss.
-        duplicates: Training images with the same pixels as an earlier one; they share its fold.
-        groups: Number of groups of training images: different photographs, each with its copies.
+        num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
+        num_groups: Number of groups of training images: different photographs, each with its copies.
         one_group: Classes whose images are one group, so that a fold holds all of them.
         contradictions: Files of groups with different labels, joined by " = ".
         candidates: What was tried.
@@ -76,8 +76,8 @@ class FewShotResult(ProcedureResult):
     estimated_on: Estimate
     class_counts: dict[str, int]
     balanced: bool
-    duplicates: int
-    groups: int
+    num_duplicates: int
+    num_groups: int
     one_group: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
     candidates: tuple[CandidateResult, ...]
@@ -125,9 +125,9 @@ class FewShotResult(ProcedureResult):
 
     def describe_groups(self) -> Iterator[str]:
         """Describe the copies among the training images, and what they make impossible."""
-        count = self.candidates[0].score.count if self.candidates else self.groups
-        if self.groups < count:
-            yield f"{count} photographs, {self.groups} different ones: copies are kept in the same fold"
+        count = self.candidates[0].score.count if self.candidates else self.num_groups
+        if self.num_groups < count:
+            yield f"{count} photographs, {self.num_groups} different ones: copies are kept in the same fold"
         if self.one_group:
             yield (
                 f"all images of {shorten(self.one_group)} are one group (copies of one photograph, or one "
@@ -146,8 +146,8 @@ class FewShotResult(ProcedureResult):
         few = [label for label, count in counts.items() if count < _FEW_IMAGES]
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
-        if self.duplicates:
-            text += f"; {self.duplicates} duplicate{'s' * (self.duplicates > 1)}"
+        if self.num_duplicates:
+            text += f"; {self.num_duplicates} duplicate{'s' * (self.num_duplicates > 1)}"
         return text
 
 

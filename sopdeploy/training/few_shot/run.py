@@ -141,8 +141,8 @@ class FewShot(Procedure):
                 zip(images.labels, targets.classes.sum(axis=0).astype(int).tolist(), strict=True)
             ),
             balanced=targets.balanced,
-            duplicates=len(images) - len(set(network.hashes)),
-            groups=int(groups_N.max()) + 1,
+            num_duplicates=len(images) - len(set(network.hashes)),
+            num_groups=int(groups_N.max()) + 1,
             one_group=tuple(np.asarray(images.labels)[group_counts == 1].tolist()),
             contradictions=tuple(
                 " = ".join(names[index] for index in group) for group in targets.contradictions(groups_N)
@@ -183,7 +183,8 @@ class FewShot(Procedure):
         networks: list[Network] = []
         count = len(images)
         total = 2 * count * len(compared)  # the heads of a network take at most as much time as its features
-        for start, (model, recipe) in zip(range(0, total, 2 * count), compared, strict=True):
+        starts = range(0, total, 2 * count)
+        for start, (model, recipe) in zip(starts, compared, strict=True):
             name = recipe.model.name
 
             def features_done(done: int, _count: int, name: str = name, start: int = start) -> None:
@@ -194,8 +195,9 @@ class FewShot(Procedure):
             if network is networks[0]:
                 pairs = network.find_copies(images) if self.config.group_copies else np.zeros((2, 0), np.intp)
                 groups_N = connect(len(images), pairs, network.hashes, getattr(images, "groups", None))
-                keys = np.asarray(network.hashes)[np.unique(groups_N, return_index=True)[1]][groups_N]
-                folds_N = targets.folds(keys.tolist(), self.config.folds, derive_seed(recipe.seed, "folds"))
+                _, first_G = np.unique(groups_N, return_index=True)  # the first image of each group
+                keys_N = np.asarray(network.hashes)[first_G][groups_N]
+                folds_N = targets.folds(keys_N.tolist(), self.config.folds, derive_seed(recipe.seed, "folds"))
             heads = list_heads(network.full, self.config)
             for place, head in enumerate(heads):
                 on_progress(f"cross-validation of {name}", start + count + count * place // len(heads), total)
@@ -219,11 +221,12 @@ class FewShot(Procedure):
             batch_size=recipe.batch_size,
             workers=recipe.workers,
         )
-        given = getattr(images, "groups", None)
-        groups_N = np.arange(len(images)) if given is None else given
+        groups_N = getattr(images, "groups", None)
+        if groups_N is None:
+            groups_N = np.arange(len(images))
         score = estimate(Targets.of(images), logits_NK, recipe.seed, groups_N)
-        name = "top1" if isinstance(score, Rate) else "map"
-        result = result.model_copy(update={name: score, "estimated_on": "held-out"})
+        field = "top1" if isinstance(score, Rate) else "map"
+        result = result.model_copy(update={field: score, "estimated_on": "held-out"})
         return result, held_out_metrics(run.labels, logits_NK, targets)
 
 
@@ -234,7 +237,7 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Few
     if run.activation == "sigmoid":
         run.decision = fit_presence(images.targets.astype(np.float64), sigmoid(logits))
     else:
-        reason = missing_threshold(result.groups, logits.shape[1], accepts)
+        reason = missing_threshold(result.num_groups, logits.shape[1], accepts)
         result = result.model_copy(update={"unknown": reason})
         decision = fit_decision(
             logits,

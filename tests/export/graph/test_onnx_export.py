@@ -122,6 +122,26 @@ def test_attention_on_any_number_of_dimensions_is_exported(
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
 
 
+SCALE = nn.Parameter(torch.tensor(1.000005))
+OF_ZERO: dict[str, Callable[[Tensor], Tensor]] = {
+    "x / (|x| + 1e-8)": lambda x: x / (x.abs() + 1e-8),
+    "1e9 (x - 1e-9)": lambda x: 1e9 * (x - 1e-9),
+    "1.000005 (x + 1)": lambda x: 1.000005 * (x + 1),
+    "(x + 1) / 1.000005": lambda x: (x + 1) / 1.000005,
+    "x + 1.000005 (x + 1)": lambda x: torch.add(x, x + 1, alpha=1.000005),
+    "a parameter of 1.000005": lambda x: SCALE * (x + 1),
+    "exp(0.99999 parameter) + x": lambda x: (0.99999 * SCALE).exp() + x,
+}
+
+
+@pytest.mark.parametrize("form", OF_ZERO)
+def test_scalars_next_to_0_and_1_remain_in_the_graph(form: str, preprocess: Preprocess) -> None:
+    network = Minimal(lambda x: OF_ZERO[form](x.mean(dim=(2, 3)) * 0)).eval()
+    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
+    found = session.run(None, {"images": np.zeros((3, 16, 16, 3), np.uint8)})[0]
+    np.testing.assert_allclose(found, OF_ZERO[form](torch.zeros(3, 3)).detach(), rtol=2e-7)
+
+
 ON_SHAPES = ("Shape", "Range", "Gather", "Squeeze", "Unsqueeze")
 NETWORKS_OF_OTHERS: dict[str, tuple[Callable[[], nn.Module], int, dict[str, int]]] = {
     "torchvision": (lambda: ResNet(BasicBlock, [1, 1, 1, 1]), 64, {"Reshape": 1, "Mul": 1, "Add": 5}),

@@ -33,7 +33,7 @@ CATALOG = {
 def test_the_last_linear_layer_maps_the_embedding_to_the_logits(name, tmp_path):
     config, options, names = CATALOG[name]
     network = trained(name, **config)
-    exported = export_once(network, name, tmp_path, max_batch=2, with_features=True, **options)
+    exported = export_once(network, name, tmp_path, max_batch=1, with_features=True, **options)
     assert [output.name for output in exported.manifest.outputs] == names
     expected = read_probes(exported.path / "probes.npz").expected
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_a_network_whose_last_linear_layer_does_not_compute_the_logits_is_reject
 
 
 def export_user_network(network, folder, **arguments):
-    options = ExportOptions(max_batch=2, with_features=True)
+    options = ExportOptions(max_batch=1, with_features=True)
     with proving_once(alone=True):
         return export_small(network.eval(), folder / "out", options=options, **arguments)
 

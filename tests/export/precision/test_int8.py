@@ -21,7 +21,7 @@ from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.report.results import Exported
-from tests.export.conftest import MIXTURE, export_once, trained
+from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import graph_of
 from tests.gpu_graphs import accepted
 
@@ -191,15 +191,7 @@ def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path)
 
 RUNTIMES: tuple[Int8For, ...] = ("cpu", "tensorrt")
 Graph = tuple[dict[Int8For, onnx.ModelProto], list[str]]
-NETWORKS: dict[str, dict[str, Any]] = {
-    "isqrt-resnet8": {},
-    "gmsop-16-8-resnet18": {
-        **MIXTURE,
-        "component_widths": (16, 8),
-        "gate_widths": (8, 6),
-        "iterations": 2,
-    },
-}
+NETWORKS: dict[str, dict[str, Any]] = {"isqrt-resnet8": {}, "gmsop-16-8-resnet18": GMSOP}
 BETWEEN = {  # operators that may read a quantized value
     "cpu": {"Conv", "Relu", "Add", "Slice", "Mul", "Reshape"},  # mixtures reshape the last feature map
     "tensorrt": {"Conv", "Add", "Slice", "Mul"},

@@ -18,24 +18,21 @@ from sopdeploy.errors import LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import NETWORK_PREFIX, capture_any_batch, generated_images, lower
+from sopdeploy_export.graph import NETWORK_PREFIX, capture_any_batch, generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import with_precision
 from sopdeploy_export.precision.convert import CapturedGraph
-from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import check_lowering
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
-from tests.export.conftest import MIXTURE, export_once
-from tests.export.once import ALONE, graph_of
+from tests.export.conftest import GMSOP, export_once
+from tests.export.once import ALONE, BATCH, graph_of
 from tests.gpu_graphs import accepted
 from tests.sweep import steps
 
 Make = Callable[..., Classifier]
-GMSOP = {**MIXTURE, "component_widths": (8, 6), "gate_widths": (8, 6), "conv5_stride": 1}
-
 
 NO_KERNELS = r"onnxruntime .* has no bfloat16 kernels"
 
@@ -52,17 +49,10 @@ def computed_types(program: ExportedProgram) -> dict[str, set[str]]:
 
 
 def cast_graph(
-    network: Classifier,
-    preprocess: Preprocess,
-    precision: Precision,
-    *,
-    rules: bool = True,
+    graph: CapturedGraph, preprocess: Preprocess, precision: Precision, *, rules: bool = True
 ) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
-    """Convert *network* to *precision*; return the ONNX graph and the types that each part computes in."""
-    detached = detach(network) if network.training_only else network
-    options = ExportOptions(precision=precision, lowering=rules, max_batch=1)
-    program = capture_any_batch(detached, preprocess, ALONE)
-    certified = CapturedGraph(detached, program, lower(program, detached.outputs))
+    """Convert *graph* to *precision*; return the ONNX graph and the types that each part computes in."""
+    options = ExportOptions(precision=precision, lowering=rules, max_batch=BATCH.maximum)
     types: dict[str, set[str]] = {}
     cast_types = convert.cast_types
 
@@ -73,7 +63,7 @@ def cast_graph(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(convert, "cast_types", observed)
-        return convert.convert_precision(certified, preprocess, options).model, types
+        return convert.convert_precision(graph, preprocess, options).model, types
 
 
 HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
@@ -114,14 +104,14 @@ CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
 
 @pytest.mark.parametrize("case", CASTS)
 def test_second_order_parts_keep_float32_in_a_copy(
-    make: Make, preprocess: Preprocess, case: str, monkeypatch: pytest.MonkeyPatch
+    preprocess: Preprocess, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(resnet.BLOCKS, 26, (1, 1, 1, 1))
     name, config, precision, expected = CASTS[case]
-    network = make(name, **config)
-    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    model, types = cast_graph(network, preprocess, precision)
-    assert all(torch.equal(before[key], tensor) for key, tensor in network.state_dict().items())
+    graph = graph_of(name, preprocess, **config)
+    before = {key: tensor.clone() for key, tensor in graph.network.state_dict().items()}
+    model, types = cast_graph(graph, preprocess, precision)
+    assert all(torch.equal(before[key], tensor) for key, tensor in graph.network.state_dict().items())
     accepted(model, precision)
     assert {part: types[part] for part in expected} == expected
     assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
@@ -139,8 +129,8 @@ def test_second_order_parts_keep_float32_in_a_copy(
         assert set(own.values()) == {onnx.TensorProto.FLOAT}
 
 
-def test_without_rules_the_graph_is_cast_as_it_is(make: Make, preprocess: Preprocess) -> None:
-    _, types = cast_graph(make("isqrt-resnet8"), preprocess, "fp16", rules=False)
+def test_without_rules_the_graph_is_cast_as_it_is(preprocess: Preprocess) -> None:
+    _, types = cast_graph(graph_of("isqrt-resnet8", preprocess), preprocess, "fp16", rules=False)
     assert (types["pooling.root"], types["fc"]) == ({FLOAT}, {HALF})
 
 
@@ -213,10 +203,9 @@ def test_a_batch_norm_with_an_activation_is_folded_and_the_activation_stays(prep
 
 def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convert, "cast_types", lambda certified, *_: certified)
-    network, program, model = graph_of("resnet8", preprocess)
-    certified, options = CapturedGraph(network, program, model), ExportOptions(precision="fp16")
+    graph, options = graph_of("resnet8", preprocess), ExportOptions(precision="fp16")
     with pytest.raises(LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"):
-        convert.convert_precision(certified, preprocess, options)
+        convert.convert_precision(graph, preprocess, options)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
@@ -254,10 +243,10 @@ def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path)
 
 @pytest.mark.slow
 def test_alexnet_exports_with_its_local_response_norms_in_float32(make: Make, tmp_path: Path) -> None:
-    network = make("alexnet", pooling={"kind": "gap"}, classifier="linear")
-    sizes = Preprocess(resize=64, crop=64)
-    options = {"max_batch": 1, "precision": "fp16"}
-    assert export_once(network, "alexnet", tmp_path, preprocess=sizes, **options).parity.passed
-    _, types = cast_graph(network, sizes, "fp16")
+    config: dict[str, Any] = {"pooling": {"kind": "gap"}, "classifier": "linear"}
+    sizes, options = Preprocess(resize=64, crop=64), {"max_batch": 1, "precision": "fp16"}
+    exported = export_once(make("alexnet", **config), "alexnet", tmp_path, preprocess=sizes, **options)
+    assert exported.parity.passed
+    _, types = cast_graph(graph_of("alexnet", sizes, **config), sizes, "fp16")
     assert FLOAT in types["layers.2"]
     assert FLOAT not in types["layers.4"]

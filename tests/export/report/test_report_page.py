@@ -86,12 +86,13 @@ def test_the_page_is_a_file_of_the_manifest_and_lists_the_others(branched: Expor
     assert all(record.sha256 in page for name, record in files.items() if name != "report.html")
 
 
+@pytest.mark.part("sopdeploy.training.few_shot")
 def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> None:
     few_shot = {
         "kind": "few_shot",
         "top1": {"share": 0.5, "right": 4, "count": 8, "low": 0.2, "high": 0.8},
         "estimated_on": "cross-validation", "class_counts": {"cat": 6, "dog": 2},
-        "balanced": False, "duplicates": 0, "groups": 3,
+        "balanced": False, "num_duplicates": 0, "num_groups": 3,
         "candidates": [], "choice": "gap", "seconds": {"head": 1.0},
     }  # fmt: skip
     start = {"file": "resnet18.pth", "sha256": "f37072fd", "network": "ResNet-18 of torchvision"}
@@ -105,7 +106,7 @@ def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> Non
         ),
     ]
     assert training_rows({"step": 7, "epoch": 1, "machine": {}}) == [("epoch", 1), ("step", 7)]
-    result = LoopResult(epoch=1, epochs=2, top1=Rate.of(3, 12), count=12, selected_by="same images")
+    result = LoopResult(epoch=1, num_epochs=2, top1=Rate.of(3, 12), count=12, selected_by="same images")
     (accuracy,) = training_rows({"procedure": result.model_dump()})
     assert accuracy[1] == (
         "top-1 25.0 % (95 % interval 9 to 53 %) of 12 held-out images, too high: they also select the epoch"

@@ -11,34 +11,24 @@ from pathlib import Path
 import onnx
 import pytest
 from onnx import numpy_helper
-from torch import nn
 
 import sopdeploy_export
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.manifest import BatchRange, to_json
+from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import BundleError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import capture_any_batch, lower
-from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.replay import SOURCE, check_lowering
 from sopdeploy_export.report.results import Exported
 from sopdeploy_export.rewrites import mixture
 from sopdeploy_export.rewrites.apply import lower_graph
-from tests.export.conftest import MIXTURE
+from tests.export.conftest import GMSOP
+from tests.export.once import graph_of
 from tests.forged import forge
 
-Make = Callable[..., Classifier]
-SMALL = BatchRange(optimum=2, maximum=4)
 
-
-def test_rules_are_reported_with_place_and_precondition(make: Make, preprocess: Preprocess) -> None:
-    network = make("gmsop-16-8-resnet18", **MIXTURE, component_widths=(12, 8), gate_widths=(12, 8))
-    nn.init.normal_(network.get_parameter("gate.weight"))
-    detached = detach(network)
-    program = capture_any_batch(detached, preprocess, SMALL)
-    (rule,) = lower_graph(lower(program, detached.outputs)).rules
+def test_rules_are_reported_with_place_and_precondition(preprocess: Preprocess) -> None:
+    (rule,) = lower_graph(graph_of("gmsop-16-8-resnet18", preprocess, **GMSOP).model).rules
     assert (rule.name, rule.where) == (mixture.EXPERTS, "mixture")
     assert rule.precondition
     assert rule.effect

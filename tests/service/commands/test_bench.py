@@ -21,7 +21,7 @@ def test_one_bundle_or_two_are_timed_at_every_batch_size(
     monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.01)
     found = timing.bench(bundle_path, load_settings(threads=1), (1, 2))
     assert [row.batch for row in found.ours.latencies] == [1, 2]
-    assert all(row.runs >= timing.MIN_RUNS for row in found.ours.latencies)
+    assert all(row.num_runs >= timing.MIN_RUNS for row in found.ours.latencies)
     assert (found.ours.precision, found.threads, found.ratios) == ("fp32", 1, {})
     assert {"processor", "cores"} <= found.machine.keys()
     assert "onnxruntime" in found.versions

@@ -75,7 +75,13 @@ def trained_on(bundle: Path, destination: Path, photos: Path) -> Path:
     """Copy *bundle*, as if it had been trained on *photos*."""
     hashes = np.unique(hash_images(open_any_images(photos))).tolist()
     origin = Origin(
-        run="r", run_id="0", started=utc_now(), data="d", images=len(hashes), classes=7, sample=tuple(hashes)
+        run="r",
+        run_id="0",
+        started=utc_now(),
+        data="d",
+        num_images=len(hashes),
+        num_classes=7,
+        sample=tuple(hashes),
     )
     return with_manifest(bundle, destination, origin=origin)
 
@@ -93,12 +99,12 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
         [one.classes[0].label for one in predict_files(bundle, paths, ONE_THREAD)] for bundle in bundles
     ]
     right = sum(one == path.parent.name for one, path in zip(answers[0], paths, strict=True))
-    assert (found.images, found.first.top1.right, found.second.top1.right) == (40, right, 40)
+    assert (found.num_images, found.first.top1.right, found.second.top1.right) == (40, right, 40)
     assert (found.wins, found.losses, found.difference) == (40 - right, 0, (40 - right) / 40)
     assert found.verdict == "better"
     assert found.summary.startswith(f"better: +{100 * found.difference:.1f} points (+")
     assert [one.label for one in found.classes] == sorted(set(answers[1]))
-    assert sum(one.images for one in found.classes) == 40
+    assert sum(one.num_images for one in found.classes) == 40
     assert found.first.accepted is None
     known = [one.known for one in predict_files(second, paths, ONE_THREAD)]
     unknown = [one.known for one in predict_files(second, sorted(strangers.rglob("*.png")), ONE_THREAD)]
@@ -120,8 +126,8 @@ def test_copies_of_photographs_count_once(bundles, labelled) -> None:
         for number, quality in enumerate((60, 80, 95)):
             image.resize((54, 45)).save(path.with_name(f"{path.stem}-{number}.jpg"), quality=quality)
     after = compare_bundles(first, second, photos)
-    assert (before.copies, after.copies) == (0, 36)
-    assert (after.images, after.wins + after.losses) == (before.images, before.wins + before.losses)
+    assert (before.num_copies, after.num_copies) == (0, 36)
+    assert (after.num_images, after.wins + after.losses) == (before.num_images, before.wins + before.losses)
     assert (after.low, after.high, after.p) == (before.low, before.high, before.p)
 
 
@@ -138,7 +144,7 @@ def test_photographs_of_the_training_and_their_copies_decide_nothing(bundles, la
     (photos / one.relative_to(seen)).with_name("copy.jpg").write_bytes(b"")
     Image.open(one).save((photos / one.relative_to(seen)).with_name("copy.jpg"), quality=70)
     found = compare_bundles(first, trained, photos)
-    assert (found.trained_on, found.images, found.copies, found.suspects) == (13, 18, 0, ())
+    assert (found.trained_on, found.num_images, found.num_copies, found.suspects) == (13, 18, 0, ())
     assert not any("trained: its" in note for note in found.notes)
     with pytest.raises(DataError, match="was trained on all of these photographs"):
         compare_bundles(first, trained, seen)
@@ -176,7 +182,7 @@ def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_pa
     newer = relabelled(second, tmp_path / "newer", name, "yak")
     (photos / name).rename(photos / "yak")
     found = compare_bundles(first, newer, photos)
-    assert found.images == 40 - classes[name]
+    assert found.num_images == 40 - classes[name]
     assert [(one.label, one.second) for one in found.new] == [("yak", classes[name])]
     assert (found.removed, "yak" in [one.label for one in found.classes]) == ((name,), False)
     (photos / "cow").mkdir()
@@ -243,7 +249,7 @@ def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> N
     ]  # fmt: skip
     refused = log_of(shelf)[1]
     for number in range(refusing - 2):
-        refused["comparison"]["images"] = 100 + number
+        refused["comparison"]["num_images"] = 100 + number
         with (shelf / LOG).open("a") as log:
             log.write(json.dumps(refused) + "\n")
     with pytest.raises(PromotionError, match=f"undecided .* on 10 photographs, attempt {refusing}"):

@@ -178,9 +178,9 @@ def test_front_ends_and_devices_divide_the_cores_among_their_decoders(given, exp
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, "exact"), ({"sandbox": "off"}, "auto"), ({"front_ends": 1}, "auto")]
+    ("given", "expected"), [({"sandbox": "required"}, "exact"), ({}, "auto"), ({"sandbox": "off"}, "auto")]
 )
-def test_sandboxed_front_ends_decode_exactly_with_auto(given, expected, caplog) -> None:
+def test_front_ends_whose_sandbox_is_required_decode_exactly_with_auto(given, expected, caplog) -> None:
     settings = load_settings(**{"decode": "auto", "front_ends": 2, "devices": "0", **given})
     with caplog.at_level("INFO"):
         processes = list_processes(settings)

@@ -14,43 +14,14 @@ from PIL import Image
 from sopdeploy.errors import ParityError, RuntimeUnavailableError
 from sopdeploy_service.images import loaders
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.device_resize import DeviceResize
-from sopdeploy_service.images.loaders import CHECKED_SIZE, _gpu_loader, synthetic_jpeg
-from sopdeploy_service.images.nvimagecodec import LARGEST_DECODE_BATCH, NvImageCodec
+from sopdeploy_service.images.loaders import CHECKED_SIZE, gpu_loader, synthetic_jpeg
+from sopdeploy_service.images.nvimagecodec import LARGEST_DECODE_BATCH, JpegJob
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.onnxruntime import CPU
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import write_bundle
 from tests.service.images.test_fast_decode import RULES, encode
 
 GPU, AUTO = (Settings(decode=decode, threads=1) for decode in ("nvimagecodec", "auto"))
-
-
-class Decoder:
-    """Counts the images of each batch; decodes nothing after `fail`, and only while `open` is set."""
-
-    def __init__(self, decoder):
-        self.decoder, self.batches = decoder, []
-        self.open, self.fail = threading.Event(), None
-        self.open.set()
-
-    def decode(self, bodies, params):
-        self.batches.append(len(bodies))
-        assert self.open.wait(60)
-        return self.fail(bodies) if self.fail else self.decoder.decode(bodies, params=params)
-
-
-@pytest.fixture(scope="module")
-def library():
-    return pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
-
-
-@pytest.fixture
-def codec(library, monkeypatch):
-    codec = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CPU_ONLY, ("CPU_ONLY",), DeviceResize(CPU))
-    codec._decoder = Decoder(codec._decoder)
-    monkeypatch.setattr(loaders, "_gpu_loader", lambda: codec)
-    return codec
 
 
 def decode_with(load, body, rules=RULES):
@@ -148,9 +119,10 @@ def test_a_batch_of_mixed_sizes_gets_the_pixels_of_single_images_one_run_for_eac
 
 
 def test_the_next_batch_is_decoded_while_one_is_resized_and_a_third_one_waits(codec):
-    resize, gate, decoder = codec._resize, threading.Semaphore(0), codec._decoder
+    resize, gate, decoder, entered = codec._resize, threading.Semaphore(0), codec._decoder, []
 
     def gated(*given):
+        entered.append(None)
         assert gate.acquire(timeout=60)
         return resize(*given)
 
@@ -159,7 +131,7 @@ def test_the_next_batch_is_decoded_while_one_is_resized_and_a_third_one_waits(co
         found = []
         for number in (1, 2):  # batch 1 is resized, 2 decoded
             found.append(pool.submit(decode_with, codec, READ[0]))
-            while len(decoder.batches) < number or (number == 1 and codec._decoding):
+            while len(decoder.batches) < number or not entered:
                 threading.Event().wait(0.001)
         found.append(pool.submit(decode_with, codec, READ[0]))
         while not codec._waiting:
@@ -189,9 +161,9 @@ def test_jpegs_that_the_gpu_cannot_decode_are_decoded_by_pillow_counted_and_logg
 
 DAMAGED = """
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.images.loaders import _gpu_loader
+from sopdeploy_service.images.loaders import gpu_loader
 try:
-    _gpu_loader()
+    gpu_loader()
 except RuntimeUnavailableError:
     pass
 from nvidia import nvimgcodec
@@ -261,7 +233,7 @@ def faulty(request, tmp_path, library, monkeypatch):
         elif fault == "the JPEGs":
             monkeypatch.setattr(codec, "_resize", broken)
     else:
-        _gpu_loader.cache_clear()
+        gpu_loader.cache_clear()
         if fault == "the library":
             monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", None)
         elif fault == "the device":  # the tests have onnxruntime without CUDA
@@ -293,3 +265,18 @@ def test_a_decoder_that_uses_the_cpu_or_decodes_nothing_is_rejected_at_the_start
     kind = SimpleNamespace(buffer_kind=library.ImageBufferKind.STRIDED_DEVICE, shape=[64, 96, 3])
     codec._decoder.fail = lambda bodies: [kind]
     codec.check_device(jpeg, CHECKED_SIZE)
+
+
+def test_the_gpu_gets_no_jpeg_of_another_size_than_was_announced(codec):
+    jobs = [
+        JpegJob(body, (300, 200), (54, 36), "bilinear")
+        for body in (encode((3000, 2000)), b"\xff\xd8", READ[1])
+    ]
+    ended = threading.Semaphore(0)
+    for job in jobs:
+        job.on_end = lambda _: ended.release()
+        assert codec.put(job)
+    for _ in jobs:
+        assert ended.acquire(timeout=60)
+    assert sum(codec._decoder.batches) == 1
+    assert [job.pixels is not None for job in jobs] == [False, False, True]

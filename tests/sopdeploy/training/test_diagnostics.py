@@ -46,7 +46,7 @@ def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
     assert found.heads["main"].top1 == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
     loss = float(torch.nn.functional.cross_entropy(logits, labels))
     assert found.heads["main"].loss == pytest.approx(loss, rel=1e-5)
-    assert found.images == 7
+    assert found.num_images == 7
 
 
 @pytest.mark.usefixtures("few_digits")
@@ -59,7 +59,7 @@ def test_a_run_records_diagnostics_and_throughput(tmp_path) -> None:
         assert row.speed is not None
         assert (row.gradient or 0) > 0
         assert row.speed.images_per_second > 0
-        assert row.diagnostics.images == 52
+        assert row.diagnostics.num_images == 52
         assert row.diagnostics.heads["main"].top1 == pytest.approx(row.metrics.top1)
         assert row.diagnostics.heads["main"].loss == pytest.approx(row.metrics.loss, rel=1e-4)
     header = result.history.read_text().splitlines()[0].split(",")

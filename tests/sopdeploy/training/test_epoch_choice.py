@@ -22,7 +22,7 @@ def history(right_EN: NDArray[np.bool_], *, recorded: bool = True) -> list[Epoch
                 lr=0.1,
                 losses={},
                 metrics=EvalMetrics(top1=top1, top5=1.0, count=len(right_N), loss=1.0),
-                diagnostics=Diagnostics(images=len(right_N), right=text, heads={}),
+                diagnostics=Diagnostics(num_images=len(right_N), right=text, heads={}),
                 seconds=0.0,
             )
         )

@@ -38,27 +38,9 @@ from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.procedure_config import AutoConfig
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
+from tests.sopdeploy.training.painted import COLORS, SMALL, paint
 
 FEW_SHOT = ["procedure.kind=few_shot"]
-COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
-SMALL = [
-    "model.name=dsop-resnet8",
-    "model.config={aux_widths=[8,8,8], iterations=2}",
-    "start.weights=none",
-    "preprocess.resize=16",
-    "preprocess.crop=16",
-]
-
-
-def paint(root: Path, each: int, seed: int = 0) -> Path:
-    """Write *each* noisy images of three colors below *root*, one folder per color."""
-    random = np.random.default_rng(seed)
-    for name, color in COLORS.items():
-        (root / name).mkdir(parents=True)
-        for number in range(each):
-            pixels = np.clip(random.normal(color, 40.0, (20, 24, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{number}.png")
-    return root
 
 
 def blobs(count: int = 40, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -265,7 +247,7 @@ def test_given_groups_one_group_classes_and_contradictions_are_named(tmp_path: P
     ]
     found = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Warnings()).procedure
     lines = "\n".join(found.lines())
-    assert found.groups == 12
+    assert found.num_groups == 12
     assert "18 photographs, 12 different ones: copies are kept in the same fold" in lines
     assert "all images of red are one group" in lines
     assert "copies with different labels, correct or delete one: blue/0.png = green/1.png" in lines
@@ -360,7 +342,7 @@ def test_the_procedure_trains_on_thousands_of_images_and_says_so(tmp_path: Path)
     result = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Reasons())
     assert result.procedure.top1.count == 3030
     assert result.procedure.top1.share > 0.95
-    assert max(candidate.features for candidate in result.procedure.candidates) > 1024
+    assert max(candidate.num_features for candidate in result.procedure.candidates) > 1024
     assert reasons[0].startswith("few-shot procedure, about ")
 
 

@@ -54,9 +54,13 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, command) -> None:
     assert all(line in text for line in ("optimizer.kind = sgd", "205 training images", "one step on cpu"))
     assert OTHER_PROCEDURE.format("few_shot") not in text
     assert json.loads(CliRunner().invoke(app, [*command, "--dry-run", "--json"]).stdout)["num_steps"] == 6
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.part("sopdeploy.training.few_shot")
+def test_a_dry_run_of_another_procedure_names_it(command) -> None:
     few = CliRunner().invoke(app, [*command, "--dry-run", "--set", "procedure.kind=few_shot"])
     assert OTHER_PROCEDURE.format("few_shot") in " ".join(few.stdout.split())
-    assert not (tmp_path / "run").exists()
 
 
 def test_resume_takes_an_optional_value(command) -> None:

@@ -22,6 +22,7 @@ from tests.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
 LOOP = ["epochs=1", "procedure.kind=loop"]
+FEW_SHOT = pytest.mark.part("sopdeploy.training.few_shot")
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert [checkpoint.project for checkpoint in checkpoints] == ["photos", "lights"]
     first = checkpoints[0].origin
     assert first is not None
-    assert (first.data, first.images, first.classes, len(first.sample)) == ("photos", 12, 2, 10)
+    assert (first.data, first.num_images, first.num_classes, len(first.sample)) == ("photos", 12, 2, 10)
     days = [f"2026-01-0{day}T10:00:00.000000Z" for day in (1, 2, 3)]
     old, new, pulled = (
         write_hollow(Path("bundles"), project=project, exported_at=day, origin=origin, opset=opset)
@@ -93,7 +94,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
         ("", pulled.name), ("broken", ""),
     }  # fmt: skip
     of_old = rows["photos-1", old.name]
-    assert (of_old["images"], of_old["classes"], of_old["date"]) == (12, 2, days[0])
+    assert (of_old["num_images"], of_old["num_classes"], of_old["date"]) == (12, 2, days[0])
     assert of_old["estimate"].startswith("top-1 ")
     assert "exported earlier" in of_old["problem"]
     assert rows["photos-1", "broken"]["problem"] == f"a copy of {new.name}"
@@ -132,6 +133,7 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train(settings=LOOP) == Path("runs/photos-11")
 
 
+@FEW_SHOT
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -155,6 +157,7 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
     assert not Path("runs").exists()
 
 
+@FEW_SHOT
 def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos: Path) -> None:
     values = {
         "alone": [

@@ -8,7 +8,7 @@ import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.training.test_few_shot import SMALL, paint
+from tests.sopdeploy.training.painted import SMALL, paint
 
 LOOP = [
     "epochs=1",
@@ -18,9 +18,12 @@ LOOP = [
     "preprocess.resize=8",
     "preprocess.crop=8",
 ]
+FEW_SHOT = pytest.mark.part("sopdeploy.training.few_shot")
 
 
-@pytest.mark.parametrize(("recipe", "settings"), [("digits-plain", LOOP), ("photos", SMALL)])
+@pytest.mark.parametrize(
+    ("recipe", "settings"), [("digits-plain", LOOP), pytest.param("photos", SMALL, marks=FEW_SHOT)]
+)
 def test_measuring_on_training_images_is_a_warning(tmp_path: Path, recipe: str, settings: list[str]) -> None:
     seen = paint(tmp_path / "seen", 20)
     result = train_recipe(read_recipe(recipe, [*settings, f"data.path={seen}"]), tmp_path / "run")

@@ -1,7 +1,6 @@
 // The files of this folder in a browser: opens the network, decodes and classifies images.
 
-import { decide, openNetwork, preprocess } from "./classify.mjs";
-import * as ort from "./ort.wasm.min.mjs";
+import { decide, distance, openNetwork, preprocess } from "./classify.mjs";
 
 async function get(name) {
   const response = await fetch(name);
@@ -13,9 +12,21 @@ export const readJson = async (name) => (await get(name)).json();
 export const readBytes = async (name) => new Uint8Array(await (await get(name)).arrayBuffer());
 export const readBlob = async (name) => (await get(name)).blob();
 
-export async function openSite() {
-  const site = await readJson("site.json");
-  return { site, network: await openNetwork(ort, await readBytes("model.onnx"), site) };
+/** The site with its network on the processor (`wasm`) or on a GPU (`webgpu`). */
+export async function openSite(provider = "wasm") {
+  const [site, ort] = [await readJson("site.json"), await import(`./ort.${provider}.min.mjs`)];
+  return { site, network: await openNetwork(ort, await readBytes("model.onnx"), site, provider) };
+}
+
+/** Whether the folder has the files for WebGPU, and this browser a GPU for them. */
+export async function hasWebGpu() {
+  return (await readJson("site.json")).webgpu && Boolean(await navigator.gpu?.requestAdapter());
+}
+
+/** The largest difference of a logit from those of the export for the first golden example, and its bound. */
+export async function checkNetwork({ network }) {
+  const { bounds, examples: [{ file, logits }] } = await readJson("check/check.json");
+  return { example: file, found: distance(await network(await readBytes(`check/${file}.input`)), logits), bound: bounds.network };
 }
 
 /** The upright RGBA pixels of an image file, on the background; color profiles are ignored, as in training. */

@@ -1,11 +1,12 @@
 // Replays the examples in `check/` in this browser, step by step; `sopdeploy web` reads the report.
 
-import { classify, decode, openSite, readBlob, readBytes, readJson } from "./browser.mjs";
+import { checkNetwork, classify, decode, hasWebGpu, openSite, readBlob, readBytes, readJson } from "./browser.mjs";
 import { decide, distance, preprocess, tensorOf } from "./classify.mjs";
 
 const UNITS = {
   decode: "gray levels", resize: "gray levels", normalization: "gray levels", network: "in a logit",
   classes: "in a probability or the score", all: "of the spread of the logits",
+  webgpu: "in a logit",
 };
 
 const rms = (values) => Math.sqrt(values.reduce((sum, value) => sum + value ** 2, 0) / values.length);
@@ -77,6 +78,7 @@ export async function check() {
       report.rows.push(...rows);
       report.ms.push(...ms);
     }
+    if (await hasWebGpu()) report.rows.push({ ...(await checkNetwork(await openSite("webgpu"))), step: "webgpu", error: "" });
     const steps = Object.keys(bounds); // a wrong step also changes those after it
     const [first] = report.rows.filter(fails).sort((a, b) => steps.indexOf(a.step) - steps.indexOf(b.step));
     report.failure ||= first ? describe(first) : "";

@@ -97,10 +97,12 @@ export function preprocess(image, rules) {
 export const tensorOf = (pixels, { crop }) => ["uint8", Uint8Array.from(pixels), [1, crop, crop, 3]];
 
 /** A function from pixels to logits (C,) Float32Array; `ort` is onnxruntime-web, `model` the bytes of model.onnx. */
-export async function openNetwork(ort, model, site) {
+export async function openNetwork(ort, model, site, provider = "wasm") {
   ort.env.wasm.numThreads = 1;
   // With this option int8 is exact also on processors without VNNI.
-  const session = await ort.InferenceSession.create(model, { extra: { session: { x64quantprecision: "1" } } });
+  const session = await ort.InferenceSession.create(model, {
+    executionProviders: [provider], extra: { session: { x64quantprecision: "1" } },
+  });
   const [input, output] = [site.inputs[0].name, site.outputs[0].name];
   return async (pixels) => {
     const tensor = new ort.Tensor(...tensorOf(pixels, site.preprocess));

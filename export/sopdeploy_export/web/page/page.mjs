@@ -1,7 +1,6 @@
 // The page: shows the classes of dropped, pasted or chosen images and of pictures of the camera.
 
-import { classify, openSite, readBytes, readJson } from "./browser.mjs";
-import { distance } from "./classify.mjs";
+import { checkNetwork, classify, hasWebGpu, openSite } from "./browser.mjs";
 
 const SHOWN = 5; // classes
 const byId = (id) => document.getElementById(id);
@@ -77,18 +76,27 @@ function connect(submit) {
 }
 
 // The network must give the logits of the export on this device, too.
-async function checkNetwork({ network }) {
-  const { bounds, examples: [{ file, logits }] } = await readJson("check/check.json");
-  const found = distance(await network(await readBytes(`check/${file}.input`)), logits);
-  if (!(found <= bounds.network)) throw new Error(`a logit deviates by ${found}, the bound is ${bounds.network}`);
+async function openChecked(provider) {
+  const opened = await openSite(provider);
+  const { found, bound } = await checkNetwork(opened);
+  if (!(found <= bound)) throw new Error(`a logit deviates by ${found}, the bound is ${bound}`);
+  return { ...opened, provider };
+}
+
+async function openFastest() {
+  try {
+    if (await hasWebGpu()) return await openChecked("webgpu");
+  } catch (error) {
+    console.info(`WebGPU is not used: ${error.message}`);
+  }
+  return openChecked("wasm");
 }
 
 try {
   if ("serviceWorker" in navigator) navigator.serviceWorker.register("worker.js");
-  const opened = await openSite();
+  const opened = await openFastest();
   byId("name").textContent = document.title = opened.site.project;
-  await checkNetwork(opened);
-  byId("status").textContent = "Ready";
+  byId("status").textContent = opened.provider === "webgpu" ? "Ready, on the GPU" : "Ready";
   connect(startQueue(opened));
 } catch (error) {
   byId("status").textContent = `This browser cannot run the network: ${error.message}`;

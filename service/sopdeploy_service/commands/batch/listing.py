@@ -49,10 +49,10 @@ def write_list(file: Path, entries: Iterable[ListedImage], part_images: int) -> 
             "size": arrow.int64(),
         }
     )
-    remaining, images, digest = iter(entries), 0, hashlib.sha256()
+    remaining, num_images, digest = iter(entries), 0, hashlib.sha256()
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         while part := list(islice(remaining, part_images)):
-            images += len(part)
+            num_images += len(part)
             for entry in part:
                 line = f"{entry.path}\0{entry.offset} {entry.size}\n"
                 digest.update(line.encode(errors="surrogateescape"))
@@ -60,4 +60,4 @@ def write_list(file: Path, entries: Iterable[ListedImage], part_images: int) -> 
             printable = [os.fsencode(path).decode("utf-8", "replace") for path in paths]
             columns = [printable, list(map(os.fsencode, locations)), offsets, sizes]
             writer.write_table(arrow.table(columns, schema=schema))
-    return digest.hexdigest(), images
+    return digest.hexdigest(), num_images
