@@ -45,7 +45,7 @@ class Index(NamedTuple):
 
 
 _NONE = Place()
-IMAGE = Index(1, 0, 0)  # the number of the image
+NUMBER_OF_IMAGE = Index(1, 0, 0)  # the number of the image
 FIRST_COLUMN = Index(1, -1, -1)  # only the first of the last axis is the number of the image
 
 
@@ -331,7 +331,7 @@ def writes_nd(call: Call) -> Place:
 
 def own_rows(data: TracedValue, indices: TracedValue, shared: int) -> bool:
     """Return whether the first index is the number of the image, and axis 0 of *data* the batch."""
-    first = FIRST_COLUMN if indices.shapes[0][-1] > 1 else IMAGE
+    first = FIRST_COLUMN if indices.shapes[0][-1] > 1 else NUMBER_OF_IMAGE
     return data.axis == 0 == shared and data.shapes[0][0] == _BATCHES[0] and indices.index == first
 
 
@@ -505,8 +505,8 @@ def numbering(kind: str, call: Call) -> Index | None:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
         return None if wraps or known[0] == FIRST_COLUMN else known[0]
     if kind == "Range" and varying(call.shapes) is not None and call.x.type == TensorProto.INT64:
-        return IMAGE
-    if kind == "Concat" and known[0] == IMAGE and call.axis(0) == call.rank - 1:
+        return NUMBER_OF_IMAGE
+    if kind == "Concat" and known[0] == NUMBER_OF_IMAGE and call.axis(0) == call.rank - 1:
         return FIRST_COLUMN if call.x.shapes[0][-1] == 1 else None
     limited = sorted((limit for limit in known if limit is not None and min(limit) >= 0), reverse=True)
     if kind in ("Add", "Mul") and len(limited) == len(known):
