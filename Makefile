@@ -42,9 +42,10 @@ demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over 
 quick: $(STAMP)  ## format, lint, types, import contracts and unit tests, in under 90 seconds
 	$(MAKE) --jobs=2 types lint contracts unit
 
+# `types` and `wheel-test` are nice: they run while tests wait.
 test: $(STAMP)  ## format, lint, types, import contracts, the wheel, all tests that are not slow: what CI runs
-	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile check
-	$(MAKE) --jobs=2 wheel-test tests
+	$(MAKE) --jobs=2 $(CUDA_STAND_IN) compile lint contracts
+	$(MAKE) --jobs=2 tests types wheel-test
 
 fuzz: $(STAMP)  ## the property tests with new random examples; a failure prints how to reproduce it
 	$(BIN)/pytest -n $(WORKERS) --hypothesis-profile=fuzz -m hypothesis

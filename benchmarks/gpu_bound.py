@@ -25,6 +25,7 @@ CORES = 16
 REQUEST = 0.2e-3  # s of CPU per request; measured by request_cpu.py (docs/scaling.md, inputs)
 SENT = 0.1e-3  # s to send an image to the inference process; measured by front_ends.py (docs/scaling.md)
 RECEIVED = 0.11e-3  # s with the interpreter lock there; measured by front_ends.py (docs/scaling.md)
+DECODED_THERE = 0.03e-3  # s of CPU more for a JPEG; measured by jpeg_messages.py, as if it held the lock
 # Published: https://www.baseten.co/blog/unlocking-the-full-power-of-nvidia-h100-gpus-for-ml-inference-with-tensorrt/
 H100_MEMORY = 3.35e12  # bytes/s, H100 SXM
 H100_TO_A100 = 1.6  # of the bandwidth of their memory; assumed to be that of their images/s, too
@@ -67,14 +68,18 @@ def stages(runs: int) -> list[Stage]:
     return [
         Stage("decode on 16 cores", CORES / on_core, "measured"),
         Stage("16 cores, decoding on them", CORES / (on_core + upload + http), "measured"),
-        Stage("16 cores, decoding on the GPU", CORES / (header + resize + upload + http), "measured"),
+        Stage(
+            "16 cores, decoding on the GPU",
+            CORES / (header + resize + upload + http + DECODED_THERE),
+            "measured",
+        ),
         Stage("decode on the GPU", H100_ENGINES * ENGINE_PIXELS / pixels, f"{H100_ENGINES} engines assumed"),
         Stage("resize on the GPU", H100_MEMORY / resize_bytes, "estimated from published"),
         Stage("resized pixels to the host", PCIE / (3 * width * height), "estimated from published"),
         Stage(f"upload, {BATCH} images", PCIE / image, "estimated from published"),
         Stage("run", A100_RESNET50 * H100_TO_A100, f"{H100_TO_A100} times an A100 assumed"),
         # Collecting and uploading a batch do not hold the lock.
-        Stage("response: the lock of the inference process", 1 / RECEIVED, "measured"),
+        Stage("response: the lock of the inference process", 1 / (RECEIVED + DECODED_THERE), "measured"),
     ]
 
 

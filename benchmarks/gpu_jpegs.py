@@ -144,7 +144,7 @@ def summary(loads: list[Load]) -> list[object]:
 @contextmanager
 def served(bundle: Bundle, way: str) -> Iterator[str]:
     """Serve *bundle* with front ends; yield the URL that classifies."""
-    settings = {"decode": way, "queue_size": 4096, "sandbox": "off"}
+    settings = {"decode": way, "queue_size": 4096}
     options = [f"--setting={name}={value}" for name, value in settings.items()]
     command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle.path), "--port=0", "--front-ends=auto"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as server:
@@ -154,6 +154,6 @@ def served(bundle: Bundle, way: str) -> Iterator[str]:
                     yield f"{line.split()[1]}/v1/classify"
                     break
             else:
-                raise RuntimeUnavailableError(f"the server with decode={way} did not start")
+                raise RuntimeUnavailableError(f"the server with decode={way} did not start; the log says why")
         finally:
             server.send_signal(signal.SIGTERM)

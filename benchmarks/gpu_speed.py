@@ -1,6 +1,7 @@
 """The stage `speed` of `gpu_check.py`: every runtime on the same bundle, alternately in one process.
 
-Settings are equal: float32 without TF32 everywhere, inputs and outputs on the host.
+Settings are equal: float32 without TF32 everywhere, inputs and outputs on the host. torch.compile takes up to
+a minute for each size of a batch, so it runs the largest one only; int8 has no counterpart in torch.
 """
 
 import statistics
@@ -22,10 +23,12 @@ from sopdeploy_export.engine_builder.engine import get_engine, this_machine
 from sopdeploy_export.graph import Deployed
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_export.proof.networks import detach
+from sopdeploy_service.runtime.base import reason_of
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 
 BATCHES = (1, 8, 32)  # the profiles of the engine
 MEASURED = (1, 5, 8, 20, 32)  # graphs pad 5 to 8 and 20 to 32 images
+COMPILED = "torch.compile"
 Run = Callable[[NDArray[np.uint8]], Any]
 
 
@@ -34,8 +37,16 @@ def speed_rows(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> Iterator[di
     with ExitStack() as stack:
         runtime = CudaOnnxRuntime(bundle)
         stack.callback(runtime.close)
-        sides: dict[str, Run] = {"onnxruntime CUDA": runtime.run, **torch_sides(bundle)}
+        sides: dict[str, Run] = {"onnxruntime CUDA": runtime.run}
         text = f"Milliseconds per batch, medians of {runs} runs, copies to and from the GPU included."
+        if bundle.manifest.precision != "int8":
+            try:
+                of_torch = torch_sides(bundle)
+                for run in of_torch.values():
+                    run(noise(bundle, max(BATCHES)))
+                sides |= of_torch
+            except Exception as error:  # for example a torch without CUDA, or without a compiler
+                text += f" torch does not run here: {reason_of(error)}."
         if with_tensorrt:
             here, begin = this_machine(), time.monotonic()
             engine = get_engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))))
@@ -53,7 +64,9 @@ def speed_rows(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> Iterator[di
         title = f"{bundle.name}, {bundle.manifest.precision}"
         about = {"title": title, "about": text, "columns": ["batch", *sides]}
         for batch in MEASURED:
-            yield {**about, "row": [batch, *timed(bundle, sides, batch, runs)]}
+            used = {name: run for name, run in sides.items() if name != COMPILED or batch == max(BATCHES)}
+            times = dict(zip(used, timed(bundle, used, batch, runs), strict=True))
+            yield {**about, "row": [batch, *(times.get(name, "") for name in sides)]}
 
 
 def torch_sides(bundle: Bundle) -> dict[str, Run]:
@@ -73,7 +86,7 @@ def torch_sides(bundle: Bundle) -> dict[str, Run]:
 
         return run
 
-    return {"torch eager": side(deployed), "torch.compile": side(torch.compile(deployed, dynamic=False))}
+    return {"torch eager": side(deployed), COMPILED: side(torch.compile(deployed, dynamic=False))}
 
 
 def timed(bundle: Bundle, sides: dict[str, Run], batch: int, runs: int) -> list[float]:

@@ -208,7 +208,8 @@ def problems_without(part: Part, tree: Path, tests: list[str]) -> list[str]:
     }
     names = [name for name, _ in modules(tree) if not name.endswith("__main__")]
     importing = f"import importlib\nfor name in {names!r}: importlib.import_module(name)"
-    options = ["-q", "-rfE", "--maxfail=20", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
+    workers = str((os.cpu_count() or 1) + 1)  # as `make tests`
+    options = ["-q", "-rfE", "--maxfail=20", "-n", workers, "--dist", "loadfile", "-p", "no:cacheprovider"]
     options += tests_of_others(removed, tree)
     for command in (["-c", importing], ["-m", "pytest", *options, *tests]):
         done = subprocess.run(

@@ -9,13 +9,14 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli import demo
 from sopdeploy.cli.app import app
+from tests import quick_torch
 from tests.export.once import proving_once
 
 
 def run_here(command: list[str], *, check: bool) -> CompletedProcess[str]:
     """Run a command of `sopdeploy` in this process, as a process of its own would import torch again."""
     assert (command[:3], check) == ([sys.executable, "-m", "sopdeploy"], False)
-    with proving_once():
+    with quick_torch.one_thread(), proving_once():
         done = CliRunner().invoke(app, command[3:])
     assert done.exit_code == 0, done.output
     return CompletedProcess(command, done.exit_code)

@@ -205,7 +205,8 @@ def certify_onnx(
             )
     if mixing and not options.allow_batch_dependence:
         raise LoweringError(
-            f"the outputs for an image may depend on other images of its batch: {mixing[0]} combines images",
+            f"the outputs for an image may depend on its batch: {mixing[0]} combines images, or uses their "
+            "number or positions",
             remedies={"allow_batch_dependence": True},
         )
     roots = proof.certificate.roots.model_copy(update={"onnx": root})

@@ -7,9 +7,8 @@ the patch tokens of a block after the network's last norm.
 """
 
 import difflib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache, partial
+from collections.abc import Callable, Collection
+from functools import cache
 from typing import Annotated, Any
 
 import pydantic
@@ -69,35 +68,6 @@ def timm_taps(name: str) -> dict[str, int]:
         return {}
     taps = zip(stages, channels, strict=True)
     return {stage["module"]: count for stage, count in taps if stage["reduction"] >= FIRST_STRIDE}
-
-
-@contextmanager
-def hooked(network: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Add forward hooks to modules of *network*, by name, and remove them afterwards.
-
-    A hook that returns a value replaces the output of its module. Hooks added later run first.
-    """
-    handles = [
-        network.get_submodule(name).register_forward_hook(hook, prepend=True) for name, hook in hooks.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_tapped(
-    network: nn.Module, run: Callable[[Tensor], Any], images: Tensor, taps: Collection[str]
-) -> tuple[Any, dict[str, Any]]:
-    """Return `run(images)` and the outputs of the modules *taps* of *network*, in order of computation."""
-    outputs: dict[str, Any] = {}
-
-    def store(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        outputs[tap] = output
-
-    with hooked(network, {tap: partial(store, tap) for tap in taps}):
-        return run(images), outputs
 
 
 def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, int, int], nn.Module]:

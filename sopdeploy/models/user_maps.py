@@ -1,15 +1,44 @@
 """Feature maps in a network of the user: where they are, their channels, and what runs after them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.timm_backbone import hooked, run_tapped
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.models.base import is_in
+
+
+@contextmanager
+def hooked(network: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Add forward hooks to modules of *network*, by name, and remove them afterwards.
+
+    A hook that returns a value replaces the output of its module. Hooks added later run first.
+    """
+    handles = [
+        network.get_submodule(name).register_forward_hook(hook, prepend=True) for name, hook in hooks.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_tapped(
+    network: nn.Module, run: Callable[[Tensor], Any], images: Tensor, taps: Collection[str]
+) -> tuple[Any, dict[str, Any]]:
+    """Return `run(images)` and the outputs of the modules *taps* of *network*, in order of computation."""
+    outputs: dict[str, Any] = {}
+
+    def store(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs[tap] = output
+
+    with hooked(network, {tap: partial(store, tap) for tap in taps}):
+        return run(images), outputs
 
 
 def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.backbones.timm_backbone import hooked, nearest_block, run_tapped
+from sopdeploy.backbones.timm_backbone import nearest_block
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
@@ -25,7 +25,7 @@ from sopdeploy.models.dsop import DSoP, DSoPConfig
 from sopdeploy.models.gmsop import GMSOP, Gated, GMSOPOptions
 from sopdeploy.models.psdr import PSDR, PSDROptions, SupervisedPSDR
 from sopdeploy.models.registry import CATALOG, REGISTERED, parse_options
-from sopdeploy.models.user_maps import evaluated, find_taps, last_map, remove_after
+from sopdeploy.models.user_maps import evaluated, find_taps, hooked, last_map, remove_after, run_tapped
 
 Trained = TypeVar("Trained", bound="UserNetwork")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")

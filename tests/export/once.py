@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import is_in
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Captured, capture, capture_any_batch, lower, output_names
 from sopdeploy_export.precision.convert import CapturedGraph
@@ -53,10 +54,10 @@ def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
 def proving_once(*, changes_program: bool = False, alone: bool = False) -> Iterator[None]:
     """Capture networks with equal tensors once, and convert equal graphs once, while the block runs.
 
-    The detached network then gets the programs of the plain one. Every export compares its file with its own
-    network, so a program of another network would be found. An export that *changes_program*, such as that of
-    `network.pt2`, gets a copy. A network outside of the catalog is proved *alone*, because another one can
-    have equal tensors.
+    The trained and the plain network then get the programs of the detached one. Every export compares its
+    file with its own network, so a program of another network would be found. An export that
+    *changes_program*, such as that of `network.pt2`, gets a copy for each type of network. A network outside
+    of the catalog is proved *alone*, because another one can have equal tensors.
     """
     with pytest.MonkeyPatch.context() as patch:
         if alone:
@@ -74,7 +75,8 @@ def _capture_once(
     *,
     copied: bool,
 ) -> Captured:
-    key = digest(repr((preprocess, batch, type(network) if copied else None, output_names(network))), network)
+    text = repr((preprocess, batch, type(network) if copied else None, output_names(network)))
+    key = digest(text, network, () if copied else getattr(network, "training_only", ()))
     if key not in CAPTURED:
         CAPTURED[key] = capture(network, preprocess, batch)
     return copy.deepcopy(CAPTURED[key]) if copied else CAPTURED[key]
@@ -87,10 +89,10 @@ def _lower_once(program: ExportedProgram, outputs: tuple[str, ...]) -> onnx.Mode
     return _copy(LOWERED[key])
 
 
-def digest(text: str, *networks: nn.Module) -> str:
-    """Hash *text* and all tensors of *networks*."""
+def digest(text: str, network: nn.Module, without: tuple[str, ...] = ()) -> str:
+    """Hash *text* and the tensors of *network* that are not in its parts *without*."""
     key = hashlib.sha256(text.encode())
-    for network in networks:
-        for name, tensor in network.state_dict().items():
+    for name, tensor in network.state_dict().items():
+        if not is_in(name, *without):
             key.update(name.encode() + tensor.detach().numpy().tobytes())
     return key.hexdigest()

@@ -29,7 +29,11 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
         ({"max_images": 20, "queue_size": 10}, "max_images"),
         ({"devices": "gpu"}, "devices"),
         ({"sandbox": "required"}, "set front_ends=2 or more"),
-        ({"devices": "0,cpu", "runtime": "tensorrt"}, "needs a GPU; remove cpu from devices"),
+        pytest.param(
+            {"devices": "0,cpu", "runtime": "tensorrt"},
+            "needs a GPU; remove cpu from devices",
+            marks=pytest.mark.part("sopdeploy_service.runtime.tensorrt"),
+        ),
         ({"devices": "0", "model_control": True}, "single process"),
         ({"front_ends": 2, "model_control": True}, "single process"),
         ({"front_ends": 2, "shadow": "new=0.1"}, "single process"),

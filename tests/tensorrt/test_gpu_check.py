@@ -10,6 +10,7 @@ from typing import Any
 import gpu_bundles
 import gpu_check
 import gpu_jpegs
+import gpu_speed
 import gpu_stages
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.models.registry import create_model
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.images.nvimagecodec import NvImageCodec
-from sopdeploy_service.runtime.onnxruntime import CPU
+from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import network, write
@@ -188,6 +189,26 @@ def test_a_stage_without_a_gpu_passes_or_keeps_the_rows_that_need_none(
     monkeypatch.setattr(gpu_jpegs, "http_table", http_table)
     assert run("http") == 1
     assert [row["row"] for row in gpu_check.json_lines(capsys.readouterr().out.splitlines())] == [["exact"]]
+
+
+def test_the_stage_of_the_tests_fails_if_all_of_them_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = iter(["4 skipped in 3.14s", "3 passed, 1 skipped in 9.00s"])
+    done = lambda *_, **__: SimpleNamespace(returncode=0, stdout=next(outputs), stderr="")  # noqa: E731
+    monkeypatch.setattr(gpu_stages.subprocess, "run", done)
+    with pytest.raises(gpu_stages.CheckFailedError, match="tests/gpu: 4 skipped in"):
+        gpu_stages.check_tests(Path())
+    assert gpu_stages.check_tests(Path()) == "tests/gpu: 3 passed, 1 skipped in 9.00s"
+
+
+def test_without_cuda_in_torch_the_speed_of_onnxruntime_is_measured(
+    bundles: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = gpu_stages.bundles_in(bundles)[0]
+    monkeypatch.setattr(gpu_speed, "CudaOnnxRuntime", lambda bundle: OnnxRuntime(bundle, threads=1))
+    rows = [*gpu_speed.speed_rows(bundle, 2, with_tensorrt=False)]
+    assert [row["row"][0] for row in rows] == [1, 5, 8, 20, 32]
+    assert rows[0]["columns"] == ["batch", "onnxruntime CUDA"]
+    assert "torch does not run here: " in rows[0]["about"]
 
 
 def test_the_measured_stages_count_images(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,26 +3,28 @@
 Every value has at most one batch axis, of `outer * batch * inner` rows: row r belongs to the image
 `r // inner % batch`. A table has one rule for each operator, which says where this axis is in the results. An
 operator without a rule, or to which its rule does not apply, mixes images. Shapes, and numbers computed from
-them, are evaluated for several batch sizes: every size must be constant or a multiple of the batch, and a
-number that depends on the batch size is used as a size, never as data.
+them, are evaluated for three batch sizes: every size must be constant or a multiple of the batch, and a
+number that depends on the batch size is used as a size, never as data. The number of an image in its batch
+selects the rows of this image, and nothing else.
 
-The proof covers all contents of the images, also those that no probe has. It assumes that the runtime
-implements the operators as ONNX defines them.
+The proof covers all contents of the images, also those that no probe has, and batches of at most
+`_BATCHES[-1]` images. It assumes that the runtime implements the operators as ONNX defines them.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import defs, helper, numpy_helper, shape_inference
+from onnx import TensorProto, defs, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 
-_BATCHES = (2, 211, 212)  # no quotient or remainder of all three is the same number or multiple
+_BATCHES = (2, 999_999, 1_000_000)  # the limits of `--max-batch` above 1, and the last size but one
 _MOST_NUMBERS = 1024  # of a value that is evaluated
 Place = tuple[int | None, int | None]  # the batch axis of a value, if any, and its `inner`; None fits any
 _NONE: Place = (None, None)
@@ -73,6 +75,11 @@ class TracedValue:
     def is_size(self) -> bool:
         """Whether the contents depend on the batch size."""
         return any(not np.array_equal(content, self.contents[0]) for content in self.contents)
+
+    @property
+    def counts_images(self) -> bool:
+        """Whether the numbers depend on the position of the image in its batch."""
+        return self.index is not None and self.index[0] != 0
 
     def at(self, axis: int) -> Place:
         """Return the place with the batch axis moved to *axis*."""
@@ -273,7 +280,7 @@ def gathers(call: Call) -> Place:
             indices.axis is not None and step == size == (data.place[1] or size) and 0 <= low <= high < step
         )
         return indices.at(axis + (indices.axis or 0))
-    _require(_NONE in (data.place, indices.place))
+    _require(_NONE in (data.place, indices.place) and not indices.counts_images)
     after = indices.rank - 1 if (data.axis or 0) > axis else 0
     return agree(data.at((data.axis or 0) + after), indices.at(axis + (indices.axis or 0)))
 
@@ -282,7 +289,10 @@ def gathers_nd(call: Call) -> Place:
     """Select by indices of several axes within each row, in front of the batch, or from a constant."""
     data, indices, shared = call.x, call[1], call.attributes.get("batch_dims", 0)
     _require(indices.axis is None or indices.axis < indices.rank - 1)
-    if data.axis is None or own_rows(data, indices, shared):
+    if own_rows(data, indices, shared):
+        return indices.place
+    _require(not indices.counts_images)
+    if data.axis is None:
         return indices.place
     if data.axis < shared:
         _require(data.axis == indices.axis)
@@ -343,6 +353,10 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
 }  # fmt: skip
 _RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
 _SIZES = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 1, "Slice": 2, "Resize": 3}
+_SIZE_OPERATORS = (
+    "Add", "Cast", "Concat", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape", "Slice", "Squeeze", "Sub",
+    "Unsqueeze",
+)  # fmt: skip
 SAME_NUMBERS = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
 
@@ -376,8 +390,8 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
-        counts_images = value.index is not None and value.index[0] != 0
-        if not value.mixed and (value.axis != 0 or value.shapes[0][0] != _BATCHES[0] or counts_images):
+        one_row = value.axis == 0 and value.shapes[0][0] == _BATCHES[0] and not value.counts_images
+        if not value.mixed and not one_row:
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
 
@@ -404,7 +418,7 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
         results.append(TracedValue(tensors[0].elem_type, sizes) if tensors else TracedValue())
     shapes, feeds = results[0].shapes, []
     if node.op_type == "Shape":
-        feeds = [{node.input[0]: np.empty(shape, np.bool)} for shape in named[node.input[0]].shapes]
+        feeds = [{node.input[0]: np.broadcast_to(False, s)} for s in named[node.input[0]].shapes]
     elif (
         len(set(shapes)) == 1
         and math.prod(shapes[0]) <= _MOST_NUMBERS
@@ -412,7 +426,23 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
     ):
         feeds = [{name: v.contents[i] for name, v in named.items()} for i in range(len(_BATCHES))]
     runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
-    return [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
+    results = [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
+    if runs and any(value.is_size for value in named.values()):
+        _require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, results)))
+    return results
+
+
+def is_linear(value: TracedValue) -> bool:
+    """Return whether every number is a b + c for each batch size b of `_BATCHES`.
+
+    With `_SIZE_OPERATORS`, this then holds for all sizes between them: products of two sizes are no lines,
+    and the rounding of a quotient is monotonic.
+    """
+    if not value.contents or value.contents[0].dtype.kind == "b":
+        return not value.contents
+    steps = [after - before for before, after in pairwise(_BATCHES)]
+    changes = [after - before for before, after in pairwise(c.astype(object) for c in value.contents)]
+    return bool(np.all(changes[0] * steps[1] == changes[1] * steps[0]))
 
 
 def locate(
@@ -432,16 +462,33 @@ def locate(
             results, places if isinstance(places, list) else [places] * len(results), strict=False
         )
     ]
-    _require(all(not value.shapes or varying(value.shapes) == value.axis for value in located))
+    if node.op_type == "MaxPool" and len(located) > 1 and located[1].shapes and call.x.axis is not None:
+        located[1] = replace(located[1], index=positions(call.x))
+    _require(all(map(has_whole_images, located)))
     return located
+
+
+def has_whole_images(value: TracedValue) -> bool:
+    """Return whether the batch axis is the one whose size changes, with as many rows for every image."""
+    if not value.shapes or varying(value.shapes) != value.axis:
+        return not value.shapes
+    return value.axis is None or value.shapes[0][value.axis] % (_BATCHES[0] * (value.place[1] or 1)) == 0
+
+
+def positions(value: TracedValue) -> tuple[int, int, int]:
+    """Return the `TracedValue.index` of positions of elements in *value*, whose first axis is the batch."""
+    _require(value.place[1] in (None, value.shapes[0][0] // _BATCHES[0]))
+    step = math.prod(value.shapes[0]) // _BATCHES[0]
+    return step, 0, step - 1
 
 
 def numbering(kind: str, call: Call) -> tuple[int, int, int] | None:
     """Return the `TracedValue.index` of the result of an operator."""
     known = [_limits(v.contents[0]) if v.contents else v.index for v in call.inputs if v is not None]
     if kind in SAME_NUMBERS:
-        return None if known[0] == FIRST_COLUMN else known[0]
-    if kind == "Range" and varying(call.shapes) is not None:
+        wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
+        return None if wraps or known[0] == FIRST_COLUMN else known[0]
+    if kind == "Range" and varying(call.shapes) is not None and call.x.type == TensorProto.INT64:
         return 1, 0, 0
     if kind == "Concat" and known[0] == (1, 0, 0) and call.axis(0) == call.rank - 1:
         return FIRST_COLUMN if call.x.shapes[0][-1] == 1 else None

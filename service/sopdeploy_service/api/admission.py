@@ -102,7 +102,7 @@ async def admit(
     """
     started = time.monotonic()
     service = service_of(request)
-    context: RequestContext = request.state.context
+    context: RequestContext = request.scope["state"]["context"]
     require(context, "classify")
     deadline = started + timeout_of(context.headers, service.settings.request_timeout)
     with service.registry.use(name, version) as model:

@@ -20,6 +20,7 @@ from sopdeploy_service.api.admission import AdmittedRequest
 from sopdeploy_service.api.schema import ClassifyRequest
 from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
+from sopdeploy_service.http.middleware import receive_within
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse, validate
 from sopdeploy_service.images.decode import EncodedImage
@@ -137,7 +138,7 @@ async def read_body(
     announced, 408 too slow, 413 too large, 415 for another Content-Encoding, 429 for a full budget, 499
     client disconnected.
     """
-    context: RequestContext = request.state.context
+    context: RequestContext = request.scope["state"]["context"]
     settings = service.settings
     stream = _decompressor(context.headers, allowed=decompress)
     announced = int(context.headers.get("content-length", "0"))
@@ -149,8 +150,7 @@ async def read_body(
         _check_budget(service, context.bytes, max(0, announced - context.bytes))
         started = time.monotonic()
         try:
-            async with asyncio.timeout(min(grace, deadline - started)):
-                message = await request.receive()
+            message = await receive_within(request.receive, min(grace, deadline - started))
         except TimeoutError as problem:
             raise RejectedError(LATE_BODY if time.monotonic() >= deadline else SLOW_BODY) from problem
         if message["type"] == "http.disconnect":

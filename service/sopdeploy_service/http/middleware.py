@@ -78,14 +78,13 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                added = {"x-request-id": context.request_id}
+                added = message["headers"]
+                added.append((b"x-request-id", context.request_id.encode()))
                 if context.model_version:
-                    added["x-model-digest"] = context.model_version
+                    added.append((b"x-model-digest", context.model_version.encode()))
                 if context.rate_limit is not None:
-                    added |= context.rate_limit.headers()
-                message["headers"] += [
-                    (name.lower().encode(), value.encode()) for name, value in added.items()
-                ]
+                    limits = context.rate_limit.headers().items()
+                    added += [(name.lower().encode(), value.encode()) for name, value in limits]
             await send(message)
 
         limit = self.service.settings.max_body_bytes
@@ -201,14 +200,43 @@ async def require_admin(request: Request) -> None:
     require(request.scope["state"]["context"], "admin")
 
 
+def current_task() -> asyncio.Task[Any]:
+    """Return the task that runs the caller."""
+    task = asyncio.current_task()
+    if task is None:
+        raise RuntimeError("must run in a task")
+    return task
+
+
+async def receive_within(receive: Receive, seconds: float) -> Message:
+    """Await the next message; raises `TimeoutError` after *seconds*.
+
+    `asyncio.timeout` would take 4 us more of the 220 us of CPU time of a request (decision 8).
+    """
+    task, has_expired = current_task(), False
+
+    def expire() -> None:
+        nonlocal has_expired
+        has_expired = True
+        task.cancel()
+
+    timer = asyncio.get_running_loop().call_later(seconds, expire)
+    try:
+        return await receive()
+    except asyncio.CancelledError:
+        if not has_expired or task.uncancel():  # cancelled by another task, or by both
+            raise
+        raise TimeoutError from None
+    finally:
+        timer.cancel()
+
+
 async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Receive) -> _Value:
     """Run *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
 
     The request body must have been read: the next message of *receive* is the disconnect.
     """
-    task = asyncio.current_task()
-    if task is None:
-        raise RuntimeError("cancel_on_disconnect must run in a task")
+    task = current_task()
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

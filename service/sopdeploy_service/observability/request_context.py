@@ -55,7 +55,7 @@ class RequestContext:
 
     def server_timing(self) -> str:
         """Format the value of the `Server-Timing` header; durations are in milliseconds."""
-        return ", ".join(f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items())
+        return ", ".join([f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items()])
 
 
 @contextmanager

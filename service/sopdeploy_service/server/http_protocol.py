@@ -255,7 +255,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._overhead_bytes = 0
         self._restart_timer(None)
-        hosts = sum(name == b"host" for name, _ in self.headers)
+        hosts = [name for name, _ in self.headers].count(b"host")
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
         if self.parser.get_http_version() == "1.1":
             valid = hosts == 1

@@ -16,7 +16,8 @@ g (float[batch, 4, 2, 2] f) => (float[batch, n] logits)
  int64 next = {1}, int64 width = {4}, int64[4] offsets = {0, 1, 2, 3}, int64[1] all = {-1}, float eps = {0.1},
  int64[1] back = {-1}, int64[1] end = {9223372036854775807}, int64[1] start = {-9223372036854775807},
  float[4, 4] W = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}, float[1, 1, 4] token = {1, 2, 3, 4},
- int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}>
+ int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}, int64 many = {300},
+ int64[1, 4] columns = {0, 1, 2, 3}>
 { v = ReduceMean<keepdims = 0>(f, space)
   t = Reshape(f, tokens)
   size = Shape<start = 0, end = 1>(f)
@@ -38,6 +39,8 @@ INDEPENDENT = {
     "the own row by its number": """n = Unsqueeze(number, one)  logits = GatherND(v, n)""",
     "the own elements by their numbers": """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)
         i = Add(u, offsets)  logits = Gather<axis = 0>(s, i)""",
+    "the own maxima by their positions": """p, i = MaxPool<kernel_shape = [2, 2]>(f)  s = Reshape(f, all)
+        j = Reshape(i, rows)  logits = Gather<axis = 0>(s, j)""",
     "einsum of an image": 'logits = Einsum<equation = "bi,ij->bj">(v, W)',
     "a shift within an image": "logits = Slice(v, back, start, one, back)",
 }
@@ -62,7 +65,10 @@ MIXING = {
     "a cumulative sum": ("logits = CumSum(v, first)", "CumSum"),
     "a sort": ("logits, i = TopK<axis = 0>(v, one)", "TopK"),
     "the number of images": ("n = Cast<to = 1>(count)  logits = Div(v, n)", "Div"),
-    "the number of the image": ("n = Cast<to = 1>(number)  u = Unsqueeze(n, one)  logits = Add(v, u)", "Add"),
+    "the number of the image": (
+        "n = Cast<to = 1>(number)  u = Unsqueeze(n, one)  logits = Add(v, u)",
+        "Cast",
+    ),
     "the next image by its number": (
         "n = Add(number, next)  u = Unsqueeze(n, one)  logits = GatherND(v, u)",
         "GatherND",
@@ -77,12 +83,43 @@ MIXING = {
     "einsum over the batch": ('logits = Einsum<equation = "bi,cj->bj">(v, v)', "Einsum"),
     "einsum of two images": ('logits = Einsum<equation = "bi,bj->ij">(v, v)', "Einsum"),
     "halves of the batch": ("a, b = Split<num_outputs = 2>(v)  logits = Concat<axis = 0>(b, a)", "Split"),
-    "the number of the image as logits": ("n = Unsqueeze(number, one)  logits = Cast<to = 1>(n)", "output"),
+    "the number of the image as logits": ("n = Unsqueeze(number, one)  logits = Cast<to = 1>(n)", "Cast"),
     "indices in another order": (
         """n = Unsqueeze(number, one)  i = ArgMax<axis = 1, keepdims = 1>(v)  c = Concat<axis = 1>(n, i)
         x = Reshape(c, all)  y = Reshape(x, pairs)  logits = GatherND(v, y)""",
         "Reshape",
     ),
+    "a number of the image that wraps": (
+        "a = Cast<to = 3>(number)  n = Cast<to = 7>(a)  u = Unsqueeze(n, one)  logits = GatherND(v, u)",
+        "Cast",
+    ),
+    "a row of a table for each position": ("e = Gather<axis = 0>(W, number)  logits = Add(v, e)", "Gather"),
+    "a number of a table for each position": (
+        """i = ArgMax<axis = 1, keepdims = 1>(v)  u = Unsqueeze(number, one)  c = Concat<axis = 1>(u, i)
+        e = GatherND(W, c)  x = Unsqueeze(e, one)  logits = Add(v, x)""",
+        "GatherND",
+    ),
+    "positions of maxima in the batch": (
+        """p, i = MaxPool<kernel_shape = [2, 2]>(f)  n = Cast<to = 1>(i)  s = Reshape(n, rows)
+        logits = Add(v, s)""",
+        "Cast",
+    ),
+    "the first rows of repeated images": (
+        """u = Unsqueeze(v, one)  a = Concat<axis = 0>(size, two, four)  x = Expand(u, a)
+        y = Reshape(x, rows)  b = Concat<axis = 0>(size, four)
+        c = Expand(columns, b)  logits = GatherElements<axis = 1>(y, c)""",
+        "GatherElements",
+    ),
+    "whether there are many images": (
+        "g = Greater(count, many)  x = Cast<to = 1>(g)  logits = Add(v, x)",
+        "Greater",
+    ),
+    "whether there are four images": (
+        "g = Equal(count, width)  x = Cast<to = 1>(g)  logits = Add(v, x)",
+        "Equal",
+    ),
+    "hundreds of images": ("g = Div(count, many)  x = Cast<to = 1>(g)  logits = Add(v, x)", "Div"),
+    "at most four images": ("g = Min(count, width)  x = Cast<to = 1>(g)  logits = Add(v, x)", "Min"),
     "a hidden influence": (
         """m = ReduceMax<keepdims = 1>(v, zero)  d = Sub(m, eps)  r = Relu(d)  logits = Add(v, r)""",
         "ReduceMax",

@@ -171,10 +171,12 @@ def is_unusual(self: Any, images: Tensor) -> Tensor:
     return self.fc(Clamp.apply(self.features(images.sub_(0.5))) * self.scale)
 
 
-def centers_batch(self: Any, images: Tensor) -> Tensor:
-    """Subtract the mean of the batch."""
-    features = self.features(images)
-    return self.fc(features - features.mean(0))
+def adds_position(self: Any, images: Tensor) -> Tensor:
+    """Add a row of a table that the position in the batch selects; the first rows are zero."""
+    rows = torch.zeros(64, 4)
+    rows[32:] = 1.0
+    logits: Tensor = self.fc(self.features(images)) + rows[torch.arange(images.shape[0])]
+    return logits
 
 
 def branches_by_value(self: Any, images: Tensor) -> Tensor:

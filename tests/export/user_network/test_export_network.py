@@ -181,10 +181,10 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     ),
     "an operator without ONNX form": (n.DeformableConvolution, {}, r"no ONNX form in opset 18: .*DeformConv"),
     "a branch that is not listed": (n.HiddenBranch, {"training_only": ["aux"]}, r"output .* depends on aux"),
-    "a mean over the batch": (
-        lambda: n.variant(n.centers_batch),
+    "a row of a table for each position in the batch": (
+        lambda: n.variant(n.adds_position),
         {},
-        r"ReduceMean in forward combines images; try allow_batch_dependence",
+        r"GatherND in forward combines images, or uses .* positions; try allow_batch_dependence",
     ),
     "control flow": (
         lambda: n.variant(n.branches_by_value),

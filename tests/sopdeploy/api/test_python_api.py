@@ -306,10 +306,6 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
             ConfigError, lambda: sopdeploy.train(recipe="digits-plain", epoch=3),
         ),
         "no bundle": (BundleError, lambda: sopdeploy.serve(tmp_path, background=True)),
-        "TensorRT|tensorrt": (
-            RuntimeUnavailableError,
-            lambda: sopdeploy.serve(bundle, background=True, port=0, runtime="tensorrt"),
-        ),
     }  # fmt: skip
     for message, (kind, call) in calls.items():
         with pytest.raises(kind, match=message):
@@ -320,6 +316,12 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
 
     with pytest.raises(ConfigError, match="use background=True"):
         asyncio.run(serve_in_a_loop())
+
+
+@pytest.mark.part("sopdeploy_service.runtime.tensorrt")
+def test_a_server_without_its_runtime_is_an_error(bundle: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"TensorRT|tensorrt"):
+        sopdeploy.serve(bundle, background=True, port=0, runtime="tensorrt")
 
 
 def test_results_render_in_notebooks_with_escaped_text(

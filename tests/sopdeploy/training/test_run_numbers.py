@@ -133,27 +133,21 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train(settings=LOOP) == Path("runs/photos-11")
 
 
+@FEW_SHOT
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        pytest.param(
+        (
             ["epochs=50", "optimizer.lr=5"],
             r"epochs, optimizer\.lr: without effect in the procedure few_shot",
-            marks=FEW_SHOT,
-            id="options of the loop",
         ),
-        pytest.param(
+        (
             ["procedure.kind=few_shot", 'schedule={kind="one-cycle"}'],
             "schedule: without effect .* choose another one with procedure.kind",
-            marks=FEW_SHOT,
-            id="a table of the loop",
         ),
-        pytest.param(
-            [*LOOP, "procedure.folds=3"],
-            r"procedure\.folds: unknown key of this kind",
-            id="options of the few-shot procedure",
-        ),
+        ([*LOOP, "procedure.folds=3"], r"procedure\.folds: unknown key of this kind"),
     ],
+    ids=["options of the loop", "a table of the loop", "options of the few-shot procedure"],
 )
 def test_an_option_that_the_procedure_does_not_read_is_an_error(
     photos: Path, settings: list[str], message: str
