@@ -222,7 +222,8 @@ class InferenceProcess:
     def _decode(self, model: Model, item: QueuedImage, body: bytes) -> HttpError | None:
         """Let the GPU decode the JPEG of *item*, which then joins the queue of *model*; or return why not.
 
-        At most three batches of files are held, each of at most `max_body_bytes`. Raises `ChannelError`.
+        At most three batches of files are held, which the front ends count in `max_upload_bytes`. Raises
+        `ChannelError` for a file that a correct front end never sends.
         """
         width, height, orientation = JPEG_HEAD.unpack_from(body, IMAGE_HEAD.size)
         file, size = body[IMAGE_HEAD.size + JPEG_HEAD.size :], (width, height)

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy_service.front_ends import channel
-from sopdeploy_service.front_ends.channel import IMAGE_HEAD, JPEG_HEAD, RESULT_HEAD, MessageKind, read_model
+from sopdeploy_service.front_ends.channel import (
+    IMAGE_HEAD,
+    JPEG_HEAD,
+    MAX_MESSAGE_BYTES,
+    RESULT_HEAD,
+    MessageKind,
+    read_model,
+)
 from sopdeploy_service.front_ends.inference_process import GPU_FAILED, HTTP_ERRORS, LEFT_TO_CPU
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
@@ -48,10 +55,10 @@ class RemoteQueue(RequestQueue):
         """The number of images in the inference process that other front ends have sent."""
         return self._registry.images_elsewhere
 
-    @property
-    def takes_jpegs(self) -> bool:
-        """Whether the inference process decodes a JPEG now."""
-        return self._model.loaded.decode == "nvimagecodec" and self._registry.jpegs < MAX_JPEGS
+    def takes_jpeg(self, num_bytes: int) -> bool:
+        """Whether the inference process decodes a JPEG of *num_bytes* now."""
+        fits = num_bytes < MAX_MESSAGE_BYTES // 2 and self._registry.jpegs < MAX_JPEGS
+        return fits and self._model.loaded.decode == "nvimagecodec"
 
     def put(self, item: QueuedImage) -> HttpError | None:
         """Send the image of *item* from the event loop."""

@@ -228,7 +228,7 @@ class Decoders:
     def _leave_to_gpu(self, model: Model, item: QueuedImage, image: EncodedImage) -> bool:
         """Let *item* join the queue of *model* as a JPEG; return False if this process has to decode it."""
         is_jpeg = image.body.startswith(START_OF_JPEG)
-        if self._check_jpeg is None or not is_jpeg or not model.queue.takes_jpegs:
+        if self._check_jpeg is None or not is_jpeg or not model.queue.takes_jpeg(len(image.body)):
             return False
         rules = model.bundle.manifest.preprocess
         found = self._check_jpeg(image, rules, admit=partial(self._admit, 0, True))

@@ -106,9 +106,8 @@ class RequestQueue:
         """Whether no image is queued."""
         return not self._items
 
-    @property
-    def takes_jpegs(self) -> bool:
-        """Whether another process decodes a JPEG now."""
+    def takes_jpeg(self, num_bytes: int) -> bool:  # noqa: ARG002
+        """Whether another process decodes a JPEG of *num_bytes* now."""
         return False
 
     @property

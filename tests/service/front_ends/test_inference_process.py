@@ -43,6 +43,7 @@ from sopdeploy_service.settings import Settings
 from tests.service.bundle_with_maps import write_bundle_with_maps
 from tests.service.conftest import RULES, Client, open_files, running, write_bundle
 from tests.service.held import Held
+from tests.service.images.test_fast_decode import encode
 from tests.service.images.test_nvimagecodec import OTHERS, READ
 
 IMAGE_BYTES = 32 * 32 * 3
@@ -154,6 +155,7 @@ LEFT.save(SAVED, "JPEG")
 NOT_ON_GPU: dict[str, tuple[bytes, bool, int, tuple[int, str | None, str, list[int]]]] = {
     "the GPU fails": (READ[0], True, 32, (200, None, "1.0", [1])),
     "the GPU is busy": (READ[0], False, 0, (200, None, "0.0", [])),
+    "a file too long for a message": (encode((900, 700)), False, 32, (200, None, "0.0", [])),
     "a gray corner": (SAVED.getvalue(), False, 32, (200, None, "0.0", [1])),
     "a truncated file": (READ[3][:-2000] + b"\xff\xd9", False, 32, (422, "truncated_image", "0.0", [1])),
     "a header only": (READ[0][:20] + b"\xff\xd9", False, 32, (422, "damaged_image", "0.0", [])),
@@ -164,6 +166,7 @@ NOT_ON_GPU: dict[str, tuple[bytes, bool, int, tuple[int, str | None, str, list[i
 def test_a_front_end_decodes_what_the_gpu_does_not(group, bundle, codec, monkeypatch, case) -> None:
     body, fails, jpegs, expected = NOT_ON_GPU[case]
     monkeypatch.setattr("sopdeploy_service.front_ends.remote.MAX_JPEGS", jpegs)
+    monkeypatch.setattr("sopdeploy_service.front_ends.remote.MAX_MESSAGE_BYTES", 200_000)
     codec._decoder.fail = (lambda bodies: [None] * len(bodies)) if fails else None
     with front_end(group(FakeRuntime(num_classes=7), bundle, ON_GPU), bundle, ON_GPU) as client:
         reply = client.post("/v1/classify", content=body)
