@@ -26,7 +26,7 @@ class Factors(NamedTuple):
 FACTORS = {
     "JPEG": Factors(0.2, 0, 9, 5),
     "PNG": Factors(0.2, 0, 13, 8),
-    "WEBP": Factors(12.4, 2, 26, 10),
+    "WEBP": Factors(12.8, 2, 26, 10),
     "AVIF": Factors(7.2, 2, 30, 10),
     "HEIF": Factors(5.5, 2, 16, 10),
     "GIF": Factors(0.8, 0, 12, 5),

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 import pydantic
 
 from sopdeploy.data.base import Split
+from sopdeploy.errors import ConfigError
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.loop_config import LoopConfig
 from sopdeploy.training.procedure_config import AutoConfig, ProcedureConfig, ProcedureResult
@@ -83,10 +84,18 @@ def _create(config: ProcedureConfig) -> Procedure:
 
 
 def parse_result(record: Any) -> ProcedureResult:
-    """Parse the result of a procedure by its `kind`; raise `pydantic.ValidationError` if it is invalid."""
+    """Parse the result of a procedure by its `kind`.
+
+    Raises `pydantic.ValidationError` if it is invalid, and `ConfigError` if the procedure is not installed.
+    """
     if isinstance(record, ProcedureResult):
         return record
     kinds = {config.result.model_fields["kind"].default: config.result for config in procedure_configs()}
+    if record["kind"] not in kinds:
+        raise ConfigError(
+            f"the procedure {record['kind']!r}, which trained the network, is not part of this installation; "
+            "install the one that trained it"
+        )
     return kinds[record["kind"]].model_validate(record)
 
 
