@@ -135,8 +135,8 @@ class RayClassifier:
     @cached_property
     def _state(self) -> RunState:
         """What the rows of one of the machines depend on."""
-        if self._options.ray == NEW_CLUSTER and not self._options.gpus_per_actor:
-            return self._job.run_state()  # saves the start of a process
+        if self._options.ray == NEW_CLUSTER and "GPU" not in ray.cluster_resources():
+            return self._job.run_state()  # saves a process; Ray hides GPUs from tasks that request none
         with errors_of_actors():
             state: RunState = ray.get(ray.remote(**self._resources)(Job.run_state).remote(self._job))
             return state

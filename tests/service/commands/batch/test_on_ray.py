@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,6 +113,26 @@ def test_a_machine_whose_rows_would_differ_is_named(bundle_path, complete):
     for change in {"runtime": "onnxruntime-cuda 1.31 on cuda:0"}, {"batch": 7}:
         with pytest.raises(ConfigError, match=r"has onnxruntime .* on cpu .*; use machines of one kind"):
             on_ray.PartActor(job, complete, state.model_copy(update=change))
+
+
+@pytest.mark.parametrize("resources", [{"CPU": 2.0}, {"CPU": 2.0, "GPU": 1.0}])
+def test_a_process_for_the_state_starts_only_if_actors_may_see_other_devices(
+    resources, bundle_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(on_ray, "connect_ray", lambda *_, **__: None)
+    ray = SimpleNamespace(
+        data=on_ray.ray.data,
+        cluster_resources=lambda: resources,
+        remote=lambda **_: lambda run: SimpleNamespace(remote=run),
+        get=lambda state: asked.append(state) or state,
+        shutdown=lambda: None,
+    )
+    monkeypatch.setattr(on_ray, "ray", ray)
+    with on_ray.RayClassifier(bundle_path, SETTINGS, ClassifyOptions(ray="local")) as classifier:
+        here = on_ray.Job(bundle_path, SETTINGS, ClassifyOptions(ray="local")).run_state()
+        assert classifier.run_state("", 1) == here
+    assert len(asked) == resources.get("GPU", 0)
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense", "ray://127.0.0.1:10001", "[::1]:x"])
