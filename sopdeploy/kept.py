@@ -7,7 +7,7 @@ photograph; a photograph without a record is not complete.
 
 import logging
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -59,7 +59,14 @@ class KeptRecord(StrictModel):
         return self
 
 
-def read_kept(folder: Path) -> list[tuple[Path, KeptRecord]]:
+class Kept(NamedTuple):
+    """A kept photograph: the path of the image, and its record."""
+
+    path: Path
+    record: KeptRecord
+
+
+def read_kept(folder: Path) -> list[Kept]:
     """Read the kept photographs in *folder*: the path of each and its record, the oldest first.
 
     Records that are damaged, or whose photograph is missing, are skipped; a warning tells how many. Raises
@@ -76,12 +83,12 @@ def read_kept(folder: Path) -> list[tuple[Path, KeptRecord]]:
             continue
         image = folder / record.image
         if image.stem == path.stem and image.is_file() and not image.is_symlink():
-            kept.append((image, record))
+            kept.append(Kept(image, record))
         else:
             skipped += 1
     if skipped:
         log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, skipped)
-    return sorted(kept, key=lambda entry: entry[1].time)
+    return sorted(kept, key=lambda entry: entry.record.time)
 
 
 def near_hash(pixels: NDArray[np.uint8]) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -26,14 +26,27 @@ from onnx.reference import ReferenceEvaluator
 
 _BATCHES = (2, 999_999, 1_000_000)  # the limits of `--max-batch` above 1, and the last size but one
 _MOST_NUMBERS = 1024  # of a value that is evaluated
-Place = tuple[int | None, int | None]  # the batch axis of a value, if any, and its `inner`; None fits any
-_NONE: Place = (None, None)
-FIRST_COLUMN = (
-    1,
-    -1,
-    -1,
-)  # `TracedValue.index` if only the first of the last axis is the number of the image
 Shapes = Sequence[tuple[int, ...]]  # one for each batch size
+
+
+class Place(NamedTuple):
+    """The batch axis of a value, if any, and its `inner`, the rows of an image; None fits any."""
+
+    axis: int | None = None
+    inner: int | None = None
+
+
+class Index(NamedTuple):
+    """The numbers of image i are integers from i `step` + `low` to i `step` + `high`."""
+
+    step: int
+    low: int
+    high: int
+
+
+_NONE = Place()
+NUMBER_OF_IMAGE = Index(1, 0, 0)  # the number of the image
+FIRST_COLUMN = Index(1, -1, -1)  # only the first of the last axis is the number of the image
 
 
 class MixesError(Exception):
@@ -51,20 +64,20 @@ class TracedValue:
     """What is known of a value; `mixed` names the operators through which it depends on other images.
 
     `shapes` is empty if unknown. `contents` exist for values that depend on sizes only, for each batch size.
-    `index` is (step, low, high) if the numbers of image i are integers from i step + low to i step + high.
+    `index` tells which integers the numbers of each image are, if it is known.
     """
 
     type: int = 0
     shapes: Shapes = ()
     contents: Sequence[NDArray[Any]] = ()
     place: Place = _NONE
-    index: tuple[int, int, int] | None = None
+    index: Index | None = None
     mixed: tuple[str, ...] = ()
 
     @property
     def axis(self) -> int | None:
         """The batch axis."""
-        return self.place[0]
+        return self.place.axis
 
     @property
     def rank(self) -> int:
@@ -79,11 +92,11 @@ class TracedValue:
     @property
     def counts_images(self) -> bool:
         """Whether the numbers depend on the position of the image in its batch."""
-        return self.index is not None and self.index[0] != 0
+        return self.index is not None and self.index.step != 0
 
     def at(self, axis: int) -> Place:
         """Return the place with the batch axis moved to *axis*."""
-        return _NONE if self.axis is None else (axis, self.place[1])
+        return _NONE if self.axis is None else Place(axis, self.place.inner)
 
     def numbers(self) -> list[int]:
         """List the integers of a constant."""
@@ -122,7 +135,7 @@ def agree(*places: Place) -> Place:
     axes = {axis for axis, _ in places if axis is not None}
     inner = {length for axis, length in places if axis is not None and length is not None}
     _require(len(axes) <= 1 and len(inner) <= 1)
-    return next(iter(axes), None), next(iter(inner), None)
+    return Place(next(iter(axes), None), next(iter(inner), None))
 
 
 def common(values: Sequence[TracedValue | None]) -> Place:
@@ -166,7 +179,7 @@ def _rows(call: Call, operands: int = 1) -> Place:
     regions, which can shift this axis, and batch norm in training mode.
     """
     place = common(call.inputs[:operands])
-    _require(place[0] in (None, 0) and common(call.inputs[operands:]) == _NONE)
+    _require(place.axis in (None, 0) and common(call.inputs[operands:]) == _NONE)
     _require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
     crops = call.attributes.get("coordinate_transformation_mode") == b"tf_crop_and_resize"
     _require(not crops and not call.attributes.get("training_mode"))
@@ -174,17 +187,18 @@ def _rows(call: Call, operands: int = 1) -> Place:
 
 
 def reshapes(call: Call) -> Place:
-    """Keep the order of all elements."""
+    """Keep the order of all elements: those of one image that follow each other are rows of the result."""
     axis, inner = call.x.place
-    to = varying(call.shapes)
-    if axis is None or to is None:
-        _require(axis is None and to is None)
+    new_axis = varying(call.shapes)
+    if axis is None or new_axis is None:
+        _require(axis is None and new_axis is None)
         return _NONE
-    shape, result, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]
-    adjacent = (inner or shape[axis] // batch) * math.prod(shape[axis + 1 :])  # elements of one image
-    length, rest = divmod(adjacent, math.prod(result[to + 1 :]) or 1)
-    _require(rest == 0 and length and result[to] // batch % length == 0)
-    return to, length
+    shape, new_shape, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]
+    elements_of_image = (inner or shape[axis] // batch) * math.prod(shape[axis + 1 :])
+    elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1
+    new_inner, rest = divmod(elements_of_image, elements_of_row)
+    _require(rest == 0 and new_inner and new_shape[new_axis] // batch % new_inner == 0)
+    return Place(new_axis, new_inner)
 
 
 def transposes(call: Call) -> Place:
@@ -228,7 +242,7 @@ def einsum(call: Call) -> Place:
 def aside(call: Call, operands: int | None = None) -> Place:
     """Join, split or index along the attribute `axis`, which is not the batch axis of any operand."""
     place = common(call.inputs[:operands])
-    _require(place == _NONE or place[0] != call.axis(0))
+    _require(place == _NONE or place.axis != call.axis(0))
     return place
 
 
@@ -259,7 +273,7 @@ def repeats(call: Call, *, tile: bool = False) -> Place:
     axis = varying(call.shapes)
     if axis is None or call.x.axis is not None:
         return elementwise(call)
-    return axis, (call.shapes[0][axis] // _BATCHES[0] if tile else None)
+    return Place(axis, call.shapes[0][axis] // _BATCHES[0] if tile else None)
 
 
 def counts(call: Call) -> Place:
@@ -268,16 +282,18 @@ def counts(call: Call) -> Place:
     _require(
         axis is None or (call.x.numbers(), call[2].numbers(), call.shapes[0]) == ([0], [1], _BATCHES[:1])
     )
-    return _NONE if axis is None else (0, 1)
+    return _NONE if axis is None else Place(0, 1)
 
 
 def gathers(call: Call) -> Place:
     """Select along another axis than the batch, from a constant table, or from the rows of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
     if data.axis == axis:
-        (step, low, high), size = indices.index or (0, 0, 0), data.shapes[0][axis] // _BATCHES[0]
+        (step, low, high), size = indices.index or Index(0, 0, 0), data.shapes[0][axis] // _BATCHES[0]
         _require(
-            indices.axis is not None and step == size == (data.place[1] or size) and 0 <= low <= high < step
+            indices.axis is not None
+            and step == size == (data.place.inner or size)
+            and 0 <= low <= high < step
         )
         return indices.at(axis + (indices.axis or 0))
     _require(_NONE in (data.place, indices.place) and not indices.counts_images)
@@ -306,7 +322,7 @@ def writes_nd(call: Call) -> Place:
     """Write by indices of several axes within each row, or in front of the batch."""
     data, indices, updates = call.x, call[1], call[2]
     if own_rows(data, indices, 0) and updates.axis == indices.axis is not None:
-        return agree(data.place, (0, indices.place[1]), (0, updates.place[1]))
+        return agree(data.place, Place(0, indices.place.inner), Place(0, updates.place.inner))
     indexed = indices.shapes[0][-1]
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
     _require(data.axis is None or data.axis >= indexed)
@@ -315,16 +331,16 @@ def writes_nd(call: Call) -> Place:
 
 def own_rows(data: TracedValue, indices: TracedValue, shared: int) -> bool:
     """Return whether the first index is the number of the image, and axis 0 of *data* the batch."""
-    first = FIRST_COLUMN if indices.shapes[0][-1] > 1 else (1, 0, 0)
+    first = FIRST_COLUMN if indices.shapes[0][-1] > 1 else NUMBER_OF_IMAGE
     return data.axis == 0 == shared and data.shapes[0][0] == _BATCHES[0] and indices.index == first
 
 
 def recurs(call: Call) -> list[Place]:
     """Run a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
     place = common([call.x, *call.inputs[5:7]])
-    _require(place[0] in (None, 1) and common([*call.inputs[1:5], *call.inputs[7:]]) == _NONE)
+    _require(place.axis in (None, 1) and common([*call.inputs[1:5], *call.inputs[7:]]) == _NONE)
     _require(not call.attributes.get("layout"))
-    return [(None if place[0] is None else 2, place[1]), place, place]
+    return [Place(None if place.axis is None else 2, place.inner), place, place]
 
 
 TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
@@ -368,7 +384,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     if batch == 1:  # there are no other images
         return ()
     shapes = [(batch, *sizes) for batch in _BATCHES]
-    values = {image.name: TracedValue(image.type.tensor_type.elem_type, shapes, place=(0, 1))}
+    values = {image.name: TracedValue(image.type.tensor_type.elem_type, shapes, place=Place(0, 1))}
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         known = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
@@ -396,9 +412,9 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _limits(array: NDArray[Any]) -> tuple[int, int, int] | None:
+def _limits(array: NDArray[Any]) -> Index | None:
     """Return the `TracedValue.index` of a constant."""
-    return (0, int(array.min()), int(array.max())) if array.dtype.kind == "i" and array.size else None
+    return Index(0, int(array.min()), int(array.max())) if array.dtype.kind == "i" and array.size else None
 
 
 def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
@@ -454,7 +470,7 @@ def locate(
     call = Call(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
     index = numbering(node.op_type, call)
-    counted = [value for value in inputs if value and value.index and value.index[0]]
+    counted = [value for value in inputs if value and value.index and value.index.step]
     _require(index or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
     located = [
         replace(result, place=place, index=index)
@@ -472,31 +488,31 @@ def has_whole_images(value: TracedValue) -> bool:
     """Return whether the batch axis is the one whose size changes, with as many rows for every image."""
     if not value.shapes or varying(value.shapes) != value.axis:
         return not value.shapes
-    return value.axis is None or value.shapes[0][value.axis] % (_BATCHES[0] * (value.place[1] or 1)) == 0
+    return value.axis is None or value.shapes[0][value.axis] % (_BATCHES[0] * (value.place.inner or 1)) == 0
 
 
-def positions(value: TracedValue) -> tuple[int, int, int]:
+def positions(value: TracedValue) -> Index:
     """Return the `TracedValue.index` of positions of elements in *value*, whose first axis is the batch."""
-    _require(value.place[1] in (None, value.shapes[0][0] // _BATCHES[0]))
+    _require(value.place.inner in (None, value.shapes[0][0] // _BATCHES[0]))
     step = math.prod(value.shapes[0]) // _BATCHES[0]
-    return step, 0, step - 1
+    return Index(step, 0, step - 1)
 
 
-def numbering(kind: str, call: Call) -> tuple[int, int, int] | None:
+def numbering(kind: str, call: Call) -> Index | None:
     """Return the `TracedValue.index` of the result of an operator."""
     known = [_limits(v.contents[0]) if v.contents else v.index for v in call.inputs if v is not None]
     if kind in SAME_NUMBERS:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
         return None if wraps or known[0] == FIRST_COLUMN else known[0]
     if kind == "Range" and varying(call.shapes) is not None and call.x.type == TensorProto.INT64:
-        return 1, 0, 0
-    if kind == "Concat" and known[0] == (1, 0, 0) and call.axis(0) == call.rank - 1:
+        return NUMBER_OF_IMAGE
+    if kind == "Concat" and known[0] == NUMBER_OF_IMAGE and call.axis(0) == call.rank - 1:
         return FIRST_COLUMN if call.x.shapes[0][-1] == 1 else None
     limited = sorted((limit for limit in known if limit is not None and min(limit) >= 0), reverse=True)
     if kind in ("Add", "Mul") and len(limited) == len(known):
         (step, low, high), (other, least, most) = limited
         if kind == "Add":
-            return step + other, low + least, high + most
+            return Index(step + other, low + least, high + most)
         if other == 0 and least == most:
-            return step * least, low * least, high * least
+            return Index(step * least, low * least, high * least)
     return None

@@ -113,7 +113,7 @@ def create_label_app(folders: LabelFolders, names: set[str], key: str = "") -> F
     @app.get("/images/{identity}")
     def image(identity: str) -> Response:
         with lock:
-            path = folders.waiting[identity][0] if identity in folders.waiting else None
+            path = folders.waiting[identity].path if identity in folders.waiting else None
         if path is None:
             return JSONResponse({"detail": "no such photograph"}, 404)
         return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)

@@ -19,15 +19,13 @@ from sopdeploy.data.folders import find_parts, is_hidden, list_subfolders, part_
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import atomic_write, expand_user
-from sopdeploy.kept import NEAR_BITS, KeptRecord, read_kept
+from sopdeploy.kept import NEAR_BITS, Kept, read_kept
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
 MAX_CLASS_BYTES = 100  # of a class
 MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
-
-Kept = tuple[Path, KeptRecord]
 
 
 class GoneError(DataError):
@@ -69,13 +67,13 @@ class LabelFolders:
     def read(self) -> None:
         """Read the kept photographs again, and order them; raises `OSError`."""
         skipped = {path.stem for path in self.kept.glob(f"*{SKIPPED}")}
-        found = [kept for kept in read_kept(self.kept) if kept[0].stem not in skipped]
-        samples = [kept for kept in found if "sample" in kept[1].reasons]
+        found = [kept for kept in read_kept(self.kept) if kept.path.stem not in skipped]
+        samples = [kept for kept in found if "sample" in kept.record.reasons]
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
-        queue = order_records([kept for kept in found if "sample" not in kept[1].reasons])
+        queue = order_records([kept for kept in found if "sample" not in kept.record.reasons])
         for place, kept in enumerate(samples):
             queue.insert(SAMPLE_EVERY * place, kept)
-        self.waiting = {kept[0].stem: kept for kept in queue}
+        self.waiting = {kept.path.stem: kept for kept in queue}
 
     def classes(self) -> list[str]:
         """List the names of all classes: those of the bundles and of the folders, sorted."""
@@ -113,7 +111,7 @@ class LabelFolders:
     def skip(self, identity: str) -> None:
         """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
         kept = self._find(identity)
-        kept[0].with_suffix(SKIPPED).touch()
+        kept.path.with_suffix(SKIPPED).touch()
         del self.waiting[identity]
         self.steps.append(LabelStep(kept))
 
@@ -124,7 +122,8 @@ class LabelFolders:
         """
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photographs yourself")
-        (image, record), target, new_folder = self.steps.pop()
+        kept, target, new_folder = self.steps.pop()
+        image = kept.path
         if target is None:
             image.with_suffix(SKIPPED).unlink(missing_ok=True)
         else:
@@ -133,11 +132,11 @@ class LabelFolders:
             except FileNotFoundError:
                 raise GoneError(f"{target}: no longer there, so its label cannot be undone") from None
             with atomic_write(image.with_suffix(".json")) as partial:
-                partial.write_text(record.model_dump_json(), encoding="utf-8")
+                partial.write_text(kept.record.model_dump_json(), encoding="utf-8")
             if new_folder:
                 with suppress(OSError):  # other photographs are in it
                     target.parent.rmdir()
-        self.waiting = {image.stem: (image, record), **self.waiting}
+        self.waiting = {image.stem: kept, **self.waiting}
 
     def _find(self, identity: str) -> Kept:
         if identity not in self.waiting:
