@@ -11,7 +11,6 @@ from typing import Any
 import pydantic
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
@@ -207,5 +206,7 @@ def _flat(results: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 def median_milliseconds(call: Callable[[], Any]) -> float:
     """Measure the median time of *call* in milliseconds, after a warm-up and with torch's threads."""
+    from torch.utils.benchmark import Timer  # noqa: PLC0415 - may warn about CUDA's compiler
+
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     return 1000 * float(timer.blocked_autorange(min_run_time=_SECONDS).median)
