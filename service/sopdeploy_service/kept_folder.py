@@ -56,12 +56,8 @@ class KeptFolder:
         Raises `ConfigError` if it cannot be written, or if another process keeps photographs there.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
-        self._groups: tuple[dict[str, _Entry], ...] = (
-            {},
-            {},
-            {},
-            {},
-        )  # by `_Entry.group`: by name, oldest first
+        # By `_Entry.group`, each by name, the oldest first.
+        self._groups: tuple[dict[str, _Entry], ...] = ({}, {}, {}, {})
         self._failed_at: float | None = None
         self._group_bytes, self._other_bytes = [0, 0, 0, 0], 0
         with writing(path, ConfigError):
