@@ -281,21 +281,31 @@ def test_networks_without_published_weights_and_unsuitable_values_are_named() ->
             start(setting)
 
 
-def test_without_network_train_on_photos_exits_with_2_and_says_what_to_do(
-    server, monkeypatch, tmp_path
-) -> None:
-    monkeypatch.setattr(RESNET18, "url", "http://127.0.0.1:1/resnet18-f37072fd.pth")
+@pytest.fixture
+def eight_photos(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for number in range(8):
         folder = tmp_path / "photos" / LABELS[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (24, 24), (30 * number, 0, 0)).save(folder / f"{number}.jpg")
+
+
+@pytest.mark.usefixtures("eight_photos")
+def test_without_network_train_on_photos_exits_with_2_and_says_what_to_do(
+    server, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setattr(RESNET18, "url", "http://127.0.0.1:1/resnet18-f37072fd.pth")
     plain = ["train", "--data", "photos", "--set", "model.name=resnet18"]
     result = CliRunner().invoke(app, plain)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "error: resnet18-f37072fd.pth: cannot be downloaded (" in result.stderr
     assert "put it at " in result.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.part("sopdeploy.training.few_shot")
+@pytest.mark.usefixtures("server", "eight_photos")
+def test_training_without_start_weights_needs_no_network() -> None:
     smaller = ["--set", "model.name=dsop-resnet8", "--set", "preprocess.crop=16"]
     done = CliRunner().invoke(app, ["train", "--data", "photos", "--weights", "none", *smaller, "--json"])
     assert done.exit_code == 0, done.output
