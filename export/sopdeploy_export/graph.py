@@ -291,9 +291,12 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
 
 
 def _decompose_attention(program: ExportedProgram) -> ExportedProgram:
-    """Write attention on other than four dimensions as matrix products: the converter knows only these."""
-    calls = [node for node in program.graph.nodes if node.target is ATTENTION]
-    if all(node.args[0].meta["val"].dim() == 4 for node in calls):
+    """Write attention in a form that the converter knows; *program* does not change.
+
+    On other than four dimensions, attention becomes matrix products. On four, the converter's results have
+    other strides than those of torch, for which a view may be impossible: views read a copy.
+    """
+    if not any(node.target is ATTENTION for node in program.graph.nodes):
         return program
 
     def decompose(
@@ -306,6 +309,17 @@ def _decompose_attention(program: ExportedProgram) -> ExportedProgram:
         return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
     decomposed: ExportedProgram = program.run_decompositions({ATTENTION: decompose})
+    aten, graph = torch.ops.aten, decomposed.graph
+    for view in graph.find_nodes(op="call_function", target=aten.view.default):
+        source = view.args[0]
+        while source.target in (aten.transpose.int, aten.permute.default):
+            source = source.args[0]
+        if source.target is ATTENTION:
+            with graph.inserting_before(view):
+                contiguous = {"memory_format": torch.contiguous_format}
+                copied = graph.call_function(aten.clone.default, (view.args[0],), contiguous)
+            copied.meta = dict(view.args[0].meta)
+            view.replace_input_with(view.args[0], copied)
     return decomposed
 
 

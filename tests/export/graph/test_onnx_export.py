@@ -122,6 +122,24 @@ def test_attention_on_any_number_of_dimensions_is_exported(
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
 
 
+def attend_with_heads(images: Tensor) -> Tensor:
+    """Attention of two heads between rows with relative positions, as in BEiT and MaxViT."""
+    rows = images.transpose(1, 2).flatten(2)  # (B, 16, 48)
+    heads = rows.unflatten(2, (2, -1)).transpose(1, 2)
+    positions = (torch.arange(16 * 16).reshape(1, 1, 16, 16) / 100).expand(images.shape[0], 2, -1, -1)
+    attended = F.scaled_dot_product_attention(heads, heads, heads, positions)
+    return attended.transpose(1, 2).reshape(-1, 4, 4, 48).mean(dim=(1, 2))
+
+
+def test_attention_whose_heads_are_joined_by_a_view_is_exported(preprocess: Preprocess) -> None:
+    network = Minimal(attend_with_heads).eval()
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
+    expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
+    np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
+
+
 SCALE = nn.Parameter(torch.tensor(1.000005))
 OF_ZERO: dict[str, Callable[[Tensor], Tensor]] = {
     "x / (|x| + 1e-8)": lambda x: x / (x.abs() + 1e-8),
