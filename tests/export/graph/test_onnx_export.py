@@ -122,20 +122,23 @@ def test_attention_on_any_number_of_dimensions_is_exported(
     np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
 
 
-POSITIONS = nn.Parameter(torch.arange(2 * 16 * 16).reshape(1, 2, 16, 16) / 100)
+class JoinedHeads(nn.Module):
+    """Attention of two heads between rows, with relative positions for each image, as in BEiT and MaxViT."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.arange(2 * 16 * 16).reshape(1, 2, 16, 16) / 100)
 
-def attend_with_heads(images: Tensor) -> Tensor:
-    """Attention of two heads between rows with relative positions, as in BEiT and MaxViT."""
-    rows = images.transpose(1, 2).flatten(2)  # (B, 16, 48)
-    heads = rows.unflatten(2, (2, -1)).transpose(1, 2)
-    positions = POSITIONS.expand(images.shape[0], -1, -1, -1)
-    attended = F.scaled_dot_product_attention(heads, heads, heads, positions)
-    return attended.transpose(1, 2).reshape(images.shape[0], 16, 48).mean(dim=1)
+    def forward(self, images: Tensor) -> Tensor:
+        rows = images.transpose(1, 2).flatten(2)
+        heads = rows.unflatten(2, (2, -1)).transpose(1, 2)
+        positions = self.positions.expand(images.shape[0], -1, -1, -1)
+        attended = F.scaled_dot_product_attention(heads, heads, heads, positions)
+        return attended.transpose(1, 2).reshape(images.shape[0], 16, 48).mean(dim=1)
 
 
 def test_attention_whose_heads_are_joined_by_a_view_is_exported(preprocess: Preprocess) -> None:
-    network = Minimal(attend_with_heads).eval()
+    network = JoinedHeads().eval()
     images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
     session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
     mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))

@@ -182,10 +182,10 @@ def test_front_ends_decode_what_the_inference_process_has_no_room_for(
     codec._decoder.open.clear()
     process = group(FakeRuntime(num_classes=7), bundle, ON_GPU)
     with front_end(process, bundle, ON_GPU) as client, ThreadPoolExecutor(2) as pool:
-        waiting = []
-        for _ in range(2):  # one is decoded, one waits
-            waiting.append(pool.submit(client.post, "/v1/classify", content=READ[0]))
-            until(lambda: len(codec._decoder.batches) + len(codec._waiting) == len(waiting))
+        waiting = [pool.submit(client.post, "/v1/classify", content=READ[0])]
+        until(lambda: len(codec._decoder.batches) == 1)  # it is decoded
+        waiting.append(pool.submit(client.post, "/v1/classify", content=READ[0]))
+        until(lambda: len(codec._waiting) == 1)
         assert client.post("/v1/classify", content=READ[0]).status_code == 200
         assert not any(reply.done() for reply in waiting)
         codec._decoder.open.set()
