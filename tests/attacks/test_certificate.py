@@ -108,9 +108,8 @@ def plain_logits(found: Any, images: Tensor) -> Tensor:
     return found.classify(found.feature_maps(images)[0])
 
 
-def with_forward(answer: Callable[[Any, Tensor], Tensor]) -> Classifier:
-    """Build a network that computes *answer* while it has branches, and the plain logits after detaching."""
-    found = network()
+def with_forward(found: Classifier, answer: Callable[[Any, Tensor], Tensor]) -> Classifier:
+    """Let *found* compute *answer* while it has branches, and the plain logits after detaching."""
 
     def forward(self: Any, images: Tensor) -> Tensor:
         return answer(self, images) if hasattr(self, "branches") else plain_logits(self, images)
@@ -175,7 +174,20 @@ LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
 def test_network_whose_output_depends_on_its_branches_is_rejected(leak: str) -> None:
     answer, message = LEAKS[leak]
     with pytest.raises(CertificateError, match=message):
-        prove(with_forward(answer), batch=None if "batch" in leak else ALONE)
+        prove(with_forward(network(), answer), batch=None if "batch" in leak else ALONE)
+
+
+def test_dsop_network_whose_output_depends_on_a_branch_is_rejected() -> None:
+    def answer(found: Any, images: Tensor) -> Tensor:
+        *_, feature = found.feature_maps(images, found.taps)[1]
+        logits: Tensor = found.branches[list(found.taps.values())[-1]](feature)
+        return plain_logits(found, images) + 0 * logits
+
+    dsop = create_model("dsop-resnet8", num_classes=10, aux_widths=(8, 8, 8), iterations=2).eval()
+    with pytest.raises(
+        CertificateError, match=r"training-only weights.*branches\.layer\d_0\.\S+ and \d+ more"
+    ):
+        prove(with_forward(dsop, answer))
 
 
 def one_ulp(detached: Any) -> None:
