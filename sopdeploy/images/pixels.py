@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.images.exif import ROTATED, exif_orientation
+from sopdeploy.images.exif import ROTATED, UPRIGHT, exif_orientation
 from sopdeploy.images.preprocess import Box, Pixels, Preprocess
 
 MAX_ASPECT_RATIO = 16  # of a longer strip, only the cropped part is resized
@@ -63,13 +63,18 @@ def fit_resized(resized: Pixels, orientation: int, rules: Preprocess) -> Pixels:
     return np.ascontiguousarray(resized[top : top + rules.crop, left : left + rules.crop])
 
 
+def used_orientation(image: Image.Image, rules: Preprocess) -> int:
+    """Return the EXIF orientation by which preprocessing rotates *image*; 1 (upright) if it does not."""
+    orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
+    return orientation if orientation in ROTATED else UPRIGHT
+
+
 def upright_size(image: Image.Image, rules: Preprocess) -> tuple[int, int]:
     """Compute (width, height) of *image* after its EXIF rotation; reads no pixels.
 
     The size that Pillow reads from a TIFF is already that of the rotated image.
     """
-    rotated = rules.exif_orientation and image.format != "TIFF"
-    sideways = rotated and exif_orientation(image) in SIDEWAYS
+    sideways = image.format != "TIFF" and used_orientation(image, rules) in SIDEWAYS
     return (image.height, image.width) if sideways else (image.width, image.height)
 
 
@@ -103,7 +108,7 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     white.
     """
     image.load()
-    if rules.exif_orientation and (orientation := exif_orientation(image)) in ROTATED:
+    if (orientation := used_orientation(image, rules)) != UPRIGHT:
         image = image.transpose(TURNS[orientation])
     if image.mode not in SIXTEEN_BIT and not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -229,7 +234,7 @@ def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
         transparent = any(tile.getchannel("A").histogram()[255] < tile.width * tile.height for tile in tiles)
     conversions = {
         "alpha_flattened": transparent,
-        "exif_rotated": rules.exif_orientation and exif_orientation(image) in ROTATED,
+        "exif_rotated": used_orientation(image, rules) != UPRIGHT,
         "sixteen_bit_scaled": image.mode in SIXTEEN_BIT,
     }
     return tuple(name for name, applies in conversions.items() if applies)

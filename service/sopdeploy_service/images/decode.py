@@ -18,7 +18,6 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost, decode_cost
-from sopdeploy.images.exif import ROTATED, UPRIGHT, exif_orientation
 from sopdeploy.images.formats import (
     ALIASES,
     SHORT_ADOBE,
@@ -34,6 +33,7 @@ from sopdeploy.images.pixels import (
     list_changes,
     preprocess_image,
     upright_size,
+    used_orientation,
 )
 from sopdeploy.images.preprocess import Preprocess
 
@@ -130,7 +130,7 @@ def decode(
         if resized is None:
             pixels = preprocess_image(image, preprocess)
         else:
-            pixels = fit_resized(resized, _orientation(image, preprocess), preprocess)
+            pixels = fit_resized(resized, used_orientation(image, preprocess), preprocess)
         warnings = (*list_changes(image, preprocess), *_file_warnings(image, kind, encoded.media_type))
         return Decoded(pixels, tuple(sorted(warnings)), upright)
 
@@ -153,7 +153,7 @@ def check_jpeg(
         if not is_for_gpu(image, body, preprocess):
             return None
         warnings = (*list_changes(image, preprocess), *_file_warnings(image, "JPEG", encoded.media_type))
-        jpeg = CheckedJpeg(body, image.size, _orientation(image, preprocess))
+        jpeg = CheckedJpeg(body, image.size, used_orientation(image, preprocess))
         return jpeg, tuple(sorted(warnings)), upright_size(image, preprocess)
 
 
@@ -175,12 +175,6 @@ def _opened(
             yield image
         except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
             raise image_error(error, max_pixels) from error
-
-
-def _orientation(image: Image.Image, preprocess: Preprocess) -> int:
-    """Return the EXIF orientation that preprocessing considers."""
-    found = exif_orientation(image) if preprocess.exif_orientation else UPRIGHT
-    return found if found in ROTATED else UPRIGHT
 
 
 def is_for_gpu(image: Image.Image, body: bytes, preprocess: Preprocess) -> bool:
