@@ -279,7 +279,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     """
     if opset < OPSET_OF_BFLOAT16:
         check_bfloat16(program)
-    model = _convert(_decompose_attention(program), outputs, opset).model
+    model = _convert(_rewrite_attention(program), outputs, opset).model
     _keep_names_only(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
@@ -290,7 +290,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     return proto
 
 
-def _decompose_attention(program: ExportedProgram) -> ExportedProgram:
+def _rewrite_attention(program: ExportedProgram) -> ExportedProgram:
     """Write attention in a form that the converter knows; *program* does not change.
 
     On other than four dimensions, attention becomes matrix products. On four, the converter's results have

@@ -94,7 +94,7 @@ def parse_result(record: Any) -> ProcedureResult:
     if record["kind"] not in kinds:
         raise ConfigError(
             f"the procedure {record['kind']!r}, which trained the network, is not part of this installation; "
-            "install the one that trained it"
+            "install sopdeploy with this procedure"
         )
     return kinds[record["kind"]].model_validate(record)
 

@@ -451,7 +451,7 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
 def is_linear(value: TracedValue) -> bool:
     """Return whether every number is a b + c for each batch size b of `_BATCHES`.
 
-    With `_SIZE_OPERATORS`, this then holds for all sizes between them: products of two sizes are no lines,
+    With `_SIZE_OPERATORS`, this then holds for all sizes between them: a product of two sizes is not linear,
     and the rounding of a quotient is monotonic.
     """
     if not value.contents or value.contents[0].dtype.kind == "b":
@@ -470,7 +470,7 @@ def locate(
     call = Call(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
     index = numbering(node.op_type, call)
-    counted = [value for value in inputs if value and value.index and value.index.step]
+    counted = [value for value in inputs if value and value.counts_images]
     _require(index or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
     located = [
         replace(result, place=place, index=index)

@@ -109,17 +109,21 @@ def attend(images: Tensor, dimensions: int, masked: bool) -> Tensor:
     return F.scaled_dot_product_attention(values, values + 1, values, mask).flatten(2).mean(dim=2)
 
 
+def assert_same_logits(network: nn.Module, preprocess: Preprocess) -> None:
+    """Compare the ONNX file of *network* with *network* itself on three images."""
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
+    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
+    expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std).detach()
+    np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dimensions", [3, 4, 5])
 def test_attention_on_any_number_of_dimensions_is_exported(
     dimensions: int, masked: bool, preprocess: Preprocess
 ) -> None:
-    network = Minimal(lambda x: attend(x, dimensions, masked)).eval()
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
-    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
-    expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
-    np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
+    assert_same_logits(Minimal(lambda x: attend(x, dimensions, masked)).eval(), preprocess)
 
 
 class JoinedHeads(nn.Module):
@@ -138,12 +142,7 @@ class JoinedHeads(nn.Module):
 
 
 def test_attention_whose_heads_are_joined_by_a_view_is_exported(preprocess: Preprocess) -> None:
-    network = JoinedHeads().eval()
-    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
-    session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
-    mean, std = (torch.tensor(v)[None, :, None, None] for v in (preprocess.mean, preprocess.std))
-    expected = network((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std).detach()
-    np.testing.assert_allclose(session.run(None, {"images": images})[0], expected, atol=1e-5)
+    assert_same_logits(JoinedHeads().eval(), preprocess)
 
 
 SCALE = nn.Parameter(torch.tensor(1.000005))
