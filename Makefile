@@ -184,13 +184,13 @@ release: $(STAMP)  ## make release VERSION=1.2.3 [OPTIONS="--dry-run --verbose"]
 	$(BIN)/uv tool run --from 'bump-my-version>=1,<2' bump-my-version bump --new-version $(VERSION) $(OPTIONS)
 
 lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the hashes of their files
-	$(COMPILE) pyproject.toml --extra cpu --extra sign --extra oci --output-file deploy/lock/cpu.txt
-	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra oci --output-file deploy/lock/gpu.txt
+	$(COMPILE) pyproject.toml --extra cpu --extra sign --extra s3 --output-file deploy/lock/cpu.txt
+	$(COMPILE) pyproject.toml --extra gpu --extra sign --extra s3 --output-file deploy/lock/gpu.txt
 	printf 'build>=1.2\nhatchling>=1.27\n' | $(COMPILE) - --output-file deploy/lock/build.txt
 
 $(STAMP): pyproject.toml tests/plugin/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,oci,ray,batch,docs,dev]' --editable tests/plugin
+	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,ray,batch,docs,dev]' --editable tests/plugin
 	touch $(STAMP)
 
 clean:  ## remove everything that the targets above create

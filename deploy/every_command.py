@@ -45,7 +45,7 @@ ARGUMENTS = {
     "web": "bundle --out site --browser absent",
     "sign": "bundle --key file",
     "push": "bundle s3://absent/bundle",
-    "pull": "oci://127.0.0.1:1/absent pulled",
+    "pull": "absent pulled",
     "predict": "bundle photos/ant/1.png",
     "classify": "bundle photos --out rows",
     "compare": "bundle bundle --data photos",

@@ -1,4 +1,4 @@
-"""Push bundles to folders, object stores and OCI registries, and pull them back, with all checks.
+"""Push bundles to folders and object stores, and pull them back, with all checks.
 
 A bundle is packed as one tar file with exactly one valid byte sequence. The manifest is the first entry and
 determines the rest: the other files sorted by name, as plain files with mode 0644, no owner and time 0. The
@@ -26,7 +26,7 @@ from sopdeploy.bundle.folder import (
 )
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.bundle.signing import MAX_FILE_BYTES, SUFFIX, check_signature, signature_path
-from sopdeploy.bundle.storage import OCI, get, pull_artifact, push_artifact, put
+from sopdeploy.bundle.storage import get, put
 from sopdeploy.errors import BundleError, ConfigError
 from sopdeploy.files import BLOCK_BYTES, writing
 from sopdeploy.files import sha256 as sha256_of
@@ -60,9 +60,9 @@ class Pulled:
 def push(path: Path, destination: str) -> Pushed:
     """Pack the bundle at *path* and upload it.
 
-    *destination* is a folder, an fsspec URL such as `s3://...` and `hf://...`, or `oci://...`. A signature
-    beside the bundle is uploaded first, or in the same artifact, so a reader who sees the archive also finds
-    it. Raises `BundleError` for a damaged bundle or a failed upload.
+    *destination* is a folder or an fsspec URL, such as `s3://...` and `hf://...`. A signature beside the
+    bundle is uploaded first, so a reader who sees the archive also finds it. Raises `BundleError` for a
+    damaged bundle or a failed upload.
     """
     bundle = open_bundle(path)
     signature = signature_path(path) if signature_path(path).is_file() else None
@@ -70,13 +70,10 @@ def push(path: Path, destination: str) -> Pushed:
         archive = Path(folder) / f"bundle{ARCHIVE_SUFFIX}"
         with archive.open("wb") as file:
             write_archive(bundle, file)
-        if destination.startswith(OCI):
-            url = push_artifact(archive, signature, destination, bundle.manifest.id)
-        else:
-            name = bundle.manifest.name + ARCHIVE_SUFFIX
-            if signature is not None:
-                put(signature, destination, name + SUFFIX)
-            url = put(archive, destination, name)
+        name = bundle.manifest.name + ARCHIVE_SUFFIX
+        if signature is not None:
+            put(signature, destination, name + SUFFIX)
+        url = put(archive, destination, name)
         return Pushed(
             url=url,
             bytes=archive.stat().st_size,
@@ -106,17 +103,14 @@ def pull(
     with staging(destination) as download, staging(destination) as folder:
         name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # shown in errors
         archive, signature = download / name, download / (name + SUFFIX)
-        if source.startswith(OCI):
-            pull_artifact(source, archive, signature, max_bytes)
-        else:
-            get(source, archive, max_bytes)
-            if require_signature is not None:
-                try:
-                    get(source + SUFFIX, signature, MAX_FILE_BYTES)
-                except BundleError as error:
-                    raise BundleError(
-                        f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
-                    ) from error
+        get(source, archive, max_bytes)
+        if require_signature is not None:
+            try:
+                get(source + SUFFIX, signature, MAX_FILE_BYTES)
+            except BundleError as error:
+                raise BundleError(
+                    f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
+                ) from error
         digest = sha256_of(archive)
         if sha256 is not None and not hmac.compare_digest(digest, sha256):
             raise BundleError(
@@ -131,7 +125,7 @@ def pull(
         except BundleError as error:  # users know the source, not the hidden folder
             raise BundleError(str(error).replace(str(folder), source)) from error
         path = publish(folder, manifest, destination)
-        if signature.is_file() and (require_signature is not None or not signature_path(path).exists()):
+        if require_signature is not None:
             signature.replace(signature_path(path))
     return Pulled(path=path, sha256=digest, verified=require_signature is not None)
 

@@ -48,7 +48,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "with defaults": {},
     "on GPUs": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
     "with everything": {
-        "models": {"claim": "", "pull": {"source": "oci://host/flowers:1", "sha256": "0" * 64}},
+        "models": {"claim": "", "pull": {"source": "s3://models/flowers.tar", "sha256": "0" * 64}},
         "requireSignature": {"configMap": "release"},
         "keys": {"secret": "keys"},
         "settings": {"SOPDEPLOY_THREADS": "2", "SOPDEPLOY_MAX_BATCH": "8"},
@@ -319,7 +319,7 @@ def test_compose_mounts_existing_files_and_scrapes_the_server() -> None:
     assert services["sopdeploy"]["read_only"] is True
 
 
-LOCKS = {"cpu": ("cpu", "sign", "oci"), "gpu": ("gpu", "sign", "oci")}
+LOCKS = {"cpu": ("cpu", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

@@ -11,8 +11,6 @@ from sopdeploy.cli.console import BundleArgument, print_field
 if TYPE_CHECKING:
     from sopdeploy.bundle.transfer import Pulled, Pushed
 
-_OCI = "oci://HOST/REPOSITORY[:TAG]"
-
 
 def show_pushed(pushed: "Pushed") -> None:
     """Print the location of the archive and its hash."""
@@ -25,7 +23,7 @@ def show_pushed(pushed: "Pushed") -> None:
 def push_command(
     bundle: BundleArgument,
     destination: Annotated[
-        str, typer.Argument(metavar="DEST", help=f"A folder, s3://BUCKET/PATH, hf://OWNER/NAME or {_OCI}.")
+        str, typer.Argument(metavar="DEST", help="A folder, s3://BUCKET/PATH or hf://OWNER/NAME.")
     ],
 ) -> "Pushed":
     """Upload a bundle as one reproducible archive, with its signature if there is one.
@@ -45,9 +43,7 @@ def show_pulled(pulled: "Pulled") -> None:
 
 @command(show_pulled)
 def pull_command(
-    source: Annotated[
-        str, typer.Argument(help=f"Location printed by `push`: a path, s3://..., hf://... or {_OCI}.")
-    ],
+    source: Annotated[str, typer.Argument(help="Location printed by `push`: a path, s3://... or hf://...")],
     destination: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the bundle.")],
     sha256: Annotated[str | None, typer.Option(help="Expected sha256 of the archive.")] = None,
     require_signature: Annotated[

@@ -1,16 +1,13 @@
-"""Push, pull and sign with folders, object stores and registries."""
+"""Push, pull and sign with folders and object stores."""
 
 import json
 import os
 import shutil
-import socket
 import stat
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +22,6 @@ from sopdeploy.bundle.transfer import pull, push
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError
 from tests.forged import write_hollow
-from tests.ports import held_port
 
 
 @pytest.fixture
@@ -183,9 +179,7 @@ def test_a_pull_without_a_key_keeps_an_existing_signature(bundle: Path, key: Pat
 
 MISSING: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "fsspec": ("s3", lambda bundle, _: pull("memory://m/x.tar", bundle.parent / "here")),
-    "oras": ("oci", lambda bundle, _: pull("oci://127.0.0.1:9/x", bundle.parent / "here")),
     "model_signing": ("sign", sign),
-    "huggingface_hub": ("hub", lambda bundle, _: push(bundle, "hf://owner/flowers")),
 }
 
 
@@ -200,55 +194,7 @@ def test_a_missing_package_has_an_install_hint(
         use(bundle, key)
 
 
-REGISTRY = """
-version: 0.1
-storage: {{filesystem: {{rootdirectory: {folder}}}}}
-http: {{addr: "127.0.0.1:{port}"}}
-log: {{level: error}}
-"""
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[str]:
-    """Start an empty OCI registry and yield its address."""
-    config = tmp_path / "registry.yml"
-    with held_port() as port:
-        config.write_text(REGISTRY.format(folder=tmp_path / "registry", port=port))
-        server = subprocess.Popen(["docker-registry", "serve", config], stderr=subprocess.DEVNULL)
-        try:
-            for _ in range(600):
-                with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                    break
-                time.sleep(0.1)
-            yield f"oci://127.0.0.1:{port}"
-        finally:
-            server.kill()
-            server.wait()
-
-
-@pytest.mark.skipif(shutil.which("docker-registry") is None, reason="docker-registry is not installed")
-def test_a_signed_bundle_is_pushed_to_and_pulled_from_a_registry(
-    bundle: Path, key: Path, registry: str, tmp_path: Path
-) -> None:
-    sign(bundle, key)
-    pushed = push(bundle, f"{registry}/models/flowers")
-    assert pushed.url == f"{registry}/models/flowers:{bundle.name.rpartition('-')[2]}"
-    assert push(bundle, f"{registry}/models/flowers:latest").sha256 == pushed.sha256
-    public = key.with_name("release.key.pub")
-    for reference in (pushed.url, f"{registry}/models/flowers:latest"):
-        pulled = pull(reference, tmp_path / "here", sha256=pushed.sha256, require_signature=public)
-        assert contents(pulled.path) == contents(bundle)
-    with pytest.raises(BundleError, match="larger than 100 bytes"):
-        pull(pushed.url, tmp_path / "small", max_bytes=100)
-    with pytest.raises(BundleError, match="none"):
-        pull(f"{registry}/models/flowers:none", tmp_path / "small")
-    assert not (tmp_path / "small").exists()
-
-
-def test_an_unreachable_registry_or_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:
-    place = "oci://127.0.0.1:9/flowers"
-    assert place in cli_error("push", bundle, place)
-    assert place in cli_error("pull", f"{place}:1", tmp_path / "x")
+def test_an_unusable_store_or_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "file" in cli_error("push", bundle, tmp_path / "file")
     assert bundle.name in cli_error("pull", bundle, tmp_path / "x")
