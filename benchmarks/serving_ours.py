@@ -159,18 +159,15 @@ def main() -> None:
     parser.add_argument("--decoders", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cpu-times", type=Path, help="file for the CPU times of decoding and runtime")
-    parser.add_argument("--shadow", help="with --fake: share of the requests for a second simulated model")
     parser.add_argument("--keep", type=Path, help="folder for photographs")
     parser.add_argument("--keep-bytes", type=int)
     arguments = parser.parse_args()
     limit_heaps()
     freeze_objects()
-    share = None if arguments.shadow is None else f"shadow={arguments.shadow}"
     settings = settings_for(
         arguments.largest,
         decoders=arguments.decoders,
         threads=arguments.threads,
-        shadow=share,
         keep=arguments.keep,
         keep_bytes=arguments.keep_bytes,
     )
@@ -185,10 +182,7 @@ def main() -> None:
     if arguments.cpu_times is not None:
         loaders.decode = times.wrap_decode(loaders.decode)  # type: ignore[attr-defined]
         model = times.wrap_model(model)
-    models = {"model": model}
-    if share is not None:
-        models["shadow"] = fake_model(fixed, each, arguments.largest)
-    app = create_app(models, settings)
+    app = create_app({"model": model}, settings)
     config = http_config(app, settings)
     config.port = arguments.port
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # uvicorn raises the signal again after its shutdown

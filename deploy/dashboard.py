@@ -72,16 +72,10 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [(f"sum by (reason) (rate(sopdeploy_batch_close_total{RATE}))", "{{reason}}")],
     ),
     (
-        "Shadow: images by result",
-        "ops",
-        [(f"sum by (model, result) (rate(sopdeploy_shadow_images_total{RATE}))", "{{model}} {{result}}")],
-    ),
-    (
         "Kept photographs, by result",
         "ops",
         [(f"sum by (result) (rate(sopdeploy_kept_images_total{RATE}))", "{{result}}")],
     ),
-    ("Shadow: batch time of the same images", "s", quantiles("sopdeploy_shadow_duration_seconds", "side")),
     ("Queued images", "none", [("sum by (instance) (sopdeploy_queue_depth)", "{{instance}}")]),
     (
         "Runtime utilization",

@@ -153,27 +153,9 @@ class ModelInfo(StrictModel):
     memory_bytes: int | None = None
 
 
-class ShadowInfo(StrictModel):
-    """The shadow of the model *live*, which receives the fraction *share* of the requests for that model.
-
-    `images` counts the images since the start by result: best class agrees or differs, failed, dropped.
-    """
-
-    name: str
-    bundle: str
-    id: str
-    live: str
-    share: float
-    images: dict[str, int]
-
-
 class ServerInfo(StrictModel):
-    """The models of a server by name, the versions available for rollback, and the shadow.
-
-    `server` is its version.
-    """
+    """The models of a server by name, and the versions available for rollback; `server` is its version."""
 
     server: str
     models: tuple[ModelInfo, ...]
     previous: dict[str, str]
-    shadow: ShadowInfo | None = None

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sopdeploy.config import StrictModel
 
-Reason = Literal["unknown", "low_margin", "sample", "disagreement"]
+Reason = Literal["unknown", "low_margin", "sample"]
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
 MAX_KEPT_LABELS = 100  # classes of a record
 
@@ -31,8 +31,8 @@ class KeptRecord(StrictModel):
         bundle: ID of the bundle that predicted.
         model: Name under which the bundle was served.
         time: When it was predicted, in UTC.
-        reasons: Why it was kept: `known` was false, the two most probable classes were close, a hash of its
-            bytes put it into the uniform sample, or a shadow predicted another class.
+        reasons: Why it was kept: `known` was false, the two most probable classes were close, or a hash of
+            its bytes put it into the uniform sample.
         labels: The classes of the bundle, in its order; of more than `MAX_KEPT_LABELS`, the most
             probable ones, best first.
         logits: The logits of `labels`, as the bundle gave them.

@@ -66,7 +66,6 @@ PARTS = {
             "tests/service/labelling",
         )
     ),
-    "shadow": Part(("service/sopdeploy_service/shadow.py", "tests/service/test_shadow.py")),
     "doctor": Part(
         (
             "sopdeploy/doctor.py",

@@ -7,7 +7,6 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from sopdeploy.plugins import load_parts
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
@@ -74,14 +73,12 @@ def create_app(
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # sopdeploy has its own
     )
-    app.state.service, app.state.keeper = service, keeper
+    app.state.service = service
     app.state.reload = None  # or a function that finds the bundles again
     app.state.links = None  # or the links to follow, and where they lead
     app.state.collect_metrics = None  # or a function that collects those of several processes
     for router in (v1.router, status.router, v2.router, web.router):
         app.router.routes += router.routes  # `include_router` would add a second matching step per request
-    for install in load_parts("sopdeploy.apps"):
-        install(app, service)
     problems.handle_errors(app)
     if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}

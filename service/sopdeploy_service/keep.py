@@ -128,16 +128,11 @@ class Keeper:
                     self.offer(request.model, image, pixels, prediction)
 
     def offer(
-        self,
-        model: Model,
-        image: EncodedImage,
-        pixels: NDArray[np.uint8],
-        prediction: Prediction,
-        *reasons: Reason,
+        self, model: Model, image: EncodedImage, pixels: NDArray[np.uint8], prediction: Prediction
     ) -> None:
         """Queue *image*, which *model* has predicted from *pixels*; drop it if the queue is full.
 
-        It is kept for *reasons*, and for those of `reasons_to_keep`. Call it on the event loop.
+        Call it on the event loop.
         """
         size = len(image.body) + pixels.nbytes
         queued = self._bytes_in - self._bytes_out
@@ -147,7 +142,7 @@ class Keeper:
         self._bytes_in += size
         logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
         now = datetime.now(UTC)
-        self._photos.put(PredictedPhoto(image.body, pixels, logits, model.bundle, model.name, now, reasons))
+        self._photos.put(PredictedPhoto(image.body, pixels, logits, model.bundle, model.name, now))
 
     def _run(self) -> None:
         while (photo := self._photos.get()) is not None:
@@ -163,11 +158,11 @@ class Keeper:
     def _keep(self, photo: PredictedPhoto) -> KeptResult | None:
         """Keep *photo* if it is worth a label; return the result, or None if it is not."""
         sha256 = hashlib.sha256(photo.body).hexdigest()
-        found = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
-        photo = photo._replace(reasons=(*found, *photo.reasons))
-        if not photo.reasons:
+        reasons = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
+        if not reasons:
             return None
-        if "sample" in photo.reasons:
+        photo = photo._replace(reasons=reasons)
+        if "sample" in reasons:
             return keep_photo(photo, sha256, self._store)
         now, began = time.monotonic(), time.thread_time()
         self._budget = min(WRITE_BURST, self._budget + WRITE_SHARE * (now - self._refilled))

@@ -9,7 +9,6 @@ import difflib
 import ipaddress
 import json
 import os
-import re
 import tomllib
 from collections.abc import Iterable
 from functools import partial
@@ -41,12 +40,6 @@ def _canonical_host(value: str) -> str:
         return httpx.URL(f"host://{value}").netloc.decode("ascii")
     except httpx.InvalidURL as problem:
         raise ValueError(f"{value!r} is not a host name") from problem
-
-
-def _check_shadow(value: str) -> str:
-    if re.fullmatch(r"[\w.-]+=(0?\.\d*[1-9]\d*|1(\.0*)?)", value) is None:
-        raise ValueError("write NAME=SHARE with a share above 0 and at most 1, such as new=0.05")
-    return value
 
 
 def _parse_budget(value: Any) -> Any:
@@ -90,7 +83,6 @@ Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Host = Annotated[str, pydantic.AfterValidator(_canonical_host)]
 Hosts = Annotated[tuple[Host, ...], pydantic.BeforeValidator(_split_commas)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
-_ShadowOption = Annotated[str, pydantic.AfterValidator(_check_shadow)]
 FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
 Formats = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_formats)
@@ -108,7 +100,7 @@ LARGEST_DECODE_BATCH = 16  # JPEGs that a GPU decodes at once; a H100 has seven 
 VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
-SINGLE_PROCESS = ("shadow", "model_control", "memory_budget")  # settings that need a single process
+SINGLE_PROCESS = ("model_control", "memory_budget")  # settings that need a single process
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
 
 
@@ -187,9 +179,6 @@ class Settings(pydantic.BaseModel):
     pin: Names = setting((), "names of bundles to load at the start and never release, with memory_budget")
     max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
     batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
-    shadow: _ShadowOption | None = setting(
-        None, "NAME=0.05: also send 5 % of the requests to the bundle NAME"
-    )
     follow: bool = setting(False, "check each second where a BUNDLE that is a link leads, and reload it")
     keep: Path | None = setting(None, "folder for photographs that are worth a label; not set: none is kept")
     keep_bytes: PositiveBytes = setting(1_000_000_000, "at most in that folder; the oldest make room")
@@ -217,15 +206,15 @@ class Settings(pydantic.BaseModel):
         if "cpu" in self.devices and self.runtime in {"onnxruntime-cuda", "tensorrt"}:
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         for name in SINGLE_PROCESS:
-            several = self.front_ends not in (1, "auto") or (self.devices and name != "shadow")
+            several = self.front_ends not in (1, "auto") or self.devices
             if getattr(self, name) and several:
                 raise ValueError(f"{name} needs a single process; remove devices and front_ends")
         if self.front_ends == 1 and self.sandbox == "required":
             raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
-        if self.memory_budget is not None and (self.shadow or self.model_control):
-            raise ValueError("memory_budget excludes shadow and model_control; remove them")
-        if self.follow and (self.shadow or self.memory_budget is not None):
-            raise ValueError("follow excludes shadow and memory_budget; remove them")
+        if self.memory_budget is not None and self.model_control:
+            raise ValueError("memory_budget excludes model_control; remove it")
+        if self.follow and self.memory_budget is not None:
+            raise ValueError("follow excludes memory_budget; remove one of them")
         if self.pin and self.memory_budget is None:
             raise ValueError("pin needs memory_budget; without it, no bundle is released")
         if self.max_images > self.queue_size:

@@ -21,7 +21,6 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy_service import keep
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.keep import Keeper, reasons_to_keep
@@ -29,7 +28,7 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
-from tests.service.conftest import LABELS, colours
+from tests.service.conftest import LABELS
 from tests.sopdeploy.test_kept import record_of
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
@@ -161,31 +160,6 @@ def test_only_files_that_are_classified_are_kept(
         assert results(client) == {"kept": 3}
     names = {f"{hashlib.sha256(body).hexdigest()[:32]}.jpg" for body in (first, second, third)}
     assert {record.image for _, record in read_kept(tmp_path)} == names
-
-
-@pytest.mark.part("sopdeploy_service.shadow")
-def test_a_photograph_on_which_the_shadow_disagrees_is_kept(
-    bundle, make_bundle, run_server: RunServer, tmp_path: Path, until
-) -> None:
-    live, new = (
-        load_model(make_bundle(tmp_path / name, seed=seed), Settings(threads=1))
-        for name, seed in (("live", 0), ("new", 1))
-    )
-    kept = tmp_path / "kept"
-    settings = Settings(threads=1, shadow="new=1", keep=kept, keep_sample=1)
-    bodies = colours()
-    with run_server(live.runtime, live.bundle, settings, names=("live",), beside={"new": new}) as client:
-        for body in bodies:
-            client.post("/v1/classify", content=body)
-        shadow = lambda: client.get("/info").json()["shadow"]["images"]  # noqa: E731
-        until(lambda: sum(shadow().values()) == len(bodies))
-        counts = shadow()
-        assert counts["differ"] > 0
-        assert counts["agree"] > 0
-        until(lambda: sum(results(client).values()) == len(bodies) + counts["differ"])
-    reasons = [record.reasons for _, record in read_kept(kept)]
-    assert len(reasons) == len(bodies)
-    assert sum("disagreement" in each for each in reasons) == counts["differ"]
 
 
 def make_keeper(store: keep.StoreKept, share: float = 0.0) -> tuple[Keeper, Metrics]:

@@ -45,10 +45,6 @@ def size_of(folder: Path) -> int:
 EVICTIONS = {
     "oldest first": ([["unknown"]] * 5, [2, 3, 4]),
     "fewest reasons first": ([["unknown", "low_margin"], ["unknown"], ["unknown"], ["unknown"]], [0, 2, 3]),
-    "three reasons last": (
-        [["unknown", "low_margin"], ["unknown", "low_margin", "disagreement"], *[["unknown"]] * 3],
-        [0, 1, 4],
-    ),
     "a small sample stays": ([["sample"], *[["unknown", "low_margin"]] * 5], [0, 4, 5]),
     "a large sample makes room": ([["sample"], ["sample"], ["unknown"], ["unknown"]], [1, 2, 3]),
     "of the sample only age counts": (
@@ -83,7 +79,7 @@ def test_the_limit_holds_before_and_after_every_step(tmp_path: Path, monkeypatch
         kept.add(image, photo(number, "low_margin"))
         assert kept.used == size_of(tmp_path)
     assert max(sizes) == limit
-    assert kept.add(PHOTO * 8, photo(1, "disagreement")) == "dropped"  # larger than the limit
+    assert kept.add(PHOTO * 8, photo(1, "unknown")) == "dropped"  # larger than the limit
     assert kept.used == size_of(tmp_path)
 
 
@@ -101,9 +97,9 @@ def test_near_duplicates_are_skipped_unless_they_belong_to_the_sample(tmp_path: 
 def test_a_copy_adds_its_reasons(tmp_path: Path) -> None:
     kept = KeptFolder(tmp_path, 100 * PAIR, 30)
     kept.add(PHOTO, photo(0, "low_margin"))
-    assert kept.add(PHOTO, photo(0, "low_margin", "disagreement", bundle="new")) == "kept"
+    assert kept.add(PHOTO, photo(0, "low_margin", "unknown", bundle="new")) == "kept"
     ((_, record),) = read_kept(tmp_path)
-    assert (set(record.reasons), record.bundle) == ({"low_margin", "disagreement"}, "new")
+    assert (set(record.reasons), record.bundle) == ({"low_margin", "unknown"}, "new")
     assert kept.used == PAIR
 
 

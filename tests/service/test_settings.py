@@ -36,9 +36,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
         ),
         ({"devices": "0", "model_control": True}, "single process"),
         ({"front_ends": 2, "model_control": True}, "single process"),
-        ({"front_ends": 2, "shadow": "new=0.1"}, "single process"),
-        ({"follow": True, "shadow": "new=0.1"}, "follow excludes shadow and memory_budget; remove them"),
-        ({"follow": True, "memory_budget": "auto"}, "follow excludes shadow and memory_budget; remove them"),
+        ({"follow": True, "memory_budget": "auto"}, "follow excludes memory_budget; remove one of them"),
     ],
 )
 def test_an_invalid_setting_is_named(given, message):

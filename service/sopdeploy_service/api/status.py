@@ -83,7 +83,6 @@ async def info(request: Request) -> Response:
             server=request.app.version,
             models=tuple(model_info(model) for model in current),
             previous={model.name: model.version for model in loaded if model not in current},
-            **{name: describe() for name, describe in service.more_info.items()},
         )
     )
 

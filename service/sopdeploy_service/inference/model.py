@@ -144,11 +144,6 @@ class Model:
             items = [*self.queue.close(reason), *(item for batch in batches for item in batch.items)]
             settle(items, [reason] * len(items))
 
-    def rename(self, name: str, metrics: Metrics) -> None:
-        """Serve as *name* and count batches in *metrics* from now on."""
-        self.name = name
-        self._worker.metrics = metrics.of(name)
-
     def continue_from(self, previous: "Model") -> None:
         """Take over the drift window and the memory of *previous*, which has the same bundle."""
         self.memory = previous.memory

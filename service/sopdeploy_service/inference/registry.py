@@ -47,23 +47,17 @@ class ModelRegistry:
         self._store = store
         self.changing = asyncio.Lock()  # held while a model is loaded, replaced or removed
         self._retiring: dict[Model, asyncio.Task[None]] = {}
-        self._hidden: dict[str, Model] = {}
         # The current version of a name and, once it was replaced, the previous one.
         self._by_name = {name: [self._make_model(name, model)] for name, model in loaded.items()}
 
     async def start(self) -> None:
         """Start the worker threads of every model."""
-        for model in (*self.models(), *self._hidden.values()):
+        for model in self.models():
             model.start()
 
     def models(self) -> list[Model]:
         """Return every loaded model, by name, the current version before the previous one."""
         return [model for _, versions in sorted(self._by_name.items()) for model in versions]
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether no model runs a batch or has queued images."""
-        return all(model.is_idle for model in self.models())
 
     def find(self, name: str | None = None, version: str | None = None) -> Model:
         """Find the model with *name* and *version*; by default, the only model and its current version.
@@ -117,9 +111,6 @@ class ModelRegistry:
         async with self.changing:
             if self._store is None:
                 raise RejectedError(NOT_CONTROLLED)
-            if name in self._hidden:
-                message = f"{name}: is the shadow; promote it, or choose another name"
-                raise RejectedError(HttpError("cannot_load", 400, message))
             versions = self._by_name.get(name)
             try:
                 path = self._store.find(name, folder, serving=versions[0].version if versions else None)
@@ -193,24 +184,6 @@ class ModelRegistry:
             self.find(name)
             self._remove(name)
 
-    def hide(self, name: str) -> Model:
-        """Let no request choose *name*, which has not started, and load no bundle under this name.
-
-        The model runs without being counted in the metrics of requests.
-        """
-        (model,) = self._by_name.pop(name)
-        self._hidden[name] = Model(name, model.loaded, self._settings, Metrics())
-        return self._hidden[name]
-
-    async def promote(self, hidden: str, name: str) -> Model:
-        """Serve the *hidden* model as *name*; the current version stays loaded for a rollback."""
-        async with self.changing:
-            model = self._hidden.pop(hidden)
-            self.count(hidden, model.loaded, -1)
-            self.count(name, model.loaded, 1)
-            model.rename(name, self._metrics)
-            return self._make_current(name, model)
-
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome."""
         for model in self._all():
@@ -223,7 +196,7 @@ class ModelRegistry:
         await asyncio.gather(*(model.stop() for model in self._all()))
 
     def _all(self) -> list[Model]:
-        return [*self.models(), *self._hidden.values(), *self._retiring]
+        return [*self.models(), *self._retiring]
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
         self.count(name, loaded, 1)

@@ -97,7 +97,6 @@ class Service:
         else:
             self.registry = create_registry(settings, self.metrics)
         self.observers: list[Observe] = []
-        self.more_info: dict[str, Callable[[], object]] = {}  # more fields of `/info`
         self.fetches = asyncio.Semaphore(settings.url_fetches)
         # Few threads: a JSON parser holds the interpreter lock.
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
@@ -246,7 +245,7 @@ class Service:
         self.admitted += len(images)
         try:
             for item, image in zip(items, images, strict=True):
-                self.submit(model, item, image)
+                self._submit(model, item, image)
             outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
             model.queue.reject(items, CLIENT_GONE)
@@ -267,7 +266,7 @@ class Service:
         for item in items:
             model.queue.reject([item], item.late)
 
-    def submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
+    def _submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
         """Queue a decoded *image* at *model*, or decode it first in a decoder thread."""
         if isinstance(image, EncodedImage):
             self.decoders.put(model, item, image)

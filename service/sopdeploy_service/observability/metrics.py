@@ -76,17 +76,6 @@ class Metrics:
         self.unknown_images = counter(
             "unknown_images", "Images whose score is below the rejection threshold", ("model",)
         )
-        self.shadow_images = counter(
-            "shadow_images",
-            "Images for the shadow: agree or differ (best class), failed, dropped",
-            ("model", "result"),
-        )
-        self.shadow_seconds = histogram(
-            "shadow_duration_seconds",
-            "Batch time of the same images at the live model and at the shadow",
-            ("model", "side"),
-            buckets=SECONDS_BUCKETS,
-        )
         self.kept_images = counter(
             "kept_images",
             "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",

@@ -134,7 +134,7 @@ class DrainingServer(uvicorn.Server):
         if terminal_is_closed():
             self.handle_exit(signal.SIGHUP, None)
         elif self._reload is None:
-            log.error("not reloaded: impossible in a front end, and with shadow or memory_budget")
+            log.error("not reloaded: impossible in a front end, and with memory_budget")
         elif self._drain_until is None:
             start_task(self._aside, self._reload())
 

@@ -134,7 +134,7 @@ def load_app(
 
         models = dict(zip(bundles, loaded, strict=True))
     app = create_app(models, settings, store if settings.model_control else None, **options)
-    if settings.shadow is None and settings.memory_budget is None:
+    if settings.memory_budget is None:
         app.state.reload = partial(app.state.service.registry.reload, sources)
     app.state.links = links
     return app, [model.bundle.name for model in app.state.service.registry.models()]

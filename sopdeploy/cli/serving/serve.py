@@ -38,7 +38,7 @@ def flags_of_settings(*names: str) -> type[Options]:
 class ServeOptions(
     flags_of_settings(  # type: ignore[misc] # mypy does not know the class
         *("host", "port", "runtime", "devices", "front_ends", "decode", "threads", "max_batch", "queue_size"),
-        *("memory_budget", "pin", "shadow", "model_control", "keys", "require_signature", "log"),
+        *("memory_budget", "pin", "model_control", "keys", "require_signature", "log"),
     )
 ):
     """The settings that have an option of their own."""
@@ -63,8 +63,6 @@ def serve_command(
     Example: [bold]sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000[/bold]
 
     Example: [bold]sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle[/bold]
-
-    Example: [bold]sopdeploy serve live=bundles/photos-3f6c01d2a4b7 new=other --shadow new=0.05[/bold]
     """
     given = options.model_dump(exclude_defaults=True)
     settings = load_settings(config, **parse_assignments(assignments or (), **given))

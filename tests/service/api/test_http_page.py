@@ -4,8 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
 SERVICE = ROOT / "service" / "sopdeploy_service"
@@ -35,7 +33,6 @@ def codes_of(module: Path) -> set[str]:
     }
 
 
-@pytest.mark.part("sopdeploy_service.shadow")
 def test_the_page_lists_every_code_and_no_other():
     table = PAGE.partition("## Errors")[2]
     named = {

@@ -142,7 +142,6 @@ AUTO: dict[str, tuple[int, str | None, dict[str, object], int]] = {
     "a quota of 8 cores": (16, "800000 100000\n", {}, 2),
     "a quota of half a core": (16, "50000 100000\n", {}, 1),
     "many cores and two devices": (128, None, {"devices": "0,1"}, 4),
-    "a shadow": (128, None, {"shadow": "new=0.1"}, 1),
 }
 
 

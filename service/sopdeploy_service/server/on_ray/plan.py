@@ -37,7 +37,6 @@ _SINGLE_PROCESS = {  # settings that must have their default, and what to use in
     "keep": "one process writes to the folder; keep photographs with `sopdeploy serve`",
     "memory_budget": "Ray multiplexes models itself; serve the bundles with `sopdeploy serve`",
     "model_control": "it would change one replica only; deploy another user_config instead",
-    "shadow": "it needs a server of its own: start `sopdeploy serve --shadow` beside the cluster",
 }
 
 
