@@ -11,7 +11,7 @@ def main() -> None:
     """Run the command line; Ctrl-C during import exits quietly with code 130, as a shell does.
 
     Commands import torch and other large packages. With Python's default settings, garbage collection during
-    these imports and at exit takes a third of the CPU time of `sopdeploy describe`.
+    these imports and at exit takes a third of the CPU time of `sopdeploy models NAME`.
     """
     gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)  # excludes all objects from the collection at exit

@@ -176,9 +176,9 @@ def test_models_lists_the_catalog_by_family() -> None:
         assert lines[lines.index(title(family)) + 1].split()[0] == next(iter(family.ENTRIES))
 
 
-def test_describe_accepts_a_pooling_an_image_size_and_a_number_of_classes() -> None:
+def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of_classes() -> None:
     short = as_json(
-        "describe", "resnet20", "--option", "pooling=isqrt", "--num-classes", "7", "--image-size", "24"
+        "models", "resnet20", "--option", "pooling=isqrt", "--num-classes", "7", "--image-size", "24"
     )
     assert short["config"]["pooling"]["kind"] == "isqrt"
     assert (short["num_classes"], short["image_size"]) == (7, 24)
@@ -195,9 +195,10 @@ def test_recipes_lists_every_recipe_with_its_summary() -> None:
 PLAIN, EXPORT = ("train", "--recipe", "digits-plain"), ("export", "c.pt")
 INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown model": (
-        ("describe", "dsop-resnet80"),
+        ("models", "dsop-resnet80"),
         "'dsop-resnet80' is not in the catalog; did you mean",
     ),
+    "options of no model": (("models", "--num-classes", "7"), "no network to describe; give a name"),
     "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
     "an unknown recipe": (("train", "--recipe", "digits-dsp"), "did you mean digits-dsop"),
     "an unknown recipe key": ((*PLAIN, "--set", "optimizer.lt=1"), "did you mean optimizer.lr"),

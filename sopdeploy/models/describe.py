@@ -122,7 +122,7 @@ def _compare(row: PublishedRow, tally: Tally, representation: int) -> list[Publi
 
 
 class Description(StrictModel):
-    """Output of `sopdeploy describe`.
+    """Output of `sopdeploy models NAME`.
 
     `representation` is the length of the vector that the exported classifier reads. `parts` are those of the
     network in training and sum to `training`; `published` holds the figures that papers print for exactly

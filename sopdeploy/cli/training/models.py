@@ -1,4 +1,4 @@
-"""`sopdeploy models` and `sopdeploy describe`."""
+"""`sopdeploy models`: list the networks of the catalog, or count one of them."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,6 +8,7 @@ from rich.text import Text
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, print_table, say
+from sopdeploy.errors import ConfigError
 
 if TYPE_CHECKING:
     from sopdeploy.models.describe import Description
@@ -18,7 +19,15 @@ NetworkOption = Annotated[
 ]
 
 
-def show_models(_: list[dict[str, str]]) -> None:
+def _show(result: "list[dict[str, str]] | Description") -> None:
+    """Print the catalog, or the counts of one network."""
+    if isinstance(result, list):
+        _show_catalog()
+    else:
+        _show_description(result)
+
+
+def _show_catalog() -> None:
     """Print a table per family, with image size and number of classes."""
     from sopdeploy.models.registry import CATALOG, FAMILIES, plugin_networks, title
 
@@ -36,18 +45,7 @@ def show_models(_: list[dict[str, str]]) -> None:
     out.print("[bold]First-order and second-order head[/], 'head:NAME' for every NAME without branches")
 
 
-@command(show_models)
-def models_command() -> list[dict[str, str]]:
-    """List the networks of the catalog.
-
-    Example: [bold]sopdeploy models[/bold]
-    """
-    from sopdeploy.models.registry import entry, list_models
-
-    return [{"name": name, "summary": entry(name).summary} for name in list_models()]
-
-
-def show_description(description: "Description") -> None:
+def _show_description(description: "Description") -> None:
     """Print the counts, and the published numbers."""
     parts = {f"  {part}": counts for part, counts in description.parts.items()}
     counted = {"training": description.training, **parts, "deployed": description.shipped}
@@ -58,23 +56,33 @@ def show_description(description: "Description") -> None:
     say(f"features: {description.representation}", *(figure.sentence() for figure in description.published))
 
 
-@command(show_description)
-def describe_command(
-    name: Annotated[str, typer.Argument(help="A name of `sopdeploy models`.")],
+@command(_show)
+def models_command(
+    name: Annotated[
+        str | None, typer.Argument(help="Network to describe; by default, all are listed.")
+    ] = None,
     options: NetworkOption = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
-) -> "Description":
-    """Count parameters and multiply-adds of a network, in training and deployed.
+) -> "list[dict[str, str]] | Description":
+    """List the networks of the catalog, or count parameters and multiply-adds of one of them.
 
-    Example: [bold]sopdeploy describe dsop-resnet18 --option aux_stride=table[/bold]
+    Example: [bold]sopdeploy models[/bold]
 
-    Example: [bold]sopdeploy describe resnet50 --option pooling=isqrt --option conv5_stride=1[/bold]
+    Example: [bold]sopdeploy models dsop-resnet18 --option aux_stride=table[/bold]
+
+    Example: [bold]sopdeploy models resnet50 --option pooling=isqrt --option conv5_stride=1[/bold]
     """
-    from sopdeploy.models.describe import describe as describe_model
+    from sopdeploy.models.registry import entry, list_models
+
+    if name is None:
+        if options or image_size or num_classes:
+            raise ConfigError("no network to describe; give a name of `sopdeploy models` before the options")
+        return [{"name": known, "summary": entry(known).summary} for known in list_models()]
+    from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import make_config
     from sopdeploy.training.recipe import parse_override
 
     config: dict[str, Any] = dict(parse_override(option) for option in options or ())
-    make_config(name, config)  # rejects keys that are also parameters of describe_model
-    return describe_model(name, image_size=image_size, num_classes=num_classes, **config)
+    make_config(name, config)  # rejects keys that are also parameters of `describe`
+    return describe(name, image_size=image_size, num_classes=num_classes, **config)

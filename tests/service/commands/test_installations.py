@@ -17,7 +17,7 @@ from sopdeploy.cli.app import list_commands
 PROGRAM = Path(sopdeploy.__file__).parents[1] / "deploy" / "every_command.py"
 # Commands, and functions of the Python API, that need the extra `train`.
 COMMANDS = {
-    *("calibrate", "compare-recipes", "describe", "eval", "export", "import", "inspect", "models"),
+    *("calibrate", "compare-recipes", "eval", "export", "import", "inspect", "models"),
     *("recipes", "report", "reproduce", "train"),
 }
 FUNCTIONS = {
