@@ -33,7 +33,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit compile tests ray-test test-models cuda-stand-in removable goldens format docs \
+.PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in removable goldens format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
@@ -72,9 +72,6 @@ compile: $(STAMP)
 
 tests: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile
-
-ray-test: $(STAMP)  ## the tests on real Ray clusters, which give up if other processes delay their start
-	$(BIN)/pytest --slow -m ray
 
 test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
 	$(BIN)/pytest --slow -m slow

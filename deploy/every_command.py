@@ -51,7 +51,6 @@ ARGUMENTS = {
     "promote": "bundle --over live",
     "serve": "bundle --keys absent",
     "label": "absent",
-    "ray": "bundle",
     "health": "--url http://127.0.0.1:1",
     "key": "app --keys keys.toml",
     "bench": "bundle --batch 1",

@@ -17,7 +17,6 @@ from sopdeploy.errors import MissingPackageError, RuntimeUnavailableError, Sopde
 # this session option ONNX Runtime stores the int8 weights as uint8 there, which is exact. On other processors
 # the option has no effect.
 EXACT_INT8 = ("session.x64quantprecision", "1")
-CLUSTER_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0, on every system: Ray's ports are on loopback
 SLOW_INT8 = "int8 is exact on this processor but slower than on one with VNNI; compare with sopdeploy bench"
 
 
@@ -82,11 +81,11 @@ def import_optional(
 def prepare_ray(*, starts: bool) -> None:
     """Set the variables that Ray reads when it is imported: it sends no usage statistics.
 
-    If this process *starts* a cluster, its ports are on loopback only.
+    If this process *starts* a cluster, its ports are on loopback only, on every system.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if starts:
-        os.environ.setdefault(CLUSTER_VARIABLE, "0")
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 @functools.cache

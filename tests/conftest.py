@@ -59,7 +59,6 @@ MISSING = {
     "tensorrt": lambda: no_module("tensorrt"),
     "container": no_container,
     "browser": no_browser,
-    "ray": lambda: no_module("ray"),
 }
 
 

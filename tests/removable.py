@@ -51,13 +51,6 @@ PARTS = {
             "tests/service/commands/batch",
         )
     ),
-    "on_ray": Part(
-        (
-            "service/sopdeploy_service/server/on_ray",
-            "sopdeploy/cli/serving/ray.py",
-            "tests/service/server/on_ray",
-        )
-    ),
     "front_ends": Part(("service/sopdeploy_service/front_ends", "tests/service/front_ends")),
     "labelling": Part(
         (

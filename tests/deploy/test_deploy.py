@@ -198,26 +198,6 @@ def test_the_kserve_runtime_matches_the_schemas_and_its_service() -> None:
     assert runtime["spec"]["containers"][0]["name"] == "kserve-container"
 
 
-def test_the_kuberay_job_has_a_valid_command_and_pods_that_hold_its_actors() -> None:
-    (job,) = documents("kuberay/classify.yaml")
-    program, command, *arguments = job["spec"]["entrypoint"].split()
-    given = COMMANDS.commands[command].make_context(command, arguments).params
-    cluster = job["spec"]["rayClusterSpec"]
-    (workers,) = cluster["workerGroupSpecs"]
-    for group in (cluster["headGroupSpec"], workers):
-        pod = {
-            "apiVersion": "v1",
-            "kind": "Pod",
-            "metadata": {"name": "x"},
-            "spec": group["template"]["spec"],
-        }
-        kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-        (container,) = pod["spec"]["containers"]
-        assert str(given["out"]).startswith(container["volumeMounts"][0]["mountPath"])
-    assert (program, given["ray"], given["actors"]) == ("sopdeploy", "auto", workers["replicas"])
-    assert given["workers"] < int(container["resources"]["limits"]["cpu"])
-
-
 SERVERS = [*(pod["containers"][0] for pod in PODS.values()), kserve_pod()["containers"][0]]
 CONTAINERS = [*SERVERS, *(c for pod in PODS.values() for c in pod.get("initContainers", []))]
 

@@ -15,7 +15,6 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"pip (install|wheel)",
     r"(git|make|docker|helm) ",
     r".* s3://",
-    r"sopdeploy ray .*--replicas",
     r"sopdeploy classify .*--ray ",  # `tests/service/commands/batch/test_on_ray.py` runs it
     r".*(--profiles|--runtime tensorrt)",
     r"sopdeploy (import|\w+ ckpt\.pt)",

@@ -53,7 +53,6 @@ def cluster() -> Iterator[Any]:
             started.shutdown()
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path, tmp_path):
@@ -84,7 +83,6 @@ def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path,
     assert len({row["path"] for row in rows_of(out)}) == MANY
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cluster_that_the_command_starts_listens_on_loopback_only(bundle_path, tmp_path):
