@@ -60,14 +60,20 @@ def test_the_file_holds_the_kept_tensors_and_no_removed_one(branched: Exported) 
 
 
 def test_the_file_contains_no_path_no_source_line_and_no_pickle(branched: Exported) -> None:
+    tensors = {
+        tensor.detach().numpy().tobytes()
+        for tensor in torch.export.load(branched.path / PROGRAM).state_dict.values()
+    }
     with zipfile.ZipFile(branched.path / PROGRAM) as archive:
         content = {name: archive.read(name) for name in archive.namelist()}
     here = str(Path(__file__).resolve().parents[3]).encode()
+    traces = (here, str(Path(torch.__file__).parents[1]).encode(), b".py", b'File "', b"line ", b"data.pkl")
     for name, raw in content.items():
-        for trace in (here, str(Path(torch.__file__).parents[1]).encode(), b".py", b'File "', b"line "):
-            assert trace not in raw, name
-        assert not raw.startswith(b"\x80"), name
-        assert b"data.pkl" not in raw, name
+        if "/data/weights/weight_" in name:  # the numbers of a tensor may be any bytes
+            assert raw in tensors, name
+        else:
+            assert not raw.startswith(b"\x80"), name
+            assert [trace for trace in traces if trace in raw] == [], name
 
 
 def test_the_file_is_reproducible_and_written_only_on_request(
