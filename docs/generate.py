@@ -1,4 +1,4 @@
-"""Generate the pages `cli`, `errors`, `models`, those of notebooks, and the tables of `operations`.
+"""Generate the pages `cli`, `errors`, `models`, and the tables of `operations`.
 
 Tests check that the pages are up to date.
 """
@@ -63,13 +63,10 @@ if __name__ == "__main__":
     argparse.ArgumentParser(description=__doc__).parse_args()
     from generate_errors import SERVED, errors_page, served_page
     from generate_models import models_page
-    from generate_notebook import notebook_page, notebooks
     from generate_operations import PAGE, operations_page
 
     (FOLDER / "cli.md").write_text(cli_page(), encoding="utf-8")
     (FOLDER / "errors.md").write_text(errors_page(), encoding="utf-8")
     SERVED.write_text(served_page(), encoding="utf-8")
     (FOLDER / "models.md").write_text(models_page(), encoding="utf-8")
-    for notebook in notebooks():
-        notebook.with_suffix(".md").write_text(notebook_page(notebook), encoding="utf-8")
     PAGE.write_text(operations_page(), encoding="utf-8")

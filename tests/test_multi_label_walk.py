@@ -45,8 +45,6 @@ def test_two_objects_reach_a_map_of_95_percent_through_export_and_http(tmp_path:
     assert min(maps) >= 0.95
     assert max(maps) - min(maps) < 1e-6
     assert found[1].metrics == found[2].metrics
-    assert "average precision" in found[0]._repr_html_()
-    assert "mAP" in run._repr_html_()
     done = subprocess.run(
         [sys.executable, "-m", "sopdeploy", "eval", run.best, "--data", unseen],
         capture_output=True,

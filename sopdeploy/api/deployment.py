@@ -43,7 +43,7 @@ def export(
         on_step: Called with a description of each step as it begins.
 
     Returns:
-        The path of the bundle and the results of all checks; a notebook shows them with a link to the report.
+        The path of the bundle and the results of all checks.
 
     Raises:
         ConfigError: Options that are invalid or do not fit together.

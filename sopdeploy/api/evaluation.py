@@ -1,23 +1,17 @@
 """Evaluate a checkpoint, a bundle or a server: `sopdeploy.evaluate` and `sopdeploy eval`."""
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.config import expand_options
-from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.prediction import HeadAccuracy
-from sopdeploy.html.templates import render
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.plugins import find
-from sopdeploy.report.predictions import metric_tiles, predictions_context
-from sopdeploy.report.run_data import EvaluatedImages, Mistake, worst_mistakes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +22,6 @@ class Evaluation:
         source: The evaluated checkpoint, bundle or URL.
         kind: What *source* is.
         tta: Test-time augmentation.
-        data: The folder of images.
         facts: Name, runtime and device of a bundle; empty for a checkpoint or a server.
         metrics: Accuracies with intervals, calibration error, precision and recall by class, confusion
             matrix. With several classes per image: mAP, F1, and metrics by class.
@@ -42,7 +35,6 @@ class Evaluation:
     source: str
     kind: Literal["checkpoint", "bundle", "service"]
     tta: str
-    data: Path
     facts: dict[str, str]
     metrics: ClassificationReport | MultiLabelReport
     labels: tuple[str, ...]
@@ -63,24 +55,6 @@ class Evaluation:
             **self.metrics.model_dump(mode="json"),
         }
 
-    def _repr_html_(self) -> str:
-        mistakes: tuple[Mistake, ...] = ()
-        if isinstance(self.scores, tuple):
-            with suppress(DataError):  # the images may have been moved since
-                images = open_evaluation_images(self.data, self.labels)
-                mistakes = tuple(worst_mistakes(self.scores, images, Preprocess()))
-        predictions = EvaluatedImages(metrics=self.metrics, mistakes=mistakes, description=self.data.name)
-        return render(
-            "sopdeploy.api",
-            "scores.html",
-            title=f"{self.source} on {self.data}",
-            tiles={**metric_tiles(self.metrics), "images": str(self.metrics.count), **self.facts},
-            notes=self.notes,
-            reason="",
-            next="",
-            **predictions_context(predictions),
-        )
-
 
 @expand_options
 def evaluate(
@@ -99,7 +73,7 @@ def evaluate(
         on_image: Called with the numbers of images done and in total.
 
     Returns:
-        The metrics; a notebook shows confusion matrix and worst mistakes.
+        The metrics and the predictions.
 
     Raises:
         ConfigError: *source* cannot be evaluated, or an option does not apply to it.
@@ -135,7 +109,6 @@ def evaluate(
         source=name,
         kind=kind,
         tta=options.tta,
-        data=data,
         facts=facts,
         metrics=classification_report(labels, scores) if isinstance(scores, list) else scores.report(),
         labels=labels,

@@ -1,7 +1,6 @@
 """Classify and serve without torch: `sopdeploy.predict` and `sopdeploy.serve`."""
 
 import asyncio
-import html
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, overload
@@ -19,25 +18,6 @@ from sopdeploy_service.settings import load_settings
 AnyImage: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
 
 
-class FilePredictions(tuple[FilePrediction, ...]):
-    """The predictions for the images, in their order; a notebook shows them as a table."""
-
-    __slots__ = ()
-
-    def _repr_html_(self) -> str:
-        rows = []
-        for prediction in self:
-            classes = [f"{entry.label} {entry.probability:.2%}" for entry in prediction.classes]
-            unknown = ["probably none of these classes"] if prediction.known is False else []
-            notes = (
-                [*unknown, *prediction.warnings] if prediction.error is None else [prediction.error.detail]
-            )
-            cells = (prediction.image, "".join(classes[:1]), ", ".join(classes[1:]), ", ".join(notes))
-            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-        heads = "".join(f"<th>{head}</th>" for head in ("image", "class", "other classes", "notes"))
-        return f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
-
-
 def predict(
     bundle: str | Path,
     images: AnyImage | Iterable[AnyImage],
@@ -45,7 +25,7 @@ def predict(
     top_k: int | None = None,
     explain: str | Path | None = None,
     **settings: Any,
-) -> FilePredictions:
+) -> tuple[FilePrediction, ...]:
     """Classify images without a server; the results equal those of the service.
 
     The parameters and defaults are those of `sopdeploy predict`.
@@ -73,9 +53,7 @@ def predict(
     items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(items)]
     drawing = None if explain is None else Path(explain)
-    return FilePredictions(
-        predict_files(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing)
-    )
+    return tuple(predict_files(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing))
 
 
 def _open(image: object, number: int) -> Path | Image.Image:

@@ -5,7 +5,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pydantic
 from rich.console import Console
 
 from sopdeploy.api.options import TrainOptions
@@ -13,11 +12,8 @@ from sopdeploy.api.progress import ProgressBars
 from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import StrictModel, expand_options
-from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy.html.templates import render
+from sopdeploy.errors import ConfigError
 from sopdeploy.project import folder_project
-from sopdeploy.report.predictions import predictions_context, score_tiles
-from sopdeploy.report.run_data import EvaluatedImages, RunData, read_run
 from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
@@ -29,7 +25,6 @@ from sopdeploy.training.train import TrainingResult, train_recipe
 
 FOLDER_RECIPE = "photos"
 OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.default is None}
-MAX_EVALUATED = 5000  # held-out images that a notebook evaluates to show a result
 
 
 class PreviousRun(StrictModel):
@@ -57,48 +52,9 @@ class Configured(NamedTuple):
 
 
 class TrainedRun(TrainingResult):
-    """The files and metrics of a finished run. `previous` describes the run that it started from.
-
-    A notebook shows a summary, the confusion matrix and the worst mistakes of `best` on the held-out images.
-    The first display evaluates these images.
-    """
+    """The files and metrics of a finished run. `previous` describes the run that it started from."""
 
     previous: str = ""
-    _evaluated: RunData | None = pydantic.PrivateAttr(None)
-
-    @property
-    def predictions(self) -> EvaluatedImages | None:
-        """Metrics and worst mistakes of `best` on the held-out images; None if they are not available."""
-        if self._evaluated is None:
-            self._evaluated = read_run(self.out)
-        return self._evaluated.predictions
-
-    def _repr_html_(self) -> str:
-        tiles = {
-            **score_tiles(self.procedure),
-            "training images": str(self.train_count),
-            "held-out images": str(self.held_out_count),
-            "classes": str(self.num_classes),
-            "time": f"{self.seconds:.0f} s",
-        }
-        predictions, reason = None, "the held-out images are not available"
-        if self.held_out_count > MAX_EVALUATED:
-            reason = f"more than {MAX_EVALUATED} held-out images; call sopdeploy.evaluate"
-        else:
-            try:
-                predictions = self.predictions
-            except SopdeployError as error:  # the run was moved or deleted
-                reason = str(error)
-        return render(
-            "sopdeploy.api",
-            "scores.html",
-            title=f"{self.model}, {self.out}",
-            tiles=tiles,
-            notes=[*self.procedure.lines(), *filter(None, [self.previous])],
-            reason=reason,
-            next=f"sopdeploy.export({str(self.best)!r}, detach=True)",
-            **predictions_context(predictions),
-        )
 
 
 @expand_options
@@ -127,7 +83,7 @@ def train(
             `**{"optimizer.lr": 0.1}`. An empty dict adds an optional table with its defaults: `ema={}`.
 
     Returns:
-        The files and metrics of the run; a notebook shows confusion matrix and worst mistakes.
+        The files and metrics of the run.
 
     Raises:
         ConfigError: Unknown recipe or setting, an invalid value, or *out* holds another run.

@@ -64,27 +64,16 @@ def score_tiles(result: ProcedureResult) -> dict[str, str]:
     return {**epoch, result.score_name: f"{percent(score.value)} ({interval})"}
 
 
-def metric_tiles(metrics: ClassificationReport | MultiLabelReport) -> dict[str, str]:
-    """Format the metrics that a summary shows, by name."""
-    if isinstance(metrics, MultiLabelReport):
-        values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
-        return {name: percent(value, 2) for name, value in values.items()}
-    return {
-        "top-1": percent(metrics.top1.share, 2),
-        "top-5": percent(metrics.top5.share, 2),
-        "calibration error": f"{metrics.calibration.error:.4f}",
-    }
-
-
 def _multi_label_context(metrics: MultiLabelReport) -> dict[str, Any]:
     """Build the template variables that describe predictions of several classes per image."""
-    tiles = ", ".join(f"{name} {value}" for name, value in metric_tiles(metrics).items())
+    values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
+    scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
     rows = []
     for row in metrics.classes:
         values = (row.average_precision, row.precision, row.recall, row.f1)
         cells = ("-" if value is None else percent(value) for value in values)
         rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
-    caption = f"{tiles}. A class counts as present if its probability reaches its threshold."
+    caption = f"{scores}. A class counts as present if its probability reaches its threshold."
     return {"accuracy_caption": caption, "classes": rows}
 
 

@@ -29,7 +29,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy --(install|show)-completion",
     r"python benchmarks/",
 )
-TESTED_ELSEWHERE = ("docs/quickstart.md", "docs/notebooks/second_order_pooling.md", "docs/cli.md")
+TESTED_ELSEWHERE = ("docs/quickstart.md", "docs/cli.md")
 BEGINS = re.compile(r"sopdeploy train --data photos|data scenes|sopdeploy\.train\(data=")  # trains a network
 QUICK = ("docs/http.md", "docs/deploy.md", "docs/batch.md")  # work with any bundle, so no network is trained
 RUNNABLE = {name(page): page for page in PAGES if name(page) not in TESTED_ELSEWHERE}

@@ -1,4 +1,4 @@
-"""The results of an export, and their description in words for terminals, notebooks and model cards."""
+"""The results of an export, and their description in words for terminals and model cards."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -10,7 +10,6 @@ from sopdeploy.bundle.manifest import Int8For, Lineage, Manifest
 from sopdeploy.decision import Decision, Stability
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.files import sha256
-from sopdeploy.html.templates import render
 from sopdeploy_export.parity.findings import ClassMapParity, ParityReport
 from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
@@ -80,11 +79,6 @@ class Exported(ExportResults):
     path: Path
     manifest: Manifest
     warnings: tuple[str, ...] = ()
-
-    def _repr_html_(self) -> str:
-        """Render the results and a link to the report for a notebook."""
-        facts = [*self.facts().items(), ("bundle", str(self.path))]
-        return render("sopdeploy_export.report", "notebook_export.html", path=self.path, facts=facts)
 
     def summary(self) -> dict[str, Any]:
         """Build the output of `export --json`, with a decision, stability and rounding if there are any."""

@@ -1,6 +1,5 @@
 """A server in a process of its own, started and stopped from Python."""
 
-import html
 import os
 import re
 import signal
@@ -71,11 +70,6 @@ class BackgroundServer:
     def __repr__(self) -> str:
         state = "running" if self.running else "stopped"
         return f"<BackgroundServer {self.url}, {state}: {', '.join(self.bundles)}>"
-
-    def _repr_html_(self) -> str:
-        address, names = html.escape(self.url), html.escape(", ".join(self.bundles))
-        state = "serves" if self.running else "has stopped serving"
-        return f'<p><a href="{address}" target="_blank">{address}</a> {state} {names}</p>'
 
     @property
     def running(self) -> bool:

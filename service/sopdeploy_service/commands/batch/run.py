@@ -20,13 +20,12 @@ from sopdeploy_service.settings import Settings, load_settings
 if TYPE_CHECKING:
     from sopdeploy_service.commands.batch.on_ray import RayClassifier
 
-SHOWN_CLASSES = 20  # in a notebook
 ON_RAY = "sopdeploy_service.commands.batch.on_ray"
 REPORT = "sopdeploy_service.commands.batch.report"  # needs jinja2
 
 
 class Classified(StrictModel):
-    """A finished run; a notebook shows its figures and a link to the report.
+    """A finished run.
 
     Attributes:
         out: The output folder.
@@ -63,20 +62,6 @@ class Classified(StrictModel):
         """The result of the comparison with the held-out images."""
         return "the predictions differ from the held-out ones" if self.drift else "not detectable"
 
-    def _repr_html_(self) -> str:
-        largest = sorted(self.counts.items(), key=lambda item: -item[1])[:SHOWN_CLASSES]
-        facts = [
-            ("images", f"{self.num_images:,}; {self.num_errors:,} with an error"),
-            ("classes", ", ".join(f"{label} {count:,}" for label, count in largest if count) or "none"),
-            *([] if self.drift is None else [("drift", self.drift_text)]),
-            ("rows", f"{self.rows}: {self.num_parts} parquet files"),
-        ]
-        templates = import_optional("sopdeploy.html.templates", "jinja2", "sopdeploy[batch]", ConfigError)
-        page: str = templates.render(
-            "sopdeploy_service.commands.batch", "notebook_batch.html", run=self, facts=facts
-        )
-        return page
-
 
 @expand_options
 def classify(
@@ -105,8 +90,7 @@ def classify(
             `max_batch=8` or `top_k=1`.
 
     Returns:
-        The folder, the numbers of images, errors and images per class, and whether the predictions drift; a
-        notebook shows them with a link to the report.
+        The folder, the numbers of images, errors and images per class, and whether the predictions drift.
 
     Raises:
         DataError: A source is missing, damaged or has no images.
