@@ -41,7 +41,6 @@ ARGUMENTS = {
     "verify": "bundle",
     "engine": "bundle",
     "triton": "bundle repository",
-    "web": "bundle --out site --browser absent",
     "sign": "bundle --key file",
     "push": "bundle s3://absent/bundle",
     "pull": "absent pulled",

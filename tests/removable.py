@@ -94,7 +94,6 @@ PARTS = {
             "tests/tensorrt/test_triton.py",
         )
     ),
-    "web": Part(("export/sopdeploy_export/web", "sopdeploy/cli/deployment/web.py", "tests/web")),
 }
 
 

@@ -1,16 +1,16 @@
 """Distribute tests over xdist workers: which tests stay together, and which start first.
 
 Tests of one file share fixtures and run on one worker. So do all tests of the exporter, which share
-certificates, of training, which share the process that forks others, and of pages for the browser, which
-share Chromium. Files without shared fixtures are split into single tests to keep all workers busy at the
-end. The service tests form one group because they mostly wait for servers while the other workers compute.
+certificates, and of training, which share the process that forks others. Files without shared fixtures are
+split into single tests to keep all workers busy at the end. The service tests form one group because they
+mostly wait for servers while the other workers compute.
 """
 
 from typing import Any
 
 from xdist.scheduler import LoadFileScheduling
 
-ONE_GROUP_PER_FOLDER = ("tests/export/", "tests/service/", "tests/sopdeploy/training/", "tests/web/")
+ONE_GROUP_PER_FOLDER = ("tests/export/", "tests/service/", "tests/sopdeploy/training/")
 ONE_GROUP_PER_TEST = ("tests/sopdeploy/training/test_recipe_walks.py", "tests/sweep/test_catalog_sweep.py")
 LONGEST_FIRST = (
     *ONE_GROUP_PER_FOLDER,

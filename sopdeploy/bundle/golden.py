@@ -28,8 +28,8 @@ from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
 _MAX_EXAMPLES = 16  # that `verify` decodes; an export writes three
-MAX_LEVELS = 1  # gray levels between decoders
-LOGIT_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
+_MAX_LEVELS = 1  # gray levels between decoders
+_LOGIT_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
 _SEED = 11
 CELL = 8  # pixels per random color
 
@@ -54,7 +54,7 @@ class GoldenIndex(StrictModel):
 class PixelDifference(StrictModel):
     """How the pixels of a golden example differ from those of the export, made by Pillow *pillow*.
 
-    Of `num_values` values, `num_different` differ by more than `MAX_LEVELS` gray levels; `largest` is the
+    Of `num_values` values, `num_different` differ by more than `_MAX_LEVELS` gray levels; `largest` is the
     largest difference. `drift` is the root mean square difference of the logits, relative to their spread.
     """
 
@@ -157,8 +157,8 @@ def check_golden(
     """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
 
     *exporter* is the version of Pillow that computed the pixels of *example*. Versions of Pillow resize
-    differently. The logits of such pixels may differ by `LOGIT_DRIFT` of their spread, and the result
-    describes the difference: None if no pixel is more than `MAX_LEVELS` gray levels off. Raises
+    differently. The logits of such pixels may differ by `_LOGIT_DRIFT` of their spread, and the result
+    describes the difference: None if no pixel is more than `_MAX_LEVELS` gray levels off. Raises
     `ParityError` for other pixels, and for logits outside of the tolerance.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
@@ -168,14 +168,14 @@ def check_golden(
             "this runtime does not compute the exported network"
         )
     levels = np.abs(pixels.astype(np.int16) - example.pixels)
-    if levels.max() <= MAX_LEVELS:
+    if levels.max() <= _MAX_LEVELS:
         return None
     logits = example.logits.astype(np.float64)
     spread = max(float(logits.std()), example.tolerance)
     difference = PixelDifference(
         pillow=exporter or "an unknown version",
         num_values=levels.size,
-        num_different=int((levels > MAX_LEVELS).sum()),
+        num_different=int((levels > _MAX_LEVELS).sum()),
         largest=int(levels.max()),
         drift=float(np.sqrt(np.square(run(pixels) - logits).mean())) / spread,
     )
@@ -185,9 +185,9 @@ def check_golden(
             "of the export; this machine decodes or resizes differently; install Pillow from its wheel on "
             "PyPI"
         )
-    if not difference.drift <= LOGIT_DRIFT:
+    if not difference.drift <= _LOGIT_DRIFT:
         raise ParityError(
-            f"{example.name}: {difference.describe()} (at most {100 * LOGIT_DRIFT:g} %); install that "
+            f"{example.name}: {difference.describe()} (at most {100 * _LOGIT_DRIFT:g} %); install that "
             "version or export the bundle again"
         )
     return difference

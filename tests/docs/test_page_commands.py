@@ -20,7 +20,6 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy (import|\w+ ckpt\.pt)",
     r"sopdeploy promote ",  # needs two networks; `tests/service/commands/test_compare_and_promote.py` runs it
     r"sopdeploy reproduce .*--data",
-    r"sopdeploy web ",
     r".* --weights ",
     r"sopdeploy label |.* --unknown ",  # `tests/service/labelling` labels; these folders come from it
     r".* fgvc",
