@@ -18,18 +18,19 @@ from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
 from tests.service.raw import EXPECT, GET, POST, connect, count, read
 
-LIMITS = {
-    "max_body_bytes": 1_000_000,
-    "header_timeout": 0.4,
-    "body_grace_seconds": 0.4,
-    "write_timeout": 0.5,
-    "request_timeout": 3,
-}
+SHORT = {"header_timeout": 1.0, "body_grace_seconds": 1.0, "write_timeout": 1.0}  # seconds
 
 
 @pytest.fixture(scope="module")
 def client(run_server, bundle):
-    with run_server(FakeRuntime(num_classes=7), bundle, Settings(**LIMITS)) as client:
+    with run_server(FakeRuntime(num_classes=7), bundle, Settings(max_body_bytes=1_000_000)) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def impatient(run_server, bundle):
+    """A client of a server with short timeouts, which requests of a paused process would also exceed."""
+    with run_server(FakeRuntime(num_classes=7), bundle, Settings(**SHORT)) as client:
         yield client
 
 
@@ -108,97 +109,101 @@ REJECTED = {
 }
 
 
-SLOW = {
-    (408, "slow_request"): {"incomplete headers": GET, "one byte": b"G"},
-    (408, "slow_body"): {
-        "a body that stops": POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff",
-        "a body that never starts": POST + b"Content-Length: 1000\r\n\r\n",
-        "a body that stops after most of it": POST + b"Content-Length: 900000\r\n\r\n" + bytes(899_999),
-        "chunks that stop": CHUNKED + b"3\r\nabc\r\n",
-        "an endless chunk extension": CHUNKED + b"3;a=",
-    },
-}
-
-
 @pytest.mark.parametrize(
     ("status", "code", "sent"),
     [
         pytest.param(status, code, sent, id=name)
-        for (status, code), cases in (REJECTED | SLOW).items()
+        for (status, code), cases in REJECTED.items()
         for name, sent in cases.items()
     ],
 )
-def test_an_invalid_request_is_rejected_immediately_and_an_incomplete_one_after_a_time(
-    client, wire, jpeg, status, code, sent
-):
+def test_an_invalid_request_is_rejected_without_waiting_for_the_rest(client, wire, jpeg, status, code, sent):
     before = count(client, f'rejected_total{{reason="{code}"}}')
     bad = wire()
     bad.sendall(sent)
     reply = read(bad)
     assert (reply.status, reply.code) == (status, code)
-    assert (reply.seconds > 0.2) or status != 408
     assert reply.headers["content-type"] == "application/problem+json"
     assert len(reply.headers["x-request-id"]) == 32
     assert count(client, f'rejected_total{{reason="{code}"}}') == before + 1
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
+INCOMPLETE = {
+    "incomplete headers": (GET, "slow_request"),
+    "one byte": (b"G", "slow_request"),
+    "a body that stops": (POST + b"Content-Length: 1000\r\n\r\n" + b"\xff\xd8\xff", "slow_body"),
+    "a body that never starts": (POST + b"Content-Length: 1000\r\n\r\n", "slow_body"),
+    "a body without its end": (POST + b"Content-Length: 900000\r\n\r\n" + bytes(899_999), "slow_body"),
+    "chunks that stop": (CHUNKED + b"3\r\nabc\r\n", "slow_body"),
+    "an endless chunk extension": (CHUNKED + b"3;a=", "slow_body"),
+}
+
+
+def test_incomplete_requests_are_rejected_after_their_time(impatient):
+    started = time.monotonic()
+    with ExitStack() as stack:
+        found = {}
+        wires = {name: stack.enter_context(connect(impatient)) for name in INCOMPLETE}
+        for name, wire in wires.items():
+            wire.sendall(INCOMPLETE[name][0])
+        for name, wire in wires.items():
+            reply = read(wire)
+            assert reply.status == 408
+            assert time.monotonic() > started + min(SHORT.values())
+            found[name] = reply.code
+    assert found == {name: code for name, (_, code) in INCOMPLETE.items()}
+
+
 @pytest.mark.parametrize(
     ("start", "code"),
-    [(GET + b"X: ", "slow_request"), (POST + b"Content-Length: 900000\r\n\r\n", "slow_body")],
+    [(GET + b"X: ", b"slow_request"), (POST + b"Content-Length: 900000\r\n\r\n", b"slow_body")],
 )
-def test_slow_bytes_do_not_extend_the_timeout(wire, start, code):
-    bad = wire()
-    bad.sendall(start)
-    bad.settimeout(0.05)
-    started = time.monotonic()
+def test_slow_bytes_do_not_extend_the_timeout(impatient, start, code):
     data = b""
-    while not data:
-        assert time.monotonic() - started < 20
-        bad.sendall(b"a")
-        try:
-            data = bad.recv(65_536)
-        except TimeoutError:
-            continue
+    with connect(impatient) as bad:
+        bad.sendall(start)
+        bad.settimeout(0.05)
+        while not data:
+            bad.sendall(b"a")
+            with suppress(TimeoutError):
+                data = bad.recv(65_536)
     assert data.startswith(b"HTTP/1.1 408")
-    assert code.encode() in data
+    assert code in data
 
 
 def test_a_body_above_the_minimum_rate_still_ends_at_the_deadline(serve_with):
-    client = serve_with(FakeRuntime(num_classes=7), min_body_rate=100, request_timeout=0.6)
+    client = serve_with(FakeRuntime(num_classes=7), min_body_rate=1, request_timeout=0.6)
     with connect(client) as bad:
-        bad.sendall(POST + b"Content-Length: 1000000\r\n\r\n")
-        for _ in range(9):
-            bad.sendall(bytes(1000))
-            time.sleep(0.1)
+        bad.sendall(POST + b"Content-Length: 1000000\r\n\r\n" + bytes(1000))  # enough for 1000 s
         reply = read(bad)
     assert (reply.status, reply.code) == (408, "slow_body")
 
 
-def test_a_silent_connection_is_closed_without_a_response(wire):
-    quiet, blank = wire(), wire()
-    blank.sendall(b"\r\n\r\n")
-    assert quiet.recv(10) == b""
-    assert blank.recv(10) == b""
+def test_a_silent_connection_is_closed_without_a_response(impatient):
+    with connect(impatient) as quiet, connect(impatient) as blank:
+        blank.sendall(b"\r\n\r\n")
+        assert quiet.recv(10) == b""
+        assert blank.recv(10) == b""
 
 
 def test_an_idle_connection_is_closed_after_the_keep_alive_time(serve_with):
     client = serve_with(FakeRuntime(num_classes=7), keep_alive_seconds=1)
+    started = time.monotonic()
     with connect(client) as idle:
         idle.sendall(GET + b"\r\n")
         assert read(idle, to_the_end=False).status == 200
-        started = time.monotonic()
         assert idle.recv(10) == b""
-        assert 0.5 < time.monotonic() - started < 10
+    assert time.monotonic() > started + 1
 
 
-def test_a_client_that_does_not_read_is_disconnected(client, wire, until):
-    bad = wire()
+def test_a_client_that_does_not_read_is_disconnected(impatient, until):
+    bad = connect(impatient)
     bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     bad.setblocking(False)
 
     def is_disconnected() -> bool:
-        client.get("/livez")  # wait until the server has read the previous request
+        impatient.get("/livez")  # wait until the server has read the previous request
         try:
             bad.send(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
         except (ConnectionResetError, BrokenPipeError):
@@ -207,8 +212,9 @@ def test_a_client_that_does_not_read_is_disconnected(client, wire, until):
             pass
         return False
 
-    until(is_disconnected, 60)
-    assert count(client, 'rejected_total{reason="slow_reader"}') == 1
+    with bad:
+        until(is_disconnected, 60)
+    assert count(impatient, 'rejected_total{reason="slow_reader"}') == 1
 
 
 def test_pipelined_requests_wait_and_all_are_answered(client, wire, jpeg):
@@ -271,16 +277,22 @@ def test_garbage_after_a_request_does_not_affect_its_response(client, wire, jpeg
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-@pytest.mark.parametrize("completes", [True, False])
-def test_a_response_before_the_body_keeps_the_connection_if_the_body_arrives(wire, completes):
-    wire = wire()
-    wire.sendall(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n")
-    assert read(wire, to_the_end=False).status == 404
-    if completes:
-        wire.sendall(b"hello" + GET + b"\r\n")
-        assert read(wire, to_the_end=False).status == 200
-    else:
-        assert wire.recv(10) == b""
+NOWHERE = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+
+
+def test_a_response_before_the_body_keeps_the_connection_if_the_body_arrives(wire):
+    good = wire()
+    good.sendall(NOWHERE)
+    assert read(good, to_the_end=False).status == 404
+    good.sendall(b"hello" + GET + b"\r\n")
+    assert read(good, to_the_end=False).status == 200
+
+
+def test_a_response_before_the_body_closes_the_connection_if_the_body_does_not_arrive(impatient):
+    with connect(impatient) as bad:
+        bad.sendall(NOWHERE)
+        assert read(bad, to_the_end=False).status == 404
+        assert bad.recv(10) == b""
 
 
 def test_trailers_are_not_headers_of_the_request(wire):
