@@ -80,8 +80,9 @@ def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
 
 def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, pool, jpeg):
     runtime = Held(largest_batch=1)
-    client = serve_with(runtime, request_timeout=0.3)
-    replies = [pool.submit(post, client, jpeg) for _ in range(4)]
+    client = serve_with(runtime)
+    late = {"X-Request-Timeout-Ms": "300"}
+    replies = [pool.submit(client.post, "/v1/classify", content=jpeg, headers=late) for _ in range(4)]
     answers = [reply.result() for reply in replies]
     assert [answer.status_code for answer in answers] == [504] * 4
     assert answers[0].json()["code"] == "deadline"

@@ -1,7 +1,6 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
 import json
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -29,6 +28,7 @@ from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.recipe_comparison import compare_recipes
 from sopdeploy.report.page import write_run_report
 from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.few_shot import selection
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
 from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.few_shot.estimates import choose, compose, estimate
@@ -295,20 +295,23 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
 
 
 @pytest.mark.parametrize(
-    ("settings", "few_shot", "reason"),
+    ("predicted", "settings", "few_shot", "reason"),
     [
-        ([], True, r"few-shot procedure, about \d+ min in total: the training loop would take about "),
-        (
-            ["procedure.max_minutes=1e-6"],
-            False,
-            r"training loop, about .* in total: the few-shot procedure would take about .*"
-            r"max_minutes = 1e-06; --procedure few_shot selects it",
-        ),
-        (FEW_SHOT, True, "^$"),
-        (["procedure.kind=loop"], False, "^$"),
+        ((180, 7200, 10**9), [], True, "few-shot procedure, about 3 min in total: the training loop would "
+         "take about 2.0 hours; --procedure loop selects it"),
+        ((180, 60, 10**9), ["procedure.max_minutes=2"], False, "training loop, about 1 min in total: the "
+         "few-shot procedure would take about 3 min, more than procedure.max_minutes = 2; --procedure "
+         "few_shot selects it"),
+        ((180, 60, 10**18), [], False, "training loop, about 1 min in total: the few-shot procedure would "
+         "need 1000000000 GB, more than half of the memory; --procedure few_shot selects it"),
+        (None, FEW_SHOT, True, ""),
+        (None, ["procedure.kind=loop"], False, ""),
     ],
-)
-def test_time_selects_the_procedure_for_more_than_a_thousand_images(tmp_path, settings, few_shot, reason):
+)  # fmt: skip
+def test_time_and_memory_select_the_procedure_for_more_than_a_thousand_images(
+    tmp_path, monkeypatch, predicted, settings, few_shot, reason
+):
+    monkeypatch.setattr(selection, "predict_cost", lambda *_: selection.PredictedCost(*predicted))
     images = open_data(read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 10)}"]).data)
     many = replace(
         images.train, paths=np.tile(images.train.paths, 50), targets=np.tile(images.train.targets, 50)
@@ -319,10 +322,16 @@ def test_time_selects_the_procedure_for_more_than_a_thousand_images(tmp_path, se
     assert (selected.recipe.procedure.kind == "few_shot") == few_shot
     assert len(selected.data.train) + len(selected.data.held_out) == len(many) + 6
     assert (len(selected.data.held_out) == 0) == few_shot
-    assert re.search(reason, selected.reason)
+    assert selected.reason == reason
     if isinstance(recipe.procedure, AutoConfig):  # a resumed run keeps its procedure
         for recorded in (FewShotConfig(heads=("gap",)), LoopConfig()):
             assert select_procedure(recipe, data, recorded).recipe.procedure == recorded
+
+
+def test_the_cost_of_both_procedures_is_measured(tmp_path):
+    recipe = read_recipe("photos", [*SMALL, "model.name=resnet8", "model.config={}"])
+    images = open_data(read_recipe("photos", [f"data.path={paint(tmp_path / 'photos', 10)}"]).data)
+    assert min(selection.predict_cost(recipe, images.train)) > 0
 
 
 @pytest.mark.slow
