@@ -33,7 +33,7 @@ export NO_MKDOCS_2_WARNING := 1
 # uv does not compile to bytecode. Without a bytecode cache every process that a test starts compiles torch again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in removable goldens format docs \
+.PHONY: demo quick test fuzz check lint types contracts unit compile tests test-models cuda-stand-in goldens format docs \
 	pictures site gpu-bundles gpu-wheels gpu-check soak dist wheel-test samples-test extras-test container-test container-base audit sbom release lock clean
 
 demo: $(STAMP)  ## train on digits, export with proof, serve, and classify over HTTP
@@ -75,7 +75,6 @@ tests: $(STAMP)
 
 test-models: $(STAMP)  ## the slow tests: every network at full width through training, export and parity (one hour)
 	$(BIN)/pytest --slow -m slow
-	$(MAKE) removable
 
 cuda-stand-in: $(CUDA)/.built  ## ONNX Runtime with CUDA and torch-tensorrt, on a stand-in for CUDA; needs gcc, 260 MB
 
@@ -86,9 +85,6 @@ $(CUDA)/.built: $(STAMP) deploy/lock/gpu.txt tests/cuda/build.py tests/cuda/cuda
 	$(BIN)/uv pip install --quiet --no-deps --target $(CUDA)/bindings 'tensorrt-cu13-bindings>=11.4,<12'
 	$(BIN)/python tests/cuda/build.py $(CUDA)
 	touch $@
-
-removable: $(STAMP)  ## delete each optional part from a copy of the project; the unit tests must still pass
-	OMP_NUM_THREADS=1 $(BIN)/python tests/removable.py
 
 goldens: $(STAMP)  ## rewrite tests/goldens; review the diff
 	$(BIN)/pytest --rewrite-goldens tests/sweep/test_goldens.py

@@ -17,9 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.cli.app import app, list_commands
+from sopdeploy.cli.app import COMMANDS, app
 from sopdeploy.errors import SopdeployError
-from sopdeploy.plugins import parts
 
 # Arguments with which a command imports what it needs, and ends at once where everything is installed.
 ARGUMENTS = {
@@ -86,12 +85,9 @@ def main(bundle: Path) -> int:
         for name in ("ant", "bee"):
             Path("photos", name).mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(Path("photos", name, "1.png"))
-        checks = [(name, run, (name, *ARGUMENTS[name].split())) for name in list_commands()]
-        checks += [(f"{name} --help", run, (name, "--help")) for name in list_commands()]
-        checks += [
-            (f"sopdeploy.{name}", get, (name,))
-            for name in [*sopdeploy.__all__, *parts("sopdeploy.functions")]
-        ]
+        checks = [(name, run, (name, *ARGUMENTS[name].split())) for name in COMMANDS]
+        checks += [(f"{name} --help", run, (name, "--help")) for name in COMMANDS]
+        checks += [(f"sopdeploy.{name}", get, (name,)) for name in sopdeploy.__all__]
         for name, check, arguments in checks:
             try:
                 sys.stdout.write(f"{name}: {check(*arguments)}\n")

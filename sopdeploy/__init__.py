@@ -3,7 +3,8 @@
 `train`, `evaluate`, `calibrate`, `export`, `predict`, `classify` and `serve` do what the commands of the same
 names do, with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the
 parts that its output does not need. `dsop`, `gsop`, `gmsop`, `psdr` and `isqrt` apply the papers' methods to
-your own network, and `register_model` gives it a name that `train` accepts. `create_model(name,
+your own network, and `register_model` gives it a name that `train` accepts. `register_pooling`,
+`register_data_source` and `register_runtime` add others, also from a plug-in. `create_model(name,
 num_classes=..., **config)` builds a network of the catalog, `list_models()` lists the names, and
 `describe(name, **config)` counts parameters and multiply-adds. Importing sopdeploy does not import torch;
 `predict`, `classify` and `serve` do not need it.
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from sopdeploy.api.serving import predict as predict
     from sopdeploy.api.serving import serve as serve
     from sopdeploy.api.training import train as train
+    from sopdeploy.data.sources import register_data_source as register_data_source
     from sopdeploy.images.preprocess import Preprocess as Preprocess
+    from sopdeploy.layers.pooling.registry import register_pooling as register_pooling
     from sopdeploy.models.describe import describe as describe
     from sopdeploy.models.registry import create_model as create_model
     from sopdeploy.models.registry import list_models as list_models
@@ -34,12 +37,15 @@ if TYPE_CHECKING:
     from sopdeploy_export.options import ExportOptions as ExportOptions
     from sopdeploy_export.user_network.export_network import export_network as export_network
     from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
+    from sopdeploy_service.commands.batch.run import classify as classify
+    from sopdeploy_service.runtime.base import register_runtime as register_runtime
 
 # Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULES = {
     "calibrate": "sopdeploy.api.calibration",
+    "classify": "sopdeploy_service.commands.batch.run",
     "ExportOptions": "sopdeploy_export.options",
     "Preprocess": "sopdeploy.images.preprocess",
     "create_model": "sopdeploy.models.registry",
@@ -54,7 +60,10 @@ _MODULES = {
     "list_models": "sopdeploy.models.registry",
     "predict": "sopdeploy.api.serving",
     "psdr": "sopdeploy.models.user_network",
+    "register_data_source": "sopdeploy.data.sources",
     "register_model": "sopdeploy.models.user_network",
+    "register_pooling": "sopdeploy.layers.pooling.registry",
+    "register_runtime": "sopdeploy_service.runtime.base",
     "serve": "sopdeploy.api.serving",
     "train": "sopdeploy.api.training",
     "unused_modules": "sopdeploy_export.user_network.export_network",
@@ -64,13 +73,13 @@ __all__ = sorted(["__version__", *_MODULES])
 
 
 def __getattr__(name: str) -> Any:
-    from sopdeploy.environment import missing_extras
-    from sopdeploy.plugins import load_part, parts
+    from importlib import import_module
 
-    target = f"{_MODULES[name]}:{name}" if name in _MODULES else parts("sopdeploy.functions").get(name)
-    if target is None:
+    from sopdeploy.environment import missing_extras
+
+    if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     with missing_extras():
-        value = load_part(target)
+        value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

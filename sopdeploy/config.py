@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self, TypeVar
 import pydantic
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.plugins import find
+from sopdeploy.plugins import Registry
 
 _Result = TypeVar("_Result")
 
@@ -28,10 +28,10 @@ class StrictModel(pydantic.BaseModel):
     )
 
 
-def with_plugins(group: str, kind: type[StrictModel]) -> pydantic.WrapValidator:
-    """Let a field whose type is a union by `kind` accept the configs that plug-ins register in *group*.
+def with_registered(registry: Registry[type[StrictModel]], base: type[StrictModel]) -> pydantic.WrapValidator:
+    """Let a field whose type is a union by `kind` accept the configs in *registry*, subclasses of *base*.
 
-    These are subclasses of *kind*. The annotation of the field also needs `SerializeAsAny`.
+    The annotation of the field also needs `SerializeAsAny`.
     """
 
     def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
@@ -40,12 +40,12 @@ def with_plugins(group: str, kind: type[StrictModel]) -> pydantic.WrapValidator:
         except pydantic.ValidationError as problem:
             if problem.errors()[0]["type"] != "union_tag_invalid":
                 raise
-            if isinstance(value, kind):
+            if isinstance(value, base):
                 return value
-            plugin = find(group, value["kind"], kind)
-            if plugin is None:
+            registered = registry.find(value["kind"])
+            if registered is None:
                 raise
-            return plugin.model_validate(value)
+            return registered.model_validate(value)
 
     return pydantic.WrapValidator(validate)
 

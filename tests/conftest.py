@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -62,17 +61,6 @@ MISSING = {
 }
 
 
-def pytest_configure() -> None:
-    """Stop if the installed entry points are not those of `pyproject.toml`: a part would be missing."""
-    from sopdeploy import plugins
-
-    content = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text(encoding="utf-8"))
-    if any(plugins.parts(group) != lines for group, lines in content["project"]["entry-points"].items()):
-        raise pytest.UsageError(
-            "pyproject.toml has changed; run: uv pip install --no-deps -e . -e tests/plugin"
-        )
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
     parser.addoption("--rewrite-goldens", action="store_true", help="rewrite tests/goldens; review the diff")
@@ -116,9 +104,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     }
     reasons["slow"] = None if config.getoption("--slow") else "slow; run with --slow or `make test-models`"
     for item in items:
-        for module in [marker.args[0] for marker in item.iter_markers("part")]:
-            if importlib.util.find_spec(module) is None:  # see tests/removable.py
-                item.add_marker(pytest.mark.skip(reason=f"{module} is removed"))
         for name, reason in reasons.items():
             if reason and item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=reason))

@@ -60,7 +60,7 @@ def accepted(model: onnx.ModelProto, precision: str) -> None:
 
 
 def built(model: onnx.ModelProto, precision: str) -> None:
-    """Build the plan of *model* with our own code, an optional part."""
+    """Build the plan of *model* with our own code."""
     trt = real_tensorrt()
     if trt is None:
         return

@@ -18,7 +18,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import sopdeploy
-from sopdeploy.cli.app import QUICK_START, app, list_commands
+from sopdeploy.cli.app import QUICK_START, app
 from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field
 from sopdeploy.models.registry import CATALOG, FAMILIES, title
 from sopdeploy.training.recipe import list_recipes
@@ -99,7 +99,7 @@ def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = sopdeploy_cli(*arguments)
         assert (result.exit_code, result.stderr) == (0, "")
-        assert re.findall(r"^  ([a-z-]+) +[a-z]", result.stdout, re.MULTILINE) == list(list_commands())
+        assert re.findall(r"^  ([a-z-]+) +[a-z]", result.stdout, re.MULTILINE) == list(COMMANDS.commands)
         assert max(map(len, result.stdout.splitlines())) <= 100
 
 

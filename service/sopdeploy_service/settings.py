@@ -11,7 +11,6 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +20,7 @@ from sopdeploy.config import Count, Fraction, first_problem
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
-from sopdeploy.plugins import VARIABLE, installed_plugins, parts
+from sopdeploy.plugins import RUNTIMES, VARIABLE
 
 
 def _split_commas(value: Any) -> Any:
@@ -59,21 +58,17 @@ def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 CPU_RUNTIMES = ("onnxruntime-cpu", "openvino")
+_OWN_RUNTIMES = ("auto", *CPU_RUNTIMES, "onnxruntime-cuda", "tensorrt")
 
 
-def _check_registered(own: tuple[str, ...], group: str, value: str) -> str:
-    """Return *value* if it is one of *own* or registered in *group*; imports no plug-in."""
-    if value not in own and value not in parts(group):
-        known = [point.name for point in installed_plugins() if point.group == group]
-        if value not in known:
-            raise ValueError(f"choose from {', '.join([*own, *parts(group), *known])}")
+def _check_runtime(value: str) -> str:
+    if value not in _OWN_RUNTIMES and RUNTIMES.find(value) is None:
+        raise ValueError(f"choose from {', '.join([*_OWN_RUNTIMES, *RUNTIMES.registered])}")
     return value
 
 
-_RUNTIMES = partial(_check_registered, ("auto", *CPU_RUNTIMES, "onnxruntime-cuda"), "sopdeploy.runtimes")
-_DECODERS = partial(_check_registered, ("exact", "fast", "nvimagecodec", "auto"), "sopdeploy.decoders")
-RuntimeName = Annotated[str, pydantic.AfterValidator(_RUNTIMES)]
-DecodeSetting = Annotated[str, pydantic.AfterValidator(_DECODERS)]
+RuntimeName = Annotated[str, pydantic.AfterValidator(_check_runtime)]
+DecodeSetting = Literal["exact", "fast", "nvimagecodec", "auto"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 Sandbox = Literal["auto", "off", "required"]

@@ -11,7 +11,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.prediction import HeadAccuracy
-from sopdeploy.plugins import find
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,9 +86,8 @@ def evaluate(
     heads: tuple[HeadAccuracy, ...] = ()
     shared: Any = {"on_image": on_image, "log": notes.append}
     if kind == "service":
-        score_service = find("sopdeploy.evaluators", "service")
-        if score_service is None:
-            raise ConfigError(f"{name}: the HTTP client is not installed; evaluate a checkpoint or a bundle")
+        from sopdeploy.evaluation.service import score_service
+
         labels, scores = score_service(name, data, api_key=options.api_key, model=options.model, **shared)
     elif kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle

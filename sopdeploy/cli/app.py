@@ -3,15 +3,12 @@
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
 from importlib import import_module
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from sopdeploy.plugins import parts
 from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
@@ -22,7 +19,7 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
 # Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command` (with `_` for `-`),
-# summary. Commands of optional parts are in pyproject.toml.
+# summary.
 COMMANDS = {
     "demo": ("Get started", "demo", "run the whole workflow in a minute"),
     "env": ("Get started", "env", "versions and hardware, for a bug report"),
@@ -34,12 +31,21 @@ COMMANDS = {
     "calibrate": ("Train", "training.evaluate", "fit temperature and thresholds of a checkpoint"),
     "runs": ("Train", "training.runs", "list runs and bundles, and which bundles are live"),
     "report": ("Train", "training.evaluate", "write an HTML report on a run"),
+    "import": ("Train", "training.import_weights", "convert published weights to a checkpoint"),
+    "compare-recipes": (
+        "Train",
+        "training.compare_recipes",
+        "test whether one recipe is better than another",
+    ),
+    "reproduce": ("Train", "training.reproduce", "train the rows of a paper's table"),
     "export": ("Export", "deployment.export", "convert a checkpoint to a bundle, with a proof"),
     "inspect": ("Export", "deployment.export", "list parts of your network that have no effect"),
     "verify": ("Export", "deployment.verify", "check files and outputs of a bundle"),
     "sign": ("Export", "deployment.transfer", "sign a bundle"),
     "push": ("Export", "deployment.transfer", "upload a bundle"),
     "pull": ("Export", "deployment.transfer", "download and check a bundle"),
+    "engine": ("Export", "deployment.engine", "build the TensorRT engine of a bundle"),
+    "triton": ("Export", "deployment.triton", "add a bundle to a Triton model repository"),
     "predict": ("Serve", "serving.predict", "classify images without a server"),
     "compare": ("Serve", "serving.promote", "compare two bundles on photographs"),
     "promote": ("Serve", "serving.promote", "make a bundle live if it is not worse"),
@@ -47,6 +53,9 @@ COMMANDS = {
     "health": ("Serve", "serving.health", "check whether a server is ready"),
     "key": ("Serve", "serving.serve", "create an API key for a server"),
     "bench": ("Serve", "serving.predict", "measure latency and throughput of a bundle"),
+    "classify": ("Serve", "serving.classify", "classify any number of images into parquet files"),
+    "doctor": ("Serve", "serving.doctor", "find the bottleneck of a server"),
+    "label": ("Serve", "serving.label", "label kept photographs on a local web page"),
 }
 QUICK_START = (
     "sopdeploy train --data photos",
@@ -57,30 +66,11 @@ QUICK_START = (
 )
 
 
-TOPICS = {"": "Get started", "training": "Train", "deployment": "Export", "serving": "Serve"}  # by folder
-
-
-@cache
-def list_commands() -> dict[str, tuple[str, str, str]]:
-    """Return topic, module and summary of all commands by name.
-
-    The summary of an optional one is in the first line of its file.
-    """
-    commands = dict(COMMANDS)
-    for name, module in parts("sopdeploy.commands").items():
-        *_, folder, file = module.split(".")
-        with Path(__file__).with_name(folder).joinpath(f"{file}.py").open(encoding="utf-8") as lines:
-            summary = lines.readline().strip('."\n').partition(": ")[2]
-        commands[name] = (TOPICS[folder], f"{folder}.{file}", summary)
-    order = list(TOPICS.values())
-    return dict(sorted(commands.items(), key=lambda item: order.index(item[1][0])))
-
-
 class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        module = import_module(f"sopdeploy.cli.{list_commands()[name][1]}")
+        module = import_module(f"sopdeploy.cli.{COMMANDS[name][1]}")
         target = getattr(module, f"{name.replace('-', '_')}_command")
         if not isinstance(target, typer.Typer):
             command, target = target, typer.Typer(add_completion=False, **SETTINGS)
@@ -88,10 +78,10 @@ class Commands(Mapping[str, Any]):
         return typer.main.get_command(target)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(list_commands())
+        return iter(COMMANDS)
 
     def __len__(self) -> int:
-        return len(list_commands())
+        return len(COMMANDS)
 
 
 class Program(TyperGroup):
@@ -107,9 +97,8 @@ class Program(TyperGroup):
         formatter.write(f"\n{ABOUT}\n\nQuick start:\n")
         for number, command in enumerate(QUICK_START, 1):
             formatter.write(f"  {number}  {command}\n")
-        commands = list_commands()
-        for topic in TOPICS.values():
-            rows = [(name, summary) for name, (group, _, summary) in commands.items() if group == topic]
+        for topic in dict.fromkeys(topic for topic, _, _ in COMMANDS.values()):
+            rows = [(name, summary) for name, (group, _, summary) in COMMANDS.items() if group == topic]
             with formatter.section(topic):
                 formatter.write_dl(rows)
         records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]

@@ -76,14 +76,13 @@ def accelerators() -> dict[str, str]:
 
 
 def plugins() -> dict[str, str]:
-    """List what plug-ins register, by distribution, without importing them."""
+    """List the modules of plug-ins, by distribution, without importing them."""
     from sopdeploy.plugins import distribution, installed_plugins
 
-    registered: dict[str, list[str]] = {}
+    modules: dict[str, list[str]] = {}
     for point in installed_plugins():
-        what = f"{point.group.removeprefix('sopdeploy.')}: {point.name}"
-        registered.setdefault(distribution(point), []).append(what)
-    return {name: ", ".join(entries) for name, entries in registered.items()}
+        modules.setdefault(distribution(point), []).append(point.module)
+    return {name: ", ".join(names) for name, names in modules.items()}
 
 
 def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:

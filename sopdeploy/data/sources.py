@@ -5,27 +5,41 @@ depends on (seed, epoch) only, also after a resume and for any number of process
 """
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import pydantic
 
-from sopdeploy.config import with_plugins
+from sopdeploy.config import with_registered
 from sopdeploy.data.base import DataSource, LabeledImages, Split, select_subset
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
-from sopdeploy.errors import DataError, shorten
+from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user
+from sopdeploy.plugins import DATA_SOURCES
 
 DataConfig = Annotated[
     DigitsConfig | FolderConfig | CifarConfig | OfficialConfig,
     pydantic.Field(discriminator="kind"),
-    with_plugins("sopdeploy.data", DataSource),
+    with_registered(DATA_SOURCES, DataSource),
     pydantic.SerializeAsAny(),
 ]
+
+
+def register_data_source(config: type[DataSource]) -> None:
+    """Let recipes name the data source *config*, as `data.kind` with the value of its field `kind`.
+
+    Raises `ConfigError` if *config* is no subclass of `DataSource`, or its name is invalid or in use.
+    """
+    if not (isinstance(config, type) and issubclass(config, DataSource)):
+        raise ConfigError(
+            f"register_data_source: {config!r} is no subclass of sopdeploy.data.base.DataSource"
+        )
+    (name,) = get_args(config.model_fields["kind"].annotation)
+    DATA_SOURCES.register(name, config, config.__module__)
 
 
 def open_data(config: DataConfig | DataSource, log: Log = ignore) -> Split:

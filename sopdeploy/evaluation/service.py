@@ -1,4 +1,4 @@
-"""The scores of a running service; a part of the optional HTTP client."""
+"""The scores of a running service."""
 
 from collections.abc import Callable
 from pathlib import Path

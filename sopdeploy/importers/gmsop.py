@@ -36,7 +36,7 @@ from sopdeploy.importers.matconvnet import (
 _STAGES = (2, 3, 4, 5)
 LETTERS = "abcdefgh"  # of the convolutions of a component
 SIDE = 64
-MODELS = {  # by (with a gate, component, blocks per stage, widening)
+_MODELS = {  # by (with a gate, component, blocks per stage, widening)
     (True, "gap", 2, 1): "gmgap-16-8-resnet18",
     (True, "sop", 2, 1): "gmsop-16-8-resnet18",
     (True, "sop", 6, 1): "gmsop-16-8-resnet50",
@@ -79,7 +79,7 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         tensors += _gate(file, config, component == "sop")
     return ConvertedWeights(
         description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
-        model=MODELS.get((gated, component, blocks, widen)),
+        model=_MODELS.get((gated, component, blocks, widen)),
         tensors=tuple(tensors),
         num_classes=len(pointwise_kernel(file, "prediction_f")),
         preprocess=_preprocess(file),

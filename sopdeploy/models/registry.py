@@ -24,7 +24,7 @@ from sopdeploy.models import (
 )
 from sopdeploy.models.base import Classifier, Entry, is_in
 from sopdeploy.models.second_order_head import POOLED_HEAD, HeadConfig, head_name
-from sopdeploy.plugins import find, load_plugins
+from sopdeploy.plugins import MODELS
 
 FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
     plain,
@@ -39,8 +39,6 @@ FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
 )
 CATALOG: dict[str, Entry] = {name: item for family in FAMILIES for name, item in family.ENTRIES.items()}
 
-REGISTERED: dict[str, Entry] = {}  # networks of the user, see `user_network.register_model`
-
 
 def entry(name: str) -> Entry:
     """Look up *name* in the catalog; raise `ConfigError` with the nearest names if it is unknown.
@@ -53,11 +51,9 @@ def entry(name: str) -> Entry:
         return second_order_head.head_entry(rest, entry(rest))
     if colon and family in {"timm", "dsop-timm"}:
         return timm_networks.timm_entry(family, rest)
-    if name in REGISTERED:
-        return REGISTERED[name]
     if name in CATALOG:
         return CATALOG[name]
-    found: Entry | None = find("sopdeploy.models", name, Entry)
+    found: Entry | None = MODELS.find(name)  # of the user or a plug-in
     if found is None:
         similar = [f"timm:{name}"] if "." in name else difflib.get_close_matches(name, CATALOG, n=3)
         hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
@@ -133,11 +129,6 @@ def title(family: ModuleType) -> str:
     return (family.__doc__ or family.__name__).split("\n\n")[0].replace("\n", " ").rstrip(".")
 
 
-def plugin_networks() -> dict[str, dict[str, Entry]]:
-    """Return the networks of plug-ins by the distribution that registers them."""
-    return load_plugins("sopdeploy.models", Entry)
-
-
 def list_models() -> list[str]:
-    """List the names of the catalog in display order, then those of plug-ins."""
-    return [*CATALOG, *(name for networks in plugin_networks().values() for name in networks)]
+    """List the names of the catalog in display order, then those that are registered."""
+    return [*CATALOG, *MODELS.names()]

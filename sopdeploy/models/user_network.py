@@ -5,7 +5,6 @@ a name, so that training, evaluation and export of this package accept it as one
 process that registers a network knows it: reading a checkpoint never imports code.
 """
 
-import re
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -24,11 +23,11 @@ from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig
 from sopdeploy.models.gmsop import GMSOP, Gated, GMSOPOptions
 from sopdeploy.models.psdr import PSDR, PSDROptions, SupervisedPSDR
-from sopdeploy.models.registry import CATALOG, REGISTERED, parse_options
+from sopdeploy.models.registry import CATALOG, parse_options
 from sopdeploy.models.user_maps import evaluated, find_taps, hooked, last_map, remove_after, run_tapped
+from sopdeploy.plugins import MODELS
 
 Trained = TypeVar("Trained", bound="UserNetwork")
-_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 class Source(NamedTuple):
@@ -341,9 +340,8 @@ def register_model(
         ConfigError: *name* is that of a network of the catalog, or has other characters, or the method needs
             taps.
     """
-    if not _NAME.fullmatch(name) or name in CATALOG:
-        reason = "is a network of the catalog" if name in CATALOG else "use letters, digits, `.`, `_` and `-`"
-        raise ConfigError(f"register_model: name {name!r}: {reason}")
+    if name in CATALOG:
+        raise ConfigError(f"model {name!r}: is a network of the catalog; choose another name")
     chosen: MethodName = method or ("dsop" if taps else "none")
     if chosen in {"dsop", "gsop"} and not taps:
         raise ConfigError(f"register_model: method {chosen!r} needs taps; name modules of the network")
@@ -354,10 +352,12 @@ def register_model(
         def construct(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
             kind.__init__(self, config, num_classes, source)
 
-        return type(kind.__name__, (kind,), {"__init__": construct, "inference_class": inference_class})
+        members = {"__init__": construct, "__module__": build.__module__, "inference_class": inference_class}
+        return type(kind.__name__, (kind,), members)
 
     inference = bound(exported, None) if trained.training_only else None
-    REGISTERED[name] = Entry(bound(trained, inference), options, {}, "registered in this process", image_size)
+    network = Entry(bound(trained, inference), options, {}, f"of {build.__module__}", image_size)
+    MODELS.register(name, network, build.__module__)
 
 
 def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:

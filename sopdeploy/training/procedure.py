@@ -12,7 +12,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.loop_config import LoopConfig
 from sopdeploy.training.procedure_config import AutoConfig, ProcedureConfig, ProcedureResult
-from sopdeploy.training.recipe import Recipe, procedure_configs
+from sopdeploy.training.recipe import PROCEDURES, Recipe
 from sopdeploy.training.run import Run
 from sopdeploy.training.run_folder import RunFolder
 
@@ -69,7 +69,7 @@ def select_procedure(recipe: Recipe, data: Split, recorded: ProcedureConfig | No
 def _propose(recipe: Recipe, data: Split, max_minutes: float) -> tuple[ProcedureConfig, str]:
     """Return the config of the first procedure that accepts, or that of the training loop; and the reason."""
     reasons = []
-    for config_class in procedure_configs():
+    for config_class in PROCEDURES:
         config = config_class.model_validate({})
         proposal = _create(config).propose(recipe, data, max_minutes)
         if proposal.accepted:
@@ -90,7 +90,7 @@ def parse_result(record: Any) -> ProcedureResult:
     """
     if isinstance(record, ProcedureResult):
         return record
-    kinds = {config.result.model_fields["kind"].default: config.result for config in procedure_configs()}
+    kinds = {config.result.model_fields["kind"].default: config.result for config in PROCEDURES}
     if record["kind"] not in kinds:
         raise ConfigError(
             f"the procedure {record['kind']!r}, which trained the network, is not part of this installation; "

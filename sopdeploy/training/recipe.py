@@ -10,23 +10,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 
 from sopdeploy.config import Count, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
-from sopdeploy.data.base import DataSource
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, RemovableBranches
 from sopdeploy.models.registry import CatalogModel, entry, make_config
-from sopdeploy.plugins import find, load_parts
+from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
+from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.fine_tuning import StartConfig
 from sopdeploy.training.loop_config import LoopConfig, LoopSettings
-from sopdeploy.training.procedure_config import AutoConfig, ProcedureConfig
+from sopdeploy.training.procedure_config import AutoConfig
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -41,18 +41,11 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
 }
 
 
-def procedure_configs() -> tuple[type[ProcedureConfig], ...]:
-    """Import the configs of all procedures, that of the training loop first."""
-    return (LoopConfig, *load_parts("sopdeploy.procedures"))
-
-
-if TYPE_CHECKING:
-    AnyProcedureConfig = ProcedureConfig
-else:
-    AnyProcedureConfig = Annotated[
-        Union[AutoConfig, *procedure_configs()],
-        pydantic.Field(discriminator="kind"),
-    ]
+PROCEDURES = (LoopConfig, FewShotConfig)  # in the order in which `auto` asks them
+AnyProcedureConfig = Annotated[
+    AutoConfig | LoopConfig | FewShotConfig,
+    pydantic.Field(discriminator="kind"),
+]
 
 
 class ModelConfig(CatalogModel):
@@ -210,7 +203,7 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
     if isinstance(config, dict) and isinstance(network, str):
         for key in config.keys() - entry(network).config.model_fields:
             del config[key]
-    configs_of = {"data": get_args(get_args(DataConfig)[0]), "procedure": (AutoConfig, *procedure_configs())}
+    configs_of = {"data": get_args(get_args(DataConfig)[0]), "procedure": (AutoConfig, *PROCEDURES)}
     for name, configs in configs_of.items():
         table, kind = tables.get(name, {}), overrides.get(f"{name}.kind")
         if not isinstance(kind, str) or kind == table.get("kind"):
@@ -218,7 +211,7 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
         of_kind = [item for item in configs if kind in get_args(item.model_fields["kind"].annotation)]
         chosen = of_kind[0] if of_kind else None
         if chosen is None and name == "data":
-            chosen = find("sopdeploy.data", kind, DataSource)  # of a plug-in
+            chosen = DATA_SOURCES.find(kind)
         if chosen is not None:  # otherwise the validation of the recipe names the unknown kind
             for key in table.keys() - chosen.model_fields.keys():
                 del table[key]

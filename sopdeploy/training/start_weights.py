@@ -21,10 +21,11 @@ from sopdeploy.data.base import derive_seed
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import expand_user, sha256
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.import_weights import CIFAR10, choose_network, convert_start_weights
+from sopdeploy.importers.published import fetch_imagenet_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
-from sopdeploy.plugins import find
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.recipe import Recipe
@@ -86,21 +87,18 @@ def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | Non
 
 
 def _read(recipe: Recipe) -> StartWeights:
-    """Read the file of `start.weights` with the importers, or without them as a checkpoint."""
+    """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
     model = recipe.model.name.removeprefix("head:")  # the tensors of a network keep their names under a head
     source_model = model.removeprefix("dsop-") if ":" in model else model
     weights = recipe.start.weights if recipe.start is not None else None
-    importers = find("sopdeploy.importers", "weights")
     if isinstance(weights, Path):
         path = expand_user(weights)
-    elif importers is None:
-        raise ConfigError("start.weights: sopdeploy.importers is not installed; give a checkpoint")
     else:
         config = make_config(recipe.model.name, recipe.model.config)
-        path, source_model = find("sopdeploy.importers", "published").fetch_imagenet_weights(model, config)
+        path, source_model = fetch_imagenet_weights(model, config)
     if not path.is_file():
         load_plain(path)  # raises the error for missing files, folders and bundles
-    converted = importers and importers.convert_start_weights(path, source_model)
+    converted = convert_start_weights(path, source_model)
     if converted is not None:
         return StartWeights(
             file=path.name,
@@ -108,7 +106,7 @@ def _read(recipe: Recipe) -> StartWeights:
             network=converted.description,
             tensors={mapped.name: mapped.tensor for mapped in converted.tensors},
             preprocess=converted.preprocess,
-            labels=importers.CIFAR10 if converted.labels == "cifar10" else None,
+            labels=CIFAR10 if converted.labels == "cifar10" else None,
         )
     checkpoint = read_checkpoint(path)
     return StartWeights(
@@ -124,8 +122,8 @@ def _read(recipe: Recipe) -> StartWeights:
 
 def network_of_file(weights: Path, default: str) -> str:
     """Choose the network for the weight file *weights*: *default* unless the file is that of another one."""
-    importers, path = find("sopdeploy.importers", "weights"), expand_user(weights)
-    return str(importers.choose_network(path, default)) if importers and path.is_file() else default
+    path = expand_user(weights)
+    return choose_network(path, default) if path.is_file() else default
 
 
 def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:

@@ -7,7 +7,7 @@ import pytest
 from torch import nn
 
 from sopdeploy.models import user_network
-from sopdeploy.models.registry import REGISTERED, entry
+from sopdeploy.plugins import MODELS
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
@@ -30,7 +30,7 @@ def test_a_network_of_the_user_with_a_head_agrees(tmp_path: Path, monkeypatch: p
         convolutions = nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 12, 3, stride=2), nn.ReLU()
         return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, num_classes))
 
-    monkeypatch.setitem(REGISTERED, "mine", entry("resnet8"))  # removed after the test
+    monkeypatch.setattr(MODELS, "registered", {})
     user_network.register_model("mine", build, image_size=32)
     small = Small("head:mine", 32, STATISTICS)
     assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed

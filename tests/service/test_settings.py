@@ -32,7 +32,6 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
         pytest.param(
             {"devices": "0,cpu", "runtime": "tensorrt"},
             "needs a GPU; remove cpu from devices",
-            marks=pytest.mark.part("sopdeploy_service.runtime.tensorrt"),
         ),
         ({"devices": "0", "model_control": True}, "single process"),
         ({"front_ends": 2, "model_control": True}, "single process"),

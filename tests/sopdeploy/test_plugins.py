@@ -1,128 +1,148 @@
-"""Entry points: a plug-in that cannot be used is one line, and the project's own parts are all registered."""
+"""What a plug-in or a process registers: names, wrong objects, and modules that cannot be imported."""
 
 import logging
-import tomllib
+import sys
 from collections.abc import Callable
-from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from typer.testing import CliRunner
 
+import sopdeploy
 from sopdeploy import plugins
-from sopdeploy.cli.app import app, list_commands
+from sopdeploy.cli.app import app
+from sopdeploy.data.base import DataSource
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.base import Entry
+from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.models.registry import entry
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy_service.settings import load_settings
 
-ROOT = Path(__file__).parents[2]
-Install = Callable[..., None]
+Install = Callable[[str], None]
 MODULES = {
     "raises": "raise RuntimeError('first line\\nsecond line')",
     "exits": "raise SystemExit(3)",
-    "empty": "",
-    "wrong": "NETWORK = 1",
+    "wrong": "import sopdeploy\nsopdeploy.register_pooling(1)",
+    "works": "import sopdeploy\nsopdeploy.register_runtime('acme', print)",
 }
 
 
+@pytest.fixture(autouse=True)
+def _own_registries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry in (plugins.MODELS, plugins.POOLINGS, plugins.DATA_SOURCES, plugins.RUNTIMES):
+        monkeypatch.setattr(registry, "registered", {})
+
+
 @pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """`install(lines, name)` writes the metadata of a package with these entry points, and `MODULES`."""
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`install(lines)` writes the metadata of a package that names these modules, and `MODULES`."""
     monkeypatch.setenv(plugins.VARIABLE, "on")
     monkeypatch.syspath_prepend(tmp_path)
     for module, text in MODULES.items():
         (tmp_path / f"{module}_plugin.py").write_text(text, encoding="utf-8")
+        monkeypatch.delitem(sys.modules, f"{module}_plugin", raising=False)
 
-    def write(lines: str, name: str = "acme") -> None:
-        folder = tmp_path / f"{name}-2.0.dist-info"
+    def write(lines: str) -> None:
+        folder = tmp_path / "acme-2.0.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 2.0\n", "utf-8")
-        (folder / "entry_points.txt").write_text(lines, encoding="utf-8")
-        plugins._other_points.cache_clear()
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: acme\nVersion: 2.0\n", "utf-8")
+        (folder / "entry_points.txt").write_text(f"[{plugins._GROUP}]\n{lines}\n", encoding="utf-8")
+        plugins._entry_points.cache_clear()
 
     yield write
-    plugins._other_points.cache_clear()
-    plugins._warn.cache_clear()
+    plugins._entry_points.cache_clear()
 
 
-PROBLEMS = {  # entry point of a network: what the error says
-    "broken = missing_plugin:NETWORK": "ModuleNotFoundError: No module named 'missing_plugin'",
-    "broken = raises_plugin:NETWORK": "RuntimeError: first line",
-    "broken = exits_plugin:NETWORK": "SystemExit: 3",
-    "broken = empty_plugin:NETWORK": "AttributeError: module 'empty_plugin' has no attribute 'NETWORK'",
-    "broken = wrong_plugin:NETWORK": "is not sopdeploy.models.base.Entry; correct or uninstall it",
-    "two words = wrong_plugin:NETWORK": "has a name with other characters than letters",
+PROBLEMS = {  # module of a plug-in: what the error says
+    "missing_plugin": "ModuleNotFoundError: No module named 'missing_plugin'",
+    "raises_plugin": "RuntimeError: first line",
+    "exits_plugin": "SystemExit: 3",
+    "wrong_plugin": "register_pooling: 1 is no subclass of sopdeploy.layers.pooling.base.PoolingConfig",
 }
 
 
-@pytest.mark.parametrize("line", PROBLEMS)
-def test_a_plug_in_that_cannot_be_used_is_one_line(
-    line: str, install: Install, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("module", PROBLEMS)
+def test_a_plug_in_that_cannot_be_imported_is_one_line(
+    module: str, install: Install, caplog: pytest.LogCaptureFixture
 ) -> None:
-    install(f"[sopdeploy.models]\n{line}\n")
-    name = line.partition(" =")[0]
-    with pytest.raises(ConfigError, match=f"plug-in {name} of acme 2.0 ") as caught:
-        entry(name)
-    assert PROBLEMS[line] in str(caught.value)
+    install(f"broken = {module}")
+    with pytest.raises(
+        ConfigError, match=r"model 'unknown': not found; plug-in broken of acme 2\.0 "
+    ) as caught:
+        entry("unknown")
+    message = str(caught.value)
+    assert PROBLEMS[module] in message
+    assert "\n" not in message
+    assert entry("resnet18").image_size == 224
     with caplog.at_level(logging.WARNING):
         result = CliRunner().invoke(app, ["models"])
     assert (result.exit_code, result.stderr) == (0, "")
-    assert [record.getMessage() for record in caplog.records] == [str(caught.value)]
-    assert "\n" not in str(caught.value)
+    assert [record.getMessage() for record in caplog.records if "acme" in record.getMessage()] == [
+        message.removeprefix("model 'unknown': not found; ")
+    ]
     assert "resnet18" in result.stdout
 
 
-def test_a_name_that_two_packages_register_is_an_error_that_names_both(install: Install) -> None:
-    for package in ("acme", "other"):
-        install("[sopdeploy.models]\nsame = wrong_plugin:NETWORK\n", package)
-    with pytest.raises(ConfigError, match=r"same: acme 2.0 and other 2.0 register it in sopdeploy.models"):
-        entry("same")
-
-
-def test_a_plug_in_does_not_replace_what_the_project_has(install: Install) -> None:
-    install(
-        "[sopdeploy.models]\nresnet18 = raises_plugin:X\n[sopdeploy.poolings]\nisqrt = raises_plugin:X\n"
-        "[sopdeploy.data]\ndigits = raises_plugin:X\n"
-    )
-    assert isinstance(entry("resnet18"), Entry)
-    recipe = read_recipe("digits-plain", ["model.config.pooling=isqrt"])
-    assert (recipe.data.kind, recipe.model.config["pooling"]) == ("digits", "isqrt")
-
-
-@pytest.mark.part("sopdeploy_service.runtime.tensorrt")
-def test_a_plug_in_does_not_replace_a_part(install: Install) -> None:
-    install("[sopdeploy.runtimes]\ntensorrt = raises_plugin:X\n")
-    assert plugins.find("sopdeploy.runtimes", "tensorrt").__module__ == "sopdeploy_service.runtime.tensorrt"
-
-
-GROUPS = {"model.config.pooling": "sopdeploy.poolings", "data.kind": "sopdeploy.data"}
-
-
-@pytest.mark.parametrize("key", GROUPS)
+@pytest.mark.parametrize("key", ["model.config.pooling", "data.kind"])
 def test_a_recipe_with_a_broken_plug_in_is_an_error_in_one_line(key: str, install: Install) -> None:
-    install(f"[{GROUPS[key]}]\nbroken = raises_plugin:X\n")
+    install("broken = raises_plugin")
     with pytest.raises(ConfigError, match=r"plug-in broken of acme 2\.0 cannot be imported") as caught:
-        read_recipe("digits-plain", [f"{key}=broken"])
+        read_recipe("digits-plain", [f"{key}=unknown"])
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_plug_in_does_not_hide_another_one(install: Install) -> None:
+    install("broken = raises_plugin\nworks = works_plugin")
+    assert load_settings(runtime="acme").runtime == "acme"
+    with pytest.raises(ConfigError, match=r"runtime 'other': not found; plug-in broken of acme 2\.0"):
+        load_settings(runtime="other")
+
+
+def test_a_name_that_another_module_has_registered_is_an_error(install: Install) -> None:
+    install("works = works_plugin")
+    sopdeploy.register_runtime("acme", load_settings)
+    problems = plugins.import_plugins()
+    assert len(problems) == 1
+    assert (
+        "runtime 'acme': sopdeploy_service.settings has registered this name; choose another" in problems[0]
+    )
+    sopdeploy.register_runtime("acme", load_settings)  # the same module again, as in a notebook
+
+
+class Digits(DataSource):
+    kind: Literal["digits"]
+
+
+class Isqrt(PoolingConfig):
+    kind: Literal["isqrt"] = "isqrt"
+
+
+def test_what_is_registered_does_not_replace_what_the_project_has() -> None:
+    sopdeploy.register_data_source(Digits)
+    sopdeploy.register_pooling(Isqrt)
+    recipe = read_recipe("digits-plain", ["model.config.pooling=isqrt"])
+    assert not isinstance(recipe.data, Digits)
+    network = sopdeploy.create_model(recipe.model.name, **recipe.model.config)
+    assert not isinstance(network.config.pooling, Isqrt)
+
+
+WRONG: dict[str, tuple[Callable[[], None], str]] = {
+    "no pooling": (lambda: sopdeploy.register_pooling(DataSource), "is no subclass of .*PoolingConfig"),
+    "no data source": (lambda: sopdeploy.register_data_source(3), "3 is no subclass of .*DataSource"),
+    "no runtime": (lambda: sopdeploy.register_runtime("a", "b"), "'b' cannot be called"),
+    "no name": (lambda: sopdeploy.register_runtime("a b", print), "runtime 'a b': a name has letters"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_object_is_an_error_in_one_line(case: str) -> None:
+    register, message = WRONG[case]
+    with pytest.raises(ConfigError, match=message):
+        register()
 
 
 def test_the_switch_has_two_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(plugins.VARIABLE, "none")
     with pytest.raises(ConfigError, match="SOPDEPLOY_PLUGINS=none: write on or off"):
         plugins.installed_plugins()
-
-
-def test_the_projects_own_parts_are_those_of_pyproject_and_of_the_metadata() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"]
-    installed: dict[str, dict[str, str]] = {group: {} for group in declared}
-    for point in distribution("sopdeploy").entry_points:
-        if point.group in declared:
-            installed[point.group][point.name] = point.value
-    assert {group: dict(plugins.parts(group)) for group in declared} == declared == installed
-
-
-def test_every_part_can_be_imported_and_every_command_has_a_summary() -> None:
-    for group, lines in plugins._installed_parts().items():
-        assert all(map(plugins.load_part, lines.values())), group
-    assert [name for name, (_, _, summary) in list_commands().items() if len(summary) < 10] == []

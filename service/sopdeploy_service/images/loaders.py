@@ -25,7 +25,6 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import ParityError, RuntimeUnavailableError, SopdeployError
 from sopdeploy.http_api import FastDecode
 from sopdeploy.images.pixels import load_reduced
-from sopdeploy.plugins import find
 from sopdeploy_service.images.decode import Decode, Decoded, EncodedImage, LoadPixels, decode, load_exact
 from sopdeploy_service.images.device_resize import DeviceResize
 from sopdeploy_service.images.nvimagecodec import NvImageCodec
@@ -53,12 +52,9 @@ def make_decoder(
     Calls *on_failure* for each JPEG that Pillow decodes because the GPU could not. Raises
     `RuntimeUnavailableError` if nvImageCodec or its GPU is missing.
     """
-    loaders: dict[str, LoadPixels] = {"exact": load_exact, "fast": load_reduced}
-    load: LoadPixels | None = loaders.get(way)
+    load: LoadPixels = load_reduced if way == "fast" else load_exact
     if way == "nvimagecodec":
         load = partial(gpu_loader(), on_failure=on_failure)
-    elif load is None and (load := find("sopdeploy.decoders", way, Callable)) is None:
-        raise RuntimeUnavailableError(f"decode={way}: no installed package has this decoder; choose another")
     return partial(decode, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels, load=load)
 
 

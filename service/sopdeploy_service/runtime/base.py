@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.errors import RuntimeUnavailableError, SopdeployError
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError, SopdeployError
+from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.settings import Settings
 
 
@@ -48,11 +49,21 @@ class Runtime(Protocol):
 
 
 class OpenRuntime(Protocol):
-    """Opens a runtime for a bundle: what a plug-in registers under the name that `runtime` selects."""
+    """Opens a runtime for a bundle: what `register_runtime` registers."""
 
     def __call__(self, bundle: Bundle, settings: Settings, /) -> Runtime:
         """Open *bundle* with *settings*; raises `RuntimeUnavailableError` if it cannot run here."""
         ...
+
+
+def register_runtime(name: str, open_runtime: OpenRuntime) -> None:
+    """Let the setting `runtime` select *open_runtime* by *name*.
+
+    Raises `ConfigError` if *open_runtime* cannot be called, or *name* is invalid or in use.
+    """
+    if not callable(open_runtime):
+        raise ConfigError(f"register_runtime: {open_runtime!r} cannot be called with a bundle and settings")
+    RUNTIMES.register(name, open_runtime, open_runtime.__module__)
 
 
 @runtime_checkable

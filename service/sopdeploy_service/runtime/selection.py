@@ -6,20 +6,18 @@ installed and measured to be faster than ONNX Runtime, which has no bfloat16 con
 """
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
-from sopdeploy.plugins import find
+from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.runtime.base import OpenRuntime, Runtime
 from sopdeploy_service.runtime.fastest import fastest
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime, OnnxRuntime, has_cuda
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
+from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import CPU_RUNTIMES, Settings
-
-REGISTERED_RUNTIMES = "sopdeploy.runtimes"  # of plug-ins, and of TensorRT
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -46,8 +44,7 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
 
 def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
     """Return the name of the first runtime that is set up here, and the reason."""
-    tensorrt = find(REGISTERED_RUNTIMES, "tensorrt")
-    if tensorrt is not None and (folders := tensorrt.usable_engines(bundle, settings)):
+    if folders := TensorRTRuntime.usable_engines(bundle, settings):
         return "tensorrt", f"engines in {' and '.join(map(str, folders))}"
     if has_cuda():
         if bundle.manifest.precision == "int8":
@@ -71,7 +68,9 @@ def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
         return OnnxRuntime(bundle, threads=settings.threads)
     if name == "onnxruntime-cuda":
         return CudaOnnxRuntime(bundle, threads=settings.threads)
-    open_registered: OpenRuntime | None = find(REGISTERED_RUNTIMES, name, Callable)
+    if name == "tensorrt":
+        return TensorRTRuntime(bundle, settings)
+    open_registered: OpenRuntime | None = RUNTIMES.find(name)
     if open_registered is None:
         raise RuntimeUnavailableError(f"runtime {name!r}: no installed package has it; choose another one")
     try:

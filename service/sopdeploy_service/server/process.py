@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sopdeploy.plugins import load_parts
 from sopdeploy_service.inference.bundle_store import BundleStore, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
@@ -57,9 +56,10 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
-    for serve_otherwise in load_parts("sopdeploy.servers"):  # None if the settings need one process
-        code: int | None = serve_otherwise(sources, settings)
-        if code is not None:
+    if settings.devices or settings.front_ends != 1:
+        from sopdeploy_service.front_ends.supervisor import run_supervisor  # noqa: PLC0415
+
+        if (code := run_supervisor(sources, settings)) is not None:  # None if one process is enough
             return code
     with (
         bind(settings.host, settings.port) as listener,

@@ -22,22 +22,23 @@ NetworkOption = Annotated[
 def _show(result: "list[dict[str, str]] | Description") -> None:
     """Print the catalog, or the counts of one network."""
     if isinstance(result, list):
-        _show_catalog()
+        _show_catalog(result)
     else:
         _show_description(result)
 
 
-def _show_catalog() -> None:
+def _show_catalog(models: list[dict[str, str]]) -> None:
     """Print a table per family, with image size and number of classes."""
-    from sopdeploy.models.registry import CATALOG, FAMILIES, plugin_networks, title
+    from sopdeploy.models.registry import CATALOG, FAMILIES, entry, title
 
     families = {title(family): family.ENTRIES for family in FAMILIES}
-    plugins = {f"Plug-in {distribution}": networks for distribution, networks in plugin_networks().items()}
-    for heading, entries in {**families, **plugins}.items():
+    registered = {model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG}
+    groups = {**families, "Networks of plug-ins": registered} if registered else families
+    for heading, entries in groups.items():
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
-        for name, entry in entries.items():
-            table.add_row(name, entry.summary, f"{entry.image_size} px", f"{entry.num_classes} classes")
+        for name, item in entries.items():
+            table.add_row(name, item.summary, f"{item.image_size} px", f"{item.num_classes} classes")
         out.print(Text(heading, "bold"))
         out.print(table)
         out.print()

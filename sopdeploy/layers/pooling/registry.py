@@ -3,11 +3,12 @@
 The value is a pooling's name, `"isqrt"`, or a name with options, `{"kind": "isqrt", "iterations": 3}`.
 """
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pydantic
 
-from sopdeploy.config import with_plugins
+from sopdeploy.config import with_registered
+from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig, PoolingConfig
 from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
@@ -22,6 +23,7 @@ from sopdeploy.layers.pooling.covariance import (
     LogEuclideanConfig,
     MpnCovConfig,
 )
+from sopdeploy.plugins import POOLINGS
 
 AnyPoolingConfig = (
     GapConfig
@@ -42,7 +44,20 @@ AnyPoolingConfig = (
 Pooling = Annotated[
     AnyPoolingConfig,
     pydantic.Field(discriminator="kind"),
-    with_plugins("sopdeploy.poolings", PoolingConfig),
+    with_registered(POOLINGS, PoolingConfig),
     pydantic.SerializeAsAny(),
     pydantic.BeforeValidator(lambda value: {"kind": value} if isinstance(value, str) else value),
 ]
+
+
+def register_pooling(config: type[PoolingConfig]) -> None:
+    """Let networks name the pooling *config*, by the value of its field `kind`.
+
+    Raises `ConfigError` if *config* is no subclass of `PoolingConfig`, or its name is invalid or in use.
+    """
+    if not (isinstance(config, type) and issubclass(config, PoolingConfig)):
+        raise ConfigError(
+            f"register_pooling: {config!r} is no subclass of sopdeploy.layers.pooling.base.PoolingConfig"
+        )
+    (name,) = get_args(config.model_fields["kind"].annotation)
+    POOLINGS.register(name, config, config.__module__)

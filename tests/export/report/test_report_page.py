@@ -86,7 +86,6 @@ def test_the_page_is_a_file_of_the_manifest_and_lists_the_others(branched: Expor
     assert all(record.sha256 in page for name, record in files.items() if name != "report.html")
 
 
-@pytest.mark.part("sopdeploy.training.few_shot")
 def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> None:
     few_shot = {
         "kind": "few_shot",

@@ -1,1 +1,1 @@
-"""A plug-in of sopdeploy: one example for each group of entry points."""
+"""A plug-in of sopdeploy: a pooling, a network, a data source and a runtime."""

@@ -2,12 +2,10 @@
 
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
+from sopdeploy import create_model
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig
-from sopdeploy.models.base import Entry
-from sopdeploy.models.plain import PlainSmallResNet
 
 
 class StdPooling(GlobalPooling):
@@ -31,6 +29,6 @@ class StdConfig(PoolingConfig):
     eps: float = 1e-5
 
 
-STD_RESNET8 = Entry.at_32(
-    PlainSmallResNet, SmallResNetConfig, {"depth": 8, "pooling": "std"}, "standard deviations on ResNet-8"
-)
+def std_resnet8(num_classes: int) -> nn.Module:
+    """Build ResNet-8 for 32 x 32 pixels with this pooling."""
+    return create_model("resnet8", num_classes=num_classes, pooling="std")

@@ -1,20 +1,13 @@
-"""A decoder that reduces large JPEGs, and ONNX's reference implementation as a runtime."""
+"""Registers ONNX's reference implementation as a runtime. pyproject.toml names this module."""
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
-from PIL import Image
 
+from sopdeploy import register_runtime
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.settings import Settings
-
-
-def load_draft(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:
-    """Load *image* with at least four times the pixels per side of the network's input."""
-    image.draft(image.mode, (4 * preprocess.resize, 4 * preprocess.resize))
-    image.load()
 
 
 class ReferenceRuntime:
@@ -34,3 +27,6 @@ class ReferenceRuntime:
 
     def close(self) -> None:
         """Do nothing; the memory is released with the object."""
+
+
+register_runtime("onnx-reference", ReferenceRuntime)

@@ -281,9 +281,7 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
     assert {reply.status_code for reply in replies} == {200}
 
 
-@pytest.mark.parametrize(
-    "front_ends", [1, pytest.param(2, marks=pytest.mark.part("sopdeploy_service.front_ends"))]
-)
+@pytest.mark.parametrize("front_ends", [1, 2])
 def test_a_server_cannot_follow_what_is_no_link(bundle_path: Path, front_ends: int) -> None:
     with pytest.raises(ConfigError, match="no BUNDLE is a link; name one, such as bundles/live"):
         run_server([bundle_path], Settings(port=0, follow=True, front_ends=front_ends))

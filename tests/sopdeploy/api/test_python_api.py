@@ -123,7 +123,6 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
     assert again == run
 
 
-@pytest.mark.part("sopdeploy.training.few_shot")
 def test_settings_can_be_lists() -> None:
     recipe = read_recipe(
         "photos", list(to_assignments({"procedure": {"kind": "few_shot", "heads": ["isqrt", "gap"]}}))
@@ -185,7 +184,6 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_se
     server.stop()
 
 
-@pytest.mark.part("sopdeploy_service.commands.batch")
 def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
     bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -218,7 +216,6 @@ BAD_CLASSIFICATIONS: dict[str, tuple[type[SopdeployError], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.part("sopdeploy_service.commands.batch")
 @pytest.mark.parametrize("message", BAD_CLASSIFICATIONS)
 def test_a_wrong_classification_is_one_error_line(
     message: str, bundle: Path, photos: Path, tmp_path: Path
@@ -312,7 +309,6 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
         asyncio.run(serve_in_a_loop())
 
 
-@pytest.mark.part("sopdeploy_service.runtime.tensorrt")
 def test_a_server_without_its_runtime_is_an_error(bundle: Path) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"TensorRT|tensorrt"):
         sopdeploy.serve(bundle, background=True, port=0, runtime="tensorrt")

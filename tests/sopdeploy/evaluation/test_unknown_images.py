@@ -15,7 +15,6 @@ from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.painted import SMALL, paint
 
 NOTHING = np.zeros((0, 3))
-FEW_SHOT = pytest.mark.part("sopdeploy.training.few_shot")
 
 
 def peaks(heights: list[float], base: float = 0.0) -> np.ndarray:
@@ -102,7 +101,7 @@ def labelled_twice(photos):
 @pytest.mark.parametrize(
     "procedure",
     [
-        pytest.param("few_shot", marks=FEW_SHOT),
+        "few_shot",
         pytest.param("loop", marks=pytest.mark.slow),
     ],
 )
@@ -121,7 +120,6 @@ def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure
     assert read_checkpoint(result.best).decision == result.decision
 
 
-@FEW_SHOT
 def test_a_folder_that_cannot_be_used_is_refused_before_the_training(tmp_path):
     photos = paint(tmp_path / "photos", 3)
     (tmp_path / "empty").mkdir()

@@ -1,6 +1,5 @@
 """Heads on first-order and second-order statistics, for networks of the catalog, of timm and of users."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +11,10 @@ from sopdeploy.backbones.base import FEATURES
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
-from sopdeploy.models.registry import REGISTERED, with_head
+from sopdeploy.models.registry import with_head
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
 from sopdeploy.models.user_network import register_model
+from sopdeploy.plugins import MODELS
 
 EVERYTHING = HeadConfig(kind="gap+mean+isqrt", width=8)
 
@@ -35,11 +35,9 @@ class Small(nn.Module):
 
 
 @pytest.fixture
-def register() -> Iterator[Any]:
-    before = dict(REGISTERED)
-    yield lambda build: register_model("mine", build, image_size=32)
-    REGISTERED.clear()
-    REGISTERED.update(before)
+def register(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(MODELS, "registered", {})
+    return lambda build: register_model("mine", build, image_size=32)
 
 
 def with_statistics(name: str, side: int, head: HeadConfig = EVERYTHING) -> tuple[Classifier, Any, Tensor]:

@@ -57,7 +57,6 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, command) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.part("sopdeploy.training.few_shot")
 def test_a_dry_run_of_another_procedure_names_it(command) -> None:
     few = CliRunner().invoke(app, [*command, "--dry-run", "--set", "procedure.kind=few_shot"])
     assert OTHER_PROCEDURE.format("few_shot") in " ".join(few.stdout.split())

@@ -22,7 +22,6 @@ from tests.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
 LOOP = ["epochs=1", "procedure.kind=loop"]
-FEW_SHOT = pytest.mark.part("sopdeploy.training.few_shot")
 
 
 @pytest.fixture
@@ -103,7 +102,6 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02T10:00:00"))
 
 
-@pytest.mark.part("sopdeploy.recipe_comparison")
 def test_compare_says_what_compares_runs(photos: Path) -> None:
     train(settings=LOOP)
     done = CliRunner().invoke(app, ["compare-recipes", "runs/photos-1", "runs/photos-1"])
@@ -133,7 +131,6 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train(settings=LOOP) == Path("runs/photos-11")
 
 
-@FEW_SHOT
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -157,7 +154,6 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
     assert not Path("runs").exists()
 
 
-@FEW_SHOT
 def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos: Path) -> None:
     values = {
         "alone": [

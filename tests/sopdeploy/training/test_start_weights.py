@@ -303,7 +303,6 @@ def test_without_network_train_on_photos_exits_with_2_and_says_what_to_do(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.part("sopdeploy.training.few_shot")
 @pytest.mark.usefixtures("server", "eight_photos")
 def test_training_without_start_weights_needs_no_network() -> None:
     smaller = ["--set", "model.name=dsop-resnet8", "--set", "preprocess.crop=16"]

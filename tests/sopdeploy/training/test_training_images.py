@@ -18,12 +18,9 @@ LOOP = [
     "preprocess.resize=8",
     "preprocess.crop=8",
 ]
-FEW_SHOT = pytest.mark.part("sopdeploy.training.few_shot")
 
 
-@pytest.mark.parametrize(
-    ("recipe", "settings"), [("digits-plain", LOOP), pytest.param("photos", SMALL, marks=FEW_SHOT)]
-)
+@pytest.mark.parametrize(("recipe", "settings"), [("digits-plain", LOOP), ("photos", SMALL)])
 def test_measuring_on_training_images_is_a_warning(tmp_path: Path, recipe: str, settings: list[str]) -> None:
     seen = paint(tmp_path / "seen", 20)
     result = train_recipe(read_recipe(recipe, [*settings, f"data.path={seen}"]), tmp_path / "run")
