@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,15 +74,28 @@ def test_a_failed_stage_does_not_prevent_the_others_and_only_it_is_repeated(
 
 
 STAGE = """
-import json, sys, time
+import json, pathlib, sys, time
 for n in range(40):
     print("line", n, file=sys.stderr)
 for batch in (1, 2):
     print(json.dumps({"title": "t", "about": "a", "columns": ["batch"], "row": [batch]}), flush=True)
 if sys.argv[1] == "http":
-    time.sleep(60)
+    pathlib.Path(sys.argv[2], "rows are printed").touch()
+    time.sleep(600)
 sys.exit(1)
 """
+
+
+class TimerOfTheTest(threading.Timer):
+    """Ends when the stage of the folder has printed its rows, whatever time it was given."""
+
+    folder: Path
+
+    def run(self) -> None:
+        while not self.finished.wait(0.01):
+            if (self.folder / "rows are printed").exists():
+                self.function()
+                return
 
 
 @pytest.mark.parametrize(("stage", "text"), [("speed", "line 39"), ("http", "not finished after 2 s")])
@@ -91,6 +105,8 @@ def test_a_stage_that_fails_keeps_its_rows_and_the_last_lines_of_its_log(
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "gpu_stages.py").write_text(STAGE)
     monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+    monkeypatch.setattr(TimerOfTheTest, "folder", tmp_path, raising=False)
+    monkeypatch.setattr(threading, "Timer", TimerOfTheTest)
     monkeypatch.setenv("PATH", "")  # without git, the result is kept, too
     result = gpu_check.run_stage(stage, tmp_path, quick=True, seconds=2)
     assert (result["passed"], result["text"], result["commit"]) == (False, text, "unknown")

@@ -25,7 +25,7 @@ from tests.service.children import children_of, is_alive, line_of, module_of, sp
 def test_two_processes_share_a_port_and_dead_or_hanging_ones_are_replaced(
     bundle_path: Path, jpeg, until
 ) -> None:
-    options = ("--devices", "cpu,cpu", "--threads", "1", "--setting", "max_loop_lag_seconds=2")
+    options = ("--devices", "cpu,cpu", "--threads", "1", "--setting", "max_loop_lag_seconds=5")
     with spawn(str(bundle_path), *options) as child, ExitStack() as stack:
         stack.callback(child.kill)
         found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
