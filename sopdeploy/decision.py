@@ -90,56 +90,6 @@ class Reference(StrictModel):
     ]
 
 
-class Variant(StrictModel):
-    """Another way to compute an answer, such as another decoder, and its effect on the photographs.
-
-    `num_flips` photographs get another class; `largest` is the largest loss of a margin, in units of logits.
-    """
-
-    name: str
-    num_flips: Occurrences
-    largest: float
-
-
-class Stability(StrictModel):
-    """Rule that marks answers as stable: the margin of the two largest logits is above `threshold`.
-
-    Attributes:
-        threshold: Largest margin of an answer that is not stable, in units of logits; `None` if the
-            photographs are too few for the level, so that no answer is stable.
-        level: Fraction of new photographs whose margin loses at most `threshold` in every variant.
-        num_images: Number of photographs that the threshold was measured on; copies of one count once.
-        photographs: Whether the network was trained on these photographs; their margins are larger then.
-        variants: What was varied.
-        num_stable: Number of the photographs whose margin is above the threshold of the others.
-        num_flips: Number of these that get another class in a variant.
-    """
-
-    threshold: Annotated[float, pydantic.Field(ge=0)] | None
-    level: Annotated[float, pydantic.Field(gt=0, lt=1)]
-    num_images: Count
-    photographs: Literal["held-out", "training"]
-    variants: Annotated[tuple[Variant, ...], pydantic.Field(min_length=1)]
-    num_stable: Occurrences
-    num_flips: Occurrences
-
-    def is_stable(self, logits: NDArray[np.floating]) -> bool:
-        """Say whether the class of an image with *logits* (C,) of the bundle is stable."""
-        return self.threshold is not None and bool(lead(logits, logits.argmax()) > self.threshold)
-
-    def describe(self) -> str:
-        """Describe the threshold and what it was measured on in one line."""
-        if self.threshold is None:
-            return (
-                f"no answer: {self.num_images} photographs are too few for a level of {100 * self.level:g} %"
-            )
-        return (
-            f"margins above {self.threshold:.4g}, level {100 * self.level:g} %: {self.num_stable} of "
-            f"{self.num_images} {self.photographs} photographs; {self.num_flips} of these get another "
-            f"class in {len(self.variants)} variants"
-        )
-
-
 class Decision(StrictModel):
     """Rules that turn logits into classes.
 
@@ -237,19 +187,6 @@ def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float6
     largest = values.max(axis=-1)
     energy: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
     return np.exp(largest - energy) if score == "max_probability" else energy
-
-
-def lead(logits: NDArray[np.floating], classes: NDArray[np.integer] | np.integer) -> NDArray[np.float64]:
-    """Subtract the largest other logit from that of *classes* (...), for *logits* (..., C); C is at least 2.
-
-    The lead of the class with the largest logit is the margin. It is negative if another class has it.
-    """
-    others = logits.astype(np.float64)
-    chosen = np.expand_dims(np.asarray(classes), -1)
-    own: NDArray[np.float64] = np.take_along_axis(others, chosen, -1)[..., 0]
-    np.put_along_axis(others, chosen, -np.inf, -1)
-    largest_other: NDArray[np.float64] = others.max(axis=-1)
-    return own - largest_other
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:

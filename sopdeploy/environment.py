@@ -1,6 +1,5 @@
 """The machine, installed packages and optional imports. Does not import torch."""
 
-import functools
 import importlib
 import os
 import platform
@@ -11,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.errors import MissingPackageError, RuntimeUnavailableError, SopdeployError
+from sopdeploy.errors import MissingPackageError, SopdeployError
 
 # x86 processors without VNNI add two products of uint8 and int8 in 16 bits, where the sum can saturate. With
 # this session option ONNX Runtime stores the int8 weights as uint8 there, which is exact. On other processors
@@ -86,17 +85,6 @@ def prepare_ray(*, starts: bool) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if starts:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
-
-@functools.cache
-def openvino_core() -> Any:
-    """Return the one `openvino.Core` of this process, which is never released.
-
-    Its CPU plugin replaces the signal stack of the thread that loads it, and unmaps the new one when it is
-    released, in whichever thread. The next signal would end the process with a segmentation fault. Raises
-    `RuntimeUnavailableError` if OpenVINO is not installed.
-    """
-    return import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError).Core()
 
 
 @contextmanager

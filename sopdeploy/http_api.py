@@ -82,8 +82,7 @@ class Classes(StrictModel):
     `first_frame_only`, `sixteen_bit_scaled`. If requested, `gates` lists the selected components, largest
     weight first, and `class_map` explains a class. `known` is false if the image probably shows none of the
     classes, because its `score` is below the threshold of the bundle. Without a threshold, `known` and
-    `score` are absent. `stable` is true if the best class is probably the same with another decoder, resizing
-    or runtime (docs/stable.md); it is absent if the export measured no photographs.
+    `score` are absent.
     """
 
     classes: tuple[ClassProbability, ...]
@@ -92,7 +91,6 @@ class Classes(StrictModel):
     class_map: ClassMap | None = None
     known: bool | None = None
     score: float | None = None
-    stable: bool | None = None
 
 
 class EncodedEmbedding(StrictModel):
@@ -124,10 +122,9 @@ class ModelInfo(StrictModel):
 
     `decode` is the way in which images are decoded; unless it is `exact`, `fast_decode` is its effect.
     `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a vector of
-    `/v1/embed`, if the bundle has features, `known_from`, the smallest score of a known image, and
-    `stable_above`, the largest margin of an answer that is not stable, if it has such thresholds. The last
-    three fields are set with a memory budget; `memory_bytes` is an estimate before
-    the first load.
+    `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a known image, if it has
+    a threshold for them. The last three fields are set with a memory budget; `memory_bytes` is an estimate
+    before the first load.
     """
 
     name: str
@@ -147,7 +144,6 @@ class ModelInfo(StrictModel):
     class_maps: bool = False
     embedding_size: int | None = None
     known_from: float | None = None
-    stable_above: float | None = None
     loaded: bool | None = None
     pinned: bool | None = None
     memory_bytes: int | None = None

@@ -4,7 +4,6 @@ import json
 import platform
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +24,6 @@ from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
-from sopdeploy.decision import Stability
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
@@ -55,8 +52,6 @@ from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has
 from sopdeploy_export.replay import write_source
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import Exported, ExportResults, export_statement
-from sopdeploy_export.rounding import bound_rounding
-from sopdeploy_export.stability import MAX_PHOTOGRAPHS, Photographs, find_photographs, measure_stability
 from sopdeploy_export.subject import ExportSubject, summarize_checkpoint
 
 ONNX_FILE = "model.onnx"
@@ -96,7 +91,6 @@ def export_checkpoint(
         decision=checkpoint.decision,
         training=checkpoint.training,
         origin=checkpoint.origin,
-        photographs=lambda: find_photographs(checkpoint),
     )
     return export_subject(subject, destination, options, step)
 
@@ -242,7 +236,6 @@ def _check_file(
         accuracy = job.accuracy.measure(converted.float32_model, file)
         precision = precision.model_copy(update={"accuracy": accuracy})
         job.accuracy.reject(precision)
-    stability = _measure_stability(job, file, converted)
     if options.pt2:
         step("writing and checking network.pt2", CHECKED)
         content = torch_program.serialize_program(certified.program, certificate)
@@ -254,42 +247,8 @@ def _check_file(
         precision=precision,
         network_summary=job.subject.summary(),
         decision=job.subject.decision,
-        stability=stability,
-        rounding=partial(
-            bound_rounding, converted.program, images[parity.compared_images], options.precision
-        ),
     )
     return expected, results
-
-
-def _measure_stability(job: "_Job", file: Path, converted: ConvertedGraph) -> Stability | None:
-    """Measure which answers of *file* are stable, on images of the options or else of the run.
-
-    None without images, and for networks that predict several classes per image, which have no margin.
-    """
-    subject, options = job.subject, job.options
-    if len(subject.labels) < 2 or (subject.decision is not None and subject.decision.activation == "sigmoid"):
-        return None
-    photographs: Photographs | None
-    if options.evaluate is not None:
-        photographs = Photographs(open_evaluation_images(options.evaluate, subject.labels), fitted=False)
-    elif options.calibrate is not None:
-        photographs = Photographs(open_any_images(options.calibrate), fitted=False)
-    else:
-        photographs = subject.photographs()
-    if photographs is None:
-        return None
-    count = min(len(photographs.images), MAX_PHOTOGRAPHS)
-    name = f"measuring which answers are stable on {count} photographs"
-    job.step(name, 0.0)  # its time depends on the photographs
-    return measure_stability(
-        file,
-        None if options.precision == "fp32" else converted.float32_model,
-        photographs,
-        subject.preprocess,
-        options.batch.maximum,
-        lambda left: job.step(f"{name} (about {left:.0f} s left)", 0.0),
-    )
 
 
 def _write_bundle(
@@ -387,7 +346,6 @@ def _manifest_fields(
         ),
         "preprocess": subject.preprocess,
         "decision": subject.decision,
-        "stability": results.stability,
         "batch": job.options.batch,
         "mixes_images": certificate.mixes_images,
         "detached": certificate.detached,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,9 +17,6 @@ from sopdeploy.models.stats import Counts, tally
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
 from sopdeploy_export.proof.networks import Detachment
-
-if TYPE_CHECKING:
-    from sopdeploy_export.stability import Photographs
 
 
 class NetworkSummary(StrictModel):
@@ -48,7 +45,6 @@ class ExportSubject:
         decision: How logits become classes; `None` for softmax without thresholds.
         training: Recipe, epoch and metrics, for the model card.
         origin: The run and its images; `None` if `train` did not train the network.
-        photographs: Finds images of the run, to measure which answers are stable; None if there are none.
         warnings: Findings of the checks that do not stop the export.
     """
 
@@ -64,7 +60,6 @@ class ExportSubject:
     decision: Decision | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     origin: Origin | None = None
-    photographs: "Callable[[], Photographs | None]" = lambda: None
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

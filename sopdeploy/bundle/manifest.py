@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.decision import Decision, Rejection, Stability
+from sopdeploy.decision import Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import PROJECT_NAME, Origin, Time
 
@@ -67,9 +67,8 @@ class Manifest(StrictModel):
     `project` is the name under which the network is served, and `model` the network. `exported_at` is the
     time of the export by the clock of its machine; it is not part of the id. `origin` is None for a network
     that `train` did not train. `int8_for` is the runtime of an int8 graph, and `decision` says how logits
-    become a decision. `stability` says which answers are stable; it is None if no photographs were measured.
-    `mixes_images` names the operators through which an output may depend on other images of the batch; with
-    none, the certified graph proves that it does not.
+    become a decision. `mixes_images` names the operators through which an output may depend on other images
+    of the batch; with none, the certified graph proves that it does not.
     """
 
     format: Literal["sopdeploy-bundle"] = FORMAT
@@ -85,7 +84,6 @@ class Manifest(StrictModel):
     precision: Precision = "fp32"
     int8_for: Int8For | None = None
     decision: Decision | None = None
-    stability: Stability | None = None
     batch: BatchRange
     mixes_images: tuple[str, ...] = ()
     opset: int
@@ -97,18 +95,14 @@ class Manifest(StrictModel):
     @property
     def id(self) -> str:
         """Bundle id: a hash over the manifest without the time; it contains the hashes of all files."""
-        fields = self._fields()
+        fields = self.model_dump(mode="json")
         del fields["exported_at"]
         return hashlib.sha256(to_json(fields)).hexdigest()[:ID_LENGTH]
 
     def to_bytes(self) -> bytes:
         """Serialize to `manifest.json`, with a hash of all fields; there is exactly one serialization."""
-        fields = self._fields()
+        fields = self.model_dump(mode="json")
         return to_json({"id": self.id, "sha256": hashlib.sha256(to_json(fields)).hexdigest(), **fields})
-
-    def _fields(self) -> dict[str, Any]:
-        """Return the fields as JSON values; `stability`, which older bundles lack, only if it is set."""
-        return self.model_dump(mode="json", exclude=None if self.stability else {"stability"})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> "Manifest":

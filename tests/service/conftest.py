@@ -28,7 +28,7 @@ from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
-from sopdeploy.decision import Decision, Stability
+from sopdeploy.decision import Decision
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
@@ -77,7 +77,6 @@ def write_bundle(
     output: str = "logits",
     seed: int = 0,
     decision: Decision | None = None,
-    stability: Stability | None = None,
     preprocess: Preprocess = RULES,
     golden: bool = False,
     project: str = "tiny",
@@ -124,7 +123,6 @@ def write_bundle(
                 "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root=root),
                 "versions": {"onnx": onnx.__version__},
                 "decision": decision,
-                "stability": stability,
             },
         )
         return publish(stage, manifest, folder)

@@ -108,7 +108,6 @@ class ConvertedGraph:
 
     Attributes:
         model: The graph in the requested precision.
-        program: The program of the network with the casts of this precision; int8 is not in it.
         run: Runs the same computation without the runtime's fusions; its error is the noise floor.
         gate: Computes the gate's logits in the same precision; `None` without a gate.
         lowering: Report of the rewrite rules.
@@ -118,7 +117,6 @@ class ConvertedGraph:
     """
 
     model: onnx.ModelProto
-    program: ExportedProgram
     run: BatchRun
     gate: GateRun | None
     lowering: LoweringReport
@@ -178,7 +176,6 @@ def convert_precision(
     check_weight_types(model, detached, options.precision)
     return ConvertedGraph(
         model=model,
-        program=source.program,
         run=run,
         gate=gate,
         lowering=lowering,

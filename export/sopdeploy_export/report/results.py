@@ -1,20 +1,19 @@
 """The results of an export, and their description in words for terminals and model cards."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sopdeploy.bundle.manifest import Int8For, Lineage, Manifest
-from sopdeploy.decision import Decision, Stability
+from sopdeploy.decision import Decision
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.files import sha256
 from sopdeploy_export.parity.findings import ClassMapParity, ParityReport
 from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.rewrites.apply import LoweringReport
-from sopdeploy_export.rounding import RoundingBound
 from sopdeploy_export.subject import NetworkSummary
 
 WEAKER_PROOFS = {
@@ -37,8 +36,6 @@ class ExportResults:
     precision: PrecisionReport
     network_summary: NetworkSummary
     decision: Decision | None
-    stability: Stability | None = None
-    rounding: Callable[[], RoundingBound | None]  # takes about five times as long as logits in float64
 
     def facts(self) -> dict[str, str]:
         """Describe the results, one line for each."""
@@ -65,7 +62,6 @@ class ExportResults:
             **_precision_facts(self.precision),
             **({} if parity.class_maps is None else {"maps": _describe_class_maps(parity.class_maps)}),
             **_decision_facts(self.decision),
-            **({} if self.stability is None else {"stable": self.stability.describe()}),
             "costs": f"{shipped.parameters:,} of {trained.parameters:,} parameters, "
             f"{shipped.macs:,} of {trained.macs:,} multiply-adds per image",
             "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
@@ -81,7 +77,7 @@ class Exported(ExportResults):
     warnings: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """Build the output of `export --json`, with a decision, stability and rounding if there are any."""
+        """Build the output of `export --json`, with a decision if there is one."""
         return {
             "bundle": str(self.path),
             "id": self.manifest.id,
@@ -97,8 +93,6 @@ class Exported(ExportResults):
             "precision": self.precision.model_dump(),
             "lowering": self.lowering.model_dump(),
             **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
-            **({} if self.stability is None else {"stability": self.stability.model_dump(mode="json")}),
-            **({} if (bound := self.rounding()) is None else {"rounding": bound.model_dump(mode="json")}),
             "trained": self.network_summary.trained.model_dump(),
             "shipped": self.network_summary.shipped.model_dump(),
             "warnings": list(self.warnings),

@@ -110,7 +110,6 @@ def model_info(model: Model) -> ModelInfo:
         class_maps=FEATURES in shapes,
         embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
         known_from=None if model.rejection is None else model.rejection.threshold,
-        stable_above=None if model.stability is None else model.stability.threshold,
         loaded=None if memory is None else model.is_loaded,
         pinned=None if memory is None else memory.pinned,
         memory_bytes=None if memory is None else memory.bytes,

@@ -85,8 +85,7 @@ async def classify(
     order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the whole request (queue full,
     deadline, malformed form) fail it as a whole. A multi-label network lists all classes above their
     threshold, at most `top_k` if the request sets it. `warnings` next to the classes name changes made while
-    decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`, those
-    with a threshold for margins `stable`.
+    decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
     """
     async with admit(request, query.model, query.version) as admitted:
         explained = _check_query(query, admitted.model)
@@ -192,7 +191,6 @@ def _format_result(
         warnings=outcome.warnings,
         gates=weights,
         recognized=recognized,
-        stable=None if chosen.stability is None else chosen.stability.is_stable(logits),
     )
     label, layer = query.explain_label, chosen.loaded.class_maps
     if layer is not None and (query.explain or label is not None):

@@ -37,8 +37,8 @@ class FilePrediction(Classes):
     """The most probable classes of one image, best first, or the error.
 
     `image` is the path of a file or, for an image in memory, its file name or position. A multi-label
-    network gives all classes above their threshold, at most `top_k` if that is set. `known`, `score` and
-    `stable` are omitted unless the bundle has their thresholds.
+    network gives all classes above their threshold, at most `top_k` if that is set. `known` and `score` are
+    omitted unless the bundle has a threshold for them.
     """
 
     image: str
@@ -111,7 +111,6 @@ def _predict_image(
         loaded.bundle.labels,
         warnings=decoded.warnings,
         recognized=None if manifest.rejection is None else manifest.rejection.recognize(logits),
-        stable=None if manifest.stability is None else manifest.stability.is_stable(logits),
     )
     return FilePrediction(image=name, **prediction)
 

@@ -10,7 +10,6 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
 from sopdeploy.bundle.probes import Replay, read_probes
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import ParityError
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import must_run
@@ -23,9 +22,6 @@ _ROUNDING = 1 + 1e-9
 
 class Verification(StrictModel):
     """The facts of a bundle that passed every check; `golden` counts its golden examples.
-
-    `stable` counts the golden examples whose answers are stable; they have the same class here. None if the
-    export did not measure which answers are stable.
 
     `replays` has the deviation and the tolerance of each output by batch size.
 
@@ -44,7 +40,6 @@ class Verification(StrictModel):
     device: str
     replays: tuple[Replay, ...]
     golden: int
-    stable: int | None = None
     pixels: PixelDifference | None = None
     notes: tuple[str, ...] = ()
 
@@ -58,7 +53,7 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
     loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
     bundle, examples = loaded.bundle, read_golden(loaded.bundle)
     output = bundle.manifest.outputs[0].name
-    differences, num_stable, stability = [], 0, bundle.manifest.stability
+    differences = []
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = loaded.runtime.run(pixels[None])[output][0]
@@ -71,13 +66,6 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         with must_run(loaded.runtime):
             exporter = bundle.manifest.versions.get("pillow")
             difference = check_golden(example, decoded.pixels, run, exporter)
-            if stability is not None and stability.is_stable(example.logits):
-                if run(decoded.pixels).argmax() != example.logits.argmax():
-                    raise ParityError(
-                        f"{example.name}: its class is marked as stable, but it gets another one here; "
-                        "install the versions that the manifest names"
-                    )
-                num_stable += 1
         differences.append(difference)
     return Verification(
         bundle=bundle.name,
@@ -90,7 +78,6 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
         device=loaded.runtime.device,
         replays=tuple(loaded.replays.values()),
         golden=len(examples),
-        stable=None if stability is None else num_stable,
         pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
         notes=_notes(bundle),
     )

@@ -87,7 +87,6 @@ class Model:
         decision = loaded.bundle.manifest.decision
         self.thresholds = decision.thresholds if decision is not None else None
         self.rejection = loaded.bundle.manifest.rejection
-        self.stability = loaded.bundle.manifest.stability
         self.version = loaded.bundle.manifest.id
         self.largest_batch = largest_batch(loaded.runtime, settings)
         self.dead = False

@@ -117,20 +117,16 @@ def format_prediction(
     warnings: tuple[str, ...] = (),
     gates: NDArray[np.float32] | None = None,
     recognized: tuple[bool, float] | None = None,
-    stable: bool | None = None,
 ) -> dict[str, Any]:
     """Build the JSON object `schema.Classes` of *ranked* classes.
 
     *gates* (N,) are the weights of a gate's components: components with a weight other than 0 are listed, the
-    largest weight first. *recognized* is whether the image is known, and its score; *stable* is None
-    without a threshold for margins.
+    largest weight first. *recognized* is whether the image is known, and its score.
     """
     classes = [{"label": labels[index], "probability": probability} for index, probability in ranked]
     response: dict[str, Any] = {"classes": classes, "warnings": warnings}
     if recognized is not None:
         response["known"], response["score"] = recognized
-    if stable is not None:
-        response["stable"] = stable
     if gates is not None:
         components = [index for index in np.argsort(-gates, kind="stable").tolist() if gates[index] != 0]
         response["gates"] = [{"component": index, "weight": float(gates[index])} for index in components]

@@ -1,14 +1,27 @@
 """OpenVINO on the CPU, in the types of the graph: `bf16-backbone` has convolutions in bfloat16."""
 
+import functools
 import importlib.metadata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.environment import openvino_core, usable_cores
+from sopdeploy.environment import import_optional, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """Return the one `openvino.Core` of this process, which is never released.
+
+    Its CPU plugin replaces the signal stack of the thread that loads it, and unmaps the new one when it is
+    released, in whichever thread. The next signal would end the process with a segmentation fault. Raises
+    `RuntimeUnavailableError` if OpenVINO is not installed.
+    """
+    return import_optional("openvino", "openvino", "sopdeploy[openvino]", RuntimeUnavailableError).Core()
 
 
 class OpenVINORuntime:

@@ -27,8 +27,7 @@ def _show(verified: "tuple[Verification, str | None]") -> None:
             print_field("probes", f"{images} deviate by {deviation:.2g} {allowed}")
     if result.golden:
         same = "pixels and logits" if result.pixels is None else "logits"
-        stable = f"; the {result.stable} stable ones keep their classes" if result.stable else ""
-        print_field("golden", f"{result.golden} JPEG files give the exporter's {same}{stable}")
+        print_field("golden", f"{result.golden} JPEG files give the exporter's {same}")
     pixels = () if result.pixels is None else (result.pixels.describe(),)
     for note in (*pixels, *result.notes):
         print_field("note", note, style="bold yellow")

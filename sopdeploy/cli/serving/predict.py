@@ -34,8 +34,6 @@ def _show(prediction: "FilePrediction") -> None:
     if prediction.known is not None:
         classes += f"; score {prediction.score:.4f}"
         unknown = "" if prediction.known else ", probably none of these classes"
-    if prediction.stable is False:
-        unknown += ", not stable"
     line = plain_text(f"{prediction.image}: {classes}")
     out.print(Text.assemble(line, (unknown, "yellow"), (warnings, "dim")))
 

@@ -58,14 +58,12 @@ def test_an_image_is_known_if_its_score_reaches_the_threshold(
     assert 'sopdeploy_unknown_images_total{model="tiny"} 3.0' in metrics
 
 
-def test_a_bundle_without_threshold_and_photographs_answers_without_known_score_and_stable(
-    client: httpx.Client, jpeg
-) -> None:
+def test_a_bundle_without_threshold_answers_without_known_and_score(client: httpx.Client, jpeg) -> None:
     assert set(client.post("/v1/classify", content=jpeg).json()) == {"classes", "warnings"}
     assert "sopdeploy_unknown_images_total{" not in client.get("/metrics").text
     with Client(str(client.base_url)) as typed:
         answer = typed.classify(jpeg)
-    assert (answer.known, answer.score, answer.stable) == (None, None, None)
+    assert (answer.known, answer.score) == (None, None)
 
 
 @pytest.fixture(scope="module")

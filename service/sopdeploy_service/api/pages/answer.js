@@ -23,13 +23,11 @@ function showAnswer(body, components, knownFrom) {
   byId("unknown").hidden = body.known !== false;
   byId("unknown-score").textContent = body.known === false ? body.score.toFixed(3) : "";
   showScore(body.score, knownFrom);
-  byId("unstable").hidden = body.stable !== false;
   byId("components").hidden = !body.gates;
   if (body.gates) byId("gates").replaceChildren(...componentColumns(body.gates, components));
   byId("none").hidden = body.classes.length > 0;
   const unknown = body.known === false ? "Probably none of the classes. " : "";
-  const unstable = body.stable === false ? "Not stable. " : "";
-  byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${unknown}${unstable}Prediction: ${body.classes
+  byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${unknown}Prediction: ${body.classes
     .map((entry) => `${entry.label} ${percent(entry.probability)}`)
     .join(", ")}`;
 }
@@ -117,7 +115,7 @@ function showMap(map) {
 function clearAnswer() {
   byId("map").hidden = true;
   for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
-  for (const id of ["components", "time", "error", "empty", "none", "unknown", "unstable", "score"]) byId(id).hidden = true;
+  for (const id of ["components", "time", "error", "empty", "none", "unknown", "score"]) byId(id).hidden = true;
   byId("status").textContent = byId("progress").textContent = "";
   byId("answer").setAttribute("aria-busy", "false");
 }

@@ -58,7 +58,6 @@ class RowFormat:
             "probabilities": arrow.list_(arrow.float64()),
             "known": arrow.bool_(),
             "score": arrow.float64(),
-            "stable": arrow.bool_(),
             "warnings": arrow.list_(text),
             "error": text,
             "error_message": text,
@@ -87,7 +86,6 @@ class RowFormat:
             "probabilities": [probability for _, probability in ranking],
             "known": known,
             "score": score,
-            "stable": None if manifest.stability is None else manifest.stability.is_stable(logits),
             "logits": logits,
             "features": features,
         }

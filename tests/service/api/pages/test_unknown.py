@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from fake_runtime import FakeRuntime
 
-from sopdeploy.decision import Decision, Rejection, Stability, Variant
+from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import give, shown
 from tests.service.conftest import picture_bytes, running
@@ -49,26 +49,3 @@ def test_the_banner_with_the_score_is_shown_for_unknown_images_only(open_page, b
         give(page, DARK)
         give(page, b"no picture", name="notes.txt", type="text/plain")
         assert banner.is_hidden()
-
-
-def test_a_line_marks_answers_that_are_not_stable(open_page, bundle) -> None:
-    rule = Stability(
-        threshold=2.0,
-        level=0.95,
-        num_images=40,
-        photographs="held-out",
-        variants=(Variant(name="noise", num_flips=1, largest=2.0),),
-        num_stable=30,
-        num_flips=0,
-    )
-    manifest = bundle.manifest.model_copy(update={"stability": rule})
-    with running(ContrastRuntime(num_classes=7), replace(bundle, manifest=manifest), Settings()) as client:
-        page = open_page(client.base_url)
-        line, status = page.locator("#unstable"), page.get_by_role("status")
-        for body, stable in ((BRIGHT, True), (DARK, False), (BRIGHT, True)):  # margins of 25 / 6 and 1
-            give(page, body)
-            assert line.is_visible() is not stable
-            assert status.text_content().startswith("Not stable. ") is not stable
-        give(page, DARK)
-        give(page, b"no picture", name="notes.txt", type="text/plain")
-        assert line.is_hidden()
