@@ -24,7 +24,7 @@ ALONE := env -u PYTHONPATH nice .venv/bin
 INSTALL_ALONE = nice $(CURDIR)/$(BIN)/uv pip install --quiet --exact --python .venv/bin/python "$$(ls *.whl)
 EVERY_COMMAND = $(ALONE)/python $(CURDIR)/deploy/every_command.py bundles/latest
 # Unit tests that start no other process; `make quick` runs them.
-UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation doctor) \
+UNIT := $(addprefix tests/sopdeploy/,layers backbones images data bundle evaluation) \
 	$(addprefix tests/service/,http images) tests/sweep/test_goldens.py
 
 export OMP_WAIT_POLICY := PASSIVE

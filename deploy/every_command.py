@@ -52,7 +52,6 @@ ARGUMENTS = {
     "health": "--url http://127.0.0.1:1",
     "key": "app --keys keys.toml",
     "bench": "bundle --batch 1",
-    "doctor": "--url http://127.0.0.1:1",
 }
 
 

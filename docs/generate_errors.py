@@ -90,7 +90,7 @@ WHAT_TO_DO = {
     'The code is one of those in "Over HTTP".',
     "ServiceError": 'Look up the code in brackets, here or in "Over HTTP".',
     "OverloadedError": "Wait `retry_after` seconds, send fewer requests at once, or give the server more "
-    "resources: `sopdeploy doctor` shows which.",
+    "resources: its [metrics](howto/monitoring.md) show which.",
     "UnreachableError": "Check address and port, and whether `/readyz` responds; increase `timeout`.",
 }
 
