@@ -32,7 +32,6 @@ ARGUMENTS = {
     "eval": "bundle --data photos",
     "calibrate": "file --data photos",
     "report": "file",
-    "compare-recipes": "absent absent",
     "runs": "",
     "reproduce": "dsop-9a --rows absent",
     "export": "file",

@@ -69,15 +69,15 @@ def test_every_command_documents_its_options_and_shows_an_example(command: str) 
 
 # What a flag of several commands means: all their descriptions contain the text.
 MEANINGS = {
-    "--api-key": "API key of the server", "--config": "TOML file with settings", "--data": "mages",
+    "--config": "TOML file with settings", "--data": "mages",
     "--dry-run": "; ", "--host": "address to listen on", "--json": "Print JSON", "--keys": "API key file",
     "--labels": "lass name", "--logits-key": "of the logits", "--max-batch": "batch",
     "--name": "Name of the project", "--network": "Builder of the network", "--option": "of the network",
     "--out": "older", "--out-file": "The ", "--port": "port to listen on",
     "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
-    "--seeds": "seeds 0, 1 and so on", "--set": "Override a value of", "--setting": "setting of the service",
+    "--set": "Override a value of", "--setting": "setting of the service",
     "--threads": "CPU threads",
-    "--tolerance": "Points of accuracy", "--unknown": "none of the classes", "--url": "URL of the server",
+    "--tolerance": "Points of accuracy", "--unknown": "none of the classes",
     "--weights-key": "Key of the state dict", "--workers": "rocesses that load images",
 }  # fmt: skip
 

@@ -32,11 +32,6 @@ COMMANDS = {
     "runs": ("Train", "training.runs", "list runs and bundles, and which bundles are live"),
     "report": ("Train", "training.evaluate", "write an HTML report on a run"),
     "import": ("Train", "training.import_weights", "convert published weights to a checkpoint"),
-    "compare-recipes": (
-        "Train",
-        "training.compare_recipes",
-        "test whether one recipe is better than another",
-    ),
     "reproduce": ("Train", "training.reproduce", "train the rows of a paper's table"),
     "export": ("Export", "deployment.export", "convert a checkpoint to a bundle, with a proof"),
     "inspect": ("Export", "deployment.export", "list parts of your network that have no effect"),
@@ -54,7 +49,6 @@ COMMANDS = {
     "key": ("Serve", "serving.serve", "create an API key for a server"),
     "bench": ("Serve", "serving.predict", "measure latency and throughput of a bundle"),
     "classify": ("Serve", "serving.classify", "classify any number of images into parquet files"),
-    "doctor": ("Serve", "serving.doctor", "find the bottleneck of a server"),
     "label": ("Serve", "serving.label", "label kept photographs on a local web page"),
 }
 QUICK_START = (

@@ -25,7 +25,6 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.recipe_comparison import compare_recipes
 from sopdeploy.report.page import write_run_report
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot import selection
@@ -435,8 +434,6 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     settings = [*SMALL, f"data.path={data}"]
     with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
         train_recipe(read_recipe("photos", [*settings, "ema={decay=0.9}"]), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"--set procedure\.kind=loop"):
-        compare_recipes(["photos", "photos-dsop"], tmp_path / "comparison", seeds=2, overrides=settings)
     with pytest.raises(ConfigError, match="model 'resnet19' is not in the catalog"):
         train_recipe(
             read_recipe("photos", [*settings, *FEW_SHOT, 'procedure.models=["resnet19"]']), tmp_path / "run"

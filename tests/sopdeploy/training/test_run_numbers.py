@@ -102,14 +102,6 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02T10:00:00"))
 
 
-def test_compare_says_what_compares_runs(photos: Path) -> None:
-    train(settings=LOOP)
-    done = CliRunner().invoke(app, ["compare-recipes", "runs/photos-1", "runs/photos-1"])
-    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
-    assert "runs/photos-1: a run, not a recipe; `sopdeploy runs` lists" in done.stderr
-    assert "`sopdeploy eval runs/photos-1/best.pt --data DIR`" in done.stderr
-
-
 def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train("--resume", "auto", settings=LOOP) == Path("runs/photos-1")
     before = read_checkpoint(Path("runs/photos-1/last.pt")).origin

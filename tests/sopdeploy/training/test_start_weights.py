@@ -21,6 +21,7 @@ from sopdeploy.api.training import configure
 from sopdeploy.backbones.resnet import BLOCKS
 from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.cli.app import app
+from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError, command_line_option
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
@@ -309,3 +310,14 @@ def test_training_without_start_weights_needs_no_network() -> None:
     done = CliRunner().invoke(app, ["train", "--data", "photos", "--weights", "none", *smaller, "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["start"] is None
+
+
+@pytest.mark.usefixtures("few_digits")
+def test_a_network_with_and_without_branches_starts_with_the_same_backbone() -> None:
+    branched = short_recipe("model.config.aux_dropout=0.0")
+    plain = short_recipe("model.config.aux_dropout=0.0", "model.config.aux_blocks=[0,0,0]")
+    labels = open_data(plain.data).train.labels
+    without, with_branches = (
+        create_initial_model(recipe, labels, ONE_PROCESS).model.state_dict() for recipe in (plain, branched)
+    )
+    assert all(torch.equal(with_branches[name], tensor) for name, tensor in without.items())
