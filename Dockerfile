@@ -61,6 +61,5 @@ FROM server AS cpu
 COPY --from=cpu-build /opt/sopdeploy /opt/sopdeploy
 
 FROM server AS gpu
-# video: the hardware JPEG decoder of nvImageCodec loads libnvcuvid
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=gpu-build /opt/sopdeploy /opt/sopdeploy

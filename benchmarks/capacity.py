@@ -17,7 +17,7 @@ from measure import make_parser
 from numpy.typing import NDArray
 from scipy.stats import poisson
 
-from sopdeploy_service.settings import LARGEST_DECODE_BATCH, decoders_per_process
+from sopdeploy_service.settings import decoders_per_process
 
 Floats = NDArray[np.float64]
 
@@ -217,12 +217,10 @@ def machine() -> list[str]:
     """Compute images/s by input and cores for a GPU that runs 10,000 images/s."""
     inputs = {  # ms of decoding, of its part with the lock, and of the event loop
         "JPEG 500 x 375": (2.64, 0.19, 0.2),
-        "JPEG, nvImageCodec": (0.3, 0.25, 0.2),
         "uint8 tensor over V2": (0.0, 0.0, 0.38),
     }
     rows = []
     for name, (decode_ms, decode_lock_ms, loop_ms) in inputs.items():
-        waiting = 2 * LARGEST_DECODE_BATCH if "nvImage" in name else 0
         for cores in (4, 8, 16, 32):
             cells: list[object] = [name, cores]
             automatic = max(1, min(8, cores // 4))  # the setting front_ends = auto
@@ -234,7 +232,7 @@ def machine() -> list[str]:
                     decode_ms=decode_ms,
                     decode_lock_ms=decode_lock_ms,
                     loop_ms=loop_ms,
-                    decoders=decoders_per_process(cores, front_ends) + waiting,
+                    decoders=decoders_per_process(cores, front_ends),
                     front_ends=front_ends,
                 )
                 limits = replica.limits | {"cores": 1000 * cores / replica.cpu_ms}

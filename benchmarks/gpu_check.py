@@ -32,10 +32,6 @@ STAGES = (
     "cuda-fp16",
     "cuda-int8",
     "server",
-    "http",
-    "decode-fast",
-    "decode-nvimagecodec",
-    "decoding",
     "training",
     "tensorrt",
     "speed",
@@ -46,12 +42,11 @@ LOG_LINES = 30  # of the stderr of a stage, kept in its result
 OLDEST_DRIVER = 580  # of CUDA 13
 NEEDED = {  # packages, and what does not run without them
     "onnxruntime": "all stages",
-    "uvicorn": "server, http",
+    "uvicorn": "server",
     "cuda.bindings": "all stages: the name of the GPU",
     "torch": "training, speed",
     "tensorrt": "tensorrt",
     "torch_tensorrt": "the second way of the stage tensorrt",
-    "nvidia.nvimgcodec": "decode-nvimagecodec, decoding",
     "pytest": "tests",
 }
 

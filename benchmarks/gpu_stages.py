@@ -1,4 +1,4 @@
-"""The stages of `gpu_check.py`: runtimes, decoders, a training run, a server, speed.
+"""The stages of `gpu_check.py`: runtimes, a training run, a server, speed.
 
     python benchmarks/gpu_stages.py STAGE BUNDLES [--quick]
 
@@ -32,7 +32,7 @@ from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy_export.engine_builder.engine import get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.app import create_app
-from sopdeploy_service.images.loaders import make_decoder, synthetic_jpeg
+from sopdeploy_service.images.loaders import synthetic_jpeg
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
@@ -109,16 +109,6 @@ def _deviations(replays: dict[int, Replay]) -> str:
     }
     sentence = ", ".join(f"{share:.2f} at batch {size}" for size, share in shares.items())
     return f"deviate by {sentence} of their tolerance"
-
-
-def check_decoder(folder: Path, decode: str) -> str:
-    """Load the model with the decoder *decode*, which compares its outputs on JPEGs with exact decoding."""
-    settings = Settings.model_validate({"decode": decode, "runtime": "onnxruntime-cpu"})
-    result = load_model(bundles_in(folder)[0].path, settings).fast_decode
-    if result is None:
-        raise CheckFailedError(f"decode={decode} was not checked")
-    equal = f"{result.agreement:.0%} of classes equal"
-    return f"{result.num_pictures} JPEGs: logits drift by {result.drift:.4f}, {equal}"
 
 
 def check_training(_: Path) -> str:
@@ -223,60 +213,35 @@ def check_tests(_: Path) -> str:
     return f"tests/gpu: {last}"
 
 
-def rows_of(stage: str, folder: Path, *, quick: bool) -> Iterator[dict[str, Any]]:
-    """Measure the rows of a *stage* that is not a check; nothing else needs their imports."""
-    if stage == "speed":
-        from gpu_speed import speed_rows  # noqa: PLC0415  needs torch
+def speed_of_all(folder: Path, *, quick: bool) -> Iterator[dict[str, Any]]:
+    """Measure the rows of the stage `speed`; no other stage needs its imports."""
+    from gpu_speed import speed_rows  # noqa: PLC0415  needs torch
 
-        runs = 20 if quick else 200
-        for bundle in bundles_in(folder):
-            yield from speed_rows(bundle, runs, with_tensorrt=has_tensorrt())
-        return
-    import gpu_jpegs  # noqa: PLC0415
-
-    if stage == "decoding":
-        try:
-            loader = make_decoder(Settings(), "nvimagecodec").keywords["load"].func
-        except SopdeployError:
-            yield from as_rows(gpu_jpegs.decoding_table(("exact",)))
-            raise
-        yield from as_rows(gpu_jpegs.decoding_table())
-        yield from as_rows(gpu_jpegs.copies_table(loader))
-    else:
-        for way in gpu_jpegs.WAYS:
-            yield from as_rows(gpu_jpegs.http_table(bundles_in(folder)[0], (way,)))
-
-
-def as_rows(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the rows of *table*, each with its title, text and columns."""
-    about = {"title": table["title"], "about": table["text"], "columns": table["columns"]}
-    return ({**about, "row": row} for row in table["rows"])
+    for bundle in bundles_in(folder):
+        yield from speed_rows(bundle, 20 if quick else 200, with_tensorrt=has_tensorrt())
 
 
 CHECKS: dict[str, Callable[[Path], str]] = {
     "cuda-fp32": lambda folder: check_cuda(folder, "fp32"),
     "cuda-fp16": lambda folder: check_cuda(folder, "fp16"),
     "cuda-int8": lambda folder: check_cuda(folder, "int8"),
-    "decode-fast": lambda folder: check_decoder(folder, "fast"),
-    "decode-nvimagecodec": lambda folder: check_decoder(folder, "nvimagecodec"),
     "training": check_training,
     "server": check_server,
     "tensorrt": check_tensorrt,
     "tests": check_tests,
 }
-MEASUREMENTS = ("decoding", "http", "speed")
 
 
 def main() -> int:
     """Run one stage; return the exit code."""
     parser = make_parser(__doc__)
-    parser.add_argument("stage", choices=[*CHECKS, *MEASUREMENTS])
+    parser.add_argument("stage", choices=[*CHECKS, "speed"])
     parser.add_argument("bundles", type=existing)
     parser.add_argument("--quick", action="store_true", help="fewer timed runs")
     options = parser.parse_args()
     try:
-        if options.stage in MEASUREMENTS:
-            for row in rows_of(options.stage, options.bundles, quick=options.quick):
+        if options.stage == "speed":
+            for row in speed_of_all(options.bundles, quick=options.quick):
                 print(json.dumps(row), flush=True)
             text = "measured, below"
         else:
@@ -284,11 +249,7 @@ def main() -> int:
     except (SopdeployError, CheckFailedError, ImportError) as problem:
         print(" ".join(str(problem).split()), file=sys.stderr)
         return 1
-    try:
-        gpu = open_cuda().gpu().name
-    except SopdeployError:  # `decode-fast` needs none
-        gpu = "none"
-    print(json.dumps({"text": text, "gpu": gpu}))
+    print(json.dumps({"text": text, "gpu": open_cuda().gpu().name}))
     return 0
 
 

@@ -98,11 +98,10 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [(f"sum by (reason) (rate(sopdeploy_rejected_total{RATE}))", "{{reason}}")],
     ),
     (
-        "Disconnected clients, failed GPU decodes, non-finite outputs",
+        "Disconnected clients, non-finite outputs",
         "ops",
         [
             (f"sum(rate(sopdeploy_cancelled_total{RATE}))", "disconnected clients"),
-            (f"sum(rate(sopdeploy_failed_gpu_decodes_total{RATE}))", "failed GPU decodes"),
             (f"sum by (model) (rate(sopdeploy_nonfinite_outputs_total{RATE}))", "non-finite {{model}}"),
         ],
     ),
@@ -117,7 +116,6 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         [("sopdeploy_drift_distance", "{{model}} {{of}}")],
     ),
     ("Drift: p-values; below 0.005 is an alarm", "none", [("sopdeploy_drift_p_value", "{{model}} {{of}}")]),
-    ("GPU decoding: gray levels off a golden example", "none", [("sopdeploy_gray_levels", "{{model}}")]),
     ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),
     (
@@ -161,7 +159,7 @@ def panel(number: int, title: str, unit: str, queries: list[tuple[str, str]]) ->
 
 def bundle_table(number: int) -> dict[str, Any]:
     """Build the table of loaded bundles with their precision and engine."""
-    columns = "digest, model, precision, runtime, decode, instance"
+    columns = "digest, model, precision, runtime, instance"
     table = panel(number, "Loaded bundles", "none", [(f"sum by ({columns}) (sopdeploy_bundle_info)", "")])
     table["type"] = "table"
     table["targets"][0] |= {"instant": True, "format": "table"}

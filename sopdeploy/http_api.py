@@ -101,26 +101,22 @@ class EncodedEmbedding(StrictModel):
 
 
 class FastDecode(StrictModel):
-    """How inexact decoding changed the outputs on *num_pictures* images at the start.
+    """How `decode=fast` changed the outputs on *num_pictures* images at the start.
 
     *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
-    spread of the logits, *agreement* the fraction of images whose best class stayed the same. *gray_levels*
-    is the mean difference between the GPU's pixels and those of the golden example that differs most, at most
-    *max_gray_levels*; it is None if no GPU decodes or the bundle has no golden examples.
+    spread of the logits, *agreement* the fraction of images whose best class stayed the same.
     """
 
     num_pictures: int
     largest: float
     drift: float
     agreement: float
-    gray_levels: float | None = None
-    max_gray_levels: float | None = None
 
 
 class ModelInfo(StrictModel):
     """A loaded network and its runtime; `id` is its bundle ID.
 
-    `decode` is the way in which images are decoded; unless it is `exact`, `fast_decode` is its effect.
+    `fast_decode` is the effect of the setting `decode=fast`, null if images are decoded exactly.
     `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a vector of
     `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a known image, if it has
     a threshold for them. The last three fields are set with a memory budget; `memory_bytes` is an estimate
@@ -138,7 +134,6 @@ class ModelInfo(StrictModel):
     device: str
     largest_batch: int
     versions: dict[str, str]
-    decode: str
     fast_decode: FastDecode | None = None
     thresholds: dict[str, float] | None = None
     class_maps: bool = False

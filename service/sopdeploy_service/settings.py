@@ -68,7 +68,7 @@ def _check_runtime(value: str) -> str:
 
 
 RuntimeName = Annotated[str, pydantic.AfterValidator(_check_runtime)]
-DecodeSetting = Literal["exact", "fast", "nvimagecodec", "auto"]
+DecodeSetting = Literal["exact", "fast"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 Sandbox = Literal["auto", "off", "required"]
@@ -90,7 +90,6 @@ Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 DECODERS_BESIDE_CPU_INFERENCE = 2
 MAX_DECODERS = 8  # of one process; more would wait for Python's interpreter lock
-LARGEST_DECODE_BATCH = 16  # JPEGs that a GPU decodes at once; a H100 has seven units for it
 
 VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
@@ -152,7 +151,7 @@ class Settings(pydantic.BaseModel):
         "auto", "image decoding threads per process; auto: 2 beside CPU inference, else one per core, up to 8"
     )
     decode: DecodeSetting = setting(
-        "exact", "fast: large JPEGs at reduced size; nvimagecodec: on the GPU; auto: there if possible"
+        "exact", "fast: large JPEGs at reduced size, if that changes the outputs little enough"
     )
     parsers: Threads = setting(2, "JSON parsing threads")
     sandbox: Sandbox = setting("auto", "of front ends; auto: if supported; required: start only with it")

@@ -32,7 +32,7 @@ def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:
     return _FITS[rules.fit](to_rgb(image, rules), rules)
 
 
-def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:  # noqa: ARG001
+def load_reduced(image: Image.Image, preprocess: Preprocess) -> None:
     """Load a JPEG at 1/2 or 1/4 of its size, other formats at full size.
 
     Each side keeps at least twice the pixels of the resized image; `decode=fast` of a server does this.
@@ -47,20 +47,6 @@ def load_reduced(image: Image.Image, body: bytes, preprocess: Preprocess) -> Non
             image.draft(image.mode, (width // scale, height // scale))
             break
     image.load()
-
-
-def fit_resized(resized: Pixels, orientation: int, rules: Preprocess) -> Pixels:
-    """Fit *resized*, RGB pixels at `resized_size`, to the network; returns (crop, crop, 3) uint8.
-
-    *orientation* is that of the file in EXIF. Pillow takes 200 us for an image that only has to be cropped,
-    NumPy 10.
-    """
-    if orientation in ROTATED or rules.fit == "pad":
-        image = Image.fromarray(resized)
-        turned = image.transpose(TURNS[orientation]) if orientation in ROTATED else image
-        return _FITS[rules.fit](turned, rules)
-    top, left = (round((side - rules.crop) / 2.0) for side in resized.shape[:2])
-    return np.ascontiguousarray(resized[top : top + rules.crop, left : left + rules.crop])
 
 
 def used_orientation(image: Image.Image, rules: Preprocess) -> int:

@@ -14,15 +14,6 @@ void stand_in_fail(const char *name, int code) {
   failing_code = code;
 }
 
-/* The streams used since the last call, as bits: 0 for the stream 0, 1 for the legacy default stream, 2 for others. */
-static unsigned streams;
-unsigned stand_in_streams(void) {
-  unsigned used = streams;
-  streams = 0;
-  return used;
-}
-static void use(cudaStream_t stream) { streams |= !stream ? 1 : stream == cudaStreamLegacy ? 2 : 4; }
-
 /* The page-locked blocks, and the bytes that were uploaded from elsewhere. */
 static const char *pinned[64], *pinned_end[64];
 static int blocks;
@@ -74,7 +65,6 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyK
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
   MAY_FAIL;
-  use(stream);
   memmove(to, from, size);
   return cudaSuccess;
 }
@@ -179,7 +169,6 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 /* What the compiler of kernels calls: before each launch, and for a fat binary, which has a handle. */
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t memory, struct CUstream_st *stream) {
-  use(stream);
   return 0;
 }
 void **__cudaRegisterFatBinary(void *binary) {

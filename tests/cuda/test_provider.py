@@ -120,20 +120,6 @@ def test_a_batch_is_uploaded_from_page_locked_memory(tmp_path: Path) -> None:
     assert start("-c", UPLOAD, str(bundle.path)).communicate(timeout=120)[0] == "0\n"
 
 
-def test_the_bound_of_every_stage_of_an_h100_is_computed() -> None:
-    found, _ = start("benchmarks/gpu_bound.py", "--runs", "2", "--json").communicate(timeout=120)
-    rows = json.loads(found)["results"]
-    assert len(rows) == 9
-    assert all(row["ours"] > 0 for row in rows)
-
-
-def test_what_decoding_for_front_ends_costs_the_inference_process_is_measured() -> None:
-    pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
-    process = start("benchmarks/jpeg_messages.py", "--rounds", "1", "--images", "250", "--json")
-    (row,) = json.loads(process.communicate(timeout=120)[0])["results"]
-    assert min(row["ours"], row["other"]) > 0
-
-
 @pytest.mark.parametrize("command", [("serve", "--port", "0"), ("verify",)])
 def test_a_first_batch_that_fails_ends_a_command_in_one_line(
     command: tuple[str, ...], tmp_path: Path

@@ -5,7 +5,7 @@ import gc
 import io
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +33,10 @@ from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
-from sopdeploy_service.images import loaders
-from sopdeploy_service.images.device_resize import DeviceResize
-from sopdeploy_service.images.nvimagecodec import NvImageCodec
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
@@ -264,13 +261,7 @@ def running(
     It also has the models *beside* by name. *options* go to `create_app`.
     """
     maps = read_class_maps(bundle.path, bundle.manifest)
-    inference = LoadedModel(
-        bundle=bundle,
-        runtime=runtime,
-        replays={},
-        decode="nvimagecodec" if settings.decode == "nvimagecodec" else "exact",
-        class_maps=maps,
-    )
+    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, class_maps=maps)
     app = create_app({**dict.fromkeys(names, inference), **(beside or {})}, settings, shelf, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
@@ -325,35 +316,3 @@ def client(bundle: Bundle, onnx_runtime: OnnxRuntime) -> Iterator[httpx.Client]:
     settings = Settings(max_body_bytes=1_000_000, max_images=8, request_timeout=10, formats=tuple(FORMATS))
     with running(onnx_runtime, bundle, settings) as client:
         yield client
-
-
-class GatedDecoder:
-    """Counts the images of each batch; decodes nothing after `fail`, and only while `open` is set."""
-
-    def __init__(self, decoder: Any) -> None:
-        self.decoder = decoder
-        self.batches: list[int] = []
-        self.fail: Callable[[Sequence[Any]], list[Any]] | None = None
-        self.open = threading.Event()
-        self.open.set()
-
-    def decode(self, bodies: Sequence[Any], params: Any) -> list[Any]:
-        self.batches.append(len(bodies))
-        assert self.open.wait(60)
-        decoded: list[Any] = self.fail(bodies) if self.fail else self.decoder.decode(bodies, params=params)
-        return decoded
-
-
-@pytest.fixture(scope="module")
-def library() -> Any:
-    """NVIDIA's nvImageCodec."""
-    return pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
-
-
-@pytest.fixture
-def codec(library: Any, monkeypatch: pytest.MonkeyPatch) -> NvImageCodec:
-    """The loader of nvImageCodec on the CPU, in place of that of the GPU; its decoder can be gated."""
-    codec = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CPU_ONLY, ("CPU_ONLY",), DeviceResize(CPU))
-    codec._decoder = GatedDecoder(codec._decoder)
-    monkeypatch.setattr(loaders, "gpu_loader", lambda: codec)
-    return codec

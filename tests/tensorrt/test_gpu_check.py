@@ -1,6 +1,5 @@
 """The stages of `make gpu-check`: the driver, and what runs on the simulated GPU."""
 
-import json
 import sys
 import threading
 from collections.abc import Callable
@@ -10,7 +9,6 @@ from typing import Any
 
 import gpu_bundles
 import gpu_check
-import gpu_jpegs
 import gpu_speed
 import gpu_stages
 import numpy as np
@@ -20,9 +18,7 @@ from onnx import numpy_helper
 
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.models.registry import create_model
-from sopdeploy_service.images.device_resize import DeviceResize
-from sopdeploy_service.images.nvimagecodec import NvImageCodec
-from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.tensorrt.fake_cuda import FakeCuda
 from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import network, write
@@ -79,7 +75,7 @@ for n in range(40):
     print("line", n, file=sys.stderr)
 for batch in (1, 2):
     print(json.dumps({"title": "t", "about": "a", "columns": ["batch"], "row": [batch]}), flush=True)
-if sys.argv[1] == "http":
+if sys.argv[1] == "server":
     pathlib.Path(sys.argv[2], "rows are printed").touch()
     time.sleep(600)
 sys.exit(1)
@@ -98,7 +94,7 @@ class TimerOfTheTest(threading.Timer):
                 return
 
 
-@pytest.mark.parametrize(("stage", "text"), [("speed", "line 39"), ("http", "not finished after 2 s")])
+@pytest.mark.parametrize(("stage", "text"), [("speed", "line 39"), ("server", "not finished after 2 s")])
 def test_a_stage_that_fails_keeps_its_rows_and_the_last_lines_of_its_log(
     stage: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,40 +169,6 @@ def test_the_server_stage_swaps_two_bundles(
         gpu_stages.check_server(bundles)
 
 
-TABLE = {"title": "t", "text": "a", "columns": ["way"]}
-
-
-def without_codec(*_: object) -> Any:
-    raise RuntimeUnavailableError("no codec here")
-
-
-def test_a_stage_without_a_gpu_passes_or_keeps_the_rows_that_need_none(
-    bundles: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(stage: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["gpu_stages.py", stage, str(bundles)])
-        return gpu_stages.main()
-
-    no_gpu = SimpleNamespace(gpu=lambda: without_codec())
-    monkeypatch.setattr(gpu_stages, "open_cuda", lambda: no_gpu)
-    monkeypatch.setitem(gpu_stages.CHECKS, "decode-fast", lambda _: "decoded")
-    assert run("decode-fast") == 0
-    assert json.loads(capsys.readouterr().out) == {"text": "decoded", "gpu": "none"}
-    monkeypatch.setattr(gpu_stages, "make_decoder", without_codec)
-    monkeypatch.setattr(gpu_jpegs, "decoding_table", lambda ways: {**TABLE, "rows": [[way] for way in ways]})
-    assert run("decoding") == 1
-    out, err = capsys.readouterr()
-    assert [row["row"] for row in gpu_check.json_lines(out.splitlines())] == [["exact"]]
-    assert err == "no codec here\n"
-
-    def http_table(_: object, ways: tuple[str, ...]) -> dict[str, Any]:
-        return {**TABLE, "rows": [["exact"]]} if ways == ("exact",) else without_codec()
-
-    monkeypatch.setattr(gpu_jpegs, "http_table", http_table)
-    assert run("http") == 1
-    assert [row["row"] for row in gpu_check.json_lines(capsys.readouterr().out.splitlines())] == [["exact"]]
-
-
 def test_the_stage_of_the_tests_fails_if_all_of_them_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = iter(["4 skipped in 3.14s", "3 passed, 1 skipped in 9.00s"])
     done = lambda *_, **__: SimpleNamespace(returncode=0, stdout=next(outputs), stderr="")  # noqa: E731
@@ -225,25 +187,3 @@ def test_without_cuda_in_torch_the_speed_of_onnxruntime_is_measured(
     assert [row["row"][0] for row in rows] == [1, 5, 8, 20, 32]
     assert rows[0]["columns"] == ["batch", "onnxruntime CUDA"]
     assert "torch does not run here: " in rows[0]["about"]
-
-
-def test_the_measured_stages_count_images(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the ways of a machine without a GPU."""
-    monkeypatch.setattr(gpu_jpegs, "SIZES", ((60, 40),))
-    monkeypatch.setattr(gpu_jpegs, "CLIENTS", 1)
-    monkeypatch.setenv("SOPDEPLOY_RUNTIME", "onnxruntime-cpu")
-    ((size, *rates),) = gpu_jpegs.decoding_table(("exact", "fast"), 0.05)["rows"]
-    assert size == "60 x 40"
-    assert len(rates) == 3
-    assert min(rates) > 0
-    library = pytest.importorskip("nvidia.nvimgcodec", reason="nvImageCodec is not installed")
-    codec = NvImageCodec(library, library.NVIMGCODEC_DEVICE_CPU_ONLY, ("CPU_ONLY",), DeviceResize(CPU))
-    rows = gpu_jpegs.copies_table(codec, "cpu", 2)["rows"]
-    assert [name.split()[0] for name, *_ in rows] == ["decode", "decode,", "copy", "copy"]
-    assert min(time for _, time, _ in rows) > 0
-    ((way, rate, p50, p99, codes),) = gpu_jpegs.http_table(
-        gpu_stages.bundles_in(bundles)[0], ("exact",), 0.5
-    )["rows"]
-    assert (way, codes) == ("exact", "200")
-    assert rate > 0
-    assert p99 >= p50 > 0

@@ -1,8 +1,8 @@
 """Every call of TensorRT and CUDA in our code fits the signature in each release's real bindings.
 
 `signatures.json` was recorded from the Python bindings, which import without a GPU. Calls are found in the
-source, so a new call without a recorded signature fails here. ONNX Runtime and nvImageCodec are not recorded:
-tests/tensorrt/test_bound.py and tests/service/images/test_nvimagecodec.py run the real libraries.
+source, so a new call without a recorded signature fails here. ONNX Runtime is not recorded:
+tests/tensorrt/test_bound.py runs the real library.
 """
 
 import ast

@@ -104,7 +104,6 @@ def model_info(model: Model) -> ModelInfo:
         device=runtime.device,
         largest_batch=model.largest_batch,
         versions=manifest.versions,
-        decode=model.loaded.decode,
         fast_decode=model.loaded.fast_decode,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
         class_maps=FEATURES in shapes,

@@ -59,7 +59,7 @@ def view_logits(
 ) -> NDArray[np.float32]:
     """Compute the logits (views, classes) of the test-time augmentation views of image *index*."""
     manifest, path = loaded.bundle.manifest, images.path(index)
-    encoded, decode = EncodedImage(images.read(index)), make_decoder(settings, loaded.decode)
+    encoded, decode = EncodedImage(images.read(index)), make_decoder(settings)
     try:
         views = tta_views(lambda rules: decode(encoded, rules).pixels, manifest.preprocess, tta)
     except ImageError as error:

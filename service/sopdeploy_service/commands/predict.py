@@ -118,7 +118,7 @@ def _predict_image(
 def _decode(image: EncodedImage | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
     preprocess = loaded.bundle.manifest.preprocess
     if isinstance(image, EncodedImage):
-        return make_decoder(settings, loaded.decode)(image, preprocess)
+        return make_decoder(settings)(image, preprocess)
     try:
         match_transparency(image)  # of a file that is open but not decoded yet
         pixels, warnings = preprocess_image(image, preprocess), list_changes(image, preprocess)

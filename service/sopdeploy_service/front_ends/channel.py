@@ -25,8 +25,7 @@ from sopdeploy_service.runtime.base import Runtime
 
 HEADER = struct.Struct("=BII")  # kind, number, bytes of the body
 IMAGE_HEAD = struct.Struct("=I?dd")  # model, features, arrived, deadline
-JPEG_HEAD = struct.Struct("=IIB")  # width, height, EXIF orientation
-RESULT_HEAD = struct.Struct("=BIIddd")  # error or 0, batch, row; seconds of decoding, queue and inference
+RESULT_HEAD = struct.Struct("=BIIdd")  # error or 0, batch, row; seconds of queue and inference
 FACTS, LABELS = "runtime.json", "labels.json"  # files of an archive
 BUFFER_BYTES = 1 << 20
 MAX_MESSAGE_BYTES = 1 << 27
@@ -37,11 +36,9 @@ class MessageKind(IntEnum):
 
     IMAGE = 1  # images of this front end; `IMAGE_HEAD` and the pixels
     CANCEL = 2  # an image whose request has ended
-    JPEG = 3  # images, too; `IMAGE_HEAD`, `JPEG_HEAD` and the file
 
     MODEL = 16  # a model, counted backwards to 0; its archive
-    RESULT = 17  # an image; `RESULT_HEAD` and its outputs, float32; with `keep`, then the pixels of a JPEG
-    LOAD = 18  # images in the inference process
+    RESULT = 17  # an image; `RESULT_HEAD` and its outputs, float32
 
 
 class ChannelError(Exception):
@@ -103,7 +100,6 @@ def archive_model(model: Model) -> bytes:
         "device": loaded.runtime.device,
         "largest_batch": model.largest_batch,
         "timings": loaded.timings,
-        "decode": loaded.decode,
         "fast_decode": None if loaded.fast_decode is None else loaded.fast_decode.model_dump(),
     }
     output = io.BytesIO()
@@ -129,7 +125,6 @@ def read_model(data: bytes) -> tuple[str, LoadedModel]:
         runtime=cast(Runtime, RemoteRuntime(facts["runtime"], facts["device"], facts["largest_batch"])),
         replays={},
         timings=tuple((images, seconds) for images, seconds in facts["timings"]),
-        decode=facts["decode"],
         fast_decode=None if fast_decode is None else FastDecode(**fast_decode),
         class_maps=read_class_maps(folder, manifest),
     )

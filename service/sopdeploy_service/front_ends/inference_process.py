@@ -1,7 +1,7 @@
 """The inference process: it owns the runtimes of one device and runs the images of all its front ends.
 
 It loads and runs models as a single process does (`ModelRegistry`). Clients reach it only through front ends,
-which send pixels, or JPEGs for the GPU: so a device has one process that uses it.
+which send pixels: so a device has one process that uses it.
 
 Front ends decode images of untrusted clients and may be compromised, so everything that they send is checked.
 A front end that breaks the protocol is disconnected, and replaced by the supervisor.
@@ -28,23 +28,18 @@ import numpy as np
 
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.errors import SopdeployError
-from sopdeploy.images.pixels import fit_resized, resized_size
 from sopdeploy_service.front_ends import channel, control
 from sopdeploy_service.front_ends.channel import (
     IMAGE_HEAD,
-    JPEG_HEAD,
     RESULT_HEAD,
     ChannelError,
     MessageKind,
     archive_model,
 )
-from sopdeploy_service.images import loaders
-from sopdeploy_service.images.decode import has_fill_color, is_strip
-from sopdeploy_service.images.nvimagecodec import JpegJob, NvImageCodec
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
+from sopdeploy_service.inference.model_worker import QueuedImage
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
@@ -64,12 +59,8 @@ from sopdeploy_service.settings import Settings
 
 MAX_UNSENT_BYTES = 1 << 27  # results that a front end does not read
 MAX_AGE_SECONDS = 60.0  # of an image when it gets here; an earlier arrival is not believed
-# The front end then decodes the JPEG; no client gets these.
-LEFT_TO_CPU = HttpError("left_to_cpu", 503, "the front end decodes the image")
-GPU_FAILED = HttpError("gpu_failed", 503, "the GPU could not decode the image")
 HTTP_ERRORS = (
-    CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY, LEFT_TO_CPU,
-    GPU_FAILED,
+    CLIENT_GONE, DEADLINE, DRAINING, RUNTIME_DEAD, INFERENCE_FAILED, NONFINITE, OUT_OF_MEMORY,
 )  # fmt: skip
 CODES = {reason.code: position for position, reason in enumerate(HTTP_ERRORS, 1)}  # 0: outputs
 
@@ -100,9 +91,7 @@ class InferenceProcess:
         self._supervisor = supervisor
         self._sources = sources
         self._settings = settings
-        self._decoder: NvImageCodec | None = None
         self._ended = asyncio.Event()
-        self._queued_images = 0
         self._front_ends: set[FrontEnd] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -117,7 +106,7 @@ class InferenceProcess:
             self._beat()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), BEAT_SECONDS)
-            dead = any(model.dead for model in self._registry.models()) or self._decoder_hangs()
+            dead = any(model.dead for model in self._registry.models())
         loop.remove_reader(self._supervisor)
         self._supervisor.close()
         self._registry.close(DRAINING)
@@ -127,17 +116,9 @@ class InferenceProcess:
             await self._registry.stop()
         return EXIT_RUNTIME_DEAD if dead else 0
 
-    def _decoder_hangs(self) -> bool:
-        hangs = self._decoder is not None and self._decoder.hangs(self._settings.decode_seconds)
-        if hangs:
-            log.critical("the GPU decodes a batch for more than %g s", self._settings.decode_seconds)
-        return hangs
-
     def _beat(self) -> None:
         bundles = " ".join(model.bundle.name for model in self._registry.models())
         control.send_files(self._supervisor, control.STATUS.pack(0, 0, True) + bundles.encode())
-        for front_end in self._front_ends:
-            channel.send_message(front_end.writer, MessageKind.LOAD, self._queued_images)
 
     def _receive_front_end(self) -> None:
         """Receive the channel of a front end, reload, or detect that the supervisor has ended."""
@@ -167,8 +148,8 @@ class InferenceProcess:
                 channel.send_message(writer, MessageKind.MODEL, number, archive_model(model))
             while True:
                 kind, number, body = await channel.receive_message(reader)
-                if kind in {MessageKind.IMAGE, MessageKind.JPEG}:
-                    self._queue(front_end, number, body, is_jpeg=kind == MessageKind.JPEG)
+                if kind == MessageKind.IMAGE:
+                    self._queue(front_end, number, body)
                 elif kind != MessageKind.CANCEL:
                     raise ChannelError(f"unknown message {kind}")
                 elif number in front_end.images:
@@ -187,8 +168,8 @@ class InferenceProcess:
                 model.queue.reject([item], CLIENT_GONE)
             stack.close()
 
-    def _queue(self, front_end: FrontEnd, number: int, body: bytes, *, is_jpeg: bool) -> None:
-        """Queue an image of *front_end*, once it is decoded.
+    def _queue(self, front_end: FrontEnd, number: int, body: bytes) -> None:
+        """Queue an image of *front_end*.
 
         Every value is checked; raises `ChannelError` for one that a correct front end never sends.
         """
@@ -209,73 +190,32 @@ class InferenceProcess:
         item.outcome.add_done_callback(partial(self._send_result, front_end, number, item))
         model = front_end.models[model_number]
         front_end.images[number] = model, item
-        self._queued_images += 1
-        if is_jpeg:
-            reason = self._decode(model, item, body)
-        else:
-            pixels = np.frombuffer(body, np.uint8, offset=IMAGE_HEAD.size)
-            item.image = pixels.reshape(model.bundle.manifest.image_shape)
-            reason = model.queue.put(item)
+        pixels = np.frombuffer(body, np.uint8, offset=IMAGE_HEAD.size)
+        item.image = pixels.reshape(model.bundle.manifest.image_shape)
+        reason = model.queue.put(item)
         if reason is not None:
             item.settle(reason)
-
-    def _decode(self, model: Model, item: QueuedImage, body: bytes) -> HttpError | None:
-        """Let the GPU decode the JPEG of *item*, which then joins the queue of *model*; or return why not.
-
-        At most three batches of files are held, which the front ends count in `max_upload_bytes`. Raises
-        `ChannelError` for a file that a correct front end never sends.
-        """
-        width, height, orientation = JPEG_HEAD.unpack_from(body, IMAGE_HEAD.size)
-        file, size = body[IMAGE_HEAD.size + JPEG_HEAD.size :], (width, height)
-        rules, settings = model.bundle.manifest.preprocess, self._settings
-        is_allowed = 0 < width * height <= settings.max_pixels and len(file) <= settings.max_body_bytes
-        if model.loaded.decode != "nvimagecodec" or not is_allowed or is_strip(size, rules):
-            raise ChannelError(f"a JPEG of {width} x {height} and {len(file)} bytes is not for the GPU")
-        self._decoder = self._decoder or loaders.gpu_loader()
-        on_end = partial(_queue_decoded, model, item, orientation)
-        job = JpegJob(file, size, resized_size(size, rules), rules.interpolation, on_end)
-        return None if self._decoder.put(job) else LEFT_TO_CPU
 
     def _send_result(
         self, front_end: FrontEnd, number: int, item: QueuedImage, done: "asyncio.Future[Outcome]"
     ) -> None:
         """Send the outcome of an image, unless its front end has ended."""
-        if front_end.images.pop(number, None) is not None:
-            self._queued_images -= 1
+        front_end.images.pop(number, None)
         if front_end not in self._front_ends:
             return
         outcome = done.result()
         if isinstance(outcome, HttpError):
-            result = RESULT_HEAD.pack(CODES[outcome.code], 0, 0, 0.0, 0.0, 0.0)
+            result = RESULT_HEAD.pack(CODES[outcome.code], 0, 0, 0.0, 0.0)
             channel.send_message(front_end.writer, MessageKind.RESULT, number, result)
             return
-        timings = item.decode_seconds or 0.0, outcome.queue_seconds, outcome.infer_seconds
         outputs = [
             values.tobytes()
             for name, values in outcome.outputs.items()
             if name not in ON_REQUEST or item.features
         ]
-        if item.decode_seconds is not None and self._settings.keep is not None:
-            outputs.append(item.image.tobytes())
+        timings = outcome.queue_seconds, outcome.infer_seconds
         result = RESULT_HEAD.pack(0, outcome.batch, outcome.row, *timings)
         channel.send_message(front_end.writer, MessageKind.RESULT, number, result, *outputs)
-
-
-def _queue_decoded(model: Model, item: QueuedImage, orientation: int, job: JpegJob) -> None:
-    """Put *item* with the pixels of *job* into the queue of *model*, or leave it to its front end.
-
-    Called in a thread of the decoder. A front end decodes what may be truncated, which needs Pillow.
-    """
-    reason: HttpError | None = GPU_FAILED
-    if job.pixels is not None and has_fill_color(job.pixels):
-        reason = LEFT_TO_CPU
-    elif job.pixels is not None:
-        item.image = fit_resized(job.pixels, orientation, model.bundle.manifest.preprocess)
-        now = time.monotonic()
-        item.decode_seconds, item.arrived = now - item.arrived, now
-        reason = model.queue.put(item)
-    if reason is not None:
-        call_soon(item.outcome.get_loop(), item.settle, reason)
 
 
 def run_inference_process(launch_config: Mapping[str, Any]) -> int:

@@ -85,9 +85,6 @@ def list_processes(settings: Settings) -> list[Process]:
     """
     devices = settings.devices or ("",)
     front_ends = count_front_ends(settings)
-    is_exact = front_ends > 1 and settings.decode == "auto" and settings.sandbox == "required"
-    if is_exact:
-        log.info("decode=auto is exact: a GPU decodes outside of the sandbox; sandbox=auto permits it")
     processes: list[Process] = []
     for position, device in enumerate(devices):
         name = device or "default"
@@ -99,8 +96,6 @@ def list_processes(settings: Settings) -> list[Process]:
             changed["runtime"] = "onnxruntime-cpu"
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders_per_process(cores_within_quota(), front_ends * len(devices))
-        if is_exact:
-            changed["decode"] = "exact"
         if front_ends == 1:
             processes.append(Process(name, SERVER, variables, changed))
             continue

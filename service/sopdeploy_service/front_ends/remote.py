@@ -18,22 +18,18 @@ from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy_service.front_ends import channel
 from sopdeploy_service.front_ends.channel import (
     IMAGE_HEAD,
-    JPEG_HEAD,
-    MAX_MESSAGE_BYTES,
     RESULT_HEAD,
     MessageKind,
     read_model,
 )
-from sopdeploy_service.front_ends.inference_process import GPU_FAILED, HTTP_ERRORS, LEFT_TO_CPU
+from sopdeploy_service.front_ends.inference_process import HTTP_ERRORS
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, call_soon
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import NONFINITE, RUNTIME_DEAD, HttpError, Prediction, rank_classes
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.observability.metrics import Metrics, drift_window
-from sopdeploy_service.settings import LARGEST_DECODE_BATCH, Settings
-
-MAX_JPEGS = 2 * LARGEST_DECODE_BATCH  # of a front end in the inference process; it decodes the others itself
+from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.inference")
 
@@ -50,16 +46,6 @@ class RemoteQueue(RequestQueue):
         self._shapes = {output.name: tuple(side or 1 for side in output.shape[1:]) for output in outputs}
         self._logits = outputs[0].name
 
-    @property
-    def images_elsewhere(self) -> int:
-        """The number of images in the inference process that other front ends have sent."""
-        return self._registry.images_elsewhere
-
-    def takes_jpeg(self, num_bytes: int) -> bool:
-        """Whether the inference process decodes a JPEG of *num_bytes* now."""
-        fits = num_bytes < MAX_MESSAGE_BYTES // 2 and self._registry.jpegs < MAX_JPEGS
-        return fits and self._model.loaded.decode == "nvimagecodec"
-
     def put(self, item: QueuedImage) -> HttpError | None:
         """Send the image of *item* from the event loop."""
         if self.closed_with is None:
@@ -72,12 +58,7 @@ class RemoteQueue(RequestQueue):
         if not item.outcome.done():  # otherwise its request has ended, too
             number = self._registry.add(self, item)
             head = IMAGE_HEAD.pack(self._number, item.features, item.arrived, item.deadline)
-            if item.jpeg is None:
-                self._registry.send(MessageKind.IMAGE, number, head, item.image.tobytes())
-            else:
-                body, size, orientation = item.jpeg
-                head += JPEG_HEAD.pack(*size, orientation)
-                self._registry.send(MessageKind.JPEG, number, head, body)
+            self._registry.send(MessageKind.IMAGE, number, head, item.image.tobytes())
 
     def reject(self, items: Sequence[QueuedImage], reason: HttpError) -> None:
         """Give *reason* to all *items* without an outcome, and cancel those that were sent."""
@@ -94,14 +75,13 @@ class RemoteQueue(RequestQueue):
 
     def settle(self, item: QueuedImage, result: bytes) -> None:
         """Settle *item* with its *result*, and count the image and, for the first of a batch, the batch."""
-        code, batch, row, decode_seconds, queue_seconds, infer_seconds = RESULT_HEAD.unpack_from(result)
+        code, batch, row, queue_seconds, infer_seconds = RESULT_HEAD.unpack_from(result)
         if code:
-            self._settle_with(item, HTTP_ERRORS[code - 1])
+            reason = HTTP_ERRORS[code - 1]
+            if reason is NONFINITE:
+                self._counts.nonfinite.inc()
+            item.settle(reason)
             return
-        if item.jpeg is not None:
-            item.decode_seconds = (item.decode_seconds or 0.0) + decode_seconds
-            self._metrics.stage("decode", item.decode_seconds)
-        item.arrived += decode_seconds
         outputs = self._read_outputs(item, result)
         logits = [outputs[self._logits]]
         started = item.arrived + queue_seconds
@@ -120,27 +100,14 @@ class RemoteQueue(RequestQueue):
         timings = queue_seconds, infer_seconds
         item.settle(Prediction(outputs, *timings, batch, row, ranked, item.warnings, item.size))
 
-    def _settle_with(self, item: QueuedImage, reason: HttpError) -> None:
-        """Settle *item* with *reason*, or decode it in this process."""
-        if reason in {LEFT_TO_CPU, GPU_FAILED} and item.decode_here is not None:
-            self._metrics.failed_gpu_decodes.inc(reason is GPU_FAILED)
-            item.jpeg = None
-            item.decode_here(item)
-            return
-        if reason is NONFINITE:
-            self._counts.nonfinite.inc()
-        item.settle(reason)
-
     def _read_outputs(self, item: QueuedImage, result: bytes) -> dict[str, NDArray[np.float32]]:
-        """Read the outputs from *result*, and the pixels that follow those of a JPEG with `keep`."""
+        """Read the outputs from *result*."""
         values = np.frombuffer(result, np.uint8, offset=RESULT_HEAD.size)
         outputs, end = {}, 0
         for name, shape in self._shapes.items():
             if name not in ON_REQUEST or item.features:
                 start, end = end, end + 4 * math.prod(shape)
                 outputs[name] = values[start:end].view(np.float32).reshape(shape)
-        if item.jpeg is not None and end < len(values):
-            item.image = values[end:].reshape(self._model.bundle.manifest.image_shape)
         return outputs
 
 
@@ -150,7 +117,6 @@ class RemoteRegistry(ModelRegistry):
     `images` has the images without a result, and their queues, by number.
     """
 
-    has_devices = False
     is_replaced = True
 
     def __init__(self, connection: socket.socket, settings: Settings, metrics: Metrics) -> None:
@@ -159,8 +125,6 @@ class RemoteRegistry(ModelRegistry):
         Raises `ConnectionError` if it ends.
         """
         super().__init__({}, settings, metrics, None)
-        self.images_elsewhere = 0
-        self.jpegs = 0  # among `images`
         self._connection = connection
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -197,7 +161,6 @@ class RemoteRegistry(ModelRegistry):
         """Add *item* of *queue* to `images`; return its number."""
         number = next(self._numbers) % 0xFFFF_FFFF
         self.images[number] = queue, item
-        self.jpegs += item.jpeg is not None
         return number
 
     async def _receive(self, reader: asyncio.StreamReader) -> None:
@@ -217,10 +180,7 @@ class RemoteRegistry(ModelRegistry):
     def _handle(self, kind: int, number: int, body: bytes) -> None:
         if kind == MessageKind.RESULT:
             queue, item = self.images.pop(number)
-            self.jpegs -= item.jpeg is not None
             queue.settle(item, body)
-        elif kind == MessageKind.LOAD:
-            self.images_elsewhere = max(0, number - len(self.images))
 
 
 async def attach(service: Service, connection: socket.socket) -> None:

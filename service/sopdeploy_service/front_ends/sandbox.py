@@ -122,11 +122,6 @@ def apply(settings: Settings, config: uvicorn.Config) -> None:
     """
     if settings.sandbox == "off":
         return
-    if settings.decode == "nvimagecodec":
-        outside = "decode=nvimagecodec reads JPEGs outside of it, in the inference process"
-        if settings.sandbox == "required":
-            raise ConfigError(f"sandbox=required: {outside}; change this, or set sandbox=auto")
-        log.warning("the sandbox is for other images only: %s", outside)
     excluded = {"url_hosts": bool(settings.url_hosts), "tracing": settings.tracing}
     reasons = [f"{name} needs files or sockets" for name, is_set in excluded.items() if is_set]
     if not reasons:

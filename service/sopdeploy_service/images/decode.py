@@ -8,8 +8,7 @@ warning. Invalid bytes raise `ImageError` and no other exception.
 import io
 import random
 import re
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -27,21 +26,12 @@ from sopdeploy.images.formats import (
     open_image,
 )
 from sopdeploy.images.jpeg import MARKER_BYTES, SCAN, jpeg_segments
-from sopdeploy.images.pixels import (
-    MAX_ASPECT_RATIO,
-    fit_resized,
-    list_changes,
-    preprocess_image,
-    upright_size,
-    used_orientation,
-)
+from sopdeploy.images.pixels import list_changes, preprocess_image, upright_size
 from sopdeploy.images.preprocess import Preprocess
 
 ANIMATED = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}  # the second image of a JPEG is a thumbnail
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
-GPU_MODES = {"RGB", "L"}
-END_OF_JPEG = b"\xff\xd9"  # NVIDIA's decoders do not report that data is missing
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 
@@ -63,20 +53,8 @@ class Decoded(NamedTuple):
     size: tuple[int, int]
 
 
-class CheckedJpeg(NamedTuple):
-    """The file of a JPEG that another process decodes on a GPU, and what its header says.
-
-    *size* is the (width, height) in the file, before it is rotated by the EXIF *orientation*.
-    """
-
-    body: bytes
-    size: tuple[int, int]
-    orientation: int
-
-
-# (image with only its header read, file, preprocessing) -> None if the image has its pixels now, or the
-# resized pixels (h, w, 3).
-LoadPixels = Callable[[Image.Image, bytes, Preprocess], NDArray[np.uint8] | None]
+# Loads the pixels of an image of which only the header was read.
+LoadPixels = Callable[[Image.Image, Preprocess], None]
 
 
 class Decode(Protocol):
@@ -88,16 +66,7 @@ class Decode(Protocol):
         """Decode *encoded*."""
 
 
-class CheckJpeg(Protocol):
-    """`check_jpeg` with the limits of a server."""
-
-    def __call__(
-        self, encoded: EncodedImage, preprocess: Preprocess, /, *, admit: Callable[[Cost], None] | None = None
-    ) -> tuple[CheckedJpeg, tuple[str, ...], tuple[int, int]] | None:
-        """Check the header of *encoded*."""
-
-
-def load_exact(image: Image.Image, body: bytes, preprocess: Preprocess) -> None:  # noqa: ARG001
+def load_exact(image: Image.Image, preprocess: Preprocess) -> None:  # noqa: ARG001
     """Load the same pixels as in training."""
     image.load()
 
@@ -119,78 +88,23 @@ def decode(
     HTTP status.
     """
     body = encoded.body
-    with _opened(body, max_bytes, max_pixels, formats, admit) as image:
-        kind = "JPEG" if image.format == "MPO" else str(image.format)
-        size, upright = image.size, upright_size(image, preprocess)
-        resized = load(image, body, preprocess)
-        check_decoded_size(image, size)
-        corner = image if resized is None else Image.fromarray(resized[-1:, -1:])
-        if kind == "JPEG" and is_truncated(corner, body):
-            raise EOFError("the data ends before the last pixel")
-        if resized is None:
-            pixels = preprocess_image(image, preprocess)
-        else:
-            pixels = fit_resized(resized, used_orientation(image, preprocess), preprocess)
-        warnings = (*list_changes(image, preprocess), *_file_warnings(image, kind, encoded.media_type))
-        return Decoded(pixels, tuple(sorted(warnings)), upright)
-
-
-def check_jpeg(
-    encoded: EncodedImage,
-    preprocess: Preprocess,
-    *,
-    max_bytes: int,
-    max_pixels: int,
-    formats: Collection[str] | None = None,
-    admit: Callable[[Cost], None] | None = None,
-) -> tuple[CheckedJpeg, tuple[str, ...], tuple[int, int]] | None:
-    """Check the header of a JPEG as `decode` does; return None if a GPU does not decode such an image.
-
-    Otherwise, return the JPEG, warning codes and the (width, height) of the upright image.
-    """
-    body = encoded.body
-    with _opened(body, max_bytes, max_pixels, formats, admit) as image:
-        if not is_for_gpu(image, body, preprocess):
-            return None
-        warnings = (*list_changes(image, preprocess), *_file_warnings(image, "JPEG", encoded.media_type))
-        jpeg = CheckedJpeg(body, image.size, used_orientation(image, preprocess))
-        return jpeg, tuple(sorted(warnings)), upright_size(image, preprocess)
-
-
-@contextmanager
-def _opened(
-    body: bytes,
-    max_bytes: int,
-    max_pixels: int,
-    formats: Collection[str] | None,
-    admit: Callable[[Cost], None] | None,
-) -> Iterator[Image.Image]:
-    """Open the file *body* and admit it; errors of the block become an `ImageError`."""
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
     with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats) as image:
         if admit is not None:
             admit(decode_cost(image, body))
+        kind = "JPEG" if image.format == "MPO" else str(image.format)
         try:
-            yield image
+            size, upright = image.size, upright_size(image, preprocess)
+            load(image, preprocess)
+            check_decoded_size(image, size)
+            if kind == "JPEG" and is_truncated(image, body):
+                raise EOFError("the data ends before the last pixel")
+            pixels = preprocess_image(image, preprocess)
+            warnings = (*list_changes(image, preprocess), *_file_warnings(image, kind, encoded.media_type))
         except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
             raise image_error(error, max_pixels) from error
-
-
-def is_for_gpu(image: Image.Image, body: bytes, preprocess: Preprocess) -> bool:
-    """Whether a GPU decodes *image* with the file *body*: a complete RGB or gray JPEG, not a strip."""
-    is_whole = image.format == "JPEG" and body.endswith(END_OF_JPEG)
-    return is_whole and image.mode in GPU_MODES and not is_strip(image.size, preprocess)
-
-
-def is_strip(size: tuple[int, int], preprocess: Preprocess) -> bool:
-    """Whether preprocessing resizes only a part of an image of this *size*."""
-    return preprocess.fit == "crop" and max(size) > MAX_ASPECT_RATIO * min(size)
-
-
-def has_fill_color(pixels: NDArray[np.uint8]) -> bool:
-    """Whether the last of *pixels* (h, w, 3) has libjpeg's color for missing data, see `is_truncated`."""
-    return FILL_COLOR.issuperset(pixels[-1, -1].tolist())
+        return Decoded(pixels, tuple(sorted(warnings)), upright)
 
 
 def is_truncated(image: Image.Image, body: bytes) -> bool:

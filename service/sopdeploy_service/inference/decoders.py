@@ -11,7 +11,6 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from queue import SimpleQueue
@@ -21,7 +20,7 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.cost import Cost
-from sopdeploy_service.images.decode import CheckJpeg, Decode, EncodedImage, keep_freed_blocks
+from sopdeploy_service.images.decode import Decode, EncodedImage, keep_freed_blocks
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
 from sopdeploy_service.inference.results import (
@@ -44,18 +43,16 @@ UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
 PHOTO_LANE, LARGE_LANE = 1, 2
 MAX_WAITING_LARGE = 8  # large images; one more gets 503
 LEAST_BYTES = 64 * _MIB  # for a large image
-START_OF_JPEG = b"\xff\xd8"
 
 log = logging.getLogger("sopdeploy.service")
 
 
 class _Job(NamedTuple):
-    """An *image* to decode, with *here* only in this process; *item* then joins the queue of *model*."""
+    """An *image* to decode; *item* then joins the queue of *model*."""
 
     model: Model
     item: QueuedImage
     image: EncodedImage
-    here: bool
 
 
 class Plan(NamedTuple):
@@ -112,15 +109,10 @@ class Decoders:
         threads: int,
         settings: Settings,
         metrics: Metrics,
-        of_way: Callable[[str], Decode],
-        check_jpeg: CheckJpeg | None = None,
+        decode: Decode,
     ) -> None:
-        """Use *threads* for light images; *of_way* returns the decoder of a value of `decode`.
-
-        With *check_jpeg*, the GPU of `nvimagecodec` is that of another process.
-        """
-        self._threads, self._settings, self._metrics, self._of_way = threads, settings, metrics, of_way
-        self._check_jpeg = check_jpeg
+        """Decode with *decode*; use *threads* for light images."""
+        self._threads, self._settings, self._metrics, self._decode = threads, settings, metrics, decode
         self._lanes: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(3)]
         self._counts: list[int] = []
         self._running: dict[int, tuple[float, QueuedImage]] = {}  # by thread
@@ -150,9 +142,9 @@ class Decoders:
             for _ in range(count):
                 lane.put(None)
 
-    def put(self, model: Model, item: QueuedImage, image: EncodedImage, *, here: bool = False) -> None:
-        """Queue *image* for decoding, with *here* in this process; *item* then joins the queue of *model*."""
-        self._lanes[0].put(_Job(model, item, image, here))
+    def put(self, model: Model, item: QueuedImage, image: EncodedImage) -> None:
+        """Queue *image* for decoding; *item* then joins the queue of *model*."""
+        self._lanes[0].put(_Job(model, item, image))
 
     def reject_overdue(self, seconds: float) -> bool:
         """Reject the images whose decoding takes longer than *seconds*; return whether there are any."""
@@ -190,7 +182,7 @@ class Decoders:
 
     def _decode_and_queue(self, lane: int, job: _Job) -> HttpError | None:
         """Decode the image of *job* and queue its item; return the error of an image that is not queued."""
-        model, item, image, here = job
+        model, item, image = job
         if item.outcome.done() or model.queue.closed_with is not None:
             return model.queue.closed_with
         with ExitStack() as stack:
@@ -200,8 +192,10 @@ class Decoders:
             started = time.monotonic()
             self._running[threading.get_ident()] = started, item
             try:
-                if here or not self._leave_to_gpu(model, item, image):
-                    self._decode(lane, model, item, image)
+                decoded = self._decode(
+                    image, model.bundle.manifest.preprocess, admit=partial(self._admit, lane)
+                )
+                item.image, item.warnings, item.size = decoded
             except ImageError as error:
                 return HttpError.of(error)
             except _OtherLaneError:
@@ -214,33 +208,13 @@ class Decoders:
                 self._metrics.decode_seconds.inc(ended - started)
         item.late = DEADLINE
         item.decode_seconds, item.arrived = ended - item.arrived, ended
-        if item.jpeg is None:
-            self._metrics.stage("decode", item.decode_seconds)
+        self._metrics.stage("decode", item.decode_seconds)
         return model.queue.put(item)
 
-    def _decode(self, lane: int, model: Model, item: QueuedImage, image: EncodedImage) -> None:
-        way = model.loaded.decode
-        on_gpu = way == "nvimagecodec" and self._check_jpeg is None and image.body.startswith(START_OF_JPEG)
-        admit = partial(self._admit, lane, on_gpu)
-        decoded = self._of_way(way)(image, model.bundle.manifest.preprocess, admit=admit)
-        item.image, item.warnings, item.size = decoded
-
-    def _leave_to_gpu(self, model: Model, item: QueuedImage, image: EncodedImage) -> bool:
-        """Let *item* join the queue of *model* as a JPEG; return False if this process has to decode it."""
-        is_jpeg = image.body.startswith(START_OF_JPEG)
-        if self._check_jpeg is None or not is_jpeg or not model.queue.takes_jpeg(len(image.body)):
-            return False
-        rules = model.bundle.manifest.preprocess
-        found = self._check_jpeg(image, rules, admit=partial(self._admit, 0, True))
-        if found is not None:
-            item.jpeg, item.warnings, item.size = found
-            item.decode_here = partial(self.put, model, image=image, here=True)  # without a cycle
-        return found is not None
-
-    def _admit(self, lane: int, on_gpu: bool, cost: Cost) -> None:
+    def _admit(self, lane: int, cost: Cost) -> None:
         """Raise `_OtherLaneError` if an image of this *cost* belongs to another lane than *lane*.
 
-        Raises `ImageError` if it needs more memory than any image may. Images decoded *on_gpu* have one lane.
+        Raises `ImageError` if it needs more memory than any image may.
         """
         plan = self.plan
         if plan is None or _fits(cost, LIGHT):
@@ -251,8 +225,6 @@ class Decoders:
                 f"decoding needs {needed} MB, the limit is {limit} MB (max_decode_bytes); send it smaller"
             )
             raise ImageError(message, code="too_much_memory", status=413)
-        if on_gpu:
-            return
         proper = PHOTO_LANE if plan.photos and _fits(cost, PHOTO) else LARGE_LANE
         if proper != lane:
             raise _OtherLaneError(proper)

@@ -41,7 +41,7 @@ class LoadedModel:
     """A verified bundle, of which only the small files are left, and its runtime.
 
     `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
-    `decode` is the way in which images are decoded, `fast_decode` its effect, None if it is exact.
+    `fast_decode` is the effect of `decode=fast`, None if images are decoded exactly.
     `class_maps` is None if the bundle has no class activation maps. `onnx_root` is the root of the graph, if
     it was recomputed.
     """
@@ -50,7 +50,6 @@ class LoadedModel:
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
-    decode: str = "exact"
     fast_decode: FastDecode | None = None
     class_maps: ClassMapLayer | None = None
     onnx_root: str | None = None
@@ -65,8 +64,8 @@ def load_model(
     of them run in both ways, and the root of the graph is compared with the certificate, and recomputed if
     `onnx` is installed; on a CPU, this would be most of the start time of a server.
 
-    Raises `BundleError`, `RuntimeUnavailableError`, `ParityError`, `ConfigError` for an invalid key file, and
-    the errors of `choose_decoding`.
+    Raises `BundleError`, `RuntimeUnavailableError`, `ConfigError` for an invalid key file, and `ParityError`,
+    also if `decode=fast` changes the outputs too much.
     """
     bundle = open_checked(path, settings, checked)
     root = check_roots(bundle) if thorough else None
@@ -83,12 +82,11 @@ def load_model(
             probes, max_batch = _read_probes(bundle), largest_batch(runtime, settings)
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
-            decode: str = "exact"
             fast_decode = None
-            if settings.decode != "exact":
-                from sopdeploy_service.images.loaders import choose_decoding  # noqa: PLC0415
+            if settings.decode == "fast":
+                from sopdeploy_service.images.loaders import check_fast_decode  # noqa: PLC0415
 
-                decode, fast_decode = choose_decoding(bundle, runtime, settings)
+                fast_decode = check_fast_decode(bundle, runtime, settings)
         if not thorough:  # `verify` also reads the large files
             bundle = keep_in_memory(bundle)
         class_maps = read_class_maps(bundle.path, bundle.manifest)
@@ -98,7 +96,6 @@ def load_model(
         runtime=runtime,
         replays=replays,
         timings=tuple(timings),
-        decode=decode,
         fast_decode=fast_decode,
         class_maps=class_maps,
         onnx_root=root,

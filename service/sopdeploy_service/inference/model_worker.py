@@ -26,7 +26,6 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy.bundle.probes import Outputs
-from sopdeploy_service.images.decode import CheckedJpeg
 from sopdeploy_service.inference.results import (
     DEADLINE,
     INFERENCE_FAILED,
@@ -65,8 +64,7 @@ class QueuedImage:
 
     *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the
     outputs `ON_REQUEST`, *top_k* a ranking of so many classes; *size* is the (width, height) of the upright
-    image in its file. A *jpeg* that the inference process decodes has no *image*; *decode_here* decodes it in
-    this process instead.
+    image in its file.
     """
 
     outcome: "asyncio.Future[Outcome]"
@@ -80,8 +78,6 @@ class QueuedImage:
     arrived: float = field(default_factory=time.monotonic)
     trace: "RequestTrace | None" = None
     late: HttpError = DEADLINE  # if it has no other outcome at its deadline
-    jpeg: CheckedJpeg | None = field(default=None, repr=False)
-    decode_here: Callable[["QueuedImage"], None] | None = None
 
     def settle(self, outcome: Outcome) -> None:
         """Set the outcome unless there is one. Call it on the event loop."""
@@ -105,15 +101,6 @@ class RequestQueue:
     def is_empty(self) -> bool:
         """Whether no image is queued."""
         return not self._items
-
-    def takes_jpeg(self, num_bytes: int) -> bool:  # noqa: ARG002
-        """Whether another process decodes a JPEG of *num_bytes* now."""
-        return False
-
-    @property
-    def images_elsewhere(self) -> int:
-        """Images of other processes that run on the same device."""
-        return 0
 
     def put(self, item: QueuedImage) -> HttpError | None:
         """Add *item*; if the queue is closed, return the reason instead."""

@@ -30,7 +30,6 @@ log = logging.getLogger("sopdeploy.models")
 class ModelRegistry:
     """The loaded models. Every method is called on the event loop."""
 
-    has_devices = True  # this process runs the models
     is_replaced = False  # by the supervisor, if the models are dead
     problem: str | None = None  # why they are dead, until then
 
@@ -204,11 +203,9 @@ class ModelRegistry:
 
     def count(self, name: str, loaded: LoadedModel, change: int) -> None:
         """Count *loaded* in the metrics as loaded (*change* 1) or unloaded (-1)."""
-        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, loaded.decode, change)
+        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, change)
         if change < 0:
             return
-        gray_levels = 0.0 if loaded.fast_decode is None else loaded.fast_decode.gray_levels
-        self._metrics.gray_levels.labels(name).set(gray_levels or 0.0)
         if loaded.bundle.manifest.rejection is not None:
             self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image
         decision = loaded.bundle.manifest.decision

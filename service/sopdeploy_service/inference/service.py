@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.images.limits import FORMATS
-from sopdeploy_service.images.decode import Decode, EncodedImage, check_jpeg
+from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
@@ -43,7 +43,6 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import (
     DECODERS_BESIDE_CPU_INFERENCE,
-    LARGEST_DECODE_BATCH,
     Settings,
     cores_within_quota,
     decoders_per_process,
@@ -108,36 +107,19 @@ class Service:
         self._draining = True
 
     def _create_decoders(self) -> Decoders:
-        """Create the decoder threads; every value of `decode` among the models gets one decoder."""
-        settings, on_failure = self.settings, self.metrics.failed_gpu_decodes.inc
-        formats = {FORMATS[name] for name in settings.formats}
-        check = None
-        if not self.registry.has_devices:
-            max_bytes, max_pixels = settings.max_body_bytes, settings.max_pixels
-            check = partial(check_jpeg, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats)
-
-        @cache
-        def decoder_of(way: str) -> Decode:
-            if way == "nvimagecodec" and check is not None:
-                way = "exact"  # what the GPU of the inference process does not decode
-            return partial(make_decoder(settings, way, on_failure), formats=formats)
-
-        for model in self.registry.models():  # now: a front end cannot import more in its sandbox
-            decoder_of(model.loaded.decode)
+        """Create the decoder threads."""
+        formats = {FORMATS[name] for name in self.settings.formats}
         threads = self._count_decoders()
         self.metrics.decoders.set(threads)
-        return Decoders(threads, settings, self.metrics, decoder_of, check)
+        decode = partial(make_decoder(self.settings), formats=formats)
+        return Decoders(threads, self.settings, self.metrics, decode)
 
     def _count_decoders(self) -> int:
-        """Count the threads that decode, and those that wait for two batches of a GPU that decodes."""
-        loaded = [model.loaded for model in self.registry.models()]
-        on_gpu = self.settings.decode == "nvimagecodec" or any(m.decode == "nvimagecodec" for m in loaded)
-        waiting = 2 * LARGEST_DECODE_BATCH if on_gpu and self.registry.has_devices else 0
         if self.settings.decoders != "auto":
-            return self.settings.decoders + waiting
-        if all(model.runtime.device == "cpu" for model in loaded):
-            return DECODERS_BESIDE_CPU_INFERENCE + waiting
-        return decoders_per_process(cores_within_quota(), 1) + waiting
+            return self.settings.decoders
+        if all(model.loaded.runtime.device == "cpu" for model in self.registry.models()):
+            return DECODERS_BESIDE_CPU_INFERENCE
+        return decoders_per_process(cores_within_quota(), 1)
 
     @property
     def state(self) -> State:
@@ -185,9 +167,8 @@ class Service:
             raise RejectedError(DRAINING)
         self._check_queue(model, 1)
         # An idle worker is always tried: an estimate that rejects everything could never be corrected.
-        images = self.admitted + model.queue.images_elsewhere
-        if images:
-            end = time.monotonic() + model.latency.total_seconds(images + 1, model.largest_batch)
+        if self.admitted:
+            end = time.monotonic() + model.latency.total_seconds(self.admitted + 1, model.largest_batch)
             if end > deadline:
                 raise RejectedError(TOO_LATE)
 
@@ -203,8 +184,7 @@ class Service:
 
     def _check_queue(self, model: Model, num_images: int) -> None:
         if self.admitted + num_images > self.settings.queue_size:
-            waiting = self.admitted + model.queue.images_elsewhere
-            seconds = math.ceil(model.latency.total_seconds(waiting, model.largest_batch))
+            seconds = math.ceil(model.latency.total_seconds(self.admitted, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
             raise RejectedError(HttpError("queue_full", 429, "the queue is full; retry later", retry_after))
 

@@ -58,14 +58,6 @@ class Metrics:
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
         self.decoders = gauge("decoders", "Decoder threads")
         self.max_decode_bytes = gauge("max_decode_bytes", "Memory that one image may need to be decoded")
-        self.failed_gpu_decodes = counter(
-            "failed_gpu_decodes", "JPEGs decoded by Pillow, because nvImageCodec could not"
-        )
-        self.gray_levels = gauge(
-            "gray_levels",
-            "Mean difference of the GPU's pixels from a golden example, at most 1; 0: not decoded there",
-            ("model",),
-        )
         self.batch_size = histogram("batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS)
         self.batch_close = counter(
             "batch_close", "Why a batch closed: full, or the worker was idle", ("model", "reason")
@@ -105,7 +97,7 @@ class Metrics:
         self._requests_of = cache(self._requests.labels)
         self._request_seconds_of = cache(self._request_seconds.labels)
         self._stage_seconds_of = cache(self._stage_seconds.labels)
-        self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime", "decode"))
+        self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime"))
         self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
@@ -122,14 +114,13 @@ class Metrics:
             self._drift_distance.labels(model, test).set_function(partial(counts.drift_of, test, "distance"))
             self._drift_p_value.labels(model, test).set_function(partial(counts.drift_of, test, "p_value"))
 
-    def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, decode: str, change: int) -> None:
+    def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
 
-        *decode* is the way in which its images are decoded.
         A bundle may be loaded again before the last request of its previous load has a response. The
         metrics therefore contain it while its count is positive.
         """
-        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name, decode)
+        labels = (bundle.manifest.id, name, bundle.manifest.precision, runtime.name)
         self._loaded[labels] += change
         if self._loaded[labels]:
             self._info.labels(*labels).set(1)

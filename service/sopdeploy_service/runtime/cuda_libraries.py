@@ -18,7 +18,7 @@ from sopdeploy.errors import RuntimeUnavailableError
 DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"  # opened by the provider at its first convolution
 SHARED, CUDA_PROVIDER = "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"
-UPLOAD, DOWNLOAD, ON_DEVICE = 1, 2, 3  # values of cudaMemcpyKind
+UPLOAD, DOWNLOAD = 1, 2  # values of cudaMemcpyKind
 NO_DRIVER = (
     f"no NVIDIA driver is usable here ({DRIVER} cannot be loaded); start a container with `--gpus all`, or "
     "install the driver"
@@ -76,8 +76,8 @@ def device_copy(onnxruntime: Any, kind: str) -> Callable[[int, int, int, int], o
     """Return a function that copies memory: addresses to and from, bytes, and one of the kinds above.
 
     On the *kind* of device `cuda`, it waits for the copy without the GIL, which `update_inplace` and `numpy`
-    of an `OrtValue` hold; copies `ON_DEVICE` only begin, in the order of CUDA's legacy default stream. It
-    raises `RuntimeError` with the code of CUDA. `load_cuda_libraries` must have succeeded.
+    of an `OrtValue` hold, and raises `RuntimeError` with the code of CUDA. `load_cuda_libraries` must have
+    succeeded.
     """
     if kind == "cpu":
         return lambda to, source, size, _: ctypes.memmove(to, source, size)

@@ -40,7 +40,7 @@ def client(bundle_path: Path) -> Iterator[httpx.Client]:
 def expected(bundle_path: Path, jpeg: bytes) -> list[tuple[str, float]]:
     """All classes with their probabilities, most probable first, from the logits."""
     bundle = open_bundle(bundle_path)
-    pixels = make_decoder(Settings(), "exact")(EncodedImage(jpeg), bundle.manifest.preprocess).pixels
+    pixels = make_decoder(Settings())(EncodedImage(jpeg), bundle.manifest.preprocess).pixels
     logits = OnnxRuntime(bundle, threads=1).run(pixels[None])["logits"][0].astype(np.float64)
     return sorted(zip(LABELS, 1 / (1 + np.exp(-logits)), strict=True), key=lambda pair: -pair[1])
 

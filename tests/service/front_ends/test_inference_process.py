@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import io
 import logging
 import queue
-import re
 import select
 import shutil
 import socket
@@ -17,53 +15,41 @@ from functools import partial
 from logging.handlers import QueueHandler
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import httpx
-import numpy as np
 import pytest
 from fake_runtime import FakeRuntime
-from numpy.typing import NDArray
-from PIL import Image
 
 from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy_service.front_ends import control
-from sopdeploy_service.front_ends.channel import HEADER, IMAGE_HEAD, JPEG_HEAD, MessageKind, receive_blocking
+from sopdeploy_service.front_ends.channel import HEADER, IMAGE_HEAD, MessageKind, receive_blocking
 from sopdeploy_service.front_ends.inference_process import InferenceProcess
 from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
-from sopdeploy_service.images import loaders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD
 from sopdeploy_service.settings import Settings
 from tests.service.bundle_with_maps import write_bundle_with_maps
-from tests.service.conftest import RULES, Client, open_files, running, write_bundle
+from tests.service.conftest import Client, open_files, running
 from tests.service.held import Held
-from tests.service.images.test_fast_decode import encode
-from tests.service.images.test_nvimagecodec import OTHERS, READ
 
 IMAGE_BYTES = 32 * 32 * 3
-DEFAULTS = Settings()
 LIMITED = Settings(queue_size=16, max_images=16)
-ON_GPU = LIMITED.model_copy(update={"decode": "nvimagecodec"})
 
 
 class Group:
     """An inference process and what connects front ends to it, as the supervisor does."""
 
-    def __init__(
-        self, models: dict[str, LoadedModel], sources: list[str] | None = None, settings: Settings = LIMITED
-    ) -> None:
+    def __init__(self, models: dict[str, LoadedModel], sources: list[str] | None = None) -> None:
         self.control, theirs = control.pair()
 
         async def run() -> None:
-            registry = ModelRegistry(models, settings, Metrics(), store=None)
-            self.process = InferenceProcess(registry, theirs, settings, sources or [])
-            self.code = await self.process.run()
+            registry = ModelRegistry(models, LIMITED, Metrics(), store=None)
+            self.process = InferenceProcess(registry, theirs, LIMITED, sources or [])
+            await self.process.run()
 
         self.thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
         self.thread.start()
@@ -89,12 +75,10 @@ def group(bundle: Bundle) -> Iterator[Callable[..., Group]]:
     """`group(runtime, bundle)` starts an inference process."""
     with ExitStack() as stack:
 
-        def start(runtime: Runtime, used: Bundle = bundle, settings: Settings = LIMITED) -> Group:
+        def start(runtime: Runtime, used: Bundle = bundle) -> Group:
             maps = read_class_maps(used.path, used.manifest)
-            loaded = LoadedModel(
-                bundle=used, runtime=runtime, replays={}, decode=settings.decode, class_maps=maps
-            )
-            started = Group({"tiny": loaded}, settings=settings)
+            loaded = LoadedModel(bundle=used, runtime=runtime, replays={}, class_maps=maps)
+            started = Group({"tiny": loaded})
             stack.callback(started.stop)
             return started
 
@@ -102,119 +86,13 @@ def group(bundle: Bundle) -> Iterator[Callable[..., Group]]:
 
 
 @contextmanager
-def front_end(group: Group, bundle: Bundle, settings: Settings = DEFAULTS) -> Iterator[Client]:
+def front_end(group: Group, bundle: Bundle) -> Iterator[Client]:
     """A server without a runtime of its own."""
     create_registry = partial(RemoteRegistry, group.connect())
     with running(
-        FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=create_registry
+        FakeRuntime(num_classes=7), bundle, Settings(), names=(), create_registry=create_registry
     ) as client:
         yield client
-
-
-class Recording(FakeRuntime):
-    """Keeps the images that it runs."""
-
-    def __init__(self) -> None:
-        super().__init__(num_classes=7)
-        self.images: list[NDArray[np.uint8]] = []
-
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        self.images += [*images.copy()]
-        return super().run(images)
-
-
-@pytest.mark.parametrize("fit", ["crop", "pad"])
-def test_jpegs_of_front_ends_get_the_pixels_of_a_single_process_on_one_gpu_context(
-    group, codec, tmp_path, monkeypatch, fit
-) -> None:
-    bundle = open_bundle(write_bundle(tmp_path, preprocess=RULES.model_copy(update={"fit": fit})))
-    alone, shared, found = Recording(), Recording(), []
-    with running(alone, bundle, ON_GPU) as client:
-        found.append([client.post("/v1/classify", content=body).json() for body in (*READ, *OTHERS)])
-    users: list[threading.Thread] = []
-    monkeypatch.setattr(loaders, "gpu_loader", lambda: users.append(threading.current_thread()) or codec)
-    process = group(shared, bundle, ON_GPU)
-    with front_end(process, bundle, ON_GPU) as client:
-        found.append([client.post("/v1/classify", content=body).json() for body in (*READ, *OTHERS)])
-        (model,) = client.get("/info").json()["models"]
-        metrics = client.get("/metrics").text
-        assert client.app.state.service.registry.jpegs == 0
-    assert set(users) == {process.thread}
-    assert model["decode"] == "nvimagecodec"
-    assert "sopdeploy_decoders 2.0" in metrics  # none waits for the GPU
-    batches = codec._decoder.batches
-    assert len(batches) == 2 * len(READ) + 2 * (fit == "pad")  # padded, a strip is no exception
-    np.testing.assert_array_equal(alone.images, shared.images)
-    shown = [[(reply["classes"], reply["warnings"]) for reply in replies] for replies in found]
-    assert shown[0] == shown[1]
-
-
-LEFT = Image.new("RGB", (300, 200), (128, 128, 128))  # the last pixel has libjpeg's color for missing data
-SAVED = io.BytesIO()
-LEFT.save(SAVED, "JPEG")
-# What the GPU gets and does -> status, code, counted failures, batches of the GPU.
-NOT_ON_GPU: dict[str, tuple[bytes, bool, int, tuple[int, str | None, str, list[int]]]] = {
-    "the GPU fails": (READ[0], True, 32, (200, None, "1.0", [1])),
-    "the GPU is busy": (READ[0], False, 0, (200, None, "0.0", [])),
-    "a file too long for a message": (encode((900, 700)), False, 32, (200, None, "0.0", [])),
-    "a gray corner": (SAVED.getvalue(), False, 32, (200, None, "0.0", [1])),
-    "a truncated file": (READ[3][:-2000] + b"\xff\xd9", False, 32, (422, "truncated_image", "0.0", [1])),
-    "a header only": (READ[0][:20] + b"\xff\xd9", False, 32, (422, "damaged_image", "0.0", [])),
-}
-
-
-@pytest.mark.parametrize("case", NOT_ON_GPU)
-def test_a_front_end_decodes_what_the_gpu_does_not(group, bundle, codec, monkeypatch, case) -> None:
-    body, fails, jpegs, expected = NOT_ON_GPU[case]
-    monkeypatch.setattr("sopdeploy_service.front_ends.remote.MAX_JPEGS", jpegs)
-    monkeypatch.setattr("sopdeploy_service.front_ends.remote.MAX_MESSAGE_BYTES", 200_000)
-    codec._decoder.fail = (lambda bodies: [None] * len(bodies)) if fails else None
-    with front_end(group(FakeRuntime(num_classes=7), bundle, ON_GPU), bundle, ON_GPU) as client:
-        reply = client.post("/v1/classify", content=body)
-        page = client.get("/metrics").text
-    failed = re.search(r"sopdeploy_failed_gpu_decodes_total (\d.*)", page)[1]
-    assert (reply.status_code, reply.json().get("code"), failed, codec._decoder.batches) == expected
-
-
-def test_front_ends_decode_what_the_inference_process_has_no_room_for(
-    group, bundle, codec, monkeypatch, until
-) -> None:
-    monkeypatch.setattr("sopdeploy_service.images.nvimagecodec.LARGEST_DECODE_BATCH", 1)
-    codec._decoder.open.clear()
-    process = group(FakeRuntime(num_classes=7), bundle, ON_GPU)
-    with front_end(process, bundle, ON_GPU) as client, ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(client.post, "/v1/classify", content=READ[0])]
-        until(lambda: len(codec._decoder.batches) == 1)  # it is decoded
-        waiting.append(pool.submit(client.post, "/v1/classify", content=READ[0]))
-        until(lambda: len(codec._waiting) == 1)
-        assert client.post("/v1/classify", content=READ[0]).status_code == 200
-        assert not any(reply.done() for reply in waiting)
-        codec._decoder.open.set()
-        assert [reply.result().status_code for reply in waiting] == [200, 200]
-
-
-def test_an_inference_process_whose_gpu_decoder_hangs_ends(group, bundle, codec) -> None:
-    codec._decoder.open.clear()
-    settings = ON_GPU.model_copy(update={"decode_seconds": 0.2})
-    process = group(FakeRuntime(num_classes=7), bundle, settings)
-    with front_end(process, bundle, ON_GPU) as client:
-        assert client.post("/v1/classify", content=READ[0]).status_code == 503
-    process.thread.join(20)
-    assert process.code == EXIT_RUNTIME_DEAD
-    codec._decoder.open.set()
-
-
-def test_with_keep_a_front_end_gets_the_pixels_that_the_gpu_has_decoded(
-    group, bundle, codec, tmp_path
-) -> None:
-    runtime, seen = Recording(), []
-    process = group(runtime, bundle, ON_GPU.model_copy(update={"keep": tmp_path}))
-    with front_end(process, bundle, ON_GPU) as client:
-        observers = client.app.state.service.observers
-        observers.append(lambda request: seen.extend(pixels for _, pixels, _ in request.predicted()))
-        for path in ("/v1/classify", "/v1/classify?explain=true"):
-            assert client.post(path, content=READ[0]).status_code in {200, 400}
-    np.testing.assert_array_equal(seen, runtime.images)
 
 
 def test_images_of_ended_requests_leave_the_queue(group, bundle, jpeg, until) -> None:
@@ -332,10 +210,6 @@ def image(model: int = 0, size: int = IMAGE_BYTES) -> bytes:
     return IMAGE_HEAD.pack(model, False, 0.0, float("inf")) + bytes(size)
 
 
-def jpeg_of(width: int, height: int, size: int = 100) -> bytes:
-    return message(MessageKind.JPEG, 1, image(size=0) + JPEG_HEAD.pack(width, height, 1) + bytes(size))
-
-
 ATTACKS = {
     "no pixels": message(MessageKind.IMAGE, 1, image(size=0)),
     "too many pixels": message(MessageKind.IMAGE, 1, image(size=IMAGE_BYTES + 1)),
@@ -345,23 +219,13 @@ ATTACKS = {
     "an unknown message": message(99, 0),
     "an image for an unknown model": message(MessageKind.IMAGE, 1, image(model=1)),
     "a body of 4 GB": HEADER.pack(MessageKind.IMAGE, 1, 0xFFFF_FFFF),
-    "a JPEG for a model whose images the front ends decode": jpeg_of(40, 30),
-    "half a header of a JPEG": message(MessageKind.JPEG, 1, image(size=0) + bytes(8)),
-    "a JPEG without pixels": jpeg_of(0, 30),
-    "a JPEG with too many pixels": jpeg_of(65_000, 65_000),
-    "a strip": jpeg_of(20_000, 1),
-    "a JPEG of too many bytes": jpeg_of(40, 30, ON_GPU.max_body_bytes + 1),
 }
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_front_end_that_breaks_the_protocol_is_replaced(
-    group, bundle, make_picture, until, monkeypatch, attack
-) -> None:
-    takes_all = SimpleNamespace(put=lambda _: True, hangs=lambda _: False)
-    monkeypatch.setattr(loaders, "gpu_loader", lambda: takes_all)
+def test_a_front_end_that_breaks_the_protocol_is_replaced(group, bundle, make_picture, until, attack) -> None:
     runtime = Held()
-    shared = group(runtime, settings=LIMITED if "front ends decode" in attack else ON_GPU)
+    shared = group(runtime)
     with shared.connect() as connection:
         connection.settimeout(20)
         with contextlib.suppress(ConnectionError):  # it may end before it has read all

@@ -176,17 +176,6 @@ def test_front_ends_and_devices_divide_the_cores_among_their_decoders(given, exp
     assert [process.settings.get("decoders", settings.decoders) for process in processes] == expected
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"), [({"sandbox": "required"}, "exact"), ({}, "auto"), ({"sandbox": "off"}, "auto")]
-)
-def test_front_ends_whose_sandbox_is_required_decode_exactly_with_auto(given, expected, caplog) -> None:
-    settings = load_settings(**{"decode": "auto", "front_ends": 2, "devices": "0", **given})
-    with caplog.at_level("INFO"):
-        processes = list_processes(settings)
-    assert {process.settings.get("decode", settings.decode) for process in processes} == {expected}
-    assert len(caplog.messages) == (expected == "exact")
-
-
 # Settings, front ends -> shares, or the end of the error message.
 SHARES: dict[str, tuple[dict[str, object], int, dict[str, int] | str]] = {
     "two": ({}, 2, {"queue_size": 128, "max_upload_bytes": 128_000_000}),

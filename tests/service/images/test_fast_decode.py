@@ -11,7 +11,7 @@ from sopdeploy.errors import ParityError
 from sopdeploy.images.pixels import load_reduced
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
-from sopdeploy_service.images.loaders import MAX_DRIFT, choose_decoding, synthetic_jpeg
+from sopdeploy_service.images.loaders import MAX_DRIFT, check_fast_decode, synthetic_jpeg
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 
@@ -65,7 +65,7 @@ class Sensitive(FakeRuntime):
 
 def test_a_sensitive_network_is_rejected(bundle):
     with pytest.raises(ParityError, match=r"decode=fast changes the logits by .*serve it with decode=exact"):
-        choose_decoding(bundle, Sensitive(num_classes=7), FAST)
+        check_fast_decode(bundle, Sensitive(num_classes=7), FAST)
 
 
 def test_a_server_decodes_fast_and_reports_the_drift(run_server, bundle_path, jpeg):

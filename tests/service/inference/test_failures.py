@@ -20,8 +20,8 @@ def failing_decoder(monkeypatch, number):
     """Let the decoding of image *number*, from 1, raise an unknown error."""
     numbers = itertools.count(1)
 
-    def make_failing_decoder(settings: Settings, way, on_failure):
-        decode = make_decoder(settings, way, on_failure)
+    def make_failing_decoder(settings: Settings):
+        decode = make_decoder(settings)
         return lambda *given, **more: decode(*given, **more) if next(numbers) != number else 1 / 0
 
     monkeypatch.setattr(service, "make_decoder", make_failing_decoder)

@@ -78,7 +78,7 @@ def test_info_is_typed(call, script):
     model = {
         "name": "tiny", "id": "3f", "bundle": "tiny-3f", "model": "tiny", "num_labels": 7,
         "precision": "fp32", "runtime": "onnxruntime", "device": "cpu", "largest_batch": 4,
-        "preprocess": {}, "versions": {}, "decode": "exact", "key_of_a_newer_server": 1,
+        "preprocess": {}, "versions": {}, "key_of_a_newer_server": 1,
     }  # fmt: skip
     info = call(
         script(httpx.Response(200, json={"server": "0.1", "models": [model], "previous": {}})), "info"

@@ -113,7 +113,7 @@ class PartClassifier:
             raise ConfigError(message, setting="features")
         self._outputs = (names[0], *(features if options.features else ()))
         self._runtime, self._bundle = loaded.runtime, loaded.bundle
-        self._settings, self._options = settings.model_copy(update={"decode": loaded.decode}), options
+        self._settings, self._options = settings, options
         self._batch = largest_batch(loaded.runtime, settings)
         self.part_images = self._batch * math.ceil(options.part_images / self._batch)
         self._top_k = settings.classes_per_image(multi_label=manifest.thresholds is not None)
@@ -122,7 +122,7 @@ class PartClassifier:
         if options.keep is not None:
             self._kept = KeptFolder(options.keep, settings.keep_bytes, settings.keep_days)
         workers = options.workers or min(usable_cores(), MAX_WORKERS)
-        self._decoders = DecoderProcesses(manifest.preprocess, settings, loaded.decode, workers)
+        self._decoders = DecoderProcesses(manifest.preprocess, settings, workers)
 
     def __enter__(self) -> "PartClassifier":
         self._decoders.__enter__()

@@ -52,14 +52,14 @@ DecodedBlock: TypeAlias = tuple[list[DecodedImage], NDArray[np.uint8]]
 
 
 class DecoderProcesses:
-    """Several *workers*, processes that decode blocks in one *way*, as a server with *settings* does.
+    """Several *workers*, processes that decode blocks as a server with *settings* does.
 
     Use it as a context manager; the processes start in the background. `decode` raises
     `RuntimeUnavailableError` if they do not start.
     """
 
-    def __init__(self, rules: Preprocess, settings: Settings, way: str, workers: int) -> None:
-        self._rules, self._settings, self._way, self._workers = rules, settings, way, workers
+    def __init__(self, rules: Preprocess, settings: Settings, workers: int) -> None:
+        self._rules, self._settings, self._workers = rules, settings, workers
 
     def __enter__(self) -> "DecoderProcesses":
         self._executor = self._start(self._workers)
@@ -85,7 +85,7 @@ class DecoderProcesses:
 
     def _start(self, workers: int) -> ProcessPoolExecutor:
         executor = ProcessPoolExecutor(
-            workers, _DecoderContext(), start_worker, (self._rules, self._settings, self._way)
+            workers, _DecoderContext(), start_worker, (self._rules, self._settings)
         )
         for _ in range(workers):  # a process starts with the first task that waits for it
             executor.submit(os.getpid)
@@ -150,9 +150,9 @@ class _DecoderContext(SpawnContext):
 class EntryDecoder:
     """Reads, hashes and decodes images as the server does."""
 
-    def __init__(self, rules: Preprocess, settings: Settings, way: str) -> None:
+    def __init__(self, rules: Preprocess, settings: Settings) -> None:
         self.rules, self._max_bytes = rules, settings.max_body_bytes
-        self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings, way)
+        self._reader, self._decode = Reader(settings.max_body_bytes), make_decoder(settings)
 
     def __call__(self, entry: ListedImage, pixels: NDArray[np.uint8]) -> DecodedImage:
         """Write the network's input of *entry* to *pixels* (H, W, 3), unless it has an error."""
@@ -173,11 +173,11 @@ class EntryDecoder:
 _worker: list[EntryDecoder] = []  # the decoder of a worker process
 
 
-def start_worker(rules: Preprocess, settings: Settings, way: str) -> None:
+def start_worker(rules: Preprocess, settings: Settings) -> None:
     """Prepare a worker process; it ends when its parent has ended."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     Image.core.set_blocks_max(2)  # type: ignore[attr-defined]
-    _worker.append(EntryDecoder(rules, settings, way))
+    _worker.append(EntryDecoder(rules, settings))
 
 
 def decode_entries(entries: Sequence[ListedImage]) -> DecodedBlock:

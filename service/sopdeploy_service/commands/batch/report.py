@@ -165,7 +165,7 @@ def _thumbnail(entry: ListedImage, bundle: Bundle, settings: Settings) -> Markup
     reader = Reader(settings.max_body_bytes)
     try:
         body = reader.read(entry)
-        make_decoder(settings, "exact")(EncodedImage(body), rules)  # checks the limits
+        make_decoder(settings)(EncodedImage(body), rules)  # checks the limits
         image = open_image(body, max_bytes=len(body), max_pixels=settings.max_pixels)
         image.draft("RGB", (STORED, STORED))
         image = to_rgb(image, rules).copy()  # without metadata

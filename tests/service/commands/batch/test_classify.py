@@ -136,7 +136,7 @@ def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_pa
     first, bad = rows_of(tmp_path / "out")
     loaded = load_model(path, SETTINGS)
     body = (photos / "001.jpg").read_bytes()
-    pixels = make_decoder(SETTINGS, "exact")(EncodedImage(body), loaded.bundle.manifest.preprocess).pixels
+    pixels = make_decoder(SETTINGS)(EncodedImage(body), loaded.bundle.manifest.preprocess).pixels
     outputs = loaded.runtime.run(pixels[None])
     np.testing.assert_allclose(first["logits"], outputs["logits"][0], rtol=1e-5)
     np.testing.assert_allclose(first["features"], outputs[EMBEDDING][0], rtol=1e-5)
