@@ -273,7 +273,7 @@ def test_a_batch_may_have_images_with_and_without_features(
     shared = group(runtime, maps)
     with front_end(shared, bundle) as client, ThreadPoolExecutor(4) as pool:
         replies = [pool.submit(client.post, path, content=jpeg) for path in paths]
-        until(lambda: shared.process._queued_images == len(paths))
+        until(lambda: sum(len(each.images) for each in shared.process._front_ends) == len(paths))
         runtime.gate.set()
         together = [reply.result().json() for reply in replies]
         alone = [client.post(path, content=jpeg).json() for path in paths]
