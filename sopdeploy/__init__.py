@@ -2,12 +2,12 @@
 
 `train`, `evaluate`, `calibrate`, `export`, `predict`, `classify` and `serve` do what the commands of the same
 names do, with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the
-parts that its output does not need. `dsop`, `gsop`, `gmsop`, `psdr` and `isqrt` apply the papers' methods to
-your own network, and `register_model` gives it a name that `train` accepts. `register_pooling`,
-`register_data_source` and `register_runtime` add others, also from a plug-in. `create_model(name,
-num_classes=..., **config)` builds a network of the catalog, `list_models()` lists the names, and
-`describe(name, **config)` counts parameters and multiply-adds. Importing sopdeploy does not import torch;
-`predict`, `classify` and `serve` do not need it.
+parts that its output does not need. `dsop` and `isqrt` apply these methods to your own network, and
+`register_model` gives it a name that `train` accepts. `register_pooling`, `register_data_source` and
+`register_runtime` add names, too, also from a plug-in. `create_model(name, num_classes=..., **config)` builds
+a network of the catalog, `list_models()` lists the names, and `describe(name, **config)` counts parameters
+and multiply-adds. Importing sopdeploy does not import torch; `predict`, `classify` and `serve` do not need
+it.
 """
 
 import os
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
     from sopdeploy.models.registry import create_model as create_model
     from sopdeploy.models.registry import list_models as list_models
     from sopdeploy.models.user_network import dsop as dsop
-    from sopdeploy.models.user_network import gmsop as gmsop
-    from sopdeploy.models.user_network import gsop as gsop
     from sopdeploy.models.user_network import isqrt as isqrt
-    from sopdeploy.models.user_network import psdr as psdr
     from sopdeploy.models.user_network import register_model as register_model
     from sopdeploy_export.options import ExportOptions as ExportOptions
     from sopdeploy_export.user_network.export_network import export_network as export_network
@@ -54,12 +51,9 @@ _MODULES = {
     "evaluate": "sopdeploy.api.evaluation",
     "export": "sopdeploy.api.deployment",
     "export_network": "sopdeploy_export.user_network.export_network",
-    "gmsop": "sopdeploy.models.user_network",
-    "gsop": "sopdeploy.models.user_network",
     "isqrt": "sopdeploy.models.user_network",
     "list_models": "sopdeploy.models.registry",
     "predict": "sopdeploy.api.serving",
-    "psdr": "sopdeploy.models.user_network",
     "register_data_source": "sopdeploy.data.sources",
     "register_model": "sopdeploy.models.user_network",
     "register_pooling": "sopdeploy.layers.pooling.registry",

@@ -4,9 +4,9 @@ Paper: Wang et al., "Global Gated Mixture of Second-order Pooling for Improving 
 Networks" (NeurIPS 2018), section 2. GM-GAP has average poolings instead. The one-layer SG-MoE of Table 3 has
 linear experts and a gate on the averaged features.
 
-The inference model is `Gated`; `GMSOP` adds the training-only parts, the gate's noise (Wn of Eq. 2) and
-the balance loss (Eq. 4, divided by the number of images of a step as in the released trainer, whose cross
-entropy is a sum over the batch). Multiply-adds count K of N components and not the gate's Wg f.
+The inference model is `GatedResNet`; `GMSOPResNet` adds the training-only parts, the gate's noise (Wn of
+Eq. 2) and the balance loss (Eq. 4, divided by the number of images of a step as in the released trainer,
+whose cross entropy is a sum over the batch). Multiply-adds count K of N components and not the gate's Wg f.
 
 Where paper and released code differ the default is the paper's: 5 Newton-Schulz iterations (code 3), stride 2
 in conv5_x (code: 1 with second-order pooling), dropout 0.2 (code 0.4 for GM-SOP on WRN), noise per
@@ -26,7 +26,6 @@ from typing import Annotated, Any, Literal
 import pydantic
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
 from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
@@ -37,8 +36,8 @@ from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
 
-class GMSOPOptions(NewtonSchulzOptions):
-    """The mixture evaluates `chosen` of `components` poolings per image (the paper's K and N).
+class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
+    """The ResNet for 64-pixel images and the mixture: `chosen` of `components` poolings per image (K of N).
 
     `component_widths` are the channels of a component's 1x1 convolutions. `component_activation` follows each
     of them: ReLU as in the released code, or "none" for the linear form of Eq. (6). `component_bias` and
@@ -70,7 +69,7 @@ class GMSOPOptions(NewtonSchulzOptions):
     evaluation: Literal["routed", "dense"] = "routed"
 
     @pydantic.model_validator(mode="after")
-    def _chosen_among_components(self) -> "GMSOPOptions":
+    def _chosen_among_components(self) -> "GMSOPConfig":
         if self.chosen > self.components:
             raise ValueError(f"chosen ({self.chosen}) is more than components ({self.components})")
         if self.component_norm and self.evaluation == "routed":
@@ -78,27 +77,19 @@ class GMSOPOptions(NewtonSchulzOptions):
         return self
 
 
-class GMSOPConfig(LowResolutionResNetConfig, GMSOPOptions):
-    """The ResNet for 64-pixel images and the options of the mixture."""
-
-
-class Gated(Backbone):
-    """Mixin that computes logits and the gate's weights from a backbone's last map.
-
-    Put it before the backbone in the bases. K of N components are used per image.
-    """
+class GatedResNet(LowResolutionResNet):
+    """Inference model: logits and the gate's weights; K of N components are used per image."""
 
     outputs = ("logits", "gates")
     classifier_parts = ("gate", "mixture", "head")
-    config: GMSOPOptions
+    config: GMSOPConfig
 
-    def __init__(self, config: Any, *arguments: Any) -> None:
-        super().__init__(config, *arguments)
-        channels = list(self.tap_channels.values())[-1]
-        self.gate = make_gate(config, channels)
+    def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.gate = make_gate(config, self.channels)
         self.mixture = Components(
             config.component,
-            channels,
+            self.channels,
             Convolutions(
                 config.component_widths,
                 rectified=config.component_activation == "relu",
@@ -110,7 +101,7 @@ class Gated(Backbone):
             root=config.newton_schulz(centered=config.component_centered),
         )
         self.head = FusionHead(
-            self.mixture.out_features, self.num_classes, norm=config.fusion_norm, dropout=config.dropout
+            self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout
         )
 
     def classify(self, features: Tensor) -> Tensor:
@@ -125,19 +116,14 @@ class Gated(Backbone):
         return self.head(self.mixture(features, weights_BN)), weights_BN
 
 
-class GatedResNet(Gated, LowResolutionResNet):
-    """Inference model on the ResNet for 64-pixel images."""
-
-    config: GMSOPConfig
-
-
-class GMSOP(Gated, Classifier):
-    """`Gated` with its training-only parts."""
+class GMSOPResNet(Classifier, GatedResNet):
+    """`GatedResNet` with its training-only parts."""
 
     training_only = ("gate.noise",)
+    inference_class = GatedResNet
 
-    def __init__(self, config: Any, *arguments: Any) -> None:
-        super().__init__(config, *arguments)
+    def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
         components, features = self.gate.weight.shape
         self.gate.add_module("noise", GateNoise(features, components, self.config.noise_per))
 
@@ -168,14 +154,7 @@ class GMSOP(Gated, Classifier):
         return features, keep_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
 
 
-class GMSOPResNet(GMSOP, GatedResNet):
-    """GM-SOP on the ResNet for 64-pixel images."""
-
-    inference_class = GatedResNet
-    config: GMSOPConfig
-
-
-def make_gate(config: GMSOPOptions, channels: int) -> SparseGate:
+def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
     """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
     widths = (channels, *(config.component_widths if config.gate_widths is None else config.gate_widths))
     layers: list[nn.Module] = []

@@ -10,7 +10,7 @@ Assumption: the convolutions of the chain have no bias, as in iSQRT-COV's DR.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 from torch import Tensor, nn
@@ -26,23 +26,19 @@ from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry
 
 
-class PSDROptions(NewtonSchulzOptions):
-    """The target `width`, and delta, the `decay` of channels from step to step.
+class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
+    """The backbone, whose conv5_x keeps its size, the target `width`, and delta, the `decay` of channels.
 
-    `main_weight` and `aux_weight` are lambda and gamma, the weights of the losses.
+    `decay` is the ratio of channels from step to step. `main_weight` and `aux_weight` are lambda and gamma,
+    the weights of the losses.
     """
 
+    conv5_stride: Literal[1, 2] = 1
+    pooling: GapConfig = GapConfig()  # fixed: this network has its own second-order pooling
     width: Count = 64
     decay: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.25
     main_weight: NonNegative = 1.0
     aux_weight: NonNegative = 1.0
-
-
-class PSDRConfig(ResNetConfig, PSDROptions):
-    """The backbone, whose conv5_x keeps its size, and the options of PSDR."""
-
-    conv5_stride: Literal[1, 2] = 1
-    pooling: GapConfig = GapConfig()  # fixed: this network has its own second-order pooling
 
 
 def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:
@@ -58,7 +54,7 @@ def intermediate_widths(channels: int, target: int, decay: float) -> list[int]:
 class ProgressivePooling(GlobalPooling):
     """Pool (B, C, H, W) maps to the triangle (B, d (d + 1) / 2) of their reduced covariance's root."""
 
-    def __init__(self, channels: int, config: PSDROptions) -> None:
+    def __init__(self, channels: int, config: PSDRConfig) -> None:
         super().__init__()
         if config.width >= channels:
             raise ConfigError(f"width: {config.width} is not smaller than {channels} channels; reduce it")
@@ -81,29 +77,27 @@ class ProgressivePooling(GlobalPooling):
         return vector
 
 
-class PSDR(Classifier):
-    """Mixin with progressive reduction, covariance root and one linear layer after a backbone's last map.
+class PSDRResNet(Classifier, ResNet):
+    """PSDR on a ResNet without auxiliary heads."""
 
-    Put it before the backbone in the bases. It is exported with all parts.
-    """
-
-    config: PSDROptions
+    config: PSDRConfig
     pooling: ProgressivePooling
 
-    def __init__(self, config: Any, *arguments: Any) -> None:
-        super().__init__(config, *arguments)
-        self.pooling = ProgressivePooling(list(self.tap_channels.values())[-1], self.config)
+    def __init__(self, config: PSDRConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.pooling = ProgressivePooling(list(self.tap_channels.values())[-1], config)
         self.fc = nn.Linear(self.pooling.out_features, self.num_classes)
         initialize(self.pooling)
 
 
-class SupervisedPSDR(PSDR):
-    """`PSDR` with a training-only auxiliary head after every step except the last."""
+class SupervisedPSDRResNet(PSDRResNet):
+    """`PSDRResNet` with a training-only auxiliary head after every step except the last."""
 
     training_only = ("auxiliary",)
+    inference_class = PSDRResNet
 
-    def __init__(self, config: Any, *arguments: Any) -> None:
-        super().__init__(config, *arguments)
+    def __init__(self, config: PSDRConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
         self.auxiliary = nn.ModuleDict()
         for step, channels in enumerate(self.pooling.widths, start=1):
             root = ISqrtCov(config.width, config.newton_schulz())
@@ -127,19 +121,6 @@ class SupervisedPSDR(PSDR):
         """Return lambda as `main` and gamma of every head."""
         weights = {f"step{n}": self.config.aux_weight for n in range(1, len(self.pooling.widths) + 1)}
         return {"main": self.config.main_weight, **weights}
-
-
-class PSDRResNet(PSDR, ResNet):
-    """PSDR on a ResNet without auxiliary heads."""
-
-    config: PSDRConfig
-
-
-class SupervisedPSDRResNet(SupervisedPSDR, ResNet):
-    """PSDR on a ResNet."""
-
-    inference_class = PSDRResNet
-    config: PSDRConfig
 
 
 ENTRIES = {

@@ -14,13 +14,8 @@ from sopdeploy.models.base import is_in
 
 @contextmanager
 def hooked(network: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Add forward hooks to modules of *network*, by name, and remove them afterwards.
-
-    A hook that returns a value replaces the output of its module. Hooks added later run first.
-    """
-    handles = [
-        network.get_submodule(name).register_forward_hook(hook, prepend=True) for name, hook in hooks.items()
-    ]
+    """Add forward hooks to modules of *network*, by name, and remove them afterwards."""
+    handles = [network.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
     try:
         yield
     finally:

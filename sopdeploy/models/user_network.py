@@ -1,8 +1,8 @@
-"""The papers' methods on a convolutional network of the user, trained by any loop.
+"""DSoP and iSQRT-COV on a convolutional network of the user, trained by any loop.
 
-`dsop`, `gsop`, `gmsop`, `psdr` and `isqrt` apply one to a network in memory. `register_model` gives a network
-a name, so that training, evaluation and export of this package accept it as one of the catalog. Only the
-process that registers a network knows it: reading a checkpoint never imports code.
+`dsop` and `isqrt` apply them to a network in memory. `register_model` gives a network a name, so that
+training, evaluation and export of this package accept it as one of the catalog. Only the process that
+registers a network knows it: reading a checkpoint never imports code.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -16,15 +16,12 @@ from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.backbones.timm_backbone import nearest_block
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, first_line
-from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig
-from sopdeploy.models.gmsop import GMSOP, Gated, GMSOPOptions
-from sopdeploy.models.psdr import PSDR, PSDROptions, SupervisedPSDR
 from sopdeploy.models.registry import CATALOG, parse_options
-from sopdeploy.models.user_maps import evaluated, find_taps, hooked, last_map, remove_after, run_tapped
+from sopdeploy.models.user_maps import evaluated, find_taps, last_map, remove_after, run_tapped
 from sopdeploy.plugins import MODELS
 
 Trained = TypeVar("Trained", bound="UserNetwork")
@@ -119,34 +116,13 @@ class DSoPNetwork(DSoP, UserNetwork):
     config: DSoPConfig
 
 
-class GSoPNetwork(UserNetwork):
-    """A network of the user with GSoP blocks and the shortcuts around them; tensors are under `attention`."""
+class PooledOptions(StrictModel):
+    """Any global pooling of the package, iSQRT-COV by default."""
 
-    classifier_parts = ("attention", "network")  # the last one contains the classifier
-    config: GSoPBlockConfig
-
-    def __init__(self, config: GSoPBlockConfig, num_classes: int, source: Source) -> None:
-        super().__init__(config, num_classes, source)
-        blocks = {
-            tap.replace(".", "_"): GSoPBlock(config, channels, dr_stride=1)
-            for tap, channels in self.tap_channels.items()
-        }
-        self.attention = nn.ModuleDict(blocks)
-        initialize(self.attention)
-
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the logits and the outputs of *taps* as a `UserNetwork` does, with the blocks added."""
-
-        def add_block(block: nn.Module, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            replaced: Tensor = output + block(output)
-            return replaced
-
-        blocks = zip(self.tap_channels, self.attention.values(), strict=True)
-        with hooked(self.network, {tap: partial(add_block, block) for tap, block in blocks}):
-            return super().feature_maps(images, taps)
+    pooling: Pooling = ISqrtPoolingConfig()
 
 
-class MapNetwork(UserNetwork):
+class PooledNetwork(UserNetwork):
     """A network of the user up to a feature map, its last one or the tap; a pooling and a classifier follow.
 
     The modules with parameters that run after the map are replaced by the identity.
@@ -154,6 +130,12 @@ class MapNetwork(UserNetwork):
 
     classify = Backbone.classify
     remove_classifier = Classifier.remove_classifier
+    config: PooledOptions
+
+    def __init__(self, config: PooledOptions, num_classes: int, source: Source) -> None:
+        super().__init__(config, num_classes, source)
+        self.add_classifier(config.pooling)
+        initialize(self.pooling)
 
     def find_maps(self, source: Source) -> None:
         """Find the map and remove what follows it."""
@@ -169,39 +151,6 @@ class MapNetwork(UserNetwork):
         return outputs[self.tap], [output for tap, output in outputs.items() if tap in taps]
 
 
-class PooledOptions(StrictModel):
-    """Any global pooling of the package, iSQRT-COV by default."""
-
-    pooling: Pooling = ISqrtPoolingConfig()
-
-
-class PooledNetwork(MapNetwork):
-    """The last feature map of a user's network, a global pooling, a linear layer."""
-
-    config: PooledOptions
-
-    def __init__(self, config: PooledOptions, num_classes: int, source: Source) -> None:
-        super().__init__(config, num_classes, source)
-        self.add_classifier(config.pooling)
-        initialize(self.pooling)
-
-
-class PSDRNetwork(PSDR, MapNetwork):
-    """The last feature map of a user's network, progressive reduction, iSQRT-COV, a linear layer."""
-
-
-class SupervisedPSDRNetwork(SupervisedPSDR, MapNetwork):
-    """`PSDRNetwork` with its auxiliary heads."""
-
-
-class GatedNetwork(Gated, MapNetwork):
-    """The last feature map of a user's network, a gated mixture of poolings, a linear layer."""
-
-
-class GMSOPNetwork(GMSOP, MapNetwork):
-    """`GatedNetwork` with the noise of its gate."""
-
-
 class Method(NamedTuple):
     """The network that is trained, the one that is exported, and the options."""
 
@@ -210,13 +159,10 @@ class Method(NamedTuple):
     options: type[StrictModel]
 
 
-MethodName = Literal["none", "dsop", "gsop", "gmsop", "psdr", "isqrt"]
+MethodName = Literal["none", "dsop", "isqrt"]
 METHODS: dict[MethodName, Method] = {
     "none": Method(UserNetwork, UserNetwork, StrictModel),
     "dsop": Method(DSoPNetwork, UserNetwork, DSoPConfig),
-    "gsop": Method(GSoPNetwork, GSoPNetwork, GSoPBlockConfig),
-    "gmsop": Method(GMSOPNetwork, GatedNetwork, GMSOPOptions),
-    "psdr": Method(SupervisedPSDRNetwork, PSDRNetwork, PSDROptions),
     "isqrt": Method(PooledNetwork, PooledNetwork, PooledOptions),
 }
 
@@ -247,55 +193,20 @@ def dsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **co
     return _apply(DSoPNetwork, "dsop", network, taps, image_size, config)
 
 
-def gsop(network: nn.Module, taps: Sequence[str], *, image_size: int = 224, **config: Any) -> GSoPNetwork:
-    """Put GSoP blocks with shortcuts behind the modules *taps* of *network*: GSoP-Net1.
-
-    Each block scales the output x of its module by weights from the covariance of x, and the network goes on
-    with the sum of both. `isqrt(gsop(...))` is GSoP-Net2. The options are those of `GSoPBlockConfig`; other
-    arguments and errors as for `dsop`.
-    """
-    return _apply(GSoPNetwork, "gsop", network, taps, image_size, config)
-
-
-def gmsop(
-    network: nn.Module, *, tap: str | None = None, image_size: int = 224, **config: Any
-) -> GMSOPNetwork:
-    """Replace what follows a feature map of *network* by GM-SOP: a gated mixture of covariance poolings.
-
-    In train mode the result returns a `TrainingOutput`; add its `penalties`, the balance loss, to the loss of
-    its `logits`. `export_network(..., training_only=["gate.noise"])` removes the noise of the gate.
-
-    Args:
-        network: As for `dsop`; the modules with parameters behind the map are removed from it.
-        tap: Name of the module that returns the map (B, C, h, w), by default the last one that does.
-        image_size: Side in pixels of an image that the network accepts.
-        **config: Options of `GMSOPOptions`, such as `components=8`.
-
-    Raises:
-        ConfigError: No such module or map, an invalid option, or a network that cannot run.
-    """
-    return _apply(GMSOPNetwork, "gmsop", network, (tap,) if tap else (), image_size, config)
-
-
-def psdr(
-    network: nn.Module, *, tap: str | None = None, image_size: int = 224, **config: Any
-) -> SupervisedPSDRNetwork:
-    """Replace what follows a feature map of *network* by PSDR: supervised reduction, then iSQRT-COV.
-
-    In train mode the result returns a `TrainingOutput`, as that of `dsop`;
-    `export_network(..., training_only=["auxiliary"])` removes the auxiliary heads. The options are those of
-    `PSDROptions`; other arguments and errors as for `gmsop`.
-    """
-    return _apply(SupervisedPSDRNetwork, "psdr", network, (tap,) if tap else (), image_size, config)
-
-
 def isqrt(
     network: nn.Module, *, tap: str | None = None, image_size: int = 224, **config: Any
 ) -> PooledNetwork:
     """Replace what follows a feature map of *network* by iSQRT-COV and a linear layer.
 
-    The option `pooling` selects another pooling or its options, such as `{"kind": "isqrt", "width": 128}` or
-    "bcnn". Other arguments and errors as for `gmsop`.
+    Args:
+        network: As for `dsop`; the modules with parameters behind the map are removed from it.
+        tap: Name of the module that returns the map (B, C, h, w), by default the last one that does.
+        image_size: Side in pixels of an image that the network accepts.
+        **config: `pooling` selects another pooling or its options, such as `{"kind": "isqrt", "width": 128}`
+            or "bcnn".
+
+    Raises:
+        ConfigError: No such module or map, an invalid option, or a network that cannot run.
     """
     return _apply(PooledNetwork, "isqrt", network, (tap,) if tap else (), image_size, config)
 
@@ -330,8 +241,8 @@ def register_model(
     Args:
         name: Name for `model.name` of a recipe: letters, digits, `.`, `_` and `-`.
         build: Builds the network for a number of classes, with new parts in every call.
-        taps: The modules at which the method is applied: for "dsop" and "gsop" one or more, for the others
-            the feature map that is pooled, by default the last one.
+        taps: The modules at which the method is applied: for "dsop" one or more, for "isqrt" the one that
+            returns the feature map to pool, by default the last one.
         image_size: Side in pixels of an image that the network accepts.
         method: Name of the function of this module that is applied; `model.config` of a recipe has its
             options. The default is "dsop" with taps, and "none", the network as it is, without.
@@ -343,8 +254,8 @@ def register_model(
     if name in CATALOG:
         raise ConfigError(f"model {name!r}: is a network of the catalog; choose another name")
     chosen: MethodName = method or ("dsop" if taps else "none")
-    if chosen in {"dsop", "gsop"} and not taps:
-        raise ConfigError(f"register_model: method {chosen!r} needs taps; name modules of the network")
+    if chosen == "dsop" and not taps:
+        raise ConfigError("register_model: method 'dsop' needs taps; name modules of the network")
     trained, exported, options = METHODS[chosen]
     source = Source(partial(_build, name, build), tuple(taps), image_size)
 

@@ -23,7 +23,7 @@ from sopdeploy.evaluation.prediction import classification_loss
 from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.models.gmsop import GMSOP
+from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.models.registry import CatalogModel, create_model
 
 
@@ -102,7 +102,7 @@ class Teacher:
             raise ConfigError(
                 "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
             )
-        if self.learns and isinstance(self.model, GMSOP):
+        if self.learns and isinstance(self.model, GMSOPResNet):
             raise ConfigError(
                 "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
                 "teacher.weights"

@@ -22,9 +22,8 @@ COMMANDS = {
 FUNCTIONS = {
     f"sopdeploy.{name}"
     for names in (
-        ("calibrate", "create_model", "describe", "dsop", "evaluate", "export", "export_network", "gmsop"),
-        ("gsop", "isqrt", "list_models", "psdr", "register_data_source", "register_model"),
-        ("register_pooling", "train", "unused_modules"),
+        ("calibrate", "create_model", "describe", "dsop", "evaluate", "export", "export_network"),
+        ("isqrt", "list_models", "register_model", "register_pooling", "train", "unused_modules"),
     )
     for name in names
 }

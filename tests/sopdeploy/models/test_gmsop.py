@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.gmsop import GMSOP
+from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.models.registry import create_model, make_config
 
 TINY: dict[str, Any] = {
@@ -19,12 +19,12 @@ TINY: dict[str, Any] = {
 GATED = ["gmsop-16-8-resnet18", "gmgap-16-8-resnet18", "sgmoe-16-8-resnet18"]
 
 
-def tiny(name: str = GATED[0], **switches: Any) -> GMSOP:
+def tiny(name: str = GATED[0], **switches: Any) -> GMSOPResNet:
     torch.manual_seed(0)
     if name.startswith("sgmoe"):
         switches = {"gate_widths": (), **switches}
     network = create_model(name, **{**TINY, **switches})
-    assert isinstance(network, GMSOP)
+    assert isinstance(network, GMSOPResNet)
     return network
 
 
@@ -33,7 +33,7 @@ def images(count: int = 4, side: int = 16) -> Tensor:
     return torch.randn(count, 3, side, side)
 
 
-def untied(network: GMSOP) -> GMSOP:
+def untied(network: GMSOPResNet) -> GMSOPResNet:
     torch.nn.init.normal_(network.gate.weight)
     for bias in network.mixture.biases:
         torch.nn.init.normal_(bias)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sopdeploy
@@ -78,23 +77,17 @@ def test_auxiliary_outputs_in_train_mode_are_refused() -> None:
 
 METHODS: dict[Any, tuple[dict[str, Any], tuple[str, ...]]] = {
     "dsop": ({"aux_blocks": [1, 0], "aux_widths": [3, 3]}, ("branches",)),
-    "gsop": ({"cov_width": 32}, ()),
-    "gmsop": ({"components": 3, "chosen": 2, "component_widths": [4]}, ("gate.noise",)),
-    "psdr": ({"width": 2}, ("auxiliary",)),
     "isqrt": ({"pooling": {"kind": "isqrt", "width": 4}}, ()),
 }
-SLOW = ("psdr", "isqrt")  # their network and export are like those of gmsop
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in METHODS]
-)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_registered_network_is_trained_and_exported_with_proof(
     registered: str, tmp_path: Path, method: Any
 ) -> None:
     config, training_only = METHODS[method]
-    taps = ["early", "late"] if method in {"dsop", "gsop"} else []
+    taps = ["early", "late"] if method == "dsop" else []
     sopdeploy.register_model(registered, Stages, taps=taps, image_size=8, method=method)
     run = sopdeploy.train(
         recipe="digits-dsop", out=tmp_path / "run", epochs=1, batch_size=256,
@@ -116,16 +109,6 @@ def test_a_checkpoint_of_an_unregistered_network_is_one_line(registered: str, tm
         sopdeploy.export(tmp_path / "ckpt.pt", tmp_path / "again", detach=True)
 
 
-def gated_sum(model: Any, maps: Tensor) -> Tensor:
-    """Sum two of three covariance roots by the softmax of the largest two logits of the gate."""
-    kept, chosen = model.gate.logits(model.gate.feature(maps)).topk(2)
-    roots = torch.stack(
-        [root(F.conv2d(maps, weight[:, :, None, None]).relu()) for weight in model.mixture.weights[0]], dim=1
-    )
-    picked = roots.gather(1, chosen[:, :, None].expand(-1, -1, roots.shape[2]))
-    return (picked * kept.softmax(dim=1)[:, :, None]).sum(dim=1)
-
-
 def root(maps: Tensor) -> Tensor:
     """Compute the triangle of the root of the covariance by five Newton-Schulz steps as in the paper."""
     y, size = torch.stack([x.cov(correction=0) for x in maps.flatten(2)]), maps.shape[1]
@@ -138,34 +121,13 @@ def root(maps: Tensor) -> Tensor:
     return (y * trace.sqrt())[:, rows, columns]
 
 
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ("isqrt", lambda model, maps: model.fc(root(model.pooling.reduce(maps)))),
-        ("psdr", lambda model, maps: model.fc(root(nn.Sequential(*model.pooling.chain)(maps)))),
-        ("gmsop", lambda model, maps: model.head(gated_sum(model, maps))),
-    ],
-)
-def test_a_method_replaces_what_follows_the_last_feature_map(method: str, expected: Any) -> None:
+def test_isqrt_replaces_what_follows_the_last_feature_map() -> None:
     inner = Stages().eval()
-    model = getattr(sopdeploy, method)(inner, image_size=8, **METHODS[method][0]).double().eval()
+    model = sopdeploy.isqrt(inner, image_size=8, **METHODS["isqrt"][0]).double().eval()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    maps = inner.late(inner.early(images))
-    torch.testing.assert_close(model(images), expected(model, maps), rtol=0, atol=1e-12)
+    expected = model.fc(root(model.pooling.reduce(inner.late(inner.early(images)))))
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-12)
     assert isinstance(inner.fc, nn.Identity), "the classifier is gone"
-
-
-def test_gsop_scales_maps_inside_the_network_and_net2_pools_the_result() -> None:
-    images = torch.rand(2, 3, 8, 8)
-    inner = Stages()
-    model = sopdeploy.gsop(inner, ["early", "late"], image_size=8, cov_width=32).eval()
-    early = inner.early(images)
-    late = inner.late(early + model.attention.early(early))
-    late = late + model.attention.late(late)
-    torch.testing.assert_close(model(images), inner.fc(late.mean((2, 3))))
-    assert model.logits_layer() is inner.fc
-    model = sopdeploy.isqrt(model, image_size=8, pooling={"kind": "isqrt", "width": None}).eval()
-    torch.testing.assert_close(model(images), model.fc(root(late.double()).float()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "message"), [("resnet18", "of the catalog"), ("a/b", "letters, digits")])

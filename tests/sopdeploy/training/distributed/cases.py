@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.data.base import ArrayImages
-from sopdeploy.models.gmsop import GMSOP
+from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.loop import epoch_data
@@ -74,7 +74,7 @@ def learn(
         run.teacher.model.to(dtype)
     if run.ema is not None:
         run.ema.model.to(dtype)
-    if isinstance(run.model, GMSOP):  # without noise, which every process draws for its own images
+    if isinstance(run.model, GMSOPResNet):  # without noise, which every process draws for its own images
         run.model.gate.get_submodule("noise").register_forward_hook(lambda _module, _inputs, noise: 0 * noise)
         # make the gate's rows different: rounding decides ties of components
         random = torch.Generator().manual_seed(1)

@@ -21,7 +21,9 @@ from sopdeploy.training.step.gradient import train_step
 
 CPU = torch.device("cpu")
 GATED = [
-    name for name in list_recipes() if issubclass(CATALOG[read_recipe(name).model.name].network, gmsop.GMSOP)
+    name
+    for name in list_recipes()
+    if issubclass(CATALOG[read_recipe(name).model.name].network, gmsop.GMSOPResNet)
 ]
 SMALL = ["blocks_per_stage=1", "conv5_stride=1", "component_widths=[5]", "gate_widths=[]", "iterations=2"]
 SIDE = 8
