@@ -6,6 +6,7 @@ Prints each row of a table as a line of JSON when it is measured, and the result
 or its error as the last line of stderr, with exit code 1.
 """
 
+import asyncio
 import importlib.util
 import json
 import shutil
@@ -33,7 +34,6 @@ from sopdeploy_export.engine_builder.engine import get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.app import create_app
 from sopdeploy_service.images.loaders import synthetic_jpeg
-from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.server.draining_server import http_config
@@ -128,31 +128,30 @@ def check_training(_: Path) -> str:
 def check_server(folder: Path) -> str:
     """Send images to a server, swap two bundles again and again, and compare the GPU's memory."""
     first, second = bundles_in(folder)[:2]
-    settings = Settings(runtime="onnxruntime-cuda", model_control=True)
+    settings = Settings(runtime="onnxruntime-cuda")
     with tempfile.TemporaryDirectory() as temporary:
         served = Path(temporary) / "bundles"
         for name, bundle in (("first", first), ("second", second)):
             shutil.copytree(bundle.path, served / name)
             if has_tensorrt():
                 get_engine(open_bundle(served / name), EngineOptions(profiles=PROFILES))
-                settings = Settings(runtime="tensorrt", cuda_graphs=True, model_control=True)
+                settings = Settings(runtime="tensorrt", cuda_graphs=True)
         return swap(served, settings)
 
 
 def swap(served: Path, settings: Settings) -> str:
-    """Serve the bundle `first` of the folder *served* and load `second` and `first` alternately."""
+    """Serve the bundle `first` of the folder *served*, then `second` and `first` alternately."""
     jpeg, cuda = synthetic_jpeg((640, 480), 0), open_cuda()
-    with _server(served / "first", settings) as client:
+    with _server(served / "first", settings) as (client, reload):
         versions, answers = [_version(client)], [_classify(client, jpeg)]
         free = 0
         for number in range(SWAPS):
-            load = {"parameters": {"folder": ("second", "first")[number % 2]}}
-            reply = client.post("/v2/repository/models/model/load", json=load)
-            if reply.status_code != 200:
-                raise CheckFailedError(f"swap {number}: {reply.status_code} {reply.text}")
+            reload(served / ("second", "first")[number % 2])
+            while client.get("/metrics").text.count("sopdeploy_bundle_info{") > 1:
+                time.sleep(0.01)  # until the memory of the replaced bundle is free
             versions.append(_version(client))
             answers.append(_classify(client, jpeg))
-            free = free or cuda.call("cudaMemGetInfo")  # two versions stay loaded after the first swap
+            free = free or cuda.call("cudaMemGetInfo")
         lost = free - cuda.call("cudaMemGetInfo")
     if any(before == after for before, after in pairwise(versions)):
         raise CheckFailedError(f"a swap did not load the other bundle: versions {versions}")
@@ -171,10 +170,9 @@ def swap(served: Path, settings: Settings) -> str:
 
 
 @contextmanager
-def _server(path: Path, settings: Settings) -> Iterator[httpx.Client]:
-    """Serve the bundle at *path* as `model` in a thread."""
-    store = BundleStore([f"model={path}"])
-    app = create_app({"model": load_model(path, settings)}, settings, store)
+def _server(path: Path, settings: Settings) -> Iterator[tuple[httpx.Client, Callable[[Path], None]]]:
+    """Serve the bundle at *path* as `model` in a thread; yield a client, and how to serve another bundle."""
+    app = create_app({"model": load_model(path, settings)}, settings)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -182,9 +180,14 @@ def _server(path: Path, settings: Settings) -> Iterator[httpx.Client]:
         end = time.monotonic() + START_SECONDS
         while not server.started and time.monotonic() < end:
             time.sleep(0.01)
+
+        def reload(other: Path) -> None:
+            work = app.state.service.registry.reload([f"model={other}"])
+            asyncio.run_coroutine_threadsafe(work, server.servers[0].get_loop()).result()
+
         try:
             with httpx.Client(base_url=url(listener), timeout=60) as client:
-                yield client
+                yield client, reload
         finally:
             server.should_exit = True
             thread.join()

@@ -16,7 +16,6 @@ import asyncio
 import json
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from soak_swaps import NAME, inference_protocol, json_bodies, model_swaps, start
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.client import Client
+from sopdeploy.files import move_link
 
 ROUND_SECONDS = 15.0
 SETTLE_SECONDS = 20.0
@@ -85,16 +85,17 @@ def soak(
     labels = json.loads((bundles[0] / "labels.json").read_bytes())
     classes = min(CLASSES, len(labels))
     expected = {digest(bundle): predicted(bundle, bodies, folder, classes) for bundle in bundles}
-    copies = copy_twice(bundles, folder / "bundles")
-    with server(copies[0], front_ends) as (process, url):
+    link = folder / "live"
+    move_link(link, str(bundles[0]))
+    with server(link, front_ends) as (process, url):
         scenario = Scenario(
             url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes, labels=labels,
-            folders=[copy.name for copy in copies] if front_ends == 1 else [],
+            link=link, bundles=bundles if front_ends == 1 else (),
         )  # fmt: skip
         rounds(process.pid, scenario, warm_up, seed=1)
         with Client(url) as client:
             client.classify([*bodies.values()] * 2)  # starts all threads of the server
-        asyncio.run(start_all_threads(url, min(bodies.values(), key=len), scenario.folders))
+        asyncio.run(start_all_threads(url, min(bodies.values(), key=len)))
         before = settled(process.pid, url)
         scenario = replace(scenario, tally=Tally())
         at_rest = [before, *rounds(process.pid, scenario, seconds, seed=100)]
@@ -108,15 +109,6 @@ def digest(bundle: Path) -> str:
     return read_manifest(bundle).id
 
 
-def copy_twice(bundles: Sequence[Path], folder: Path) -> list[Path]:
-    """Copy each of *bundles* twice into *folder*, alternating, so that no swap loads the current copy."""
-    return [
-        shutil.copytree(bundle, folder / f"{copy}-{number}")
-        for copy in range(2)
-        for number, bundle in enumerate(bundles)
-    ]
-
-
 MIX: Sequence[Callable[[Scenario, random.Random], Coroutine[Any, Any, None]]] = (
     single_images, single_images, single_images, forms, json_bodies, inference_protocol, model_swaps,
     invalid_images, disconnecting, slow_bodies, slow_bodies, floods, monitoring,
@@ -125,7 +117,7 @@ MIX: Sequence[Callable[[Scenario, random.Random], Coroutine[Any, Any, None]]] = 
 
 async def load(scenario: Scenario, seconds: float, seed: int) -> None:
     """Run all clients for *seconds*, then close their connections."""
-    clients = [client for client in MIX if scenario.folders or client is not model_swaps]
+    clients = [client for client in MIX if scenario.bundles or client is not model_swaps]
     tasks = [
         asyncio.create_task(client(scenario, random.Random(seed + number)))  # noqa: S311 - not a secret
         for number, client in enumerate(clients)
@@ -194,13 +186,11 @@ def sopdeploy(*arguments: str) -> str:
 
 
 @contextmanager
-def server(bundle: Path, front_ends: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Serve *bundle* in another process, or several; yield the first process and the URL."""
-    command = [sys.executable, "-m", "sopdeploy", "serve", f"{NAME}={bundle}", "--port", "0"]
-    options = ["--queue-size", "64", "--threads", "1"]
-    if front_ends == 1:
-        options += ["--model-control"]
-    else:
+def server(link: Path, front_ends: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Serve the bundle of *link* in another process, or several; yield the first process and the URL."""
+    command = [sys.executable, "-m", "sopdeploy", "serve", f"{NAME}={link}", "--port", "0"]
+    options = ["--queue-size", "64", "--threads", "1", "--setting", "follow=true"]
+    if front_ends > 1:
         options += ["--front-ends", str(front_ends), "--setting", "sandbox=required"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,8 +30,8 @@ PAUSE = 0.02
 class Scenario:
     """The server, valid request bodies, and the expected probabilities by bundle digest and image.
 
-    *labels* are all classes in order, *classes* is the number of compared ones, *folders* are the bundles to
-    swap, if any.
+    *labels* are all classes in order, *classes* is the number of compared ones. The server follows *link*,
+    which is moved to *bundles*, if any.
     """
 
     url: str
@@ -38,8 +39,9 @@ class Scenario:
     expected: Mapping[str, Mapping[str, Mapping[str, float]]]
     tally: Tally
     classes: int
-    labels: Sequence[str] = ()
-    folders: Sequence[str] = ()
+    labels: Sequence[str]
+    link: Path
+    bundles: Sequence[Path]
 
     def compare(self, kind: str, digest: str, name: str, classes: Sequence[ClassProbability]) -> None:
         """Compare the response of the bundle *digest* to the image *name* with the expected one."""

@@ -6,14 +6,13 @@ Every response contains the digest of its bundle and is compared with the expect
 import asyncio
 import base64
 import random
-from collections.abc import Sequence
-from typing import Any
 
 import httpx
 import numpy as np
 from soak_clients import PAUSE, Scenario
 
 from sopdeploy.client import ClassProbability
+from sopdeploy.files import move_link
 
 NAME = "soak"
 REQUESTS = 48
@@ -71,30 +70,21 @@ def compare_logits(scenario: Scenario, reply: httpx.Response, names: list[str]) 
 
 
 async def model_swaps(scenario: Scenario, rng: random.Random) -> None:
-    """Load another bundle every few seconds; it is never the current one, so it is verified."""
+    """Move the link that the server follows to another bundle every few seconds."""
     async with httpx.AsyncClient(base_url=scenario.url, timeout=120) as client:
         while True:
             await asyncio.sleep(1 + 2 * rng.random())
-            index = (scenario.tally.outcomes["swap", "200"] + 1) % len(scenario.folders)
-            reply = await swap(client, scenario.folders[index])
-            scenario.tally.note("swap", reply.status_code, reply.headers.get("x-error-code", ""))
+            index = (scenario.tally.outcomes["swap", "200"] + 1) % len(scenario.bundles)
+            move_link(scenario.link, str(scenario.bundles[index]))
             ready = await client.get(f"/v2/models/{NAME}/ready")
-            scenario.tally.note("swap ready", ready.status_code)
+            scenario.tally.note("swap", ready.status_code)
 
 
-async def swap(client: httpx.AsyncClient, folder: str) -> httpx.Response:
-    """Load the bundle in *folder* as the served model."""
-    load: dict[str, Any] = {"parameters": {"folder": folder}}
-    return await client.post(f"/v2/repository/models/{NAME}/load", json=load)
-
-
-async def start_all_threads(url: str, body: bytes, folders: Sequence[str]) -> None:
-    """Send so many requests at once that the server starts all its threads; load the third of *folders*."""
+async def start_all_threads(url: str, body: bytes) -> None:
+    """Send so many requests at once that the server starts all its threads."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         requests = [client.post("/v1/classify", json={"image": to_base64(body)}) for _ in range(REQUESTS)]
         await asyncio.gather(*requests, *(client.get("/v1/card") for _ in range(REQUESTS)))
-        if folders:
-            await swap(client, folders[2])
 
 
 def to_base64(body: bytes) -> str:

@@ -145,8 +145,7 @@ class ModelInfo(StrictModel):
 
 
 class ServerInfo(StrictModel):
-    """The models of a server by name, and the versions available for rollback; `server` is its version."""
+    """The models of a server by name; `server` is its version."""
 
     server: str
     models: tuple[ModelInfo, ...]
-    previous: dict[str, str]

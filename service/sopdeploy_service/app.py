@@ -17,7 +17,6 @@ from sopdeploy_service.http.middleware import (
     ApiKeyMiddleware,
     RequestContextMiddleware,
 )
-from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import CreateRegistry, Service
 from sopdeploy_service.keep import Keeper, StoreKept
@@ -29,7 +28,6 @@ from sopdeploy_service.settings import Settings
 def create_app(
     models: Mapping[str, LoadedModel],
     settings: Settings,
-    store: BundleStore | None = None,
     *,
     open_trace: OpenTrace | None = None,
     create_registry: CreateRegistry | None = None,
@@ -38,14 +36,14 @@ def create_app(
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`.
 
-    *store* has the bundles that clients may load later, and *open_trace* starts the trace of a request.
+    *open_trace* starts the trace of a request.
     *create_registry* replaces the registry of models in this process, and *create_bucket_state* creates the
     state of a key's token bucket. *store_kept* replaces the folder of photographs.
     `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
     Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
     keys = None if settings.keys is None else load_keys(settings.keys)
-    service = Service(models, settings, store, create_registry)
+    service = Service(models, settings, create_registry)
     keeper: Keeper | None = None
     if settings.keep is not None:
         store_kept = store_kept or KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days).add

@@ -6,7 +6,6 @@ and the file overrides the defaults. The file is the one passed explicitly or th
 """
 
 import difflib
-import ipaddress
 import json
 import os
 import tomllib
@@ -94,7 +93,6 @@ MAX_DECODERS = 8  # of one process; more would wait for Python's interpreter loc
 VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
-SINGLE_PROCESS = ("model_control", "memory_budget")  # settings that need a single process
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
 
 
@@ -180,7 +178,6 @@ class Settings(pydantic.BaseModel):
     keep_sample: Fraction = setting(
         0.01, "share of all photographs to keep in addition, for unbiased figures"
     )
-    model_control: bool = setting(False, "clients may swap models; needs keys on public addresses")
 
     keys: Path | None = setting(None, "API key file, see `sopdeploy key`; not set: no authentication")
     metrics_need_key: bool = setting(False, "otherwise /metrics is public, like /livez and /readyz")
@@ -199,14 +196,10 @@ class Settings(pydantic.BaseModel):
     def _check_combinations(self) -> "Settings":
         if "cpu" in self.devices and self.runtime in {"onnxruntime-cuda", "tensorrt"}:
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
-        for name in SINGLE_PROCESS:
-            several = self.front_ends not in (1, "auto") or self.devices
-            if getattr(self, name) and several:
-                raise ValueError(f"{name} needs a single process; remove devices and front_ends")
+        if self.memory_budget is not None and (self.front_ends not in (1, "auto") or self.devices):
+            raise ValueError("memory_budget needs a single process; remove devices and front_ends")
         if self.front_ends == 1 and self.sandbox == "required":
             raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
-        if self.memory_budget is not None and self.model_control:
-            raise ValueError("memory_budget excludes model_control; remove it")
         if self.follow and self.memory_budget is not None:
             raise ValueError("follow excludes memory_budget; remove one of them")
         if self.pin and self.memory_budget is None:
@@ -219,19 +212,6 @@ class Settings(pydantic.BaseModel):
             raise ValueError(
                 f"max_body_bytes ({self.max_body_bytes}) is larger than 7/8 of max_upload_bytes "
                 f"({self.max_upload_bytes}); lower it"
-            )
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _check_model_control_is_protected(self) -> "Settings":
-        try:
-            loopback = ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            loopback = self.host == "localhost"
-        if self.model_control and self.keys is None and not loopback:
-            raise ValueError(
-                f"model_control on {self.host} without keys would let every client swap models; create a key "
-                "with the scope admin (`sopdeploy key NAME --keys keys.toml --admin`)"
             )
         return self
 

@@ -33,7 +33,6 @@ from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
-from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
@@ -244,6 +243,11 @@ class Client(httpx.Client):
     app: FastAPI
     loop: asyncio.AbstractEventLoop
 
+    def reload(self, *sources: str | Path) -> None:
+        """Let the server serve the bundles of *sources*."""
+        work = self.app.state.service.registry.reload(sources)
+        asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+
 
 @contextmanager
 def running(
@@ -253,7 +257,6 @@ def running(
     *,
     names: Iterable[str] = ("tiny",),
     beside: Mapping[str, LoadedModel] | None = None,
-    shelf: BundleStore | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
@@ -262,7 +265,7 @@ def running(
     """
     maps = read_class_maps(bundle.path, bundle.manifest)
     inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, class_maps=maps)
-    app = create_app({**dict.fromkeys(names, inference), **(beside or {})}, settings, shelf, **options)
+    app = create_app({**dict.fromkeys(names, inference), **(beside or {})}, settings, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

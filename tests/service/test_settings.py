@@ -33,8 +33,6 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
             {"devices": "0,cpu", "runtime": "tensorrt"},
             "needs a GPU; remove cpu from devices",
         ),
-        ({"devices": "0", "model_control": True}, "single process"),
-        ({"front_ends": 2, "model_control": True}, "single process"),
         ({"follow": True, "memory_budget": "auto"}, "follow excludes memory_budget; remove one of them"),
     ],
 )

@@ -11,7 +11,7 @@ import orjson
 import pydantic
 from fastapi import Request, Response
 
-from sopdeploy_service.http.middleware import cancel_on_disconnect, require
+from sopdeploy_service.http.middleware import cancel_on_disconnect
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import DEADLINE, HttpError, Outcome, RejectedError
 from sopdeploy_service.inference.service import Images, Service
@@ -96,14 +96,12 @@ async def admit(
 ) -> AsyncIterator[AdmittedRequest]:
     """Admit *request* to the model with *name* and *version*.
 
-    With a memory budget, the request may wait until the model is loaded. Raises `RejectedError` if the key
-    lacks the scope, the model does not exist, the deadline cannot be met, or the queue or the rate limit is
-    full.
+    With a memory budget, the request may wait until the model is loaded. Raises `RejectedError` if the
+    model does not exist, the deadline cannot be met, or the queue or the rate limit is full.
     """
     started = time.monotonic()
     service = service_of(request)
     context: RequestContext = request.scope["state"]["context"]
-    require(context, "classify")
     deadline = started + timeout_of(context.headers, service.settings.request_timeout)
     with service.registry.use(name, version) as model:
         use_model(context, model)

@@ -1,4 +1,4 @@
-"""Health, metrics, model information, self-test and rollback endpoints."""
+"""Health, metrics, model information and self-test endpoints."""
 
 import asyncio
 import json
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 import numpy as np
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -17,19 +17,11 @@ from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
 from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.http_api import ModelInfo, ServerInfo
-from sopdeploy_service.api.admission import (
-    AdmittedRequest,
-    admit,
-    json_response,
-    service_of,
-    use_model,
-)
+from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response, service_of
 from sopdeploy_service.api.schema import Card, CertificateSummary, Health, SelfTest
 from sopdeploy_service.api.v2.response import stack_outputs
-from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.registry import NOT_CONTROLLED
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 router = APIRouter()
@@ -76,15 +68,8 @@ async def metrics_page(request: Request) -> bytes:
 async def info(request: Request) -> Response:
     """Describe each loaded model and its runtime."""
     service = service_of(request)
-    loaded = service.registry.models()
-    current = [model for model in loaded if service.registry.find(model.name) is model]
-    return json_response(
-        ServerInfo(
-            server=request.app.version,
-            models=tuple(model_info(model) for model in current),
-            previous={model.name: model.version for model in loaded if model not in current},
-        )
-    )
+    models = tuple(model_info(model) for model in service.registry.models())
+    return json_response(ServerInfo(server=request.app.version, models=models))
 
 
 def model_info(model: Model) -> ModelInfo:
@@ -199,18 +184,3 @@ async def self_test(admitted: AdmittedRequest) -> SelfTest:
         tolerance=result.tolerance,
         seconds=round(time.monotonic() - admitted.started, 3),
     )
-
-
-@router.post(
-    "/v1/models/{name}/rollback",
-    summary="Activate the previous version",
-    response_model=ModelInfo,
-    responses=problem_responses(401, 403, 404, 409, 422),
-    dependencies=[Depends(require_admin)],
-)
-async def roll_back(request: Request, name: str) -> Response:
-    """Switch back to the version before the last load; it is still loaded."""
-    service = service_of(request)
-    if not service.settings.model_control:
-        raise RejectedError(NOT_CONTROLLED)
-    return json_response(model_info(use_model(request.state.context, await service.registry.roll_back(name))))

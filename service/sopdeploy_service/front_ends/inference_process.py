@@ -233,7 +233,7 @@ def run_inference_process(launch_config: Mapping[str, Any]) -> int:
         except SopdeployError as problem:
             control.send_files(supervisor, control.FAILED + b": " + str(problem).encode())
             raise
-        registry = ModelRegistry(loaded, settings, Metrics(), store=None)
+        registry = ModelRegistry(loaded, settings, Metrics())
         return asyncio.run(InferenceProcess(registry, supervisor, settings, sources).run())
 
 

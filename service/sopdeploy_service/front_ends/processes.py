@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.front_ends import control
-from sopdeploy_service.settings import SINGLE_PROCESS, Settings, cores_within_quota, decoders_per_process
+from sopdeploy_service.settings import Settings, cores_within_quota, decoders_per_process
 
 SERVER, INFERENCE = "server", "inference process"
 MODULES = {
@@ -119,7 +119,7 @@ def count_front_ends(settings: Settings) -> int:
         return settings.front_ends
     cores = cores_within_quota()
     count = max(1, min(MAX_AUTO, cores // CORES_PER_FRONT_END) // max(1, len(settings.devices)))
-    if any(getattr(settings, name) for name in SINGLE_PROCESS):
+    if settings.memory_budget is not None:
         count = 1
     if count == 1 and settings.sandbox == "required":
         raise ConfigError(

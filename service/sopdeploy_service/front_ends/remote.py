@@ -124,7 +124,7 @@ class RemoteRegistry(ModelRegistry):
 
         Raises `ConnectionError` if it ends.
         """
-        super().__init__({}, settings, metrics, None)
+        super().__init__({}, settings, metrics)
         self._connection = connection
         self._writer: asyncio.StreamWriter | None = None
         self._receiving: asyncio.Task[None] | None = None
@@ -137,7 +137,7 @@ class RemoteRegistry(ModelRegistry):
             self.count(name, loaded, 1)
             model = Model(name, loaded, settings, metrics)  # never started: it has no worker here
             model.queue = RemoteQueue(model, number, self, metrics)
-            self._by_name[name] = [model]
+            self._by_name[name] = model
 
     async def start(self) -> None:
         """Open the channel and handle the messages of the inference process."""

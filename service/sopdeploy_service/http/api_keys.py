@@ -1,4 +1,4 @@
-"""API keys: a file with names, hashes, rate limits and scopes; a token bucket per key.
+"""API keys: a file with names, hashes and rate limits; a token bucket per key.
 
 A key has 256 random bits, so the file stores its plain SHA-256: a slow hash protects only secrets that can be
 guessed. `sopdeploy key` creates keys and prints each one once.
@@ -12,7 +12,7 @@ import time
 import tomllib
 from collections.abc import Callable, MutableSequence, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 import pydantic
 
@@ -24,7 +24,6 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 _PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
 
-Scope: TypeAlias = Literal["classify", "admin"]
 # Tokens, and the time of the last fill; 0 before the first one.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
 CreateBucketState: TypeAlias = Callable[[int], BucketState]  # for the number of a key
@@ -38,7 +37,6 @@ class Key(StrictModel):
     sha256: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
     rate: Annotated[float, pydantic.Field(gt=0, le=1e6)] | None = None
     burst: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] = 32
-    scopes: tuple[Scope, ...] = ("classify",)
 
 
 class KeyFile(StrictModel):
@@ -84,7 +82,7 @@ def load_keys(path: Path) -> tuple[Key, ...]:
     return keys
 
 
-def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, admin: bool) -> str:
+def new_key(path: Path, name: str, *, rate: float | None, burst: int | None) -> str:
     """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
     The write is atomic. Raises `ConfigError` if the name is invalid or in use, or if the file cannot be
@@ -99,15 +97,13 @@ def new_key(path: Path, name: str, *, rate: float | None, burst: int | None, adm
             "name": name,
             "sha256": hashlib.sha256(secret.encode()).hexdigest(),
             "rate": rate,
-            "scopes": ("classify", "admin") if admin else ("classify",),
         }
         try:
             key = Key.model_validate(fields if burst is None else fields | {"burst": burst})
         except pydantic.ValidationError as problem:
             raise ConfigError(f"key: {first_problem(problem)}") from problem
         limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"
-        scopes = ", ".join(f'"{scope}"' for scope in key.scopes)
-        entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\nscopes = [{scopes}]\n'
+        entry = f'\n[[key]]\nname = "{key.name}"\nsha256 = "{key.sha256}"\n{limit}\n'
         with atomic_write(path) as partial:
             partial.touch(mode=0o600)
             partial.write_text((path.read_text("utf-8") if path.exists() else "") + entry, "utf-8")

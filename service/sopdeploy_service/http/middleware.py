@@ -13,11 +13,9 @@ from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sopdeploy.images.formats import too_large_error
-from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import CreateBucketState, Key, TokenBucket, find_key
 from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
@@ -184,20 +182,9 @@ class ApiKeyMiddleware:
             key = find_key(self.keys, given.encode("latin-1"))
             if key is None:
                 raise RejectedError(NO_KEY)
-            context.key_name, context.scopes = key.name, key.scopes
+            context.key_name = key.name
             context.rate_limit = self._buckets.get(key.name)
         await self.app(scope, receive, send)
-
-
-def require(context: RequestContext, scope: api_keys.Scope) -> None:
-    """Raise `RejectedError` (403) if the key of the request lacks *scope*; servers without keys allow all."""
-    if context.scopes is not None and scope not in context.scopes:
-        raise RejectedError(HttpError("forbidden", 403, f"this key does not have the scope `{scope}`"))
-
-
-async def require_admin(request: Request) -> None:
-    """Require the scope `admin`: a FastAPI dependency."""
-    require(request.scope["state"]["context"], "admin")
 
 
 def current_task() -> asyncio.Task[Any]:

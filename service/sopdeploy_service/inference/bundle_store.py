@@ -1,4 +1,4 @@
-"""The bundles a server may serve: those named at its start and their siblings.
+"""The bundles that a server serves.
 
 A source is a bundle, a folder of bundles (`sopdeploy.bundle.listing` says which of them are served), or
 `NAME=BUNDLE`. Clients use NAME or, without it, the name of the project.
@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
 from sopdeploy.bundle.folder import MANIFEST, Bundle, follow_link, read_manifest
-from sopdeploy.bundle.listing import describe_projects, list_bundles, read_bundles
-from sopdeploy.errors import BundleError, ConfigError, shorten
+from sopdeploy.bundle.listing import describe_projects, list_bundles
+from sopdeploy.errors import BundleError, ConfigError
 
 FOLLOW_SECONDS = 1.0
 
@@ -55,10 +55,7 @@ async def moves_of(links: Mapping[Path, Path]) -> AsyncIterator[None]:
 
 
 class BundleStore:
-    """The bundles by name, and the folders that may hold later versions.
-
-    `checked` has those bundles whose files were already compared with their hashes.
-    """
+    """The bundles by name; `checked` has those whose files were already compared with their hashes."""
 
     def __init__(self, sources: Iterable[str | Path]) -> None:
         """Find the bundles of *sources*, each `PATH` or `NAME=PATH`.
@@ -68,14 +65,11 @@ class BundleStore:
         """
         self.bundles: dict[str, Path] = {}
         self.checked: dict[Path, Bundle] = {}
-        self._folders: list[Path] = []
         for name, source in map(_parse_source, sources):
             path = follow_link(source)  # every process must serve the same bundle
             if name or not path.is_dir() or (path / MANIFEST).is_file():
-                self._folders.append(path.resolve().parent)
                 self._add(name or read_manifest(path).project, path)
             else:
-                self._folders.append(path)
                 self._add_folder(path)
 
     def _add_folder(self, folder: Path) -> None:
@@ -97,29 +91,3 @@ class BundleStore:
                 f"choose another one: NAME={bundle}"
             )
         self.bundles[name] = bundle
-
-    def find(self, name: str, folder: str | None = None, *, serving: str | None = None) -> Path:
-        """Find the bundle to load as *name*: the one in *folder*, or the only one that is not served yet.
-
-        *folder* is a plain name, which is looked up in the folders of the sources; *serving* is the id of the
-        bundle that is served now. Raises `BundleError` if no bundle, or more than one, matches.
-        """
-        candidates = [one for parent in dict.fromkeys(self._folders) for one in read_bundles(parent)]
-        if folder is not None:
-            # Names are compared, never joined to a path, so that none can leave the folders.
-            matches = [one.path for one in candidates if one.path.name == folder][:1]
-            name = repr(folder[:100])
-        else:
-            matches = [
-                path
-                for path, manifest, *_ in candidates
-                if manifest is not None and manifest.project == name and manifest.id != serving
-            ]
-        if not matches and folder is None and serving is not None:
-            raise BundleError(f"{name}: there is no bundle but the one being served; name another folder")
-        if not matches:
-            raise BundleError(f"{name}: no bundle of this name in the server's bundle folders")
-        if len(matches) > 1:
-            names = shorten([path.name for path in matches])
-            raise BundleError(f"{name}: several bundles have this name ({names}); name the folder")
-        return matches[0]

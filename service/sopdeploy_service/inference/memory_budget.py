@@ -95,7 +95,7 @@ class BudgetedRegistry(ModelRegistry):
         Raises the errors of `load_model`, and `ConfigError` for a pinned name without a bundle and for a
         bundle that does not fit into the budget.
         """
-        super().__init__({}, settings, metrics, None)
+        super().__init__({}, settings, metrics)
         self._load = load
         unknown = set(settings.pin) - set(bundles)
         if unknown:
@@ -159,7 +159,7 @@ class BudgetedRegistry(ModelRegistry):
         model = Model(name, unloaded, self._settings, self._metrics)
         model.is_loaded = False
         model.memory = ModelMemory(bytes=load_bytes(bundle), pinned=name in self._settings.pin)
-        self._by_name[name] = [model]
+        self._by_name[name] = model
         self._metrics.model_memory.labels(name).set(0)
         return BudgetEntry(path, model, model, model.memory)
 
@@ -205,7 +205,7 @@ class BudgetedRegistry(ModelRegistry):
         name, entry.memory.bytes = entry.model.name, size
         model = entry.model = self._make_model(name, loaded)
         model.continue_from(entry.unloaded)
-        self._by_name[name] = [model]
+        self._by_name[name] = model
         self._metrics.model_memory.labels(name).set(size)
         self._metrics.model_loads.labels(name).inc()
 
@@ -231,7 +231,7 @@ class BudgetedRegistry(ModelRegistry):
     async def _release(self, entry: BudgetEntry) -> None:
         """Stop the model of *entry*; requests for it wait until it can be loaded again."""
         model, entry.model = entry.model, entry.unloaded
-        self._by_name[model.name] = [entry.unloaded]
+        self._by_name[model.name] = entry.unloaded
         await model.stop()
         self.count(model.name, model.loaded, -1)
         self._metrics.model_memory.labels(model.name).set(0)

@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
-from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.model import Model
@@ -83,7 +82,6 @@ class Service:
         self,
         loaded: Mapping[str, LoadedModel],
         settings: Settings,
-        store: BundleStore | None = None,
         create_registry: CreateRegistry | None = None,
     ) -> None:
         """Serve *loaded* in this process or, with *create_registry*, the models of another registry."""
@@ -92,7 +90,7 @@ class Service:
         self.active_requests = 0  # counted by the middleware
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
         if create_registry is None:
-            self.registry = ModelRegistry(loaded, settings, self.metrics, store)
+            self.registry = ModelRegistry(loaded, settings, self.metrics)
         else:
             self.registry = create_registry(settings, self.metrics)
         self.observers: list[Observe] = []

@@ -27,16 +27,14 @@ OpenTrace: TypeAlias = Callable[[Mapping[str, str], float], "RequestTrace | None
 class RequestContext:
     """The state of one request, which the service receives together with its images.
 
-    `headers` are by name in lower case. `scopes` are those of its API key; None means that the server has no
-    keys. `stage_seconds` maps each stage to the time of the slowest image; `spans` has (stage, start, end) of
-    every image, in times of `time.monotonic`.
+    `headers` are by name in lower case. `stage_seconds` maps each stage to the time of the slowest image;
+    `spans` has (stage, start, end) of every image, in times of `time.monotonic`.
     """
 
     request_id: str
     headers: Mapping[str, str] = field(default_factory=dict)
     trace: "RequestTrace | None" = None
     key_name: str | None = None
-    scopes: tuple[str, ...] | None = None
     rate_limit: "TokenBucket | None" = None
     model_name: str = ""
     model_version: str = ""

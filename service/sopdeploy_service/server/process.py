@@ -133,7 +133,7 @@ def load_app(
         from sopdeploy_service.app import create_app  # noqa: PLC0415
 
         models = dict(zip(bundles, loaded, strict=True))
-    app = create_app(models, settings, store if settings.model_control else None, **options)
+    app = create_app(models, settings, **options)
     if settings.memory_budget is None:
         app.state.reload = partial(app.state.service.registry.reload, sources)
     app.state.links = links

@@ -38,7 +38,7 @@ def flags_of_settings(*names: str) -> type[Options]:
 class ServeOptions(
     flags_of_settings(  # type: ignore[misc] # mypy does not know the class
         *("host", "port", "runtime", "devices", "front_ends", "decode", "threads", "max_batch", "queue_size"),
-        *("memory_budget", "pin", "model_control", "keys", "require_signature", "log"),
+        *("memory_budget", "pin", "keys", "require_signature", "log"),
     )
 ):
     """The settings that have an option of their own."""
@@ -87,7 +87,6 @@ def key_command(
     burst: Annotated[
         int | None, typer.Option(min=1, help="Images allowed at once after a pause; by default 32.")
     ] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="Allow the key to load and swap models.")] = False,
 ) -> None:
     """Create an API key, print it once and store its hash; servers read the file when they start.
 
@@ -95,6 +94,6 @@ def key_command(
     """
     from sopdeploy_service.http.api_keys import new_key
 
-    created = new_key(keys, name, rate=rate, burst=burst, admin=admin)
+    created = new_key(keys, name, rate=rate, burst=burst)
     sys.stdout.write(created + "\n")
     err.print(plain_text(f"{keys} stores only a hash: keep the key, it is not shown again"))

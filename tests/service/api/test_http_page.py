@@ -27,9 +27,7 @@ def codes_of(module: Path) -> set[str]:
                 n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)
             }
     return {
-        code
-        for code in found
-        if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+|deadline|draining|forbidden|unauthenticated", code)
+        code for code in found if re.fullmatch(r"[a-z]+(_[a-z0-9]+)+|deadline|draining|unauthenticated", code)
     }
 
 

@@ -7,8 +7,6 @@ import zlib
 import orjson
 import pytest
 
-from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.settings import Settings
 from tests.service.raw import count
 
 INFER = "/v2/models/tiny/infer"
@@ -77,8 +75,6 @@ MISSING = {
     ("POST", "/v2/models/..%2ftiny/infer"): (404, "not_found"),
     ("GET", "/v2/models/tiny/infer"): (405, "method_not_allowed"),
     ("GET", "/v2/logging"): (404, "not_found"),
-    ("POST", "/v2/repository/models/tiny/load"): (403, "model_control_off"),
-    ("POST", "/v2/repository/models/tiny/unload"): (403, "model_control_off"),
 }
 
 
@@ -127,18 +123,3 @@ def test_json_has_its_own_size_limit(serve_with, onnx_runtime):
     binary = {key: value for key, value in ZEROS.items() if key != "data"}
     text = orjson.dumps({"inputs": [{**binary, "parameters": {"binary_data_size": 3072}}]})
     assert post(client, text + bytes(3072), **{LENGTH: str(len(text))}).status_code == 200
-
-
-def test_models_can_be_loaded_and_unloaded(run_server, onnx_runtime, bundle):
-    store = BundleStore([bundle.path])
-    with run_server(onnx_runtime, bundle, Settings(), shelf=store) as client:
-        assert client.post("/v2/repository/models/tiny/unload").status_code == 200
-        assert client.get("/v2/models/tiny").status_code == 404
-        assert client.get("/v2/health/ready").status_code == 503
-        assert client.get("/v2/health/live").status_code == 200
-        rejected = post(client, {"parameters": {"config": "{}"}}, "/v2/repository/models/tiny/load")
-        assert (rejected.status_code, rejected.headers["x-error-code"]) == (400, "malformed_request")
-        loaded = client.post("/v2/repository/models/tiny/load")
-        assert (loaded.status_code, loaded.headers["x-model-digest"]) == (200, bundle.manifest.id)
-        assert client.get("/v2/health/ready").json() == {"ready": True}
-        assert post(client, GOOD).status_code == 200

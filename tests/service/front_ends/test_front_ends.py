@@ -53,12 +53,8 @@ def servers(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     }
     file = folder / "keys.toml"
     keys = {
-        name: new_key(file, name, rate=rate, burst=burst, admin=admin)
-        for name, rate, burst, admin in (
-            ("admin", None, None, True),
-            ("user", None, None, False),
-            ("limited", 1e-6, 5, False),
-        )
+        name: new_key(file, name, rate=rate, burst=burst)
+        for name, rate, burst in (("user", None, None), ("limited", 1e-6, 5))
     }
     settings = {"max_batch": 1, "keys": file, "max_images": 8}
     options = [word for name, value in settings.items() for word in ("--setting", f"{name}={value}")]
@@ -68,7 +64,7 @@ def servers(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             stack.enter_context(serving(*sources, *options, *WAYS[way])) for way in (ONE_PROCESS, FRONT_ENDS)
         ]
         for client in found:
-            client.headers["x-api-key"] = keys["admin"]
+            client.headers["x-api-key"] = keys["user"]
         yield Servers(*found, keys)
 
 

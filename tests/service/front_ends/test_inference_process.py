@@ -47,7 +47,7 @@ class Group:
         self.control, theirs = control.pair()
 
         async def run() -> None:
-            registry = ModelRegistry(models, LIMITED, Metrics(), store=None)
+            registry = ModelRegistry(models, LIMITED, Metrics())
             self.process = InferenceProcess(registry, theirs, LIMITED, sources or [])
             await self.process.run()
 

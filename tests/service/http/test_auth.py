@@ -1,4 +1,4 @@
-"""API keys: the key file, authentication, scopes and rate limits."""
+"""API keys: the key file, authentication and rate limits."""
 
 import hashlib
 import stat
@@ -18,7 +18,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, load_keys, local_state, new_key
 from sopdeploy_service.inference.results import RejectedError
-from sopdeploy_service.settings import load_settings
 
 DIGEST = hashlib.sha256(b"secret").hexdigest()
 
@@ -29,8 +28,8 @@ def entry(name: str = "app", sha256: str = DIGEST, more: str = "") -> str:
 
 def test_the_file_has_only_the_hash_of_a_new_key(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    first = new_key(path, "phone", rate=10.0, burst=4, admin=False)
-    second = new_key(path, "ops", rate=None, burst=None, admin=True)
+    first = new_key(path, "phone", rate=10.0, burst=4)
+    second = new_key(path, "ops", rate=None, burst=None)
     assert first != second
     assert first not in path.read_text()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -40,7 +39,7 @@ def test_the_file_has_only_the_hash_of_a_new_key(tmp_path: Path) -> None:
     assert find_key(keys, first.encode()) == Key(name="phone", sha256=digest, rate=10.0, burst=4)
     found = find_key(keys, second.encode())
     assert found is not None
-    assert (found.name, found.rate, found.scopes) == ("ops", None, ("classify", "admin"))
+    assert (found.name, found.rate) == ("ops", None)
     assert find_key(keys, first.encode() + b" ") is None
     assert find_key(keys, b"") is None
 
@@ -48,12 +47,12 @@ def test_the_file_has_only_the_hash_of_a_new_key(tmp_path: Path) -> None:
 def test_a_new_key_keeps_comments_and_an_invalid_one_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
     path.write_text("# ours\n" + entry())
-    new_key(path, "other", rate=None, burst=None, admin=False)
+    new_key(path, "other", rate=None, burst=None)
     before = path.read_text()
     assert before.startswith("# ours\n[[key]]")
     for name in ("app", "a b", ""):
         with pytest.raises(ConfigError):
-            new_key(path, name, rate=None, burst=None, admin=False)
+            new_key(path, name, rate=None, burst=None)
     assert path.read_text() == before
 
 
@@ -81,23 +80,14 @@ def test_an_invalid_key_file_is_a_one_line_error(tmp_path: Path, text: str, mess
 
 def test_the_command_prints_only_the_key_on_stdout(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    done = CliRunner().invoke(cli, ["key", "lab", "--keys", str(path), "--rate", "5", "--admin"])
+    done = CliRunner().invoke(cli, ["key", "lab", "--keys", str(path), "--rate", "5"])
     assert done.exit_code == 0
     found = find_key(load_keys(path), done.stdout.strip().encode())
     assert found is not None
-    assert (found.name, found.rate, found.scopes) == ("lab", 5.0, ("classify", "admin"))
+    assert (found.name, found.rate) == ("lab", 5.0)
     again = CliRunner().invoke(cli, ["key", "lab", "--keys", str(path)])
     assert again.exit_code == 2
     assert "another name" in again.stderr
-
-
-def test_model_control_on_a_public_address_needs_keys() -> None:
-    for host in ("::", "10.1.2.3", "example.org"):
-        with pytest.raises(ConfigError, match=r"^settings: model_control on .* without keys[^\n]*admin"):
-            load_settings(model_control=True, host=host)
-        assert load_settings(model_control=True, host=host, keys="keys.toml").model_control
-    for host in ("127.9.9.9", "::1", "localhost"):
-        assert load_settings(model_control=True, host=host).keys is None
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +95,9 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Keys by name, and the path of their file as `path`."""
     path = tmp_path_factory.mktemp("keys") / "keys.toml"
     made = {
-        "free": new_key(path, "free", rate=None, burst=None, admin=False),
-        "four": new_key(path, "four", rate=0.5, burst=4, admin=False),
-        "watch": new_key(path, "watch", rate=None, burst=None, admin=False),
+        "free": new_key(path, "free", rate=None, burst=None),
+        "four": new_key(path, "four", rate=0.5, burst=4),
     }
-    head, tail = path.read_text().split('name = "watch"')
-    path.write_text(head + 'name = "watch"' + tail.replace('"classify"', '"admin"'))
     return made | {"path": str(path)}
 
 
@@ -143,20 +130,10 @@ def test_a_key_is_accepted_as_bearer_token_and_as_x_api_key(locked, keys, jpeg) 
         assert locked.post("/v1/classify", content=jpeg, headers=headers).status_code == status, headers
 
 
-def test_a_key_without_the_scope_is_403(locked, keys, jpeg) -> None:
-    mine = {"x-api-key": keys["watch"]}
-    reply = locked.post("/v1/classify", content=jpeg, headers=mine)
-    assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
-    assert locked.get("/info", headers=mine).status_code == 200
-    free = {"x-api-key": keys["free"]}
-    reply = locked.post("/v1/models/tiny/rollback", headers=free)
-    assert (reply.status_code, reply.json()["code"]) == (403, "forbidden")
-
-
 def test_metrics_can_require_a_key(serve_with, keys) -> None:
     client = serve_with(FakeRuntime(num_classes=7), keys=keys["path"], metrics_need_key=True)
     assert client.get("/metrics").status_code == 401
-    assert client.get("/metrics", headers={"x-api-key": keys["watch"]}).status_code == 200
+    assert client.get("/metrics", headers={"x-api-key": keys["free"]}).status_code == 200
     assert client.get("/readyz").status_code == 200
 
 

@@ -1,24 +1,21 @@
-"""Several models in one server, and versions that replace each other under load."""
+"""Several models in one server, reloads that replace them, and which bundles are found."""
 
 import asyncio
 import os
 import shutil
 import threading
 from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import numpy as np
 import pytest
 
 from sopdeploy.bundle import folder as bundle_folder
 from sopdeploy.bundle.folder import open_bundle, read_manifest
-from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
 from sopdeploy.files import sha256
 from sopdeploy_service.inference.bundle_store import BundleStore
-from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.observability.metrics import Metrics
@@ -28,8 +25,7 @@ from sopdeploy_service.settings import Settings
 from tests.forged import flip
 from tests.service.failing import Failing
 
-SETTINGS = Settings(threads=1, model_control=True)
-IMAGE = np.zeros((1, 32, 32, 3), np.uint8)
+SETTINGS = Settings(threads=1)
 
 
 @pytest.fixture
@@ -38,42 +34,37 @@ def versions(tmp_path: Path, make_bundle: Callable[..., Path]) -> list[Path]:
     return sorted(make_bundle(tmp_path, probes=probes) for probes in (3, 4))
 
 
-def run_with_registry(
-    first: Path,
-    scenario: Callable[[ModelRegistry], Awaitable[None]],
-) -> None:
+def load(path: Path) -> LoadedModel:
+    return load_model(path, SETTINGS)
+
+
+def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable[None]]) -> None:
     """Run *scenario* with a started registry of the bundle *first*, named `tiny`."""
 
     async def run() -> None:
-        store = BundleStore([f"tiny={first}"])
-        loaded = {"tiny": load_model(first, SETTINGS)}
-        registry = ModelRegistry(loaded, SETTINGS, Metrics(), store)
-        for model in registry.models():
-            model.start()
+        registry = ModelRegistry({"tiny": load(first)}, SETTINGS, Metrics())
+        await registry.start()
         await scenario(registry)
         await registry.stop()
 
     asyncio.run(run())
 
 
-async def code(result: Awaitable[Model | None]) -> str:
-    """Await *result*, which must be rejected; return the code."""
-    with pytest.raises(RejectedError) as error:
-        await result
-    return error.value.reason.code
-
-
-def test_a_new_version_is_served_and_the_previous_one_kept_for_rollback(versions, until) -> None:
+def test_exactly_the_bundles_of_the_last_reload_are_served(versions, until) -> None:
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        after = await registry.load("tiny")
-        assert [model.bundle.name for model in (before, after)] == [path.name for path in versions]
-        assert registry.find("tiny") is after
-        assert registry.find("tiny", before.version) is before
-        assert await registry.roll_back("tiny") is before
-        assert registry.find("tiny") is before
-        assert await registry.load("tiny", versions[1].name) is after
-        assert await registry.load("tiny", versions[1].name) is after
+        await registry.follow({"tiny": versions[1], "second": versions[0]}, load)
+        assert [(model.name, model.bundle.name) for model in registry.models()] == [
+            ("second", versions[0].name),
+            ("tiny", versions[1].name),
+        ]
+        after = registry.find("tiny")
+        with pytest.raises(RejectedError, match=f"no version .*; the current one is {after.version}"):
+            registry.find("tiny", before.version)
+        await registry.follow({"tiny": versions[1]}, load)
+        assert registry.find("tiny", after.version) is after  # it was not loaded again
+        with pytest.raises(RejectedError, match="no model 'second'"):
+            registry.find("second")
 
     run_with_registry(versions[0], scenario)
     until(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))
@@ -86,19 +77,17 @@ def test_a_bundle_is_recognized_by_its_id_and_not_by_its_path(versions, monkeypa
 
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        assert await registry.load("tiny", "current") is before  # it was given as a relative path
+        await registry.follow({"tiny": folder.resolve()}, load)
+        assert registry.find() is before  # it was given as a relative path
         folder.rename("old")
         versions[1].rename(folder)
-        after = await registry.load("tiny", "current")
-        assert after.version == open_bundle(folder).manifest.id != before.version
-        assert await registry.load("tiny", "old") is before
+        await registry.follow({"tiny": Path("current")}, load)
+        assert registry.find().version == open_bundle(folder).manifest.id != before.version
 
     run_with_registry(Path("current"), scenario)
 
 
-def test_a_replaced_version_waits_for_its_last_request(versions, make_bundle, monkeypatch) -> None:
-    third = make_bundle(versions[0].parent, probes=5)
-
+def test_a_replaced_version_waits_for_its_last_request(versions, monkeypatch) -> None:
     async def scenario(registry: ModelRegistry) -> None:
         oldest = registry.find()
         stopped, stop = asyncio.Event(), oldest.stop
@@ -109,27 +98,23 @@ def test_a_replaced_version_waits_for_its_last_request(versions, make_bundle, mo
 
         monkeypatch.setattr(oldest, "stop", observed_stop)
         with oldest.in_use():
-            for path in (versions[1], third):
-                await registry.load("tiny", path.name)
+            await registry.follow({"tiny": versions[1]}, load)
             for _ in range(100):  # every other task runs until it waits
                 await asyncio.sleep(0)
             assert not stopped.is_set()
         await asyncio.wait_for(stopped.wait(), 60)
-        with pytest.raises(RejectedError, match="no version"):
-            registry.find("tiny", oldest.version)
 
     run_with_registry(versions[0], scenario)
 
 
-def test_a_version_with_wrong_outputs_is_never_served(versions, make_bundle) -> None:
+def test_if_one_bundle_has_wrong_outputs_none_of_them_is_served(versions, make_bundle) -> None:
     wrong = make_bundle(versions[0].parent, wrong_by=0.01)
 
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        with pytest.raises(RejectedError, match="deviates") as error:
-            await registry.load("tiny", wrong.name)
-        assert (error.value.reason.code, error.value.reason.status) == ("cannot_load", 400)
-        assert registry.find() is before
+        with pytest.raises(ParityError, match="deviates"):
+            await registry.follow({"tiny": versions[1], "wrong": wrong}, load)
+        assert registry.models() == [before]
 
     run_with_registry(versions[0], scenario)
 
@@ -138,80 +123,24 @@ def test_a_version_whose_first_batch_fails_is_never_served(versions, monkeypatch
     async def scenario(registry: ModelRegistry) -> None:
         before, runtime = registry.find(), Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719")))
         monkeypatch.setattr("sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime)
-        assert await code(registry.load("tiny", versions[1].name)) == "cannot_load"
+        with pytest.raises(RuntimeUnavailableError):
+            await registry.follow({"tiny": versions[1]}, load)
         assert registry.find() is before
 
     run_with_registry(versions[0], scenario)
 
 
-def test_only_folders_beside_the_bundles_can_be_loaded(versions) -> None:
-    async def scenario(registry: ModelRegistry) -> None:
-        for name in ("../tiny", "/etc", "", "nothing", "a\0b", "x" * 10_000):
-            assert await code(registry.load("tiny", name)) == "cannot_load"
-
-    run_with_registry(versions[0], scenario)
-
-
-def test_an_unloaded_model_can_be_loaded_again(versions) -> None:
-    async def scenario(registry: ModelRegistry) -> None:
-        await registry.unload("tiny")
-        with pytest.raises(RejectedError, match="no model is loaded"):
-            registry.find()
-        assert await code(registry.unload("tiny")) == "unknown_model"
-        assert await code(registry.roll_back("tiny")) == "unknown_model"
-        assert await code(registry.load("tiny")) == "cannot_load"  # two bundles have the name
-        assert (await registry.load("tiny", versions[1].name)).name == "tiny"
-        assert await code(registry.roll_back("tiny")) == "no_previous_version"
-
-    run_with_registry(versions[0], scenario)
-
-
-def test_swaps_under_load_fail_no_request_and_responses_name_their_version(
-    versions, run_server, onnx_runtime, jpeg, until
-) -> None:
-    bundle, store = open_bundle(versions[0]), BundleStore([f"tiny={versions[0]}"])
-    ended = threading.Event()
-    responses: list[tuple[int, str]] = []
-
-    def post_until_ended(client: httpx.Client) -> None:
-        while not ended.is_set():
-            reply = client.post("/v1/classify", content=jpeg)
-            responses.append((reply.status_code, reply.headers["x-model-digest"]))
-
-    with run_server(onnx_runtime, bundle, SETTINGS, shelf=store) as client, ThreadPoolExecutor(6) as pool:
-        posting = [pool.submit(post_until_ended, client) for _ in range(6)]
-        registry = client.app.state.service.registry
-        try:
-            for path in [*reversed(versions), versions[1]]:
-                swap = asyncio.run_coroutine_threadsafe(registry.load("tiny", path.name), client.loop)
-                model = swap.result(60)
-                assert model.bundle.name == path.name
-                seen = len(responses) + len(posting)  # the requests under way may use the old version
-                until(lambda: (200, model.version) in responses[seen:])  # noqa: B023
-        finally:
-            ended.set()
-        for future in posting:
-            future.result(60)
-    assert set(responses) == {(200, open_bundle(path).manifest.id) for path in versions}
-
-
-def test_a_slow_request_is_served_by_the_version_that_admitted_it(
-    versions, make_bundle, run_server, jpeg, until
-) -> None:
-    third = make_bundle(versions[0].parent, probes=5)
-    first = load_model(versions[0], SETTINGS)
-    store = BundleStore([f"tiny={versions[0]}"])
-    with run_server(first.runtime, first.bundle, SETTINGS, shelf=store) as client:
+def test_a_slow_request_is_served_by_the_version_that_admitted_it(versions, run_server, jpeg, until) -> None:
+    first = load(versions[0])
+    with run_server(first.runtime, first.bundle, SETTINGS) as client:
         oldest = client.app.state.service.registry.find()
 
         def slow_body() -> Iterator[bytes]:
             yield jpeg[:10]
             until(lambda: not oldest.unused.is_set())  # the request is admitted
-            for folder in (versions[1].name, third.name):
-                load = {"parameters": {"folder": folder}}
-                assert client.post("/v2/repository/models/tiny/load", json=load).status_code == 200
+            client.reload(versions[1])
             newest = client.post("/v1/classify", content=jpeg)
-            assert newest.headers["x-model-digest"] == open_bundle(third).manifest.id
+            assert newest.headers["x-model-digest"] == open_bundle(versions[1]).manifest.id
             yield jpeg[10:]
 
         reply = client.post("/v1/classify", content=slow_body())
@@ -277,9 +206,6 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
     (folder / "latest").unlink()
     os.utime(made["hats", 1] / "manifest.json")
     assert BundleStore([folder]).bundles == last
-    assert (
-        BundleStore([folder]).find("hats", serving=open_bundle(last["hats"]).manifest.id) == made["hats", 1]
-    )
     (folder / "latest").symlink_to(made["hats", 1].name)
     shutil.copytree(folder, tmp_path / "copied")  # like `cp -rL`: the link becomes a folder
     copied = BundleStore([tmp_path / "copied"]).bundles

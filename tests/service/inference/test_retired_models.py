@@ -1,6 +1,5 @@
 """A replaced model is released: its objects, its runtime and its metrics."""
 
-import asyncio
 import gc
 import time
 import weakref
@@ -12,27 +11,19 @@ from typing import Any
 import httpx
 import pytest
 
-from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.inference.model import Model
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.raw import connect, post_of, read
 
-SETTINGS = Settings(threads=1, model_control=True)
+SETTINGS = Settings(threads=1)
 Running = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 @pytest.fixture
 def versions(tmp_path: Path, make_bundle: Callable[..., Path]) -> list[Path]:
-    """Four versions of the tiny network, so that the next one is never loaded yet."""
-    return [make_bundle(tmp_path, probes=number) for number in (3, 4, 5, 6)]
-
-
-def swappable(run_server: Running, path: Path) -> AbstractContextManager[httpx.Client]:
-    """A server of the bundle at *path* that can load its siblings."""
-    first = load_model(path, SETTINGS)
-    return run_server(first.runtime, first.bundle, SETTINGS, shelf=BundleStore([f"tiny={path}"]))
+    """Two versions of the tiny network."""
+    return [make_bundle(tmp_path, probes=number) for number in (3, 4)]
 
 
 def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
@@ -46,13 +37,6 @@ def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
         with connect(client) as wire:
             wire.sendall(post_of(jpeg)[: sent - len(jpeg) or None])
             time.sleep(0.02)
-
-
-def replace(client: Any, path: Path) -> weakref.ref[Model]:
-    """Load the bundle at *path*; return a weak reference to its model."""
-    service = client.app.state.service
-    loaded = asyncio.run_coroutine_threadsafe(service.registry.load("tiny", path.name), client.loop)
-    return weakref.ref(loaded.result(20))
 
 
 @pytest.fixture
@@ -74,16 +58,19 @@ def test_a_replaced_model_is_released_though_idle_connections_stay(
         return run(runtime, images, names)
 
     monkeypatch.setattr(OnnxRuntime, "run_outputs", slow)
-    with swappable(run_server, versions[0]) as client:
-        models = [weakref.ref(client.app.state.service.registry.find())]
+    first = load_model(versions[0], SETTINGS)
+    with run_server(first.runtime, first.bundle, SETTINGS) as client:
+        registry = client.app.state.service.registry
+        models = [weakref.ref(registry.find())]
         idle = []
         for number in range(1, 7):
             idle.append(connect(client))
             idle[-1].sendall(post_of(jpeg))
             assert read(idle[-1], to_the_end=False).status == 200
             send_every_kind_of_request(client, jpeg)
-            models.append(replace(client, versions[number % 4]))
-        until(lambda: sum(model() is not None for model in models) == 2)  # the current and the previous one
-        until(lambda: client.get("/metrics").text.count("bundle_info{") == 2)
+            client.reload(versions[number % 2])
+            models.append(weakref.ref(registry.find()))
+        until(lambda: sum(model() is not None for model in models) == 1)
+        until(lambda: client.get("/metrics").text.count("bundle_info{") == 1)
         for wire in idle:
             wire.close()

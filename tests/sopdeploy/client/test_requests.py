@@ -80,9 +80,7 @@ def test_info_is_typed(call, script):
         "precision": "fp32", "runtime": "onnxruntime", "device": "cpu", "largest_batch": 4,
         "preprocess": {}, "versions": {}, "key_of_a_newer_server": 1,
     }  # fmt: skip
-    info = call(
-        script(httpx.Response(200, json={"server": "0.1", "models": [model], "previous": {}})), "info"
-    )
+    info = call(script(httpx.Response(200, json={"server": "0.1", "models": [model]})), "info")
     assert (info.models[0].name, info.models[0].num_labels) == ("tiny", 7)
 
 

@@ -73,7 +73,7 @@ def platform(model: Model) -> str:
     return "tensorrt_plan" if engine else "onnxruntime_onnx"
 
 
-def model_metadata(model: Model, versions: Iterable[str]) -> dict[str, Any]:
+def model_metadata(model: Model) -> dict[str, Any]:
     """Build the response of `GET /v2/models/{name}`."""
     signature = signature_of(model.bundle, 1)
     groups = {"inputs": (signature.tensor, IMAGE), "outputs": signature.outputs}
@@ -84,7 +84,7 @@ def model_metadata(model: Model, versions: Iterable[str]) -> dict[str, Any]:
         ]
         for group, members in groups.items()
     }
-    return {"name": model.name, "versions": list(versions), "platform": platform(model), **tensors}
+    return {"name": model.name, "versions": [model.version], "platform": platform(model), **tensors}
 
 
 def model_config(model: Model, settings: Settings) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from importlib.metadata import version as package_version
 from typing import Any
 
 import pydantic
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 
 from sopdeploy.bundle.manifest import ON_REQUEST
 from sopdeploy_service.api.admission import admit, json_response, service_of, use_model
@@ -17,11 +17,9 @@ from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
 from sopdeploy_service.api.v2.request import Body, InferBody, parse_body
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
-from sopdeploy_service.http.middleware import require_admin
 from sopdeploy_service.http.strict_json import ParsedBody, parse, validate
 
 MAX_BODY_BYTES = 100_000  # of a repository request
-ADMIN = [Depends(require_admin)]
 _ERROR: dict[str, Any] = {
     "description": "the code is in the header `X-Error-Code`",
     "content": {
@@ -44,20 +42,6 @@ class IndexBody(Body):
     """The body of an index request."""
 
     ready: bool | None = None
-
-
-class LoadParameters(Body):
-    """Parameters of a load request."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    folder: str | None = None
-
-
-class LoadBody(Body):
-    """The body of a load request."""
-
-    parameters: LoadParameters | None = None
 
 
 def request_body(model: type[pydantic.BaseModel], *, required: bool = False) -> dict[str, Any]:
@@ -172,10 +156,8 @@ async def statistics(request: Request, name: str, version: str | None) -> Respon
 @model_endpoint("GET", "")
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
     """Return the inputs and outputs of the model."""
-    registry = service_of(request).registry
-    model = use_model(request.state.context, registry.find(name, version))
-    versions = [other.version for other in registry.models() if other.name == name]
-    return json_response(metadata.model_metadata(model, versions))
+    model = use_model(request.state.context, service_of(request).registry.find(name, version))
+    return json_response(metadata.model_metadata(model))
 
 
 @model_endpoint("POST", "/infer", openapi_extra=INFER_BODY)
@@ -217,23 +199,6 @@ async def index(request: Request) -> Response:
             entry = {"name": model.name, "version": model.version, "state": state, "reason": reason}
             entries.append(entry)
     return json_response(entries)
-
-
-@router.post("/v2/repository/models/{name}/load", openapi_extra=request_body(LoadBody), dependencies=ADMIN)
-async def load(request: Request, name: str) -> Response:
-    """Load a bundle as *name*; `parameters.folder` names its folder if several bundles match."""
-    body = await read_json(request, LoadBody)
-    folder = body.parameters.folder if body.parameters else None
-    use_model(request.state.context, await service_of(request).registry.load(name, folder))
-    return Response()
-
-
-@router.post("/v2/repository/models/{name}/unload", openapi_extra=request_body(Body), dependencies=ADMIN)
-async def unload(request: Request, name: str) -> Response:
-    """Stop serving *name*; requests that use it still get their responses."""
-    await read_json(request, Body)
-    await service_of(request).registry.unload(name)
-    return Response()
 
 
 async def read_json(request: Request, model: type[ParsedBody]) -> ParsedBody:

@@ -1,10 +1,9 @@
-"""Pages of a server with API keys, and of a server whose model is swapped."""
+"""Pages of a server with API keys, and of a server that reloads its bundle."""
 
 import pytest
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy_service.http.api_keys import new_key
-from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import done, give, operate, shown
 
@@ -13,7 +12,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture
 def key(tmp_path):
-    return new_key(tmp_path / "keys.toml", "person", rate=None, burst=None, admin=False)
+    return new_key(tmp_path / "keys.toml", "person", rate=None, burst=None)
 
 
 @pytest.fixture
@@ -72,16 +71,12 @@ def test_a_swapped_model_is_detected_and_shown(
     open_page, run_server, onnx_runtime, make_bundle, tmp_path, jpeg
 ):
     first, second = make_bundle(tmp_path, probes=3), make_bundle(tmp_path, probes=4)
-    settings = Settings(threads=1, model_control=True)
-    with run_server(
-        onnx_runtime, open_bundle(first), settings, shelf=BundleStore([f"tiny={first}"])
-    ) as client:
+    with run_server(onnx_runtime, open_bundle(first), Settings(threads=1)) as client:
         page = open_page(client.base_url)
         page.locator("#bundle", has_text=first.name).wait_for()
         give(page, jpeg)
         before = shown(page)
-        load = {"parameters": {"folder": second.name}}
-        assert client.post("/v2/repository/models/tiny/load", json=load).status_code == 200
+        client.reload(second)
         page.evaluate("void askAll()")
         page.locator("#bundle", has_text=second.name).wait_for()
         done(page)
