@@ -135,7 +135,6 @@ EXAMPLES = {
 ONE_INPUT = "give one of the inputs 'images' (UINT8 [n, 224, 224, 3]) and 'IMAGE' (BYTES [n], encoded images)"
 # Messages of codes whose text is composed while the server runs.
 COMPOSED = {
-    "bad_url": "url: Invalid port: 'x'",
     "duplicate_input": "input 'IMAGE' occurs twice",
     "duplicate_output": "output 'logits' occurs twice",
     "invalid_parameter": "query.top_k: Input should be greater than or equal to 1",
@@ -148,8 +147,6 @@ COMPOSED = {
     "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and "
     "GIF",
     "unknown_output": "no output 'logit'; available: logits",
-    "url_not_allowed": "url: 'example.com' is not among the allowed hosts of this server",
-    "url_unreachable": "url: images.example.com responded with status 404",
 }
 # Codes that `sopdeploy.client` sets for responses of other servers, or without a response.
 OF_THE_CLIENT = {

@@ -28,18 +28,6 @@ def _split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def _canonical_host(value: str) -> str:
-    """Write *value*, `host` or `host:port`, as `http.fetch.check_url` writes the host of a URL."""
-    if value.isascii():
-        return value.lower().replace("[", "").replace("]", "")  # around an IPv6 address
-    import httpx  # noqa: PLC0415 - other settings do not need it
-
-    try:
-        return httpx.URL(f"host://{value}").netloc.decode("ascii")
-    except httpx.InvalidURL as problem:
-        raise ValueError(f"{value!r} is not a host name") from problem
-
-
 def _parse_budget(value: Any) -> Any:
     if value is None or value == "auto":
         return value
@@ -74,8 +62,6 @@ Sandbox = Literal["auto", "off", "required"]
 LogForm = Literal["json", "console"]
 Threads = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
-Host = Annotated[str, pydantic.AfterValidator(_canonical_host)]
-Hosts = Annotated[tuple[Host, ...], pydantic.BeforeValidator(_split_commas)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
 FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
 Formats = Annotated[
@@ -135,11 +121,6 @@ class Settings(pydantic.BaseModel):
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")
     max_images: Count = setting(32, "per request")
     top_k: Count = setting(5, "classes in a response, unless the request sets its own top_k")
-
-    url_hosts: Hosts = setting((), "`host` or `host:port` to fetch images from; empty: URLs are rejected")
-    url_plain_http: bool = setting(False, "also fetch from http://")
-    url_seconds: Seconds = setting(5.0, "from DNS lookup to the last byte")
-    url_fetches: Count = setting(16, "concurrent fetches; one more gets 429")
 
     queue_size: Count = setting(256, "images admitted and not finished; one more gets 429")
     request_timeout: Seconds = setting(30.0, "seconds from the first byte of a request to its response")

@@ -58,7 +58,7 @@ class AdmittedRequest:
 
     @asynccontextmanager
     async def preparing(self) -> AsyncIterator[None]:
-        """Count a request as one image while its model is loaded, its body parsed or its URL fetched.
+        """Count a request as one image while its model is loaded or its body parsed.
 
         Raises `RejectedError` if the queue is full or the block does not end before the deadline.
         """

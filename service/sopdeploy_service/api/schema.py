@@ -8,27 +8,23 @@ from sopdeploy.config import StrictModel
 from sopdeploy.http_api import Classes, EncodedEmbedding, Problem
 from sopdeploy_service.inference.service import State
 
-SOURCES = ("image", "images", "url")
-
 
 class ClassifyRequest(pydantic.BaseModel):
     """JSON body of `/v1/classify`, and of `/v1/embed`, which ignores `top_k`.
 
-    It has exactly one of `image`, `images` and `url`.
+    It has either `image` or `images`.
     """
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
     image: str | None = pydantic.Field(None, description="base64, or a data URI")
     images: list[str] | None = pydantic.Field(None, description="base64, or data URIs")
-    url: str | None = pydantic.Field(None, description="URL of one image; the server must allow its host")
     top_k: Annotated[int, pydantic.Field(ge=1)] | None = None
 
     @pydantic.model_validator(mode="after")
-    def _has_one_source(self) -> "ClassifyRequest":
-        given = [name for name in SOURCES if name in self.model_fields_set]
-        if len(given) != 1 or getattr(self, given[0]) is None:
-            raise ValueError(f"the body must have exactly one of {', '.join(SOURCES)}")
+    def _has_images(self) -> "ClassifyRequest":
+        if (self.image is None) == (self.images is None):
+            raise ValueError("the body must have either `image` or `images`")
         return self
 
 

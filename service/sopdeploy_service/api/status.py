@@ -146,7 +146,7 @@ def read_card(bundle: Bundle) -> Card:
     "/selftest",
     summary="Replay the probes",
     response_model=SelfTest,
-    responses=problem_responses(400, 401, 403, 404, 422, 429, 500, 503, 504),
+    responses=problem_responses(400, 401, 404, 422, 429, 500, 503, 504),
 )
 async def selftest(request: Request, model: str | None = None) -> Response:
     """Replay the probes of the bundle through the runtime, between the requests of clients."""

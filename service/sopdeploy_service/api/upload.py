@@ -18,7 +18,6 @@ from fastapi import Request
 from sopdeploy.images.formats import FIRST_BYTES, too_large_error
 from sopdeploy_service.api.admission import AdmittedRequest
 from sopdeploy_service.api.schema import ClassifyRequest
-from sopdeploy_service.http.fetch import fetch
 from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.middleware import receive_within
 from sopdeploy_service.http.problems import bad_request
@@ -44,7 +43,6 @@ UPLOADS_FULL = HttpError("uploads_full", 429, "too many bytes are being uploaded
 MAX_TOP_K = 1_000_000
 
 _NO_IMAGE = HttpError("no_image", 422, "the list `images` is empty")
-FETCHES_FULL = HttpError("fetches_full", 429, "too many URLs are being fetched; retry later", 1)
 STRIPPED = HttpError(
     "stripped_body",
     400,
@@ -55,19 +53,15 @@ NOT_A_FORM = HttpError("unsupported_multipart", 415, "send the image itself or m
 
 
 class Upload(NamedTuple):
-    """The images of one request, or the *url* of one.
-
-    *is_list* selects a list as response; *top_k* is from a JSON body.
-    """
+    """The images of one request; *is_list* selects a list as response, *top_k* is from a JSON body."""
 
     images: list[EncodedImage]
     is_list: bool = False
     top_k: int | None = None
-    url: str | None = None
 
 
 async def read_upload(admitted: AdmittedRequest) -> Upload:
-    """Read the images of a request before its deadline: raw, as a form, in JSON, or from a URL.
+    """Read the images of a request before its deadline: raw, as a form, or in JSON.
 
     Raises `RejectedError` for errors of the request as a whole; single images may still be invalid.
     """
@@ -95,13 +89,7 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
         return Upload([EncodedImage(body, content_type)])
     async with admitted.preparing():
         parse_body = partial(parse_upload, body, limit, settings.max_images)
-        upload = await asyncio.get_running_loop().run_in_executor(service.parsers, parse_body)
-        if upload.url is None:
-            return upload
-        if service.fetches.locked():
-            raise RejectedError(FETCHES_FULL)
-        async with service.fetches:
-            return upload._replace(images=[EncodedImage(await fetch(upload.url, settings))])
+        return await asyncio.get_running_loop().run_in_executor(service.parsers, parse_body)
 
 
 def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
@@ -111,9 +99,8 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
     """
     body = validate(ClassifyRequest, parse(raw, max_bytes))
     top_k = None if body.top_k is None else min(body.top_k, MAX_TOP_K)
-    if body.images is None:
-        images = [] if body.image is None else [EncodedImage(decode_text(body.image, "image"))]
-        return Upload(images, top_k=top_k, url=body.url)
+    if body.image is not None:
+        return Upload([EncodedImage(decode_text(body.image, "image"))], top_k=top_k)
     if not body.images:
         raise RejectedError(_NO_IMAGE)
     if len(body.images) > max_images:

@@ -66,7 +66,7 @@ BODY = {  # read by `read_upload`, within the limits of the settings
         },
     }
 }
-STATUSES = (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
 
 
 @router.post(

@@ -122,8 +122,7 @@ def apply(settings: Settings, config: uvicorn.Config) -> None:
     """
     if settings.sandbox == "off":
         return
-    excluded = {"url_hosts": bool(settings.url_hosts), "tracing": settings.tracing}
-    reasons = [f"{name} needs files or sockets" for name, is_set in excluded.items() if is_set]
+    reasons = ["tracing needs files or sockets"] if settings.tracing else []
     if not reasons:
         preload(config)
         try:

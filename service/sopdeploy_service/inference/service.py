@@ -94,7 +94,6 @@ class Service:
         else:
             self.registry = create_registry(settings, self.metrics)
         self.observers: list[Observe] = []
-        self.fetches = asyncio.Semaphore(settings.url_fetches)
         # Few threads: a JSON parser holds the interpreter lock.
         self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one

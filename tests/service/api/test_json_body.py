@@ -7,7 +7,6 @@ import orjson
 import pytest
 
 from sopdeploy_service.api.upload import Upload, parse_upload
-from sopdeploy_service.http import fetch
 from sopdeploy_service.http.strict_json import decode_text
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import RejectedError
@@ -47,18 +46,17 @@ def parsed(value: Any) -> Upload:
     return parse_upload(value if isinstance(value, bytes) else orjson.dumps(value), 10_000, 3)
 
 
-def test_a_body_has_one_image_several_images_or_a_url():
+def test_a_body_has_one_image_or_several_images():
     image = EncodedImage(b"a")
     assert parsed({"image": "YQ=="}) == Upload([image])
     assert parsed({"images": ["YQ=="], "top_k": 2}) == Upload([image], is_list=True, top_k=2)
-    assert parsed({"url": "https://a.example/b"}) == Upload([], url="https://a.example/b")
     assert parsed({"image": "", "top_k": 2**60}).top_k == 1_000_000
     assert parsed({"image": "", "top_k": None}).top_k is None
 
 
 MALFORMED = [
-    ["YQ=="], {}, {"image": None}, {"image": "YQ==", "topk": 1}, {"image": "YQ==", "url": "https://a"},
-    {"images": "YQ=="}, {"images": [["YQ=="]]}, {"url": 5},
+    ["YQ=="], {}, {"image": None}, {"image": "YQ==", "topk": 1}, {"image": "YQ==", "images": ["YQ=="]},
+    {"images": "YQ=="}, {"images": [["YQ=="]]}, {"url": "https://a.example/b"},
     *({"image": "YQ==", "top_k": top_k} for top_k in (0, 1.0, True)),
 ]  # fmt: skip
 BAD_BODIES = [
@@ -104,7 +102,6 @@ def test_top_k_in_the_query_overrides_the_body(client, text):
 REJECTED = {
     b'{"image": ""}': (400, "empty_body"),
     b'{"image": "aGVsbG8="}': (415, "not_an_image"),
-    b'{"url": "file:///etc/passwd"}': (403, "url_input_off"),
     b'{"image": "' + b"A" * 1_000_000 + b'"}': (413, "too_large"),
 }
 
@@ -115,24 +112,3 @@ def test_an_invalid_body_over_http_does_not_affect_the_next_request(client, text
         reply = client.post("/v1/classify", content=body, headers=headers)
         assert (reply.status_code, reply.json()["code"]) == expected
         assert client.post("/v1/classify", json={"image": text}).status_code == 200
-
-
-def test_the_image_of_an_allowed_url_is_classified(serve_with, onnx_runtime, jpeg, monkeypatch):
-    async def addresses(host: str, port: int) -> list[str]:
-        return ["93.184.216.34"]
-
-    async def download(target, address, limit) -> bytes:
-        assert (target.host, address) == ("img.example", "93.184.216.34")
-        return jpeg if target.path == "/a.jpg" else b"<html>"
-
-    monkeypatch.setattr(fetch, "resolve", addresses)
-    monkeypatch.setattr(fetch, "download", download)
-    client = serve_with(onnx_runtime, url_hosts="img.example, other.example")
-    plain = client.post("/v1/classify", content=jpeg).json()
-    assert client.post("/v1/classify", json={"url": "https://img.example/a.jpg"}).json() == plain
-    for url, status, code in (
-        ("https://img.example/b", 415, "not_an_image"),
-        ("https://169.254.169.254/latest", 403, "url_not_allowed"),
-    ):
-        reply = client.post("/v1/classify", json={"url": url})
-        assert (reply.status_code, reply.json()["code"]) == (status, code)

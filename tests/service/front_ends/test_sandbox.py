@@ -153,7 +153,6 @@ def run_filter(code: list[tuple[int, ...]], data: bytes) -> int:
 
 
 IMPOSSIBLE: dict[str, tuple[dict[str, object], str]] = {
-    "URLs": ({"url_hosts": "example.com"}, "url_hosts needs files or sockets"),
     "tracing": ({"tracing": True}, "tracing needs files or sockets"),
     "another system": ({}, "Darwin on x86_64 is not supported by the seccomp filter"),
 }

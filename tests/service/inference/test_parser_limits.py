@@ -1,6 +1,5 @@
-"""JSON that waits for a parser and URLs being fetched are counted, bounded and held to the deadline."""
+"""JSON that waits for a parser is counted, bounded and held to the deadline."""
 
-import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -58,27 +57,3 @@ def test_a_request_without_a_free_parser_ends_at_the_deadline(serve_with):
     for path, body in REQUESTS.items():
         reply = client.post(path, json=body, headers={"X-Request-Timeout-Ms": "200"})
         assert (reply.status_code, count(client, "queue_depth")) == (504, 0)
-
-
-def test_concurrent_url_fetches_are_limited(serve_with, monkeypatch, until, jpeg):
-    under_way = []
-
-    async def slow_fetch(url, settings):
-        under_way.append(url)
-        while "open" not in under_way:
-            await asyncio.sleep(0.01)
-        return jpeg
-
-    monkeypatch.setattr(upload, "fetch", slow_fetch)
-    client = serve_with(FakeRuntime(num_classes=7), url_fetches=2)
-    body = {"url": "https://img.example/a.jpg"}
-    with ThreadPoolExecutor(2) as pool:
-        sent = [pool.submit(client.post, "/v1/classify", json=body) for _ in range(2)]
-        until(lambda: len(under_way) == 2)
-        assert count(client, "queue_depth") == 2
-        late = client.post("/v1/classify", json=body)
-        under_way.append("open")
-        assert [one.result().status_code for one in sent] == [200, 200]
-    assert (late.status_code, late.json()["code"]) == (429, "fetches_full")
-    assert late.headers["retry-after"] == "1"
-    assert client.post("/v1/classify", json=body).status_code == 200

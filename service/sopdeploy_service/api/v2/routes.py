@@ -29,7 +29,7 @@ _ERROR: dict[str, Any] = {
     },
 }
 _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
-    (400, 403, 404, 408, 413, 415, 422, 429, 500, 503, 504), _ERROR
+    (400, 404, 408, 413, 415, 422, 429, 500, 503, 504), _ERROR
 )
 
 Endpoint = Callable[[Request, str, str | None], Awaitable[Response]]
