@@ -27,7 +27,7 @@ from sopdeploy_service.runtime.base import reason_of
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 
 BATCHES = (1, 8, 32)  # the profiles of the engine
-MEASURED = (1, 5, 8, 20, 32)  # graphs pad 5 to 8 and 20 to 32 images
+MEASURED = (1, 5, 8, 20, 32)
 COMPILED = "torch.compile"
 Run = Callable[[NDArray[np.uint8]], Any]
 
@@ -52,13 +52,9 @@ def speed_rows(bundle: Bundle, runs: int, *, with_tensorrt: bool) -> Iterator[di
             engine = get_engine(bundle, EngineOptions(profiles=",".join(map(str, BATCHES))))
             text += f" The engine was built in {time.monotonic() - begin:.0f} s."
             plan, key = engine.path.read_bytes(), engine.record.key
-            session, plain = (
-                EngineSession(here.trt, here.cuda, plan, bundle.manifest, key, graphs=graphs)
-                for graphs in (True, False)
-            )
+            session = EngineSession(here.trt, here.cuda, plan, bundle.manifest, key)
             stack.callback(session.close)
-            stack.callback(plain.close)
-            sides = {"TensorRT, graphs": session.run, "TensorRT": plain.run, **sides}
+            sides = {"TensorRT": session.run, **sides}
             alone, two = back_to_back(session, bundle, max(BATCHES), runs)
             text += f" TensorRT reaches {alone} images/s one batch at a time, {two} with two in flight."
         title = f"{bundle.name}, {bundle.manifest.precision}"

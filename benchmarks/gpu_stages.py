@@ -35,7 +35,6 @@ from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.app import create_app
 from sopdeploy_service.images.loaders import synthetic_jpeg
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
@@ -84,16 +83,12 @@ def check_cuda(folder: Path, precision: str) -> str:
 
 
 def check_tensorrt(folder: Path) -> str:
-    """Build an engine, replay the probes on it, and capture its profiles as graphs."""
+    """Build an engine and replay the probes on it."""
     bundle = bundles_in(folder)[0]
     get_engine(bundle, EngineOptions(profiles=PROFILES))
-    loaded = load_model(bundle.path, Settings(runtime="tensorrt", cuda_graphs=True))
-    runtime = loaded.runtime
-    captured = [str(profile) for profile in runtime.captured] if isinstance(runtime, TensorRTRuntime) else []
-    runtime.close()
-    if captured != ["1", "2", "3-8"]:
-        raise CheckFailedError(f"of the profiles {PROFILES}, {captured or 'none'} became CUDA graphs")
-    sentence = f"{runtime.name}: probes {_deviations(loaded.replays)}; all profiles became CUDA graphs"
+    loaded = load_model(bundle.path, Settings(runtime="tensorrt"))
+    loaded.runtime.close()
+    sentence = f"{loaded.runtime.name}: probes {_deviations(loaded.replays)}"
     if importlib.util.find_spec("torch_tensorrt") is None:
         return f"{sentence}; torch-tensorrt is not installed"
     program = next(bundle for bundle in bundles_in(folder) if bundle.manifest.precision == "fp32")
@@ -135,7 +130,7 @@ def check_server(folder: Path) -> str:
             shutil.copytree(bundle.path, served / name)
             if has_tensorrt():
                 get_engine(open_bundle(served / name), EngineOptions(profiles=PROFILES))
-                settings = Settings(runtime="tensorrt", cuda_graphs=True)
+                settings = Settings(runtime="tensorrt")
         return swap(served, settings)
 
 

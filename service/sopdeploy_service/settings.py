@@ -143,7 +143,6 @@ class Settings(pydantic.BaseModel):
     engine_cache: Path | None = setting(
         None, "TensorRT engines, speeds of runtimes; not set: beside the bundle"
     )
-    cuda_graphs: bool = setting(False, "TensorRT: pad batches to the profiles, run these as CUDA graphs")
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
     max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else those verified")
     memory_budget: Budget = setting(

@@ -1,7 +1,6 @@
 """The CUDA runtime calls that an engine needs, through `cuda-python`."""
 
 import ctypes
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +67,7 @@ class Cuda:
 
 
 class CudaResources:
-    """Memory, streams, events and graphs of one owner, released together in the reverse order."""
+    """Memory, streams and events of one owner, released together in the reverse order."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -98,33 +97,6 @@ class CudaResources:
         """Create an event for which a thread waits without using CPU time, which the decoders need."""
         flags = self._cuda.constant("cudaEventBlockingSync") | self._cuda.constant("cudaEventDisableTiming")
         return self._keep("cudaEventDestroy", self._cuda.call("cudaEventCreateWithFlags", flags))
-
-    def capture(self, enqueue: Callable[[], None], stream: Any) -> Any:
-        """Capture the work that *enqueue* puts on *stream* as an executable graph, without running it.
-
-        Raises `RuntimeUnavailableError` if CUDA cannot capture it, and the errors of *enqueue*.
-        """
-        call = self._cuda.call
-        mode = self._cuda.constant("cudaStreamCaptureMode").cudaStreamCaptureModeThreadLocal
-        call("cudaStreamBeginCapture", stream, mode)
-        try:
-            enqueue()
-        except BaseException:
-            with suppress(RuntimeUnavailableError):  # a failed capture must be ended too
-                graph = call("cudaStreamEndCapture", stream)
-                call("cudaGraphDestroy", graph)
-            raise
-        graph = call("cudaStreamEndCapture", stream)
-        try:
-            return self._keep("cudaGraphExecDestroy", call("cudaGraphInstantiate", graph, 0))
-        finally:
-            call("cudaGraphDestroy", graph)
-
-    def drop_graph(self, graph: Any) -> None:
-        """Destroy *graph* now; do nothing if the device does not respond any more."""
-        self._held.remove(("cudaGraphExecDestroy", graph))
-        with suppress(RuntimeUnavailableError):
-            self._cuda.call("cudaGraphExecDestroy", graph)
 
     def synchronize(self) -> None:
         """Wait for the work on all streams, unless the device is lost."""

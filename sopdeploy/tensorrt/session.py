@@ -1,16 +1,11 @@
-"""Run a TensorRT engine through named tensors and `execute_async_v3`, the API of versions 10 and 11.
+"""Run a TensorRT engine through named tensors and `execute_async_v3`.
 
 Two batches can be in flight: while one is computed, the next is copied to the GPU on a second stream, into
 the other of two buffers. Each profile has its own execution context, because switching profiles takes time.
 Kernels run in order on one stream, so both buffers share a context.
 
-With *graphs*, each profile is captured as a CUDA graph per buffer after its first run, so one call starts all
-kernels. Addresses and shapes are set before the capture: TensorRT may synchronize when they change, which
-would abort the capture. A graph has one shape, so batches are padded to the largest of their profile. If a
-graph fails, its profile runs without graphs and padding from then on.
 """
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,8 +22,6 @@ from sopdeploy.tensorrt.cache import EngineKey, Profile, index_for
 from sopdeploy.tensorrt.cuda import Cuda, CudaResources
 
 BUFFERS = 2  # batches in flight
-
-log = logging.getLogger("sopdeploy.tensorrt")
 
 
 class BatchBuffer:
@@ -85,22 +78,13 @@ class LoadedEngine:
 
 
 class EngineSession:
-    """A loaded engine with buffers, streams and CUDA graphs. Not thread-safe.
+    """A loaded engine with buffers and streams. Not thread-safe.
 
     `close` and the garbage collector release everything. At process exit only the driver releases it, because
     a device that hangs must not delay the exit.
     """
 
-    def __init__(
-        self,
-        trt: Any,
-        cuda: Cuda,
-        plan: bytes,
-        manifest: Manifest,
-        key: EngineKey,
-        *,
-        graphs: bool = False,
-    ) -> None:
+    def __init__(self, trt: Any, cuda: Cuda, plan: bytes, manifest: Manifest, key: EngineKey) -> None:
         """Load a verified *plan* of *key*.
 
         Raises `RuntimeUnavailableError` if TensorRT cannot load it or if the GPU has too little memory. On
@@ -125,17 +109,10 @@ class EngineSession:
             self.close()
             raise
         self._free = list(self._buffers)
-        self._to_capture = set(range(len(self._profiles))) if graphs else set()
-        self._graphs: dict[tuple[int, BatchBuffer], Any] = {}  # by profile and buffer
 
     def close(self) -> None:
-        """Destroy graphs, contexts and engine, and free all memory; later calls do nothing."""
+        """Destroy contexts and engine, and free all memory; later calls do nothing."""
         self._finalizer()
-
-    @property
-    def captured(self) -> tuple[Profile, ...]:
-        """The profiles that run as CUDA graphs now."""
-        return tuple(self._profiles[index] for index in sorted({index for index, _ in self._graphs}))
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Compute all outputs by name, (n, ...) float32, for *images* (n, H, W, 3) uint8."""
@@ -162,7 +139,8 @@ class EngineSession:
             self._cuda.copy(pinned, buffer.device[self._input], self._upload_stream, upload=True)
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
-            self._compute(index, buffer, count)
+            self._bind(index, buffer, count)
+            self._launch(index)
             for name in names:
                 self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
             call("cudaEventRecord", buffer.done, self._stream)
@@ -172,23 +150,10 @@ class EngineSession:
                 call("cudaStreamSynchronize", self._stream)
             self._free.append(buffer)
             raise
-        return partial(self._end, index, buffer, count, names)
-
-    def _compute(self, index: int, buffer: BatchBuffer, count: int) -> None:
-        """Enqueue the kernels for *count* images in *buffer*, as a CUDA graph if the profile has one."""
-        graph = self._graphs.get((index, buffer))
-        if graph is None:
-            padded = index in self._to_capture
-            self._bind(index, buffer, self._profiles[index].maximum if padded else count)
-            self._launch(index)
-            return
-        try:
-            self._cuda.call("cudaGraphLaunch", graph, self._stream)
-        except RuntimeUnavailableError as error:
-            raise self._drop_graphs(index, error) from error
+        return partial(self._end, buffer, count, names)
 
     def _bind(self, index: int, buffer: BatchBuffer, count: int) -> None:
-        """Set tensor addresses and input shape of a profile's context; a graph capture needs them set."""
+        """Set tensor addresses and input shape of a profile's context."""
         context, shape = self._loaded.contexts[index], (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
             if not context.set_tensor_address(name, address):
@@ -204,44 +169,13 @@ class EngineSession:
             self._cuda.synchronize(self._stream)  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._loaded.logger)}")
 
-    def _end(
-        self, index: int, buffer: BatchBuffer, count: int, names: Sequence[str]
-    ) -> dict[str, NDArray[np.float32]]:
-        """Wait for a batch, copy its outputs and capture its profile if that is due."""
+    def _end(self, buffer: BatchBuffer, count: int, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        """Wait for a batch and copy its outputs."""
         try:
             self._cuda.call("cudaEventSynchronize", buffer.done)
-            outputs = {name: buffer.host[name][:count].copy() for name in names}
-        except RuntimeUnavailableError as error:
-            if (index, buffer) in self._graphs:
-                raise self._drop_graphs(index, error) from error
-            raise
+            return {name: buffer.host[name][:count].copy() for name in names}
         finally:
             self._free.append(buffer)
-        if index in self._to_capture and len(self._free) == BUFFERS:
-            self._to_capture.discard(index)
-            self._capture(index)
-        return outputs
-
-    def _capture(self, index: int) -> None:
-        """Capture a graph per buffer for a profile, each after a normal run that initializes TensorRT."""
-        try:
-            for buffer in self._buffers:
-                self._bind(index, buffer, self._profiles[index].maximum)
-                launch = partial(self._launch, index)
-                launch()
-                self._cuda.synchronize(self._stream)
-                self._graphs[index, buffer] = self._resources.capture(launch, self._stream)
-        except Exception as error:  # the engine also runs without graphs
-            self._drop_graphs(index, error)
-            log.warning("profile %s runs without a CUDA graph: %s", self._profiles[index], error)
-
-    def _drop_graphs(self, index: int, error: Exception) -> RuntimeError:
-        """Destroy the graphs of a profile after *error*; return the error to raise."""
-        for buffer in self._buffers:
-            graph = self._graphs.pop((index, buffer), None)
-            if graph is not None:
-                self._resources.drop_graph(graph)
-        return RuntimeError(f"the CUDA graph of profile {self._profiles[index]} failed: {error}")
 
 
 def _release(loaded: LoadedEngine, resources: CudaResources) -> None:

@@ -43,7 +43,7 @@ def test_the_server_runs_every_batch_size_on_the_engine(tmp_path: Path) -> None:
 def test_overlapping_batches_give_their_own_outputs(tmp_path: Path) -> None:
     bundle = write(tmp_path)
     get_engine(bundle, EngineOptions(profiles="1,4,16"))
-    runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt", cuda_graphs=True))
+    runtime = TensorRTRuntime(bundle, Settings(runtime="tensorrt"))
     batches = [np.roll(some_images(count), 7 * count, axis=2) for count in (16, 4, 1, 16, 3, 1)]
     ends = [runtime.begin(list(batches[0]))]
     for number, images in enumerate(batches[1:]):

@@ -24,7 +24,6 @@ class FakeCuda(ModuleType):
 
     cudaStreamNonBlocking = 1
     cudaEventBlockingSync, cudaEventDisableTiming = 1, 2
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
 
     def __init__(self) -> None:
@@ -35,10 +34,6 @@ class FakeCuda(ModuleType):
         self.numbers = itertools.count(1)
         self.streams: dict[int, list[Callable[[], Any]]] = {}  # pending work
         self.events: dict[int, Mark] = {}
-        self.recording: list[Callable[[], Any]] | None = None  # by the current capture
-        self.captured = 0  # its stream
-        self.graphs: dict[int, list[Callable[[], Any]]] = {}
-        self.launched = 0
         self.broken: set[str] = set()  # functions that fail
 
     def cudaGetDeviceCount(self) -> Any:
@@ -78,7 +73,6 @@ class FakeCuda(ModuleType):
         return (OK,)
 
     def cudaStreamSynchronize(self, stream: int) -> Any:
-        assert self.recording is None, "a capture must not be waited for"
         while self.streams[stream]:
             self.streams[stream].pop(0)()
         return self.status("cudaStreamSynchronize")
@@ -122,43 +116,5 @@ class FakeCuda(ModuleType):
         return (OK,)
 
     def put(self, work: Callable[[], Any], stream: int) -> None:
-        """Queue *work* until a caller waits for the stream, or record it for a graph."""
-        if self.recording is None:
-            self.streams[stream].append(work)
-        else:
-            assert stream == self.captured, "only one stream is captured"
-            self.recording.append(work)
-
-    def cudaStreamBeginCapture(self, stream: int, mode: int) -> Any:
-        assert (mode, self.recording) == (1, None)
-        self.recording, self.captured = [], stream
-        return (OK,)
-
-    def cudaStreamEndCapture(self, stream: int) -> Any:
-        taken, self.recording = self.recording, None
-        assert taken is not None
-        return (FAILED, None) if "cudaStreamEndCapture" in self.broken else (OK, self.keep(taken))
-
-    def cudaGraphInstantiate(self, graph: int, flags: int) -> Any:
-        if "cudaGraphInstantiate" in self.broken:
-            return FAILED, None
-        return OK, self.keep(self.graphs[graph])
-
-    def keep(self, graph: list[Callable[[], Any]]) -> int:
-        number = max(self.graphs, default=0) + 1
-        self.graphs[number] = graph
-        return number
-
-    def cudaGraphLaunch(self, graph: int, stream: int) -> Any:
-        if "cudaGraphLaunch" in self.broken:
-            return (FAILED,)
-        self.launched += 1
-        for work in self.graphs[graph]:
-            self.put(work, stream)
-        return (OK,)
-
-    def cudaGraphDestroy(self, graph: int) -> Any:
-        del self.graphs[graph]
-        return (OK,)
-
-    cudaGraphExecDestroy = cudaGraphDestroy
+        """Queue *work* until a caller waits for the stream."""
+        self.streams[stream].append(work)

@@ -1,4 +1,4 @@
-"""Overlapping batches and CUDA graphs give every batch its own outputs, also after failures.
+"""Overlapping batches get their own outputs, also after failures.
 
 The simulated GPU runs everything as late as possible.
 """
@@ -27,15 +27,14 @@ from tests.tensorrt.networks import network, outputs_of, some_images, write
 
 RELEASE = RELEASES[-1]
 SIZES = (1, 5, 2, 8, 8, 1, 1, 2, 3)
-GRAPHS = Settings(runtime="tensorrt", cuda_graphs=True)
 NETWORK = network()
-PLAIN = Settings(runtime="tensorrt", cuda_graphs=False)
+SETTINGS = Settings(runtime="tensorrt")
 pytestmark = pytest.mark.usefixtures("trt")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _quick_collections() -> None:
-    """Exclude what earlier tests left, such as captured graphs, from the collections of these tests."""
+    """Exclude what earlier tests left, from the collections of these tests."""
     gc.collect()
     gc.freeze()
 
@@ -56,9 +55,9 @@ def trt(install: Install) -> FakeTensorRT:
     return install(RELEASE)
 
 
-@pytest.fixture(params=[PLAIN, GRAPHS], ids=["without graphs", "with graphs"])
-def runtime(request: pytest.FixtureRequest, built: Bundle, trt: FakeTensorRT) -> TensorRTRuntime:
-    return TensorRTRuntime(built, request.param)
+@pytest.fixture
+def runtime(built: Bundle, trt: FakeTensorRT) -> TensorRTRuntime:
+    return TensorRTRuntime(built, SETTINGS)
 
 
 def batch(number: int, size: int) -> np.ndarray:
@@ -74,13 +73,8 @@ def check_runs(runtime: TensorRTRuntime, *sizes: int) -> None:
         check_outputs(runtime.run(batch(number, size)), batch(number, size))
 
 
-def captured_profiles(runtime: TensorRTRuntime) -> list[str]:
-    return [str(profile) for profile in runtime._session.captured]
-
-
 def test_overlapping_batches_give_their_own_outputs(runtime: TensorRTRuntime) -> None:
     assert isinstance(runtime, OverlappingRuntime)
-    check_runs(runtime, 1, 2, 8)  # what can be a graph is one now
     ends = []
     for number, size in enumerate(SIZES):
         images = batch(number, size)
@@ -94,7 +88,6 @@ def test_overlapping_batches_give_their_own_outputs(runtime: TensorRTRuntime) ->
 def test_outputs_that_are_not_requested_are_not_copied(
     runtime: TensorRTRuntime, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_runs(runtime, 2, 2)  # with graphs, the next one launches one
     kinds: list[int] = []
     copy = cuda.cudaMemcpyAsync
 
@@ -132,64 +125,20 @@ def test_a_batch_that_fails_to_begin_does_not_affect_the_other(
     check_outputs(following(), batch(2, 5))
 
 
-def test_every_profile_becomes_a_graph_for_its_largest_batch_with_the_same_outputs(
-    built: Bundle, cuda: FakeCuda
-) -> None:
-    runtime = TensorRTRuntime(built, GRAPHS)
-    check_runs(runtime, 1, 5, 1, 2, 8, 2, 1, 3)
-    assert captured_profiles(runtime) == ["1", "2", "3-8"]
-    assert cuda.launched == 5  # the first run of each profile is without
-    assert len(cuda.graphs) == 6  # of each profile one for each buffer
-
-
-@pytest.mark.parametrize("function", ["cudaStreamEndCapture", "cudaGraphInstantiate"])
-def test_a_profile_that_cannot_be_captured_runs_without_a_graph(
-    built: Bundle, cuda: FakeCuda, function: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    cuda.broken.add(function)
-    runtime = TensorRTRuntime(built, GRAPHS)
-    check_runs(runtime, 1, 1, 1)
-    assert (captured_profiles(runtime), cuda.graphs, cuda.recording) == ([], {}, None)
-    (record,) = caplog.records
-    assert record.message.startswith("profile 1 runs without a CUDA graph: CUDA:")
-
-
-def test_after_a_failed_graph_launch_the_profile_runs_without_a_graph(built: Bundle, cuda: FakeCuda) -> None:
-    runtime = TensorRTRuntime(built, GRAPHS)
-    check_runs(runtime, 1, 2)
-    cuda.broken.add("cudaGraphLaunch")
-    with pytest.raises(RuntimeError, match="the CUDA graph of profile 1 failed"):
-        runtime.run(some_images(1))
-    check_runs(runtime, 1, 1)
-    assert captured_profiles(runtime) == ["2"]
-    assert len(cuda.graphs) == 2
-
-
-def test_without_its_graph_a_profile_runs_batches_of_their_own_size(
-    built: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cuda.broken.add("cudaGraphInstantiate")
-    runtime, sizes = TensorRTRuntime(built, GRAPHS), list[int]()
-    bind = runtime._session._bind
-    monkeypatch.setattr(runtime._session, "_bind", lambda *given: (sizes.append(given[2]), bind(*given)))
-    check_runs(runtime, 5, 5)
-    assert sizes == [8, 8, 5]  # the first run, the failed capture, the second run
-
-
 def held_by(cuda: FakeCuda, trt: FakeTensorRT) -> tuple[int, ...]:
-    return (*map(len, (cuda.held, cuda.streams, cuda.events, cuda.graphs)), len(trt._contexts))
+    return (*map(len, (cuda.held, cuda.streams, cuda.events)), len(trt._contexts))
 
 
 def test_a_replaced_model_releases_its_engine(built: Bundle, cuda: FakeCuda, trt: FakeTensorRT) -> None:
     for _ in range(3):
-        model = Model("tiny", load_model(built.path, GRAPHS), GRAPHS, Metrics())
+        model = Model("tiny", load_model(built.path, SETTINGS), SETTINGS, Metrics())
 
         async def serve_and_stop(model: Model = model) -> None:
             model.start()
             await model.stop()
 
         asyncio.run(serve_and_stop())
-        assert held_by(cuda, trt) == (0, 0, 0, 0, 0)
+        assert held_by(cuda, trt) == (0, 0, 0, 0)
         model.loaded.runtime.close()  # a second time
 
 
@@ -208,9 +157,9 @@ def test_a_model_that_fails_to_load_holds_nothing(
     trt._faults.add(fault)
     cuda.broken.add(function)
     with pytest.raises(Exception, match=message):
-        load_model(built.path, GRAPHS)
+        load_model(built.path, SETTINGS)
     gc.collect()  # the traceback knows methods of the simulated contexts
-    assert held_by(cuda, trt) == (0, 0, 0, 0, 0)
+    assert held_by(cuda, trt) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +177,7 @@ def test_an_engine_on_a_failing_gpu_reports_the_cuda_error(
     status: tuple[int, str],
     kind: type[Exception],
 ) -> None:
-    runtime = TensorRTRuntime(built, PLAIN)
+    runtime = TensorRTRuntime(built, SETTINGS)
     trt._faults.add("fails")
     failed = type("Status", (int,), {"name": status[1]})(status[0])
     for function in ("cudaStreamSynchronize", "cudaEventSynchronize"):

@@ -30,7 +30,6 @@ from sopdeploy_service.runtime.base import (
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings
 
-_SINGLE_PROBES = 2  # probes replayed alone at a start: a CUDA graph captures the first and runs the second
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
 
 log = logging.getLogger("sopdeploy.inference")
@@ -60,7 +59,7 @@ def load_model(
 ) -> LoadedModel:
     """Load the bundle at *path* and replay its probes; *checked* is this bundle if it was just opened.
 
-    `_SINGLE_PROBES` of the probes run alone, the others in batches of the largest size. With *thorough*, all
+    One of the probes runs alone, the others in batches of the largest size. With *thorough*, all
     of them run in both ways, and the root of the graph is compared with the certificate, and recomputed if
     `onnx` is installed; on a CPU, this would be most of the start time of a server.
 
@@ -165,8 +164,7 @@ def _replay_all(
     sizes = sorted({1, min(max_batch, len(probes.images))})
     single = batched = probes
     if not thorough and len(sizes) > 1:
-        count = min(_SINGLE_PROBES, len(probes.images) - 1)
-        single, batched = _select(probes, slice(count)), _select(probes, slice(count, None))
+        single, batched = _select(probes, slice(1)), _select(probes, slice(1, None))
     replays = {size: replay(single if size == 1 else batched, timed_run, batch=size) for size in sizes}
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)

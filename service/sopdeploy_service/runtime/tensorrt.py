@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt
-from sopdeploy.tensorrt.cache import EMPTY, Profile, cache_folder, load_best_engine, records
+from sopdeploy.tensorrt.cache import EMPTY, cache_folder, load_best_engine, records
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_service.runtime.base import translate_errors
@@ -42,8 +42,7 @@ class TensorRTRuntime:
             reasons.append(engine)
         else:
             raise RuntimeUnavailableError(f"{(reasons or [EMPTY])[0]}; run: sopdeploy engine {bundle.path}")
-        key, graphs = engine.record.key, settings.cuda_graphs
-        self._session = EngineSession(trt, cuda, engine.plan, bundle.manifest, key, graphs=graphs)
+        self._session = EngineSession(trt, cuda, engine.plan, bundle.manifest, engine.record.key)
         self.largest_batch = self._session.largest_batch
 
     @staticmethod
@@ -57,11 +56,6 @@ class TensorRTRuntime:
             log.warning("%s: its TensorRT engines are not used: %s", bundle.name, error)
             return []
         return folders
-
-    @property
-    def captured(self) -> tuple[Profile, ...]:
-        """The profiles that run as CUDA graphs now."""
-        return self._session.captured
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
