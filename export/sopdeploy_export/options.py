@@ -119,5 +119,3 @@ class EngineOptions(Options):
     """Engine cache folder; by default $SOPDEPLOY_ENGINE_CACHE, or engines/ next to the bundle."""
     rebuild: bool = False
     """Build even if the cache has one."""
-    strict: bool = False
-    """Fail if a layer may run in another precision than the graph's."""

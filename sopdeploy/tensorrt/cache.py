@@ -117,16 +117,6 @@ class EngineKey(StrictModel):
         return texts
 
 
-class Receipt(StrictModel):
-    """The number of layers with each floating type at inputs or outputs, from TensorRT's inspector.
-
-    `warnings` says where these types differ from those of the graph, or that the inspector shows none.
-    """
-
-    layers: dict[str, int]
-    warnings: tuple[str, ...] = ()
-
-
 class Hazard(StrictModel):
     """A pattern that this TensorRT version would compute incorrectly, and how the graph was changed."""
 
@@ -146,7 +136,6 @@ class EngineRecord(StrictModel):
     source_sha256: Sha256
     build_seconds: NonNegative
     hazards: tuple[Hazard, ...]
-    receipt: Receipt
     replays: tuple[Replay, ...]
 
 

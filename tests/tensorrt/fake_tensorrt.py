@@ -17,7 +17,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from sopdeploy_export.engine_builder.lint import value_types
 from tests.gpu_graphs import RealTensorRT
 from tests.tensorrt.surface import SURFACE, members
 
@@ -147,33 +146,6 @@ class Engine:
     def create_execution_context(self, strategy: Any = None) -> Any:
         return self._trt.IExecutionContext(self, strategy is not None)
 
-    def create_engine_inspector(self) -> Any:
-        return self._trt.EngineInspector(self._model)
-
-
-class Inspector:
-    """One layer per operator with the types of the graph."""
-
-    _trt: FakeTensorRT
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
-
-    def get_engine_information(self, form: Any) -> str:
-        types = value_types(self._model)
-
-        def tensors(names: Any) -> list[dict[str, str]]:
-            kinds = [KINDS.get(types.get(name, 0), "Int32") for name in names]
-            words = {"FLOAT": "Float", "HALF": "Float" if "silent fp32" in self._trt._faults else "Half"}
-            return [{"Name": "t", "Format/Datatype": words.get(kind, kind)} for kind in kinds]
-
-        layers = [
-            {"Name": node.name, "LayerType": "Cask", "Inputs": tensors(node.input)}
-            | {"Outputs": tensors(node.output), "Metadata": f"[ONNX Layer: {node.name}]"}
-            for node in self._model.graph.node
-        ]
-        return json.dumps({"Layers": layers})
-
 
 class Context:
     _trt: FakeTensorRT
@@ -223,5 +195,5 @@ def cuda() -> Any:
 
 
 SIMULATED = {
-    "Runtime": Runtime, "ICudaEngine": Engine, "IExecutionContext": Context, "EngineInspector": Inspector
+    "Runtime": Runtime, "ICudaEngine": Engine, "IExecutionContext": Context,
 }  # fmt: skip

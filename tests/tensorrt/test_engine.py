@@ -88,24 +88,6 @@ def test_an_engine_that_computes_something_else_is_not_kept(install: Install, tm
     assert not list((tmp_path / "engines").rglob("*.plan"))
 
 
-def test_a_doubtful_precision_is_recorded_and_with_strict_an_error(install: Install, tmp_path: Path) -> None:
-    trt, strict = install("11.1"), EngineOptions(strict=True)
-    bundle = write(tmp_path / "good", network(half=True), precision="fp16")
-    good = get_engine(bundle, strict).record.receipt
-    assert (good.layers, good.warnings) == ({"fp16": 4, "fp32": 11}, ())
-    trt._faults.add("silent fp32")
-    bundle = write(tmp_path, network(half=True), precision="fp16")
-    message = "the graph asks for fp16, the engine computes in fp32"
-    with pytest.raises(EngineError, match=f"^{message}; without --strict this is only a warning"):
-        get_engine(bundle, strict)
-    assert not list((tmp_path / "engines").rglob("*.plan"))
-    built = get_engine(bundle, EngineOptions())
-    assert built.record.receipt.warnings == (message,)
-    assert json.loads(built.path.with_suffix(".json").read_text())["receipt"]["warnings"]
-    with pytest.raises(EngineError, match=message):
-        get_engine(bundle, strict)  # from the cache
-
-
 def test_a_graph_that_cannot_be_built_is_rejected_before_the_build(install: Install, tmp_path: Path) -> None:
     trt, bundle = install(), write(tmp_path)
     (bundle.path / "model.onnx").write_bytes(network(batch=1).SerializeToString())
@@ -228,7 +210,7 @@ def test_the_command_builds_what_the_dry_run_planned_and_then_uses_the_cache(
     first = run(bundle.path)
     assert first.exit_code == 0, first.stderr
     assert "built     no engine of this bundle was built here yet" in first.stdout
-    assert "precision fp32; layers: fp32 in 13" in first.stdout
+    assert "precision fp32" in first.stdout
     assert "probes    batch 16: logits deviates by" in first.stdout
     assert Path(json.loads(run(bundle.path, "--json").stdout)["plan"]).stem == planned["key"]
     assert "built     no, it was in the cache" in run(bundle.path).stdout

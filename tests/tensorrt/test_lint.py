@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt.cache import Profile
-from sopdeploy_export.engine_builder.lint import floating_types, lint
+from sopdeploy_export.engine_builder.lint import lint
 from tests.tensorrt.networks import CHANNELS, network, outputs_of, some_images
 
 ONE = (Profile(minimum=1, optimum=1, maximum=1),)
@@ -97,9 +97,3 @@ def test_a_fixed_batch_of_one_accepts_only_that_profile() -> None:
     with pytest.raises(LoweringError, match="fixes the batch of images to 1"):
         lint(network(batch=1), (11, 0), FREE)
     lint(network(batch=1), (11, 0), ONE)
-
-
-def test_the_floating_types_are_those_of_all_values() -> None:
-    assert floating_types(network()) == {"fp32"}
-    assert floating_types(network(half=True)) == {"fp16", "fp32"}
-    assert floating_types(quantized(np.int8(0))) == {"fp32", "int8"}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sopdeploy.errors import EngineError
-from sopdeploy.tensorrt.binding import create, deserialize, last_error, make_logger
+from sopdeploy.tensorrt.binding import create, last_error, make_logger
 from sopdeploy.tensorrt.cache import Profile
 
 Report = Callable[[str], None]
@@ -37,7 +37,6 @@ def parse_and_build(trt: Any, request: BuildRequest, report: Report) -> tuple[by
     _parse(trt, network, request.onnx, logger)
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default in every release
     _add_profiles(builder, config, network, request.profiles)
     set_timing_cache(config, request.timing_cache)
@@ -80,13 +79,6 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
             profile.set_shape(tensor.name, *((size, *rest) for size in sizes))
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(f"TensorRT rejects the optimization profile for batches of {batches}")
-
-
-def layer_information(trt: Any, plan: bytes) -> str:
-    """Read the layer information of the engine in *plan* as JSON; needs a GPU."""
-    _runtime, engine = deserialize(trt, plan, make_logger(trt))
-    inspector = engine.create_engine_inspector()
-    return str(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Build or find the TensorRT engine of a bundle for this machine; without torch, unless by torch-tensorrt.
 
-An engine is kept only if it reproduces the bundle's probes. A layer in a type that the graph does not have
-causes a warning, or an error with `strict`. `plan_engine` plans a build without a GPU and without TensorRT.
+An engine is kept only if it reproduces the bundle's probes. `plan_engine` plans a build without a GPU and
+without TensorRT.
 """
 
 import hashlib
@@ -25,7 +25,6 @@ from sopdeploy.tensorrt.cache import (
     EngineRecord,
     Hazard,
     Profile,
-    Receipt,
     StoredEngine,
     cache_folder,
     load_engine,
@@ -36,9 +35,8 @@ from sopdeploy.tensorrt.cache import (
 )
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_export.engine_builder.build import BuildRequest, Report, layer_information, parse_and_build
-from sopdeploy_export.engine_builder.lint import floating_types, lint
-from sopdeploy_export.engine_builder.precision_check import check_engine_precision
+from sopdeploy_export.engine_builder.build import BuildRequest, Report, parse_and_build
+from sopdeploy_export.engine_builder.lint import lint
 from sopdeploy_export.options import EngineOptions
 
 SUPPORTED = ("10.13.0", "10.16.0", "11.0.0")  # versions of TensorRT that a plan covers without TensorRT
@@ -165,21 +163,12 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     cached = "--rebuild was given" if options.rebuild else load_engine(folder, key)
     if isinstance(cached, StoredEngine):
         report("replaying the probes on the cached engine")
-        check_receipt(cached.record.receipt, strict=options.strict)
         replay_probes(machine, bundle, cached.plan, key)
         return Engine(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
     report(f"building: {cached}")
     plan, record = build_plan(machine, bundle, key, folder, report)
-    check_receipt(record.receipt, strict=options.strict)
     record = record.model_copy(update={"replays": replay_probes(machine, bundle, plan, key)})
     return Engine(path=store_engine(folder, plan, record), record=record, reason=cached)
-
-
-def check_receipt(receipt: Receipt, *, strict: bool) -> None:
-    """Raise `EngineError` with the first warning of *receipt* if *strict*."""
-    if strict and receipt.warnings:
-        more = f" (and {len(receipt.warnings) - 1} more)" if receipt.warnings[1:] else ""
-        raise EngineError(f"{receipt.warnings[0]}{more}; without --strict this is only a warning")
 
 
 def build_plan(
@@ -192,15 +181,14 @@ def build_plan(
         from sopdeploy_export.engine_builder.from_program import build_from_program  # noqa: PLC0415 # torch
 
         plan = build_from_program(bundle, key.profiles[0], machine.workspace)
-        source_sha256, graph_types = bundle.manifest.files[PROGRAM].sha256, {"fp32"}
+        source_sha256 = bundle.manifest.files[PROGRAM].sha256
     else:
         version = parse_version(machine.trt.__version__)
         model, hazards = lint(onnx.load(bundle.onnx), version, key.profiles)
         graph = model.SerializeToString(deterministic=True)
-        source_sha256, graph_types = hashlib.sha256(graph).hexdigest(), floating_types(model)
+        source_sha256 = hashlib.sha256(graph).hexdigest()
         plan = build_from_onnx(machine, graph, key, folder, report)
-    report("checking precision and outputs")
-    receipt = check_engine_precision(graph_types, layer_information(machine.trt, plan))
+    report("checking outputs")
     record = EngineRecord(
         key=key,
         plan_sha256=hashlib.sha256(plan).hexdigest(),
@@ -208,7 +196,6 @@ def build_plan(
         source_sha256=source_sha256,
         build_seconds=round(time.monotonic() - begin, 3),
         hazards=hazards,
-        receipt=receipt,
         replays=(),
     )
     return plan, record

@@ -15,12 +15,6 @@ from sopdeploy.tensorrt.cache import Hazard, Profile
 
 # The newest opset that each release reads; releases between two entries read the earlier one.
 NEWEST_OPSET = {(10, 13): 20, (10, 15): 24, (11, 0): 25}
-FLOATING_TYPES: dict[int, str] = {
-    TensorProto.FLOAT: "fp32",
-    TensorProto.FLOAT16: "fp16",
-    TensorProto.BFLOAT16: "bf16",
-    TensorProto.INT8: "int8",
-}
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
@@ -132,8 +126,3 @@ def value_types(model: onnx.ModelProto) -> dict[str, int]:
     types = {value.name: value.type.tensor_type.elem_type for value in values}
     types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
     return types
-
-
-def floating_types(model: onnx.ModelProto) -> set[str]:
-    """Return the floating types, and int8, of the values of *model*."""
-    return {FLOATING_TYPES[kind] for kind in value_types(model).values() if kind in FLOATING_TYPES}

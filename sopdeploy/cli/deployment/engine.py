@@ -72,10 +72,7 @@ def _show_engine(engine: "Engine") -> None:
     _field("profiles", f"batches {', '.join(map(str, key.profiles))}")
     for hazard in record.hazards:
         _field("rewritten", f"{hazard.num_operators} operators: {hazard.done}")
-    layers = ", ".join(f"{precision} in {count}" for precision, count in record.receipt.layers.items())
-    _field("precision", f"{key.precision}; layers: {layers or 'unknown'}")
-    for warning in record.receipt.warnings:
-        _field("warning", warning, style="yellow")
+    _field("precision", key.precision)
     for replay in record.replays:
         for name, deviation in replay.deviation.items():
             allowed = f"(allowed {replay.tolerance[name]:.2g})"
