@@ -71,7 +71,7 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     sizes = (fixed, fixed, fixed) if fixed else (1, 2, 3)
     profiles = (Profile(minimum=sizes[0], optimum=sizes[1], maximum=sizes[2]),)
-    safe, _ = lint(model, (11, 0), profiles)
+    safe, _ = lint(model, profiles)
     request = BuildRequest(onnx=safe.SerializeToString(), profiles=profiles)
     plan, _ = parse_and_build(trt, request, lambda _: None)
     assert plan

@@ -1,4 +1,4 @@
-"""Access to the `tensorrt` module in versions 10.13 to 11."""
+"""Access to the `tensorrt` module."""
 
 import functools
 from collections import deque
@@ -7,22 +7,15 @@ from typing import Any, ClassVar, Literal
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
 
-OLDEST = (10, 13)
-Version = tuple[int, int]  # major, minor
+OLDEST = 11  # major version; earlier ones parse, type and build graphs otherwise
 
 
 def import_tensorrt() -> Any:
     """Import tensorrt; raise `RuntimeUnavailableError` if it is missing or too old."""
     trt = import_optional("tensorrt", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError)
-    if parse_version(trt.__version__) < OLDEST:
-        raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; install 10.13 or later")
+    if int(trt.__version__.split(".")[0]) < OLDEST:
+        raise RuntimeUnavailableError(f"TensorRT {trt.__version__} is too old; install {OLDEST} or later")
     return trt
-
-
-def parse_version(text: str) -> Version:
-    """Parse `10.16.1.11` as (10, 16)."""
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
 
 
 def make_logger(trt: Any) -> Any:

@@ -118,7 +118,7 @@ class EngineKey(StrictModel):
 
 
 class Hazard(StrictModel):
-    """A pattern that this TensorRT version would compute incorrectly, and how the graph was changed."""
+    """A pattern that TensorRT would compute incorrectly, and how the graph was changed."""
 
     rule: str
     num_operators: int

@@ -16,9 +16,6 @@ EXTRAS = PROJECT["optional-dependencies"]
 PYTHONS = ("3.11", "3.12", "3.13")
 LINUX, ARM, MACOS = "x86_64-manylinux_2_28", "aarch64-manylinux_2_28", "aarch64-apple-darwin"
 PLATFORMS = {"cpu": (LINUX, ARM, MACOS), "train": (LINUX, ARM, MACOS), "dev": (LINUX, ARM, MACOS)}
-# On PyPI, this package is a source distribution that downloads its wheel from NVIDIA's own index. uv has to
-# build it to resolve the extra, and fails without access to NVIDIA's index; the test then resolves the rest.
-FROM_NVIDIA = {"tensorrt10": "tensorrt-cu13-libs"}
 UV = Path(sys.executable).with_name("uv")
 
 pytestmark = pytest.mark.slow
@@ -46,12 +43,6 @@ def test_every_extra_resolves(extra: str, python: str, folder: Path) -> None:
         command += ["--python-version", python, "--python-platform", platform, "-"]
         wanted = f"sopdeploy[{extra}]=={sopdeploy.__version__}"
         done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
-        if done.returncode and (package := FROM_NVIDIA.get(extra)):
-            assert f"Failed to build `{package}==10." in done.stderr
-            (folder / "overrides.txt").write_text(f"{package}; python_version < '3'")  # that is: not at all
-            command[-1:] = ["--override", folder / "overrides.txt", "-"]
-            done = subprocess.run(command, input=wanted, capture_output=True, text=True, check=False)
-            assert re.search(r"^tensorrt-cu13-bindings==10\.", done.stdout, re.MULTILINE)
         assert done.returncode == 0, f"{platform}: {done.stderr}"
         resolved = {re.split(r"[=@ ;]", line)[0].lower() for line in done.stdout.splitlines()}
         direct = {re.split(r"[\[<>=!~; ]", line)[0].lower() for line in PROJECT["dependencies"]}

@@ -67,7 +67,7 @@ def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         name = "NVIDIA H200"
 
     trt = ModuleType("tensorrt")
-    trt.__version__ = "10.16.1"
+    trt.__version__ = "11.4.0"
     monkeypatch.setattr("sopdeploy.tensorrt.binding.import_tensorrt", lambda: trt)
     monkeypatch.setattr("sopdeploy.tensorrt.cuda.open_cuda", Cuda)
-    assert env.accelerators()["tensorrt"] == "10.16.1 on NVIDIA H200"
+    assert env.accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"

@@ -1,4 +1,4 @@
-"""A simulated GPU, and TensorRT of each release."""
+"""A simulated GPU and a simulated TensorRT."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import pytest
 from sopdeploy.bundle.folder import Bundle
 from tests.gpu_graphs import ABSENT, real_tensorrt
 from tests.tensorrt.fake_cuda import FakeCuda
-from tests.tensorrt.fake_tensorrt import RELEASES, FakeTensorRT
+from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import write
 
 Install = Callable[..., FakeTensorRT]
@@ -41,11 +41,10 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda) -> Install:
-    """`install("11.1")` simulates an installed TensorRT 11.1."""
-    return lambda version="10.16", *faults: simulate(monkeypatch, version, *faults)
+    """`install("11.4")` simulates an installed TensorRT 11.4."""
+    return lambda version="11.1", *faults: simulate(monkeypatch, version, *faults)
 
 
-@pytest.fixture(params=RELEASES)
-def trt(request: pytest.FixtureRequest, install: Install) -> FakeTensorRT:
-    """Every release in turn."""
-    return install(request.param)
+@pytest.fixture
+def trt(install: Install) -> FakeTensorRT:
+    return install()

@@ -1,7 +1,7 @@
-"""TensorRT of each release: the real parser and builder of TensorRT-RTX, and a simulated GPU.
+"""TensorRT: the real parser and builder of TensorRT-RTX, and a simulated GPU.
 
 A plan is the real one with the parsed graph behind it; the simulated engine runs that graph in onnxruntime.
-What a release lacks, the module lacks too; test_signatures.py checks the calls of the simulated classes.
+test_signatures.py checks the calls of the simulated classes.
 """
 
 import ctypes
@@ -10,7 +10,6 @@ import sys
 import weakref
 from functools import partial
 from itertools import chain
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +17,7 @@ import onnx
 import onnxruntime as ort
 
 from tests.gpu_graphs import RealTensorRT
-from tests.tensorrt.surface import SURFACE, members
 
-RELEASES = ("10.16", "11.1")
 KINDS = {onnx.TensorProto.UINT8: "UINT8", onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF"}
 END = b"\nend of the real plan\n"
 
@@ -37,16 +34,9 @@ class FakeTensorRT(RealTensorRT):
         self._config: Any = None  # of the last build
         self._graph = b""  # that was parsed last
         self._contexts: weakref.WeakSet[Any] = weakref.WeakSet()  # those that were not destroyed
-        names = sorted(members("NetworkDefinitionCreationFlag", version) or ())
-        self.NetworkDefinitionCreationFlag = SimpleNamespace(**{n: i for i, n in enumerate(names)})
         self.OnnxParser, self.Builder = parser(self), builder(self)
         for kind, base in SIMULATED.items():
             setattr(self, kind, type(kind, (base,), {"_trt": self}))
-
-    def __getattr__(self, name: str) -> Any:
-        if name in SURFACE["classes"] and members(name, self._version) is None:
-            raise AttributeError(f"tensorrt {self._version} has no {name}")
-        return super().__getattr__(name)
 
     def _start(self, logger: Any) -> None:
         """As pybind11 does, raise `TypeError` if TensorRT cannot start."""
@@ -69,18 +59,13 @@ def parser(trt: FakeTensorRT) -> type:
 
 
 def builder(trt: FakeTensorRT) -> type:
-    """The real builder, which accepts the network flags of each release."""
-    typed = 1 << int(trt._rtx.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    """The real builder; its plan contains the graph that was parsed."""
 
     class Builder(trt.Builder):  # type: ignore[misc, name-defined]
         def __init__(self, logger: Any) -> None:
             trt._start(logger)
             super().__init__(logger)
             self._logger, self._profiles = logger, []
-
-        def create_network(self, flags: int) -> Any:
-            assert flags == 1 << trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-            return super().create_network(typed)
 
         def create_optimization_profile(self) -> Any:
             self._profiles.append(super().create_optimization_profile())

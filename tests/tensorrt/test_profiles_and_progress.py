@@ -87,13 +87,11 @@ def test_the_dry_run_needs_no_tensorrt(tmp_path: Path, monkeypatch: pytest.Monke
     assert found.exit_code == 0, found.stderr
     for text in (
         "batches 1, 2-8",
-        "TensorRT 10.13.0: 1 operators rewritten, TensorRT accepts unsigned bytes only as an input",
+        "rewritten 1 operators: TensorRT accepts unsigned bytes only as an input",
         "key       not known: TensorRT is not installed",
     ):
         assert text in found.stdout
     planned = json.loads(run(bundle.path, "--dry-run", "--json").stdout)
-    releases = ["10.13.0", "10.16.0", "11.0.0"]
-    assert [lint["tensorrt"] for lint in planned["lint"]] == releases
     assert (planned["key"], planned["precision"]) == (None, "fp32")
     assert [p["maximum"] for p in planned["profiles"]] == [1, 4, 16]
     assert "--profiles 1,99" in refused(run(bundle.path, "--dry-run", "--profiles", "1,99"))

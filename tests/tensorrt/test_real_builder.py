@@ -34,7 +34,7 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
     trt: RealTensorRT, half: bool
 ) -> None:
     told: list[str] = []
-    safe, _ = lint(network(half=half), (11, 0), PROFILES)
+    safe, _ = lint(network(half=half), PROFILES)
     assert parse_and_build(trt, request(safe), told.append)[0]
     assert told
     with pytest.raises(EngineError, match=r"node 0 \(Transpose node_moved\): Invalid Node.*UInt8") as caught:
@@ -44,7 +44,7 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
 
 def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: RealTensorRT) -> None:
     other = create(trt, "Builder", make_logger(trt))  # TensorRT ignores the logger of the second builder
-    safe, _ = lint(network(), (11, 0), PROFILES)
+    safe, _ = lint(network(), PROFILES)
     safe.graph.node.append(helper.make_node("Det", ["covariance"], ["unused"], name="determinant"))
     with pytest.raises(EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"):
         parse_and_build(trt, request(safe), lambda _: None)
@@ -59,7 +59,7 @@ def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
     def interrupt(text: str) -> None:
         raise KeyboardInterrupt
 
-    safe, _ = lint(network(), (11, 0), PROFILES)
+    safe, _ = lint(network(), PROFILES)
     with pytest.raises(KeyboardInterrupt):
         parse_and_build(trt, request(safe), interrupt)
 

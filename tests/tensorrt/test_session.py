@@ -20,12 +20,11 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError, OverlappingRuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
-from tests.tensorrt.conftest import Install, simulate
+from tests.tensorrt.conftest import simulate
 from tests.tensorrt.fake_cuda import FakeCuda
-from tests.tensorrt.fake_tensorrt import RELEASES, FakeTensorRT
+from tests.tensorrt.fake_tensorrt import FakeTensorRT
 from tests.tensorrt.networks import network, outputs_of, some_images, write
 
-RELEASE = RELEASES[-1]
 SIZES = (1, 5, 2, 8, 8, 1, 1, 2, 3)
 NETWORK = network()
 SETTINGS = Settings(runtime="tensorrt")
@@ -45,14 +44,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     bundle = write(tmp_path_factory.mktemp("built"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cuda.bindings.runtime", FakeCuda())
-        simulate(patch, RELEASE)
+        simulate(patch, "11.1")
         get_engine(bundle, EngineOptions(profiles="1,2,8"))
     return bundle
-
-
-@pytest.fixture
-def trt(install: Install) -> FakeTensorRT:
-    return install(RELEASE)
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ import onnx
 from sopdeploy.bundle.folder import PROGRAM, Bundle
 from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import EngineError, LoweringError, RuntimeUnavailableError
-from sopdeploy.tensorrt.binding import import_tensorrt, parse_version
+from sopdeploy.errors import EngineError, RuntimeUnavailableError
+from sopdeploy.tensorrt.binding import import_tensorrt
 from sopdeploy.tensorrt.cache import (
     EngineKey,
     EngineRecord,
@@ -38,8 +38,6 @@ from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_export.engine_builder.build import BuildRequest, Report, parse_and_build
 from sopdeploy_export.engine_builder.lint import lint
 from sopdeploy_export.options import EngineOptions
-
-SUPPORTED = ("10.13.0", "10.16.0", "11.0.0")  # versions of TensorRT that a plan covers without TensorRT
 
 
 @dataclass(frozen=True)
@@ -65,21 +63,13 @@ class Machine:
         return self.gpu.memory // 4
 
 
-class LintResult(StrictModel):
-    """The lint for one TensorRT version: its rewrites, or why it rejects the graph."""
-
-    tensorrt: str
-    hazards: tuple[Hazard, ...]
-    refused: str | None
-
-
 class EnginePlan(StrictModel):
     """The plan of a build; `key_unknown` says why there is no `key`."""
 
     bundle: str
     precision: str
     profiles: tuple[Profile, ...]
-    lint: tuple[LintResult, ...]
+    hazards: tuple[Hazard, ...]
     key: str | None
     key_unknown: str | None
 
@@ -95,33 +85,20 @@ def this_machine() -> Machine:
 
 
 def plan_engine(bundle: Bundle, options: EngineOptions) -> EnginePlan:
-    """Plan the build of *bundle*, for the installed TensorRT or for every supported version.
-
-    Raises `LoweringError` if every planned version rejects the graph.
-    """
+    """Plan the build of *bundle*; raise `LoweringError` if TensorRT would reject the graph."""
     profiles = requested_profiles(bundle, options)
-    installed = key = reason = None
+    key = reason = None
     try:
-        installed = str(import_tensorrt().__version__)
-        key = engine_key(bundle, options, profiles, installed, open_cuda().gpu()).name
+        tensorrt = str(import_tensorrt().__version__)
+        key = engine_key(bundle, options, profiles, tensorrt, open_cuda().gpu()).name
     except RuntimeUnavailableError as error:
         reason = str(error)
-    model, results = onnx.load(bundle.onnx), []
-    for tensorrt in [installed] if installed else SUPPORTED:
-        hazards: tuple[Hazard, ...] = ()
-        refused = None
-        try:
-            _, hazards = lint(model, parse_version(tensorrt), profiles)
-        except LoweringError as error:
-            refused = str(error)
-        results.append(LintResult(tensorrt=tensorrt, hazards=hazards, refused=refused))
-    if all(result.refused for result in results):
-        raise LoweringError(str(results[-1].refused))
+    _, hazards = lint(onnx.load(bundle.onnx), profiles)
     return EnginePlan(
         bundle=bundle.name,
         precision=bundle.manifest.precision,
         profiles=profiles,
-        lint=tuple(results),
+        hazards=hazards,
         key=key,
         key_unknown=reason,
     )
@@ -183,8 +160,7 @@ def build_plan(
         plan = build_from_program(bundle, key.profiles[0], machine.workspace)
         source_sha256 = bundle.manifest.files[PROGRAM].sha256
     else:
-        version = parse_version(machine.trt.__version__)
-        model, hazards = lint(onnx.load(bundle.onnx), version, key.profiles)
+        model, hazards = lint(onnx.load(bundle.onnx), key.profiles)
         graph = model.SerializeToString(deterministic=True)
         source_sha256 = hashlib.sha256(graph).hexdigest()
         plan = build_from_onnx(machine, graph, key, folder, report)

@@ -1,7 +1,7 @@
 """Rewrite an ONNX graph into an equal one that TensorRT reads, or say why TensorRT would misread it.
 
 TensorRT's own parser names the operators that it does not support. The lint covers what depends on the form
-of bundles: bytes as input, a fixed batch, the opset, and int8 graphs for CPUs.
+of bundles: bytes as input, a fixed batch, and int8 graphs for CPUs.
 """
 
 from collections.abc import Sequence
@@ -10,18 +10,13 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.errors import LoweringError
-from sopdeploy.tensorrt.binding import Version
 from sopdeploy.tensorrt.cache import Hazard, Profile
 
-# The newest opset that each release reads; releases between two entries read the earlier one.
-NEWEST_OPSET = {(10, 13): 20, (10, 15): 24, (11, 0): 25}
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
-def lint(
-    model: onnx.ModelProto, version: Version, profiles: Sequence[Profile]
-) -> tuple[onnx.ModelProto, tuple[Hazard, ...]]:
-    """Copy *model* in a form that TensorRT *version* reads correctly, and list the rewrites.
+def lint(model: onnx.ModelProto, profiles: Sequence[Profile]) -> tuple[onnx.ModelProto, tuple[Hazard, ...]]:
+    """Copy *model* in a form that TensorRT reads correctly, and list the rewrites.
 
     Every operator of the copy has a unique name, which TensorRT's messages contain. Raises `LoweringError` if
     TensorRT would reject or misread the graph, or if the batch is fixed and *profiles* need another.
@@ -34,7 +29,6 @@ def lint(
         taken.add(node.name)
     _check_batch(safe, profiles)
     _check_quantization(safe)
-    _check_opset(safe, version)
     hazard = _cast_images_first(safe)
     return safe, () if hazard is None else (hazard,)
 
@@ -71,16 +65,6 @@ def _check_quantization(model: onnx.ModelProto) -> None:
                 f"{node.name}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export "
                 "again with --precision int8 --int8-for tensorrt"
             )
-
-
-def _check_opset(model: onnx.ModelProto, version: Version) -> None:
-    newest = next(NEWEST_OPSET[start] for start in sorted(NEWEST_OPSET, reverse=True) if version >= start)
-    opset = max(entry.version for entry in model.opset_import if entry.domain == "")
-    if opset > newest:
-        raise LoweringError(
-            f"TensorRT {version[0]}.{version[1]} reads opset {newest} at most, the graph has {opset}; "
-            "install a newer TensorRT"
-        )
 
 
 def _cast_images_first(model: onnx.ModelProto) -> Hazard | None:

@@ -83,8 +83,6 @@ def _show_engine(engine: "Engine") -> None:
 def _show_plan(plan: "EnginePlan") -> None:
     _field("bundle", f"{plan.bundle}, {plan.precision}")
     _field("profiles", f"batches {', '.join(map(str, plan.profiles))}")
-    for result in plan.lint:
-        rewrites = [f"{hazard.num_operators} operators rewritten, {hazard.done}" for hazard in result.hazards]
-        text = f"refused: {result.refused}" if result.refused else "; ".join(rewrites) or "nothing to rewrite"
-        _field("lint", f"TensorRT {result.tensorrt}: {text}")
+    for hazard in plan.hazards:
+        _field("rewritten", f"{hazard.num_operators} operators: {hazard.done}")
     _field("key", plan.key or f"not known: {plan.key_unknown}")
