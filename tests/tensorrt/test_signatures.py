@@ -26,7 +26,8 @@ SOURCES = [
     *(ROOT / "export" / "sopdeploy_export" / "engine_builder").glob("*.py"),
     ROOT / "service" / "sopdeploy_service" / "runtime" / "tensorrt.py",
 ]
-NOT_TENSORRT = {"append", "constant", "remove"}  # of lists, and of our classes
+# Methods of lists and of our own classes with the names of methods of TensorRT
+OURS = {"__init__", "append", "clear", "constant", "infer_shapes", "insert", "pop", "remove", "update"}
 READ_BINDINGS = """
 import inspect, json, tensorrt
 methods = {}
@@ -96,7 +97,7 @@ def fits(call: Used, parameters: list[str]) -> bool:
 def tensorrt_calls() -> list[Used]:
     """Find the calls of methods that a TensorRT class has, and of constructors."""
     kinds = {name.partition(".")[0] for name in tensorrt_methods()}
-    methods = {name.partition(".")[2] for name in tensorrt_methods()} - NOT_TENSORRT
+    methods = {name.partition(".")[2] for name in tensorrt_methods()} - OURS
     found = []
     for node, path in calls():
         function = node.func
