@@ -1,9 +1,8 @@
-"""Latency of a detached network, and of one with class activation maps, compared with the plain one.
+"""Latency of a detached network, compared with the plain one.
 
 Exports a DSoP ResNet-18 with --detach and the plain ResNet-18 (conv5_x stride 1) with the same weights,
 checks that both files contain the same initializers, and times them alternately in ONNX Runtime (CPU). The
-plain network is also exported --with-cam, and timed without and with the feature map of the class activation
-maps among the requested outputs. The plain network against itself shows the accuracy of the measurement.
+plain network against itself shows the accuracy of the measurement.
 
     python benchmarks/detached_latency.py [--quick] [--json]
 """
@@ -77,22 +76,16 @@ def run(folder: Path, batches: tuple[int, ...], runs: int) -> list[Result]:
     other = export_checkpoint(checkpoint("resnet18", plain, folder), folder).path
     if initializers(ours / "model.onnx") != initializers(other / "model.onnx"):
         sys.exit("the detached file does not contain the initializers of the plain network")
-    maps = export_checkpoint(folder / "resnet18.pt", folder, ExportOptions(with_cam=True)).path
-    detached, plain_file, with_maps = (session(path / "model.onnx") for path in (ours, other, maps))
-    cases = {
-        "detached": (detached, None),
-        "maps, not requested": (with_maps, ["logits"]),
-        "maps, requested": (with_maps, None),
-        "plain again": (plain_file, None),
-    }
+    detached, plain_file = (session(path / "model.onnx") for path in (ours, other))
+    cases = {"detached": detached, "plain again": plain_file}
     results = []
     for batch in batches:
         images = np.random.default_rng(0).integers(0, 256, (batch, 224, 224, 3), dtype=np.uint8)
-        for case, (side, outputs) in cases.items():
+        for case, side in cases.items():
             result = compare(
                 f"{case}, batch {batch}",
                 "plain ResNet-18",
-                partial(side.run, outputs, {"images": images}),
+                partial(side.run, None, {"images": images}),
                 partial(plain_file.run, None, {"images": images}),
                 runs=runs,
                 warmups=3,

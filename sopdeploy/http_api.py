@@ -21,8 +21,6 @@ class ClassifyQuery(pydantic.BaseModel):
         None,
         description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
     )
-    explain: bool = pydantic.Field(False, description="Include the class activation map of the best class.")
-    explain_label: str | None = pydantic.Field(None, description="The class to explain instead of the best.")
 
 
 class EmbedQuery(pydantic.BaseModel):
@@ -59,28 +57,13 @@ class Component(StrictModel):
     weight: float
 
 
-class ClassMap(StrictModel):
-    """Class activation map: what each position of the image adds to the logit of a class.
-
-    `values` are the rows of the map in units of logits; their mean plus `bias` is the logit. `box` is the
-    part (left, top, right, bottom) of the upright image that the network receives; the values divide it into
-    equal cells. `image_size` is (width, height). Both are in pixels. A padded image is smaller than its box.
-    """
-
-    label: str
-    values: tuple[tuple[float, ...], ...]
-    bias: float
-    box: tuple[float, float, float, float]
-    image_size: tuple[int, int]
-
-
 class Classes(StrictModel):
     """Prediction for one image: its most probable classes, best first.
 
     A multi-label network lists the classes whose probability reaches their threshold, possibly none.
     `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
     `first_frame_only`, `sixteen_bit_scaled`. If requested, `gates` lists the selected components, largest
-    weight first, and `class_map` explains a class. `known` is false if the image probably shows none of the
+    weight first. `known` is false if the image probably shows none of the
     classes, because its `score` is below the threshold of the bundle. Without a threshold, `known` and
     `score` are absent.
     """
@@ -88,7 +71,6 @@ class Classes(StrictModel):
     classes: tuple[ClassProbability, ...]
     warnings: tuple[str, ...] = ()
     gates: tuple[Component, ...] | None = None
-    class_map: ClassMap | None = None
     known: bool | None = None
     score: float | None = None
 
@@ -136,7 +118,6 @@ class ModelInfo(StrictModel):
     versions: dict[str, str]
     fast_decode: FastDecode | None = None
     thresholds: dict[str, float] | None = None
-    class_maps: bool = False
     embedding_size: int | None = None
     known_from: float | None = None
     loaded: bool | None = None

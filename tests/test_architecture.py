@@ -189,7 +189,6 @@ def public_names(path: Path) -> set[str]:
 # One concept has one name, and one name means one concept. Add nothing; delete what you rename.
 DEFINED_TWICE = {
     "ENTRIES",
-    "FEATURES",
     "Problem",
     "log",
     "main",

@@ -41,8 +41,6 @@ class ExportOptions(Options):
     """Write the bundle although its logits may depend on other images of the batch, and record it."""
     pt2: bool = False
     """Also store the certified torch.export program in the bundle."""
-    with_cam: bool = False
-    """Add class activation maps, which the service returns for explain=1."""
     with_features: bool = False
     """Add the vector in front of the last linear layer, which the service returns for /v1/embed."""
 
@@ -50,11 +48,6 @@ class ExportOptions(Options):
     def batch(self) -> BatchRange:
         """Batch sizes that the bundle must accept."""
         return BatchRange(optimum=min(USUAL_BATCH, self.max_batch), maximum=self.max_batch)
-
-    @property
-    def more_outputs(self) -> bool:
-        """Whether the graph has more outputs than the network."""
-        return self.with_cam or self.with_features
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "ExportOptions":

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sopdeploy.bundle import folder as bundle
-from sopdeploy.bundle.class_maps import FILE as CLASS_MAPS
-from sopdeploy.bundle.class_maps import write_class_maps
 from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
@@ -34,13 +32,7 @@ from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, out
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.compare import ParityReference, compare_with_network
-from sopdeploy_export.parity.features import (
-    add_embedding_output,
-    add_feature_map_output,
-    check_class_maps,
-    check_embedding,
-    class_map_layer,
-)
+from sopdeploy_export.parity.embedding import add_embedding_output, check_embedding
 from sopdeploy_export.parity.findings import LOGITS, ParityReport
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, is_decided
@@ -123,8 +115,6 @@ def export_subject(
     options = options or ExportOptions()
     check_exportable(subject.network, subject.detachment.training_only)
     accuracy = AccuracyCheck(subject, options)
-    if options.with_cam:
-        add_feature_map_output(subject.network)
     if options.with_features:
         add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
     images = generated_images(subject.preprocess.crop)
@@ -226,10 +216,6 @@ def _check_file(
     step("comparing the file with the network", PROVED)
     deployed = Deployed(certified.network, job.subject.preprocess).eval()
     expected, parity = compare_with_network(file, deployed, images, options, converted.run, converted.gate)
-    if options.with_cam:
-        layer = class_map_layer(certified.network)
-        parity = check_class_maps(file, layer, images[parity.compared_images], parity)
-        write_class_maps(folder / CLASS_MAPS, layer)
     if options.with_features:
         check_embedding(file, certified.network, images[parity.compared_images], parity)
     if options.evaluate is not None and precision.accuracy is None:

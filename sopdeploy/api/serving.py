@@ -23,7 +23,6 @@ def predict(
     images: AnyImage | Iterable[AnyImage],
     *,
     top_k: int | None = None,
-    explain: str | Path | None = None,
     **settings: Any,
 ) -> tuple[FilePrediction, ...]:
     """Classify images without a server; the results equal those of the service.
@@ -35,8 +34,6 @@ def predict(
         images: One image or several: paths, PIL images, and uint8 arrays of shape (H, W), (H, W, 3) for RGB,
             (H, W, 4) for RGBA, or (N, H, W, 3).
         top_k: Classes per image.
-        explain: PNG file for the class activation map of the best class, drawn over the only image. The
-            bundle must have been exported with `with_cam`.
         **settings: Settings of the server that apply to predictions, for example `threads=1`.
 
     Returns:
@@ -52,8 +49,7 @@ def predict(
     )
     items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(items)]
-    drawing = None if explain is None else Path(explain)
-    return tuple(predict_files(Path(bundle), opened, load_settings(top_k=top_k, **settings), drawing))
+    return tuple(predict_files(Path(bundle), opened, load_settings(top_k=top_k, **settings)))
 
 
 def _open(image: object, number: int) -> Path | Image.Image:

@@ -6,10 +6,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.pooling.base import GlobalAverage, GlobalPooling, PoolingConfig
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig
 from sopdeploy.layers.pooling.bilinear import LowRankClassifier
-
-FEATURES = "features"  # the output with the last feature map, for class activation maps
 
 
 class Backbone(nn.Module):
@@ -19,7 +17,6 @@ class Backbone(nn.Module):
         tap_channels: Maps the name of every tap (`layer2.0` is the output of the first block of the second
             stage) to its number of channels, in the order of computation.
         outputs: Names of the tensors that `outputs_tuple` returns and that are exported, class logits first.
-            An instance may add `FEATURES`, the last feature map, if it has an `averaged_classifier`.
         stem_parts: Names of the parts that run before the stages.
         stage_names: Names of the stages; each is an `nn.Sequential` of blocks.
         classifier_parts: Names of the parts that compute the logits from the last feature map.
@@ -67,20 +64,7 @@ class Backbone(nn.Module):
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the exported outputs in eval mode, one tensor per name in `outputs`."""
-        if FEATURES not in self.outputs:
-            return (self(images),)
-        features, _ = self.feature_maps(images)
-        return self.classify(features), features
-
-    def averaged_classifier(self) -> nn.Linear | None:
-        """Find the linear layer that maps the mean of the last feature map to logits; None if there is none.
-
-        If it exists, `feature_maps` returns that map (B, C, h, w); only dropout lies between map and layer.
-        """
-        pooling, *others, last = (getattr(self, part, None) for part in self.classifier_parts)
-        only_dropout = all(isinstance(part, nn.Dropout | nn.Identity) for part in others)
-        averaged = type(pooling) is GlobalAverage and only_dropout
-        return last if averaged and isinstance(last, nn.Linear) else None
+        return (self(images),)
 
     def num_features(self) -> int:
         """Return the length of the vector that the classifier reads."""

@@ -142,11 +142,3 @@ class TimmBackbone(Backbone):
     def num_features(self) -> int:
         """Return the length of the vector that timm's classifier reads."""
         return self.head_channels
-
-    def averaged_classifier(self) -> nn.Linear | None:
-        """Return the linear layer if the head is only average pooling and this layer; otherwise None."""
-        network = self.wrapped[0]
-        pooling, last = getattr(network, "global_pool", None), network.get_classifier()
-        averages = getattr(pooling, "pool_type", "") == "avg"
-        exact = averages and network.num_features == network.head_hidden_size
-        return last if exact and isinstance(last, nn.Linear) else None

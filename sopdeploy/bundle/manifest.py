@@ -14,10 +14,8 @@ from sopdeploy.project import PROJECT_NAME, Origin, Time
 FORMAT: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
 ID_LENGTH = 12
 GATES = "gates"  # (N,): the weights of the components of a mixture
-# Names of outputs that the service computes and copies only for requests that need them.
-FEATURES = "features"  # (C, h, w): the last feature map; `export --with-cam`
-EMBEDDING = "embedding"  # (D,): the vector that the last linear layer receives; `export --with-features`
-ON_REQUEST = frozenset({FEATURES, EMBEDDING})
+# (D,): the vector that the last linear layer receives, for requests that need it; `export --with-features`
+EMBEDDING = "embedding"
 
 Precision = Literal["fp32", "fp16", "bf16-backbone", "int8"]
 Int8For = Literal["cpu", "tensorrt"]

@@ -57,7 +57,6 @@ class Client:
         A list is sent as one request; an image of the list that cannot be classified has `error` set. *top_k*
         is the number of classes, *model* the model to use if the server has several. *gates* requests the
         components that a gated network selects. *threshold* replaces the thresholds of a multi-label network.
-        *explain* adds the class activation map of the best class (True) or of the class with this label.
         *timeout* replaces that of the client. Raises `ServiceError` if the server rejects the request,
         `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and `DataError`
         or `ConfigError` for an image that cannot be sent.

@@ -104,7 +104,6 @@ class ClassifyArguments(CallArguments, total=False):
     top_k: int | None
     gates: bool
     threshold: float | None
-    explain: bool | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +143,6 @@ class Calls:
         self, body: bytes | list[bytes], **options: Any
     ) -> Classification | list[Classification]:
         """Classify one encoded image, or a list of them in one request."""
-        explain = options.pop("explain", False)
-        options["explain_label" if isinstance(explain, str) else "explain"] = explain
         return await self._post("/v1/classify", body, Classification, ClassifyQuery, options)
 
     async def embed(self, body: bytes | list[bytes], **options: Any) -> Embedding | list[Embedding]:

@@ -151,7 +151,6 @@ class SecondOrderHead(Classifier):
         self.maps: dict[str, int] = {}
         if head.parts != ("gap",):
             self.maps = self.map_channels(head.taps, self.base.image_size)
-        self.averages_last_map = super().averaged_classifier() is not None
         own_length = self.remove_classifier(self.base.image_size)
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 
@@ -162,11 +161,6 @@ class SecondOrderHead(Classifier):
     def logits_layer(self) -> nn.Linear:
         """Return the linear layer of the head."""
         return self.pooled_head.fc
-
-    def averaged_classifier(self) -> nn.Linear | None:
-        """Return the linear layer if the logits are a linear function of the mean of the last feature map."""
-        exact = self.averages_last_map and self.pooled_head.config.kind == "gap"
-        return self.pooled_head.fc if exact else None
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from `feature_maps`; only the kind `gap` needs no taps."""

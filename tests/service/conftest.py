@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
 from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
@@ -263,8 +262,7 @@ def running(
 
     It also has the models *beside* by name. *options* go to `create_app`.
     """
-    maps = read_class_maps(bundle.path, bundle.manifest)
-    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, class_maps=maps)
+    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={})
     app = create_app({**dict.fromkeys(names, inference), **(beside or {})}, settings, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:

@@ -110,19 +110,11 @@ class RoutingParity(StrictModel):
     usage: tuple[int, ...] = ()
 
 
-class ClassMapParity(StrictModel):
-    """The maximum difference between logits and the mean of their class activation maps plus bias."""
-
-    deviation: float
-    tolerance: float
-
-
 class ParityReport(StrictModel):
     """The comparison of the exported file with its network.
 
     `spread` is the largest range of a logit over the images. `emulation` describes how the runtime computed
-    operators for which it has no kernels; None if it ran the file unchanged. `class_maps` is None without
-    `--with-cam`.
+    operators for which it has no kernels; None if it ran the file unchanged.
     """
 
     precision: Precision = "fp32"
@@ -135,7 +127,6 @@ class ParityReport(StrictModel):
     spread: float
     top1: Agreement
     routing: RoutingParity | None = None
-    class_maps: ClassMapParity | None = None
     operators: dict[str, int]
     file_bytes: int
     passed: bool

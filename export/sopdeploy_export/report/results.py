@@ -10,7 +10,7 @@ from sopdeploy.bundle.manifest import Int8For, Lineage, Manifest
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.files import sha256
-from sopdeploy_export.parity.findings import ClassMapParity, ParityReport
+from sopdeploy_export.parity.findings import ParityReport
 from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.rewrites.apply import LoweringReport
@@ -60,7 +60,6 @@ class ExportResults:
             "drift": drift,
             "answers": _agreement(parity),
             **_precision_facts(self.precision),
-            **({} if parity.class_maps is None else {"maps": _describe_class_maps(parity.class_maps)}),
             **_decision_facts(self.decision),
             "costs": f"{shipped.parameters:,} of {trained.parameters:,} parameters, "
             f"{shipped.macs:,} of {trained.macs:,} multiply-adds per image",
@@ -194,11 +193,6 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
 def _top1(share: float, images: int) -> str:
     low, high = wilson(round(share * images), images)
     return f"{100 * share:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-
-
-def _describe_class_maps(maps: ClassMapParity) -> str:
-    deviation = f"{maps.deviation:.2g} (allowed {maps.tolerance:.2g})"
-    return f"mean of each class activation map + bias = logit, deviation {deviation}"
 
 
 def _decision_facts(decision: Decision | None) -> dict[str, str]:

@@ -236,7 +236,7 @@ def capture_given(
         check_finite(expected, "given")
         if not bool(((logits - expected).abs() <= tolerance * expected.abs().max()).all()):
             raise LoweringError(OTHER_COPY)
-    if same_memory and not options.more_outputs:
+    if same_memory and not options.with_features:
         return capture(given, preprocess, options.batch)
     captured = capture(copied, preprocess, options.batch)
     if on_cpu:

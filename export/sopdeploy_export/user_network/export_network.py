@@ -128,7 +128,7 @@ def export_network(
             training_only=parts,
             plain=build,
             rename=rename or str,
-            captured=None if options.more_outputs else captured,
+            captured=None if options.with_features else captured,
         ),
         labels=tuple(labels),
         preprocess=preprocess,

@@ -78,7 +78,7 @@ class AdmittedRequest:
         self.service.metrics.stage("load", waited)
         self.context.record_stage("load", waited)
 
-    async def infer(self, images: Images, *, features: bool, top_k: int = 0) -> list[Outcome]:
+    async def infer(self, images: Images, *, features: bool = False, top_k: int = 0) -> list[Outcome]:
         """Run `Service.infer`; a disconnect of the client cancels it."""
         received = time.monotonic()
         seconds = received - self.started - self.context.stage_seconds.get("load", 0.0)

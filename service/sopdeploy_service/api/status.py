@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
+from sopdeploy.bundle.manifest import EMBEDDING, GATES
 from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.http_api import ModelInfo, ServerInfo
@@ -91,7 +91,6 @@ def model_info(model: Model) -> ModelInfo:
         versions=manifest.versions,
         fast_decode=model.loaded.fast_decode,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
-        class_maps=FEATURES in shapes,
         embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
         known_from=None if model.rejection is None else model.rejection.threshold,
         loaded=None if memory is None else model.is_loaded,

@@ -5,13 +5,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.routing import APIRoute
 
-from sopdeploy.bundle.manifest import EMBEDDING, FEATURES, GATES
+from sopdeploy.bundle.manifest import EMBEDDING, GATES
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding
-from sopdeploy.images.pixels import visible_box
 from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response
 from sopdeploy_service.api.schema import ClassifyRequest, Embeddings, Results
 from sopdeploy_service.api.upload import Upload, read_upload
@@ -88,7 +86,7 @@ async def classify(
     decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
     """
     async with admit(request, query.model, query.version) as admitted:
-        explained = _check_query(query, admitted.model)
+        _check_query(query, admitted.model)
         upload = await read_upload(admitted)
         service, chosen = admitted.service, admitted.model
         top_k, ranked_in_batch = query.top_k or upload.top_k, 0
@@ -97,7 +95,7 @@ async def classify(
             # Only few: the worker ranks as many for the images of other requests in the batch.
             ranked_in_batch = top_k if top_k <= FEW_CLASSES else 0
         admitted.context.may_keep = True
-        outcomes = await admitted.infer(upload.images, features=explained, top_k=ranked_in_batch)
+        outcomes = await admitted.infer(upload.images, top_k=ranked_in_batch)
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:
         result = _format_result(outcome, chosen, query, top_k)
@@ -158,26 +156,18 @@ def _respond(
     return json_response(body, headers={"Server-Timing": admitted.context.server_timing()})
 
 
-def _check_query(query: ClassifyQuery, chosen: Model) -> bool:
-    """Raise `RejectedError` if *chosen* cannot do what *query* requests; tell whether it requests a map."""
+def _check_query(query: ClassifyQuery, chosen: Model) -> None:
+    """Raise `RejectedError` if *chosen* cannot do what *query* requests."""
     if query.gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
         raise bad_request("no_gates", f"{chosen.name}: has no gate; omit gates=true")
     if query.threshold is not None and chosen.thresholds is None:
         raise bad_request("no_thresholds", f"{chosen.name}: predicts one class per image; omit threshold")
-    explained = query.explain or query.explain_label is not None
-    if explained and chosen.loaded.class_maps is None:
-        message = f"{chosen.name}: has no class activation maps; export it with --with-cam, or omit explain"
-        raise bad_request("no_class_maps", message)
-    if query.explain_label is not None and query.explain_label not in chosen.labels:
-        message = f"explain_label: the model has no class {query.explain_label[:100]!r}"
-        raise bad_request("unknown_label", message)
-    return explained
 
 
 def _format_result(
     outcome: Prediction, chosen: Model, query: ClassifyQuery, top_k: int | None
 ) -> dict[str, Any]:
-    """Build the JSON object of one prediction, with the gates and the class map that *query* requests."""
+    """Build the JSON object of one prediction, with the gates if *query* requests them."""
     logits = outcome.outputs[chosen.bundle.manifest.outputs[0].name]
     thresholds = chosen.thresholds
     if query.threshold is not None:
@@ -185,23 +175,10 @@ def _format_result(
     ranked = outcome.ranked or rank_classes(logits[None], top_k, thresholds)[0]
     weights = outcome.outputs[GATES] if query.gates else None
     recognized = None if chosen.rejection is None else chosen.rejection.recognize(logits)
-    result = format_prediction(
+    return format_prediction(
         ranked,
         chosen.labels,
         warnings=outcome.warnings,
         gates=weights,
         recognized=recognized,
     )
-    label, layer = query.explain_label, chosen.loaded.class_maps
-    if layer is not None and (query.explain or label is not None):
-        rules = chosen.bundle.manifest.preprocess
-        size = outcome.size or (rules.crop, rules.crop)
-        index = int(logits.argmax()) if label is None else chosen.labels.index(label)
-        result["class_map"] = {
-            "label": chosen.labels[index],
-            "values": layer.map_of(outcome.outputs[FEATURES], index).astype(np.float32).tolist(),
-            "bias": float(layer.bias[index]),
-            "box": visible_box(size, rules),
-            "image_size": size,
-        }
-    return result

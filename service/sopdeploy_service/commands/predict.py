@@ -9,21 +9,11 @@ import pydantic
 from PIL import Image
 
 from sopdeploy.bundle.folder import MANIFEST
-from sopdeploy.bundle.manifest import FEATURES
 from sopdeploy.data.folders import is_image
-from sopdeploy.errors import ConfigError, DataError, ImageError
-from sopdeploy.files import atomic_write, open_regular, read_at_most, writing
+from sopdeploy.errors import DataError, ImageError
+from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
-from sopdeploy.images.formats import open_image
-from sopdeploy.images.overlay import draw_overlay
-from sopdeploy.images.pixels import (
-    list_changes,
-    match_transparency,
-    preprocess_image,
-    to_rgb,
-    upright_size,
-    visible_box,
-)
+from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image, upright_size
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
@@ -52,40 +42,26 @@ class FilePrediction(Classes):
 
 
 def predict_files(
-    bundle_path: Path,
-    images: Sequence[Path | Image.Image],
-    settings: Settings | None = None,
-    explain: Path | None = None,
+    bundle_path: Path, images: Sequence[Path | Image.Image], settings: Settings | None = None
 ) -> list[FilePrediction]:
     """Classify files and images in memory one by one; a file that is not a valid image gets an `error`.
 
     Images run in batches of one, so that a prediction does not depend on the other images. An image in memory
-    gives the same result as a file with the same pixels. *explain* is the PNG file to write: the class
-    activation map of the best class, drawn over the only image. Raises `DataError` for a file that cannot be
-    read, `ConfigError` if *explain* is not possible, and the errors of `load_model`.
+    gives the same result as a file with the same pixels. Raises `DataError` for a file that cannot be read,
+    and the errors of `load_model`.
     """
     settings = settings or load_settings()
-    if explain is not None and (len(images) != 1 or explain.suffix.lower() != ".png"):
-        raise ConfigError("needs exactly one image, and the name of a .png file", setting="explain")
     loaded = load_model(bundle_path, settings)
-    if explain is not None and loaded.class_maps is None:
-        raise ConfigError(
-            f"{bundle_path} has no class activation maps; export it with_cam", setting="explain"
-        )
     predictions = []
     for number, image in enumerate(images):
         name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
         opened = read_image(image, settings.max_body_bytes) if isinstance(image, Path) else image
-        predictions.append(_predict_image(loaded, opened, name, settings, explain))
+        predictions.append(_predict_image(loaded, opened, name, settings))
     return predictions
 
 
 def _predict_image(
-    loaded: LoadedModel,
-    image: EncodedImage | Image.Image,
-    name: str,
-    settings: Settings,
-    explain: Path | None,
+    loaded: LoadedModel, image: EncodedImage | Image.Image, name: str, settings: Settings
 ) -> FilePrediction:
     manifest = loaded.bundle.manifest
     try:
@@ -97,13 +73,6 @@ def _predict_image(
     if not all(np.isfinite(values).all() for values in outputs.values()):
         return FilePrediction(image=name, error=describe_error(NONFINITE))
     logits = outputs[manifest.outputs[0].name][0]
-    if explain is not None and loaded.class_maps is not None:
-        class_map = loaded.class_maps.map_of(outputs[FEATURES][0], int(logits.argmax()))
-        if isinstance(image, EncodedImage):
-            image = open_image(image.body, max_bytes=len(image.body), max_pixels=settings.max_pixels)
-        upright, box = to_rgb(image, manifest.preprocess), visible_box(decoded.size, manifest.preprocess)
-        with writing(explain, DataError), atomic_write(explain) as partial:
-            draw_overlay(upright, class_map, box).save(partial, "PNG")
     limit = settings.classes_per_image(multi_label=manifest.thresholds is not None)
     (ranked,) = rank_classes(logits[None], limit, manifest.thresholds)
     prediction = format_prediction(

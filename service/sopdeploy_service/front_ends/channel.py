@@ -15,7 +15,6 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, cast
 
-from sopdeploy.bundle.class_maps import read_class_maps
 from sopdeploy.bundle.folder import MANIFEST, SMALL_FILES, Bundle
 from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.http_api import FastDecode
@@ -126,5 +125,4 @@ def read_model(data: bytes) -> tuple[str, LoadedModel]:
         replays={},
         timings=tuple((images, seconds) for images, seconds in facts["timings"]),
         fast_decode=None if fast_decode is None else FastDecode(**fast_decode),
-        class_maps=read_class_maps(folder, manifest),
     )

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.front_ends import channel, control
 from sopdeploy_service.front_ends.channel import (
@@ -209,9 +209,7 @@ class InferenceProcess:
             channel.send_message(front_end.writer, MessageKind.RESULT, number, result)
             return
         outputs = [
-            values.tobytes()
-            for name, values in outcome.outputs.items()
-            if name not in ON_REQUEST or item.features
+            values.tobytes() for name, values in outcome.outputs.items() if name != EMBEDDING or item.features
         ]
         timings = outcome.queue_seconds, outcome.infer_seconds
         result = RESULT_HEAD.pack(0, outcome.batch, outcome.row, *timings)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.front_ends import channel
 from sopdeploy_service.front_ends.channel import (
     IMAGE_HEAD,
@@ -105,7 +105,7 @@ class RemoteQueue(RequestQueue):
         values = np.frombuffer(result, np.uint8, offset=RESULT_HEAD.size)
         outputs, end = {}, 0
         for name, shape in self._shapes.items():
-            if name not in ON_REQUEST or item.features:
+            if name != EMBEDDING or item.features:
                 start, end = end, end + 4 * math.prod(shape)
                 outputs[name] = values[start:end].view(np.float32).reshape(shape)
         return outputs

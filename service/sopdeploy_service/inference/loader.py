@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.class_maps import ClassMapLayer, read_class_maps
 from sopdeploy.bundle.folder import Bundle, keep_in_memory, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
@@ -40,9 +39,8 @@ class LoadedModel:
     """A verified bundle, of which only the small files are left, and its runtime.
 
     `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
-    `fast_decode` is the effect of `decode=fast`, None if images are decoded exactly.
-    `class_maps` is None if the bundle has no class activation maps. `onnx_root` is the root of the graph, if
-    it was recomputed.
+    `fast_decode` is the effect of `decode=fast`, None if images are decoded exactly. `onnx_root` is the root
+    of the graph, if it was recomputed.
     """
 
     bundle: Bundle
@@ -50,7 +48,6 @@ class LoadedModel:
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
     fast_decode: FastDecode | None = None
-    class_maps: ClassMapLayer | None = None
     onnx_root: str | None = None
 
 
@@ -88,7 +85,6 @@ def load_model(
                 fast_decode = check_fast_decode(bundle, runtime, settings)
         if not thorough:  # `verify` also reads the large files
             bundle = keep_in_memory(bundle)
-        class_maps = read_class_maps(bundle.path, bundle.manifest)
         stack.pop_all()
     return LoadedModel(
         bundle=bundle,
@@ -96,7 +92,6 @@ def load_model(
         replays=replays,
         timings=tuple(timings),
         fast_decode=fast_decode,
-        class_maps=class_maps,
         onnx_root=root,
     )
 

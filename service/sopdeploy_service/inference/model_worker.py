@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy_service.inference.results import (
     DEADLINE,
@@ -63,7 +63,7 @@ class QueuedImage:
     """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
     *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the
-    outputs `ON_REQUEST`, *top_k* a ranking of so many classes; *size* is the (width, height) of the upright
+    embedding, *top_k* a ranking of so many classes; *size* is the (width, height) of the upright
     image in its file.
     """
 
@@ -205,7 +205,7 @@ class ModelWorker:
         self._record_latency = record_latency
         self.metrics = metrics
         self._outputs = tuple(outputs)
-        self._always = tuple(name for name in outputs if name not in ON_REQUEST)
+        self._always = tuple(name for name in outputs if name != EMBEDDING)
         self._selective = runtime if isinstance(runtime, SelectiveRuntime) else None
         self._max_batch = self._limit = max_batch
         self._limited_until = 0.0

@@ -198,7 +198,7 @@ class Service:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the outputs `ON_REQUEST`, *top_k* a ranking of so many classes. Cancelling the call removes
+        requests the embedding, *top_k* a ranking of so many classes. Cancelling the call removes
         its images from the queue.
         Raises `RejectedError` if the queue is full, the rate limit of *context* is exceeded, or the deadline
         has passed.

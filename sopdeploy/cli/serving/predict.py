@@ -43,10 +43,6 @@ def predict_command(
     bundle: BundleArgument,
     images: Annotated[list[Path], typer.Argument(help="Image files to classify.")],
     top_k: Annotated[int | None, typer.Option(min=1, help="Classes per image.")] = None,
-    explain: Annotated[
-        Path | None,
-        typer.Option(help="PNG file to write: the image with the class activation map of its best class."),
-    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Classify image files without a server; the results equal those of the service.
@@ -56,7 +52,7 @@ def predict_command(
     from sopdeploy_service.commands.predict import predict_files as run
     from sopdeploy_service.settings import load_settings
 
-    predictions = run(bundle, images, load_settings(top_k=top_k), explain)
+    predictions = run(bundle, images, load_settings(top_k=top_k))
     if as_json:
         print_json([prediction.model_dump(mode="json") for prediction in predictions])
     for prediction in predictions:

@@ -22,7 +22,7 @@ from tests.service.conftest import picture_bytes, running
 
 SETTINGS = Settings(threads=1)
 CATALOG = {
-    "dsop-resnet8": ({}, {"with_cam": True, "precision": "fp16"}, ["logits", "features", EMBEDDING]),
+    "dsop-resnet8": ({}, {"precision": "fp16"}, ["logits", EMBEDDING]),
     "gmgap-16-8-resnet18": (GMGAP, {}, ["logits", "gates", EMBEDDING]),
 }
 
@@ -108,7 +108,6 @@ def test_the_service_and_both_clients_return_embeddings(tmp_path, monkeypatch):
         again = asyncio.run(embed())
     decoded = np.frombuffer(base64.b64decode(text), "<f4")
     assert decoded.shape == exported.manifest.outputs[1].shape[1:] == (described.embedding_size,)
-    assert not described.class_maps
     for values in (numbers["embedding"], listed[0]["embedding"], found.values, good.values, again.values):
         np.testing.assert_allclose(values, decoded, rtol=1e-4, atol=1e-5)
     assert (numbers["warnings"], listed[1].keys()) == ([], {"error"})

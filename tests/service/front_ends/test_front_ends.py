@@ -25,7 +25,7 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
 from tests.attacks.test_bad_images import SEEDS
 from tests.service.api import test_warnings
-from tests.service.bundle_with_maps import write_bundle_with_maps
+from tests.service.bundle_with_outputs import write_bundle_with_outputs
 from tests.service.children import FRONT_ENDS, ONE_PROCESS, START_SECONDS, WAYS, ServerClient, serving
 from tests.service.conftest import picture_bytes, write_bundle
 from tests.service.front_ends import gated_process
@@ -49,7 +49,7 @@ def servers(bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "tiny": bundle_path,
         "labels": write_bundle(folder / "labels", decision=labels),
         "known": write_bundle(folder / "known", decision=known),
-        "maps": write_bundle_with_maps(bundle_path, folder / "maps"),
+        "gated": write_bundle_with_outputs(bundle_path, folder / "gated"),
     }
     file = folder / "keys.toml"
     keys = {
@@ -100,17 +100,9 @@ def damaged(kind: str, number: int) -> bytes:
 
 
 LABEL_QUERIES = ("", "&top_k=1", "&threshold=0", "&threshold=1", "&threshold=1.5")
-MAP_QUERIES = (
-    "",
-    "&explain=true",
-    "&explain_label=dog",
-    "&explain_label=x",
-    "&gates=1",
-    "&explain=1&gates=1",
-)
 PATHS = (
-    "/info", "/v2", "/v2/models/maps", "/v2/models/labels/config", "/v2/models/none", "/livez", "/readyz",
-    "/v2/health/ready", "/v2/models/tiny/ready", "/openapi.json", "/v1/card?model=maps", "/nothing", "/",
+    "/info", "/v2", "/v2/models/gated", "/v2/models/labels/config", "/v2/models/none", "/livez", "/readyz",
+    "/v2/health/ready", "/v2/models/tiny/ready", "/openapi.json", "/v1/card?model=gated", "/nothing", "/",
 )  # fmt: skip
 REQUESTS: dict[str, Sent] = {
     **{f"warnings: {name}": image("tiny", body) for name, (body, _) in test_warnings.CASES.items()},
@@ -125,12 +117,13 @@ REQUESTS: dict[str, Sent] = {
     "known": image("known"),
     "not known": image("known", picture_bytes((20, 20, 20))),
     "known, and an error": ("POST", "/v1/classify?model=known", FORM),
-    **{f"a map{query}": image(f"maps{query}") for query in MAP_QUERIES},
-    "maps of a form": ("POST", "/v1/classify?model=maps&explain=true", FORM),
-    "a model without maps": image("tiny&explain=true"),
+    "gates": image("gated&gates=1"),
+    "gates that are not requested": image("gated"),
+    "embeddings of a form": ("POST", "/v1/embed?model=gated", FORM),
+    "a model without features": ("POST", "/v1/embed?model=tiny", {"content": JPEG}),
     "a model without gates": image("tiny&gates=true"),
-    "a tensor": tensors("maps", TENSOR),
-    "a tensor and its features": tensors("maps", TENSOR, "gates", "features"),
+    "a tensor": tensors("gated", TENSOR),
+    "a tensor and its embedding": tensors("gated", TENSOR, "gates", "embedding"),
     "a binary tensor": (
         "POST",
         "/v2/models/labels/infer",
@@ -193,7 +186,7 @@ COUNTED_REQUESTS = (
     "known",
     "not known",
     "no model",
-    "a map&explain=1&gates=1",
+    "embeddings of a form",
     "a tensor",
     "/info",
 )

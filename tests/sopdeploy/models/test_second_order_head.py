@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy import create_model
-from sopdeploy.backbones.base import FEATURES
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
@@ -98,19 +97,6 @@ def test_branches_are_not_part_of_a_network_with_a_head() -> None:
         own, maps = network.head_inputs(images)
         assert maps == {}
         assert torch.equal(trained.fc(own), trained(images))
-
-
-@torch.no_grad()
-def test_a_head_of_averages_alone_has_class_maps() -> None:
-    _, average, images = with_statistics("resnet8", 32, HeadConfig(kind="gap"))
-    assert average.averaged_classifier() is average.pooled_head.fc
-    average.outputs = ("logits", FEATURES)
-    logits, features = average.outputs_tuple(images)
-    assert torch.equal(logits, average(images))
-    assert torch.equal(logits, average.pooled_head.fc(features.mean(dim=(2, 3))))
-    _, both, _ = with_statistics("resnet8", 32)
-    assert both.averaged_classifier() is None
-    assert both.logits_layer() is both.pooled_head.fc
 
 
 @torch.no_grad()

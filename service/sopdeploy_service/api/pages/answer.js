@@ -19,7 +19,6 @@ function showAnswer(body, components, knownFrom) {
   byId("warnings").replaceChildren(
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
   );
-  showMap(body.class_map);
   byId("unknown").hidden = body.known !== false;
   byId("unknown-score").textContent = body.known === false ? body.score.toFixed(3) : "";
   showScore(body.score, knownFrom);
@@ -90,30 +89,8 @@ function showTime(header, total) {
   byId("time").hidden = false;
 }
 
-/** Draw `map`, a class activation map, over its part of the image: yellow where it adds most to the logit, transparent where it adds nothing. */
-function showMap(map) {
-  const canvas = byId("map");
-  canvas.hidden = !map;
-  if (!map) return;
-  const { values, box: [left, top, right, bottom], image_size: [width, height], label } = map;
-  [canvas.width, canvas.height] = [values[0].length, values.length];
-  const cells = values.flat();
-  const largest = Math.max(...cells, Number.MIN_VALUE);
-  const pixels = cells.flatMap((value) => {
-    const part = Math.max(0, value) / largest;
-    return [255, 230 * part, 0, 255 * part];
-  });
-  canvas.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), canvas.width), 0, 0);
-  Object.assign(canvas.style, {
-    left: `${(100 * left) / width}%`, top: `${(100 * top) / height}%`,
-    width: `${(100 * (right - left)) / width}%`, height: `${(100 * (bottom - top)) / height}%`,
-  });
-  canvas.setAttribute("aria-label", `Class activation map of ${label}`);
-}
-
 /** Remove the previous prediction. */
 function clearAnswer() {
-  byId("map").hidden = true;
   for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
   for (const id of ["components", "time", "error", "empty", "none", "unknown", "score"]) byId(id).hidden = true;
   byId("status").textContent = byId("progress").textContent = "";

@@ -11,7 +11,6 @@ function classifyUrl() {
   url.searchParams.set("top_k", String(topK()));
   if (state.info && state.server.models.length > 1) url.searchParams.set("model", state.info.name);
   if (state.card?.num_components) url.searchParams.set("gates", "true");
-  if (state.info?.class_maps && byId("explain").checked) url.searchParams.set("explain", "true");
   return url.href;
 }
 
@@ -152,7 +151,7 @@ const typeOf = (file) => file?.type || "application/octet-stream";
 
 /** Show a photo with a frame around the crop of the network. */
 function showPreview({ file, url }) {
-  byId("frame").hidden = byId("map").hidden = true;
+  byId("frame").hidden = true;
   byId("preview").src = url;
   byId("preview").alt = `Preview of ${file.name}`;
   byId("file-note").textContent = `${file.name}, ${Math.max(1, Math.round(file.size / 1000)).toLocaleString("en")} kB`;
@@ -183,7 +182,7 @@ byId("file").addEventListener("change", (event) => {
   take(event.target.files);
   event.target.value = ""; // allow choosing the same file again
 });
-for (const id of ["top-k", "explain"]) byId(id).addEventListener("change", () => {
+byId("top-k").addEventListener("change", () => {
   showSnippets();
   if (state.shown) void askAll();
 });
@@ -215,7 +214,6 @@ async function choose(name) {
   }
   state.info = state.server.models.find((model) => model.name === name);
   byId("top-k").max = String(state.info.num_labels);
-  byId("explain-row").hidden = !state.info.class_maps;
   showAbout(state.info, state.card, state.server.server);
   showSnippets();
   if (state.shown) {
@@ -234,7 +232,6 @@ async function followSwap(digest) {
     const info = server.models.find((model) => model.name === name);
     if (state.info?.name !== name || !info) return; // another model was chosen in the meantime, or it was unloaded
     Object.assign(state, { server, card, info });
-    byId("explain-row").hidden = !info.class_maps;
     showAbout(info, card, server.server);
     byId("top-k").max = String(info.num_labels);
     byId("status").textContent = `${name} was replaced: now ${info.bundle}`;

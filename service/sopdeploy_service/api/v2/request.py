@@ -16,7 +16,7 @@ import pydantic
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, WithJsonSchema
 
-from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.v2.metadata import IMAGE, Signature, Tensor
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse, validate
@@ -151,7 +151,7 @@ def _check_names(what: str, names: Iterable[str], known: Mapping[str, Tensor]) -
 def _requested_outputs(
     outputs: Sequence[OutputTensor], signature: Signature, *, binary: bool
 ) -> tuple[RequestedOutput, ...]:
-    """Return the requested outputs, or all except `ON_REQUEST` if none is requested.
+    """Return the requested outputs, or all except the embedding if none is requested.
 
     *binary* is the format of outputs that do not choose one.
     """
@@ -162,7 +162,7 @@ def _requested_outputs(
         parameters = output.parameters or OutputParameters()
         as_binary = binary if parameters.binary_data is None else parameters.binary_data
         requested.append(RequestedOutput(known[output.name], as_binary, parameters.classification))
-    by_default = (tensor for tensor in signature.outputs if tensor.name not in ON_REQUEST)
+    by_default = (tensor for tensor in signature.outputs if tensor.name != EMBEDDING)
     return tuple(requested) or tuple(RequestedOutput(tensor, binary, 0) for tensor in by_default)
 
 

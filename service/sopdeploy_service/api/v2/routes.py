@@ -9,7 +9,7 @@ from typing import Any
 import pydantic
 from fastapi import APIRouter, Request, Response
 
-from sopdeploy.bundle.manifest import ON_REQUEST
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import admit, json_response, service_of, use_model
 from sopdeploy_service.api.status import metrics_page
 from sopdeploy_service.api.upload import read_body
@@ -175,7 +175,7 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
             parsed = await loop.run_in_executor(service.parsers, parse_body, *given)
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
-        features = any(output.tensor.name in ON_REQUEST for output in parsed.outputs)
+        features = any(output.tensor.name == EMBEDDING for output in parsed.outputs)
         admitted.context.may_keep = True
         outcomes = await admitted.infer(parsed.images, features=features)
     head = {"model_name": model.name, "model_version": model.version}

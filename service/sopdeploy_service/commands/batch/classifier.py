@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import EMBEDDING, FEATURES
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import Outputs
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
@@ -75,9 +75,7 @@ class RowFormat:
             return row
         if isinstance(output, HttpError):
             return {**row, "error": output.code, "error_message": output.message}
-        logits, features = output[manifest.outputs[0].name], output.get(EMBEDDING)
-        if FEATURES in output:
-            features = output[FEATURES].mean(axis=(1, 2), dtype=np.float32)  # maps would fill the memory
+        logits = output[manifest.outputs[0].name]
         (ranking,) = rank_classes(logits[None], self._top_k, manifest.thresholds)
         known, score = manifest.rejection.recognize(logits) if manifest.rejection else (None, None)
         return {
@@ -87,7 +85,7 @@ class RowFormat:
             "known": known,
             "score": score,
             "logits": logits,
-            "features": features,
+            "features": output.get(EMBEDDING),
         }
 
     def table(self, rows: Sequence[dict[str, Any]]) -> Any:
@@ -107,11 +105,10 @@ class PartClassifier:
     def __init__(self, loaded: LoadedModel, settings: Settings, options: ClassifyOptions) -> None:
         manifest = loaded.bundle.manifest
         names = [output.name for output in manifest.outputs]
-        features = [name for name in (FEATURES, EMBEDDING) if name in names][:1]
-        if options.features and not features:
+        if options.features and EMBEDDING not in names:
             message = f"{loaded.bundle.path} has no features; export it with_features"
             raise ConfigError(message, setting="features")
-        self._outputs = (names[0], *(features if options.features else ()))
+        self._outputs = (names[0], EMBEDDING) if options.features else (names[0],)
         self._runtime, self._bundle = loaded.runtime, loaded.bundle
         self._settings, self._options = settings, options
         self._batch = largest_batch(loaded.runtime, settings)

@@ -17,7 +17,7 @@ class ClassifyOptions(Options):
     logits: bool = False
     """Add a column with the logits."""
     features: bool = False
-    """Add a column with the features; the bundle must have been exported with_features or with_cam."""
+    """Add a column with the features; the bundle must have been exported with_features."""
     workers: Annotated[int | None, pydantic.Field(ge=1, le=1024)] = None
     """Processes that load images, of each copy of the bundle; by default one per core, up to 16."""
     ray: str | None = None

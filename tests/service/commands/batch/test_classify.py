@@ -29,7 +29,7 @@ from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.results import NONFINITE
 from sopdeploy_service.settings import Settings
-from tests.service.bundle_with_maps import write_bundle_with_maps
+from tests.service.bundle_with_outputs import write_bundle_with_outputs
 from tests.service.commands.batch.conftest import (
     BAD,
     COUNT,
@@ -127,9 +127,8 @@ def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 
-@pytest.mark.parametrize("maps", [True, False])
-def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_path, maps):
-    path = write_bundle_with_maps(bundle_path, tmp_path, maps=maps)
+def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_path):
+    path = write_bundle_with_outputs(bundle_path, tmp_path)
     options = ClassifyOptions(logits=True, features=True, workers=1)
     sources = [str(photos / name) for name in ("001.jpg", "017.jpg")]
     classify(path, sources, tmp_path / "out", SETTINGS, options)

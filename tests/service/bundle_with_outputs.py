@@ -1,4 +1,4 @@
-"""A bundle on disk with class activation maps, gates and embeddings."""
+"""A bundle on disk with gates and embeddings."""
 
 from pathlib import Path
 
@@ -7,24 +7,22 @@ import onnx.parser
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from sopdeploy.bundle.class_maps import FILE, ClassMapLayer, write_class_maps
 from sopdeploy.bundle.folder import open_bundle, publish, seal, staging
 from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from tests.forged import proof_files
 
-OUTPUTS = {"logits": (7,), "features": (3, 4, 4), "gates": (4,), "embedding": (3,)}
+OUTPUTS = {"logits": (7,), "gates": (4,), "embedding": (3,)}
 GRAPH = """
 <ir_version: 10, opset_import: ["": 18]>
 maps (uint8[n, 32, 32, 3] images)
-=> (float[n, 7] logits, float[n, 3, 4, 4] features, float[n, 4] gates, float[n, 3] embedding)
+=> (float[n, 7] logits, float[n, 4] gates, float[n, 3] embedding)
 <float[3, 7] weight, float[7] bias, float[7, 4] mixing, int64[2] axes = {2, 3}>
 {
     wide = Cast <to = 1> (images)
     planes = Transpose <perm = [0, 3, 1, 2]> (wide)
-    features = AveragePool <kernel_shape = [8, 8], strides = [8, 8]> (planes)
-    embedding = ReduceMean <keepdims = 0> (features, axes)
+    embedding = ReduceMean <keepdims = 0> (planes, axes)
     scores = MatMul (embedding, weight)
     logits = Add (scores, bias)
     mixed = MatMul (logits, mixing)
@@ -33,25 +31,21 @@ maps (uint8[n, 32, 32, 3] images)
 """
 
 
-def write_bundle_with_maps(plain: Path, folder: Path, *, maps: bool = True) -> Path:
-    """Write it into *folder*, with or without *maps*; the rest is that of the bundle *plain*."""
+def write_bundle_with_outputs(plain: Path, folder: Path) -> Path:
+    """Write it into *folder*; the rest is that of the bundle *plain*."""
     rng = np.random.default_rng(3)
     weight, bias, mixing = (rng.normal(size=size).astype(np.float32) for size in ((7, 3), 7, (7, 4)))
-    layer = ClassMapLayer(weight / np.float32(40), bias)
     model = onnx.parser.parse_model(GRAPH)
-    values = {"weight": layer.weight.T.copy(), "bias": bias, "mixing": mixing}
+    values = {"weight": (weight / np.float32(40)).T.copy(), "bias": bias, "mixing": mixing}
     model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
-    names = [name for name in OUTPUTS if maps or name != "features"]
-    if not maps:
-        del model.graph.output[1]
     images = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    expected = dict(zip(names, ReferenceEvaluator(model).run(None, {"images": images}), strict=True))
+    expected = dict(zip(OUTPUTS, ReferenceEvaluator(model).run(None, {"images": images}), strict=True))
     root = onnx_file_root(model.SerializeToString())
     manifest = open_bundle(plain).manifest
     fields = dict(manifest) | {
         "lineage": manifest.lineage.model_copy(update={"onnx_root": root}),
         "outputs": tuple(
-            TensorRecord(name=name, dtype="float32", shape=(None, *OUTPUTS[name])) for name in names
+            TensorRecord(name=name, dtype="float32", shape=(None, *shape)) for name, shape in OUTPUTS.items()
         ),
     }
     del fields["files"]
@@ -61,10 +55,8 @@ def write_bundle_with_maps(plain: Path, folder: Path, *, maps: bool = True) -> P
         (stage / "model.onnx").write_bytes(model.SerializeToString())
         for name, content in proof_files(root).items():
             (stage / name).write_bytes(content)
-        if maps:
-            write_class_maps(stage / FILE, layer)
         write_probes(
             stage / "probes.npz",
-            Probes(images=images, expected=expected, tolerance=dict.fromkeys(names, 1e-2)),
+            Probes(images=images, expected=expected, tolerance=dict.fromkeys(OUTPUTS, 1e-2)),
         )
         return publish(stage, seal(stage, fields), folder)
