@@ -66,7 +66,7 @@ def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedMode
 
 def replace_decoder(work: Callable[[], object] | None = None) -> None:
     """Let the server do *work*, or nothing, instead of decoding; all images become the same pixels."""
-    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), (), (224, 224))
+    image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
 
     def decode(*_: object, **__: object) -> Decoded:
         if work is not None:

@@ -13,7 +13,7 @@ from sopdeploy.data.folders import is_image
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
-from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image, upright_size
+from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
@@ -90,8 +90,7 @@ def _decode(image: EncodedImage | Image.Image, loaded: LoadedModel, settings: Se
         return make_decoder(settings)(image, preprocess)
     try:
         match_transparency(image)  # of a file that is open but not decoded yet
-        pixels, warnings = preprocess_image(image, preprocess), list_changes(image, preprocess)
-        return Decoded(pixels, warnings, upright_size(image, preprocess))
+        return Decoded(preprocess_image(image, preprocess), list_changes(image, preprocess))
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError("the image is damaged", code="damaged_image", status=422) from error
 

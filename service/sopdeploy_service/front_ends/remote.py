@@ -98,7 +98,7 @@ class RemoteQueue(RequestQueue):
             item.trace.record_batch([item.trace], started, ended)
         (ranked,) = rank_classes(np.stack(logits), item.top_k) if item.top_k else [[]]
         timings = queue_seconds, infer_seconds
-        item.settle(Prediction(outputs, *timings, batch, row, ranked, item.warnings, item.size))
+        item.settle(Prediction(outputs, *timings, batch, row, ranked, item.warnings))
 
     def _read_outputs(self, item: QueuedImage, result: bytes) -> dict[str, NDArray[np.float32]]:
         """Read the outputs from *result*."""

@@ -26,7 +26,7 @@ from sopdeploy.images.formats import (
     open_image,
 )
 from sopdeploy.images.jpeg import MARKER_BYTES, SCAN, jpeg_segments
-from sopdeploy.images.pixels import list_changes, preprocess_image, upright_size
+from sopdeploy.images.pixels import list_changes, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 ANIMATED = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}  # the second image of a JPEG is a thumbnail
@@ -43,14 +43,10 @@ class EncodedImage(NamedTuple):
 
 
 class Decoded(NamedTuple):
-    """The network's input (crop, crop, 3) uint8, and warning codes for changes made while decoding.
-
-    *size* is the (width, height) of the upright image in the file.
-    """
+    """The network's input (crop, crop, 3) uint8, and warning codes for changes made while decoding."""
 
     pixels: NDArray[np.uint8]
     warnings: tuple[str, ...]
-    size: tuple[int, int]
 
 
 # Loads the pixels of an image of which only the header was read.
@@ -95,7 +91,7 @@ def decode(
             admit(decode_cost(image, body))
         kind = "JPEG" if image.format == "MPO" else str(image.format)
         try:
-            size, upright = image.size, upright_size(image, preprocess)
+            size = image.size
             load(image, preprocess)
             check_decoded_size(image, size)
             if kind == "JPEG" and is_truncated(image, body):
@@ -104,7 +100,7 @@ def decode(
             warnings = (*list_changes(image, preprocess), *_file_warnings(image, kind, encoded.media_type))
         except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
             raise image_error(error, max_pixels) from error
-        return Decoded(pixels, tuple(sorted(warnings)), upright)
+        return Decoded(pixels, tuple(sorted(warnings)))
 
 
 def is_truncated(image: Image.Image, body: bytes) -> bool:

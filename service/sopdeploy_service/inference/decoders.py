@@ -195,7 +195,7 @@ class Decoders:
                 decoded = self._decode(
                     image, model.bundle.manifest.preprocess, admit=partial(self._admit, lane)
                 )
-                item.image, item.warnings, item.size = decoded
+                item.image, item.warnings = decoded
             except ImageError as error:
                 return HttpError.of(error)
             except _OtherLaneError:

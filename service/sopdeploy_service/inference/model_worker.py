@@ -63,8 +63,7 @@ class QueuedImage:
     """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
     *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the
-    embedding, *top_k* a ranking of so many classes; *size* is the (width, height) of the upright
-    image in its file.
+    embedding, *top_k* a ranking of so many classes.
     """
 
     outcome: "asyncio.Future[Outcome]"
@@ -73,7 +72,6 @@ class QueuedImage:
     warnings: tuple[str, ...] = ()
     features: bool = False
     top_k: int = 0
-    size: tuple[int, int] | None = None
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     trace: "RequestTrace | None" = None
@@ -286,7 +284,6 @@ class ModelWorker:
                 row=position,
                 ranked=ranked[position][: item.top_k],
                 warnings=item.warnings,
-                size=item.size,
             )
             outcomes.append(prediction)
             position += 1

@@ -59,7 +59,7 @@ class Prediction(NamedTuple):
 
     *batch* is the size of the batch it ran in; *row* is its position among the predictions of the batch.
     *ranked* has as many classes as the request wanted from the model worker. *warnings* name what decoding
-    changed in the image; *size* is the (width, height) of the upright image in its file, None for a tensor.
+    changed in the image.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
@@ -69,7 +69,6 @@ class Prediction(NamedTuple):
     row: int
     ranked: RankedClasses
     warnings: tuple[str, ...] = ()
-    size: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
