@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import os
 import sys
 
 _YOUNG_OBJECTS = 50_000  # threshold of the youngest garbage collector generation
@@ -12,7 +13,13 @@ def main() -> None:
 
     Commands import torch and other large packages. With Python's default settings, garbage collection during
     these imports and at exit takes a third of the CPU time of `sopdeploy models NAME`.
+
+    Names of files and classes are UTF-8. In a locale with another encoding, such as `LC_ALL=C`, Python starts
+    again in its UTF-8 mode.
     """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # also for child processes
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - the same program
     gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])
     atexit.register(gc.freeze)  # excludes all objects from the collection at exit
     try:

@@ -53,10 +53,12 @@ def folder_name(folder: str | Path) -> str:
 
 
 def folder_project(folder: Path) -> str:
-    """Name the project of the data in *folder*: that of the folder, or of its parent for `train`.
+    """Name the project of the data in *folder*: that of the folder, or of its parent for `train` or a file.
 
     Other characters than those of a name are replaced by `-`; the name is empty if nothing remains.
     """
+    if expand_user(folder).is_file():
+        folder = folder.absolute().parent
     name = folder_name(folder)
     if name.lower() in {"train", "training"}:
         name = folder_name(folder / "..")

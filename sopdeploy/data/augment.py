@@ -19,8 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import ImagesDataset, LabeledImages, PreprocessedDataset, Target, derive_seed
-from sopdeploy.data.image_files import ImageFiles, image_errors
+from sopdeploy.data.base import (
+    ImagesDataset,
+    LabeledImages,
+    PreprocessedDataset,
+    Target,
+    derive_seed,
+    image_errors,
+)
 from sopdeploy.images.formats import load_pixels
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, resize_box, to_rgb, upright_size
 from sopdeploy.images.preprocess import Box, Preprocess, Side
@@ -288,14 +294,14 @@ def _crop_box(
     random: Random,
 ) -> tuple[NDArray[np.uint8], Target]:
     """Crop a random box and resize it; with `draft`, the image is decoded no larger than needed."""
-    if augmentation.draft and isinstance(images, ImageFiles):
+    if augmentation.draft:
         source, target = images.open(index), images.target(index)
         width, height = source.size  # before the rotation by EXIF
         upright = upright_size(source, rules)
         left, top, right, bottom = draw_box(augmentation, upright, rules, random)
         factor = max(1, int(min(right - left, bottom - top) / rules.crop))
         source.draft(None, (width // factor, height // factor))
-        with image_errors(images.path(index)):
+        with image_errors(images.describe(index)):
             image = to_rgb(load_pixels(source), rules)
         scale_x, scale_y = image.width / upright[0], image.height / upright[1]
         box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)

@@ -5,10 +5,14 @@ state that must be saved. A resumed run therefore makes the same choices as an u
 number of loader processes.
 """
 
+import copy
 import hashlib
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Protocol, TypeVar
+from io import BytesIO
+from typing import Annotated, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import pydantic
@@ -17,7 +21,8 @@ from PIL import Image
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.folders import Log
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, ImageError
+from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
@@ -37,12 +42,84 @@ class LabeledItems(Protocol[Item]):
     def __getitem__(self, index: int) -> tuple[Item, Target]: ...
 
 
-class LabeledImages(LabeledItems[Image.Image], Protocol):
-    """Images of any size and mode with their targets."""
+class LabeledImages(ABC):
+    """Base class of the images of a data source: images of any size and mode with their targets.
 
-    @property
-    def targets(self) -> NDArray[np.int64] | NDArray[np.float32]:
-        """Class indices (N,), or (N, C) with 1 for every class of an image; reads no images."""
+    Attributes:
+        labels: Class names in output order.
+        targets: Class indices (N,) int64, or (N, C) float32 with 1 for every class of an image.
+        groups: Images with equal values (N,) show one object or one burst and are never divided; None if no
+            groups are known.
+    """
+
+    labels: tuple[str, ...]
+    targets: NDArray[Any]
+    groups: NDArray[Any] | None = None
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """Read an encoded image, such as the bytes of a JPEG; raises `DataError` naming it."""
+
+    @abstractmethod
+    def identity(self, index: int) -> str:
+        """Return a name that no other image has and that is the same on every machine.
+
+        With the seed, the names determine which images are held out. Reports show them.
+        """
+
+    @abstractmethod
+    def select(self, mask: NDArray[np.bool_]) -> Self:
+        """Keep the images where *mask* (N,) is true."""
+
+    def describe(self, index: int) -> str:
+        """Return what messages call an image: its identity, or the path of its file."""
+        return self.identity(index)
+
+    def open(self, index: int) -> Image.Image:
+        """Open an image without decoding its pixels; raises `DataError` naming it."""
+        with image_errors(self.describe(index)):
+            return open_image(self.read(index))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
+        with image_errors(self.describe(index)):
+            return load_pixels(self.open(index)), self.target(index)
+
+    def target(self, index: int) -> Target:
+        """Return the class index of an image, or its row (C,) of several classes."""
+        target: Any = self.targets[index]
+        return int(target) if self.targets.ndim == 1 else target
+
+    def class_names(self, index: int) -> list[str]:
+        """List the classes of an image."""
+        if self.targets.ndim == 1:
+            return [self.labels[int(self.targets[index])]]
+        return [self.labels[column] for column in np.flatnonzero(self.targets[index])]
+
+    def class_counts(self) -> NDArray[np.int64]:
+        """Count the images of each class, (C,)."""
+        if self.targets.ndim == 1:
+            return np.bincount(self.targets.astype(np.int64), minlength=len(self.labels))
+        counts: NDArray[np.int64] = np.count_nonzero(self.targets, axis=0)
+        return counts
+
+    def replaced(self, **attributes: Any) -> Self:
+        """Copy the images with other `labels`, `targets` or `groups`."""
+        other = copy.copy(self)
+        for name, value in attributes.items():
+            object.__setattr__(other, name, value)  # also if the class is a frozen dataclass
+        return other
+
+
+@contextmanager
+def image_errors(name: str) -> Iterator[None]:
+    """Convert the `ImageError` of the image that messages call *name* to a `DataError`."""
+    try:
+        yield
+    except ImageError as error:
+        raise DataError(f"{name}: {error}; repair, convert or delete it") from error
 
 
 Dataset = LabeledItems[NDArray[np.uint8]]  # network inputs: (height, width, 3) arrays of one size
@@ -52,13 +129,18 @@ Dataset = LabeledItems[NDArray[np.uint8]]  # network inputs: (height, width, 3) 
 class Split:
     """Training and held-out images with the same labels; `skipped` lists unreadable files left out.
 
-    `divided` is true if the held-out images were selected from the training folder, not given separately.
+    `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
+    holds out some of the training images (`near.hold_out_images`).
     """
 
     train: LabeledImages
     held_out: LabeledImages
     skipped: tuple[str, ...] = ()
-    divided: bool = False
+
+    @classmethod
+    def undivided(cls, images: LabeledImages) -> "Split":
+        """Create a split without held-out images."""
+        return cls(train=images, held_out=images.select(np.zeros(len(images), np.bool_)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +170,32 @@ class PreprocessedDataset(ImagesDataset):
 
 
 @dataclass(frozen=True, slots=True)
-class ArrayImages:
+class ArrayImages(LabeledImages):
     """Images in memory: (N, H, W) gray or (N, H, W, 3) RGB, uint8."""
 
     labels: tuple[str, ...]
     images: NDArray[np.uint8]
-    targets: NDArray[np.int64]
+    targets: NDArray[Any]
+    groups: NDArray[Any] | None = None
 
-    def __len__(self) -> int:
-        return len(self.targets)
+    def read(self, index: int) -> bytes:
+        """Encode an image as BMP, which loses no pixel."""
+        file = BytesIO()
+        self.open(index).save(file, "BMP")
+        return file.getvalue()
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.targets[index])
+    def identity(self, index: int) -> str:
+        """Return the position of an image."""
+        return str(index)
+
+    def open(self, index: int) -> Image.Image:
+        """Return an image."""
+        return Image.fromarray(self.images[index])
 
     def select(self, mask: NDArray[np.bool_]) -> "ArrayImages":
         """Keep the images where *mask* (N,) is true."""
-        return replace(self, images=self.images[mask], targets=self.targets[mask])
+        groups = None if self.groups is None else self.groups[mask]
+        return replace(self, images=self.images[mask], targets=self.targets[mask], groups=groups)
 
 
 def derive_seed(*keys: int | str) -> int:
@@ -154,13 +246,24 @@ class ClassSubset(StrictModel):
     classes: Annotated[int, pydantic.Field(ge=2)] | None = None
 
 
-class DataSource(ClassSubset):
+class HoldOut(ClassSubset):
+    """Selection of the held-out images of a source that has none of its own.
+
+    The training loop holds out the fraction `hold_out` of every class, selected by `hold_out_seed`. It is not
+    the seed of the run, so all runs are evaluated on the same images.
+    """
+
+    hold_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
+    hold_out_seed: int = 0
+
+
+class DataSource(HoldOut):
     """Base class of the options of a data source that a plug-in adds; the field `kind` is its name."""
 
     def open(self, log: Log) -> Split:
-        """Open the training and held-out images; *log* receives warnings.
+        """Open the training and held-out images (`Split.undivided` if there are none of these).
 
-        Raises `DataError` if they cannot be used.
+        *log* receives warnings. Raises `DataError` if the images cannot be used.
         """
         raise NotImplementedError
 
@@ -179,13 +282,19 @@ def select_subset(split: Split, classes: int) -> Split:
         )
     names = sorted(labels, key=lambda label: (derive_seed(_SUBSET_SEED, "classes", label), label))[:classes]
     kept = tuple(label for label in labels if label in names)
-    train, held_out = (_select_classes(images, kept) for images in (split.train, split.held_out))
+    train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))
     return replace(split, train=train, held_out=held_out)
 
 
-def _select_classes(images: Any, labels: tuple[str, ...]) -> Any:
-    """Keep the images of the classes *labels*, with targets in this order."""
+def select_classes(images: LabeledImages, labels: tuple[str, ...]) -> LabeledImages:
+    """Keep the classes *labels* of *images* in this order, and the images (N,) of these classes.
+
+    An image (N, C) of other classes remains, without a class.
+    """
+    if images.targets.ndim == 2:
+        columns = [images.labels.index(label) for label in labels]
+        return images.replaced(labels=labels, targets=images.targets[:, columns])
     position = {label: index for index, label in enumerate(labels)}
     new = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
     targets = new[images.targets.astype(np.int64)]
-    return replace(images.select(targets >= 0), labels=labels, targets=targets[targets >= 0])
+    return images.select(targets >= 0).replaced(labels=labels, targets=targets[targets >= 0])

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import StrictModel
+from sopdeploy.data.base import image_errors
 from sopdeploy.data.datasets import official
 from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders, single_images
 from sopdeploy.data.datasets.label_table import LABELS_FILE, SEPARATOR, VAL, has_label_table, read_label_table
 from sopdeploy.data.folders import TRAIN, data_folder, list_images
-from sopdeploy.data.image_files import ImageFiles, image_errors, map_threaded
-from sopdeploy.data.near import groups_of_files, signature
+from sopdeploy.data.image_files import ImageFiles, map_threaded
+from sopdeploy.data.near import group_by_signatures, signature
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import to_rgb
@@ -59,7 +60,7 @@ class DataReport(StrictModel):
         classes: Problems of class folders that stop a training run: a folder has no images, or the held-out
             classes differ from the training classes.
         unreadable: Errors of the files that cannot be decoded.
-        too_few: Classes with a single image.
+        too_few: Classes with a single image, which training leaves out.
         near: Groups of near-duplicates, each with a file that is no exact duplicate; `None` if not searched.
         strange: Readable but unusual files, by reason.
         passed_over: Number of files without an image suffix, by suffix.
@@ -82,7 +83,9 @@ class DataReport(StrictModel):
 
     def must_be_usable(self) -> None:
         """Raise `DataError` with every problem that would stop a training run."""
-        problems = [*self.classes, *self.unreadable, *self.too_few]
+        problems = [*self.classes, *self.unreadable]
+        if len(self.too_few) > len(self.parts[0].classes) - 2:  # training leaves these classes out
+            problems += self.too_few
         if problems:
             raise DataError(f"{self.path}: cannot be used as it is: {shorten(problems, '; ')}")
 
@@ -132,7 +135,7 @@ def check_data(path: Path, *, near: bool = False) -> DataReport:
         longer_side=(int(longer.min()), int(np.median(longer)), int(longer.max())),
         classes=tuple(folders.problems),
         unreadable=tuple(info.error for info in infos if info.error),
-        too_few=tuple(single_images(*parts.values()) if len(parts) == 1 else ()),
+        too_few=tuple(single_images(*parts.values())) if len(parts) == 1 else (),
         duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
         near=tuple(_find_near(readable)) if near else None,
         strange={reason: tuple(files) for reason, files in unusual.items()},
@@ -168,7 +171,7 @@ def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _Fil
     data = b""
     try:
         data = images.read(index)
-        with image_errors(path):
+        with image_errors(str(path)):
             image = open_image(data)
             image_format = image.format or ""
             pixels = to_rgb(load_pixels(image), _RULES)
@@ -205,7 +208,7 @@ def _find_near(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:
     _, label_N = np.unique([info.label for info in infos], return_inverse=True)
     paths = np.asarray([os.fsencode(info.file) for info in infos], dtype=np.bytes_)
     signatures = np.stack([info.signature for info in infos if info.signature is not None])
-    groups = groups_of_files(ImageFiles(Path(), ("",), paths, label_N.astype(np.int64)), signatures)
+    groups = group_by_signatures(ImageFiles(Path(), ("",), paths, label_N.astype(np.int64)), signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist()):
         if len({hashes[file] for file in group.files}) > 1:

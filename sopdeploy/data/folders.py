@@ -96,6 +96,11 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
             visible = [entry for entry in entries if not is_hidden(entry.name)]
     except OSError as error:
         raise DataError(f"{folder}: cannot be listed ({error.strerror}); check its permissions") from error
+    for entry in visible:
+        try:
+            os.fsencode(entry.name).decode("utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{folder}: the name {entry.name!r} is not UTF-8; rename it") from None
     return sorted(visible, key=lambda entry: os.fsencode(entry.name))
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from sopdeploy.data.base import LabeledImages, Split, Target
-from sopdeploy.data.image_files import ImageFiles, divide, join, map_threaded
+from sopdeploy.data.base import LabeledImages, Split, hold_out
+from sopdeploy.data.image_files import map_threaded
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
@@ -33,14 +33,16 @@ MISSED = 0.2  # share of the copies below the threshold
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
-MAX_DIVIDED = 20_000  # with more images, `keep_groups_together` compares no pixels
+MAX_COMPARED_PIXELS = 20_000  # with more images, pixels are not compared
 THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and directions of a signature
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
-    """Re-encoded, smaller, brighter copies of the images at `originals` (M,); `crop` of each side is kept."""
+class Copies(LabeledImages):
+    """Re-encoded, smaller, brighter copies of the `images` at `originals` (M,), with `crop` of each side."""
 
+    labels: tuple[str, ...]
+    targets: NDArray[Any]
     images: LabeledImages
     originals: NDArray[np.intp]
     crop: float = 0.85
@@ -49,24 +51,12 @@ class Copies:
     def of(cls, images: LabeledImages, crop: float = 0.85) -> "Copies":
         """Copy an eighth of *images*, at least 8 and at most 32."""
         count = int(np.clip(len(images) // 8, 8, 32))
-        return cls(images, np.random.default_rng(0).permutation(len(images))[:count], crop)
+        originals = np.random.default_rng(0).permutation(len(images))[:count]
+        return cls(images.labels, images.targets[originals], images, originals, crop)
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names in output order."""
-        return self.images.labels
-
-    @property
-    def targets(self) -> Any:
-        """The targets of the originals."""
-        return self.images.targets[self.originals]
-
-    def __len__(self) -> int:
-        return len(self.originals)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
-        image, target = self.images[int(self.originals[index])]
-        pixels = to_rgb(image, _RULES)
+    def read(self, index: int) -> bytes:
+        """Copy an image and encode it as JPEG."""
+        pixels = to_rgb(self.images[int(self.originals[index])][0], _RULES)
         sides = np.asarray(pixels.size, np.float64)
         corner = np.random.default_rng(index).random(2) * (1 - self.crop) * sides
         box = (*corner.tolist(), *(corner + self.crop * sides).tolist())
@@ -74,7 +64,15 @@ class Copies:
         small = pixels.resize((width, height), Image.Resampling.BILINEAR, box)
         file = BytesIO()
         ImageEnhance.Brightness(small).enhance(1.15).save(file, "JPEG", quality=60)
-        return Image.open(file), target
+        return file.getvalue()
+
+    def identity(self, index: int) -> str:
+        """Return the identity of the original."""
+        return self.images.identity(int(self.originals[index]))
+
+    def select(self, mask: NDArray[np.bool_]) -> "Copies":
+        """Keep the copies where *mask* (M,) is true."""
+        return replace(self, targets=self.targets[mask], originals=self.originals[mask])
 
 
 def find_pairs(
@@ -177,27 +175,41 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
     return found
 
 
-def groups_of_files(images: ImageFiles, signatures: NDArray[np.float32]) -> Groups:
-    """Group *images* by their *signatures* (N, 512) and by the groups that the user gave."""
+def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) -> Groups:
+    """Group *images* by their *signatures* (N, 512) and by the groups that are known."""
     copies = Copies.of(images, crop=0.95)
     of_copies = np.stack([signature(copies[index][0]) for index in range(len(copies))])
     pairs = find_pairs([np.concatenate([signatures, of_copies])], copies.originals, images.targets)
     return connect(len(images), pairs, images.groups)
 
 
-def keep_groups_together(split: Split, fraction: float, seed: int) -> Split:
-    """Divide the images of *split* again if near-duplicates are on both sides; see `divide`."""
-    if not (split.divided and isinstance(split.train, ImageFiles) and isinstance(split.held_out, ImageFiles)):
+def hold_out_images(split: Split, fraction: float, seed: int) -> Split:
+    """Hold out *fraction* of the images of every class if *split* has no held-out images.
+
+    *seed* and the identities of the images determine which. Near-duplicates and images of one group are on
+    one side; a class that is one group has no held-out image.
+    """
+    images = split.train
+    if len(split.held_out):
         return split
-    images = join(split.train, split.held_out)
-    if len(images) > MAX_DIVIDED:
-        return split
-    try:
-        signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
-        groups = groups_of_files(images, signatures)
-    except DataError:  # the run names all unreadable files
-        return split
-    if groups.max() + 1 == len(images):
-        return split
-    train, held_out = divide(replace(images, groups=groups), fraction, seed)
-    return replace(split, train=train, held_out=held_out)
+    if len(images) <= MAX_COMPARED_PIXELS:
+        try:
+            signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
+            groups = group_by_signatures(images, signatures)
+        except DataError:  # the run names all unreadable files
+            pass
+        else:
+            images = images if groups.max() + 1 == len(images) else images.replaced(groups=groups)
+    mask = _hold_out_groups(images, fraction, seed)
+    return replace(split, train=images.select(~mask), held_out=images.select(mask))
+
+
+def _hold_out_groups(images: LabeledImages, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """Select *fraction* of the groups of every class by *seed*; returns a mask (N,)."""
+    groups = np.arange(len(images)) if images.groups is None else images.groups
+    # Of G groups, the first image stands for the others; N is the number of images.
+    _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
+    keys_G = [images.identity(index) for index in first_G.tolist()]
+    held_out_G: NDArray[np.bool_] = hold_out(keys_G, images.targets[first_G], fraction, seed)
+    mask: NDArray[np.bool_] = held_out_G[group_N]
+    return mask

@@ -16,7 +16,7 @@ from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.folders import Log, ignore
-from sopdeploy.data.image_files import ImageFiles, find_unreadable
+from sopdeploy.data.image_files import find_unreadable
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.plugins import DATA_SOURCES
@@ -74,9 +74,6 @@ def _drop_unreadable(split: Split, log: Log) -> Split:
     readable_sets: list[LabeledImages] = []  # train, held out
     skipped: list[str] = []
     for images in (split.train, split.held_out):
-        if not isinstance(images, ImageFiles):
-            readable_sets.append(images)
-            continue
         unreadable = list(find_unreadable(images))
         mask = np.ones(len(images), dtype=np.bool_)
         mask[unreadable] = False
@@ -85,11 +82,11 @@ def _drop_unreadable(split: Split, log: Log) -> Split:
         if empty.size:
             names = [images.labels[target] for target in empty]
             raise DataError(
-                f"{images.root}: no readable image in the classes {shorten(names)}; repair the files",
+                f"data: no readable image in the classes {shorten(names)}; repair the files",
                 lists={"classes": names},
             )
         readable_sets.append(readable)
-        skipped += [str(images.path(index)) for index in unreadable]
+        skipped += [images.describe(index) for index in unreadable]
     if skipped:
         log(f"{len(skipped)} unreadable images are left out: {shorten(skipped)}")
     return replace(split, train=readable_sets[0], held_out=readable_sets[1], skipped=tuple(skipped))

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel, first_problem
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.image_files import ImageFiles, hash_images
+from sopdeploy.data.image_files import hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
@@ -183,17 +182,17 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
     images = select_procedure(recipe, open_data(recipe.data)).data.train
     logits_NC = _procedure_state(last).get("label_logits")
-    if logits_NC is None or not isinstance(images, ImageFiles):
+    if logits_NC is None:
         raise ConfigError(
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
         )
     if not np.array_equal(np.unique(hash_images(images)), np.asarray(last.image_hashes)):
-        raise DataError(f"{images.root}: the images have changed since the run {run}; train again")
+        raise DataError(f"{run}: the images have changed since the run; train again")
     return tuple(wrong for _, wrong in _rank_labels(logits_NC.double().numpy(), images))
 
 
-def _rank_labels(logits_NC: NDArray[np.float64], images: ImageFiles) -> list[tuple[int, WrongLabel]]:
+def _rank_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
     """List the images of which another class is more probable than the label, and what they show.
 
     The image with the least probable label is first ("self-confidence" in Northcutt et al., JAIR 2021).
@@ -205,7 +204,7 @@ def _rank_labels(logits_NC: NDArray[np.float64], images: ImageFiles) -> list[tup
         (
             index,
             WrongLabel(
-                file=str(images.path(index)),
+                file=images.describe(index),
                 label=images.labels[labels[index]],
                 suggested=images.labels[suggested_N[index]],
                 probability=float(of_label_N[index]),
@@ -221,7 +220,7 @@ def _training_galleries(
     images: LabeledImages, state: dict[str, Tensor], preprocess: Preprocess
 ) -> dict[str, Any]:
     """Show the training *images* with probably wrong labels, and the largest groups of copies."""
-    if "groups" not in state or not isinstance(images, ImageFiles) or len(images) != len(state["groups"]):
+    if "groups" not in state or len(images) != len(state["groups"]):
         return {}
     wrong = []
     if "label_logits" in state:
@@ -254,8 +253,7 @@ def _picture(images: LabeledImages, index: int, caption: str, preprocess: Prepro
     encoded = io.BytesIO()
     small.save(encoded, "JPEG", quality=JPEG_QUALITY)
     jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
-    file = os.fsdecode(images.paths[index]) if isinstance(images, ImageFiles) else ""
-    return Mistake(file=file, caption=caption, jpeg=jpeg)
+    return Mistake(file=images.identity(index), caption=caption, jpeg=jpeg)
 
 
 def read_history(checkpoint: Checkpoint, source: Path) -> tuple[EpochRow, ...]:

@@ -25,6 +25,7 @@ from sopdeploy.models.stats import Counts
 from sopdeploy.report.run_data import read_history
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
+from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import TrainingResult
 
@@ -120,7 +121,7 @@ def _head_errors(
     weights = model.loss_weights()
     if len(weights) < 2:
         return {}
-    images = open_data(recipe.data).held_out
+    images = select_procedure(recipe, open_data(recipe.data)).data.held_out
     counter = HeadCounter(model.to(select_device(recipe.device)), torch.from_numpy(images.targets))
     predict_images(counter.eval(), checkpoint, images, workers=recipe.workers)
     shares = loss_shares(weights, {name: losses[name] for name in counter.right})

@@ -17,6 +17,7 @@ from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.bundle.folder import staging
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.datasets.small import open_digits
+from sopdeploy.data.near import hold_out_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import entry, make_config
@@ -116,7 +117,11 @@ def write_small_images(source: Path | None, folder: Path) -> None:
     """
     if folder.exists():
         return
-    split = open_digits() if source is None else open_data(FolderConfig(kind="folder", path=source))
+    if source is None:
+        split = open_digits()
+    else:
+        config = FolderConfig(kind="folder", path=source)
+        split = hold_out_images(open_data(config), config.hold_out, config.hold_out_seed)
     if split.train.targets.ndim == 2:
         raise DataError(f"{source}: lists several classes per image; give a folder with one class each")
     with staging(folder.parent) as partial:

@@ -42,7 +42,8 @@ def dry_run(recipe: Recipe) -> DryRun:
     """Resolve *recipe* and run two steps of it on its data, without writing anything."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    data = open_data(recipe.data)
+    selected = select_procedure(recipe, open_data(recipe.data))
+    data = selected.data
     run = create_run(recipe, data.train, Strategy(select_device(recipe.device)))
     recipe = run.recipe
     dataset, batches = epoch_data(recipe, data.train, 0)
@@ -69,5 +70,5 @@ def dry_run(recipe: Recipe) -> DryRun:
         shipped=described[recipe.preprocess.crop].shipped,
         step_seconds=step_seconds,
         loss=loss_value,
-        procedure=select_procedure(recipe, data).recipe.procedure.kind,
+        procedure=selected.recipe.procedure.kind,
     )

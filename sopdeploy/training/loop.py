@@ -7,11 +7,10 @@ import numpy as np
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
+from sopdeploy.data.base import HoldOut, LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.batches import balanced_batches, load_batches, shuffled_batches, with_wait_time
-from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.image_files import unreadable_images_error
-from sopdeploy.data.near import keep_groups_together
+from sopdeploy.data.near import hold_out_images
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
@@ -36,10 +35,10 @@ class TrainingLoop(Procedure):
         self.config = config
 
     def training_data(self, recipe: Recipe, data: Split) -> Split:
-        """Keep near-duplicates of training images out of the held-out images."""
-        if not isinstance(recipe.data, FolderConfig):
+        """Hold out images if the source has no held-out images."""
+        if not isinstance(recipe.data, HoldOut):
             return data
-        return keep_groups_together(data, recipe.data.hold_out, recipe.data.hold_out_seed)
+        return hold_out_images(data, recipe.data.hold_out, recipe.data.hold_out_seed)
 
     def fit(self, run: Run, data: Split, folder: RunFolder, callback: Callback) -> LoopResult:
         """Run the remaining epochs, and fit the decision of `best.pt`."""
@@ -150,7 +149,7 @@ def fit_best(run: Run, held_out: PreprocessedDataset, folder: RunFolder, callbac
             estimated_on="held-out",
             accepts=run.recipe.rejection.accepts,
             scalable=model.logits_layer() is not None,
-            groups=getattr(held_out.images, "groups", None),
+            groups=held_out.images.groups,
             unknown=predict_unknown(
                 model,
                 run.recipe.rejection.unknown,

@@ -39,6 +39,10 @@ from sopdeploy.training.start_weights import (
     complete_preprocess,
 )
 
+ONE_GROUP = (
+    "all images are one group (copies of one photograph, or one folder), so the accuracy of the class cannot "
+    "be measured; add different photographs"
+)
 MAX_HASHED = 50_000  # training images; hashing more delays the start by more than a minute
 
 
@@ -134,8 +138,9 @@ def start_or_resume(
     recorded = None
     if checkpoint is not None:
         recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(folder.last)).procedure
-    data = open_data(recipe.data, callback.on_warning)
-    procedure, recipe, data, reason = select_procedure(recipe, data, recorded)
+    opened = open_data(recipe.data, callback.on_warning)
+    procedure, recipe, data, reason = select_procedure(recipe, opened, recorded)
+    _warn_of_classes_without_held_out(opened, data, callback)
     recipe.check_effect(given)
     _check_unknown(recipe, data)
     check_divisible(recipe, len(data.train), strategy.world)
@@ -174,6 +179,16 @@ def start_or_resume(
         input_side=run.recipe.preprocess.crop,
     )
     return run, data, procedure
+
+
+def _warn_of_classes_without_held_out(opened: Split, data: Split, callback: Callback) -> None:
+    """Warn of the classes of which no image could be held out, if *data* has images held out of *opened*."""
+    if len(opened.held_out) or not len(data.held_out):
+        return
+    counts = data.held_out.class_counts().tolist()
+    alone = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
+    if alone:
+        callback.on_warning(f"{shorten(alone)}: {ONE_GROUP}")
 
 
 def _check_unknown(recipe: Recipe, data: Split) -> None:

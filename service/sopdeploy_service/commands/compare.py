@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
 from sopdeploy.data.image_files import ImageFiles, hash_images, map_threaded
-from sopdeploy.data.near import MAX_DIVIDED, groups_of_files, signature
+from sopdeploy.data.near import MAX_COMPARED_PIXELS, group_by_signatures, signature
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.mcnemar import (
     ALPHA,
@@ -196,11 +196,13 @@ def _select(
             suspects.append(name)
         seen |= found
     groups = np.arange(len(images))
-    if len(images) <= MAX_DIVIDED:
+    if len(images) <= MAX_COMPARED_PIXELS:
         signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
-        groups = groups_of_files(images, np.stack(list(signatures)))
+        groups = group_by_signatures(images, np.stack(list(signatures)))
     else:
-        notes.append(f"{images.root}: more than {MAX_DIVIDED:,} images; no near-duplicates are left out")
+        notes.append(
+            f"{images.root}: more than {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out"
+        )
     seen = np.isin(groups, groups[seen])
     kept = np.zeros(len(images), np.bool_)
     kept[np.unique(groups, return_index=True)[1]] = True

@@ -8,12 +8,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-import pydantic
 
-from sopdeploy.data.base import ClassSubset, Split
+from sopdeploy.data.base import HoldOut, LabeledImages, Split, select_classes
 from sopdeploy.data.datasets.label_table import LABELS_FILE, has_label_table, read_label_table, split_table
 from sopdeploy.data.folders import (
     TRAIN,
@@ -26,29 +25,21 @@ from sopdeploy.data.folders import (
     list_subfolders,
     part_folder,
 )
-from sopdeploy.data.image_files import ImageFiles, divide, find_unreadable
+from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.images.limits import SUFFIXES
 
-ONE_GROUP = (
-    "all images are one group (copies of one photograph, or one folder), so the accuracy of the class cannot "
-    "be measured; add different photographs"
-)
 UNSPLIT = "all"  # the name of the only part if there are no folders train and val
 
 
-class FolderConfig(ClassSubset):
-    """Location of the images and selection of the held-out ones.
+class FolderConfig(HoldOut):
+    """Location of the images, and of the held-out ones if there is a folder; see `HoldOut`.
 
-    Without a folder of held-out images, the fraction `hold_out` of every class is selected by
-    `hold_out_seed`. It is not the seed of the run, so all runs are evaluated on the same images.
     `skip_corrupt` leaves out unreadable images.
     """
 
     kind: Literal["folder"]
     path: Path | None = None
-    hold_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
-    hold_out_seed: int = 0
     skip_corrupt: bool = False
 
 
@@ -65,10 +56,10 @@ def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
         )
     root = data_folder(config.path)
     if has_label_table(root):
-        split = split_table(read_label_table(root), config.hold_out, config.hold_out_seed)
+        split = split_table(read_label_table(root))
         if split.train.targets.ndim == 1:
             log(f"{root / LABELS_FILE}: every image has one class, so the network predicts one")
-        return split
+        return split if len(split.held_out) else leave_out_small_classes(split.train, root, log)
     folders = open_class_folders(root, held_out=1)
     for line in folders.notes:
         log(line)
@@ -76,18 +67,32 @@ def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
         ignored = describe_suffixes(folders.ignored)
         log(f"{root}: ignored files without an image suffix: {ignored}")
     train, *held_out = folders.parts.values()
-    problems = [*folders.problems, *([] if held_out else single_images(train))]
+    problems = [*folders.problems]
     if problems:  # only then, because training finds unreadable images itself
         parts = () if config.skip_corrupt else folders.parts.values()
         problems += [error for part in parts for error in find_unreadable(part).values()]
         raise DataError(shorten(problems, "; "), lists={"problems": problems})
     if held_out:
         return Split(train=train, held_out=held_out[0])
-    train, divided = divide(train, config.hold_out, config.hold_out_seed)
-    alone = [train.labels[index] for index in np.flatnonzero(divided.class_counts() == 0)]
-    if alone:
-        log(f"{root}: {shorten(alone)}: {ONE_GROUP}")
-    return Split(train=train, held_out=divided, divided=True)
+    return leave_out_small_classes(train, root, log)
+
+
+def leave_out_small_classes(images: LabeledImages, root: Path, log: Log) -> Split:
+    """Leave out the classes of *images* with fewer than two images, of which none could be held out.
+
+    *log* receives a line about them. Raises `DataError` if fewer than two classes remain.
+    """
+    counts = images.class_counts()
+    kept = tuple(label for label, count in zip(images.labels, counts, strict=True) if count > 1)
+    small = [label for label in images.labels if label not in kept]
+    if len(kept) < 2:
+        raise DataError(
+            f"{root}: a classifier needs two classes of two images or more; add images of {shorten(small)}"
+        )
+    if small:
+        log(f"{root}: left out, because there are fewer than two images: {shorten(small)}; add some")
+        images = select_classes(images, kept)
+    return Split.undivided(images)
 
 
 class ClassFolders(NamedTuple):
@@ -193,7 +198,7 @@ def describe_suffixes(counts: Mapping[str, int]) -> str:
 
 
 def single_images(images: ImageFiles) -> Iterator[str]:
-    """Describe the classes with a single image: none could be held out."""
+    """Describe the classes with a single image, which training leaves out."""
     for target in np.flatnonzero(images.class_counts() == 1):
         yield f"{images.root / images.labels[target]}: only one image; add another"
 

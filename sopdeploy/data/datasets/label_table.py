@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.base import Split
 from sopdeploy.data.folders import TRAIN, is_image, list_subfolders
-from sopdeploy.data.image_files import ImageFiles, divide
+from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, shorten
 
 LABELS_FILE = "labels.csv"
@@ -130,20 +130,19 @@ def read_label_table(
     return LabelTable(ImageFiles(root, labels, paths, targets, groups), parts)
 
 
-def split_table(table: LabelTable, fraction: float, seed: int) -> Split:
-    """Split *table* by its column `split`, or without this column hold out *fraction* of every class.
+def split_table(table: LabelTable) -> Split:
+    """Split *table* by its column `split`; without this column, no image is held out.
 
     Raises `DataError` naming a class without a training image.
     """
-    if table.is_split:
-        train, held_out = table.part(TRAIN), table.part(VAL)
-    else:
-        train, held_out = divide(table.images, fraction, seed)
+    if not table.is_split:
+        return Split.undivided(table.images)
+    train, held_out = table.part(TRAIN), table.part(VAL)
     missing = np.flatnonzero(train.class_counts() == 0)
     if missing.size:
         path, name = table.images.root / LABELS_FILE, table.images.labels[missing[0]]
         raise DataError(f"{path}: no training image of {name}; set the split of one of its images to {TRAIN}")
-    return Split(train=train, held_out=held_out, divided=not table.is_split)
+    return Split(train=train, held_out=held_out)
 
 
 class _Row(NamedTuple):

@@ -1,6 +1,5 @@
 """The labeled images of a folder, for commands without a recipe: `eval`, `calibrate`, `data check`."""
 
-from dataclasses import replace
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -107,5 +106,4 @@ def _match(root: Path, images: ImageFiles, labels: tuple[str, ...], *, must_matc
     targets = np.asarray(new_targets, dtype=np.int64)[images.targets.astype(np.int64)]
     if not (targets >= 0).any():
         raise DataError(f"{root}: holds no images of these classes; add some")
-    chosen = images.select(targets >= 0)
-    return replace(chosen, labels=labels, targets=targets[targets >= 0])
+    return images.select(targets >= 0).replaced(labels=labels, targets=targets[targets >= 0])

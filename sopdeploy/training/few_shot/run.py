@@ -24,6 +24,7 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
@@ -31,7 +32,7 @@ from sopdeploy.training.few_shot.candidates import Network, list_heads, other_re
 from sopdeploy.training.few_shot.classifier import GRID, Array, Indices, Targets
 from sopdeploy.training.few_shot.config import FewShotConfig, FewShotResult
 from sopdeploy.training.few_shot.estimates import choose, compose, estimate
-from sopdeploy.training.few_shot.selection import join_split, propose
+from sopdeploy.training.few_shot.selection import propose
 from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.procedure import Procedure, Proposal
 from sopdeploy.training.recipe import Recipe
@@ -48,8 +49,13 @@ class FewShot(Procedure):
         self.config = config
 
     def training_data(self, recipe: Recipe, data: Split) -> Split:
-        """Add images that were split off the training images to them again; see `selection.join_split`."""
-        return join_split(recipe, data)
+        """Use all images: cross-validation replaces a hold-out.
+
+        Raises `ConfigError` if the procedure has no head for the network of *recipe*, which has training-only
+        parts other than the branches of DSoP.
+        """
+        entry(head_name(recipe.model.name))
+        return data
 
     def propose(self, recipe: Recipe, data: Split, max_minutes: float) -> Proposal:
         """Decide by the number of images, the predicted time and memory; see `selection.propose`."""
@@ -132,7 +138,7 @@ class FewShot(Procedure):
         if len(networks) > 1:
             reason += "; of the networks, it has the smallest loss"
         score = estimate(targets, cross_validated_NK, run.recipe.seed, groups_N, int(folds_N.max()) + 1)
-        names = [str(path) for path in getattr(images, "paths", np.arange(len(images))).astype(str)]
+        names = [images.identity(index) for index in range(len(images))]
         group_counts = targets.group_counts(groups_N)
         result = FewShotResult(
             **{"top1" if isinstance(score, Rate) else "map": score},
@@ -194,7 +200,7 @@ class FewShot(Procedure):
             networks.append(network)
             if network is networks[0]:
                 pairs = network.find_copies(images) if self.config.group_copies else np.zeros((2, 0), np.intp)
-                groups_N = connect(len(images), pairs, network.hashes, getattr(images, "groups", None))
+                groups_N = connect(len(images), pairs, network.hashes, images.groups)
                 _, first_G = np.unique(groups_N, return_index=True)  # the first image of each group
                 keys_N = np.asarray(network.hashes)[first_G][groups_N]
                 folds_N = targets.folds(keys_N.tolist(), self.config.folds, derive_seed(recipe.seed, "folds"))
@@ -221,9 +227,7 @@ class FewShot(Procedure):
             batch_size=recipe.batch_size,
             workers=recipe.workers,
         )
-        groups_N = getattr(images, "groups", None)
-        if groups_N is None:
-            groups_N = np.arange(len(images))
+        groups_N = np.arange(len(images)) if images.groups is None else images.groups
         score = estimate(Targets.of(images), logits_NK, recipe.seed, groups_N)
         field = "top1" if isinstance(score, Rate) else "map"
         result = result.model_copy(update={field: score, "estimated_on": "held-out"})

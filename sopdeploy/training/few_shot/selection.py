@@ -1,15 +1,14 @@
-"""The images of the few-shot procedure, and its proposal: its time and that of the training loop here."""
+"""The proposal of the few-shot procedure: its time and that of the training loop on this machine."""
 
 import os
 import time
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
-from sopdeploy.data.image_files import ImageFiles, join, unreadable_images_error
+from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -35,25 +34,11 @@ class PredictedCost(NamedTuple):
     memory: int
 
 
-def join_split(recipe: Recipe, data: Split) -> Split:
-    """Add images that were split off the training images to them again; a held-out folder remains.
-
-    Cross-validation on all images is more precise. Raises `ConfigError` if the procedure has no head for the
-    network of *recipe*, which has training-only parts other than the branches of DSoP.
-    """
-    entry(head_name(recipe.model.name))
-    train, held_out = data.train, data.held_out
-    if not (data.divided and isinstance(train, ImageFiles) and isinstance(held_out, ImageFiles)):
-        return data
-    joined = join(train, held_out)
-    no_images = joined.select(np.zeros(len(joined), np.bool_))
-    return replace(data, train=joined, held_out=no_images)
-
-
 def propose(recipe: Recipe, data: Split, max_minutes: float) -> Proposal:
     """Decide by the predicted time and memory whether the procedure trains on *data*, and say why."""
+    images = data.train
     try:
-        images = join_split(recipe, data).train
+        entry(head_name(recipe.model.name))
     except ConfigError:
         return Proposal(False)
     if len(images) <= _FEW_IMAGES:

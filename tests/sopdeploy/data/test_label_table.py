@@ -11,6 +11,7 @@ from PIL import Image
 from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.near import hold_out_images
 from sopdeploy.errors import DataError
 from tests.two_objects import CLASSES, draw_scenes
 
@@ -61,7 +62,7 @@ PROBLEMS = {
     "file,classes,split\na.png,cat|dog,test\n": "line 2: split is 'test'; write train or val",
     "file,classes,split\na.png,cat|dog,train\n": "no image of split val has a class",
     "file,classes,split\na.png,cat,train\nb.png,dog,val\n": "no training image of dog",
-    GOOD: "only one image of cat",
+    GOOD: "a classifier needs two classes of two images or more; add images of cat",
 }
 
 
@@ -97,13 +98,13 @@ def test_a_table_of_other_columns_next_to_class_folders_is_ignored(folder: Path)
     shutil.rmtree(folder / "sub")
     split = open_folder(FolderConfig(kind="folder", path=write(folder, "name,breed\na,b\n")))
     assert split.train.labels == ("cat", "dog")
-    assert split.train.targets.shape == (2,)
+    assert split.train.targets.shape == (4,)
 
 
 def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> None:
     scenes = draw_scenes(tmp_path / "scenes", count=60)
-    split = open_folder(FolderConfig(kind="folder", path=scenes))
-    again = open_folder(FolderConfig(kind="folder", path=scenes))
+    config = FolderConfig(kind="folder", path=scenes)
+    split, again = (hold_out_images(open_folder(config), 0.2, 0) for _ in range(2))
     assert split.train.labels == CLASSES
     assert len(split.train) + len(split.held_out) == 60
     held = split.held_out.targets.sum(axis=0)
