@@ -98,4 +98,4 @@ def test_the_project_is_named_after_the_folder_of_the_list(tmp_path: Path) -> No
     (tmp_path / "animals").mkdir()
     (tmp_path / "animals" / "list.csv").touch()
     settings = ["data.kind=list", f"data.path={tmp_path}/animals/list.csv"]
-    assert configure("photos", None, TrainOptions(), settings).recipe.project == "animals"
+    assert configure(None, "photos", TrainOptions(), settings).recipe.project == "animals"
