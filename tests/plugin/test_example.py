@@ -63,7 +63,10 @@ def test_a_checkpoint_names_the_version_of_the_package(checkpoint: Path) -> None
     found = read_checkpoint(checkpoint)
     assert (found.model, found.labels) == ("std-resnet8", ("horizontal", "vertical"))
     assert found.training["plugins"] == EXAMPLE
-    assert found.training["recipe"]["data"] == {"kind": "stripes", "count": 8, "classes": None}
+    data = found.training["recipe"]["data"]
+    assert {name: data[name] for name in ("kind", "count", "classes")} == {
+        "kind": "stripes", "count": 8, "classes": None
+    }  # fmt: skip
 
 
 def test_a_network_of_the_catalog_is_trained_with_its_pooling(tmp_path: Path) -> None:
