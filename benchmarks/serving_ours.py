@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 import uvicorn
 from fake_runtime import FakeOverlappingRuntime
@@ -64,23 +63,15 @@ def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedMode
     )
 
 
-def replace_decoder(work: Callable[[], object] | None = None) -> None:
-    """Let the server do *work*, or nothing, instead of decoding; all images become the same pixels."""
+def replace_decoder(work: Callable[[], object]) -> None:
+    """Let the server do *work* instead of decoding; all images become the same pixels."""
     image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
 
     def decode(*_: object, **__: object) -> Decoded:
-        if work is not None:
-            work()
+        work()
         return image
 
     loaders.decode = decode  # type: ignore[attr-defined]
-
-
-def count_answered(url: str) -> float:
-    """Read the number of answered requests of `fake_model`, served as `model`, from the metrics at *url*."""
-    start = 'sopdeploy_requests_total{code="200",model="model",route="/v1/classify"} '
-    lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return sum(float(line.removeprefix(start)) for line in lines if line.startswith(start))
 
 
 def settings_for(largest: int, *, decoders: int, threads: int, **more: Any) -> Settings:

@@ -76,7 +76,7 @@ def create_app(
     app.state.links = None  # or the links to follow, and where they lead
     app.state.collect_metrics = None  # or a function that collects those of several processes
     for router in (v1.router, status.router, v2.router, web.router):
-        app.router.routes += router.routes  # `include_router` would add a second matching step per request
+        app.include_router(router)
     problems.handle_errors(app)
     if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}

@@ -19,7 +19,6 @@ from sopdeploy.images.formats import FIRST_BYTES, too_large_error
 from sopdeploy_service.api.admission import AdmittedRequest
 from sopdeploy_service.api.schema import ClassifyRequest
 from sopdeploy_service.http.forms import ImageForm
-from sopdeploy_service.http.middleware import receive_within
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse, validate
 from sopdeploy_service.images.decode import EncodedImage
@@ -137,7 +136,8 @@ async def read_body(
         _check_budget(service, context.bytes, max(0, announced - context.bytes))
         started = time.monotonic()
         try:
-            message = await receive_within(request.receive, min(grace, deadline - started))
+            async with asyncio.timeout(min(grace, deadline - started)):
+                message = await request.receive()
         except TimeoutError as problem:
             raise RejectedError(LATE_BODY if time.monotonic() >= deadline else SLOW_BODY) from problem
         if message["type"] == "http.disconnect":

@@ -1,12 +1,10 @@
 """`POST /v1/classify` and `/v1/embed`: read the images of a request, run them and format the outputs."""
 
 import base64
-from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.routing import APIRoute
 
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding
@@ -25,32 +23,7 @@ from sopdeploy_service.inference.results import (
     rank_classes,
 )
 
-NO_CLASSIFY_QUERY, NO_EMBED_QUERY = ClassifyQuery(), EmbedQuery()
-
-
-class QueryRoute(APIRoute):
-    """A route whose endpoint has defaults for its query parameters, which an empty query leaves as they are.
-
-    FastAPI would examine each parameter also in a request without a query, the most frequent kind: a fifth of
-    the CPU time of such a request. Everything else is FastAPI's, dependencies and their parameters included.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Create the handler; a request without a query gets one that reads no query parameters."""
-        handle, described = super().get_route_handler(), self.dependant
-        if any(parameter.field_info.is_required() for parameter in described.query_params):
-            return handle
-        self.dependant = replace(described, query_params=[])
-        handle_without_query = super().get_route_handler()
-        self.dependant = described
-
-        async def handle_request(request: Request) -> Response:
-            return await (handle if request.scope["query_string"] else handle_without_query)(request)
-
-        return handle_request
-
-
-router = APIRouter(route_class=QueryRoute)
+router = APIRouter()
 
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"type": "object", "properties": {"image": {"type": "array", "items": BINARY}}, "required": ["image"]}
@@ -74,9 +47,7 @@ STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
     responses=problem_responses(*STATUSES),
     openapi_extra=BODY,
 )
-async def classify(
-    request: Request, query: Annotated[ClassifyQuery, Query()] = NO_CLASSIFY_QUERY
-) -> Response:
+async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -> Response:
     """Classify the image in the body, or 1..n images in a form (fields `image`) or in JSON.
 
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status 200, in
@@ -113,7 +84,7 @@ async def classify(
     responses=problem_responses(*STATUSES),
     openapi_extra=BODY,
 )
-async def embed(request: Request, query: Annotated[EmbedQuery, Query()] = NO_EMBED_QUERY) -> Response:
+async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Response:
     """Compute the embedding of the image in the body, or of 1..n images in a form or in JSON.
 
     Requests, limits and errors are those of `/v1/classify`; each image has `embedding` instead of `classes`.

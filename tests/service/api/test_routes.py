@@ -1,16 +1,8 @@
 """`/v1/classify` and the status endpoints: responses, headers, parameters and metrics."""
 
 import re
-from typing import Annotated
 
-import pydantic
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, HTTPException, Query
-from fastapi.testclient import TestClient
-
-from sopdeploy.http_api import ClassifyQuery
-from sopdeploy_service.api import v1
-from sopdeploy_service.settings import Settings
 
 
 def test_a_raw_image_gives_its_classes_best_first(client, jpeg):
@@ -121,70 +113,3 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
         assert line in text, line
     assert "_created" not in text
     assert "/nothing" not in text  # unknown paths share a label: clients cannot grow the metrics
-
-
-def test_dependencies_of_a_route_are_respected(jpeg, monkeypatch, bundle, onnx_runtime, run_server):
-    def deny():
-        raise HTTPException(403)
-
-    monkeypatch.setattr(v1.router, "routes", [*v1.router.routes])
-    v1.router.add_api_route("/v1/denied", v1.classify, methods=["POST"], dependencies=[Depends(deny)])
-    with run_server(onnx_runtime, bundle, Settings(threads=1)) as server:
-        assert server.post("/v1/denied", content=jpeg).status_code == 403
-
-
-@pytest.mark.parametrize(
-    ("url", "status", "body"),
-    [
-        ("/optional", 200, {"size": 3, "color": "none"}),
-        ("/optional?", 200, {"size": 3, "color": "none"}),
-        ("/optional?size=4", 200, {"size": 4, "color": "none"}),
-        ("/optional?color=a", 200, {"size": 3, "color": "a"}),
-        ("/optional?size=b", 422, None),
-        ("/required", 422, None),
-        ("/required?size=4", 200, {"size": 4}),
-        ("/denied", 403, None),
-        ("/denied?size=4", 403, None),
-    ],
-)
-def test_a_request_without_a_query_skips_only_parameters_with_defaults(url, status, body):
-    class Page(pydantic.BaseModel):
-        size: int = 3
-
-    def read_color(color: str = "none") -> str:
-        return color
-
-    def deny() -> None:
-        raise HTTPException(403)
-
-    first = Page()
-
-    def optional(color: Annotated[str, Depends(read_color)], page: Annotated[Page, Query()] = first):
-        return {"size": page.size, "color": color}
-
-    def required(size: int):
-        return {"size": size}
-
-    router = APIRouter(route_class=v1.QueryRoute)
-    router.add_api_route("/optional", optional)
-    router.add_api_route("/required", required)
-    router.add_api_route("/denied", optional, dependencies=[Depends(deny)])
-    app = FastAPI()
-    app.router.routes += router.routes
-    reply = TestClient(app).get(url)
-    assert reply.status_code == status
-    assert body is None or reply.json() == body
-
-
-def test_the_description_of_a_route_has_the_parameters_that_an_empty_query_skips():
-    seven = ClassifyQuery(top_k=7)
-
-    def size_of(page: Annotated[ClassifyQuery, Query()] = seven):
-        return page.top_k
-
-    router = APIRouter(route_class=v1.QueryRoute)
-    router.add_api_route("/size", size_of)
-    app = FastAPI()
-    app.router.routes += router.routes
-    assert TestClient(app).get("/size").json() == 7
-    assert app.openapi()["paths"]["/size"]["get"]["parameters"][0]["name"] == "top_k"

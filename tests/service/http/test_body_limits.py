@@ -1,13 +1,11 @@
 """The memory budget and the rate limit of request bodies."""
 
-import asyncio
 from contextlib import ExitStack
 
 import pytest
 from fake_runtime import FakeRuntime
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.middleware import receive_within
 from sopdeploy_service.settings import load_settings
 from tests.service.raw import EXPECT, POST, connect, count, read
 
@@ -61,33 +59,3 @@ def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with, unt
 def test_a_body_limit_above_the_budget_is_an_invalid_setting():
     with pytest.raises(ConfigError, match=r"max_body_bytes .* larger than 7/8 of max_upload_bytes"):
         load_settings(max_body_bytes=900, max_upload_bytes=1000)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "is_cancelled", "expected"),
-    [
-        (60.0, False, "message"),
-        (0.0, False, "TimeoutError"),
-        (60.0, True, "CancelledError"),
-        (0.0, True, "CancelledError"),  # cancelled by both: the timeout must not hide it
-    ],
-)
-def test_a_wait_for_a_message_ends_with_the_message_the_timeout_or_its_cancellation(
-    seconds, is_cancelled, expected
-):
-    async def receive():
-        if is_cancelled:
-            asyncio.get_running_loop().call_later(0, asyncio.current_task().cancel)
-        if expected != "message":
-            await asyncio.Event().wait()
-        return {"type": expected}
-
-    async def wait() -> tuple[str, int]:
-        try:
-            ended = (await receive_within(receive, seconds))["type"]
-        except (TimeoutError, asyncio.CancelledError) as error:
-            ended = type(error).__name__
-        await asyncio.sleep(0)
-        return ended, asyncio.current_task().cancelling()
-
-    assert asyncio.run(wait()) == (expected, int(is_cancelled))
