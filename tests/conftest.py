@@ -22,7 +22,7 @@ settings.register_profile("reproducible", derandomize=True, database=None, deadl
 settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, print_blob=True)
 settings.load_profile("reproducible")
 
-# `auto` would measure OpenVINO against ONNX Runtime. Tests of `auto` ask for it.
+# Tests run on the CPU, also on a machine with a GPU. Tests of `auto` ask for it.
 os.environ.setdefault("SOPDEPLOY_RUNTIME", "onnxruntime-cpu")
 
 # The plug-ins of the machine must not change a test. Those of plug-ins switch them on.

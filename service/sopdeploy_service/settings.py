@@ -44,8 +44,7 @@ def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name.lower() for name in value)
 
 
-CPU_RUNTIMES = ("onnxruntime-cpu", "openvino")
-_OWN_RUNTIMES = ("auto", *CPU_RUNTIMES, "onnxruntime-cuda", "tensorrt")
+_OWN_RUNTIMES = ("auto", "onnxruntime-cpu", "openvino", "onnxruntime-cuda", "tensorrt")
 
 
 def _check_runtime(value: str) -> str:
@@ -138,11 +137,9 @@ class Settings(pydantic.BaseModel):
     front_ends: FrontEnds = setting(1, "processes per device for HTTP and decoding; auto: cores / 4, up to 8")
     require_signature: Path | None = setting(None, "serve only bundles signed with this public key")
     runtime: RuntimeName = setting(
-        "auto", "tensorrt, onnxruntime-cuda, onnxruntime-cpu, openvino; auto: first usable"
+        "auto", "tensorrt, onnxruntime-cuda, onnxruntime-cpu or openvino; auto: first usable, not openvino"
     )
-    engine_cache: Path | None = setting(
-        None, "TensorRT engines, speeds of runtimes; not set: beside the bundle"
-    )
+    engine_cache: Path | None = setting(None, "folder of TensorRT engines; not set: beside the bundle")
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
     max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else those verified")
     memory_budget: Budget = setting(

@@ -19,7 +19,6 @@ from sopdeploy.tensorrt.cache import EngineRecord, StoredEngine, cache_folder, l
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime import selection
 from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.runtime.tensorrt import engine_folders
 from sopdeploy_service.settings import Settings, load_settings
@@ -277,7 +276,6 @@ def test_auto_uses_an_existing_engine_and_never_falls_back_to_the_cpu(
     install: Install, bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install()
-    monkeypatch.setattr(selection, "fastest", lambda _bundle, _settings, runtimes: (next(iter(runtimes)), ""))
     assert open_runtime(bundle, Settings(runtime="auto")).name.startswith("onnxruntime")
     get_engine(bundle, OPTIONS)
     found = load_model(bundle.path, Settings(runtime="auto"))

@@ -316,8 +316,8 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str)
         reason = f"cannot load the graph: {reason_of(error)}"
         if bundle.manifest.precision == "bf16-backbone":
             reason = (
-                f"has no bfloat16 kernels on {DEVICES[provider]}; install sopdeploy[openvino] or build "
-                "an engine for a GPU (sopdeploy engine), or export it in precision fp16 or fp32"
+                f"has no bfloat16 kernels on {DEVICES[provider]}; build an engine (sopdeploy engine) or "
+                "export it in precision fp16 or fp32"
             )
         raise RuntimeUnavailableError(f"{bundle.onnx}: onnxruntime {version} {reason}") from error
     if session.get_providers()[0] != provider:

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, in the types of the graph: `bf16-backbone` has convolutions in bfloat16."""
+"""OpenVINO on the CPU, in the types of the graph."""
 
 import functools
 import importlib.metadata

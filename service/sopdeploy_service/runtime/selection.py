@@ -1,23 +1,19 @@
 """Choose the runtime of a bundle on this machine.
 
 `auto` takes the first runtime that is set up here, and only that one: if the GPU was meant and does not work,
-the server ends with an error instead of silently using the CPU. On the CPU, `auto` takes OpenVINO if it is
-installed and measured to be faster than ONNX Runtime, which has no bfloat16 convolutions.
+the server ends with an error instead of silently using the CPU.
 """
 
 import logging
-from functools import partial
-from importlib.util import find_spec
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.runtime.base import OpenRuntime, Runtime
-from sopdeploy_service.runtime.fastest import fastest
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime, OnnxRuntime, has_cuda
 from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
-from sopdeploy_service.settings import CPU_RUNTIMES, Settings
+from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -34,7 +30,7 @@ def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:
     try:
         return _open(name, bundle, settings)
     except RuntimeUnavailableError as error:
-        if settings.runtime != "auto" or name in CPU_RUNTIMES:
+        if settings.runtime != "auto" or name == "onnxruntime-cpu":
             raise
         raise RuntimeUnavailableError(
             f"{name} is set up here but does not work: {error} "
@@ -54,11 +50,7 @@ def _choose(bundle: Bundle, settings: Settings) -> tuple[str, str]:
                 remedies={"runtime": "onnxruntime-cuda"},
             )
         return "onnxruntime-cuda", "the bundle has no TensorRT engine that can be used here"
-    if find_spec("openvino") is None:
-        return "onnxruntime-cpu", "ONNX Runtime has no CUDA here, and OpenVINO is not installed"
-    if bundle.manifest.precision == "bf16-backbone":
-        return "openvino", "ONNX Runtime has no convolutions in bfloat16 for CPUs"
-    return fastest(bundle, settings, {name: partial(_open, name, bundle, settings) for name in CPU_RUNTIMES})
+    return "onnxruntime-cpu", "ONNX Runtime has no CUDA here"
 
 
 def _open(name: str, bundle: Bundle, settings: Settings) -> Runtime:
