@@ -144,7 +144,7 @@ def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_pa
 
 def decode_all(batches: list[list[ListedImage]]) -> list[tuple[str | None, bool]]:
     """Decode *batches* in two processes; list the error of each image and whether it has pixels."""
-    with DecoderProcesses(RULES, SETTINGS, "exact", workers=2) as processes:
+    with DecoderProcesses(RULES, SETTINGS, workers=2) as processes:
         return [
             (image.error, bool(pixels.any()))
             for _, (images, batch) in processes.decode(enumerate(batches))
