@@ -7,7 +7,9 @@ import importlib.util
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -66,11 +68,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--rewrite-goldens", action="store_true", help="rewrite tests/goldens; review the diff")
 
 
+class RecordedPopen(subprocess.Popen):  # type: ignore[type-arg]
+    """Records the process in `STARTED`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        STARTED.add(self)
+
+
+STARTED: weakref.WeakSet[RecordedPopen] = weakref.WeakSet()
+SHARED = "tests.cuda.open_graphs"  # of all files of a worker, ends with it
+subprocess.Popen = RecordedPopen  # type: ignore[misc]
+
+
 def process_state() -> dict[str, Any]:
     """Return what later files on the same worker depend on, without what imports of libraries set."""
     state: dict[str, Any] = {"folder": Path.cwd(), "mask": os.umask(0), "event loop": None}
     os.umask(state["mask"])
     state["settings"] = {name: text for name, text in os.environ.items() if name.startswith("SOPDEPLOY_")}
+    state["processes"] = [
+        child.args for child in STARTED if SHARED not in child.args and child.poll() is None
+    ]
     with suppress(RuntimeError):
         state["event loop"] = asyncio.get_running_loop()
     if torch := sys.modules.get("torch"):

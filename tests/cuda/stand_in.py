@@ -49,7 +49,12 @@ def start(*command: str, stderr: int | None = None) -> subprocess.Popen[str]:
 @functools.cache
 def _opener() -> subprocess.Popen[str]:
     process = start("-m", "tests.cuda.open_graphs")
-    atexit.register(process.kill)
+
+    def end() -> None:
+        with process:  # closes its pipes and waits
+            process.kill()
+
+    atexit.register(end)
     return process
 
 
