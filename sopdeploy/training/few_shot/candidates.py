@@ -202,7 +202,7 @@ def list_heads(full: SecondOrderHead, config: FewShotConfig) -> list[HeadConfig]
     if not all_taps:
         return [HeadConfig(kind="gap")]
     if not kinds:
-        kinds = ("gap+isqrt", "gap") if full.averages_last_map else ("gap+isqrt", "gap+mean+isqrt", "gap")
+        kinds = ("gap+isqrt", "gap") if full.own_vector_is_mean else ("gap+isqrt", "gap+mean+isqrt", "gap")
     last_tap = all_taps[-1:]
     heads = []
     for kind in kinds:
