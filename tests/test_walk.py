@@ -58,7 +58,7 @@ def serving(bundle: str, home: Path) -> Iterator[tuple[httpx.Client, subprocess.
             assert child.stdout is not None
             ready, address, name = child.stdout.readline().split()
             assert (ready, name) == ("ready:", Path(bundle).name)
-            with httpx.Client(base_url=address, timeout=30) as client:
+            with httpx.Client(base_url=address, timeout=60) as client:
                 yield client, child
             child.kill()
     finally:
@@ -130,7 +130,7 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
             expected = {row["label"]: row["probability"] for row in prediction["classes"]}
             assert classes == pytest.approx(expected, abs=1e-6)
         child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 0
+        assert child.wait(60) == 0
         assert child.stderr is not None
         assert child.stderr.read() == ""
     names = ("count", "top1", "top5", "nll", "calibration", "classes", "confusion")

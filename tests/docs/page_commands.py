@@ -146,6 +146,6 @@ class Workspace:
                 assert printed.startswith("ready: "), step
                 yield
                 server.send_signal(signal.SIGINT)
-                assert server.wait(30) == 0
+                assert server.wait(60) == 0
             finally:
                 server.kill()

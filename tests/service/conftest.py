@@ -271,12 +271,12 @@ def running(
         wait_for(lambda: server.started)
         limits = httpx.Limits(max_connections=200)
         try:
-            with Client(base_url=url(listener), timeout=20, limits=limits) as client:
+            with Client(base_url=url(listener), timeout=60, limits=limits) as client:
                 client.app, client.loop = app, server.servers[0].get_loop()
                 yield client
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
         assert not thread.is_alive()
 
 

@@ -17,5 +17,5 @@ class Held(FakeRuntime):
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         self.entered.set()
-        self.gate.wait(20)
+        self.gate.wait(60)
         return super().run(images)

@@ -29,7 +29,7 @@ def post_of(body: bytes) -> bytes:
 
 
 def connect(client: httpx.Client) -> socket.socket:
-    return socket.create_connection((client.base_url.host, client.base_url.port), timeout=30)
+    return socket.create_connection((client.base_url.host, client.base_url.port), timeout=60)
 
 
 def read(wire: socket.socket, *, to_the_end: bool = True) -> Reply:

@@ -65,7 +65,7 @@ class Group:
 
     def stop(self) -> None:
         self.control.close()
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive()
 
 
@@ -119,12 +119,12 @@ def test_while_the_inference_process_is_replaced_its_front_end_answers_503_and_t
     shared = group(runtime)
     with front_end(shared, bundle) as client, ThreadPoolExecutor(1) as pool:
         held = pool.submit(client.post, "/v1/classify", content=jpeg)
-        assert runtime.entered.wait(20)
+        assert runtime.entered.wait(60)
         shared.control.close()
         reply = held.result()
         runtime.gate.set()  # otherwise the thread of this test would stay
         assert (reply.status_code, reply.headers["retry-after"]) in {(503, "5"), (503, "1")}
-        shared.thread.join(20)
+        shared.thread.join(60)
         until(lambda: client.get("/readyz").status_code == 503)
         reply = client.post("/v1/classify", content=jpeg)
         assert (reply.status_code, reply.json()["code"], reply.headers["retry-after"]) == (
@@ -261,7 +261,7 @@ def test_a_batch_may_have_images_with_and_without_features(
         gate, batches = threading.Event(), []
 
         def run_outputs(self, images, names):
-            self.gate.wait(20)
+            self.gate.wait(60)
             self.batches.append(len(images))
             return super().run_outputs(images, names)
 

@@ -35,7 +35,7 @@ def test_two_processes_share_a_port_and_dead_or_hanging_ones_are_replaced(
             assert b"CUDA_VISIBLE_DEVICES=" in Path(f"/proc/{pid}/environ").read_bytes().split(
                 b"\0"
             )  # no GPU
-        clients = [stack.enter_context(httpx.Client(base_url=url, timeout=20)) for _ in range(8)]
+        clients = [stack.enter_context(httpx.Client(base_url=url, timeout=60)) for _ in range(8)]
         for client in clients * 2:  # each keeps its connection
             assert client.post("/v1/classify", content=jpeg).status_code == 200
         page = clients[0].get("/metrics").text
@@ -89,7 +89,7 @@ def test_front_ends_and_their_inference_process_are_replaced_one_by_one(
         assert found, child.communicate(timeout=20)
 
         def connect() -> http.client.HTTPConnection:
-            return stack.enter_context(contextlib.closing(http.client.HTTPConnection(found[1], timeout=20)))
+            return stack.enter_context(contextlib.closing(http.client.HTTPConnection(found[1], timeout=60)))
 
         classify = partial(classify_on, jpeg)
         connections = [connect() for _ in range(8)]
@@ -133,7 +133,7 @@ def test_front_ends_and_their_inference_process_are_replaced_one_by_one(
         assert {classify(connection) for connection in kept} == {(200, None)}
         assert len(set(children_of(child.pid)) & set(fronts)) == 1  # the other one had been killed
         child.send_signal(signal.SIGTERM)
-        assert child.wait(30) == 0
+        assert child.wait(60) == 0
 
 
 # Cores, content of cpu.max, settings -> number of front ends of each device.

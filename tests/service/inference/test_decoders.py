@@ -71,7 +71,7 @@ class GatedDecode:
             self._large += 1
             self.most = max(self.most, self._large)
             self.entered.set()
-            self.gate.wait(20)
+            self.gate.wait(60)
             self._large -= 1
         return Decoded(self.pixels, ())
 
@@ -89,7 +89,7 @@ def test_small_images_pass_large_ones_which_wait_for_each_other(
     client = serve_with(FakeRuntime(num_classes=7), max_decode_bytes=200 * MIB)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(client.post, "/v1/classify", content=b"large")
-        assert gated.entered.wait(20)
+        assert gated.entered.wait(60)
         waiting = [pool.submit(client.post, "/v1/classify", content=b"large") for _ in range(2)]
         until(lambda: count(client, "queue_depth") == 3)
         lane = client.app.state.service.decoders._lanes[decoders.LARGE_LANE]
@@ -125,7 +125,7 @@ def test_a_decoder_that_takes_too_long_is_found(serve_with, until, monkeypatch) 
     found = client.app.state.service.decoders
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(client.post, "/v1/classify", content=b"large")
-        assert gated.entered.wait(20)
+        assert gated.entered.wait(60)
         assert not found.reject_overdue(60)
         client.loop.call_soon_threadsafe(found.reject_overdue, 0)
         assert (reply.result().status_code, reply.result().json()["code"]) == (503, "decode_timeout")

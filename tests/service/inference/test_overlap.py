@@ -39,7 +39,7 @@ class Scripted(FakeOverlappingRuntime):
 
         def end():
             self.calls.append(f"wait {number}")
-            self.gate.wait(20)
+            self.gate.wait(60)
             if error := self.errors.get((number, 1)):
                 raise error
             return wait()
@@ -70,7 +70,7 @@ def classify(serve_with, make_picture, pool, until):
             decoded = f'stage_duration_seconds_count{{stage="decode"}} {number}.0'
             until(lambda decoded=decoded: decoded in client.get("/metrics").text)
         runtime.gate.set()
-        return [future.result(20) for future in futures], client
+        return [future.result(60) for future in futures], client
 
     return send
 
@@ -134,7 +134,7 @@ def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its
     runtime.gate.clear()
     runtime.entered.clear()
     first = pool.submit(post, images[0])
-    assert runtime.entered.wait(20)
+    assert runtime.entered.wait(60)
     gone = [connect(client) for _ in images]
     for wire, image in zip(gone, images, strict=True):
         wire.sendall(post_of(image))
@@ -144,4 +144,4 @@ def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its
         wire.close()
     until(lambda: count(client, "queue_depth") == 6)
     runtime.gate.set()
-    assert [future.result(20) for future in (first, *others)] == expected
+    assert [future.result(60) for future in (first, *others)] == expected

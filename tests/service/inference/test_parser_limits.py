@@ -20,7 +20,7 @@ def blocked(monkeypatch):
     def waiting(whole):
         def read(*given):
             gate.at_work += 1
-            gate.wait(20)
+            gate.wait(60)
             return whole(*given)
 
         return read

@@ -74,11 +74,11 @@ def label_server(
         thread.start()
         wait_for(lambda: server.started)
         try:
-            with httpx.Client(base_url=url(listener), timeout=20) as client:
+            with httpx.Client(base_url=url(listener), timeout=60) as client:
                 yield client
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
 
 
 def files_below(folder: Path) -> set[str]:

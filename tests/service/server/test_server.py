@@ -173,7 +173,8 @@ def test_connections_opened_before_the_port_closes_get_a_response(start, jpeg) -
 
 
 def test_silent_connections_do_not_delay_the_shutdown(start) -> None:
-    child, client = start()
+    patient = ("keep_alive_seconds", "header_timeout", "drain_seconds", "request_timeout")
+    child, client = start(settings=", ".join(f"{name}=3600" for name in patient))
     with ExitStack() as stack:
         for said in (b"", b"GET /li", GET, GET + b"\r\n") * 5:
             stack.enter_context(connect(client)).sendall(said)
@@ -312,7 +313,7 @@ def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_
         assert statuses == {200}
         assert httpx.get(f"{client.health}/livez").status_code == 200
         client.child.send_signal(signal.SIGTERM)
-        assert client.child.wait(20) == 0
+        assert client.child.wait(60) == 0
 
 
 def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path) -> None:
