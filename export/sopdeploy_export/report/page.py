@@ -46,7 +46,7 @@ def render_report(
         "hashes": [
             ("graph for any batch size", certificate.roots.any_batch),
             ("graph for one image", certificate.roots.batch_of_one),
-            ("ONNX graph before rewrites", certificate.roots.onnx),
+            ("certified ONNX graph", certificate.roots.onnx),
             ("checkpoint (sha256)", lineage.checkpoint_sha256),
             ("model.onnx of this bundle", lineage.onnx_root),
         ],
@@ -61,7 +61,6 @@ def render_report(
                 ("multiply-adds", trained.macs, shipped.macs),
             )
         ],
-        "rules": [(rule.where, rule.name, rule.precondition, rule.effect) for rule in results.lowering.rules],
         "outputs": [
             (
                 name,
