@@ -31,7 +31,6 @@ ARGUMENTS = {
     "train": "--data photos --set procedure.absent=1",
     "eval": "bundle --data photos",
     "calibrate": "file --data photos",
-    "report": "file",
     "runs": "",
     "reproduce": "dsop-9a --rows absent",
     "export": "file",

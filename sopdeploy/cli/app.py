@@ -30,7 +30,6 @@ COMMANDS = {
     "eval": ("Train", "training.evaluate", "evaluate a checkpoint, a bundle or a server"),
     "calibrate": ("Train", "training.evaluate", "fit temperature and thresholds of a checkpoint"),
     "runs": ("Train", "training.runs", "list runs and bundles, and which bundles are live"),
-    "report": ("Train", "training.evaluate", "write an HTML report on a run"),
     "import": ("Train", "training.import_weights", "convert published weights to a checkpoint"),
     "reproduce": ("Train", "training.reproduce", "train the rows of a paper's table"),
     "export": ("Export", "deployment.export", "convert a checkpoint to a bundle, with a proof"),

@@ -114,7 +114,9 @@ def train_recipe(
         run, data, procedure = start_or_resume(
             recipe, folder, strategy, callback, resume=continued, given=given
         )
-        return _summarize(run, folder, data, procedure.fit(run, data, folder, callback))
+        result = procedure.fit(run, data, folder, callback)
+        callback.on_train_end(run=run, data=data)
+        return _summarize(run, folder, data, result)
     finally:
         folder.unlock()
 

@@ -66,8 +66,8 @@ def _check(
 
 def _print_labels(path: Path, run: Path, *, paths: bool, as_json: bool) -> None:
     """Print the images of *path* whose labels are probably wrong, as a table, JSON or paths."""
-    from sopdeploy.html.templates import percent
-    from sopdeploy.report.run_data import find_wrong_labels
+    from sopdeploy.html.report import percent
+    from sopdeploy.report.wrong_labels import find_wrong_labels
 
     found = find_wrong_labels(run, path)
     if as_json:

@@ -75,6 +75,8 @@ def _train(
 ) -> None:
     """Train a network; Ctrl-C and SIGTERM save and stop, --resume continues bit for bit.
 
+    The run's report.html shows curves, confusions, calibration and the worst mistakes.
+
     Example: [bold]sopdeploy train --data photos/[/bold]
 
     Example: [bold]sopdeploy train --data photos/ --from bundles/live[/bold]
@@ -130,7 +132,7 @@ def _print_dry_run(
 
 
 def _print_result(result: "TrainedRun") -> None:
-    say(*result.procedure.lines(), f"{result.seconds:.0f} s in total")
+    say(*result.procedure.lines(), f"{result.seconds:.0f} s in total", f"page: {result.report}")
     if result.previous:
         say(result.previous)
     if result.decision is not None:

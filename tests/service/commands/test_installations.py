@@ -17,7 +17,7 @@ PROGRAM = Path(sopdeploy.__file__).parents[1] / "deploy" / "every_command.py"
 # Commands, and functions of the Python API, that need the extra `train`.
 COMMANDS = {
     *("calibrate", "eval", "export", "import", "inspect", "models"),
-    *("recipes", "report", "reproduce", "train"),
+    *("recipes", "reproduce", "train"),
 }
 FUNCTIONS = {
     f"sopdeploy.{name}"

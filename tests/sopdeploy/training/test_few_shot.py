@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 from sopdeploy.api.options import TrainOptions
-from sopdeploy.api.training import configure
+from sopdeploy.api.training import PageWriter, configure
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.data.image_files import ImageFiles
@@ -25,8 +25,7 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.report.page import write_run_report
-from sopdeploy.training.callbacks import Callback
+from sopdeploy.training.callbacks import Callback, CallbackList
 from sopdeploy.training.few_shot import selection
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
 from sopdeploy.training.few_shot.config import FewShotConfig
@@ -146,7 +145,9 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
             stages.append(name)
             assert 0 <= done <= total
 
-    result = train_recipe(recipe, tmp_path / "run", callback=Stages())
+    result = train_recipe(
+        recipe, tmp_path / "run", callback=CallbackList([Stages(), PageWriter(tmp_path / "run", Callback())])
+    )
     found = result.procedure
     assert (result.train_count, result.held_out_count) == (51, 0)
     assert found.estimated_on == "cross-validation"
@@ -171,7 +172,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     test = paint(tmp_path / "test", 5, seed=1)
     _, scores, _ = score_checkpoint(result.best, test, on_image=lambda _done, _total: None)
     assert np.mean([score.correct for score in scores]) > 0.8
-    page = write_run_report(tmp_path / "run").read_text()
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "cross-validated" in page
     assert "by fitting the classifier without it" in page
     rows = dict(checkpoint.decision.rows())
@@ -415,7 +416,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
         lines.append(f"{number}.png,{'|'.join(shown)}")
     (tmp_path / "photos" / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe = read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"])
-    result = train_recipe(recipe, tmp_path / "run")
+    result = train_recipe(recipe, tmp_path / "run", callback=PageWriter(tmp_path / "run", Callback()))
     found = result.procedure
     assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
     assert found.map.value == result.best_map > 0.9
@@ -423,7 +424,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     assert {candidate.score.count for candidate in found.candidates} == {32}
     assert len(result.decision.thresholds) == 2
     assert read_checkpoint(result.best).decision == result.decision
-    page = write_run_report(tmp_path / "run").read_text()
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert f"<td>{result.decision.thresholds[0]:.3f}</td>" in page
     assert train_recipe(recipe, tmp_path / "run", resume=True).decision == result.decision
 

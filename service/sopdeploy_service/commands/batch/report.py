@@ -16,8 +16,8 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ImageError
 from sopdeploy.evaluation.drift import FALSE_ALARMS, SIGNIFICANCE, PredictionCounts
-from sopdeploy.html.charts import Bar, bars
-from sopdeploy.html.templates import render
+from sopdeploy.html.charts import Bar, svg_bars
+from sopdeploy.html.templates import render_template
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy_service.commands.batch.listing import Listing
@@ -84,7 +84,7 @@ def write_batch_report(
     """Write the report of the finished run in *folder* with the images of *listing*."""
     report, positions = _summarize(folder, listing.num_parts(), bundle)
     thumbnails = [_thumbnail(listing.read(part)[row], bundle, settings) for part, row in positions]
-    page = render(
+    page = render_template(
         "sopdeploy_service.commands.batch",
         "batch.html",
         report=report,
@@ -156,7 +156,7 @@ def _summarize(
 def _class_bars(report: BatchReport) -> Markup:
     largest = sorted(report.counts.items(), key=lambda item: -item[1])[:MAX_BARS]
     rows = [Bar(label=label, value=float(count), text=f"{count:,}") for label, count in largest]
-    return bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
+    return svg_bars("classes-chart", "Images per class", rows, max(1.0, rows[0].value if rows else 1.0))
 
 
 def _thumbnail(entry: ListedImage, bundle: Bundle, settings: Settings) -> Markup | None:
