@@ -123,8 +123,7 @@ EXAMPLES = {
     "another file or folder",
     "NoMemoryError": "cuda:0: out of memory for 256 images at once (OutOfMemoryError: CUDA out of memory. "
     "Tried to allocate 1.53 GiB.); raise accumulate (now 1), which keeps the batch size, or lower batch_size",
-    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF "
-    "[not_an_image]",
+    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, GIF, BMP and HEIC [not_an_image]",
     "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response; check the URL "
     "[foreign_answer]",
     "OverloadedError": "http://127.0.0.1:8000/v1/classify: 429 queue_full: the queue is full; retry later "
@@ -144,8 +143,7 @@ COMPOSED = {
     "not_found": "no such path; did you mean /v1/classify? /docs lists all",
     "too_many_inputs": ONE_INPUT,
     "unknown_input": "no input 'image'; available: images, IMAGE",
-    "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and "
-    "GIF",
+    "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, GIF, BMP and HEIC",
     "unknown_output": "no output 'logit'; available: logits",
 }
 # Codes that `sopdeploy.client` sets for responses of other servers, or without a response.

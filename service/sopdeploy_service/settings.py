@@ -114,7 +114,7 @@ class Settings(pydantic.BaseModel):
         None, "all images being decoded; not set: 3/4 of the memory without uploads and the server at rest"
     )
     decode_seconds: Seconds = setting(60.0, "a front end whose decoder takes longer is replaced")
-    formats: Formats = setting(("jpeg", "png", "webp"), "to accept; also avif, heic, tiff, ppm, bmp, gif")
+    formats: Formats = setting(("jpeg", "png", "webp", "gif", "bmp"), "to accept; also heic")
     min_body_rate: Count = setting(10_000, "bytes per second of a request body, after body_grace_seconds")
     body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")

@@ -38,10 +38,7 @@ MORE = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
 TURNED = Image.Exif()
 TURNED[274] = 6  # the orientation
 IMAGES = {
-    **{
-        kind: picture_bytes(kind=kind)
-        for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "TIFF", "PPM")
-    },
+    **{kind: picture_bytes(kind=kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "HEIF")},
     "CMYK JPEG": saved("CMYK", "JPEG"),
     "JPEG with two images": saved("RGB", "MPO", **MORE),
     "turned JPEG": saved("RGB", "JPEG", exif=TURNED),
