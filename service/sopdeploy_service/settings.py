@@ -163,7 +163,6 @@ class Settings(pydantic.BaseModel):
         None, "lines as json or console; not set: console on terminals, else warnings"
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "debug: also health checks")
-    tracing: bool = setting(False, "send spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`")
 
     def classes_per_image(self, *, multi_label: bool) -> int | None:
         """Return `top_k`, or None (all classes) if *multi_label* and `top_k` is not set."""

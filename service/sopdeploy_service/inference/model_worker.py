@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,9 +43,6 @@ from sopdeploy_service.runtime.base import (
     Runtime,
     SelectiveRuntime,
 )
-
-if TYPE_CHECKING:  # OpenTelemetry is optional
-    from sopdeploy_service.observability.tracing import RequestTrace
 
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out of memory
@@ -74,7 +70,6 @@ class QueuedImage:
     top_k: int = 0
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
-    trace: "RequestTrace | None" = None
     late: HttpError = DEADLINE  # if it has no other outcome at its deadline
 
     def settle(self, outcome: Outcome) -> None:
@@ -343,9 +338,6 @@ class ModelWorker:
         self._record_latency(len(items), ended - started)
         self.metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
         self.metrics.nonfinite.inc(sum(outcome is NONFINITE for outcome in outcomes))
-        traces = [item.trace for item in items if item.trace is not None]
-        if traces:
-            traces[0].record_batch(traces, started, ended)
 
 
 def run_bisected(

@@ -212,7 +212,6 @@ class Service:
             QueuedImage(
                 outcome=loop.create_future(),
                 deadline=deadline,
-                trace=context.trace,
                 features=features,
                 top_k=top_k,
             )
@@ -259,8 +258,7 @@ def _record_stages(
 ) -> None:
     for item, outcome in zip(items, outcomes, strict=True):
         if item.decode_seconds is not None:
-            context.record_stage("decode", item.decode_seconds, ended=item.arrived)
+            context.record_stage("decode", item.decode_seconds)
         if isinstance(outcome, Prediction):
-            left_queue = item.arrived + outcome.queue_seconds
-            context.record_stage("queue", outcome.queue_seconds, ended=left_queue)
-            context.record_stage("infer", outcome.infer_seconds, ended=left_queue + outcome.infer_seconds)
+            context.record_stage("queue", outcome.queue_seconds)
+            context.record_stage("infer", outcome.infer_seconds)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from sopdeploy_service.inference.bundle_store import BundleStore, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.request_context import OpenTrace, open_tracing
 from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.server.sockets import allow_files, bind
 from sopdeploy_service.settings import Settings
@@ -50,8 +49,8 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
     when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
-    died. Raises `ConfigError` if it cannot listen, for invalid keys, and if tracing is not installed, and the
-    errors of `BundleStore` and `load_model`.
+    died. Raises `ConfigError` if it cannot listen and for invalid keys, and the errors of
+    `BundleStore` and `load_model`.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
@@ -63,10 +62,10 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
             return code
     with (
         bind(settings.host, settings.port) as listener,
-        configured_process(settings) as open_trace,
+        configured_process(settings),
         ExitStack() as stack,
     ):
-        app, names = load_app(sources, settings, open_trace=open_trace)
+        app, names = load_app(sources, settings)
         from prometheus_client import ProcessCollector, generate_latest  # noqa: PLC0415 - see `load_app`
 
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
@@ -100,14 +99,14 @@ def limit_heaps() -> None:
 
 
 @contextmanager
-def configured_process(settings: Settings) -> Iterator[OpenTrace | None]:
-    """Configure memory, open files, log and tracing before threads start; yield how to open a trace."""
+def configured_process(settings: Settings) -> Iterator[None]:
+    """Configure memory, open files and log before threads start."""
     limit_heaps()
     # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
     warnings.filterwarnings("ignore", module="PIL")
     allow_files(settings.max_connections)
-    with logs.configured(settings), open_tracing(settings) as open_trace:
-        yield open_trace
+    with logs.configured(settings):
+        yield
 
 
 def load_app(
