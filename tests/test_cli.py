@@ -202,7 +202,6 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
     "an unknown recipe": (("train", "--recipe", "digits-dsp"), "did you mean digits-dsop"),
     "an unknown recipe key": ((*PLAIN, "--set", "optimizer.lt=1"), "did you mean optimizer.lr"),
-    "TTA for a service": (("eval", "http://x", "--data", "d", "--tta", "flip"), "not supported by servers"),
     "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
     "batch size zero": ((*EXPORT, "--max-batch", "0"), "--max-batch: Input should be greater than"),
     "options of an absent builder": (

@@ -20,7 +20,6 @@ class Evaluation:
     Attributes:
         source: The evaluated checkpoint, bundle or URL.
         kind: What *source* is.
-        tta: Test-time augmentation.
         facts: Name, runtime and device of a bundle; empty for a checkpoint or a server.
         metrics: Accuracies with intervals, calibration error, precision and recall by class, confusion
             matrix. With several classes per image: mAP, F1, and metrics by class.
@@ -33,7 +32,6 @@ class Evaluation:
 
     source: str
     kind: Literal["checkpoint", "bundle", "service"]
-    tta: str
     facts: dict[str, str]
     metrics: ClassificationReport | MultiLabelReport
     labels: tuple[str, ...]
@@ -47,7 +45,6 @@ class Evaluation:
         return {
             "source": self.source,
             "kind": self.kind,
-            "tta": self.tta,
             **self.facts,
             "notes": list(self.notes),
             **({"heads": heads} if heads else {}),
@@ -94,19 +91,16 @@ def evaluate(
         from sopdeploy_service.settings import load_settings
 
         settings = load_settings(runtime=options.runtime)
-        labels, scores, facts = scores_of_bundle(
-            Path(name), data, tta=options.tta, settings=settings, **shared
-        )
+        labels, scores, facts = scores_of_bundle(Path(name), data, settings=settings, **shared)
     else:
         from sopdeploy.evaluation.prediction import score_checkpoint
 
         labels, scores, heads = score_checkpoint(
-            Path(name), data, tta=options.tta, heads=options.heads, workers=options.workers, **shared
+            Path(name), data, heads=options.heads, workers=options.workers, **shared
         )
     return Evaluation(
         source=name,
         kind=kind,
-        tta=options.tta,
         facts=facts,
         metrics=classification_report(labels, scores) if isinstance(scores, list) else scores.report(),
         labels=labels,
@@ -140,7 +134,3 @@ def _check_options(kind: str, options: EvaluateOptions) -> None:
     for setting, needed in kinds.items():
         if getattr(options, setting) and kind != needed:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
-    if options.tta != "none" and kind == "service":
-        raise ConfigError("not supported by servers; evaluate the bundle", setting="tta")
-    if options.heads and options.tta != "none":
-        raise ConfigError("not with test-time augmentation", setting="heads")

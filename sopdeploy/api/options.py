@@ -42,8 +42,6 @@ class TrainOptions(Options):
 class EvaluateOptions(Options):
     """Options of `sopdeploy.evaluate` and `sopdeploy eval`."""
 
-    tta: Literal["none", "flip", "ten-crop", "pad-crop"] = "none"
-    """Test-time augmentation: average over views. Not for servers."""
     heads: bool = False
     """Also evaluate every branch of a checkpoint."""
     runtime: str | None = None

@@ -7,7 +7,6 @@ PSDR. Export removes the training-only heads, so only a checkpoint has them.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, NonNegative, StrictModel
-from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages, PreprocessedDataset, Target
+from sopdeploy.data.base import Dataset, LabeledImages, PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folders import Log, ignore
@@ -34,13 +33,11 @@ from sopdeploy.evaluation.multi_label import (
     fit_thresholds,
 )
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
-from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.images.tta import TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 
-SCORE_BATCH = 32  # images, each with up to ten views
+SCORE_BATCH = 32  # images
 
 
 class ProcessGroup:
@@ -155,8 +152,7 @@ def _process_logits(
 ) -> Iterator[tuple[list[int], Tensor, Tensor] | None]:
     """Yield the indices, logits float64 and labels of each batch of this process.
 
-    The logits are (B, C), or (B, V, C) for a dataset of V views per image. All processes yield the same
-    number of times; a process that has no batch left yields None.
+    All processes yield the same number of times; a process that has no batch left yields None.
     """
     device = next(model.parameters()).device
     normalize = Normalize(preprocess).to(device)
@@ -166,8 +162,7 @@ def _process_logits(
     for indices, (images, labels) in zip(
         batches, load_batches(dataset, batches, workers, device), strict=True
     ):
-        logits = model(normalize(images.flatten(end_dim=-4))).double()
-        yield indices, logits.unflatten(0, images.shape[:-3]), labels
+        yield indices, model(normalize(images)).double(), labels
     rounds = -(-len(dataset) // (batch_size * processes.world))
     yield from [None] * (rounds - len(batches))
 
@@ -279,7 +274,6 @@ def score_checkpoint(
     path: Path,
     data: Path,
     *,
-    tta: TtaMode = "none",
     heads: bool = False,
     workers: int = 0,
     on_image: Callable[[int, int], None],
@@ -302,7 +296,7 @@ def score_checkpoint(
         columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets]
         network = HeadCounter(model, torch.tensor(columns)).eval()
     try:
-        predictions = predict_images(network, checkpoint, images, tta=tta, workers=workers, on_image=on_image)
+        predictions = predict_images(network, checkpoint, images, workers=workers, on_image=on_image)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
     accuracies = network.accuracies() if isinstance(network, HeadCounter) else ()
@@ -328,7 +322,6 @@ def predict_images(
     checkpoint: Checkpoint,
     images: LabeledImages,
     *,
-    tta: TtaMode = "none",
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Predictions:
@@ -337,8 +330,7 @@ def predict_images(
     The temperature divides the logits, as in an exported bundle.
     """
     preprocess, decision = checkpoint.preprocess, checkpoint.decision or Decision()
-    check_tta_mode(tta, preprocess)
-    dataset = _TtaDataset(images, preprocess, tta)
+    dataset = PreprocessedDataset(images, preprocess)
 
     def calibrated_logits() -> Iterator[NDArray[np.float64]]:
         batches = _process_logits(model, dataset, preprocess, SCORE_BATCH, workers, ProcessGroup())
@@ -349,15 +341,3 @@ def predict_images(
             on_image(indices[-1] + 1, len(images))
 
     return make_predictions(calibrated_logits(), images, checkpoint.labels, decision)
-
-
-@dataclass(frozen=True, slots=True)
-class _TtaDataset(ImagesDataset):
-    """Preprocessed images in several views: (V, crop, crop, 3) uint8."""
-
-    preprocess: Preprocess
-    mode: TtaMode
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        image, target = self.images[index]
-        return tta_views(lambda rules: preprocess_image(image, rules), self.preprocess, self.mode), target

@@ -152,8 +152,8 @@ def _describe_evaluation(
     else:
         images = data.train
         description = "the training images, each predicted by a network that was fitted without it"
-        logits_N1C = run.state["out_of_fold"].double().numpy()[:, None]
-        predicted = make_predictions(logits_N1C, images, run.labels, best.decision)
+        logits_NC = run.state["out_of_fold"].double().numpy()
+        predicted = make_predictions(logits_NC, images, run.labels, best.decision)
     yield from describe_predictions(predicted, images.labels, description)
     if best.decision is not None:
         rows = best.decision.rows(best.labels)

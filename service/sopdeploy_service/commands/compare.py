@@ -33,7 +33,7 @@ from sopdeploy.evaluation.mcnemar import (
 )
 from sopdeploy.evaluation.metrics import Rate, calibration_error
 from sopdeploy.project import SAMPLED
-from sopdeploy_service.commands.evaluate import view_logits
+from sopdeploy_service.commands.evaluate import image_logits
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -235,7 +235,7 @@ def _run(
     for done, (number, index) in enumerate(places, 1):
         for which in (0, 1) if done % 2 else (1, 0):
             start = time.perf_counter()
-            logits[which][number] += [*view_logits(pair[which], sets[number], index, "none", settings)]
+            logits[which][number].append(image_logits(pair[which], sets[number], index, settings))
             seconds[which].append(time.perf_counter() - start)
         on_image(done, len(places))
     return [[np.stack(rows) for rows in both] for both in logits], [1e3 * median(times) for times in seconds]

@@ -55,7 +55,7 @@ def eval_command(
 
     Example: [bold]sopdeploy eval runs/latest/best.pt --data test-photos[/bold]
 
-    Example: [bold]sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --tta flip[/bold]
+    Example: [bold]sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos[/bold]
 
     Example: [bold]sopdeploy eval http://127.0.0.1:8000 --data test-photos --json[/bold]
     """

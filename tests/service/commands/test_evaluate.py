@@ -48,16 +48,6 @@ def test_a_bundle_a_service_and_predict_agree_exactly(client, bundle_path, folde
         assert [labels[index] for index in one.top5] == [c.label for c in prediction.classes[:5]]
 
 
-def test_views_are_averaged(bundle_path, folder) -> None:
-    plain, flip, ten = (
-        scores_of_bundle(bundle_path, folder, tta=tta, settings=ONE_THREAD, on_image=silent)[1]
-        for tta in ("none", "flip", "ten-crop")
-    )
-    for one, other in zip(plain, flip, strict=True):
-        assert one.confidence == pytest.approx(other.confidence, abs=1e-6)
-    assert any(abs(one.confidence - other.confidence) > 1e-4 for one, other in zip(plain, ten, strict=True))
-
-
 def test_what_is_wrong_with_a_folder_is_named(client, bundle_path, folder) -> None:
     def must_fail(message: str) -> None:
         with pytest.raises(DataError, match=message):

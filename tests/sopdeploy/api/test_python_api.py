@@ -141,7 +141,7 @@ def test_evaluation_gives_the_metrics_of_the_command(run: TrainedRun, bundle: Pa
         found = sopdeploy.evaluate(source, photos)
         done = CliRunner().invoke(app, ["eval", str(source), "--data", str(photos), "--json"])
         assert json.loads(done.stdout) == {
-            **{"source": str(source), "kind": found.kind, "tta": "none"},
+            **{"source": str(source), "kind": found.kind},
             **found.facts,
             **found.metrics.model_dump(mode="json"),
             "notes": list(found.notes),
