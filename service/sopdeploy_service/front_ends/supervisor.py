@@ -104,7 +104,7 @@ class Supervisor:
         self._waiters = ThreadPoolExecutor(len(self._processes))  # one for each child
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
-        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
             self._buckets = control.create_memory()
@@ -154,17 +154,22 @@ class Supervisor:
             if process.child is not None and process.child.poll() is None:
                 process.child.send_signal(signal.SIGTERM)
 
-    def _hang_up(self) -> None:
-        """Let every process that has models reload its bundles; stop if the terminal was closed."""
+    def _on_hangup(self) -> None:
+        """Stop if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
         if terminal_is_closed():
             self._stop()
+        else:
+            self._reload()
+
+    def _reload(self) -> None:
+        """Let every process that has models reload its bundles."""
         for process in self._processes:
             if process.inference is None:
                 process.send(control.RELOAD)
 
     async def _follow(self, links: Mapping[Path, Path]) -> None:
         async for _ in moves_of(links):
-            self._hang_up()
+            self._reload()
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""

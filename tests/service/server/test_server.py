@@ -24,6 +24,7 @@ from sopdeploy_service.server import launch
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
+from tests.service import children
 from tests.service.children import FRONT_ENDS, ONE_PROCESS, WAYS, line_of, serving
 from tests.service.conftest import wait_for
 from tests.service.raw import GET, POST, connect, post_of, read
@@ -288,6 +289,41 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
             each.result()
     assert "probes" in event
     assert {reply.status_code for reply in replies} == {200}
+
+
+@pytest.mark.parametrize("way", BOTH_WAYS)
+def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(
+    make_bundle, tmp_path, jpeg, until, way
+) -> None:
+    live = tmp_path / "live"
+    first, second = (make_bundle(tmp_path, seed=seed) for seed in (0, 1))
+    promote(first, live, None)
+    terminal, stderr = os.openpty()
+    command = (*children.SERVE, "--port", "0", "--threads", "1", "--setting", "follow=true", *WAYS[way])
+    with subprocess.Popen(
+        [sys.executable, *command, str(live)],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env={**os.environ, "PYTHONPATH": children.PYTHONPATH},
+    ) as child:
+        try:
+            os.close(stderr)
+            address = line_of(child).split()[1]
+            os.close(terminal)
+
+            def serves(bundle: Path) -> bool:
+                reply = httpx.post(f"{address}/v1/classify", content=jpeg)
+                assert reply.status_code == 200
+                return reply.headers["x-model-digest"] == bundle.name.rpartition("-")[2]
+
+            assert serves(first)
+            promote(second, live, None, force="newer")
+            until(lambda: serves(second))
+            child.send_signal(signal.SIGHUP)  # the kernel's, of the closed terminal
+            assert child.wait(PATIENCE) == 0
+        finally:
+            child.kill()
 
 
 @pytest.mark.parametrize("front_ends", [1, 2])
