@@ -71,7 +71,7 @@ def test_every_command_documents_its_options_and_shows_an_example(command: str) 
 MEANINGS = {
     "--config": "TOML file with settings", "--data": "mages",
     "--dry-run": "; ", "--host": "address to listen on", "--json": "Print JSON", "--keys": "API key file",
-    "--labels": "lass name", "--logits-key": "of the logits", "--max-batch": "batch",
+    "--labels": "lass name", "--logits-key": "of the logits",
     "--name": "Name of the project", "--network": "Builder of the network", "--option": "of the network",
     "--out": "older", "--out-file": "The ", "--port": "port to listen on",
     "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",

@@ -21,17 +21,11 @@ class TrainOptions(Options):
     weights: Text = None
     """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
     imagenet for a folder of images without a recipe."""
-    models: str | None = None
-    """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
-    `procedure.models`."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
     unknown: Text = None
     """Folder of images of none of the classes: half of them sets the threshold for unknown images, half tests
     it; sets `rejection.unknown`."""
-    procedure: Literal["auto", "few_shot", "loop"] | None = None
-    """Train linear heads on the frozen network (few_shot) or all its weights (loop); auto decides by the time
-    that they take. Sets `procedure.kind`, which is auto in the recipe for photos."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""

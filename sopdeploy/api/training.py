@@ -187,13 +187,12 @@ def configure(
         raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
     previous = None if options.from_ is None else read_previous(Path(options.from_))
     recorded = None if previous is None else previous.recipe
-    source, settings = recipe or FOLDER_RECIPE, _compared_networks(options)
-    settings |= {
+    source = recipe or FOLDER_RECIPE
+    settings = {
         "project": options.name,
         "data.path": str(data) if data else None,
-        "start.weights": options.weights or settings.get("start.weights"),
+        "start.weights": options.weights,
         "rejection.unknown": options.unknown,
-        "procedure.kind": options.procedure or settings.get("procedure.kind"),
     }
     given = {key: value for key, value in settings.items() if value is not None}
     changes = [*assignments, *to_assignments(given)]
@@ -208,20 +207,6 @@ def configure(
         name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         loaded = loaded.model_copy(update={"project": name})
     return Configured(loaded, keys, previous)
-
-
-def _compared_networks(options: TrainOptions) -> dict[str, Any]:
-    """Convert the option `models` to settings; raises `ConfigError` for an empty name."""
-    if options.models is None:
-        return {}
-    first, *others = [text.strip() for text in options.models.split(",")]
-    name, _, file = first.partition("=")
-    if not name or not all(others):
-        raise ConfigError(
-            "a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE", setting="models", value=options.models
-        )
-    compared = {"procedure.kind": "few_shot", "procedure.models": others} if others else {}
-    return {"model.name": name, "start.weights": file or None, **compared}
 
 
 def to_assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
