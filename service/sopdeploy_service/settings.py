@@ -94,15 +94,9 @@ class Settings(pydantic.BaseModel):
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine")
     port: Port = setting(8000, "port to listen on; 0: any free port")
 
-    health_port: Port | None = setting(None, "health checks and metrics on a separate thread, without keys")
-    max_loop_lag_seconds: Seconds = setting(5.0, "not live if the event loop lags more than this")
-
     max_connections: Count = setting(1000, "one more closes the longest idle connection, or gets 503")
     keep_alive_seconds: Count = setting(65, "longer than the idle timeout of common load balancers")
     header_timeout: Seconds = setting(10.0, "seconds from the first to the last byte of a request's headers")
-    max_url_bytes: Count = setting(8192, "path and query")
-    max_headers: Count = setting(100, "per request")
-    max_header_bytes: Count = setting(32_768, "all headers of one request")
     write_timeout: Seconds = setting(30.0, "seconds; a client that reads nothing for so long is disconnected")
 
     max_body_bytes: Count = setting(MAX_BYTES, "per request")
@@ -131,7 +125,6 @@ class Settings(pydantic.BaseModel):
     decode: DecodeSetting = setting(
         "exact", "fast: large JPEGs at reduced size, if that changes the outputs little enough"
     )
-    parsers: Threads = setting(2, "JSON parsing threads")
     sandbox: Sandbox = setting("auto", "of front ends; auto: if supported; required: start only with it")
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
     front_ends: FrontEnds = setting(1, "processes per device for HTTP and decoding; auto: cores / 4, up to 8")

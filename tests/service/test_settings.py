@@ -17,7 +17,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     monkeypatch.setenv("SOPDEPLOY_PORT", "9000")
     monkeypatch.setenv("SOPDEPLOY_TOP_K", "4")
     settings = load_settings(file, port=7000, top_k=None)
-    assert (settings.port, settings.top_k, settings.max_images, settings.parsers) == (7000, 4, 3, 2)
+    assert (settings.port, settings.top_k, settings.max_images, settings.queue_size) == (7000, 4, 3, 256)
 
 
 @pytest.mark.parametrize(

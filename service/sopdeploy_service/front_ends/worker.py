@@ -57,9 +57,8 @@ class FrontServer(DrainingServer):
         self._loop.add_reader(self._supervisor, self._receive)
 
     def _report(self) -> None:
-        status = control.STATUS.pack(
-            self._received, len(self.server_state.connections) + len(self._tasks), self._service.state == "ok"
-        )
+        num_open = len(self.server_state.connections) + len(self._tasks)
+        status = control.STATUS.pack(self._received, num_open)
         control.send_files(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:

@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ from sopdeploy_service.settings import Settings
 if TYPE_CHECKING:  # imported while the bundles are loaded
     from fastapi import FastAPI
 
-    from sopdeploy_service.inference.service import Service
 
 # glibc creates up to 8 heaps per core. Once a large block is freed (importing the libraries is enough), it
 # keeps blocks of up to 32 MB in these heaps and leaves up to 64 MB free at the end of each. Without these
@@ -60,27 +59,14 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
         if (code := run_supervisor(sources, settings)) is not None:  # None if one process is enough
             return code
-    with (
-        bind(settings.host, settings.port) as listener,
-        configured_process(settings),
-        ExitStack() as stack,
-    ):
+    with bind(settings.host, settings.port) as listener, configured_process(settings):
         app, names = load_app(sources, settings)
-        from prometheus_client import ProcessCollector, generate_latest  # noqa: PLC0415 - see `load_app`
+        from prometheus_client import ProcessCollector  # noqa: PLC0415 - see `load_app`
 
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
 
-        service: Service = app.state.service
-        ProcessCollector(registry=service.metrics.registry)
+        ProcessCollector(registry=app.state.service.metrics.registry)
         server = DrainingServer(app, settings, names)
-        if settings.health_port is not None:
-            from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
-
-            async def collect_metrics() -> bytes:
-                return generate_latest(service.metrics.registry)
-
-            health = serve_health(settings, lambda: (service.state, None), collect_metrics, server.watch)
-            stack.enter_context(health)
         if settings.sandbox == "auto":
             log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
         return server.serve_until_end(listener)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -341,13 +342,25 @@ def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypat
         assert launch.terminal_is_closed() == had_terminal
 
 
+def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watch = launch.LoopWatch()
+    now[0] += 0.3
+    watch.beat()
+    assert watch.worst() == pytest.approx(0.2)
+    for _ in range(100):
+        watch.beat()
+    assert watch.worst() == watch.lag() == 0
+
+
 @pytest.mark.parametrize("way", BOTH_WAYS)
 def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_path, jpeg, way) -> None:
     with serving(str(bundle_path), "--log", "json", *WAYS[way]) as client:
         fcntl.fcntl(client.child.stderr, fcntl.F_SETPIPE_SZ, 4096)  # full after ten requests
         statuses = {client.post("/v1/classify", content=jpeg).status_code for _ in range(60)}
         assert statuses == {200}
-        assert httpx.get(f"{client.health}/livez").status_code == 200
+        assert client.get("/livez").status_code == 200
         client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(60) == 0
 
