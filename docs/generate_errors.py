@@ -73,8 +73,7 @@ WHAT_TO_DO = {
     "DetachError": "Add `--detach`; it may also stand where there is nothing to detach.",
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on; change the model's code.",
-    "LoweringError": "Choose the pooling or option that the message names, or `--no-lowering` if a rewrite "
-    "rule fails.",
+    "LoweringError": "Change the part of the network or the option that the message names.",
     "ParityError": "The message names the first deviating module and an option to try. `--allow-drift` "
     "writes the bundle anyway and records the drift.",
     "BundleError": "Copy or export the bundle again. Never edit files of a bundle.",

@@ -36,9 +36,10 @@ from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.program_hashes import trace_hash
-from sopdeploy_export.state import preserved, unwritten
+from sopdeploy_export.state import modules, preserved, unwritten
 
 OPSET = 18
 OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
@@ -186,6 +187,9 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
     # torch prints part of the graph on failure, and leaves tensors without values in caches
     with capturing(), redirect_stderr(io.StringIO()), preserved(deployed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
+        for _, module in modules(deployed):
+            if isinstance(module, ExportHints):
+                module.is_captured = True
         return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
 
 

@@ -85,7 +85,7 @@ def _describe_checks(results: ExportResults, lineage: Lineage) -> Section:
     hashes = [
         ("graph for any batch size", certificate.roots.any_batch),
         ("graph for one image", certificate.roots.batch_of_one),
-        ("ONNX graph before rewrites", certificate.roots.onnx),
+        ("certified ONNX graph", certificate.roots.onnx),
         ("checkpoint (sha256)", lineage.checkpoint_sha256),
         ("model.onnx of this bundle", lineage.onnx_root),
     ]
@@ -103,17 +103,15 @@ def _describe_checks(results: ExportResults, lineage: Lineage) -> Section:
 
 
 def _describe_network(results: ExportResults) -> Section:
-    """List the size of the network, the rewrites, and the types of its modules."""
+    """List the size of the network and the types of its modules."""
     trained, shipped = results.network_summary.trained, results.network_summary.shipped
     costs = [
         ("parameters", f"{trained.parameters:,}", f"{shipped.parameters:,}"),
         ("multiply-adds", f"{trained.macs:,}", f"{shipped.macs:,}"),
     ]
-    rules = [(rule.where, rule.name, rule.precondition, rule.effect) for rule in results.lowering.rules]
     types = list(results.precision.parts.items())
     tables = [
         Table(caption="Size", columns=("", "trained", "exported"), rows=costs),
-        Table(caption="Rewrites", columns=("module", "rewrite", "precondition", "effect"), rows=rules),
         Table(caption="Types of all modules", columns=("module", "weights"), rows=types, folded=True),
     ]
     text = "Multiply-adds are those of convolutions and linear layers for one image, without bias."

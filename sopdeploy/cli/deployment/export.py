@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def show(exported: "Exported") -> None:
-    """Print what was removed, proved, rewritten and measured, one line per fact, and the warnings."""
+    """Print what was removed, proved and measured, one line per fact, and the warnings."""
     page = exported.path / "report.html"
     for name, text in {**exported.facts(), "bundle": str(exported.path), "page": str(page)}.items():
         print_field(name, text)
