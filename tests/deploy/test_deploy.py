@@ -295,6 +295,10 @@ def test_compose_mounts_existing_files_and_scrapes_the_server() -> None:
     scraped = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())["scrape_configs"][0]
     assert scraped["static_configs"] == [{"targets": ["sopdeploy:8000"]}]
     assert services["sopdeploy"]["read_only"] is True
+    on_gpu = yaml.safe_load((DEPLOY / "compose" / "gpu.yaml").read_text())["services"]["sopdeploy"]
+    assert on_gpu["build"]["target"] == "gpu"
+    (device,) = on_gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
 
 
 LOCKS = {"cpu": ("cpu", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}

@@ -115,6 +115,9 @@ LOST_DEVICE = {
 }
 # What matters in messages that contain several lines of C++ signatures.
 REASON = re.compile(r"(CUDA|CUDNN|CUDNN_FE|CUBLAS|CUBLASLT) failure \d+: [^;]+|Failed to allocate memory .*")
+OTHER_GPU = (
+    "ONNX Runtime has kernels for compute capability 7.5, 8.x, 9.0 and 12.x; build an engine for other GPUs"
+)
 ERROR_CODE = re.compile(r"\bCUDA (?:failure|error) (\d+)", re.IGNORECASE)
 MEMORY_TEXTS = (
     "cudaerrormemoryallocation",
@@ -157,7 +160,8 @@ def must_run(runtime: Runtime) -> Iterator[None]:
 def reason_of(error: Exception) -> str:
     """Return the part of a library's *error* that a user understands, in one line."""
     known = REASON.search(str(error))
-    return " ".join((known[0] if known else str(error)).split())
+    reason = " ".join((known[0] if known else str(error)).split())
+    return f"{reason}; {OTHER_GPU}" if "no kernel image" in reason else reason
 
 
 def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
