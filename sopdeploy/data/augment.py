@@ -90,8 +90,8 @@ class BoxCrop(StrictModel):
     """Settings of the augmentations that crop a random box and resize it.
 
     With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then still has at least as many
-    pixels as the crop. This is faster, but a few gray levels off (`benchmarks/training_throughput.py`
-    measures how many). `crop` is the side of the training images in pixels, by default `preprocess.crop`.
+    pixels as the crop. This is faster, but a few gray levels off. `crop` is the side of the training images
+    in pixels, by default `preprocess.crop`.
     """
 
     flip: Fraction = 0.0

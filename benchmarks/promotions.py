@@ -1,14 +1,14 @@
-"""The part `promote` of `loop.py`: how often bundles of a known true difference are promoted.
+"""Measures how often bundles of a known true difference are promoted.
+
+    python benchmarks/promotions.py [--json]
 
 A pair of bundles is simulated by its answers: on a given share of the photographs exactly one of them is
 right, and the second one is right more or less often by the true difference. The photographs are of
 `CLASSES` classes. The decision is that of `sopdeploy promote` with its default tolerance.
 """
 
-import argparse
-
 import numpy as np
-from measure import Result
+from measure import Result, make_parser, report
 
 from sopdeploy.evaluation.mcnemar import decide
 from sopdeploy_service.commands.compare import compare_classes
@@ -31,7 +31,7 @@ def is_promoted(rng: np.random.Generator, share: float, difference: float) -> bo
     return verdict in {"better", "not worse"} and not worse
 
 
-def measure(_arguments: argparse.Namespace) -> list[Result]:
+def measure() -> list[Result]:
     """Return the percentage of promoted pairs for each true difference and share."""
     results = []
     for difference in DIFFERENCES:
@@ -41,3 +41,13 @@ def measure(_arguments: argparse.Namespace) -> list[Result]:
             case = f"{100 * difference:+g} points, one is right on {100 * share:g} %, {PHOTOS} photographs"
             results.append(Result(case=case, ours=100 * count / PAIRS, unit="% promoted", runs=PAIRS))
     return results
+
+
+def main() -> None:
+    """Run from the command line."""
+    arguments = make_parser(__doc__).parse_args()
+    report(measure(), as_json=arguments.json)
+
+
+if __name__ == "__main__":
+    main()
