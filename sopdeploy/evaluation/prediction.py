@@ -149,8 +149,8 @@ def _process_logits(
     batch_size: int,
     workers: int,
     processes: ProcessGroup,
-) -> Iterator[tuple[list[int], Tensor, Tensor] | None]:
-    """Yield the indices, logits float64 and labels of each batch of this process.
+) -> Iterator[tuple[list[int], Tensor] | None]:
+    """Yield the indices and the logits (B, C) float64 of each batch of this process.
 
     All processes yield the same number of times; a process that has no batch left yields None.
     """
@@ -159,10 +159,8 @@ def _process_logits(
     images_here = range(processes.rank, len(dataset), processes.world)
     positions = sequential_batches(len(images_here), batch_size)
     batches = [[images_here[position] for position in batch] for batch in positions]
-    for indices, (images, labels) in zip(
-        batches, load_batches(dataset, batches, workers, device), strict=True
-    ):
-        yield indices, model(normalize(images)).double(), labels
+    for indices, (images, _) in zip(batches, load_batches(dataset, batches, workers, device), strict=True):
+        yield indices, model(normalize(images)).double()
     rounds = -(-len(dataset) // (batch_size * processes.world))
     yield from [None] * (rounds - len(batches))
 
@@ -188,7 +186,7 @@ def predict_logits(
     batches = _process_logits(model, dataset, preprocess, batch_size, workers, processes)
     for done, batch in enumerate(batches, 1):
         if batch is not None:
-            indices, batch_logits, _ = batch
+            indices, batch_logits = batch
             computed.append((indices, batch_logits.cpu()))
         on_batch(min(len(dataset), done * batch_size * processes.world))
     classes = computed[0][1].shape[1] if computed else len(dataset.labels)
@@ -334,7 +332,7 @@ def predict_images(
 
     def calibrated_logits() -> Iterator[NDArray[np.float64]]:
         batches = _process_logits(model, dataset, preprocess, SCORE_BATCH, workers, ProcessGroup())
-        for indices, logits, _ in filter(None, batches):  # with one process, no batch is None
+        for indices, logits in filter(None, batches):  # with one process, no batch is None
             if not bool(torch.isfinite(logits).all()):
                 raise TrainingError("the logits are not finite; train again with a lower learning rate")
             yield from (logits / decision.temperature).cpu().numpy()
