@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, a bundle or a server: `sopdeploy.evaluate` and `sopdeploy eval`."""
+"""Evaluate a checkpoint or a bundle: `sopdeploy.evaluate` and `sopdeploy eval`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from sopdeploy.evaluation.prediction import HeadAccuracy
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """The metrics of a checkpoint, a bundle or a server on a folder of images.
+    """The metrics of a checkpoint or a bundle on a folder of images.
 
     Attributes:
-        source: The evaluated checkpoint, bundle or URL.
+        source: The evaluated checkpoint or bundle.
         kind: What *source* is.
-        facts: Name, runtime and device of a bundle; empty for a checkpoint or a server.
+        facts: Name, runtime and device of a bundle; empty for a checkpoint.
         metrics: Accuracies with intervals, calibration error, precision and recall by class, confusion
             matrix. With several classes per image: mAP, F1, and metrics by class.
         labels: The sorted class names, to which the indices in *scores* refer.
@@ -31,7 +31,7 @@ class Evaluation:
     """
 
     source: str
-    kind: Literal["checkpoint", "bundle", "service"]
+    kind: Literal["checkpoint", "bundle"]
     facts: dict[str, str]
     metrics: ClassificationReport | MultiLabelReport
     labels: tuple[str, ...]
@@ -60,10 +60,10 @@ def evaluate(
     options: EvaluateOptions,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Evaluation:
-    """Evaluate a checkpoint, a bundle or a running server on a folder of images.
+    """Evaluate a checkpoint or a bundle on a folder of images.
 
     Args:
-        source: A checkpoint, a bundle, or the URL of a server.
+        source: A checkpoint or a bundle.
         data: Folder of images, `DIR/<class>/*.jpg` or with `labels.csv`; classes are matched by name.
         options: The fields of `EvaluateOptions`, each as a keyword argument.
         on_image: Called with the numbers of images done and in total.
@@ -82,11 +82,7 @@ def evaluate(
     facts: dict[str, str] = {}
     heads: tuple[HeadAccuracy, ...] = ()
     shared: Any = {"on_image": on_image, "log": notes.append}
-    if kind == "service":
-        from sopdeploy.evaluation.service import score_service
-
-        labels, scores = score_service(name, data, api_key=options.api_key, model=options.model, **shared)
-    elif kind == "bundle":
+    if kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings
 
@@ -110,12 +106,10 @@ def evaluate(
     )
 
 
-def detect_source(source: str) -> Literal["checkpoint", "bundle", "service"]:
+def detect_source(source: str) -> Literal["checkpoint", "bundle"]:
     """Detect what *source* names; raises `ConfigError` if it cannot be evaluated."""
-    if source.startswith(("http://", "https://")):
-        return "service"
     if "://" in source:
-        raise ConfigError(f"{source}: only services on http:// and https:// can be evaluated")
+        raise ConfigError(f"{source}: is a URL; give a checkpoint or a bundle")
     path = Path(source)
     if not path.is_dir():
         return "checkpoint"
@@ -123,14 +117,12 @@ def detect_source(source: str) -> Literal["checkpoint", "bundle", "service"]:
         return "bundle"
     if (path / "best.pt").is_file():
         raise ConfigError(f"{source}: is a run folder; give {path / 'best.pt'}")
-    raise ConfigError(
-        f"{source}: not a bundle, it has no manifest.json; give a checkpoint, a bundle or a URL"
-    )
+    raise ConfigError(f"{source}: not a bundle, it has no manifest.json; give a checkpoint or a bundle")
 
 
 def _check_options(kind: str, options: EvaluateOptions) -> None:
     """Raise `ConfigError` for an option that a source of this *kind* does not have."""
-    kinds = {"runtime": "bundle", "model": "service", "api_key": "service", "heads": "checkpoint"}
+    kinds = {"runtime": "bundle", "heads": "checkpoint"}
     for setting, needed in kinds.items():
         if getattr(options, setting) and kind != needed:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)

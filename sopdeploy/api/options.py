@@ -40,10 +40,6 @@ class EvaluateOptions(Options):
     """Also evaluate every branch of a checkpoint."""
     runtime: str | None = None
     """Runtime of a bundle, as for `serve`; tensorrt uses the engine."""
-    model: str | None = None
-    """Model name, if the server has several."""
-    api_key: str | None = None
-    """API key of the server."""
     workers: Workers = 0
     """Processes that load images for a checkpoint."""
 

@@ -37,14 +37,12 @@ def _show(evaluation: "Evaluation") -> None:
 
 @command(_show, summarize=lambda evaluation: evaluation.summary())
 def eval_command(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A checkpoint, a bundle, or the URL of a server.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint or a bundle.")],
     data: Annotated[Path, typer.Option(help="Folder of images, DIR/<class>/*.jpg or with labels.csv.")],
     *,
     options: EvaluateOptions,
 ) -> "Evaluation":
-    """Evaluate a checkpoint, a bundle or a running server on a folder of images.
+    """Evaluate a checkpoint or a bundle on a folder of images.
 
     Classes are matched by name; classes without images are named and left out. Accuracies have Wilson 95 %
     intervals; the calibration error uses 15 bins. If a rejection threshold was fitted, the output includes
@@ -56,8 +54,6 @@ def eval_command(
     Example: [bold]sopdeploy eval runs/latest/best.pt --data test-photos[/bold]
 
     Example: [bold]sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos[/bold]
-
-    Example: [bold]sopdeploy eval http://127.0.0.1:8000 --data test-photos --json[/bold]
     """
     with image_progress() as on_image:
         from sopdeploy.api.evaluation import evaluate as run

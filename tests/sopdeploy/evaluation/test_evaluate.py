@@ -162,8 +162,9 @@ def test_heads_are_evaluated_on_every_image(stored, tmp_path) -> None:
     command = ["eval", str(stored), "--data", str(tmp_path / "val"), "--heads"]
     shown = CliRunner().invoke(app, [*command, "--json"])
     assert json.loads(shown.stdout)["heads"] == [one.model_dump(mode="json") for one in found.heads]
-    with pytest.raises(ConfigError, match="heads: only for a checkpoint, this is a service"):
-        sopdeploy.evaluate("http://127.0.0.1:1", tmp_path, heads=True)
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(ConfigError, match="heads: only for a checkpoint, this is a bundle"):
+        sopdeploy.evaluate(tmp_path, tmp_path, heads=True)
 
 
 LABELS = ("a", "b", "c")
@@ -205,7 +206,6 @@ def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> No
 def test_sources_are_detected_or_refused(tmp_path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
-    assert detect_source("http://host:8000") == detect_source("https://host") == "service"
     assert detect_source(str(tmp_path / "bundle")) == "bundle"
     assert detect_source("runs/a/best.pt") == "checkpoint"
     with pytest.raises(ConfigError, match=r"it has no manifest\.json"):
@@ -213,5 +213,5 @@ def test_sources_are_detected_or_refused(tmp_path) -> None:
     (tmp_path / "best.pt").touch()
     with pytest.raises(ConfigError, match=r"is a run folder; give .*best\.pt"):
         detect_source(str(tmp_path))
-    with pytest.raises(ConfigError, match="only services on http://"):
-        detect_source("ftp://host/x")
+    with pytest.raises(ConfigError, match="is a URL; give a checkpoint or a bundle"):
+        detect_source("http://127.0.0.1:8000")
