@@ -166,7 +166,7 @@ def test_scalars_next_to_0_and_1_remain_in_the_graph(form: str, preprocess: Prep
     network = Minimal(lambda x: OF_ZERO[form](x.mean(dim=(2, 3)) * 0)).eval()
     session = ort.InferenceSession(lowered(network, preprocess).SerializeToString())
     found = session.run(None, {"images": np.zeros((3, 16, 16, 3), np.uint8)})[0]
-    np.testing.assert_allclose(found, OF_ZERO[form](torch.zeros(3, 3)).detach(), rtol=2e-7)
+    np.testing.assert_allclose(found, OF_ZERO[form](torch.zeros(3, 3)).detach(), rtol=1e-6)
 
 
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
