@@ -17,7 +17,8 @@ def lint(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Raises `LoweringError` if TensorRT would reject or misread the graph.
     """
-    safe = onnx.ModelProto.FromString(model.SerializeToString())
+    safe = onnx.ModelProto()
+    safe.CopyFrom(model)
     _check_quantization(safe)
     _cast_images_first(safe)
     return safe

@@ -117,7 +117,7 @@ def _print_results(results: "Reproduction") -> None:
 
     trained = results.table.measures == "errors"
     table = error_table(results.rows) if trained else fact_table(results.rows)
-    print_table(table.columns, table.rows)
+    print_table(table.columns, (map(str, row) for row in table.rows))
     if results.statement:
         say(results.statement)
     unit = "errors in percent with 95 % intervals; " if trained else ""

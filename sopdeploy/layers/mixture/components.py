@@ -120,10 +120,10 @@ class Components(nn.Module):
                 bias_No1 = self.biases[step].view(self.components, -1, 1)
                 x_BKcM = x_BKcM + bias_No1.index_select(0, index).unflatten(0, shape)
             x_BKcM = F.relu(x_BKcM) if self.rectified else x_BKcM
-        maps = x_BKcM.flatten(end_dim=1).unflatten(2, features_BCHW.shape[2:])
+        maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
         root = self.after if isinstance(self.after, ISqrtCov) else None
         pooled = self.after(maps) if root is None else covariance_root(maps, root.config).flatten(start_dim=1)
-        pooled_BKD = at_least_float32(pooled).unflatten(0, shape)
+        pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, shape)
         sum_BD = (largest_BK.unsqueeze(1) @ pooled_BKD).squeeze(1)
         return sum_BD if root is None else sum_BD.index_select(1, root.triangle)
 
