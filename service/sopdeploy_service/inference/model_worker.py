@@ -41,7 +41,6 @@ from sopdeploy_service.runtime.base import (
     OutOfMemoryError,
     OverlappingRuntime,
     Runtime,
-    SelectiveRuntime,
 )
 
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
@@ -199,7 +198,6 @@ class ModelWorker:
         self.metrics = metrics
         self._outputs = tuple(outputs)
         self._always = tuple(name for name in outputs if name != EMBEDDING)
-        self._selective = runtime if isinstance(runtime, SelectiveRuntime) else None
         self._max_batch = self._limit = max_batch
         self._limited_until = 0.0
         self._failed_batches = 0  # in a row
@@ -318,8 +316,6 @@ class ModelWorker:
             if self._pixels.shape[1:] != images[0].shape:
                 self._pixels = np.empty((self._max_batch, *images[0].shape), np.uint8)
             batch_pixels = np.stack(images, out=self._pixels[: len(images)])
-            if self._selective is not None:
-                return self._selective.run_outputs(batch_pixels, names)
             return self._runtime.run(batch_pixels)
         except OutOfMemoryError:
             self._limit = max(1, len(images) // 2)
@@ -365,9 +361,10 @@ def run_bisected(
 
 
 def _split_rows(values: Outputs, outputs: Sequence[str], num_images: int) -> list[ImageOutputs]:
-    """Split the batch into rows; reject rows with an output that is not finite."""
+    """Split the *outputs* of a batch into rows; reject rows with an output that is not finite."""
     finite = np.ones(num_images, dtype=bool)
-    for name, batch in values.items():
+    for name in outputs:
+        batch = values[name]
         if len(batch) != num_images:
             raise ValueError(f"output {name!r} has {len(batch)} rows for {num_images} images")
         finite &= np.isfinite(batch.reshape(num_images, -1)).all(axis=1)

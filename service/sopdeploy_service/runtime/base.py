@@ -81,15 +81,6 @@ class OverlappingRuntime(Runtime, Protocol):
         ...
 
 
-@runtime_checkable
-class SelectiveRuntime(Runtime, Protocol):
-    """A runtime that can omit outputs, or at least does not copy them."""
-
-    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8 as `run` does; return only the outputs *names*."""
-        ...
-
-
 # CUDA errors after which nothing can run in this process: code, API names, and the text that libraries print.
 LOST_DEVICE = {
     46: ("cudaErrorDevicesUnavailable", "cudaErrorDeviceUnavailable", "busy or unavailable"),

@@ -61,10 +61,6 @@ class TensorRTRuntime:
         with translate_errors():
             return self._session.run(images)
 
-    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
-        return self.begin(list(images), names)()
-
     def begin(
         self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:

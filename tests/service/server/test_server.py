@@ -50,11 +50,11 @@ except SopdeployError as problem:
 BATCH = """
 import threading, time
 from sopdeploy_service.runtime.onnxruntime import (OnnxRuntime)
-original = OnnxRuntime.run_outputs
-def changed(self, images, names):
+original = OnnxRuntime.run
+def changed(self, images):
     {before}
-    return original(self, images, names)
-OnnxRuntime.run_outputs = changed
+    return original(self, images)
+OnnxRuntime.run = changed
 """
 WAITS = """while threading.current_thread().name == 'model_worker' and not Path({gate!r}).exists():
         time.sleep(0.01)"""

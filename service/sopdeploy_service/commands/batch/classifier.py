@@ -32,7 +32,7 @@ from sopdeploy_service.inference.model_worker import ImageOutputs, run_bisected
 from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError, rank_classes
 from sopdeploy_service.keep import PredictedPhoto, keep_photo, reasons_to_keep
 from sopdeploy_service.kept_folder import KeptFolder
-from sopdeploy_service.runtime.base import DeviceLostError, SelectiveRuntime
+from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
 
 BLOCK_IMAGES = 32  # at least, of a message to a decoder process
@@ -210,10 +210,7 @@ class PartClassifier:
         """Return the outputs of a batch; if it fails, halve it until the image that fails is alone."""
 
         def run(images: Sequence[NDArray[np.uint8]]) -> Outputs:
-            batch = cast(NDArray[np.uint8], images)
-            if isinstance(self._runtime, SelectiveRuntime):
-                return self._runtime.run_outputs(batch, self._outputs)
-            return self._runtime.run(batch)
+            return self._runtime.run(cast(NDArray[np.uint8], images))
 
         try:
             rows = run_bisected(run, cast(Any, pixels), self._outputs)
