@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -338,3 +339,42 @@ def test_markup_in_external_text_is_printed_literally(text: str, capsys: pytest.
 def test_external_text_is_one_line_without_control_characters(text: str) -> None:
     expected = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     assert plain_text(text).plain == expected
+
+
+EARLY_MISTAKES = {  # command: its error
+    "train --data one": "one: holds only one class (a)",
+    "train --data empty": "empty/b: no images in this class folder",
+    "train --data photos.zip": "photos.zip: not a folder; unpack archives first",
+    "train --data nowhere": "nowhere: no such folder",
+    "export nothing.pt --detach": "nothing.pt: no such file",
+    "export photos.zip --detach": "photos.zip: damaged or not a checkpoint",
+}
+
+
+@pytest.mark.parametrize("command", EARLY_MISTAKES)
+def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    for name in ("one/a", "empty/a", "empty/b"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("one/a/0.png", "empty/a/0.png", "empty/a/1.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    program = (
+        "import sys\n"
+        "from sopdeploy.cli.app import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    sys.exit(9 if 'torch' in sys.modules else stop.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command.split()],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "export", "service")),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert EARLY_MISTAKES[command] in done.stderr
+    assert done.stderr.count("\n") == 1

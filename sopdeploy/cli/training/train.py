@@ -89,6 +89,11 @@ def _train(
 
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
+    if data is not None and recipe is None and not settings:  # before the imports, which take seconds
+        from sopdeploy.data.datasets.folder import FolderConfig
+        from sopdeploy.data.sources import open_data
+
+        open_data(FolderConfig(kind="folder", path=data))
     from sopdeploy.training.distributed.torchrun import is_main_process
 
     if dry_run:
