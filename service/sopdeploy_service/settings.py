@@ -28,15 +28,6 @@ def _split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def _parse_budget(value: Any) -> Any:
-    if value is None or value == "auto":
-        return value
-    try:
-        return int(pydantic.TypeAdapter(PositiveBytes).validate_python(value))
-    except pydantic.ValidationError as problem:
-        raise ValueError("write a size such as 20GB, or auto") from problem
-
-
 def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in value if name.lower() not in FORMATS]
     if unknown or not value:
@@ -66,9 +57,7 @@ FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
 Formats = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_formats)
 ]
-Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_split_commas)]
 PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
-Budget = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_parse_budget)]
 Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
@@ -135,10 +124,9 @@ class Settings(pydantic.BaseModel):
     engine_cache: Path | None = setting(None, "folder of TensorRT engines; not set: beside the bundle")
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
     max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else those verified")
-    memory_budget: Budget = setting(
-        None, "such as 20GB, or auto: load bundles at first use, release unused ones"
+    memory_budget: PositiveBytes | None = setting(
+        None, "such as 20GB: load bundles at first use, release those used longest ago"
     )
-    pin: Names = setting((), "names of bundles to load at the start and never release, with memory_budget")
     max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
     batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
     follow: bool = setting(False, "check each second where a BUNDLE that is a link leads, and reload it")
@@ -171,8 +159,6 @@ class Settings(pydantic.BaseModel):
             raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
         if self.follow and self.memory_budget is not None:
             raise ValueError("follow excludes memory_budget; remove one of them")
-        if self.pin and self.memory_budget is None:
-            raise ValueError("pin needs memory_budget; without it, no bundle is released")
         if self.max_images > self.queue_size:
             raise ValueError(
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size}); lower it"

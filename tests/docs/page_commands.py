@@ -27,7 +27,6 @@ QUICKER = {
     "--recipe photos-dsop --data photos": f"--recipe photos-dsop --data photos {TINY}",
     'train(data="photos", ': f'train(data="photos", {TINY_PYTHON}, ',
     "--seconds 20": "--seconds 2",
-    "--setting memory_budget=20GB --setting pin=flowers,birds": "--setting memory_budget=2GB",
     "range(240)": "range(60)",
     "--set epochs=8": "--set epochs=2",
 }

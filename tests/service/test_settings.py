@@ -33,7 +33,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
             {"devices": "0,cpu", "runtime": "tensorrt"},
             "needs a GPU; remove cpu from devices",
         ),
-        ({"follow": True, "memory_budget": "auto"}, "follow excludes memory_budget; remove one of them"),
+        ({"follow": True, "memory_budget": "1GB"}, "follow excludes memory_budget; remove one of them"),
     ],
 )
 def test_an_invalid_setting_is_named(given, message):

@@ -89,11 +89,6 @@ class RequestQueue:
     _items: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no image is queued."""
-        return not self._items
-
     def put(self, item: QueuedImage) -> HttpError | None:
         """Add *item*; if the queue is closed, return the reason instead."""
         with self._changed:

@@ -73,7 +73,6 @@ class Metrics:
             "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
             ("result",),
         )
-        self.memory_budget = gauge("memory_budget_bytes", "For all loaded models; 0: no budget")
         self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
