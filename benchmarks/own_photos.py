@@ -43,7 +43,7 @@ from scipy.stats import t
 from svg_file import STYLE, write_svg
 
 from sopdeploy.errors import DataError, SopdeployError
-from sopdeploy.evaluation.prediction import score_checkpoint
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 
 NETWORK = "tf_efficientnet_lite0"
 OURS = "sopdeploy"
@@ -167,7 +167,7 @@ def run_ours(given: argparse.Namespace, per_class: int, seed: int) -> dict[str, 
     log = given.cache / f"{name}.log"
     seconds = run(command, log)
     test = link(test_files(given.data), given.cache / "test")
-    _, scores, _ = score_checkpoint(out / "best.pt", test, on_image=lambda _done, _total: None)
+    scores = score_checkpoint(out / "best.pt", test).predictions
     if not isinstance(scores, list):
         raise DataError(f"{photos}: has several classes per photograph; give one folder per class")
     return {"accuracy": 100 * statistics.fmean(score.correct for score in scores), "seconds": seconds}

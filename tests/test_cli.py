@@ -74,7 +74,7 @@ MEANINGS = {
     "--dry-run": "; ", "--host": "address to listen on", "--json": "Print JSON", "--keys": "API key file",
     "--labels": "lass name", "--logits-key": "of the logits",
     "--name": "Name of the project", "--network": "Builder of the network", "--option": "of the network",
-    "--out": "older", "--out-file": "The ", "--port": "port to listen on",
+    "--out": "older", "--port": "port to listen on",
     "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
     "--set": "Override a value of", "--setting": "setting of the service",
     "--threads": "CPU threads",

@@ -1,12 +1,13 @@
 """Evaluate a checkpoint or a bundle: `sopdeploy.evaluate` and `sopdeploy eval`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.config import expand_options
+from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
@@ -27,6 +28,8 @@ class Evaluation:
         scores: One prediction per image, sorted by class name and then by file name. With several classes
             per image, all probabilities.
         heads: The accuracy of every head of a checkpoint, if `evaluate` was called with `heads=True`.
+        decision: Temperature and thresholds that `fit_decision` fitted to the images; the metrics are those
+            of the checkpoint before.
         notes: Lines about the images that are not as expected, such as classes without images.
     """
 
@@ -37,6 +40,7 @@ class Evaluation:
     labels: tuple[str, ...]
     scores: tuple[ImageScore, ...] | MultiLabelPredictions = field(repr=False)
     heads: tuple[HeadAccuracy, ...] = ()
+    decision: Decision | None = None
     notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
@@ -48,6 +52,7 @@ class Evaluation:
             **self.facts,
             "notes": list(self.notes),
             **({"heads": heads} if heads else {}),
+            **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
             **self.metrics.model_dump(mode="json"),
         }
 
@@ -73,14 +78,16 @@ def evaluate(
 
     Raises:
         ConfigError: *source* cannot be evaluated, or an option does not apply to it.
-        DataError: The classes do not match, or an image cannot be read.
+        DataError: The classes do not match, an image cannot be read, or `fit_decision` gets fewer than 50
+            images.
     """
     name, data = str(source), Path(data)
     kind = detect_source(name)
-    _check_options(kind, options)
+    _check_options(name, kind, options)
     notes: list[str] = []
     facts: dict[str, str] = {}
     heads: tuple[HeadAccuracy, ...] = ()
+    decision = None
     shared: Any = {"on_image": on_image, "log": notes.append}
     if kind == "bundle":
         from sopdeploy_service.commands.evaluate import scores_of_bundle
@@ -89,11 +96,14 @@ def evaluate(
         settings = load_settings(runtime=options.runtime)
         labels, scores, facts = scores_of_bundle(Path(name), data, settings=settings, **shared)
     else:
-        from sopdeploy.evaluation.prediction import score_checkpoint
+        from sopdeploy.checkpoint import write_checkpoint
+        from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 
-        labels, scores, heads = score_checkpoint(
-            Path(name), data, heads=options.heads, workers=options.workers, **shared
-        )
+        found = score_checkpoint(Path(name), data, heads=options.heads, workers=options.workers, **shared)
+        labels, scores, heads = found.labels, found.predictions, found.heads
+        if options.fit_decision is not None:
+            decision = found.fit(options.accepts)
+            write_checkpoint(options.fit_decision, replace(found.checkpoint, decision=decision))
     return Evaluation(
         source=name,
         kind=kind,
@@ -102,6 +112,7 @@ def evaluate(
         labels=labels,
         scores=tuple(scores) if isinstance(scores, list) else scores,
         heads=heads,
+        decision=decision,
         notes=tuple(notes),
     )
 
@@ -120,9 +131,14 @@ def detect_source(source: str) -> Literal["checkpoint", "bundle"]:
     raise ConfigError(f"{source}: not a bundle, it has no manifest.json; give a checkpoint or a bundle")
 
 
-def _check_options(kind: str, options: EvaluateOptions) -> None:
-    """Raise `ConfigError` for an option that a source of this *kind* does not have."""
-    kinds = {"runtime": "bundle", "heads": "checkpoint"}
+def _check_options(source: str, kind: str, options: EvaluateOptions) -> None:
+    """Raise `ConfigError` for an option that *source* of this *kind* does not have."""
+    kinds = {"runtime": "bundle", "heads": "checkpoint", "fit_decision": "checkpoint"}
     for setting, needed in kinds.items():
         if getattr(options, setting) and kind != needed:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
+    fitted = options.fit_decision
+    if fitted is not None and fitted.exists() and Path(source).exists() and fitted.samefile(source):
+        raise ConfigError(
+            "is the evaluated checkpoint; give another file", setting="fit_decision", value=fitted
+        )

@@ -1,5 +1,6 @@
-"""Options of `train`, `evaluate` and `calibrate`; imports neither torch nor the packages that they use."""
+"""Options of `train` and `evaluate`; imports neither torch nor the packages that they use."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
@@ -40,14 +41,10 @@ class EvaluateOptions(Options):
     """Also evaluate every branch of a checkpoint."""
     runtime: str | None = None
     """Runtime of a bundle, as for `serve`; tensorrt uses the engine."""
+    fit_decision: Path | None = None
+    """Fit temperature and threshold for unknown images of a checkpoint to these images, and write a copy with
+    them to this file; for several classes per image, a threshold per class."""
+    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
+    """Fraction of images of known classes to accept as known, with the fitted threshold; 1 rejects none."""
     workers: Workers = 0
     """Processes that load images for a checkpoint."""
-
-
-class CalibrateOptions(Options):
-    """Options of `sopdeploy.calibrate` and `sopdeploy calibrate`."""
-
-    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
-    """Fraction of images of known classes to accept as known; 1 rejects none."""
-    workers: Workers = 0
-    """Processes that load images."""

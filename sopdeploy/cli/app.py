@@ -28,7 +28,6 @@ COMMANDS = {
     "models": ("Train", "training.models", "list the networks of the catalog, or count one"),
     "train": ("Train", "training.train", "train a network"),
     "eval": ("Train", "training.evaluate", "evaluate a checkpoint or a bundle"),
-    "calibrate": ("Train", "training.evaluate", "fit temperature and thresholds of a checkpoint"),
     "runs": ("Train", "training.runs", "list runs and bundles, and which bundles are live"),
     "import": ("Train", "training.import_weights", "convert published weights to a checkpoint"),
     "reproduce": ("Train", "training.reproduce", "train the rows of a paper's table"),

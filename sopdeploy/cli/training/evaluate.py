@@ -1,4 +1,4 @@
-"""`sopdeploy eval` and `calibrate`: measure a network, fit its thresholds."""
+"""`sopdeploy eval`: measure a network, and fit its temperature and thresholds."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sopdeploy.api.options import CalibrateOptions, EvaluateOptions
+from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, image_progress, out, plain_text, print_table, say
 
 if TYPE_CHECKING:
-    from sopdeploy.api.calibration import Calibrated
     from sopdeploy.api.evaluation import Evaluation
     from sopdeploy.evaluation.metrics import ClassificationReport
     from sopdeploy.evaluation.multi_label import MultiLabelReport
@@ -33,6 +32,8 @@ def _show(evaluation: "Evaluation") -> None:
         _print_heads(evaluation.heads)
     else:
         _print_multi_label_report(evaluation.metrics)
+    if evaluation.decision is not None:
+        say(*(f"{name}: {text}" for name, text in evaluation.decision.rows()))
 
 
 @command(_show, summarize=lambda evaluation: evaluation.summary())
@@ -50,8 +51,12 @@ def eval_command(
     --heads adds top-1, top-5 and loss of every branch, and its share of the weighted training loss. A network
     with several classes per image needs a folder with `labels.csv`; its metrics are mAP, and F1 of each class
     at its threshold.
+    --fit-decision is for imported checkpoints, and for other images than those of a run, which fits both at
+    its end. The metrics are those before the fit.
 
     Example: [bold]sopdeploy eval runs/latest/best.pt --data test-photos[/bold]
+
+    Example: [bold]sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt[/bold]
 
     Example: [bold]sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos[/bold]
     """
@@ -112,46 +117,3 @@ def _print_multi_label_report(report: "MultiLabelReport") -> None:
         shown = ("-" if rate is None else f"{rate:.2%}" for rate in rates)
         rows.append((entry.label, str(entry.count), str(entry.answered), f"{entry.threshold:.3f}", *shown))
     print_table(("class", "images", "predicted", "threshold", "AP", "precision", "recall", "F1"), rows)
-
-
-def _show_calibrated(calibrated: "Calibrated") -> None:
-    """Print the fitted values and the next command."""
-    for note in calibrated.notes:
-        err.print(plain_text(f"warning: {note}"))
-    say(*(f"{name}: {text}" for name, text in calibrated.decision.rows(calibrated.labels)))
-    say(f"next: sopdeploy export {calibrated.path}{' --detach' * calibrated.training_only}")
-
-
-def _summarize_calibrated(calibrated: "Calibrated") -> dict[str, Any]:
-    """Build the JSON output."""
-    return {
-        "checkpoint": str(calibrated.path),
-        "num_images": calibrated.num_images,
-        "decision": calibrated.decision.model_dump(mode="json"),
-        "notes": list(calibrated.notes),
-    }
-
-
-@command(_show_calibrated, summarize=_summarize_calibrated)
-def calibrate_command(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `sopdeploy train` or `import`.")],
-    data: Annotated[
-        Path, typer.Option(help="Images not used for training, DIR/<class>/*.jpg or with labels.csv.")
-    ],
-    out_file: Annotated[
-        Path | None, typer.Option(help="The new checkpoint; by default <name>-calibrated.pt.")
-    ] = None,
-    *,
-    options: CalibrateOptions,
-) -> "Calibrated":
-    """Fit temperature and rejection threshold of a checkpoint to images that were not used for training.
-
-    `train` does this at the end of a run, so this command is for imported checkpoints and for other images.
-    For a multi-label network it fits a threshold per class instead.
-
-    Example: [bold]sopdeploy calibrate ckpt.pt --data test-photos[/bold]
-    """
-    with image_progress() as on_image:
-        from sopdeploy.api.calibration import calibrate as run
-
-        return run(checkpoint, data, out_file, options=options, on_image=on_image)

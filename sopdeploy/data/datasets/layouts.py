@@ -1,4 +1,4 @@
-"""The labeled images of a folder, for commands without a recipe: `eval`, `calibrate`, `data check`."""
+"""The labeled images of a folder, for commands without a recipe: `eval`, `data check`."""
 
 from functools import cache
 from importlib import resources
@@ -32,7 +32,7 @@ def open_evaluation_images(
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
 
-    `eval`, `calibrate` and `export --evaluate` read folders with this function. It opens only the held-out
+    `eval` and `export --evaluate` read folders with this function. It opens only the held-out
     images if the data are split: by folders such as train/ and val/, by an official layout, or by the column
     `split` of a `labels.csv`. Classes are matched by name; WordNet IDs match the names of ImageNet's classes.
     With *multi_label*, the network predicts several classes per image, which `labels.csv` lists.

@@ -20,8 +20,9 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, 
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.errors import ConfigError, DataError, TrainingError
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import BINS, ClassificationReport, ImageScore, classification_report
-from sopdeploy.evaluation.prediction import evaluate_network, score_checkpoint
+from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -113,11 +114,9 @@ def stored(tmp_path) -> Path:
 
 def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
     progress: list[tuple[int, int]] = []
-    labels, scores, _ = score_checkpoint(
-        stored, data, on_image=lambda *done: progress.append(done), **options
-    )
-    assert progress[-1] == (len(scores), len(scores))
-    return classification_report(labels, scores)
+    found = score_checkpoint(stored, data, on_image=lambda *done: progress.append(done), **options)
+    assert progress[-1] == (len(found.predictions), len(found.predictions))
+    return classification_report(found.labels, found.predictions)
 
 
 def test_classes_are_matched_by_name(stored, tmp_path) -> None:

@@ -14,8 +14,9 @@ from sopdeploy.api.training import PageWriter
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision, fit_thresholds
-from sopdeploy.evaluation.prediction import classification_loss, score_checkpoint
+from sopdeploy.evaluation.prediction import classification_loss
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
@@ -99,9 +100,10 @@ def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     rows = list(csv.DictReader(result.history.read_text().splitlines()))
     assert max(float(row["map"]) for row in rows) == result.best_map
     assert {"macro_f1", "micro_f1", "main_map", "layer1_0_loss"} <= rows[0].keys()
-    labels, found, _ = score_checkpoint(result.best, scenes, on_image=lambda _done, _all: None)
+    scored = score_checkpoint(result.best, scenes)
+    found = scored.predictions
     assert isinstance(found, MultiLabelPredictions)
-    assert (labels, found.thresholds) == (CLASSES, stored.decision.thresholds)
+    assert (scored.labels, found.thresholds) == (CLASSES, stored.decision.thresholds)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "average precision" in page
     assert "mAP, too high" in page

@@ -13,8 +13,8 @@ from PIL import Image
 
 from sopdeploy.api.training import PageWriter
 from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import classification_report
-from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.html.plots import bars, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
 from sopdeploy.training.callbacks import Callback
@@ -104,11 +104,9 @@ def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path:
     Reader(page)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    labels, scores, _ = score_checkpoint(
-        tmp_path / "run" / "best.pt", data, on_image=lambda _done, _all: None
-    )
-    assert f"negative log-likelihood {classification_report(labels, scores).nll:.4f}" in page
-    wrong = [index for index, score in enumerate(scores) if not score.correct]
+    found = score_checkpoint(tmp_path / "run" / "best.pt", data)
+    assert f"negative log-likelihood {classification_report(found.labels, found.predictions).nll:.4f}" in page
+    wrong = [score for score in found.predictions if not score.correct]
     assert len(re.findall(r"<figcaption>[^<]+/[0-3]\.png: ", page)) == len(wrong) > 0
 
 

@@ -21,9 +21,9 @@ from sopdeploy.cli.app import app
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
-from sopdeploy.evaluation.prediction import score_checkpoint
 from sopdeploy.training.callbacks import Callback, CallbackList
 from sopdeploy.training.few_shot import selection
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
@@ -169,7 +169,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert checkpoint.model == result.model == "head:resnet8"
     assert result.training_only == ()
     test = paint(tmp_path / "test", 5, seed=1)
-    _, scores, _ = score_checkpoint(result.best, test, on_image=lambda _done, _total: None)
+    scores = score_checkpoint(result.best, test).predictions
     assert np.mean([score.correct for score in scores]) > 0.8
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "cross-validated" in page

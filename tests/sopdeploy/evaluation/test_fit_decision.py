@@ -1,4 +1,4 @@
-"""`sopdeploy calibrate` fits the decision of a checkpoint without one and changes nothing else."""
+"""`eval --fit-decision` fits the decision of a checkpoint and changes nothing else."""
 
 import json
 from dataclasses import replace
@@ -51,31 +51,32 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> None:
     source = (home / "ckpt.pt").read_bytes()
-    found = sopdeploy.calibrate(home / "ckpt.pt", home / "photos")
-    assert (found.path, found.num_images, found.labels) == (home / "ckpt-calibrated.pt", 80, LABELS)
+    plain = sopdeploy.evaluate(home / "ckpt.pt", home / "photos")
+    found = sopdeploy.evaluate(home / "ckpt.pt", home / "photos", fit_decision=home / "fitted.pt")
+    assert (found.metrics, found.scores, plain.decision) == (plain.metrics, plain.scores, None)
+    assert found.decision is not None
     assert found.decision.calibration is not None
     assert found.decision.rejection is not None
+    assert found.decision.calibration.num_images == 80
     assert found.decision.calibration.temperature > 1.5
     assert found.decision.calibration.error_after < found.decision.calibration.error_before
     assert (home / "ckpt.pt").read_bytes() == source
-    before, after = read_checkpoint(home / "ckpt.pt"), read_checkpoint(found.path)
+    before, after = read_checkpoint(home / "ckpt.pt"), read_checkpoint(home / "fitted.pt")
     assert (before.decision, after.decision) == (None, found.decision)
     pairs = zip(*(build_classifier(one, home).state_dict().values() for one in (before, after)), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
+    fitted = sopdeploy.evaluate(home / "fitted.pt", home / "photos").metrics
+    assert fitted.calibration.error == pytest.approx(found.decision.calibration.error_after)
 
 
-def test_the_command_writes_the_same_and_prints_the_next_step(home: Path) -> None:
-    options = [str(home / "ckpt.pt"), "--data", str(home / "photos"), "--accepts", "0.8"]
-    ours = sopdeploy.calibrate(home / "ckpt.pt", home / "photos", home / "ours.pt", accepts=0.8)
-    done = CliRunner().invoke(app, ["calibrate", *options, "--out-file", str(home / "theirs.pt"), "--json"])
-    printed = json.loads(done.stdout)
-    assert (printed["num_images"], printed["checkpoint"]) == (80, str(home / "theirs.pt"))
-    assert Decision.model_validate(printed["decision"]) == ours.decision
+def test_the_command_writes_the_same_and_prints_it(home: Path) -> None:
+    options = ["eval", str(home / "ckpt.pt"), "--data", str(home / "photos"), "--accepts", "0.8"]
+    ours = sopdeploy.evaluate(home / "ckpt.pt", home / "photos", accepts=0.8, fit_decision=home / "ours.pt")
+    done = CliRunner().invoke(app, [*options, "--fit-decision", str(home / "theirs.pt"), "--json"])
+    assert Decision.model_validate(json.loads(done.stdout)["decision"]) == ours.decision
     assert read_checkpoint(home / "theirs.pt").decision == ours.decision
-    lines = CliRunner().invoke(app, ["calibrate", *options]).stdout.splitlines()
-    names = ["temperature", "unknown images", "next"]
-    assert [line.partition(":")[0] for line in lines] == names
-    assert lines[-1] == f"next: sopdeploy export {home / 'ckpt-calibrated.pt'}"
+    lines = CliRunner().invoke(app, [*options, "--fit-decision", str(home / "theirs.pt")]).stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines[-2:]] == ["temperature", "unknown images"]
 
 
 def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
@@ -86,18 +87,22 @@ def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
     ]
     table = home / "photos" / "labels.csv"
     table.write_text("\n".join(["file,classes", *sorted(rows)]))
-    fitted = sopdeploy.calibrate(home / "several.pt", home / "photos").decision
+    fitted = sopdeploy.evaluate(
+        home / "several.pt", home / "photos", fit_decision=home / "fitted-several.pt"
+    ).decision
     table.unlink()
+    assert fitted is not None
     assert fitted.thresholds is not None
     assert (len(fitted.thresholds), fitted.calibration, fitted.rejection) == (2, None, None)
     assert fitted.thresholds != decision.thresholds
 
 
-PROBLEMS = {
-    "the checkpoint itself": ({"out_file": "ckpt.pt"}, "is the checkpoint to calibrate; give another name"),
+PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
+    "the checkpoint itself": ({"fit_decision": "ckpt.pt"}, "is the evaluated checkpoint; give another file"),
     "no images to accept": ({"accepts": 0.0}, "accepts: Input should be greater than 0"),
-    "few images": ({"data": "few"}, "few: has 2 images; give at least 50 to fit to"),
-    "no checkpoint": ({"checkpoint": "x.pt"}, "x.pt: no such file"),
+    "few images": ({"data": "few"}, "fit_decision: there are 2 images; give at least 50"),
+    "no checkpoint": ({"source": "x.pt"}, "x.pt: no such file"),
+    "a bundle": ({"source": "bundle"}, "fit_decision: only for a checkpoint, this is a bundle; omit it"),
 }
 
 
@@ -109,9 +114,11 @@ def test_an_error_is_one_line_and_writes_nothing(
     for label in LABELS:
         (home / "few" / label).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(home / "few" / label / "0.png")
+    (home / "bundle").mkdir(exist_ok=True)
+    (home / "bundle" / "manifest.json").touch()
     files = {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")}
-    arguments = {"checkpoint": "ckpt.pt", "data": "photos", "out_file": "new.pt", **changes}
+    arguments = {"source": "ckpt.pt", "data": "photos", "fit_decision": "new.pt", **changes}
     with pytest.raises(SopdeployError, match=message) as caught:
-        sopdeploy.calibrate(**arguments)
+        sopdeploy.evaluate(**arguments)
     assert "\n" not in str(caught.value)
     assert {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")} == files
