@@ -120,7 +120,9 @@ class ModelInfo(StrictModel):
     thresholds: dict[str, float] | None = None
     embedding_size: int | None = None
     known_from: float | None = None
-    loaded: bool = True
+    loaded: bool | None = None
+    pinned: bool | None = None
+    memory_bytes: int | None = None
 
 
 class ServerInfo(StrictModel):

@@ -57,8 +57,7 @@ def select_procedure(recipe: Recipe, data: Split, recorded: ProcedureConfig | No
 
     Raises `ConfigError` if the procedure cannot train the network of *recipe*.
     """
-    config: ProcedureConfig = recipe.procedure
-    reason = ""
+    config, reason = recipe.procedure, ""
     if isinstance(config, AutoConfig):
         config, reason = (
             (recorded, "") if recorded is not None else _propose(recipe, data, config.max_minutes)

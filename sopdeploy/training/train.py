@@ -51,8 +51,8 @@ class TrainingResult(StrictModel):
 
     Attributes:
         skipped: Images that could not be read.
-        best_top1: Accuracy on the images that select the epoch; with several classes per image, `best_map`
-            is set instead.
+        best_top1: Accuracy on the images that select the epoch. With several classes per image, mAP and
+            macro F1 are set instead of the accuracies.
         seconds: Time of the run with all its resumptions.
         procedure: The procedure that trained, with the score to expect on new images.
         decision: Temperature and rejection threshold in `best`, if there were enough images, or the
@@ -73,7 +73,11 @@ class TrainingResult(StrictModel):
     num_epochs: int
     best_epoch: int
     best_top1: float | None = None
+    best_top5: float | None = None
+    last_top1: float | None = None
     best_map: float | None = None
+    best_macro_f1: float | None = None
+    last_map: float | None = None
     seconds: float
     procedure: AnyProcedureResult
     decision: Decision | None = None
@@ -110,9 +114,7 @@ def train_recipe(
         run, data, procedure = start_or_resume(
             recipe, folder, strategy, callback, resume=continued, given=given
         )
-        result = procedure.fit(run, data, folder, callback)
-        callback.on_train_end(run=run, data=data)
-        return _summarize(run, folder, data, result)
+        return _summarize(run, folder, data, procedure.fit(run, data, folder, callback))
     finally:
         folder.unlock()
 
@@ -250,7 +252,9 @@ def resume_run(
 def _summarize(run: Run, folder: RunFolder, data: Split, result: ProcedureResult) -> TrainingResult:
     history = run.position.history
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-    name = "best_map" if run.activation == "sigmoid" else "best_top1"
+    names = ("map", "macro_f1") if run.activation == "sigmoid" else ("top1", "top5")
+    metrics = {f"best_{name}": getattr(best.metrics, name) for name in names}
+    metrics[f"last_{names[0]}"] = getattr(history[-1].metrics, names[0])
     return TrainingResult(
         out=folder.path,
         best=folder.best,
@@ -267,6 +271,6 @@ def _summarize(run: Run, folder: RunFolder, data: Split, result: ProcedureResult
         procedure=result,
         start=run.start,
         training_only=run.model.training_only,
-        **{name: best.metrics.score},
+        **metrics,
         decision=run.decision,
     )

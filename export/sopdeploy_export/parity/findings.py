@@ -102,6 +102,7 @@ class RoutingParity(StrictModel):
 
     noise_floor: float
     tolerance: float
+    smallest_margin: float
     num_undecided: int
     num_flips: int
     num_wrong: int

@@ -80,9 +80,10 @@ class AdmittedRequest:
 
     async def infer(self, images: Images, *, features: bool = False, top_k: int = 0) -> list[Outcome]:
         """Run `Service.infer`; a disconnect of the client cancels it."""
-        seconds = time.monotonic() - self.started - self.context.stage_seconds.get("load", 0.0)
+        received = time.monotonic()
+        seconds = received - self.started - self.context.stage_seconds.get("load", 0.0)
         self.service.metrics.stage("receive", seconds)
-        self.context.record_stage("receive", seconds)
+        self.context.record_stage("receive", seconds, received)
         work = self.service.infer(
             self.model, images, self.deadline, self.context, features=features, top_k=top_k
         )

@@ -48,10 +48,9 @@ from sopdeploy_service.settings import (
 )
 
 MAX_RETRY_SECONDS = 60
-PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "runtime_restarting"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "runtime_restarting", "loop_blocked"]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 
 log = logging.getLogger("sopdeploy.service")
@@ -95,7 +94,8 @@ class Service:
         else:
             self.registry = create_registry(settings, self.metrics)
         self.observers: list[Observe] = []
-        self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
+        # Few threads: a JSON parser holds the interpreter lock.
+        self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
         self.max_upload_bytes = upload_budget(settings)
         self.decoders = self._create_decoders()
@@ -212,6 +212,7 @@ class Service:
             QueuedImage(
                 outcome=loop.create_future(),
                 deadline=deadline,
+                trace=context.trace,
                 features=features,
                 top_k=top_k,
             )
@@ -258,7 +259,8 @@ def _record_stages(
 ) -> None:
     for item, outcome in zip(items, outcomes, strict=True):
         if item.decode_seconds is not None:
-            context.record_stage("decode", item.decode_seconds)
+            context.record_stage("decode", item.decode_seconds, ended=item.arrived)
         if isinstance(outcome, Prediction):
-            context.record_stage("queue", outcome.queue_seconds)
-            context.record_stage("infer", outcome.infer_seconds)
+            left_queue = item.arrived + outcome.queue_seconds
+            context.record_stage("queue", outcome.queue_seconds, ended=left_queue)
+            context.record_stage("infer", outcome.infer_seconds, ended=left_queue + outcome.infer_seconds)

@@ -37,7 +37,8 @@ def flags_of_settings(*names: str) -> type[Options]:
 
 class ServeOptions(
     flags_of_settings(  # type: ignore[misc] # mypy does not know the class
-        *("host", "port", "runtime", "devices", "front_ends", "threads", "keys", "require_signature", "log"),
+        *("host", "port", "runtime", "devices", "front_ends", "decode", "threads", "max_batch", "queue_size"),
+        *("memory_budget", "pin", "keys", "require_signature", "log"),
     )
 ):
     """The settings that have an option of their own."""
@@ -83,6 +84,9 @@ def key_command(
     rate: Annotated[
         float | None, typer.Option(help="Largest number of images per second; by default no limit.")
     ] = None,
+    burst: Annotated[
+        int | None, typer.Option(min=1, help="Images allowed at once after a pause; by default 32.")
+    ] = None,
 ) -> None:
     """Create an API key, print it once and store its hash; servers read the file when they start.
 
@@ -90,6 +94,6 @@ def key_command(
     """
     from sopdeploy_service.http.api_keys import new_key
 
-    created = new_key(keys, name, rate)
+    created = new_key(keys, name, rate=rate, burst=burst)
     sys.stdout.write(created + "\n")
     err.print(plain_text(f"{keys} stores only a hash: keep the key, it is not shown again"))

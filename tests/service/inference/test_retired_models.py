@@ -51,13 +51,13 @@ def no_collector() -> Iterator[None]:
 def test_a_replaced_model_is_released_though_idle_connections_stay(
     versions: list[Path], run_server: Running, jpeg: bytes, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = OnnxRuntime.run
+    run = OnnxRuntime.run_outputs
 
-    def slow(runtime: OnnxRuntime, images: Any) -> Any:
+    def slow(runtime: OnnxRuntime, images: Any, names: Any) -> Any:
         time.sleep(0.01)
-        return run(runtime, images)
+        return run(runtime, images, names)
 
-    monkeypatch.setattr(OnnxRuntime, "run", slow)
+    monkeypatch.setattr(OnnxRuntime, "run_outputs", slow)
     first = load_model(versions[0], SETTINGS)
     with run_server(first.runtime, first.bundle, SETTINGS) as client:
         registry = client.app.state.service.registry

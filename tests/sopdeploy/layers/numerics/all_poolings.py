@@ -15,7 +15,7 @@ CHOICES = [
     {"kind": "isqrt", "width": 3, "reduction": "linear"},
     {"kind": "isqrt", "centered": False},
     "mpncov",
-    {"kind": "mpncov", "width": 5},
+    {"kind": "mpncov", "width": 5, "normalise": "M-Fro"},
     "deepo2p",
     "bcnn",
     "improved-bcnn",
@@ -26,6 +26,7 @@ CHOICES = [
     {"kind": "kernel", "dim": 16},
     {"kind": "low-rank-bilinear", "width": 5},
     {"kind": "netvlad", "words": 3},
+    {"kind": "netvlad", "words": 3, "tied": True},
     {"kind": "netfv", "words": 3},
 ]
 
