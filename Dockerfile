@@ -25,11 +25,11 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     sh install_image.sh cpu
 
 FROM build AS gpu-build
-# Further requirements, without hashes: --build-arg TENSORRT="sopdeploy[tensorrt]" if the index has its libraries.
-ARG TENSORRT=
+# Further requirements, without hashes: --build-arg REQUIREMENTS="sopdeploy[tensorrt]" if the index has its libraries.
+ARG REQUIREMENTS=
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    sh install_image.sh gpu ${TENSORRT}
+    sh install_image.sh gpu ${REQUIREMENTS}
 
 # --- server: everything that the images have in common
 FROM ${PYTHON_IMAGE} AS server

@@ -11,7 +11,8 @@ SOAK ?= --seconds 300
 TARGET ?= cpu
 WHEELS ?=
 GPU_VENV := .venv-gpu
-GPU_EXTRAS ?= gpu-check,tensorrt
+# A source package that downloads its libraries from NVIDIA's index, with build tools that only isolation gives it.
+TENSORRT := tensorrt-cu13>=11,<12
 GPU_INSTALL = $(GPU_VENV)/bin/python -m pip install --quiet $(if $(WHEELS),--no-index --find-links $(WHEELS))
 # One worker more than cores: many tests wait for servers and processes.
 WORKERS = $(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)')
@@ -111,19 +112,15 @@ $(GPU_VENV)/.installed: pyproject.toml
 	$(PYTHON) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
 		"$$($(GPU_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	$(GPU_INSTALL) hatchling editables
-	$(GPU_INSTALL) --no-build-isolation --editable '.[$(GPU_EXTRAS)]'
+	$(GPU_INSTALL) --no-build-isolation --editable '.[gpu-check]'
+	$(GPU_INSTALL) '$(TENSORRT)' || echo "TensorRT cannot be installed here; its stages are not run"
 	touch $@
 
 gpu-bundles: $(STAMP)  ## export the bundles that gpu-check uses to build/gpu, or small ones to CARRY=FOLDER; needs no GPU
 	$(BIN)/python benchmarks/gpu_bundles.py $(if $(CARRY),--carry $(CARRY),build/gpu)
 
-# What pip would install for $(PYTHON), without the project itself.
 gpu-wheels:  ## download to WHEELS=FOLDER what gpu-check needs beside the packages of $(PYTHON)
-	mkdir -p $(WHEELS)
-	$(PYTHON) -m pip install --quiet --dry-run --report $(WHEELS)/missing.json hatchling editables '.[$(GPU_EXTRAS)]'
-	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir $(WHEELS) $$($(PYTHON) -c "import json, sys; \
-		found = [found['metadata'] for found in json.load(open(sys.argv[1]))['install']]; \
-		print(*(f\"{one['name']}=={one['version']}\" for one in found if one['name'] != 'sopdeploy'))" $(WHEELS)/missing.json)
+	$(PYTHON) deploy/gpu_wheels.py $(WHEELS)
 
 gpu-check: $(GPU_VENV)/.installed  ## check this machine's GPU in stages, write docs/benchmarks/gpu.md; see benchmarks/gpu_check.py
 	$(if $(CARRY),,$(GPU_VENV)/bin/python benchmarks/gpu_bundles.py build/gpu)

@@ -9,18 +9,16 @@ Converts published weights, fits temperature and rejection threshold to one half
 """
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from measure import Result, existing, make_parser, one_line_errors, report
 from numpy.typing import NDArray
-from PIL import Image
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Target
+from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.decision import Decision, known_score
@@ -35,30 +33,6 @@ from sopdeploy_service.settings import Settings
 
 BATCH = 50
 QUICK = 10  # every tenth image
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A subset of a dataset: the images of *whole* at *indices*."""
-
-    whole: LabeledImages
-    indices: Sequence[int]
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names in output order."""
-        return self.whole.labels
-
-    @property
-    def targets(self) -> NDArray[np.int64] | NDArray[np.float32]:
-        """Class index of each image."""
-        return self.whole.targets[list(self.indices)]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, Target]:
-        return self.whole[self.indices[index]]
 
 
 class Measured(NamedTuple):
@@ -80,8 +54,9 @@ def measure(weights: Path, name: str, data: Path, every: int) -> Measured:
         import_weights(weights, name, path, ImportOptions())
         checkpoint = read_checkpoint(path)
         images, network = open_evaluation_images(data, checkpoint.labels), build_classifier(checkpoint, path)
+        indices = np.arange(len(images))
         fitted, others = (
-            PreprocessedDataset(Part(images, range(start, len(images), 2 * every)), checkpoint.preprocess)
+            PreprocessedDataset(images.select(indices % (2 * every) == start), checkpoint.preprocess)
             for start in (0, every)
         )
         decision = fit_decision(

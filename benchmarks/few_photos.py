@@ -7,8 +7,8 @@
 are folders <class>/*.jpg. Each draw, whose seed is its number, takes --sizes photographs per class from
 TRAIN. All arms see the same ones and are tested on all photographs in TEST:
 
-- train: the command `sopdeploy train --data DRAW --models NAME=WEIGHTS`; its processor time is that of the
-  whole command, with imports;
+- train: the command `sopdeploy train --data DRAW --set model.name=NAME --weights WEIGHTS`; its processor time
+  is that of the whole command, with imports;
 - probe: scikit-learn's LogisticRegression(C=0.01) on the standardized vectors that the network's own
   classifier reads;
 - best: of nine heads on these vectors, whose options are tuned by cross-validation on the photographs of the
@@ -209,7 +209,10 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
     ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [*command, "--models", f"{case.model}={case.weights}"], capture_output=True, text=True, check=False
+        [*command, "--set", f"model.name={case.model}", "--weights", case.weights],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise DataError(f"{case.name}: train failed: {done.stderr.strip().splitlines()[-1]}")

@@ -29,8 +29,8 @@ from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.sources import open_data
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.report.run_data import read_history
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.run import Position
 from sopdeploy.training.train import train_recipe
 
 EPOCHS, MILESTONES = 20, [13, 17]  # two and six sevenths of the run, nearly as in section 3.2
@@ -76,7 +76,8 @@ def usage(recipe: Recipe) -> dict[str, tuple[float, str]]:
     with tempfile.TemporaryDirectory() as folder:
         result = train_recipe(recipe, Path(folder) / "run")
         checkpoint = read_checkpoint(result.last)
-        component_counts = sorted(read_history(checkpoint, result.last)[-1].component_counts)
+        position = Position.model_validate((checkpoint.resume or {})["position"])
+        component_counts = sorted(position.history[-1].component_counts)
         model: Any = build_classifier(checkpoint, result.last)
     sums = {}
     for name, images in {"held-out": data.held_out, "training": data.train}.items():

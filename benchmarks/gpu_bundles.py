@@ -4,7 +4,8 @@
 
 The networks have random weights, which do not affect speed. FOLDER/NETWORK contains the checkpoint, and one
 folder for each precision with its bundle. What exists is not written again. With --carry, the networks are
-small ones of DSoP, iSQRT-COV, GSoP and EfficientNet, for machines to which only little can be copied.
+small ones of DSoP, iSQRT-COV, GSoP and EfficientNet, for machines to which only little can be copied, and a
+ResNet-50 in fp16 without its checkpoint.
 """
 
 import sys
@@ -24,13 +25,16 @@ from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+
 
 class Case(NamedTuple):
-    """A network, the side of its images and its options."""
+    """A network, the side of its images, its options and the precisions of its bundles."""
 
     name: str
     side: int
     config: dict[str, Any]
+    precisions: tuple[Precision, ...] = PRECISIONS
 
 
 LARGE = (
@@ -49,13 +53,13 @@ CARRIED = (
     ),
     Case("efficientnet-lite0", 64, {"width": 0.25, "depth": 0.25}),
 )
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+RESNET50 = Case("resnet50", 224, {}, ("fp16",))
 
 
 def make_checkpoint(case: Case, folder: Path) -> Path:
     """Write a checkpoint of the network of *case* with random weights; a small one has ten classes."""
     torch.manual_seed(0)
-    labels = CLASSES if case in LARGE else CLASSES[:10]
+    labels = CLASSES[:10] if case in CARRIED else CLASSES
     network = create_model(case.name, num_classes=len(labels), **case.config)
     return checkpoint(case.name, network, folder, case.side, labels)
 
@@ -85,16 +89,19 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--carry", action="store_true", help="small networks")
     options = parser.parse_args()
-    for case in CARRIED if options.carry else LARGE:
+    for case in (*CARRIED, RESNET50) if options.carry else LARGE:
         target = options.folder / case.name
         target.mkdir(parents=True, exist_ok=True)
         source = target / f"{case.name}.pt"
-        if not source.is_file():
-            make_checkpoint(case, target)
-        for precision in PRECISIONS:
-            if not list((target / precision).glob("*/manifest.json")):
-                make_bundle(source, precision, target / precision)
-                print(f"{case.name} {precision}: written", file=sys.stderr, flush=True)
+        for precision in case.precisions:
+            if list((target / precision).glob("*/manifest.json")):
+                continue
+            if not source.is_file():
+                make_checkpoint(case, target)
+            make_bundle(source, precision, target / precision)
+            print(f"{case.name} {precision}: written", file=sys.stderr, flush=True)
+        if case is RESNET50:
+            source.unlink(missing_ok=True)  # too large to be carried
 
 
 if __name__ == "__main__":

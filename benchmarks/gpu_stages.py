@@ -83,18 +83,21 @@ def check_cuda(folder: Path, precision: str) -> str:
 
 
 def check_tensorrt(folder: Path) -> str:
-    """Build an engine and replay the probes on it."""
-    bundle = bundles_in(folder)[0]
-    get_engine(bundle, EngineOptions(profiles=PROFILES))
-    loaded = load_model(bundle.path, Settings(runtime="tensorrt"))
-    loaded.runtime.close()
-    sentence = f"{loaded.runtime.name}: probes {_deviations(loaded.replays)}"
+    """Build an engine of the largest network in each precision and replay the probes on it."""
+    found: dict[str, Bundle] = {}
+    for bundle in sorted(bundles_in(folder), key=lambda bundle: bundle.onnx.stat().st_size):
+        found[bundle.manifest.precision] = bundle
+    sentences = []
+    for precision, bundle in found.items():
+        get_engine(bundle, EngineOptions(profiles=PROFILES))
+        loaded = load_model(bundle.path, Settings(runtime="tensorrt"))
+        loaded.runtime.close()
+        sentences.append(f"{loaded.runtime.name}, {precision}: probes {_deviations(loaded.replays)}")
     if importlib.util.find_spec("torch_tensorrt") is None:
-        return f"{sentence}; torch-tensorrt is not installed"
-    program = next(bundle for bundle in bundles_in(folder) if bundle.manifest.precision == "fp32")
-    engine = get_engine(program, EngineOptions(profiles="8", via="torch-tensorrt"))
+        return f"{'; '.join(sentences)}; torch-tensorrt is not installed"
+    engine = get_engine(found["fp32"], EngineOptions(profiles="8", via="torch-tensorrt"))
     deviation = max(replay.deviation["logits"] for replay in engine.record.replays)
-    return f"{sentence}; torch-tensorrt: logits deviate by {deviation:.2g}"
+    return f"{'; '.join(sentences)}; torch-tensorrt: logits deviate by {deviation:.2g}"
 
 
 def _deviations(replays: dict[int, Replay]) -> str:

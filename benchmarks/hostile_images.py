@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 
-from PIL import Image, features
+from PIL import Image
 
 PHOTO_SIDE = 1024  # pixels of the noise that photographs repeat
 
@@ -186,22 +186,6 @@ def bmp_rle(width: int, height: int) -> bytes:
     return b"BM" + struct.pack("<IHHI", start + len(data), 0, 0, start) + head + bytes(1024) + data
 
 
-def tiff(width: int, height: int, *, tile: int = 0, samples: int = 3) -> bytes:
-    """Make a TIFF whose deflated strip or tile is shorter than its header says."""
-    data = zeros(width * height * samples) if not tile else zlib.compress(bytes(1000))
-    tags = [(256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, 8), (259, 3, 1, 8)]
-    tags += [(262, 3, 1, 1 if samples == 1 else 2), (277, 3, 1, samples)]
-    if tile:
-        tags += [(322, 4, 1, tile), (323, 4, 1, tile), (324, 4, 1, 8), (325, 4, 1, len(data))]
-    else:
-        tags += [(273, 4, 1, 8), (278, 4, 1, height), (279, 4, 1, len(data))]
-    entries = b"".join(struct.pack("<HHII", *tag) for tag in sorted(tags))
-    body = data + bytes(len(data) % 2)
-    return (
-        b"II*\0" + struct.pack("<I", 8 + len(body)) + body + struct.pack("<H", len(tags)) + entries + bytes(4)
-    )
-
-
 def gif(width: int, height: int, frames: int = 1) -> bytes:
     """Make a GIF of *frames* without pixels."""
     head = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(6)
@@ -296,19 +280,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "GIF 65535 x 1000": lambda: gif(65_535, 1_000),
     "GIF of 100,000 frames": lambda: gif(64, 64, 100_000),
     "BMP run-length-encoded 64 MP": lambda: bmp_rle(8_000, 8_000),
-    "TIFF deflated 70 MP": lambda: tiff(10_000, 7_000),
-    "TIFF with tiles of 64 MP": lambda: tiff(8_000, 8_000, tile=8_000),
-    "PPM 6 MP": lambda: b"P6 2000 3000 255\n" + bytes(18_000_000),
 }
-if features.check("avif"):
-    FILES |= {
-        "AVIF 24 MP": lambda: encoded("AVIF", "RGB", 6000, 4000, speed=10),
-        "AVIF with film grain 24 MP": lambda: encoded(
-            "AVIF", "RGB", 6000, 4000, speed=10, codec="aom", advanced={"film-grain-test": "1"}
-        ),
-        "AVIF RGBA 12 MP": lambda: encoded("AVIF", "RGBA", 4000, 3000, speed=10),
-        "AVIF animated": lambda: encoded("AVIF", "RGB", 500, 500, 3, speed=10),
-    }
 
 
 def hostile_images(part: str = "") -> Iterator[tuple[str, bytes]]:

@@ -35,15 +35,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import matplotlib as mpl
 from gain.paired import paired
-from markupsafe import Markup
+from matplotlib.figure import Figure
 from measure import Result, existing, make_parser, one_line_errors, report
 from scipy.stats import t
-from svg_file import svg_file
+from svg_file import STYLE, write_svg
 
 from sopdeploy.errors import DataError, SopdeployError
-from sopdeploy.evaluation.prediction import score_checkpoint
-from sopdeploy.html.charts import Axis, element
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 
 NETWORK = "tf_efficientnet_lite0"
 OURS = "sopdeploy"
@@ -84,8 +84,6 @@ COLORS = {
     "autogluon": "#6a4fa3",
     "autogluon-svm": "#2f6fb3",
 }
-WIDTH, HEIGHT = 640, 420
-LEFT, RIGHT, TOP, BOTTOM = 56, 612, 92, 366
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +167,7 @@ def run_ours(given: argparse.Namespace, per_class: int, seed: int) -> dict[str, 
     log = given.cache / f"{name}.log"
     seconds = run(command, log)
     test = link(test_files(given.data), given.cache / "test")
-    _, scores, _ = score_checkpoint(out / "best.pt", test, on_image=lambda _done, _total: None)
+    scores = score_checkpoint(out / "best.pt", test).predictions
     if not isinstance(scores, list):
         raise DataError(f"{photos}: has several classes per photograph; give one folder per class")
     return {"accuracy": 100 * statistics.fmean(score.correct for score in scores), "seconds": seconds}
@@ -300,57 +298,30 @@ def read_table(page: str) -> list[Point]:
     return points
 
 
-def chart(points: Sequence[Point]) -> Markup:
+def chart(points: Sequence[Point]) -> str:
     """Draw accuracy against processor seconds, one line per tool, each point labeled with its size."""
-    title = "Accuracy on new photographs against training time, EfficientNet-Lite0 on one core"
-    across = Axis("", logarithmic=True, low=5, high=max(point.seconds for point in points) * 1.3)
-    upward = Axis("", low=10 * (min(point.accuracy for point in points) // 10), high=100)
-    left, right = across.limits([point.seconds for point in points])
-    low, high = upward.limits([point.accuracy for point in points])
-
-    def position(seconds: float, accuracy: float) -> tuple[float, float]:
-        x, y = across.position(seconds, left, right), upward.position(accuracy, low, high)
-        return LEFT + x * (RIGHT - LEFT), BOTTOM - y * (BOTTOM - TOP)
-
-    shapes = [element("text", title, x=16, y=28)]
-    for accuracy in range(int(low), 101, 10):
-        _, y = position(left, accuracy)
-        shapes.append(element("path", d=f"M{LEFT} {y:.1f}H{RIGHT}", stroke="#e3e8e9"))
-        shapes.append(element("text", f"{accuracy} %", x=LEFT - 8, y=y + 5, text_anchor="end", class_="axis"))
-    for seconds in (5, 10, 20, 50, 100, 200, 500, 1000, 2000):
-        if left <= seconds <= right:
-            x, _ = position(seconds, low)
-            shapes.append(
-                element("text", f"{seconds} s", x=x, y=BOTTOM + 20, text_anchor="middle", class_="axis")
-            )
-    axis = "processor seconds of the training; numbers at the points: photographs per class"
-    shapes.append(
-        element("text", axis, x=(LEFT + RIGHT) / 2, y=BOTTOM + 42, text_anchor="middle", class_="axis")
-    )
-    descriptions = []
-    tools = [tool for tool in NAMES if any(point.tool == tool for point in points)]
-    for number, tool in enumerate(tools):
-        line = [point for point in points if point.tool == tool]
-        color, width = COLORS[tool], 3 if tool == OURS else 2
-        positions = [position(point.seconds, point.accuracy) for point in line]
-        path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in positions)
-        shapes.append(element("path", d=path, fill="none", stroke=color, stroke_width=width))
-        for point, (x, y) in zip(line, positions, strict=True):
-            shapes.append(element("circle", cx=x, cy=y, r=4, fill=color))
-            above = -9 if tool == OURS else 19
-            shapes.append(
-                element("text", f"{point.per_class}", x=x, y=y + above, text_anchor="middle", fill=color)
-            )
-        column, row = number % 3, number // 3
-        x, y = 16 + 204 * column, 52 + 20 * row
-        shapes.append(element("path", d=f"M{x} {y - 5}h22", stroke=color, stroke_width=width))
-        shapes.append(element("text", NAMES[tool], x=x + 28, y=y))
-        values = ", ".join(
-            f"{point.per_class} per class {point.accuracy:.1f} % in {point.seconds:.0f} s" for point in line
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        descriptions = []
+        for tool in dict.fromkeys(point.tool for point in points):
+            line = [point for point in points if point.tool == tool]
+            seconds, accuracies = [point.seconds for point in line], [point.accuracy for point in line]
+            axes.plot(seconds, accuracies, marker="o", color=COLORS[tool], label=NAMES[tool])
+            values = (f"{p.per_class} per class {p.accuracy:.1f} % in {p.seconds:.0f} s" for p in line)
+            descriptions.append(f"{NAMES[tool]}: {', '.join(values)}")
+            for point in line:
+                offset = (0, 8 if tool == OURS else -14)
+                position = (point.seconds, point.accuracy)
+                style: Any = {"textcoords": "offset points", "ha": "center", "color": COLORS[tool]}
+                axes.annotate(str(point.per_class), position, xytext=offset, **style)
+        axes.set(
+            xscale="log", ylabel="accuracy in %", title="EfficientNet-Lite0 on one core: new photographs"
         )
-        descriptions.append(f"{NAMES[tool]}: {values}")
-    style = "text{font:14px sans-serif}text:not([fill]){fill:#1b2a2f}.axis{fill:#5b6b70}"
-    return svg_file(title, "; ".join(descriptions), style, (WIDTH, HEIGHT), *shapes)
+        axes.set_xlabel("processor seconds of the training; numbers at the points: photographs per class")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        return write_svg(figure, axes.get_title(), "; ".join(descriptions))
 
 
 def numbers(text: str) -> list[int]:
@@ -396,7 +367,7 @@ def main(arguments: list[str]) -> int:
     points = summarize(read_results(given.cache))
     page = "\n".join(table(points))
     if given.chart is not None and points:
-        given.chart.write_text(chart(read_table(page)) + "\n", encoding="utf-8")
+        given.chart.write_text(chart(read_table(page)), encoding="utf-8")
     if given.json:
         report(
             [

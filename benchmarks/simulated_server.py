@@ -42,20 +42,19 @@ sys.exit(supervisor.run_supervisor(["model=simulated"], load_settings(**json.loa
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server: its supervisor, its URL and that of its health port."""
+    """A running server: its supervisor and its URL."""
 
     child: "subprocess.Popen[str]"
     url: str
-    health: str
 
     def processes(self, *, inference: bool = False) -> list[int]:
         """List the processes that serve HTTP, or the inference processes."""
         return [child for child in children_of(self.child.pid) if is_inference(child) == inference]
 
     def samples(self, metric: str) -> dict[str, float]:
-        """Sum the samples of *metric* by process, from the health port."""
+        """Sum the samples of *metric* by process."""
         sums: dict[str, float] = {}
-        for line in httpx.get(f"{self.health}/metrics", timeout=30).text.splitlines():
+        for line in httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines():
             match = re.match(rf"{metric}{{.*\bprocess=\"([^\"]+)\".*}} (\S+)", line)
             if match is not None:
                 sums[match[1]] = sums.get(match[1], 0.0) + float(match[2])
@@ -75,7 +74,7 @@ def is_inference(process: int) -> bool | None:
 def running(settings: dict[str, Any], batch: str, decode_ms: float = 0.0) -> Iterator[Server]:
     """Start a server with *settings* and wait until it is ready; stop it at the end."""
     paths = [str(HERE), *sys.path]
-    given = {"port": 0, "health_port": 0, **settings}
+    given = {"port": 0, **settings}
     with subprocess.Popen(
         [sys.executable, "-c", SUPERVISOR, json.dumps(given)],
         stdout=subprocess.PIPE,
@@ -88,10 +87,10 @@ def running(settings: dict[str, Any], batch: str, decode_ms: float = 0.0) -> Ite
         },
     ) as child:
         try:
-            lines = [cast(TextIO, child.stdout).readline().split() for _ in range(2)]
-            if not lines[1]:
+            ready = cast(TextIO, child.stdout).readline().split()
+            if not ready:
                 raise SystemExit("the server did not start")
-            yield Server(child, lines[1][1], lines[0][1])
+            yield Server(child, ready[1])
             child.send_signal(signal.SIGTERM)
             child.wait(30)
         finally:

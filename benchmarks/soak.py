@@ -189,7 +189,7 @@ def sopdeploy(*arguments: str) -> str:
 def server(link: Path, front_ends: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Serve the bundle of *link* in another process, or several; yield the first process and the URL."""
     command = [sys.executable, "-m", "sopdeploy", "serve", f"{NAME}={link}", "--port", "0"]
-    options = ["--queue-size", "64", "--threads", "1", "--setting", "follow=true"]
+    options = ["--setting", "queue_size=64", "--threads", "1", "--setting", "follow=true"]
     if front_ends > 1:
         options += ["--front-ends", str(front_ends), "--setting", "sandbox=required"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:

@@ -1,23 +1,23 @@
-"""SVG files for the pictures of the documentation."""
+"""SVG files for the pictures of the documentation, drawn by Matplotlib."""
 
-from markupsafe import Markup
+import io
+from typing import Any
 
-from sopdeploy.html.charts import element
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "sopdeploy",
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+}
 
 
-def svg_file(title: str, description: str, style: str, size: tuple[float, float], *shapes: str) -> Markup:
-    """Build an SVG file of *size* (width, height) with a white background."""
-    width, height = size
-    return element(
-        "svg",
-        element("title", title),
-        element("desc", description),
-        element("style", style),
-        element("rect", width=width, height=height, rx=8, fill="#ffffff"),
-        *shapes,
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {width} {height}",
-        width=width,
-        height=height,
-        role="img",
-    )
+def write_svg(figure: Figure, title: str, description: str) -> str:
+    """Write *figure* as SVG whose text remains text; equal figures give equal files."""
+    file = io.StringIO()
+    with mpl.rc_context(STYLE):
+        metadata = {"Title": title, "Description": description, "Date": None, "Creator": None}
+        figure.savefig(file, format="svg", metadata=metadata)
+    return "\n".join(map(str.rstrip, file.getvalue().splitlines())) + "\n"

@@ -29,7 +29,7 @@ from measure import Result, one_line_errors, report
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.datasets.folder import list_classes
 from sopdeploy.decision import softmax
-from sopdeploy.report.run_data import find_wrong_labels
+from sopdeploy.report.wrong_labels import find_wrong_labels
 
 METHODS = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 

@@ -121,7 +121,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
     (
         "Memory of loaded models",
         "bytes",
-        [("sopdeploy_model_memory_bytes", "{{model}}"), ("sopdeploy_memory_budget_bytes", "budget")],
+        [("sopdeploy_model_memory_bytes", "{{model}}")],
     ),
     (
         "Loads of models",

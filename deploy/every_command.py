@@ -30,8 +30,6 @@ ARGUMENTS = {
     "import": "file --as resnet18 --out-file imported.pt",
     "train": "--data photos --set procedure.absent=1",
     "eval": "bundle --data photos",
-    "calibrate": "file --data photos",
-    "report": "file",
     "runs": "",
     "reproduce": "dsop-9a --rows absent",
     "export": "file",

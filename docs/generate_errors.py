@@ -73,14 +73,12 @@ WHAT_TO_DO = {
     "DetachError": "Add `--detach`; it may also stand where there is nothing to detach.",
     "CertificateError": "Do not deploy this network. The message names the training-only weights that the "
     "output depends on; change the model's code.",
-    "LoweringError": "Choose the pooling or option that the message names, or `--no-lowering` if a rewrite "
-    "rule fails.",
+    "LoweringError": "Change the part of the network or the option that the message names.",
     "ParityError": "The message names the first deviating module and an option to try. `--allow-drift` "
     "writes the bundle anyway and records the drift.",
     "BundleError": "Copy or export the bundle again. Never edit files of a bundle.",
     "PromotionError": "Give more labelled photographs, or `--force REASON`, which is recorded.",
-    "EngineError": "Check with `sopdeploy engine BUNDLE --dry-run`; after an update of TensorRT "
-    "use `--rebuild`.",
+    "EngineError": "Correct what the message names; after an update of TensorRT use `--rebuild`.",
     "RuntimeUnavailableError": "Install what the message names, or choose another `--runtime`; "
     "`sopdeploy env` lists installed runtimes.",
     "StorageError": "Free disk space, check permissions, or choose another file or folder.",
@@ -123,8 +121,7 @@ EXAMPLES = {
     "another file or folder",
     "NoMemoryError": "cuda:0: out of memory for 256 images at once (OutOfMemoryError: CUDA out of memory. "
     "Tried to allocate 1.53 GiB.); raise accumulate (now 1), which keeps the batch size, or lower batch_size",
-    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF "
-    "[not_an_image]",
+    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, GIF, BMP and HEIC [not_an_image]",
     "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response; check the URL "
     "[foreign_answer]",
     "OverloadedError": "http://127.0.0.1:8000/v1/classify: 429 queue_full: the queue is full; retry later "
@@ -144,8 +141,7 @@ COMPOSED = {
     "not_found": "no such path; did you mean /v1/classify? /docs lists all",
     "too_many_inputs": ONE_INPUT,
     "unknown_input": "no input 'image'; available: images, IMAGE",
-    "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and "
-    "GIF",
+    "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, GIF, BMP and HEIC",
     "unknown_output": "no output 'logit'; available: logits",
 }
 # Codes that `sopdeploy.client` sets for responses of other servers, or without a response.

@@ -12,16 +12,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import matplotlib as mpl
 import torch
-from markupsafe import Markup
+from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 
 import sopdeploy
 from sopdeploy.checkpoint import load_plain
-from sopdeploy.html.charts import element
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.svg_file import svg_file
+from benchmarks.svg_file import STYLE, write_svg
 from tests.real.conftest import PHOTOS, timm_names
 
 FOLDER = Path(__file__).parent
@@ -89,34 +89,33 @@ def throughput(page: str) -> dict[str, dict[str, float]]:
     }
 
 
-def chart(shares: dict[str, dict[str, float]]) -> Markup:
+def chart(shares: dict[str, dict[str, float]]) -> str:
     """Draw one bar per engine and server, full length for the throughput of the bare runtime."""
-    left, full, step = 96, 400, 28
-    y, shapes = 28, [element("text", CAPTION, x=16, y=28)]
-    values = []
-    for engine, servers in shares.items():
-        percentages = {name: f"{100 * share:.0f} %" for name, share in servers.items()}
-        values.append(f"{engine}: {', '.join(f'{name} {text}' for name, text in percentages.items())}")
-        y += 34
-        shapes.append(element("text", engine, x=left, y=y, fill="#5b6b70"))
-        y += 10
-        for name, share in servers.items():
-            color = "#00796b" if name == "sopdeploy" else "#9fb4b8"
-            shapes += [
-                element("text", name, x=left - 10, y=y + 16, text_anchor="end"),
-                element("rect", x=left, y=y, width=full, height=22, rx=4, fill="#eef1f2"),
-                element("rect", x=left, y=y, width=full * share, height=22, rx=4, fill=color),
-                element("text", percentages[name], x=left + full + 12, y=y + 16),
-            ]
-            y += step
-    style = "text{font:14px sans-serif;fill:#1b2a2f}"
-    return svg_file(CAPTION, "; ".join(values), style, (left + full + 64, y + 8), *shapes)
+    heights = [len(servers) + 1 for servers in shares.values()]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.3 * sum(heights) + 0.3), layout="constrained")
+        panels = figure.subplots(len(shares), height_ratios=heights)
+        for axes, (engine, servers) in zip(panels, shares.items(), strict=True):
+            colors = ["#00796b" if name == "sopdeploy" else "#9fb4b8" for name in servers]
+            drawn = axes.barh(list(servers), [100 * share for share in servers.values()], color=colors)
+            axes.bar_label(drawn, fmt="{:.0f} %", padding=4)
+            axes.set_title(engine, loc="left", fontsize="medium", color="#5b6b70")
+            axes.set(xlim=(0, 110), xticks=[])
+            axes.invert_yaxis()
+        figure.suptitle(CAPTION)
+        values = {
+            engine: [f"{name} {share:.0%}" for name, share in shown.items()]
+            for engine, shown in shares.items()
+        }
+        return write_svg(
+            figure, CAPTION, "; ".join(f"{engine}: {', '.join(text)}" for engine, text in values.items())
+        )
 
 
 def main(folder: Path) -> None:
     """Write all pictures to *folder*."""
     measured = throughput((FOLDER / "benchmarks" / "serving.md").read_text(encoding="utf-8"))
-    (folder / CHART).write_text(chart(measured) + "\n", encoding="utf-8")
+    (folder / CHART).write_text(chart(measured), encoding="utf-8")
     with tempfile.TemporaryDirectory() as work:
         screenshots(trained_bundle(Path(work)), PHOTOS / SHOWN, folder)
 

@@ -1,6 +1,6 @@
 """Train image classifiers on folders of images, export them with a proof, serve them over HTTP.
 
-`train`, `evaluate`, `calibrate`, `export`, `predict`, `classify` and `serve` do what the commands of the same
+`train`, `evaluate`, `export`, `predict`, `classify` and `serve` do what the commands of the same
 names do, with the same defaults. `export_network` exports any PyTorch classifier, `unused_modules` lists the
 parts that its output does not need. `dsop` and `isqrt` apply these methods to your own network, and
 `register_model` gives it a name that `train` accepts. `register_pooling`, `register_data_source` and
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from sopdeploy.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from sopdeploy.api.calibration import calibrate as calibrate
     from sopdeploy.api.deployment import export as export
     from sopdeploy.api.evaluation import evaluate as evaluate
     from sopdeploy.api.serving import predict as predict
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _MODULES = {
-    "calibrate": "sopdeploy.api.calibration",
     "classify": "sopdeploy_service.commands.batch.run",
     "ExportOptions": "sopdeploy_export.options",
     "Preprocess": "sopdeploy.images.preprocess",

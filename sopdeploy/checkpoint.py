@@ -25,7 +25,7 @@ from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.image_files import hash_images
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError
-from sopdeploy.files import atomic_write
+from sopdeploy.files import atomic_write, check_is_file
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
@@ -134,7 +134,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     The file is read only once, so `sha256` matches the content even if another process replaces the file.
     Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy checkpoint, or would run code.
     """
-    _check_is_file(path)
+    check_is_file(path)
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -164,7 +164,7 @@ def load_plain(
     *raw* is the content, if it was already read. Raises `CheckpointError` if the file is missing or damaged,
     or if it would run code; *advice* is the last part of that message.
     """
-    _check_is_file(path)
+    check_is_file(path)
     try:
         source = path if raw is None else io.BytesIO(raw)
         return torch.load(source, map_location="cpu", weights_only=True)
@@ -178,17 +178,6 @@ def load_plain(
         ) from error
     except Exception as error:  # torch raises many types for damaged files
         raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again") from error
-
-
-def _check_is_file(path: Path) -> None:
-    """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
-    if not path.is_file():
-        hint = "no such file; use the best.pt of a training run"
-        if (path / "manifest.json").is_file():
-            hint = "a bundle, which is already exported; use the best.pt of a training run"
-        elif (path / "best.pt").is_file():
-            hint = f"a folder; use {path / 'best.pt'}"
-        raise CheckpointError(f"{path}: {hint}")
 
 
 def is_state_dict(weights: Any) -> bool:

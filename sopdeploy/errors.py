@@ -11,7 +11,7 @@ def python_argument(setting: str, value: object = None) -> str:
 
 
 def command_line_option(setting: str, value: object = None) -> str:
-    """Write *setting* as an option of the command line, `--max-batch 64` or `--no-lowering`."""
+    """Write *setting* as an option of the command line, `--max-batch 64` or `--no-detach`."""
     flag = setting.replace("_", "-")
     if value is None or value is True:
         return f"--{flag}"

@@ -5,12 +5,13 @@ import hashlib
 import os
 import platform
 import stat
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import CheckpointError, SopdeployError
 
 PARTIAL = ".partial"
 LATEST = "latest"  # the link to the newest run or bundle of a folder
@@ -110,3 +111,31 @@ def sha256(path: Path) -> str:
     """Compute the sha256 of the file at *path* as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_is_file(path: Path) -> None:
+    """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
+    if not path.is_file():
+        hint = "no such file; use the best.pt of a training run"
+        if (path / "manifest.json").is_file():
+            hint = "a bundle, which is already exported; use the best.pt of a training run"
+        elif (path / "best.pt").is_file():
+            hint = f"a folder; use {path / 'best.pt'}"
+        raise CheckpointError(f"{path}: {hint}")
+
+
+def check_is_checkpoint(path: Path) -> None:
+    """Raise `CheckpointError` unless *path* looks like a checkpoint, without importing torch.
+
+    `read_checkpoint` checks its content. Commands call this before they import torch, which takes seconds.
+    """
+    check_is_file(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            is_checkpoint = any(name.endswith("/data.pkl") for name in archive.namelist())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except Exception:  # zipfile raises many types for damaged files
+        is_checkpoint = False
+    if not is_checkpoint:
+        raise CheckpointError(f"{path}: damaged or not a checkpoint; copy or train it again")

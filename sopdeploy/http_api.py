@@ -120,9 +120,7 @@ class ModelInfo(StrictModel):
     thresholds: dict[str, float] | None = None
     embedding_size: int | None = None
     known_from: float | None = None
-    loaded: bool | None = None
-    pinned: bool | None = None
-    memory_bytes: int | None = None
+    loaded: bool = True
 
 
 class ServerInfo(StrictModel):

@@ -17,11 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The default run is reproducible: fixed examples, no example database. `make fuzz` draws new examples.
-settings.register_profile("reproducible", derandomize=True, database=None, deadline=None)
-settings.register_profile("fuzz", derandomize=False, database=None, deadline=None, print_blob=True)
+# The default run is reproducible: fixed examples, no example database, no limit of time. `make fuzz` draws
+# new examples.
+UNTIMED: dict[str, Any] = {
+    "database": None,
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow],
+}
+settings.register_profile("reproducible", derandomize=True, **UNTIMED)
+settings.register_profile("fuzz", derandomize=False, print_blob=True, **UNTIMED)
 settings.load_profile("reproducible")
 
 # Tests run on the CPU, also on a machine with a GPU. Tests of `auto` ask for it.

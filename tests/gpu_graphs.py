@@ -17,6 +17,7 @@ import onnx
 from tests.cuda.stand_in import ABSENT as NOT_HERE
 from tests.cuda.stand_in import opened
 
+WORKSPACE = 1 << 32  # bytes
 ABSENT = "tensorrt-rtx-cu13 is not installed (it exists for Linux on x86-64)"
 
 
@@ -65,13 +66,9 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     if trt is None:
         return
     from sopdeploy.tensorrt.cache import Profile
-    from sopdeploy_export.engine_builder.build import BuildRequest, parse_and_build
+    from sopdeploy_export.engine_builder.build import parse_and_build
     from sopdeploy_export.engine_builder.lint import lint
 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
-    sizes = (fixed, fixed, fixed) if fixed else (1, 2, 3)
-    profiles = (Profile(minimum=sizes[0], optimum=sizes[1], maximum=sizes[2]),)
-    safe, _ = lint(model, profiles)
-    request = BuildRequest(onnx=safe.SerializeToString(), profiles=profiles)
-    plan, _ = parse_and_build(trt, request, lambda _: None)
-    assert plan
+    profiles = (Profile(minimum=fixed or 1, maximum=fixed or 3),)
+    assert parse_and_build(trt, lint(model).SerializeToString(), profiles, WORKSPACE, lambda _: None)

@@ -201,3 +201,11 @@ def test_no_public_name_is_defined_in_two_files() -> None:
     twice = {name for name, number in files.items() if number > 1}
     assert twice - DEFINED_TWICE == set(), "rename, or start what only its own file uses with an underscore"
     assert DEFINED_TWICE - twice == set(), "delete these entries of DEFINED_TWICE"
+
+
+def test_the_exporter_imports_no_network_of_a_paper() -> None:
+    allowed = {"base", "registry", "stats"}
+    for module in PACKAGES["sopdeploy_export"].rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sopdeploy.models."):
+                assert str(node.module).split(".")[2] in allowed, f"{module.name} imports {node.module}"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner, Result
 
@@ -71,9 +72,9 @@ def test_every_command_documents_its_options_and_shows_an_example(command: str) 
 MEANINGS = {
     "--config": "TOML file with settings", "--data": "mages",
     "--dry-run": "; ", "--host": "address to listen on", "--json": "Print JSON", "--keys": "API key file",
-    "--labels": "lass name", "--logits-key": "of the logits", "--max-batch": "batch",
+    "--labels": "lass name", "--logits-key": "of the logits",
     "--name": "Name of the project", "--network": "Builder of the network", "--option": "of the network",
-    "--out": "older", "--out-file": "The ", "--port": "port to listen on",
+    "--out": "older", "--port": "port to listen on",
     "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
     "--set": "Override a value of", "--setting": "setting of the service",
     "--threads": "CPU threads",
@@ -202,7 +203,6 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
     "an unknown recipe": (("train", "--recipe", "digits-dsp"), "did you mean digits-dsop"),
     "an unknown recipe key": ((*PLAIN, "--set", "optimizer.lt=1"), "did you mean optimizer.lr"),
-    "TTA for a service": (("eval", "http://x", "--data", "d", "--tta", "flip"), "not supported by servers"),
     "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
     "batch size zero": ((*EXPORT, "--max-batch", "0"), "--max-batch: Input should be greater than"),
     "options of an absent builder": (
@@ -339,3 +339,42 @@ def test_markup_in_external_text_is_printed_literally(text: str, capsys: pytest.
 def test_external_text_is_one_line_without_control_characters(text: str) -> None:
     expected = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
     assert plain_text(text).plain == expected
+
+
+EARLY_MISTAKES = {  # command: its error
+    "train --data one": "one: holds only one class (a)",
+    "train --data empty": "empty/b: no images in this class folder",
+    "train --data photos.zip": "photos.zip: not a folder; unpack archives first",
+    "train --data nowhere": "nowhere: no such folder",
+    "export nothing.pt --detach": "nothing.pt: no such file",
+    "export photos.zip --detach": "photos.zip: damaged or not a checkpoint",
+}
+
+
+@pytest.mark.parametrize("command", EARLY_MISTAKES)
+def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    for name in ("one/a", "empty/a", "empty/b"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("one/a/0.png", "empty/a/0.png", "empty/a/1.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    program = (
+        "import sys\n"
+        "from sopdeploy.cli.app import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n    sys.exit(9 if 'torch' in sys.modules else stop.code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command.split()],
+        cwd=tmp_path,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "export", "service")),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert EARLY_MISTAKES[command] in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -31,7 +31,16 @@ COLOURS = {
 }
 FIRST, TRAFFIC = range(20), range(100, 130)
 SMALL = (
-    *("--weights", "none", "--procedure", "few_shot", "--set", "model.name=resnet8", "--set", "threads=1"),
+    *(
+        "--weights",
+        "none",
+        "--set",
+        "procedure.kind=few_shot",
+        "--set",
+        "model.name=resnet8",
+        "--set",
+        "threads=1",
+    ),
     *("--set", "model.config={base_width=8}", "--set", "preprocess.resize=32", "--set", "preprocess.crop=32"),
 )
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(900)]

@@ -25,7 +25,12 @@ import onnx
 import onnx_ir as ir
 import torch
 from numpy.typing import NDArray
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.passes import common
+from onnxscript import rewriter
+from onnxscript.optimizer import fold_constants
+from onnxscript.rewriter import rewrite
+from onnxscript.rewriter.rules import common as common_rules
+from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -36,9 +41,10 @@ from sopdeploy.bundle.manifest import EMBEDDING, BatchRange
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import at_least_float32
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.program_hashes import trace_hash
-from sopdeploy_export.state import preserved, unwritten
+from sopdeploy_export.state import modules, preserved, unwritten
 
 OPSET = 18
 OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
@@ -50,9 +56,16 @@ BATCH_GUARD = re.compile(r"generated guard (?P<guard>[^\n]*)|to be a constant|ma
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-NEUTRAL = {"Add": 0.0, "Sub": 0.0, "Mul": 1.0, "Div": 1.0}  # x + 0 = x, x * 1 = x
-NEARLY = 1e-5  # the largest difference that the converter's optimizer ignores
-COPIES = frozenset({"Identity", "Cast", "CastLike"})
+PASSES = 2  # of the converter's optimizer: the second one simplifies what the first has made
+# The optimizer's rules that can change a result; `_simplify` leaves them out. The others are exact up to the
+# rounding of `fuse_batchnorm` (folded weights are rounded once more) and `cast_cast` (of 64-bit numbers).
+INEXACT = {
+    *_no_op.rules,  # x + c and x * c become x if c differs from 0 by 1e-8 or from 1 by 1e-5
+    *_fuse_relus_clips.rules,  # relu(clip(x, -2, -1)), which is 0, becomes clip(x, 0, -1), which is -1
+    common_rules.no_op_static_scatter_nd_rule,  # a sum into all positions becomes a copy
+    common_rules.slice_split_rule,  # of an odd number, the first half becomes the longer one
+}
+EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in INEXACT]
 _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
 
 _SEED = 20_240_117
@@ -186,6 +199,9 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
     # torch prints part of the graph on failure, and leaves tensors without values in caches
     with capturing(), redirect_stderr(io.StringIO()), preserved(deployed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
+        for _, module in modules(deployed):
+            if isinstance(module, ExportHints):
+                module.is_captured = True
         return torch.export.export(deployed, (images,), dynamic_shapes=shapes)
 
 
@@ -326,7 +342,7 @@ def _rewrite_attention(program: ExportedProgram) -> ExportedProgram:
 def _keep_names_only(model: ir.Model) -> None:
     """Remove what the converter notes about *model*: source lines, shapes of inner values, other metadata."""
     scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
-    ClearMetadataAndDocStringPass()(model)
+    common.ClearMetadataAndDocStringPass()(model)
     for node, scope in scopes.items():
         if scope is not None:  # the modules from the outermost to the innermost, then the operation
             node.metadata_props["part"] = ast.literal_eval(scope)[-2].removeprefix(NETWORK_PREFIX)
@@ -361,8 +377,7 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
                 optimize=False,
             )
             if converted is not None:
-                _keep_small_differences(converted.model.graph)
-                converted.optimize()
+                _simplify(converted.model)
         except Exception as error:  # the converter does not limit what its passes raise
             cause: BaseException = error
             while cause.__cause__ is not None:  # only the first error names the operator
@@ -373,28 +388,20 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
     return converted
 
 
-def _keep_small_differences(graph: ir.Graph) -> None:
-    """Give scalars in sums and products of *graph* one axis if they are nearly, but not exactly, 0 and 1.
+def _simplify(model: ir.Model) -> None:
+    """Fold constants of *model* and remove operators, as the converter's optimizer (onnxscript) does.
 
-    The converter's optimizer (onnxscript) takes a scalar without axes for 0 if it is at most 1e-8, and for 1
-    if it differs by at most 1e-5, and removes the operator: x / (|x| + 1e-8) becomes x / |x|, which is NaN at
-    0. Results without axes are computed from constants only; the optimizer does this first, and exactly.
+    Only rules that change no result are applied. `INEXACT` lists the others of the optimizer.
     """
-    for node in list(graph):
-        result, neutral = node.outputs[0], NEUTRAL.get(node.op_type)
-        if neutral is None or (result.shape is not None and result.shape.rank() == 0):
-            continue
-        for index, value in enumerate(node.inputs):
-            source = value
-            while source is not None and (maker := source.producer()) is not None and maker.op_type in COPIES:
-                source = maker.inputs[0]
-            tensor = None if source is None else ir.convenience.get_const_tensor(source)
-            if tensor is None or tensor.shape.rank() or not 0 < abs(tensor.numpy() - neutral) <= NEARLY:
-                continue
-            axis = ir.node("Constant", [], {"value_ints": [0]})
-            widened = ir.node("Unsqueeze", [value, axis.outputs[0]])
-            graph.insert_before(node, [axis, widened])
-            node.replace_input_with(index, widened.outputs[0])
+    common.InlinePass()(model)
+    for _ in range(PASSES):
+        fold_constants(model, onnx_shape_inference=True)
+        rewrite(model, EXACT_RULES)  # removes what nothing reads, too
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.DeduplicateInitializersPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.OutputFixPass()(model)
+    common.NameFixPass()(model)
 
 
 def check_graph(proto: onnx.ModelProto, opset: int = OPSET) -> None:

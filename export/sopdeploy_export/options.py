@@ -35,8 +35,6 @@ class ExportOptions(Options):
     """Folder of images by class, to compare top-1 with that in float32."""
     max_drop: NonNegative = 1.0
     """Largest allowed loss of top-1 (or of agreement, without labels) in percentage points."""
-    lowering: bool = True
-    """Apply the rewrite rules, or export the certified graph as it is."""
     allow_batch_dependence: bool = False
     """Write the bundle although its logits may depend on other images of the batch, and record it."""
     pt2: bool = False

@@ -41,7 +41,6 @@ from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, co
 from sopdeploy_export.proof.batch import find_mixing
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify
 from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
-from sopdeploy_export.replay import write_source
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import Exported, ExportResults, export_statement
 from sopdeploy_export.subject import ExportSubject, summarize_checkpoint
@@ -167,7 +166,7 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
         batch=options.batch,
         detachment=subject.detachment,
     )
-    job.step("lowering to ONNX", CERTIFIED)
+    job.step("converting to ONNX", CERTIFIED)
     program, outputs = proof.detached.any_batch, output_names(detached)
     model = lower(program, outputs)
     return CapturedGraph(detached, program, model), certify_onnx(proof, model, outputs, options)
@@ -219,7 +218,7 @@ def _check_file(
     if options.with_features:
         check_embedding(file, certified.network, images[parity.compared_images], parity)
     if options.evaluate is not None and precision.accuracy is None:
-        accuracy = job.accuracy.measure(converted.float32_model, file)
+        accuracy = job.accuracy.measure(certified.model, file)
         precision = precision.model_copy(update={"accuracy": accuracy})
         job.accuracy.reject(precision)
     if options.pt2:
@@ -228,7 +227,6 @@ def _check_file(
         (folder / bundle.PROGRAM).write_bytes(content)
     results = ExportResults(
         certificate=certificate,
-        lowering=converted.lowering,
         parity=parity,
         precision=precision,
         network_summary=job.subject.summary(),
@@ -247,11 +245,9 @@ def _write_bundle(
 ) -> Exported:
     """Complete the bundle in *folder* and move it to *destination*."""
     subject, parity = job.subject, results.parity
-    for name in ("certificate", "parity", "precision", "lowering"):
+    for name in ("certificate", "parity", "precision"):
         report = getattr(results, name).model_dump(mode="json")
         (folder / f"{name}.json").write_bytes(to_json(report))
-    if converted.source is not None and results.lowering.rules:
-        write_source(folder, converted.source, converted.model)
     (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
     probes = as_probes(job.images, expected, parity)
     write_probes(folder / "probes.npz", probes)

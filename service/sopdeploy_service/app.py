@@ -21,7 +21,6 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import CreateRegistry, Service
 from sopdeploy_service.keep import Keeper, StoreKept
 from sopdeploy_service.kept_folder import KeptFolder
-from sopdeploy_service.observability.request_context import OpenTrace
 from sopdeploy_service.settings import Settings
 
 
@@ -29,14 +28,12 @@ def create_app(
     models: Mapping[str, LoadedModel],
     settings: Settings,
     *,
-    open_trace: OpenTrace | None = None,
     create_registry: CreateRegistry | None = None,
     create_bucket_state: CreateBucketState = local_state,
     store_kept: StoreKept | None = None,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`.
 
-    *open_trace* starts the trace of a request.
     *create_registry* replaces the registry of models in this process, and *create_bucket_state* creates the
     state of a key's token bucket. *store_kept* replaces the folder of photographs.
     `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
@@ -69,7 +66,6 @@ def create_app(
         redirect_slashes=False,  # a redirect would lose the image
         docs_url=None,  # FastAPI's pages load scripts from other hosts; see `api.web`
         redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},  # sopdeploy has its own
     )
     app.state.service = service
     app.state.reload = None  # or a function that finds the bundles again
@@ -83,5 +79,5 @@ def create_app(
         app.add_middleware(
             ApiKeyMiddleware, keys=keys, open_paths=open_paths, create_bucket_state=create_bucket_state
         )
-    app.add_middleware(RequestContextMiddleware, service=service, open_trace=open_trace)
+    app.add_middleware(RequestContextMiddleware, service=service)
     return app

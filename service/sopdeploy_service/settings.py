@@ -28,15 +28,6 @@ def _split_commas(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
-def _parse_budget(value: Any) -> Any:
-    if value is None or value == "auto":
-        return value
-    try:
-        return int(pydantic.TypeAdapter(PositiveBytes).validate_python(value))
-    except pydantic.ValidationError as problem:
-        raise ValueError("write a size such as 20GB, or auto") from problem
-
-
 def _check_formats(value: tuple[str, ...]) -> tuple[str, ...]:
     unknown = [name for name in value if name.lower() not in FORMATS]
     if unknown or not value:
@@ -66,9 +57,7 @@ FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
 Formats = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_formats)
 ]
-Names = Annotated[tuple[str, ...], pydantic.BeforeValidator(_split_commas)]
 PositiveBytes = Annotated[pydantic.ByteSize, pydantic.Field(gt=0)]
-Budget = Annotated[int | Literal["auto"] | None, pydantic.BeforeValidator(_parse_budget)]
 Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
@@ -94,15 +83,9 @@ class Settings(pydantic.BaseModel):
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine")
     port: Port = setting(8000, "port to listen on; 0: any free port")
 
-    health_port: Port | None = setting(None, "health checks and metrics on a separate thread, without keys")
-    max_loop_lag_seconds: Seconds = setting(5.0, "not live if the event loop lags more than this")
-
     max_connections: Count = setting(1000, "one more closes the longest idle connection, or gets 503")
     keep_alive_seconds: Count = setting(65, "longer than the idle timeout of common load balancers")
     header_timeout: Seconds = setting(10.0, "seconds from the first to the last byte of a request's headers")
-    max_url_bytes: Count = setting(8192, "path and query")
-    max_headers: Count = setting(100, "per request")
-    max_header_bytes: Count = setting(32_768, "all headers of one request")
     write_timeout: Seconds = setting(30.0, "seconds; a client that reads nothing for so long is disconnected")
 
     max_body_bytes: Count = setting(MAX_BYTES, "per request")
@@ -114,7 +97,7 @@ class Settings(pydantic.BaseModel):
         None, "all images being decoded; not set: 3/4 of the memory without uploads and the server at rest"
     )
     decode_seconds: Seconds = setting(60.0, "a front end whose decoder takes longer is replaced")
-    formats: Formats = setting(("jpeg", "png", "webp"), "to accept; also avif, heic, tiff, ppm, bmp, gif")
+    formats: Formats = setting(("jpeg", "png", "webp", "gif", "bmp"), "to accept; also heic")
     min_body_rate: Count = setting(10_000, "bytes per second of a request body, after body_grace_seconds")
     body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")
@@ -131,7 +114,6 @@ class Settings(pydantic.BaseModel):
     decode: DecodeSetting = setting(
         "exact", "fast: large JPEGs at reduced size, if that changes the outputs little enough"
     )
-    parsers: Threads = setting(2, "JSON parsing threads")
     sandbox: Sandbox = setting("auto", "of front ends; auto: if supported; required: start only with it")
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
     front_ends: FrontEnds = setting(1, "processes per device for HTTP and decoding; auto: cores / 4, up to 8")
@@ -142,10 +124,9 @@ class Settings(pydantic.BaseModel):
     engine_cache: Path | None = setting(None, "folder of TensorRT engines; not set: beside the bundle")
     threads: Threads | None = setting(None, "CPU threads of the runtime; not set: one per core")
     max_batch: Count | None = setting(None, "images in a batch; not set: 4 on a CPU, else those verified")
-    memory_budget: Budget = setting(
-        None, "such as 20GB, or auto: load bundles at first use, release unused ones"
+    memory_budget: PositiveBytes | None = setting(
+        None, "such as 20GB: load bundles at first use, release those used longest ago"
     )
-    pin: Names = setting((), "names of bundles to load at the start and never release, with memory_budget")
     max_queue_delay_ms: Delay = setting(0.0, "how long an idle runtime waits for more images")
     batch_timeout_seconds: Seconds | None = setting(None, "not set: 20 times the usual time, >= 4 s")
     follow: bool = setting(False, "check each second where a BUNDLE that is a link leads, and reload it")
@@ -163,7 +144,6 @@ class Settings(pydantic.BaseModel):
         None, "lines as json or console; not set: console on terminals, else warnings"
     )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "debug: also health checks")
-    tracing: bool = setting(False, "send spans to OTEL_EXPORTER_OTLP_ENDPOINT; needs the extra `otel`")
 
     def classes_per_image(self, *, multi_label: bool) -> int | None:
         """Return `top_k`, or None (all classes) if *multi_label* and `top_k` is not set."""
@@ -179,8 +159,6 @@ class Settings(pydantic.BaseModel):
             raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
         if self.follow and self.memory_budget is not None:
             raise ValueError("follow excludes memory_budget; remove one of them")
-        if self.pin and self.memory_budget is None:
-            raise ValueError("pin needs memory_budget; without it, no bundle is released")
         if self.max_images > self.queue_size:
             raise ValueError(
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size}); lower it"

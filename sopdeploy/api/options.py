@@ -1,5 +1,6 @@
-"""Options of `train`, `evaluate` and `calibrate`; imports neither torch nor the packages that they use."""
+"""Options of `train` and `evaluate`; imports neither torch nor the packages that they use."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
@@ -21,17 +22,11 @@ class TrainOptions(Options):
     weights: Text = None
     """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
     imagenet for a folder of images without a recipe."""
-    models: str | None = None
-    """Networks to compare, NAME or NAME=FILE with its weights, separated by commas; sets `model.name` and
-    `procedure.models`."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
     unknown: Text = None
     """Folder of images of none of the classes: half of them sets the threshold for unknown images, half tests
     it; sets `rejection.unknown`."""
-    procedure: Literal["auto", "few_shot", "loop"] | None = None
-    """Train linear heads on the frozen network (few_shot) or all its weights (loop); auto decides by the time
-    that they take. Sets `procedure.kind`, which is auto in the recipe for photos."""
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""
@@ -42,24 +37,14 @@ class TrainOptions(Options):
 class EvaluateOptions(Options):
     """Options of `sopdeploy.evaluate` and `sopdeploy eval`."""
 
-    tta: Literal["none", "flip", "ten-crop", "pad-crop"] = "none"
-    """Test-time augmentation: average over views. Not for servers."""
     heads: bool = False
     """Also evaluate every branch of a checkpoint."""
     runtime: str | None = None
     """Runtime of a bundle, as for `serve`; tensorrt uses the engine."""
-    model: str | None = None
-    """Model name, if the server has several."""
-    api_key: str | None = None
-    """API key of the server."""
+    fit_decision: Path | None = None
+    """Fit temperature and threshold for unknown images of a checkpoint to these images, and write a copy with
+    them to this file; for several classes per image, a threshold per class."""
+    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
+    """Fraction of images of known classes to accept as known, with the fitted threshold; 1 rejects none."""
     workers: Workers = 0
     """Processes that load images for a checkpoint."""
-
-
-class CalibrateOptions(Options):
-    """Options of `sopdeploy.calibrate` and `sopdeploy calibrate`."""
-
-    accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95
-    """Fraction of images of known classes to accept as known; 1 rejects none."""
-    workers: Workers = 0
-    """Processes that load images."""

@@ -88,6 +88,9 @@ class ProgressBars:
             f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
         )
 
+    def on_train_end(self, **_: Any) -> None:
+        """Do nothing; the caller prints the result."""
+
     def _update(self, epoch: int, done: int | None, total: int | None, note: str) -> None:
         if self.task is not None:
             description = f"epoch {epoch + 1}/{self.epochs}"

@@ -12,6 +12,7 @@ from sopdeploy.api.progress import ProgressBars
 from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import StrictModel, expand_options
+from sopdeploy.data.base import Split
 from sopdeploy.errors import ConfigError
 from sopdeploy.project import folder_project
 from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
@@ -19,6 +20,7 @@ from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
 from sopdeploy.training.procedure import read_result
 from sopdeploy.training.recipe import Recipe, format_toml, parse_override, read_recipe
+from sopdeploy.training.run import Run
 from sopdeploy.training.run_folder import RUNS, numbered_folder
 from sopdeploy.training.start_weights import network_of_file
 from sopdeploy.training.train import TrainingResult, train_recipe
@@ -52,9 +54,31 @@ class Configured(NamedTuple):
 
 
 class TrainedRun(TrainingResult):
-    """The files and metrics of a finished run. `previous` describes the run that it started from."""
+    """The files and metrics of a finished run.
 
+    Attributes:
+        report: The page about the run.
+        previous: The run that it started from, and what was added since.
+    """
+
+    report: Path
     previous: str = ""
+
+
+class PageWriter(Callback):
+    """Write the page about a finished run to the folder of the run; *progress* shows its evaluation."""
+
+    def __init__(self, folder: Path, progress: Callback) -> None:
+        self.best, self.page, self.progress = folder / "best.pt", folder / "report.html", progress
+
+    def on_train_end(self, *, run: Run, data: Split) -> None:
+        """Evaluate the best network and write the page."""
+        from sopdeploy.report.page import write_run_page
+
+        def on_image(done: int, total: int) -> None:
+            self.progress.on_stage(name="report", done=done, total=total)
+
+        write_run_page(run, data, self.best, self.page, on_image)
 
 
 @expand_options
@@ -69,7 +93,7 @@ def train(
     callback: Callback | None = None,
     **settings: Any,
 ) -> TrainedRun:
-    """Train a network with a recipe and write the run to a folder.
+    """Train a network with a recipe and write the run and a page about it to a folder.
 
     Args:
         data: Folder of images, `DIR/<class>/*.jpg`. It sets `data.path` of the recipe.
@@ -108,6 +132,7 @@ def train(
                 callbacks.append(stack.enter_context(ProgressBars(console)))
             if callback is not None:
                 callbacks.append(callback)
+            callbacks.append(PageWriter(folder, CallbackList(callbacks.copy())))
         result = train_recipe(
             loaded,
             folder,
@@ -120,7 +145,7 @@ def train(
     if before is not None:
         labels = read_checkpoint(result.best).labels
         text = before.changes(labels, result.train_count + result.held_out_count)
-    return TrainedRun(**dict(result), previous=text)
+    return TrainedRun(**dict(result), report=folder / "report.html", previous=text)
 
 
 def read_previous(source: Path) -> PreviousRun:
@@ -162,13 +187,12 @@ def configure(
         raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
     previous = None if options.from_ is None else read_previous(Path(options.from_))
     recorded = None if previous is None else previous.recipe
-    source, settings = recipe or FOLDER_RECIPE, _compared_networks(options)
-    settings |= {
+    source = recipe or FOLDER_RECIPE
+    settings = {
         "project": options.name,
         "data.path": str(data) if data else None,
-        "start.weights": options.weights or settings.get("start.weights"),
+        "start.weights": options.weights,
         "rejection.unknown": options.unknown,
-        "procedure.kind": options.procedure or settings.get("procedure.kind"),
     }
     given = {key: value for key, value in settings.items() if value is not None}
     changes = [*assignments, *to_assignments(given)]
@@ -183,20 +207,6 @@ def configure(
         name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         loaded = loaded.model_copy(update={"project": name})
     return Configured(loaded, keys, previous)
-
-
-def _compared_networks(options: TrainOptions) -> dict[str, Any]:
-    """Convert the option `models` to settings; raises `ConfigError` for an empty name."""
-    if options.models is None:
-        return {}
-    first, *others = [text.strip() for text in options.models.split(",")]
-    name, _, file = first.partition("=")
-    if not name or not all(others):
-        raise ConfigError(
-            "a name is empty; write NAME,NAME or NAME=FILE,NAME=FILE", setting="models", value=options.models
-        )
-    compared = {"procedure.kind": "few_shot", "procedure.models": others} if others else {}
-    return {"model.name": name, "start.weights": file or None, **compared}
 
 
 def to_assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

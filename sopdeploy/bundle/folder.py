@@ -26,7 +26,7 @@ from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha2
 
 MANIFEST = "manifest.json"
 PROGRAM = "network.pt2"  # optional
-REQUIRED = ("model.onnx", "labels.json", "certificate.json", "lowering.json", "parity.json", "probes.npz")
+REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
 SMALL_FILES = ("certificate.json", "probes.npz", "README.md")  # read while a bundle is served
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_JSON_BYTES = 16_000_000  # of any other JSON file

@@ -135,20 +135,19 @@ def _tensor_hash(tensor: "onnx.TensorProto") -> str:
 
 
 def check_roots(bundle: Bundle) -> str | None:
-    """Compare the roots of the files of *bundle*: the graph, the manifest, the certificate and the lowering.
+    """Compare the roots in the files of *bundle*: the graph, the manifest and the certificate.
 
     Returns the root of `model.onnx`, or None if `onnx` is not installed, so that it cannot be recomputed. The
     following must hold:
 
     - `model.onnx` has the root in the manifest;
-    - certificate and lowering belong to the captured program in the manifest;
-    - in float32, the rewrite rules start from the certified graph;
-    - unless the graph was quantized, the rules end with the graph in the manifest.
+    - the certificate belongs to the captured program in the manifest;
+    - in float32, the graph is the certified one.
 
-    `sopdeploy verify` also replays the rules. Raises `BundleError` naming the file that does not fit.
+    Raises `BundleError` naming the file that does not fit.
     """
-    path, lineage, precision = bundle.path, bundle.manifest.lineage, bundle.manifest.precision
-    advice = "export the bundle again"
+    lineage, precision = bundle.manifest.lineage, bundle.manifest.precision
+    certificate, advice = bundle.path / "certificate.json", "export the bundle again"
     try:
         root: str | None = onnx_file_root(bundle.onnx.read_bytes())
     except ImportError:
@@ -160,19 +159,13 @@ def check_roots(bundle: Bundle) -> str | None:
             f"{bundle.onnx}: its graph has the root {root[:16]}, the manifest says {lineage.onnx_root[:16]}; "
             f"the graph was replaced after the export: {advice}"
         )
-    certificate, lowering = path / "certificate.json", path / "lowering.json"
-    try:  # files whose hashes were checked
-        roots, rules = json.loads(certificate.read_bytes())["roots"], json.loads(lowering.read_bytes())
-        certified, program = roots["onnx"], roots["any_batch"]
-        source, lowered = rules.get("source_onnx_root"), rules.get("lowered_onnx_root")
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    try:  # a file whose hash was checked
+        roots = json.loads(certificate.read_bytes())["roots"]
+        program, certified = roots["any_batch"], roots["onnx"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(f"{certificate}: contains no graph roots; {advice}") from error
-    for file, root_of_file in ((certificate, program), (lowering, rules.get("certified_root"))):
-        if root_of_file != lineage.program_root:
-            raise BundleError(f"{file}: belongs to another network than the manifest; {advice}")
-    unchanged = lowered == source or bool(rules.get("rules"))
-    if precision == "fp32" and (source != certified or not unchanged):
-        raise BundleError(f"{lowering}: starts from another graph than certified; {advice}")
-    if precision != "int8" and lowered != lineage.onnx_root:
+    if program != lineage.program_root:
+        raise BundleError(f"{certificate}: belongs to another network than the manifest; {advice}")
+    if precision == "fp32" and certified != lineage.onnx_root:
         raise BundleError(f"{certificate}: certifies another graph than model.onnx; {advice}")
     return root

@@ -51,7 +51,7 @@ def _copy(source: IO[bytes] | BinaryIO, file: Path, name: str, limit: int) -> No
         while block := source.read(BLOCK_BYTES):
             size += len(block)
             if size > limit:
-                raise BundleError(f"{name}: larger than {limit} bytes; `--max-bytes` allows more")
+                raise BundleError(f"{name}: larger than {limit} bytes, the limit; check the address")
             target.write(block)
 
 

@@ -32,7 +32,7 @@ from sopdeploy.files import BLOCK_BYTES, writing
 from sopdeploy.files import sha256 as sha256_of
 
 ARCHIVE_SUFFIX = ".tar"
-_MAX_BYTES = 8_000_000_000
+MAX_ARCHIVE_BYTES = 8_000_000_000
 BLOCK = 512
 END = bytes(2 * BLOCK)
 SIZE_FIELD = slice(124, 136)  # of a tar header, an octal number
@@ -88,12 +88,11 @@ def pull(
     *,
     sha256: str | None = None,
     require_signature: Path | None = None,
-    max_bytes: int = _MAX_BYTES,
 ) -> Pulled:
     """Download the archive at *source* and write its bundle into the folder *destination*.
 
-    Order of checks: at most *max_bytes* are downloaded to a hidden folder; their hash must equal *sha256* if
-    given; files are unpacked into the hidden folder and their hashes checked; the public key file
+    Order of checks: at most `MAX_ARCHIVE_BYTES` are downloaded to a hidden folder; their hash must equal
+    *sha256* if given; files are unpacked into the hidden folder and their hashes checked; the public key file
     *require_signature*, if given, must verify the signature of the files. The bundle gets its name last.
     Without a key, an existing signature is kept. Raises `BundleError` if a check fails, and `ConfigError` if
     *sha256* is not a hash or *require_signature* is not a key file.
@@ -103,7 +102,7 @@ def pull(
     with staging(destination) as download, staging(destination) as folder:
         name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # shown in errors
         archive, signature = download / name, download / (name + SUFFIX)
-        get(source, archive, max_bytes)
+        get(source, archive, MAX_ARCHIVE_BYTES)
         if require_signature is not None:
             try:
                 get(source + SUFFIX, signature, MAX_FILE_BYTES)

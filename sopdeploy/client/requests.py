@@ -1,9 +1,9 @@
-"""What both clients share: options, image encoding, and the requests of a call with retries."""
+"""The parts of a call: options, images, deadline, delays and errors."""
 
 import io
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict
@@ -14,10 +14,8 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.client.results import Classification, Embedding, Result, parse_info, parse_results
-from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
-from sopdeploy.http_api import ClassifyQuery, EmbedQuery, Problem, ServerInfo
+from sopdeploy.http_api import Problem
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -29,7 +27,7 @@ FIRST_DELAY = 0.2  # seconds
 MAX_DELAY = 5.0
 RETRY_STATUSES = {429, 503}  # the server did not process the request
 # Errors of a connection that broke before a response.
-_BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 
 def address_and_key(url: str, api_key: str | None) -> dict[str, Any]:
@@ -118,133 +116,6 @@ class Deadline:
         return self.started + self.seconds - time.monotonic()
 
 
-class Calls:
-    """The calls of a client; *timeout* (seconds) and *retries* are those of the client.
-
-    *send* raises `httpx.RequestError` or `TimeoutError` if there is no response. Raises `ConfigError` for a
-    *timeout* or *retries* out of range.
-    """
-
-    def __init__(
-        self,
-        http: httpx.Client | httpx.AsyncClient,
-        send: Callable[[httpx.Request], Awaitable[httpx.Response]],
-        sleep: Callable[[float], Awaitable[None]],
-        timeout: float,
-        retries: int,
-    ) -> None:
-        self._http, self._transmit, self._sleep = http, send, sleep
-        self._timeout, self._retries = timeout, retries
-        if retries < 0:
-            raise ConfigError(f"retries={retries}: use 0 or more")
-        self._deadline(None)
-
-    async def classify(
-        self, body: bytes | list[bytes], **options: Any
-    ) -> Classification | list[Classification]:
-        """Classify one encoded image, or a list of them in one request."""
-        return await self._post("/v1/classify", body, Classification, ClassifyQuery, options)
-
-    async def embed(self, body: bytes | list[bytes], **options: Any) -> Embedding | list[Embedding]:
-        """Compute the embedding of one encoded image, or of a list of them in one request."""
-        options["encoding_format"] = "base64"
-        return await self._post("/v1/embed", body, Embedding, EmbedQuery, options)
-
-    async def _post(
-        self,
-        path: str,
-        body: bytes | list[bytes],
-        kind: type[Result],
-        query: type[ClassifyQuery | EmbedQuery],
-        options: dict[str, Any],
-    ) -> Result | list[Result]:
-        deadline = self._deadline(options.pop("timeout", None))
-        if not body:
-            return []
-        content: dict[str, Any] = {"content": body, "headers": {"Content-Type": CONTENT_TYPE}}
-        if isinstance(body, list):
-            content = {"files": [("image", ("image", image, CONTENT_TYPE)) for image in body]}
-        try:
-            params = query.model_validate(options, extra="forbid").model_dump(exclude_defaults=True)
-        except pydantic.ValidationError as error:
-            raise ConfigError(first_problem(error)) from error
-        response = await self._send("POST", path, deadline, params=params, **content)
-        results = parse_results(response, kind)
-        expected = len(body) if isinstance(body, list) else 1
-        if len(results) != expected:
-            raise ServiceError(
-                f"{response.request.url}: {len(results)} results for {expected} images; check the URL",
-                code="foreign_answer",
-                status=response.status_code,
-            )
-        return results if isinstance(body, list) else results[0]
-
-    async def info(self, timeout: float | None) -> ServerInfo:
-        """Request the server version and its models."""
-        return parse_info(await self._send("GET", "/info", self._deadline(timeout)))
-
-    async def metrics(self, timeout: float | None) -> str:
-        """Request the metrics."""
-        response = await self._send("GET", "/metrics", self._deadline(timeout))
-        return response.text
-
-    async def wait_ready(self, timeout: float) -> None:
-        """Poll until the server is ready; raise `UnreachableError` with the last response at the deadline."""
-        deadline, last = self._deadline(timeout), "no request was sent"
-        while (left := deadline.left()) > 0:
-            try:
-                await self._send("GET", "/readyz", Deadline(min(READY_REQUEST_TIMEOUT, left)), retries=0)
-            except ServiceError as error:
-                last = str(error)
-            else:
-                return
-            await self._sleep(min(READY_INTERVAL, max(0.0, deadline.left())))
-        raise UnreachableError(f"not ready after {timeout:.3g} s: {last}", code="not_ready", status=0)
-
-    def _deadline(self, timeout: float | None) -> Deadline:
-        seconds = self._timeout if timeout is None else timeout
-        if not 0 < seconds <= MAX_TIMEOUT:
-            raise ConfigError(f"timeout={seconds}: use more than 0 and at most {MAX_TIMEOUT} seconds")
-        return Deadline(seconds)
-
-    async def _send(
-        self,
-        method: str,
-        path: str,
-        deadline: Deadline,
-        retries: int | None = None,
-        headers: dict[str, str] | None = None,
-        **content: Any,
-    ) -> httpx.Response:
-        """Send a request and return its successful response, with retries before *deadline*.
-
-        Each request tells the server the remaining time. Retries follow 429, 503 and connections that broke
-        before a response, after a delay of at least `Retry-After`. Raises `OverloadedError` or
-        `UnreachableError` when time or attempts are used up, and `ServiceError` for responses that a retry
-        would not change.
-        """
-        retries, attempt = self._retries if retries is None else retries, 0
-        while True:
-            left = max(0.001, deadline.left())
-            all_headers = {**(headers or {}), "X-Request-Timeout-Ms": str(int(left * 1000))}
-            request = self._http.build_request(method, path, timeout=left, headers=all_headers, **content)
-            error: ServiceError
-            try:
-                response = await self._transmit(request)
-            except (httpx.RequestError, TimeoutError) as failure:
-                error, may_retry = unreachable_error(request, failure, deadline), isinstance(failure, _BROKEN)
-                delay = backoff(attempt)
-            else:
-                if response.is_success:
-                    return response
-                error, may_retry = response_error(response), response.status_code in RETRY_STATUSES
-                delay = backoff(attempt) + retry_after(response)
-            if not may_retry or attempt == retries or delay >= deadline.left():
-                raise error
-            await self._sleep(delay)
-            attempt += 1
-
-
 def response_error(response: httpx.Response) -> ServiceError:
     """Convert an error response to an exception; its body may be anything, such as a proxy's HTML page."""
     status = response.status_code
@@ -260,7 +131,7 @@ def response_error(response: httpx.Response) -> ServiceError:
 
 def unreachable_error(request: httpx.Request, failure: Exception, deadline: Deadline) -> UnreachableError:
     """Convert the *failure* of a request without a response to an exception."""
-    if isinstance(failure, httpx.TimeoutException | TimeoutError):
+    if isinstance(failure, httpx.TimeoutException):
         message = f"{request.url}: no response within {deadline.seconds:.3g} s"
         error = UnreachableError(message, code="timeout", status=0)
     else:

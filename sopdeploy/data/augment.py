@@ -6,6 +6,7 @@ image, or the image with both sides of equal length.
 RandAugment, random erasing, color jitter, mixup and CutMix are computed by torchvision.
 """
 
+import hashlib
 import importlib
 import math
 from dataclasses import dataclass
@@ -30,7 +31,6 @@ from sopdeploy.data.base import (
 from sopdeploy.images.formats import load_pixels
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, resize_box, to_rgb, upright_size
 from sopdeploy.images.preprocess import Box, Preprocess, Side
-from sopdeploy.images.tta import TTA_PAD, tta_views
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
 COLOR_COMPONENTS = np.array(
@@ -70,7 +70,7 @@ class PadCrop(StrictModel):
 
     Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 use the last two options.
     With `doubled`, an epoch has every image and its mirror image. With `held_out`, held-out images are padded
-    and cropped at random, too, as by `sopdeploy eval --tta pad-crop`.
+    and cropped at random, too.
     """
 
     kind: Literal["pad-crop"]
@@ -83,8 +83,6 @@ class PadCrop(StrictModel):
     def _check_options(self) -> "PadCrop":
         if self.doubled and self.flip:
             raise ValueError("doubled: contains the mirror images; set flip = 0")
-        if self.held_out and self.pad != TTA_PAD:
-            raise ValueError(f"held_out: pads by {TTA_PAD} pixels; set pad = {TTA_PAD}")
         return self
 
 
@@ -92,8 +90,8 @@ class BoxCrop(StrictModel):
     """Settings of the augmentations that crop a random box and resize it.
 
     With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then still has at least as many
-    pixels as the crop. This is faster, but a few gray levels off (`benchmarks/training_throughput.py`
-    measures how many). `crop` is the side of the training images in pixels, by default `preprocess.crop`.
+    pixels as the crop. This is faster, but a few gray levels off. `crop` is the side of the training images
+    in pixels, by default `preprocess.crop`.
     """
 
     flip: Fraction = 0.0
@@ -279,11 +277,17 @@ class AugmentedDataset(ImagesDataset):
 
 @dataclass(frozen=True, slots=True)
 class PadCroppedDataset(PreprocessedDataset):
-    """Preprocessed images, padded and cropped at random as by `sopdeploy eval --tta pad-crop`."""
+    """Preprocessed images, padded with `pad` black pixels and cropped at an offset that the pixels decide."""
+
+    pad: int
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         image, target = self.images[index]
-        return tta_views(lambda rules: preprocess_image(image, rules), self.preprocess, "pad-crop")[0], target
+        array, pad = preprocess_image(image, self.preprocess), self.pad
+        digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+        top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
+        padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
+        return padded[top : top + self.preprocess.crop, left : left + self.preprocess.crop], target
 
 
 def _crop_box(

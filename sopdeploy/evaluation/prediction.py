@@ -1,4 +1,4 @@
-"""Evaluation of networks: metrics during training, and per-image scores of a checkpoint.
+"""Evaluation of networks: metrics during training, and per-image scores.
 
 `HeadCounter` measures every head of a network, as in DSoP's Tables III and V, Figures 4 and 5. The heads are
 the network's own classifier, `main`, and the training-only ones: the branches of DSoP, the auxiliary heads of
@@ -7,8 +7,6 @@ PSDR. Export removes the training-only heads, so only a checkpoint has them.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,15 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import Fraction, NonNegative, StrictModel
-from sopdeploy.data.base import Dataset, ImagesDataset, LabeledImages, PreprocessedDataset, Target
+from sopdeploy.data.base import Dataset, LabeledImages, PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.data.folders import Log, ignore
-from sopdeploy.data.image_files import ImageFiles, unreadable_images_error
 from sopdeploy.decision import Activation, Decision, sigmoid
-from sopdeploy.errors import ConfigError, DataError, TrainingError
+from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K, Rate
 from sopdeploy.evaluation.multi_label import (
     DEFAULT_THRESHOLD,
@@ -34,13 +29,11 @@ from sopdeploy.evaluation.multi_label import (
     fit_thresholds,
 )
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
-from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.images.tta import TtaMode, check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 
-SCORE_BATCH = 32  # images, each with up to ten views
+SCORE_BATCH = 32  # images
 
 
 class ProcessGroup:
@@ -152,22 +145,18 @@ def _process_logits(
     batch_size: int,
     workers: int,
     processes: ProcessGroup,
-) -> Iterator[tuple[list[int], Tensor, Tensor] | None]:
-    """Yield the indices, logits float64 and labels of each batch of this process.
+) -> Iterator[tuple[list[int], Tensor] | None]:
+    """Yield the indices and the logits (B, C) float64 of each batch of this process.
 
-    The logits are (B, C), or (B, V, C) for a dataset of V views per image. All processes yield the same
-    number of times; a process that has no batch left yields None.
+    All processes yield the same number of times; a process that has no batch left yields None.
     """
     device = next(model.parameters()).device
     normalize = Normalize(preprocess).to(device)
     images_here = range(processes.rank, len(dataset), processes.world)
     positions = sequential_batches(len(images_here), batch_size)
     batches = [[images_here[position] for position in batch] for batch in positions]
-    for indices, (images, labels) in zip(
-        batches, load_batches(dataset, batches, workers, device), strict=True
-    ):
-        logits = model(normalize(images.flatten(end_dim=-4))).double()
-        yield indices, logits.unflatten(0, images.shape[:-3]), labels
+    for indices, (images, _) in zip(batches, load_batches(dataset, batches, workers, device), strict=True):
+        yield indices, model(normalize(images)).double()
     rounds = -(-len(dataset) // (batch_size * processes.world))
     yield from [None] * (rounds - len(batches))
 
@@ -193,7 +182,7 @@ def predict_logits(
     batches = _process_logits(model, dataset, preprocess, batch_size, workers, processes)
     for done, batch in enumerate(batches, 1):
         if batch is not None:
-            indices, batch_logits, _ = batch
+            indices, batch_logits = batch
             computed.append((indices, batch_logits.cpu()))
         on_batch(min(len(dataset), done * batch_size * processes.world))
     classes = computed[0][1].shape[1] if computed else len(dataset.labels)
@@ -275,60 +264,11 @@ class HeadCounter(nn.Module):
         )
 
 
-def score_checkpoint(
-    path: Path,
-    data: Path,
-    *,
-    tta: TtaMode = "none",
-    heads: bool = False,
-    workers: int = 0,
-    on_image: Callable[[int, int], None],
-    log: Log = ignore,
-) -> tuple[tuple[str, ...], Predictions, tuple[HeadAccuracy, ...]]:
-    """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
-
-    Returns the sorted class names, the predictions and, with *heads*, the accuracy of every head. The
-    predictions are one score per image or, for a multi-label network, the probabilities of all classes in
-    output order. *on_image* receives the numbers of images done and in total, *log* lines about the folder.
-    Raises `ConfigError` for *heads* of a multi-label network.
-    """
-    checkpoint = read_checkpoint(path)
-    if heads and checkpoint.decision is not None and checkpoint.decision.thresholds:
-        raise ConfigError(f"{path} predicts several classes per image; omit it", setting="heads")
-    images = open_images_of(checkpoint, data, log)
-    model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    network: nn.Module = model
-    if heads:
-        columns = [checkpoint.labels.index(images.labels[target]) for target in images.targets]
-        network = HeadCounter(model, torch.tensor(columns)).eval()
-    try:
-        predictions = predict_images(network, checkpoint, images, tta=tta, workers=workers, on_image=on_image)
-    except DataError as error:
-        raise unreadable_images_error(error, images) from None
-    accuracies = network.accuracies() if isinstance(network, HeadCounter) else ()
-    return images.labels, predictions, accuracies
-
-
-def open_images_of(checkpoint: Checkpoint, data: Path, log: Log = ignore) -> ImageFiles:
-    """Open the images below *data* with the classes of *checkpoint*, sorted unless an image has several.
-
-    *log* receives lines about the folder, also about images that the network was trained on.
-    """
-    multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
-    labels = checkpoint.labels if multi_label else tuple(sorted(checkpoint.labels))
-    images = open_evaluation_images(data, labels, multi_label=multi_label, log=log)
-    if warning := checkpoint.trained_on(images):
-        log(f"{data}: {warning}")
-    return images
-
-
-@torch.no_grad()
 def predict_images(
     model: nn.Module,
     checkpoint: Checkpoint,
     images: LabeledImages,
     *,
-    tta: TtaMode = "none",
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Predictions:
@@ -336,28 +276,31 @@ def predict_images(
 
     The temperature divides the logits, as in an exported bundle.
     """
-    preprocess, decision = checkpoint.preprocess, checkpoint.decision or Decision()
-    check_tta_mode(tta, preprocess)
-    dataset = _TtaDataset(images, preprocess, tta)
-
-    def calibrated_logits() -> Iterator[NDArray[np.float64]]:
-        batches = _process_logits(model, dataset, preprocess, SCORE_BATCH, workers, ProcessGroup())
-        for indices, logits, _ in filter(None, batches):  # with one process, no batch is None
-            if not bool(torch.isfinite(logits).all()):
-                raise TrainingError("the logits are not finite; train again with a lower learning rate")
-            yield from (logits / decision.temperature).cpu().numpy()
-            on_image(indices[-1] + 1, len(images))
-
-    return make_predictions(calibrated_logits(), images, checkpoint.labels, decision)
+    logits_NC = score_images(model, checkpoint.preprocess, images, workers=workers, on_image=on_image)
+    decision = checkpoint.decision or Decision()
+    return make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
 
 
-@dataclass(frozen=True, slots=True)
-class _TtaDataset(ImagesDataset):
-    """Preprocessed images in several views: (V, crop, crop, 3) uint8."""
+def score_images(
+    model: nn.Module,
+    preprocess: Preprocess,
+    images: LabeledImages,
+    *,
+    workers: int = 0,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> NDArray[np.float64]:
+    """Compute the logits (N, C) of *model* on *images*; raise `TrainingError` if one is not finite.
 
-    preprocess: Preprocess
-    mode: TtaMode
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        image, target = self.images[index]
-        return tta_views(lambda rules: preprocess_image(image, rules), self.preprocess, self.mode), target
+    *on_image* receives the numbers of images done and in total.
+    """
+    logits_NC, _ = predict_logits(
+        model,
+        PreprocessedDataset(images, preprocess),
+        preprocess,
+        batch_size=SCORE_BATCH,
+        workers=workers,
+        on_batch=lambda done: on_image(done, len(images)),
+    )
+    if not np.isfinite(logits_NC).all():
+        raise TrainingError("the logits are not finite; train again with a lower learning rate")
+    return logits_NC

@@ -22,26 +22,24 @@ def make_predictions(
     labels: Sequence[str],
     decision: Decision | None,
 ) -> Predictions:
-    """Predict *images* by the calibrated *logits* (V, C) of the V views of each image.
+    """Predict *images* by the calibrated *logits* (C,) of each of them.
 
     *labels* are the classes in output order. The labels of *images* may have another order if each image has
-    one class. Probabilities are averaged over the views. A rejection threshold applies to single views only.
+    one class.
     """
     decision = decision or Decision()
     if decision.thresholds is not None:
         return MultiLabelPredictions(
             labels=images.labels,
             targets=images.targets.astype(np.float64),
-            probabilities=np.stack([sigmoid(views).mean(axis=0) for views in logits]),
+            probabilities=np.stack([sigmoid(row) for row in logits]),
             thresholds=decision.thresholds,
         )
     columns = [images.labels.index(label) for label in labels]
     scores = []
-    for target, views in zip(images.targets.tolist(), logits, strict=True):
-        probabilities = softmax(views).mean(axis=0)
-        # Logits still differ where probabilities have become 0.
-        best_first = np.argsort(-(views[0] if len(views) == 1 else probabilities), kind="stable")
+    for target, row in zip(images.targets.tolist(), logits, strict=True):
+        probabilities = softmax(row)
+        best_first = np.argsort(-row, kind="stable")  # logits still differ where probabilities are 0
         ranked = [(columns[index], float(probabilities[index])) for index in best_first]
-        known = decision.is_known(views[0]) if len(views) == 1 else None
-        scores.append(ImageScore.from_ranking(target, ranked, known=known))
+        scores.append(ImageScore.from_ranking(target, ranked, known=decision.is_known(row)))
     return scores

@@ -10,11 +10,13 @@ from functools import cache
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from sopdeploy.html.report import percent, sanitize
+
 _NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
 _PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def render(package: str, name: str, **context: object) -> str:
+def render_template(package: str, name: str, **context: object) -> str:
     """Render the template *name* of *package* and return the page.
 
     Equal arguments give equal text. Raises `jinja2.UndefinedError` if *context* lacks a name.
@@ -32,24 +34,14 @@ def create_environment(package: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        finalize=lambda value: sanitize(value) if isinstance(value, str) else value,
+        finalize=lambda value: (
+            sanitize(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+        ),
     )
     for function in (percent, short_number, file_size, reduction, dimensions):
         environment.filters[function.__name__] = function
     environment.filters["number"] = format  # {{ 0.5|number(".2f") }}
     return environment
-
-
-def sanitize(text: str) -> str:
-    """Replace control and text direction characters by U+FFFD.
-
-    Markup is returned unchanged: its text was sanitized when it was built.
-    """
-    if isinstance(text, Markup):
-        return text
-    return "".join(
-        c if c.isprintable() or c in "\n" + _NO_BREAK_SPACE else "\N{REPLACEMENT CHARACTER}" for c in text
-    )
 
 
 def short_number(value: float) -> str:
@@ -63,11 +55,6 @@ def short_number(value: float) -> str:
 def file_size(count: int) -> str:
     """Format a number of bytes: 44.7 MB."""
     return f"{short_number(count)}B" if count >= 1000 else f"{count}{_NO_BREAK_SPACE}bytes"
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """Format a fraction as a percentage: 0.125 gives 12.5 %."""
-    return f"{100 * fraction:.{digits}f}{_NO_BREAK_SPACE}%"
 
 
 def reduction(before: float, after: float) -> str:

@@ -27,17 +27,14 @@ FACTORS = {
     "JPEG": Factors(0.2, 0, 9, 5),
     "PNG": Factors(0.2, 0, 13, 8),
     "WEBP": Factors(12.8, 2, 26, 10),
-    "AVIF": Factors(7.2, 2, 30, 10),
     "HEIF": Factors(5.5, 2, 16, 10),
     "GIF": Factors(0.8, 0, 12, 5),
     "BMP": Factors(1.5, 0, 8, 2),
-    "TIFF": Factors(4.5, 0, 14, 5),
-    "PPM": Factors(0.5, 0, 8, 1),
 }
 PIXEL_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # of Pillow's images; others have 4
 RGB_BYTES, RGB_NS = 4, 8  # conversion to RGB
-ALPHA_EXTRA = 2.0  # AVIF and HEIC have a plane for alpha
-DEEP_EXTRA, DEEP_NS = 4.0, 10  # samples of more than 8 bits
+ALPHA_EXTRA = 2.0  # HEIC has a plane for alpha
+DEEP_NS = 10  # samples of more than 8 bits
 BUFFER_NS = 2.5  # per byte of buffered coefficients
 RUN_NS = 1300  # per byte of a run-length-encoded BMP, which Pillow decodes in Python
 MARGIN, LEAST_MEMORY = 1.06, 2_000_000  # of every estimate
@@ -57,8 +54,8 @@ def decode_cost(image: Image.Image, body: bytes) -> Cost:
     own, extra, pixel_ns, byte_ns = PIXEL_BYTES.get(image.mode, 4), *factors[::2], factors.byte_ns
     buffer = image.info.get("coefficient_bytes", 0.0)
     extra, pixel_ns = extra + buffer, pixel_ns + BUFFER_NS * buffer
-    if kind in {"AVIF", "HEIF"}:
-        extra += (ALPHA_EXTRA if "A" in image.mode else 0) + image.info.get("deep", 0) * DEEP_EXTRA
+    if kind == "HEIF" and "A" in image.mode:
+        extra += ALPHA_EXTRA
     tiles = getattr(image, "tile", None) or [("", None, 0, "")]
     if kind == "PNG" and str(tiles[0][3]).endswith("16B"):
         pixel_ns += DEEP_NS

@@ -29,8 +29,6 @@ def exif_orientation(image: Image.Image) -> int:
     try:
         if image.format == "PNG" and "exif" not in image.info:
             image.load()
-        if image.format == "TIFF":  # Pillow turns it, and then removes the tag
-            return int(image.getexif().get(ORIENTATION, UPRIGHT))
         info: dict[Any, Any] = image.info
         data = info.get("exif")
         if data is None and TEXT_PROFILE in info:
@@ -56,7 +54,7 @@ def _read_orientation(data: bytes) -> int | None:
 
 
 def check_tags(data: bytes) -> None:
-    """Raise `ImageError` for EXIF or TIFF *data* whose tags need more memory than those of a photograph."""
+    """Raise `ImageError` for EXIF *data* whose tags need more memory than those of a photograph."""
     tags = _read_tags(data, _byte_order(data))
     if len(tags) > MAX_TAGS or sum(_SIZES.get(kind, 1) * count for _, kind, count, _ in tags) > MAX_TAG_BYTES:
         message = f"the EXIF data has more than {MAX_TAGS} tags or {MAX_TAG_BYTES} bytes; remove it"

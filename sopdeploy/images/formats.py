@@ -7,35 +7,31 @@ header (pixels are counted before any is allocated).
 Segments, scans, reads and tags are limited, so that small files cannot take seconds to open.
 """
 
+import contextlib
 import importlib
 import io
 import re
 from collections.abc import Collection, Iterator
-from typing import Any
 
-from PIL import Image, ImageFile, UnidentifiedImageError, features
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.avif import frame_sizes
-from sopdeploy.images.exif import check_tags
 from sopdeploy.images.jpeg import TOO_MANY_SEGMENTS, read_scans
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
 from sopdeploy.images.pixels import match_transparency
 
-ACCEPTED = "JPEG, PNG, WebP, AVIF, HEIC, TIFF, PPM, BMP and GIF"
+ACCEPTED = "JPEG, PNG, WebP, GIF, BMP and HEIC"
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
     b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"P5": "PPM",
-    b"P6": "PPM",
 }
 FIRST_BYTES = (*SIGNATURES, b"RIFF", b"\0\0")  # of every accepted format; WAV files also begin with RIFF
 REJECTED_SIGNATURES = {
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
     b"%PDF": "PDF",
     b"%!PS": "PostScript",
     b"8BPS": "PSD",
@@ -49,8 +45,7 @@ REJECTED_SIGNATURES = {
 # Subtypes of media types that are not the name of the format
 ALIASES = {
     "JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP",
-    "HEIC": "HEIF", "HEIC-SEQUENCE": "HEIF", "HEIF-SEQUENCE": "HEIF", "AVIF-SEQUENCE": "AVIF", "TIF": "TIFF",
-    "X-PORTABLE-PIXMAP": "PPM", "X-PORTABLE-GRAYMAP": "PPM", "X-PORTABLE-ANYMAP": "PPM",
+    "HEIC": "HEIF", "HEIC-SEQUENCE": "HEIF", "HEIF-SEQUENCE": "HEIF",
 }  # fmt: skip
 AVIF_BRANDS = {b"avif", b"avis"}
 HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"}
@@ -61,10 +56,7 @@ BYTES_PER_READ = 100
 MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one or two bytes at a time
 # Pillow, unlike libjpeg, fails on Adobe segments shorter than 12 bytes: make them segments that it skips.
 SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\xff\xef\\1"
-TIFF_COMPRESSIONS = {"raw", "packbits", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate"}
-TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of a TIFF
-ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC or AVIF file
-AV1_CONFIG = re.compile(rb"av1C..(.)", re.DOTALL)
+ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 
 
@@ -88,12 +80,10 @@ def open_image(
         raise _unsupported(f"{kind} files are not accepted by this server; its setting formats is {names}")
     try:
         scans = read_scans(body) if kind == "JPEG" else None
-        if kind == "TIFF":
-            check_tags(body)
         image = _open(body, kind)
         if scans is not None:
             image.info["coefficient_bytes"], image.info["scan_ns"] = scans
-        sizes = [image.size, *_inner_sizes(image, body, kind)]
+        sizes = [image.size, *(_item_sizes(body) if kind == "HEIF" else ())]
         width, height = max(sizes, key=lambda size: size[0] * size[1])
         if width * height > max_pixels or max(image.size) > _MAX_SIDE:
             limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{_MAX_SIDE} pixels per side"
@@ -117,8 +107,8 @@ def load_pixels(image: Image.Image) -> Image.Image:
 
 
 def check_decoded_size(image: Image.Image, size: tuple[int, int]) -> None:
-    """Raise `ValueError` if a decoded AVIF or HEIC file has another size than its header said."""
-    if image.format in {"AVIF", "HEIF"} and image.size != size:
+    """Raise `ValueError` if a decoded HEIC file has another size than its header said."""
+    if image.format == "HEIF" and image.size != size:
         raise ValueError(f"decoded {image.size}, but the header says {size}")
 
 
@@ -145,25 +135,24 @@ def image_format(body: bytes) -> str:
     """Detect the format of *body*, as Pillow names it; raise `ImageError` if it is not accepted."""
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
-    if body[4:8] == b"ftyp" and (kind := _brand(body)):
-        return kind
+    if body[4:8] == b"ftyp" and body[8:12] in AVIF_BRANDS | HEIF_BRANDS:
+        return _heif_or_rejected(body)
     for signature, name in REJECTED_SIGNATURES.items():
         if body.startswith(signature):
-            message = f"{name} files are not accepted; use {ACCEPTED}"
-            raise ImageError(message, code="unsupported_format", status=415)
+            raise _unsupported(f"{name} files are not accepted; use {ACCEPTED}")
     for signature, kind in SIGNATURES.items():
         if body.startswith(signature):
             return kind
     raise ImageError(f"this is not an image; use {ACCEPTED}", code="not_an_image", status=415)
 
 
-def _brand(body: bytes) -> str:
-    """Detect HEIC and AVIF by the brands of an ISO base media file; empty for other files."""
+def _heif_or_rejected(body: bytes) -> str:
+    """Return the format of an ISO base media file with images; raise `ImageError` if it may be an AVIF."""
     length = min(int.from_bytes(body[:4], "big"), 256)
     brands = {body[8:12], *(body[start : start + 4] for start in range(16, length, 4))}
-    if body[8:12] not in AVIF_BRANDS | HEIF_BRANDS:
-        return ""
-    return "AVIF" if brands & AVIF_BRANDS else "HEIF"
+    if brands & AVIF_BRANDS:
+        raise _unsupported(f"AVIF files are not accepted; use {ACCEPTED}")
+    return "HEIF"
 
 
 def _unsupported(message: str) -> ImageError:
@@ -171,22 +160,9 @@ def _unsupported(message: str) -> ImageError:
 
 
 def prepare_decoders() -> None:
-    """Import the decoders that this installation has; a process without files must do this before."""
-    for register in (_use_avif, _use_heif):
-        try:
-            register()
-        except ImageError:
-            continue
-
-
-def _use_avif() -> None:
-    """Import Pillow's decoder of AVIF, with one thread per image; raise `ImageError` without it."""
-    if not features.check("avif"):
-        raise _unsupported(
-            "AVIF: this build of Pillow does not read it; install Pillow 11.3 or later, or convert the image"
-        )
-    plugin: Any = importlib.import_module("PIL.AvifImagePlugin")
-    plugin.DEFAULT_MAX_THREADS = 1
+    """Import the decoder of HEIC, if it is installed; a process without files must do this before."""
+    with contextlib.suppress(ImageError):
+        _use_heif()
 
 
 def _use_heif() -> None:
@@ -205,40 +181,22 @@ def _use_heif() -> None:
 
 def _open(body: bytes, kind: str) -> Image.Image:
     """Read the header with Pillow; skip short Adobe segments, which libjpeg accepts and Pillow rejects."""
-    if kind == "AVIF":
-        _use_avif()
     if kind == "HEIF":
         _use_heif()
     max_reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
     try:
-        image = Image.open(LimitedReader(body, max_reads, is_png=kind == "PNG"), formats=(kind,))
+        return Image.open(LimitedReader(body, max_reads, is_png=kind == "PNG"), formats=(kind,))
     except UnidentifiedImageError:
         plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, body)
         if kind != "JPEG" or plain == body:
             raise
         return _open(plain, kind)
-    compression = image.info.get("compression")
-    if kind == "TIFF" and compression not in TIFF_COMPRESSIONS:
-        raise _unsupported(f"TIFF files compressed with {compression} are not accepted; use LZW or deflate")
-    if kind == "PPM" and [tile[0] for tile in image.tile] != ["raw"]:
-        raise _unsupported("PPM files with other than 256 or 65536 levels are not accepted; use PNG")
-    return image
 
 
-def _inner_sizes(image: Image.Image, body: bytes, kind: str) -> Iterator[tuple[int, int]]:
-    """Yield the sizes of parts that a decoder allocates: tiles of a TIFF, images in a HEIC or AVIF file.
-
-    Also notes in `image.info["deep"]` whether an AVIF file has more than 8 bits, which costs memory.
-    """
-    if kind == "TIFF":
-        tags = getattr(image, "tag_v2", {})
-        yield int(tags.get(TILE_WIDTH, 0)), int(tags.get(TILE_LENGTH, 0))
-    if kind in {"AVIF", "HEIF"}:
-        for width, height in ITEM_SIZE.findall(body):
-            yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
-    if kind == "AVIF":
-        image.info["deep"] = any(config[0] & 64 for config in AV1_CONFIG.findall(body))
-        yield from frame_sizes(body)
+def _item_sizes(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the sizes of the images in a HEIC file, which its decoder allocates."""
+    for width, height in ITEM_SIZE.findall(body):
+        yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
 
 
 class LimitedReader(io.BytesIO):

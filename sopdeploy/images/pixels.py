@@ -56,11 +56,8 @@ def used_orientation(image: Image.Image, rules: Preprocess) -> int:
 
 
 def upright_size(image: Image.Image, rules: Preprocess) -> tuple[int, int]:
-    """Compute (width, height) of *image* after its EXIF rotation; reads no pixels.
-
-    The size that Pillow reads from a TIFF is already that of the rotated image.
-    """
-    sideways = image.format != "TIFF" and used_orientation(image, rules) in SIDEWAYS
+    """Compute (width, height) of *image* after its EXIF rotation; reads no pixels."""
+    sideways = used_orientation(image, rules) in SIDEWAYS
     return (image.height, image.width) if sideways else (image.width, image.height)
 
 

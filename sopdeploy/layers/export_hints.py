@@ -22,6 +22,8 @@ class ExportHints:
         is_gate: A mixture gate with `feature`, `logits(feature)` and `chosen`; parity checks report routing.
         not_exportable: Why the layer has no ONNX form that every runtime accepts, and what to use instead.
             The exporter refuses the network with this message.
+        is_captured: The exporter sets this while it captures the network. A layer may then compute the same
+            by operators that are faster in a runtime than in eager mode.
     """
 
     keep_float32: ClassVar[bool] = False
@@ -30,6 +32,7 @@ class ExportHints:
     keep_output_dtype: ClassVar[bool] = False
     is_gate: ClassVar[bool] = False
     not_exportable: str | None = None
+    is_captured: bool = False
 
 
 _DEFAULTS = ExportHints()

@@ -62,7 +62,7 @@ class SpectralFunction(torch.autograd.Function):
     """Autograd function that computes f(A) of symmetric matrices with a finite gradient; see `spectral`."""
 
     @staticmethod
-    def forward(ctx: Any, a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, a_BCC: Tensor, function: Power | Logarithm) -> Tensor:
         """Decompose the matrices and apply f to the eigenvalues; the result is NaN if that fails."""
         try:
             lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
@@ -72,10 +72,11 @@ class SpectralFunction(torch.autograd.Function):
         ctx.function = function
         ctx.save_for_backward(lambda_BC, u_BCC)
         value_BC, _ = function(lambda_BC)
-        return (u_BCC * value_BC[:, None, :]) @ u_BCC.transpose(1, 2), lambda_BC
+        value_BCC: Tensor = (u_BCC * value_BC[:, None, :]) @ u_BCC.transpose(1, 2)
+        return value_BCC
 
     @staticmethod
-    def backward(ctx: Any, grad_BCC: Tensor, lambda_grad_BC: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_BCC: Tensor) -> tuple[Tensor, None]:
         """Compute the symmetric gradient of the matrix; raise `TrainingError` for second derivatives."""
         if torch.is_grad_enabled():
             raise TrainingError(NO_SECOND_GRADIENT)
@@ -83,7 +84,6 @@ class SpectralFunction(torch.autograd.Function):
         symmetric_BCC = 0.5 * (grad_BCC + grad_BCC.transpose(1, 2))
         inner_BCC = u_BCC.transpose(1, 2) @ symmetric_BCC @ u_BCC
         inner_BCC = inner_BCC * _divided_differences(lambda_BC, ctx.function)
-        inner_BCC = inner_BCC + torch.diag_embed(lambda_grad_BC)
         return u_BCC @ inner_BCC @ u_BCC.transpose(1, 2), None
 
 
@@ -97,13 +97,10 @@ def _divided_differences(lambda_BC: Tensor, function: Power | Logarithm) -> Tens
     return torch.where(close_BCC, mean_slope_BCC, rise_BCC / gap_BCC.masked_fill(close_BCC, 1.0))
 
 
-def spectral(a_BCC: Tensor, function: Power | Logarithm) -> tuple[Tensor, Tensor]:
-    """Apply f to the eigenvalues of symmetric matrices A (B, C, C).
-
-    Returns f(A) (B, C, C) and the ascending eigenvalues of A (B, C).
-    """
-    value_BCC, lambda_BC = SpectralFunction.apply(a_BCC, function)
-    return value_BCC, lambda_BC
+def spectral(a_BCC: Tensor, function: Power | Logarithm) -> Tensor:
+    """Compute f(A) (B, C, C) of symmetric matrices A (B, C, C): f of their eigenvalues."""
+    value_BCC: Tensor = SpectralFunction.apply(a_BCC, function)
+    return value_BCC
 
 
 class MatrixRootConfig(StrictModel):
@@ -124,7 +121,7 @@ class MatrixRootConfig(StrictModel):
 def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
     """Compute the root (B, C, C) of positive semi-definite matrices."""
     if config.root == "eigen":
-        return spectral(a_BCC, Power(0.5))[0]
+        return spectral(a_BCC, Power(0.5))
     if config.backward == "lyapunov" and not torch.compiler.is_compiling():
         root_BCC: Tensor = LyapunovRoot.apply(a_BCC, config.iterations)
         return root_BCC

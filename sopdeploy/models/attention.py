@@ -33,14 +33,13 @@ class SEResNetConfig(ResNetConfig, SEOptions):
 
 
 class CBAMResNetConfig(ResNetConfig):
-    """A ResNet with CBAM; `reduction` is r, `kernel` the side of the convolution over positions."""
+    """A ResNet with CBAM; `reduction` is r."""
 
     reduction: Count = 16
-    kernel: Literal[3, 5, 7] = 7
 
     def build_attention(self, channels: int, _stage: str) -> nn.Module:
         """Build the attention of a block of *channels* channels."""
-        return CBAM(channels, self.reduction, self.kernel)
+        return CBAM(channels, self.reduction)
 
 
 class GEResNetConfig(ResNetConfig):
@@ -49,8 +48,6 @@ class GEResNetConfig(ResNetConfig):
     `reduction` is r. The network accepts images of `side` pixels only.
     """
 
-    extent: Literal["global"] = "global"
-    parameters: Literal["gather+excite"] = "gather+excite"
     reduction: Count = 16
     side: Annotated[int, pydantic.Field(ge=32)] = 224
 

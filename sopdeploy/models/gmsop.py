@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
 from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
+from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.mixture.components import ComponentKind, Components, Convolutions, FusionHead, pooling
 from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
@@ -49,7 +50,7 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     gamma is drawn: per component of an image, as in SG-MoE, or per image, as in the released code.
     `balance_weight` is alpha. `evaluation` selects how a training batch is computed: "routed" evaluates each
     component on its images only, "dense" all components on all images; the results are equal. Eval mode is
-    dense: no shape depends on the data.
+    dense, and an exported graph gathers the weights of K components per image: no shape depends on the data.
     """
 
     component: ComponentKind = "sop"
@@ -77,7 +78,7 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
         return self
 
 
-class GatedResNet(LowResolutionResNet):
+class GatedResNet(LowResolutionResNet, ExportHints):
     """Inference model: logits and the gate's weights; K of N components are used per image."""
 
     outputs = ("logits", "gates")
@@ -106,14 +107,15 @@ class GatedResNet(LowResolutionResNet):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
-        logits: Tensor = self.head(self.mixture(features, self.gate(features)))
+        logits: Tensor = self.head(self.mixture(features, self.gate(features), gather=self.is_captured))
         return logits
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
         features, _ = self.feature_maps(images)
         weights_BN = self.gate(features)
-        return self.head(self.mixture(features, weights_BN)), weights_BN
+        mixed_BD = self.mixture(features, weights_BN, gather=self.is_captured)
+        return self.head(mixed_BD), weights_BN
 
 
 class GMSOPResNet(Classifier, GatedResNet):

@@ -37,16 +37,15 @@ class HeadConfig(NewtonSchulzOptions):
     """The head of `head:NAME`; `kind` names its statistics, joined by "+".
 
     `taps` are the feature maps: stages or blocks of a network of the catalog or of timm, modules of a network
-    of the user; by default the last one. `width` is d; a map of fewer channels is not projected.
-    `compensation` multiplies the root by the square root of the trace ("norm") or leaves it the root of the
-    covariance divided by its trace ("none"). `distance` adds the distance of the vector from a stored mean.
+    of the user; by default the last one. `width` is d; a map of fewer channels is not projected. The root is
+    that of the covariance divided by its trace. `distance` adds the distance of the vector from a stored
+    mean.
     """
 
     kind: HeadKind = "gap+isqrt"
     taps: tuple[str, ...] | None = pydantic.Field(default=None, min_length=1)
     width: Count = 48
     iterations: Iterations = 7
-    compensation: Literal["norm", "none"] = "none"
     distance: bool = False
 
     @property
@@ -82,7 +81,7 @@ class PooledHead(nn.Module, ExportHints):
                 width=config.width,
                 iterations=config.iterations,
                 prenorm=config.prenorm,
-                compensation=config.compensation,
+                compensation="none",
                 reduction="linear",
             )
             for tap, count in channels.items():

@@ -1,1 +1,1 @@
-"""HTML reports on training runs (`sopdeploy report`)."""
+"""The HTML page that `sopdeploy train` writes about a run, and labels that are probably wrong."""

@@ -1,127 +1,130 @@
-"""Write the report of a run: one self-contained HTML page."""
+"""Write the page about a finished run: curves, predictions of the best network, recipe and environment."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from markupsafe import Markup
-
-from sopdeploy.errors import ConfigError
-from sopdeploy.evaluation.metrics import ClassificationReport
-from sopdeploy.files import atomic_write
-from sopdeploy.html.charts import MAX_CURVES, Axis, Bar, Curve, bars, plot
-from sopdeploy.html.templates import render, short_number
-from sopdeploy.report.predictions import predictions_context, score_tiles
-from sopdeploy.report.run_data import RunData, read_run
-from sopdeploy.training.diagnostics import EpochRow, history_table, median_throughput
-from sopdeploy.training.epoch_choice import LoopResult, estimate_best
-from sopdeploy.training.procedure import read_result
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.data.base import Split
+from sopdeploy.errors import CheckpointError
+from sopdeploy.evaluation.prediction import predict_images
+from sopdeploy.evaluation.predictions import make_predictions
+from sopdeploy.files import atomic_write, writing
+from sopdeploy.html.plots import Points, bars, plot
+from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
+from sopdeploy.report.pictures import show_copies, show_mistakes, show_wrong_labels
+from sopdeploy.report.predictions import describe_predictions
+from sopdeploy.training.diagnostics import EpochRow, history_table
+from sopdeploy.training.epoch_choice import LoopResult
+from sopdeploy.training.procedure import parse_result
 from sopdeploy.training.procedure_config import ProcedureResult
 from sopdeploy.training.recipe import flatten
+from sopdeploy.training.run import Run
 
-EPOCH_AXIS = Axis("epoch")
+_MAX_LABELS = 20
+_DECISION = (
+    "Fitted to predictions of images that were not used for training. The export divides the last layer by "
+    "the temperature. An image counts as unknown if its score is below the threshold. For the AUROC, one "
+    "class at a time is left out: its images count as unknown, those of all other classes as known. Images "
+    "from another domain may be easier or harder to recognize."
+)
 
-Chart = tuple[Markup, str]  # a chart and its caption
 
-
-def write_run_report(
-    run: Path,
-    destination: Path | None = None,
-    *,
-    data: Path | None = None,
+def write_run_page(
+    run: Run,
+    data: Split,
+    best: Path,
+    page: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Path:
-    """Write the report of the run in the folder *run* and return its path.
+) -> None:
+    """Write *page* about the finished *run* on *data*, whose best network is the checkpoint *best*.
 
-    The default *destination* is `report.html` in *run*. *data* is a folder with one subfolder per class; by
-    default the held-out images are evaluated. Raises `ConfigError` if the page cannot be written.
+    The network is evaluated on the held-out images; without such images, the page shows the out-of-fold
+    predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
     """
-    path = destination or run / "report.html"
-    page = _render_report(read_run(run, data, on_image))
-    try:
-        with atomic_write(path) as partial:
-            partial.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another file") from error
-    return path
-
-
-def _render_report(data: RunData) -> str:
-    """Render the page as HTML; the same data always gives the same text."""
-    recipe, best, record = data.recipe, data.best, data.best.training
-    result = read_result(record) or estimate_best(data.history, frozen_backbone=recipe.frozen_backbone)
-    tiles = {
-        **score_tiles(result),
-        "seed": str(recipe.seed),
-        "time": f"{data.history[-1].seconds:.0f} s",
-    }
-    if data.predictions is not None and isinstance(data.predictions.metrics, ClassificationReport):
-        tiles["calibration error"] = f"{data.predictions.metrics.calibration.error:.4f}"
-    values = [*flatten(recipe.model_dump(mode="json")), *flatten(best.config, "network.")]
-    environment = {f"{name} version": version for name, version in record.get("versions", {}).items()}
-    environment |= record.get("machine", {})
-    environment["weights in best.pt"] = f"{record.get('weights', 'raw')}, of epoch {record.get('epoch')}"
-    return render(
-        "sopdeploy.report",
-        "run.html",
-        recipe=recipe,
-        model=best.model,
-        training=_describe_training(data, result),
-        labels=best.labels,
-        result=result,
-        history=data.history,
-        tiles=tiles,
-        decision=[] if best.decision is None else best.decision.rows(best.labels),
-        reason=data.reason,
-        wrong_labels=data.wrong_labels,
-        groups=data.groups,
-        recipe_values=[
-            (key, value)
-            for key, value in values
-            if recipe.procedure.reads(key) and key != "summary" and not key.startswith("model.config.")
+    checkpoint = read_checkpoint(best)
+    result = parse_result(checkpoint.training["procedure"])
+    classes = ", ".join(run.labels[:_MAX_LABELS])
+    if len(run.labels) > _MAX_LABELS:
+        classes += f" and {len(run.labels) - _MAX_LABELS} more"
+    content = HtmlReport(
+        title=checkpoint.model,
+        text=[_describe_training(run, checkpoint, result), f"{len(run.labels)} classes: {classes}"],
+        tiles={
+            **_describe_score(result),
+            "seed": str(run.recipe.seed),
+            "time": f"{run.position.seconds:.0f} s",
+        },
+        sections=[
+            _describe_learning(run.position.history, result),
+            *_describe_evaluation(run, data, checkpoint, best, on_image),
+            *_describe_images(run, data, checkpoint),
+            *_describe_course(run, checkpoint),
         ],
-        environment=list(environment.items()),
-        **training_context(data.history),
-        **predictions_context(data.predictions),
     )
+    with writing(page, CheckpointError), atomic_write(page) as partial:
+        partial.write_text(render(content), encoding="utf-8")
 
 
-def _describe_training(data: RunData, result: ProcedureResult) -> str:
+def _describe_training(run: Run, best: Checkpoint, result: ProcedureResult) -> str:
     """Describe in a sentence what was trained: the start weights, the images and the procedure."""
-    start, side = data.best.training.get("start"), data.recipe.preprocess.crop
+    start, side = best.training.get("start"), run.recipe.preprocess.crop
     weights = "random weights" if start is None else f"the weights of {start['file']} ({start['network']})"
-    epochs, finished = data.recipe.epochs, len(data.history)
     how = f"by the {result.kind.replace('_', '-')} procedure"
     if isinstance(result, LoopResult):
-        how = f"for {epochs} epoch{'s' * (epochs > 1)}"
-        if finished < epochs:
-            how += f" (in progress: {finished} finished)"
-    images = f"{data.train_count} images, scaled to {side} x {side} pixels"
-    return f"Trained from {weights} on {images}, {how}."
+        how = f"for {result.num_epochs} epoch{'s' * (result.num_epochs > 1)}"
+    return f"Trained from {weights} on {run.train_count} images, scaled to {side} x {side} pixels, {how}."
 
 
-def training_context(history: Sequence[EpochRow]) -> dict[str, Any]:
-    """Build the template variables that describe the training."""
-    columns, rows = history_table(history)
-    diagnostics, component_counts = history[-1].diagnostics, history[-1].component_counts
-    throughput = median_throughput(history)
-    components = []
-    if component_counts:
-        components.append(component_chart("components", "Images per component", component_counts))
-    return {
-        "learning": _learning_charts(history),
-        "branch_images": diagnostics.num_images if diagnostics and len(_head_names(history)) > 1 else 0,
-        "throughput": short_number(round(throughput, 1)) if throughput else "",
-        "columns": columns,
-        "rows": [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows],
-        "components": components,
+def _describe_score(result: ProcedureResult) -> dict[str, str]:
+    """Format the score of a run with its interval, by name; of the training loop, its best epoch, too."""
+    score = result.score
+    epoch = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}
+    if isinstance(score, float):
+        return {**epoch, result.score_name: percent(score)}
+    interval = f"{100 * score.low:.0f} to {100 * score.high:.0f}"
+    return {**epoch, result.score_name: f"{percent(score.value)} ({interval})"}
+
+
+def _describe_learning(history: Sequence[EpochRow], result: ProcedureResult) -> Section:
+    """Describe the result; of the training loop, plot losses and scores of all heads over the epochs."""
+    if not isinstance(result, LoopResult):
+        return Section(title="Learning", text=result.lines())
+    parts = dict.fromkeys(part for row in history for part in row.losses)
+    losses = {part: epoch_curve(history, [row.losses.get(part) for row in history]) for part in parts}
+    scores = {"deployed": epoch_curve(history, [row.metrics.score for row in history])}
+    held_out = {"deployed": epoch_curve(history, [row.metrics.loss for row in history])}
+    heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
+    for head in heads if len(heads) > 1 else ():
+        scores[head] = epoch_curve(history, [head_metric(row, head, "score") for row in history])
+        held_out[head] = epoch_curve(history, [head_metric(row, head, "loss") for row in history])
+    name = history[-1].metrics.score_name
+    captions = {
+        "Losses of the heads, the penalties, and their weighted sum.": (losses, "training loss"),
+        f"{name} on held-out images.": (scores, name),
+        f"If the loss rises and {name} does not fall, the network is overconfident.": (
+            held_out,
+            "loss on held-out images",
+        ),
     }
+    text = list(result.lines())
+    if len(heads) > 1 and (diagnostics := history[-1].diagnostics) is not None:
+        text.append(
+            f"The deployed network is evaluated on all {history[-1].metrics.count} held-out images, the "
+            f"heads on a fixed subset of {diagnostics.num_images} with the raw weights."
+        )
+    charts = [
+        Figure(image=plot(curves, "epoch", label), caption=caption)
+        for caption, (curves, label) in captions.items()
+    ]
+    if counts := history[-1].component_counts:
+        charts.append(component_chart(counts, "Training images that the gate sent to each component"))
+    return Section(title="Learning", text=text, figures=charts)
 
 
-def epoch_curve(name: str, history: Sequence[EpochRow], values: Sequence[float | None]) -> Curve:
+def epoch_curve(history: Sequence[EpochRow], values: Sequence[float | None]) -> Points:
     """Build the curve of *values*, one for each epoch of *history*; epochs with None are left out."""
-    points = ((float(row.epoch), value) for row, value in zip(history, values, strict=True))
-    return Curve(name=name, points=tuple((epoch, value) for epoch, value in points if value is not None))
+    pairs = zip(history, values, strict=True)
+    return [(float(row.epoch), value) for row, value in pairs if value is not None]
 
 
 def head_metric(row: EpochRow, head: str, metric: str) -> float | None:
@@ -130,59 +133,72 @@ def head_metric(row: EpochRow, head: str, metric: str) -> float | None:
     return getattr(heads[head], metric) if head in heads else None
 
 
-def _head_names(history: Sequence[EpochRow]) -> list[str]:
-    names = {name for row in history if row.diagnostics for name in row.diagnostics.heads}
-    return sorted(names, key=lambda name: (name != "main", name))
-
-
-def _learning_charts(history: Sequence[EpochRow]) -> list[Chart]:
-    """Plot the training losses, and the score and loss of every head on the held-out images."""
-    parts = dict.fromkeys(part for row in history for part in row.losses)
-    losses = [epoch_curve(part, history, [row.losses.get(part) for row in history]) for part in parts]
-    scores = [epoch_curve("deployed", history, [row.metrics.score for row in history])]
-    held_out = [epoch_curve("deployed", history, [row.metrics.loss for row in history])]
-    heads = _head_names(history)
-    for head in heads if len(heads) > 1 else ():
-        scores.append(epoch_curve(head, history, [head_metric(row, head, "score") for row in history]))
-        held_out.append(epoch_curve(head, history, [head_metric(row, head, "loss") for row in history]))
-    score = history[-1].metrics.score_name
-    title = "mAP" if score == "mAP" else "Top-1 accuracy"
-    return [
-        (
-            plot("losses", "Training loss", _join_others(losses), EPOCH_AXIS, Axis("loss")),
-            'Losses of the heads, the penalties, and their weighted sum. "All numbers" lists every branch.',
-        ),
-        (
-            plot("top1", f"{title} on held-out images", _join_others(scores), EPOCH_AXIS, Axis(title)),
-            f"{title} on held-out images.",
-        ),
-        (
-            plot(
-                "held-out-loss", "Loss on held-out images", _join_others(held_out), EPOCH_AXIS, Axis("loss")
-            ),
-            f"If the loss rises and {score} does not fall, the network is overconfident.",
-        ),
-    ]
-
-
-def _join_others(curves: list[Curve]) -> list[Curve]:
-    """Limit *curves* to `MAX_CURVES`: if there are more, the last curve is the mean of the others."""
-    if len(curves) <= MAX_CURVES:
-        return curves
-    others = curves[MAX_CURVES - 1 :]
-    by_epoch: dict[float, list[float]] = {}
-    for curve in others:
-        for epoch, value in curve.points:
-            by_epoch.setdefault(epoch, []).append(value)
-    points = tuple((epoch, sum(values) / len(values)) for epoch, values in sorted(by_epoch.items()))
-    return [*curves[: MAX_CURVES - 1], Curve(name=f"{len(others)} other branches: mean", points=points)]
-
-
-def component_chart(id: str, title: str, counts: Sequence[int]) -> Chart:
+def component_chart(counts: Sequence[int], caption: str) -> Figure:
     """Draw how many training images each component of a gated network received in the last epoch."""
-    entries = [
-        Bar(label=f"component {number}", value=float(count), text=f"{count:,}")
-        for number, count in enumerate(counts)
+    values = {f"component {number}": float(count) for number, count in enumerate(counts)}
+    return Figure(image=bars(values, "images"), caption=f"{caption}, last epoch.")
+
+
+def _describe_evaluation(
+    run: Run, data: Split, best: Checkpoint, source: Path, on_image: Callable[[int, int], None]
+) -> Iterator[Section]:
+    """Predict the held-out images, and describe the predictions and the decision."""
+    if len(data.held_out):
+        images, description = data.held_out, "the held-out images"
+        if run.recipe.procedure.kind == "loop":
+            description += ", which also selected the epoch, so all scores of this section are too high"
+        model = build_classifier(best, source).to(run.strategy.device)
+        predicted = predict_images(model, best, images, workers=run.recipe.workers, on_image=on_image)
+    else:
+        images = data.train
+        description = "the training images, each predicted by a network that was fitted without it"
+        logits_NC = run.state["out_of_fold"].double().numpy()
+        predicted = make_predictions(logits_NC, images, run.labels, best.decision)
+    yield from describe_predictions(predicted, images.labels, description)
+    if best.decision is not None:
+        rows = best.decision.rows(best.labels)
+        yield Section(
+            title="Decision",
+            text=[_DECISION],
+            tables=[Table(caption="Temperature and thresholds", columns=["", ""], rows=rows)],
+        )
+    if isinstance(predicted, list) and (mistakes := show_mistakes(predicted, images, best.preprocess)):
+        yield Section(
+            title="Worst mistakes",
+            text=["Sorted by confidence. Check for wrong labels before you look for a better network."],
+            figures=mistakes,
+        )
+
+
+def _describe_images(run: Run, data: Split, best: Checkpoint) -> Iterator[Section]:
+    """Show the training images with probably wrong labels, and groups of copies."""
+    if wrong := show_wrong_labels(data.train, run.state, best.preprocess):
+        text = (
+            "Training images whose label contradicts the other images most, predicted by classifiers that "
+            "were fitted without them and their copies; `data check DIR --wrong-labels RUN` lists all."
+        )
+        yield Section(title="Probably wrong labels", text=[text], figures=wrong)
+    if copies := show_copies(data.train, run.state, best.preprocess):
+        text = "Training images that show one photograph, the largest groups. A group is never divided."
+        yield Section(title="Copies", text=[text], figures=copies)
+
+
+def _describe_course(run: Run, best: Checkpoint) -> Iterator[Section]:
+    """List the metrics of all epochs, the recipe, and the environment of the run."""
+    columns, rows = history_table(run.position.history)
+    numbers = [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows]
+    epochs = Table(caption="All metrics by epoch", columns=columns, rows=numbers, folded=True)
+    yield Section(title="Course of the run", tables=[epochs])
+    recipe = run.recipe.model_dump(mode="json")
+    values = [
+        (key, value)
+        for key, value in [*flatten(recipe), *flatten(best.config, "network.")]
+        if run.recipe.procedure.reads(key) and key != "summary" and not key.startswith("model.config.")
     ]
-    chart = bars(id, title, entries, float(max(counts)))
-    return chart, f"{title}: training images received in the last epoch."
+    settings = Table(caption="All values of the run", columns=["key", "value"], rows=values)
+    yield Section(title="Recipe", tables=[settings])
+    record = best.training
+    facts = {f"{name} version": version for name, version in record["versions"].items()} | record["machine"]
+    facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
+    machine = Table(caption="Versions and machine", columns=["what", "value"], rows=list(facts.items()))
+    yield Section(title="Environment", tables=[machine])

@@ -2,13 +2,11 @@
 
 from collections.abc import Sequence
 
-from sopdeploy.html.templates import render
+from sopdeploy.html.report import HtmlReport, Section, Table, render
 from sopdeploy.reproduction.figures import curve_charts, row_charts, table_charts
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction
 from sopdeploy.reproduction.results import MeanError
 from sopdeploy.training.diagnostics import median_throughput
-
-Table = tuple[tuple[str, ...], Sequence[tuple[str, ...]]]  # column names and rows
 
 COUNTS = {  # names of the counts of a row
     "params": "parameters (M)",
@@ -17,27 +15,58 @@ COUNTS = {  # names of the counts of a row
     "train_gflops": "GFLOPs in training",
     "dim": "classified vector",
 }
+_TIMES = (
+    "Milliseconds of this machine, the median of nine runs: per image for layers, on 8 maps of 256 channels "
+    "and 13 x 13 positions; per covariance of one such map for matrix functions."
+)
 
 
 def render_page(results: Reproduction) -> str:
     """Render the page as HTML; the same results always give the same text."""
-    finished = [row for row in results.rows if row.runs]
-    return render(
-        "sopdeploy.reproduction",
-        "table.html",
-        results=results,
-        table=results.table,
-        row_notes=[(row.printed.name, row.printed.note) for row in results.rows if row.printed.note],
-        interval=f"95 % interval over {'seeds (Student)' if results.seeds > 1 else 'images (Wilson)'}",
-        first=finished[0].runs[0] if finished else None,
-        errors=error_table(results.rows),
-        branches=_branch_table(finished),
-        facts=fact_table(results.rows),
-        runs=_run_table(finished),
-        curves=curve_charts(finished),
-        charts=[*table_charts(results.table, results.rows), *row_charts(finished)],
-        commands=[(row.printed.name, row.command(results.folder, 0)) for row in results.rows if row.recipe],
+    table, finished = results.table, [row for row in results.rows if row.runs]
+    commands = Table(
+        caption="Each command trains one row, with seed 0",
+        columns=("row", "command"),
+        rows=[(row.printed.name, row.command(results.folder, 0)) for row in results.rows if row.recipe],
     )
+    machine = Table(
+        caption="Machine",
+        columns=("what", "value"),
+        rows=list(finished[0].runs[0].machine.items()) if finished else [],
+    )
+    sections = [
+        _describe_results(results, finished),
+        Section(title="Curves", figures=list(curve_charts(finished))),
+        Section(title="Figures", figures=[*table_charts(table, results.rows), *row_charts(finished)]),
+        Section(title="Counts and times", tables=[fact_table(results.rows), _run_table(finished)]),
+        Section(title="Commands", tables=[commands]),
+        Section(title="Environment", tables=[machine]),
+    ]
+    text = [table.title, *filter(None, [results.statement])]
+    return render(HtmlReport(title=table.source, text=text, sections=sections))
+
+
+def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) -> Section:
+    """Describe how the rows are measured, and list printed and measured errors."""
+    table, text, tables = results.table, [], []
+    if table.measures == "counts":
+        text.append("The networks are built and counted, not trained.")
+    elif table.measures == "times":
+        text.append(_TIMES)
+    else:
+        tables += [error_table(results.rows), _branch_table(finished)]
+        if finished:
+            run, seeds = finished[0].runs[0], results.seeds
+            text.append(
+                f"Measured: last epoch on {run.held_out_count} held-out images after training on "
+                f"{run.train_count}, {seeds} seed{'s' * (seeds > 1)}, 95 % interval over "
+                f"{'seeds (Student)' if seeds > 1 else 'images (Wilson)'}."
+            )
+    if table.note:
+        text.append(f"{table.note[0].upper()}{table.note[1:]}.")
+    notes = [(row.printed.name, row.printed.note) for row in results.rows if row.printed.note]
+    tables.append(Table(caption="Notes on the printed figures", columns=("row", "note"), rows=notes))
+    return Section(title="Results", text=text, tables=tables)
 
 
 def error_table(rows: Sequence[ReproducedRow]) -> Table:
@@ -54,7 +83,8 @@ def error_table(rows: Sequence[ReproducedRow]) -> Table:
         for row in rows
         if not row.printed.teacher
     ]
-    return ("row", "top-1 printed", "measured", "top-5 printed", "measured", "status"), lines
+    columns = ("row", "top-1 printed", "measured", "top-5 printed", "measured", "status")
+    return Table(caption="Printed and measured errors in percent", columns=columns, rows=lines)
 
 
 def fact_table(rows: Sequence[ReproducedRow]) -> Table:
@@ -70,7 +100,11 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
             figures = (facts.get(name) for facts in (row.printed.facts, row.facts))
             cells = ("" if figure is None else number(figure) for figure in figures)
             lines.append((row.printed.name, name, *cells))
-    return ("row", "figure", "printed", "counted or measured"), lines
+    caption = (
+        "Counts of the paper's networks at its image size and number of classes. GFLOPs are multiply-adds, "
+        "or operations by the paper's convention where it is known"
+    )
+    return Table(caption=caption, columns=("row", "figure", "printed", "counted or measured"), rows=lines)
 
 
 def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
@@ -88,7 +122,8 @@ def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
             cells = _printed_error(printed_top1), f"{top1:.2f}", _printed_error(printed_top5), f"{top5:.2f}"
             constant = " (the same logits for every image)" if any(head.constant for head in heads) else ""
             lines.append((f"{row.printed.name}, {name}{constant}", *cells))
-    return ("branch", "top-1 printed", "measured", "top-5 printed", "measured"), lines
+    columns = ("branch", "top-1 printed", "measured", "top-5 printed", "measured")
+    return Table(caption="Branches, on all held-out images", columns=columns, rows=lines)
 
 
 def _run_table(rows: Sequence[ReproducedRow]) -> Table:
@@ -105,7 +140,8 @@ def _run_table(rows: Sequence[ReproducedRow]) -> Table:
         )
         lines.append((row.printed.name, row.recipe.model.name if row.recipe else "", *cells))
     counted = "parameters", "in training", "multiply-adds"
-    return ("row", "network", *counted, "images/s, printed", "measured", "seconds"), lines
+    columns = ("row", "network", *counted, "images/s, printed", "measured", "seconds")
+    return Table(caption="The networks that were trained", columns=columns, rows=lines)
 
 
 def _printed_error(error: float | None) -> str:

@@ -22,11 +22,11 @@ from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
-from sopdeploy.report.run_data import read_history
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.run import Position
 from sopdeploy.training.train import TrainingResult
 
 HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
@@ -86,7 +86,7 @@ class MeanError(StrictModel):
 def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> SeedResult:
     """Collect the results of a finished run for the table and the charts; *timed* adds the inference time."""
     checkpoint = read_checkpoint(trained.last)
-    history = read_history(checkpoint, trained.last)
+    history = Position.model_validate((checkpoint.resume or {})["position"]).history
     counts = describe(
         checkpoint.model,
         image_size=recipe.preprocess.crop,

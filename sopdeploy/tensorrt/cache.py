@@ -11,7 +11,7 @@ profile, and single images run without a dynamic dimension.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -23,6 +23,7 @@ from sopdeploy.bundle.probes import Replay
 from sopdeploy.config import Count, NonNegative, StrictModel
 from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.files import atomic_write, writing
+from sopdeploy.tensorrt.cuda import Gpu
 
 _FOLDER = "engines"
 NAME_LENGTH = 16
@@ -30,10 +31,9 @@ EMPTY = "no engine of this bundle was built here yet"
 
 
 class Profile(StrictModel):
-    """The batch sizes of a profile; it is tuned for `optimum`."""
+    """The batch sizes of a profile, which is tuned for the largest."""
 
     minimum: Count
-    optimum: Count
     maximum: Count
 
     def __str__(self) -> str:
@@ -46,14 +46,11 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
     Each profile covers the batches from the previous size plus one up to its size. Raises `ConfigError` if a
     size is not a number or outside the range that the bundle was verified for.
     """
-    if text is None:
-        sizes = [batch.minimum, batch.optimum, batch.maximum]
-    else:
-        try:
-            sizes = [int(part) for part in text.split(",")]
-        except ValueError as error:
-            raise ConfigError("write batch sizes such as 1,8,32", setting="profiles", value=text) from error
-    ordered = sorted(set(sizes))
+    try:
+        sizes = text.split(",") if text is not None else (batch.minimum, batch.optimum, batch.maximum)
+        ordered = sorted({int(size) for size in sizes})
+    except ValueError as error:
+        raise ConfigError("write batch sizes such as 1,8,32", setting="profiles", value=text) from error
     if ordered[0] < batch.minimum or ordered[-1] > batch.maximum:
         raise ConfigError(
             f"the bundle was verified for batches of {batch.minimum} to {batch.maximum}; choose from these",
@@ -61,15 +58,7 @@ def parse_profiles(text: str | None, batch: BatchRange) -> tuple[Profile, ...]:
             value=text,
         )
     starts = [batch.minimum, *(size + 1 for size in ordered[:-1])]
-    return tuple(
-        Profile(minimum=start, optimum=size, maximum=size)
-        for start, size in zip(starts, ordered, strict=True)
-    )
-
-
-def merge_profiles(profiles: Sequence[Profile]) -> Profile:
-    """Return one profile for all batches of *profiles*, tuned for the largest."""
-    return Profile(minimum=profiles[0].minimum, optimum=profiles[-1].optimum, maximum=profiles[-1].maximum)
+    return tuple(Profile(minimum=start, maximum=size) for start, size in zip(starts, ordered, strict=True))
 
 
 def index_for(profiles: Sequence[Profile], batch: int) -> int:
@@ -117,25 +106,15 @@ class EngineKey(StrictModel):
         return texts
 
 
-class Hazard(StrictModel):
-    """A pattern that TensorRT would compute incorrectly, and how the graph was changed."""
-
-    rule: str
-    num_operators: int
-    done: str
-
-
 class EngineRecord(StrictModel):
-    """Content of `<name>.json`; `source_sha256` is the hash of the builder's input."""
+    """Content of `<name>.json`."""
 
     format: Literal["sopdeploy-engine"] = "sopdeploy-engine"
     version: Literal[1] = 1
     key: EngineKey
     plan_sha256: Sha256
     plan_bytes: Count
-    source_sha256: Sha256
     build_seconds: NonNegative
-    hazards: tuple[Hazard, ...]
     replays: tuple[Replay, ...]
 
 
@@ -146,6 +125,18 @@ class StoredEngine(NamedTuple):
     record: EngineRecord
 
 
+def key_fields(bundle: Bundle, tensorrt: str, gpu: Gpu) -> dict[str, str]:
+    """Return the fields of a key that *bundle* and the machine decide."""
+    return {
+        "bundle": bundle.name,
+        "bundle_onnx": bundle.manifest.files[bundle.onnx.name].sha256,
+        "tensorrt": tensorrt,
+        "gpu": gpu.name,
+        "architecture": gpu.architecture,
+        "precision": bundle.manifest.precision,
+    }
+
+
 def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
     """Return the cache folder of *bundle*, in *folder* or beside the bundle."""
     parent = folder if folder is not None else bundle.path.resolve().parent / _FOLDER
@@ -153,19 +144,18 @@ def cache_folder(bundle: Bundle, folder: Path | None = None) -> Path:
 
 
 def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
-    """Write *plan* and then its *record* atomically; return the path of the plan."""
+    """Write *plan* and then its *record* atomically; return the path of the plan.
+
+    Several processes may write the same engine. Raises `EngineError` if *folder* cannot be written.
+    """
     path = folder / f"{record.key.name}.plan"
-    write_atomically(path, plan)
-    write_atomically(path.with_suffix(".json"), to_json(record.model_dump(mode="json")))
+    contents = {path: plan, path.with_suffix(".json"): to_json(record.model_dump(mode="json"))}
+    for file, content in contents.items():
+        with writing(file, EngineError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(file, shared=True) as partial:
+                partial.write_bytes(content)
     return path
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write *content* to *path* atomically, also if several processes write it; raise `EngineError`."""
-    with writing(path, EngineError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path, shared=True) as partial:
-            partial.write_bytes(content)
 
 
 def load_engine(folder: Path, key: EngineKey) -> StoredEngine | str:
@@ -184,11 +174,17 @@ def load_engine(folder: Path, key: EngineKey) -> StoredEngine | str:
     return StoredEngine(plan, record)
 
 
-def _read_record(path: Path) -> EngineRecord | None:
-    try:
-        return EngineRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
+def load_best_engine(folder: Path, fields: Mapping[str, str]) -> StoredEngine | str:
+    """Load the engine in *folder* with the largest batch size whose key has *fields*, see `key_fields`.
+
+    A miss returns its reason.
+    """
+    keys = [record.key for record in records(folder)]
+    matching = [key for key in keys if key.model_copy(update=fields) == key]
+    if matching:
+        best = max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name))
+        return load_engine(folder, best)
+    return _describe_nearest(folder, keys[0].model_copy(update=fields)) if keys else EMPTY
 
 
 def records(folder: Path) -> list[EngineRecord]:
@@ -197,33 +193,14 @@ def records(folder: Path) -> list[EngineRecord]:
     return [record for record in results if record is not None]
 
 
+def _read_record(path: Path) -> EngineRecord | None:
+    try:
+        return EngineRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def _describe_nearest(folder: Path, key: EngineKey) -> str:
     """Describe how the cached engine that is most similar to *key* differs from it."""
     differences = sorted((key.differences(record.key) for record in records(folder)), key=len)
     return f"the nearest engine here was built for {'; '.join(differences[0])}" if differences else EMPTY
-
-
-def load_best_engine(
-    folder: Path, bundle: Bundle, *, tensorrt: str, gpu: str, architecture: str
-) -> StoredEngine | str:
-    """Load the engine of *bundle* with the largest batch size for the given TensorRT version and GPU.
-
-    *architecture* is the compute capability, such as `sm_90`. A miss returns its reason.
-    """
-    keys = [record.key for record in records(folder)]
-    if not keys:
-        return EMPTY
-    required = {
-        "bundle": bundle.name,
-        "bundle_onnx": bundle.manifest.files[bundle.onnx.name].sha256,
-        "tensorrt": tensorrt,
-        "gpu": gpu,
-        "architecture": architecture,
-        "precision": bundle.manifest.precision,
-    }
-    matching = [key for key in keys if key.model_copy(update=required) == key]
-    if not matching:
-        return _describe_nearest(folder, keys[0].model_copy(update=required))
-    return load_engine(
-        folder, max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name))
-    )

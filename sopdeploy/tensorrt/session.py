@@ -3,7 +3,6 @@
 Two batches can be in flight: while one is computed, the next is copied to the GPU on a second stream, into
 the other of two buffers. Each profile has its own execution context, because switching profiles takes time.
 Kernels run in order on one stream, so both buffers share a context.
-
 """
 
 import weakref
@@ -101,14 +100,11 @@ class EngineSession:
         try:
             self._stream, self._upload_stream = self._resources.stream(), self._resources.stream()
             tensors = (*manifest.inputs, *manifest.outputs)
-            self._buffers = [
-                BatchBuffer(self._resources, tensors, self.largest_batch) for _ in range(BUFFERS)
-            ]
+            self._free = [BatchBuffer(self._resources, tensors, self.largest_batch) for _ in range(BUFFERS)]
             self._loaded.add_contexts(cuda, self._resources, self._profiles, self._stream)
         except BaseException:
             self.close()
             raise
-        self._free = list(self._buffers)
 
     def close(self) -> None:
         """Destroy contexts and engine, and free all memory; later calls do nothing."""
@@ -139,8 +135,7 @@ class EngineSession:
             self._cuda.copy(pinned, buffer.device[self._input], self._upload_stream, upload=True)
             call("cudaEventRecord", buffer.uploaded, self._upload_stream)
             call("cudaStreamWaitEvent", self._stream, buffer.uploaded, 0)
-            self._bind(index, buffer, count)
-            self._launch(index)
+            self._compute(index, buffer, count)
             for name in names:
                 self._cuda.copy(buffer.host[name][:count], buffer.device[name], self._stream, upload=False)
             call("cudaEventRecord", buffer.done, self._stream)
@@ -152,8 +147,8 @@ class EngineSession:
             raise
         return partial(self._end, buffer, count, names)
 
-    def _bind(self, index: int, buffer: BatchBuffer, count: int) -> None:
-        """Set tensor addresses and input shape of a profile's context."""
+    def _compute(self, index: int, buffer: BatchBuffer, count: int) -> None:
+        """Enqueue the kernels of the profile *index* for *count* images in *buffer*."""
         context, shape = self._loaded.contexts[index], (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
             if not context.set_tensor_address(name, address):
@@ -162,10 +157,7 @@ class EngineSession:
                 )
         if not context.set_input_shape(self._input, shape):
             raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._loaded.logger)}")
-
-    def _launch(self, index: int) -> None:
-        """Enqueue the kernels of the profile *index* for the tensors and shape that `_bind` set."""
-        if not self._loaded.contexts[index].execute_async_v3(int(self._stream)):
+        if not context.execute_async_v3(int(self._stream)):
             self._cuda.synchronize(self._stream)  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._loaded.logger)}")
 

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sopdeploy.data.base import Split
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError
 from sopdeploy.training.diagnostics import HELD_OUT_METRICS, EpochRow, epoch_metrics
 from sopdeploy.training.start_weights import StartReport
+
+if TYPE_CHECKING:
+    from sopdeploy.training.run import Run
 
 TENSORBOARD_FOLDER = "tensorboard"  # in the run folder
 
@@ -44,6 +48,9 @@ class Callback:
 
     def on_epoch_end(self, row: EpochRow) -> None:
         """Run after each epoch with its metrics."""
+
+    def on_train_end(self, *, run: "Run", data: Split) -> None:
+        """Run once after the last epoch, when `best.pt` is complete."""
 
 
 class CallbackList(Callback):

@@ -43,8 +43,9 @@ class TrainingLoop(Procedure):
     def fit(self, run: Run, data: Split, folder: RunFolder, callback: Callback) -> LoopResult:
         """Run the remaining epochs, and fit the decision of `best.pt`."""
         recipe = run.recipe
-        cropped = isinstance(recipe.augment, PadCrop) and recipe.augment.held_out
-        held_out = (PadCroppedDataset if cropped else PreprocessedDataset)(data.held_out, recipe.preprocess)
+        held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
+        if isinstance(recipe.augment, PadCrop) and recipe.augment.held_out:
+            held_out = PadCroppedDataset(data.held_out, recipe.preprocess, recipe.augment.pad)
         with handle_signals(run.strategy) as signals:
             try:
                 while run.position.epoch < recipe.epochs:

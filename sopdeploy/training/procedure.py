@@ -57,7 +57,8 @@ def select_procedure(recipe: Recipe, data: Split, recorded: ProcedureConfig | No
 
     Raises `ConfigError` if the procedure cannot train the network of *recipe*.
     """
-    config, reason = recipe.procedure, ""
+    config: ProcedureConfig = recipe.procedure
+    reason = ""
     if isinstance(config, AutoConfig):
         config, reason = (
             (recorded, "") if recorded is not None else _propose(recipe, data, config.max_minutes)

@@ -10,13 +10,8 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 
 
 class ProcedureResult(StrictModel):
-    """The score to expect on new images and how it was found; part of the checkpoint `best.pt`.
+    """The score to expect on new images and how it was found; part of the checkpoint `best.pt`."""
 
-    `about` introduces `lines` in the report of a run; it is empty for the training loop, whose report shows
-    its epochs.
-    """
-
-    about: ClassVar[str] = ""
     kind: str
 
     @property

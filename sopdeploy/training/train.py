@@ -51,8 +51,8 @@ class TrainingResult(StrictModel):
 
     Attributes:
         skipped: Images that could not be read.
-        best_top1: Accuracy on the images that select the epoch. With several classes per image, mAP and
-            macro F1 are set instead of the accuracies.
+        best_top1: Accuracy on the images that select the epoch; with several classes per image, `best_map`
+            is set instead.
         seconds: Time of the run with all its resumptions.
         procedure: The procedure that trained, with the score to expect on new images.
         decision: Temperature and rejection threshold in `best`, if there were enough images, or the
@@ -73,11 +73,7 @@ class TrainingResult(StrictModel):
     num_epochs: int
     best_epoch: int
     best_top1: float | None = None
-    best_top5: float | None = None
-    last_top1: float | None = None
     best_map: float | None = None
-    best_macro_f1: float | None = None
-    last_map: float | None = None
     seconds: float
     procedure: AnyProcedureResult
     decision: Decision | None = None
@@ -114,7 +110,9 @@ def train_recipe(
         run, data, procedure = start_or_resume(
             recipe, folder, strategy, callback, resume=continued, given=given
         )
-        return _summarize(run, folder, data, procedure.fit(run, data, folder, callback))
+        result = procedure.fit(run, data, folder, callback)
+        callback.on_train_end(run=run, data=data)
+        return _summarize(run, folder, data, result)
     finally:
         folder.unlock()
 
@@ -252,9 +250,7 @@ def resume_run(
 def _summarize(run: Run, folder: RunFolder, data: Split, result: ProcedureResult) -> TrainingResult:
     history = run.position.history
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-    names = ("map", "macro_f1") if run.activation == "sigmoid" else ("top1", "top5")
-    metrics = {f"best_{name}": getattr(best.metrics, name) for name in names}
-    metrics[f"last_{names[0]}"] = getattr(history[-1].metrics, names[0])
+    name = "best_map" if run.activation == "sigmoid" else "best_top1"
     return TrainingResult(
         out=folder.path,
         best=folder.best,
@@ -271,6 +267,6 @@ def _summarize(run: Run, folder: RunFolder, data: Split, result: ProcedureResult
         procedure=result,
         start=run.start,
         training_only=run.model.training_only,
-        **metrics,
+        **{name: best.metrics.score},
         decision=run.decision,
     )

@@ -138,8 +138,9 @@ def test_every_changed_byte_is_detected(archive: bytes, bundle: Path, data: st.D
     assert not Path("out").exists()
 
 
-def test_an_archive_above_the_size_limit_is_rejected(archive: bytes) -> None:
-    assert "larger than 100 bytes" in rejection(archive, "--max-bytes", "100")
+def test_an_archive_above_the_size_limit_is_rejected(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sopdeploy.bundle.transfer.MAX_ARCHIVE_BYTES", 100)
+    assert "larger than 100 bytes" in rejection(archive)
 
 
 def test_another_sha256_is_rejected(archive: bytes) -> None:

@@ -57,7 +57,7 @@ def seed(kind: str) -> bytes:
 
 
 prepare_decoders()  # also registers the encoder of HEIC
-SEEDS = {kind: seed(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "AVIF", "HEIF", "TIFF", "PPM")}
+SEEDS = {kind: seed(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "HEIF")}
 MAGICS = [body[:12] for body in SEEDS.values()] + [b"GIF87a", b"BM", b"RIFF....WEBP", b"%!PS"]
 
 

@@ -157,10 +157,10 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     assert path["backend"]["service"]["name"] == found["Service"]["metadata"]["name"]
     assert path["backend"]["service"]["port"]["name"] in service_ports
     policy, monitor = found["NetworkPolicy"]["spec"], found["ServiceMonitor"]["spec"]
-    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["http", "health"]
+    assert [rule["ports"][0]["port"] for rule in policy["ingress"]] == ["http"]
     assert {*policy["ingress"][0]["from"][0]} == {"podSelector", "namespaceSelector"}
     assert len(policy["egress"]) == 2
-    assert [end["port"] for end in monitor["endpoints"]] == ["health"]
+    assert [end["port"] for end in monitor["endpoints"]] == ["http"]
     (spread,) = pod["spec"]["topologySpreadConstraints"]
     for selector, labels in (
         (policy["podSelector"], pod["metadata"]["labels"]),
@@ -250,8 +250,6 @@ def test_probes_use_existing_paths_and_ports(container: dict[str, Any]) -> None:
     ports = {port.get("name"): port["containerPort"] for port in container["ports"]}
     for probe in probes.values():
         assert probe["port"] in {*ports, *ports.values()}
-    told = [word for word in container["args"] if word.startswith("health_port=")]
-    assert not told or told == [f"health_port={ports['health']}"]
 
 
 def metric_names() -> set[str]:
@@ -297,6 +295,10 @@ def test_compose_mounts_existing_files_and_scrapes_the_server() -> None:
     scraped = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())["scrape_configs"][0]
     assert scraped["static_configs"] == [{"targets": ["sopdeploy:8000"]}]
     assert services["sopdeploy"]["read_only"] is True
+    on_gpu = yaml.safe_load((DEPLOY / "compose" / "gpu.yaml").read_text())["services"]["sopdeploy"]
+    assert on_gpu["build"]["target"] == "gpu"
+    (device,) = on_gpu["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
 
 
 LOCKS = {"cpu": ("cpu", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}

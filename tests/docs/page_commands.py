@@ -27,7 +27,6 @@ QUICKER = {
     "--recipe photos-dsop --data photos": f"--recipe photos-dsop --data photos {TINY}",
     'train(data="photos", ': f'train(data="photos", {TINY_PYTHON}, ',
     "--seconds 20": "--seconds 2",
-    "--memory-budget 20GB --pin flowers,birds": "--memory-budget 2GB",
     "range(240)": "range(60)",
     "--set epochs=8": "--set epochs=2",
 }
@@ -86,7 +85,7 @@ class Workspace:
         with tarfile.open(folder / "photos.tar", "w") as archive:
             archive.add(folder / "photos", "photos")
         write_official_files(folder)
-        self.ports = {shown: str(free_port()) for shown in ("8000", "9000")}
+        self.port = str(free_port())
 
     def environment(self) -> dict[str, str]:
         programs = (str(self.folder / "programs"), str(Path(sys.executable).parent), os.environ["PATH"])
@@ -98,13 +97,12 @@ class Workspace:
             "OMP_NUM_THREADS": "1",
             "PYTHONUNBUFFERED": "1",
             "NO_PROXY": "127.0.0.1",
-            "SOPDEPLOY_PORT": self.ports["8000"],
+            "SOPDEPLOY_PORT": self.port,
         }
 
     def resolve(self, step: str) -> str:
-        """Replace ports and bundle names of *step* by those of this workspace; HTTP errors fail."""
-        for shown, port in self.ports.items():
-            step = re.sub(rf"\b{shown}\b", port, step)
+        """Replace the port and bundle names of *step* by those of this workspace; HTTP errors fail."""
+        step = re.sub(r"\b8000\b", self.port, step)
         made = sorted((self.folder / "bundles").glob("*-*/"), key=lambda path: path.stat().st_mtime_ns)
         for shown, path in zip((FIRST_BUNDLE, LAST_BUNDLE), made[:1] + made[-1:], strict=False):
             step = step.replace(shown, path.name)
@@ -140,10 +138,7 @@ class Workspace:
         )
         with server:
             try:
-                printed = line_of(server)
-                if printed.startswith("health: "):
-                    printed = line_of(server)
-                assert printed.startswith("ready: "), step
+                assert line_of(server).startswith("ready: "), step
                 yield
                 server.send_signal(signal.SIGINT)
                 assert server.wait(60) == 0

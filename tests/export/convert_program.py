@@ -63,7 +63,7 @@ def main(paths: list[str]) -> None:
     torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine = partial(
         convert, optimization_level=0
     )  # builds in less time
-    profile = Profile(minimum=1, optimum=4, maximum=4)
+    profile = Profile(minimum=1, maximum=4)
     for path in paths:
         names.clear()
         plan = build_from_program(open_bundle(Path(path)), profile, workspace=1 << 30)

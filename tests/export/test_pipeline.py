@@ -162,7 +162,7 @@ def test_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     with proving_once(changes_program=True):
         export_checkpoint(checkpoint, tmp_path / "out", DETACH, steps.append)
-    assert [step.split()[0] for step in steps] == ["proving", "lowering", "comparing", "writing"]
+    assert [step.split()[0] for step in steps] == ["proving", "converting", "comparing", "writing"]
 
 
 def test_no_file_of_a_bundle_contains_a_local_path(exported: Exported, checkpoint: Path) -> None:

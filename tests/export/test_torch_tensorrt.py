@@ -31,7 +31,7 @@ from tests.export.conftest import export_once
 from tests.service.children import PYTHONPATH
 
 FOLDER = Path(__file__).parents[2] / ".venv" / "cuda" / "torch-tensorrt"
-PROFILE = Profile(minimum=1, optimum=4, maximum=4)
+PROFILE = Profile(minimum=1, maximum=4)
 needs_converters = pytest.mark.skipif(
     not FOLDER.is_dir(), reason="torch-tensorrt is not installed (`make cuda-stand-in`)"
 )

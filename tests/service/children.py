@@ -41,24 +41,22 @@ def spawn(*arguments: str, program: tuple[str, ...] = SERVE) -> subprocess.Popen
 class ServerClient(httpx.Client):
     """A client of a server in another process, with a new connection for each request.
 
-    Requests therefore reach both front ends of a server. `health` is the URL of its health port.
+    Requests therefore reach both front ends of a server.
     """
 
     child: subprocess.Popen[str]
-    health: str
 
 
 @contextmanager
 def serving(*arguments: str, program: tuple[str, ...] = SERVE) -> Iterator[ServerClient]:
-    """Start a server with a health port and wait until it is ready; kill it at the end."""
-    with spawn(*arguments, "--threads", "1", "--setting", "health_port=0", program=program) as child:
+    """Start a server and wait until it is ready; kill it at the end."""
+    with spawn(*arguments, "--threads", "1", program=program) as child:
         try:
-            health = line_of(child).removeprefix("health: ").strip()
             ready = re.match(r"ready: (\S+)  ", line_of(child))
             assert ready, child.communicate(timeout=20)
             limits = httpx.Limits(max_connections=200, max_keepalive_connections=0)
             with ServerClient(base_url=ready[1], timeout=60, limits=limits) as client:
-                client.child, client.health = child, health
+                client.child = child
                 yield client
         finally:
             child.kill()

@@ -17,7 +17,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     monkeypatch.setenv("SOPDEPLOY_PORT", "9000")
     monkeypatch.setenv("SOPDEPLOY_TOP_K", "4")
     settings = load_settings(file, port=7000, top_k=None)
-    assert (settings.port, settings.top_k, settings.max_images, settings.parsers) == (7000, 4, 3, 2)
+    assert (settings.port, settings.top_k, settings.max_images, settings.queue_size) == (7000, 4, 3, 256)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
             {"devices": "0,cpu", "runtime": "tensorrt"},
             "needs a GPU; remove cpu from devices",
         ),
-        ({"follow": True, "memory_budget": "auto"}, "follow excludes memory_budget; remove one of them"),
+        ({"follow": True, "memory_budget": "1GB"}, "follow excludes memory_budget; remove one of them"),
     ],
 )
 def test_an_invalid_setting_is_named(given, message):

@@ -87,7 +87,7 @@ def loaded(checkpoint: Path) -> Classifier:
 
 
 def exported(checkpoint: Path, destination: Path) -> Exported:
-    """Run the whole export, which captures and lowers three networks."""
+    """Run the whole export, which captures and converts three networks."""
     options = ExportOptions(detach=bool(loaded(checkpoint).training_only), max_batch=FEW.maximum)
     return export_checkpoint(checkpoint, destination, options)
 
@@ -102,7 +102,7 @@ def agreed(
 def measured(
     checkpoint: Path, destination: Path, precision: Precision = "fp32", batch: BatchRange = FEW
 ) -> tuple[ParityReference, ParityReport]:
-    """Run the export's steps on one graph: inventory, equal outputs, ONNX by rewrite rules, parity.
+    """Run the export's steps on one graph: inventory, equal outputs, ONNX, parity.
 
     The graphs of three networks and their ONNX roots are what `exported` compares beside.
     """

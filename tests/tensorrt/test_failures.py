@@ -11,6 +11,7 @@ from sopdeploy_service.runtime.base import (
     DeviceLostError,
     OutOfMemoryError,
     classify_error,
+    reason_of,
 )
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.tensorrt.networks import some_images
@@ -65,3 +66,10 @@ def test_onnxruntime_errors_are_translated_with_their_cause(
     with pytest.raises(DeviceLostError, match=r"^CUDA 700, cudaErrorIllegalAddress") as caught:
         runtime.run(some_images(1))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_a_gpu_without_kernels_gets_the_list_of_those_with_kernels() -> None:
+    text = f"{ORT}CUDA failure 209: no kernel image is available for execution on the device ; GPU=0"
+    reason = reason_of(RuntimeError(text))
+    assert reason.startswith("CUDA failure 209: no kernel image is available for execution on the device; ")
+    assert "compute capability 7.5, 8.x, 9.0 and 12.x" in reason

@@ -1,27 +1,19 @@
-"""Batch profiles, the dry run and build progress."""
+"""Batch profiles and build progress."""
 
-import json
 import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
-from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.tensorrt.cache import index_for, parse_profiles
 from sopdeploy_export.engine_builder.build import (
     interrupts_recorded,
     make_monitor,
 )
-from tests.tensorrt.networks import network, write
 
 RANGE = BatchRange(minimum=1, optimum=8, maximum=64)
 
@@ -69,31 +61,3 @@ def test_control_c_between_callbacks_stops_the_build_at_its_next_step() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
     assert answers == [True, False]
-
-
-def run(*arguments: Any) -> Result:
-    return CliRunner().invoke(app, ["engine", *map(str, arguments)])
-
-
-def refused(found: Result) -> str:
-    assert (found.exit_code, found.stdout, found.stderr.count("\n")) == (2, "", 1)
-    return found.stderr
-
-
-def test_the_dry_run_needs_no_tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    bundle = write(tmp_path)
-    found = run(bundle.path, "--dry-run", "--profiles", "1,8")
-    assert found.exit_code == 0, found.stderr
-    for text in (
-        "batches 1, 2-8",
-        "rewritten 1 operators: TensorRT accepts unsigned bytes only as an input",
-        "key       not known: TensorRT is not installed",
-    ):
-        assert text in found.stdout
-    planned = json.loads(run(bundle.path, "--dry-run", "--json").stdout)
-    assert (planned["key"], planned["precision"]) == (None, "fp32")
-    assert [p["maximum"] for p in planned["profiles"]] == [1, 4, 16]
-    assert "--profiles 1,99" in refused(run(bundle.path, "--dry-run", "--profiles", "1,99"))
-    fixed = write(tmp_path / "fixed", network(batch=1), probes=1)
-    assert "fixes the batch of images to 1" in refused(run(fixed.path, "--dry-run"))

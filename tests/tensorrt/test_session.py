@@ -90,9 +90,9 @@ def test_outputs_that_are_not_requested_are_not_copied(
         return copy(target, source, size, kind, stream)
 
     monkeypatch.setattr(cuda, "cudaMemcpyAsync", counted)
-    assert runtime.run_outputs(batch(0, 2), []) == {}
+    assert runtime.begin(list(batch(0, 2)), [])() == {}
     assert len(kinds) == 1  # the upload
-    assert list(runtime.run_outputs(batch(0, 2), ["logits"])) == ["logits"]
+    assert list(runtime.begin(list(batch(0, 2)), ["logits"])()) == ["logits"]
     assert len(kinds) == 3
 
 

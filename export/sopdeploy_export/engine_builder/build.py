@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from sopdeploy.errors import EngineError
@@ -15,18 +14,10 @@ from sopdeploy.tensorrt.cache import Profile
 Report = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class BuildRequest:
-    """The inputs of one build; *workspace* is in bytes."""
-
-    onnx: bytes
-    profiles: tuple[Profile, ...]
-    workspace: int = 1 << 32
-    timing_cache: bytes = b""
-
-
-def parse_and_build(trt: Any, request: BuildRequest, report: Report) -> tuple[bytes, bytes]:
-    """Build a plan for *request* and return it with its timing cache; *report* receives the progress.
+def parse_and_build(
+    trt: Any, graph: bytes, profiles: Sequence[Profile], workspace: int, report: Report
+) -> bytes:
+    """Build a plan of *graph* for *profiles* in *workspace* bytes; *report* receives the progress.
 
     Raises `EngineError` with TensorRT's own message if the graph cannot be parsed or built, and
     `KeyboardInterrupt` after Ctrl-C.
@@ -34,27 +25,18 @@ def parse_and_build(trt: Any, request: BuildRequest, report: Report) -> tuple[by
     logger = make_logger(trt)
     builder = create(trt, "Builder", logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, network, request.onnx, logger)
+    _parse(trt, network, graph, logger)
     config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace)
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default in every release
-    _add_profiles(builder, config, network, request.profiles)
-    set_timing_cache(config, request.timing_cache)
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default
+    _add_profiles(builder, config, network, profiles)
     with interrupts_recorded() as interrupt:
         monitor = make_monitor(trt, report, interrupt)
         config.progress_monitor = monitor
         memory = builder.build_serialized_network(network, config)
     if memory is None:
         raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
-    timings = config.get_timing_cache()
-    return bytes(memory), bytes(timings.serialize()) if timings is not None else b""
-
-
-def set_timing_cache(config: Any, content: bytes) -> None:
-    """Load the timing cache *content* into *config*; use an empty cache if TensorRT rejects it."""
-    timings = config.create_timing_cache(content)
-    if timings is None or not config.set_timing_cache(timings, False):  # damaged, or from another machine
-        config.set_timing_cache(config.create_timing_cache(b""), False)
+    return bytes(memory)
 
 
 def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
@@ -75,7 +57,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
         profile = builder.create_optimization_profile()
         for tensor in inputs:
             rest = tuple(tensor.shape)[1:]
-            sizes = (batches.minimum, batches.optimum, batches.maximum)
+            sizes = (batches.minimum, batches.maximum, batches.maximum)  # tuned for the largest
             profile.set_shape(tensor.name, *((size, *rest) for size in sizes))
         if config.add_optimization_profile(profile) < 0:
             raise EngineError(f"TensorRT rejects the optimization profile for batches of {batches}")
@@ -85,8 +67,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
 def interrupts_recorded() -> Iterator[threading.Event]:
     """Set an event on Ctrl-C instead of raising `KeyboardInterrupt`, which is then raised at the end.
 
-    An exception must not reach the C++ code of TensorRT, which prints it and continues or fails: a signal
-    that arrives there would be raised in the next callback, before its first line.
+    An exception must not reach the C++ code of TensorRT, which prints it and continues or fails.
     """
     interrupt = threading.Event()
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -103,10 +84,7 @@ def interrupts_recorded() -> Iterator[threading.Event]:
 
 
 def make_monitor(trt: Any, report: Report, interrupt: threading.Event) -> Any:
-    """Create a progress monitor that calls *report* and ends the build after an *interrupt*.
-
-    It sets *interrupt* if *report* raises `KeyboardInterrupt`.
-    """
+    """Create a progress monitor that calls *report* and ends the build after an *interrupt*."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined, unused-ignore]
         """Report every step."""
@@ -124,11 +102,8 @@ def make_monitor(trt: Any, report: Report, interrupt: threading.Event) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             """Complete a step; False stops the build."""
             del phase_name, step
-            try:
-                minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
-                report(f"building, {minutes}:{seconds:02d} ({self._phases[-1] if self._phases else ''})")
-            except KeyboardInterrupt:
-                interrupt.set()
+            minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
+            report(f"building, {minutes}:{seconds:02d} ({self._phases[-1] if self._phases else ''})")
             return not interrupt.is_set()
 
         def phase_finish(self, phase_name: str) -> None:

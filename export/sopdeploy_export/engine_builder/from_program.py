@@ -37,7 +37,7 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
     program = _cast_images_first(torch.export.load(path))
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
-        opt_shape=(profile.optimum, *manifest.image_shape),
+        opt_shape=(profile.maximum, *manifest.image_shape),
         max_shape=(profile.maximum, *manifest.image_shape),
         dtype=torch.uint8,
     )

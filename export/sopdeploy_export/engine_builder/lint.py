@@ -1,47 +1,27 @@
 """Rewrite an ONNX graph into an equal one that TensorRT reads, or say why TensorRT would misread it.
 
 TensorRT's own parser names the operators that it does not support. The lint covers what depends on the form
-of bundles: bytes as input, a fixed batch, and int8 graphs for CPUs.
+of bundles: bytes as input, and int8 graphs for CPUs.
 """
-
-from collections.abc import Sequence
 
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.errors import LoweringError
-from sopdeploy.tensorrt.cache import Hazard, Profile
 
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 
 
-def lint(model: onnx.ModelProto, profiles: Sequence[Profile]) -> tuple[onnx.ModelProto, tuple[Hazard, ...]]:
-    """Copy *model* in a form that TensorRT reads correctly, and list the rewrites.
+def lint(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy *model* in a form that TensorRT reads correctly.
 
-    Every operator of the copy has a unique name, which TensorRT's messages contain. Raises `LoweringError` if
-    TensorRT would reject or misread the graph, or if the batch is fixed and *profiles* need another.
+    Raises `LoweringError` if TensorRT would reject or misread the graph.
     """
-    safe = onnx.ModelProto.FromString(model.SerializeToString())
-    taken: set[str] = set()
-    for index, node in enumerate(safe.graph.node):
-        if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{index}"
-        taken.add(node.name)
-    _check_batch(safe, profiles)
+    safe = onnx.ModelProto()
+    safe.CopyFrom(model)
     _check_quantization(safe)
-    hazard = _cast_images_first(safe)
-    return safe, () if hazard is None else (hazard,)
-
-
-def _check_batch(model: onnx.ModelProto, profiles: Sequence[Profile]) -> None:
-    sizes = {size for profile in profiles for size in (profile.minimum, profile.maximum)}
-    for value in model.graph.input:
-        batch = value.type.tensor_type.shape.dim[0]
-        if batch.HasField("dim_value") and sizes != {batch.dim_value}:
-            raise LoweringError(
-                f"the graph fixes the batch of {value.name} to {batch.dim_value}, but the profiles are "
-                f"{', '.join(map(str, profiles))}: export the bundle again"
-            )
+    _cast_images_first(safe)
+    return safe
 
 
 def _check_quantization(model: onnx.ModelProto) -> None:
@@ -51,7 +31,7 @@ def _check_quantization(model: onnx.ModelProto) -> None:
     bias, and reads uint8 as int8.
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    types = value_types(model)
+    types = _value_types(model)
     for node in model.graph.node:
         if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
             continue
@@ -67,7 +47,16 @@ def _check_quantization(model: onnx.ModelProto) -> None:
             )
 
 
-def _cast_images_first(model: onnx.ModelProto) -> Hazard | None:
+def _value_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Infer the element type of every value of *model*."""
+    inferred = onnx.shape_inference.infer_shapes(model)
+    values = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
+    return types
+
+
+def _cast_images_first(model: onnx.ModelProto) -> None:
     """Cast uint8 images to float32 before the operators that move them or read their shape, in place.
 
     TensorRT accepts uint8 only for network inputs, so the cast must come first. The result is the same,
@@ -76,8 +65,8 @@ def _cast_images_first(model: onnx.ModelProto) -> Hazard | None:
     """
     images = model.graph.input[0]
     if images.type.tensor_type.elem_type != TensorProto.UINT8:
-        return None
-    unsigned, before_cast = {images.name}, 0
+        return
+    unsigned, is_moved = {images.name}, False
     for node in model.graph.node:  # in topological order
         if unsigned.isdisjoint(node.input) or node.op_type == "Cast":
             continue
@@ -86,9 +75,9 @@ def _cast_images_first(model: onnx.ModelProto) -> Hazard | None:
                 f"{images.name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast"
             )
         unsigned.update(node.output if node.op_type in MOVES else ())
-        before_cast += 1
-    if not before_cast:
-        return None
+        is_moved = True
+    if not is_moved:
+        return
     cast = helper.make_node(
         "Cast", [images.name], [f"{images.name}_float32"], f"{images.name}_cast", to=TensorProto.FLOAT
     )
@@ -96,17 +85,3 @@ def _cast_images_first(model: onnx.ModelProto) -> Hazard | None:
         node.input[:] = [cast.output[0] if name == images.name else name for name in node.input]
     model.graph.node.insert(0, cast)
     del model.graph.value_info[:]  # has the types of moved uint8 values
-    return Hazard(
-        rule="uint8-beyond-the-border",
-        num_operators=before_cast,
-        done="TensorRT accepts unsigned bytes only as an input: the cast now comes first",
-    )
-
-
-def value_types(model: onnx.ModelProto) -> dict[str, int]:
-    """Infer the element type of every value of *model*."""
-    inferred = onnx.shape_inference.infer_shapes(model)
-    values = (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output)
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    types.update({tensor.name: tensor.data_type for tensor in model.graph.initializer})
-    return types

@@ -102,7 +102,6 @@ class RoutingParity(StrictModel):
 
     noise_floor: float
     tolerance: float
-    smallest_margin: float
     num_undecided: int
     num_flips: int
     num_wrong: int

@@ -26,13 +26,12 @@ class Routing:
     """The float64 routes of P images through N components.
 
     `chosen` and `visible` are (P, N); `visible` marks the chosen components whose weight is positive in
-    float32. `decided` (P,) marks the images whose `margin` is more than twice the tolerance, `unchanged` (P,)
+    float32. `decided` (P,) marks the images whose margin is more than twice the tolerance, `unchanged` (P,)
     those whose route is the same in the network's own run in the exported precision.
     """
 
     chosen: NDArray[np.bool_]
     visible: NDArray[np.bool_]
-    margin: NDArray[np.float64]
     noise_floor: float
     tolerance: float
     decided: NDArray[np.bool_]
@@ -80,7 +79,6 @@ def find_routes(exact: NDArray[Any], rounded: NDArray[Any], k: int, floors: floa
     return Routing(
         chosen=chosen,
         visible=log_weights - 2 * tolerance > np.log(np.finfo(np.float32).tiny),
-        margin=margin,
         noise_floor=noise,
         tolerance=tolerance,
         decided=margin > 2 * tolerance,
@@ -120,11 +118,9 @@ def comparable(rerouted_images: NDArray[np.bool_], routes: Routing) -> NDArray[n
 
 def routing_parity(rerouted_images: NDArray[np.bool_], routes: Routing) -> RoutingParity:
     """Summarize the routing; *rerouted_images* (P,) marks those rerouted at any batch size."""
-    finite = routes.margin[np.isfinite(routes.margin)]
     return RoutingParity(
         noise_floor=routes.noise_floor,
         tolerance=routes.tolerance,
-        smallest_margin=float(finite.min()) if len(finite) else 0.0,
         num_undecided=int((~routes.decided).sum()),
         num_flips=int((rerouted_images & ~routes.decided).sum()),
         num_wrong=int((rerouted_images & routes.decided).sum()),

@@ -1,8 +1,7 @@
 """Convert the certified network to the requested precision, and report its types.
 
-fp32 exports the graph that the rewrite rules make of the certified graph. For fp16 and bf16-backbone, casts
-are placed in a copy of the certified network, which is captured and converted again; the rules apply to that
-graph. int8 quantizes the convolutions of the float32 graph that the rules made.
+fp32 exports the certified graph. For fp16 and bf16-backbone, casts are placed in a copy of the certified
+network, which is captured and converted again. int8 quantizes the convolutions of the certified graph.
 
 Types are read from the initializers of the exported graph, not from the options. A graph whose types differ
 from the requested ones is rejected.
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -29,7 +27,6 @@ from sopdeploy_export.graph import (
     OPSET_OF_BFLOAT16,
     Deployed,
     capture_any_batch,
-    check_graph,
     generated_images,
     lower,
     output_names,
@@ -42,8 +39,6 @@ from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import LOW_PRECISION, float32_parts, weight_dtypes, with_precision
 from sopdeploy_export.precision.findings import Accuracy, Attempt, PrecisionReport, Quantization
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_export.program_hashes import program_root
-from sopdeploy_export.rewrites.apply import Lowered, LoweringReport, lower_graph
 
 FLOAT32_FRACTIONS = (0.1, 0.25, 0.5)  # of the layers, if int8 in all of them loses too much
 OBSERVED_IMAGES = 2  # the smallest batch of several images
@@ -110,25 +105,19 @@ class ConvertedGraph:
         model: The graph in the requested precision.
         run: Runs the same computation without the runtime's fusions; its error is the noise floor.
         gate: Computes the gate's logits in the same precision; `None` without a gate.
-        lowering: Report of the rewrite rules.
-        source: The graph that the rules were applied to, if they made `model`; `None` for int8.
-        float32_model: A graph in float32 that the accuracy of `model` is compared with.
         precision: Report of the types.
     """
 
     model: onnx.ModelProto
     run: BatchRun
     gate: GateRun | None
-    lowering: LoweringReport
-    source: onnx.ModelProto | None
-    float32_model: onnx.ModelProto
     precision: PrecisionReport
 
 
 def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
     """Place the casts of fp16 or bf16 in a copy of the certified network, and convert it to ONNX.
 
-    int8 quantizes the graph that the rewrite rules make, so the graph stays in float32 here.
+    int8 quantizes the certified graph, so the graph stays in float32 here.
     """
     if options.precision not in LOW_PRECISION:
         return certified
@@ -145,32 +134,22 @@ def convert_precision(
     options: ExportOptions,
     accuracy: AccuracyCheck | None = None,
 ) -> ConvertedGraph:
-    """Convert the *certified* graph to the precision in *options* and apply the rewrite rules.
+    """Convert the *certified* graph to the precision in *options*.
 
     int8 needs *accuracy* with calibration images. Raises `ConfigError` without them, and `LoweringError` if
     the types in the graph are not the requested ones.
     """
     detached = certified.network
     source = cast_types(certified, preprocess, options)
-    lowered, rules, refused = lower_graph(source.model) if options.lowering else Lowered(source.model)
-    for node in (*source.model.graph.node, *lowered.graph.node):
-        del node.metadata_props[:]  # the parts, which only the rules need
-    check_graph(lowered, source.model.opset_import[0].version)
-    lowering = LoweringReport(
-        rules=rules,
-        refused=refused,
-        certified_root=program_root(certified.program).sha256,
-        source_onnx_root=onnx_root(source.model),
-        lowered_onnx_root=onnx_root(lowered),
-    )
-    is_int8 = options.precision == "int8"
+    for node in source.model.graph.node:
+        del node.metadata_props[:]  # the parts, which only messages name
     run: BatchRun
     gate: GateRun | None
-    if is_int8:
-        model, quantization, measured = quantize_accurately(detached, lowered, options, accuracy)
+    if options.precision == "int8":
+        model, quantization, measured = quantize_accurately(detached, source.model, options, accuracy)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
     else:
-        model, quantization, measured = lowered, None, None
+        model, quantization, measured = source.model, None, None
         run = deployed = Deployed(source.network, preprocess).eval()
         gate = None if find_gate(detached) is None else partial(gate_logits, deployed)
     check_weight_types(model, detached, options.precision)
@@ -178,9 +157,6 @@ def convert_precision(
         model=model,
         run=run,
         gate=gate,
-        lowering=lowering,
-        source=None if is_int8 else source.model,
-        float32_model=lowered if is_int8 else certified.model,
         precision=PrecisionReport(
             precision=options.precision,
             parts=weight_types(model),

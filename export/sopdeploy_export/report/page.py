@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sopdeploy.bundle.manifest import FileRecord
+from sopdeploy.bundle.manifest import FileRecord, Lineage
 from sopdeploy.environment import EXACT_INT8
-from sopdeploy.html.templates import dimensions, percent, reduction, render, sanitize
+from sopdeploy.html.report import HtmlReport, Section, Table, percent, render, sanitize
 from sopdeploy.training.epoch_choice import LoopResult
 from sopdeploy.training.procedure import read_result
 from sopdeploy_export.report.results import ExportResults
@@ -20,6 +20,16 @@ CAUSES = {
     "routing": "routing: the gate was undecided",
     "error": "error: the network's margin is clear",
 }
+NO_PLAIN_NETWORK = (
+    "No plain network was given, so the proof does not cover code that the compared networks share."
+)
+SEVERAL_CLASSES = "A class is present in an image if the sigmoid of its logit reaches its threshold."
+TEMPERATURE = (
+    "The weights and the bias of the last layer are those of the checkpoint divided by the temperature, so "
+    "the proof and the drift on this page hold for calibrated logits. The AUROC compares images of all other "
+    "classes with those of a class that is left out; images from another domain may be easier or harder to "
+    "recognize."
+)
 MAX_LABELS = 20
 MARKDOWN = re.compile(r"([\\`*_\[\]#~|!@]|(?<=www)\.|:(?=//))", re.IGNORECASE)
 INT8_SESSION = f"""
@@ -39,66 +49,147 @@ def render_report(
 
     *fields* are those of the manifest; *files* are the files of the bundle except the page and the manifest.
     """
-    certificate, lineage, parity = results.certificate, fields["lineage"], results.parity
-    trained, shipped = results.network_summary.trained, results.network_summary.shipped
-    usage = () if parity.routing is None else parity.routing.usage
-    tables = {
-        "hashes": [
-            ("graph for any batch size", certificate.roots.any_batch),
-            ("graph for one image", certificate.roots.batch_of_one),
-            ("ONNX graph before rewrites", certificate.roots.onnx),
-            ("checkpoint (sha256)", lineage.checkpoint_sha256),
-            ("model.onnx of this bundle", lineage.onnx_root),
-        ],
-        "removed": [
-            (entry.name, dimensions(entry.shape) or "scalar", f"{entry.bytes:,}")
-            for entry in certificate.removed
-        ],
-        "costs": [
-            (name, f"{before:,}", f"{after:,}", reduction(before, after))
-            for name, before, after in (
-                ("parameters", trained.parameters, shipped.parameters),
-                ("multiply-adds", trained.macs, shipped.macs),
-            )
-        ],
-        "rules": [(rule.where, rule.name, rule.precondition, rule.effect) for rule in results.lowering.rules],
-        "outputs": [
-            (
-                name,
-                f"{output.largest_drift:.3g}",
-                f"{output.noise_floor:.3g}",
-                f"{output.drift_in_floors:.2f}x",
-                f"{output.tolerance:.3g}",
-            )
-            for name, output in parity.outputs.items()
-        ],
-        "flips": [
-            (
-                str(flip.image),
-                subject.labels[flip.network],
-                subject.labels[flip.file],
-                f"{flip.margin:.3g}",
-                CAUSES[flip.cause],
-            )
-            for flip in parity.top1.flipped
-        ],
-        "usage": [
-            (f"component {number}", percent(count / parity.num_images, 0))
-            for number, count in enumerate(usage)
-        ],
-        "decision": [] if results.decision is None else results.decision.rows(subject.labels),
-        "types": list(results.precision.parts.items()),
-        "files": [(name, f"{record.bytes:,}", record.sha256) for name, record in files.items()],
-    }
-    return render(
-        "sopdeploy_export.report",
-        "report.html",
-        subject=subject,
-        results=results,
-        facts=results.facts(),
-        tables=tables,
-        versions=fields["versions"],
+    parity, trained, shipped = (
+        results.parity,
+        results.network_summary.trained,
+        results.network_summary.shipped,
     )
+    passed = (
+        "All checks passed." if parity.passed else "The drift exceeds its limit; --allow-drift accepted it."
+    )
+    tiles = {
+        "parameters": f"{shipped.parameters:,} of {trained.parameters:,}",
+        "multiply-adds": f"{shipped.macs:,} of {trained.macs:,}",
+        "precision": results.precision.precision,
+        "drift": f"{parity.logits.drift_in_floors:.1f}x noise floor",
+        "same top class": percent(parity.top1.num_agreeing / parity.top1.num_images),
+        "model.onnx": f"{parity.file_bytes:,} bytes",
+    }
+    labels = f"{len(subject.labels)} classes: {', '.join(subject.labels[:MAX_LABELS])}"
+    if len(subject.labels) > MAX_LABELS:
+        labels += f" and {len(subject.labels) - MAX_LABELS} more, see labels.json"
+    sections = [
+        _describe_checks(results, fields["lineage"]),
+        _describe_network(results),
+        _describe_drift(subject, results),
+        _describe_decision(subject, results),
+        _describe_files(results, fields["versions"], files),
+    ]
+    text = [passed, f"Network {subject.name}. {labels}"]
+    return render(HtmlReport(title=subject.project, text=text, tiles=tiles, sections=sections))
+
+
+def _describe_checks(results: ExportResults, lineage: Lineage) -> Section:
+    """List what was proved and measured, hashes and removed tensors."""
+    certificate = results.certificate
+    hashes = [
+        ("graph for any batch size", certificate.roots.any_batch),
+        ("graph for one image", certificate.roots.batch_of_one),
+        ("certified ONNX graph", certificate.roots.onnx),
+        ("checkpoint (sha256)", lineage.checkpoint_sha256),
+        ("model.onnx of this bundle", lineage.onnx_root),
+    ]
+    removed = [
+        (entry.name, " x ".join(map(str, entry.shape)), f"{entry.bytes:,}") for entry in certificate.removed
+    ]
+    facts = list(results.facts().items())
+    tables = [
+        Table(caption="What was proved and measured", columns=("check", "result"), rows=facts),
+        Table(caption="Hashes: equal hashes mean equal graphs", columns=("of", "hash"), rows=hashes),
+        Table(caption="All removed tensors", columns=("tensor", "shape", "bytes"), rows=removed, folded=True),
+    ]
+    text = [] if "plain" in certificate.compared else [NO_PLAIN_NETWORK]
+    return Section(title="Checks", text=text, tables=tables)
+
+
+def _describe_network(results: ExportResults) -> Section:
+    """List the size of the network and the types of its modules."""
+    trained, shipped = results.network_summary.trained, results.network_summary.shipped
+    costs = [
+        ("parameters", f"{trained.parameters:,}", f"{shipped.parameters:,}"),
+        ("multiply-adds", f"{trained.macs:,}", f"{shipped.macs:,}"),
+    ]
+    types = list(results.precision.parts.items())
+    tables = [
+        Table(caption="Size", columns=("", "trained", "exported"), rows=costs),
+        Table(caption="Types of all modules", columns=("module", "weights"), rows=types, folded=True),
+    ]
+    text = "Multiply-adds are those of convolutions and linear layers for one image, without bias."
+    return Section(title="Network", text=[text], tables=tables)
+
+
+def _describe_drift(subject: ExportSubject, results: ExportResults) -> Section:
+    """Compare the outputs of the file with those of the network in float64."""
+    parity, routing, tables = results.parity, results.parity.routing, []
+    verdict = "is within" if parity.passed else "EXCEEDS"
+    text = [
+        f"The noise floor is the error of the network's own {parity.precision} run against float64.",
+        f"The drift {verdict} the limit of {parity.floors_allowed:g} noise floors, measured with "
+        f"{parity.runtime} on {parity.num_images} probe images.",
+    ]
+    outputs = [
+        (
+            name,
+            f"{output.largest_drift:.3g}",
+            f"{output.noise_floor:.3g}",
+            f"{output.drift_in_floors:.2f}x",
+            f"{output.tolerance:.3g}",
+        )
+        for name, output in parity.outputs.items()
+    ]
+    columns = ("output", "max drift", "noise floor", "in noise floors", "limit")
+    tables.append(Table(caption="Outputs of model.onnx", columns=columns, rows=outputs))
+    flips = [
+        (
+            flip.image,
+            subject.labels[flip.network],
+            subject.labels[flip.file],
+            f"{flip.margin:.3g}",
+            CAUSES[flip.cause],
+        )
+        for flip in parity.top1.flipped
+    ]
+    columns = ("image", "network", "file", "network's margin", "cause")
+    tables.append(Table(caption="Changed predictions", columns=columns, rows=flips))
+    if routing is not None:
+        text.append(
+            f"The gate selects {sum(routing.usage) // parity.num_images} of {len(routing.usage)} components "
+            f"per image. It is undecided on {routing.num_undecided} images: its margin is at most twice the "
+            f"tolerance of its logits ({routing.tolerance:.3g})."
+        )
+        usage = [
+            (f"component {number}", percent(count / parity.num_images, 0))
+            for number, count in enumerate(routing.usage)
+        ]
+        tables.append(Table(caption="Use of the components", columns=("", "probe images"), rows=usage))
+    return Section(title="Drift", text=text, tables=tables)
+
+
+def _describe_decision(subject: ExportSubject, results: ExportResults) -> Section:
+    """Describe the fitted temperature and thresholds, if there are any."""
+    if results.decision is None:
+        return Section(title="Decision")
+    rows = results.decision.rows(subject.labels)
+    caption = "Fitted to predictions of images that were not used for training"
+    text = SEVERAL_CLASSES if results.decision.thresholds else TEMPERATURE
+    return Section(
+        title="Decision", text=[text], tables=[Table(caption=caption, columns=("", ""), rows=rows)]
+    )
+
+
+def _describe_files(
+    results: ExportResults, versions: Mapping[str, str], files: Mapping[str, FileRecord]
+) -> Section:
+    """List the other files of the bundle, the operators and the versions of packages."""
+    records = [(name, f"{record.bytes:,}", record.sha256) for name, record in files.items()]
+    operators, packages = list(results.parity.operators.items()), list(versions.items())
+    caption = "Other files of the bundle; manifest.json has the hash of this page"
+    tables = [
+        Table(caption=caption, columns=("file", "bytes", "sha256"), rows=records),
+        Table(caption="Operators of model.onnx", columns=("operator", "count"), rows=operators, folded=True),
+        Table(caption="Versions", columns=("package", "version"), rows=packages, folded=True),
+    ]
+    return Section(title="Files", tables=tables)
 
 
 def render_model_card(subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]) -> str:

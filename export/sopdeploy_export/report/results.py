@@ -13,7 +13,6 @@ from sopdeploy.files import sha256
 from sopdeploy_export.parity.findings import ParityReport
 from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.rewrites.apply import LoweringReport
 from sopdeploy_export.subject import NetworkSummary
 
 WEAKER_PROOFS = {
@@ -28,10 +27,9 @@ TARGETS: Mapping[Int8For, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResults:
-    """What an export removed, proved, rewrote and measured."""
+    """What an export removed, proved and measured."""
 
     certificate: Certificate
-    lowering: LoweringReport
     parity: ParityReport
     precision: PrecisionReport
     network_summary: NetworkSummary
@@ -39,7 +37,7 @@ class ExportResults:
 
     def facts(self) -> dict[str, str]:
         """Describe the results, one line for each."""
-        certificate, parity, lowering = self.certificate, self.parity, self.lowering
+        certificate, parity = self.certificate, self.parity
         trained, shipped = self.network_summary.trained, self.network_summary.shipped
         parts_by_type = sorted(Counter(self.precision.parts.values()).items())
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
@@ -53,9 +51,6 @@ class ExportResults:
             drift += f"; {parity.emulation}"
         return {
             **_proof_facts(certificate),
-            "rules": "; ".join(
-                [_applied(lowering), *(f"not used: {refused}" for refused in lowering.refused)]
-            ),
             "types": f"{self.precision.precision}: {types}",
             "drift": drift,
             "answers": _agreement(parity),
@@ -90,7 +85,6 @@ class Exported(ExportResults):
             "roots": self.certificate.roots.model_dump(),
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
-            "lowering": self.lowering.model_dump(),
             **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
             "trained": self.network_summary.trained.model_dump(),
             "shipped": self.network_summary.shipped.model_dump(),
@@ -127,10 +121,6 @@ def export_statement(model: Path, lineage: Lineage, results: ExportResults) -> d
             },
         },
     }
-
-
-def _applied(lowering: LoweringReport) -> str:
-    return ", ".join(f"{rule} ({times})" for rule, times in lowering.summary.items()) or "none applies"
 
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:

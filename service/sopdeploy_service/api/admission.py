@@ -80,10 +80,9 @@ class AdmittedRequest:
 
     async def infer(self, images: Images, *, features: bool = False, top_k: int = 0) -> list[Outcome]:
         """Run `Service.infer`; a disconnect of the client cancels it."""
-        received = time.monotonic()
-        seconds = received - self.started - self.context.stage_seconds.get("load", 0.0)
+        seconds = time.monotonic() - self.started - self.context.stage_seconds.get("load", 0.0)
         self.service.metrics.stage("receive", seconds)
-        self.context.record_stage("receive", seconds, received)
+        self.context.record_stage("receive", seconds)
         work = self.service.infer(
             self.model, images, self.deadline, self.context, features=features, top_k=top_k
         )

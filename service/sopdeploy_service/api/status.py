@@ -75,7 +75,7 @@ async def info(request: Request) -> Response:
 def model_info(model: Model) -> ModelInfo:
     """Describe *model* for `/info`."""
     manifest, runtime = model.bundle.manifest, model.loaded.runtime
-    thresholds, memory = model.thresholds, model.memory
+    thresholds = model.thresholds
     shapes = {output.name: output.shape for output in manifest.outputs}
     return ModelInfo(
         name=model.name,
@@ -93,9 +93,7 @@ def model_info(model: Model) -> ModelInfo:
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
         embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
         known_from=None if model.rejection is None else model.rejection.threshold,
-        loaded=None if memory is None else model.is_loaded,
-        pinned=None if memory is None else memory.pinned,
-        memory_bytes=None if memory is None else memory.bytes,
+        loaded=model.is_loaded,
     )
 
 

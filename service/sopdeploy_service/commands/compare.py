@@ -33,7 +33,7 @@ from sopdeploy.evaluation.mcnemar import (
 )
 from sopdeploy.evaluation.metrics import Rate, calibration_error
 from sopdeploy.project import SAMPLED
-from sopdeploy_service.commands.evaluate import view_logits
+from sopdeploy_service.commands.evaluate import image_logits
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -77,6 +77,22 @@ class ClassChange(StrictModel):
         return self.p is not None and self.p <= ALPHA and self.losses > self.wins
 
 
+class RejectionChange(StrictModel):
+    """Unknown images that only the second bundle rejects (`wins`), or only the first (`losses`).
+
+    `p` is McNemar's exact p-value. A bundle without a threshold rejects none.
+    """
+
+    wins: int
+    losses: int
+    p: float
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the second bundle rejects fewer unknown images."""
+        return self.p <= ALPHA and self.losses > self.wins
+
+
 class BundleComparison(StrictModel):
     """The second bundle compared with the first on `num_images` photographs of `classes`.
 
@@ -84,7 +100,8 @@ class BundleComparison(StrictModel):
     bundle only. `num_copies` near-duplicates and `trained_on` training images were left out. `suspects` are
     bundles some of whose training images were found, but whose record of them is incomplete. `attempt` counts
     the comparisons of `promote` with this first bundle; 0 for `compare`. `num_more_images` would decide what
-    is undecided, in the next attempt.
+    is undecided, in the next attempt. `unknown` is None without unknown images; a second bundle that rejects
+    fewer of them is worse.
     """
 
     first: BundleScore
@@ -103,6 +120,7 @@ class BundleComparison(StrictModel):
     attempt: int
     verdict: Verdict
     num_more_images: int | None
+    unknown: RejectionChange | None
     classes: tuple[ClassChange, ...]
     new: tuple[ClassChange, ...]
     removed: tuple[str, ...]
@@ -116,6 +134,8 @@ class BundleComparison(StrictModel):
             text += f" within {100 * self.tolerance:g} points"
         elif text == "undecided" and self.num_more_images is not None:
             text += f" (about {float(f'{self.num_more_images:.1e}'):,.0f} more labels would decide)"
+        if self.unknown is not None and self.unknown.is_worse:
+            text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
         points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
         text += f": {points[0]} points ({points[1]} to {points[2]}) on {self.num_images:,} photographs"
         return text if self.attempt < 2 else f"{text}, attempt {self.attempt}"
@@ -139,10 +159,10 @@ def compare_bundles(
     """Compare the bundle *second* with *first* on the photographs of *data*, one subfolder per class.
 
     *unknown* is a folder of images of no class, for the shares that the thresholds reject; *tolerance* and
-    *attempt* (0: the first one follows) are those of `decide`. Calls *on_image* with the number of finished
-    photographs and of all. Raises `DataError` for folders that are no class of either bundle, for images that
-    the server would reject and if no photograph of a common class remains, `ConfigError` for bundles with
-    several classes per image, and the errors of `load_model`.
+    *attempt* (0: the first one follows) are those of `decide`. Folders that are no class of either bundle are
+    left out with a note. Calls *on_image* with the number of finished photographs and of all. Raises
+    `DataError` for images that the server would reject and if no photograph of a common class remains,
+    `ConfigError` for bundles with several classes per image, and the errors of `load_model`.
     """
     settings = load_settings()
     pair = [load_model(path, settings) for path in (first, second)]
@@ -150,29 +170,33 @@ def compare_bundles(
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
     notes: list[str] = []
     old, new = (set(one.bundle.labels) for one in pair)
-    images = open_evaluation_images(data, tuple(sorted(old | new)), log=notes.append)
+    images = open_evaluation_images(data, tuple(sorted(old | new)), other_classes=True, log=notes.append)
     images, left_out = _select(images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)
     common = np.array([label in old & new for label in labels])[targets]
     if not common.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     sets = [images] if unknown is None else [images, open_any_images(unknown)]
-    scores, right = [], []
+    scores, right, rejected = [], [], []
     for one, outputs, median_ms in zip(pair, *_run(pair, sets, settings, on_image), strict=True):
         answers = np.array([labels.index(label) for label in one.bundle.labels])[outputs[0].argmax(axis=1)]
         right.append(answers == targets)
         own = np.array([one.bundle.labels.index(labels[target]) for target in targets[common]])
-        scores.append(_score(one, own, [outputs[0][common], *outputs[1:]], median_ms))
+        known = _find_known(one, [outputs[0][common], *outputs[1:]])
+        rejected.append(~known[-1])
+        scores.append(_score(one, own, outputs[0][common], known, median_ms))
     changes = compare_classes(labels, targets[common], [each[common] for each in right])
     added = compare_classes(labels, targets[~common], [each[~common] for each in right])
     wins, losses = sum(one.wins for one in changes), sum(one.losses for one in changes)
     count = int(common.sum())
     low, high = difference_interval(wins, losses, count)
+    change = None if unknown is None else _compare_rejections(*rejected)
+    verdict = decide(wins, losses, count, tolerance, max(1, attempt))
     return BundleComparison(
         first=scores[0], second=scores[1], num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
         p=mcnemar(wins, losses), tolerance=tolerance, attempt=attempt,
-        verdict=decide(wins, losses, count, tolerance, max(1, attempt)),
+        verdict="worse" if change is not None and change.is_worse else verdict, unknown=change,
         num_more_images=images_to_decide(wins, losses, count, tolerance, attempt + 1), classes=changes,
         new=[one for one in added if one.label in new], removed=sorted(old - new), notes=notes,
     )  # fmt: skip
@@ -235,28 +259,43 @@ def _run(
     for done, (number, index) in enumerate(places, 1):
         for which in (0, 1) if done % 2 else (1, 0):
             start = time.perf_counter()
-            logits[which][number] += [*view_logits(pair[which], sets[number], index, "none", settings)]
+            logits[which][number].append(image_logits(pair[which], sets[number], index, settings))
             seconds[which].append(time.perf_counter() - start)
         on_image(done, len(places))
     return [[np.stack(rows) for rows in both] for both in logits], [1e3 * median(times) for times in seconds]
 
 
-def _score(
-    loaded: LoadedModel, targets: NDArray[np.int64], outputs: Sequence[NDArray[np.float32]], median_ms: float
-) -> BundleScore:
-    """Score the logits *outputs* on photographs of *targets* (N,) and, if given, on unknown photographs."""
+def _find_known(loaded: LoadedModel, outputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.bool_]]:
+    """Tell which images of each of *outputs* (N, C) are known; all are without a threshold."""
     rule = loaded.bundle.manifest.rejection
-    known = [[] if rule is None else [rule.recognize(row)[0] for row in logits] for logits in outputs]
-    rejected = (
-        None if rule is None or not known[1:] else Rate.of(len(known[1]) - sum(known[1]), len(known[1]))
-    )
+    return [np.array([rule is None or rule.recognize(row)[0] for row in logits]) for logits in outputs]
+
+
+def _compare_rejections(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> RejectionChange:
+    """Compare the unknown images (N,) that the *first* and the *second* bundle reject."""
+    wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
+    return RejectionChange(wins=wins, losses=losses, p=mcnemar(wins, losses))
+
+
+def _score(
+    loaded: LoadedModel,
+    targets: NDArray[np.int64],
+    logits: NDArray[np.float32],
+    known: Sequence[NDArray[np.bool_]],
+    median_ms: float,
+) -> BundleScore:
+    """Score the *logits* (N, C) of photographs of *targets* (N,).
+
+    *known* tells which of these and, if given, of the unknown images are known.
+    """
+    has_rule = loaded.bundle.manifest.rejection is not None
     return BundleScore(
         bundle=loaded.bundle.name,
         id=loaded.bundle.manifest.id,
-        top1=Rate.of(int((outputs[0].argmax(axis=1) == targets).sum()), len(targets)),
-        calibration_error=calibration_error(outputs[0].astype(np.float64), targets),
-        accepted=None if rule is None else Rate.of(sum(known[0]), len(targets)),
-        rejected=rejected,
+        top1=Rate.of(int((logits.argmax(axis=1) == targets).sum()), len(targets)),
+        calibration_error=calibration_error(logits.astype(np.float64), targets),
+        accepted=Rate.of(int(known[0].sum()), len(targets)) if has_rule else None,
+        rejected=Rate.of(int((~known[1]).sum()), len(known[1])) if has_rule and known[1:] else None,
         median_ms=median_ms,
     )
 

@@ -14,7 +14,6 @@ from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
-from sopdeploy.images.tta import TtaMode, check_tta_mode, tta_views
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -25,7 +24,6 @@ def scores_of_bundle(
     path: Path,
     data: Path,
     *,
-    tta: TtaMode = "none",
     settings: Settings | None = None,
     on_image: Callable[[int, int], None],
     log: Log = ignore,
@@ -39,33 +37,30 @@ def scores_of_bundle(
     """
     settings = settings or load_settings()
     loaded = load_model(path, settings)
-    check_tta_mode(tta, loaded.bundle.manifest.preprocess)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
     multi_label = loaded.bundle.manifest.thresholds is not None
     images = open_evaluation_images(
         data, labels if multi_label else sorted_labels, multi_label=multi_label, log=log
     )
-    logits = []  # (V, C) of the views of each image
+    logits = []
     for index in range(len(images)):
-        logits.append(view_logits(loaded, images, index, tta, settings))
+        logits.append(image_logits(loaded, images, index, settings))
         on_image(index + 1, len(images))
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
     return sorted_labels, make_predictions(logits, images, labels, decision), facts
 
 
-def view_logits(
-    loaded: LoadedModel, images: ImageFiles, index: int, tta: TtaMode, settings: Settings
+def image_logits(
+    loaded: LoadedModel, images: ImageFiles, index: int, settings: Settings
 ) -> NDArray[np.float32]:
-    """Compute the logits (views, classes) of the test-time augmentation views of image *index*."""
+    """Compute the logits (C,) of image *index*."""
     manifest, path = loaded.bundle.manifest, images.path(index)
-    encoded, decode = EncodedImage(images.read(index)), make_decoder(settings)
     try:
-        views = tta_views(lambda rules: decode(encoded, rules).pixels, manifest.preprocess, tta)
+        pixels = make_decoder(settings)(EncodedImage(images.read(index)), manifest.preprocess).pixels
     except ImageError as error:
         raise DataError(f"{path}: {error}; repair or remove it") from error
-    output = manifest.outputs[0].name
-    logits = [loaded.runtime.run(np.ascontiguousarray(view)[None])[output][0] for view in views]
-    if not all(np.isfinite(row).all() for row in logits):
+    logits: NDArray[np.float32] = loaded.runtime.run(pixels[None])[manifest.outputs[0].name][0]
+    if not np.isfinite(logits).all():
         raise DataError(f"{path}: the network's output is not finite; verify the bundle")
-    return np.stack(logits)
+    return logits

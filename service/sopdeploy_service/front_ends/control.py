@@ -32,7 +32,7 @@ CLIENT, SEND_METRICS, CHANNEL, KEEP = b"client", b"metrics", b"channel", b"keep"
 RELOAD = b"reload"  # to a process that loads bundles
 # From an inference process: it has new models, cannot start (and why), or a front end breaks the protocol.
 NEWS = NEW_MODELS, FAILED, BAD_FRONT_END = b"models", b"failed", b"broken"
-STATUS = struct.Struct("=QI?")  # connections received, open ones, ready for images; then names of bundles
+STATUS = struct.Struct("=QI")  # connections received and open ones; then names of bundles
 MAX_KEYS = 4096
 _LIMIT_BYTES = 16 * MAX_KEYS  # two numbers of 8 bytes for each key
 RECORD_HEAD = struct.Struct("=I")  # bytes of a record, in front of the record and the photograph

@@ -118,7 +118,7 @@ class InferenceProcess:
 
     def _beat(self) -> None:
         bundles = " ".join(model.bundle.name for model in self._registry.models())
-        control.send_files(self._supervisor, control.STATUS.pack(0, 0, True) + bundles.encode())
+        control.send_files(self._supervisor, control.STATUS.pack(0, 0) + bundles.encode())
 
     def _receive_front_end(self) -> None:
         """Receive the channel of a front end, reload, or detect that the supervisor has ended."""

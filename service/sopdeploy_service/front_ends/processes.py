@@ -43,9 +43,7 @@ class Process:
     sent: int = 0  # connections
     received: int = 0  # this and the following: reported by the child
     open: int = 0
-    ready: bool = False
     bundles: str | None = None
-    problem: str = ""  # why an inference process could not start
     silent_beats: int = 0  # since the last report
 
     def __str__(self) -> str:
@@ -64,12 +62,12 @@ class Process:
 
     def reset(self, control_socket: socket.socket) -> None:
         """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
-        self.control, self.bundles, self.ready = control_socket, None, False
+        self.control, self.bundles = control_socket, None
         self.sent = self.received = self.open = self.silent_beats = 0
 
     def report(self, status: bytes) -> None:
         """Record a *status* of the child; raises `struct.error` if it is too short."""
-        self.received, self.open, self.ready = control.STATUS.unpack_from(status)
+        self.received, self.open = control.STATUS.unpack_from(status)
         self.bundles = status[control.STATUS.size :].decode(errors="replace")
         self.silent_beats = 0
 

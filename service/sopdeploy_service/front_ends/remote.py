@@ -94,8 +94,6 @@ class RemoteQueue(RequestQueue):
         if self._drift is not None:  # every front end tests windows of its own images
             self._drift.add(logits)
             self._counts.drift = self._drift.latest
-        if item.trace is not None:
-            item.trace.record_batch([item.trace], started, ended)
         (ranked,) = rank_classes(np.stack(logits), item.top_k) if item.top_k else [[]]
         timings = queue_seconds, infer_seconds
         item.settle(Prediction(outputs, *timings, batch, row, ranked, item.warnings))

@@ -122,17 +122,13 @@ def apply(settings: Settings, config: uvicorn.Config) -> None:
     """
     if settings.sandbox == "off":
         return
-    reasons = ["tracing needs files or sockets"] if settings.tracing else []
-    if not reasons:
-        preload(config)
-        try:
-            log.info("sandboxed", extra={"applied": enter()})
-            return
-        except OSError as error:
-            reasons = [str(error.strerror)]
-    if settings.sandbox == "required":
-        raise ConfigError(f"sandbox=required: {'; '.join(reasons)}; change this, or set sandbox=auto")
-    log.warning("images are decoded without a sandbox: %s", "; ".join(reasons))
+    preload(config)
+    try:
+        log.info("sandboxed", extra={"applied": enter()})
+    except OSError as error:
+        if settings.sandbox == "required":
+            raise ConfigError(f"sandbox=required: {error.strerror}; set sandbox=auto") from error
+        log.warning("images are decoded without a sandbox: %s", error.strerror)
 
 
 def preload(config: uvicorn.Config) -> None:

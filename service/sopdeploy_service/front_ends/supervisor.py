@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,6 @@ from sopdeploy_service.server.launch import (
     BEAT_SECONDS,
     STDERR,
     USER_ERROR,
-    LoopWatch,
     start_process,
     start_task,
     terminal_is_closed,
@@ -49,10 +48,11 @@ from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, 
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # a server of one process starts without these modules
-    from sopdeploy_service.inference.service import State
+    pass
 
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
+HANG_SECONDS = 5.0  # a process whose event loop does not run for so long is killed
 MAX_KEEPING = 4  # photographs that are received and written at once
 
 log = logging.getLogger("sopdeploy.supervisor")
@@ -104,17 +104,14 @@ class Supervisor:
         self._waiters = ThreadPoolExecutor(len(self._processes))  # one for each child
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stop)
-        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
             self._buckets = control.create_memory()
             for file in (self._lifeline, writing, self._buckets):
                 stack.callback(os.close, file)
             self._writer = stack.enter_context(ThreadPoolExecutor(1, "keeper"))
-            watch = LoopWatch()
-            if self._settings.health_port is not None:
-                stack.enter_context(self._serve_health(watch))
-            start_task(self._tasks, self._kill_hanging(watch))
+            start_task(self._tasks, self._kill_hanging())
             if self._links is not None:
                 start_task(self._tasks, self._follow(self._links))
             supervised = {
@@ -130,23 +127,6 @@ class Supervisor:
             raise self._output_error
         return self._code
 
-    def _serve_health(self, watch: LoopWatch) -> AbstractContextManager[str]:
-        """Serve health and metrics during a block; the server is ready if one of its processes is."""
-        from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
-
-        def health() -> "tuple[State, str | None]":
-            if any(process.ready for process in self._servers):
-                return "ok", None
-            if self._stopping.is_set() or not self._announced:
-                return "draining", None
-            return "runtime_restarting", "; ".join(filter(None, {each.problem for each in self._processes}))
-
-        async def collect_metrics() -> bytes:
-            collecting = asyncio.run_coroutine_threadsafe(self._collect_metrics(), self._loop)
-            return await asyncio.wrap_future(collecting)
-
-        return serve_health(self._settings, health, collect_metrics, watch)
-
     def _stop(self) -> None:
         """Let the servers drain; inference processes end after them."""
         self._stopping.set()
@@ -154,17 +134,22 @@ class Supervisor:
             if process.child is not None and process.child.poll() is None:
                 process.child.send_signal(signal.SIGTERM)
 
-    def _hang_up(self) -> None:
-        """Let every process that has models reload its bundles; stop if the terminal was closed."""
+    def _on_hangup(self) -> None:
+        """Stop if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
         if terminal_is_closed():
             self._stop()
+        else:
+            self._reload()
+
+    def _reload(self) -> None:
+        """Let every process that has models reload its bundles."""
         for process in self._processes:
             if process.inference is None:
                 process.send(control.RELOAD)
 
     async def _follow(self, links: Mapping[Path, Path]) -> None:
         async for _ in moves_of(links):
-            self._hang_up()
+            self._reload()
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""
@@ -197,7 +182,6 @@ class Supervisor:
             "settings": {
                 **self._settings.model_dump(mode="json"),
                 **process.settings,
-                "health_port": None,
                 "follow": False,
                 "devices": (),
             },
@@ -228,7 +212,7 @@ class Supervisor:
         if process.control is not None:
             self._loop.remove_reader(process.control)
             process.control.close()
-            process.control, process.ready = None, False
+            process.control = None
 
     def _receive(self, process: Process) -> None:
         """Handle a message of *process*: status, news for front ends, a photograph, a request for metrics.
@@ -273,7 +257,6 @@ class Supervisor:
                 front_end.send(message)
             elif front_end.name == text.decode() and front_end.child is not None:
                 front_end.child.kill()
-        inference.problem = text.decode(errors="replace") if kind == control.FAILED else ""
 
     def _stop_sending(self, process: Process) -> None:
         """Send nothing more to *process*; the last one that drains gets the pending connections."""
@@ -313,14 +296,13 @@ class Supervisor:
                 if process.send(control.CLIENT, connection.fileno()):
                     return
 
-    async def _kill_hanging(self, watch: LoopWatch) -> None:
+    async def _kill_hanging(self) -> None:
         """Kill processes that hang; time in which this process is paused does not count."""
         while True:
             await asyncio.sleep(BEAT_SECONDS)
-            watch.beat()
             for process in self._processes:
                 process.silent_beats += 1
-                silent = process.silent_beats * BEAT_SECONDS > self._settings.max_loop_lag_seconds
+                silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
                 if silent and process.bundles is not None and process.control is not None and process.child:
                     log.error("%s: hangs; it is killed", process)
                     process.child.kill()

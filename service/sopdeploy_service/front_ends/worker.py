@@ -57,9 +57,8 @@ class FrontServer(DrainingServer):
         self._loop.add_reader(self._supervisor, self._receive)
 
     def _report(self) -> None:
-        status = control.STATUS.pack(
-            self._received, len(self.server_state.connections) + len(self._tasks), self._service.state == "ok"
-        )
+        num_open = len(self.server_state.connections) + len(self._tasks)
+        status = control.STATUS.pack(self._received, num_open)
         control.send_files(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:
@@ -137,8 +136,8 @@ def run_worker(launch_config: Mapping[str, Any]) -> int:
     supervisor = socket.socket(fileno=launch_config["control"])
     bucket_states = control.SharedBucketStates(launch_config["buckets"])
     is_front_end = "channel" in launch_config
-    with configured_process(settings) as open_trace:
-        options: dict[str, Any] = {"open_trace": open_trace, "create_bucket_state": bucket_states}
+    with configured_process(settings):
+        options: dict[str, Any] = {"create_bucket_state": bucket_states}
         options["store_kept"] = partial(control.send_kept, supervisor)
         if is_front_end:
             connection = socket.socket(fileno=launch_config["channel"])

@@ -82,7 +82,7 @@ def load_keys(path: Path) -> tuple[Key, ...]:
     return keys
 
 
-def new_key(path: Path, name: str, *, rate: float | None, burst: int | None) -> str:
+def new_key(path: Path, name: str, rate: float | None = None) -> str:
     """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
     The write is atomic. Raises `ConfigError` if the name is invalid or in use, or if the file cannot be
@@ -99,7 +99,7 @@ def new_key(path: Path, name: str, *, rate: float | None, burst: int | None) -> 
             "rate": rate,
         }
         try:
-            key = Key.model_validate(fields if burst is None else fields | {"burst": burst})
+            key = Key.model_validate(fields)
         except pydantic.ValidationError as problem:
             raise ConfigError(f"key: {first_problem(problem)}") from problem
         limit = "# no rate: unlimited" if key.rate is None else f"rate = {key.rate!r}\nburst = {key.burst}"

@@ -20,7 +20,7 @@ from sopdeploy_service.http.api_keys import CreateBucketState, Key, TokenBucket,
 from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.request_context import OpenTrace, RequestContext
+from sopdeploy_service.observability.request_context import RequestContext
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
 _NUMBERS = itertools.count()
@@ -31,7 +31,7 @@ PAGE_FILES = {"/docs/swagger-ui-bundle.js": "text/javascript", "/docs/swagger-ui
 PAGES = {"/", "/docs", "/errors"}  # the form for the key and error pages, without model data
 METRICS_PATH = "/metrics"
 OPEN = PROBES | PAGES | PAGE_FILES.keys()  # without a key
-MONITORING = PROBES | {METRICS_PATH}  # not traced; successful requests are logged at debug level
+MONITORING = PROBES | {METRICS_PATH}  # successful requests are logged at debug level
 
 NO_KEY = HttpError(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
@@ -51,7 +51,6 @@ class RequestContextMiddleware:
 
     app: ASGIApp
     service: Service
-    open_trace: OpenTrace | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; an exception becomes a problem unless the response has started.
@@ -65,8 +64,6 @@ class RequestContextMiddleware:
         pairs = reversed(scope["headers"])  # of several with one name, the first one counts
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in pairs}
         context = RequestContext(request_id(headers), headers)
-        if self.open_trace is not None and scope["path"] not in MONITORING:
-            context.trace = self.open_trace(headers, started)
         scope.setdefault("state", {})["context"] = context
         # A copy: the server reads the method from its own scope.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
@@ -116,14 +113,12 @@ class RequestContextMiddleware:
     def _record(
         self, context: RequestContext, method: str, route: object, status: int, seconds: float
     ) -> None:
-        """Record a request to *route*, which took *seconds*, in metrics, trace and access log.
+        """Record a request to *route*, which took *seconds*, in metrics and access log.
 
         *status* is 0 if no response was sent.
         """
         path = getattr(route, "path", "other")  # the template: few values, whatever clients send
         self.service.metrics.request(path, status, seconds, context.model_name)
-        if context.trace is not None:
-            context.trace.end(path, status, context.spans)
         level = logging.DEBUG if path in MONITORING and status < 400 else logging.INFO
         if not access_log.isEnabledFor(level):
             return
@@ -140,7 +135,6 @@ class RequestContextMiddleware:
             "bytes": context.bytes,
             "ms": round(seconds * 1000, 2),
             "stages_ms": {name: round(spent * 1000, 2) for name, spent in context.stage_seconds.items()},
-            "trace": context.trace.id if context.trace is not None else None,
         }
         extra = {name: value for name, value in fields.items() if value is not None}
         access_log.log(level, "request", extra=extra)

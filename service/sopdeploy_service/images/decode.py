@@ -29,7 +29,7 @@ from sopdeploy.images.jpeg import MARKER_BYTES, SCAN, jpeg_segments
 from sopdeploy.images.pixels import list_changes, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
-ANIMATED = {"AVIF", "GIF", "PNG", "TIFF", "WEBP"}  # the second image of a JPEG is a thumbnail
+ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
 FILL_COLOR = {127, 128}  # libjpeg's gray for missing data; Pillow inverts it in CMYK
 NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - data that changes pixels
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")

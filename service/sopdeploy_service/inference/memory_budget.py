@@ -1,53 +1,40 @@
 """More models than fit into memory: loaded at the first request, released when others need their memory.
 
-Every bundle is checked at the start, but only the pinned ones are loaded. A request for another model waits
-until it is loaded; first, the models that were used longest ago are released until it fits. Models that are
-pinned or in use are never released.
+Every bundle is checked at the start, and none is loaded. A request waits until its model is loaded; first,
+the models that were used longest ago are released until it fits. Models in use are never released.
 """
 
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle, keep_in_memory
-from sopdeploy.errors import ConfigError, SopdeployError, shorten
+from sopdeploy.bundle.folder import keep_in_memory
+from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked
-from sopdeploy_service.inference.model import Model, ModelMemory
+from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.runtime.device_memory import MemoryMeter, available_bytes, free_gpu_bytes
-from sopdeploy_service.runtime.onnxruntime import has_cuda
 from sopdeploy_service.settings import Settings
 
-# Measured in ONNX Runtime on a CPU: a load needs at most twice the graph's file and 64 MB. Afterwards, 1.02
-# to 1.25 times the file and up to 55 MB for activations remain.
+# Measured in ONNX Runtime on a CPU: a load needs at most twice the graph's file and 64 MB. Afterwards, at
+# most 1.25 times the file and 55 MB for activations remain.
 FILE_FACTOR, ACTIVATION_BYTES = 2, 64_000_000
-AUTO_SHARE = 0.8  # of the free memory; images, HTTP and batches need the rest
 ROOM_SECONDS = 5.0  # how long a load waits for a model that is in use
 _POLL_SECONDS = 0.01
 RETRY_SECONDS = 60.0  # after a failed load, the bundle is not loaded again for this long
 
-MEMORY_FULL = HttpError("memory_full", 503, "every loaded model is in use or pinned; retry later", 1)
-
-LoadMeasured = Callable[[Path, Settings], tuple[LoadedModel, int]]
+MEMORY_FULL = HttpError("memory_full", 503, "every loaded model is in use; retry later", 1)
 
 log = logging.getLogger("sopdeploy.models")
-
-
-def load_measured(path: Path, settings: Settings) -> tuple[LoadedModel, int]:
-    """Load the bundle at *path*; return it with the bytes that it occupies on its device."""
-    meter = MemoryMeter(on_gpu=uses_gpu(settings))
-    loaded = load_model(path, settings)
-    return loaded, max(meter.growth(loaded.runtime), loaded.bundle.manifest.files["model.onnx"].bytes)
 
 
 class NoRuntime:
@@ -65,19 +52,21 @@ class NoRuntime:
 
 @dataclass(eq=False, slots=True)
 class BudgetEntry:
-    """The bundle at *path*: *model* is *unloaded* while the bundle is not loaded.
+    """The bundle at *path*; *unloaded* takes the place of its model while it is not loaded.
 
-    *users* counts the requests that use the model or wait for it. Until the time in *failed*, no load is
-    tried again, and requests get its error.
+    *unloaded* is in use by every request that uses the model or waits for it. Until the time in *failed*, no
+    load is tried again, and requests get its error.
     """
 
     path: Path
     unloaded: Model
-    model: Model
-    memory: ModelMemory
-    users: int = 0
     loading: asyncio.Task[HttpError | None] | None = None
     failed: tuple[float, HttpError] | None = None
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the model is assumed to need."""
+        return FILE_FACTOR * self.unloaded.bundle.manifest.files["model.onnx"].bytes + ACTIVATION_BYTES
 
 
 class BudgetedRegistry(ModelRegistry):
@@ -88,50 +77,31 @@ class BudgetedRegistry(ModelRegistry):
         bundles: Mapping[str, Path],
         settings: Settings,
         metrics: Metrics,
-        load: LoadMeasured = load_measured,
+        load: Callable[[Path, Settings], LoadedModel] = load_model,
     ) -> None:
-        """Check all *bundles* by name, and load the pinned ones.
+        """Check all *bundles* by name.
 
-        Raises the errors of `load_model`, and `ConfigError` for a pinned name without a bundle and for a
-        bundle that does not fit into the budget.
+        Raises the errors of `open_checked`, and `ConfigError` for a bundle that does not fit into the budget.
         """
         super().__init__({}, settings, metrics)
-        self._load = load
-        unknown = set(settings.pin) - set(bundles)
-        if unknown:
-            raise ConfigError(f"pin: no bundle {min(unknown)}; the bundles are {shorten(sorted(bundles))}")
-        self.budget = budget_bytes(settings)
-        self._metrics.memory_budget.set(self.budget)
+        self._load, self._budget = load, settings.memory_budget or 0
         # The model that was used longest ago comes first.
-        self._entries = {name: self._make_entry(name, path) for name, path in bundles.items()}
-        for name in settings.pin:
-            entry = self._entries[name]
-            self._set_loaded(entry, *load(bundles[name], settings))
-        pinned = self._used()
+        self._entries = OrderedDict((name, self._make_entry(name, path)) for name, path in bundles.items())
         for name, entry in self._entries.items():
-            needed = pinned if entry.memory.pinned else pinned + entry.memory.bytes
-            if needed > self.budget:
-                raise ConfigError(
-                    f"memory_budget: {name} and the pinned bundles need about {needed / 1e9:.2f} GB, the "
-                    f"budget is {self.budget / 1e9:.2f} GB; raise it or pin fewer bundles"
-                )
+            if entry.bytes > self._budget:
+                sizes = f"{name} needs {entry.bytes / 1e9:.2f} GB, the budget is {self._budget / 1e9:.2f} GB"
+                raise ConfigError(f"memory_budget: {sizes}; raise it")
 
     async def start(self) -> None:
-        """Start the worker threads of the loaded models."""
-        for model in self.models():
-            if model.is_loaded:
-                model.start()
+        """Start nothing: no model is loaded yet."""
 
     @contextmanager
     def use(self, name: str | None = None, version: str | None = None) -> Iterator[Model]:
         """Find a model, loaded or not; during the block it is not released."""
         model = self.find(name, version)
-        entry = self._entries[model.name] = self._entries.pop(model.name)  # moves it to the end
-        entry.users += 1
-        try:
+        self._entries.move_to_end(model.name)
+        with self._entries[model.name].unloaded.in_use():
             yield model
-        finally:
-            entry.users -= 1
 
     async def wait_until_loaded(self, model: Model) -> Model:
         """Load *model*, which must be in use, or wait for a load that has begun; return the loaded model.
@@ -144,7 +114,7 @@ class BudgetedRegistry(ModelRegistry):
         reason = await asyncio.shield(entry.loading)  # another request may wait for it
         if reason is not None:
             raise RejectedError(reason)
-        return entry.model
+        return self._by_name[model.name]
 
     def close(self, reason: HttpError) -> None:
         """Give *reason* to every image without an outcome, and `DRAINING` to waiting requests."""
@@ -156,36 +126,26 @@ class BudgetedRegistry(ModelRegistry):
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
         bundle = keep_in_memory(open_checked(path, self._settings))
         unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
-        model = Model(name, unloaded, self._settings, self._metrics)
+        model = self._by_name[name] = Model(name, unloaded, self._settings, self._metrics)
         model.is_loaded = False
-        model.memory = ModelMemory(bytes=load_bytes(bundle), pinned=name in self._settings.pin)
-        self._by_name[name] = model
         self._metrics.model_memory.labels(name).set(0)
-        return BudgetEntry(path, model, model, model.memory)
-
-    def _used(self) -> int:
-        """Return the bytes of all loaded models."""
-        return sum(entry.memory.bytes for entry in self._entries.values() if entry.model.is_loaded)
+        return BudgetEntry(path, model)
 
     async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
         """Load *entry* after earlier loads; return the error for waiting requests if it fails."""
-        name = entry.model.name
+        name = entry.unloaded.name
         try:
             async with self.changing:
                 if entry.failed is not None and time.monotonic() < entry.failed[0]:
                     return entry.failed[1]
-                await self._make_room(entry)
-                started = time.monotonic()
-                loaded, size = await asyncio.to_thread(self._load, entry.path, self._settings)
-                self._set_loaded(entry, loaded, size)
-                entry.model.start()
-                seconds = time.monotonic() - started
-                log.info("%s: loaded", name, extra={"bytes": size, "seconds": round(seconds, 3)})
-                try:
-                    await self._make_room(entry)  # it may need more than was known
-                except RejectedError:
-                    await self._release(entry)
-                    raise
+                await self._make_room(entry.bytes)
+                loaded = await asyncio.to_thread(self._load, entry.path, self._settings)
+                model = self._by_name[name] = self._make_model(name, loaded)
+                model.continue_from(entry.unloaded)
+                model.start()
+                self._metrics.model_memory.labels(name).set(entry.bytes)
+                self._metrics.model_loads.labels(name).inc()
+                log.info("%s: loaded", name)
             return None
         except RejectedError as error:
             return error.reason
@@ -200,62 +160,25 @@ class BudgetedRegistry(ModelRegistry):
         finally:
             entry.loading = None
 
-    def _set_loaded(self, entry: BudgetEntry, loaded: LoadedModel, size: int) -> None:
-        """Serve *entry* with *loaded*, which occupies *size* bytes, and continue its drift window."""
-        name, entry.memory.bytes = entry.model.name, size
-        model = entry.model = self._make_model(name, loaded)
-        model.continue_from(entry.unloaded)
-        self._by_name[name] = model
-        self._metrics.model_memory.labels(name).set(size)
-        self._metrics.model_loads.labels(name).inc()
-
-    async def _make_room(self, entry: BudgetEntry) -> None:
-        """Release models until *entry* fits, too; raises `RejectedError` if that is impossible."""
-        needed = 0
-        if not entry.model.is_loaded:  # a load needs more memory for a moment
-            needed = max(load_bytes(entry.unloaded.bundle), entry.memory.bytes)
-        others = [other for other in self._entries.values() if other is not entry]
-        pinned = sum(other.memory.bytes for other in others if other.memory.pinned)
-        can_fit = pinned + max(needed, entry.memory.bytes) <= self.budget
+    async def _make_room(self, needed: int) -> None:
+        """Release models until *needed* bytes are free; raises `RejectedError` if too many are in use."""
         end = time.monotonic() + ROOM_SECONDS
-        while self._used() + needed > self.budget:
-            if not can_fit or time.monotonic() >= end:
-                raise RejectedError(MEMORY_FULL)
-            loaded = [other for other in others if other.model.is_loaded and not other.memory.pinned]
-            unused = [other for other in loaded if not other.users and other.model.is_idle]
+        while True:
+            loaded = {name: one for name, one in self._entries.items() if self._by_name[name].is_loaded}
+            if sum(entry.bytes for entry in loaded.values()) + needed <= self._budget:
+                return
+            unused = [name for name, entry in loaded.items() if entry.unloaded.unused.is_set()]
             if unused:
                 await self._release(unused[0])
+            elif time.monotonic() >= end:
+                raise RejectedError(MEMORY_FULL)
             else:
                 await asyncio.sleep(_POLL_SECONDS)
 
-    async def _release(self, entry: BudgetEntry) -> None:
-        """Stop the model of *entry*; requests for it wait until it can be loaded again."""
-        model, entry.model = entry.model, entry.unloaded
-        self._by_name[model.name] = entry.unloaded
+    async def _release(self, name: str) -> None:
+        """Stop the model *name*; requests for it wait until it can be loaded again."""
+        model, self._by_name[name] = self._by_name[name], self._entries[name].unloaded
         await model.stop()
-        self.count(model.name, model.loaded, -1)
-        self._metrics.model_memory.labels(model.name).set(0)
-        log.info("%s: released", model.name)
-
-
-def load_bytes(bundle: Bundle) -> int:
-    """Estimate the bytes that the load of *bundle* needs."""
-    return FILE_FACTOR * bundle.manifest.files["model.onnx"].bytes + ACTIVATION_BYTES
-
-
-def budget_bytes(settings: Settings) -> int:
-    """Return the memory budget of *settings*; for `auto`, a share of the memory that is free now.
-
-    Raises `ConfigError` if the free memory is unknown.
-    """
-    if settings.memory_budget is not None and settings.memory_budget != "auto":
-        return settings.memory_budget
-    free = free_gpu_bytes() if uses_gpu(settings) else None
-    return int(AUTO_SHARE * (available_bytes() if free is None else free))
-
-
-def uses_gpu(settings: Settings) -> bool:
-    """Tell whether the runtime of *settings* may be on a GPU."""
-    if settings.runtime == "auto":
-        return has_cuda() or find_spec("tensorrt") is not None
-    return settings.runtime in {"tensorrt", "onnxruntime-cuda"}
+        self.count(name, model.loaded, -1)
+        self._metrics.model_memory.labels(name).set(0)
+        log.info("%s: released", name)

@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.model_worker import ModelWorker, RequestQueue, settle
@@ -26,14 +25,6 @@ SMOOTHING = 0.2  # weight of the newest batch in the moving average
 WATCH_SECONDS = 1.0  # longest time between two checks of the worker
 
 log = logging.getLogger("sopdeploy.inference")
-
-
-@dataclass(slots=True)
-class ModelMemory:
-    """The bytes of a model, estimated before its first load, and whether it is never released."""
-
-    bytes: int
-    pinned: bool
 
 
 class LatencyTable:
@@ -77,7 +68,6 @@ class Model:
     """A bundle being served; every method is called on the event loop."""
 
     is_loaded = True
-    memory: ModelMemory | None = None  # with a memory budget
 
     def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
         self.name = name
@@ -120,11 +110,6 @@ class Model:
             if not self._users:
                 self.unused.set()
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether no image is queued and no batch runs."""
-        return not self._worker.in_flight and self.queue.is_empty
-
     def start(self) -> None:
         """Start the worker thread and its watchdog."""
         self._thread = threading.Thread(
@@ -144,8 +129,7 @@ class Model:
             settle(items, [reason] * len(items))
 
     def continue_from(self, previous: "Model") -> None:
-        """Take over the drift window and the memory of *previous*, which has the same bundle."""
-        self.memory = previous.memory
+        """Take over the drift window of *previous*, which has the same bundle."""
         self._worker.drift = previous._worker.drift
 
     async def stop(self) -> None:

@@ -19,7 +19,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +41,7 @@ from sopdeploy_service.runtime.base import (
     OutOfMemoryError,
     OverlappingRuntime,
     Runtime,
-    SelectiveRuntime,
 )
-
-if TYPE_CHECKING:  # OpenTelemetry is optional
-    from sopdeploy_service.observability.tracing import RequestTrace
 
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out of memory
@@ -74,7 +69,6 @@ class QueuedImage:
     top_k: int = 0
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
-    trace: "RequestTrace | None" = None
     late: HttpError = DEADLINE  # if it has no other outcome at its deadline
 
     def settle(self, outcome: Outcome) -> None:
@@ -94,11 +88,6 @@ class RequestQueue:
     closed_with: HttpError | None = None
     _items: deque[QueuedImage] = field(default_factory=deque)
     _changed: threading.Condition = field(default_factory=threading.Condition)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no image is queued."""
-        return not self._items
 
     def put(self, item: QueuedImage) -> HttpError | None:
         """Add *item*; if the queue is closed, return the reason instead."""
@@ -204,7 +193,6 @@ class ModelWorker:
         self.metrics = metrics
         self._outputs = tuple(outputs)
         self._always = tuple(name for name in outputs if name != EMBEDDING)
-        self._selective = runtime if isinstance(runtime, SelectiveRuntime) else None
         self._max_batch = self._limit = max_batch
         self._limited_until = 0.0
         self._failed_batches = 0  # in a row
@@ -323,8 +311,6 @@ class ModelWorker:
             if self._pixels.shape[1:] != images[0].shape:
                 self._pixels = np.empty((self._max_batch, *images[0].shape), np.uint8)
             batch_pixels = np.stack(images, out=self._pixels[: len(images)])
-            if self._selective is not None:
-                return self._selective.run_outputs(batch_pixels, names)
             return self._runtime.run(batch_pixels)
         except OutOfMemoryError:
             self._limit = max(1, len(images) // 2)
@@ -343,9 +329,6 @@ class ModelWorker:
         self._record_latency(len(items), ended - started)
         self.metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
         self.metrics.nonfinite.inc(sum(outcome is NONFINITE for outcome in outcomes))
-        traces = [item.trace for item in items if item.trace is not None]
-        if traces:
-            traces[0].record_batch(traces, started, ended)
 
 
 def run_bisected(
@@ -373,9 +356,10 @@ def run_bisected(
 
 
 def _split_rows(values: Outputs, outputs: Sequence[str], num_images: int) -> list[ImageOutputs]:
-    """Split the batch into rows; reject rows with an output that is not finite."""
+    """Split the *outputs* of a batch into rows; reject rows with an output that is not finite."""
     finite = np.ones(num_images, dtype=bool)
-    for name, batch in values.items():
+    for name in outputs:
+        batch = values[name]
         if len(batch) != num_images:
             raise ValueError(f"output {name!r} has {len(batch)} rows for {num_images} images")
         finite &= np.isfinite(batch.reshape(num_images, -1)).all(axis=1)

@@ -48,9 +48,10 @@ from sopdeploy_service.settings import (
 )
 
 MAX_RETRY_SECONDS = 60
+PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "runtime_restarting", "loop_blocked"]
+State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "runtime_restarting"]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 
 log = logging.getLogger("sopdeploy.service")
@@ -94,8 +95,7 @@ class Service:
         else:
             self.registry = create_registry(settings, self.metrics)
         self.observers: list[Observe] = []
-        # Few threads: a JSON parser holds the interpreter lock.
-        self.parsers = ThreadPoolExecutor(settings.parsers, thread_name_prefix="parser")
+        self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
         self.max_upload_bytes = upload_budget(settings)
         self.decoders = self._create_decoders()
@@ -212,7 +212,6 @@ class Service:
             QueuedImage(
                 outcome=loop.create_future(),
                 deadline=deadline,
-                trace=context.trace,
                 features=features,
                 top_k=top_k,
             )
@@ -259,8 +258,7 @@ def _record_stages(
 ) -> None:
     for item, outcome in zip(items, outcomes, strict=True):
         if item.decode_seconds is not None:
-            context.record_stage("decode", item.decode_seconds, ended=item.arrived)
+            context.record_stage("decode", item.decode_seconds)
         if isinstance(outcome, Prediction):
-            left_queue = item.arrived + outcome.queue_seconds
-            context.record_stage("queue", outcome.queue_seconds, ended=left_queue)
-            context.record_stage("infer", outcome.infer_seconds, ended=left_queue + outcome.infer_seconds)
+            context.record_stage("queue", outcome.queue_seconds)
+            context.record_stage("infer", outcome.infer_seconds)

@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Reference
-from sopdeploy.evaluation.drift import SIGNIFICANCE, TESTS, Drift, PredictionCounts
+from sopdeploy.evaluation.drift import TESTS, Drift, PredictionCounts
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
 
@@ -73,7 +73,6 @@ class Metrics:
             "Photographs to keep: kept, near_duplicate, dropped (too many or too large), failed (disk)",
             ("result",),
         )
-        self.memory_budget = gauge("memory_budget_bytes", "For all loaded models; 0: no budget")
         self.model_memory = gauge("model_memory_bytes", "With a memory budget; 0: not loaded", ("model",))
         self.model_loads = counter("model_loads", "Loads with a memory budget", ("model",))
         self.queue_depth = gauge("queue_depth", "Images admitted and not yet answered")
@@ -90,7 +89,7 @@ class Metrics:
         )
         self._drift_p_value = gauge(
             "drift_p_value",
-            f"Probability of at least this difference without drift; below {SIGNIFICANCE} is an alarm",
+            "Probability of at least this difference without drift; below 0.005 is an alarm",
             ("model", "of"),
         )
         # `labels` validates and looks up its values on every call.

@@ -81,15 +81,6 @@ class OverlappingRuntime(Runtime, Protocol):
         ...
 
 
-@runtime_checkable
-class SelectiveRuntime(Runtime, Protocol):
-    """A runtime that can omit outputs, or at least does not copy them."""
-
-    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8 as `run` does; return only the outputs *names*."""
-        ...
-
-
 # CUDA errors after which nothing can run in this process: code, API names, and the text that libraries print.
 LOST_DEVICE = {
     46: ("cudaErrorDevicesUnavailable", "cudaErrorDeviceUnavailable", "busy or unavailable"),
@@ -115,6 +106,9 @@ LOST_DEVICE = {
 }
 # What matters in messages that contain several lines of C++ signatures.
 REASON = re.compile(r"(CUDA|CUDNN|CUDNN_FE|CUBLAS|CUBLASLT) failure \d+: [^;]+|Failed to allocate memory .*")
+OTHER_GPU = (
+    "ONNX Runtime has kernels for compute capability 7.5, 8.x, 9.0 and 12.x; build an engine for other GPUs"
+)
 ERROR_CODE = re.compile(r"\bCUDA (?:failure|error) (\d+)", re.IGNORECASE)
 MEMORY_TEXTS = (
     "cudaerrormemoryallocation",
@@ -157,7 +151,8 @@ def must_run(runtime: Runtime) -> Iterator[None]:
 def reason_of(error: Exception) -> str:
     """Return the part of a library's *error* that a user understands, in one line."""
     known = REASON.search(str(error))
-    return " ".join((known[0] if known else str(error)).split())
+    reason = " ".join((known[0] if known else str(error)).split())
+    return f"{reason}; {OTHER_GPU}" if "no kernel image" in reason else reason
 
 
 def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:

@@ -192,13 +192,9 @@ class OnnxRuntime:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        return self.run_outputs(images, self._outputs)
-
-    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
         with translate_errors():
-            values = self._session.run(list(names), {self._input: images})
-        return dict(zip(names, values, strict=True))
+            values = self._session.run(self._outputs, {self._input: images})
+        return dict(zip(self._outputs, values, strict=True))
 
     def close(self) -> None:
         """Release the session."""
@@ -217,9 +213,9 @@ class CudaOnnxRuntime(OnnxRuntime):
         sizes = padded_sizes(self.largest_batch)
         self._bound = BoundSession(self._onnxruntime, self._session, self.device, self._input, shapes, sizes)
 
-    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
-        return self.begin(list(images), names)()
+    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
+        return self.begin(list(images))()
 
     def begin(
         self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,12 +62,8 @@ class OpenVINORuntime:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        return self.run_outputs(images, list(self._outputs))
-
-    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
         values = self._request.infer([images])  # copies of the outputs
-        return {name: values[self._outputs[name]] for name in names}
+        return {name: values[port] for name, port in self._outputs.items()}
 
     def close(self) -> None:
         """Release the compiled graph."""

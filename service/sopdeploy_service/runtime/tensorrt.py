@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.binding import import_tensorrt
-from sopdeploy.tensorrt.cache import EMPTY, cache_folder, load_best_engine, records
+from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_best_engine, records
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.session import EngineSession
 from sopdeploy_service.runtime.base import translate_errors
@@ -31,12 +31,11 @@ class TensorRTRuntime:
         """
         trt = import_tensorrt()
         cuda = open_cuda()
-        gpu = cuda.gpu()
         self.name = f"tensorrt {trt.__version__}"
-        here = {"tensorrt": str(trt.__version__), "gpu": gpu.name, "architecture": gpu.architecture}
+        fields = key_fields(bundle, str(trt.__version__), cuda.gpu())
         reasons = []
         for folder in engine_folders(bundle, settings):
-            engine = load_best_engine(folder, bundle, **here)
+            engine = load_best_engine(folder, fields)
             if not isinstance(engine, str):
                 break
             reasons.append(engine)
@@ -61,10 +60,6 @@ class TensorRTRuntime:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
         with translate_errors():
             return self._session.run(images)
-
-    def run_outputs(self, images: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        """Run *images* (n, H, W, 3) uint8; return only the outputs *names* (n, ...) float32."""
-        return self.begin(list(images), names)()
 
     def begin(
         self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None

@@ -107,7 +107,7 @@ class DrainingServer(uvicorn.Server):
         except OSError as problem:
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
         if threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.reload)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
         if self._links is not None:
             start_task(self._aside, self._follow(self._links))
         self.on_open(sockets or [])
@@ -129,11 +129,16 @@ class DrainingServer(uvicorn.Server):
         for connection in connections:
             await asyncio.get_running_loop().connect_accepted_socket(create_protocol, connection)
 
-    def reload(self) -> None:
-        """Find the bundles again and serve those that have changed; drain if the terminal was closed."""
+    def on_hangup(self) -> None:
+        """Drain if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
         if terminal_is_closed():
             self.handle_exit(signal.SIGHUP, None)
-        elif self._reload is None:
+        else:
+            self.reload()
+
+    def reload(self) -> None:
+        """Find the bundles again and serve those that have changed."""
+        if self._reload is None:
             log.error("not reloaded: impossible in a front end, and with memory_budget")
         elif self._drain_until is None:
             start_task(self._aside, self._reload())

@@ -25,6 +25,8 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.server.sockets import SPARE
 from sopdeploy_service.settings import Settings
 
+MAX_URL_BYTES = 8192  # path and query
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
 LINGER_BYTES = 100_000_000
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
@@ -48,28 +50,18 @@ UNKNOWN_CODING = HttpError(
 
 @dataclass
 class Connections:
-    """The open and idle connections of one server; used on its event loop only.
-
-    With `short_lived`, the oldest connection is aborted at the limit, idle or not, so that a client cannot
-    block the port by holding connections open; else the longest idle one is closed.
-    """
+    """The open and idle connections of one server; used on its event loop only."""
 
     settings: Settings
     metrics: Metrics
-    short_lived: bool = False
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
 
     def add(self, connection: "LimitedHttpProtocol") -> HttpError | None:
-        """Add *connection*, and close another one if there are too many.
+        """Add *connection*, and close the longest idle one if there are too many.
 
         If none can be closed, the result is the error for *connection*.
         """
-        if self.short_lived and len(self.open) >= self.settings.max_connections:
-            oldest = next(iter(self.open))
-            del self.open[oldest]
-            self.idle.pop(oldest, None)
-            oldest.abort()
         self.open[connection] = None
         self.metrics.connections.set(len(self.open))
         excess = len(self.open) - self.settings.max_connections
@@ -188,7 +180,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is what follows the last request
                 self._error = self._error or _MALFORMED
-        limit = self._limits.max_header_bytes + (0 if self._in_body else self._limits.max_url_bytes)
+        limit = MAX_HEADER_BYTES + (0 if self._in_body else MAX_URL_BYTES)
         self._overhead_bytes = max(0, self._overhead_bytes) if self._in_headers or self._in_body else 0
         if self._overhead_bytes > limit:
             self._error = self._error or LARGE_HEADERS
@@ -234,14 +226,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_url(self, url: bytes) -> None:
         """Limit the length of the URL."""
         super().on_url(url)
-        if len(self.url) > self._limits.max_url_bytes:
+        if len(self.url) > MAX_URL_BYTES:
             self._error = self._error or LONG_URL
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Limit the number and size of headers and trailers."""
         self._header_bytes += len(name) + len(value) + len(": \r\n")
-        too_many = len(self.headers) >= self._limits.max_headers
-        if too_many or self._header_bytes > self._limits.max_header_bytes:
+        too_many = len(self.headers) >= MAX_HEADERS
+        if too_many or self._header_bytes > MAX_HEADER_BYTES:
             self._error = self._error or LARGE_HEADERS
         else:
             super().on_header(name, value)

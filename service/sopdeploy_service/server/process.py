@@ -12,7 +12,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 from sopdeploy_service.inference.bundle_store import BundleStore, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
-from sopdeploy_service.observability.request_context import OpenTrace, open_tracing
 from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.server.sockets import allow_files, bind
 from sopdeploy_service.settings import Settings
@@ -28,7 +27,6 @@ from sopdeploy_service.settings import Settings
 if TYPE_CHECKING:  # imported while the bundles are loaded
     from fastapi import FastAPI
 
-    from sopdeploy_service.inference.service import Service
 
 # glibc creates up to 8 heaps per core. Once a large block is freed (importing the libraries is enough), it
 # keeps blocks of up to 32 MB in these heaps and leaves up to 64 MB free at the end of each. Without these
@@ -50,8 +48,8 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
     when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
-    died. Raises `ConfigError` if it cannot listen, for invalid keys, and if tracing is not installed, and the
-    errors of `BundleStore` and `load_model`.
+    died. Raises `ConfigError` if it cannot listen and for invalid keys, and the errors of
+    `BundleStore` and `load_model`.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
@@ -61,27 +59,14 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
         if (code := run_supervisor(sources, settings)) is not None:  # None if one process is enough
             return code
-    with (
-        bind(settings.host, settings.port) as listener,
-        configured_process(settings) as open_trace,
-        ExitStack() as stack,
-    ):
-        app, names = load_app(sources, settings, open_trace=open_trace)
-        from prometheus_client import ProcessCollector, generate_latest  # noqa: PLC0415 - see `load_app`
+    with bind(settings.host, settings.port) as listener, configured_process(settings):
+        app, names = load_app(sources, settings)
+        from prometheus_client import ProcessCollector  # noqa: PLC0415 - see `load_app`
 
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
 
-        service: Service = app.state.service
-        ProcessCollector(registry=service.metrics.registry)
+        ProcessCollector(registry=app.state.service.metrics.registry)
         server = DrainingServer(app, settings, names)
-        if settings.health_port is not None:
-            from sopdeploy_service.server.health_port import serve_health  # noqa: PLC0415
-
-            async def collect_metrics() -> bytes:
-                return generate_latest(service.metrics.registry)
-
-            health = serve_health(settings, lambda: (service.state, None), collect_metrics, server.watch)
-            stack.enter_context(health)
         if settings.sandbox == "auto":
             log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
         return server.serve_until_end(listener)
@@ -100,14 +85,14 @@ def limit_heaps() -> None:
 
 
 @contextmanager
-def configured_process(settings: Settings) -> Iterator[OpenTrace | None]:
-    """Configure memory, open files, log and tracing before threads start; yield how to open a trace."""
+def configured_process(settings: Settings) -> Iterator[None]:
+    """Configure memory, open files and log before threads start."""
     limit_heaps()
     # Pillow warns about large images, which `max_pixels` rejects, and about metadata, which is not used.
     warnings.filterwarnings("ignore", module="PIL")
     allow_files(settings.max_connections)
-    with logs.configured(settings), open_tracing(settings) as open_trace:
-        yield open_trace
+    with logs.configured(settings):
+        yield
 
 
 def load_app(

@@ -8,7 +8,7 @@ from sopdeploy.errors import ConfigError
 
 SPARE = 64  # connections over the limit that get a 503 response; further ones are aborted
 MAX_PENDING = 4096  # connections that are not accepted yet; the Linux default
-OTHER_FILES = 192  # bundles, libraries, the health port
+OTHER_FILES = 64  # bundles, libraries
 
 
 def allow_files(num_connections: int) -> None:

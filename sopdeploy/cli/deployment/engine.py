@@ -3,46 +3,40 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import BundleArgument, print_field, show_steps
 from sopdeploy_export.options import EngineOptions
 
 if TYPE_CHECKING:
-    from sopdeploy_export.engine_builder.engine import Engine, EnginePlan
+    from sopdeploy_export.engine_builder.engine import Engine
 
 _field = partial(print_field, width=9)
 
 
-def _show(result: "Engine | EnginePlan") -> None:
-    """Print the engine that was built or found, or the plan of a build."""
-    from sopdeploy_export.engine_builder.engine import EnginePlan
+def _show(engine: "Engine") -> None:
+    record = engine.record
+    key = record.key
+    _field("engine", f"{key.gpu} ({key.architecture}), TensorRT {key.tensorrt}")
+    _field("built", engine.reason or "no, it was in the cache")
+    _field("profiles", f"batches {', '.join(map(str, key.profiles))}")
+    _field("precision", key.precision)
+    for replay in record.replays:
+        for name, deviation in replay.deviation.items():
+            allowed = f"(allowed {replay.tolerance[name]:.2g})"
+            _field("probes", f"batch {replay.batch}: {name} deviates by {deviation:.2g} {allowed}")
+    _field("ready", f"{engine.path} ({record.plan_bytes:,} bytes)", style="bold green")
 
-    _show_plan(result) if isinstance(result, EnginePlan) else _show_engine(result)
 
-
-def _summarize(result: "Engine | EnginePlan") -> dict[str, Any]:
+def _summarize(engine: "Engine") -> dict[str, Any]:
     """Build the JSON output."""
-    from sopdeploy_export.engine_builder.engine import EnginePlan
-
-    if isinstance(result, EnginePlan):
-        return result.model_dump(mode="json")
-    record, is_new = result.record.model_dump(mode="json"), result.reason is not None
-    return {"plan": str(result.path), "built": is_new, "reason": result.reason, "record": record}
+    record, is_new = engine.record.model_dump(mode="json"), engine.reason is not None
+    return {"plan": str(engine.path), "built": is_new, "reason": engine.reason, "record": record}
 
 
 @command(_show, summarize=_summarize)
-def engine_command(
-    bundle: BundleArgument,
-    *,
-    options: EngineOptions,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what a build would do; needs no GPU.")
-    ] = False,
-) -> "Engine | EnginePlan":
+def engine_command(bundle: BundleArgument, *, options: EngineOptions) -> "Engine":
     """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
 
     Example: [bold]sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32[/bold]
@@ -52,37 +46,11 @@ def engine_command(
 
     import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
     from sopdeploy.bundle.folder import open_bundle
-    from sopdeploy_export.engine_builder.engine import get_engine, plan_engine
+    from sopdeploy_export.engine_builder.engine import get_engine
 
     opened = open_bundle(bundle)
     configured = os.environ.get("SOPDEPLOY_ENGINE_CACHE")  # where servers with this variable look
     if options.cache is None and configured:
         options = options.model_copy(update={"cache": Path(configured)})
-    if dry_run:
-        return plan_engine(opened, options)
     with show_steps("engine") as report:
         return get_engine(opened, options, report)
-
-
-def _show_engine(engine: "Engine") -> None:
-    record = engine.record
-    key = record.key
-    _field("engine", f"{key.gpu} ({key.architecture}), TensorRT {key.tensorrt}")
-    _field("built", engine.reason or "no, it was in the cache")
-    _field("profiles", f"batches {', '.join(map(str, key.profiles))}")
-    for hazard in record.hazards:
-        _field("rewritten", f"{hazard.num_operators} operators: {hazard.done}")
-    _field("precision", key.precision)
-    for replay in record.replays:
-        for name, deviation in replay.deviation.items():
-            allowed = f"(allowed {replay.tolerance[name]:.2g})"
-            _field("probes", f"batch {replay.batch}: {name} deviates by {deviation:.2g} {allowed}")
-    _field("ready", f"{engine.path} ({record.plan_bytes:,} bytes)", style="bold green")
-
-
-def _show_plan(plan: "EnginePlan") -> None:
-    _field("bundle", f"{plan.bundle}, {plan.precision}")
-    _field("profiles", f"batches {', '.join(map(str, plan.profiles))}")
-    for hazard in plan.hazards:
-        _field("rewritten", f"{hazard.num_operators} operators: {hazard.done}")
-    _field("key", plan.key or f"not known: {plan.key_unknown}")

@@ -8,6 +8,7 @@ import typer
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.environment import SLOW_INT8, lacks_vnni
+from sopdeploy.files import check_is_checkpoint
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def show(exported: "Exported") -> None:
-    """Print what was removed, proved, rewritten and measured, one line per fact, and the warnings."""
+    """Print what was removed, proved and measured, one line per fact, and the warnings."""
     page = exported.path / "report.html"
     for name, text in {**exported.facts(), "bundle": str(exported.path), "page": str(page)}.items():
         print_field(name, text)
@@ -44,6 +45,8 @@ def export_command(
 
     Example: [bold]sopdeploy export runs/latest/best.pt --detach[/bold]
     """
+    if source.network is None:
+        check_is_checkpoint(checkpoint)  # before the imports, which take seconds
     with show_steps("exporting", lines=True) as step:
         if source.network is not None:
             from sopdeploy.api.deployment import export_weights

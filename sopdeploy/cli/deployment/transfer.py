@@ -49,7 +49,6 @@ def pull_command(
     require_signature: Annotated[
         Path | None, typer.Option(help="Require a signature that this public key verifies.")
     ] = None,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Largest archive size.")] = 8_000_000_000,
 ) -> "Pulled":
     """Download a bundle, check signature and hashes, and only then move it to its final name.
 
@@ -57,7 +56,7 @@ def pull_command(
     """
     from sopdeploy.bundle.transfer import pull as run
 
-    return run(source, destination, sha256=sha256, require_signature=require_signature, max_bytes=max_bytes)
+    return run(source, destination, sha256=sha256, require_signature=require_signature)
 
 
 def _show_signed(signed: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """`sopdeploy verify`: check a bundle on this machine."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import command
@@ -10,16 +9,13 @@ if TYPE_CHECKING:
     from sopdeploy_service.commands.verify import Verification
 
 
-def _show(verified: "tuple[Verification, str | None]") -> None:
+def _show(result: "Verification") -> None:
     """Print one line per check."""
-    result, lowering = verified
     print_field("files", f"{result.num_files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}")
     graph = "its root was not recomputed, because onnx is not installed: pip install onnx"
     if result.onnx_root is not None:
         graph = f"root {result.onnx_root[:16]}, recomputed from model.onnx: as exported"
     print_field("graph", graph)
-    if lowering is not None:
-        print_field("lowering", lowering)
     for replay in result.replays:
         for name, deviation in replay.deviation.items():
             allowed = f"(allowed {replay.tolerance[name]:.2g}) on {result.runtime}"
@@ -34,19 +30,8 @@ def _show(verified: "tuple[Verification, str | None]") -> None:
     print_field("verified", str(result.bundle), style="bold green")
 
 
-def replay_rules(bundle: Path) -> str | None:
-    """Replay the rewrite rules of *bundle* if the packages that they need are installed."""
-    try:
-        from sopdeploy_export.replay import check_lowering
-    except ImportError:  # without onnx_ir
-        return None
-    from sopdeploy.bundle.folder import open_bundle
-
-    return check_lowering(open_bundle(bundle))
-
-
-@command(_show, summarize=lambda verified: {**verified[0].model_dump(mode="json"), "lowering": verified[1]})
-def verify_command(bundle: BundleArgument) -> "tuple[Verification, str | None]":
+@command(_show)
+def verify_command(bundle: BundleArgument) -> "Verification":
     """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 
     Example: [bold]sopdeploy verify bundles/photos-3f6c01d2a4b7[/bold]
@@ -54,5 +39,4 @@ def verify_command(bundle: BundleArgument) -> "tuple[Verification, str | None]":
     with show_steps("verifying"):
         from sopdeploy_service.commands.verify import verify as run
 
-        result = run(bundle)
-        return result, replay_rules(bundle) if result.onnx_root is not None else None
+        return run(bundle)

@@ -11,6 +11,7 @@ from rich.text import Text
 from sopdeploy.cli.console import err, one_line_errors, plain_text
 from sopdeploy.errors import ConfigError
 
+TIMEOUT = 3  # seconds for each step of the request
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
 
 
@@ -19,9 +20,6 @@ def health_command(
         str | None,
         typer.Option(help="URL of the server; by default this machine, port SOPDEPLOY_PORT or 8000."),
     ] = None,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, max=3600, help="Seconds to wait for the response.")
-    ] = 3.0,
 ) -> None:
     """Exit with 0 if a server is ready for requests, with 1 if it is not ready or does not respond.
 
@@ -29,16 +27,16 @@ def health_command(
     """
     with one_line_errors():
         server = url or f"http://127.0.0.1:{os.environ.get('SOPDEPLOY_PORT', '8000')}"
-        problem = _check_ready(server, timeout)
+        problem = _check_ready(server)
     if problem is not None:
         err.print(Text.assemble(("not ready:", "bold red"), " ", plain_text(f"{server}: {problem}")))
         raise typer.Exit(NOT_READY)
 
 
-def _check_ready(url: str, timeout: float) -> str | None:
+def _check_ready(url: str) -> str | None:
     """Return why the server at *url* accepts no requests, or `None` if it is ready.
 
-    *timeout* (seconds) applies to each step of the request. Raises `ConfigError` for an invalid URL.
+    Raises `ConfigError` for an invalid URL.
     """
     try:
         parts = urlsplit(url)
@@ -48,7 +46,7 @@ def _check_ready(url: str, timeout: float) -> str | None:
     if parts.scheme not in {"http", "https"} or not host:
         raise ConfigError(f"{url}: not a server URL; write it as http://HOST:PORT")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(host, port, timeout=timeout)
+    connection = kind(host, port, timeout=TIMEOUT)
     try:
         connection.request("GET", parts.path.rstrip("/") + "/readyz")
         response = connection.getresponse()

@@ -42,4 +42,5 @@ def label_command(
 
     folders = run_label_server(kept, photos, host, port, show)
     moved = [step.target for step in folders.steps if step.target is not None]
-    say(f"{len(moved):,} labels", f"next: sopdeploy train --data {photos}")
+    steps = [f"next: sopdeploy train --data {photos}"] if folders.photos.is_dir() else []
+    say(f"{len(moved):,} labels", *steps)

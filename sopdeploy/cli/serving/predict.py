@@ -68,15 +68,12 @@ def _show_benchmark(result: "Benchmark") -> None:
     """Print the machine, and one line per batch size."""
     facts = {**result.machine, **result.versions}
     say(", ".join(f"{key} {value}" for key, value in facts.items()))
-    for side in filter(None, (result.ours, result.other)):
-        say(f"{side.bundle} ({side.precision}) on {side.runtime}, {side.device}")
-        for row in side.latencies:
-            out.print(
-                f"  batch {row.batch:<4} median {row.median_ms:9.2f} ms  p95 {row.p95_ms:9.2f}  "
-                f"p99 {row.p99_ms:9.2f}  {row.images_per_s:10.1f} images/s  ({row.num_runs} runs)"
-            )
-    for size, ratio in result.ratios.items():
-        out.print(f"[bold]batch {size}[/] takes {ratio:.2f} of the other bundle's time (1 : {1 / ratio:.2f})")
+    say(f"{result.bundle} ({result.precision}) on {result.runtime}, {result.device}")
+    for row in result.latencies:
+        out.print(
+            f"  batch {row.batch:<4} median {row.median_ms:9.2f} ms  p95 {row.p95_ms:9.2f}  "
+            f"p99 {row.p99_ms:9.2f}  {row.images_per_s:10.1f} images/s  ({row.num_runs} runs)"
+        )
 
 
 @command(_show_benchmark)
@@ -84,7 +81,6 @@ def bench_command(
     bundle: BundleArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,
-    against: Annotated[Path | None, typer.Option(help="A second bundle, timed alternately.")] = None,
 ) -> "Benchmark":
     """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
 
@@ -94,7 +90,7 @@ def bench_command(
         from sopdeploy_service.commands.bench import bench as run
         from sopdeploy_service.settings import load_settings
 
-        return run(bundle, load_settings(threads=threads), batch_sizes(batch), against, step)
+        return run(bundle, load_settings(threads=threads), batch_sizes(batch), step)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

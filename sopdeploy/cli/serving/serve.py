@@ -37,8 +37,7 @@ def flags_of_settings(*names: str) -> type[Options]:
 
 class ServeOptions(
     flags_of_settings(  # type: ignore[misc] # mypy does not know the class
-        *("host", "port", "runtime", "devices", "front_ends", "decode", "threads", "max_batch", "queue_size"),
-        *("memory_budget", "pin", "keys", "require_signature", "log"),
+        *("host", "port", "runtime", "devices", "front_ends", "threads", "keys", "require_signature", "log"),
     )
 ):
     """The settings that have an option of their own."""
@@ -84,9 +83,6 @@ def key_command(
     rate: Annotated[
         float | None, typer.Option(help="Largest number of images per second; by default no limit.")
     ] = None,
-    burst: Annotated[
-        int | None, typer.Option(min=1, help="Images allowed at once after a pause; by default 32.")
-    ] = None,
 ) -> None:
     """Create an API key, print it once and store its hash; servers read the file when they start.
 
@@ -94,6 +90,6 @@ def key_command(
     """
     from sopdeploy_service.http.api_keys import new_key
 
-    created = new_key(keys, name, rate=rate, burst=burst)
+    created = new_key(keys, name, rate)
     sys.stdout.write(created + "\n")
     err.print(plain_text(f"{keys} stores only a hash: keep the key, it is not shown again"))

@@ -35,9 +35,6 @@ def _check(
         Path | None,
         typer.Option(metavar="RUN", help="Only list labels that are probably wrong, by this run of DIR."),
     ] = None,
-    paths: Annotated[
-        bool, typer.Option("--paths", help="With --wrong-labels: print one path per line, for scripts.")
-    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.
@@ -50,7 +47,7 @@ def _check(
     """
     if wrong_labels is not None:
         with one_line_errors(as_json):
-            _print_labels(path, wrong_labels, paths=paths, as_json=as_json)
+            _print_labels(path, wrong_labels, as_json=as_json)
         return
     with one_line_errors(as_json):
         from sopdeploy.data.check import check_data
@@ -64,16 +61,14 @@ def _check(
         report.must_be_usable()
 
 
-def _print_labels(path: Path, run: Path, *, paths: bool, as_json: bool) -> None:
-    """Print the images of *path* whose labels are probably wrong, as a table, JSON or paths."""
-    from sopdeploy.html.templates import percent
-    from sopdeploy.report.run_data import find_wrong_labels
+def _print_labels(path: Path, run: Path, *, as_json: bool) -> None:
+    """Print the images of *path* whose labels are probably wrong, as a table or JSON."""
+    from sopdeploy.html.report import percent
+    from sopdeploy.report.wrong_labels import find_wrong_labels
 
     found = find_wrong_labels(run, path)
     if as_json:
         print_json([wrong.model_dump(mode="json") for wrong in found])
-    elif paths:
-        say(*(wrong.file for wrong in found))
     else:
         rows = []
         for one in found:

@@ -1,4 +1,4 @@
-"""`sopdeploy eval`, `calibrate` and `report`: measure a network, fit its thresholds, report on its run."""
+"""`sopdeploy eval`: measure a network, and fit its temperature and thresholds."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sopdeploy.api.options import CalibrateOptions, EvaluateOptions
+from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, image_progress, out, plain_text, print_table, say
 
 if TYPE_CHECKING:
-    from sopdeploy.api.calibration import Calibrated
     from sopdeploy.api.evaluation import Evaluation
     from sopdeploy.evaluation.metrics import ClassificationReport
     from sopdeploy.evaluation.multi_label import MultiLabelReport
@@ -33,18 +32,18 @@ def _show(evaluation: "Evaluation") -> None:
         _print_heads(evaluation.heads)
     else:
         _print_multi_label_report(evaluation.metrics)
+    if evaluation.decision is not None:
+        say(*(f"{name}: {text}" for name, text in evaluation.decision.rows()))
 
 
 @command(_show, summarize=lambda evaluation: evaluation.summary())
 def eval_command(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A checkpoint, a bundle, or the URL of a server.")
-    ],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A checkpoint or a bundle.")],
     data: Annotated[Path, typer.Option(help="Folder of images, DIR/<class>/*.jpg or with labels.csv.")],
     *,
     options: EvaluateOptions,
 ) -> "Evaluation":
-    """Evaluate a checkpoint, a bundle or a running server on a folder of images.
+    """Evaluate a checkpoint or a bundle on a folder of images.
 
     Classes are matched by name; classes without images are named and left out. Accuracies have Wilson 95 %
     intervals; the calibration error uses 15 bins. If a rejection threshold was fitted, the output includes
@@ -52,12 +51,14 @@ def eval_command(
     --heads adds top-1, top-5 and loss of every branch, and its share of the weighted training loss. A network
     with several classes per image needs a folder with `labels.csv`; its metrics are mAP, and F1 of each class
     at its threshold.
+    --fit-decision is for imported checkpoints, and for other images than those of a run, which fits both at
+    its end. The metrics are those before the fit.
 
     Example: [bold]sopdeploy eval runs/latest/best.pt --data test-photos[/bold]
 
-    Example: [bold]sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos --tta flip[/bold]
+    Example: [bold]sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt[/bold]
 
-    Example: [bold]sopdeploy eval http://127.0.0.1:8000 --data test-photos --json[/bold]
+    Example: [bold]sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos[/bold]
     """
     with image_progress() as on_image:
         from sopdeploy.api.evaluation import evaluate as run
@@ -116,73 +117,3 @@ def _print_multi_label_report(report: "MultiLabelReport") -> None:
         shown = ("-" if rate is None else f"{rate:.2%}" for rate in rates)
         rows.append((entry.label, str(entry.count), str(entry.answered), f"{entry.threshold:.3f}", *shown))
     print_table(("class", "images", "predicted", "threshold", "AP", "precision", "recall", "F1"), rows)
-
-
-def _show_calibrated(calibrated: "Calibrated") -> None:
-    """Print the fitted values and the next command."""
-    for note in calibrated.notes:
-        err.print(plain_text(f"warning: {note}"))
-    say(*(f"{name}: {text}" for name, text in calibrated.decision.rows(calibrated.labels)))
-    say(f"next: sopdeploy export {calibrated.path}{' --detach' * calibrated.training_only}")
-
-
-def _summarize_calibrated(calibrated: "Calibrated") -> dict[str, Any]:
-    """Build the JSON output."""
-    return {
-        "checkpoint": str(calibrated.path),
-        "num_images": calibrated.num_images,
-        "decision": calibrated.decision.model_dump(mode="json"),
-        "notes": list(calibrated.notes),
-    }
-
-
-@command(_show_calibrated, summarize=_summarize_calibrated)
-def calibrate_command(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `sopdeploy train` or `import`.")],
-    data: Annotated[
-        Path, typer.Option(help="Images not used for training, DIR/<class>/*.jpg or with labels.csv.")
-    ],
-    out_file: Annotated[
-        Path | None, typer.Option(help="The new checkpoint; by default <name>-calibrated.pt.")
-    ] = None,
-    *,
-    options: CalibrateOptions,
-) -> "Calibrated":
-    """Fit temperature and rejection threshold of a checkpoint to images that were not used for training.
-
-    `train` does this at the end of a run, so this command is for imported checkpoints and for other images.
-    For a multi-label network it fits a threshold per class instead.
-
-    Example: [bold]sopdeploy calibrate ckpt.pt --data test-photos[/bold]
-    """
-    with image_progress() as on_image:
-        from sopdeploy.api.calibration import calibrate as run
-
-        return run(checkpoint, data, out_file, options=options, on_image=on_image)
-
-
-def _show_report(written: dict[str, Any]) -> None:
-    """Print the page and its size."""
-    say(f"{written['report']}: {written['bytes']:,} bytes, opens offline")
-
-
-@command(_show_report)
-def report_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A folder written by `sopdeploy train`.")],
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Images to evaluate, DIR/<class>/*.jpg; by default the held-out images."),
-    ] = None,
-    out_file: Annotated[Path | None, typer.Option(help="The HTML file; by default RUN/report.html.")] = None,
-) -> dict[str, Any]:
-    """Write an HTML report on a run: curves, components, confusions, calibration, worst mistakes.
-
-    Example: [bold]sopdeploy report runs/latest[/bold]
-
-    Example: [bold]sopdeploy report runs/latest --data test-photos --out-file page.html[/bold]
-    """
-    with image_progress() as on_image:
-        from sopdeploy.report.page import write_run_report
-
-        page = write_run_report(run, out_file, data=data, on_image=on_image)
-    return {"report": str(page), "bytes": page.stat().st_size}

@@ -116,8 +116,8 @@ def _print_results(results: "Reproduction") -> None:
     from sopdeploy.reproduction.page import error_table, fact_table
 
     trained = results.table.measures == "errors"
-    heads, rows = error_table(results.rows) if trained else fact_table(results.rows)
-    print_table(heads, rows)
+    table = error_table(results.rows) if trained else fact_table(results.rows)
+    print_table(table.columns, (map(str, row) for row in table.rows))
     if results.statement:
         say(results.statement)
     unit = "errors in percent with 95 % intervals; " if trained else ""

@@ -1,9 +1,8 @@
 """`sopdeploy runs`: list runs and bundles."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.text import Text
 
 from sopdeploy.bundle.listing import list_bundles
@@ -54,18 +53,13 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 @command(_show)
-def runs_command(
-    folder: Annotated[Path, typer.Option("--runs", help="Folder of runs.")] = Path("runs"),
-    bundles: Annotated[Path, typer.Option(help="Folder of bundles.")] = Path("bundles"),
-) -> list[dict[str, Any]]:
-    """List runs and bundles, the newest first; a server of the folder of bundles serves those that are live.
+def runs_command() -> list[dict[str, Any]]:
+    """List runs and bundles, the newest first; a server of the folder `bundles` serves those that are live.
 
     Example: [bold]sopdeploy runs[/bold]
-
-    Example: [bold]sopdeploy runs --bundles /srv/models --json[/bold]
     """
     trained, rows, exported = {}, [], set()
-    for best in (path for path in sorted(folder.glob("*/best.pt")) if not path.parent.is_symlink()):
+    for best in (path for path in sorted(Path("runs").glob("*/best.pt")) if not path.parent.is_symlink()):
         from sopdeploy.checkpoint import read_checkpoint
         from sopdeploy_export.report.page import training_rows
 
@@ -78,7 +72,7 @@ def runs_command(
         origin, estimate = checkpoint.origin, dict(training_rows(checkpoint.training)).get("accuracy", "")
         key = name if origin is None else origin.run_id
         trained[key] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
-    for path, manifest, reason, *_ in list_bundles(bundles):
+    for path, manifest, reason, *_ in list_bundles(Path("bundles")):
         row = _row(None)
         if manifest is not None:
             key = "" if manifest.origin is None else manifest.origin.run_id

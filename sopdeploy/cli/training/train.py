@@ -75,6 +75,8 @@ def _train(
 ) -> None:
     """Train a network; Ctrl-C and SIGTERM save and stop, --resume continues bit for bit.
 
+    The run's report.html shows curves, confusions, calibration and the worst mistakes.
+
     Example: [bold]sopdeploy train --data photos/[/bold]
 
     Example: [bold]sopdeploy train --data photos/ --from bundles/live[/bold]
@@ -87,6 +89,11 @@ def _train(
 
     Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
     """
+    if data is not None and recipe is None and not settings:  # before the imports, which take seconds
+        from sopdeploy.data.datasets.folder import FolderConfig
+        from sopdeploy.data.sources import open_data
+
+        open_data(FolderConfig(kind="folder", path=data))
     from sopdeploy.training.distributed.torchrun import is_main_process
 
     if dry_run:
@@ -130,7 +137,7 @@ def _print_dry_run(
 
 
 def _print_result(result: "TrainedRun") -> None:
-    say(*result.procedure.lines(), f"{result.seconds:.0f} s in total")
+    say(*result.procedure.lines(), f"{result.seconds:.0f} s in total", f"page: {result.report}")
     if result.previous:
         say(result.previous)
     if result.decision is not None:

@@ -1,4 +1,4 @@
-"""The labeled images of a folder, for commands without a recipe: `eval`, `calibrate`, `data check`."""
+"""The labeled images of a folder, for commands without a recipe: `eval`, `data check`."""
 
 from functools import cache
 from importlib import resources
@@ -23,18 +23,23 @@ from sopdeploy.errors import DataError, shorten
 
 
 def open_evaluation_images(
-    root: Path, labels: tuple[str, ...], *, multi_label: bool = False, log: Log = ignore
+    root: Path,
+    labels: tuple[str, ...],
+    *,
+    multi_label: bool = False,
+    other_classes: bool = False,
+    log: Log = ignore,
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
 
-    `eval`, `calibrate` and `export --evaluate` read folders with this function. It opens only the held-out
+    `eval` and `export --evaluate` read folders with this function. It opens only the held-out
     images if the data are split: by folders such as train/ and val/, by an official layout, or by the column
     `split` of a `labels.csv`. Classes are matched by name; WordNet IDs match the names of ImageNet's classes.
     With *multi_label*, the network predicts several classes per image, which `labels.csv` lists.
 
     *log* receives a line about classes without images and about the part that is opened. Raises `DataError`
-    for folders that are no class of the network, or if there are no images. Images of an official layout that
-    are of no class of the network are left out.
+    for folders that are no class of the network, or if there are no images. With *other_classes*, such
+    folders are left out with a line, as images of an official layout are without one.
     """
     root = data_folder(root)
     if multi_label:
@@ -52,7 +57,9 @@ def open_evaluation_images(
             images = read_label_table(folder, labels, multi_label=False).held_out()
         else:
             images = list_classes(folder).images
-        images = _match(root, images, labels, must_match=True)
+        if other_classes and (others := [name for name in images.labels if not is_class(name, labels)]):
+            log(f"{root}: left out, of no class: {shorten(others)}")
+        images = _match(root, images, labels, must_match=not other_classes)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
         log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
@@ -65,6 +72,11 @@ def class_aliases() -> dict[str, str]:
     text = resources.files("sopdeploy.data.datasets").joinpath("imagenet_classes.txt").read_text("utf-8")
     pairs = [line.split(" ", 1) for line in text.splitlines()]
     return {first: second for pair in pairs for first, second in (pair, pair[::-1])}
+
+
+def is_class(name: str, labels: tuple[str, ...]) -> bool:
+    """Tell whether the folder *name* is one of *labels*, or its WordNet ID."""
+    return name in labels or class_aliases().get(name) in labels
 
 
 def open_any_images(root: Path) -> ImageFiles:

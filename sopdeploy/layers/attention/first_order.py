@@ -30,12 +30,15 @@ def bottleneck_mlp(channels: int, reduction: int) -> nn.Sequential:
 
 
 class CBAM(nn.Module):
-    """Scale a feature map (B, C, H, W) by channel and by position; `reduction` is r."""
+    """Scale a feature map (B, C, H, W) by channel and by position; `reduction` is r.
 
-    def __init__(self, channels: int, reduction: int, kernel: int) -> None:
+    The convolution over positions has a 7x7 kernel, the best one in the paper.
+    """
+
+    def __init__(self, channels: int, reduction: int) -> None:
         super().__init__()
         self.mlp = bottleneck_mlp(channels, reduction)
-        self.conv = nn.Conv2d(2, 1, kernel, padding=kernel // 2, bias=False)
+        self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
         self.bn = nn.BatchNorm2d(1)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:

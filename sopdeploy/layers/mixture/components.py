@@ -11,6 +11,9 @@ The ReLU is the default, because Table 3 distinguishes GM-GAP from a mixture of 
 
 All weights of a step are one (N, out, in) tensor. So every parameter has a gradient in every step, zero for a
 component that no image selected, which data-parallel training needs.
+
+A mixture of K of N has three forms with equal results: `forward` evaluates all components, `routed_sum` each
+one on its images, and `gathered_sum`, the form of an exported graph, those of each image by their weights.
 """
 
 import math
@@ -20,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.covariance import at_least_float32
+from sopdeploy.layers.isqrt_cov import ISqrtCov, covariance_root
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
 ComponentKind = Literal["gap", "sop", "linear"]
@@ -71,11 +75,16 @@ class Components(nn.Module):
         self.before = nn.AdaptiveAvgPool2d(1) if kind == "linear" else nn.Identity()
         self.after, self.out_features = pooling(kind, (channels, *widths)[-1], root)
 
-    def forward(self, features_BCHW: Tensor, weights_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features_BCHW: Tensor, weights_BN: Tensor | None = None, *, gather: bool = False
+    ) -> Tensor:
         """Evaluate all components on all images; no shape depends on the data.
 
-        Returns their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D) of Eq. (1).
+        Returns their vectors (B, N, D), or with *weights_BN* the weighted sum (B, D) of Eq. (1). With
+        *gather*, this sum has the form of `gathered_sum` where that is faster.
         """
+        if gather and weights_BN is not None and self.can_gather(features_BCHW):
+            return self.gathered_sum(features_BCHW, weights_BN)
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
             groups = 1 if step == 0 else self.components
@@ -88,6 +97,35 @@ class Components(nn.Module):
         grouped = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)
         pooled_BND: Tensor = self.after(grouped).unflatten(0, (-1, self.components))
         return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
+
+    def can_gather(self, features_BCHW: Tensor) -> bool:
+        """Return whether `gathered_sum` applies and is faster than evaluating all components.
+
+        Gathering the weights of a map of one position takes longer than multiplying by all of them.
+        """
+        has_positions = isinstance(self.before, nn.Identity) and features_BCHW[0, 0].numel() > 1
+        return self.counted < self.components and has_positions and not len(self.norms)
+
+    def gathered_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
+        """Compute the (B, D) weighted sum of the `counted` components with the largest weights of each image.
+
+        The other weights must be 0. Roots of covariances are summed before their triangle is taken.
+        """
+        largest_BK, index_BK = weights_BN.topk(self.counted, dim=1)
+        index, shape = index_BK.flatten(), (-1, self.counted)
+        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
+        for step, weight_Noi in enumerate(self.weights):
+            x_BKcM = weight_Noi.index_select(0, index).unflatten(0, shape) @ x_BKcM
+            if len(self.biases):
+                bias_No1 = self.biases[step].view(self.components, -1, 1)
+                x_BKcM = x_BKcM + bias_No1.index_select(0, index).unflatten(0, shape)
+            x_BKcM = F.relu(x_BKcM) if self.rectified else x_BKcM
+        maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
+        root = self.after if isinstance(self.after, ISqrtCov) else None
+        pooled = self.after(maps) if root is None else covariance_root(maps, root.config).flatten(start_dim=1)
+        pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, shape)
+        sum_BD = (largest_BK.unsqueeze(1) @ pooled_BKD).squeeze(1)
+        return sum_BD if root is None else sum_BD.index_select(1, root.triangle)
 
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0.

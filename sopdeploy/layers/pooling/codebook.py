@@ -10,65 +10,49 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.config import Count, Positive
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
 
 
-def assignment_of(centres_KC: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """Compute the weight w = 2 alpha c (K, C, 1, 1) and the bias b = -alpha |c|^2 (K,) of the assignment.
+@torch.no_grad()
+def start_at_centres(assignment: nn.Conv2d, centres_KC: Tensor, alpha: float) -> None:
+    """Set the 1x1 convolution *assignment* to w = 2 alpha c (K, C, 1, 1) and b = -alpha |c|^2 (K,).
 
     The softmax of w x + b is that of -alpha |x - c|^2.
     """
-    return 2 * alpha * centres_KC[:, :, None, None], -alpha * centres_KC.square().sum(dim=1)
-
-
-@torch.no_grad()
-def start_at_centres(assignment: nn.Conv2d, centres_KC: Tensor, alpha: float) -> None:
-    """Set weight and bias of the 1x1 convolution *assignment* to those of `assignment_of`."""
-    weight, bias = assignment_of(centres_KC, alpha)
-    assignment.weight.copy_(weight)
-    assignment.get_parameter("bias").copy_(bias)
+    assignment.weight.copy_(2 * alpha * centres_KC[:, :, None, None])
+    assignment.get_parameter("bias").copy_(-alpha * centres_KC.square().sum(dim=1))
 
 
 class Codebook(GlobalPooling):
     """Soft assignment of positions to words: 1x1 convolution with bias, softmax over words.
 
-    The convolution starts as the assignment to the nearest centers. If it is tied, it is computed from them.
+    The convolution starts as the assignment to the nearest centers.
     """
 
     def __init__(self, config: "CodebookConfig", channels: int) -> None:
         super().__init__()
         self.alpha = config.alpha
-        self.assignment = None if config.tied else nn.Conv2d(channels, config.words, 1)
+        self.assignment = nn.Conv2d(channels, config.words, 1)
         self.centres = nn.Parameter(torch.rand(config.words, channels))
         self.out_features = config.words * channels
         self.finish_initialization()
 
     def finish_initialization(self) -> None:
         """Set the convolution from the centers."""
-        if self.assignment is not None:
-            start_at_centres(self.assignment, self.centres, self.alpha)
-
-    def word_logits(self, features: Tensor) -> Tensor:
-        """Compute the logits of the words (B, K, H, W) at every position."""
-        if self.assignment is None:
-            return F.conv2d(features, *assignment_of(self.centres, self.alpha))
-        logits: Tensor = self.assignment(features)
-        return logits
+        start_at_centres(self.assignment, self.centres, self.alpha)
 
 
 class CodebookConfig(PoolingConfig):
-    """`words` is K. The soft assignment starts as the softmax of -`alpha` |x - c|^2; `tied` keeps it so.
+    """`words` is K. The soft assignment starts as the softmax of -`alpha` |x - c|^2.
 
     Assumption, because the papers print no value for these features: alpha is 0.1.
     """
 
     words: Count = 64
     alpha: Positive = 0.1
-    tied: bool = False
 
 
 def residual_vector(features_BCHW: Tensor, logits_BKHW: Tensor, centres_KC: Tensor) -> Tensor:
@@ -90,7 +74,7 @@ class NetVLAD(Codebook):
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the vector (B, K C)."""
-        return residual_vector(features, self.word_logits(features), self.centres)
+        return residual_vector(features, self.assignment(features), self.centres)
 
 
 class NetVLADConfig(CodebookConfig):
@@ -115,7 +99,7 @@ class NetFV(Codebook):
 
         The shares a are the softmax over words. Every word, each half and the vector have unit length.
         """
-        a_BKM = self.word_logits(features).flatten(start_dim=2).softmax(dim=1)
+        a_BKM = self.assignment(features).flatten(start_dim=2).softmax(dim=1)
         x_BMC, total_BK1 = features.flatten(start_dim=2).transpose(1, 2), a_BKM.sum(dim=2, keepdim=True)
         sum_BKC = a_BKM @ x_BMC
         first_BKC = sum_BKC - total_BK1 * self.centres

@@ -16,11 +16,10 @@ from sopdeploy.config import Count, Positive
 from sopdeploy.layers.covariance import (
     centered_and_scaled,
     covariance,
-    frobenius_norm,
     scaled,
     upper_triangle_indices,
 )
-from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
+from sopdeploy.layers.isqrt_cov import ISqrtCov
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 from sopdeploy.layers.spectral import NO_EIGEN_FORM, Logarithm, Power, spectral
@@ -78,23 +77,17 @@ class EigenPooling(ReducedPooling):
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
         x_BdM = centered_and_scaled(features) if self.config.centered else scaled(features)
-        value_Bdd, lambda_Bd = spectral(covariance(x_BdM), self.function)
-        if self.config.normalise == "M-l2":
-            largest_B1 = self.function(lambda_Bd)[0][:, -1:]
-            value_Bdd = value_Bdd / largest_B1.clamp_min(SMALLEST_NORM)[:, :, None]
-        elif self.config.normalise == "M-Fro":
-            value_Bdd = value_Bdd / frobenius_norm(value_Bdd).clamp_min(SMALLEST_NORM)
+        value_Bdd = spectral(covariance(x_BdM), self.function)
         return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
 
 
 class MpnCovConfig(PoolingConfig):
-    """MPN-COV; `power` is alpha; `normalise` divides by the largest l^alpha or by the Frobenius norm."""
+    """MPN-COV; `power` is alpha."""
 
     layer = EigenPooling
     kind: Literal["mpncov"] = "mpncov"
     width: Width = 256
     power: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
-    normalise: Literal["none", "M-l2", "M-Fro"] = "none"
     centered: ClassVar[bool] = True
 
     def function(self) -> Power:
@@ -114,7 +107,6 @@ class LogEuclideanConfig(PoolingConfig):
     width: Width = 256
     eps: Positive = 1e-3
     centered: bool = True
-    normalise: ClassVar[str] = "none"
 
     def function(self) -> Logarithm:
         """Return f, the function of the eigenvalues."""

@@ -66,10 +66,6 @@ class FewShotResult(ProcedureResult):
         seconds: Time of each step.
     """
 
-    about: ClassVar[str] = (
-        "The few-shot procedure compared linear classifiers on features of the frozen network by "
-        "cross-validation and fitted the chosen one to all images."
-    )
     kind: Literal["few_shot"] = "few_shot"
     top1: Rate | None = None
     map: MeanPrecision | None = None

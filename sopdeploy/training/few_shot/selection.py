@@ -56,9 +56,9 @@ def propose(recipe: Recipe, data: Split, max_minutes: float) -> Proposal:
     elif predicted.memory > half_of_memory:
         problem = f"would need {predicted.memory / 1e9:.0f} GB, more than half of the memory"
     else:
-        other = f"the training loop would take {loop}; --procedure loop selects it"
+        other = f"the training loop would take {loop}; procedure.kind=loop selects it"
         return Proposal(True, f"few-shot procedure, {few_shot} in total: {other}")
-    other = f"the few-shot procedure {problem}; --procedure few_shot selects it"
+    other = f"the few-shot procedure {problem}; procedure.kind=few_shot selects it"
     return Proposal(False, f"training loop, {loop} in total: {other}")
 
 

@@ -1,6 +1,5 @@
 """Embeddings from a network to HTTP: the input of the last linear layer, on request only."""
 
-import asyncio
 import base64
 
 import numpy as np
@@ -10,7 +9,7 @@ from torch import nn
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.client import AsyncClient, Client
+from sopdeploy.client import Client
 from sopdeploy.errors import CertificateError, LoweringError, ParityError, ServiceError
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_service.inference.loader import load_model
@@ -100,15 +99,9 @@ def test_the_service_and_both_clients_return_embeddings(tmp_path, monkeypatch):
             found = python.embed(body)
             good, bad = python.embed([body, b"no"], model="mine")
             described = python.info().models[0]
-
-        async def embed():
-            async with AsyncClient(str(client.base_url)) as python:
-                return await python.embed(body)
-
-        again = asyncio.run(embed())
     decoded = np.frombuffer(base64.b64decode(text), "<f4")
     assert decoded.shape == exported.manifest.outputs[1].shape[1:] == (described.embedding_size,)
-    for values in (numbers["embedding"], listed[0]["embedding"], found.values, good.values, again.values):
+    for values in (numbers["embedding"], listed[0]["embedding"], found.values, good.values):
         np.testing.assert_allclose(values, decoded, rtol=1e-4, atol=1e-5)
     assert (numbers["warnings"], listed[1].keys()) == ([], {"error"})
     assert (bad.error.code, bad.values.size, found.model_digest) == ("not_an_image", 0, exported.manifest.id)

@@ -235,9 +235,9 @@ def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_
     name = request.node.callspec.params["graphs"]
     accepted(graph_of(name, preprocess, **NETWORKS[name]).model, "fp32")
     accepted(graphs[0]["tensorrt"], "int8")
-    lint(graphs[0]["tensorrt"], ())
+    lint(graphs[0]["tensorrt"])
     with pytest.raises(LoweringError, match=r"quantized for CPUs.*--int8-for tensorrt"):
-        lint(graphs[0]["cpu"], ())
+        lint(graphs[0]["cpu"])
 
 
 def test_tensorrt_form_quantizes_convolutions_in_shortcuts(preprocess: Preprocess) -> None:

@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from PIL import Image
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -24,9 +25,8 @@ from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision import casts, convert
 from sopdeploy_export.precision.casts import with_precision
 from sopdeploy_export.precision.convert import CapturedGraph
-from sopdeploy_export.replay import check_lowering
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from tests.export.conftest import GMSOP, export_once
+from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.gpu_graphs import accepted
 from tests.sweep import steps
@@ -48,10 +48,10 @@ def computed_types(program: ExportedProgram) -> dict[str, set[str]]:
 
 
 def cast_graph(
-    graph: CapturedGraph, preprocess: Preprocess, precision: Precision, *, rules: bool = True
+    graph: CapturedGraph, preprocess: Preprocess, precision: Precision
 ) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
     """Convert *graph* to *precision*; return the ONNX graph and the types that each part computes in."""
-    options = ExportOptions(precision=precision, lowering=rules, max_batch=BATCH.maximum)
+    options = ExportOptions(precision=precision, max_batch=BATCH.maximum)
     types: dict[str, set[str]] = {}
     cast_types = convert.cast_types
 
@@ -126,11 +126,6 @@ def test_second_order_parts_keep_float32_in_a_copy(
         own = {name: kind for name, kind in kinds.items() if name.startswith(f"{part}.")}
         assert {f"{part}.row_bn.weight", f"{part}.conv.weight"} <= own.keys()
         assert set(own.values()) == {onnx.TensorProto.FLOAT}
-
-
-def test_without_rules_the_graph_is_cast_as_it_is(preprocess: Preprocess) -> None:
-    _, types = cast_graph(graph_of("isqrt-resnet8", preprocess), preprocess, "fp16", rules=False)
-    assert (types["pooling.root"], types["fc"]) == ({FLOAT}, {HALF})
 
 
 def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
@@ -216,8 +211,7 @@ def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: 
     probes = read_probes(found.path / "probes.npz")
     assert probes.tolerance["logits"] == pytest.approx(4 * found.parity.logits.noise_floor)
     assert (found.path / "precision.json").is_file()
-    assert found.lowering.source_onnx_root != found.certificate.roots.onnx
-    assert check_lowering(open_bundle(found.path)) is None  # no rule applies
+    assert found.manifest.lineage.onnx_root != found.certificate.roots.onnx
     emulated = precision == "bf16-backbone"
     assert (found.parity.emulation is not None) == emulated
     assert ("no bfloat16 kernels" in (found.path / "README.md").read_text()) == emulated
@@ -229,6 +223,26 @@ def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: 
             OnnxRuntime(open_bundle(found.path))
         assert "\n" not in str(problem.value)
         assert "precision fp16 or fp32" in str(problem.value)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16-backbone", "int8"])
+def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
+    tmp_path: Path, precision: str, preprocess: Preprocess
+) -> None:
+    name = "gmsop-16-8-resnet18"
+    options: dict[str, Any] = {"precision": precision, "max_batch": 4, "max_drop": 100.0}
+    if precision == "int8":
+        folder = tmp_path / "images"
+        folder.mkdir()
+        options |= {"calibrate": folder, "int8_for": "tensorrt"}
+        for number, image in enumerate(generated_images(preprocess.crop)):
+            Image.fromarray(image).save(folder / f"{number}.png")
+    network = trained(name, **GMSOP)
+    nn.init.normal_(network.get_parameter("gate.weight"), std=0.1)
+    found = export_once(network, name, tmp_path, **options)
+    assert found.parity.passed
+    assert found.parity.operators["TopK"] == 1
+    accepted(onnx.load(found.path / "model.onnx"), precision)
 
 
 def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path) -> None:

@@ -68,28 +68,10 @@ EMPTY_SCANS = b"\xff\xda\0\x08\1\1\0\1\x3f\x10" * 1000
 PROGRESSIVE = saved("JPEG", progressive=True)
 
 
-def with_size(kind: str, width: int, height: int) -> bytes:
-    """A HEIC or AVIF file of 40 x 40 pixels whose header says another size."""
+def heic_of_size(width: int, height: int) -> bytes:
+    """A HEIC file of 40 x 40 pixels whose header says another size."""
     size = b"ispe" + struct.pack(">III", 0, width, height)
-    return re.sub(rb"ispe.{12}", lambda _found: size, saved(kind), flags=re.DOTALL)
-
-
-def tiled_tiff(side: int, tile: int) -> bytes:
-    """A gray TIFF, compressed with LZW, in tiles that may be larger than the image."""
-    tags = {256: side, 257: side, 258: 8, 259: 5, 262: 1, 277: 1, 322: tile, 323: tile, 324: 8, 325: 8}
-    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
-    return b"II*\0" + struct.pack("<I", 16) + bytes(8) + struct.pack("<H", len(tags)) + entries + bytes(4)
-
-
-def larger_avif(width: int, height: int) -> bytes:
-    """An AVIF file that says 40 x 40 and holds a frame of another size, of which only the header is valid."""
-    body = saved("AVIF")
-    bits = f"{0b000_1_1_00000:010b}{15:04b}{15:04b}{width - 1:016b}{height - 1:016b}"
-    start = body.index(b"mdat") + 4
-    place = body.index(b"\x0a", start)
-    header = int(bits.ljust(64, "0"), 2).to_bytes(8, "big")  # also without film grain
-    assert body[place + 1] >= len(header)
-    return body[: place + 2] + header + body[place + 2 + len(header) :]
+    return re.sub(rb"ispe.{12}", lambda _found: size, saved("HEIF"), flags=re.DOTALL)
 
 
 ZTXT_BOMB = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(50_000_000), 9))
@@ -102,21 +84,19 @@ BAD_BODIES = {
     },
     (413, "too_many_pixels"): {
         "PNG of 900 megapixels": png(30_000, 30_000),
-        "AVIF of 71 megapixels": with_size("AVIF", 8900, 8000),
-        "AVIF whose frames are larger than it says": larger_avif(9000, 9000),
-        "HEIC of 71 megapixels": with_size("HEIF", 8900, 8000),
-        "TIFF with tiles of 4 gigapixels": tiled_tiff(40, 65_520),
+        "HEIC of 71 megapixels": heic_of_size(8900, 8000),
     },
     (415, "not_an_image"): {
         "text": b"hello, I am a cat",
         "JSON": b'{"image": "aGVsbG8="}',
         "a sound": b"RIFF\0\0\0\0WAVEfmt " + bytes(100),
+        "PPM": saved("PPM"),
         "gzip": gzip.compress(JPEG_IMAGE),
     },
     (415, "unsupported_format"): {
-        "TIFF with JPEG inside": saved("TIFF", compression="jpeg"),
-        "animated AVIF": saved("AVIF", save_all=True, append_images=[Image.new("RGB", (40, 40))]),
-        "PPM of 8 levels": b"P6 2 2 7 " + bytes(12),
+        "TIFF": saved("TIFF"),
+        "AVIF": b"\0\0\0\x1cftypavif" + bytes(100),
+        "AVIF behind another brand": b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif" + bytes(100),
         "JPEG XL": b"\0\0\0\x0cJXL " + bytes(100),
         "ICO": saved("ICO"),
         "PDF": b"%PDF-1.7 ...",
@@ -137,10 +117,7 @@ BAD_BODIES = {
             PROGRESSIVE[:20] + b"\0" + PROGRESSIVE[20:-2] + EMPTY_SCANS + b"\xff\xd9"
         ),
         "JPEG without a width": jpeg_of_size(0, 10),
-        "only the signature of an AVIF": b"\0\0\0\x1cftypavif" + bytes(100),
         "only the signature of a HEIC": b"\0\0\0\x18ftypheic" + bytes(100),
-        "only the signature of a TIFF": b"II*\0" + bytes(100),
-        "AVIF with two headers": saved("AVIF").replace(b"iloc", b"iinf"),
         "only the signature of a BMP": b"BMW is a car",
     },
     (422, None): {
@@ -173,7 +150,7 @@ def test_a_bad_body_is_rejected_and_the_next_request_succeeds(client, jpeg, expe
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-@pytest.mark.parametrize("kind", ["ICO", "EPS", "JPEG2000", "TGA"])
+@pytest.mark.parametrize("kind", ["ICO", "EPS", "JPEG2000", "TGA", "TIFF", "PPM"])
 def test_an_unsupported_format_never_reaches_pillow(kind, monkeypatch):
     body = saved(kind)
     monkeypatch.setattr(Image, "open", lambda *given, **options: pytest.fail("was opened"))
@@ -182,11 +159,9 @@ def test_an_unsupported_format_never_reaches_pillow(kind, monkeypatch):
     assert caught.value.status == 415
 
 
-@pytest.mark.parametrize(
-    "kind", ["image/heic", "image/heif", "image/avif", "image/tiff", "image/x-portable-pixmap"]
-)
+@pytest.mark.parametrize("kind", ["image/heic", "image/heif", "image/webp", "image/gif", "image/x-ms-bmp"])
 def test_every_accepted_format_is_classified_and_matches_its_media_type(client, kind):
-    names = {"heic": "HEIF", "heif": "HEIF", "x-portable-pixmap": "PPM"}
+    names = {"heic": "HEIF", "heif": "HEIF", "x-ms-bmp": "BMP"}
     subtype = kind.partition("/")[2]
     body = saved(names.get(subtype, subtype.upper()))
     reply = client.post("/v1/classify", content=body, headers={"Content-Type": kind})

@@ -11,7 +11,6 @@ from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision
 from sopdeploy.errors import BundleError, DataError
-from sopdeploy.evaluation.service import score_service
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.images.decode import EncodedImage
@@ -78,7 +77,7 @@ def test_info_the_client_and_predict_show_the_same_decision(
         assert [one.label for one in found.classes] == listed
 
 
-def test_a_bundle_and_its_service_evaluate_labels_csv_equally(
+def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(
     client, bundle_path, make_picture, tmp_path
 ) -> None:
     colors = {"ant|bee": (200, 30, 60), "": (90, 160, 30), "cat": (10, 90, 220), "gnu|cat": (200, 200, 20)}
@@ -89,14 +88,13 @@ def test_a_bundle_and_its_service_evaluate_labels_csv_equally(
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     settings = Settings(threads=1)
     names, ours, _ = scores_of_bundle(bundle_path, tmp_path, settings=settings, on_image=lambda *_: None)
-    url = str(client.base_url)
-    labels, theirs = score_service(url, tmp_path, on_image=lambda *_: None)
+    for number, row in enumerate(ours.probabilities):
+        body = (tmp_path / f"{number}.jpg").read_bytes()
+        listed = client.post("/v1/classify?threshold=0", content=body).json()["classes"]
+        assert {one["label"]: one["probability"] for one in listed} == dict(zip(names, row, strict=True))
     (tmp_path / "labels.csv").unlink()
     with pytest.raises(DataError, match=r"has no labels\.csv"):
-        score_service(url, tmp_path, on_image=lambda *_: None)
-    assert labels == names
-    assert theirs.report() == ours.report()
-    assert (theirs.probabilities == ours.probabilities).all()
+        scores_of_bundle(bundle_path, tmp_path, settings=settings, on_image=lambda *_: None)
 
 
 def test_a_bundle_with_too_few_thresholds_is_rejected(tmp_path) -> None:

@@ -187,8 +187,31 @@ def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_pa
     assert (found.removed, "yak" in [one.label for one in found.classes]) == ((name,), False)
     (photos / "cow").mkdir()
     photograph(0).save(photos / "cow" / "0.png")
-    with pytest.raises(DataError, match="cow is no class"):
-        compare_bundles(first, newer, photos)
+    more = compare_bundles(first, newer, photos)
+    assert (more.num_images, more.new) == (found.num_images, found.new)
+    assert [note for note in more.notes if "cow" in note] == [f"{photos}: left out, of no class: cow"]
+
+
+def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(
+    bundles, labelled, tmp_path, make_bundle
+) -> None:
+    first, second = bundles
+    unknown = labelled(first, count=12, first=500)
+    strict, loose = (
+        with_manifest(
+            second,
+            tmp_path / name,
+            decision=Decision(rejection=Rejection(score="max_probability", threshold=threshold)),
+        )
+        for name, threshold in (("strict", 1.0), ("loose", 0.0))
+    )
+    photos = labelled(second)
+    found = compare_bundles(strict, loose, photos, unknown=unknown)
+    assert (found.wins, found.losses, found.verdict) == (0, 0, "worse")
+    assert (found.unknown.wins, found.unknown.losses) == (0, 12)
+    assert ", rejects 12 fewer unknown images: " in found.summary
+    assert not compare_bundles(loose, strict, photos, unknown=unknown).unknown.is_worse
+    assert compare_bundles(strict, loose, photos).unknown is None
 
 
 @pytest.fixture

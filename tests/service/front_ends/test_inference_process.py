@@ -260,10 +260,10 @@ def test_a_batch_may_have_images_with_and_without_features(
     class Gated(OnnxRuntime):
         gate, batches = threading.Event(), []
 
-        def run_outputs(self, images, names):
+        def run(self, images):
             self.gate.wait(60)
             self.batches.append(len(images))
-            return super().run_outputs(images, names)
+            return super().run(images)
 
     outputs = open_bundle(write_bundle_with_outputs(bundle_path, tmp_path))
     runtime = Gated(outputs, threads=1)

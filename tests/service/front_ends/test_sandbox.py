@@ -38,10 +38,7 @@ MORE = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}
 TURNED = Image.Exif()
 TURNED[274] = 6  # the orientation
 IMAGES = {
-    **{
-        kind: picture_bytes(kind=kind)
-        for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "AVIF", "HEIF", "TIFF", "PPM")
-    },
+    **{kind: picture_bytes(kind=kind) for kind in ("JPEG", "PNG", "WEBP", "BMP", "GIF", "HEIF")},
     "CMYK JPEG": saved("CMYK", "JPEG"),
     "JPEG with two images": saved("RGB", "MPO", **MORE),
     "turned JPEG": saved("RGB", "JPEG", exif=TURNED),
@@ -152,20 +149,13 @@ def run_filter(code: list[tuple[int, ...]], data: bytes) -> int:
             position += if_equal if accumulator == value else otherwise
 
 
-IMPOSSIBLE: dict[str, tuple[dict[str, object], str]] = {
-    "tracing": ({"tracing": True}, "tracing needs files or sockets"),
-    "another system": ({}, "Darwin on x86_64 is not supported by the seccomp filter"),
-}
-
-
-@pytest.mark.parametrize("case", IMPOSSIBLE)
-def test_a_required_sandbox_is_an_error_where_auto_warns(case: str, monkeypatch, caplog) -> None:
-    given, message = IMPOSSIBLE[case]
+def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch, caplog) -> None:
+    message = "Darwin on x86_64 is not supported by the seccomp filter"
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     config = uvicorn.Config(Starlette(), log_config=None)
     with pytest.raises(ConfigError, match=message):
-        sandbox.apply(load_settings(**given, front_ends=2, sandbox="required"), config)
-    sandbox.apply(load_settings(**given), config)
+        sandbox.apply(load_settings(front_ends=2, sandbox="required"), config)
+    sandbox.apply(load_settings(), config)
     assert message in caplog.text
-    sandbox.apply(load_settings(**given, sandbox="off"), config)
+    sandbox.apply(load_settings(sandbox="off"), config)

@@ -47,14 +47,13 @@ def test_an_image_that_exceeds_the_memory_alone_is_413_and_names_the_setting(ser
     assert client.post("/v1/classify", content=hostile.webp_lossless(2000, 1500)).status_code == 200
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("kind", ["GIF", "BMP"])
 def test_a_format_that_is_not_in_the_settings_is_415(serve_with, make_picture, kind: str) -> None:
     body = make_picture(kind=kind)
-    refused = serve_with(FakeRuntime(num_classes=7)).post("/v1/classify", content=body)
+    refused = serve_with(FakeRuntime(num_classes=7), formats="jpeg,png").post("/v1/classify", content=body)
     assert (refused.status_code, refused.json()["code"]) == (415, "unsupported_format")
-    assert "formats is jpeg,png,webp" in refused.json()["detail"]
-    client = serve_with(FakeRuntime(num_classes=7), formats=f"jpeg,{kind.lower()}")
-    assert client.post("/v1/classify", content=body).status_code == 200
+    assert "formats is jpeg,png" in refused.json()["detail"]
+    assert serve_with(FakeRuntime(num_classes=7)).post("/v1/classify", content=body).status_code == 200
 
 
 class GatedDecode:

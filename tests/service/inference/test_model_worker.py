@@ -115,5 +115,5 @@ def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: li
 def test_an_output_that_is_not_finite_fails_only_its_own_image(output: str) -> None:
     values = {"logits": np.zeros((3, 3), np.float32), "gate": np.zeros((3, 4), np.float32)}
     values[output][1, 2] = np.inf if output == "gate" else np.nan
-    found = run_bisected(lambda _: values, images(1, 2, 3), ["logits"])
+    found = run_bisected(lambda _: values, images(1, 2, 3), list(values))
     assert [row is NONFINITE for row in found] == [False, True, False]

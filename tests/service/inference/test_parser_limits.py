@@ -8,12 +8,13 @@ from fake_runtime import FakeRuntime
 
 from sopdeploy_service.api import upload
 from sopdeploy_service.api.v2 import routes
+from sopdeploy_service.inference import service
 from tests.service.raw import count
 
 
 @pytest.fixture
 def blocked(monkeypatch):
-    """Parsers that wait until the event is set; `.at_work` is how many do."""
+    """One parser, which waits until the event is set; `.at_work` is how often it began."""
     gate = threading.Event()
     gate.at_work = 0
 
@@ -25,6 +26,7 @@ def blocked(monkeypatch):
 
         return read
 
+    monkeypatch.setattr(service, "PARSERS", 1)
     monkeypatch.setattr(upload, "parse_upload", waiting(upload.parse_upload))
     monkeypatch.setattr(routes, "parse_body", waiting(routes.parse_body))
     yield gate
@@ -37,7 +39,7 @@ REQUESTS = {"/v1/classify": {"image": "AAAA"}, "/v2/models/tiny/infer": {"inputs
 
 @pytest.mark.parametrize("path", REQUESTS)
 def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, until, path):
-    client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1, parsers=1)
+    client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1)
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(client.post, path, json=REQUESTS[path]) for _ in range(4)]
         until(lambda: count(client, "queue_depth") == 4)
@@ -53,7 +55,7 @@ def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, u
 
 @pytest.mark.usefixtures("blocked")
 def test_a_request_without_a_free_parser_ends_at_the_deadline(serve_with):
-    client = serve_with(FakeRuntime(num_classes=7), parsers=1)
+    client = serve_with(FakeRuntime(num_classes=7))
     for path, body in REQUESTS.items():
         reply = client.post(path, json=body, headers={"X-Request-Timeout-Ms": "200"})
         assert (reply.status_code, count(client, "queue_depth")) == (504, 0)

@@ -51,13 +51,13 @@ def no_collector() -> Iterator[None]:
 def test_a_replaced_model_is_released_though_idle_connections_stay(
     versions: list[Path], run_server: Running, jpeg: bytes, until: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = OnnxRuntime.run_outputs
+    run = OnnxRuntime.run
 
-    def slow(runtime: OnnxRuntime, images: Any, names: Any) -> Any:
+    def slow(runtime: OnnxRuntime, images: Any) -> Any:
         time.sleep(0.01)
-        return run(runtime, images, names)
+        return run(runtime, images)
 
-    monkeypatch.setattr(OnnxRuntime, "run_outputs", slow)
+    monkeypatch.setattr(OnnxRuntime, "run", slow)
     first = load_model(versions[0], SETTINGS)
     with run_server(first.runtime, first.bundle, SETTINGS) as client:
         registry = client.app.state.service.registry

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -24,6 +25,7 @@ from sopdeploy_service.server import launch
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
+from tests.service import children
 from tests.service.children import FRONT_ENDS, ONE_PROCESS, WAYS, line_of, serving
 from tests.service.conftest import wait_for
 from tests.service.raw import GET, POST, connect, post_of, read
@@ -48,11 +50,11 @@ except SopdeployError as problem:
 BATCH = """
 import threading, time
 from sopdeploy_service.runtime.onnxruntime import (OnnxRuntime)
-original = OnnxRuntime.run_outputs
-def changed(self, images, names):
+original = OnnxRuntime.run
+def changed(self, images):
     {before}
-    return original(self, images, names)
-OnnxRuntime.run_outputs = changed
+    return original(self, images)
+OnnxRuntime.run = changed
 """
 WAITS = """while threading.current_thread().name == 'model_worker' and not Path({gate!r}).exists():
         time.sleep(0.01)"""
@@ -290,6 +292,41 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
     assert {reply.status_code for reply in replies} == {200}
 
 
+@pytest.mark.parametrize("way", BOTH_WAYS)
+def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(
+    make_bundle, tmp_path, jpeg, until, way
+) -> None:
+    live = tmp_path / "live"
+    first, second = (make_bundle(tmp_path, seed=seed) for seed in (0, 1))
+    promote(first, live, None)
+    terminal, stderr = os.openpty()
+    command = (*children.SERVE, "--port", "0", "--threads", "1", "--setting", "follow=true", *WAYS[way])
+    with subprocess.Popen(
+        [sys.executable, *command, str(live)],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env={**os.environ, "PYTHONPATH": children.PYTHONPATH},
+    ) as child:
+        try:
+            os.close(stderr)
+            address = line_of(child).split()[1]
+            os.close(terminal)
+
+            def serves(bundle: Path) -> bool:
+                reply = httpx.post(f"{address}/v1/classify", content=jpeg)
+                assert reply.status_code == 200
+                return reply.headers["x-model-digest"] == bundle.name.rpartition("-")[2]
+
+            assert serves(first)
+            promote(second, live, None, force="newer")
+            until(lambda: serves(second))
+            child.send_signal(signal.SIGHUP)  # the kernel's, of the closed terminal
+            assert child.wait(PATIENCE) == 0
+        finally:
+            child.kill()
+
+
 @pytest.mark.parametrize("front_ends", [1, 2])
 def test_a_server_cannot_follow_what_is_no_link(bundle_path: Path, front_ends: int) -> None:
     with pytest.raises(ConfigError, match="no BUNDLE is a link; name one, such as bundles/live"):
@@ -305,13 +342,25 @@ def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypat
         assert launch.terminal_is_closed() == had_terminal
 
 
+def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watch = launch.LoopWatch()
+    now[0] += 0.3
+    watch.beat()
+    assert watch.worst() == pytest.approx(0.2)
+    for _ in range(100):
+        watch.beat()
+    assert watch.worst() == watch.lag() == 0
+
+
 @pytest.mark.parametrize("way", BOTH_WAYS)
 def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_path, jpeg, way) -> None:
     with serving(str(bundle_path), "--log", "json", *WAYS[way]) as client:
         fcntl.fcntl(client.child.stderr, fcntl.F_SETPIPE_SZ, 4096)  # full after ten requests
         statuses = {client.post("/v1/classify", content=jpeg).status_code for _ in range(60)}
         assert statuses == {200}
-        assert httpx.get(f"{client.health}/livez").status_code == 200
+        assert client.get("/livez").status_code == 200
         client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(60) == 0
 

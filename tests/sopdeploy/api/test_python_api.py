@@ -93,8 +93,8 @@ def test_the_same_error_names_arguments_in_python_and_options_on_the_command_lin
 
 ERRORS = {
     "max_batch=0: too small": ("--max-batch 0: too small", {"setting": "max_batch", "value": 0}),
-    "x; try detach=True or lowering=False": (
-        "x; try --detach or --no-lowering", {"remedies": {"detach": True, "lowering": False}},
+    "x; try detach=True or pt2=False": (
+        "x; try --detach or --no-pt2", {"remedies": {"detach": True, "pt2": False}},
     ),
     "out: x; try precision='fp32'": (
         "--out: x; try --precision fp32", {"setting": "out", "remedies": {"precision": "fp32"}},
@@ -115,7 +115,7 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
     printed = command("train", *options, *settings)
     assert same_run(run.out, tmp_path / "run")
     ours = run.model_dump(mode="json")
-    paths = {"out", "best", "last", "history", "seconds"}
+    paths = {"out", "best", "last", "history", "report", "seconds"}
     assert {key: printed[key] for key in printed.keys() - paths} == {
         key: ours[key] for key in ours.keys() - paths
     }
@@ -141,7 +141,7 @@ def test_evaluation_gives_the_metrics_of_the_command(run: TrainedRun, bundle: Pa
         found = sopdeploy.evaluate(source, photos)
         done = CliRunner().invoke(app, ["eval", str(source), "--data", str(photos), "--json"])
         assert json.loads(done.stdout) == {
-            **{"source": str(source), "kind": found.kind, "tta": "none"},
+            **{"source": str(source), "kind": found.kind},
             **found.facts,
             **found.metrics.model_dump(mode="json"),
             "notes": list(found.notes),
@@ -190,23 +190,25 @@ def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
     printed = command(
         "classify", bundle, photos, "--out", tmp_path / "a", "--setting", "threads=1", "--workers", 1
     )
-    shown: list[tuple[int, int]] = []
+    shown: list[tuple[int, int, int]] = []
     found = sopdeploy.classify(
         bundle, photos, tmp_path / "b", workers=1, threads=1, on_progress=lambda *done: shown.append(done)
     )
     figures = found.model_dump(mode="json")
-    assert figures == {**printed, "rows": str(tmp_path / "b" / "rows")}
-    assert (found.num_images, found.num_errors, shown[-1]) == (8, 0, (8, 8))
+    assert figures == {**printed, "out": str(tmp_path / "b")}
+    assert (found.num_images, found.num_errors, sum(found.counts.values()), shown[-1]) == (8, 0, 8, (8, 0, 8))
     names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "rows").iterdir()]
     assert [(tmp_path / "b" / name).read_bytes() for name in names] == [
         (tmp_path / "a" / name).read_bytes() for name in names
     ]
     assert (found.rows / "part-00000.parquet").is_file()
-    assert sopdeploy.classify(bundle, [photos], str(tmp_path / "b"), workers=1, threads=1) == found
+    assert found.report.is_file()
+    again = sopdeploy.classify(bundle, [photos], str(tmp_path / "b"), workers=1, threads=1)
+    assert (again.classified, again.counts) == (0, found.counts)
 
 
 BAD_CLASSIFICATIONS: dict[str, tuple[type[SopdeployError], dict[str, Any]]] = {
-    r"^out: /.* was begun with columns \[\], not": (ConfigError, {"logits": True}),
+    r"^out: /.* was begun with logits False, not True": (ConfigError, {"logits": True}),
     r"^workers: Input should be greater than": (ConfigError, {"workers": 0}),
     r"^features: .* has no features; export it with_features": (ConfigError, {"features": True}),
     r"prt: unknown key": (ConfigError, {"prt": 1}),

@@ -1,13 +1,12 @@
 """A scripted server for responses that a real one does not give on demand."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
 
-from sopdeploy.client import AsyncClient, Client, requests
+from sopdeploy.client import Client, requests
 
 
 class Script:
@@ -47,37 +46,21 @@ def success() -> httpx.Response:
 
 @pytest.fixture
 def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The delays of all retries; no client actually sleeps."""
+    """The delays of all retries; the client does not sleep."""
     found: list[float] = []
 
-    async def sleep(seconds: float) -> None:
-        found.append(seconds)
-
-    monkeypatch.setattr("sopdeploy.client.clients.time.sleep", found.append)
-    monkeypatch.setattr("sopdeploy.client.clients.asyncio.sleep", sleep)
+    monkeypatch.setattr("sopdeploy.client.client.time.sleep", found.append)
     monkeypatch.setattr(requests.random, "uniform", lambda low, high: high)
     return found
 
 
-def blocking(script: Script, method: str, *arguments: Any, **options: Any) -> Any:
-    settings = {key: options.pop(key) for key in ("retries", "api_key") if key in options}
-    with Client("http://server", transport=httpx.MockTransport(script), **settings) as client:
-        return getattr(client, method)(*arguments, **options)
+@pytest.fixture
+def call() -> Callable[..., Any]:
+    """`call(script, method, ...)` calls a method of a client."""
 
+    def run(script: Script, method: str, *arguments: Any, **options: Any) -> Any:
+        settings = {key: options.pop(key) for key in ("retries", "api_key") if key in options}
+        with Client("http://server", transport=httpx.MockTransport(script), **settings) as client:
+            return getattr(client, method)(*arguments, **options)
 
-def awaited(script: Script, method: str, *arguments: Any, **options: Any) -> Any:
-    settings = {key: options.pop(key) for key in ("retries", "api_key") if key in options}
-
-    async def run() -> Any:
-        transport = httpx.MockTransport(script)
-        async with AsyncClient("http://server", transport=transport, **settings) as client:
-            return await getattr(client, method)(*arguments, **options)
-
-    return asyncio.run(run())
-
-
-@pytest.fixture(params=[blocking, awaited], ids=["Client", "AsyncClient"])
-def call(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """`call(script, method, ...)` on each kind of client: both must behave the same."""
-    found: Callable[..., Any] = request.param
-    return found
+    return run

@@ -1,4 +1,4 @@
-"""Requests and parsed responses, the same for both clients."""
+"""Requests and parsed responses."""
 
 import io
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.client import AsyncClient, Client
+from sopdeploy.client import Client
 from sopdeploy.client.requests import encode_image
 from sopdeploy.errors import ConfigError, DataError, ServiceError, UnreachableError
 
@@ -105,10 +105,9 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize(("options", "message"), OPTIONS, ids=str)
-@pytest.mark.parametrize("kind", [Client, AsyncClient])
-def test_invalid_options_are_rejected(kind, options, message):
+def test_invalid_options_are_rejected(options, message):
     with pytest.raises(ConfigError, match=message):
-        kind(**{"url": "http://server", **options})
+        Client(**{"url": "http://server", **options})
 
 
 @pytest.mark.parametrize("image", [PIXELS, PIXELS[..., 0], PIXELS[:, ::2], Image.fromarray(PIXELS)])

@@ -9,7 +9,7 @@ from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.prediction import score_checkpoint
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.train import train_recipe
@@ -57,7 +57,7 @@ def test_skipped_images_are_counted_and_named_and_an_evaluation_names_them(spoil
     (warning,) = [facts["warning"] for event, facts in callback.events if event == "warning"]
     assert warning.startswith("3 unreadable images are left out: ")
     with pytest.raises(DataError, match="2 images cannot be used"):
-        score_checkpoint(result.best, spoilt / "train", on_image=lambda _done, _all: None)
+        score_checkpoint(result.best, spoilt / "train")
 
 
 def test_a_run_resumes_bit_for_bit_unless_an_image_was_repaired(spoilt, tmp_path) -> None:

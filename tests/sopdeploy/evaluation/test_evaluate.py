@@ -1,7 +1,6 @@
-"""Evaluation of networks and checkpoints; metrics by hand and by definition; sources; views of an image."""
+"""Evaluation of networks and checkpoints; metrics by hand and by definition; sources."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, 
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.errors import ConfigError, DataError, TrainingError
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import BINS, ClassificationReport, ImageScore, classification_report
-from sopdeploy.evaluation.prediction import evaluate_network, score_checkpoint
+from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.images.tta import check_tta_mode, tta_views
 from sopdeploy.layers.normalize import Normalize
 from tests.sopdeploy.data.test_data_folder import make
 
@@ -115,30 +114,26 @@ def stored(tmp_path) -> Path:
 
 def measured(stored: Path, data: Path, **options: Any) -> ClassificationReport:
     progress: list[tuple[int, int]] = []
-    labels, scores, _ = score_checkpoint(
-        stored, data, on_image=lambda *done: progress.append(done), **options
-    )
-    assert progress[-1] == (len(scores), len(scores))
-    return classification_report(labels, scores)
+    found = score_checkpoint(stored, data, on_image=lambda *done: progress.append(done), **options)
+    assert progress[-1] == (len(found.predictions), len(found.predictions))
+    return classification_report(found.labels, found.predictions)
 
 
-def test_classes_are_matched_by_name_and_views_are_averaged(stored, tmp_path) -> None:
+def test_classes_are_matched_by_name(stored, tmp_path) -> None:
     make(tmp_path / "val", a=3, b=4)
     model, normalize = build_classifier(read_checkpoint(stored), stored), Normalize(RULES)
     right, losses = 0, []
     for target, name in enumerate(("b", "a")):
         for path in (tmp_path / "val" / name).iterdir():
             pixels = preprocess_image(Image.open(path), RULES)
-            both = torch.from_numpy(np.stack([pixels, pixels[:, ::-1]]))
-            logits = model(normalize(both)).detach().double()
-            right += int(logits[0].argmax()) == target
-            losses.append(-float(logits.softmax(1).mean(0).log()[target]))
+            logits = model(normalize(torch.tensor(pixels[None]))).detach().double()[0]
+            right += int(logits.argmax()) == target
+            losses.append(-float(logits.log_softmax(0)[target]))
     figures = measured(stored, tmp_path / "val")
     assert (figures.count, figures.top1.right) == (7, right)
     assert [(one.label, one.count) for one in figures.classes] == [("a", 3), ("b", 4)]
     assert figures == measured(stored, tmp_path / "val", workers=2)
-    assert measured(stored, tmp_path / "val", tta="flip").nll == pytest.approx(np.mean(losses), abs=1e-6)
-    assert measured(stored, tmp_path / "val", tta="ten-crop").count == 7
+    assert figures.nll == pytest.approx(np.mean(losses), abs=1e-6)
 
 
 def test_heads_are_evaluated_on_every_image(stored, tmp_path) -> None:
@@ -166,10 +161,9 @@ def test_heads_are_evaluated_on_every_image(stored, tmp_path) -> None:
     command = ["eval", str(stored), "--data", str(tmp_path / "val"), "--heads"]
     shown = CliRunner().invoke(app, [*command, "--json"])
     assert json.loads(shown.stdout)["heads"] == [one.model_dump(mode="json") for one in found.heads]
-    refused = CliRunner().invoke(app, [*command, "--tta", "flip"])
-    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
-    with pytest.raises(ConfigError, match="heads: only for a checkpoint, this is a service"):
-        sopdeploy.evaluate("http://127.0.0.1:1", tmp_path, heads=True)
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(ConfigError, match="heads: only for a checkpoint, this is a bundle"):
+        sopdeploy.evaluate(tmp_path, tmp_path, heads=True)
 
 
 LABELS = ("a", "b", "c")
@@ -211,7 +205,6 @@ def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> No
 def test_sources_are_detected_or_refused(tmp_path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "manifest.json").write_text("{}")
-    assert detect_source("http://host:8000") == detect_source("https://host") == "service"
     assert detect_source(str(tmp_path / "bundle")) == "bundle"
     assert detect_source("runs/a/best.pt") == "checkpoint"
     with pytest.raises(ConfigError, match=r"it has no manifest\.json"):
@@ -219,22 +212,5 @@ def test_sources_are_detected_or_refused(tmp_path) -> None:
     (tmp_path / "best.pt").touch()
     with pytest.raises(ConfigError, match=r"is a run folder; give .*best\.pt"):
         detect_source(str(tmp_path))
-    with pytest.raises(ConfigError, match="only services on http://"):
-        detect_source("ftp://host/x")
-
-
-CROPPED = Preprocess(resize=12, crop=8)
-IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8))
-
-
-def test_views_are_mirrors_or_corners_center_and_their_mirrors() -> None:
-    prepare = partial(preprocess_image, IMAGE)
-    whole, plain = np.asarray(IMAGE), prepare(CROPPED)
-    none, flip, ten = (tta_views(prepare, CROPPED, mode) for mode in ("none", "flip", "ten-crop"))
-    assert np.array_equal(none, [plain])
-    assert np.array_equal(flip, [plain, plain[:, ::-1]])
-    corners = [whole[:8, :8], whole[:8, 4:], whole[4:, :8], whole[4:, 4:]]
-    assert np.array_equal(ten[:5], [whole[2:10, 2:10], *corners])
-    assert np.array_equal(ten[5:], ten[:5, :, ::-1])
-    with pytest.raises(ConfigError, match="no corners to crop"):
-        check_tta_mode("ten-crop", Preprocess(resize=8, crop=8))
+    with pytest.raises(ConfigError, match="is a URL; give a checkpoint or a bundle"):
+        detect_source("http://127.0.0.1:8000")

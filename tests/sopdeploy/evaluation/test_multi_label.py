@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, f1_score
 
+from sopdeploy.api.training import PageWriter
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision, fit_thresholds
-from sopdeploy.evaluation.prediction import classification_loss, score_checkpoint
-from sopdeploy.report.page import write_run_report
+from sopdeploy.evaluation.prediction import classification_loss
+from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.two_objects import CLASSES, draw_scenes
@@ -84,9 +86,11 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     scenes: Path, tmp_path: Path
 ) -> None:
-    result = train_recipe(
-        recipe(scenes, "mix.mixup=0.2", "mix.cutmix=0.2", "ema={decay=0.5}"), tmp_path / "run"
+    settings, writer = (
+        ("mix.mixup=0.2", "mix.cutmix=0.2", "ema={decay=0.5}"),
+        PageWriter(tmp_path / "run", Callback()),
     )
+    result = train_recipe(recipe(scenes, *settings), tmp_path / "run", callback=writer)
     stored = read_checkpoint(result.best)
     assert stored.labels == CLASSES
     assert stored.decision is not None
@@ -96,10 +100,11 @@ def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     rows = list(csv.DictReader(result.history.read_text().splitlines()))
     assert max(float(row["map"]) for row in rows) == result.best_map
     assert {"macro_f1", "micro_f1", "main_map", "layer1_0_loss"} <= rows[0].keys()
-    labels, found, _ = score_checkpoint(result.best, scenes, on_image=lambda _done, _all: None)
+    scored = score_checkpoint(result.best, scenes)
+    found = scored.predictions
     assert isinstance(found, MultiLabelPredictions)
-    assert (labels, found.thresholds) == (CLASSES, stored.decision.thresholds)
-    page = write_run_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert (scored.labels, found.thresholds) == (CLASSES, stored.decision.thresholds)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "average precision" in page
     assert "mAP, too high" in page
 

@@ -117,7 +117,6 @@ OTHERS: dict[str, Callable[[], bytes]] = {
     "palette": lambda: save(scene("P"), "PNG", pnginfo=PNG_TEXT),
     "WEBP": lambda: save(scene(), "WEBP", lossless=True, exif=secret_exif(8), xmp=SECRET),
     "GIF": lambda: save(scene("P"), "GIF", comment=SECRET),
-    "TIFF": lambda: save(scene(), "TIFF", description=SECRET.decode()),
 }
 
 

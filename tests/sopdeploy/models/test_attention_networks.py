@@ -17,7 +17,7 @@ def test_squeeze_excite_is_two_linear_layers_on_the_means() -> None:
 
 
 def test_cbam_scales_channels_then_positions() -> None:
-    block = CBAM(32, 16, 7).double().eval()
+    block = CBAM(32, 16).double().eval()
     averaged, largest = F.adaptive_avg_pool2d(FEATURES, 1), F.adaptive_max_pool2d(FEATURES, 1)
     by_channel = FEATURES * torch.sigmoid(block.mlp(averaged) + block.mlp(largest))
     two = torch.stack([by_channel.max(dim=1).values, by_channel.mean(dim=1)], dim=1)

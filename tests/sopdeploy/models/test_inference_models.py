@@ -41,7 +41,7 @@ NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
     ("gsop-net2-resnet26", 32, {**BASE, "block_stages": ["layer4"], "final_width": 32}),
     ("gsop-net1-resnet26", 32, {**BASE, **RELEASED, "attention": "sum", "block_stages": ["layer4"]}),
     ("se-resnet18", 64, BASE),
-    ("cbam-resnet18", 64, {**BASE, "kernel": 3}),
+    ("cbam-resnet18", 64, BASE),
     ("ge-resnet18", 64, SMALL_GE),
     ("se-preact-resnet164", 64, {"blocks": 1}),
     ("gmsop-16-8-resnet18", 16, GMSOP),

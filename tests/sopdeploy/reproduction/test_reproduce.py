@@ -23,6 +23,7 @@ from sopdeploy.reproduction.small import STATEMENT
 from sopdeploy.reproduction.tables import PrintedRow, PrintedTable, ReproduceOptions, load_tables
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
+from tests.pages import charts
 from tests.sopdeploy.data.small_data import write_classes, write_imagenet
 from tests.sopdeploy.training.runs import RecordingCallback
 
@@ -270,10 +271,8 @@ def test_errors_over_an_option_of_the_networks_are_a_chart(tmp_path) -> None:
     )
     finished = reproduce(table, ReproduceOptions(out=tmp_path, scale="small"))
     page = finished.page.read_text(encoding="utf-8")
-    drawn = re.search(r"<svg[^>]*>(?:(?!</svg>).)*Top-1 error over aux_dropout.*?</svg>", page, re.DOTALL)
-    assert drawn is not None
-    assert "iterations = 5" in drawn[0]
-    assert f"{finished.rows[1].top1.mean:.3g}" in drawn[0]  # type: ignore[union-attr]
+    drawn = charts(page)["Top-1 error over aux_dropout, two networks."]
+    assert all(f">{text}<" in drawn for text in ("iterations = 5", "aux_dropout", "top-1 error in %"))
 
 
 def test_layers_of_the_slides_are_timed_on_the_device_that_is_set(tmp_path, monkeypatch) -> None:
@@ -287,8 +286,9 @@ def test_layers_of_the_slides_are_timed_on_the_device_that_is_set(tmp_path, monk
         assert row["facts"].keys() == {"FP+BP, ms", "BP, ms"}
         assert min(row["facts"].values()) > 0
     page = Path(found["page"]).read_text(encoding="utf-8")
-    assert page.count("measured here.") == 2
-    assert "iSQRT-COV (N = 5)" in page
+    drawn = charts(page)
+    assert list(drawn) == ["FP+BP, ms, measured here.", "BP, ms, measured here."]
+    assert all(">iSQRT-COV (N = 5)<" in chart for chart in drawn.values())
     with pytest.raises(ConfigError, match="devic: unknown key"):
         reproduce(TABLES["slides-layers"], ReproduceOptions(out=tmp_path / "no", set=("devic=cpu",)))
     assert not (tmp_path / "no").exists()

@@ -11,6 +11,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import PUBLISHED_ROWS
 from sopdeploy.reproduction.plan import plan
 from sopdeploy.reproduction.tables import DATA_SETS, PrintedTable, ReproduceOptions, find_table, load_tables
+from sopdeploy.training.recipe import read_recipe
 
 TABLES = load_tables()
 
@@ -75,6 +76,34 @@ def test_a_table_says_which_of_two_forms_is_trained_and_how_to_train_the_other(n
     )
     assert trained.rows[-1].recipe.model.config != other.rows[-1].recipe.model.config
     assert trained.summary()["note"] == TABLES[name].note
+
+
+NOISY = {"noise_per": "image", "gate_widths": [256, 128], "gate_norm": True}
+SECOND_ORDER = {"conv5_stride": 1, "iterations": 3}
+TRAINING = {  # options of the network, images per step, learning rate, decay, epochs, milestones
+    "gmsop-3/gmgap-wrn36-2": ({"gate_widths": [512]}, 256, 0.1, 5e-4, 40, (20, 30)),
+    "gmsop-3/gmsop-wrn36-2": ({"gate_widths": [512, 128]}, 256, 0.09, 5e-4, 40, (20, 30, 35)),
+    "slides-imagenet64/gmsop-wrn36-2": ({"gate_widths": [512, 128]}, 256, 0.09, 5e-4, 40, (20, 30, 35)),
+    "gmsop-readme/resnet18": ({}, 256, 0.075, 1e-4, 75, (50, 65)),
+    "gmsop-readme/srsop": (SECOND_ORDER, 256, 0.15, 1e-4, 60, (40, 50, 55)),
+    "gmsop-readme/gmgap-resnet18": (NOISY, 256, 0.075, 1e-4, 75, (50, 65)),
+    "gmsop-readme/gmgap-wrn36-2": (NOISY | {"gate_widths": [512]}, 150, 0.1, 1e-4, 40, (20, 30)),
+    "gmsop-readme/gmsop-resnet18": (NOISY | SECOND_ORDER, 256, 0.1, 1e-4, 60, (40, 50, 55)),
+    "gmsop-readme/gmsop-wrn36-2": (
+        NOISY | SECOND_ORDER | {"gate_widths": [512, 128], "dropout": 0.4},
+        *(150, 0.09, 1e-4, 40, (20, 30, 35)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_gm_sop_is_trained_as_the_paper_prints_and_its_released_models_as_the_code_does(name: str) -> None:
+    network, *schedule = TRAINING[name]
+    table, row = name.split("/")
+    recipe = read_recipe(*TABLES[table].recipe_of(*TABLES[table].select(row)))
+    assert recipe.model.config.items() >= network.items()
+    rates = recipe.optimizer.lr, recipe.optimizer.weight_decay
+    assert [recipe.batch_size, *rates, recipe.epochs, recipe.schedule.milestones] == schedule
 
 
 def test_no_row_has_the_name_that_selects_no_row() -> None:

@@ -19,7 +19,6 @@ SMALL: dict[str, list[str]] = {
     "cifar10-dsop-resnet20": DSOP,
     "cifar10-dsop-resnet20-adahessian": DSOP,
     "cifar10-dsop-resnet20-radam": DSOP,
-    "cifar100-dsop-resnet20": DSOP,
     "cifar100-dsop-preact-resnet": [f"model.config={{blocks=1, {HEADS}}}"],
     "cifar100-dsop-wrn": [f"model.config={{blocks=1, widen=1, {HEADS}}}"],
     "cifar100-dsop-resnext": [f"model.config={{cardinality=1, group_width=4, {HEADS}}}"],

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.evaluation.prediction import score_checkpoint
+from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.training.recipe import list_recipes, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import write_cifar, write_classes, write_photos, write_places
@@ -53,9 +53,7 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
     assert result.num_epochs == 1
     assert stored.training["recipe"]["summary"] == recipe.summary
     assert (stored.model, stored.config) == (recipe.model.name, recipe.model.full_config())
-    _, scores, _ = score_checkpoint(
-        result.best,
-        write_classes(tmp_path / "evaluation", stored.labels, 1),
-        on_image=lambda _done, _all: None,
-    )
+    scores = score_checkpoint(
+        result.best, write_classes(tmp_path / "evaluation", stored.labels, 1)
+    ).predictions
     assert len(scores) == len(stored.labels)

@@ -33,6 +33,6 @@ def test_measuring_on_training_images_is_a_warning(tmp_path: Path, recipe: str, 
         "figures are too high for new images",
     )
     assert sopdeploy.evaluate(result.best, paint(tmp_path / "new", 2, seed=1)).notes == ()
-    fitted = sopdeploy.calibrate(result.best, seen, tmp_path / "fitted.pt")
+    fitted = sopdeploy.evaluate(result.best, seen, fit_decision=tmp_path / "fitted.pt")
     assert fitted.notes == found.notes
-    assert read_checkpoint(fitted.path).image_hashes.equal(stored.image_hashes)
+    assert read_checkpoint(tmp_path / "fitted.pt").image_hashes.equal(stored.image_hashes)

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture
 def key(tmp_path):
-    return new_key(tmp_path / "keys.toml", "person", rate=None, burst=None)
+    return new_key(tmp_path / "keys.toml", "person")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from importlib.resources import files
-from typing import Any
 
 import pytest
 
@@ -26,20 +25,15 @@ def test_a_dropped_or_pasted_image_shows_the_classes_of_the_api(page, client, jp
 
 
 def test_the_page_works_by_keyboard_alone(page, client, jpeg):
-    choosers: list[Any] = []
-    page.on("filechooser", lambda chooser: choosers.append(chooser))
     for _ in range(10):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.id") == "file":
             break
     outline = page.locator("#drop").evaluate("e => getComputedStyle(e).outlineStyle")
     assert outline == "solid", "the focus must be visible"
-    page.keyboard.press("Enter")
-    for _ in range(200):
-        if choosers:
-            break
-        page.wait_for_timeout(20)
-    choosers[0].set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files({"name": "a.jpg", "mimeType": "image/jpeg", "buffer": jpeg})
     done(page)
     assert shown(page) == expected(client, jpeg)
     page.keyboard.press("Tab")

@@ -15,7 +15,7 @@ CHOICES = [
     {"kind": "isqrt", "width": 3, "reduction": "linear"},
     {"kind": "isqrt", "centered": False},
     "mpncov",
-    {"kind": "mpncov", "width": 5, "normalise": "M-Fro"},
+    {"kind": "mpncov", "width": 5},
     "deepo2p",
     "bcnn",
     "improved-bcnn",
@@ -26,7 +26,6 @@ CHOICES = [
     {"kind": "kernel", "dim": 16},
     {"kind": "low-rank-bilinear", "width": 5},
     {"kind": "netvlad", "words": 3},
-    {"kind": "netvlad", "words": 3, "tied": True},
     {"kind": "netfv", "words": 3},
 ]
 

@@ -8,16 +8,8 @@ from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.spectral import Logarithm, Power, spectral
 from tests.sopdeploy.layers.numerics.references import relu_features
 
-CONFIGS = [
-    MpnCovConfig(),
-    MpnCovConfig(power=0.7),
-    MpnCovConfig(normalise="M-l2"),
-    MpnCovConfig(normalise="M-Fro"),
-    LogEuclideanConfig(),
-]
-EACH_CONFIG = pytest.mark.parametrize(
-    "config", CONFIGS, ids=lambda c: f"{c.kind}-{getattr(c, 'normalise', '')}"
-)
+CONFIGS = [MpnCovConfig(), MpnCovConfig(power=0.7), LogEuclideanConfig()]
+EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS, ids=["mpncov", "mpncov-0.7", "deepo2p"])
 
 
 @EACH_CONFIG
@@ -36,7 +28,7 @@ def test_dead_channels_give_finite_gradients(config, dtype: torch.dtype) -> None
 def test_equal_eigenvalues_use_the_derivative(function) -> None:
     a = (2.0 * torch.eye(3, dtype=torch.float64))[None].requires_grad_()
     direction = torch.tensor([[[1.0, 2, 0], [2, -1, 3], [0, 3, 0.5]]], dtype=torch.float64)
-    value, _ = spectral(a, function)
+    value = spectral(a, function)
     (found,) = torch.autograd.grad(value, a, direction)
     slope = function(torch.full((1, 3), 2.0, dtype=torch.float64))[1][0, 0]
     torch.testing.assert_close(found, slope * direction)

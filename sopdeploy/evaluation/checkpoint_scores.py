@@ -1,0 +1,111 @@
+"""Evaluate a checkpoint on a folder of images, and fit its decision to them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.folders import Log, ignore
+from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.decision import Decision, sigmoid
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
+from sopdeploy.evaluation.multi_label import fit_presence
+from sopdeploy.evaluation.prediction import HeadAccuracy, HeadCounter, score_images
+from sopdeploy.evaluation.predictions import Predictions, make_predictions
+from sopdeploy.models.base import Classifier
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointScores:
+    """The predictions of a checkpoint for *images*, and the accuracy of its heads, if asked for.
+
+    The predictions are one score per image, with the sorted `labels`, or, for a multi-label network, the
+    probabilities of all classes in output order. `logits` (N, C) are those of the network.
+    """
+
+    checkpoint: Checkpoint
+    model: Classifier
+    images: LabeledImages
+    logits: NDArray[np.float64]
+    predictions: Predictions
+    heads: tuple[HeadAccuracy, ...]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes of the images."""
+        return self.images.labels
+
+    def fit(self, accepts: float) -> Decision:
+        """Fit a decision that accepts the fraction *accepts* of known images.
+
+        Raises `DataError` for too few images.
+        """
+        if self.images.targets.ndim == 2:
+            return fit_presence(self.images.targets.astype(np.float64), sigmoid(self.logits))
+        if len(self.images) < MIN_IMAGES:
+            raise DataError(
+                f"there are {len(self.images)} images; give at least {MIN_IMAGES}", setting="fit_decision"
+            )
+        return fit_decision(
+            self.logits,
+            _output_targets(self.checkpoint, self.images),
+            estimated_on="held-out",
+            accepts=accepts,
+            scalable=self.model.logits_layer() is not None,
+        )
+
+
+def score_checkpoint(
+    path: Path,
+    data: Path,
+    *,
+    heads: bool = False,
+    workers: int = 0,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+    log: Log = ignore,
+) -> CheckpointScores:
+    """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
+
+    *heads* adds the accuracy of every head. *on_image* receives the numbers of images done and in total,
+    *log* lines about the folder, also about images that the network was trained on. Raises `ConfigError` for
+    *heads* of a multi-label network.
+    """
+    checkpoint = read_checkpoint(path)
+    several = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
+    if heads and several:
+        raise ConfigError(f"{path} predicts several classes per image; omit it", setting="heads")
+    labels = checkpoint.labels if several else tuple(sorted(checkpoint.labels))
+    images = open_evaluation_images(data, labels, multi_label=several, log=log)
+    if warning := checkpoint.trained_on(images):
+        log(f"{data}: {warning}")
+    model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
+    network = HeadCounter(model, torch.from_numpy(_output_targets(checkpoint, images))) if heads else model
+    try:
+        logits_NC = score_images(
+            network.eval(), checkpoint.preprocess, images, workers=workers, on_image=on_image
+        )
+    except DataError as error:
+        raise unreadable_images_error(error, images) from None
+    decision = checkpoint.decision or Decision()
+    calibrated_NC = logits_NC / decision.temperature
+    return CheckpointScores(
+        checkpoint=checkpoint,
+        model=model,
+        images=images,
+        logits=logits_NC,
+        predictions=make_predictions(calibrated_NC, images, checkpoint.labels, decision),
+        heads=network.accuracies() if isinstance(network, HeadCounter) else (),
+    )
+
+
+def _output_targets(checkpoint: Checkpoint, images: LabeledImages) -> NDArray[np.int64]:
+    """Return the output of the network for the class of each image (N,)."""
+    columns = np.array([checkpoint.labels.index(label) for label in images.labels])
+    return columns[images.targets.astype(np.int64)]

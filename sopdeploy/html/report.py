@@ -1,0 +1,80 @@
+"""The report on a run, an export or a reproduced table: one self-contained HTML page without scripts.
+
+The template escapes all text; control and text direction characters become U+FFFD.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+
+_NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Table:
+    """A table; the first cell of each row is its header. A folded table is opened by its caption."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    folded: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Figure:
+    """A chart or a photograph, as a `data:` URL, with its caption."""
+
+    image: str
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Section:
+    """A heading with paragraphs, figures and tables in this order; without content it is not shown."""
+
+    title: str
+    text: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HtmlReport:
+    """A title with paragraphs and key figures, then the sections."""
+
+    title: str
+    text: Sequence[str] = ()
+    tiles: Mapping[str, str] = field(default_factory=dict)
+    sections: Sequence[Section] = ()
+
+
+def render(report: HtmlReport) -> str:
+    """Render *report* as an HTML page; equal reports give equal text."""
+    return _template().render(report=report)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=lambda value: sanitize(value) if isinstance(value, str) else value,
+    )
+    return environment.get_template("report.html")
+
+
+def sanitize(text: str) -> str:
+    """Replace control and text direction characters by U+FFFD."""
+    shown = "\n" + _NO_BREAK_SPACE
+    return "".join(c if c.isprintable() or c in shown else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Format a fraction as a percentage: 0.125 gives 12.5 %."""
+    return f"{100 * fraction:.{digits}f}{_NO_BREAK_SPACE}%"

@@ -1,0 +1,78 @@
+"""Find training images whose label is probably wrong, by the out-of-fold predictions of a run."""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.image_files import hash_images
+from sopdeploy.data.sources import open_data
+from sopdeploy.decision import softmax
+from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.training.procedure import select_procedure
+from sopdeploy.training.recipe import validate_recipe
+
+
+class WrongLabel(StrictModel):
+    """An image whose label the others contradict: the more probable class, and both probabilities.
+
+    The probabilities are those of a classifier that was fitted without the image and its copies.
+    """
+
+    file: str
+    label: str
+    suggested: str
+    probability: Fraction
+    probability_suggested: Fraction
+
+
+def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, ...]:
+    """Find the training images of the run in the folder *run* whose label is probably wrong, the worst first.
+
+    *data* is the folder of the images, by default that of the recipe. Raises `ConfigError` for a run without
+    out-of-fold predictions of one class per image, `DataError` if the images have changed since the run.
+    """
+    path = run / "last.pt"
+    if not path.is_file():
+        raise ConfigError(f"{run}: holds no run with a finished epoch; give a folder of `sopdeploy train`")
+    last = read_checkpoint(path)
+    recipe = validate_recipe(last.training.get("recipe", {}), str(path))
+    if data is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
+    images = select_procedure(recipe, open_data(recipe.data)).data.train
+    logits_NC = (last.resume or {}).get("procedure", {}).get("label_logits")
+    if logits_NC is None:
+        raise ConfigError(
+            f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
+            "procedure on such files"
+        )
+    if not np.array_equal(np.unique(hash_images(images)), np.asarray(last.image_hashes)):
+        raise DataError(f"{run}: the images have changed since the run; train again")
+    return tuple(wrong for _, wrong in list_wrong_labels(logits_NC.double().numpy(), images))
+
+
+def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
+    """List the images of which another class is more probable than the label, and what they show.
+
+    The image with the least probable label is first ("self-confidence" in Northcutt et al., JAIR 2021).
+    """
+    probabilities_NC, suggested_N = softmax(logits_NC), logits_NC.argmax(axis=1)
+    labels = images.targets.astype(np.int64)
+    of_label_N = probabilities_NC[np.arange(len(labels)), labels]
+    return [
+        (
+            index,
+            WrongLabel(
+                file=images.describe(index),
+                label=images.labels[labels[index]],
+                suggested=images.labels[suggested_N[index]],
+                probability=float(of_label_N[index]),
+                probability_suggested=float(probabilities_NC[index, suggested_N[index]]),
+            ),
+        )
+        for index in np.argsort(of_label_N, kind="stable").tolist()
+        if suggested_N[index] != labels[index]
+    ]
