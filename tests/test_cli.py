@@ -77,7 +77,6 @@ MEANINGS = {
     "--out": "older", "--port": "port to listen on",
     "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
     "--set": "Override a value of", "--setting": "setting of the service",
-    "--threads": "CPU threads",
     "--tolerance": "Points of accuracy", "--unknown": "none of the classes",
     "--weights-key": "Key of the state dict", "--workers": "rocesses that load images",
 }  # fmt: skip

@@ -18,8 +18,7 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command` (with `_` for `-`),
-# summary.
+# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command`, summary.
 COMMANDS = {
     "demo": ("Get started", "demo", "run the whole workflow in a minute"),
     "env": ("Get started", "env", "versions and hardware, for a bug report"),
@@ -63,7 +62,7 @@ class Commands(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         module = import_module(f"sopdeploy.cli.{COMMANDS[name][1]}")
-        target = getattr(module, f"{name.replace('-', '_')}_command")
+        target = getattr(module, f"{name}_command")
         if not isinstance(target, typer.Typer):
             command, target = target, typer.Typer(add_completion=False, **SETTINGS)
             target.command(name)(command)

@@ -16,7 +16,7 @@ from sopdeploy.version import __version__
 
 _PACKAGES = (
     "numpy", "pillow", "pydantic", "fastapi", "uvicorn", "torch", "torchvision", "timm", "onnx", "onnxscript",
-    "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu12", "tensorrt-cu13", "cuda-python",
+    "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "cuda-python",
 )  # fmt: skip
 RELEVANT = re.compile(
     r"(SOPDEPLOY|OMP|MKL|KMP|CUDA|NVIDIA|NCCL|ORT|OTEL|TORCH|PYTORCH|SLURM)_|(PYTHON|LD_LIBRARY_)PATH$"

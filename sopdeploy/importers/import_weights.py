@@ -185,7 +185,7 @@ def _recognize(file: WeightFile, model: str) -> tuple[str, ConvertedWeights] | N
 
 
 def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Preprocess:
-    changes = options.model_dump(include={"resize", "crop", "interpolation", "fit"}, exclude_none=True)
+    changes = options.model_dump(include={"resize", "crop", "interpolation"}, exclude_none=True)
     try:
         return Preprocess(**{**preprocess.model_dump(), **changes})
     except pydantic.ValidationError as error:

@@ -21,5 +21,3 @@ class ImportOptions(Options):
     """Side of the center crop in pixels."""
     interpolation: Literal["bilinear", "bicubic"] | None = None
     """Interpolation of the resize."""
-    fit: Literal["crop", "pad", "squash"] | None = None
-    """How images become squares: center crop, padding, or change of the aspect ratio."""

@@ -80,9 +80,10 @@ def _show_benchmark(result: "Benchmark") -> None:
 def bench_command(
     bundle: BundleArgument,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of the runtime.")] = None,
 ) -> "Benchmark":
     """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
+
+    SOPDEPLOY_RUNTIME and SOPDEPLOY_THREADS select the runtime and its CPU threads, as for `serve`.
 
     Example: [bold]sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8[/bold]
     """
@@ -90,7 +91,7 @@ def bench_command(
         from sopdeploy_service.commands.bench import bench as run
         from sopdeploy_service.settings import load_settings
 
-        return run(bundle, load_settings(threads=threads), batch_sizes(batch), step)
+        return run(bundle, load_settings(), batch_sizes(batch), step)
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:

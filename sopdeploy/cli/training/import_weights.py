@@ -18,8 +18,7 @@ def _show(report: "ImportReport") -> None:
     """Print what was mapped and written."""
     rules = report.preprocess
     mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (rules.mean, rules.std))
-    crop = f"resize {rules.resize}, crop {rules.crop}"
-    geometry = crop if rules.fit == "crop" else f"{rules.fit} to {rules.crop}"
+    geometry = f"resize {rules.resize}, crop {rules.crop}"
     print_field("found", report.looks_like)
     print_field("mapped", f"{report.num_tensors} tensors as {report.model}")
     print_field("ignored", ", ".join(report.beside) or "nothing")
