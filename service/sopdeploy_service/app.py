@@ -23,6 +23,8 @@ from sopdeploy_service.keep import Keeper, StoreKept
 from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.settings import Settings
 
+ROUTERS = v1.router, status.router, v2.router, web.router
+
 
 def create_app(
     models: Mapping[str, LoadedModel],
@@ -68,12 +70,9 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    app.state.reload = None  # or a function that finds the bundles again
-    app.state.links = None  # or the links to follow, and where they lead
-    app.state.collect_metrics = None  # or a function that collects those of several processes
-    for router in (v1.router, status.router, v2.router, web.router):
+    for router in ROUTERS:
         app.include_router(router)
-    problems.handle_errors(app)
+    problems.handle_errors(app, [str(getattr(route, "path", "")) for one in ROUTERS for route in one.routes])
     if keys is not None:  # the middleware that is added last runs first
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
         app.add_middleware(

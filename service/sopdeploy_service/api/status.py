@@ -3,14 +3,12 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TypeAlias
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
@@ -25,8 +23,6 @@ from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 router = APIRouter()
-
-Collect: TypeAlias = Callable[[], Awaitable[bytes]]
 
 README = "README.md"
 
@@ -54,14 +50,7 @@ async def readyz(request: Request) -> Response:
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)
 async def metrics(request: Request) -> Response:
     """Return the metrics of all processes of this server."""
-    return Response(await metrics_page(request), media_type=CONTENT_TYPE_LATEST)
-
-
-async def metrics_page(request: Request) -> bytes:
-    """Collect the metrics of all processes of the server that handles *request*, in Prometheus' format."""
-    collect: Collect | None = request.app.state.collect_metrics
-    page = await collect() if collect is not None else b""
-    return page or generate_latest(service_of(request).metrics.registry)
+    return Response(await service_of(request).collect_metrics(), media_type=CONTENT_TYPE_LATEST)
 
 
 @router.get("/info", summary="Loaded models", response_model=ServerInfo)

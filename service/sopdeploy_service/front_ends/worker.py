@@ -33,19 +33,17 @@ log = logging.getLogger("sopdeploy.server")
 
 
 class FrontServer(DrainingServer):
-    """A server whose connections come from the supervisor, over the socket *supervisor*."""
+    """A server whose connections come from the *supervisor*; one without *sources* is a front end."""
 
     def __init__(
         self,
         app: FastAPI,
         settings: Settings,
-        bundles: Sequence[str],
         supervisor: socket.socket,
-        *,
-        is_front_end: bool,
+        sources: Sequence[str],
     ) -> None:
-        super().__init__(app, settings, bundles)
-        self._is_front_end, self._is_stuck = is_front_end, False
+        super().__init__(app, settings, sources)
+        self._is_front_end, self._is_stuck = not sources, False
         self._supervisor = supervisor
         self._received = 0  # connections
         self._supervisor_left = asyncio.Event()
@@ -142,12 +140,17 @@ def run_worker(launch_config: Mapping[str, Any]) -> int:
         if is_front_end:
             connection = socket.socket(fileno=launch_config["channel"])
             app = create_app({}, settings, create_registry=partial(RemoteRegistry, connection), **options)
-            bundles = [model.bundle.name for model in app.state.service.registry.models()]
         else:
-            app, bundles = load_app(launch_config["sources"], settings, **options)
-        app.state.collect_metrics = partial(control.request_metrics, supervisor)
-        server = FrontServer(app, settings, bundles, supervisor, is_front_end=is_front_end)
-        share_memory(app.state.service, settings, launch_config)
+            app = load_app(launch_config["sources"], settings, **options)
+        service: Service = app.state.service
+
+        async def collect_metrics() -> bytes:
+            return await control.request_metrics(supervisor) or await service.own_metrics()
+
+        service.collect_metrics = collect_metrics
+        sources = () if is_front_end else launch_config["sources"]
+        server = FrontServer(app, settings, supervisor, sources)
+        share_memory(service, settings, launch_config)
         if is_front_end:
             sandbox.apply(settings, server.config)
         return server.serve_until_end()

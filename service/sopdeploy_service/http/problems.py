@@ -1,7 +1,7 @@
 """Error responses: `application/problem+json` (RFC 9457) for every error status."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -73,8 +73,11 @@ def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-def handle_errors(app: FastAPI) -> None:
-    """Make *app* respond to FastAPI's errors with problems; `RequestContextMiddleware` handles all others."""
+def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
+    """Make *app*, which has *paths*, respond to FastAPI's errors with problems.
+
+    `RequestContextMiddleware` handles all other errors.
+    """
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -85,7 +88,6 @@ def handle_errors(app: FastAPI) -> None:
         status, path = HTTPStatus(error.status_code), request.scope["path"]
         detail = str(error.detail)
         if status == HTTPStatus.NOT_FOUND:
-            paths = [str(getattr(route, "path", "")) for route in app.routes]
             near = difflib.get_close_matches(path[:100], paths, n=1)
             detail = f"no such path;{f' did you mean {near[0]}?' if near else ''} /docs lists all"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:

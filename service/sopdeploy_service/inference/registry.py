@@ -74,8 +74,6 @@ class ModelRegistry:
         return model
 
     def _only_name(self) -> str:
-        if not self._by_name:
-            raise RejectedError(HttpError("no_model", 503, "no model is loaded", 5))
         if len(self._by_name) > 1:
             names = shorten(sorted(self._by_name))
             message = f"the server has several models; choose one with ?model= ({names})"

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from prometheus_client import generate_latest
 
 from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.images.decode import EncodedImage
@@ -51,8 +52,9 @@ MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "no_model", "runtime_dead", "runtime_restarting"]
+State: TypeAlias = Literal["ok", "draining", "runtime_dead", "runtime_restarting"]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
+CollectMetrics: TypeAlias = Callable[[], Awaitable[bytes]]
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -94,6 +96,7 @@ class Service:
             self.registry = ModelRegistry(loaded, settings, self.metrics)
         else:
             self.registry = create_registry(settings, self.metrics)
+        self.collect_metrics: CollectMetrics = self.own_metrics  # or those of several processes
         self.observers: list[Observe] = []
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
@@ -120,16 +123,17 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, `draining` (also before `start`), `no_model` or `runtime_dead`.
+        """The health: `ok`, `draining` (also before `start`) or `runtime_dead`.
 
         A front end whose inference process is replaced has `runtime_restarting` instead of `runtime_dead`.
         """
-        models = self.registry.models()
-        if any(model.dead for model in models):
+        if any(model.dead for model in self.registry.models()):
             return "runtime_restarting" if self.registry.is_replaced else "runtime_dead"
-        if self._draining:
-            return "draining"
-        return "ok" if models else "no_model"
+        return "draining" if self._draining else "ok"
+
+    async def own_metrics(self) -> bytes:
+        """Format the metrics of this process for Prometheus."""
+        return generate_latest(self.metrics.registry)
 
     async def start(self) -> None:
         """Start the threads and accept requests."""

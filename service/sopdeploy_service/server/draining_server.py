@@ -9,10 +9,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
@@ -73,15 +73,21 @@ class DrainingServer(uvicorn.Server):
 
     The first signal makes the server not ready: new requests get 503, admitted ones are completed within
     `drain_seconds`, then the port is closed. Connections that are open by then may send one more request,
-    which gets 503. A second signal ends the drain: unfinished requests get 503. SIGHUP reloads the bundles.
+    which gets 503. A second signal ends the drain: unfinished requests get 503. SIGHUP reloads the bundles of
+    *sources*, if any, and so does a move of one of *links*, which maps them to where they lead now.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings, bundles: Sequence[str]) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        sources: Sequence[str | Path] = (),
+        links: Mapping[Path, Path] | None = None,
+    ) -> None:
         super().__init__(http_config(app, settings))
-        self.bundles = " ".join(bundles)
         self._service: Service = app.state.service
-        self._reload: Callable[[], Coroutine[Any, Any, None]] | None = app.state.reload
-        self._links: dict[Path, Path] | None = app.state.links
+        self.bundles = " ".join(model.bundle.name for model in self._service.registry.models())
+        self._sources, self._links = sources, links or {}
         self._aside: set[asyncio.Task[None]] = set()  # the end of the server does not wait for them
         self._drain_until: float | None = None
         self._is_draining = False
@@ -108,8 +114,8 @@ class DrainingServer(uvicorn.Server):
             raise ConfigError(f"cannot listen ({problem.strerror}); choose another port") from problem
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
-        if self._links is not None:
-            start_task(self._aside, self._follow(self._links))
+        if self._links:
+            start_task(self._aside, self._follow())
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -138,13 +144,13 @@ class DrainingServer(uvicorn.Server):
 
     def reload(self) -> None:
         """Find the bundles again and serve those that have changed."""
-        if self._reload is None:
+        if not self._sources:
             log.error("not reloaded: impossible in a front end, and with memory_budget")
         elif self._drain_until is None:
-            start_task(self._aside, self._reload())
+            start_task(self._aside, self._service.registry.reload(self._sources))
 
-    async def _follow(self, links: Mapping[Path, Path]) -> None:
-        async for _ in moves_of(links):
+    async def _follow(self) -> None:
+        async for _ in moves_of(self._links):
             self.reload()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002

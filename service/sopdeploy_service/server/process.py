@@ -60,13 +60,14 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
         if (code := run_supervisor(sources, settings)) is not None:  # None if one process is enough
             return code
     with bind(settings.host, settings.port) as listener, configured_process(settings):
-        app, names = load_app(sources, settings)
+        links = links_among(sources) if settings.follow else {}  # before the bundles are found
+        app = load_app(sources, settings)
         from prometheus_client import ProcessCollector  # noqa: PLC0415 - see `load_app`
 
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
 
         ProcessCollector(registry=app.state.service.metrics.registry)
-        server = DrainingServer(app, settings, names)
+        server = DrainingServer(app, settings, sources if settings.memory_budget is None else (), links)
         if settings.sandbox == "auto":
             log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
         return server.serve_until_end(listener)
@@ -95,14 +96,11 @@ def configured_process(settings: Settings) -> Iterator[None]:
         yield
 
 
-def load_app(
-    sources: Sequence[str | Path], settings: Settings, **options: Any
-) -> "tuple[FastAPI, list[str]]":
-    """Load the bundles at *sources*; return the app that serves them, and their names.
+def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) -> "FastAPI":
+    """Load the bundles at *sources*; return the app that serves them.
 
     The modules of the app and its server are imported while a thread loads the bundles.
     """
-    links = links_among(sources) if settings.follow else None
     store = BundleStore(sources)
     bundles = store.bundles
     if settings.memory_budget is not None:
@@ -118,11 +116,7 @@ def load_app(
         from sopdeploy_service.app import create_app  # noqa: PLC0415
 
         models = dict(zip(bundles, loaded, strict=True))
-    app = create_app(models, settings, **options)
-    if settings.memory_budget is None:
-        app.state.reload = partial(app.state.service.registry.reload, sources)
-    app.state.links = links
-    return app, [model.bundle.name for model in app.state.service.registry.models()]
+    return create_app(models, settings, **options)
 
 
 if __name__ == "__main__":

@@ -253,8 +253,7 @@ async function start() {
   const names = state.server.models.map((model) => model.name);
   byId("models").replaceChildren(...names.map((name) => make("option", {}, name)));
   byId("chooser").hidden = names.length < 2;
-  if (names.length) await choose(names[0]);
-  else showError("no model is loaded");
+  await choose(names[0]);
 }
 
 onKey(() => { starting = start(); });

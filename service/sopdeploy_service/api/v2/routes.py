@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import admit, json_response, service_of, use_model
-from sopdeploy_service.api.status import metrics_page
 from sopdeploy_service.api.upload import read_body
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
@@ -143,14 +142,14 @@ async def model_config(request: Request, name: str, version: str | None) -> Resp
 async def all_statistics(request: Request) -> Response:
     """Count requests and times of every model."""
     models = service_of(request).registry.models()
-    return json_response(metadata.model_statistics(await metrics_page(request), models))
+    return json_response(metadata.model_statistics(await service_of(request).collect_metrics(), models))
 
 
 @model_endpoint("GET", "/stats")
 async def statistics(request: Request, name: str, version: str | None) -> Response:
     """Count requests and times of the model, all of its versions together."""
     model = use_model(request.state.context, service_of(request).registry.find(name, version))
-    return json_response(metadata.model_statistics(await metrics_page(request), [model]))
+    return json_response(metadata.model_statistics(await service_of(request).collect_metrics(), [model]))
 
 
 @model_endpoint("GET", "")
