@@ -184,6 +184,24 @@ def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of
     assert (short["num_classes"], short["image_size"]) == (7, 24)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ("dsop-resnet18",),
+            "conv5_x has stride 1: 3.05 G multiply-adds deployed, with the usual stride of 2",
+        ),
+        (("dsop-resnet18", "--option", "conv5_stride=2"), ""),
+    ],
+)
+def test_models_explains_the_multiply_adds_of_a_network_that_keeps_the_size_of_conv5_x(
+    arguments: tuple[str, ...], line: str
+) -> None:
+    printed = CliRunner().invoke(app, ["models", *arguments]).stdout
+    assert ("conv5_x has stride 1" in printed) == bool(line)
+    assert line in printed
+
+
 def test_recipes_lists_every_recipe_with_its_summary() -> None:
     result = as_json("recipes")
     assert [row["name"] for row in result] == list_recipes()

@@ -212,7 +212,11 @@ class DSoP(Classifier):
 
 
 class DSoPResNetConfig(ResNetConfig, DSoPConfig):
-    """ResNet for 224-pixel images with branches; conv5_x keeps its size, as in the paper."""
+    """ResNet for 224-pixel images with branches; conv5_x keeps its size, as in the paper.
+
+    Without this down-sampling the deployed network has more multiply-adds than the usual ResNet, for example
+    3.05 G instead of 1.81 G on ResNet-18; `conv5_stride=2` has the usual ones.
+    """
 
     conv5_stride: Literal[1, 2] = 1
     aux_stride: Literal["text", "table"] = "text"

@@ -3,6 +3,10 @@
 Covariances have at most 128 channels, dropout of 0.5 follows those of 128, and the losses of the three stages
 have weights 0.1, 0.2 and 0.3. Branches follow the blocks of a stage in patterns such as [0, 0, 3] x 6: a
 branch of three blocks after every third block.
+
+Section V-D prints vectors of 2K, 4K and 4K for the branches of the three stages, with ResNet-110 as the
+example, where dropout keeps half of the elements. The stages of ResNet-110 have 16, 32 and 64 channels, so
+its vectors have 136, 528 and 2,080 elements. Only ResNet-164 fits, with 2,080, 8,256 and 8,256.
 """
 
 from typing import ClassVar

@@ -8,6 +8,9 @@ Where paper and released code differ the paper is the default, and `RELEASED` ho
 paper puts the block after the last bottleneck of a stage, with a shortcut around it (sections 3.4 and 4.2),
 the code on that bottleneck's residual before the addition; the code's DR has stride 2 in conv2_x, and the
 GFLOPs of Tables 5 and 6 are those with this stride; Newton-Schulz runs 5 steps in the paper, 3 in the code.
+To fuse channels and positions by concatenation, the paper has "one convolutional layer" (section 4.1) whose
+kernel and groups it does not print. Assumption: they are those of the code, two grouped convolutions whose
+sum is one convolution of the concatenation.
 Differences inside the block are documented in `layers/attention/gsop_block.py`. The network has no
 training-only parts.
 """

@@ -216,8 +216,9 @@ def released_covariance(small_BdP: Tensor) -> Tensor:
 class Concatenation(nn.Module):
     """Fuse two tensors (B, C, H, W): grouped convolutions with kernel (k, 1), sum, batch norm.
 
-    This equals one convolution of the tensors' concatenation. k is 11, 9, 7, 5 for C = 256, 512, 1024, 2048:
-    fewer groups have longer kernels.
+    This equals one convolution of the tensors' concatenation, as in the paper, with the kernel and the groups
+    of the released code, because the paper does not print them (assumption). k is 11, 9, 7, 5 for
+    C = 256, 512, 1024, 2048: fewer groups have longer kernels.
     """
 
     def __init__(self, channels: int) -> None:
