@@ -1,6 +1,6 @@
 """The page of a reproduced table: printed figures beside measured ones, curves, commands."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sopdeploy.html.report import HtmlReport, Section, Table, render
 from sopdeploy.reproduction.figures import curve_charts, row_charts, table_charts
@@ -42,7 +42,7 @@ def render_page(results: Reproduction) -> str:
         Section(title="Commands", tables=[commands]),
         Section(title="Environment", tables=[machine]),
     ]
-    text = [table.title, *filter(None, [results.statement])]
+    text = [table.title, *filter(None, [results.statement, results.paper_scale])]
     return render(HtmlReport(title=table.source, text=text, sections=sections))
 
 
@@ -64,9 +64,19 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
             )
     if table.note:
         text.append(f"{table.note[0].upper()}{table.note[1:]}.")
-    notes = [(row.printed.name, row.printed.note) for row in results.rows if row.printed.note]
+    notes = list(_notes(results.rows))
     tables.append(Table(caption="Notes on the printed figures", columns=("row", "note"), rows=notes))
     return Section(title="Results", text=text, tables=tables)
+
+
+def _notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
+    """Yield the notes on *rows* and on their counts, each with the name of what it explains."""
+    for row in rows:
+        if row.printed.note:
+            yield row.printed.name, row.printed.note
+        for note in dict.fromkeys(row.notes.values()):
+            names = ", ".join(COUNTS[key] for key, other in row.notes.items() if other == note)
+            yield f"{row.printed.name}: {names}", note
 
 
 def error_table(rows: Sequence[ReproducedRow]) -> Table:
@@ -95,16 +105,18 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
         for key, name in COUNTS.items():
             printed = getattr(row.printed, key)
             if printed is not None and key in row.counts:
-                lines.append((row.printed.name, name, f"{number(printed)}{unit}", number(row.counts[key])))
+                cells = f"{number(printed)}{unit}", number(row.counts[key]), row.marks.get(key, "")
+                lines.append((row.printed.name, name, *cells))
         for name in dict.fromkeys((*row.printed.facts, *row.facts)):
             figures = (facts.get(name) for facts in (row.printed.facts, row.facts))
-            cells = ("" if figure is None else number(figure) for figure in figures)
-            lines.append((row.printed.name, name, *cells))
+            known = ("" if figure is None else number(figure) for figure in figures)
+            lines.append((row.printed.name, name, *known, row.marks.get(name, "")))
     caption = (
         "Counts of the paper's networks at its image size and number of classes. GFLOPs are multiply-adds, "
-        "or operations by the paper's convention where it is known"
+        "or operations by the paper's convention where it is known. A cross marks a count that differs from "
+        "the printed figure; the notes say why"
     )
-    return Table(caption=caption, columns=("row", "figure", "printed", "counted or measured"), rows=lines)
+    return Table(caption=caption, columns=("row", "figure", "printed", "counted or measured", ""), rows=lines)
 
 
 def _branch_table(rows: Sequence[ReproducedRow]) -> Table:

@@ -59,8 +59,10 @@ class ReproducedRow:
 
     `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
     recipe `source`, without the seed and the checkpoints of other rows. `counts` are those of the network, by
-    the fields of `PrintedRow`, and `facts` what was counted or measured of `PrintedRow.facts`. `gpu_hours` is
-    the estimated time of one run.
+    the fields of `PrintedRow`, and `facts` what was counted or measured of `PrintedRow.facts`. `notes` are
+    those of `published.toml`, by the same fields, and `marks` has a cross for every count and counted fact
+    that is not the printed one. `gpu_hours` is the estimated time of one run, `paper_hours` that of one run
+    at the scale of the paper.
     """
 
     printed: PrintedRow
@@ -69,7 +71,10 @@ class ReproducedRow:
     recipe: Recipe | None = None
     reason: str = ""
     counts: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    marks: dict[str, str] = field(default_factory=dict)
     gpu_hours: float = 0.0
+    paper_hours: float = 0.0
     facts: dict[str, float] = field(default_factory=dict)
     runs: list[SeedResult] = field(default_factory=list)
 
@@ -133,6 +138,19 @@ class Reproduction:
         differences = list(dict.fromkeys(self._differences()))
         return f"Not the conditions of the paper: {'; '.join(differences)}." if differences else ""
 
+    @property
+    def paper_scale(self) -> str:
+        """How many rows have run at the scale of the paper, and the time of all; empty if none is trained."""
+        rows = [row for row in self.rows if row.recipe is not None]
+        if not rows:
+            return ""
+        measured = sum(bool(row.runs) for row in rows) if self.options.scale == "paper" else 0
+        hours = sum(row.paper_hours for row in rows)
+        done = f"{measured} of {len(rows)} rows" if measured else "no"
+        return (
+            f"Run at paper scale: {done}. All rows take about {hours:.2g} GPU hours per seed ({ASSUMPTION})."
+        )
+
     def _differences(self) -> Iterator[str]:
         """Yield what the options, and then the finished runs, change in the paper's conditions."""
         data = DATA_SETS[self.table.data]
@@ -163,6 +181,8 @@ class Reproduction:
                 "command": row.command(self.folder, 0),
                 "counted": row.counts or None,
                 "facts": row.facts,
+                "notes": row.notes,
+                "marks": row.marks,
                 "network": "" if row.recipe is None else row.recipe.model.name,
                 "top1": None if row.top1 is None else row.top1.model_dump(),
                 "top5": None if row.top5 is None else row.top5.model_dump(),
@@ -175,6 +195,7 @@ class Reproduction:
             **self.table.model_dump(include={"source", "title", "measures", "note"}),
             "scale": self.options.scale,
             "statement": self.statement,
+            "paper_scale": self.paper_scale,
             "seeds": self.seeds,
             "data": None if self.options.data is None else str(self.options.data),
             "page": str(self.page),
@@ -205,8 +226,9 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
     row.source, row.overrides = trained
     try:
         recipe = read_recipe(row.source, row.overrides)
-        row.counts = _count_network(recipe, printed, data.classes)
+        row.counts, row.notes = _count_network(recipe, printed, data.classes)
         row.facts = _count_facts(row, recipe, table)
+        row.marks = _mark_differences(row)
         if table.measures == "counts":
             row.reason = "counted, not trained"
             return row
@@ -219,7 +241,9 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
     except ConfigError as error:
         row.reason = f"not available: {error}"
         return row
-    row.gpu_hours = estimate_hours(row.recipe, data if options.scale == "paper" else SMALL_DATA)
+    row.gpu_hours = row.paper_hours = estimate_hours(recipe, data)
+    if options.scale == "small" or options.set:
+        row.gpu_hours = estimate_hours(row.recipe, data if options.scale == "paper" else SMALL_DATA)
     return row
 
 
@@ -267,8 +291,10 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     return macs * _STEP_COST * images / GPU_OPERATIONS / 3600
 
 
-def _count_network(recipe: Recipe, printed: PrintedRow, num_classes: int) -> dict[str, float]:
-    """Count the network that *recipe* trains, by the fields of `PrintedRow`.
+def _count_network(
+    recipe: Recipe, printed: PrintedRow, num_classes: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Count the network that *recipe* trains; return counts and notes by the fields of `PrintedRow`.
 
     Where a paper counts differently, as `published.toml` records, the counts follow its convention.
     """
@@ -280,11 +306,29 @@ def _count_network(recipe: Recipe, printed: PrintedRow, num_classes: int) -> dic
         "train_params": described.training.parameters / 1e6,
         "train_gflops": described.training.macs / 1e9,
     }
+    notes: dict[str, str] = {}
     for figure in reversed(described.published):  # the first figure that equals a printed one decides
         for key, quantity in QUANTITIES.items():
             if figure.quantity.endswith(quantity) and figure.printed == getattr(printed, key):
-                counts[key] = figure.ours
-    return {**counts, "dim": described.representation}
+                counts[key], notes[key] = figure.ours, figure.note
+    return {**counts, "dim": described.representation}, {key: note for key, note in notes.items() if note}
+
+
+def _mark_differences(row: ReproducedRow) -> dict[str, str]:
+    """Mark the counts and counted facts of *row* that are not the printed ones to the last printed digit."""
+    printed = {key: getattr(row.printed, key) for key in row.counts} | row.printed.facts
+    counted = row.counts | row.facts
+    compared = {key: (printed[key], counted[key]) for key in counted if printed[key] is not None}
+    marks = {key: compare_figures(*figures) for key, figures in compared.items() if key != "dim"}
+    return {key: mark for key, mark in marks.items() if mark}
+
+
+def compare_figures(printed: float, counted: float) -> str:
+    """Return "✗" if *counted* is not *printed* to its last digit; empty if it is, rounded or cut off."""
+    digits = len(f"{printed:.10f}".rstrip("0").partition(".")[2]) or 1
+    step = 10**-digits
+    reached = abs(counted - printed) <= step / 2 * (1 + 1e-9) or 0 <= counted - printed < step
+    return "" if reached else "✗"
 
 
 def _count_facts(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
@@ -314,7 +358,7 @@ def _count_facts(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> dic
     baseline = next((other for other in table.rows if other.id == printed.baseline), None)
     baseline_recipe = None if baseline is None else table.recipe_of(baseline)
     if baseline is not None and baseline_recipe is not None:
-        baseline_counts = _count_network(read_recipe(*baseline_recipe), baseline, num_classes)
+        baseline_counts, _ = _count_network(read_recipe(*baseline_recipe), baseline, num_classes)
         facts["extra GFLOPs"] = row.counts["gflops"] - baseline_counts["gflops"]
         facts["extra parameters (M)"] = row.counts["params"] - baseline_counts["params"]
     return {name: facts[name] for name in printed.facts if name in facts}

@@ -82,7 +82,8 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
             lines.append((row.id, row.name, *errors, ", ".join(kinds)))
         print_table(("row", "printed as", "top-1", "top-5", ""), lines)
         out.print()
-    out.print("errors in percent; sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
+    out.print("errors in percent; no table has been run at the scale of its paper")
+    out.print("sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
 
 
 def _print_plan(table: PrintedTable, options: ReproduceOptions, *, as_json: bool) -> None:
@@ -90,26 +91,41 @@ def _print_plan(table: PrintedTable, options: ReproduceOptions, *, as_json: bool
 
     planned = plan(table, options)
     hours = sum(row.gpu_hours for row in planned.rows) * planned.seeds
+    planned_commands = [
+        (row, [row.command(planned.folder, seed) for seed in range(planned.seeds) if row.recipe])
+        for row in planned.rows
+    ]
     lines: list[dict[str, Any]] = [
         {
             "row": row.printed.id,
             "runs": row.recipe is not None,
             "reason": row.reason,
             "gpu_hours": row.gpu_hours,
-            "commands": [row.command(planned.folder, seed) for seed in range(planned.seeds) if row.recipe],
+            "commands": commands,
+            "torchrun": [f"torchrun --nproc-per-node 8 -m {command}" for command in commands],
         }
-        for row in planned.rows
+        for row, commands in planned_commands
     ]
     if as_json:
-        print_json({"table": table.id, "statement": planned.statement, "gpu_hours": hours, "rows": lines})
+        print_json(
+            {
+                "table": table.id,
+                "statement": planned.statement,
+                "paper_scale": planned.paper_scale,
+                "gpu_hours": hours,
+                "rows": lines,
+            }
+        )
         return
     say(f"{table.source}: {table.title}", style="bold")
-    if planned.statement:
-        say(planned.statement)
+    for text in filter(None, (planned.statement, planned.paper_scale)):
+        say(text)
     for line in lines:
         time = f"{line['gpu_hours']:.2g} GPU hours per seed"
         say(f"{line['row']}: {time if line['runs'] else line['reason']}", *line["commands"])
     say(f"in total {hours:.2g} GPU hours for {planned.seeds} seeds ({ASSUMPTION})")
+    for line in [line for line in lines if line["torchrun"]][:1]:
+        say("on several GPUs, start every command with torchrun, such as", line["torchrun"][0])
 
 
 def _print_results(results: "Reproduction") -> None:
@@ -118,7 +134,7 @@ def _print_results(results: "Reproduction") -> None:
     trained = results.table.measures == "errors"
     table = error_table(results.rows) if trained else fact_table(results.rows)
     print_table(table.columns, (map(str, row) for row in table.rows))
-    if results.statement:
-        say(results.statement)
+    for text in filter(None, (results.statement, results.paper_scale)):
+        say(text)
     unit = "errors in percent with 95 % intervals; " if trained else ""
     say(f"{unit}page: {results.page}")

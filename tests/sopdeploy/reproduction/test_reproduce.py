@@ -185,6 +185,10 @@ def test_table_i_of_dsop_is_counted_without_data(tmp_path) -> None:
     rows = json.loads(done.stdout)["rows"]
     assert [round(row["counted"]["train_params"], 1) for row in rows] == [100.6, 110.7, 181.9, 44.5]
     assert {row["status"] for row in rows} == {"counted, not trained"}
+    assert [row["marks"] for row in rows] == [{"train_gflops": "✗"}, {"train_gflops": "✗"}, {}, {}]
+    page = (tmp_path / "dsop-1-paper/index.html").read_text(encoding="utf-8")
+    for note in ("only 3, 4, 7, 3 blocks and four heads of 256", "2.8 G of the operations", "✗"):
+        assert note in page
 
 
 @pytest.mark.parametrize("name", TABLES)
