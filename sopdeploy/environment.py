@@ -77,16 +77,6 @@ def import_optional(
         raise error(prefix + install_hint(package, source)) from problem
 
 
-def prepare_ray(*, starts: bool) -> None:
-    """Set the variables that Ray reads when it is imported: it sends no usage statistics.
-
-    If this process *starts* a cluster, its ports are on loopback only, on every system.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if starts:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-
-
 @contextmanager
 def missing_extras() -> Iterator[None]:
     """Turn the failed import of a package that belongs to an extra into a `MissingPackageError`."""

@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference, known_score
 
-FALSE_ALARMS = 0.01  # without drift, the largest probability that one of the two tests raises an alarm
 TESTS = ("classes", "confidences")
-SIGNIFICANCE = FALSE_ALARMS / 2  # significance level of each test (Bonferroni)
+SIGNIFICANCE = 0.005  # of each test: without drift, at most 1 % of comparisons raise an alarm (Bonferroni)
 MIN_EXPECTED = 5.0
 
 _Counts = NDArray[np.int64]
@@ -29,22 +28,12 @@ class Comparison(NamedTuple):
     distance: float
     p_value: float
 
-    @property
-    def alarm(self) -> bool:
-        """Whether the test rejects equal distributions at `SIGNIFICANCE`."""
-        return self.p_value < SIGNIFICANCE
-
 
 class Drift(NamedTuple):
     """Comparison of the predictions of *num_images* images with a reference: two *tests*, by name."""
 
     num_images: int
     tests: dict[str, Comparison]
-
-    @property
-    def alarm(self) -> bool:
-        """Whether a test raises an alarm; without drift, its probability is at most `FALSE_ALARMS`."""
-        return any(test.alarm for test in self.tests.values())
 
 
 class PredictionCounts:

@@ -14,8 +14,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
-from sopdeploy_service.commands.batch.reader import ListedImage, Reader
-from sopdeploy_service.commands.batch.sources import list_entries
+from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, read_listed
 from sopdeploy_service.commands.predict import read_image
 from tests.sopdeploy.data.small_data import jpeg, write_classes
 
@@ -66,9 +65,9 @@ def test_every_reader_of_a_folder_names_the_file(special: Path) -> None:
 
 
 def test_classify_gives_the_file_a_row_with_an_error(special: Path) -> None:
-    entries = list(list_entries([str(special.parents[1])]))
-    assert str(special) in [entry.path for entry in entries]
-    message = fails(lambda: Reader(1000).read(ListedImage(str(special), str(special))), ImageError)
+    images = list(list_sources([str(special.parents[1])]))
+    assert str(special) in [image.path for image in images]
+    message = fails(lambda: read_listed(ListedImage(str(special), str(special)), 1000), ImageError)
     assert message == "cannot be read (not a regular file)"
 
 
@@ -84,7 +83,7 @@ def test_classify_rejects_a_source_that_is_no_regular_file(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     KINDS[kind](source := tmp_path / f"photos{suffix}")
-    assert "not a regular file" in fails(lambda: list(list_entries([str(source)])))
+    assert "not a regular file" in fails(lambda: list(list_sources([str(source)])))
 
 
 def test_an_image_may_still_come_from_a_pipe_without_an_image_suffix() -> None:

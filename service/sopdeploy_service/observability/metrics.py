@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Summ
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Reference
-from sopdeploy.evaluation.drift import TESTS, Drift, PredictionCounts
+from sopdeploy.evaluation.drift import SIGNIFICANCE, TESTS, Drift, PredictionCounts
 from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
 
@@ -89,7 +89,7 @@ class Metrics:
         )
         self._drift_p_value = gauge(
             "drift_p_value",
-            "Probability of at least this difference without drift; below 0.005 is an alarm",
+            f"Probability of at least this difference without drift; below {SIGNIFICANCE} is an alarm",
             ("model", "of"),
         )
         # `labels` validates and looks up its values on every call.

@@ -18,21 +18,14 @@ INTERRUPTED = 130  # exit code of a command that Ctrl-C ends, as in a shell
 SourcesArgument = Annotated[
     list[str],
     typer.Argument(
-        metavar="SOURCE...",
-        help="Folders, quoted patterns, images, tar and parquet files, lists of paths (.txt), URLs.",
+        metavar="SOURCE...", help="Folders, .tar archives, lists of paths (.txt), images; paths or URLs."
     ),
 ]
 
 
 def _show(classified: "Classified") -> None:
-    """Print the numbers of images and errors, and the files."""
-    done, images = classified.classified, classified.num_images
-    new = "" if done == images else f", {done:,} of them in this run"
-    print_field("images", f"{images:,}{new}; {classified.num_errors:,} with an error")
-    if classified.drift is not None:
-        print_field("drift", classified.drift_text)
-    print_field("rows", f"{classified.rows}: {classified.num_parts} parquet files", style="bold green")
-    print_field("report", str(classified.report))
+    print_field("images", f"{classified.num_images:,}; {classified.num_errors:,} with an error")
+    print_field("rows", str(classified.rows), style="bold green")
 
 
 @command(_show)
@@ -52,22 +45,16 @@ def classify_command(
 
     Example: [bold]sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results[/bold]
 
-    Example: [bold]sopdeploy classify bundles/photos-3f6c01d2a4b7 'shards/*.tar' --out results[/bold]
+    Example: [bold]sopdeploy classify bundles/photos-3f6c01d2a4b7 s3://bucket/photos --out results[/bold]
     """
-    from sopdeploy_service.commands.batch.run import classify as run
+    from sopdeploy_service.commands.batch.run import classify
     from sopdeploy_service.settings import parse_assignments
 
     settings = parse_assignments(assignments or ())
     try:
-        with image_progress() as on_image:
-            return run(
-                bundle,
-                sources,
-                out,
-                options=options,
-                config=config,
-                on_progress=lambda done, _errors, total: on_image(done, total),
-                **settings,
+        with image_progress() as on_progress:
+            return classify(
+                bundle, sources, out, options=options, config=config, on_progress=on_progress, **settings
             )
     except KeyboardInterrupt:
         err.print("stopped; run the same command again to continue")

@@ -190,25 +190,23 @@ def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
     printed = command(
         "classify", bundle, photos, "--out", tmp_path / "a", "--setting", "threads=1", "--workers", 1
     )
-    shown: list[tuple[int, int, int]] = []
+    shown: list[tuple[int, int]] = []
     found = sopdeploy.classify(
         bundle, photos, tmp_path / "b", workers=1, threads=1, on_progress=lambda *done: shown.append(done)
     )
     figures = found.model_dump(mode="json")
-    assert figures == {**printed, "out": str(tmp_path / "b")}
-    assert (found.num_images, found.num_errors, sum(found.counts.values()), shown[-1]) == (8, 0, 8, (8, 0, 8))
+    assert figures == {**printed, "rows": str(tmp_path / "b" / "rows")}
+    assert (found.num_images, found.num_errors, shown[-1]) == (8, 0, (8, 8))
     names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "rows").iterdir()]
     assert [(tmp_path / "b" / name).read_bytes() for name in names] == [
         (tmp_path / "a" / name).read_bytes() for name in names
     ]
     assert (found.rows / "part-00000.parquet").is_file()
-    assert found.report.is_file()
-    again = sopdeploy.classify(bundle, [photos], str(tmp_path / "b"), workers=1, threads=1)
-    assert (again.classified, again.counts) == (0, found.counts)
+    assert sopdeploy.classify(bundle, [photos], str(tmp_path / "b"), workers=1, threads=1) == found
 
 
 BAD_CLASSIFICATIONS: dict[str, tuple[type[SopdeployError], dict[str, Any]]] = {
-    r"^out: /.* was begun with logits False, not True": (ConfigError, {"logits": True}),
+    r"^out: /.* was begun with columns \[\], not": (ConfigError, {"logits": True}),
     r"^workers: Input should be greater than": (ConfigError, {"workers": 0}),
     r"^features: .* has no features; export it with_features": (ConfigError, {"features": True}),
     r"prt: unknown key": (ConfigError, {"prt": 1}),

@@ -1,14 +1,12 @@
 """Options of `sopdeploy.classify` and `sopdeploy classify`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import pydantic
 
-from sopdeploy.config import Options
+from sopdeploy.config import Count, Options
 
 NEW_CLUSTER = "local"  # the address of a Ray cluster that starts and ends with the command
-PART_IMAGES = 4096
 
 
 class ClassifyOptions(Options):
@@ -22,11 +20,9 @@ class ClassifyOptions(Options):
     """Processes that load images, of each copy of the bundle; by default one per core, up to 16."""
     ray: str | None = None
     """HOST:PORT of a Ray cluster that classifies; `auto`: that of this machine, `local`: a new one here."""
-    actors: Annotated[int | None, pydantic.Field(ge=1)] = None
+    actors: Count | None = None
     """Copies of the bundle on the Ray cluster; by default one per machine."""
     gpus_per_actor: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
     """GPUs of a copy on the Ray cluster: 1, 0.5 lets two share one, 0 uses the CPU."""
-    keep: Path | None = None
-    """Copy photographs that are worth a label to this folder, as a server does."""
-    part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = PART_IMAGES
-    """Images per parquet file, rounded up to full batches."""
+    part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = 4096
+    """Images per parquet file."""

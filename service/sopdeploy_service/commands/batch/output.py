@@ -1,51 +1,33 @@
-"""The output folder of `sopdeploy classify`: one parquet file per part, and the state of the run.
+"""The output folder of `sopdeploy classify`: one parquet file per part of the list of images.
 
     OUT/rows/part-00000.parquet     the rows of the first part; a file with its final name is complete
+    OUT/_list.parquet               all images in the order of the rows, one row group per part
     OUT/_run.json                   what the rows depend on
-    OUT/_list.parquet               all images, in the order of the rows
-    OUT/_report.html, _report.json  written in the end
 
-Programs that read parquet files from OUT ignore names with an underscore, so they read only the rows.
-A run continues only with the same bundle, options, runtime and images, because rows of different runs must
-not be mixed.
+Programs that read parquet files from OUT ignore names with an underscore, so they read only the rows. A part
+is a fixed range of the list, so a resumed run writes the same parts as an uninterrupted one.
 """
 
 import fcntl
-import os
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pydantic
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import ConfigError, StorageError
 from sopdeploy.files import PARTIAL, atomic_write, writing
-from sopdeploy_service.commands.batch.parquet import import_pyarrow
+from sopdeploy_service.commands.batch.sources import ListedImage
 
-ROWS_FOLDER, STATE, LISTING, PAGE, DATA = "rows", "_run.json", "_list.parquet", "_report.html", "_report.json"
-OTHER_FOLDER = "; choose another folder"
-
-
-class RunState(StrictModel):
-    """Everything that the rows of a run depend on; a run continues only if it is unchanged.
-
-    *runtime* includes its version and device; *settings* are those of the decoder.
-    """
-
-    format: Literal["sopdeploy-classify"] = "sopdeploy-classify"
-    version: Literal[1] = 1
-    bundle: str
-    runtime: str
-    source: str
-    num_images: Count
-    part_images: Count
-    batch: Count
-    top_k: Count | None
-    logits: bool
-    features: bool
-    settings: dict[str, str | int]
+ROWS_FOLDER, LISTING, STATE = "rows", "_list.parquet", "_run.json"
+LIST_SCHEMA = pa.schema(
+    {"path": pa.string(), "location": pa.string(), "offset": pa.int64(), "size": pa.int64()}
+)
 
 
 class OutputFolder:
@@ -53,7 +35,6 @@ class OutputFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._parquet = import_pyarrow("pyarrow.parquet")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -65,79 +46,74 @@ class OutputFolder:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise ConfigError(
-                    f"another run is writing to {self.path}; wait for it", setting="out"
-                ) from error
-            self._remove_partial()  # of a run that was killed
+                message = f"another run is writing to {self.path}; wait for it"
+                raise ConfigError(message, setting="out") from error
             with writing(str(self.path), StorageError):  # errors of sources are no `OSError`
+                self._remove_partial()  # of a run that was killed
                 yield
-            self._remove_partial()  # of machines of a Ray cluster that were lost
+                self._remove_partial()  # of machines of a Ray cluster that were lost
 
     def _remove_partial(self) -> None:
-        for partial in (*self.path.glob(f"*{PARTIAL}"), *(self.path / ROWS_FOLDER).glob(f"*{PARTIAL}")):
+        for partial in self.path.rglob(f"*{PARTIAL}"):
             partial.unlink(missing_ok=True)
 
-    def begin(self, state: RunState) -> None:
-        """Write *state*, or compare it with that of the run to continue; raises `ConfigError`."""
-        file = self.path / STATE
-        if not file.exists():
-            if any((self.path / ROWS_FOLDER).iterdir()):
-                raise ConfigError(f"{self.path} has rows, but no {STATE}{OTHER_FOLDER}", setting="out")
-            with atomic_write(file) as partial:
-                partial.write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8")
-                _flush(partial)
-            return
-        try:
-            previous = RunState.model_validate_json(file.read_bytes())
-        except pydantic.ValidationError as error:
-            raise ConfigError(f"{file}: not written by this version{OTHER_FOLDER}", setting="out") from error
-        if previous.source != state.source:
-            raise ConfigError(
-                f"{self.path} was begun with other images ({previous.num_images:,} then, "
-                f"{state.num_images:,} now; "
-                f"names and sizes matter, too){OTHER_FOLDER}",
-                setting="out",
-            )
-        for name, value in state:
-            if (old := getattr(previous, name)) != value:
-                raise ConfigError(
-                    f"{self.path} was begun with {name} {old}, not {value}; continue with the same options, "
-                    "or choose another folder",
-                    setting="out",
-                )
+    def begin(self, images: Iterable[ListedImage], part_images: int, state: Mapping[str, Any]) -> None:
+        """Write the list of *images* in parts of *part_images*, and *state*, what the rows depend on.
 
-    def part(self, number: int) -> Path:
-        """Return the file of part *number*."""
-        return self.path / ROWS_FOLDER / f"part-{number:05d}.parquet"
+        Raises `ConfigError` if the folder belongs to a run with other images or another state: rows of
+        different runs must not be mixed.
+        """
+        with atomic_write(self.path / LISTING) as partial:
+            now = {**state, "part_images": part_images, "images": _write_list(partial, images, part_images)}
+            before = {}
+            with suppress(OSError, ValueError):  # no file, or a damaged one
+                before = dict(json.loads((self.path / STATE).read_bytes()))
+            if before or any((self.path / ROWS_FOLDER).iterdir()):
+                for name in sorted({*before, *now}):
+                    if before.get(name) != now.get(name):
+                        raise ConfigError(
+                            f"{self.path} was begun with {name} {before.get(name)}, not {now.get(name)}; "
+                            "continue with the same images and options, or choose another folder",
+                            setting="out",
+                        )
+        with atomic_write(self.path / STATE) as partial:
+            partial.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
 
-    def errors_in(self, number: int, num_images: int) -> int | None:
-        """Count the images with an error in part *number*; None if it has not *num_images* rows."""
+    def sizes(self) -> list[int]:
+        """Return the number of images in each part."""
+        metadata = pq.read_metadata(self.path / LISTING)
+        return [metadata.row_group(part).num_rows for part in range(metadata.num_row_groups)]
+
+    def images(self, part: int) -> list[ListedImage]:
+        """Read *part* of the list."""
+        with pq.ParquetFile(self.path / LISTING) as file:
+            return list(map(ListedImage, *file.read_row_group(part).to_pydict().values()))
+
+    def num_errors(self, part: int, size: int) -> int | None:
+        """Count the images with an error in *part*; None if it is not complete: *size* rows."""
         try:
-            schema = self._parquet.read_metadata(self.part(number))
-            errors = int(schema.metadata[b"num_errors"])
-        except (OSError, ValueError, KeyError, TypeError):  # pyarrow's own error is a ValueError
+            errors = pq.read_table(self._file(part), columns=["error"])["error"]
+        except (OSError, ValueError):  # pyarrow's own error is a ValueError
             return None
-        return errors if schema.num_rows == num_images else None
+        return len(errors) - int(errors.null_count) if len(errors) == size else None
 
-    def write_part(self, number: int, table: Any) -> None:
-        """Write the file of part *number*; it has its final name only when it is complete."""
-        with atomic_write(self.part(number), shared=True) as partial:
-            self._parquet.write_table(table, partial, compression="zstd", row_group_size=len(table))
-            _flush(partial)
+    def write(self, part: int, rows: Sequence[Mapping[str, Any]], schema: Any) -> None:
+        """Write the *rows* of *part*; its file has its final name only when it is complete."""
+        table = pa.Table.from_pylist(rows, schema=schema)
+        with atomic_write(self._file(part), shared=True) as partial:
+            pq.write_table(table, partial, compression="zstd")
 
-    def read_columns(self, number: int, columns: list[str]) -> Any:
-        """Read *columns* of part *number* as a table."""
-        with self._parquet.ParquetFile(self.part(number)) as file:
-            return file.read(columns=columns, use_threads=False)
-
-    def write_text(self, name: str, text: str) -> Path:
-        """Write *text* to the file *name* and return its path."""
-        with atomic_write(self.path / name) as partial:
-            partial.write_text(text, encoding="utf-8")
-        return self.path / name
+    def _file(self, part: int) -> Path:
+        return self.path / ROWS_FOLDER / f"part-{part:05d}.parquet"
 
 
-def _flush(path: Path) -> None:
-    """Make sure that the content of *path* is on the disk before it is renamed."""
-    with path.open("rb") as file, suppress(OSError):
-        os.fsync(file.fileno())
+def _write_list(file: Path, images: Iterable[ListedImage], part_images: int) -> str:
+    """Write *images* to *file*; return their number and a hash of their names, positions and sizes."""
+    remaining, count, digest = iter(images), 0, hashlib.sha256()
+    with pq.ParquetWriter(file, LIST_SCHEMA, compression="zstd") as writer:
+        while part := list(islice(remaining, part_images)):
+            count += len(part)
+            for image in part:
+                digest.update(f"{image.path}\0{image.offset} {image.size}\n".encode())
+            writer.write_table(pa.table(list(map(list, zip(*part, strict=True))), schema=LIST_SCHEMA))
+    return f"{count} ({digest.hexdigest()[:16]})"

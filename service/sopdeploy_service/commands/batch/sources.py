@@ -1,194 +1,156 @@
-"""List the images of the sources of `sopdeploy classify`, in an order that does not change between runs.
+"""List and read the images of `sopdeploy classify`: in folders, tar archives and lists of paths (`.txt`).
 
-A source is a folder, a pattern such as `photos/**/*.jpg`, an image, a tar archive, a parquet file, a list of
-paths (`.txt`), or the URL of any of them in an object store. Folders are walked one by one, so that a list of
-any length needs little memory. Order: sources as given, names sorted in a folder, members and rows as stored.
+A source is a path or an address that fsspec opens, such as `s3://bucket/photos`. Order: sources as given,
+names sorted in a folder, members of archives and lines of lists as stored.
 """
 
-import glob
 import io
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
+
+import fsspec
 
 from sopdeploy.bundle.folder import is_bundle
 from sopdeploy.data.folders import is_hidden, is_image, walk
-from sopdeploy.errors import DataError
-from sopdeploy.files import expand_user
+from sopdeploy.errors import DataError, ImageError, MissingPackageError, SopdeployError
+from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.images.limits import SUFFIXES
-from sopdeploy_service.commands.batch.parquet import ParquetImages
-from sopdeploy_service.commands.batch.reader import (
-    UNKNOWN,
-    ListedImage,
-    is_parquet,
-    is_url,
-    open_location,
-    open_store,
-)
 
-LIST, TAR = ".txt", ".tar"
-COMPRESSED = (".tar.gz", ".tgz", ".tar.xz")
-PATTERN = "*?["
+_TAR, _LIST = ".tar", ".txt"
+UNKNOWN = -1  # size of an image that is not known before it is read
 
 
-def list_entries(sources: Sequence[str]) -> Iterator[ListedImage]:
-    """Yield the images of *sources*.
+class ListedImage(NamedTuple):
+    """One image of a list.
 
-    Raises `DataError` for a source that does not exist, is damaged or has no images.
+    *path* is its name in the output, *location* the file or address with its bytes. *offset* is its position
+    in an archive, otherwise 0. *size* is in bytes, or `UNKNOWN`.
     """
+
+    path: str
+    location: str
+    offset: int = 0
+    size: int = UNKNOWN
+
+
+def list_sources(sources: Sequence[str]) -> Iterator[ListedImage]:
+    """Yield the images of *sources*; raise `DataError` for one that is missing, damaged or has no images."""
     if not sources or "" in sources:
         raise DataError("no source, or an empty one; name a folder, or . for this one")
     for source in sources:
         empty = True
         try:
-            for entry in _list_source(source):
+            for image in _list_source(source):
                 empty = False
-                yield entry
-        except OSError as error:
-            raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from error
+                image.location.encode()  # raises an error for bytes that are not UTF-8
+                yield image
+        except SopdeployError:
+            raise
+        except ImportError as error:
+            raise MissingPackageError(f'{source}: {error}; for S3: pip install "sopdeploy[s3]"') from error
+        except Exception as error:  # every store raises types of its own
+            message = f"cannot be listed ({_reason(error)}); check the name, the file and the credentials"
+            raise DataError(f"{source}: {message}") from error
         if empty:
-            suffixes = ", ".join(SUFFIXES)
-            raise DataError(
-                f"{source}: has no images ({suffixes}); name archives or parquet files in it, if any"
-            )
+            raise DataError(f"{source}: has no images ({', '.join(SUFFIXES)}); name archives in it, if any")
+
+
+def read_listed(image: ListedImage, limit: int) -> bytes:
+    """Read *image*, at most *limit* bytes; raise `ImageError` with the code `unusable_data` if that fails."""
+    size = limit if image.size == UNKNOWN else min(limit, image.size)
+    try:
+        if _is_address(image.location):
+            store, path = fsspec.core.url_to_fs(image.location)
+            return bytes(store.cat_file(path, image.offset, image.offset + size))
+        with open_regular(image.location, buffering=0) as file:
+            file.seek(image.offset)
+            return read_at_most(file, size)
+    except Exception as error:  # every store raises types of its own
+        message = f"cannot be read ({_reason(error)})"
+        raise ImageError(message, code="unusable_data", status=422) from error
 
 
 def _list_source(source: str) -> Iterator[ListedImage]:
-    if is_url(source):
-        yield from _list_url(source)
-        return
-    path = expand_user(source)
-    if is_bundle(path):
+    """Yield the images of a source by its kind."""
+    path = Path(source)
+    if source.lower().endswith(_TAR):
+        yield from _list_tar(source)
+    elif source.lower().endswith(_LIST):
+        yield from _list_lines(source)
+    elif _is_address(source):
+        yield from _list_store(source)
+    elif is_bundle(path):
         raise DataError(f"{source}: a bundle, not images; name one bundle, then folders or files of images")
-    if path.is_dir():
-        yield from (_file_entry(file) for file in walk(path) if is_image(file.name))
-    elif path.exists():
-        yield from _list_file(_file_entry(path))
-    elif any(sign in source for sign in PATTERN):
-        names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - pathlib takes no absolute patterns
-        for file in map(Path, sorted(names)):
-            if not file.is_dir():
-                yield from _list_file(_file_entry(file))
+    elif path.is_dir():
+        yield from (_list_file(str(file)) for file in walk(path) if is_image(file.name))
+    elif path.exists() and is_image(path.name):
+        yield _list_file(source)
     else:
-        raise DataError(f"{source}: not found; name a folder, a pattern, images, archives or lists of paths")
-
-
-def _file_entry(path: Path) -> ListedImage:
-    """Describe an image file; a missing file gets an error row later."""
-    try:
-        size = path.stat().st_size
-    except (OSError, ValueError):  # a name of a list may have null bytes
-        size = UNKNOWN
-    return ListedImage(str(path), str(path.absolute()), size=size)
-
-
-def _list_file(file: ListedImage) -> Iterator[ListedImage]:
-    """Yield the images in *file*: an archive, a parquet file, a list or an image, by its name."""
-    if file.location.lower().endswith(TAR):
-        yield from _list_tar(file.path, file.location)
-    elif is_parquet(file.location):
-        yield from _list_parquet(file.path, file.location)
-    elif file.location.lower().endswith(COMPRESSED):
-        raise DataError(f"{file.path}: is compressed; unpack it, or pack it as an uncompressed .tar")
-    elif file.location.lower().endswith(LIST):
-        yield from _list_lines(file.path)
-    else:
-        yield file
-
-
-def _list_url(url: str) -> Iterator[ListedImage]:
-    """Yield the images at *url*: below a folder, of a pattern, or in one object."""
-    store, path = open_store(url)
-    try:
-        if any(sign in path for sign in PATTERN):
-            for name, facts in sorted(store.glob(path, detail=True).items()):
-                if facts["type"] == "file":
-                    yield from _list_file(_object_entry(store.unstrip_protocol(name), facts))
-        elif store.isfile(path):
-            yield from _list_file(_object_entry(url, store.info(path)))
-        else:
-            yield from _walk_url(store, path)
-    except FileNotFoundError as error:
-        raise DataError(f"{url}: not found; check the name and the credentials") from error
-    except DataError:
-        raise
-    except Exception as error:  # every store raises types of its own
-        reason = " ".join(str(error).split())
         raise DataError(
-            f"{url}: cannot be listed ({type(error).__name__}: {reason})"
-            "; check the address and the credentials"
-        ) from error
+            f"{source}: not found, or no image; name a folder, an uncompressed .tar or a list (.txt)"
+        )
 
 
-def _walk_url(store: Any, folder: str) -> Iterator[ListedImage]:
-    """Yield the images below *folder* of *store*, without hidden ones, the files of a folder first."""
-    for _, folders, files in store.walk(folder, detail=True, on_error="raise"):
-        for name in sorted(folders):  # `walk` visits them in the order of this dict
-            facts = folders.pop(name)
-            if not is_hidden(name):
-                folders[name] = facts
-        for name in sorted(filter(is_image, files)):
-            yield _object_entry(store.unstrip_protocol(files[name]["name"]), files[name])
+def _list_file(path: str) -> ListedImage:
+    """Describe the image file *path*; one that does not exist gets a row with its error."""
+    size = UNKNOWN
+    with suppress(OSError, ValueError):  # a name in a list may have null bytes
+        size = os.stat(path).st_size  # noqa: PTH116 - a name in a list may be no path
+    return ListedImage(path, os.path.abspath(path), size=size)  # noqa: PTH100
 
 
-def _object_entry(url: str, facts: Any) -> ListedImage:
-    """Describe the object *url* of a store."""
-    size = facts.get("size")
-    return ListedImage(url, url, size=UNKNOWN if size is None else int(size))
+def _list_store(address: str) -> Iterator[ListedImage]:
+    """Yield the images at or below *address*, without hidden ones."""
+    store, root = fsspec.core.url_to_fs(address)
+    for name, facts in sorted(store.find(root, detail=True).items()):
+        if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
+            location = store.unstrip_protocol(name)
+            yield ListedImage(location, location, size=facts.get("size") or UNKNOWN)
 
 
-def _list_tar(name: str, location: str) -> Iterator[ListedImage]:
-    """Yield the images of the tar archive *location* as if it were a folder with this *name*."""
+def _list_tar(location: str) -> Iterator[ListedImage]:
+    """Yield the images of the archive *location* as if it were a folder with this name."""
+    place = location if _is_address(location) else os.path.abspath(location)  # noqa: PTH100
     archive: Any  # its list of members is not part of the typed interface
-    try:
-        with open_location(location) as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(0)
-            with tarfile.open(fileobj=file, mode="r:") as archive:
-                while (member := archive.next()) is not None:
-                    archive.members.clear()  # tarfile would keep all members in memory
-                    parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
-                    if not parts or any(map(is_hidden, parts)) or not is_image(parts[-1]):
-                        continue
-                    if member.islnk():
-                        raise DataError(f"{member.name} is a hard link; pack with `tar --hard-dereference`")
-                    if not member.isreg() or member.sparse is not None:
-                        continue
-                    if member.offset_data + member.size > end:
-                        raise DataError(f"{member.name} is truncated; copy the archive again")
-                    yield ListedImage("/".join((name, *parts)), location, member.offset_data, member.size)
-    except DataError as error:
-        raise DataError(f"{name}: {error}") from error
-    except (tarfile.TarError, OSError, ValueError, EOFError, RecursionError) as error:
-        reason = f"damaged or not a tar file ({error}); copy or unpack it again"
-        raise DataError(f"{name}: {reason}") from error
-
-
-def _list_parquet(name: str, location: str) -> Iterator[ListedImage]:
-    """Yield the rows of the parquet file *location*, whose metadata alone are read."""
-    try:
-        with open_location(location) as file:
-            for row, size in enumerate(ParquetImages(file).sizes()):
-                yield ListedImage(f"{name}/{row}", location, row, size)
-    except (OSError, ValueError, MemoryError) as error:  # pyarrow's own error is a ValueError
-        reason = " ".join(str(error).split())
-        raise DataError(f"{name}: no parquet file with images ({reason}); write it again") from error
+    with _open(location) as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as archive:
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # tarfile would keep all members in memory
+            parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
+            if not parts or any(map(is_hidden, parts)) or not is_image(parts[-1]):
+                continue
+            if member.islnk():
+                message = f"{member.name} is a hard link; pack with `tar --hard-dereference`"
+                raise DataError(f"{location}: {message}")
+            if member.isreg() and member.sparse is None:
+                yield ListedImage("/".join((location, *parts)), place, member.offset_data, member.size)
 
 
 def _list_lines(location: str) -> Iterator[ListedImage]:
-    """Yield the images that the text file *location* lists, one path or URL per line.
-
-    Paths are relative to the folder of the list.
-    """
-    file = io.BufferedReader(open_location(location))
-    with io.TextIOWrapper(file, "utf-8-sig", "surrogateescape") as lines:
-        for name in filter(None, map(str.strip, lines)):
-            if is_url(name):
-                yield ListedImage(name, name)
-            elif is_url(location):
-                url = f"{location.rpartition('/')[0]}/{name}"
-                yield ListedImage(url, url)
+    """Yield the images of the list *location*: one image or archive per line, relative to its folder."""
+    folder = location.rpartition("/")[0]
+    with io.TextIOWrapper(_open(location), "utf-8-sig") as lines:
+        for line in filter(None, map(str.strip, lines)):
+            name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118
+            if name.lower().endswith(_TAR):
+                yield from _list_tar(name)
             else:
-                yield _file_entry(Path(location).parent / name)
+                yield ListedImage(name, name) if _is_address(name) else _list_file(name)
+
+
+def _open(location: str) -> Any:
+    """Open a regular file or an object for reading."""
+    return fsspec.open(location).open() if _is_address(location) else open_regular(location)
+
+
+def _is_address(name: str) -> bool:
+    return "://" in name
+
+
+def _reason(error: Exception) -> str:
+    """Describe *error* in one line."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return " ".join(reason.split()) or type(error).__name__

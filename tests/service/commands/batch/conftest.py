@@ -4,7 +4,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,7 +15,6 @@ from tests.service.conftest import picture_bytes
 COUNT = 100
 BAD = {17: b"text", 40: b"", 41: picture_bytes()[:300]}  # by position
 SETTINGS = Settings(threads=1)
-STRUCT = pa.struct({"bytes": pa.binary(), "path": pa.string()})  # of Hugging Face
 OPTIONS = ClassifyOptions(workers=1, part_images=32)
 
 
@@ -26,7 +24,7 @@ def classify(
     out: Path,
     settings: Settings = SETTINGS,
     options: ClassifyOptions = OPTIONS,
-    on_progress: Callable[[int, int, int], None] = lambda _done, _errors, _total: None,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> run.Classified:
     given = settings.model_dump(exclude_unset=True)
     return run.classify(bundle, sources, out, options=options, on_progress=on_progress, **given)
@@ -39,12 +37,6 @@ def write_photos(folder: Path, count: int = COUNT) -> Path:
         (folder / f"{number:03d}.jpg").write_bytes(BAD.get(number, body))
     (folder / "notes.md").write_text("not an image")
     return folder
-
-
-def write_shard(photos: list[Path], file: Path) -> None:
-    """Write *photos* to the parquet *file*, in row groups of 15 structs as Hugging Face writes them."""
-    column = pa.array([{"bytes": photo.read_bytes(), "path": photo.name} for photo in photos], STRUCT)
-    pq.write_table(pa.table({"label": list(range(len(photos))), "image": column}), file, row_group_size=15)
 
 
 @pytest.fixture(scope="session")
@@ -73,8 +65,8 @@ class StopError(Exception):
     """Stands for anything that ends a run."""
 
 
-def stop_at(images: int) -> Callable[[int, int, int], None]:
-    def on_progress(done: int, _errors: int, _total: int) -> None:
+def stop_at(images: int) -> Callable[[int, int], None]:
+    def on_progress(done: int, _total: int) -> None:
         if done >= images:
             raise StopError
 

@@ -1,18 +1,15 @@
-"""A worker process that ends at one image, as one with a bug in a C library does."""
+"""A decoder process that ends at one image, as one with a bug in a C library does."""
 
 import os
 
-import numpy as np
-from numpy.typing import NDArray
-
 from sopdeploy_service.commands.batch import decoders
+from sopdeploy_service.commands.batch.sources import ListedImage, read_listed
 
 
-class CrashingDecoder(decoders.EntryDecoder):
-    def __call__(self, entry: decoders.ListedImage, pixels: NDArray[np.uint8]) -> decoders.DecodedImage:
-        return os._exit(1) if entry.path.endswith("017.jpg") else super().__call__(entry, pixels)
+def crash_or_read(image: ListedImage, limit: int) -> bytes:
+    return os._exit(1) if image.path.endswith("017.jpg") else read_listed(image, limit)
 
 
-def start_crashing_worker(*arguments: object) -> None:
-    decoders.EntryDecoder = CrashingDecoder
-    decoders.start_worker(*arguments)
+if __name__ == "__main__":
+    decoders.read_listed = crash_or_read
+    decoders.main()

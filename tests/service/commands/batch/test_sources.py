@@ -1,17 +1,16 @@
 """Lists of images: kinds of sources, their order, and their errors."""
 
 import io
-import os
+import sys
 import tarfile
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from sopdeploy.errors import DataError, ImageError
-from sopdeploy_service.commands.batch.listing import Listing, write_list
-from sopdeploy_service.commands.batch.reader import ListedImage, Reader
-from sopdeploy_service.commands.batch.sources import list_entries
+from sopdeploy.errors import ConfigError, DataError, ImageError, MissingPackageError
+from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, read_listed
 
 BODIES = {"b/2.jpg": b"two", "a.png": b"one", "b/c/3.JPEG": b"three", "z.gif": b"four"}
 MEMORY = "memory://sources"
@@ -38,6 +37,9 @@ def sources(tmp_path: Path) -> Path:
     (tmp_path / "list.txt").write_text("".join(f"folder/{name}\n\n" for name in BODIES))
     windows = "\r\n".join(f"folder/{name}" for name in BODIES)
     (tmp_path / "windows.txt").write_text(windows, encoding="utf-8-sig", newline="")
+    (tmp_path / "archives.txt").write_text("x.tar")
+    store.pipe("/sources/list.txt", "\n".join(BODIES).encode())
+    store.pipe("/sources/.trash/a.png", b"no")
     store.pipe("/sources/shards/x.tar", (tmp_path / "x.tar").read_bytes())
     yield tmp_path
     store.rm("/sources", recursive=True)
@@ -46,12 +48,14 @@ def sources(tmp_path: Path) -> Path:
 SORTED, STORED = ["a.png", "b/2.jpg", "b/c/3.JPEG", "z.gif"], list(BODIES)
 LISTS = {  # source: (prefix of the names, names)
     "folder": ("folder/", SORTED),
-    "folder/b/**/*.jp*g": ("folder/b/", ["2.jpg"]),
+    "folder/z.gif": ("folder/", ["z.gif"]),
     "x.tar": ("x.tar/", STORED),
     "list.txt": ("folder/", STORED),
     "windows.txt": ("folder/", STORED),
+    "archives.txt": ("x.tar/", STORED),
     f"{MEMORY}/b": ("memory:///sources/b/", ["2.jpg", "c/3.JPEG"]),
-    f"{MEMORY}/*.*": ("memory:///sources/", ["a.png", "z.gif"]),
+    f"{MEMORY}/z.gif": ("memory:///sources/", ["z.gif"]),
+    f"{MEMORY}/list.txt": (f"{MEMORY}/", STORED),
     f"{MEMORY}/shards/x.tar": (f"{MEMORY}/shards/x.tar/", STORED),
 }
 
@@ -65,26 +69,26 @@ def body_of(prefix: str, name: str) -> bytes:
 def test_a_source_lists_its_images_in_order_and_they_can_be_read(source, sources, tmp_path, monkeypatch):
     monkeypatch.chdir(sources)
     prefix, names = LISTS[source]
-    entries = list(list_entries([source]))
-    assert [entry.path for entry in entries] == [prefix + name for name in names]
-    reader, short = Reader(max_bytes=100), Reader(max_bytes=2)
+    images = list(list_sources([source]))
+    assert [image.path for image in images] == [prefix + name for name in names]
     expected = [body_of(prefix, name) for name in names]
-    assert [reader.read(entry) for entry in entries] == expected
-    assert [reader.read(entry) for entry in reversed(entries)] == expected[::-1]
-    assert [short.read(entry) for entry in entries] == [body[:3] for body in expected]
-    reader.close()
-    short.close()
+    assert [read_listed(image, 100) for image in images] == expected
+    assert [read_listed(image, 3) for image in images] == [body[:3] for body in expected]
 
 
 BAD_SOURCES = {
     "": "no source, or an empty one; name a folder",
-    "nowhere": "nowhere: not found; name a folder",
-    "~nobody-here/x": "~nobody-here/x: not found; name a folder",
-    "shards": r"shards: has no images \(.*; name archives or parquet files in it",
-    "damaged.tar": "damaged.tar: damaged or not a tar file",
-    "memory://absent": "memory://absent: not found",
+    "nowhere": "nowhere: not found, or no image; name a folder",
+    "photos.tar.gz": r"photos.tar.gz: not found, or no image; .* an uncompressed .tar",
+    "shards": r"shards: has no images \(.*; name archives in it",
+    "damaged.tar": r"damaged.tar: cannot be listed \(.*; check the name",
+    "absent.tar": r"absent.tar: cannot be listed \(No such file or directory\); check the name",
+    "memory://absent": r"memory://absent: has no images",
+    "nothing://x": r"nothing://x: cannot be listed \(Protocol not known: nothing\)",
     "memory://no-keys": r"memory://no-keys: has no images",
     "no-keys.txt": r"no-keys.txt: has no images",
+    "latin.txt": r"latin.txt: cannot be listed \('utf-8' codec can't decode byte 0xe9",
+    "latin\udce9.jpg": r"latin.*: cannot be listed \('utf-8' codec can't encode character",
     "bundle": "bundle: a bundle, not images; name one bundle, then folders",
 }
 
@@ -93,38 +97,48 @@ BAD_SOURCES = {
 def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "shards").mkdir()
-    for name in ("shards/x.tar", "damaged.tar"):
+    for name in ("shards/x.tar", "damaged.tar", "photos.tar.gz"):
         (tmp_path / name).write_bytes(b"nothing" * 100)
     fsspec.filesystem("memory").makedirs("/no-keys", exist_ok=True)
     (tmp_path / "no-keys.txt").touch()
+    (tmp_path / "latin.txt").write_bytes(b"a.jpg\ncaf\xe9.jpg")
+    (tmp_path / "latin\udce9.jpg").touch()
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "golden-0.jpg").touch()
     (tmp_path / "bundle" / "manifest.json").write_text('{"format": "sopdeploy-bundle"}')
     with pytest.raises(DataError, match=BAD_SOURCES[source]):
-        list(list_entries([source]))
+        list(list_sources([source]))
 
 
 def test_an_image_that_cannot_be_read_has_the_code_of_unusable_data(sources, monkeypatch):
     monkeypatch.chdir(sources)
     with pytest.raises(ImageError, match=r"cannot be read \(No such file or directory\)") as raised:
-        Reader(max_bytes=9).read(ListedImage("x", "/nowhere/x.jpg"))
+        read_listed(ListedImage("x", "/nowhere/x.jpg"), 9)
     assert raised.value.code == "unusable_data"
 
 
-def test_the_list_is_read_in_parts_and_its_hash_changes_with_names_and_sizes(tmp_path):
-    latin = os.fsdecode(b"/caf\xe9.jpg")
-    entries = [
-        ListedImage(latin, latin, size=3),
+def test_a_store_whose_package_is_missing_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
+    with pytest.raises(MissingPackageError, match=r'^s3://x/y: Install s3fs .*; for S3: pip install "sopde'):
+        list(list_sources(["s3://x/y"]))
+
+
+def test_the_list_is_read_in_parts_and_a_run_continues_only_with_the_same_names_and_sizes(tmp_path):
+    images = [
+        ListedImage("caf\xe9", "/caf\xe9", size=3),
         ListedImage("b", "/b", 512, 7),
         ListedImage("c", "s3://x/c"),
     ]
-    source, images = write_list(tmp_path / "list", iter(entries), 2)
-    listing = Listing(tmp_path / "list")
-    assert (images, listing.num_parts()) == (3, 2)
-    assert [listing.images_of(part) for part in range(2)] == [2, 1]
-    first, second, third = (entry for part in range(2) for entry in listing.read(part))
-    assert (first.path, first.location) == ("/caf�.jpg", latin)
-    assert [second, third] == entries[1:]
-    assert write_list(tmp_path / "again", entries, 3)[0] == source
-    changes = [entries[:2], entries[::-1], [*entries[:2], ListedImage("c", "s3://x/c", size=1)]]
-    assert source not in [write_list(tmp_path / "changed", changed, 2)[0] for changed in changes]
+    folder = OutputFolder(tmp_path)
+    with folder.locked():
+        folder.begin(iter(images), 2, {})
+        assert folder.sizes() == [2, 1]
+        assert [image for part in range(2) for image in folder.images(part)] == images
+        folder.begin(images, 2, {})
+        for changed in images[:2], images[::-1], [*images[:2], ListedImage("c", "s3://x/c", size=1)]:
+            with pytest.raises(ConfigError, match=r"was begun with images 3 \(\w+\), not [23] \("):
+                folder.begin(changed, 2, {})
+        with pytest.raises(ConfigError, match="was begun with part_images 2, not 3"):
+            folder.begin(images, 3, {})
+        assert folder.sizes() == [2, 1]
