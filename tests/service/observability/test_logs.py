@@ -37,7 +37,7 @@ def requests(stream: Path) -> list[dict]:
 
 def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jpeg, until):
     stream = logged(log="json")
-    key = new_key(tmp_path / "keys.toml", "phone", rate=100, burst=None)
+    key = new_key(tmp_path / "keys.toml", "phone", rate=100)
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     sent = {"x-api-key": key, "x-request-id": "trip-7"}
     client.post("/v1/classify", files=[("image", jpeg)] * 2, headers=sent)
@@ -55,7 +55,7 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
 
 def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serve_with, tmp_path, until):
     stream = logged(log="json")
-    new_key(tmp_path / "keys.toml", "phone", rate=None, burst=None)
+    new_key(tmp_path / "keys.toml", "phone", rate=None)
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     client.post("/v1/classify", content=b"x", headers={"x-api-key": "guess"})
     until(lambda: len(requests(stream)) == 1)
