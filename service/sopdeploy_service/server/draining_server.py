@@ -21,7 +21,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import trim_heaps
-from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol, limited_config
+from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
 from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, LoopWatch, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
@@ -46,9 +46,16 @@ def freeze_objects() -> None:
 
 def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     """Create the uvicorn configuration of *app* with the connection limits of *settings*."""
-    return limited_config(
+    protocol = functools.partial(LimitedHttpProtocol, Connections(settings, app.state.service.metrics))
+    return uvicorn.Config(
         app,
-        Connections(settings, app.state.service.metrics),
+        http=cast(type[asyncio.Protocol], protocol),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,  # client addresses are not used
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )

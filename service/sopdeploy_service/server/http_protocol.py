@@ -13,9 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import httptools
-import uvicorn
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from sopdeploy_service.http.middleware import request_id
@@ -81,22 +79,6 @@ class Connections:
         self.open.pop(connection, None)
         self.idle.pop(connection, None)
         self.metrics.connections.set(len(self.open))
-
-
-def limited_config(app: ASGIApp, connections: Connections, **options: Any) -> uvicorn.Config:
-    """Create the configuration of a uvicorn server of *app* whose clients are *connections*."""
-    protocol = partial(LimitedHttpProtocol, connections)
-    return uvicorn.Config(
-        app,
-        http=cast(type[asyncio.Protocol], protocol),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,  # client addresses are not used
-        **options,
-    )
 
 
 def check_codings(codings: Sequence[bytes]) -> HttpError | None:
