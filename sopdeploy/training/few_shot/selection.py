@@ -22,7 +22,7 @@ from sopdeploy.training.recipe import Recipe
 
 _FEW_IMAGES = 1000  # up to them nothing is measured: the procedure takes a minute on a CPU
 _TIMED_BATCHES = 4  # after one that is not timed
-PASSES = 10_000  # over the inputs, in the fits of all heads; measured with ten classes
+_FIT_PASSES = 10_000  # over the inputs, in the fits of all heads; measured with ten classes
 _STEP_COST = 3  # forward and backward, in forward passes
 
 
@@ -84,7 +84,7 @@ def predict_cost(recipe: Recipe, images: LabeledImages) -> PredictedCost:
     inputs, weight = np.ones((count // 10, rank)), np.ones((rank, len(images.labels)))
     since = time.monotonic()
     inputs.T @ (inputs @ weight)
-    heads = 10 * PASSES * (time.monotonic() - since)
+    heads = 10 * _FIT_PASSES * (time.monotonic() - since)
     length = model.num_features() + TAPS * WIDTH * (WIDTH + 1) // 2
     return PredictedCost(
         few_shot=count * image_seconds + heads,
