@@ -1,7 +1,7 @@
 #!/bin/bash
 # Run a command in a copy of this checkout on an emulated aarch64 machine with Debian's kernel and Python:
 #
-#     deploy/arm64_machine.sh python3 -m pytest -p no:cacheprovider tests/service/front_ends/test_sandbox.py
+#     deploy/arm64_machine.sh python3 -m pytest -p no:cacheprovider tests/service/decoding/test_sandbox.py
 #
 # Needs Debian with cpio, mmdebstrap, pip and qemu-system-arm, 5 GB of memory and 2 GB in TMPDIR. The whole
 # system is emulated, because qemu-user has no seccomp filters. The example took 3 minutes with two cores.

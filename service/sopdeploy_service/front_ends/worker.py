@@ -19,7 +19,8 @@ from fastapi import FastAPI
 from prometheus_client import generate_latest
 
 from sopdeploy_service.app import create_app
-from sopdeploy_service.front_ends import control, sandbox
+from sopdeploy_service.decoding import sandbox
+from sopdeploy_service.front_ends import control
 from sopdeploy_service.front_ends.remote import RemoteRegistry, attach
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service

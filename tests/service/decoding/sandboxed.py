@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.front_ends import sandbox
+from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.images.decode import EncodedImage, decode
 
 NUMBERS = {  # of calls without a function in Python

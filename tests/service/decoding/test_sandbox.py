@@ -18,12 +18,12 @@ from PIL import Image
 from starlette.applications import Starlette
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.front_ends import sandbox
+from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.settings import load_settings
 from tests.service.api.test_bad_inputs import BAD_BODIES
 from tests.service.children import PYTHONPATH, ROOT
 from tests.service.conftest import picture_bytes
-from tests.service.front_ends import sandboxed
+from tests.service.decoding import sandboxed
 
 linux = pytest.mark.skipif(platform.system() != "Linux", reason="seccomp and Landlock exist on Linux only")
 
@@ -57,7 +57,7 @@ IMAGES = {
 def test_a_sandboxed_process_decodes_every_format_and_cannot_do_anything_else() -> None:
     bodies = {name: base64.b64encode(body).decode() for name, body in IMAGES.items()}
     child = subprocess.run(
-        [sys.executable, "-m", "tests.service.front_ends.sandboxed"],
+        [sys.executable, "-m", "tests.service.decoding.sandboxed"],
         input=json.dumps(bodies),
         capture_output=True,
         text=True,
