@@ -43,7 +43,6 @@ RUN mkdir -p /var/cache/sopdeploy && chown 10001:10001 /var/cache/sopdeploy
 ENV PATH=/opt/sopdeploy/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/var/cache/sopdeploy \
     SOPDEPLOY_ENGINE_CACHE=/var/cache/sopdeploy/engines \
-    SOPDEPLOY_FRONT_ENDS=auto \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 VOLUME /var/cache/sopdeploy

@@ -1,6 +1,6 @@
 """Hostile images against sopdeploy and other servers: memory, and what other clients still get.
 
-    python benchmarks/hostile_load.py BUNDLE [--front-ends 2] [--limit-mb 1024]
+    python benchmarks/hostile_load.py BUNDLE [--limit-mb 1024]
         [--peers FOLDER --peers-python PYTHON --onnx FILE] [--attack NAME --attack NAME] [--seconds 10]
 
 Part 1 sends every file of `hostile_images.py`, one after another and eight at a time, to each server in a
@@ -119,10 +119,8 @@ def attack(server: Server, name: str, body: bytes, folder: Path, seconds: float)
 
 def list_servers(arguments: argparse.Namespace) -> list[Server]:
     """List sopdeploy and, with --peers, the others."""
-    flags = ["--threads", "1"]
-    if arguments.front_ends > 1:
-        flags += ["--front-ends", str(arguments.front_ends)]
-    command = (sys.executable, "-m", "sopdeploy", "serve", str(arguments.bundle), "--port", "{port}", *flags)
+    flags = ("--port", "{port}", "--threads", "1")
+    command = (sys.executable, "-m", "sopdeploy", "serve", str(arguments.bundle), *flags)
     servers = [Server("sopdeploy", OURS, command, arguments.folder or Path.cwd(), {})]
     for name in arguments.only.split(",") if arguments.peers else []:
         peer_line = tuple(peer_command(arguments.peers_python, PEERS[name], 0))
@@ -138,7 +136,6 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("bundle", type=existing)
     parser.add_argument("--folder", type=existing, help="checkout to serve with")
-    parser.add_argument("--front-ends", type=int, default=1)
     parser.add_argument("--limit-mb", type=int, default=1024, help="MiB of the control group")
     parser.add_argument("--peers", type=existing, help="folder with the scripts of other servers")
     parser.add_argument("--peers-python", default=sys.executable, help="Python with their packages")

@@ -22,9 +22,8 @@ from typing import Any, TextIO, cast
 
 import httpx
 from serving_ours import fake_model, replace_decoder
-from soak_accounts import children_of
 
-from sopdeploy_service.front_ends import inference_process, worker
+from sopdeploy_service.devices.device_server import DeviceLaunchConfig, run_device_server
 from sopdeploy_service.server import process
 from sopdeploy_service.server.launch import run_program
 
@@ -32,10 +31,9 @@ HERE = Path(__file__).resolve().parent
 BATCH_VARIABLE, DECODE_VARIABLE = "SIMULATED_BATCH", "SIMULATED_DECODE_MS"
 SUPERVISOR = """
 import sys, json
-from sopdeploy_service.front_ends import processes, supervisor
+from sopdeploy_service.devices import supervisor
 from sopdeploy_service.settings import load_settings
-processes.MODULES.update(dict.fromkeys(processes.MODULES, "simulated_server"))
-supervisor.STABLE_SECONDS = 0.0  # restart without delay, however often a process dies
+supervisor.MODULE = "simulated_server"
 sys.exit(supervisor.run_supervisor(["model=simulated"], load_settings(**json.loads(sys.argv[1]))))
 """
 
@@ -47,10 +45,6 @@ class Server:
     child: "subprocess.Popen[str]"
     url: str
 
-    def processes(self, *, inference: bool = False) -> list[int]:
-        """List the processes that serve HTTP, or the inference processes."""
-        return [child for child in children_of(self.child.pid) if is_inference(child) == inference]
-
     def samples(self, metric: str) -> dict[str, float]:
         """Sum the samples of *metric* by process."""
         sums: dict[str, float] = {}
@@ -59,15 +53,6 @@ class Server:
             if match is not None:
                 sums[match[1]] = sums.get(match[1], 0.0) + float(match[2])
         return sums
-
-
-def is_inference(process: int) -> bool | None:
-    """Check whether *process* is an inference process; None if it does not serve or has ended."""
-    try:
-        environment = Path(f"/proc/{process}/environ").read_bytes()
-    except OSError:
-        return None
-    return b'"buckets"' not in environment if b"SOPDEPLOY_WORKER" in environment else None
 
 
 @contextmanager
@@ -111,11 +96,9 @@ def main() -> int:
     """Run the process that the supervisor has described."""
     fixed, each, largest = map(float, os.environ[BATCH_VARIABLE].split(","))
     model = fake_model(fixed, each, int(largest))
-    process.load_model = inference_process.load_model = lambda *_: model  # type: ignore[attr-defined]
-    if "buckets" in json.loads(os.environ["SOPDEPLOY_WORKER"]):
-        replace_decoder(emulate_decoding)
-        return run_program(worker.run_worker)
-    return run_program(inference_process.run_inference_process)
+    process.load_model = lambda *_: model  # type: ignore[attr-defined]
+    replace_decoder(emulate_decoding)
+    return run_program(run_device_server, DeviceLaunchConfig)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,9 @@ floods of requests. Some clients disconnect, and one swaps the model every few s
 all clients stop and the resources of the idle server are measured, because requests in progress change the
 memory by tens of MB. Limits: resident memory at rest grows by less than 1 MB per minute, no thread or
 descriptor remains, every response names its bundle and equals `sopdeploy predict` with that bundle, no 5xx.
-Exit code 1 if a limit is exceeded. With several front ends, which are sandboxed, no client swaps the model,
-the resources are the sums over all processes, and the memory may grow by 1 MB per minute and process.
+Exit code 1 if a limit is exceeded.
 
-    python benchmarks/soak.py --seconds 300 --front-ends 2
+    python benchmarks/soak.py --seconds 300
 """
 
 import asyncio
@@ -62,14 +61,11 @@ def main() -> int:
         "--bundles", type=Path, nargs=2, metavar="BUNDLE",
         help="two bundles with the same classes; default: networks trained on digits for one epoch",
     )  # fmt: skip
-    parser.add_argument(
-        "--front-ends", type=int, default=1, help="number of front ends; several are sandboxed"
-    )
     arguments = parser.parse_args()
     warm_up = min(60.0, arguments.seconds / 4) if arguments.warm_up is None else arguments.warm_up
     with tempfile.TemporaryDirectory() as name:
         bundles = arguments.bundles or [digits_bundle(Path(name), seed) for seed in (0, 1)]
-        tally, at_rest, limits = soak(bundles, Path(name), arguments.seconds, warm_up, arguments.front_ends)
+        tally, at_rest, limits = soak(bundles, Path(name), arguments.seconds, warm_up)
     if arguments.json:
         report(results(tally, at_rest), as_json=True, seconds=arguments.seconds)
     else:
@@ -78,7 +74,7 @@ def main() -> int:
 
 
 def soak(
-    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float, front_ends: int = 1
+    bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float
 ) -> tuple[Tally, list[Resources], list[Bound]]:
     """Run the soak test; return the responses, the resources of the server over time, and the limits."""
     bodies = valid_bodies()
@@ -87,10 +83,10 @@ def soak(
     expected = {digest(bundle): predicted(bundle, bodies, folder, classes) for bundle in bundles}
     link = folder / "live"
     move_link(link, str(bundles[0]))
-    with server(link, front_ends) as (process, url):
+    with server(link) as (process, url):
         scenario = Scenario(
             url=url, bodies=bodies, expected=expected, tally=Tally(), classes=classes, labels=labels,
-            link=link, bundles=bundles if front_ends == 1 else (),
+            link=link, bundles=bundles,
         )  # fmt: skip
         rounds(process.pid, scenario, warm_up, seed=1)
         with Client(url) as client:
@@ -101,7 +97,7 @@ def soak(
         at_rest = [before, *rounds(process.pid, scenario, seconds, seed=100)]
         process.send_signal(signal.SIGTERM)
         code = process.wait(60)
-    return scenario.tally, at_rest, bounds(scenario.tally, at_rest, code, swaps=front_ends == 1)
+    return scenario.tally, at_rest, bounds(scenario.tally, at_rest, code)
 
 
 def digest(bundle: Path) -> str:
@@ -117,10 +113,9 @@ MIX: Sequence[Callable[[Scenario, random.Random], Coroutine[Any, Any, None]]] = 
 
 async def load(scenario: Scenario, seconds: float, seed: int) -> None:
     """Run all clients for *seconds*, then close their connections."""
-    clients = [client for client in MIX if scenario.bundles or client is not model_swaps]
     tasks = [
         asyncio.create_task(client(scenario, random.Random(seed + number)))  # noqa: S311 - not a secret
-        for number, client in enumerate(clients)
+        for number, client in enumerate(MIX)
     ]
     done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
     for task in tasks:
@@ -186,12 +181,10 @@ def sopdeploy(*arguments: str) -> str:
 
 
 @contextmanager
-def server(link: Path, front_ends: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Serve the bundle of *link* in another process, or several; yield the first process and the URL."""
+def server(link: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Serve the bundle of *link* in another process; yield the process and the URL."""
     command = [sys.executable, "-m", "sopdeploy", "serve", f"{NAME}={link}", "--port", "0"]
     options = ["--setting", "queue_size=64", "--threads", "1", "--setting", "follow=true"]
-    if front_ends > 1:
-        options += ["--front-ends", str(front_ends), "--setting", "sandbox=required"]
     with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""

@@ -121,11 +121,8 @@ class Bound:
     kept: bool | None
 
 
-def bounds(tally: Tally, at_rest: Sequence[Resources], exit_code: int, *, swaps: bool) -> list[Bound]:
-    """Check all limits; *at_rest* was measured without clients, before the test and after each round.
-
-    With *swaps* of the model, responses of more than one bundle are expected.
-    """
+def bounds(tally: Tally, at_rest: Sequence[Resources], exit_code: int) -> list[Bound]:
+    """Check all limits; *at_rest* was measured without clients, before the test and after each round."""
     before, after = at_rest[0], at_rest[-1]
     slope, steepest = mb_per_minute(at_rest), MAX_MB_PER_MINUTE * after.processes
     judged = len(at_rest) > 1 and after.moment - before.moment >= JUDGED_SECONDS
@@ -148,7 +145,7 @@ def bounds(tally: Tally, at_rest: Sequence[Resources], exit_code: int, *, swaps:
         ),
         Bound(
             name="bundles", measured=" ".join(f"{key[:8]} {n}" for key, n in sorted(tally.by_digest.items())),
-            allowed="more than one" if swaps else "one", kept=(len(tally.by_digest) > 1) is swaps,
+            allowed="more than one", kept=len(tally.by_digest) > 1,
         ),
         Bound(name="answers", measured=f"{tally.failed} wrong", allowed="0", kept=tally.failed == 0),
         Bound(name="exit code", measured=str(exit_code), allowed="0", kept=exit_code == 0),

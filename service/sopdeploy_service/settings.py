@@ -53,7 +53,6 @@ LogForm = Literal["json", "console"]
 Threads = Annotated[int, pydantic.Field(ge=1, le=4096)]
 Seconds = Annotated[float, pydantic.Field(gt=0, le=86_400)]
 Device = Annotated[str, pydantic.Field(pattern=r"^(cpu|[0-9]{1,3}|(GPU|MIG)-[0-9A-Za-z/-]{4,80})$")]
-FrontEnds = Annotated[int, pydantic.Field(ge=1, le=64)] | Literal["auto"]
 Formats = Annotated[
     tuple[str, ...], pydantic.BeforeValidator(_split_commas), pydantic.AfterValidator(_check_formats)
 ]
@@ -66,7 +65,6 @@ MAX_DECODERS = 8  # of one process; more would wait for Python's interpreter loc
 
 VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
-WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # passed by `Supervisor` to its worker processes
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
 
 
@@ -96,7 +94,7 @@ class Settings(pydantic.BaseModel):
     max_decode_bytes: PositiveBytes | None = setting(
         None, "all images being decoded; not set: 3/4 of the memory without uploads and the server at rest"
     )
-    decode_seconds: Seconds = setting(60.0, "a front end whose decoder takes longer is replaced")
+    decode_seconds: Seconds = setting(60.0, "an image whose decoding takes longer gets 503")
     formats: Formats = setting(("jpeg", "png", "webp", "gif", "bmp"), "to accept; also heic")
     min_body_rate: Count = setting(10_000, "bytes per second of a request body, after body_grace_seconds")
     body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
@@ -114,9 +112,8 @@ class Settings(pydantic.BaseModel):
     decode: DecodeSetting = setting(
         "exact", "fast: large JPEGs at reduced size, if that changes the outputs little enough"
     )
-    sandbox: Sandbox = setting("auto", "of front ends; auto: if supported; required: start only with it")
+    sandbox: Sandbox = setting("auto", "of decoder processes; auto: if supported; required: no start without")
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")
-    front_ends: FrontEnds = setting(1, "processes per device for HTTP and decoding; auto: cores / 4, up to 8")
     require_signature: Path | None = setting(None, "serve only bundles signed with this public key")
     runtime: RuntimeName = setting(
         "auto", "tensorrt, onnxruntime-cuda, onnxruntime-cpu or openvino; auto: first usable, not openvino"
@@ -153,10 +150,8 @@ class Settings(pydantic.BaseModel):
     def _check_combinations(self) -> "Settings":
         if "cpu" in self.devices and self.runtime in {"onnxruntime-cuda", "tensorrt"}:
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
-        if self.memory_budget is not None and (self.front_ends not in (1, "auto") or self.devices):
-            raise ValueError("memory_budget needs a single process; remove devices and front_ends")
-        if self.front_ends == 1 and self.sandbox == "required":
-            raise ValueError("sandbox=required needs front ends, which only decode; set front_ends=2 or more")
+        if self.memory_budget is not None and self.devices:
+            raise ValueError("memory_budget needs a single process; remove devices")
         if self.follow and self.memory_budget is not None:
             raise ValueError("follow excludes memory_budget; remove one of them")
         if self.max_images > self.queue_size:

@@ -235,7 +235,7 @@ def test_pods_with_a_gpu_have_its_runtime_class_and_time_to_start() -> None:
     assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
     assert server["startupProbe"]["failureThreshold"] * server["startupProbe"]["periodSeconds"] == 600
     env = {variable["name"]: variable["value"] for variable in server["env"]}
-    assert int(env["SOPDEPLOY_FRONT_ENDS"]) * 4 == int(server["resources"]["requests"]["cpu"])
+    assert int(env["SOPDEPLOY_DECODERS"]) + 1 == int(server["resources"]["requests"]["cpu"])
     (on_cpus,) = [found for found in chart("with defaults") if found["kind"] == "Deployment"]
     assert "runtimeClassName" not in on_cpus["spec"]["template"]["spec"]
 

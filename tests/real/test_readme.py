@@ -33,13 +33,11 @@ def command(start: str) -> str:
 def container_command(folder: str) -> str:
     """Return the command that the container executes, for *folder*, reachable from this machine only."""
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
-    starts = ("SOPDEPLOY_FRONT_ENDS=", "ENTRYPOINT ", "CMD ")
-    variable, entry, typed = (
-        next(line for line in lines if line.strip().startswith(start)) for start in starts
-    )
+    starts = ("ENTRYPOINT ", "CMD ")
+    entry, typed = (next(line for line in lines if line.strip().startswith(start)) for start in starts)
     words = [json.loads(line.partition(" ")[2]) for line in (entry, typed)]
     return (
-        " ".join([variable.split()[0], *words[0], *words[1]])
+        " ".join([*words[0], *words[1]])
         .replace("/models", folder)
         .replace("--host 0.0.0.0", "--host 127.0.0.1")
     )

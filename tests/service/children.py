@@ -20,10 +20,10 @@ START_SECONDS = 90.0  # far more than a start takes on a busy machine
 SERVE = ("-m", "sopdeploy", "serve")
 
 # How a server runs -> flags. Tests with this table demand the same behavior of both.
-ONE_PROCESS, FRONT_ENDS = "one process", "two sandboxed front ends"
+ONE_PROCESS, TWO_DEVICES = "one process", "two devices"
 WAYS: dict[str, tuple[str, ...]] = {
     ONE_PROCESS: (),
-    FRONT_ENDS: ("--front-ends", "2", "--setting", "sandbox=required"),
+    TWO_DEVICES: ("--devices", "cpu,cpu"),
 }
 
 
@@ -41,7 +41,7 @@ def spawn(*arguments: str, program: tuple[str, ...] = SERVE) -> subprocess.Popen
 class ServerClient(httpx.Client):
     """A client of a server in another process, with a new connection for each request.
 
-    Requests therefore reach both front ends of a server.
+    Requests therefore reach both processes of a server.
     """
 
     child: subprocess.Popen[str]

@@ -28,7 +28,6 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
         ({"max_pixels": 10**9}, "max_pixels"),
         ({"max_images": 20, "queue_size": 10}, "max_images"),
         ({"devices": "gpu"}, "devices"),
-        ({"sandbox": "required"}, "set front_ends=2 or more"),
         pytest.param(
             {"devices": "0,cpu", "runtime": "tensorrt"},
             "needs a GPU; remove cpu from devices",

@@ -50,7 +50,6 @@ class Health(StrictModel):
     """Response of `/livez` and `/readyz`."""
 
     status: State
-    reason: str | None = None
 
 
 class SelfTest(StrictModel):

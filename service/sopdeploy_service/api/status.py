@@ -38,12 +38,10 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
 
-    While a process with the runtime is replaced, `reason` says what is missing.
-
     The probes of every bundle are replayed before the server starts to listen.
     """
     service = service_of(request)
-    health = Health(status=service.state, reason=service.registry.problem)
+    health = Health(status=service.state)
     return json_response(health, status=200 if health.status == "ok" else 503)
 
 

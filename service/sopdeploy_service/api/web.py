@@ -112,6 +112,6 @@ _ERRORS = Page(_read("errors.html"), [], policy=TRUSTED_TYPES)
 
 for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():
     router.add_api_route(path, page.respond)
-for path, media_type in PAGE_FILES.items():  # read now: a sandboxed server cannot read them later
+for path, media_type in PAGE_FILES.items():  # read once
     content = (files("fastapi_offline") / "static" / path.removeprefix("/docs/")).read_bytes()
     router.add_api_route(path, partial(_respond_file, content, media_type))

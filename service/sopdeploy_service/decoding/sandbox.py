@@ -3,8 +3,7 @@
 Three mechanisms of Linux that need no privilege and cannot be undone: `no_new_privs` (no set-user-id program
 gains rights), Landlock (no files, no TCP connections; Linux 5.13) and a seccomp filter, which allows a list
 of system calls and returns EPERM for all others, including those of later kernels. Open descriptors stay
-usable. Call `enter` before the event loop is created, because the filter does not see operations in an
-io_uring of libuv.
+usable.
 
 Source: seccomp(2), landlock(7); numbers of system calls from asm/unistd_64.h and asm-generic/unistd.h.
 """
@@ -21,14 +20,13 @@ import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import uvicorn
 from PIL import Image
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.formats import prepare_decoders
 from sopdeploy_service.settings import Settings
 
-# Modules that are otherwise imported with some requests; some are private or optional.
+# Modules that are otherwise imported with some images; some are private or optional.
 LATE_MODULES = (
     "PIL.ImageColor",
     "PIL.ImageFilter",
@@ -37,7 +35,6 @@ LATE_MODULES = (
     "PIL.MpoImagePlugin",
     "PIL.TiffImagePlugin",  # EXIF
     "PIL.WebPImagePlugin",
-    "fastapi.telemetry._runtime",
     "sopdeploy.images.pixels",
 )
 
@@ -115,14 +112,14 @@ LANDLOCK = {1: (13, 0, 0), 2: (14, 0, 0), 3: (15, 0, 0), 4: (15, 2, 0), 5: (16, 
 log = logging.getLogger("sopdeploy.server")
 
 
-def apply(settings: Settings, config: uvicorn.Config) -> None:
-    """Import what *config* needs, enter the sandbox as *settings* say, and log the restrictions.
+def apply(settings: Settings) -> None:
+    """Import what decoding needs, enter the sandbox as *settings* say, and log the restrictions.
 
     Raises `ConfigError` if the sandbox is required and not possible.
     """
     if settings.sandbox == "off":
         return
-    preload(config)
+    preload()
     try:
         log.info("sandboxed", extra={"applied": enter()})
     except OSError as error:
@@ -131,11 +128,8 @@ def apply(settings: Settings, config: uvicorn.Config) -> None:
         log.warning("images are decoded without a sandbox: %s", error.strerror)
 
 
-def preload(config: uvicorn.Config) -> None:
-    """Import what a server with *config* would import later."""
-    if not config.loaded:
-        config.load()
-    config.get_loop_factory()
+def preload() -> None:
+    """Import what decoding would import later."""
     Image.preinit()
     prepare_decoders()
     for name in LATE_MODULES:

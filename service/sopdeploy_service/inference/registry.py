@@ -25,9 +25,6 @@ log = logging.getLogger("sopdeploy.models")
 class ModelRegistry:
     """The loaded models. Every method is called on the event loop."""
 
-    is_replaced = False  # by the supervisor, if the models are dead
-    problem: str | None = None  # why they are dead, until then
-
     def __init__(self, loaded: Mapping[str, LoadedModel], settings: Settings, metrics: Metrics) -> None:
         """Register *loaded* by name."""
         self._settings = settings

@@ -52,7 +52,7 @@ MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
-State: TypeAlias = Literal["ok", "draining", "runtime_dead", "runtime_restarting"]
+State: TypeAlias = Literal["ok", "draining", "runtime_dead"]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 CollectMetrics: TypeAlias = Callable[[], Awaitable[bytes]]
 
@@ -86,8 +86,12 @@ class Service:
         loaded: Mapping[str, LoadedModel],
         settings: Settings,
         create_registry: CreateRegistry | None = None,
+        collect_metrics: CollectMetrics | None = None,
     ) -> None:
-        """Serve *loaded* in this process or, with *create_registry*, the models of another registry."""
+        """Serve *loaded* or, with *create_registry*, the models of another registry.
+
+        *collect_metrics* formats the metrics of all processes of the server; empty if they are not known.
+        """
         self.settings = settings
         self.metrics = Metrics()
         self.active_requests = 0  # counted by the middleware
@@ -96,7 +100,7 @@ class Service:
             self.registry = ModelRegistry(loaded, settings, self.metrics)
         else:
             self.registry = create_registry(settings, self.metrics)
-        self.collect_metrics: CollectMetrics = self.own_metrics  # or those of several processes
+        self._collect_metrics = collect_metrics
         self.observers: list[Observe] = []
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
@@ -123,17 +127,15 @@ class Service:
 
     @property
     def state(self) -> State:
-        """The health: `ok`, `draining` (also before `start`) or `runtime_dead`.
-
-        A front end whose inference process is replaced has `runtime_restarting` instead of `runtime_dead`.
-        """
+        """The health: `ok`, `draining` (also before `start`) or `runtime_dead`."""
         if any(model.dead for model in self.registry.models()):
-            return "runtime_restarting" if self.registry.is_replaced else "runtime_dead"
+            return "runtime_dead"
         return "draining" if self._draining else "ok"
 
-    async def own_metrics(self) -> bytes:
-        """Format the metrics of this process for Prometheus."""
-        return generate_latest(self.metrics.registry)
+    async def collect_metrics(self) -> bytes:
+        """Format the metrics of all processes of this server for Prometheus, or those of this process."""
+        page = b"" if self._collect_metrics is None else await self._collect_metrics()
+        return page or generate_latest(self.metrics.registry)
 
     async def start(self) -> None:
         """Start the threads and accept requests."""

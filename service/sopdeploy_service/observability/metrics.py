@@ -167,14 +167,9 @@ class ModelMetrics:
         max_batch: int,
         started: float,
         ended: float,
-        *,
-        num_images: int | None = None,
     ) -> None:
-        """Count a batch that ran from *started* to *ended*; its images *waited* so many seconds.
-
-        *num_images* is the size of a batch with images of other processes, which count their own waiting.
-        """
-        num_images = len(waited) if num_images is None else num_images
+        """Count a batch that ran from *started* to *ended*; its images *waited* so many seconds."""
+        num_images = len(waited)
         self._size.observe(num_images)
         self._close.labels(self._model, "full" if num_images == max_batch else "idle").inc()
         self._busy.inc(ended - started)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from sopdeploy.errors import SopdeployError
-from sopdeploy_service.server.launch import start_process
+from sopdeploy_service.server.launch import LaunchConfig, start_process
 from sopdeploy_service.settings import Settings
 
 _MODULE = "sopdeploy_service.server.process"
@@ -39,15 +39,15 @@ class BackgroundServer:
         self._has_started = threading.Event()  # or failed to
         self._drain_seconds = settings.drain_seconds
         lifeline, self._lifeline = os.pipe()  # closed when this process ends, however it ends
-        launch_config = {
-            "sources": [str(source) for source in sources],
-            "settings": settings.model_dump(mode="json"),
-            "name": "background",
-            "lifeline": lifeline,
-        }
+        config = LaunchConfig(
+            name="background",
+            sources=tuple(str(source) for source in sources),
+            settings=settings,
+            lifeline=lifeline,
+        )
         output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "errors": "replace"}
         try:
-            self._process = start_process(_MODULE, launch_config, [lifeline], **output)
+            self._process = start_process(_MODULE, config, [lifeline], **output)
         finally:
             os.close(lifeline)
         self._reader = threading.Thread(target=self._read_output, name="server log", daemon=True)

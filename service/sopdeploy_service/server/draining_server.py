@@ -152,7 +152,7 @@ class DrainingServer(uvicorn.Server):
     def reload(self) -> None:
         """Find the bundles again and serve those that have changed."""
         if not self._sources:
-            log.error("not reloaded: impossible in a front end, and with memory_budget")
+            log.error("not reloaded: impossible with memory_budget")
         elif self._drain_until is None:
             start_task(self._aside, self._service.registry.reload(self._sources))
 
@@ -170,6 +170,7 @@ class DrainingServer(uvicorn.Server):
         """Decide ten times per second whether to close the port."""
         self.watch.beat()
         self._idle.tick(time.monotonic(), self._service.active_requests)
+        self._service.decoders.reject_overdue(self._service.settings.decode_seconds)
         if self._service.state == "runtime_dead":
             return True
         if self._drain_until is not None:

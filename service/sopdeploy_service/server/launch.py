@@ -1,11 +1,9 @@
 """Start a server process from another process of sopdeploy, be such a process, and watch its event loop.
 
-The new process gets its launch config, JSON with the settings, the bundles and the inherited file
-descriptors, in an environment variable.
+The new process gets its `LaunchConfig` as JSON in an environment variable.
 """
 
 import asyncio
-import json
 import os
 import signal
 import subprocess
@@ -15,16 +13,34 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import pydantic
 
 from sopdeploy.errors import SopdeployError
-from sopdeploy_service.settings import WORKER_VARIABLE
+from sopdeploy_service.settings import Settings
 
+WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # has the launch config
 STDERR, USER_ERROR = 2, 2
 HAS_TERMINAL = os.isatty(STDERR)  # at the start
 BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
 BEATS = 100  # the last ten seconds
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
+
+
+class LaunchConfig(pydantic.BaseModel):
+    """What a new server process gets: its *name*, bundles and settings, and inherited file descriptors.
+
+    The process ends when the pipe *lifeline* closes.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    settings: Settings
+    lifeline: int
+
+
+Config = TypeVar("Config", bound=LaunchConfig)
 
 
 def terminal_is_closed() -> bool:
@@ -34,15 +50,14 @@ def terminal_is_closed() -> bool:
 
 def start_process(
     module: str,
-    launch_config: Mapping[str, Any],
+    config: LaunchConfig,
     files: Sequence[int],
     variables: Mapping[str, str] | None = None,
     **output: Any,
 ) -> subprocess.Popen[str]:
-    """Start *module* with *launch_config*, the inherited *files* and additional environment *variables*.
+    """Start *module* with *config*, the inherited *files* and additional environment *variables*.
 
-    *output* says where its output goes, as for `subprocess.Popen`. The process ends when the pipe `lifeline`
-    of *launch_config* closes.
+    *output* says where its output goes, as for `subprocess.Popen`.
     """
     return subprocess.Popen(
         [sys.executable, "-m", module],
@@ -50,29 +65,27 @@ def start_process(
         **output,
         start_new_session=True,  # Ctrl-C reaches the parent only, which forwards it
         pass_fds=files,
-        env={**os.environ, **(variables or {}), WORKER_VARIABLE: json.dumps(launch_config)},
+        env={**os.environ, **(variables or {}), WORKER_VARIABLE: config.model_dump_json()},
     )
 
 
-def run_program(serve: Callable[[Mapping[str, Any]], int]) -> int:
+def run_program(serve: Callable[[Config], int], config_type: type[Config]) -> int:
     """Call *serve* with the launch config of this process; return the exit code.
 
     The process gets SIGTERM when the parent ends. An error is printed as one line.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
-    launch_config: dict[str, Any] = json.loads(os.environ.pop(WORKER_VARIABLE))
+    config = config_type.model_validate_json(os.environ.pop(WORKER_VARIABLE))
 
     def stop_with_parent() -> None:
-        os.read(launch_config["lifeline"], 1)  # returns when the parent closes the pipe, or dies
+        os.read(config.lifeline, 1)  # returns when the parent closes the pipe, or dies
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_with_parent, name="lifeline", daemon=True).start()
     try:
-        return serve(launch_config)
-    except ConnectionError:  # another process of the server has ended
-        return 1
+        return serve(config)
     except SopdeployError as problem:
-        sys.stderr.write(f"error: device {launch_config['name']}: {problem} [{problem.code}]\n")
+        sys.stderr.write(f"error: device {config.name}: {problem} [{problem.code}]\n")
         return USER_ERROR
 
 

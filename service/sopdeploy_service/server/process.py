@@ -4,7 +4,6 @@ As a program, this module is the process of a `BackgroundServer`.
 """
 
 import ctypes
-import logging
 import os
 import signal
 import sys
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sopdeploy_service.inference.bundle_store import BundleStore, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
-from sopdeploy_service.server.launch import run_program
+from sopdeploy_service.server.launch import LaunchConfig, run_program
 from sopdeploy_service.server.sockets import allow_files, bind
 from sopdeploy_service.settings import Settings
 
@@ -40,8 +39,6 @@ MALLOPT = (
     ("MALLOC_TRIM_THRESHOLD_", -1, 4 * _MIB),  # bytes that may stay free at the end of a heap
 )
 
-log = logging.getLogger("sopdeploy.server")
-
 
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* until SIGTERM or SIGINT.
@@ -54,11 +51,10 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
-    if settings.devices or settings.front_ends != 1:
-        from sopdeploy_service.front_ends.supervisor import run_supervisor  # noqa: PLC0415
+    if settings.devices:
+        from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
-        if (code := run_supervisor(sources, settings)) is not None:  # None if one process is enough
-            return code
+        return run_supervisor(sources, settings)
     with bind(settings.host, settings.port) as listener, configured_process(settings):
         links = links_among(sources) if settings.follow else {}  # before the bundles are found
         app = load_app(sources, settings)
@@ -68,8 +64,6 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
 
         ProcessCollector(registry=app.state.service.metrics.registry)
         server = DrainingServer(app, settings, sources if settings.memory_budget is None else (), links)
-        if settings.sandbox == "auto":
-            log.debug("not sandboxed: a single process also runs the models, which needs files and threads")
         return server.serve_until_end(listener)
 
 
@@ -120,4 +114,4 @@ def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) 
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda config: run_server(config["sources"], Settings(**config["settings"]))))
+    sys.exit(run_program(lambda config: run_server(config.sources, config.settings), LaunchConfig))

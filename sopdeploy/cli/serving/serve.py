@@ -37,7 +37,7 @@ def flags_of_settings(*names: str) -> type[Options]:
 
 class ServeOptions(
     flags_of_settings(  # type: ignore[misc] # mypy does not know the class
-        *("host", "port", "runtime", "devices", "front_ends", "threads", "keys", "require_signature", "log"),
+        *("host", "port", "runtime", "devices", "threads", "keys", "require_signature", "log"),
     )
 ):
     """The settings that have an option of their own."""

@@ -18,7 +18,6 @@ from sopdeploy.images.formats import prepare_decoders
 from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.settings import Settings
-from tests.service.children import ONE_PROCESS, WAYS, serving
 from tests.service.conftest import RULES, picture_bytes, running
 from tests.service.raw import connect, post_of, read
 
@@ -27,16 +26,10 @@ JPEG_IMAGE = picture_bytes()
 LIMITS = {"max_body_bytes": 1_000_000, "max_images": 8, "request_timeout": 10}
 
 
-@pytest.fixture(scope="module", params=WAYS)
-def client(request, bundle, bundle_path, onnx_runtime) -> Iterator[httpx.Client]:
-    """A client of each kind of server, with low limits."""
-    if request.param == ONE_PROCESS:
-        with running(onnx_runtime, bundle, Settings(**LIMITS, formats=tuple(FORMATS))) as client:
-            yield client
-        return
-    limits = [word for name, value in LIMITS.items() for word in ("--setting", f"{name}={value}")]
-    formats = ("--setting", f"formats={','.join(FORMATS)}")
-    with serving(str(bundle_path), *WAYS[request.param], *limits, *formats) as client:
+@pytest.fixture(scope="module")
+def client(bundle, onnx_runtime) -> Iterator[httpx.Client]:
+    """A client of a server with low limits."""
+    with running(onnx_runtime, bundle, Settings(**LIMITS, formats=tuple(FORMATS))) as client:
         yield client
 
 

@@ -12,9 +12,6 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import uvicorn
-from starlette.applications import Starlette
-
 from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import sandbox
@@ -72,7 +69,7 @@ PREPROCESS = Preprocess(resize=16, crop=16)
 
 if __name__ == "__main__":
     bodies = {name: base64.b64decode(text) for name, text in json.load(sys.stdin).items()}
-    sandbox.preload(uvicorn.Config(Starlette(), log_config=None))
+    sandbox.preload()
     report: dict[str, object] = {"applied": sandbox.enter()}
     report["errors"] = {name: attempt(forbidden) for name, forbidden in FORBIDDEN.items()}
     images: dict[str, str] = {}

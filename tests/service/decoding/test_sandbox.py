@@ -13,9 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import uvicorn
 from PIL import Image
-from starlette.applications import Starlette
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.decoding import sandbox
@@ -153,9 +151,8 @@ def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch, caplog) ->
     message = "Darwin on x86_64 is not supported by the seccomp filter"
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    config = uvicorn.Config(Starlette(), log_config=None)
     with pytest.raises(ConfigError, match=message):
-        sandbox.apply(load_settings(front_ends=2, sandbox="required"), config)
-    sandbox.apply(load_settings(), config)
+        sandbox.apply(load_settings(sandbox="required"))
+    sandbox.apply(load_settings())
     assert message in caplog.text
-    sandbox.apply(load_settings(sandbox="off"), config)
+    sandbox.apply(load_settings(sandbox="off"))

@@ -14,7 +14,6 @@ from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import LEAST_BYTES, LIGHT, PHOTO, plan_lanes
 from sopdeploy_service.runtime import device_memory
-from tests.service.children import FRONT_ENDS, WAYS, serving
 from tests.service.raw import count
 
 MIB = 1 << 20
@@ -28,7 +27,7 @@ MIB = 1 << 20
         (10_000 * MIB, 8, 1, 8, 8848 * MIB),
         (10 * MIB, 2, 1, 0, LEAST_BYTES),
     ],
-    ids=["container of 1 GiB", "with two front ends", "GPU", "too little"],
+    ids=["container of 1 GiB", "with two devices", "GPU", "too little"],
 )
 def test_light_images_then_photographs_then_one_large_image_share_the_budget(
     budget: int, threads: int, processes: int, photos: int, largest: int
@@ -166,27 +165,25 @@ def test_the_memory_limit_is_that_of_the_container(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_limit_memory(), reason="needs root and control groups that limit memory")
-@pytest.mark.parametrize("front_ends", [1, 2])
-def test_hostile_images_stay_below_three_quarters_of_the_memory(bundle_path: Path, front_ends: int) -> None:
+def test_hostile_images_stay_below_three_quarters_of_the_memory(bundle_path: Path) -> None:
     import sys
 
     from hostile_load import Server, send_all
     from serving_peers import OURS
 
-    flags = ("--threads", "1", "--front-ends", str(front_ends))
-    command = (sys.executable, "-m", "sopdeploy", "serve", str(bundle_path), "--port", "{port}", *flags)
+    command = (
+        sys.executable,
+        "-m",
+        "sopdeploy",
+        "serve",
+        str(bundle_path),
+        "--port",
+        "{port}",
+        "--threads",
+        "1",
+    )
     server = Server("sopdeploy", OURS, command, Path.cwd(), {})
     for result in send_all(server, 1 << 30, list(hostile.hostile_images())):
         assert result.ours * 1e6 < decoders.USED_SHARE * (1 << 30), result
         assert "0 killed" in result.case
         assert not any(f"'{code}" in result.case for code in (500, 502, 504, "503 without")), result
-
-
-@pytest.mark.slow
-def test_a_front_end_whose_decoder_takes_too_long_is_replaced(bundle_path: Path, jpeg: bytes) -> None:
-    slow = hostile.jpeg(4000, 3000, sampling=0x22, scans=98, refine=True)
-    with serving(str(bundle_path), *WAYS[FRONT_ENDS], "--setting", "decode_seconds=0.2") as client:
-        refused = client.post("/v1/classify", content=slow)
-        assert (refused.status_code, refused.json()["code"]) == (503, "decode_timeout")
-        assert int(refused.headers["retry-after"]) >= 1
-        assert {client.post("/v1/classify", content=jpeg).status_code for _ in range(5)} == {200}

@@ -1,11 +1,10 @@
-"""The socket between the supervisor and one of its processes, and the rate limits that front ends share.
+"""The socket between the supervisor and the process of a device, and the rate limits that processes share.
 
-The supervisor sends file descriptors: connections of clients, and channels between front ends and inference
-processes. The process reports its status ten times per second, and sends the photographs to keep, which the
-supervisor writes to one folder. Both may ask the other for metrics. An empty message means that the other one
-has ended or left.
+The supervisor sends the connections of clients. The process reports its status ten times per second, and
+sends the photographs to keep, which the supervisor writes to one folder. Both may ask the other for metrics.
+An empty message means that the other one has ended or left.
 
-The state of every bucket of a rate limit is in shared memory, without a lock: if two front ends charge a key
+The state of every bucket of a rate limit is in shared memory, without a lock: if two processes charge a key
 in the same microsecond, one of the charges is lost.
 """
 
@@ -28,10 +27,8 @@ from sopdeploy.kept import KeptRecord
 from sopdeploy_service.kept_folder import KeptResult
 
 # Messages with a file
-CLIENT, SEND_METRICS, CHANNEL, KEEP = b"client", b"metrics", b"channel", b"keep"
-RELOAD = b"reload"  # to a process that loads bundles
-# From an inference process: it has new models, cannot start (and why), or a front end breaks the protocol.
-NEWS = NEW_MODELS, FAILED, BAD_FRONT_END = b"models", b"failed", b"broken"
+CLIENT, SEND_METRICS, KEEP = b"client", b"metrics", b"keep"
+RELOAD = b"reload"  # the bundles
 STATUS = struct.Struct("=QI")  # connections received and open ones; then names of bundles
 MAX_KEYS = 4096
 _LIMIT_BYTES = 16 * MAX_KEYS  # two numbers of 8 bytes for each key
@@ -117,8 +114,7 @@ async def send_metrics(file: int, page: bytes) -> None:
 def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
 
-    A page is empty if its process is down. A name is that of a device, or `DEVICE:NUMBER` for a front end.
-    The `process_*` metrics are those of the process *ids*: a process in a sandbox cannot read its own.
+    A page is empty if its process is down. The `process_*` metrics are those of the process *ids*.
     """
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
     found: dict[str, list[Metric]] = {}
@@ -142,7 +138,7 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
 
 
 def create_memory() -> int:
-    """Create a memory file for all front ends."""
+    """Create a memory file for the rate limits of all processes."""
     file = os.memfd_create("sopdeploy-limits", os.MFD_CLOEXEC)
     os.ftruncate(file, _LIMIT_BYTES)
     return file
@@ -157,5 +153,5 @@ class SharedBucketStates:
     def __call__(self, key: int) -> "memoryview[float]":
         """Return the state of the key number *key*; raises `ConfigError` if there are too many keys."""
         if key >= MAX_KEYS:
-            raise ConfigError(f"more than {MAX_KEYS} keys, the limit with front_ends; remove some")
+            raise ConfigError(f"more than {MAX_KEYS} keys, the limit with several devices; remove some")
         return self._values[2 * key : 2 * key + 2]

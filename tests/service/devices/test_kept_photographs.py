@@ -1,4 +1,4 @@
-"""Front ends keep photographs in one folder; the supervisor accepts nothing else from them."""
+"""The processes of several devices keep photographs in one folder, which the supervisor writes."""
 
 import asyncio
 import socket
@@ -10,21 +10,21 @@ import pytest
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.kept import KeptRecord, read_kept
-from sopdeploy_service.front_ends import control
-from tests.service.children import FRONT_ENDS, WAYS, serving
+from sopdeploy_service.devices import control
+from tests.service.children import TWO_DEVICES, WAYS, serving
 from tests.service.test_keep import photos, results
 from tests.sopdeploy.test_kept import record_of
 
 
-def test_two_front_ends_keep_in_one_folder(tmp_path: Path, make_bundle, until) -> None:
+def test_two_processes_keep_in_one_folder(tmp_path: Path, make_bundle, until) -> None:
     decision = Decision(rejection=Rejection(score="energy", threshold=1e9))
     bundle = make_bundle(tmp_path / "bundle", decision=decision)
     kept = tmp_path / "kept"
     bodies = photos(12)
     options = ["--setting", f"keep={kept}", "--setting", "keep_bytes=65536", "--setting", "keep_sample=1"]
-    with serving(str(bundle), *options, *WAYS[FRONT_ENDS]) as client:
+    with serving(str(bundle), *options, *WAYS[TWO_DEVICES]) as client:
         for body in bodies:
-            with httpx.Client(base_url=client.base_url) as other:  # a connection to any front end
+            with httpx.Client(base_url=client.base_url) as other:  # a connection to either process
                 assert other.post("/v1/classify", content=body).status_code == 200
         until(lambda: sum(results(client).values()) == 12)
         assert results(client) == {"kept": 12}
@@ -61,7 +61,7 @@ def test_the_supervisor_receives_what_a_process_sends() -> None:
         record_of().model_dump_json().replace(".jpg", "/../../x.jpg").encode(),
     ],
 )
-def test_a_compromised_front_end_writes_no_other_file(data: bytes) -> None:
+def test_no_other_file_is_written(data: bytes) -> None:
     if data.startswith(b'{"image'):
         data = control.RECORD_HEAD.pack(len(data)) + data
     with pytest.raises((ValueError, struct.error)):

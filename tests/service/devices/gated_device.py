@@ -1,4 +1,4 @@
-"""An inference process whose batches wait until the file that the variable GATE names exists."""
+"""The process of a device whose batches wait until the file that the variable GATE names exists."""
 
 import os
 import sys
@@ -10,18 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy_service.front_ends import inference_process
+from sopdeploy_service.devices.device_server import DeviceLaunchConfig, run_device_server
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.server import process
 from sopdeploy_service.server.launch import run_program
 from sopdeploy_service.settings import Settings
 
-# `sopdeploy serve` with such an inference process; flags follow.
+# `sopdeploy serve` with such processes; flags follow.
 SERVE = (
     "-c",
-    "import sys; from sopdeploy_service.front_ends import processes; "
+    "import sys; from sopdeploy_service.devices import supervisor; "
     "from sopdeploy.cli.app import main; "
-    "processes.MODULES[processes.INFERENCE] = 'tests.service.front_ends.gated_process'; "
+    "supervisor.MODULE = 'tests.service.devices.gated_device'; "
     "sys.argv.insert(1, 'serve'); main()",
 )
 
@@ -45,7 +46,5 @@ def load_gated(path: Path, settings: Settings, checked: Bundle | None) -> Loaded
 
 
 if __name__ == "__main__":
-    inference_process.load_model = load_gated
-    code = run_program(inference_process.run_inference_process)
-    sys.stdout.flush()
-    os._exit(code)
+    process.load_model = load_gated
+    sys.exit(run_program(run_device_server, DeviceLaunchConfig))

@@ -1,0 +1,115 @@
+"""The server process of one device; its connections come from the supervisor, which starts this module."""
+
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from functools import partial
+
+from fastapi import FastAPI
+from prometheus_client import generate_latest
+
+from sopdeploy_service.devices import control
+from sopdeploy_service.inference.decoders import decode_budget, upload_budget
+from sopdeploy_service.inference.service import Service
+from sopdeploy_service.runtime.device_memory import resident_bytes
+from sopdeploy_service.server.draining_server import DrainingServer
+from sopdeploy_service.server.launch import LaunchConfig, run_program, start_task
+from sopdeploy_service.server.process import configured_process, load_app
+from sopdeploy_service.settings import Settings
+
+
+class DeviceLaunchConfig(LaunchConfig):
+    """The launch config of one of *processes*: its end of the control socket, and the file of rate limits."""
+
+    control: int
+    buckets: int
+    processes: int
+
+
+class DeviceServer(DrainingServer):
+    """A server whose connections come from the *supervisor*."""
+
+    def __init__(
+        self, app: FastAPI, settings: Settings, supervisor: socket.socket, sources: Sequence[str]
+    ) -> None:
+        super().__init__(app, settings, sources)
+        self._supervisor = supervisor
+        self._received = 0  # connections
+        self._supervisor_left = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def on_open(self, sockets: Sequence[socket.socket]) -> None:  # noqa: ARG002
+        """Listen to the supervisor, which passes on connections after the first report."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._supervisor, self._receive)
+
+    def _report(self) -> None:
+        num_open = len(self.server_state.connections) + len(self._tasks)
+        status = control.STATUS.pack(self._received, num_open)
+        control.send_files(self._supervisor, status + self.bundles.encode())
+
+    def _receive(self) -> None:
+        """Act on a message of the supervisor; without a message it has ended.
+
+        `SEND_METRICS` comes with a file to write them to, `CLIENT` with an accepted connection.
+        """
+        message, files = control.receive_files(self._supervisor)
+        if not message:
+            self._loop.remove_reader(self._supervisor)
+            self._supervisor_left.set()
+        if message == control.RELOAD:
+            self.reload()
+        for file in files:
+            if message == control.SEND_METRICS:
+                page = generate_latest(self._service.metrics.registry)
+                start_task(self._tasks, control.send_metrics(file, page))
+            else:
+                self._received += 1
+                start_task(self._tasks, self.serve_connections([socket.socket(fileno=file)]))
+        self._report()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Show that the event loop runs."""
+        ends = await super().on_tick(counter)
+        if not ends:
+            self._report()
+        return ends
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Get no more connections, and serve those that are on their way."""
+        self._supervisor.shutdown(socket.SHUT_WR)
+        await self._supervisor_left.wait()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await super().shutdown(sockets)
+
+
+def share_memory(service: Service, settings: Settings, processes: int, buckets: int) -> None:
+    """Give *service* its share of the memory for uploads and decoded images of the whole server."""
+    at_rest = resident_bytes(os.getppid()) + processes * resident_bytes()
+    service.max_upload_bytes = upload_budget(settings, processes)
+    slot = os.open(f"/proc/self/fd/{buckets}", os.O_RDWR)  # a lock of this process
+    service.decoders.share(decode_budget(settings, at_rest, processes), processes, slot)
+
+
+def run_device_server(config: DeviceLaunchConfig) -> int:
+    """Serve until SIGTERM, or until a runtime of this process is dead; return the exit code."""
+    settings = config.settings
+    supervisor = socket.socket(fileno=config.control)
+    with configured_process(settings):
+        app = load_app(
+            config.sources,
+            settings,
+            create_bucket_state=control.SharedBucketStates(config.buckets),
+            store_kept=partial(control.send_kept, supervisor),
+            collect_metrics=partial(control.request_metrics, supervisor),
+        )
+        server = DeviceServer(app, settings, supervisor, config.sources)
+        share_memory(app.state.service, settings, config.processes, config.buckets)
+        return server.serve_until_end()
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(run_device_server, DeviceLaunchConfig))

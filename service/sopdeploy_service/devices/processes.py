@@ -1,0 +1,99 @@
+"""The processes of a server with several devices, and what the supervisor knows of each."""
+
+import itertools
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.devices import control
+from sopdeploy_service.settings import Settings, cores_within_quota, decoders_per_process
+
+MAX_ON_THE_WAY = 16  # connections that a process has not received
+VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+
+
+@dataclass(eq=False)
+class Process:
+    """The process of one device; *name* is unique among them.
+
+    *variables* are its additional environment variables, *settings* those of this process.
+    """
+
+    name: str
+    variables: Mapping[str, str]
+    settings: Settings
+    child: subprocess.Popen[str] | None = None
+    control: socket.socket | None = None  # until the process has ended or left
+    sent: int = 0  # connections
+    received: int = 0  # this and the following: reported by the child
+    open: int = 0
+    bundles: str | None = None
+    silent_beats: int = 0  # since the last report
+
+    @property
+    def accepts(self) -> bool:
+        """Whether the process gets more connections."""
+        on_the_way = self.sent - self.received
+        return self.control is not None and self.bundles is not None and on_the_way < MAX_ON_THE_WAY
+
+    @property
+    def load(self) -> int:
+        """The number of open connections, with those that the process has not received."""
+        return self.sent - self.received + self.open
+
+    def reset(self, control_socket: socket.socket) -> None:
+        """Reset what the previous child reported; the other end of *control_socket* is in a new child."""
+        self.control, self.bundles = control_socket, None
+        self.sent = self.received = self.open = self.silent_beats = 0
+
+    def report(self, status: bytes) -> None:
+        """Record a *status* of the child."""
+        self.received, self.open = control.STATUS.unpack_from(status)
+        self.bundles = status[control.STATUS.size :].decode()
+        self.silent_beats = 0
+
+    def send(self, message: bytes, *files: int) -> bool:
+        """Send *message* with *files*; return whether the child gets it."""
+        return self.control is not None and control.send_files(self.control, message, *files)
+
+
+def list_processes(settings: Settings) -> list[Process]:
+    """List the processes of all devices; raises `ConfigError` for a device that this process cannot use."""
+    devices = settings.devices
+    decoders = decoders_per_process(cores_within_quota(), len(devices))
+    processes: list[Process] = []
+    for position, device in enumerate(devices):
+        name = f"{device}-{position}" if devices.count(device) > 1 else device
+        changed: dict[str, object] = {"devices": (), "follow": False}
+        if device == "cpu" and settings.runtime == "auto":
+            changed["runtime"] = "onnxruntime-cpu"
+        if device != "cpu" and settings.decoders == "auto":
+            changed["decoders"] = decoders
+        own = settings.model_copy(update=changed)
+        processes.append(Process(name, visible_devices(device), own))
+    return processes
+
+
+def visible_devices(device: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Compute the CUDA variables of a process that may use *device* only.
+
+    An inherited CUDA_VISIBLE_DEVICES is the list to choose from: 0 is its first GPU. Without it, numbers are
+    those of nvidia-smi. Raises `ConfigError` for a GPU that is not in the list.
+    """
+    if device == "cpu":
+        return {VISIBLE: ""}
+    if VISIBLE in environment:
+        listed = [name.strip() for name in environment[VISIBLE].split(",")]
+        allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))  # as CUDA does
+        chosen = allowed[int(device) : int(device) + 1] if device.isdecimal() else {device} & set(allowed)
+        if not chosen:
+            raise ConfigError(
+                f"devices: {device} is not among the {len(allowed)} GPUs of "
+                f"CUDA_VISIBLE_DEVICES={environment[VISIBLE]}; choose a position, from 0, or a listed UUID"
+            )
+        return {VISIBLE: next(iter(chosen))}
+    order = environment.get(ORDER, "PCI_BUS_ID")  # CUDA's own default is the fastest GPU first
+    return {VISIBLE: device, ORDER: order}

@@ -1,0 +1,199 @@
+"""One process per device behind one port: restarts, drain, joint metrics and shared rate limits."""
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.devices.control import merge_metrics
+from sopdeploy_service.devices.processes import list_processes, visible_devices
+from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.settings import load_settings
+from tests.service.children import (
+    START_SECONDS,
+    TWO_DEVICES,
+    WAYS,
+    children_of,
+    is_alive,
+    line_of,
+    serving,
+    spawn,
+)
+from tests.service.devices import gated_device
+from tests.service.raw import GET, connect, post_of, read
+
+
+def classify_on(jpeg: bytes, connection: http.client.HTTPConnection) -> int:
+    """Return the status of a request on *connection*."""
+    connection.request("POST", "/v1/classify", jpeg)
+    response = connection.getresponse()
+    response.read()
+    return response.status
+
+
+def resources_of(process: int) -> tuple[int, int]:
+    """Count the open files and the threads of *process*."""
+    return tuple(len(list(Path(f"/proc/{process}/{name}").iterdir())) for name in ("fd", "task"))
+
+
+def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
+    bundle_path: Path, jpeg, until
+) -> None:
+    with spawn(str(bundle_path), *WAYS[TWO_DEVICES], "--threads", "1") as child, ExitStack() as stack:
+        stack.callback(child.kill)
+        found = re.fullmatch(r"ready: http://(\S+)  (\S+)\n", line_of(child))
+        assert found, child.communicate(timeout=20)
+        url = f"http://{found[1]}"
+        for pid in children_of(child.pid):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            assert b"CUDA_VISIBLE_DEVICES=" in variables  # no GPU
+        connections = [
+            stack.enter_context(contextlib.closing(http.client.HTTPConnection(found[1], timeout=60)))
+            for _ in range(8)
+        ]
+        assert [classify_on(jpeg, connection) for connection in connections] == [200] * 8
+        page = httpx.get(f"{url}/metrics").text
+        answered = r'sopdeploy_requests_total\{code="200",.*process="\S+",route="/v1/classify"\} (\S+)'
+        assert re.findall(answered, page) == ["4.0", "4.0"]
+        names = {"cpu-0", "cpu-1", "supervisor"}
+        assert set(re.findall(r'^process_cpu_seconds_total{process="(.*?)"}', page, re.M)) == names
+        resources = resources_of(child.pid)
+
+        def send_to_the_oldest(number: signal.Signals) -> None:
+            before = children_of(child.pid)
+            os.kill(before[0], number)
+            until(lambda: not is_alive(before[0]))
+            # A connection that the supervisor passes on before it notices the death is reset.
+            until(lambda: len(set(children_of(child.pid)) - set(before)) == 1)
+            codes = {httpx.post(f"{url}/v1/classify", content=jpeg).status_code for _ in range(5)}
+            assert codes == {200}
+
+        send_to_the_oldest(signal.SIGKILL)
+        kept = []
+        for connection in connections:
+            with contextlib.suppress(ConnectionError):
+                kept.append(classify_on(jpeg, connection))
+        assert kept == [200] * 4  # the others were connected to the killed process
+        up = re.compile(r"^sopdeploy_worker_up\{.*\} 1\.0$", re.MULTILINE)
+        until(lambda: len(up.findall(httpx.get(f"{url}/metrics").text)) == 2)
+        until(lambda: resources_of(child.pid) == resources)
+        send_to_the_oldest(signal.SIGSTOP)
+        orphans = children_of(child.pid)
+        child.kill()
+        until(lambda: not any(is_alive(process) for process in orphans))
+
+
+def test_a_rate_limit_counts_the_images_of_both_processes(bundle_path: Path, tmp_path: Path, jpeg) -> None:
+    file = tmp_path / "keys.toml"
+    key = new_key(file, "limited", 1e-6)
+    file.write_text(file.read_text().replace("burst = 32", "burst = 5"))
+    with serving(str(bundle_path), "--keys", str(file), *WAYS[TWO_DEVICES]) as client:
+        client.headers["x-api-key"] = key
+        replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]
+        remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
+        assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
+        assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
+
+
+def test_a_drain_completes_the_requests_of_both_processes(
+    bundle_path, tmp_path, jpeg, monkeypatch, until
+) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("GATE", str(gate))
+    options = (*WAYS[TWO_DEVICES], "--setting", "batch_timeout_seconds=60", "--setting", "drain_seconds=60")
+    with (
+        serving(str(bundle_path), *options, program=gated_device.SERVE) as client,
+        ExitStack() as stack,
+        ThreadPoolExecutor(16) as pool,
+    ):
+        late = [stack.enter_context(connect(client)) for _ in range(8)]
+        for wire in late:
+            wire.sendall(GET + b"\r\n")
+            assert read(wire, to_the_end=False).status == 200
+        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
+        depth = r"^sopdeploy_queue_depth{.*} (\S+)"
+        until(lambda: sum(map(float, re.findall(depth, client.get("/metrics").text, re.M))) == 16)
+        client.child.send_signal(signal.SIGTERM)
+        until(lambda: client.get("/readyz").status_code == 503)
+        late.append(stack.enter_context(connect(client)))
+        for wire in late:
+            wire.sendall(post_of(jpeg))
+            reply = read(wire)
+            assert (reply.status, reply.code) == (503, "draining")
+        gate.touch()
+        assert [reply.result().status_code for reply in sent] == [200] * 16
+        assert client.child.wait(START_SECONDS) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"devices": "0,1,2,3"}, [4, 4, 4, 4]),
+        ({"devices": "0,1", "decoders": 3}, [3, 3]),
+        ({"devices": "0,cpu"}, [8, "auto"]),
+    ],
+)
+def test_devices_divide_the_cores_among_their_decoders(given, expected, monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    processes = list_processes(load_settings(**given))
+    assert [process.settings.decoders for process in processes] == expected
+
+
+IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
+VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
+    "a number": ("1", None, {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    "a UUID": (IDS[0], None, {"CUDA_VISIBLE_DEVICES": IDS[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+    "the cpu": ("cpu", "2,3", {"CUDA_VISIBLE_DEVICES": ""}),
+    "a position": ("1", "2,3", {"CUDA_VISIBLE_DEVICES": "3"}),
+    "a listed UUID": (IDS[0], f"{IDS[1]}, {IDS[0]}", {"CUDA_VISIBLE_DEVICES": IDS[0]}),
+    "a number, not a position": ("2", "2,3", None),
+    "a UUID that is not listed": (IDS[0], IDS[1], None),
+    "a position after an invalid entry": ("1", "0,-1,1", None),
+}
+
+
+@pytest.mark.parametrize("case", VISIBLE)
+def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(case: str) -> None:
+    device, inherited, expected = VISIBLE[case]
+    assert load_settings(devices=device).devices == (device,)
+    environment = {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited}
+    if expected is not None:
+        assert visible_devices(device, environment) == expected
+        return
+    with pytest.raises(ConfigError, match=rf"devices: {device} is not among the \d GPUs of CUDA_VISIBLE_DEV"):
+        visible_devices(device, environment)
+
+
+def test_a_missing_bundle_is_a_one_line_error_with_exit_code_2(tmp_path) -> None:
+    child = spawn(str(tmp_path), "--setting", "devices=cpu")
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (2, "")
+    assert err.count("no bundle here") >= 1
+    assert "Traceback" not in err
+
+
+def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None:
+    page = (
+        b"# HELP a_total x\n# TYPE a_total counter\n"
+        b'a_total{route="/"} 2.0\n# TYPE b histogram\n# HELP b y\nb_bucket{le="1.0"} 1.0\n'
+        b'b_bucket{le="+Inf"} 3.0\nb_count 3.0\nb_sum 4.5\n'
+    )
+    text = merge_metrics({"0": page, "1": page, "2": b""}, {}).decode()
+    for line in (
+        'a_total{process="0",route="/"} 2.0',
+        'a_total{process="1",route="/"} 2.0',
+        'b_bucket{le="+Inf",process="1"} 3.0',
+        'b_sum{process="0"} 4.5',
+        'sopdeploy_worker_up{process="1"} 1.0',
+        'sopdeploy_worker_up{process="2"} 0.0',
+    ):
+        assert line in text, text
+    assert text.count("# TYPE a_total counter") == 1
