@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sopdeploy.bundle import folder as bundle
-from sopdeploy.bundle.golden import write_golden
+from sopdeploy.bundle.golden import TOLERANCES, write_golden
 from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
@@ -42,7 +42,7 @@ from sopdeploy_export.proof.batch import find_mixing
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify
 from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
 from sopdeploy_export.report.page import render_model_card, render_report
-from sopdeploy_export.report.results import Exported, ExportResults, export_statement
+from sopdeploy_export.report.results import Exported, ExportResults
 from sopdeploy_export.subject import ExportSubject, summarize_checkpoint
 
 ONNX_FILE = "model.onnx"
@@ -253,8 +253,6 @@ def _write_bundle(
     write_probes(folder / "probes.npz", probes)
     write_golden_examples(job, folder, converted, parity, probes.tolerance[LOGITS])
     fields = _manifest_fields(job, folder, converted, expected, results)
-    statement = export_statement(folder / ONNX_FILE, fields["lineage"], results)
-    (folder / "statement.json").write_bytes(to_json(statement))
     (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
     page = render_report(subject, results, fields, bundle.file_records(folder))
     (folder / "report.html").write_text(page, encoding="utf-8")
@@ -284,8 +282,7 @@ def write_golden_examples(
 ) -> None:
     """Write golden examples; leave out images for which rounding can change the choice of the gate.
 
-    The examples get twice *tolerance*: it limits the difference of one runtime from the network, and an
-    example compares two runtimes.
+    *tolerance* is that of the probes' logits.
     """
     session, gate = open_session(folder / ONNX_FILE), find_gate(job.subject.network)
 
@@ -298,7 +295,7 @@ def write_golden_examples(
             return True
         return is_decided(converted.gate(torch.tensor(pixels[None]))[0], gate.chosen, parity.routing)
 
-    write_golden(folder, job.subject.preprocess, run, 2 * tolerance, has_decided_gate)
+    write_golden(folder, job.subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
 
 
 def _manifest_fields(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sopdeploy.bundle.folder import label_problem
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import Decision
@@ -64,13 +65,8 @@ class ExportSubject:
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a class name that no file of a bundle can hold."""
-        for label in self.labels:
-            try:
-                label.encode()
-            except UnicodeEncodeError as error:  # such as a folder name in Latin-1
-                raise ConfigError(
-                    f"class {label!r}: its name is not valid Unicode; rename the class and train again"
-                ) from error
+        if problem := label_problem(self.labels):
+            raise ConfigError(f"{problem}; rename the class and train again")
 
     def plugins(self) -> dict[str, str]:
         """Return the versions of the plug-ins that define parts of the network or provided its images."""

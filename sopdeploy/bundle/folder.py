@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import tempfile
+import unicodedata
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -251,7 +252,19 @@ def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
         raise BundleError(f"{file}: not a list of class names; export the bundle again") from error
     if len(labels) != classes:
         raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs; export the bundle again")
+    if wrong := label_problem(labels):
+        raise BundleError(f"{file}: {wrong}; export the bundle again")
     problem = None if manifest.decision is None else manifest.decision.problem_with(len(labels))
     if problem is not None:
         raise BundleError(f"{file.parent}: {problem}; export it again")
     return labels
+
+
+def label_problem(labels: Sequence[str]) -> str | None:
+    """Name the first of *labels* that occurs twice, has control characters or is not valid Unicode."""
+    for position, label in enumerate(labels):
+        if label in labels[:position]:
+            return f"class {label!r}: its name occurs twice"
+        if any(unicodedata.category(character) in {"Cc", "Cs"} for character in label):
+            return f"class {label!r}: its name has control characters or is not valid Unicode"
+    return None

@@ -20,14 +20,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.manifest import to_json
+from sopdeploy.bundle.manifest import GATES, to_json
+from sopdeploy.bundle.probes import read_probes
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
-_MAX_EXAMPLES = 16  # that `verify` decodes; an export writes three
+NUM_EXAMPLES = 3  # of an export; that of a mixture leaves out those whose route rounding can change
+TOLERANCES = (
+    2  # of the probes: one limits the difference of a runtime from the network, an example compares two
+)
 _MAX_LEVELS = 1  # gray levels between decoders
 _LOGIT_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
 _SEED = 11
@@ -48,7 +52,7 @@ class GoldenIndex(StrictModel):
     """Content of `golden.json`; *tolerance* is the largest allowed absolute difference of a logit."""
 
     tolerance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
-    examples: Annotated[tuple[GoldenExample, ...], pydantic.Field(max_length=_MAX_EXAMPLES)]
+    examples: Annotated[tuple[GoldenExample, ...], pydantic.Field(max_length=NUM_EXAMPLES)]
 
 
 class PixelDifference(StrictModel):
@@ -129,15 +133,15 @@ def write_golden(
 
 
 def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
-    """Read the examples of *bundle*, none if it has no `golden.json`.
+    """Read the examples of *bundle*.
 
-    Raises `BundleError` if a file is damaged or does not match the bundle.
+    Raises `BundleError` if a file is missing, is damaged or does not match the bundle.
     """
-    if GOLDEN not in bundle.manifest.files:
-        return ()
     path, records = bundle.path, bundle.manifest.files
-    examples = []
+    examples: list[Golden] = []
     try:
+        if GOLDEN not in records:
+            raise ValueError("a file that the manifest does not list")
         index = GoldenIndex.model_validate_json((path / GOLDEN).read_bytes())
         for example in index.examples:
             if not {example.jpeg, example.pixels} <= records.keys():
@@ -146,7 +150,14 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             pixels = np.frombuffer(raw, np.uint8).reshape(bundle.manifest.image_shape)
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
             examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
-    except ValueError as error:
+        if len(examples) < NUM_EXAMPLES and all(output.name != GATES for output in bundle.manifest.outputs):
+            raise ValueError("an example is missing")
+        if (
+            index.tolerance
+            > TOLERANCES * read_probes(bundle.probes).tolerance[bundle.manifest.outputs[0].name]
+        ):
+            raise ValueError("a larger tolerance than that of the probes")
+    except (KeyError, ValueError) as error:
         raise BundleError(f"{path / GOLDEN}: does not fit the bundle; export the bundle again") from error
     return tuple(examples)
 

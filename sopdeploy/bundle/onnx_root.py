@@ -43,6 +43,11 @@ def onnx_file_root(content: bytes) -> str:
     Raises `CertificateError` if *content* is not an ONNX model, can be read in two ways, keeps weights
     outside the file or holds a subgraph (control flow), and `ImportError` if `onnx` is not installed.
     """
+    return _read(content)[1]
+
+
+def _read(content: bytes) -> tuple["onnx.ModelProto", str]:
+    """Read the ONNX model in *content* and compute its root, as `onnx_file_root` does."""
     import onnx  # noqa: PLC0415 # a server runs without it
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
 
@@ -54,7 +59,7 @@ def onnx_file_root(content: bytes) -> str:
             raise CertificateError(
                 "the file has unknown or repeated fields, which a runtime may read in another way"
             )
-        return onnx_root(model)
+        return model, onnx_root(model)
     except (DecodeError, ValueError, KeyError, TypeError) as error:
         raise CertificateError("not a complete ONNX model; its root cannot be computed") from error
 
@@ -135,21 +140,24 @@ def _tensor_hash(tensor: "onnx.TensorProto") -> str:
 
 
 def check_roots(bundle: Bundle) -> str | None:
-    """Compare the roots in the files of *bundle*: the graph, the manifest and the certificate.
+    """Compare the graph of *bundle*, its manifest and its certificate.
 
     Returns the root of `model.onnx`, or None if `onnx` is not installed, so that it cannot be recomputed. The
     following must hold:
 
-    - `model.onnx` has the root in the manifest;
-    - the certificate belongs to the captured program in the manifest;
+    - `model.onnx` has the root, the opset, the inputs and the outputs in the manifest;
+    - the certificate belongs to the captured program in the manifest, and names the same operators that mix
+      images;
     - in float32, the graph is the certified one.
 
     Raises `BundleError` naming the file that does not fit.
     """
     lineage, precision = bundle.manifest.lineage, bundle.manifest.precision
     certificate, advice = bundle.path / "certificate.json", "export the bundle again"
+    root: str | None
     try:
-        root: str | None = onnx_file_root(bundle.onnx.read_bytes())
+        model, root = _read(bundle.onnx.read_bytes())
+        _check_interface(bundle, model)
     except ImportError:
         root = None
     except CertificateError as error:
@@ -160,12 +168,38 @@ def check_roots(bundle: Bundle) -> str | None:
             f"the graph was replaced after the export: {advice}"
         )
     try:  # a file whose hash was checked
-        roots = json.loads(certificate.read_bytes())["roots"]
-        program, certified = roots["any_batch"], roots["onnx"]
+        fields = json.loads(certificate.read_bytes())
+        program, certified = fields["roots"]["any_batch"], fields["roots"]["onnx"]
+        mixes_images = tuple(fields["mixes_images"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(f"{certificate}: contains no graph roots; {advice}") from error
-    if program != lineage.program_root:
+    if program != lineage.program_root or mixes_images != bundle.manifest.mixes_images:
         raise BundleError(f"{certificate}: belongs to another network than the manifest; {advice}")
     if precision == "fp32" and certified != lineage.onnx_root:
         raise BundleError(f"{certificate}: certifies another graph than model.onnx; {advice}")
     return root
+
+
+def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
+    """Raise `BundleError` unless *model* has the opset, inputs and outputs in the manifest of *bundle*.
+
+    The batch size, and sizes that the graph does not state, are not compared.
+    """
+    from onnx import helper  # noqa: PLC0415 # a server runs without it
+
+    manifest, graph = bundle.manifest, model.graph
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    same = opsets == {"": manifest.opset}
+    for records, values in ((manifest.inputs, graph.input), (manifest.outputs, graph.output)):
+        same &= [record.name for record in records] == [value.name for value in values]
+        for record, value in zip(records, values, strict=False):
+            tensor = value.type.tensor_type
+            sizes = [dimension.dim_value for dimension in tensor.shape.dim]
+            same &= record.dtype == helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+            same &= len(sizes) == len(record.shape)
+            same &= all(size in {0, given} for size, given in zip(sizes[1:], record.shape[1:], strict=False))
+    if not same:
+        raise BundleError(
+            f"{bundle.onnx}: has another opset, other inputs or other outputs than the manifest says; "
+            "export the bundle again"
+        )

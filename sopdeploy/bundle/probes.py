@@ -68,7 +68,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def read_probes(path: Path) -> Probes:
-    """Read the probes at *path*; raise `BundleError` unless they have images and finite tolerances."""
+    """Read the probes at *path*; raise `BundleError` unless images differ and tolerances are finite."""
     try:
         arrays = read_arrays(path)
         names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
@@ -82,6 +82,8 @@ def read_probes(path: Path) -> Probes:
     for name, tolerance in probes.tolerance.items():
         if not 0 <= tolerance < math.inf:
             raise BundleError(f"{path}: allows output {name!r} any value; export the bundle again")
+    if len({image.tobytes() for image in probes.images}) < len(probes.images):
+        raise BundleError(f"{path}: has the same image twice; export the bundle again")
     return probes
 
 

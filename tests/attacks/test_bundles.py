@@ -17,6 +17,7 @@ from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.cli.app import app
@@ -59,13 +60,15 @@ def write_bundle(destination: Path, factor: float) -> Path:
         (folder / "model.onnx").write_bytes(graph(factor))
         (folder / "probes.npz").write_bytes(probes(factor))
         write_proof(folder, root)
+        rules = FIELDS["preprocess"]
+        write_golden(folder, rules, lambda pixels: factor * pixels.mean((0, 1), np.float32), 2e-3)
 
     root = onnx_file_root(graph(factor))
     return write_hollow(destination, fill, lineage=FIELDS["lineage"].model_copy(update={"onnx_root": root}))
 
 
 def write_proof(folder: Path, root: str) -> None:
-    for name, content in proof_files(root).items():
+    for name, content in proof_files(root, 1e-3).items():
         (folder / name).write_bytes(content)
 
 
@@ -153,6 +156,8 @@ ARCHIVES: dict[str, Callable[[], bytes]] = {
     "more images than outputs": lambda: probes(images=np.zeros((9, SIDE, SIDE, 3), np.uint8)),
     "compressed arrays": lambda: compressed(probes()),
     "many names of one array": lambda: overlapping(probes()),
+    "one image again and again": lambda: probes(images=np.zeros((4, SIDE, SIDE, 3), np.uint8)),
+    "a tolerance that the noise floor does not explain": lambda: probes(tolerance_logits=np.array(1e9)),
     "an infinite tolerance": lambda: probes(tolerance_logits=np.array(np.inf)),
     "no number as tolerance": lambda: probes(tolerance_logits=np.array(np.nan)),
     "text": lambda: b"trust me",
@@ -170,27 +175,38 @@ def test_invalid_probes_with_the_right_hash_are_rejected(
     assert not Path("pwned").exists()
 
 
-def test_tolerances_that_the_noise_floor_does_not_explain_are_named(bundle: Path) -> None:
-    def notes(floor: float, **changes: Any) -> str:
-        parity = {"floors_allowed": 16, "outputs": {"logits": {"noise_floor": floor}}}
-        (bundle / "parity.json").write_bytes(to_json(parity))
-        (bundle / "probes.npz").write_bytes(probes(**changes))
-        found = verify(forge(bundle))
-        assert found.exit_code == 0
-        return " ".join(found.stdout.split())
-
-    assert "note only 4 probes" in notes(1e-3)
-    assert "tolerance" not in notes(1e-3).replace("(allowed", "")
-    assert "explains a tolerance of 1.6e-08, not 0.001" in notes(1e-9)
-    assert "tolerance 1e+09 is above 10%" in notes(1e9, tolerance_logits=np.array(1e9))
+def test_few_probes_and_wide_tolerances_are_named(bundle: Path) -> None:
+    (bundle / "probes.npz").write_bytes(probes(tolerance_logits=np.array(20.0)))
+    (bundle / "parity.json").write_bytes(proof_files("", 20.0)["parity.json"])
+    found = " ".join(verify(forge(bundle)).stdout.split())
+    assert "note only 4 probes" in found
+    assert "tolerance 20 is above 10% of the probes' range" in found
 
 
-def test_large_json_and_many_golden_examples_are_rejected(bundle: Path) -> None:
-    example = {"jpeg": "labels.json", "pixels": "labels.json", "logits": [0.0]}
-    (bundle / "golden.json").write_bytes(to_json({"tolerance": 1, "examples": [example] * 17}))
-    rejection(forge(bundle), "golden.json: does not fit the bundle")
-    (bundle / "golden.json").write_bytes(b" " * 16_000_001)
-    rejection(forge(bundle), "golden.json: larger than")
+def golden(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def run(bundle: Path) -> None:
+        index = json.loads((bundle / "golden.json").read_bytes())
+        change(index)
+        (bundle / "golden.json").write_bytes(to_json(index))
+
+    return run
+
+
+GOLDEN: dict[str, Callable[[Path], object]] = {
+    "no golden.json": lambda bundle: (bundle / "golden.json").unlink(),
+    "no JPEG file": lambda bundle: (bundle / "golden-0.jpg").unlink(),
+    "no examples": golden(lambda index: index.update(examples=[])),
+    "an example removed": golden(lambda index: index["examples"].pop()),
+    "many examples": golden(lambda index: index.update(examples=index["examples"] * 9)),
+    "a large tolerance": golden(lambda index: index.update(tolerance=1e9)),
+    "a large file": lambda bundle: (bundle / "golden.json").write_bytes(b" " * 16_000_001),
+}
+
+
+@pytest.mark.parametrize("attack", GOLDEN)
+def test_missing_and_worthless_golden_examples_are_rejected(bundle: Path, attack: str) -> None:
+    GOLDEN[attack](bundle)
+    rejection(forge(bundle), "golden.json: ")
 
 
 GRAPHS: dict[str, Callable[[], bytes]] = {
@@ -219,11 +235,24 @@ def test_invalid_graphs_with_the_right_hash_are_rejected(bundle: Path, attack: s
     rejection(forge_with_root(bundle), "model.onnx")
 
 
-def test_a_manifest_of_another_graph_is_rejected(bundle: Path) -> None:
-    fields = json.loads((bundle / "manifest.json").read_bytes())
-    fields["outputs"][0]["shape"] = [None, 2]
-    (bundle / "labels.json").write_bytes(to_json(LABELS[:2]))
-    rejection(forge(bundle, outputs=fields["outputs"]), "probes.npz: does not probe every output")
+FIELDS_OF_OTHERS: dict[str, dict[str, Any]] = {
+    "another opset": {"opset": 99},
+    "another input size": {"inputs": [{"name": "images", "dtype": "uint8", "shape": [None, 64, 64, 3]}]},
+    "another input type": {"inputs": [{"name": "images", "dtype": "float32", "shape": [None, 16, 16, 3]}]},
+    "fewer classes": {"outputs": [{"name": "logits", "dtype": "float32", "shape": [None, 2]}]},
+    "two outputs": {
+        "outputs": [{"name": n, "dtype": "float32", "shape": [None, 3]} for n in ("logits", "x")]
+    },
+    "operators that mix images": {"mixes_images": ["Softmax"]},
+}
+
+
+@pytest.mark.parametrize("attack", FIELDS_OF_OTHERS)
+def test_a_manifest_of_another_graph_is_rejected(bundle: Path, attack: str) -> None:
+    fields = FIELDS_OF_OTHERS[attack]
+    if attack == "fewer classes":
+        (bundle / "labels.json").write_bytes(to_json(LABELS[:2]))
+    rejection(forge(bundle, **fields), "certificate.json" if "mixes_images" in fields else "model.onnx: has")
 
 
 NAMES = ["[red]x", "[/]", "a\nb", "\x1b[31mred", "../outside", "", ":warning:"]

@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -6,9 +5,6 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from google.protobuf.json_format import ParseDict
-from in_toto_attestation.v1 import statement_pb2
-from in_toto_attestation.v1.statement import Statement
 from PIL import Image
 from torch import nn
 
@@ -147,17 +143,6 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
 
 
-def test_the_in_toto_statement_names_the_file_its_checkpoint_and_what_was_proved(exported: Exported) -> None:
-    text = json.loads((exported.path / "statement.json").read_text())
-    statement = ParseDict(text, statement_pb2.Statement())
-    Statement.copy_from_pb(statement).validate()
-    ((subject,), predicate) = statement.subject, text["predicate"]
-    assert subject.digest["sha256"] == exported.manifest.files["model.onnx"].sha256
-    assert predicate["checkpoint"]["digest"]["sha256"] == exported.manifest.lineage.checkpoint_sha256
-    assert predicate["certificate"]["roots"]["onnx"] == exported.certificate.roots.onnx
-    assert (predicate["parity"]["passed"], predicate["parity"]["precision"]) == (True, "fp32")
-
-
 def test_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     with proving_once(changes_program=True):
@@ -212,7 +197,7 @@ def test_invalid_request_fails_in_one_line_and_writes_nothing(
 def test_a_class_name_that_is_not_unicode_is_one_line(preprocess: Preprocess, tmp_path: Path) -> None:
     labels = (*LABELS[:-1], "caf\udce9")  # how Python reads the folder name b"caf\xe9"
     path = save(trained("resnet8"), "resnet8", tmp_path / "ckpt.pt", preprocess, labels)
-    with pytest.raises(ConfigError, match=r"class 'caf\\udce9': its name is not valid Unicode"):
+    with pytest.raises(ConfigError, match=r"class 'caf\\udce9': its name .* is not valid Unicode"):
         export_checkpoint(path, tmp_path / "out")
 
 

@@ -50,8 +50,7 @@ def write_bundle_with_outputs(plain: Path, folder: Path) -> Path:
     }
     del fields["files"]
     with staging(folder) as stage:
-        for name in ("labels.json", "parity.json"):
-            (stage / name).write_bytes((plain / name).read_bytes())
+        (stage / "labels.json").write_bytes((plain / "labels.json").read_bytes())
         (stage / "model.onnx").write_bytes(model.SerializeToString())
         for name, content in proof_files(root).items():
             (stage / name).write_bytes(content)

@@ -93,8 +93,7 @@ def write(
     files = {
         "model.onnx": model.SerializeToString(),
         "labels.json": to_json([f"class {i}" for i in range(CLASSES)]),
-        **proof_files(root),
-        "parity.json": to_json({}),
+        **proof_files(root, tolerance),
     }
     with staging(folder) as stage:
         for name, content in files.items():

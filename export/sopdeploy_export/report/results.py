@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sopdeploy.bundle.manifest import Int8For, Lineage, Manifest
+from sopdeploy.bundle.manifest import Int8For, Manifest
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.statistics import wilson
-from sopdeploy.files import sha256
 from sopdeploy_export.parity.findings import ParityReport
 from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
@@ -90,37 +89,6 @@ class Exported(ExportResults):
             "shipped": self.network_summary.shipped.model_dump(),
             "warnings": list(self.warnings),
         }
-
-
-def export_statement(model: Path, lineage: Lineage, results: ExportResults) -> dict[str, Any]:
-    """Build `statement.json`: what was proved and measured about the file *model*; a signature covers it.
-
-    Format: in-toto Attestation Framework, Statement v1.
-    """
-    certificate, parity = results.certificate, results.parity
-    return {
-        "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": model.name, "digest": {"sha256": sha256(model)}}],
-        "predicateType": "urn:sopdeploy:export:v1",
-        "predicate": {
-            "checkpoint": {"digest": {"sha256": lineage.checkpoint_sha256}},
-            "certificate": {
-                "proof": certificate.proof,
-                "detached": list(certificate.detached),
-                "roots": certificate.roots.model_dump(mode="json"),
-            },
-            "onnxRoot": lineage.onnx_root,
-            "parity": {
-                "passed": parity.passed,
-                "driftAllowed": parity.drift_allowed,
-                "precision": parity.precision,
-                "largestDrift": parity.logits.largest_drift,
-                "tolerance": parity.logits.tolerance,
-                "top1": parity.top1.model_dump(mode="json"),
-                "images": parity.num_images,
-            },
-        },
-    }
 
 
 def _proof_facts(certificate: Certificate) -> dict[str, str]:

@@ -10,6 +10,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
 from sopdeploy.bundle.probes import Replay, read_probes
 from sopdeploy.config import StrictModel
+from sopdeploy.errors import BundleError
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import must_run
@@ -17,6 +18,7 @@ from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
 FEW_PROBES = 8  # fewer are noted; an export generates 12 and leaves out those whose route is undecided
 WIDE = 0.1
+ALLOWED_DRIFTS = 2  # tolerance in drifts, if `export --allow-drift` allowed them
 _ROUNDING = 1 + 1e-9
 
 
@@ -84,22 +86,28 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
 
 
 def _notes(bundle: Bundle) -> tuple[str, ...]:
-    """List what the probes of *bundle* leave open, and whether images of a batch may depend on each other."""
-    probes, notes = read_probes(bundle.probes), []
+    """List what the probes of *bundle* leave open, and whether images of a batch may depend on each other.
+
+    Raises `BundleError` if `parity.json` does not explain the tolerances of the probes.
+    """
+    probes, notes, advice = read_probes(bundle.probes), [], "export the bundle again"
     if len(probes.images) < FEW_PROBES:
         notes.append(f"only {len(probes.images)} probes; an export writes more")
     try:
         parity = json.loads((bundle.path / "parity.json").read_bytes())
-        floors, outputs = float(parity["floors_allowed"]), parity["outputs"]
-        explained = {name: floors * float(outputs[name]["noise_floor"]) for name in probes.tolerance}
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return (*notes, "parity.json records no noise floor that explains the tolerances of the probes")
+        outputs, drifts = parity["outputs"], ALLOWED_DRIFTS if parity["drift_allowed"] else 0
+        for name, tolerance in probes.tolerance.items():
+            explained = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
+            largest = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
+            if not tolerance <= _ROUNDING * max(explained, drifts * largest):
+                raise BundleError(
+                    f"{bundle.probes}: parity.json does not explain the tolerance {tolerance:.2g} of {name}; "
+                    f"{advice}"
+                )
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BundleError(f"{bundle.path / 'parity.json'}: records no noise floor; {advice}") from error
     for name, tolerance in probes.tolerance.items():
         spread = float(np.ptp(probes.expected[name]))
-        if not tolerance <= explained[name] * _ROUNDING:
-            notes.append(
-                f"{name}: the noise floor explains a tolerance of {explained[name]:.2g}, not {tolerance:.2g}"
-            )
         if tolerance > WIDE * spread:
             notes.append(
                 f"{name}: the tolerance {tolerance:.2g} is above {WIDE:.0%} of the probes' range {spread:.2g}"

@@ -61,7 +61,7 @@ def test_an_image_from_a_pipe_with_a_short_adobe_segment_is_classified(bundle_pa
 def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):
     report = verify(bundle_path, ONE_THREAD)
     assert (report.bundle, report.id) == (bundle_path.name, bundle.manifest.id)
-    assert (report.num_files, report.device) == (5, "cpu")
+    assert (report.num_files, report.device) == (12, "cpu")
     assert [(entry.batch, entry.num_images) for entry in report.replays] == [(1, 3), (3, 3)]
     for entry in report.replays:
         assert entry.deviation["logits"] <= entry.tolerance["logits"]

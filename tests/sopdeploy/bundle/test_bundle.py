@@ -220,6 +220,8 @@ LABEL_FILES: dict[str, tuple[bytes, str]] = {
     "one too few": (to_json(LABELS[:-1]), "2 class names for 3 outputs"),
     "an object": (to_json({"0": "ant"}), "not a list of class names"),
     "not JSON": (b"ant, bee, cat", ""),
+    "a name that occurs twice": (to_json(["ant", "bee", "ant"]), "'ant': its name occurs twice"),
+    "a control character": (to_json(["ant", "bee", "c\x1b[2J"]), "its name has control characters"),
 }
 
 
