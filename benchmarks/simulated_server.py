@@ -23,7 +23,8 @@ from typing import Any, TextIO, cast
 import httpx
 from serving_ours import fake_model, replace_decoder
 
-from sopdeploy_service.devices.device_server import DeviceLaunchConfig, run_device_server
+from sopdeploy_service.devices.device_server import run_device_server
+from sopdeploy_service.devices.processes import DeviceLaunchConfig
 from sopdeploy_service.server import process
 from sopdeploy_service.server.launch import run_program
 

@@ -11,21 +11,14 @@ from fastapi import FastAPI
 from prometheus_client import generate_latest
 
 from sopdeploy_service.devices import control
+from sopdeploy_service.devices.processes import DeviceLaunchConfig
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer
-from sopdeploy_service.server.launch import LaunchConfig, run_program, start_task
+from sopdeploy_service.server.launch import run_program, start_task
 from sopdeploy_service.server.process import configured_process, load_app
 from sopdeploy_service.settings import Settings
-
-
-class DeviceLaunchConfig(LaunchConfig):
-    """The launch config of one of *processes*: its end of the control socket, and the file of rate limits."""
-
-    control: int
-    buckets: int
-    processes: int
 
 
 class DeviceServer(DrainingServer):

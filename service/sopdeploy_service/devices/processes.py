@@ -9,10 +9,19 @@ from dataclasses import dataclass
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
+from sopdeploy_service.server.launch import LaunchConfig
 from sopdeploy_service.settings import Settings, cores_within_quota, decoders_per_process
 
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
+
+
+class DeviceLaunchConfig(LaunchConfig):
+    """The launch config of one of *processes*: its end of the control socket, and the file of rate limits."""
+
+    control: int
+    buckets: int
+    processes: int
 
 
 @dataclass(eq=False)

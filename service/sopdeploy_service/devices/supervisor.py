@@ -21,8 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sopdeploy_service.devices import control
-from sopdeploy_service.devices.device_server import DeviceLaunchConfig
-from sopdeploy_service.devices.processes import Process, list_processes
+from sopdeploy_service.devices.processes import DeviceLaunchConfig, Process, list_processes
 from sopdeploy_service.inference.bundle_store import links_among, moves_of
 from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.observability import logs

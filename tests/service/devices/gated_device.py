@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy_service.devices.device_server import DeviceLaunchConfig, run_device_server
+from sopdeploy_service.devices.device_server import run_device_server
+from sopdeploy_service.devices.processes import DeviceLaunchConfig
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.server import process
