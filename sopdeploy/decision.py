@@ -5,7 +5,7 @@ of a bundle are already calibrated, and thresholds refer to them. This module do
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -22,6 +22,7 @@ CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
 )  # fmt: skip
 HARDLY, WELL = 0.65, 0.9  # values of the AUROC that `describe_auroc` distinguishes
+FEW_CLASSES = 32  # above this, a sort of all classes is faster
 _MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
 
@@ -69,11 +70,6 @@ class Rejection(StrictModel):
     left_out: Literal["refitted"] | None = None
     recognized: tuple[Occurrences, Occurrences] | None = None
 
-    def recognize(self, logits: NDArray[np.floating]) -> tuple[bool, float]:
-        """Return whether an image is known, and its score, from *logits* (C,) of the bundle."""
-        score = float(known_score(logits, self.score))
-        return score >= self.threshold, score
-
 
 class Reference(StrictModel):
     """Distribution of the predictions for the images of `Calibration`, the reference of `evaluation.drift`.
@@ -88,6 +84,27 @@ class Reference(StrictModel):
         tuple[Occurrences, ...],
         pydantic.Field(min_length=len(CONFIDENCE_BOUNDS) + 1, max_length=len(CONFIDENCE_BOUNDS) + 1),
     ]
+
+
+class Answer(NamedTuple):
+    """What `Decision` says about one image.
+
+    Attributes:
+        ranked: Index and probability of the listed classes, the most probable one first.
+        known: Whether the image shows one of the classes; `None` without a `Rejection`.
+        score: What `Rejection.threshold` is compared with; `None` without a `Rejection`.
+    """
+
+    ranked: tuple[tuple[int, float], ...]
+    known: bool | None = None
+    score: float | None = None
+
+    def fields(self, labels: Sequence[str]) -> dict[str, Any]:
+        """Return the fields of `http_api.Classes` that are set, with the names of the classes in *labels*."""
+        classes = [{"label": labels[index], "probability": probability} for index, probability in self.ranked]
+        values = self._asdict()
+        del values["ranked"]
+        return {"classes": classes} | {name: value for name, value in values.items() if value is not None}
 
 
 class Decision(StrictModel):
@@ -129,9 +146,27 @@ class Decision(StrictModel):
             return f"reference predictions of {len(self.reference.classes)} classes, not {classes}"
         return None
 
-    def is_known(self, logits: NDArray[np.floating]) -> bool | None:
-        """Return whether an image with *logits* (C,) of the bundle is accepted; None without a rejection."""
-        return None if self.rejection is None else self.rejection.recognize(logits)[0]
+    def answer(
+        self, logits: NDArray[np.floating], top_k: int | None = None, threshold: float | None = None
+    ) -> Answer:
+        """Answer for one image with calibrated, finite *logits* (C,).
+
+        Lists at most *top_k* classes, by default all; with "sigmoid", only those whose probability reaches
+        *threshold*, by default their own. Ties keep the order of the classes.
+        """
+        if self.thresholds is None:
+            probabilities = softmax(logits)
+            indices = top_indices(logits, top_k or len(logits))
+        else:
+            probabilities = sigmoid(logits)
+            least = self.thresholds if threshold is None else [threshold] * len(logits)
+            ordered = top_indices(logits, len(logits))
+            indices = [index for index in ordered if probabilities[index] >= least[index]][:top_k]
+        ranked = tuple((index, float(probabilities[index])) for index in indices)
+        if self.rejection is None:
+            return Answer(ranked)
+        score = float(known_score(logits, self.rejection.score))
+        return Answer(ranked, score >= self.rejection.threshold, score)
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.
@@ -187,6 +222,21 @@ def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float6
     largest = values.max(axis=-1)
     energy: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
     return np.exp(largest - energy) if score == "max_probability" else energy
+
+
+def top_indices(values: NDArray[np.floating], k: int) -> list[int]:
+    """Return the indices of the *k* largest of finite *values* (C,), the largest first.
+
+    Ties keep their order. For a small *k*, *k* searches for the maximum are faster than a sort.
+    """
+    if k > FEW_CLASSES:
+        return list(np.argsort(-values, kind="stable")[:k].tolist())
+    rest = values.copy()
+    found: list[int] = []
+    for _ in range(min(k, len(values))):
+        found.append(int(rest.argmax()))
+        rest[found[-1]] = -np.inf
+    return found
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.decision import sigmoid, softmax
+from sopdeploy.decision import sigmoid, top_indices
 from sopdeploy.errors import ImageError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import MAX_KEPT_LABELS, KeptRecord, Reason, near_hash
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import Prediction, top_indices
+from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.kept_folder import KeptResult
 from sopdeploy_service.observability.metrics import Metrics
@@ -60,13 +60,14 @@ def reasons_to_keep(
     twice the distance of a probability from its threshold, for the closest class.
     """
     manifest = bundle.manifest
+    answer = manifest.answer(logits, top_k=2)
     if manifest.thresholds is None:
-        second, first = np.sort(np.append(softmax(logits), 0.0))[-2:]
+        first, second, *_ = [probability for _, probability in answer.ranked] + [0.0]
         margin = first - second
     else:
         margin = 2 * np.abs(sigmoid(logits) - manifest.thresholds).min()
     found: dict[Reason, bool] = {
-        "unknown": manifest.rejection is not None and not manifest.rejection.recognize(logits)[0],
+        "unknown": answer.known is False,
         "low_margin": bool(margin < LOW_MARGIN),
         "sample": int(sha256[:8], 16) < share * 2**32,
     }
@@ -82,9 +83,8 @@ def keep_photo(photo: PredictedPhoto, sha256: str, store: StoreKept) -> KeptResu
         return "dropped"
     listed = list(range(len(labels)))
     if len(labels) > MAX_KEPT_LABELS:
-        listed = top_indices(photo.logits[None], MAX_KEPT_LABELS)[0].tolist()
-    rejection = manifest.rejection
-    known, score = (None, None) if rejection is None else rejection.recognize(photo.logits)
+        listed = top_indices(photo.logits, MAX_KEPT_LABELS)
+    answer = manifest.answer(photo.logits, top_k=1)
     record = KeptRecord(
         image=f"{sha256[:32]}{suffix}",
         bundle=manifest.id,
@@ -93,8 +93,8 @@ def keep_photo(photo: PredictedPhoto, sha256: str, store: StoreKept) -> KeptResu
         reasons=photo.reasons,
         labels=tuple(labels[index] for index in listed),
         logits=tuple(photo.logits[listed].tolist()),
-        known=known,
-        score=score,
+        known=answer.known,
+        score=answer.score,
         near_hash=near_hash(photo.pixels),
     )
     return store(image, record)

@@ -100,7 +100,9 @@ class Settings(pydantic.BaseModel):
     body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")
     max_images: Count = setting(32, "per request")
-    top_k: Count = setting(5, "classes in a response, unless the request sets its own top_k")
+    top_k: Count | None = setting(
+        None, "classes in a response; not set: 5, of a multi-label network all above their threshold"
+    )
 
     queue_size: Count = setting(256, "images admitted and not finished; one more gets 429")
     request_timeout: Seconds = setting(30.0, "seconds from the first byte of a request to its response")
@@ -143,8 +145,8 @@ class Settings(pydantic.BaseModel):
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "debug: also health checks")
 
     def classes_per_image(self, *, multi_label: bool) -> int | None:
-        """Return `top_k`, or None (all classes) if *multi_label* and `top_k` is not set."""
-        return None if multi_label and "top_k" not in self.model_fields_set else self.top_k
+        """Return `top_k`; if it is not set, 5, or None (all classes) if *multi_label*."""
+        return self.top_k or (None if multi_label else 5)
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Settings":

@@ -4,10 +4,12 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.decision import Decision, Rejection
+from sopdeploy.decision import Answer, Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import PROJECT_NAME, Origin, Time
 
@@ -131,6 +133,12 @@ class Manifest(StrictModel):
     def rejection(self) -> Rejection | None:
         """Rule for images of unknown classes; `None` accepts every image."""
         return None if self.decision is None else self.decision.rejection
+
+    def answer(
+        self, logits: NDArray[np.float32], top_k: int | None = None, threshold: float | None = None
+    ) -> Answer:
+        """Answer for one image with *logits* (C,) of the bundle; see `Decision.answer`."""
+        return (self.decision or Decision()).answer(logits, top_k, threshold)
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.decision import Decision, sigmoid, softmax
+from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.evaluation.metrics import ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions
 
@@ -38,8 +38,7 @@ def make_predictions(
     columns = [images.labels.index(label) for label in labels]
     scores = []
     for target, row in zip(images.targets.tolist(), logits, strict=True):
-        probabilities = softmax(row)
-        best_first = np.argsort(-row, kind="stable")  # logits still differ where probabilities are 0
-        ranked = [(columns[index], float(probabilities[index])) for index in best_first]
-        scores.append(ImageScore.from_ranking(target, ranked, known=decision.is_known(row)))
+        answer = decision.answer(row)
+        ranked = [(columns[index], probability) for index, probability in answer.ranked]
+        scores.append(ImageScore.from_ranking(target, ranked, known=answer.known))
     return scores

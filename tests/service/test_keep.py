@@ -187,7 +187,7 @@ def offered(bundle: Bundle) -> Callable[[Keeper, bytes], None]:
     logits = {"logits": np.arange(7, dtype=np.float32)}
 
     def offer(keeper: Keeper, body: bytes) -> None:
-        prediction = Prediction(logits, 0.0, 0.0, 1, 0, [])
+        prediction = Prediction(logits, 0.0, 0.0, 1, 0)
         keeper.offer(Served, EncodedImage(body), np.zeros((32, 32, 3), np.uint8), prediction)  # type: ignore[arg-type]
 
     return offer
@@ -204,7 +204,7 @@ def test_images_of_other_routes_are_not_kept(bundle) -> None:
         name = "tiny"
 
     Served.bundle = bundle  # type: ignore[attr-defined]
-    prediction = Prediction({"logits": np.arange(7, dtype=np.float32)}, 0.0, 0.0, 1, 0, [])
+    prediction = Prediction({"logits": np.arange(7, dtype=np.float32)}, 0.0, 0.0, 1, 0)
     for may_keep in (False, True):
         context = RequestContext("id", may_keep=may_keep)
         request = ObservedRequest(Served, context, [Item], [EncodedImage(body)], [prediction])  # type: ignore[arg-type, list-item]

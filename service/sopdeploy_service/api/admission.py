@@ -78,14 +78,12 @@ class AdmittedRequest:
         self.service.metrics.stage("load", waited)
         self.context.record_stage("load", waited)
 
-    async def infer(self, images: Images, *, features: bool = False, top_k: int = 0) -> list[Outcome]:
+    async def infer(self, images: Images, *, features: bool = False) -> list[Outcome]:
         """Run `Service.infer`; a disconnect of the client cancels it."""
         seconds = time.monotonic() - self.started - self.context.stage_seconds.get("load", 0.0)
         self.service.metrics.stage("receive", seconds)
         self.context.record_stage("receive", seconds)
-        work = self.service.infer(
-            self.model, images, self.deadline, self.context, features=features, top_k=top_k
-        )
+        work = self.service.infer(self.model, images, self.deadline, self.context, features=features)
         return await cancel_on_disconnect(work, self.request.receive)
 
 

@@ -4,7 +4,9 @@ import base64
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
+import numpy as np
 from fastapi import APIRouter, Query, Request, Response
+from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding
@@ -13,15 +15,7 @@ from sopdeploy_service.api.schema import ClassifyRequest, Embeddings, Results
 from sopdeploy_service.api.upload import Upload, read_upload
 from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import (
-    FEW_CLASSES,
-    HttpError,
-    Outcome,
-    Prediction,
-    RejectedError,
-    format_prediction,
-    rank_classes,
-)
+from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
 router = APIRouter()
 
@@ -53,26 +47,27 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     One image gives `{"classes": [...]}` or its error. Several give `{"results": [...]}` with status 200, in
     order, each `{"classes": [...]}` or `{"error": {...}}`; only errors of the whole request (queue full,
     deadline, malformed form) fail it as a whole. A multi-label network lists all classes above their
-    threshold, at most `top_k` if the request sets it. `warnings` next to the classes name changes made while
-    decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and `score`.
+    threshold, at most `top_k` if the request or the setting limits them. `warnings` next to the classes name
+    changes made while decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and
+    `score`.
     """
     async with admit(request, query.model, query.version) as admitted:
         _check_query(query, admitted.model)
         upload = await read_upload(admitted)
         service, chosen = admitted.service, admitted.model
-        top_k, ranked_in_batch = query.top_k or upload.top_k, 0
-        if chosen.thresholds is None:
-            top_k = top_k or service.settings.top_k
-            # Only few: the worker ranks as many for the images of other requests in the batch.
-            ranked_in_batch = top_k if top_k <= FEW_CLASSES else 0
+        limit = service.settings.classes_per_image(multi_label=chosen.thresholds is not None)
+        top_k = query.top_k or upload.top_k or limit
         admitted.context.may_keep = True
-        outcomes = await admitted.infer(upload.images, top_k=ranked_in_batch)
+        outcomes = await admitted.infer(upload.images)
+
+    manifest = chosen.bundle.manifest
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:
-        result = _format_result(outcome, chosen, query, top_k)
-        if result.get("known") is False:
+        answer = manifest.answer(outcome.outputs[manifest.outputs[0].name], top_k, query.threshold)
+        if answer.known is False:
             service.metrics.unknown_images.labels(chosen.name).inc()
-        return result
+        gates = {"gates": _list_components(outcome.outputs[GATES])} if query.gates else {}
+        return {**answer.fields(chosen.labels), "warnings": outcome.warnings, **gates}
 
     return _respond(admitted, upload, outcomes, format_classes)
 
@@ -135,21 +130,7 @@ def _check_query(query: ClassifyQuery, chosen: Model) -> None:
         raise bad_request("no_thresholds", f"{chosen.name}: predicts one class per image; omit threshold")
 
 
-def _format_result(
-    outcome: Prediction, chosen: Model, query: ClassifyQuery, top_k: int | None
-) -> dict[str, Any]:
-    """Build the JSON object of one prediction, with the gates if *query* requests them."""
-    logits = outcome.outputs[chosen.bundle.manifest.outputs[0].name]
-    thresholds = chosen.thresholds
-    if query.threshold is not None:
-        thresholds = (query.threshold,) * len(chosen.labels)
-    ranked = outcome.ranked or rank_classes(logits[None], top_k, thresholds)[0]
-    weights = outcome.outputs[GATES] if query.gates else None
-    recognized = None if chosen.rejection is None else chosen.rejection.recognize(logits)
-    return format_prediction(
-        ranked,
-        chosen.labels,
-        warnings=outcome.warnings,
-        gates=weights,
-        recognized=recognized,
-    )
+def _list_components(gates: NDArray[np.float32]) -> list[dict[str, Any]]:
+    """List the components with a weight in *gates* (N,) other than 0, the largest weight first."""
+    indices = [index for index in np.argsort(-gates, kind="stable").tolist() if gates[index] != 0]
+    return [{"component": index, "weight": float(gates[index])} for index in indices]

@@ -267,8 +267,8 @@ def _run(
 
 def _find_known(loaded: LoadedModel, outputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.bool_]]:
     """Tell which images of each of *outputs* (N, C) are known; all are without a threshold."""
-    rule = loaded.bundle.manifest.rejection
-    return [np.array([rule is None or rule.recognize(row)[0] for row in logits]) for logits in outputs]
+    answer = loaded.bundle.manifest.answer
+    return [np.array([answer(row, top_k=1).known is not False for row in logits]) for logits in outputs]
 
 
 def _compare_rejections(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> RejectionChange:

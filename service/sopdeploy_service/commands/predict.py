@@ -18,7 +18,7 @@ from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.results import NONFINITE, HttpError, format_prediction, rank_classes
+from sopdeploy_service.inference.results import NONFINITE, HttpError
 from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -74,14 +74,8 @@ def _predict_image(
         return FilePrediction(image=name, error=describe_error(NONFINITE))
     logits = outputs[manifest.outputs[0].name][0]
     limit = settings.classes_per_image(multi_label=manifest.thresholds is not None)
-    (ranked,) = rank_classes(logits[None], limit, manifest.thresholds)
-    prediction = format_prediction(
-        ranked,
-        loaded.bundle.labels,
-        warnings=decoded.warnings,
-        recognized=None if manifest.rejection is None else manifest.rejection.recognize(logits),
-    )
-    return FilePrediction(image=name, **prediction)
+    fields = manifest.answer(logits, limit).fields(loaded.bundle.labels)
+    return FilePrediction(image=name, warnings=decoded.warnings, **fields)
 
 
 def _decode(image: EncodedImage | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:

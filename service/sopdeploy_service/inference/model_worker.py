@@ -33,7 +33,6 @@ from sopdeploy_service.inference.results import (
     HttpError,
     Outcome,
     Prediction,
-    rank_classes,
 )
 from sopdeploy_service.observability.metrics import DriftWindow, ModelMetrics
 from sopdeploy_service.runtime.base import (
@@ -58,7 +57,7 @@ class QueuedImage:
     """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
     *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the
-    embedding, *top_k* a ranking of so many classes.
+    embedding.
     """
 
     outcome: "asyncio.Future[Outcome]"
@@ -66,7 +65,6 @@ class QueuedImage:
     image: NDArray[np.uint8] = field(init=False, repr=False)
     warnings: tuple[str, ...] = ()
     features: bool = False
-    top_k: int = 0
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     late: HttpError = DEADLINE  # if it has no other outcome at its deadline
@@ -254,10 +252,7 @@ class ModelWorker:
     def _outcomes_of(
         self, items: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
     ) -> list[Outcome]:
-        """Create the outcomes of a batch; rank the classes of its images in one step."""
-        logits = [row[self._outputs[0]] for row in rows if not isinstance(row, HttpError)]
-        top_k = max(item.top_k for item in items)
-        ranked = rank_classes(np.stack(logits), top_k) if top_k and logits else [[]] * len(logits)
+        """Create the outcomes of a batch."""
         outcomes: list[Outcome] = []
         position = 0
         for item, row in zip(items, rows, strict=True):
@@ -270,7 +265,6 @@ class ModelWorker:
                 infer_seconds=ended - started,
                 batch=len(items),
                 row=position,
-                ranked=ranked[position][: item.top_k],
                 warnings=item.warnings,
             )
             outcomes.append(prediction)

@@ -199,13 +199,11 @@ class Service:
         context: RequestContext,
         *,
         features: bool = False,
-        top_k: int = 0,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the embedding, *top_k* a ranking of so many classes. Cancelling the call removes
-        its images from the queue.
+        requests the embedding. Cancelling the call removes its images from the queue.
         Raises `RejectedError` if the queue is full, the rate limit of *context* is exceeded, or the deadline
         has passed.
         """
@@ -215,13 +213,7 @@ class Service:
         if context.rate_limit is not None:
             context.rate_limit.spend(len(images))
         items = [
-            QueuedImage(
-                outcome=loop.create_future(),
-                deadline=deadline,
-                features=features,
-                top_k=top_k,
-            )
-            for _ in images
+            QueuedImage(outcome=loop.create_future(), deadline=deadline, features=features) for _ in images
         ]
         timer = loop.call_later(deadline - started, self._miss_deadline, model, items)
         self.admitted += len(images)

@@ -64,8 +64,9 @@ def test_the_response_lists_the_classes_that_reach_their_threshold(client, jpeg,
 
 
 def test_info_the_client_and_predict_show_the_same_decision(
-    client, bundle_path, jpeg, expected, tmp_path
+    client, bundle_path, jpeg, expected, run_server, tmp_path
 ) -> None:
+    bundle = open_bundle(bundle_path)
     reached = [label for label, value in expected if value >= THRESHOLDS[LABELS.index(label)]]
     (tmp_path / "a.jpg").write_bytes(jpeg)
     with Client(str(client.base_url)) as asking:
@@ -75,6 +76,9 @@ def test_info_the_client_and_predict_show_the_same_decision(
     for settings, listed in ((Settings(threads=1), reached), (Settings(threads=1, top_k=1), reached[:1])):
         (found,) = predict_files(bundle_path, [tmp_path / "a.jpg"], settings)
         assert [one.label for one in found.classes] == listed
+        with run_server(OnnxRuntime(bundle, threads=1), bundle, settings) as server:
+            answer = server.post("/v1/classify", content=jpeg).json()
+        assert [one["label"] for one in answer["classes"]] == listed
 
 
 def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.inference.results import format_prediction, rank_classes
 
 with warnings.catch_warnings():  # warnings of its dependencies
     warnings.simplefilter("ignore")
@@ -48,8 +47,8 @@ def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> A
 
 
 def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
-    found = [format_prediction(ranked, bundle.labels)["classes"] for ranked in rank_classes(logits, 7)]
-    return [list(classes) for classes in found] == classified
+    answers = [bundle.manifest.answer(row) for row in logits]
+    return [answer.fields(bundle.labels)["classes"] for answer in answers] == classified
 
 
 @pytest.mark.parametrize(("binary_in", "binary_out"), [(True, True), (False, False), (True, None)])

@@ -45,7 +45,7 @@ def test_an_output_without_labels_has_value_and_index_of_at_most_its_classes():
 
 def prediction(index: int, batch: int) -> Prediction:
     outputs = {name: values[index] for name, values in VALUES.items()}
-    return Prediction(outputs, 0.1, 0.4, batch, index, [])
+    return Prediction(outputs, 0.1, 0.4, batch, index)
 
 
 def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():

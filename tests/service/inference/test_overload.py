@@ -124,7 +124,7 @@ def test_a_hung_runtime_is_detected_and_queued_images_are_rejected(serve_with, p
 
 def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
     client = serve_with(FakeRuntime(num_classes=7))
-    monkeypatch.setattr("sopdeploy_service.api.v1.format_prediction", lambda *_: 1 / 0)
+    monkeypatch.setattr("sopdeploy.decision.Answer.fields", lambda *_: 1 / 0)
     reply = post(client, jpeg)
     assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")
     assert len(reply.headers["x-request-id"]) == 32

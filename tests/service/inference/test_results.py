@@ -1,4 +1,4 @@
-"""rank_classes of logits and the JSON of predictions."""
+"""An answer ranks classes, and its fields are those of the response model."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from sopdeploy.decision import softmax
-from sopdeploy_service.api.schema import Classes
-from sopdeploy_service.inference.results import format_prediction, rank_classes, top_indices
+from sopdeploy.decision import Decision, Rejection, softmax, top_indices
+from sopdeploy.http_api import Classes
 from tests.service.held import Held
 from tests.service.raw import count
 
@@ -20,17 +19,15 @@ SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3
 
 @given(SMALL, st.integers(1, 50))
 def test_top_indices_equals_a_stable_sort(values, count):
-    (indices,) = top_indices(values[None], count).tolist()
-    assert indices == np.argsort(-values, kind="stable")[:count].tolist()
+    assert top_indices(values, count) == np.argsort(-values, kind="stable")[:count].tolist()
 
 
-@given(SMALL, st.integers(1, 50), st.none() | SMALL, st.lists(st.sampled_from(["exif_rotated", "x"])))
-def test_the_json_of_a_prediction_is_a_valid_response_model(logits, top_k, gates, warnings):
+@given(SMALL, st.integers(1, 50), st.none() | st.just(Rejection(score="energy", threshold=2.0)))
+def test_the_fields_of_an_answer_are_a_valid_response_model(logits, top_k, rejection):
     labels = [f"class {index}" for index in range(len(logits))]
-    (ranked,) = rank_classes(logits[None], top_k)
-    found = format_prediction(ranked, labels, warnings=tuple(warnings), gates=gates)
+    found = Decision(rejection=rejection).answer(logits, top_k).fields(labels)
     model = Classes.model_validate(found, strict=False)
-    assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True))
+    assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True, exclude={"warnings"}))
 
 
 @pytest.mark.parametrize(
@@ -44,8 +41,7 @@ def test_the_json_of_a_prediction_is_a_valid_response_model(logits, top_k, gates
     ],
 )
 def test_classes_are_sorted_and_ties_keep_the_label_order(logits, top_k, labels):
-    (ranked,) = rank_classes(np.array([logits], np.float32), top_k)
-    found = format_prediction(ranked, ["a", "b", "c"])
+    found = Decision().answer(np.array(logits, np.float32), top_k).fields(["a", "b", "c"])
     assert [entry["label"] for entry in found["classes"]] == labels
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from sopdeploy.decision import top_indices
 from sopdeploy_service.api.v2.request import RequestedOutput
-from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError, top_indices
+from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -81,6 +82,9 @@ def rank_labels(values: NDArray[Any], num_classes: int, labels: Sequence[str]) -
     """
     rows = values.reshape(len(values), -1)
     return [
-        [f"{row[index]!s}:{index}" + (f":{labels[index]}" if labels else "") for index in indices]
-        for row, indices in zip(rows, top_indices(rows, num_classes).tolist(), strict=True)
+        [
+            f"{row[index]!s}:{index}" + (f":{labels[index]}" if labels else "")
+            for index in top_indices(row, num_classes)
+        ]
+        for row in rows
     ]

@@ -24,7 +24,7 @@ from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.inference.loader import largest_batch, load_model
 from sopdeploy_service.inference.model_worker import ImageOutputs, run_bisected
-from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError, rank_classes
+from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
 
@@ -126,14 +126,11 @@ class BatchClassifier:
             return row
         if isinstance(output, HttpError):
             return {**row, "error": output.code, "error_message": output.message}
-        logits = output[manifest.outputs[0].name]
-        (ranking,) = rank_classes(logits[None], self._top_k, manifest.thresholds)
-        known, score = manifest.rejection.recognize(logits) if manifest.rejection else (None, None)
+        answer = manifest.answer(output[manifest.outputs[0].name], self._top_k)
         return {
             **row,
-            "classes": [labels[index] for index, _ in ranking],
-            "probabilities": [probability for _, probability in ranking],
-            "known": known,
-            "score": score,
+            **answer.fields(labels),
+            "classes": [labels[index] for index, _ in answer.ranked],
+            "probabilities": [probability for _, probability in answer.ranked],
             **{column: output[name] for column, name in self._optional.items()},
         }
