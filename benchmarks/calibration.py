@@ -3,7 +3,7 @@
 Converts published weights, fits temperature and rejection threshold to one half of a folder of labeled images
 (every second one of each class), exports, and measures the bundle on the other half.
 
-    python benchmarks/calibration.py --weights FILE --as NAME --data DIR [--quick] [--json]
+    python benchmarks/calibration.py --weights FILE --as NAME --data DIR [--option KEY=VALUE] [--quick]
 
 `--data` holds one subfolder per class with the names that `sopdeploy import` gives the classes.
 """
@@ -11,7 +11,7 @@ Converts published weights, fits temperature and rejection threshold to one half
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from measure import Result, existing, make_parser, one_line_errors, report
@@ -27,6 +27,7 @@ from sopdeploy.evaluation.metrics import calibration_error
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.options import ImportOptions
+from sopdeploy.training.recipe import parse_override
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
@@ -47,11 +48,11 @@ class Measured(NamedTuple):
     targets: NDArray[np.int64]
 
 
-def measure(weights: Path, name: str, data: Path, every: int) -> Measured:
+def measure(weights: Path, name: str, settings: dict[str, Any], data: Path, every: int) -> Measured:
     """Use every *every*-th image in *data*: fit to one half, export, and run the bundle on the other half."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.pt"
-        import_weights(weights, name, path, ImportOptions())
+        import_weights(weights, name, path, ImportOptions(), settings)
         checkpoint = read_checkpoint(path)
         images, network = open_evaluation_images(data, checkpoint.labels), build_classifier(checkpoint, path)
         indices = np.arange(len(images))
@@ -102,12 +103,14 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--weights", type=existing, required=True, help="published weights")
     parser.add_argument("--as", dest="name", required=True, help="a name of `sopdeploy models`")
+    parser.add_argument("--option", action="append", default=[], help="KEY=VALUE, an option of the network")
     parser.add_argument("--data", type=existing, required=True, help="labeled images, DIR/<class>/*.jpg")
     parser.add_argument("--quick", action="store_true", help="every tenth image")
     arguments = parser.parse_args()
+    settings = dict(map(parse_override, arguments.option))
     every = QUICK if arguments.quick else 1
     with one_line_errors():
-        measured = measure(arguments.weights, arguments.name, arguments.data, every)
+        measured = measure(arguments.weights, arguments.name, settings, arguments.data, every)
     facts = {
         "network": arguments.name,
         "images": len(measured.targets),

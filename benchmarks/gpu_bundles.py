@@ -44,8 +44,8 @@ LARGE = (
 )
 CARRIED = (
     Case("dsop-resnet8", 32, {}),
-    Case("isqrt-resnet8", 32, {"pooling": {"kind": "isqrt", "width": 8}}),
-    Case("gsop-net2-preact-resnet29", 32, {"blocks": 2, "cov_width": 32, "final_width": 32}),
+    Case("resnet8", 32, {"pooling": {"kind": "isqrt", "width": 8}}),
+    Case("gsop-net2-preact-resnet164", 32, {"blocks": 2, "cov_width": 32, "final_width": 32}),
     Case(
         "gmsop-16-8-resnet18",
         32,

@@ -10,6 +10,7 @@ accuracy but not latency.
 from collections.abc import Callable, Iterator
 from functools import partial
 from time import process_time
+from typing import Any
 
 import numpy as np
 import onnx
@@ -26,13 +27,13 @@ from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_export.proof.networks import detach
 
-NETWORKS = ("dsop-resnet18", "isqrt-resnet18")
+NETWORKS: dict[str, dict[str, Any]] = {"dsop-resnet18": {}, "isqrt-resnet50": {"depth": 18}}
 
 
 def graphs(name: str) -> tuple[onnx.ModelProto, onnx.ModelProto]:
     """Export the int8 and the float32 graph of the network *name*."""
     torch.manual_seed(0)
-    network = create_model(name).eval()
+    network = create_model(name, **NETWORKS[name]).eval()
     detached = detach(network) if network.training_only else network
     preprocess = Preprocess()
     plain = lower(capture(detached, preprocess, BatchRange(maximum=8)).any_batch, detached.outputs)

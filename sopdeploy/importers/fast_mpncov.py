@@ -12,12 +12,11 @@ import re
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, rename_tensors, triangle_side
-from sopdeploy.importers.first_order import resnet_depth
-from sopdeploy.models.registry import CATALOG
+from sopdeploy.importers.first_order import depth_name, resnet_depth
 
 VGG_CHANNELS = 512
-VGG_MODELS = {"isqrt": ("isqrt-vgg16", "mlp"), "bcnn": ("bcnn-vgg16", "linear")}  # with the classifier
 _TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN", "gap": "average pooling"}
+_FAMILIES = {"isqrt": "isqrt-resnet", "bcnn": "resnet", "gap": "resnet"}
 _STAGES = {"0": "conv1", "1": "bn1", **{str(3 + stage): f"layer{stage}" for stage in range(1, 5)}}
 REDUCTION = {
     "features.8": "layer_reduce",
@@ -54,10 +53,9 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
         )
     else:
         detected["conv5_stride"] = stride
-    model = f"isqrt-resnet{depth}" if kind == "isqrt" else f"resnet{depth}"
     return ConvertedWeights(
         description=f"{_TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
-        model=(f"{model} --option pooling=bcnn" if kind == "bcnn" else model) if model in CATALOG else None,
+        model=depth_name(_FAMILIES[kind], depth, 50) + (" --option pooling=bcnn" if kind == "bcnn" else ""),
         tensors=mapped,
         num_classes=classes,
         preprocess=Preprocess(),
@@ -111,10 +109,9 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
     }[classifier]
     pooling = detect_pooling(renamed, VGG_CHANNELS, file.tensor(first).shape[1])
     kind = str(pooling["pooling.kind"])
-    model, default = VGG_MODELS[kind]
     return ConvertedWeights(
         description=f"{_TITLES[kind]} on VGG-16 of fast-MPN-COV",
-        model=model if classifier == default else f"{model} --option classifier={classifier}",
+        model=f"vgg16-bn --option pooling={kind}",
         tensors=mapped,
         num_classes=len(file.tensor(last)),
         preprocess=Preprocess(),

@@ -14,6 +14,7 @@ from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, rename_tensors
 from sopdeploy.importers.timm_network import FROM_HUB_CONFIG, read_hub_config
+from sopdeploy.models.registry import CATALOG
 
 BASIC_BLOCK_DEPTHS = {18, 34}
 CIFAR_SIDE = 32
@@ -36,6 +37,12 @@ def resnet_depth(path: Path, names: Collection[str]) -> int:
     )
 
 
+def depth_name(family: str, depth: int, other: int) -> str:
+    """Name the network of *family* with *depth* layers: in the catalog, or as an option of *other* layers."""
+    name = f"{family}{depth}"
+    return name if name in CATALOG else f"{family}{other} --option depth={depth}"
+
+
 def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a ResNet of torchvision; None for a file without four stages and `fc`."""
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
@@ -44,7 +51,7 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
     preprocess, notes = published_preprocess(f"resnet{depth}", file.path)
     return ConvertedWeights(
         description=f"ResNet-{depth} of torchvision",
-        model=f"resnet{depth}",
+        model=depth_name("resnet", depth, 50),
         tensors=rename_tensors(file),
         num_classes=len(file.tensor("fc.weight")),
         preprocess=preprocess,
@@ -115,7 +122,7 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
     projects = any(".shortcut." in source for source in sources)
     return ConvertedWeights(
         description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
-        model=f"resnet{depth}",
+        model=depth_name("resnet", depth, 20),
         tensors=rename_tensors(
             file, lambda name: name.replace("linear.", "fc.").replace(".shortcut.", ".downsample.")
         ),

@@ -19,9 +19,8 @@ from sopdeploy.importers.conversion import (
     row_wise_order,
     triangle_side,
 )
-from sopdeploy.importers.first_order import resnet_depth
+from sopdeploy.importers.first_order import depth_name, resnet_depth
 from sopdeploy.models.gsop import RELEASED
-from sopdeploy.models.registry import CATALOG
 
 _BLOCK = {
     "conv_for_DR": "channel.reduction.0",
@@ -55,10 +54,9 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if net == 2:
         detected["final_width"] = len(file.tensor("layer_reduce.weight"))
     attention = detected.get("attention")
-    model = f"gsop-net{net}-resnet{depth}"
     return ConvertedWeights(
         description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
-        model=model if model in CATALOG else None,
+        model=depth_name(f"gsop-net{net}-resnet", depth, 50),
         tensors=tuple(_make_row_wise(file, mapped) for mapped in rename_tensors(file, _rename)),
         num_classes=len(file.tensor("fc.weight")),
         preprocess=Preprocess(),

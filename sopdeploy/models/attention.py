@@ -90,15 +90,14 @@ class SEPreActResNet(Attended, PreActResNet):
 
 ENTRIES = {
     **{
-        f"{kind}-resnet{depth}": Entry(
-            AttendedResNet, config, {"depth": depth}, f"ResNet-{depth} with {title} in every block"
+        f"{kind}-resnet50": Entry(
+            AttendedResNet, config, {"depth": 50}, f"ResNet-50 with {title} in every block"
         )
         for kind, config, title in (
             ("se", SEResNetConfig, "Squeeze-and-Excitation"),
             ("cbam", CBAMResNetConfig, "CBAM"),
             ("ge", GEResNetConfig, "Gather-Excite"),
         )
-        for depth in (18, 50, 101)
     },
     "se-preact-resnet164": Entry(
         SEPreActResNet,

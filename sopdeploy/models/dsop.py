@@ -289,7 +289,7 @@ ENTRIES = {
             {"depth": depth},
             f"DSoP on ResNet-{depth}: four second-order branches, detached before export",
         )
-        for depth in (18, 34, 50, 101)
+        for depth in (18, 34, 50)
     },
     "dsop-efficientnet-b0": Entry(
         DSoPEfficientNet,

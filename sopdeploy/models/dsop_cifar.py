@@ -97,7 +97,7 @@ ENTRIES = {
         f"dsop-resnet{depth}": Entry.at_32(
             DSoPSmallResNet, DSoPSmallResNetConfig, {"depth": depth}, f"DSoP on ResNet-{depth}"
         )
-        for depth in (8, 20, 32, 44, 56, 110)
+        for depth in (8, 20)
     },
     **{
         f"dsop-{name}": Entry.at_32(DSoPPreActResNet, DSoPPreActResNetConfig, defaults, f"DSoP on {title}")

@@ -155,18 +155,17 @@ ENTRIES = {
             f"GSoP-Net{net} on ResNet-{depth}: covariances scale the channels of every stage",
         )
         for net in FINAL_POOLING
-        for depth in (18, 26, 34, 50, 101)
+        for depth in (26, 50)
     },
     **{
-        f"gsop-net{net}-preact-resnet{depth}": Entry(
+        f"gsop-net{net}-preact-resnet164": Entry(
             GSoPPreActResNet,
             GSoPPreActResNetConfig,
-            {"blocks": (depth - 2) // 9, "final_pooling": FINAL_POOLING[net]},
-            f"GSoP-Net{net} on PreAct-ResNet-{depth} for 32-pixel images",
+            {"blocks": 18, "final_pooling": FINAL_POOLING[net]},
+            f"GSoP-Net{net} on PreAct-ResNet-164 for 32-pixel images",
             image_size=32,
             num_classes=100,
         )
         for net in FINAL_POOLING
-        for depth in (29, 164)
     },
 }

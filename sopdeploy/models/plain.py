@@ -66,7 +66,7 @@ ENTRIES = {
         f"resnet{depth}": Entry.at_32(
             PlainSmallResNet, SmallResNetConfig, {"depth": depth}, f"plain ResNet-{depth}"
         )
-        for depth in (8, 20, 32, 44, 56, 110)
+        for depth in (8, 20)
     },
     **{
         name: Entry.at_32(PlainPreActResNet, PreActResNetConfig, defaults, f"plain {title}")

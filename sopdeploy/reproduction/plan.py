@@ -148,7 +148,7 @@ class Reproduction:
         hours = sum(row.paper_hours for row in rows)
         done = f"{measured} of {len(rows)} rows" if measured else "no"
         return (
-            f"Run at paper scale: {done}. All rows take about {hours:.2g} GPU hours per seed ({ASSUMPTION})."
+            f"Run at paper scale: {done}. All rows take about {format_hours(hours)} per seed ({ASSUMPTION})."
         )
 
     def _differences(self) -> Iterator[str]:
@@ -201,6 +201,11 @@ class Reproduction:
             "page": str(self.page),
             "rows": rows,
         }
+
+
+def format_hours(hours: float) -> str:
+    """Format GPU *hours* with two significant digits, without an exponent."""
+    return f"{float(f'{hours:.2g}'):,.{0 if hours >= 10 else 1 if hours >= 1 else 3}f} GPU hours"
 
 
 def run_path(folder: Path, row: str, seed: int) -> Path:

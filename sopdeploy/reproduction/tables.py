@@ -1,11 +1,13 @@
 """The tables of the papers as data: printed figures, and the recipe that trains each row; options of a run.
 
-`tables/*.toml` hold one entry per printed table or figure. Figures that only `describe` compares are in
-`sopdeploy/models/published.toml`; a test checks that both agree where they overlap.
+`tables/*.toml` hold one entry per printed table or figure; `[named]` has values that several of them share.
+Figures that only `describe` compares are in `sopdeploy/models/published.toml`; a test checks that both agree
+where they overlap.
 """
 
 import difflib
 import tomllib
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -152,9 +154,36 @@ def load_tables() -> dict[str, PrintedTable]:
     folder = files("sopdeploy.reproduction") / "tables"
     tables: dict[str, PrintedTable] = {}
     for name in ("dsop", "gsop", "gmsop", "slides"):
-        for values in tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))["tables"]:
-            tables[values["id"]] = PrintedTable.model_validate(values)
+        content = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
+        for values in content["tables"]:
+            for variant in _variants(_with_named(values, content.get("named", {}))):
+                tables[variant["id"]] = PrintedTable.model_validate(variant)
     return tables
+
+
+def _with_named(value: Any, named: Mapping[str, Any]) -> Any:
+    """Replace each "@NAME" in *value* by the value NAME of *named*, a list in a list by its elements."""
+    if isinstance(value, str):
+        return named[value[1:]] if value.startswith("@") else value
+    if isinstance(value, dict):
+        return {key: _with_named(inner, named) for key, inner in value.items()}
+    if not isinstance(value, list):
+        return value
+    parts = [(item, _with_named(item, named)) for item in value]
+    return [
+        one for item, part in parts for one in (part if item != part and isinstance(item, str) else [part])
+    ]
+
+
+def _variants(table: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield *table*, or each of its `variants`: their own values, and their element of each list `top1`."""
+    variants = table.pop("variants", [{}])
+    for index, variant in enumerate(variants):
+        rows = [
+            {**row, "top1": row["top1"][index]} if isinstance(row.get("top1"), list) else row
+            for row in table["rows"]
+        ]
+        yield {**table, **variant, "rows": rows}
 
 
 def find_table(name: str) -> PrintedTable:

@@ -41,6 +41,7 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
 }
 
 
+_KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
 PROCEDURES = (LoopConfig, FewShotConfig)  # in the order in which `auto` asks them
 AnyProcedureConfig = Annotated[
     AutoConfig | LoopConfig | FewShotConfig,
@@ -169,10 +170,33 @@ def recipe_text(source: str | Path) -> str:
     return (resources.files("sopdeploy.recipes") / f"{source}.toml").read_text(encoding="utf-8")
 
 
+def _read_values(source: str | Path) -> dict[str, Any]:
+    """Read the values of *source*, and of its `base` where it has none.
+
+    A table with another `kind` or `name` replaces that of the base; otherwise its keys do.
+    """
+    values = tomllib.loads(recipe_text(source))
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if base not in list_recipes():
+        raise ConfigError(f"{source}: base: no packaged recipe {base!r}; `sopdeploy recipes` lists them")
+    merged = _read_values(base)
+    for key, value in values.items():
+        inherited = merged.get(key)
+        if isinstance(value, dict) and isinstance(inherited, dict):
+            of_same_kind = all(value.get(name, inherited.get(name)) == inherited.get(name) for name in _KINDS)
+            value = {**inherited, **value} if of_same_kind else value
+        merged[key] = value
+    return merged
+
+
 def read_recipe(
     source: str | Path, overrides: Sequence[str] = (), recorded: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Read the recipe *source*, a packaged name or a `.toml` file, or take the *recorded* values of a run.
+
+    A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
 
     An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. If an
     override selects another network, the values of `model.config` that this network does not have are
@@ -180,7 +204,7 @@ def read_recipe(
     `ConfigError` that names the file or key, and the closest known key.
     """
     try:
-        values = tomllib.loads(recipe_text(source)) if recorded is None else deepcopy(dict(recorded))
+        values = _read_values(source) if recorded is None else deepcopy(dict(recorded))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
     parsed = [parse_override(override) for override in overrides]

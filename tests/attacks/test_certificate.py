@@ -330,7 +330,7 @@ def test_memory_that_hides_what_is_kept_is_rejected(attack: str) -> None:
 
 def test_changed_buffer_that_checkpoints_do_not_store_is_rejected() -> None:
     torch.manual_seed(7)
-    trained = create_model("isqrt-resnet8", num_classes=10).eval()
+    trained = create_model("resnet8", num_classes=10, pooling="isqrt").eval()
     triangle = next(buffer for name, buffer in trained.named_buffers() if name.endswith("triangle"))
     triangle[1] = triangle[0]
     probes = torch.from_numpy(generated_images(PREPROCESS.crop))

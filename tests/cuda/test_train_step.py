@@ -13,7 +13,7 @@ import torch
 from tests.cuda.stand_in import ABSENT, FOLDER, ROOT, installed
 from tests.sweep.smallest import ALL
 
-QUICK = ("isqrt-resnet8", "gmsop-16-8-resnet18", "gsop-net1-resnet26", "dsop-resnet8", "netvlad-64-resnet18")
+QUICK = ("resnet8", "gmsop-16-8-resnet18", "gsop-net1-resnet26", "dsop-resnet8", "netvlad-64-resnet18")
 OTHERS = [small.name for small in ALL if small.name not in QUICK]
 pytestmark = [
     pytest.mark.skipif(not installed(), reason=ABSENT),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import timm
@@ -77,17 +78,17 @@ def test_torch_tensorrt_converts_every_operator_and_keeps_the_names_of_tensors(b
 @needs_converters
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "outputs"),
+    ("name", "config", "outputs"),
     [
-        ("isqrt-resnet8", ["logits"]),
-        ("gsop-net2-preact-resnet29", ["logits"]),
-        ("gmsop-16-8-resnet18", ["logits", "gates"]),
+        ("resnet8", {"pooling": "isqrt"}, ["logits"]),
+        ("gsop-net2-preact-resnet164", {"blocks": 3}, ["logits"]),
+        ("gmsop-16-8-resnet18", {}, ["logits", "gates"]),
     ],
 )
 def test_torch_tensorrt_converts_every_family(
-    name: str, outputs: list[str], make: Callable[..., Classifier], tmp_path: Path
+    name: str, config: dict[str, Any], outputs: list[str], make: Callable[..., Classifier], tmp_path: Path
 ) -> None:
-    bundle = export_once(make(name), name, tmp_path, max_batch=4, pt2=True).path
+    bundle = export_once(make(name, **config), name, tmp_path, max_batch=4, pt2=True).path
     assert converted(bundle)["tensors"] == ["images", *outputs]
 
 

@@ -32,12 +32,12 @@ BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
 # `export/precision/test_int8.py` builds both graphs of `gmsop`, whose mixture the next two have, for GPUs.
 # `gsop-net1` has the block of `gsop-net2`, CBAM and squeeze-and-excitation have gates as EfficientNet does.
 COVERED = (
-    "isqrt-resnet8",
+    "resnet8",
     "gmsop-16-8-resnet18",
     "gmgap-16-8-resnet18",
     "avesop-16-resnet18",
     "gsop-net1-resnet26",
-    "cbam-resnet18",
+    "cbam-resnet50",
     "se-preact-resnet164",
     "resnext29-8x64d",
 )

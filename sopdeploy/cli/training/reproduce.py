@@ -87,7 +87,7 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
 
 
 def _print_plan(table: PrintedTable, options: ReproduceOptions, *, as_json: bool) -> None:
-    from sopdeploy.reproduction.plan import ASSUMPTION, plan
+    from sopdeploy.reproduction.plan import ASSUMPTION, format_hours, plan
 
     planned = plan(table, options)
     hours = sum(row.gpu_hours for row in planned.rows) * planned.seeds
@@ -121,9 +121,9 @@ def _print_plan(table: PrintedTable, options: ReproduceOptions, *, as_json: bool
     for text in filter(None, (planned.statement, planned.paper_scale)):
         say(text)
     for line in lines:
-        time = f"{line['gpu_hours']:.2g} GPU hours per seed"
+        time = f"{format_hours(line['gpu_hours'])} per seed"
         say(f"{line['row']}: {time if line['runs'] else line['reason']}", *line["commands"])
-    say(f"in total {hours:.2g} GPU hours for {planned.seeds} seeds ({ASSUMPTION})")
+    say(f"in total {format_hours(hours)} for {planned.seeds} seeds ({ASSUMPTION})")
     for line in [line for line in lines if line["torchrun"]][:1]:
         say("on several GPUs, start every command with torchrun, such as", line["torchrun"][0])
 

@@ -41,7 +41,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_convolutions_become_int8_but_not_second_order_parts(preprocess: Preprocess) -> None:
-    network, _, plain = graph_of("isqrt-resnet8", preprocess)
+    network, _, plain = graph_of("resnet8", preprocess, pooling="isqrt")
     model = Int8Quantizer(plain, generated_images(16), float32_parts(network)).quantize()
     types = weight_types(model)
     assert {types[part] for part in types if part.startswith("layer")} == {"int8"}
@@ -62,12 +62,14 @@ def test_network_without_convolutions_to_quantize_is_rejected(preprocess: Prepro
         )
 
 
-def run(name: str, folder: Path, **options: object) -> Exported:
-    return export_once(trained(name), name, folder, precision="int8", max_batch=1, **options)
+def run(folder: Path, pooling: str = "gap", **options: object) -> Exported:
+    return export_once(
+        trained("resnet8", pooling=pooling), "resnet8", folder, precision="int8", max_batch=1, **options
+    )
 
 
 def test_int8_bundle_records_its_accuracy_and_what_was_tried(tmp_path: Path, images: Path) -> None:
-    found = run("isqrt-resnet8", tmp_path, calibrate=images, evaluate=images, max_drop=100.0)
+    found = run(tmp_path, "isqrt", calibrate=images, evaluate=images, max_drop=100.0)
     report = found.precision
     assert report.accuracy.num_images == 20
     assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
@@ -92,7 +94,7 @@ def test_an_error_lists_the_numbers_of_layers_in_float32_that_were_tried(
         "3 layers in float32 50.00; add images"
     )
     with pytest.raises(ParityError, match=rf"loses 50\.00 points of top-1 on 50 images.*{tried}"):
-        run("resnet8", tmp_path, calibrate=images)
+        run(tmp_path, calibrate=images)
     assert not any((tmp_path / "out").glob("*"))
 
 
@@ -104,7 +106,7 @@ def test_the_first_attempt_within_the_limit_is_exported_with_the_costliest_layer
     monkeypatch.setattr(AccuracyCheck, "measure", lambda *_: next(outcomes))
     costs = {"layer2.0.conv1": 2.0, "layer3.0.conv2": 1.0, "layer1.0.conv1": 0.5}
     monkeypatch.setattr(Int8Quantizer, "layer_costs", lambda *_: costs)
-    report = run("resnet8", tmp_path, calibrate=images).precision
+    report = run(tmp_path, calibrate=images).precision
     found = report.quantisation
     assert (found.in_float32, found.num_layers) == (("layer2.0.conv1",), 5)
     assert [attempt.drop for attempt in found.tried] == [50, 0]
@@ -181,7 +183,7 @@ def test_onnx_runtime_does_not_quantize_a_layer_that_stays_in_float32(preprocess
 
 def test_missing_calibration_images_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="precision: int8 needs images to measure ranges on; try calibrate"):
-        run("resnet8", tmp_path)
+        run(tmp_path)
 
 
 def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
@@ -192,7 +194,7 @@ def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path)
 
 RUNTIMES: tuple[Int8For, ...] = ("cpu", "tensorrt")
 Graph = tuple[dict[Int8For, onnx.ModelProto], list[str]]
-NETWORKS: dict[str, dict[str, Any]] = {"isqrt-resnet8": {}, "gmsop-16-8-resnet18": GMSOP}
+NETWORKS: dict[str, dict[str, Any]] = {"resnet8": {"pooling": "isqrt"}, "gmsop-16-8-resnet18": GMSOP}
 BETWEEN = {  # operators that may read a quantized value
     "cpu": {"Conv", "Relu", "Add", "Slice", "Mul", "Reshape"},  # mixtures reshape the last feature map
     "tensorrt": {"Conv", "Add", "Slice", "Mul"},

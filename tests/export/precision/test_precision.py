@@ -69,14 +69,14 @@ HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
 GSOP = {"cov_width": 32, "block_stages": ("layer4",), "base_width": 16}
 CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
     "fp16 keeps only the root": (
-        "isqrt-resnet8",
-        {},
+        "resnet8",
+        {"pooling": "isqrt"},
         "fp16",
         {"pooling.root": {FLOAT}, "layer1.0.conv1": {HALF}, "fc": {HALF}},
     ),
     "bf16-backbone also keeps the classifier": (
-        "isqrt-resnet8",
-        {},
+        "resnet8",
+        {"pooling": "isqrt"},
         "bf16-backbone",
         {"layer3.0.conv2": {BF16}, "fc": {FLOAT}, "pooling.root": {FLOAT}},
     ),
@@ -204,7 +204,9 @@ def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pyte
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
 def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: Path, precision: str) -> None:
-    found = export_once(make("isqrt-resnet8"), "isqrt-resnet8", tmp_path, max_batch=1, precision=precision)
+    found = export_once(
+        make("resnet8", pooling="isqrt"), "resnet8", tmp_path, max_batch=1, precision=precision
+    )
     assert found.manifest.precision == found.precision.precision == found.parity.precision == precision
     assert found.parity.floors_allowed == 4
     assert found.parity.logits.noise_floor > 1e-5

@@ -83,9 +83,9 @@ def training_file(path: Path, network: ResNet, arch: str | None, **how: Any) -> 
 @pytest.mark.parametrize(
     ("model", "arch", "stride", "d", "fine_tuned"),
     [
-        ("isqrt-resnet18", "mpncovresnet18", 1, 12, False),
-        ("isqrt-resnet18", "resnet18", 2, 12, False),
-        ("isqrt-resnet18", None, 1, 12, True),  # the reduction is among the features
+        ("isqrt-resnet50", "mpncovresnet18", 1, 12, False),
+        ("isqrt-resnet50", "resnet18", 2, 12, False),
+        ("isqrt-resnet50", None, 1, 12, True),  # the reduction is among the features
         ("resnet18", "resnet18", 2, 0, False),
     ],
 )
@@ -94,7 +94,7 @@ def test_training_checkpoints_give_the_same_logits(
 ) -> None:
     network = resnet(stride, d)
     file = training_file(tmp_path / "a.pth.tar", network, arch, fine_tuned=fine_tuned)
-    ours, report = imported(file, model)
+    ours, report = imported(file, model, settings={"depth": 18})
     assert_same_logits(ours, network, random_images(48))
     assert report.config["conv5_stride"] == stride
     assert set(report.beside) == {"epoch", "best_prec1", "optimizer"} | ({"arch"} if arch else set())
@@ -109,10 +109,12 @@ def test_what_the_file_does_not_tell_must_be_set(tmp_path: Path) -> None:
         with pytest.raises(
             ConfigError, match=rf"{message} does not determine the stride .*add --option conv5_stride"
         ):
-            imported(file, "isqrt-resnet18")
+            imported(file, "isqrt-resnet50", settings={"depth": 18})
     with pytest.raises(ConfigError, match=r"--option pooling.width=64: .* holds 12; leave the setting out"):
-        imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.width": 64})
-    ours, _ = imported(file, "isqrt-resnet18", settings={"conv5_stride": 2, "pooling.iterations": 3})
+        imported(file, "isqrt-resnet50", settings={"depth": 18, "conv5_stride": 2, "pooling.width": 64})
+    ours, _ = imported(
+        file, "isqrt-resnet50", settings={"depth": 18, "conv5_stride": 2, "pooling.iterations": 3}
+    )
     assert_same_logits(ours, network, random_images(48))
 
 
@@ -121,19 +123,19 @@ def test_batch_norm_counters_can_be_absent(tmp_path: Path) -> None:
     network = resnet()
     old = {name: value for name, value in network.state_dict().items() if "tracked" not in name}
     torch.save(old, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    ours, report = imported(tmp_path / "a.pth", "isqrt-resnet18")
+    ours, report = imported(tmp_path / "a.pth", "isqrt-resnet50", settings={"depth": 18})
     assert_same_logits(ours, network, random_images(48))
     assert report.num_tensors == len(old) + 15
 
 
 @pytest.mark.parametrize(
-    ("d", "linear", "name", "entries", "widths"),
+    ("d", "linear", "pooling", "entries", "widths"),
     [
-        (8, False, "isqrt-vgg16", 103, NARROW),
-        (0, True, "bcnn-vgg16", 93, (*NARROW[:4], 512)),  # whose classifier has 512 x 512 inputs
-        pytest.param(8, False, "isqrt-vgg16", 103, VGG_WIDTHS, marks=pytest.mark.slow),
-        pytest.param(8, True, "isqrt-vgg16", 99, VGG_WIDTHS, marks=pytest.mark.slow),
-        pytest.param(0, True, "bcnn-vgg16", 93, VGG_WIDTHS, marks=pytest.mark.slow),
+        (8, False, "isqrt", 103, NARROW),
+        (0, True, "bcnn", 93, (*NARROW[:4], 512)),  # whose classifier has 512 x 512 inputs
+        pytest.param(8, False, "isqrt", 103, VGG_WIDTHS, marks=pytest.mark.slow),
+        pytest.param(8, True, "isqrt", 99, VGG_WIDTHS, marks=pytest.mark.slow),
+        pytest.param(0, True, "bcnn", 93, VGG_WIDTHS, marks=pytest.mark.slow),
     ],
 )
 def test_vgg_weights_give_the_same_logits(
@@ -141,7 +143,7 @@ def test_vgg_weights_give_the_same_logits(
     monkeypatch: pytest.MonkeyPatch,
     d: int,
     linear: bool,
-    name: str,
+    pooling: str,
     entries: int,
     widths: tuple[int, ...],
 ) -> None:
@@ -155,7 +157,7 @@ def test_vgg_weights_give_the_same_logits(
         network.classifier.weight.data *= 512.0  # B-CNN's vector has length 1
     torch.save({"state_dict": prefixed(network.state_dict())}, tmp_path / "a.pth.tar")
     assert len(network.state_dict()) == entries
-    ours, report = imported(tmp_path / "a.pth.tar", name)
+    ours, report = imported(tmp_path / "a.pth.tar", "vgg16-bn", settings={"pooling": pooling})
     assert_same_logits(ours, network, random_images(32))
     assert report.config["classifier"] == ("linear" if linear else "mlp")
 
@@ -164,15 +166,19 @@ def test_vgg_weights_give_the_same_logits(
 @pytest.mark.parametrize(
     ("model", "change", "message"),
     [
-        ("mpncov-resnet18", {}, r"\(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet18"),
-        ("isqrt-resnet18", {"fc.weight": torch.zeros(5, 8192)}, "to the 8192 inputs"),
+        (
+            "mpncov-resnet50",
+            {},
+            r"\(pooling.kind is mpncov, not isqrt\).*--as isqrt-resnet50 --option depth=18",
+        ),
+        ("isqrt-resnet50", {"fc.weight": torch.zeros(5, 8192)}, "to the 8192 inputs"),
     ],
     ids=["another pooling", "no pooling of this size"],
 )
 def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, model: str, change: Any, message: str) -> None:
     torch.save(resnet().state_dict() | change, tmp_path / "a.pth")
     with pytest.raises(WeightsError, match=message):
-        imported(tmp_path / "a.pth", model)
+        imported(tmp_path / "a.pth", model, settings={"depth": 18})
 
 
 @functools.cache

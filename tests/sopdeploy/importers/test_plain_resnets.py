@@ -147,7 +147,7 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, blocks: int, option:
     ("name", "message"),
     [
         ("resnet20", r"depth is 20, not 18.*looks like ResNet-18 of torchvision, import it --as resnet18"),
-        ("isqrt-resnet18", r"pooling.kind is isqrt, not gap"),
+        ("isqrt-resnet50", r"depth is 50, not 18"),
     ],
 )
 def test_another_network_is_refused(weights: Path, name: str, message: str) -> None:

@@ -57,8 +57,8 @@ def test_torchvision_weights_give_the_same_logits(tmp_path: Path, name: str, mod
 @pytest.mark.parametrize(
     ("model", "config", "new"),
     [
-        ("isqrt-vgg16", {"pooling": {"kind": "isqrt", "width": 8}}, {"classifier.0", "classifier.6"}),
-        ("bcnn-vgg16", {}, {"classifier"}),
+        ("vgg16-bn", {"pooling": {"kind": "isqrt", "width": 8}}, {"classifier.0", "classifier.6"}),
+        ("vgg16-bn", {"pooling": "bcnn", "classifier": "linear"}, {"classifier"}),
     ],
 )
 def test_the_convolutions_start_a_network_with_another_pooling(

@@ -28,7 +28,7 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [  # in training
     ("vgg16", {}, 138_357_544, 15_470_264_320),  # torchvision's
     ("vgg16-bn", {}, 138_365_992, 15_470_264_320),
     ("resnet20", {}, 269_722, None),  # as in the released weight files
-    ("resnet110", {}, 1_727_962, None),
+    ("resnet20", {"depth": 110}, 1_727_962, None),
     ("preact-resnet164", {"num_classes": 100}, 1_726_388, 247_669_760),
     ("preact-resnet110", {}, 1_730_522, 253_149_824),  # He et al. 2016b: 1.7 M
     ("wrn-22-10", {}, 26_797_914, 3_827_751_168),
@@ -36,8 +36,8 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [  # in training
     ("resnext29-8x64d", {}, 34_426_698, None),
     ("isqrt-resnet50", {}, 56_929_832, 6_342_226_944),  # DSoP Table II: 56.9M; GSoP Table 5: 6.342 G
     ("isqrt-resnet101", {}, 75_921_960, None),  # fast-MPN-COV's file of 289.9 MB
-    ("isqrt-vgg16", {}, 170_479_144, None),  # fast-MPN-COV's 650.4 MB
-    ("isqrt-alexnet", {}, 60_965_224 + 4096 * (32896 - 9216), None),
+    ("vgg16-bn", {"pooling": "isqrt"}, 170_479_144, None),  # fast-MPN-COV's 650.4 MB
+    ("alexnet", {"pooling": "isqrt"}, 60_965_224 + 4096 * (32896 - 9216), None),
     ("isqrt-efficientnet-b0", {}, 5_288_548 - 1281 * 1000 + (1280 * 64 + 128) + 2081 * 1000, None),
     ("dsop-resnet18", {}, 100_494_536, 6_385_970_944),
     ("dsop-resnet18", TABLE, 100_577_224, 5_698_760_448),

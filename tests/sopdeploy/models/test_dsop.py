@@ -24,7 +24,7 @@ def branches_of(name: str, **config: object) -> dict[str, nn.Module]:
         ("dsop-resnet18", {}, FOUR),
         ("dsop-resnet50", {}, ["layer1_2", "layer2_3", "layer3_5", "layer4_2"]),
         ("dsop-resnet20", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
-        ("dsop-resnet32", {}, ["layer1_4", "layer2_4", "layer3_4"]),
+        ("dsop-resnet20", {"depth": 32}, ["layer1_4", "layer2_4", "layer3_4"]),
         ("dsop-resnet8", {}, ["layer1_0", "layer2_0", "layer3_0"]),
         ("dsop-preact-resnet110", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
         ("dsop-preact-resnet164", {"blocks": 5}, ["layer1_4", "layer2_4", "layer3_4"]),
@@ -47,7 +47,7 @@ def test_branches_start_where_the_paper_says(name: str, config: dict, expected: 
         ("dsop-resnet50", {"aux_stride": "table"}, [3, 4, 7, 3], [256, 256, 256, 256]),
         ("dsop-resnet18", {"aux_widths": (128,) * 4}, [2, 2, 2, 2], [64, 128, 128, 128]),
         ("dsop-resnet20", {}, [1, 2, 1, 2, 1, 2], [16, 16, 32, 32, 64, 64]),
-        ("dsop-resnet32", {"base_width": 64}, [2, 2, 2], [64, 128, 128]),
+        ("dsop-resnet20", {"depth": 32, "base_width": 64}, [2, 2, 2], [64, 128, 128]),
         ("dsop-preact-resnet110", {}, [3] * 18, [16] * 6 + [32] * 6 + [64] * 6),
         ("dsop-preact-resnet164", {}, [3] * 18, [64] * 6 + [128] * 12),
         ("dsop-wrn-22-10", {}, [1, 2] * 3, [128] * 6),
@@ -73,7 +73,7 @@ def test_branches_are_made_of_what_the_paper_says(name, config, blocks, widths) 
 )
 def test_dropout_follows_only_covariances_of_128_channels(config: dict, expected: list[float]) -> None:
     """Section V-D; "4K-d" is half of the 8256 values that the classifier sees."""
-    branches = branches_of("dsop-resnet32", **config).values()
+    branches = branches_of("dsop-resnet20", depth=32, **config).values()
     assert [branch.dropout.p for branch in branches] == expected
 
 
@@ -81,10 +81,10 @@ def test_dropout_follows_only_covariances_of_128_channels(config: dict, expected
     ("name", "config", "expected"),
     [
         ("dsop-resnet18", {}, {"main": 1.0, **dict.fromkeys(FOUR, 1.0)}),
-        ("dsop-resnet32", {}, {"main": 1.0, "layer1_4": 0.1, "layer2_4": 0.2, "layer3_4": 0.3}),
+        ("dsop-resnet20", {"depth": 32}, {"main": 1.0, "layer1_4": 0.1, "layer2_4": 0.2, "layer3_4": 0.3}),
         (
-            "dsop-resnet32",
-            {"main_weight": 0.5, "aux_weights": (1, 0, 2)},
+            "dsop-resnet20",
+            {"depth": 32, "main_weight": 0.5, "aux_weights": (1, 0, 2)},
             {"main": 0.5, "layer1_4": 1.0, "layer2_4": 0.0, "layer3_4": 2.0},
         ),
     ],

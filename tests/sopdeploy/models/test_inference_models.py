@@ -15,11 +15,11 @@ from tests.sopdeploy.training.small_recipes import few_blocks
 BASE = {"base_width": 16}
 NARROW = {**BASE, "aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
 TIMM = {"aux_widths": (4, 4, 4, 4), "aux_blocks": (1, 1, 1, 1)}
-SMALL_GE = {**BASE, "side": 64, "conv5_stride": 1}
+SMALL_GE = {**BASE, "depth": 18, "side": 64, "conv5_stride": 1}
 GATED = {"blocks_per_stage": 1, "components": 4, "chosen": 2, "component_widths": (12, 8)}
 GMSOP = {**GATED, "gate_widths": (8, 6), "dropout": 0.0}
 ONE_BLOCK = {"blocks_per_stage": 1}
-GSOP, TWO = "gsop-net1-preact-resnet29", {"blocks": 2}
+GSOP, TWO = "gsop-net1-preact-resnet164", {"blocks": 2}
 
 NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
     ("dsop-resnet18", 64, NARROW),
@@ -35,14 +35,14 @@ NETWORKS: list[tuple[str, int, dict[str, Any]]] = [
     ("dsop-timm:mobilenetv3_small_100", 64, TIMM),
     ("psdr-resnet50", 32, {**BASE, "depth": 18, "width": 16, "decay": 0.5}),
     *[(GSOP, 32, {**TWO, "attention": kind}) for kind in ("position", "maximum", "concatenation")],
-    ("gsop-net2-preact-resnet29", 32, TWO),
-    ("gsop-net2-preact-resnet29", 32, {**TWO, **RELEASED}),
+    ("gsop-net2-preact-resnet164", 32, TWO),
+    ("gsop-net2-preact-resnet164", 32, {**TWO, **RELEASED}),
     (GSOP, 32, {**TWO, **RELEASED, "attention": "concatenation"}),
     ("gsop-net2-resnet26", 32, {**BASE, "block_stages": ["layer4"], "final_width": 32}),
     ("gsop-net1-resnet26", 32, {**BASE, **RELEASED, "attention": "sum", "block_stages": ["layer4"]}),
-    ("se-resnet18", 64, BASE),
-    ("cbam-resnet18", 64, BASE),
-    ("ge-resnet18", 64, SMALL_GE),
+    ("se-resnet50", 64, {**BASE, "depth": 18}),
+    ("cbam-resnet50", 64, {**BASE, "depth": 18}),
+    ("ge-resnet50", 64, SMALL_GE),
     ("se-preact-resnet164", 64, {"blocks": 1}),
     ("gmsop-16-8-resnet18", 16, GMSOP),
     ("gmgap-16-8-resnet18", 16, GMSOP),

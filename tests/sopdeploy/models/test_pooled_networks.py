@@ -27,7 +27,7 @@ from sopdeploy.errors import ConfigError
     ],
 )
 def test_dimensions_on_vgg_are_the_published_ones(pooling: object, dimensions: int) -> None:
-    described = describe("isqrt-vgg16", classifier="linear", pooling=pooling)
+    described = describe("vgg16-bn", classifier="linear", pooling=pooling)
     assert described.representation == dimensions
 
 

@@ -13,7 +13,7 @@ GATED = (
 )
 AT_16 = ["preprocess.resize=20", "preprocess.crop=16"]
 AT_32 = ["preprocess.resize=36", "preprocess.crop=32"]
-ISQRT = ["model.name=isqrt-resnet8", 'model.config={pooling={kind="isqrt", width=8, iterations=2}}']
+ISQRT = ["model.name=resnet8", 'model.config={pooling={kind="isqrt", width=8, iterations=2}}']
 SIDES_16 = [*AT_16, "augment.sides=[20,30]"]
 SMALL: dict[str, list[str]] = {
     "cifar10-dsop-resnet20": DSOP,
@@ -35,7 +35,7 @@ SMALL: dict[str, list[str]] = {
     "imagenet-dsop-resnet50": [*DSOP, *SIDES_16],
     "imagenet-dsop-two-phase": [*DSOP, *SIDES_16],
     "imagenet-gsop-resnet50": [
-        "model.name=gsop-net2-preact-resnet29",
+        "model.name=gsop-net2-preact-resnet164",
         'model.config={blocks=2, cov_width=32, block_stages=["layer3"], final_width=8, iterations=2}',
         *AT_16,
     ],

@@ -114,6 +114,7 @@ def test_errors_in_a_recipe_file_name_the_file(tmp_path) -> None:
         text.replace("epochs", "epoch").encode(): "epoch",
         b"epochs = ": "not a TOML file",
         b"\xff\xfe": "cannot be read",
+        b'base = "mine"': "base: no packaged recipe 'mine'",
         b"": "missing",
         None: "cannot be read",
     }
@@ -124,6 +125,18 @@ def test_errors_in_a_recipe_file_name_the_file(tmp_path) -> None:
         with pytest.raises(ConfigError, match=message) as error:
             read_recipe(path)
         assert str(path) in str(error.value)
+
+
+def test_a_base_gives_the_values_that_a_recipe_lacks_but_none_of_another_kind(tmp_path) -> None:
+    path, base = tmp_path / "mine.toml", read_recipe("digits-dsop")
+    text = 'base = "digits-dsop"\nsummary = "mine"\nepochs = 3\n[optimizer]\nkind = "radam"\nlr = 0.01\n'
+    path.write_text(f'{text}[preprocess]\ncrop = 12\n[model]\nname = "resnet8"\n')
+    preprocess = base.preprocess.model_copy(update={"crop": 12})
+    expected = {"summary": "mine", "epochs": 3, "preprocess": preprocess}
+    found = read_recipe(path)
+    assert found.optimizer.model_dump(exclude_defaults=True) == {"kind": "radam", "lr": 0.01}
+    unchanged = {"model": base.model, "optimizer": base.optimizer}
+    assert found.model_copy(update=unchanged) == base.model_copy(update=expected)
 
 
 def test_an_unknown_name_suggests_similar_ones() -> None:
@@ -151,7 +164,7 @@ def test_the_settings_in_the_comments_of_a_recipe_are_valid(name, settings) -> N
     ("settings", "config"),
     [
         ([], {"conv5_stride": 2}),
-        (["model.name=isqrt-resnet18"], {"conv5_stride": 2}),
+        (["model.name=isqrt-resnet50"], {"conv5_stride": 2}),
         (["model.name=dsop-resnet8"], {}),
         (["model.name=dsop-resnet8", "model.config.iterations=2"], {"iterations": 2}),
     ],

@@ -83,10 +83,10 @@ def start(*settings: str) -> InitialModel:
 BACKBONE = {"conv1.weight", "bn1.running_var", "layer4.1.conv2.weight"}
 NETWORKS = [
     ("dsop-resnet18", ("branches", "fc")),
-    ("isqrt-resnet18", ("pooling", "fc")),
+    ("isqrt-resnet50", ("pooling", "fc")),
     ("resnet18", ("fc",)),
     ("head:resnet18", ("pooled_head",)),
-    ("se-resnet18", tuple(f"layer{s}.{b}.attention" for s in range(1, 5) for b in (0, 1))),
+    ("se-resnet50", tuple(f"layer{s}.{b}.attention" for s in range(1, 5) for b in (0, 1))),
 ]
 
 
@@ -95,8 +95,8 @@ def test_torchvision_weights_are_downloaded_once_and_fill_the_backbone(
     server, resnet18, monkeypatch, tmp_path, model, new
 ) -> None:
     name = publish(server, resnet18, monkeypatch)
-    pooling = ', pooling={kind="isqrt", width=8}' if model == "isqrt-resnet18" else ""
-    settings = f"model.name={model}", f"model.config={{base_width={BASE}{pooling}}}"
+    pooling = ', pooling={kind="isqrt", width=8}' if model == "isqrt-resnet50" else ""
+    settings = f"model.name={model}", f"model.config={{depth=18, base_width={BASE}{pooling}}}"
     initial = start(*settings)
     assert (tmp_path / "torch" / "hub" / "checkpoints" / name).read_bytes() == resnet18
     given = load_plain(tmp_path / "torch" / "hub" / "checkpoints" / name)
