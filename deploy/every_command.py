@@ -1,4 +1,7 @@
-"""Run every command and its `--help` in this installation; a traceback is a failure.
+"""Run every command and its `--help` in this installation.
+
+A traceback is a failure, and so is a missing package without the code `not_installed` or `no_runtime`, or
+torch, missing for a command that reads a bundle.
 
     python deploy/every_command.py BUNDLE
 
@@ -60,6 +63,11 @@ def run(*command: str) -> str:
         raise result.exception
     if result.exit_code == 2 and result.stderr.count("\n") != 1:
         raise RuntimeError(f"more or less than one line: {result.stderr}")
+    if "is not installed" in result.stderr:
+        if not result.stderr.endswith(("[not_installed]\n", "[no_runtime]\n")):
+            raise RuntimeError(f"another code than that of a missing package: {result.stderr}")
+        if "torch is" in result.stderr and command[1:2] == ("bundle",):
+            raise RuntimeError(f"bundles need no torch: {result.stderr}")
     return f"{result.exit_code} {result.stderr.strip()}"
 
 

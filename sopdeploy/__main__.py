@@ -9,7 +9,7 @@ _YOUNG_OBJECTS = 50_000  # threshold of the youngest garbage collector generatio
 
 
 def main() -> None:
-    """Run the command line; Ctrl-C during import exits quietly with code 130, as a shell does.
+    """Run the command line; Ctrl-C during import exits with one line and code 130, as a shell does.
 
     Commands import torch and other large packages. With Python's default settings, garbage collection during
     these imports and at exit takes a third of the CPU time of `sopdeploy models NAME`.
@@ -27,6 +27,7 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
+        sys.stderr.write("stopped by Ctrl-C\n")
         sys.exit(130)
 
 

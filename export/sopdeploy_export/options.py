@@ -59,8 +59,6 @@ class ExportOptions(Options):
 class NetworkOptions(Options):
     """How to build a network of the user and to read its weights from a file."""
 
-    model_config = pydantic.ConfigDict(title="A network of your own")
-
     network: str | None = None
     """Builder of the network, package.module:callable."""
     option: tuple[str, ...] = ()

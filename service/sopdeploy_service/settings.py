@@ -203,7 +203,7 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
     for text in assignments:
         name, equals, value = text.partition("=")
         if not equals or name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
             hint = f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
             raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")
         assigned[name] = value

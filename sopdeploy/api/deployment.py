@@ -39,7 +39,6 @@ def export(
     Args:
         checkpoint: A checkpoint written by `sopdeploy train`.
         out: Folder for the bundle.
-        options: The fields of `ExportOptions`, each as a keyword argument.
         on_step: Called with a description of each step as it begins.
 
     Returns:

@@ -3,15 +3,19 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from sopdeploy.api.options import EvaluateOptions
 from sopdeploy.config import expand_options
+from sopdeploy.data.datasets.layouts import check_holds_classes
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
-from sopdeploy.evaluation.prediction import HeadAccuracy
+from sopdeploy.files import check_is_checkpoint
+
+if TYPE_CHECKING:
+    from sopdeploy.evaluation.prediction import HeadAccuracy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +43,7 @@ class Evaluation:
     metrics: ClassificationReport | MultiLabelReport
     labels: tuple[str, ...]
     scores: tuple[ImageScore, ...] | MultiLabelPredictions = field(repr=False)
-    heads: tuple[HeadAccuracy, ...] = ()
+    heads: "tuple[HeadAccuracy, ...]" = ()
     decision: Decision | None = None
     notes: tuple[str, ...] = ()
 
@@ -70,7 +74,6 @@ def evaluate(
     Args:
         source: A checkpoint or a bundle.
         data: Folder of images, `DIR/<class>/*.jpg` or with `labels.csv`; classes are matched by name.
-        options: The fields of `EvaluateOptions`, each as a keyword argument.
         on_image: Called with the numbers of images done and in total.
 
     Returns:
@@ -96,6 +99,8 @@ def evaluate(
         settings = load_settings(runtime=options.runtime)
         labels, scores, facts = scores_of_bundle(Path(name), data, settings=settings, **shared)
     else:
+        check_is_checkpoint(Path(name))
+        check_holds_classes(data)
         from sopdeploy.checkpoint import write_checkpoint
         from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 

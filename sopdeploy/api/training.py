@@ -99,7 +99,6 @@ def train(
         data: Folder of images, `DIR/<class>/*.jpg`. It sets `data.path` of the recipe.
         recipe: A recipe of `sopdeploy recipes`, or a .toml file. The default is the recipe for photos.
         out: Folder of the run. The default is `runs/<project>-<number>`; `runs/latest` links to it.
-        options: The fields of `TrainOptions`, each as a keyword argument.
         assignments: Settings as text, `key=value`, as for the option `--set`.
         progress: Print progress on stderr. By default only on a terminal and in a notebook.
         callback: Receives the events of the run.

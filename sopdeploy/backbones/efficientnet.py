@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import FractionBelowOne, StrictModel
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import MissingPackageError
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.layers.residual import mbconv
@@ -60,7 +60,7 @@ class EfficientNet(Backbone):
 
     def __init__(self, config: EfficientNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError)
+        timm = import_optional("timm", "timm", "sopdeploy[train]", MissingPackageError)
         network = timm.create_model("efficientnet_b0", drop_path_rate=config.stochastic_depth)
         self.conv_stem, self.bn1, self.blocks = network.conv_stem, network.bn1, network.blocks
         self.conv_head, self.bn2 = network.conv_head, network.bn2

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, MissingPackageError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, mbconv
 
 FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
@@ -31,8 +31,11 @@ class TimmConfig(StrictModel):
 
 
 def import_timm(name: str) -> Any:
-    """Import `timm`; raise `ConfigError` if it is missing or has no network *name* (with its tag, if any)."""
-    timm = import_optional("timm", "timm", "sopdeploy[train]", ConfigError, f"timm:{name}")
+    """Import `timm`.
+
+    Raises `MissingPackageError`, or `ConfigError` if it has no network *name* (with its tag, if any).
+    """
+    timm = import_optional("timm", "timm", "sopdeploy[train]", MissingPackageError, f"timm:{name}")
     names = [*timm.list_models(), *timm.list_pretrained()]
     if name not in names:
         near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "one of timm.list_models()"

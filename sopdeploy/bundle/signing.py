@@ -13,7 +13,7 @@ from typing import Any
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
 from sopdeploy.files import atomic_write, writing
 
 MAX_FILE_BYTES = 1_000_000  # of a signature
@@ -98,7 +98,7 @@ def check_signature(bundle: Path, signature: Path, key: Path) -> None:
 
 def _import(module: str) -> Any:
     return import_optional(
-        f"model_signing.{module}", "model-signing", "sopdeploy[sign]", ConfigError, "signatures"
+        f"model_signing.{module}", "model-signing", "sopdeploy[sign]", MissingPackageError, "signatures"
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.errors import BundleError, MissingPackageError
 from sopdeploy.files import BLOCK_BYTES, atomic_write, writing
 
 
@@ -39,7 +39,8 @@ def get(source: str, file: Path, limit: int) -> None:
             _copy(remote, file, source, limit)
         return
     if not Path(source).is_file():
-        raise BundleError(f"{source}: is not an archive; give the path of the .tar file that `push` wrote")
+        problem = "a folder" if Path(source).is_dir() else "no such file"
+        raise BundleError(f"{source}: {problem}; give the path of the .tar file that `push` wrote")
     with Path(source).open("rb") as local:
         _copy(local, file, source, limit)
 
@@ -60,7 +61,7 @@ def _remote_errors(url: str) -> Iterator[None]:
     """Convert errors of the client of a store to `BundleError`; clients raise types of several libraries."""
     try:
         yield
-    except (BundleError, ConfigError):
+    except BundleError:
         raise
     except Exception as error:
         cause = error.__cause__ or error  # clients wrap errors of uploads
@@ -73,6 +74,6 @@ def _remote_errors(url: str) -> Iterator[None]:
 @contextmanager
 def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
     """Yield the fsspec file system of *url* and the path in it; convert its errors to `BundleError`."""
-    fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", ConfigError, url)
+    fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", MissingPackageError, url)
     with _remote_errors(url):
         yield fsspec.core.url_to_fs(url)

@@ -13,8 +13,10 @@ from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
+INTERRUPTED = 130  # the exit code after Ctrl-C, as in a shell
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it
 SETTINGS: Any = {  # of every `typer.Typer`
-    "rich_markup_mode": "rich",
+    "rich_markup_mode": None,  # tables of Rich cut the names of options
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
@@ -81,6 +83,22 @@ class Program(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands: Any = Commands()
+
+    def main(self, *arguments: Any, **settings: Any) -> None:
+        """Run a command; a wrong command line is one error line."""
+        try:
+            code = super().main(*arguments, **{**settings, "standalone_mode": False})
+        except UsageError as error:
+            code = _print_user_error(_usage_error(error))
+        sys.exit(code)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Import and run the command; Ctrl-C ends it with one line."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            sys.stderr.write(f"{str(stop) or 'stopped by Ctrl-C'}\n")
+            raise typer.Exit(INTERRUPTED) from None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write usage, quick start, commands by topic, and options as plain text."""
@@ -149,6 +167,15 @@ def main() -> None:
         code = _print_user_error(error)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards what is still in the buffer
     sys.exit(code)
+
+
+def _usage_error(error: Any) -> Exception:
+    """Describe a command line that Typer does not accept, in one line."""
+    from sopdeploy.errors import ConfigError
+
+    command = "sopdeploy" if error.ctx is None else error.ctx.command_path
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return ConfigError(f"{command}: {message}; see {command} --help")
 
 
 def _print_user_error(error: Exception) -> int:

@@ -64,11 +64,7 @@ def _option(model: type[Options], name: str) -> Any:
         annotation = list[get_args(annotation)[0]]  # type: ignore[misc]
     return Annotated[
         annotation,
-        typer.Option(
-            f"--{flag}/--no-{flag}" if switch else f"--{flag}",
-            help=field.description,
-            rich_help_panel=model.model_config.get("title"),
-        ),
+        typer.Option(f"--{flag}/--no-{flag}" if switch else f"--{flag}", help=field.description),
     ]
 
 

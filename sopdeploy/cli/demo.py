@@ -26,7 +26,7 @@ def demo_command(
 ) -> None:
     """Train on handwritten digits, export, verify, serve and classify over HTTP in about a minute.
 
-    Example: [bold]sopdeploy demo[/bold]
+    Example: sopdeploy demo
     """
     with one_line_errors():
         folder = _new_folder(destination)

@@ -37,7 +37,7 @@ def _show(sections: dict[str, dict[str, Any]]) -> None:
 def env_command() -> dict[str, dict[str, Any]]:
     """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
 
-    Example: [bold]sopdeploy env[/bold]
+    Example: sopdeploy env
     """
     from sopdeploy.environment import installed, machine
 

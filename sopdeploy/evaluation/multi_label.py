@@ -166,15 +166,16 @@ def resampled_precision(
     """Compute the average precision (B,) of a class in each of B resamples; NaN if no image shows the class.
 
     *true* (N,) marks the images that show the class, *scores* (N,) are its logits, and *draws* (B, N) counts
-    how often each resample contains each image.
+    how often each resample contains each image. Images with equal scores have the same rank.
     """
     best_first = np.argsort(-scores, kind="stable")
+    last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)
     weights = draws[:, best_first].astype(np.float64)
-    true_weights = weights * true[best_first]
-    hits = np.cumsum(true_weights, axis=1)
-    ranks = np.maximum(np.cumsum(weights, axis=1), 1)
+    hits = np.cumsum(weights * true[best_first], axis=1)[:, last_of_rank]
+    ranks = np.maximum(np.cumsum(weights, axis=1)[:, last_of_rank], 1)
     with np.errstate(invalid="ignore"):
-        precisions: NDArray[np.float64] = (true_weights * hits / ranks).sum(axis=1) / hits[:, -1]
+        gained = np.diff(hits, axis=1, prepend=0)
+        precisions: NDArray[np.float64] = (gained * hits / ranks).sum(axis=1) / hits[:, -1]
     return precisions
 
 

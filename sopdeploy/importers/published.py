@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
 
@@ -37,6 +38,7 @@ HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z.]+$")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
 STALLED_SECONDS = 60  # without a byte from the server
+UNREACHABLE_SECONDS = 10  # without an answer to a request for headers
 _ADVICE = "or train from scratch with the weights none"
 OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
 
@@ -113,7 +115,10 @@ def _fetch_from_hub(name: str, file: str = HUB_FILE) -> Path:
     cached = hub.try_to_load_from_cache(**location)
     if not isinstance(cached, str):
         url = hub.hf_hub_url(**location)
-        with _downloading(f"{repository}/{location['filename']}", f"get {url} and give it as weights"):
+        advice = f"get {url} on another machine and copy it here"
+        with _downloading(f"{repository}/{location['filename']}", advice, **OWN_FILE):
+            if not hub.constants.HF_HUB_OFFLINE:
+                _check_reachable(url, hub.utils.build_hf_headers())
             cached = hub.hf_hub_download(**location)
     path = Path(cached)
     blob = path.resolve().name  # the hub's cache names large files by their hash
@@ -121,9 +126,19 @@ def _fetch_from_hub(name: str, file: str = HUB_FILE) -> Path:
     return path
 
 
+def _check_reachable(url: str, headers: dict[str, str]) -> None:
+    """Request the headers of *url* once; the client of the hub tries for 30 seconds, with a line per try."""
+    request = Request(url, headers=headers, method="HEAD")  # noqa: S310 - the hub's address
+    with urlopen(request, timeout=UNREACHABLE_SECONDS):  # noqa: S310
+        pass
+
+
 @contextmanager
-def _downloading(name: str, advice: str) -> Iterator[None]:
-    """Let connections fail if no byte arrives for `STALLED_SECONDS`; convert errors to `WeightsError`."""
+def _downloading(name: str, advice: str, **remedies: str) -> Iterator[None]:
+    """Let connections fail if no byte arrives for `STALLED_SECONDS`; convert errors to `WeightsError`.
+
+    The error names the file, *name*, and says what to do: *advice*, and the options in *remedies*.
+    """
     default_timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(STALLED_SECONDS)
     try:
@@ -136,7 +151,7 @@ def _downloading(name: str, advice: str) -> Iterator[None]:
             cause = cause.__cause__
         text = str(getattr(cause, "reason", "") or cause).strip() or type(cause).__name__
         raise WeightsError(
-            f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}, {_ADVICE}", remedies=OWN_FILE
+            f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}", remedies=remedies
         ) from error
     finally:
         socket.setdefaulttimeout(default_timeout)
@@ -151,6 +166,5 @@ def _check_hash(path: Path, expected: str) -> None:
         file.unlink(missing_ok=True)
     raise WeightsError(
         f"{path.name}: removed, its SHA-256 is {digest[: len(expected)]}, not {expected} (an incomplete "
-        f"download or another file); run the command again, {_ADVICE}",
-        remedies=OWN_FILE,
+        "download or another file); run the command again",
     )

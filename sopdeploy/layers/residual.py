@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import MissingPackageError
 
 Shortcut = Literal["projection", "pad"]
 SQUEEZE = 4  # the hidden width of MBConv's excitation is a quarter of the block's input channels
@@ -213,7 +213,9 @@ def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3
     It maps (B, in, H, W) to (B, out, H / stride, W / stride) without a final activation, and adds a shortcut
     if it keeps the shape.
     """
-    timm = import_optional("timm.models._efficientnet_blocks", "timm", "sopdeploy[train]", ConfigError)
+    timm = import_optional(
+        "timm.models._efficientnet_blocks", "timm", "sopdeploy[train]", MissingPackageError
+    )
     excitation = partial(timm.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
     block: nn.Module = timm.InvertedResidual(
         in_channels, out_channels, kernel, stride, exp_ratio=6, act_layer=nn.SiLU, se_layer=excitation

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sopdeploy.data.base import Split
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import MissingPackageError
 from sopdeploy.training.diagnostics import HELD_OUT_METRICS, EpochRow, epoch_metrics
 from sopdeploy.training.start_weights import StartReport
 
@@ -72,7 +72,9 @@ class TensorBoard(Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder / TENSORBOARD_FOLDER
         extra, purpose = "sopdeploy[tensorboard]", "the tensorboard logger"
-        self.module = import_optional("torch.utils.tensorboard", "tensorboard", extra, ConfigError, purpose)
+        self.module = import_optional(
+            "torch.utils.tensorboard", "tensorboard", extra, MissingPackageError, purpose
+        )
         self.writer: Any = None
 
     def on_train_start(self, **counts: int) -> None:

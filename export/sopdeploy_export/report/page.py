@@ -31,7 +31,8 @@ TEMPERATURE = (
     "recognize."
 )
 MAX_LABELS = 20
-MARKDOWN = re.compile(r"([\\`*_\[\]#~|!@]|(?<=www)\.|:(?=//))", re.IGNORECASE)
+# An underscore between two letters or digits emphasizes nothing.
+MARKDOWN = re.compile(r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE)
 INT8_SESSION = f"""
 In a program of your own, open model.onnx with this option. Without it, ONNX Runtime computes other results on
 x86 processors without VNNI:

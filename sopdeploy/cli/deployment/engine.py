@@ -39,7 +39,7 @@ def _summarize(engine: "Engine") -> dict[str, Any]:
 def engine_command(bundle: BundleArgument, *, options: EngineOptions) -> "Engine":
     """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
 
-    Example: [bold]sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32[/bold]
+    Example: sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32
     """
     from sopdeploy.environment import import_optional
     from sopdeploy.errors import RuntimeUnavailableError

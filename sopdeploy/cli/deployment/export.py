@@ -43,7 +43,7 @@ def export_command(
 
     With --network, the file holds the weights of a network of your own, which is built by your code.
 
-    Example: [bold]sopdeploy export runs/latest/best.pt --detach[/bold]
+    Example: sopdeploy export runs/latest/best.pt --detach
     """
     if source.network is None:
         check_is_checkpoint(checkpoint)  # before the imports, which take seconds
@@ -76,7 +76,7 @@ def inspect_command(
 
     They are candidates for `sopdeploy export --training-only`.
 
-    Example: [bold]sopdeploy inspect w.pth --network my_code:build --preprocess rules.json[/bold]
+    Example: sopdeploy inspect w.pth --network my_code:build --preprocess rules.json
     """
     with show_steps("inspecting"):
         from sopdeploy.api.deployment import inspect_network as run

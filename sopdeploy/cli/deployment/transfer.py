@@ -28,7 +28,7 @@ def push_command(
 ) -> "Pushed":
     """Upload a bundle as one reproducible archive, with its signature if there is one.
 
-    Example: [bold]sopdeploy push bundles/photos-3f6c01d2a4b7 s3://models/flowers[/bold]
+    Example: sopdeploy push bundles/photos-3f6c01d2a4b7 s3://models/flowers
     """
     from sopdeploy.bundle.transfer import push as run
 
@@ -52,7 +52,7 @@ def pull_command(
 ) -> "Pulled":
     """Download a bundle, check signature and hashes, and only then move it to its final name.
 
-    Example: [bold]sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles[/bold]
+    Example: sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles
     """
     from sopdeploy.bundle.transfer import pull as run
 
@@ -78,7 +78,7 @@ def sign_command(
 
     The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts it, too.
 
-    Example: [bold]sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key[/bold]
+    Example: sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key
     """
     from sopdeploy.bundle.signing import make_key
     from sopdeploy.bundle.signing import sign as run

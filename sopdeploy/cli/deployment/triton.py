@@ -23,7 +23,7 @@ def triton_command(
 ) -> TritonModel:
     """Write a bundle into a Triton model repository: config, labels, warm-up and graph.
 
-    Example: [bold]sopdeploy triton bundles/photos-3f6c01d2a4b7 models[/bold]
+    Example: sopdeploy triton bundles/photos-3f6c01d2a4b7 models
     """
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_export.triton import write_triton

@@ -34,7 +34,7 @@ def _show(result: "Verification") -> None:
 def verify_command(bundle: BundleArgument) -> "Verification":
     """Check every file of a bundle, its probes and its golden examples on this machine, offline.
 
-    Example: [bold]sopdeploy verify bundles/photos-3f6c01d2a4b7[/bold]
+    Example: sopdeploy verify bundles/photos-3f6c01d2a4b7
     """
     with show_steps("verifying"):
         from sopdeploy_service.commands.verify import verify as run

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import BundleArgument, err, image_progress, print_field
+from sopdeploy.cli.console import BundleArgument, image_progress, print_field
 from sopdeploy.cli.serving.serve import ConfigOption, SettingOption
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 
 if TYPE_CHECKING:
     from sopdeploy_service.commands.batch.run import Classified
-
-INTERRUPTED = 130  # exit code of a command that Ctrl-C ends, as in a shell
 
 SourcesArgument = Annotated[
     list[str],
@@ -43,9 +41,9 @@ def classify_command(
     Repeat the command to continue an interrupted run. An image that cannot be used gets a row with its error.
     The results equal those of the service.
 
-    Example: [bold]sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results[/bold]
+    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results
 
-    Example: [bold]sopdeploy classify bundles/photos-3f6c01d2a4b7 s3://bucket/photos --out results[/bold]
+    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 s3://bucket/photos --out results
     """
     from sopdeploy_service.commands.batch.run import classify
     from sopdeploy_service.settings import parse_assignments
@@ -57,5 +55,4 @@ def classify_command(
                 bundle, sources, out, options=options, config=config, on_progress=on_progress, **settings
             )
     except KeyboardInterrupt:
-        err.print("stopped; run the same command again to continue")
-        raise typer.Exit(INTERRUPTED) from None
+        raise KeyboardInterrupt("stopped; run the same command again to continue") from None

@@ -23,7 +23,7 @@ def health_command(
 ) -> None:
     """Exit with 0 if a server is ready for requests, with 1 if it is not ready or does not respond.
 
-    Example: [bold]sopdeploy health --url http://127.0.0.1:8000[/bold]
+    Example: sopdeploy health --url http://127.0.0.1:8000
     """
     with one_line_errors():
         server = url or f"http://127.0.0.1:{os.environ.get('SOPDEPLOY_PORT', '8000')}"

@@ -30,9 +30,9 @@ def label_command(
     Each label moves a photograph to PHOTOS/<class>/, one of the uniform sample to PHOTOS-held-out/<class>/,
     and one of no class to PHOTOS-unknown/.
 
-    Example: [bold]sopdeploy label kept[/bold]
+    Example: sopdeploy label kept
 
-    Example: [bold]sopdeploy label kept --photos flowers --host 192.168.1.5[/bold]
+    Example: sopdeploy label kept --photos flowers --host 192.168.1.5
     """
     from sopdeploy_service.labelling.app import run_label_server
 

@@ -47,7 +47,7 @@ def predict_command(
 ) -> None:
     """Classify image files without a server; the results equal those of the service.
 
-    Example: [bold]sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg[/bold]
+    Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg
     """
     from sopdeploy_service.commands.predict import predict_files as run
     from sopdeploy_service.settings import load_settings
@@ -85,7 +85,7 @@ def bench_command(
 
     SOPDEPLOY_RUNTIME and SOPDEPLOY_THREADS select the runtime and its CPU threads, as for `serve`.
 
-    Example: [bold]sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8[/bold]
+    Example: sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8
     """
     with show_steps("timing") as step:
         from sopdeploy_service.commands.bench import bench as run

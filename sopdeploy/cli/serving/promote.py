@@ -73,7 +73,7 @@ def compare_command(
 
     The photographs of classes of both bundles decide. Training images and near-duplicates are left out.
 
-    Example: [bold]sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out[/bold]
+    Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
     """
     with image_progress() as on_image:
         from sopdeploy_service.commands.compare import compare_bundles as run
@@ -107,9 +107,9 @@ def promote_command(
     is not worse. `promotions.jsonl` beside the link has the figures of each move and refusal; each further
     attempt at the same live bundle needs stronger evidence.
 
-    Example: [bold]sopdeploy promote bundles/latest --over bundles/live --data held-out[/bold]
+    Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
 
-    Example: [bold]sopdeploy promote --back bundles/live[/bold]
+    Example: sopdeploy promote --back bundles/live
     """
     from sopdeploy_service.commands.promote import promote, promote_back
 

@@ -59,9 +59,9 @@ def serve_command(
     Settings come from flags or --setting name=value, from environment variables such as SOPDEPLOY_PORT, and
     from the --config file, in this order of priority.
 
-    Example: [bold]sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000[/bold]
+    Example: sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000
 
-    Example: [bold]sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle[/bold]
+    Example: sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle
     """
     given = options.model_dump(exclude_defaults=True)
     settings = load_settings(config, **parse_assignments(assignments or (), **given))
@@ -86,7 +86,7 @@ def key_command(
 ) -> None:
     """Create an API key, print it once and store its hash; servers read the file when they start.
 
-    Example: [bold]sopdeploy key phone-app --keys keys.toml --rate 100[/bold]
+    Example: sopdeploy key phone-app --keys keys.toml --rate 100
     """
     from sopdeploy_service.http.api_keys import new_key
 

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 _MAX_GROUPS = 10  # of equal images; --json lists all
 
-data_command = typer.Typer(name="data", no_args_is_help=True, add_completion=False, **SETTINGS)
+data_command = typer.Typer(name="data", add_completion=False, **SETTINGS)
 
 
 @data_command.callback()
 def _inspect_images() -> None:
     """Inspect images before training.
 
-    Example: [bold]sopdeploy data check photos/[/bold]
+    Example: sopdeploy data check photos/
     """
 
 
@@ -41,9 +41,9 @@ def _check(
 
     Exit code 2 means that a training run could not use the data. Duplicates do not change the exit code.
 
-    Example: [bold]sopdeploy data check photos/ --near[/bold]
+    Example: sopdeploy data check photos/ --near
 
-    Example: [bold]sopdeploy data check photos/ --wrong-labels runs/latest[/bold]
+    Example: sopdeploy data check photos/ --wrong-labels runs/latest
     """
     if wrong_labels is not None:
         with one_line_errors(as_json):

@@ -54,11 +54,11 @@ def eval_command(
     --fit-decision is for imported checkpoints, and for other images than those of a run, which fits both at
     its end. The metrics are those before the fit.
 
-    Example: [bold]sopdeploy eval runs/latest/best.pt --data test-photos[/bold]
+    Example: sopdeploy eval runs/latest/best.pt --data test-photos
 
-    Example: [bold]sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt[/bold]
+    Example: sopdeploy eval ckpt.pt --data test-photos --fit-decision fitted.pt
 
-    Example: [bold]sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos[/bold]
+    Example: sopdeploy eval bundles/photos-3f6c01d2a4b7 --data test-photos
     """
     with image_progress() as on_image:
         from sopdeploy.api.evaluation import evaluate as run

@@ -42,9 +42,9 @@ def import_command(
 ) -> "ImportReport":
     """Convert published weights: fast-MPN-COV, GSoP, GM-SOP, torchvision, timm, CIFAR ResNets.
 
-    Example: [bold]sopdeploy import mpncovresnet50-15991845.pth --as isqrt-resnet50[/bold]
+    Example: sopdeploy import mpncovresnet50-15991845.pth --as isqrt-resnet50
 
-    Example: [bold]sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt[/bold]
+    Example: sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt
     """
     with show_steps("importing"):
         from sopdeploy.importers.import_weights import import_weights

@@ -86,11 +86,11 @@ def models_command(
 ) -> "list[dict[str, str]] | Description":
     """List the networks of the catalog, or count parameters and multiply-adds of one of them.
 
-    Example: [bold]sopdeploy models[/bold]
+    Example: sopdeploy models
 
-    Example: [bold]sopdeploy models dsop-resnet18 --option aux_stride=table[/bold]
+    Example: sopdeploy models dsop-resnet18 --option aux_stride=table
 
-    Example: [bold]sopdeploy models resnet50 --option pooling=isqrt --option conv5_stride=1[/bold]
+    Example: sopdeploy models resnet50 --option pooling=isqrt --option conv5_stride=1
     """
     from sopdeploy.models.registry import entry, list_models
 

@@ -29,11 +29,11 @@ def reproduce_command(
 
     Finished runs are kept: repeat the command to continue an interrupted table.
 
-    Example: [bold]sopdeploy reproduce list[/bold]
+    Example: sopdeploy reproduce list
 
-    Example: [bold]sopdeploy reproduce dsop-9a --data cifar --seeds 5[/bold]
+    Example: sopdeploy reproduce dsop-9a --data cifar --seeds 5
 
-    Example: [bold]sopdeploy reproduce dsop-9a --scale small[/bold]
+    Example: sopdeploy reproduce dsop-9a --scale small
     """
     if table == "list":
         _print_tables(list(load_tables().values()), as_json=as_json)

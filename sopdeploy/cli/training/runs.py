@@ -56,7 +56,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 def runs_command() -> list[dict[str, Any]]:
     """List runs and bundles, the newest first; a server of the folder `bundles` serves those that are live.
 
-    Example: [bold]sopdeploy runs[/bold]
+    Example: sopdeploy runs
     """
     trained, rows, exported = {}, [], set()
     for best in (path for path in sorted(Path("runs").glob("*/best.pt")) if not path.parent.is_symlink()):

@@ -77,17 +77,17 @@ def _train(
 
     The run's report.html shows curves, confusions, calibration and the worst mistakes.
 
-    Example: [bold]sopdeploy train --data photos/[/bold]
+    Example: sopdeploy train --data photos/
 
-    Example: [bold]sopdeploy train --data photos/ --from bundles/live[/bold]
+    Example: sopdeploy train --data photos/ --from bundles/live
 
-    Example: [bold]sopdeploy train --data photos/ --weights model.safetensors[/bold]
+    Example: sopdeploy train --data photos/ --weights model.safetensors
 
-    Example: [bold]sopdeploy train --recipe digits-dsop --set epochs=10[/bold]
+    Example: sopdeploy train --recipe digits-dsop --set epochs=10
 
-    Example: [bold]sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt[/bold]
+    Example: sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt
 
-    Example: [bold]sopdeploy train --recipe digits-dsop --dry-run[/bold]
+    Example: sopdeploy train --recipe digits-dsop --dry-run
     """
     if data is not None and recipe is None and not settings:  # before the imports, which take seconds
         from sopdeploy.data.datasets.folder import FolderConfig
@@ -167,7 +167,7 @@ def show_recipes(summaries: list[dict[str, str]]) -> None:
 def recipes_command() -> list[dict[str, str]]:
     """List the packaged recipes.
 
-    Example: [bold]sopdeploy recipes[/bold]
+    Example: sopdeploy recipes
     """
     from sopdeploy.training.recipe import list_recipes, recipe_text
 

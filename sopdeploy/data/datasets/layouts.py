@@ -41,7 +41,7 @@ def open_evaluation_images(
     for folders that are no class of the network, or if there are no images. With *other_classes*, such
     folders are left out with a line, as images of an official layout are without one.
     """
-    root = data_folder(root)
+    root = check_holds_classes(root)
     if multi_label:
         if not (root / LABELS_FILE).is_file():
             raise DataError(
@@ -64,6 +64,17 @@ def open_evaluation_images(
     if empty:
         log(f"{root}: no images of {len(empty)} of {len(labels)} classes: {shorten(empty)}")
     return images
+
+
+def check_holds_classes(root: Path) -> Path:
+    """Return the data folder *root*; raises `DataError` unless it has class folders, or a file with labels.
+
+    Reads no image and needs no network. Commands call this before they import torch, which takes seconds.
+    """
+    root = data_folder(root)
+    if not list_subfolders(root) and not has_label_table(root) and official.detect_kind(root) is None:
+        raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
+    return root
 
 
 @cache
@@ -102,8 +113,6 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
 
 def _match(root: Path, images: ImageFiles, labels: tuple[str, ...], *, must_match: bool) -> ImageFiles:
     """Give *images* the classes *labels*; raises `DataError` if *must_match* and a class is no label."""
-    if not images.labels:
-        raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
     indices = {label: index for index, label in enumerate(labels)}
     aliases = class_aliases()
     new_targets = [indices.get(name, indices.get(aliases.get(name, ""), -1)) for name in images.labels]

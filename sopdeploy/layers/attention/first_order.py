@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import MissingPackageError
 
 
 def squeeze_excite(channels: int, reduction: int) -> nn.Module:
@@ -16,7 +16,7 @@ def squeeze_excite(channels: int, reduction: int) -> nn.Module:
 
     Global average pooling, linear layer to C / r (at least one), ReLU, linear layer to C, sigmoid.
     """
-    timm = import_optional("timm.layers", "timm", "sopdeploy[train]", ConfigError)
+    timm = import_optional("timm.layers", "timm", "sopdeploy[train]", MissingPackageError)
     block: nn.Module = timm.SEModule(channels, rd_channels=max(1, channels // reduction))
     return block
 

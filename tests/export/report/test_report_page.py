@@ -127,6 +127,7 @@ def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Expo
         (r"\[a\](http://b.c)", r"\\\[a\\\](http\://b.c)"),
         ("WWW.b.c and me@b.c", r"WWW\.b.c and me\@b.c"),
         ("*a* _b_ `c`", r"\*a\* \_b\_ \`c\`"),
+        ("tf_efficientnet_lite0 a__b é_1", r"tf_efficientnet_lite0 a\_\_b é_1"),
         ("a\u202eb\u2066c\x1b", "a\ufffdb\ufffdc\ufffd"),
         ("a\n# b", r"a \# b"),
     ],

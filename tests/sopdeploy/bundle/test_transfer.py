@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.signing import check_signature, make_key, sign, signature_path
 from sopdeploy.bundle.transfer import pull, push
 from sopdeploy.cli.app import app
-from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
 from tests.forged import write_hollow
 
 
@@ -190,7 +190,7 @@ def test_a_missing_package_has_an_install_hint(
     extra, use = MISSING[package]
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ConfigError, match=rf"sopdeploy\[{extra}\]"):
+    with pytest.raises(MissingPackageError, match=rf"sopdeploy\[{extra}\]"):
         use(bundle, key)
 
 

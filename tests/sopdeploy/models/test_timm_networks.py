@@ -8,7 +8,7 @@ from torch import nn
 
 from sopdeploy import create_model
 from sopdeploy.api.deployment import read_preprocess
-from sopdeploy.errors import ConfigError
+from sopdeploy.errors import ConfigError, MissingPackageError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
 
 NAMES = ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
@@ -130,7 +130,8 @@ def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(importlib, "import_module", absent)
     with pytest.raises(
-        ConfigError, match=r'timm:resnet18: timm is not installed; run: pip install "sopdeploy\[train\]"'
+        MissingPackageError,
+        match=r'timm:resnet18: timm is not installed; run: pip install "sopdeploy\[train\]"',
     ):
         create_model("timm:resnet18")
 

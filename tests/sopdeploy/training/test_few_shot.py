@@ -395,8 +395,9 @@ def test_the_interval_of_the_map_is_that_of_resampled_images():
     random = np.random.default_rng(0)
     true, scores = random.random(30) < 0.4, random.random(30)
     draws = random.multinomial(30, [1 / 30] * 30, 5)
-    expected = [average_precision(np.repeat(true, row), np.repeat(scores, row)) for row in draws]
-    assert np.allclose(resampled_precision(true, scores, draws), expected)
+    for shown in (scores, scores.round(1), np.full(30, 0.5)):  # distinct scores, some equal, all equal
+        expected = [average_precision(np.repeat(true, row), np.repeat(shown, row)) for row in draws]
+        assert np.allclose(resampled_precision(true, shown, draws), expected)
     both = np.stack([true, ~true], axis=1)
     found = MeanPrecision.of(both, np.stack([scores, 1 - scores], axis=1), 0)
     assert found.low < found.value < found.high

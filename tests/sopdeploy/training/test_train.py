@@ -13,7 +13,7 @@ import sopdeploy
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.errors import ConfigError, MissingPackageError, WeightsError
 from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.training.callbacks import CallbackList, TensorBoard
 from sopdeploy.training.recipe import Recipe
@@ -169,5 +169,5 @@ def test_a_missing_tensorboard_is_named(monkeypatch, tmp_path) -> None:
     message = (
         r'^the tensorboard logger: tensorboard is not installed; run: pip install "sopdeploy\[tensorboard'
     )
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(MissingPackageError, match=message):
         TensorBoard(tmp_path)

@@ -53,7 +53,6 @@ def classify(
         sources: One or several of: folders, tar archives, lists of paths (`.txt`), images; paths, or
             addresses that fsspec opens.
         out: Folder for the rows; an interrupted run in it continues.
-        options: The fields of `ClassifyOptions`, each as a keyword argument.
         config: TOML file with settings, as for `serve`.
         on_progress: Called with the numbers of images done and in total.
         **settings: Settings of the server that apply to decoding and inference, for example `threads=1`,
