@@ -59,10 +59,12 @@ class TrainedRun(TrainingResult):
     Attributes:
         report: The page about the run.
         previous: The run that it started from, and what was added since.
+        mistakes: The two most frequent ones: true class, predicted class, number of images.
     """
 
     report: Path
     previous: str = ""
+    mistakes: tuple[tuple[str, str, int], ...] = ()
 
 
 class PageWriter(Callback):
@@ -70,6 +72,7 @@ class PageWriter(Callback):
 
     def __init__(self, folder: Path, progress: Callback) -> None:
         self.best, self.page, self.progress = folder / "best.pt", folder / "report.html", progress
+        self.mistakes: list[tuple[str, str, int]] = []
 
     def on_train_end(self, *, run: Run, data: Split) -> None:
         """Evaluate the best network and write the page."""
@@ -78,7 +81,7 @@ class PageWriter(Callback):
         def on_image(done: int, total: int) -> None:
             self.progress.on_stage(name="report", done=done, total=total)
 
-        write_run_page(run, data, self.best, self.page, on_image)
+        self.mistakes = write_run_page(run, data, self.best, self.page, on_image)
 
 
 @expand_options
@@ -123,6 +126,7 @@ def train(
         resuming = options.resume != "never"
         folder = numbered_folder(str(loaded.project), strategy, resume=resuming) if out is None else Path(out)
         callbacks: list[Any] = []
+        page = PageWriter(folder, CallbackList(callbacks))
         if is_main_process():
             if options.tensorboard:
                 callbacks.append(TensorBoard(folder))
@@ -131,7 +135,7 @@ def train(
                 callbacks.append(stack.enter_context(ProgressBars(console)))
             if callback is not None:
                 callbacks.append(callback)
-            callbacks.append(PageWriter(folder, CallbackList(callbacks.copy())))
+            callbacks.append(page)
         result = train_recipe(
             loaded,
             folder,
@@ -144,7 +148,7 @@ def train(
     if before is not None:
         labels = read_checkpoint(result.best).labels
         text = before.changes(labels, result.train_count + result.held_out_count)
-    return TrainedRun(**dict(result), report=folder / "report.html", previous=text)
+    return TrainedRun(**dict(result), report=page.page, previous=text, mistakes=tuple(page.mistakes[:2]))
 
 
 def read_previous(source: Path) -> PreviousRun:

@@ -29,7 +29,7 @@ COMMANDS = {
     "models": ("Train", "training.models", "list the networks of the catalog, or count one"),
     "train": ("Train", "training.train", "train a network"),
     "eval": ("Train", "training.evaluate", "evaluate a checkpoint or a bundle"),
-    "runs": ("Train", "training.runs", "list runs and bundles, and which bundles are live"),
+    "runs": ("Train", "training.runs", "list runs and bundles"),
     "import": ("Train", "training.import_weights", "convert published weights to a checkpoint"),
     "reproduce": ("Train", "training.reproduce", "train the rows of a paper's table"),
     "export": ("Export", "deployment.export", "convert a checkpoint to a bundle, with a proof"),

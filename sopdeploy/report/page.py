@@ -4,15 +4,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.data.base import Split
+from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.errors import CheckpointError
+from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.prediction import predict_images
-from sopdeploy.evaluation.predictions import make_predictions
+from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import Points, bars, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
 from sopdeploy.report.pictures import show_copies, show_mistakes, show_wrong_labels
-from sopdeploy.report.predictions import describe_predictions
+from sopdeploy.report.predictions import describe_predictions, measure_predictions
 from sopdeploy.training.diagnostics import EpochRow, history_table
 from sopdeploy.training.epoch_choice import LoopResult
 from sopdeploy.training.procedure import parse_result
@@ -35,14 +36,29 @@ def write_run_page(
     best: Path,
     page: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
-) -> None:
+) -> list[tuple[str, str, int]]:
     """Write *page* about the finished *run* on *data*, whose best network is the checkpoint *best*.
 
     The network is evaluated on the held-out images; without such images, the page shows the out-of-fold
     predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
+
+    Returns the mistakes: true class, predicted class and number of images, the most frequent one first.
     """
     checkpoint = read_checkpoint(best)
     result = parse_result(checkpoint.training["procedure"])
+    images, description = data.held_out, "the held-out images"
+    if len(images):
+        if run.recipe.procedure.kind == "loop":
+            description += ", which also selected the epoch, so all scores of this section are too high"
+        model = build_classifier(checkpoint, best).to(run.strategy.device)
+        workers = run.recipe.workers
+        predicted = predict_images(model, checkpoint, images, workers=workers, on_image=on_image)
+    else:
+        images = data.train
+        description = "the training images, each predicted by a network that was fitted without it"
+        logits_NC = run.state["out_of_fold"].double().numpy()
+        predicted = make_predictions(logits_NC, images, run.labels, checkpoint.decision)
+    metrics = measure_predictions(predicted, images.labels, result.score)
     classes = ", ".join(run.labels[:_MAX_LABELS])
     if len(run.labels) > _MAX_LABELS:
         classes += f" and {len(run.labels) - _MAX_LABELS} more"
@@ -56,13 +72,16 @@ def write_run_page(
         },
         sections=[
             _describe_learning(run.position.history, result),
-            *_describe_evaluation(run, data, checkpoint, best, on_image),
+            *describe_predictions(metrics, description),
+            *_describe_decision(checkpoint),
+            *_describe_mistakes(predicted, images, checkpoint),
             *_describe_images(run, data, checkpoint),
             *_describe_course(run, checkpoint),
         ],
     )
     with writing(page, CheckpointError), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
+    return metrics.mistakes() if isinstance(metrics, ClassificationReport) else []
 
 
 def _describe_training(run: Run, best: Checkpoint, result: ProcedureResult) -> str:
@@ -139,22 +158,8 @@ def component_chart(counts: Sequence[int], caption: str) -> Figure:
     return Figure(image=bars(values, "images"), caption=f"{caption}, last epoch.")
 
 
-def _describe_evaluation(
-    run: Run, data: Split, best: Checkpoint, source: Path, on_image: Callable[[int, int], None]
-) -> Iterator[Section]:
-    """Predict the held-out images, and describe the predictions and the decision."""
-    if len(data.held_out):
-        images, description = data.held_out, "the held-out images"
-        if run.recipe.procedure.kind == "loop":
-            description += ", which also selected the epoch, so all scores of this section are too high"
-        model = build_classifier(best, source).to(run.strategy.device)
-        predicted = predict_images(model, best, images, workers=run.recipe.workers, on_image=on_image)
-    else:
-        images = data.train
-        description = "the training images, each predicted by a network that was fitted without it"
-        logits_NC = run.state["out_of_fold"].double().numpy()
-        predicted = make_predictions(logits_NC, images, run.labels, best.decision)
-    yield from describe_predictions(predicted, images.labels, description)
+def _describe_decision(best: Checkpoint) -> Iterator[Section]:
+    """List temperature and thresholds."""
     if best.decision is not None:
         rows = best.decision.rows(best.labels)
         yield Section(
@@ -162,6 +167,10 @@ def _describe_evaluation(
             text=[_DECISION],
             tables=[Table(caption="Temperature and thresholds", columns=["", ""], rows=rows)],
         )
+
+
+def _describe_mistakes(predicted: Predictions, images: LabeledImages, best: Checkpoint) -> Iterator[Section]:
+    """Show the *images* that are predicted wrongly with the greatest confidence."""
     if isinstance(predicted, list) and (mistakes := show_mistakes(predicted, images, best.preprocess)):
         yield Section(
             title="Worst mistakes",

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from sopdeploy.evaluation.metrics import ClassificationReport, classification_report
-from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
+from sopdeploy.evaluation.metrics import ClassificationReport, Rate, classification_report
+from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import Predictions
 from sopdeploy.html.plots import plot
 from sopdeploy.html.report import Figure, Section, Table, percent
@@ -12,17 +12,31 @@ _MAX_MATRIX_CLASSES = 30
 _MAX_CONFUSIONS = 15
 
 
-def describe_predictions(
-    predicted: Predictions, labels: Sequence[str], description: str
-) -> Iterator[Section]:
-    """Describe what was *predicted* for the images that *description* names, with the sorted *labels*."""
+def measure_predictions(
+    predicted: Predictions, labels: Sequence[str], score: Rate | MeanPrecision | float
+) -> ClassificationReport | MultiLabelReport:
+    """Compute the metrics of *predicted* for the sorted *labels*.
+
+    If *score*, that of the run, counts the same images, its interval is that of the accuracy, too: it takes
+    copies and folds into account.
+    """
     if isinstance(predicted, MultiLabelPredictions):
-        report = predicted.report()
-        images = f"best.pt on {report.count} images: {description}."
-        yield _describe_presence(report, images)
+        return predicted.report()
+    metrics = classification_report(labels, predicted)
+    counts = (metrics.top1.right, metrics.top1.count)
+    if isinstance(score, Rate) and (score.right, score.count) == counts:
+        metrics = metrics.model_copy(update={"top1": score})
+    return metrics
+
+
+def describe_predictions(
+    metrics: ClassificationReport | MultiLabelReport, description: str
+) -> Iterator[Section]:
+    """Describe the *metrics* of the images that *description* names."""
+    images = f"best.pt on {metrics.count} images: {description}."
+    if isinstance(metrics, MultiLabelReport):
+        yield _describe_presence(metrics, images)
     else:
-        metrics = classification_report(labels, predicted)
-        images = f"best.pt on {metrics.count} images: {description}."
         yield _describe_classes(metrics, images)
         yield _describe_calibration(metrics)
 

@@ -80,7 +80,7 @@ def test_three_rounds_with_other_classes_work_and_the_container_serves_the_last(
     assert len(set(names)) == len(ROUNDS)
     assert {path.name for path in (tmp_path / "bundles").iterdir()} == {"latest", *names}
     rows = json.loads(workspace.run("sopdeploy runs --json"))
-    assert [(row["run"], row["bundle"], row["live"]) for row in rows] == [
+    assert [(row["run"], row["bundle"], row["newest"]) for row in rows] == [
         (f"photos-{number}", names[number - 1], number == len(ROUNDS)) for number in reversed(ROUNDS)
     ]
     shutil.copytree(tmp_path / "bundles", tmp_path / "copied")  # like `cp -rL`: `latest` becomes a folder

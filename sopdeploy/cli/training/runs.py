@@ -30,7 +30,7 @@ def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
     if origin is not None:
         row |= {"run": origin.run, "date": origin.started}
         row |= {"num_images": origin.num_images, "num_classes": origin.num_classes}
-    return {**row, "bundle": "", "live": False, "problem": "", **fields}
+    return {**row, "bundle": "", "newest": False, "problem": "", **fields}
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -44,7 +44,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         cells = [
             *(shown[name] for name in _COLUMNS),
             row["bundle"],
-            "live" if row["live"] else row["problem"],
+            "newest" if row["newest"] else row["problem"],
         ]
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
@@ -54,7 +54,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 @command(_show)
 def runs_command() -> list[dict[str, Any]]:
-    """List runs and bundles, the newest first; a server of the folder `bundles` serves those that are live.
+    """List runs and bundles, the newest first; a server of `bundles` serves the newest of each project.
 
     Example: sopdeploy runs
     """
@@ -79,6 +79,6 @@ def runs_command() -> list[dict[str, Any]]:
             row = trained.get(key, _row(manifest.origin)) | {"project": manifest.project}
             row["date"] = manifest.exported_at
             exported.add(key)
-        rows.append({**row, "bundle": path.name, "live": not reason, "problem": reason})
+        rows.append({**row, "bundle": path.name, "newest": not reason, "problem": reason})
     rows += [row for key, row in trained.items() if key not in exported]
     return sorted(rows, key=lambda row: str(row["date"]), reverse=True)

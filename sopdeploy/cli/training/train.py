@@ -137,7 +137,9 @@ def _print_dry_run(
 
 
 def _print_result(result: "TrainedRun") -> None:
-    say(*result.procedure.lines(), f"{result.seconds:.0f} s in total", f"page: {result.report}")
+    mistakes = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
+    worst = [f"most frequent mistakes: {', '.join(mistakes)}"] if mistakes else []
+    say(*result.procedure.lines(), *worst, f"{result.seconds:.0f} s in total", f"page: {result.report}")
     if result.previous:
         say(result.previous)
     if result.decision is not None:

@@ -16,6 +16,7 @@ import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
+from sopdeploy.html.report import percent
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.forged import write_hollow
@@ -87,7 +88,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     Path("runs/broken").mkdir()
     Path("runs/broken/best.pt").write_bytes(b"half")
     rows = {(row["run"], row["bundle"]): row for row in listed()}
-    assert [key for key, row in rows.items() if row["live"]] == [("", pulled.name), ("photos-1", new.name)]
+    assert [key for key, row in rows.items() if row["newest"]] == [("", pulled.name), ("photos-1", new.name)]
     assert rows.keys() == {
         ("photos-1", old.name), ("photos-1", new.name), ("photos-1", "broken"), ("lights-1", ""),
         ("", pulled.name), ("broken", ""),
@@ -99,7 +100,19 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert rows["photos-1", "broken"]["problem"] == f"a copy of {new.name}"
     assert "damaged or not a checkpoint" in rows["broken", ""]["problem"]
     table = CliRunner().invoke(app, ["runs"]).stdout
-    assert all(text in table for text in ("photos-1", "lights-1", new.name, "live", "2026-01-02T10:00:00"))
+    assert all(text in table for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00"))
+
+
+def test_the_end_of_a_run_names_the_worst_confusions_and_the_page_has_its_interval(photos: Path) -> None:
+    for number in (0, 1):
+        (photos / "dark" / f"{number}.png").rename(photos / "light" / f"dark-{number}.png")
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    done = CliRunner().invoke(app, ["train", "--data", "photos", "--weights", "none", *settings])
+    assert re.search("^most frequent mistakes: [12] x light predicted as dark", done.stdout, re.MULTILINE)
+    assert "page: runs/photos-1/report.html" in done.stdout
+    top1 = read_checkpoint(Path("runs/photos-1/best.pt")).training["procedure"]["top1"]
+    page = Path("runs/photos-1/report.html").read_text(encoding="utf-8")
+    assert f"({percent(top1['low'])} to {percent(top1['high'])}), top-5" in page
 
 
 def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
