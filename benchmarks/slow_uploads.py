@@ -22,7 +22,7 @@ from pathlib import Path
 from measure import Result, report
 from PIL import Image
 
-HEAD = "POST /v1/classify HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+HEAD = "POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
 PIECE_SECONDS = 0.1
 
 

@@ -15,13 +15,14 @@ from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
     ApiKeyMiddleware,
+    OriginMiddleware,
     RequestContextMiddleware,
 )
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import CollectMetrics, CreateRegistry, Service
 from sopdeploy_service.keep import Keeper, StoreKept
 from sopdeploy_service.kept_folder import KeptFolder
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import Settings, is_loopback
 
 ROUTERS = v1.router, status.router, v2.router, web.router
 
@@ -80,5 +81,7 @@ def create_app(
         app.add_middleware(
             ApiKeyMiddleware, keys=keys, open_paths=open_paths, create_bucket_state=create_bucket_state
         )
+    elif is_loopback(settings.host):
+        app.add_middleware(OriginMiddleware, names={"localhost", settings.host})
     app.add_middleware(RequestContextMiddleware, service=service)
     return app

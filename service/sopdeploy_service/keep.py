@@ -2,7 +2,7 @@
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep, removes their
 metadata and stores them. Photographs that find the queue full are dropped, and so are those outside of the
-uniform sample that would need more than `WRITE_SHARE` of the time of a core.
+uniform sample that would need more than `WRITE_SHARE` of the time of a core; near-duplicates need none of it.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import NamedTuple, TypeAlias, get_args
@@ -21,7 +22,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid, top_indices
 from sopdeploy.errors import ImageError
 from sopdeploy.images.metadata import copy_without_metadata
-from sopdeploy.kept import MAX_KEPT_LABELS, KeptRecord, Reason, near_hash
+from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction
@@ -31,7 +32,8 @@ from sopdeploy_service.observability.metrics import Metrics
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
-WRITE_SHARE, WRITE_BURST = 0.01, 0.25  # of a core; seconds of unused time that may be spent at once
+WRITE_SHARE, WRITE_BURST = 0.01, 0.25  # of a core; seconds that may be spent at once, or owed
+RECENT_PHOTOS = 1000  # that were stored or are near-duplicates; others near them are not read again
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
@@ -109,6 +111,7 @@ class Keeper:
         self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
         self._bytes_in = self._bytes_out = 0  # of the queue; each is changed by one thread
         self._budget, self._refilled = WRITE_BURST, time.monotonic()  # seconds of the thread
+        self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
     def start(self) -> None:
@@ -167,9 +170,13 @@ class Keeper:
         now, began = time.monotonic(), time.thread_time()
         self._budget = min(WRITE_BURST, self._budget + WRITE_SHARE * (now - self._refilled))
         self._refilled = now
+        near = int(near_hash(photo.pixels), 16)
+        if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
+            return "near_duplicate"
         if self._budget <= 0:
             return "dropped"
+        self._recent.append(near)
         try:
             return keep_photo(photo, sha256, self._store)
         finally:
-            self._budget -= time.thread_time() - began
+            self._budget = max(-WRITE_BURST, self._budget - (time.thread_time() - began))

@@ -10,6 +10,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterable
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -81,7 +82,7 @@ class Settings(pydantic.BaseModel):
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: every address of this machine")
     port: Port = setting(8000, "port to listen on; 0: any free port")
 
-    max_connections: Count = setting(1000, "one more closes the longest idle connection, or gets 503")
+    max_connections: Count = setting(1000, "one more closes a slow or idle connection, or gets 503")
     keep_alive_seconds: Count = setting(65, "longer than the idle timeout of common load balancers")
     header_timeout: Seconds = setting(10.0, "seconds from the first to the last byte of a request's headers")
     write_timeout: Seconds = setting(30.0, "seconds; a client that reads nothing for so long is disconnected")
@@ -223,6 +224,14 @@ def to_toml(settings: Settings) -> str:
     for name, value in settings.model_dump(mode="json").items():
         lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}")
     return "\n".join(lines) + "\n"
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine reaches *host*."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:  # another name
+        return False
 
 
 def cores_within_quota() -> int:

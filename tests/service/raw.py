@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import httpx
 
-POST = b"POST /v1/classify HTTP/1.1\r\nHost: x\r\n"
-GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
+POST = b"POST /v1/classify HTTP/1.1\r\nHost: localhost\r\n"
+GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n"
 EXPECT = b"Expect: 100-continue\r\n"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -188,7 +189,8 @@ def offered(bundle: Bundle) -> Callable[[Keeper, bytes], None]:
 
     def offer(keeper: Keeper, body: bytes) -> None:
         prediction = Prediction(logits, 0.0, 0.0, 1, 0)
-        keeper.offer(Served, EncodedImage(body), np.zeros((32, 32, 3), np.uint8), prediction)  # type: ignore[arg-type]
+        pixels = np.random.default_rng([*body]).integers(0, 256, (32, 32, 3), np.uint8)
+        keeper.offer(Served, EncodedImage(body), pixels, prediction)  # type: ignore[arg-type]
 
     return offer
 
@@ -238,6 +240,31 @@ def test_only_the_sample_is_written_without_a_rest_of_time(offered, monkeypatch,
     keeper.start()
     keeper.stop()
     assert (count(metrics, "kept"), count(metrics, "dropped")) == (stored, 4 - stored)
+
+
+def test_near_duplicates_are_not_read_and_a_costly_photograph_delays_others_by_a_limited_time(
+    offered, monkeypatch
+) -> None:
+    clock, used, read = [0.0], [0.0], list[bytes]()
+
+    def copy(body: bytes) -> tuple[bytes, str]:
+        read.append(body)
+        used[0] += 100.0  # seconds of CPU time
+        return body, ".jpg"
+
+    times = SimpleNamespace(monotonic=lambda: clock[0], thread_time=lambda: used[0])
+    monkeypatch.setattr(keep, "time", times)
+    monkeypatch.setattr(keep, "WRITE_BURST", 0.25)
+    monkeypatch.setattr(keep, "copy_without_metadata", copy)
+    keeper, _ = make_keeper(lambda *_: "kept")
+    first, second = photos(2)
+    for body in (first, first, second):
+        offered(keeper, body)
+    queued = [keeper._photos.get() for _ in range(3)]
+    assert [keeper._keep(photo) for photo in queued] == ["kept", "near_duplicate", "dropped"]
+    clock[0] += 0.26 / keep.WRITE_SHARE
+    assert keeper._keep(queued[2]) == "kept"
+    assert read == [first, second]
 
 
 def test_a_damaged_file_and_a_bug_do_not_end_keeping(offered, caplog) -> None:

@@ -50,6 +50,7 @@ class Health(StrictModel):
     """Response of `/livez` and `/readyz`."""
 
     status: State
+    reason: str | None = None
 
 
 class SelfTest(StrictModel):

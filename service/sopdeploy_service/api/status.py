@@ -3,14 +3,16 @@
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.folder import MANIFEST, Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
 from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.errors import BundleError, ParityError
@@ -38,11 +40,22 @@ async def livez(request: Request) -> Response:
 async def readyz(request: Request) -> Response:
     """Return status 200 if the server accepts images, and 503 if it is draining, has no model or is dead.
 
-    The probes of every bundle are replayed before the server starts to listen.
+    The probes of every bundle are replayed before the server starts to listen. `reason` names a bundle whose
+    folder was deleted: a restarted process cannot load it.
     """
     service = service_of(request)
-    health = Health(status=service.state)
+    deleted = await asyncio.to_thread(list_deleted, service.registry.models())
+    reason = (
+        f"{deleted[0]}: the bundle was deleted; it is served until this process ends" if deleted else None
+    )
+    health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
+
+
+def list_deleted(models: Sequence[Model]) -> list[Path]:
+    """List the folders of the bundles of *models* that do not exist any more."""
+    paths = (Path(str(model.bundle.path)) for model in models)  # of a bundle in memory, its folder
+    return [path for path in paths if not (path / MANIFEST).is_file()]
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)

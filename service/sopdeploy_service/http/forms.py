@@ -28,6 +28,8 @@ class ImageForm:
         if not boundary:
             raise RejectedError(NO_BOUNDARY)
         parts = self._parts = _Parts(max_images)
+        self._delimiter = b"\r\n--" + boundary
+        self._preamble: bytes | None = b"\r\n"  # its end, until the first delimiter
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -43,7 +45,17 @@ class ImageForm:
             raise RejectedError(NO_BOUNDARY) from problem
 
     def feed(self, piece: bytes) -> None:
-        """Parse the next *piece* of the body; raises `RejectedError` for an invalid form."""
+        """Parse the next *piece* of the body; raises `RejectedError` for an invalid form.
+
+        Bytes before the first delimiter and after the last one are skipped (RFC 2046, section 5.1.1).
+        """
+        if self._preamble is not None:
+            piece = self._preamble + piece
+            start = piece.find(self._delimiter)
+            if start < 0:
+                self._preamble = piece[-len(self._delimiter) :]
+                return
+            self._preamble, piece = None, piece[start + 2 :]
         try:
             self._parser.write(piece)
         except FormParserError as problem:

@@ -1,4 +1,4 @@
-"""Middleware around every request: context, metrics and access log; API keys; disconnects.
+"""Middleware around every request: context, metrics and access log; foreign pages; API keys; disconnects.
 
 Plain ASGI middleware: Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
 """
@@ -11,7 +11,9 @@ import secrets
 import time
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, TypeVar, cast
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,6 +37,10 @@ MONITORING = PROBES | {METRICS_PATH}  # successful requests are logged at debug 
 
 NO_KEY = HttpError(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
+)
+
+FOREIGN = HttpError(
+    "foreign_request", 403, "without keys, this server answers only to localhost and to its own pages"
 )
 
 WATCH_AFTER_SECONDS = 0.1  # most requests end sooner and need no task that waits for a disconnect
@@ -144,6 +150,41 @@ def request_id(headers: Mapping[str, str]) -> str:
     """Return the client's `X-Request-ID` if it is valid, or a new ID of 32 hexadecimal digits."""
     given = headers.get("x-request-id", "")
     return given if VALID_ID.fullmatch(given) else f"{PROCESS_ID}{next(_NUMBERS):016x}"
+
+
+def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: bool = False) -> bool:
+    """Tell whether a browser sent a request with *headers* for a page of another host.
+
+    Browsers let every page send requests to this machine. They name the page's host in `Origin` and
+    `Sec-Fetch-Site`; of a page whose own name was made to resolve to this machine, `Host` is none of *names*
+    and no IP address. With *is_link*, links of other pages may lead here.
+    """
+    host, site = headers.get("host", "localhost"), headers.get("sec-fetch-site", "none")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if name not in names:
+            ip_address(name)
+    except ValueError:
+        return True
+    return headers.get("origin", f"http://{host}") != f"http://{host}" or not (
+        is_link or site in {"none", "same-origin"}
+    )
+
+
+@dataclass(eq=False)
+class OriginMiddleware:
+    """Rejects requests of foreign pages with 403, except those for `OPEN`; *names* are those of this host."""
+
+    app: ASGIApp
+    names: Collection[str]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] == "http" and scope["path"] not in OPEN:
+            context: RequestContext = scope["state"]["context"]
+            if is_foreign(context.headers, self.names):
+                raise RejectedError(FOREIGN)
+        await self.app(scope, receive, send)
 
 
 @dataclass(eq=False)

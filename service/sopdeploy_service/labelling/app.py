@@ -1,8 +1,7 @@
 """The server of the label page: its routes, and the requests that it refuses.
 
-Browsers let every page send requests to this server. It therefore answers only to its own names (a page of
-another host that resolves to this address has another `Host`) and only to its own page (`Origin`,
-`Sec-Fetch-Site`). On an address that other machines reach, it also demands a random key.
+It answers only to its own names and to its own page (`http.middleware.is_foreign`), and only with the random
+key of the address that it prints: other users of this machine reach it, too.
 """
 
 import secrets
@@ -11,10 +10,9 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.resources import files
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 import numpy as np
 import pydantic
@@ -27,11 +25,12 @@ from sopdeploy.config import StrictModel
 from sopdeploy.decision import softmax
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.api.web import TRUSTED_TYPES, Page
+from sopdeploy_service.http.middleware import is_foreign
 from sopdeploy_service.labelling.folders import GoneError, LabelFolders
 from sopdeploy_service.server.sockets import bind, url
 
 COOKIE = "sopdeploy-label"
-LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+MAX_BODY_BYTES = 10_000
 MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 IMAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
@@ -54,10 +53,9 @@ class Answer(StrictModel):
 
 
 class Guard:
-    """Refuses requests for other hosts, from other origins and, with a key, those without it."""
+    """Refuses requests for other hosts than *names*, from other origins, without the key, and large ones."""
 
     def __init__(self, app: ASGIApp, names: set[str], key: str) -> None:
-        """Answer to the host *names*; with a *key*, also to each IP address."""
         self.app, self.names, self.key = app, names, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,17 +64,16 @@ class Guard:
         await (refusal or self.app)(scope, receive, send)
 
     def _refuse(self, request: Request) -> Response | None:
-        headers = request.headers
-        host, navigates = headers.get("host", ""), request.method == "GET" and request.url.path == "/"
-        if not self._is_own(host):
-            return PlainTextResponse("this server has another name", 403)
-        other_site = headers.get("sec-fetch-site", "none") not in {"none", "same-origin"} and not navigates
-        if other_site or headers.get("origin", f"http://{host}") != f"http://{host}":
-            return PlainTextResponse("requests of other pages are refused", 403)
+        headers, navigates = request.headers, request.method == "GET" and request.url.path == "/"
+        if is_foreign(headers, self.names, is_link=navigates):
+            return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
         if request.method == "POST" and headers.get("content-type") != "application/json":
             return PlainTextResponse("send application/json", 415)
-        if not self.key:
-            return None
+        if (
+            request.method == "POST"
+            and int(headers.get("content-length", MAX_BODY_BYTES + 1)) > MAX_BODY_BYTES
+        ):
+            return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
         if secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), self.key.encode()):
             return None
         given = parse_qs(request.url.query).get("key", [""])[0]
@@ -86,15 +83,8 @@ class Guard:
             return response
         return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
 
-    def _is_own(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            return name in self.names or bool(self.key and ip_address(name))
-        except ValueError:  # no host, or no address
-            return False
 
-
-def create_label_app(folders: LabelFolders, names: set[str], key: str = "") -> FastAPI:
+def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAPI:
     """Create the app that labels the photographs of *folders*; `Guard` describes *names* and *key*."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     lock = threading.Lock()  # of *folders*; the routes run in threads
@@ -169,18 +159,16 @@ def run_label_server(
 ) -> LabelFolders:
     """Serve the label page on *host* and *port* until Ctrl-C or SIGTERM; return the folders.
 
-    *on_ready* receives the URL to open and the number of photographs. The URL has a random key if other
-    machines reach the address. Raises `ConfigError` if it cannot listen, and `DataError` as `LabelFolders`.
+    *on_ready* receives the URL to open, with a random key, and the number of photographs. Raises
+    `ConfigError` if it cannot listen, and `DataError` as `LabelFolders`.
     """
     folders = LabelFolders(kept, photos)
     with bind(host, port) as listener:
-        is_local = ip_address(listener.getsockname()[0]).is_loopback
-        key = "" if is_local else secrets.token_urlsafe(16)
-        names = LOOPBACK_NAMES if is_local else LOOPBACK_NAMES | {host, socket.gethostname()}
-        app = create_label_app(folders, names, key)
+        key = secrets.token_urlsafe(16)
+        app = create_label_app(folders, {"localhost", host, socket.gethostname()}, key)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")
-        on_ready(f"{address}/?key={key}" if key else address, len(folders.waiting))
+        on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
             uvicorn.Server(config).run(sockets=[listener])
     return folders

@@ -6,6 +6,7 @@ limits the bodies.
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,8 @@ MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
 LINGER_BYTES = 100_000_000
+HEADER_GRACE = 1.0  # seconds; whoever takes longer for the headers makes room for another connection
+MAX_WAITING = 64  # connections of an address in their headers, or a quarter of all; more make room at once
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queued ones is checked
 MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
@@ -48,22 +51,33 @@ UNKNOWN_CODING = HttpError(
 
 @dataclass
 class Connections:
-    """The open and idle connections of one server; used on its event loop only."""
+    """The connections of one server; used on its event loop only.
+
+    *waiting* are those whose headers are not complete, by the time since when.
+    """
 
     settings: Settings
     metrics: Metrics
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
+    waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)  # ordered by it
 
     def add(self, connection: "LimitedHttpProtocol") -> HttpError | None:
-        """Add *connection*, and close the longest idle one if there are too many.
+        """Add *connection*, and close another one if there are too many.
 
-        If none can be closed, the result is the error for *connection*.
+        This is one that has been in its headers for too long, or else the longest idle one. If none can be
+        closed, the result is the error for *connection*.
         """
         self.open[connection] = None
         self.metrics.connections.set(len(self.open))
         excess = len(self.open) - self.settings.max_connections
         if excess <= 0:
+            return None
+        slow = self._find_slow(connection.loop.time())
+        if slow is not None:
+            del self.waiting[slow]
+            self.metrics.rejected.labels(SLOW_HEADERS.code).inc()
+            slow.abort()
             return None
         if self.idle:
             longest_idle = next(iter(self.idle))
@@ -74,9 +88,27 @@ class Connections:
             connection.abort()
         return FULL
 
+    def wait(self, connection: "LimitedHttpProtocol") -> None:
+        """Note that *connection* waits for headers from now on."""
+        self.waiting.pop(connection, None)
+        self.waiting[connection] = connection.loop.time()
+
+    def _find_slow(self, now: float) -> "LimitedHttpProtocol | None":
+        """Find the connection that has been in its headers longest, if for more than `HEADER_GRACE`.
+
+        Otherwise, it is the oldest one of an address that has more than `MAX_WAITING` of them.
+        """
+        oldest = next(iter(self.waiting), None)
+        if oldest is not None and now - self.waiting[oldest] >= HEADER_GRACE:
+            return oldest
+        counts = Counter(connection.address for connection in self.waiting)
+        limit = max(MAX_WAITING, self.settings.max_connections // 4)
+        return next((other for other in self.waiting if counts[other.address] > limit), None)
+
     def remove(self, connection: "LimitedHttpProtocol") -> None:
         """Remove *connection*, which is closed."""
         self.open.pop(connection, None)
+        self.waiting.pop(connection, None)
         self.idle.pop(connection, None)
         self.metrics.connections.set(len(self.open))
 
@@ -113,6 +145,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
         self.is_closing = self.transport.is_closing
+        self.address = self.client[0] if self.client else ""
         reason = self._shared.add(self)
         if reason is not None:
             self._reject(reason)
@@ -228,6 +261,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """
         self._in_headers = False
         self._overhead_bytes = 0
+        self._shared.waiting.pop(self, None)
         self._restart_timer(None)
         hosts = [name for name, _ in self.headers].count(b"host")
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
@@ -380,6 +414,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _limit_headers(self) -> None:
         """Start the timeout of the headers of a request."""
+        self._shared.wait(self)
         self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
     def _restart_timer(self, seconds: float | None, callback: Callable[[], None] | None = None) -> None:

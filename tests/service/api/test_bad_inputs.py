@@ -174,6 +174,7 @@ BAD_FORMS = {
     "no form": (b"hello", 400, "malformed_multipart"),
     "empty body": (b"", 400, "malformed_multipart"),
     "no part": (b"--XX--\r\n", 422, "no_image"),
+    "another delimiter": (b"--YY\r\n" + PART[6:], 400, "malformed_multipart"),
     "cut in a part": (PART + b"\xff\xd8\xff", 400, "malformed_multipart"),
     "cut after a part": (PART + b"x\r\n--XX", 400, "malformed_multipart"),
     "another field": (PART.replace(b'"image"', b'"upload"') + b"x\r\n--XX--\r\n", 422, "unexpected_field"),
@@ -222,7 +223,7 @@ def test_a_bad_method_or_path_is_rejected_and_never_redirected(client):
     for status, code in ((404, "not_found"), (405, "method_not_allowed")):
         for line in BAD_PATHS[status]:
             with connect(client) as wire:
-                wire.sendall(f"{line} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                wire.sendall(f"{line} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 reply = read(wire, to_the_end=False)
             assert (reply.status, reply.code, "location" in reply.headers) == (status, code, False), line
 

@@ -1,8 +1,12 @@
 """`/v1/classify` and the status endpoints: responses, headers, parameters and metrics."""
 
 import re
+import shutil
 
 import pytest
+
+from sopdeploy.bundle.folder import keep_in_memory, open_bundle
+from sopdeploy_service.settings import Settings
 
 
 def test_a_raw_image_gives_its_classes_best_first(client, jpeg):
@@ -26,6 +30,14 @@ def labels(result):
 
 def probabilities(result):
     return [entry["probability"] for entry in result["classes"]]
+
+
+@pytest.mark.parametrize("preamble", [b"", b"\r\n", b"text of RFC 2046\r\n", b"--X\r\n-" * 2000 + b"\r\n"])
+def test_a_form_may_have_text_before_and_after_its_parts(client, jpeg, preamble):
+    part = b'--XX\r\nContent-Disposition: form-data; name="image"\r\n\r\n%b\r\n--XX--\r\nmore\r\n--XX' % jpeg
+    headers = {"Content-Type": "multipart/form-data; boundary=XX"}
+    reply = client.post("/v1/classify", content=preamble + part, headers=headers)
+    assert (reply.status_code, reply.json()) == (200, client.post("/v1/classify", content=jpeg).json())
 
 
 def test_a_form_with_several_images_gives_results_in_order(client, make_picture):
@@ -87,6 +99,17 @@ def test_health_and_info(client, bundle):
     assert (info["name"], info["bundle"], info["id"]) == ("tiny", bundle.name, bundle.manifest.id)
     assert (info["num_labels"], info["device"], info["largest_batch"]) == (7, "cpu", 4)
     assert info["preprocess"]["crop"] == 32
+
+
+def test_a_server_says_that_its_bundle_was_deleted(run_server, onnx_runtime, bundle_path, tmp_path, jpeg):
+    copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
+    with run_server(onnx_runtime, keep_in_memory(open_bundle(copy)), Settings()) as client:
+        assert client.get("/readyz").json() == {"status": "ok"}
+        shutil.rmtree(copy)
+        reply = client.get("/readyz")
+        reason = f"{copy}: the bundle was deleted; it is served until this process ends"
+        assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
 def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):

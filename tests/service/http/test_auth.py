@@ -131,6 +131,35 @@ def test_a_key_is_accepted_as_bearer_token_and_as_x_api_key(locked, keys, jpeg) 
         assert locked.post("/v1/classify", content=jpeg, headers=headers).status_code == status, headers
 
 
+FOREIGN = {
+    "a name that resolves to this address": {"host": "attacker.example"},
+    "a page of another host": {"origin": "https://attacker.example"},
+    "a page of another port": {"origin": "http://127.0.0.1:1"},
+    "an image in a page of another host": {"sec-fetch-site": "cross-site"},
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_on_loopback_without_keys_foreign_pages_are_refused(serve_with, keys, jpeg, tmp_path, case) -> None:
+    client = serve_with(FakeRuntime(num_classes=7), keep=tmp_path / "kept", keep_sample=1)
+    for method, path in (
+        ("POST", "/v1/classify"),
+        ("GET", "/metrics"),
+        ("GET", "/v1/card"),
+        ("GET", "/info"),
+    ):
+        refused = client.request(method, path, content=jpeg, headers=FOREIGN[case])
+        assert (refused.status_code, refused.json()["code"]) == (403, "foreign_request")
+    assert client.get("/readyz", headers=FOREIGN[case]).status_code == 200
+    own = {"origin": str(client.base_url).rstrip("/"), "sec-fetch-site": "same-origin"}
+    assert client.post("/v1/classify", content=jpeg, headers=own).status_code == 200
+    others = serve_with(FakeRuntime(num_classes=7), host="0.0.0.0")  # noqa: S104
+    assert others.post("/v1/classify", content=jpeg, headers=FOREIGN[case]).status_code == 200
+    with_keys = serve_with(FakeRuntime(num_classes=7), keys=keys["path"])
+    headers = {**FOREIGN[case], "x-api-key": keys["free"]}
+    assert with_keys.post("/v1/classify", content=jpeg, headers=headers).status_code == 200
+
+
 def test_metrics_can_require_a_key(serve_with, keys) -> None:
     client = serve_with(FakeRuntime(num_classes=7), keys=keys["path"], metrics_need_key=True)
     assert client.get("/metrics").status_code == 401

@@ -34,7 +34,10 @@ def form(jpeg: bytes) -> bytes:
 def tensor(_: bytes) -> bytes:
     values = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
     body = json.dumps({"inputs": [values]}).encode()
-    return b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    return (
+        b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+        + body
+    )
 
 
 REQUESTS = {

@@ -11,12 +11,13 @@ import pytest
 import uvicorn
 
 from sopdeploy.kept import KeptRecord
-from sopdeploy_service.labelling.app import LOOPBACK_NAMES, create_label_app
+from sopdeploy_service.labelling.app import COOKIE, create_label_app
 from sopdeploy_service.labelling.folders import LabelFolders
 from sopdeploy_service.server.sockets import bind, url
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
 from tests.service.conftest import picture_bytes, wait_for
 
+KEY = "c2VjcmV0LWtleQ"
 LABELS = ("hat", "shoes", "t-shirt")
 
 
@@ -64,17 +65,18 @@ def open_folders(tmp_path: Path) -> Callable[[], LabelFolders]:
 
 
 @contextmanager
-def label_server(
-    folders: LabelFolders, names: set[str] = LOOPBACK_NAMES, key: str = ""
-) -> Iterator[httpx.Client]:
-    config = uvicorn.Config(create_label_app(folders, names, key), log_config=None, access_log=False)
+def label_server(folders: LabelFolders, *, cookies: dict[str, str] | None = None) -> Iterator[httpx.Client]:
+    """A client of a label server, with the cookie of the key unless other *cookies* are given."""
+    app = create_label_app(folders, {"localhost", "desk"}, KEY)
+    config = uvicorn.Config(app, log_config=None, access_log=False)
     server = uvicorn.Server(config)
     with bind("127.0.0.1", 0) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_for(lambda: server.started)
         try:
-            with httpx.Client(base_url=url(listener), timeout=60) as client:
+            cookies = {COOKIE: KEY} if cookies is None else cookies
+            with httpx.Client(base_url=url(listener), timeout=60, cookies=cookies) as client:
                 yield client
         finally:
             server.should_exit = True

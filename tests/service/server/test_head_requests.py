@@ -44,7 +44,9 @@ def test_post_endpoints_reject_head(client, path):
 def test_no_body_precedes_the_next_response(client):
     with connect(client) as wire:
         for _ in range(3):  # the connection must stay usable
-            wire.sendall(b"HEAD / HTTP/1.1\r\nHost: x\r\n\r\nGET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+            wire.sendall(
+                b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\nGET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            )
             data = b""
             while not data.endswith(b'{"status":"ok"}'):
                 data += wire.recv(65_536)
@@ -55,7 +57,10 @@ def test_no_body_precedes_the_next_response(client):
 
 @pytest.mark.parametrize(
     ("lines", "status"),
-    [(b"HTTP/1.1\r\n\r\n", b"400"), (b"HTTP/1.1\r\nHost: x\r\nA: " + b"b" * 40_000 + b"\r\n\r\n", b"431")],
+    [
+        (b"HTTP/1.1\r\n\r\n", b"400"),
+        (b"HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 40_000 + b"\r\n\r\n", b"431"),
+    ],
 )
 def test_a_rejected_head_request_has_no_body(client, lines, status):
     with connect(client) as wire:

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.server import http_protocol
 from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
 from tests.service.raw import EXPECT, GET, POST, connect, count, read
@@ -58,7 +59,7 @@ REJECTED = {
         for value in (b"gzip, chunked", b"identity, chunked", b"x\r\nTransfer-Encoding: chunked", b",chunked")
     },
     (414, "url_too_long"): {
-        "a URL of 64 kB": b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        "a URL of 64 kB": b"GET /" + b"x" * 65_000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
     },
     (413, "too_large"): {
         "a length of 1 TB": POST + b"Content-Length: 1000000000000\r\n\r\n",
@@ -98,7 +99,7 @@ REJECTED = {
         "a chunk without a size": CHUNKED + b"hello\r\n",
         "a space in a header's name": GET + b"A b: c\r\n\r\n",
         "a zero byte in a header": GET + b"A: b\0c\r\n\r\n",
-        "an invalid URL": b"GET livez HTTP/1.1\r\nHost: x\r\n\r\n",
+        "an invalid URL": b"GET livez HTTP/1.1\r\nHost: localhost\r\n\r\n",
         "a URL with a broken host": b"GET http://[::1/a HTTP/1.1\r\n\r\n",
         "no host": b"GET /livez HTTP/1.1\r\n\r\n",
         "two hosts": GET + b"Host: y\r\n\r\n",
@@ -205,7 +206,7 @@ def test_a_client_that_does_not_read_is_disconnected(impatient, until):
     def is_disconnected() -> bool:
         impatient.get("/livez")  # wait until the server has read the previous request
         try:
-            bad.send(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+            bad.send(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
         except (ConnectionResetError, BrokenPipeError):
             return True
         except BlockingIOError:
@@ -221,7 +222,7 @@ def test_pipelined_requests_wait_and_all_are_answered(client, wire, jpeg):
     good = wire()
     paths = [b"livez", b"nowhere", b"readyz", b"v1/none"] * 250
     last = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
-    good.sendall(b"".join(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % path for path in paths) + last)
+    good.sendall(b"".join(b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in paths) + last)
     data = b""
     while piece := good.recv(65_536):
         data += piece
@@ -277,7 +278,7 @@ def test_garbage_after_a_request_does_not_affect_its_response(client, wire, jpeg
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-NOWHERE = b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n"
+NOWHERE = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
 
 
 def test_a_response_before_the_body_keeps_the_connection_if_the_body_arrives(wire):
@@ -340,7 +341,7 @@ def test_a_request_that_offers_http_2_is_served_with_its_body(wire, jpeg, chunke
 )
 def test_expect_100_gets_the_rejection_before_the_body(wire, path, headers, status):
     bad = wire()
-    bad.sendall(f"POST {path} HTTP/1.1\r\nHost: x\r\n".encode() + headers + EXPECT + b"\r\n")
+    bad.sendall(f"POST {path} HTTP/1.1\r\nHost: localhost\r\n".encode() + headers + EXPECT + b"\r\n")
     assert read(bad, to_the_end=False).status == status
 
 
@@ -366,7 +367,40 @@ def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with):
             assert read(wire, to_the_end=False).status == 200
 
 
-def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until):
+def test_a_connection_over_the_limit_ends_the_oldest_one_in_its_headers(serve_with, monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEADER_GRACE", 0.0)
+    client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
+    with ExitStack() as stack:
+        idle, *slow = [stack.enter_context(connect(client)) for _ in range(4)]
+        idle.sendall(GET + b"\r\n")
+        assert read(idle, to_the_end=False).status == 200
+        for wire in slow:
+            wire.sendall(GET)
+        for number in range(3):  # each takes the place of a slow one
+            wire = stack.enter_context(connect(client))
+            wire.sendall(GET + b"\r\n")
+            assert read(wire, to_the_end=False).status == 200
+            with suppress(ConnectionError):
+                assert slow[number].recv(1) == b""
+        idle.sendall(GET + b"\r\n")
+        assert read(idle, to_the_end=False).status == 200
+
+
+def test_an_address_with_many_connections_in_their_headers_loses_the_oldest(serve_with, monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEADER_GRACE", float("inf"))
+    monkeypatch.setattr(http_protocol, "MAX_WAITING", 3)
+    client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
+    with ExitStack() as stack:
+        wires = [stack.enter_context(connect(client)) for _ in range(5)]
+        with suppress(ConnectionError):
+            assert wires[0].recv(1) == b""
+        for wire in wires[1:]:
+            wire.sendall(GET + b"\r\n")
+            assert read(wire, to_the_end=False).status == 200
+
+
+def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until, monkeypatch):
+    monkeypatch.setattr(http_protocol, "HEADER_GRACE", float("inf"))
     client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
     with ExitStack() as stack:
         wires = [stack.enter_context(connect(client)) for _ in range(4)]
