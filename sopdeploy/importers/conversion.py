@@ -5,7 +5,7 @@ The config is matched first, then each tensor.
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -82,11 +82,13 @@ class ConvertedWeights:
     notes: tuple[str, ...] = ()
 
 
-def rename_tensors(
-    file: WeightFile, rename: Callable[[str], str] = lambda name: name
-) -> tuple[MappedTensor, ...]:
-    """Rename the tensors of *file*; by default the names stay."""
-    return tuple(MappedTensor(rename(name), (name,), tensor) for name, tensor in file.tensors.items())
+def rename_tensors(file: WeightFile, renames: Mapping[str, str] | None = None) -> tuple[MappedTensor, ...]:
+    """Replace in each tensor name of *file* the first key of *renames* that it contains; other names stay."""
+    mapped = []
+    for source, tensor in file.tensors.items():
+        old, new = next(((old, new) for old, new in (renames or {}).items() if old in source), ("", ""))
+        mapped.append(MappedTensor(source.replace(old, new, 1) if old else source, (source,), tensor))
+    return tuple(mapped)
 
 
 COUNTER = "num_batches_tracked"  # of a batch norm; without effect on inference

@@ -13,15 +13,16 @@ from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
-from sopdeploy.importers.fast_mpncov import convert_mpncov_resnet, convert_mpncov_vgg
-from sopdeploy.importers.first_order import (
+from sopdeploy.importers.gmsop import convert_gmsop
+from sopdeploy.importers.options import ImportOptions
+from sopdeploy.importers.pytorch_projects import (
     convert_cifar_resnet,
+    convert_gsop,
+    convert_mpncov_resnet,
+    convert_mpncov_vgg,
     convert_torchvision_resnet,
     convert_torchvision_vgg,
 )
-from sopdeploy.importers.gmsop import convert_gmsop
-from sopdeploy.importers.gsop import convert_gsop
-from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.timm_network import (
     TIMM_PREFIX,
     convert_efficientnet_lite,

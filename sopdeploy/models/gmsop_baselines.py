@@ -19,7 +19,7 @@ from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetC
 from sopdeploy.config import Count, FractionBelowOne
 from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
-from sopdeploy.layers.pooling.codebook import GMSOPNetVLAD
+from sopdeploy.layers.pooling.codebook import NetVLADConfig
 from sopdeploy.models.base import Classifier, Entry
 
 
@@ -82,7 +82,8 @@ class NetVLADResNet(Classifier, LowResolutionResNet):
 
     def __init__(self, config: NetVLADResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        self.pooling = GMSOPNetVLAD(self.channels, config.words)
+        # centers with small weights in the assignment (assumption: the paper does not say)
+        self.pooling = NetVLADConfig(words=config.words, alpha=0.5, centres="normal").build(self.channels)
         self.head = FusionHead(self.pooling.out_features, num_classes, norm=False, dropout=0.0)
 
 

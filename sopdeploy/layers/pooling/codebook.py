@@ -16,16 +16,6 @@ from sopdeploy.config import Count, Positive
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length
 
 
-@torch.no_grad()
-def start_at_centres(assignment: nn.Conv2d, centres_KC: Tensor, alpha: float) -> None:
-    """Set the 1x1 convolution *assignment* to w = 2 alpha c (K, C, 1, 1) and b = -alpha |c|^2 (K,).
-
-    The softmax of w x + b is that of -alpha |x - c|^2.
-    """
-    assignment.weight.copy_(2 * alpha * centres_KC[:, :, None, None])
-    assignment.get_parameter("bias").copy_(-alpha * centres_KC.square().sum(dim=1))
-
-
 class Codebook(GlobalPooling):
     """Soft assignment of positions to words: 1x1 convolution with bias, softmax over words.
 
@@ -36,45 +26,46 @@ class Codebook(GlobalPooling):
         super().__init__()
         self.alpha = config.alpha
         self.assignment = nn.Conv2d(channels, config.words, 1)
-        self.centres = nn.Parameter(torch.rand(config.words, channels))
+        shape = config.words, channels
+        normal = config.centres == "normal"
+        self.centres = nn.Parameter(torch.randn(shape) / math.sqrt(channels) if normal else torch.rand(shape))
         self.out_features = config.words * channels
         self.finish_initialization()
 
+    @torch.no_grad()
     def finish_initialization(self) -> None:
-        """Set the convolution from the centers."""
-        start_at_centres(self.assignment, self.centres, self.alpha)
+        """Set the convolution to w = 2 alpha c (K, C, 1, 1) and b = -alpha |c|^2 (K,).
+
+        The softmax of w x + b is that of -alpha |x - c|^2.
+        """
+        self.assignment.weight.copy_(2 * self.alpha * self.centres[:, :, None, None])
+        self.assignment.get_parameter("bias").copy_(-self.alpha * self.centres.square().sum(dim=1))
 
 
 class CodebookConfig(PoolingConfig):
     """`words` is K. The soft assignment starts as the softmax of -`alpha` |x - c|^2.
 
-    Assumption, because the papers print no value for these features: alpha is 0.1.
+    The centers c start at random: uniform in 0 to 1, or normal with deviation 1 / sqrt(C). Assumption,
+    because the papers print no value for these features: alpha is 0.1.
     """
 
     words: Count = 64
     alpha: Positive = 0.1
-
-
-def residual_vector(features_BCHW: Tensor, logits_BKHW: Tensor, centres_KC: Tensor) -> Tensor:
-    """Compute each word's sum of a (x - c), scaled to unit length per word, then as a whole vector (B, K C).
-
-    The shares a are the softmax over words. The sum over positions is (sum of a x) - (sum of a) c.
-    """
-    a_BKM = logits_BKHW.flatten(start_dim=2).softmax(dim=1)
-    x_BMC = features_BCHW.flatten(start_dim=2).transpose(1, 2)
-    residual_BKC = a_BKM @ x_BMC - a_BKM.sum(dim=2, keepdim=True) * centres_KC
-    return unit_length(unit_length(residual_BKC, dim=2).flatten(start_dim=1), dim=1)
+    centres: Literal["uniform", "normal"] = "uniform"
 
 
 class NetVLAD(Codebook):
-    """Pool (B, C, H, W) maps to sums of residuals to K centers (B, K C).
-
-    Each word's residuals are scaled to unit length, then the whole vector is.
-    """
+    """Pool (B, C, H, W) maps to sums of residuals to K centers (B, K C)."""
 
     def pool(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, K C)."""
-        return residual_vector(features, self.assignment(features), self.centres)
+        """Compute each word's sum of a (x - c), scaled to unit length per word, then as a whole (B, K C).
+
+        The shares a are the softmax over words. The sum over positions is (sum of a x) - (sum of a) c.
+        """
+        a_BKM = self.assignment(features).flatten(start_dim=2).softmax(dim=1)
+        x_BMC = features.flatten(start_dim=2).transpose(1, 2)
+        residual_BKC = a_BKM @ x_BMC - a_BKM.sum(dim=2, keepdim=True) * self.centres
+        return unit_length(unit_length(residual_BKC, dim=2).flatten(start_dim=1), dim=1)
 
 
 class NetVLADConfig(CodebookConfig):
@@ -113,18 +104,3 @@ class NetFVConfig(CodebookConfig):
 
     layer = NetFV
     kind: Literal["netfv"] = "netfv"
-
-
-class GMSOPNetVLAD(nn.Module):
-    """GM-SOP's NetVLAD baseline: pool (B, C, H, W) maps to normalized residuals (B, K C)."""
-
-    def __init__(self, channels: int, words: int) -> None:
-        super().__init__()
-        self.assign = nn.Conv2d(channels, words, 1)
-        self.centres = nn.Parameter(torch.randn(words, channels) / math.sqrt(channels))
-        start_at_centres(self.assign, self.centres, alpha=0.5)  # weights as large as the centers
-        self.out_features = words * channels
-
-    def forward(self, features_BCHW: Tensor) -> Tensor:
-        """Compute the residuals (B, K C), scaled to unit length per word, then as a whole vector."""
-        return residual_vector(features_BCHW, self.assign(features_BCHW), self.centres)

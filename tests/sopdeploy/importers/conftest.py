@@ -3,7 +3,7 @@
 import pytest
 
 from sopdeploy.backbones.resnet import BLOCKS
-from tests.sopdeploy.importers.released_torch import SHORT
+from tests.sopdeploy.importers.released import SHORT
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from sopdeploy.checkpoint import write_checkpoint
 from sopdeploy.cli.app import app
 from tests.attacks.test_checkpoints import checkpoint
-from tests.sopdeploy.importers.released_matconvnet import random_net, save_v73
+from tests.sopdeploy.importers.released import matconvnet, save_v73
 
 MARKER = "pwned"
 HEADER = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
@@ -39,7 +39,7 @@ def hdf5(change: Callable[[Any, Path], None]) -> Callable[[Path], None]:
     """Write a whole file and let *change* modify its groups, given the folder."""
 
     def write(file: Path) -> None:
-        save_v73(file, random_net(order=2, gated=False))
+        save_v73(file, matconvnet("srsop-resnet18"))
         with h5py.File(file, "r+") as opened:
             change(opened, file.parent)
         with file.open("r+b") as raw:

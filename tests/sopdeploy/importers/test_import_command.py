@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
-from tests.sopdeploy.importers.released_torch import CifarResNet, prefixed, settled
+from tests.sopdeploy.importers.released import prefixed, state_of
 
 
 def run(*arguments: str) -> Any:
@@ -19,9 +19,7 @@ def run(*arguments: str) -> Any:
 
 
 def small(folder: Path) -> Path:
-    torch.manual_seed(0)
-    state = settled(CifarResNet(1)).state_dict()
-    torch.save({"state_dict": prefixed(state), "best_prec1": 90.0}, folder / "small.th")
+    torch.save({"state_dict": prefixed(state_of("cifar A")), "best_prec1": 90.0}, folder / "small.th")
     return folder / "small.th"
 
 

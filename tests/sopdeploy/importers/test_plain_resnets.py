@@ -17,15 +17,16 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.importers import first_order
-from tests.sopdeploy.importers.released_torch import (
+from sopdeploy.importers import pytorch_projects
+from tests.sopdeploy.importers.released import (
     SHORT,
-    CifarResNet,
-    assert_same_logits,
+    assert_logits,
+    assert_released_logits,
+    images_of,
     imported,
     prefixed,
-    random_images,
     settled,
+    state_of,
 )
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -34,7 +35,6 @@ HUB = {"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0
 
 @functools.cache
 def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
-    torch.manual_seed(0)
     return settled(TorchvisionResNet(BasicBlock, list(SHORT), num_classes=classes))
 
 
@@ -50,15 +50,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def narrow_resnet8() -> torch.nn.Module:
-    torch.manual_seed(0)
-    return settled(CifarResNet(1, base=8, classes=5))
-
-
 @pytest.fixture
 def narrow(tmp_path: Path) -> Path:
     """Save the weights of a narrow CIFAR ResNet-8 with five classes."""
-    torch.save(narrow_resnet8().state_dict(), tmp_path / "a.th")
+    torch.save(state_of("cifar A narrow"), tmp_path / "a.th")
     return tmp_path / "a.th"
 
 
@@ -73,7 +68,8 @@ def test_torchvision_weights_give_the_same_logits(
     network, file = copy.deepcopy(torchvision_resnet18()).to(dtype), tmp_path / "weights"
     save(network.state_dict(), file)
     ours, report = imported(file, "resnet18")
-    assert_same_logits(ours, network, random_images(64))
+    with torch.no_grad():
+        assert_logits(ours, network.double()(images_of(64)), images_of(64))
     assert (report.project, report.preprocess.resize, report.preprocess.crop) == ("torchvision", 256, 224)
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
 
@@ -85,8 +81,8 @@ def test_torchvision_weights_give_the_same_logits(
 def test_torchvision_files_are_identified_by_their_hash(
     monkeypatch: pytest.MonkeyPatch, depth: int, digest: str, resize: int
 ) -> None:
-    monkeypatch.setattr(first_order, "sha256", lambda path: digest + "0" * 56)
-    found, notes = first_order.published_preprocess(f"resnet{depth}", Path("a.pth"))
+    monkeypatch.setattr(pytorch_projects, "sha256", lambda path: digest + "0" * 56)
+    found, notes = pytorch_projects.published_preprocess(f"resnet{depth}", Path("a.pth"))
     assert (found.resize, found.crop, found.interpolation) == (resize, 224, "bilinear")
     assert notes[0].startswith("preprocessing of torchvision's")
 
@@ -105,13 +101,13 @@ def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refuse
 
 @pytest.mark.parametrize("beside", [True, False])
 def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) -> None:
-    torch.manual_seed(0)
     network, file = settled(timm.create_model("test_resnet", num_classes=5)), tmp_path / "model.safetensors"
     safetensors.torch.save_file(network.state_dict(), file)
     if beside:
         write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
     ours, report = imported(file, "timm:test_resnet")
-    assert_same_logits(ours, network, random_images(64))
+    with torch.no_grad():
+        assert_logits(ours, network.double()(images_of(64)), images_of(64))
     rules, stored = report.preprocess, timm.get_pretrained_cfg("test_resnet")
     side = stored.input_size[-1]
     expected = (320, 288, "bicubic") if beside else (int(side / stored.crop_pct), side, stored.interpolation)
@@ -130,16 +126,16 @@ def test_a_file_of_another_network_names_the_network_of_timm_that_it_fits(tmp_pa
     assert str(error.value) == f"{file}: does not fit {model}; {fits}"
 
 
-@pytest.mark.parametrize(("blocks", "option", "base"), [(1, "A", 16), (3, "A", 8), (1, "B", 8)])
-def test_cifar_weights_give_the_same_logits(tmp_path: Path, blocks: int, option: str, base: int) -> None:
-    torch.manual_seed(0)
-    network = settled(CifarResNet(blocks, option, base))
-    torch.save({"state_dict": prefixed(network.state_dict()), "best_prec1": 91.7}, tmp_path / "a.th")
-    ours, report = imported(tmp_path / "a.th", f"resnet{6 * blocks + 2}")
-    assert_same_logits(ours, network, random_images(32))
+@pytest.mark.parametrize(
+    ("released", "model"), [("cifar A", "resnet8"), ("cifar A 20", "resnet20"), ("cifar B", "resnet8")]
+)
+def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model: str) -> None:
+    torch.save({"state_dict": prefixed(state_of(released)), "best_prec1": 91.7}, tmp_path / "a.th")
+    ours, report = imported(tmp_path / "a.th", model)
+    assert_released_logits(ours, released)
     assert (report.preprocess.resize, report.preprocess.crop, report.labels) == (32, 32, "CIFAR-10")
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
-    assert report.config["shortcut"] == ("pad" if option == "A" else "projection")
+    assert report.config["shortcut"] == ("projection" if released == "cifar B" else "pad")
 
 
 @pytest.mark.usefixtures("short")
@@ -166,7 +162,7 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    state = narrow_resnet8().state_dict() | change
+    state = state_of("cifar A narrow") | change
     torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / "a.th")
     with pytest.raises(WeightsError, match=message):
         imported(tmp_path / "a.th", "resnet8")

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.training import configure
-from sopdeploy.backbones.resnet import BLOCKS
 from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.data.sources import open_data
@@ -32,10 +31,10 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import InitialModel, complete_preprocess, create_initial_model
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.importers.released_torch import BASE, ResNet
 from tests.sopdeploy.training.runs import short_recipe
 from tests.sopdeploy.training.weight_server import WeightServer, weight_server
 
+BASE = 16  # channels of the first stage
 LABELS = ("cup", "dog", "leaf")
 ONE_PROCESS = Strategy(torch.device("cpu"))
 RESNET18 = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.value
@@ -51,7 +50,7 @@ def content_of(network: torch.nn.Module) -> bytes:
 def resnet18() -> bytes:
     """The bytes of a file with torchvision's layout for a narrow ResNet-18, with random weights."""
     torch.manual_seed(1)
-    return content_of(ResNet(BLOCKS[18], classes=1000))
+    return content_of(create_model("resnet18", num_classes=1000, base_width=BASE))
 
 
 @pytest.fixture

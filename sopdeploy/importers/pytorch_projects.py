@@ -1,0 +1,311 @@
+"""Importers of PyTorch projects: networks of torchvision, ResNets for CIFAR, fast-MPN-COV and GSoP.
+
+`RENAMES` maps the tensor names of a project to ours. fast-MPN-COV publishes files with torchvision's names
+and `layer_reduce`; its training checkpoints number the parts. GSoP's training script saves torchvision's
+names and those of the blocks inside the last bottleneck of a stage.
+"""
+
+import importlib
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from sopdeploy.backbones.resnet import BLOCKS, STAGES
+from sopdeploy.errors import WeightsError
+from sopdeploy.files import sha256
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.conversion import (
+    ConvertedWeights,
+    MappedTensor,
+    WeightFile,
+    rename_tensors,
+    row_wise_order,
+    triangle_side,
+)
+from sopdeploy.importers.timm_network import FROM_HUB_CONFIG, read_hub_config
+from sopdeploy.models.gsop import RELEASED
+from sopdeploy.models.registry import CATALOG
+
+RENAMES: dict[str, dict[str, str]] = {  # by project: a part of a tensor's name, and ours
+    "fast-MPN-COV": {
+        "features.0.": "conv1.",
+        "features.1.": "bn1.",
+        **{f"features.{stage + 3}.": f"layer{stage}." for stage in range(1, 5)},
+        "features.8.": "pooling.layer_reduce.",
+        "features.9.": "pooling.layer_reduce_bn.",
+        "representation.conv_dr_block.0.": "pooling.layer_reduce.",
+        "representation.conv_dr_block.1.": "pooling.layer_reduce_bn.",
+        "layer_reduce": "pooling.layer_reduce",
+        "classifier.": "fc.",
+    },
+    "VGG-16": {
+        "representation.conv_dr_block.0.": "pooling.layer_reduce.",
+        "representation.conv_dr_block.1.": "pooling.layer_reduce_bn.",
+        "features.": "layers.",
+    },
+    "GSoP": {
+        "layer_reduce": "pooling.layer_reduce",
+        ".conv_for_DR.": ".attention.channel.reduction.0.",
+        ".bn_for_DR.": ".attention.channel.reduction.1.",
+        ".row_bn.": ".attention.channel.excitation.row_bn.",
+        ".row_conv_group.": ".attention.channel.excitation.row_conv.",
+        ".fc_adapt_channels.": ".attention.channel.excitation.conv.",
+        ".conv_for_DR_spatial.": ".attention.position.reduction.0.",
+        ".bn_for_DR_spatial.": ".attention.position.reduction.1.",
+        ".row_bn_for_spatial.": ".attention.position.excitation.row_bn.",
+        ".row_conv_group_for_spatial.": ".attention.position.excitation.row_conv.",
+        ".fc_adapt_channels_for_spatial.": ".attention.position.excitation.conv.",
+        ".dilate_conv_for_concat1.": ".attention.fusion.conv_channel.",
+        ".dilate_conv_for_concat2.": ".attention.fusion.conv_position.",
+        ".bn_for_concat.": ".attention.fusion.bn.",
+    },
+    "pytorch_resnet_cifar10": {"linear.": "fc.", ".shortcut.": ".downsample."},
+}
+_TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN", "gap": "average pooling"}
+CIFAR_SIDE = 32
+VGG_CONVOLUTIONS, VGG_CHANNELS = 13, 512
+VGG_FLATTENED = 512 * 7 * 7
+SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
+
+
+def resnet_depth(path: Path, names: Collection[str]) -> int:
+    """Find the depth of the ResNet with the tensors *names*; raises `WeightsError`."""
+    counts = tuple(
+        len({name.split(".")[1] for name in names if name.startswith(f"{stage}.")}) for stage in STAGES
+    )
+    basic = "layer1.0.conv3.weight" not in names
+    for depth, blocks in BLOCKS.items():
+        if blocks == counts and (depth in {18, 34}) == basic:
+            return depth
+    kind = "basic blocks" if basic else "bottlenecks"
+    raise WeightsError(
+        f"{path}: a ResNet of {counts} {kind} is not in the catalog; `sopdeploy models` lists the networks"
+    )
+
+
+def name_network(family: str, depth: int, other: int) -> str:
+    """Name the network of *family* with *depth* layers: in the catalog, or as an option of *other* layers."""
+    name = f"{family}{depth}"
+    return name if name in CATALOG else f"{family}{other} --option depth={depth}"
+
+
+def published_preprocess(name: str, path: Path) -> tuple[Preprocess, tuple[str, ...]]:
+    """Find the preprocessing of a weight file of torchvision's network *name*, with a note on its origin.
+
+    torchvision publishes some networks twice, with different preprocessing; its file names end in the first
+    eight digits of the SHA-256. For other files the config.json of timm's hub next to the file applies, or
+    else, without a note, the usual resize to 256 and crop of 224.
+    """
+    digest = sha256(path)
+    models = importlib.import_module("torchvision.models")
+    for weights in models.get_model_weights(name) if name in models.list_models() else ():
+        if weights.url.endswith(f"-{digest[:8]}.pth"):
+            preprocess = Preprocess.from_torchvision(weights.transforms())
+            return preprocess, (f"preprocessing of torchvision's {weights}",)
+    config = read_hub_config(path)
+    return (Preprocess.from_timm(config), (FROM_HUB_CONFIG,)) if config else (Preprocess(), ())
+
+
+def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert a ResNet of torchvision, whose names timm's plain ResNets have; None for other files."""
+    if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
+        return None
+    depth = resnet_depth(file.path, file.tensors)
+    preprocess, notes = published_preprocess(f"resnet{depth}", file.path)
+    return ConvertedWeights(
+        description=f"ResNet-{depth} of torchvision",
+        model=name_network("resnet", depth, 50),
+        tensors=rename_tensors(file),
+        num_classes=len(file.tensor("fc.weight")),
+        preprocess=preprocess,
+        required={"depth": depth, "pooling.kind": "gap"},
+        detected={"base_width": len(file.tensor("conv1.weight"))},
+        labels="imagenet",
+        notes=notes,
+    )
+
+
+def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert a ResNet of fast-MPN-COV with iSQRT-COV, B-CNN or average pooling; None for other files.
+
+    Such a file has `layer_reduce` or numbered parts. The stride of conv5_x is 1 with a reduction, or follows
+    from `arch`: 1 for `mpncovresnet50`, 2 for a `resnet50` trained with the pooling; else the user sets it.
+    """
+    published = {"layer4.0.conv1.weight", "layer_reduce.weight"} <= file.tensors.keys()
+    if not published and "features.4.0.conv1.weight" not in file.tensors:
+        return None
+    mapped = rename_tensors(file, RENAMES["fast-MPN-COV"])
+    renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
+    depth = resnet_depth(file.path, renamed.tensors)
+    channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
+    classes, length = renamed.tensor("fc.weight").shape
+    pooling = detect_pooling(renamed, channels, length)
+    kind = str(pooling["pooling.kind"])
+    reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
+    stride = 1 if reduced else {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
+    reason = (
+        f"its arch ({file.arch or 'missing'}) does not determine the stride of conv5_x, which is 1 for "
+        f"mpncovresnet{depth} and 2 for resnet{depth}"
+    )
+    option = " --option pooling=bcnn" if kind == "bcnn" else ""
+    return ConvertedWeights(
+        description=f"{_TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
+        model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, 50) + option,
+        tensors=mapped,
+        num_classes=classes,
+        preprocess=Preprocess(),
+        required={"depth": depth, "pooling.kind": kind},
+        detected={"base_width": len(renamed.tensor("conv1.weight")), **pooling}
+        | ({} if stride is None else {"conv5_stride": stride}),
+        undetermined={"conv5_stride": reason} if stride is None else {},
+        labels="imagenet",
+    )
+
+
+def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str, str | int]:
+    """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
+    reduction = renamed.tensors.get("pooling.layer_reduce.weight")
+    width = channels if reduction is None else len(reduction)
+    if triangle_side(length) == width:
+        return {"pooling.kind": "isqrt", "pooling.width": width}
+    if reduction is None and length in {channels, channels**2}:
+        return {"pooling.kind": "gap" if length == channels else "bcnn"}
+    raise WeightsError(
+        f"{renamed.path}: no supported pooling maps {width} channels to the {length} inputs of the classifier"
+        " (compact bilinear pooling is not supported: its random parts are not stored)"
+    )
+
+
+def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert VGG-16 of torchvision, whose classifier reads a flattened map; None for other files."""
+    batch_norm = "features.1.running_mean" in file.tensors
+    if _linear_inputs(file) != VGG_FLATTENED or "features.0.weight" not in file.tensors:
+        return None
+    convolutions = [name for name, tensor in file.tensors.items() if tensor.dim() == 4]
+    if len(convolutions) != VGG_CONVOLUTIONS:
+        raise WeightsError(
+            f"{file.path}: a VGG with {len(convolutions)} convolutions; the catalog has only VGG-16, with 13"
+        )
+    preprocess, notes = published_preprocess("vgg16_bn" if batch_norm else "vgg16", file.path)
+    return ConvertedWeights(
+        description=f"VGG-16 of torchvision, {'with' if batch_norm else 'without'} batch norm",
+        model="vgg16-bn" if batch_norm else "vgg16",
+        tensors=rename_tensors(file, RENAMES["VGG-16"]),
+        num_classes=len(file.tensor("classifier.6.weight")),
+        preprocess=preprocess,
+        required={"pooling.kind": "flatten", "classifier": "mlp"},
+        detected={"batch_norm": batch_norm},
+        labels="imagenet",
+        notes=notes,
+    )
+
+
+def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert VGG-16 of fast-MPN-COV, with batch norm and iSQRT-COV or B-CNN; None for other files."""
+    length = _linear_inputs(file)
+    if not length or not {"features.1.running_mean", "features.3.weight"} <= file.tensors.keys():
+        return None
+    mapped = rename_tensors(file, RENAMES["VGG-16"])
+    renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
+    linear = "classifier.weight" in file.tensors
+    pooling = detect_pooling(renamed, VGG_CHANNELS, length)
+    kind = str(pooling["pooling.kind"])
+    return ConvertedWeights(
+        description=f"{_TITLES[kind]} on VGG-16 of fast-MPN-COV",
+        model=f"vgg16-bn --option pooling={kind}",
+        tensors=mapped,
+        num_classes=len(file.tensor("classifier.weight" if linear else "classifier.6.weight")),
+        preprocess=Preprocess(),
+        required={"pooling.kind": kind},
+        detected=pooling | {"classifier": "linear" if linear else "mlp"},
+        labels="imagenet",
+    )
+
+
+def _linear_inputs(file: WeightFile) -> int:
+    """Return the number of inputs of the first linear layer of a VGG's classifier; 0 for other files."""
+    weights = (file.tensors.get(f"classifier{layer}.weight") for layer in ("", ".0"))
+    return next((weight.shape[1] for weight in weights if weight is not None and weight.dim() == 2), 0)
+
+
+def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert a ResNet of pytorch_resnet_cifar10, with 6n + 2 layers; None for other files."""
+    sources = file.tensors.keys()
+    known = {"conv1.weight", "layer3.0.conv1.weight", "linear.weight"} <= sources
+    if not known or any(source.startswith("layer4.") for source in sources):
+        return None
+    depth = 6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")}) + 2
+    projects = any(".shortcut." in source for source in sources)
+    return ConvertedWeights(
+        description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
+        model=name_network("resnet", depth, 20),
+        tensors=rename_tensors(file, RENAMES["pytorch_resnet_cifar10"]),
+        num_classes=len(file.tensor("linear.weight")),
+        preprocess=Preprocess(resize=CIFAR_SIDE, crop=CIFAR_SIDE),
+        required={"depth": depth, "pooling.kind": "gap"},
+        detected={
+            "base_width": len(file.tensor("conv1.weight")),
+            "shortcut": "projection" if projects else "pad",
+        },
+        labels="cifar10",
+    )
+
+
+def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert GSoP-Net1 or GSoP-Net2, whose triangle vectors are column by column; None for other files.
+
+    Fusion by sum and by maximum have the same tensors, so the user must choose.
+    """
+    if not any(".conv_for_DR" in name for name in file.tensors):
+        return None
+    depth = resnet_depth(file.path, file.tensors)
+    reduction = file.tensors.get("layer_reduce.weight")
+    detected = {"base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
+    tensors = rename_tensors(file, RENAMES["GSoP"])
+    if reduction is None:
+        detected["final_pooling"] = "gap"
+    else:
+        width = len(reduction)
+        detected |= {"final_pooling": "isqrt", "final_width": width}
+        if triangle_side(file.tensor("fc.weight").shape[1]) != width:
+            raise WeightsError(f"{file.path}: fc.weight does not fit the triangle of {width} channels")
+        tensors = tuple(_make_row_wise(mapped, width) for mapped in tensors)
+    net, attention = 1 if reduction is None else 2, detected.get("attention")
+    return ConvertedWeights(
+        description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
+        model=name_network(f"gsop-net{net}-resnet", depth, 50),
+        tensors=tensors,
+        num_classes=len(file.tensor("fc.weight")),
+        preprocess=Preprocess(),
+        required={"depth": depth, "final_pooling": detected["final_pooling"]},
+        detected=detected,
+        defaults=RELEASED,
+        undetermined={} if attention else {"attention": SUM_OR_MAXIMUM},
+        labels="imagenet",
+    )
+
+
+def _make_row_wise(mapped: MappedTensor, width: int) -> MappedTensor:
+    """Permute the classifier from column-wise to row-wise triangles of *width* channels."""
+    if mapped.name != "fc.weight":
+        return mapped
+    return mapped._replace(tensor=mapped.tensor.index_select(1, row_wise_order(width)))
+
+
+def _block_config(file: WeightFile) -> dict[str, Any]:
+    """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors."""
+    reductions = [name for name in file.tensors if ".conv_for_DR" in name and name.endswith(".weight")]
+    parts = {name.split(".")[2] for name in file.tensors if name.startswith("layer") and name.count(".") > 2}
+    config: dict[str, Any] = {
+        "cov_width": len(file.tensor(reductions[0])),
+        "block_stages": sorted({name.partition(".")[0] for name in reductions}),
+    }
+    for name in file.tensors:
+        if name.endswith(".row_bn_for_spatial.weight"):
+            config["position_side"] = math.isqrt(len(file.tensor(name)))
+    if "dilate_conv_for_concat1" in parts:
+        config["attention"] = "concatenation"
+    elif not {"conv_for_DR", "conv_for_DR_spatial"} <= parts:  # both halves without it: sum or maximum
+        config["attention"] = "channel" if "conv_for_DR" in parts else "position"
+    return config
