@@ -84,7 +84,7 @@ def missing_extras() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = error.name or ""
-        package = {"sklearn": "scikit-learn", "markupsafe": "jinja2"}.get(module, module.replace("_", "-"))
+        package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
         requirement = re.compile(rf"{re.escape(package)}\b(?!-).*\bextra == ['\"]([\w-]+)")
         extras = [match[1] for match in map(requirement.match, metadata.requires("sopdeploy") or []) if match]
         if not package or not extras:
