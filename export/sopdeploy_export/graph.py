@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from string import ascii_letters
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from onnxscript.rewriter.rules.common import _fuse_relus_clips, _no_op
 from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.backbones.base import Backbone
@@ -51,8 +53,8 @@ OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
 INPUT = "images"
 EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
 EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
-# How torch.export says that code depends on the batch size, with the condition if it names one.
-BATCH_GUARD = re.compile(r"generated guard (?P<guard>[^\n]*)|to be a constant|marked \w+ as dynamic")
+# How torch.export says that code depends on the batch size.
+BATCH_GUARD = re.compile(r"generated guard|to be a constant|marked \w+ as dynamic")
 NETWORK_PREFIX = "network."  # the attribute of `Deployed` that holds the network
 REJECTED = frozenset({"Loop", "If", "Scan", "SequenceMap", "NonZero", "Optional"})
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -197,7 +199,8 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
     images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
     # torch prints part of the graph on failure, and leaves tensors without values in caches
-    with capturing(), redirect_stderr(io.StringIO()), preserved(deployed), warnings.catch_warnings():
+    quiet = redirect_stderr(io.StringIO())
+    with capturing(), SymbolicForms(), quiet, preserved(deployed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about caches that forward assigns
         for _, module in modules(deployed):
             if isinstance(module, ExportHints):
@@ -211,7 +214,8 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     Raises `LoweringError` if torch cannot do this, or if the program does not accept the whole range.
     """
     with capturing():
-        _pool_by_mean(program)
+        _simplify_pooling(program)
+        _name_all_axes(program)
         program = program.run_decompositions({})
     if batch.maximum == 1:
         return program
@@ -230,17 +234,87 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     return program
 
 
-def _pool_by_mean(program: ExportedProgram) -> None:
-    """Replace average pooling to one position in *program* by the mean that ATen computes for it, in place.
+def _simplify_pooling(program: ExportedProgram) -> None:
+    """Write pooling in *program*, in place, in forms that all runtimes read alike.
 
-    After the mean, ATen restores the strides of a map in channels-last layout with `as_strided`
-    (AdaptiveAveragePooling.cpp). torch-tensorrt cannot convert that, and ONNX needs five operators for it.
+    Average pooling to one position becomes the mean that ATen computes for it. After the mean, ATen restores
+    the strides of a map in channels-last layout with `as_strided` (AdaptiveAveragePooling.cpp), which
+    torch-tensorrt cannot convert, and ONNX needs five operators for it. Pooling with `ceil_mode` loses it if
+    ATen leaves out every window that begins behind the map, which the shapes of ONNX include.
     """
-    pooling = torch.ops.aten.adaptive_avg_pool2d.default
-    for node in program.graph.find_nodes(op="call_function", target=pooling):
+    aten = torch.ops.aten
+    for node in program.graph.find_nodes(op="call_function", target=aten.adaptive_avg_pool2d.default):
         if node.args[1] == [1, 1]:
-            node.target, node.args = torch.ops.aten.mean.dim, (node.args[0], [-1, -2], True)
+            node.target, node.args = aten.mean.dim, (node.args[0], [-1, -2], True)
+    for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
+        if len(node.args) > 5 and node.args[5]:
+            x, *options = node.args[:5]
+            whole = torch.empty(x.meta["val"].shape[1:], device="meta")
+            if aten.max_pool2d(whole, *options).shape[1:] == node.meta["val"].shape[2:]:
+                node.args = (x, *options)
     program.graph_module.recompile()
+
+
+def _name_all_axes(program: ExportedProgram) -> None:
+    """Replace the ellipsis in `einsum` by labels, in place; ONNX Runtime does not accept every form of it."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.einsum.default):
+        text, arrow, result = node.args[0].replace(" ", "").partition("->")
+        if "..." not in text:
+            continue
+        result = (
+            result
+            if arrow
+            else "..." + "".join(sorted(x for x in set(text) - set(",.") if text.count(x) == 1))
+        )
+        free, most = [letter for letter in ascii_letters if letter not in text], ""
+        terms = text.split(",")
+        for i, (term, operand) in enumerate(zip(terms, node.args[1], strict=True)):
+            labels = "".join(reversed(free[: operand.meta["val"].ndim - len(term.replace("...", ""))]))
+            terms[i], most = term.replace("...", labels), max(most, labels, key=len)
+        equation = f"{','.join(terms)}->{result.replace('...', most)}"
+        node.args = (equation, *node.args[1:])
+    program.graph_module.recompile()
+
+
+class SymbolicForms(TorchFunctionMode):
+    """Replaces functions whose result torch.export finds for one batch size only, by views and `gather`.
+
+    These are `chunk` and `split` of the batch, as after `cat([x, x.flip(3)])`, and `take_along_dim`.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the other form of *function*, if there is one."""
+        del types
+        form = {"chunk": _chunk, "split": _split, "take_along_dim": _take_along}.get(
+            getattr(function, "__name__", ""), function
+        )
+        return (form if args and isinstance(args[0], Tensor) else function)(*args, **(kwargs or {}))
+
+
+def _chunk(x: Tensor, chunks: int, dim: int = 0) -> Any:
+    if is_batch_axis(x, dim) and x.shape[0] % chunks == 0:
+        return x.view(chunks, -1, *x.shape[1:]).unbind(0)
+    return x.chunk(chunks, dim)
+
+
+def _split(x: Tensor, size: Any, dim: int = 0) -> Any:
+    if is_batch_axis(x, dim) and not isinstance(size, list | tuple) and x.shape[0] % size == 0:
+        return x.view(-1, size, *x.shape[1:]).unbind(0)
+    return x.split(size, dim)  # type: ignore[no-untyped-call]
+
+
+def is_batch_axis(x: Tensor, dim: int) -> bool:
+    """Return whether *dim* is the first axis of *x*, and *x* no weight."""
+    return dim in (0, -x.ndim) and not isinstance(x, nn.Parameter)
+
+
+def _take_along(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    if dim is None:
+        return torch.take_along_dim(x, indices)
+    x, indices = x.movedim(dim, -1), indices.movedim(dim, -1)
+    shape = torch.broadcast_shapes(x.shape[:-1], indices.shape[:-1])  # type: ignore[no-untyped-call]
+    found = x.expand(*shape, x.shape[-1]).gather(-1, indices.expand(*shape, indices.shape[-1]))
+    return found.movedim(-1, dim)
 
 
 @contextmanager
@@ -267,8 +341,8 @@ def capturing() -> Iterator[None]:
 def _capture_problem(error: Exception) -> str:
     """Describe an *error* of torch.export."""
     text = "\n".join(str(cause) for cause in (error, error.__cause__, error.__context__) if cause is not None)
-    if match := BATCH_GUARD.search(text):
-        return f"its code treats some batch sizes differently ({match['guard'] or 'it fixes the size'})"
+    if BATCH_GUARD.search(text):
+        return "its code treats some batch sizes differently, or fixes the size; every size needs one graph"
     return first_line(error)
 
 

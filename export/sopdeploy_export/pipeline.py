@@ -38,7 +38,7 @@ from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision
-from sopdeploy_export.proof.batch import find_mixing
+from sopdeploy_export.proof.batch import NO_RULE, find_mixing
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify
 from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
 from sopdeploy_export.report.page import render_model_card, render_report
@@ -187,11 +187,10 @@ def certify_onnx(
                 f"the ONNX graph of the {role} network differs from that of the detached network"
             )
     if mixing and not options.allow_batch_dependence:
-        raise LoweringError(
-            f"the outputs for an image may depend on its batch: {mixing[0]} combines images, or uses their "
-            "number or positions",
-            remedies={"allow_batch_dependence": True},
-        )
+        problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
+        if mixing[0].startswith(NO_RULE):
+            problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
+        raise LoweringError(problem, remedies={"allow_batch_dependence": True})
     roots = proof.certificate.roots.model_copy(update={"onnx": root})
     return proof.certificate.model_copy(update={"roots": roots, "mixes_images": mixing})
 

@@ -256,7 +256,11 @@ def unwritten(network: nn.Module) -> Iterator[None]:
     after = read_state(network)
     for path, leaf in before.items():
         if isinstance(leaf, Identity) and isinstance(leaf.value, Tensor) and after.get(path) != leaf:
-            raise LoweringError(f"the network writes to {path} while it runs; {STATELESS}")
+            scaled = (
+                getattr(dict(modules(network)).get(path.rpartition(".")[0]), "max_norm", None) is not None
+            )
+            remedy = ": scale its rows once, and set max_norm to None" if scaled else ""
+            raise LoweringError(f"the network writes to {path} while it runs; {STATELESS}{remedy}")
 
 
 def held_tensors(network: nn.Module) -> dict[str, Tensor]:

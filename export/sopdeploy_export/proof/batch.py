@@ -2,10 +2,10 @@
 
 Every value has at most one batch axis, of `outer * batch * inner` rows: row r belongs to the image
 `r // inner % batch`. A table has one rule for each operator, which says where this axis is in the results. An
-operator without a rule, or to which its rule does not apply, mixes images. Shapes, and numbers computed from
-them, are evaluated for three batch sizes: every size must be constant or a multiple of the batch, and a
-number that depends on the batch size is used as a size, never as data. The number of an image in its batch
-selects the rows of this image, and nothing else.
+operator to which its rule does not apply mixes images; one without a rule may mix them. Shapes, and numbers
+computed from them, are evaluated for three batch sizes: every size must be constant or a multiple of the
+batch, and a number that depends on the batch size is used as a size, never as data. The number of an image in
+its batch selects the rows of this image, and nothing else.
 
 The proof covers all contents of the images, also those that no probe has, and batches of at most
 `_BATCHES[-1]` images. It assumes that the runtime implements the operators as ONNX defines them.
@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import onnx
@@ -36,17 +36,7 @@ class Place(NamedTuple):
     inner: int | None = None
 
 
-class Index(NamedTuple):
-    """The numbers of image i are integers from i `step` + `low` to i `step` + `high`."""
-
-    step: int
-    low: int
-    high: int
-
-
 _NONE = Place()
-NUMBER_OF_IMAGE = Index(1, 0, 0)  # the number of the image
-FIRST_COLUMN = Index(1, -1, -1)  # only the first of the last axis is the number of the image
 
 
 class MixesError(Exception):
@@ -64,14 +54,14 @@ class TracedValue:
     """What is known of a value; `mixed` names the operators through which it depends on other images.
 
     `shapes` is empty if unknown. `contents` exist for values that depend on sizes only, for each batch size.
-    `index` tells which integers the numbers of each image are, if it is known.
+    `counts` tells which numbers are the number of the image in its batch: all, or the first of the last axis.
     """
 
     type: int = 0
     shapes: Shapes = ()
     contents: Sequence[NDArray[Any]] = ()
     place: Place = _NONE
-    index: Index | None = None
+    counts: Literal["", "all", "first"] = ""
     mixed: tuple[str, ...] = ()
 
     @property
@@ -89,11 +79,6 @@ class TracedValue:
         """Whether the contents depend on the batch size."""
         return any(not np.array_equal(content, self.contents[0]) for content in self.contents)
 
-    @property
-    def counts_images(self) -> bool:
-        """Whether the numbers depend on the position of the image in its batch."""
-        return self.index is not None and self.index.step != 0
-
     def at(self, axis: int) -> Place:
         """Return the place with the batch axis moved to *axis*."""
         return _NONE if self.axis is None else Place(axis, self.place.inner)
@@ -110,6 +95,7 @@ class Call:
     def __init__(self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes) -> None:
         self.attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
+        self.outputs = sum(map(bool, node.output))
         self.x = self[0]
 
     def __getitem__(self, index: int) -> TracedValue:
@@ -180,6 +166,7 @@ def _rows(call: Call, operands: int = 1) -> Place:
     """
     place = common(call.inputs[:operands])
     _require(place.axis in (None, 0) and common(call.inputs[operands:]) == _NONE)
+    _require(call.outputs == 1)  # the second output of MaxPool numbers the elements of the whole batch
     _require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
     crops = call.attributes.get("coordinate_transformation_mode") == b"tf_crop_and_resize"
     _require(not crops and not call.attributes.get("training_mode"))
@@ -239,17 +226,25 @@ def einsum(call: Call) -> Place:
     return agree(*places)
 
 
-def aside(call: Call, operands: int | None = None) -> Place:
-    """Join, split or index along the attribute `axis`, which is not the batch axis of any operand."""
-    place = common(call.inputs[:operands])
-    _require(place == _NONE or place.axis != call.axis(0))
+def splits(call: Call) -> Place:
+    """Split along an axis; along that of the batch, every part has whole images."""
+    _require(common(call.inputs[1:]) == _NONE)
+    return call.x.place
+
+
+def joins(call: Call) -> Place:
+    """Join values along an axis; along that of the batch, the rows of the operands keep their images."""
+    place = common(call.inputs)
+    _require(place.axis != call.axis(0) or all(v is None or v.axis == place.axis for v in call.inputs))
     return place
 
 
 def within(call: Call) -> Place:
     """Index or write within each row; all operands have the batch axis, or none has it."""
     _require(len({value.axis for value in call.inputs if value is not None}) == 1)
-    return aside(call)
+    place = common(call.inputs)
+    _require(place == _NONE or place.axis != call.axis(0))
+    return place
 
 
 def slices(call: Call) -> Place:
@@ -286,17 +281,12 @@ def counts(call: Call) -> Place:
 
 
 def gathers(call: Call) -> Place:
-    """Select along another axis than the batch, from a constant table, or from the rows of the own image."""
+    """Select along another axis than the batch, from a constant table, or the row of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
     if data.axis == axis:
-        (step, low, high), size = indices.index or Index(0, 0, 0), data.shapes[0][axis] // _BATCHES[0]
-        _require(
-            indices.axis is not None
-            and step == size == (data.place.inner or size)
-            and 0 <= low <= high < step
-        )
+        _require(indices.counts == "all" and data.shapes[0][axis] == _BATCHES[0])
         return indices.at(axis + (indices.axis or 0))
-    _require(_NONE in (data.place, indices.place) and not indices.counts_images)
+    _require(_NONE in (data.place, indices.place) and not indices.counts)
     after = indices.rank - 1 if (data.axis or 0) > axis else 0
     return agree(data.at((data.axis or 0) + after), indices.at(axis + (indices.axis or 0)))
 
@@ -307,7 +297,7 @@ def gathers_nd(call: Call) -> Place:
     _require(indices.axis is None or indices.axis < indices.rank - 1)
     if own_rows(data, indices, shared):
         return indices.place
-    _require(not indices.counts_images)
+    _require(not indices.counts)
     if data.axis is None:
         return indices.place
     if data.axis < shared:
@@ -331,8 +321,8 @@ def writes_nd(call: Call) -> Place:
 
 def own_rows(data: TracedValue, indices: TracedValue, shared: int) -> bool:
     """Return whether the first index is the number of the image, and axis 0 of *data* the batch."""
-    first = FIRST_COLUMN if indices.shapes[0][-1] > 1 else NUMBER_OF_IMAGE
-    return data.axis == 0 == shared and data.shapes[0][0] == _BATCHES[0] and indices.index == first
+    counts = "first" if indices.shapes[0][-1] > 1 else "all"
+    return data.axis == 0 == shared and data.shapes[0][0] == _BATCHES[0] and indices.counts == counts
 
 
 def recurs(call: Call) -> list[Place]:
@@ -360,25 +350,40 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "LayerNormalization": lambda call: along(call, range(call.axis(-1), call.x.rank)),
     "CumSum": lambda call: along(call, [call[1].numbers()[0] % call.x.rank]),
     "Trilu": lambda call: along(call, range(call.x.rank)[-2:]),
+    "Det": lambda call: along(call, range(call.x.rank)[-2:], keeps=False),
+    "DFT": lambda call: along(call, [call.axis(1)]),
     "OneHot": lambda call: call.x.at((call.x.axis or 0) + (call.axis(-1, call.rank) <= (call.x.axis or 0))),
     "Expand ConstantOfShape": repeats, "Tile": partial(repeats, tile=True),
-    "Concat": lambda call: aside(call), "Split": partial(aside, operands=1),
+    "Concat": joins, "Split": splits, "EyeLike": lambda _: _NONE,
     "GatherElements ScatterElements": within, "GatherND": gathers_nd, "ScatterND": writes_nd,
     "Gather": gathers, "Slice": slices, "Pad": pads, "Transpose": transposes, "Range": counts,
     "MatMul": multiplies, "Gemm": gemm, "Einsum": einsum, "LSTM GRU RNN": recurs,
 }  # fmt: skip
 _RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
-_SIZES = {"Reshape": 1, "Expand": 1, "Tile": 1, "ConstantOfShape": 0, "Range": 1, "Slice": 2, "Resize": 3}
+_SIZES = {
+    "Reshape": 1,
+    "Expand": 1,
+    "Tile": 1,
+    "ConstantOfShape": 0,
+    "Range": 1,
+    "Slice": 2,
+    "Split": 1,
+    "Resize": 3,
+}
 _SIZE_OPERATORS = (
     "Add", "Cast", "Concat", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape", "Slice", "Squeeze", "Sub",
     "Unsqueeze",
 )  # fmt: skip
+NO_RULE = "no rule for "
 SAME_NUMBERS = ("Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 TAKES_INDICES = ("Gather", "GatherND", "ScatterND")
 
 
 def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Name the operators of *model* through which its outputs depend on other images; none if proved."""
+    """Name the operators of *model* through which its outputs depend on other images; none if proved.
+
+    The name of an operator without a rule follows `NO_RULE`.
+    """
     image, opsets = model.graph.input[0], list(model.opset_import)
     batch, *sizes = [size.dim_value for size in image.type.tensor_type.shape.dim]
     if batch == 1:  # there are no other images
@@ -388,9 +393,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     for tensor in model.graph.initializer:
         array = numpy_helper.to_array(tensor)
         known = [array] * len(_BATCHES) if array.size <= _MOST_NUMBERS else ()
-        values[tensor.name] = TracedValue(
-            tensor.data_type, [array.shape] * len(_BATCHES), known, index=_limits(array)
-        )
+        values[tensor.name] = TracedValue(tensor.data_type, [array.shape] * len(_BATCHES), known)
     for node in model.graph.node:
         inputs = [values[name] if name else None for name in node.input]
         mixed = tuple(dict.fromkeys(name for value in inputs if value for name in value.mixed))
@@ -399,22 +402,20 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
             results = infer(node, inputs, opsets)
             if not mixed and not all(len(result.contents) for result in results):
                 results = locate(node, inputs, results)
-        except Exception:  # MixesError, or what onnx raises for an operator that it does not know
+        except (
+            Exception
+        ) as error:  # without a rule, or what onnx raises for an operator that it does not know
             part = next((item.value for item in node.metadata_props if item.key == "part"), "")
-            mixed = mixed or (f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}",)
+            operator = f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}"
+            mixed = mixed or (operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}",)
         values |= {n: replace(r, mixed=mixed) for n, r in zip(node.output, results, strict=True) if n}
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
-        one_row = value.axis == 0 and value.shapes[0][0] == _BATCHES[0] and not value.counts_images
+        one_row = value.axis == 0 and value.shapes[0][0] == _BATCHES[0] and not value.counts
         if not value.mixed and not one_row:
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
-
-
-def _limits(array: NDArray[Any]) -> Index | None:
-    """Return the `TracedValue.index` of a constant."""
-    return Index(0, int(array.min()), int(array.max())) if array.dtype.kind == "i" and array.size else None
 
 
 def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
@@ -429,7 +430,8 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
     results = []
     for name in node.output:
         tensors = [found[name].tensor_type for found in types] if name else []
-        _require(all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim))
+        if not all(size.HasField("dim_value") for tensor in tensors for size in tensor.shape.dim):
+            raise ValueError("onnx infers no shape")
         sizes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
         results.append(TracedValue(tensors[0].elem_type, sizes) if tensors else TracedValue())
     shapes, feeds = results[0].shapes, []
@@ -469,17 +471,15 @@ def locate(
     _require(not any(value and value.is_size and i != size for i, value in enumerate(inputs)))
     call = Call(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
-    index = numbering(node.op_type, call)
-    counted = [value for value in inputs if value and value.counts_images]
-    _require(index or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
+    counts = counting(node.op_type, call)
+    counted = [value for value in inputs if value and value.counts]
+    _require(counts or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
     located = [
-        replace(result, place=place, index=index)
+        replace(result, place=place, counts=counts)
         for result, place in zip(
             results, places if isinstance(places, list) else [places] * len(results), strict=False
         )
     ]
-    if node.op_type == "MaxPool" and len(located) > 1 and located[1].shapes and call.x.axis is not None:
-        located[1] = replace(located[1], index=positions(call.x))
     _require(all(map(has_whole_images, located)))
     return located
 
@@ -491,28 +491,13 @@ def has_whole_images(value: TracedValue) -> bool:
     return value.axis is None or value.shapes[0][value.axis] % (_BATCHES[0] * (value.place.inner or 1)) == 0
 
 
-def positions(value: TracedValue) -> Index:
-    """Return the `TracedValue.index` of positions of elements in *value*, whose first axis is the batch."""
-    _require(value.place.inner in (None, value.shapes[0][0] // _BATCHES[0]))
-    step = math.prod(value.shapes[0]) // _BATCHES[0]
-    return Index(step, 0, step - 1)
-
-
-def numbering(kind: str, call: Call) -> Index | None:
-    """Return the `TracedValue.index` of the result of an operator."""
-    known = [_limits(v.contents[0]) if v.contents else v.index for v in call.inputs if v is not None]
+def counting(kind: str, call: Call) -> Literal["", "all", "first"]:
+    """Return the `TracedValue.counts` of the result of an operator."""
     if kind in SAME_NUMBERS:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
-        return None if wraps or known[0] == FIRST_COLUMN else known[0]
-    if kind == "Range" and varying(call.shapes) is not None and call.x.type == TensorProto.INT64:
-        return NUMBER_OF_IMAGE
-    if kind == "Concat" and known[0] == NUMBER_OF_IMAGE and call.axis(0) == call.rank - 1:
-        return FIRST_COLUMN if call.x.shapes[0][-1] == 1 else None
-    limited = sorted((limit for limit in known if limit is not None and min(limit) >= 0), reverse=True)
-    if kind in ("Add", "Mul") and len(limited) == len(known):
-        (step, low, high), (other, least, most) = limited
-        if kind == "Add":
-            return Index(step + other, low + least, high + most)
-        if other == 0 and least == most:
-            return Index(step * least, low * least, high * least)
-    return None
+        return "all" if call.x.counts == "all" and not wraps else ""
+    if kind == "Range":
+        return "all" if varying(call.shapes) is not None and call.x.type == TensorProto.INT64 else ""
+    columns = [value.counts for value in call.inputs if value is not None]
+    is_first = kind == "Concat" and columns[0] == "all" and not any(columns[1:])
+    return "first" if is_first and call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1 else ""

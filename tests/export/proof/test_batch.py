@@ -16,7 +16,8 @@ g (float[batch, 4, 2, 2] f) => (float[batch, n] logits)
  int64 next = {1}, int64 width = {4}, int64[4] offsets = {0, 1, 2, 3}, int64[1] all = {-1}, float eps = {0.1},
  int64[1] back = {-1}, int64[1] end = {9223372036854775807}, int64[1] start = {-9223372036854775807},
  float[4, 4] W = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}, float[1, 1, 4] token = {1, 2, 3, 4},
- int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}, int64 many = {300},
+ int64[2] ones = {1, 1}, int64[2] pairs = {-1, 2}, int64[3] joined = {2, -1, 4},
+ int64[3] pairs_of_rows = {-1, 2, 4}, int64 many = {300},
  int64[1, 4] columns = {0, 1, 2, 3}>
 { v = ReduceMean<keepdims = 0>(f, space)
   t = Reshape(f, tokens)
@@ -37,10 +38,16 @@ INDEPENDENT = {
     "an expert of each image": """i = ArgMax<axis = 1, keepdims = 0>(v)  e = Gather<axis = 0>(W, i)
         logits = Mul(e, v)""",
     "the own row by its number": """n = Unsqueeze(number, one)  logits = GatherND(v, n)""",
-    "the own elements by their numbers": """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)
-        i = Add(u, offsets)  logits = Gather<axis = 0>(s, i)""",
-    "the own maxima by their positions": """p, i = MaxPool<kernel_shape = [2, 2]>(f)  s = Reshape(f, all)
-        j = Reshape(i, rows)  logits = Gather<axis = 0>(s, j)""",
+    "halves of a batch that was joined": """a = Concat<axis = 0>(v, v)  b, c = Split<num_outputs = 2>(a)
+        logits = Add(b, c)""",
+    "the mean of a batch that was joined": """a = Concat<axis = 0>(v, v)  b = Reshape(a, joined)
+        logits = ReduceMean<keepdims = 0>(b, zero)""",
+    "a determinant": """k = Transpose<perm = [0, 2, 1]>(t)  s = MatMul(t, k)  d = Det(s)
+        u = Unsqueeze(d, one)  logits = Mul(v, u)""",
+    "a Fourier transform": """u = Unsqueeze(v, two)  d = DFT<axis = 1>(u)
+        logits = ReduceSum<keepdims = 0>(d, two)""",
+    "a trace": """e = EyeLike<dtype = 1>(W)  s = Mul(t, e)  r = ReduceSum<keepdims = 0>(s, back)
+        logits = Mul(v, r)""",
     "einsum of an image": 'logits = Einsum<equation = "bi,ij->bj">(v, W)',
     "a shift within an image": "logits = Slice(v, back, start, one, back)",
 }
@@ -71,15 +78,30 @@ MIXING = {
     ),
     "the next image by its number": (
         "n = Add(number, next)  u = Unsqueeze(n, one)  logits = GatherND(v, u)",
-        "GatherND",
+        "Add",
     ),
     "elements of the next image": (
         """s = Reshape(v, all)  r = Mul(number, width)  u = Unsqueeze(r, one)  m = Add(u, next)
         i = Add(m, offsets)  logits = Gather<axis = 0>(s, i)""",
-        "Gather",
+        "Mul",
     ),
-    "a joined batch": ("a = Concat<axis = 0>(v, v)  logits = Slice(a, zero, four, zero)", "Concat"),
-    "an operator without a rule": ("logits = MeanVarianceNormalization<axes = [0]>(v)", "MeanVariance"),
+    "a joined batch": ("a = Concat<axis = 0>(v, v)  logits = Slice(a, zero, four, zero)", "Slice"),
+    "rows of a batch that was joined": (
+        """a = Concat<axis = 0>(v, v)  b = Reshape(a, pairs_of_rows)
+        logits = ReduceMean<keepdims = 0>(b, one)""",
+        "Reshape",
+    ),
+    "a batch joined with a constant": ("a = Concat<axis = 0>(v, W)  logits = Identity(a)", "Concat"),
+    "a Fourier transform over the batch": (
+        "u = Unsqueeze(v, two)  d = DFT<axis = 0>(u)  logits = ReduceSum<keepdims = 0>(d, two)",
+        "DFT",
+    ),
+    "the own number of the own image": (
+        """n = Unsqueeze(number, one)  c = Concat<axis = 1>(n, n)
+        e = GatherND(v, c)  x = Unsqueeze(e, one)  logits = Add(v, x)""",
+        "Concat",
+    ),
+    "an operator without a rule": ("logits = MeanVarianceNormalization<axes = [0]>(v)", "no rule for Mean"),
     "einsum over the batch": ('logits = Einsum<equation = "bi,cj->bj">(v, v)', "Einsum"),
     "einsum of two images": ('logits = Einsum<equation = "bi,bj->ij">(v, v)', "Einsum"),
     "halves of the batch": ("a, b = Split<num_outputs = 2>(v)  logits = Concat<axis = 0>(b, a)", "Split"),
@@ -102,7 +124,7 @@ MIXING = {
     "positions of maxima in the batch": (
         """p, i = MaxPool<kernel_shape = [2, 2]>(f)  n = Cast<to = 1>(i)  s = Reshape(n, rows)
         logits = Add(v, s)""",
-        "Cast",
+        "MaxPool",
     ),
     "the first rows of repeated images": (
         """u = Unsqueeze(v, one)  a = Concat<axis = 0>(size, two, four)  x = Expand(u, a)

@@ -184,7 +184,7 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a row of a table for each position in the batch": (
         lambda: n.variant(n.adds_position),
         {},
-        r"GatherND in forward combines images, or uses .* positions; try allow_batch_dependence",
+        r"mixes images: GatherND in forward combines them, or uses .* positions; try allow_batch_dependence",
     ),
     "control flow": (
         lambda: n.variant(n.branches_by_value),
