@@ -13,7 +13,9 @@ from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import StrictModel, expand_options
 from sopdeploy.data.base import Split
+from sopdeploy.decision import Rejection
 from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.decision_fit import describe_weakness
 from sopdeploy.project import folder_project
 from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
 from sopdeploy.training.distributed.strategy import Strategy, select_device
@@ -30,13 +32,14 @@ OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.
 
 
 class PreviousRun(StrictModel):
-    """The run that another one starts from: its folder, accuracy and recipe, and what it was trained on."""
+    """The run that another one starts from: its folder, accuracy and recipe, its data and `Rejection`."""
 
     folder: Path
     accuracy: str
     recipe: dict[str, Any]
     classes: tuple[str, ...]
     num_images: int
+    rejection: Rejection | None
 
     def changes(self, classes: Sequence[str], num_images: int) -> str:
         """Say what it reached and what *classes* and *num_images* add to it."""
@@ -136,14 +139,18 @@ def train(
             if callback is not None:
                 callbacks.append(callback)
             callbacks.append(page)
+        observer = CallbackList(callbacks)
         result = train_recipe(
             loaded,
             folder,
             resume="auto" if options.resume == "auto" else resuming,
-            callback=CallbackList(callbacks),
+            callback=observer,
             strategy=strategy,
             given=keys,
         )
+        rule = None if result.decision is None else result.decision.rejection
+        if weakness := describe_weakness(rule, None if before is None else before.rejection):
+            observer.on_warning(weakness)
     text = ""
     if before is not None:
         labels = read_checkpoint(result.best).labels
@@ -173,6 +180,7 @@ def read_previous(source: Path) -> PreviousRun:
         recipe=checkpoint.training["recipe"],
         classes=checkpoint.labels,
         num_images=origin.num_images,
+        rejection=None if checkpoint.decision is None else checkpoint.decision.rejection,
     )
 
 

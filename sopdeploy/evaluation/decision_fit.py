@@ -31,7 +31,7 @@ from sopdeploy.data.image_files import hash_images, unreadable_images_error
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.drift import PredictionCounts
-from sopdeploy.evaluation.metrics import calibration_error
+from sopdeploy.evaluation.metrics import Rate, calibration_error
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.evaluation.statistics import LEVEL
 from sopdeploy.images.preprocess import Preprocess
@@ -237,6 +237,26 @@ def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Scor
         for score in SCORES:
             aurocs[score].append(float(roc_auc_score(targets != left_out, known_score(masked, score))))
     return {score: float(np.mean(per_class)) for score, per_class in aurocs.items()}
+
+
+def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
+    """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
+
+    "Few" is less than half of the images that test the threshold, "clearly fewer" a 95 % interval that lies
+    below that of *before*.
+    """
+    if rule is None or rule.recognized is None or not rule.recognized[1]:
+        return ""
+    now, was = Rate.of(*rule.recognized), None
+    if before is not None and before.recognized is not None and before.recognized[1]:
+        was = Rate.of(*before.recognized)
+    fallen = was is not None and now.high < was.low
+    if now.share >= 0.5 and not fallen:
+        return ""
+    text = f"only {now.right} of {now.count} unknown images are recognized"
+    if was is not None:
+        text += f", {was.right} of {was.count} before"
+    return f"{text}; add photographs of all classes and of unknown things, and compare before you promote"
 
 
 def predict_unknown(

@@ -85,12 +85,12 @@ class Targets:
     def folds(self, keys: Sequence[str], folds: int, seed: int) -> Indices:
         """Assign each image a fold (N,), classes spread evenly; images with equal *keys* share a fold.
 
-        There are at most as many folds as the smallest class with two different keys has keys, and at least
-        two. Raises `DataError` if all keys are equal.
+        There are at most *folds*, whatever the size of a class: with fewer, all heads see fewer images, and
+        scores of unknown images, which are those of the final head, do not compare with theirs. Raises
+        `DataError` if all keys are equal.
         """
         groups_N = np.unique(keys, return_inverse=True)[1]
-        counts = self.group_counts(groups_N)
-        count = max(2, min(folds, int(groups_N.max()) + 1, int(counts[counts > 1].min(initial=folds))))
+        count = min(folds, int(groups_N.max()) + 1)
         if groups_N.max() == 0:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"

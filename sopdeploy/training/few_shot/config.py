@@ -151,7 +151,7 @@ class FewShotConfig(ProcedureConfig):
     """Training for few images: cross-validation chooses a linear classifier on features of a frozen network.
 
     Attributes:
-        folds: Folds of the cross-validation, at most the number of different images of the smallest class.
+        folds: Folds of the cross-validation, at most the number of different images.
         group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
         heads: Heads to compare; the first one is kept unless another one is better. If empty: "gap+isqrt" of
             the last two feature maps and of the last one, and "gap".

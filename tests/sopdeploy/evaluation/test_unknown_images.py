@@ -7,9 +7,14 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.decision import known_score
+from sopdeploy.decision import Rejection, known_score
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.decision_fit import UnknownLogits, choose_rejected, fit_decision
+from sopdeploy.evaluation.decision_fit import (
+    UnknownLogits,
+    choose_rejected,
+    describe_weakness,
+    fit_decision,
+)
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.painted import SMALL, paint
@@ -78,6 +83,24 @@ def test_without_images_that_set_it_the_threshold_stays_as_it_is():
     ).rejection
     assert tested.model_copy(update={"recognized": None}) == plain
     assert tested.recognized[1] == 40
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "found"),
+    [
+        (None, None, ""),
+        (None, (0, 0), ""),
+        (None, (5, 9), ""),
+        (None, (0, 9), "only 0 of 9 unknown images are recognized; add"),
+        ((38, 40), (7, 40), "only 7 of 40 unknown images are recognized, 38 of 40 before; add"),
+        ((38, 40), (24, 40), "only 24 of 40 unknown images are recognized, 38 of 40 before; add"),
+        ((38, 40), (34, 40), ""),
+    ],
+)
+def test_a_low_or_fallen_share_of_recognized_images_is_a_warning(before, now, found):
+    was, rule = (Rejection(score="energy", threshold=0.0, recognized=one) for one in (before, now))
+    assert describe_weakness(rule, was).startswith(found)
+    assert bool(describe_weakness(rule, was)) == bool(found)
 
 
 def stripes(folder, count: int):

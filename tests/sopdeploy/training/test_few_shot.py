@@ -97,6 +97,13 @@ def test_folds_hold_equal_parts_of_every_class_and_keep_duplicates_together():
     assert max(np.bincount(folds[:10])) <= 3
 
 
+def test_a_class_of_two_images_does_not_halve_the_images_of_all_heads():
+    classes = np.asarray([*np.repeat([0, 1, 2], 20), 3, 3])
+    folds = softmax_targets(classes).folds(list(map(str, range(62))), 10, seed=3)
+    assert len(set(folds)) == 10
+    assert folds[60] != folds[61]
+
+
 def test_heads_without_doubted_labels_separate_wrong_labels_better():
     features, classes = blobs(80)
     wrong = np.arange(80) % 10 == 0
