@@ -30,7 +30,7 @@ def test_the_script_draws_ten_images_of_each_of_six_classes(tmp_path: Path) -> N
 def test_the_page_contains_the_whole_workflow_in_order() -> None:
     commands = [line.split()[1] for line in LINES if line.startswith("sopdeploy ")]
     assert commands == ["train", "export", "verify", "predict", "serve"]
-    assert {line.split()[0] for line in LINES} == {"pip", "python", "sopdeploy", "curl"}
+    assert {line.split()[0] for line in LINES} == {"git", "pip", "python", "sopdeploy", "curl"}
 
 
 @pytest.mark.slow

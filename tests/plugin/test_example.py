@@ -1,6 +1,7 @@
 """The example package is found, trained, exported with proof and served without a change of this project."""
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings, load_settings
+from tests.docs.reading import ROOT, blocks, command_lines
 
+PAGE = ROOT / "CONTRIBUTING.md"
+(RECIPE,) = blocks(PAGE, "toml")
 EXAMPLE = {"sopdeploy-example": "1.2.0"}
-TINY = ("data.kind=stripes", "data.count=8", "epochs=1", "batch_size=8")
 POOLING = ("model.config.pooling.kind=std", "model.config.pooling.eps=1e-4")
 
 
@@ -35,18 +38,32 @@ def sopdeploy(*arguments: object) -> Result:
 
 
 def train(out: Path, *assignments: str) -> Checkpoint:
-    settings = [word for assignment in (*TINY, *assignments) for word in ("--set", assignment)]
-    sopdeploy("train", "--recipe", "digits-plain", *settings, "--out", out)
+    recipe = out.parent / "stripes.toml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    (typed,) = [words for words in command_lines(PAGE) if "stripes.toml" in words]
+    settings = [word for assignment in assignments for word in ("--set", assignment)]
+    sopdeploy(*(recipe if word == recipe.name else word for word in typed), *settings, "--out", out)
     return read_checkpoint(out / "best.pt")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("run")
+    run = tmp_path_factory.mktemp("example") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(plugins.VARIABLE, "on")
         train(run, "model.name=std-resnet8")
     return run / "best.pt"
+
+
+def test_contributing_shows_the_code_of_the_example() -> None:
+    folder = ROOT / "tests" / "plugin" / "sopdeploy_example"
+    code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
+    code = re.sub(r' *"""[^"]*"""\n\n?', "", code)
+    shown = [block for block in blocks(PAGE, "text") if block.startswith("class Std")]
+    shown += [block for block in blocks(PAGE, "text") if block.startswith("class Stripes")]
+    parts = [part for block in shown for part in block.strip().split("\n\n\n")]
+    assert len(parts) == 4
+    assert [part for part in parts if part not in code] == []
 
 
 def test_models_lists_its_network_below_those_of_the_catalog() -> None:
@@ -88,7 +105,7 @@ def test_its_network_is_exported_with_proof_verified_and_served_by_its_runtime(
     stripes = np.broadcast_to(np.array([[0], [255]] * 8, dtype=np.uint8), (16, 16))
     file = io.BytesIO()
     Image.fromarray(stripes).save(file, "PNG")
-    with TestClient(create_app({"stripes": loaded}, settings)) as client:
+    with TestClient(create_app({"stripes": loaded}, settings), "http://localhost") as client:
         answer = client.post("/v1/classify", content=file.getvalue()).json()
         (served,) = client.get("/info").json()["models"]
     assert {entry["label"] for entry in answer["classes"]} == {"horizontal", "vertical"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.service.labelling.conftest import LABELS, files_below, identity, label_server
+from tests.service.labelling.conftest import KEY, LABELS, files_below, identity, label_server
 
 pytestmark = pytest.mark.browser
 
@@ -13,7 +13,7 @@ def open_label_page(open_page, open_folders):
     with label_server(open_folders()) as client:
 
         def open_one(**traits):
-            page = open_page(client.base_url, **traits)
+            page = open_page(client.base_url, f"/?key={KEY}", **traits)
             page.wait_for_selector("#classes li, #empty:not([hidden])")
             return page
 
@@ -99,12 +99,18 @@ def test_names_with_markup_are_shown_as_text(keep, open_label_page, tmp_path):
     assert not (tmp_path / "photos").exists()
 
 
-def test_a_phone_has_large_targets_and_no_horizontal_scrolling(keep, open_label_page):
+def test_a_phone_shows_large_targets_without_scrolling(keep, open_label_page):
     labels = [f"class {number}" for number in range(30)]
     keep(1, [0.0] * 30, labels=labels)
     keep(2, [0.0] * 30, labels=labels)
     page = open_label_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.scrollHeight") <= 844
+    bottoms = page.locator(".others button, #classes").evaluate_all(
+        "all => all.map(e => e.getBoundingClientRect().bottom)"
+    )
+    assert max(bottoms) <= 844
+    assert page.locator(".photo").evaluate("panel => panel.clientHeight") >= 200
     sizes = page.locator("button").evaluate_all("all => all.map(e => [e.clientWidth, e.clientHeight])")
     assert min(min(size) for size in sizes) >= 44
     page.locator("#classes button").first.tap()
