@@ -13,6 +13,8 @@ from pathlib import Path
 
 from sopdeploy import errors
 from sopdeploy.errors import SopdeployError
+from sopdeploy.images.limits import describe_formats
+from sopdeploy_service.settings import Settings
 
 FOLDER = Path(__file__).parent
 SERVICE = FOLDER.parent / "service" / "sopdeploy_service"
@@ -121,7 +123,7 @@ EXAMPLES = {
     "another file or folder",
     "NoMemoryError": "cuda:0: out of memory for 256 images at once (OutOfMemoryError: CUDA out of memory. "
     "Tried to allocate 1.53 GiB.); raise accumulate (now 1), which keeps the batch size, or lower batch_size",
-    "ImageError": "notes.txt: this is not an image; use JPEG, PNG, WebP, GIF, BMP and HEIC [not_an_image]",
+    "ImageError": f"notes.txt: this is not an image; use {describe_formats()} [not_an_image]",
     "ServiceError": "http://127.0.0.1:8000/info: status 200, but not a sopdeploy response; check the URL "
     "[foreign_answer]",
     "OverloadedError": "http://127.0.0.1:8000/v1/classify: 429 queue_full: the queue is full; retry later "
@@ -130,7 +132,7 @@ EXAMPLES = {
     "running there?",
 }
 ONE_INPUT = "give one of the inputs 'images' (UINT8 [n, 224, 224, 3]) and 'IMAGE' (BYTES [n], encoded images)"
-# Messages of codes whose text is composed while the server runs.
+# Messages of codes whose text is composed while the server runs; it inserts its {formats} on the page.
 COMPOSED = {
     "duplicate_input": "input 'IMAGE' occurs twice",
     "duplicate_output": "output 'logits' occurs twice",
@@ -138,10 +140,11 @@ COMPOSED = {
     "malformed_json": "malformed JSON: unexpected end of data: line 1 column 10 (char 9)",
     "method_not_allowed": "/v1/classify does not accept GET; use POST (/docs has examples)",
     "missing_input": ONE_INPUT,
+    "not_an_image": "this is not an image; use {formats} (the setting formats)",
     "not_found": "no such path; did you mean /v1/classify? /docs lists all",
     "too_many_inputs": ONE_INPUT,
     "unknown_input": "no input 'image'; available: images, IMAGE",
-    "unsupported_format": "PDF files are not accepted; use JPEG, PNG, WebP, GIF, BMP and HEIC",
+    "unsupported_format": "PDF files are not accepted; use {formats} (the setting formats)",
     "unknown_output": "no output 'logit'; available: logits",
 }
 # Codes that `sopdeploy.client` sets for responses of other servers, or without a response.
@@ -288,7 +291,8 @@ def errors_page() -> str:
         "| 70 | `serve` only: the runtime failed or hung; a supervisor should restart the server |\n"
         "| 128 + n | stopped by signal n, 130 for Ctrl-C; `train` saves first |",
     ]
-    return "\n\n".join(sections) + "\n"
+    page = "\n\n".join(sections) + "\n"
+    return page.replace("{formats}", describe_formats(Settings().formats))
 
 
 def served_page() -> str:

@@ -96,7 +96,9 @@ class Settings(pydantic.BaseModel):
         None, "all images being decoded; not set: 3/4 of the memory without uploads and the server at rest"
     )
     decode_seconds: Seconds = setting(60.0, "an image whose decoding takes longer gets 503")
-    formats: Formats = setting(("jpeg", "png", "webp", "gif", "bmp"), "to accept; also heic")
+    formats: Formats = setting(
+        tuple(name for name in FORMATS if name != "heic"), "to accept; also heic, with the extra heif"
+    )
     min_body_rate: Count = setting(10_000, "bytes per second of a request body, after body_grace_seconds")
     body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")

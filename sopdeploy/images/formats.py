@@ -17,10 +17,9 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.jpeg import TOO_MANY_SEGMENTS, read_scans
-from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS
+from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import match_transparency
 
-ACCEPTED = "JPEG, PNG, WebP, GIF, BMP and HEIC"
 SIGNATURES = {
     b"\xff\xd8\xff": "JPEG",
     b"\x89PNG\r\n\x1a\n": "PNG",
@@ -70,14 +69,11 @@ def open_image(
     """Open the image file *body* and read its header; `load` of the result decodes the pixels.
 
     `info` of the result also has what `decode_cost` needs. Raises `ImageError` for a file that is not
-    accepted, is not one of *formats*, is too large, or has a damaged header.
+    accepted, is not one of *formats* (names of `FORMATS`), is too large, or has a damaged header.
     """
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
-    kind = image_format(body)
-    if formats is not None and kind not in formats:
-        names = ",".join(name for name, value in FORMATS.items() if value in formats)
-        raise _unsupported(f"{kind} files are not accepted by this server; its setting formats is {names}")
+    kind = image_format(body, formats)
     try:
         scans = read_scans(body) if kind == "JPEG" else None
         image = _open(body, kind)
@@ -131,28 +127,30 @@ def too_large_error(max_bytes: int) -> ImageError:
     return ImageError(f"larger than {max_bytes} bytes, the limit", code="too_large", status=413)
 
 
-def image_format(body: bytes) -> str:
-    """Detect the format of *body*, as Pillow names it; raise `ImageError` if it is not accepted."""
+def image_format(body: bytes, formats: Collection[str] | None = None) -> str:
+    """Detect the format of *body*, as Pillow names it.
+
+    Raises `ImageError` if it is not one of *formats*, by default all; otherwise they are those of a server.
+    """
+    kind, names = _detect_format(body), formats or FORMATS
+    if any(FORMATS[name] == kind for name in names):
+        return kind
+    accepted = f"use {describe_formats(names)}" + " (the setting formats)" * (formats is not None)
+    if not kind:
+        raise ImageError(f"this is not an image; {accepted}", code="not_an_image", status=415)
+    raise _unsupported(f"{kind.replace('HEIF', 'HEIC')} files are not accepted; {accepted}")
+
+
+def _detect_format(body: bytes) -> str:
+    """Return the format of *body*, also one that is never accepted; empty for an unknown one."""
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
     if body[4:8] == b"ftyp" and body[8:12] in AVIF_BRANDS | HEIF_BRANDS:
-        return _heif_or_rejected(body)
-    for signature, name in REJECTED_SIGNATURES.items():
-        if body.startswith(signature):
-            raise _unsupported(f"{name} files are not accepted; use {ACCEPTED}")
-    for signature, kind in SIGNATURES.items():
-        if body.startswith(signature):
-            return kind
-    raise ImageError(f"this is not an image; use {ACCEPTED}", code="not_an_image", status=415)
-
-
-def _heif_or_rejected(body: bytes) -> str:
-    """Return the format of an ISO base media file with images; raise `ImageError` if it may be an AVIF."""
-    length = min(int.from_bytes(body[:4], "big"), 256)
-    brands = {body[8:12], *(body[start : start + 4] for start in range(16, length, 4))}
-    if brands & AVIF_BRANDS:
-        raise _unsupported(f"AVIF files are not accepted; use {ACCEPTED}")
-    return "HEIF"
+        length = min(int.from_bytes(body[:4], "big"), 256)
+        brands = {body[8:12], *(body[start : start + 4] for start in range(16, length, 4))}
+        return "AVIF" if brands & AVIF_BRANDS else "HEIF"
+    signatures = SIGNATURES | REJECTED_SIGNATURES
+    return next((name for signature, name in signatures.items() if body.startswith(signature)), "")
 
 
 def _unsupported(message: str) -> ImageError:

@@ -3,9 +3,17 @@
 Importing this module does not load Pillow; `formats` enforces the limits.
 """
 
+from collections.abc import Iterable
+
 MAX_BYTES = 20_000_000  # of a file
 MAX_PIXELS = 70_000_000  # of an image; phones take photos of 50 and 64 megapixels
 SUFFIXES = (".bmp", ".gif", ".heic", ".heif", ".jpeg", ".jpg", ".png", ".webp")
 FORMATS = {  # names in settings, and those of Pillow
     "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF", "bmp": "BMP", "heic": "HEIF",
 }  # fmt: skip
+
+
+def describe_formats(names: Iterable[str] = FORMATS) -> str:
+    """List the formats with *names* of `FORMATS`, by default all: "JPEG, PNG and WebP"."""
+    *others, last = ["WebP" if name == "webp" else name.upper() for name in names]
+    return f"{', '.join(others)} and {last}" if others else last

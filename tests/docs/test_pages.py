@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sopdeploy.images.limits import describe_formats
+from sopdeploy_service.settings import Settings
 from tests.docs.reading import PAGES, ROOT, module_at, name
 
 PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.svg"))
@@ -16,6 +18,12 @@ def test_the_errors_pages_of_the_documentation_and_the_server_are_up_to_date() -
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert page == ERRORS.errors_page(), "run `make docs`"
     assert ERRORS.SERVED.read_text(encoding="utf-8") == ERRORS.served_page(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", ["http.md", "limits.md"])
+def test_a_page_about_formats_names_those_of_the_setting(page: str) -> None:
+    said = f"{describe_formats(Settings().formats)}; the setting `formats` adds"
+    assert said in (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 # Published codes keep their meaning: add rows, never remove one.

@@ -12,9 +12,11 @@ from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 
+from sopdeploy.images.limits import describe_formats
+from sopdeploy_service.api.admission import service_of
 from sopdeploy_service.http.middleware import PAGE_FILES
 
 _FOLDER = files("sopdeploy_service.api") / "pages"
@@ -68,10 +70,6 @@ class Page:
             "Cache-Control": "no-cache",
         }
 
-    async def respond(self) -> Response:
-        """Return the page."""
-        return Response(self.html, media_type="text/html", headers=self.headers)
-
 
 def _read(name: str, folder: Traversable = _FOLDER) -> str:
     path = folder / name
@@ -97,6 +95,12 @@ def _swagger_page() -> str:
     return bytes(page.body).decode().replace("<body>", f"<body>{_read('docs.html')}")
 
 
+async def _respond_page(page: Page, request: Request) -> Response:
+    """Return *page* with the formats that the server accepts."""
+    html = page.html.replace("{formats}", describe_formats(service_of(request).settings.formats))
+    return Response(html, media_type="text/html", headers=page.headers)
+
+
 async def _respond_file(content: bytes, media_type: str) -> Response:
     return Response(content, media_type=media_type, headers={"Cache-Control": "max-age=86400"})
 
@@ -111,7 +115,7 @@ DOCS = Page(_swagger_page(), ["dom.js", "key.js", "docs.js"], assets=("'self'",)
 _ERRORS = Page(_read("errors.html"), [], policy=TRUSTED_TYPES)
 
 for path, page in {"/": INDEX, "/docs": DOCS, "/errors": _ERRORS}.items():
-    router.add_api_route(path, page.respond)
+    router.add_api_route(path, partial(_respond_page, page))
 for path, media_type in PAGE_FILES.items():  # read once
     content = (files("fastapi_offline") / "static" / path.removeprefix("/docs/")).read_bytes()
     router.add_api_route(path, partial(_respond_file, content, media_type))

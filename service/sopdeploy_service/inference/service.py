@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import generate_latest
 
-from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
@@ -112,10 +111,9 @@ class Service:
 
     def _create_decoders(self) -> Decoders:
         """Create the decoder threads."""
-        formats = {FORMATS[name] for name in self.settings.formats}
         threads = self._count_decoders()
         self.metrics.decoders.set(threads)
-        decode = partial(make_decoder(self.settings), formats=formats)
+        decode = partial(make_decoder(self.settings), formats=self.settings.formats)
         return Decoders(threads, self.settings, self.metrics, decode)
 
     def _count_decoders(self) -> int:

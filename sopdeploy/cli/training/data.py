@@ -80,7 +80,7 @@ def _print_labels(path: Path, run: Path, *, as_json: bool) -> None:
 
 
 def _print_report(report: "DataReport") -> None:
-    from sopdeploy.data.datasets.folder import describe_suffixes
+    from sopdeploy.data.datasets.folder import describe_skipped
     from sopdeploy.errors import shorten
 
     rows, lines = [], []
@@ -102,7 +102,7 @@ def _print_report(report: "DataReport") -> None:
     for reason, files in report.strange.items():
         lines.append(f"{len(files)} image{'s' * (len(files) > 1)}: {reason}: {shorten(files)}")
     if report.passed_over:
-        lines.append(f"ignored, no image suffix: {describe_suffixes(report.passed_over)}")
+        lines.append(describe_skipped(report.passed_over))
     lines += [*report.notes, *report.classes]
     if report.unreadable:
         lines.append(f"{len(report.unreadable)} cannot be read")

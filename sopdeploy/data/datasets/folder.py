@@ -27,7 +27,7 @@ from sopdeploy.data.folders import (
 )
 from sopdeploy.data.image_files import ImageFiles, find_unreadable
 from sopdeploy.errors import ConfigError, DataError, shorten
-from sopdeploy.images.limits import SUFFIXES
+from sopdeploy.images.limits import SUFFIXES, describe_formats
 
 UNSPLIT = "all"  # the name of the only part if there are no folders train and val
 
@@ -64,8 +64,7 @@ def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
     for line in folders.notes:
         log(line)
     if folders.ignored:
-        ignored = describe_suffixes(folders.ignored)
-        log(f"{root}: ignored files without an image suffix: {ignored}")
+        log(f"{root}: {describe_skipped(folders.ignored)}")
     train, *held_out = folders.parts.values()
     problems = [*folders.problems]
     if problems:  # only then, because training finds unreadable images itself
@@ -195,6 +194,12 @@ def _count_suffixes(names: Iterable[str]) -> dict[str, int]:
 def describe_suffixes(counts: Mapping[str, int]) -> str:
     """Format numbers of files by suffix."""
     return shorten([f"{suffix} {count}" for suffix, count in counts.items()])
+
+
+def describe_skipped(counts: Mapping[str, int]) -> str:
+    """Say how many files of which suffix were skipped."""
+    count = sum(counts.values())
+    return f"{count} file{'s' * (count > 1)} skipped, not {describe_formats()}: {describe_suffixes(counts)}"
 
 
 def single_images(images: ImageFiles) -> Iterator[str]:

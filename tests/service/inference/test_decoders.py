@@ -49,9 +49,13 @@ def test_an_image_that_exceeds_the_memory_alone_is_413_and_names_the_setting(ser
 @pytest.mark.parametrize("kind", ["GIF", "BMP"])
 def test_a_format_that_is_not_in_the_settings_is_415(serve_with, make_picture, kind: str) -> None:
     body = make_picture(kind=kind)
-    refused = serve_with(FakeRuntime(num_classes=7), formats="jpeg,png").post("/v1/classify", content=body)
+    client = serve_with(FakeRuntime(num_classes=7), formats="jpeg,png")
+    refused = client.post("/v1/classify", content=body)
     assert (refused.status_code, refused.json()["code"]) == (415, "unsupported_format")
-    assert "formats is jpeg,png" in refused.json()["detail"]
+    said = "use JPEG and PNG (the setting formats)"
+    assert refused.json()["detail"] == f"{kind} files are not accepted; {said}"
+    assert "JPEG and PNG. Sent to this server only." in client.get("/").text
+    assert client.get("/errors").text.count(said) == 2
     assert serve_with(FakeRuntime(num_classes=7)).post("/v1/classify", content=body).status_code == 200
 
 

@@ -42,8 +42,12 @@ def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None
     for hidden in (".ipynb_checkpoints/copy.png", "ant/.hidden.png", "ant/.trash/old.png"):
         paint(tmp_path / hidden)
     (tmp_path / "ant" / "notes.txt").write_text("six legs")
+    (tmp_path / "Bee" / "scan.TIF").write_bytes(b"II*")
     (tmp_path / "README").write_text("mine")
-    split = open_at(tmp_path)
+    split, lines = open_at(tmp_path), []
+    open_folder(FolderConfig(kind="folder", path=tmp_path), lines.append)
+    formats = "JPEG, PNG, WebP, GIF, BMP and HEIC"
+    assert lines[-1] == f"{tmp_path}: 2 files skipped, not {formats}: .tif 1, .txt 1"
     assert split.train.labels == split.held_out.labels == ("Bee", "ant", "zebra")
     assert (len(split.train), len(split.held_out)) == (12, 3)
 
