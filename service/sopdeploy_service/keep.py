@@ -125,7 +125,7 @@ class Keeper:
 
     def observe(self, request: ObservedRequest) -> None:
         """Queue the photographs of a *request* that may be kept."""
-        if request.context.may_keep:
+        if request.may_keep:
             for image, pixels, prediction in request.predicted():
                 if isinstance(image, EncodedImage):
                     self.offer(request.model, image, pixels, prediction)

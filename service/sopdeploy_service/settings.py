@@ -64,6 +64,7 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 DECODERS_BESIDE_CPU_INFERENCE = 2
 MAX_DECODERS = 8  # of one process; more would wait for Python's interpreter lock
 
+LARGE_BODY_SHARE = 7 / 8  # of max_upload_bytes; the rest is reserved for small bodies
 VARIABLE_PREFIX = "SOPDEPLOY_"
 FILE_VARIABLE = "SOPDEPLOY_CONFIG"
 PILLOW_PIXELS = 178_956_970  # Pillow rejects larger images itself
@@ -163,7 +164,7 @@ class Settings(pydantic.BaseModel):
             raise ValueError(
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size}); lower it"
             )
-        if self.max_body_bytes > self.max_upload_bytes * 7 // 8:
+        if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:
             raise ValueError(
                 f"max_body_bytes ({self.max_body_bytes}) is larger than 7/8 of max_upload_bytes "
                 f"({self.max_upload_bytes}); lower it"

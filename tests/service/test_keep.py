@@ -26,7 +26,6 @@ from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.keep import Keeper, reasons_to_keep
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import LABELS
@@ -188,7 +187,7 @@ def offered(bundle: Bundle) -> Callable[[Keeper, bytes], None]:
     logits = {"logits": np.arange(7, dtype=np.float32)}
 
     def offer(keeper: Keeper, body: bytes) -> None:
-        prediction = Prediction(logits, 0.0, 0.0, 1, 0)
+        prediction = Prediction(logits, {}, 1, 0)
         pixels = np.random.default_rng([*body]).integers(0, 256, (32, 32, 3), np.uint8)
         keeper.offer(Served, EncodedImage(body), pixels, prediction)  # type: ignore[arg-type]
 
@@ -206,10 +205,9 @@ def test_images_of_other_routes_are_not_kept(bundle) -> None:
         name = "tiny"
 
     Served.bundle = bundle  # type: ignore[attr-defined]
-    prediction = Prediction({"logits": np.arange(7, dtype=np.float32)}, 0.0, 0.0, 1, 0)
+    prediction = Prediction({"logits": np.arange(7, dtype=np.float32)}, {}, 1, 0)
     for may_keep in (False, True):
-        context = RequestContext("id", may_keep=may_keep)
-        request = ObservedRequest(Served, context, [Item], [EncodedImage(body)], [prediction])  # type: ignore[arg-type, list-item]
+        request = ObservedRequest(Served, may_keep, [Item], [EncodedImage(body)], [prediction])  # type: ignore[arg-type, list-item]
         keeper.observe(request)
         assert keeper._photos.qsize() == may_keep
 

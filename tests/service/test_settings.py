@@ -6,8 +6,8 @@ import pytest
 from fake_runtime import FakeRuntime
 
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.inference.loader import largest_batch
-from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments
 
 
@@ -60,8 +60,5 @@ def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(de
 
 
 def test_server_timing_has_the_slowest_image_of_a_request():
-    context = RequestContext("id")
-    context.record_stage("decode", 0.001)
-    context.record_stage("decode", 0.003)
-    context.record_stage("infer", 0.0125)
+    context = RequestContext("id", stage_seconds={"decode": 0.003, "infer": 0.0125})
     assert context.server_timing() == "decode;dur=3.00, infer;dur=12.50"

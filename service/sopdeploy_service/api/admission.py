@@ -1,26 +1,76 @@
-"""Admit a request: choose its model and its deadline, and check the limits, before its body is read."""
+"""Admit a request, and read its body under limits of size, time, rate and memory.
+
+The model and the deadline are chosen before the body is read. The memory budget counts the bytes of a body
+from their arrival until the end of the request. It does not count announced bytes, because a client could
+then use up the budget with a header. A compressed body is decompressed in steps, and limits and budget apply
+to the decompressed bytes.
+"""
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncIterator, Mapping
+import zlib
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import orjson
 import pydantic
 from fastapi import Request, Response
+from starlette.types import Receive
 
-from sopdeploy_service.http.middleware import cancel_on_disconnect
+from sopdeploy.images.formats import FIRST_BYTES, too_large_error
+from sopdeploy_service.api.schema import ClassifyRequest
+from sopdeploy_service.http.forms import ImageForm
+from sopdeploy_service.http.middleware import RequestContext
+from sopdeploy_service.http.problems import bad_request
+from sopdeploy_service.http.strict_json import decode_text, parse, validate
+from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import DEADLINE, HttpError, Outcome, RejectedError
+from sopdeploy_service.inference.results import (
+    CLIENT_GONE,
+    DEADLINE,
+    HttpError,
+    Outcome,
+    Prediction,
+    RejectedError,
+)
 from sopdeploy_service.inference.service import Images, Service
-from sopdeploy_service.observability.request_context import RequestContext
+from sopdeploy_service.settings import LARGE_BODY_SHARE
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_DIGITS = 9  # more milliseconds than any timeout; `int` rejects thousands of digits
 
 BAD_TIMEOUT = HttpError("invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)")
+WATCH_AFTER_SECONDS = 0.1  # most requests end sooner and need no task that waits for a disconnect
+
+SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
+
+STEP_BYTES = 1 << 18  # to decompress at once
+WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}  # RFC 1952; RFC 1950, as RFC 9110 says
+
+NOT_COMPRESSED = HttpError(
+    "bad_encoding", 400, "the body is not one complete stream of the format that its Content-Encoding names"
+)
+UNKNOWN_ENCODING = HttpError("unsupported_encoding", 415, "send Content-Encoding gzip or deflate, or none")
+ENCODED = HttpError("unsupported_encoding", 415, "send the image itself, without a Content-Encoding")
+SLOW_BODY = HttpError("slow_body", 408, "the body arrives more slowly than this server allows")
+LATE_BODY = HttpError("slow_body", 408, "the body did not arrive before the deadline")
+UPLOADS_FULL = HttpError("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
+MAX_TOP_K = 1_000_000
+
+_NO_IMAGE = HttpError("no_image", 422, "the list `images` is empty")
+STRIPPED = HttpError(
+    "stripped_body",
+    400,
+    "curl's --data and -d remove bytes from files; send the image with --data-binary @FILE",
+)
+REMOVED = re.compile(rb"[\0\r\n]")
+NOT_A_FORM = HttpError("unsupported_multipart", 415, "send the image itself or multipart/form-data")
+
+_Value = TypeVar("_Value")
 
 
 def service_of(request: Request) -> Service:
@@ -37,12 +87,6 @@ def json_response(
     """Create a JSON response; fields of a model that are None are omitted."""
     value = body.model_dump(exclude_none=True) if isinstance(body, pydantic.BaseModel) else body
     return Response(orjson.dumps(value), status_code=status, headers=headers, media_type="application/json")
-
-
-def use_model(context: RequestContext, model: Model) -> Model:
-    """Record *model* as that of a request, for the digest header, the metrics and the access log."""
-    context.model_name, context.model_version = model.name, model.version
-    return model
 
 
 @dataclass(eq=False, slots=True)
@@ -74,17 +118,27 @@ class AdmittedRequest:
         began = time.monotonic()
         async with self.preparing():
             self.model = await self.service.registry.wait_until_loaded(self.model)
-        waited = time.monotonic() - began
-        self.service.metrics.stage("load", waited)
-        self.context.record_stage("load", waited)
+        self.context.stage_seconds["load"] = time.monotonic() - began
 
-    async def infer(self, images: Images, *, features: bool = False) -> list[Outcome]:
-        """Run `Service.infer`; a disconnect of the client cancels it."""
-        seconds = time.monotonic() - self.started - self.context.stage_seconds.get("load", 0.0)
-        self.service.metrics.stage("receive", seconds)
-        self.context.record_stage("receive", seconds)
-        work = self.service.infer(self.model, images, self.deadline, self.context, features=features)
-        return await cancel_on_disconnect(work, self.request.receive)
+    async def infer(self, images: Images, *, features: bool = False, may_keep: bool = False) -> list[Outcome]:
+        """Run `Service.infer`, which a disconnect of the client cancels; record the slowest image's stages.
+
+        Raises `RejectedError` if the queue is full or the rate limit is exceeded, and what `Service.infer`
+        raises.
+        """
+        context, stages = self.context, self.context.stage_seconds
+        self.service.check_queue(self.model, len(images))
+        if context.rate_limit is not None:
+            context.rate_limit.spend(len(images))
+        context.num_images += len(images)
+        stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)
+        work = self.service.infer(self.model, images, self.deadline, features=features, may_keep=may_keep)
+        outcomes = await cancel_on_disconnect(work, self.request.receive)
+        for outcome in outcomes:
+            if isinstance(outcome, Prediction):
+                for stage, seconds in outcome.stage_seconds.items():
+                    stages[stage] = max(seconds, stages.get(stage, 0.0))
+        return outcomes
 
 
 @asynccontextmanager
@@ -100,21 +154,22 @@ async def admit(
     service = service_of(request)
     context: RequestContext = request.scope["state"]["context"]
     deadline = started + timeout_of(context.headers, service.settings.request_timeout)
-    with service.registry.use(name, version) as model:
-        use_model(context, model)
-        result: Literal["success", "fail"] = "fail"
-        try:
-            service.check_admission(model, deadline)
-            if context.rate_limit is not None:
-                context.rate_limit.spend(1, check_only=True)
+    model = service.registry.find(name, version)
+    context.model_name, context.model_version = model.name, model.version
+    result: Literal["success", "fail"] = "fail"
+    try:
+        service.check_admission(model, deadline)
+        if context.rate_limit is not None:
+            context.rate_limit.spend(1, check_only=True)
+        with service.registry.use(model):
             admitted = AdmittedRequest(request, service, context, model, started, deadline)
             if not model.is_loaded:
                 await admitted.load_model()
             yield admitted
-            result = "success"
-        finally:
-            seconds = time.monotonic() - started
-            service.metrics.of(model.name).request(result, seconds, context.stage_seconds)
+        result = "success"
+    finally:
+        seconds = time.monotonic() - started
+        service.metrics.of(model.name).request(result, seconds, context.stage_seconds)
 
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:
@@ -126,3 +181,186 @@ def timeout_of(headers: Mapping[str, str], longest: float) -> float:
     if not (given.isascii() and given.isdigit()) or not digits:
         raise RejectedError(BAD_TIMEOUT)
     return longest if len(digits) > MAX_TIMEOUT_DIGITS else min(longest, int(digits) / 1000)
+
+
+async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Receive) -> _Value:
+    """Run *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
+
+    The request body must have been read: the next message of *receive* is the disconnect.
+    """
+    task = cast("asyncio.Task[Any]", asyncio.current_task())
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        task.cancel()
+
+    watchers: list[asyncio.Task[None]] = []  # one, once it is needed
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(WATCH_AFTER_SECONDS, lambda: watchers.append(loop.create_task(watch())))
+    try:
+        return await work
+    except asyncio.CancelledError:
+        disconnected = any(watcher.done() and not watcher.cancelled() for watcher in watchers)
+        if not disconnected or task.uncancel():  # cancelled by another task, or by both
+            raise
+        raise RejectedError(CLIENT_GONE) from None
+    finally:
+        timer.cancel()
+        for watcher in watchers:
+            watcher.cancel()
+
+
+class Upload(NamedTuple):
+    """The images of one request; *is_list* selects a list as response, *top_k* is from a JSON body."""
+
+    images: list[EncodedImage]
+    is_list: bool = False
+    top_k: int | None = None
+
+
+async def read_upload(admitted: AdmittedRequest) -> Upload:
+    """Read the images of a request before its deadline: raw, as a form, or in JSON.
+
+    Raises `RejectedError` for errors of the request as a whole; single images may still be invalid.
+    """
+    service, headers, deadline = admitted.service, admitted.context.headers, admitted.deadline
+    request, settings = admitted.request, service.settings
+    content_type = headers.get("content-type", "")
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind.startswith("multipart/"):
+        check_encoding(headers)  # a compressed form has no boundary
+        if kind != "multipart/form-data":
+            raise RejectedError(NOT_A_FORM)
+        form = ImageForm(content_type, max_images=settings.max_images)
+        await read_body(request, service, settings.max_body_bytes, deadline, form.feed)
+        images = form.images()
+        return Upload(images, is_list=len(images) > 1)
+    if kind != "application/json":
+        body = await read_body(request, service, settings.max_body_bytes, deadline)
+        # curl's --data sends this type, and removes bytes that every image file has.
+        if kind == "application/x-www-form-urlencoded" and body and not REMOVED.search(body):
+            raise RejectedError(STRIPPED)
+        return Upload([EncodedImage(body, content_type)])
+    limit = min(settings.max_body_bytes, settings.max_json_bytes)
+    body = await read_body(request, service, limit, deadline)
+    if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
+        return Upload([EncodedImage(body, content_type)])
+    async with admitted.preparing():
+        parse_body = partial(parse_upload, body, limit, settings.max_images)
+        return await asyncio.get_running_loop().run_in_executor(service.parsers, parse_body)
+
+
+def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
+    """Parse a JSON body. Call it in a thread.
+
+    Raises `RejectedError` for anything that is not a `ClassifyRequest` with base64 images.
+    """
+    body = validate(ClassifyRequest, parse(raw, max_bytes))
+    top_k = None if body.top_k is None else min(body.top_k, MAX_TOP_K)
+    if body.image is not None:
+        return Upload([EncodedImage(decode_text(body.image, "image"))], top_k=top_k)
+    if not body.images:
+        raise RejectedError(_NO_IMAGE)
+    if len(body.images) > max_images:
+        raise bad_request("too_many_images", f"images: more than {max_images}, the limit of this server")
+    images = [EncodedImage(decode_text(text, f"images[{i}]")) for i, text in enumerate(body.images)]
+    return Upload(images, is_list=True, top_k=top_k)
+
+
+async def read_body(
+    request: Request,
+    service: Service,
+    limit: int,
+    deadline: float,
+    consume: Callable[[bytes], None] | None = None,
+    *,
+    decompress: bool = False,
+) -> bytes:
+    """Read the body of *request*, at most *limit* bytes, before *deadline*; *consume* gets it in pieces.
+
+    A client may be slower than the minimum rate for a grace period in total. With *decompress*, the body may
+    be compressed. Returns the body, empty with *consume*. Raises `RejectedError`: 400 not compressed as
+    announced, 408 too slow, 413 too large, 415 for another Content-Encoding, 429 for a full budget, 499
+    client disconnected.
+    """
+    context: RequestContext = request.scope["state"]["context"]
+    settings = service.settings
+    stream = _decompressor(context.headers, allowed=decompress)
+    announced = int(context.headers.get("content-length", "0"))
+    pieces: list[bytes] = []
+    received = 0  # before decompression
+    grace, more = settings.body_grace_seconds, True
+    while more:
+        # Also before the first byte: a client that waits for `100 Continue` must not send the body in vain.
+        _check_budget(service, context.bytes, max(0, announced - context.bytes))
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(min(grace, deadline - started)):
+                message = await request.receive()
+        except TimeoutError as problem:
+            raise RejectedError(LATE_BODY if time.monotonic() >= deadline else SLOW_BODY) from problem
+        if message["type"] == "http.disconnect":
+            raise RejectedError(CLIENT_GONE)
+        piece = message.get("body", b"")
+        waited = time.monotonic() - started
+        grace = min(settings.body_grace_seconds, grace - waited + len(piece) / settings.min_body_rate)
+        received += len(piece)
+        async for part in _decompressed(stream, piece, service):
+            _check_budget(service, context.bytes, len(part))
+            service.upload_bytes += len(part)
+            context.bytes += len(part)
+            if max(received, context.bytes) > limit:
+                raise RejectedError(HttpError.of(too_large_error(limit)))
+            if part:
+                (consume or pieces.append)(part)
+        more = message.get("more_body", False)
+    if stream is not None and not stream.eof:
+        raise RejectedError(NOT_COMPRESSED)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def check_encoding(headers: Mapping[str, str]) -> None:
+    """Raise `RejectedError` (415) for a body with a Content-Encoding."""
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise RejectedError(ENCODED)
+
+
+def _decompressor(headers: Mapping[str, str], *, allowed: bool) -> "zlib._Decompress | None":
+    """Create what decompresses a body with *headers*; None if it is not compressed."""
+    if not allowed:
+        check_encoding(headers)
+        return None
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in {"identity", *WINDOW_BITS}:
+        raise RejectedError(UNKNOWN_ENCODING)
+    return zlib.decompressobj(WINDOW_BITS[encoding]) if encoding in WINDOW_BITS else None
+
+
+async def _decompressed(
+    stream: "zlib._Decompress | None", piece: bytes, service: Service
+) -> AsyncIterator[bytes]:
+    """Yield *piece*, or what *stream* makes of it: at most `STEP_BYTES` at once, each in a thread."""
+    if stream is None:
+        yield piece
+        return
+    run = asyncio.get_running_loop().run_in_executor
+    part = piece
+    while part:
+        try:
+            part = await run(service.parsers, stream.decompress, piece, STEP_BYTES)
+        except zlib.error as problem:
+            raise RejectedError(NOT_COMPRESSED) from problem
+        if stream.unused_data:  # not kept: zlib would collect it without limit
+            raise RejectedError(NOT_COMPRESSED)
+        yield part
+        piece = stream.unconsumed_tail
+
+
+def _check_budget(service: Service, received: int, more: int) -> None:
+    """Raise `RejectedError` (429) if a body of *received* bytes may not grow by *more* bytes."""
+    budget = service.max_upload_bytes
+    if received + more > SMALL_BODY:
+        budget = int(budget * LARGE_BODY_SHARE)
+    if service.upload_bytes + more > budget:
+        raise RejectedError(UPLOADS_FULL)

@@ -4,7 +4,6 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from sopdeploy_service.api.schema import Card, CertificateSummary, Health, SelfT
 from sopdeploy_service.api.v2.response import stack_outputs
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.results import HttpError, RejectedError
+from sopdeploy_service.inference.results import HttpError, Outcome, RejectedError
 
 router = APIRouter()
 
@@ -105,7 +104,9 @@ def model_info(model: Model) -> ModelInfo:
 )
 async def card(request: Request, model: str | None = None) -> Response:
     """Return the model card of *model* (required if several are loaded) and a summary of its certificate."""
-    with service_of(request).registry.use(model) as chosen:  # a replaced model closes its files
+    registry = service_of(request).registry
+    chosen = registry.find(model)
+    with registry.use(chosen):  # a replaced model closes its files
         return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 
 
@@ -158,11 +159,13 @@ async def self_test(admitted: AdmittedRequest) -> SelfTest:
     """
     service, model, context = admitted.service, admitted.model, admitted.context
     loop = asyncio.get_running_loop()
-    unlimited = replace(context, rate_limit=None)
+
+    async def infer(images: NDArray[np.uint8]) -> list[Outcome]:
+        service.check_queue(model, len(images))
+        return await service.infer(model, images, admitted.deadline, features=True)
 
     def run(images: NDArray[np.uint8]) -> Outputs:
-        work = service.infer(model, images, admitted.deadline, unlimited, features=True)
-        return stack_outputs(asyncio.run_coroutine_threadsafe(work, loop).result())
+        return stack_outputs(asyncio.run_coroutine_threadsafe(infer(images), loop).result())
 
     try:
         probes = await asyncio.to_thread(read_probes, model.bundle.probes)

@@ -5,16 +5,15 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import numpy as np
+import orjson
 from fastapi import APIRouter, Query, Request, Response
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding
-from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response
+from sopdeploy_service.api.admission import AdmittedRequest, Upload, admit, read_upload
 from sopdeploy_service.api.schema import ClassifyRequest, Embeddings, Results
-from sopdeploy_service.api.upload import Upload, read_upload
 from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
-from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
 router = APIRouter()
@@ -52,18 +51,18 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     `score`.
     """
     async with admit(request, query.model, query.version) as admitted:
-        _check_query(query, admitted.model)
-        upload = await read_upload(admitted)
         service, chosen = admitted.service, admitted.model
-        limit = service.settings.classes_per_image(multi_label=chosen.thresholds is not None)
-        top_k = query.top_k or upload.top_k or limit
-        admitted.context.may_keep = True
-        outcomes = await admitted.infer(upload.images)
-
-    manifest = chosen.bundle.manifest
+        if query.gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
+            raise bad_request("no_gates", f"{chosen.name}: has no gate; omit gates=true")
+        if query.threshold is not None and chosen.thresholds is None:
+            message = f"{chosen.name}: predicts one class per image; omit threshold"
+            raise bad_request("no_thresholds", message)
+        upload = await read_upload(admitted)
+        top_k = query.top_k or upload.top_k or chosen.top_k
+        outcomes = await admitted.infer(upload.images, may_keep=True)
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:
-        answer = manifest.answer(outcome.outputs[manifest.outputs[0].name], top_k, query.threshold)
+        answer = chosen.decision.answer(outcome.outputs[chosen.logits], top_k, query.threshold)
         if answer.known is False:
             service.metrics.unknown_images.labels(chosen.name).inc()
         gates = {"gates": _list_components(outcome.outputs[GATES])} if query.gates else {}
@@ -119,15 +118,8 @@ def _respond(
         else:
             results.append(format_result(outcome))
     body = {"results": results} if upload.is_list else results[0]
-    return json_response(body, headers={"Server-Timing": admitted.context.server_timing()})
-
-
-def _check_query(query: ClassifyQuery, chosen: Model) -> None:
-    """Raise `RejectedError` if *chosen* cannot do what *query* requests."""
-    if query.gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
-        raise bad_request("no_gates", f"{chosen.name}: has no gate; omit gates=true")
-    if query.threshold is not None and chosen.thresholds is None:
-        raise bad_request("no_thresholds", f"{chosen.name}: predicts one class per image; omit threshold")
+    headers = {"Server-Timing": admitted.context.server_timing()}
+    return Response(orjson.dumps(body), headers=headers, media_type="application/json")
 
 
 def _list_components(gates: NDArray[np.float32]) -> list[dict[str, Any]]:

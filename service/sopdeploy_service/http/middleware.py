@@ -1,18 +1,16 @@
-"""Middleware around every request: context, metrics and access log; foreign pages; API keys; disconnects.
+"""Middleware around every request: context, metrics and access log; foreign pages; API keys.
 
 Plain ASGI middleware: Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
 """
 
-import asyncio
 import itertools
 import logging
 import re
 import secrets
 import time
-from collections.abc import Collection, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,7 +20,6 @@ from sopdeploy_service.http.api_keys import CreateBucketState, Key, TokenBucket,
 from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.observability.request_context import RequestContext
 
 PROCESS_ID = secrets.token_hex(8)  # once per process: a system call per request would release the GIL
 _NUMBERS = itertools.count()
@@ -43,12 +40,31 @@ FOREIGN = HttpError(
     "foreign_request", 403, "without keys, this server answers only to localhost and to its own pages"
 )
 
-WATCH_AFTER_SECONDS = 0.1  # most requests end sooner and need no task that waits for a disconnect
-
-_Value = TypeVar("_Value")
-
 log = logging.getLogger("sopdeploy.http")
 access_log = logging.getLogger("sopdeploy.access")
+
+
+@dataclass(slots=True)
+class RequestContext:
+    """The state of one request: `scope["state"]["context"]`, written to metrics and access log at its end.
+
+    `headers` are by name in lower case. `stage_seconds` maps each stage to the time of the slowest image.
+    """
+
+    request_id: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    key_name: str | None = None
+    rate_limit: TokenBucket | None = None
+    model_name: str = ""
+    model_version: str = ""
+    bytes: int = 0
+    num_images: int = 0
+    code: str = "ok"
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    def server_timing(self) -> str:
+        """Format the value of the `Server-Timing` header; durations are in milliseconds."""
+        return ", ".join([f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items()])
 
 
 @dataclass(eq=False)
@@ -220,31 +236,3 @@ class ApiKeyMiddleware:
             context.key_name = key.name
             context.rate_limit = self._buckets.get(key.name)
         await self.app(scope, receive, send)
-
-
-async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Receive) -> _Value:
-    """Run *work*; cancel it and raise `RejectedError` (499) if the client disconnects first.
-
-    The request body must have been read: the next message of *receive* is the disconnect.
-    """
-    task = cast("asyncio.Task[Any]", asyncio.current_task())
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
-
-    watchers: list[asyncio.Task[None]] = []  # one, once it is needed
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(WATCH_AFTER_SECONDS, lambda: watchers.append(loop.create_task(watch())))
-    try:
-        return await work
-    except asyncio.CancelledError:
-        disconnected = any(watcher.done() and not watcher.cancelled() for watcher in watchers)
-        if not disconnected or task.uncancel():  # cancelled by another task, or by both
-            raise
-        raise RejectedError(CLIENT_GONE) from None
-    finally:
-        timer.cancel()
-        for watcher in watchers:
-            watcher.cancel()

@@ -32,7 +32,7 @@ from sopdeploy_service.inference.results import (
 )
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes, trim_heaps
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 
 _MIB = 1 << 20
 LIGHT = Cost(16 * _MIB, 40)  # at most: a JPEG of 3.5 megapixels
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 def upload_budget(settings: Settings, processes: int = 1) -> int:
     """Return how many bytes of request bodies one of *processes* may hold."""
     share = int(memory_limit() * UPLOAD_SHARE / processes)
-    return min(settings.max_upload_bytes, max(share, math.ceil(settings.max_body_bytes * 8 / 7)))
+    return min(settings.max_upload_bytes, max(share, math.ceil(settings.max_body_bytes / LARGE_BODY_SHARE)))
 
 
 def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:

@@ -20,8 +20,8 @@ from sopdeploy.bundle.folder import keep_in_memory
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked
 from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
+from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
@@ -96,12 +96,11 @@ class BudgetedRegistry(ModelRegistry):
         """Start nothing: no model is loaded yet."""
 
     @contextmanager
-    def use(self, name: str | None = None, version: str | None = None) -> Iterator[Model]:
-        """Find a model, loaded or not; during the block it is not released."""
-        model = self.find(name, version)
+    def use(self, model: Model) -> Iterator[None]:
+        """Do not release *model*, loaded or not, during the block."""
         self._entries.move_to_end(model.name)
-        with self._entries[model.name].unloaded.in_use():
-            yield model
+        with super().use(self._entries[model.name].unloaded):
+            yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
         """Load *model*, which must be in use, or wait for a load that has begun; return the loaded model.

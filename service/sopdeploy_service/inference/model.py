@@ -9,59 +9,19 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
 
+from sopdeploy.decision import Decision
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
-from sopdeploy_service.inference.model_worker import ModelWorker, RequestQueue, settle
+from sopdeploy_service.inference.model_worker import LatencyTable, ModelWorker, RequestQueue, settle
 from sopdeploy_service.inference.results import DRAINING, RUNTIME_DEAD, HttpError
 from sopdeploy_service.observability.metrics import Metrics, drift_window
 from sopdeploy_service.settings import Settings
 
 _JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
-MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
-HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
-SMOOTHING = 0.2  # weight of the newest batch in the moving average
 
 WATCH_SECONDS = 1.0  # longest time between two checks of the worker
 
 log = logging.getLogger("sopdeploy.inference")
-
-
-class LatencyTable:
-    """Moving average of the seconds of a batch, by its size."""
-
-    def __init__(self, measured: Iterable[tuple[int, float]] = ()) -> None:
-        """Start with *measured* pairs (images, seconds); the fastest of each size counts."""
-        self._seconds: dict[int, float] = {}
-        for images, seconds in measured:
-            self._seconds[images] = min(seconds, self._seconds.get(images, seconds))
-
-    def record(self, num_images: int, seconds: float) -> None:
-        """Include a batch of *num_images* that took *seconds*."""
-        old = self._seconds.get(num_images, seconds)
-        self._seconds[num_images] = old + SMOOTHING * (seconds - old)
-
-    def batch_seconds(self, num_images: int) -> float:
-        """Estimate the seconds of one batch of *num_images*; 0 before the first measurement.
-
-        A size without measurement takes the value of the next larger size, or scales the largest one.
-        """
-        known = self._seconds
-        if num_images in known or not known:
-            return known.get(num_images, 0.0)
-        largest = max(known)
-        if num_images > largest:
-            return known[largest] * num_images / largest
-        return known[min(size for size in known if size > num_images)]
-
-    def hang_seconds(self, num_images: int) -> float:
-        """Compute after how many seconds a batch of *num_images* counts as hung."""
-        return max(MIN_HANG_SECONDS, HANG_FACTOR * self.batch_seconds(num_images))
-
-    def total_seconds(self, num_images: int, max_batch: int) -> float:
-        """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
-        full, rest = divmod(num_images, max_batch)
-        return full * self.batch_seconds(max_batch) + (self.batch_seconds(rest) if rest else 0.0)
 
 
 class Model:
@@ -74,9 +34,10 @@ class Model:
         self.loaded = loaded
         self.bundle = loaded.bundle
         self.labels = loaded.bundle.labels
-        decision = loaded.bundle.manifest.decision
-        self.thresholds = decision.thresholds if decision is not None else None
-        self.rejection = loaded.bundle.manifest.rejection
+        self.decision = loaded.bundle.manifest.decision or Decision()
+        self.thresholds, self.rejection = self.decision.thresholds, self.decision.rejection
+        self.logits = loaded.bundle.manifest.outputs[0].name
+        self.top_k = settings.classes_per_image(multi_label=self.thresholds is not None)
         self.version = loaded.bundle.manifest.id
         self.largest_batch = largest_batch(loaded.runtime, settings)
         self.dead = False
@@ -86,7 +47,7 @@ class Model:
         self._worker = ModelWorker(
             loaded.runtime,
             self.queue,
-            self.latency.record,
+            self.latency,
             metrics.of(name),
             outputs=[output.name for output in loaded.bundle.manifest.outputs],
             max_batch=self.largest_batch,
@@ -94,21 +55,9 @@ class Model:
         )
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
-        self._users = 0
+        self.users = 0  # requests
         self.unused = asyncio.Event()
         self.unused.set()
-
-    @contextlib.contextmanager
-    def in_use(self) -> Iterator["Model"]:
-        """Keep `unused` cleared while a request uses the model."""
-        self._users += 1
-        self.unused.clear()
-        try:
-            yield self
-        finally:
-            self._users -= 1
-            if not self._users:
-                self.unused.set()
 
     def start(self) -> None:
         """Start the worker thread and its watchdog."""

@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +43,9 @@ from sopdeploy_service.runtime.base import (
 )
 
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
+MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
+HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
+SMOOTHING = 0.2  # weight of the newest batch in the moving average
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out of memory
 
 _Pixels = Sequence[NDArray[np.uint8]]
@@ -156,6 +159,43 @@ def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *v
         log.debug("the event loop is closed; an outcome is dropped")
 
 
+class LatencyTable:
+    """Moving average of the seconds of a batch, by its size."""
+
+    def __init__(self, measured: Iterable[tuple[int, float]] = ()) -> None:
+        """Start with *measured* pairs (images, seconds); the fastest of each size counts."""
+        self._seconds: dict[int, float] = {}
+        for images, seconds in measured:
+            self._seconds[images] = min(seconds, self._seconds.get(images, seconds))
+
+    def record(self, num_images: int, seconds: float) -> None:
+        """Include a batch of *num_images* that took *seconds*."""
+        old = self._seconds.get(num_images, seconds)
+        self._seconds[num_images] = old + SMOOTHING * (seconds - old)
+
+    def batch_seconds(self, num_images: int) -> float:
+        """Estimate the seconds of one batch of *num_images*; 0 before the first measurement.
+
+        A size without measurement takes the value of the next larger size, or scales the largest one.
+        """
+        known = self._seconds
+        if num_images in known or not known:
+            return known.get(num_images, 0.0)
+        largest = max(known)
+        if num_images > largest:
+            return known[largest] * num_images / largest
+        return known[min(size for size in known if size > num_images)]
+
+    def hang_seconds(self, num_images: int) -> float:
+        """Compute after how many seconds a batch of *num_images* counts as hung."""
+        return max(MIN_HANG_SECONDS, HANG_FACTOR * self.batch_seconds(num_images))
+
+    def total_seconds(self, num_images: int, max_batch: int) -> float:
+        """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
+        full, rest = divmod(num_images, max_batch)
+        return full * self.batch_seconds(max_batch) + (self.batch_seconds(rest) if rest else 0.0)
+
+
 @dataclass(slots=True)
 class _Batch:
     """A batch in flight: *wait* returns its outputs, *error* is why it did not begin."""
@@ -168,15 +208,14 @@ class _Batch:
 class ModelWorker:
     """Runs batches of at most *max_batch* images until *queue* is closed.
 
-    Calls *record_latency* with the images and seconds of each batch, on the event loop. Counts predictions in
-    *drift*.
+    Records each batch in *latency* and *metrics*, and counts predictions in *drift*, on the event loop.
     """
 
     def __init__(
         self,
         runtime: Runtime,
         queue: RequestQueue,
-        record_latency: Callable[[int, float], None],
+        latency: LatencyTable,
         metrics: ModelMetrics,
         *,
         outputs: Sequence[str],
@@ -187,7 +226,7 @@ class ModelWorker:
         self.drift = drift
         self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
         self._queue = queue
-        self._record_latency = record_latency
+        self._latency = latency
         self.metrics = metrics
         self._outputs = tuple(outputs)
         self._always = tuple(name for name in outputs if name != EMBEDDING)
@@ -259,10 +298,10 @@ class ModelWorker:
             if isinstance(row, HttpError):
                 outcomes.append(row)
                 continue
+            stages = {} if item.decode_seconds is None else {"decode": item.decode_seconds}
             prediction = Prediction(
                 outputs=row,
-                queue_seconds=started - item.arrived,
-                infer_seconds=ended - started,
+                stage_seconds={**stages, "queue": started - item.arrived, "infer": ended - started},
                 batch=len(items),
                 row=position,
                 warnings=item.warnings,
@@ -320,7 +359,7 @@ class ModelWorker:
             predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
             self.drift.add([prediction.outputs[self._outputs[0]] for prediction in predictions])
             self.metrics.drift = self.drift.latest
-        self._record_latency(len(items), ended - started)
+        self._latency.record(len(items), ended - started)
         self.metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
         self.metrics.nonfinite.inc(sum(outcome is NONFINITE for outcome in outcomes))
 

@@ -1,4 +1,4 @@
-"""Everything behind the HTTP layer: admission, decoder threads and the model registry.
+"""Everything behind the HTTP layer: the models and their replacement, admission, decoder threads.
 
 An image is admitted or rejected, decoded in a thread, and queued at its model. The decoder sets the outcome
 of an invalid image, otherwise the model worker does, or the deadline if it is earlier. An invalid image never
@@ -9,23 +9,26 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import generate_latest
 
+from sopdeploy.bundle.folder import read_manifest
+from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
-from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage
-from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
@@ -39,7 +42,6 @@ from sopdeploy_service.inference.results import (
     RejectedError,
 )
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.observability.request_context import RequestContext
 from sopdeploy_service.settings import (
     DECODERS_BESIDE_CPU_INFERENCE,
     Settings,
@@ -52,17 +54,159 @@ PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
 Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
 State: TypeAlias = Literal["ok", "draining", "runtime_dead"]
-CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 CollectMetrics: TypeAlias = Callable[[], Awaitable[bytes]]
 
-log = logging.getLogger("sopdeploy.service")
+models_log = logging.getLogger("sopdeploy.models")
+
+
+class ModelRegistry:
+    """The loaded models by name. Every method is called on the event loop.
+
+    A new bundle is loaded, verified and started beside the one that is served; then the name points to the
+    new one, in one step. The replaced one is stopped when its last request has its response.
+    """
+
+    def __init__(self, loaded: Mapping[str, LoadedModel], settings: Settings, metrics: Metrics) -> None:
+        """Register *loaded* by name."""
+        self._settings = settings
+        self._metrics = metrics
+        self.changing = asyncio.Lock()  # held while models are loaded or replaced
+        self._retiring: dict[Model, asyncio.Task[None]] = {}
+        self._by_name = {name: self._make_model(name, model) for name, model in loaded.items()}
+
+    async def start(self) -> None:
+        """Start the worker threads of every model."""
+        for model in self.models():
+            model.start()
+
+    def models(self) -> list[Model]:
+        """Return every model that requests can choose, by name."""
+        return [model for _, model in sorted(self._by_name.items())]
+
+    def find(self, name: str | None = None, version: str | None = None) -> Model:
+        """Find the model with *name*, by default the only one; it must have *version*, if this is given.
+
+        Raises `RejectedError` if there is none.
+        """
+        if name is None:
+            name = self._only_name()
+        if name not in self._by_name:
+            listed = shorten(sorted(self._by_name)) or "none"
+            message = f"no model {name[:100]!r}; available: {listed}"
+            raise RejectedError(HttpError("unknown_model", 404, message))
+        model = self._by_name[name]
+        if version not in {None, model.version}:
+            message = f"{name}: no version {str(version)[:100]!r}; the current one is {model.version}"
+            raise RejectedError(HttpError("unknown_version", 404, message))
+        return model
+
+    @contextmanager
+    def use(self, model: Model) -> Iterator[None]:
+        """Keep *model*, which was just found, loaded during the block."""
+        model.users += 1
+        model.unused.clear()
+        try:
+            yield
+        finally:
+            model.users -= 1
+            if not model.users:
+                model.unused.set()
+
+    async def wait_until_loaded(self, model: Model) -> Model:
+        """Return *model*, which is loaded already."""
+        return model
+
+    def _only_name(self) -> str:
+        if len(self._by_name) > 1:
+            names = shorten(sorted(self._by_name))
+            message = f"the server has several models; choose one with ?model= ({names})"
+            raise RejectedError(HttpError("model_needed", 400, message))
+        return next(iter(self._by_name))
+
+    async def follow(self, bundles: Mapping[str, Path], load: Callable[[Path], LoadedModel]) -> None:
+        """Serve exactly *bundles*, by name; those that are already served are not loaded again.
+
+        New bundles are loaded by *load*, in a thread, before any of them is served. Its errors, and
+        `BundleError` for a path without a bundle, are raised here and change nothing.
+        """
+        async with self.changing:
+            loaded: dict[str, LoadedModel] = {}
+            with ExitStack() as stack:
+                for name, path in bundles.items():
+                    manifest = await asyncio.to_thread(read_manifest, path)
+                    # By its id: a folder may have got another bundle.
+                    if name not in self._by_name or self._by_name[name].version != manifest.id:
+                        loaded[name] = await asyncio.to_thread(load, path)
+                        stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
+                stack.pop_all()
+            for name in set(self._by_name) - set(bundles):
+                self._retire(self._by_name.pop(name))
+            for name, new in loaded.items():
+                model = self._make_model(name, new)
+                model.start()
+                if name in self._by_name:
+                    self._retire(self._by_name[name])
+                self._by_name[name] = model
+
+    async def reload(self, sources: Iterable[str | Path]) -> None:
+        """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
+        try:
+            store = await asyncio.to_thread(BundleStore, sources)
+            await self.follow(
+                store.bundles, lambda path: load_model(path, self._settings, store.checked.get(path))
+            )
+        except Exception as error:  # nothing awaits the task of a reload
+            is_bug = not isinstance(error, SopdeployError)
+            models_log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
+            return
+        models_log.info("reloaded", extra={"bundles": " ".join(model.bundle.name for model in self.models())})
+
+    def close(self, reason: HttpError) -> None:
+        """Give *reason* to every image without an outcome."""
+        for model in (*self.models(), *self._retiring):
+            model.close(reason)
+
+    async def stop(self) -> None:
+        """Stop every model."""
+        for task in self._retiring.values():
+            task.cancel()
+        await asyncio.gather(*(model.stop() for model in (*self.models(), *self._retiring)))
+
+    def _make_model(self, name: str, loaded: LoadedModel) -> Model:
+        self.count(name, loaded, 1)
+        return Model(name, loaded, self._settings, self._metrics)
+
+    def count(self, name: str, loaded: LoadedModel, change: int) -> None:
+        """Count *loaded* in the metrics as loaded (*change* 1) or unloaded (-1)."""
+        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, change)
+        if change < 0:
+            return
+        if loaded.bundle.manifest.rejection is not None:
+            self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image
+        decision = loaded.bundle.manifest.decision
+        if decision is not None and decision.reference is not None:
+            self._metrics.show_drift(name)
+
+    def _retire(self, model: Model) -> None:
+        self._retiring[model] = asyncio.create_task(self._stop_unused(model))
+
+    async def _stop_unused(self, model: Model) -> None:
+        """Stop *model* after the last request that uses it has its response."""
+        try:
+            await model.unused.wait()
+            await model.stop()
+        except Exception:  # nothing awaits this task
+            models_log.exception("%s: a replaced version did not stop cleanly", model.name)
+        finally:
+            del self._retiring[model]
+            self.count(model.name, model.loaded, -1)
 
 
 class ObservedRequest(NamedTuple):
     """The images of a request and their outcomes, before its response; the items have the decoded pixels."""
 
     model: Model
-    context: RequestContext
+    may_keep: bool
     items: Sequence[QueuedImage]
     images: Images
     outcomes: Sequence[Outcome]
@@ -75,6 +219,7 @@ class ObservedRequest(NamedTuple):
 
 
 Observe: TypeAlias = Callable[[ObservedRequest], None]
+CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 
 
 class Service:
@@ -166,7 +311,7 @@ class Service:
             raise RejectedError(RUNTIME_DEAD)
         if self._draining:
             raise RejectedError(DRAINING)
-        self._check_queue(model, 1)
+        self.check_queue(model, 1)
         # An idle worker is always tried: an estimate that rejects everything could never be corrected.
         if self.admitted:
             end = time.monotonic() + model.latency.total_seconds(self.admitted + 1, model.largest_batch)
@@ -176,14 +321,15 @@ class Service:
     @contextmanager
     def admitting(self, model: Model) -> Iterator[None]:
         """Count a request as one image during the block; raises `RejectedError` if the queue is full."""
-        self._check_queue(model, 1)
+        self.check_queue(model, 1)
         self.admitted += 1
         try:
             yield
         finally:
             self.admitted -= 1
 
-    def _check_queue(self, model: Model, num_images: int) -> None:
+    def check_queue(self, model: Model, num_images: int) -> None:
+        """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
         if self.admitted + num_images > self.settings.queue_size:
             seconds = math.ceil(model.latency.total_seconds(self.admitted, model.largest_batch))
             retry_after = min(MAX_RETRY_SECONDS, max(1, seconds))
@@ -194,22 +340,17 @@ class Service:
         model: Model,
         images: Images,
         deadline: float,
-        context: RequestContext,
         *,
         features: bool = False,
+        may_keep: bool = False,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the embedding. Cancelling the call removes its images from the queue.
-        Raises `RejectedError` if the queue is full, the rate limit of *context* is exceeded, or the deadline
-        has passed.
+        requests the embedding, *may_keep* allows to keep the images. Cancelling the call removes its images
+        from the queue; call `check_queue` before. Raises `RejectedError` if the deadline has passed.
         """
         started, loop = time.monotonic(), asyncio.get_running_loop()
-        self._check_queue(model, len(images))
-        context.num_images += len(images)
-        if context.rate_limit is not None:
-            context.rate_limit.spend(len(images))
         items = [
             QueuedImage(outcome=loop.create_future(), deadline=deadline, features=features) for _ in images
         ]
@@ -225,11 +366,10 @@ class Service:
         finally:
             self.admitted -= len(images)
             timer.cancel()
-        _record_stages(context, items, outcomes)
         for outcome in outcomes:
             if isinstance(outcome, HttpError) and outcome in {DEADLINE, DECODERS_BUSY}:
                 raise RejectedError(outcome)
-        request = ObservedRequest(model, context, items, images, outcomes)
+        request = ObservedRequest(model, may_keep, items, images, outcomes)
         for observe in self.observers:
             observe(request)
         return outcomes
@@ -247,14 +387,3 @@ class Service:
         reason = model.queue.put(item)
         if reason is not None:
             item.settle(reason)
-
-
-def _record_stages(
-    context: RequestContext, items: Sequence[QueuedImage], outcomes: Sequence[Outcome]
-) -> None:
-    for item, outcome in zip(items, outcomes, strict=True):
-        if item.decode_seconds is not None:
-            context.record_stage("decode", item.decode_seconds)
-        if isinstance(outcome, Prediction):
-            context.record_stage("queue", outcome.queue_seconds)
-            context.record_stage("infer", outcome.infer_seconds)

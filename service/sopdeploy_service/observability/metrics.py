@@ -155,6 +155,8 @@ class ModelMetrics:
         self, result: Literal["success", "fail"], seconds: float, stages: Mapping[str, float]
     ) -> None:
         """Count a request with images that ended after *seconds*, of which *stages* are parts."""
+        for stage in stages.keys() & {"load", "receive"}:
+            self._stage(stage, stages[stage])
         self._last.set_to_current_time()
         self._seconds[result].observe(seconds)
         if result == "success":

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 import pytest
 
-from sopdeploy_service.api.upload import Upload, parse_upload
+from sopdeploy_service.api.admission import Upload, parse_upload
 from sopdeploy_service.http.strict_json import decode_text
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import RejectedError

@@ -71,7 +71,8 @@ def run_with_registry(
 
 async def request(registry: BudgetedRegistry, name: str) -> bool:
     """Use the model *name*; return whether it was loaded already."""
-    with registry.use(name) as model:
+    model = registry.find(name)
+    with registry.use(model):
         assert (await registry.wait_until_loaded(model) if not model.is_loaded else model).is_loaded
         return model.is_loaded
 
@@ -102,7 +103,8 @@ def test_models_in_use_stay_and_are_waited_for(bundle_path, monkeypatch) -> None
     device = Device(budget=2 * SIZE)
 
     async def scenario(registry: BudgetedRegistry) -> None:
-        with registry.use("used") as used, registry.use("a") as model:
+        used, model = registry.find("used"), registry.find("a")
+        with registry.use(used), registry.use(model):
             await registry.wait_until_loaded(used)
             await registry.wait_until_loaded(model)
             monkeypatch.setattr(memory_budget, "ROOM_SECONDS", 0.0)

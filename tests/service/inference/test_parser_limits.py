@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from fake_runtime import FakeRuntime
 
-from sopdeploy_service.api import upload
+from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.inference import service
 from tests.service.raw import count
@@ -27,7 +27,7 @@ def blocked(monkeypatch):
         return read
 
     monkeypatch.setattr(service, "PARSERS", 1)
-    monkeypatch.setattr(upload, "parse_upload", waiting(upload.parse_upload))
+    monkeypatch.setattr(admission, "parse_upload", waiting(admission.parse_upload))
     monkeypatch.setattr(routes, "parse_body", waiting(routes.parse_body))
     yield gate
     gate.set()

@@ -16,8 +16,8 @@ from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnava
 from sopdeploy.files import sha256
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.registry import ModelRegistry
 from sopdeploy_service.inference.results import RejectedError
+from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.server.process import load_app
@@ -97,7 +97,7 @@ def test_a_replaced_version_waits_for_its_last_request(versions, monkeypatch) ->
             stopped.set()
 
         monkeypatch.setattr(oldest, "stop", observed_stop)
-        with oldest.in_use():
+        with registry.use(oldest):
             await registry.follow({"tiny": versions[1]}, load)
             for _ in range(100):  # every other task runs until it waits
                 await asyncio.sleep(0)

@@ -121,8 +121,7 @@ def loaded(start, jpeg, gate) -> Iterator[Callable[..., tuple[subprocess.Popen[s
             waits = BATCH.format(before=WAITS.format(gate=str(gate)))
             child, client = start(waits, f"max_batch=1, batch_timeout_seconds=60, {settings}")
             sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
-            received = 'sopdeploy_stage_duration_seconds_count{stage="receive"} 16.0'
-            wait_for(lambda: received in client.get("/metrics").text, PATIENCE)
+            wait_for(lambda: "sopdeploy_queue_depth 16.0" in client.get("/metrics").text, PATIENCE)
             child.send_signal(signal.SIGTERM)
             return child, client, sent
 

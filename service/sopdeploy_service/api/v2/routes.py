@@ -10,13 +10,14 @@ import pydantic
 from fastapi import APIRouter, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING
-from sopdeploy_service.api.admission import admit, json_response, service_of, use_model
-from sopdeploy_service.api.upload import read_body
+from sopdeploy_service.api.admission import admit, json_response, read_body, service_of
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
 from sopdeploy_service.api.v2.request import Body, InferBody, parse_body
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
+from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.strict_json import ParsedBody, parse, validate
+from sopdeploy_service.inference.model import Model
 
 MAX_BODY_BYTES = 100_000  # of a repository request
 _ERROR: dict[str, Any] = {
@@ -101,6 +102,14 @@ def model_endpoint(method: str, suffix: str, **options: Any) -> Callable[[Endpoi
     return register
 
 
+def find_model(request: Request, name: str, version: str | None) -> Model:
+    """Find the model of *request*; record it for the digest header, the metrics and the access log."""
+    model = service_of(request).registry.find(name, version)
+    context: RequestContext = request.state.context
+    context.model_name, context.model_version = model.name, model.version
+    return model
+
+
 @router.get("/v2")
 async def server() -> Response:
     """Name the server and the extensions it supports."""
@@ -125,7 +134,7 @@ async def ready(request: Request) -> Response:
 async def model_ready(request: Request, name: str, version: str | None) -> Response:
     """Respond with 200 while the model can predict."""
     service = service_of(request)
-    model = use_model(request.state.context, service.registry.find(name, version))
+    model = find_model(request, name, version)
     is_ready = not model.dead and service.state != "draining"
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
@@ -134,7 +143,7 @@ async def model_ready(request: Request, name: str, version: str | None) -> Respo
 async def model_config(request: Request, name: str, version: str | None) -> Response:
     """Return the model as a Triton model configuration."""
     service = service_of(request)
-    model = use_model(request.state.context, service.registry.find(name, version))
+    model = find_model(request, name, version)
     return json_response(metadata.model_config(model, service.settings))
 
 
@@ -148,14 +157,14 @@ async def all_statistics(request: Request) -> Response:
 @model_endpoint("GET", "/stats")
 async def statistics(request: Request, name: str, version: str | None) -> Response:
     """Count requests and times of the model, all of its versions together."""
-    model = use_model(request.state.context, service_of(request).registry.find(name, version))
+    model = find_model(request, name, version)
     return json_response(metadata.model_statistics(await service_of(request).collect_metrics(), [model]))
 
 
 @model_endpoint("GET", "")
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
     """Return the inputs and outputs of the model."""
-    model = use_model(request.state.context, service_of(request).registry.find(name, version))
+    model = find_model(request, name, version)
     return json_response(metadata.model_metadata(model))
 
 
@@ -175,8 +184,7 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
         features = any(output.tensor.name == EMBEDDING for output in parsed.outputs)
-        admitted.context.may_keep = True
-        outcomes = await admitted.infer(parsed.images, features=features)
+        outcomes = await admitted.infer(parsed.images, features=features, may_keep=True)
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:
         head = {"id": parsed.id, **head}
