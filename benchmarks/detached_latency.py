@@ -72,7 +72,7 @@ def run(folder: Path, batches: tuple[int, ...], runs: int) -> list[Result]:
     plain = create_model("resnet18", conv5_stride=1)
     plain.load_state_dict({name: trained.state_dict()[name] for name in plain.state_dict()})
     ours = checkpoint("dsop-resnet18", trained, folder)
-    ours = export_checkpoint(ours, folder, ExportOptions(detach=True)).path
+    ours = export_checkpoint(ours, folder, options=ExportOptions(detach=True)).path
     other = export_checkpoint(checkpoint("resnet18", plain, folder), folder).path
     if initializers(ours / "model.onnx") != initializers(other / "model.onnx"):
         sys.exit("the detached file does not contain the initializers of the plain network")

@@ -35,7 +35,7 @@ def measured(path: Path, folder: Path) -> dict[str, Any]:
     def step(name: str) -> None:
         marks.append((name, perf_counter(), process_time()))
 
-    export_checkpoint(path, folder, ExportOptions(detach=True), step)
+    export_checkpoint(path, folder, options=ExportOptions(detach=True), on_step=step)
     step("end")
     return {
         "steps": {

@@ -80,7 +80,7 @@ def make_bundle(source: Path, precision: Precision, folder: Path) -> Path:
             allow_drift=True,  # random weights
             **(int8 if precision == "int8" else {}),
         )
-        return export_checkpoint(source, folder, options).path
+        return export_checkpoint(source, folder, options=options).path
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def random_bundle(folder: Path) -> Path:
     """Export a detached DSoP ResNet-18 with random weights into *folder*."""
     torch.manual_seed(0)
     path = checkpoint("dsop-resnet18", create_model("dsop-resnet18"), folder)
-    return export_checkpoint(path, folder, ExportOptions(detach=True)).path
+    return export_checkpoint(path, folder, options=ExportOptions(detach=True)).path
 
 
 def start(bundle: Path, checkout: Path) -> dict[str, float]:

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from sopdeploy.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from sopdeploy.api.deployment import export as export
     from sopdeploy.api.evaluation import evaluate as evaluate
     from sopdeploy.api.serving import predict as predict
     from sopdeploy.api.serving import serve as serve
@@ -31,10 +30,13 @@ if TYPE_CHECKING:
     from sopdeploy.models.user_network import isqrt as isqrt
     from sopdeploy.models.user_network import register_model as register_model
     from sopdeploy_export.options import ExportOptions as ExportOptions
+    from sopdeploy_export.pipeline import export_checkpoint
     from sopdeploy_export.user_network.export_network import export_network as export_network
     from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
     from sopdeploy_service.commands.batch.run import classify as classify
     from sopdeploy_service.runtime.base import register_runtime as register_runtime
+
+    export = export_checkpoint
 
 # Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -47,7 +49,7 @@ _MODULES = {
     "describe": "sopdeploy.models.describe",
     "dsop": "sopdeploy.models.user_network",
     "evaluate": "sopdeploy.api.evaluation",
-    "export": "sopdeploy.api.deployment",
+    "export": "sopdeploy_export.pipeline:export_checkpoint",
     "export_network": "sopdeploy_export.user_network.export_network",
     "isqrt": "sopdeploy.models.user_network",
     "list_models": "sopdeploy.models.registry",
@@ -72,6 +74,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     with missing_extras():
-        value = getattr(import_module(_MODULES[name]), name)
+        module, _, attribute = _MODULES[name].partition(":")
+        value = getattr(import_module(module), attribute or name)
     globals()[name] = value
     return value

@@ -120,7 +120,7 @@ def export_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], list
     checkpoint, options = folder / "ckpt.pt", ExportOptions(detach=True, max_batch=1)
     save(trained(), "dsop-resnet8", checkpoint, preprocess)
     with quick_torch.one_thread(), proving_once(), recorded() as (take, returns):
-        export_checkpoint(checkpoint, folder / "out", options)
+        export_checkpoint(checkpoint, folder / "out", options=options)
         files = {file for file in take() if not file.startswith(OF_THE_NETWORK)}
     return files, returns
 

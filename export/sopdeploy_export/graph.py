@@ -285,10 +285,7 @@ class SymbolicForms(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the other form of *function*, if there is one."""
         del types
-        form = {"chunk": _chunk, "split": _split, "take_along_dim": _take_along}.get(
-            getattr(function, "__name__", ""), function
-        )
-        return (form if args and isinstance(args[0], Tensor) else function)(*args, **(kwargs or {}))
+        return OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
 
 
 def _chunk(x: Tensor, chunks: int, dim: int = 0) -> Any:
@@ -300,7 +297,7 @@ def _chunk(x: Tensor, chunks: int, dim: int = 0) -> Any:
 def _split(x: Tensor, size: Any, dim: int = 0) -> Any:
     if is_batch_axis(x, dim) and not isinstance(size, list | tuple) and x.shape[0] % size == 0:
         return x.view(-1, size, *x.shape[1:]).unbind(0)
-    return x.split(size, dim)  # type: ignore[no-untyped-call]
+    return torch.split(x, size, dim)
 
 
 def is_batch_axis(x: Tensor, dim: int) -> bool:
@@ -315,6 +312,13 @@ def _take_along(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
     shape = torch.broadcast_shapes(x.shape[:-1], indices.shape[:-1])  # type: ignore[no-untyped-call]
     found = x.expand(*shape, x.shape[-1]).gather(-1, indices.expand(*shape, indices.shape[-1]))
     return found.movedim(-1, dim)
+
+
+OTHER_FORMS: dict[Any, Any] = {
+    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
+    **dict.fromkeys((torch.split, Tensor.split), _split),
+    **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),
+}
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
+from sopdeploy.config import expand_options
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
@@ -53,37 +54,52 @@ FOLDED_PROBES = 4  # number of probes on which a folded temperature is checked
 FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; covers the rounding of the divided weights
 
 
+@expand_options
 def export_checkpoint(
-    checkpoint_path: Path,
-    destination: Path,
-    options: ExportOptions | None = None,
-    step: Callable[[str], None] = lambda _: None,
+    checkpoint: str | Path,
+    out: str | Path = "bundles",
+    *,
+    options: ExportOptions,
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Export the checkpoint at *checkpoint_path* as a bundle in *destination*.
+    """Convert a checkpoint to a bundle: detach, prove equivalence, export, compare.
 
-    *step* is called with a description of each step as it begins. Raises a `SopdeployError` if a step
-    fails; nothing is left in *destination* then.
+    For a network outside of the catalog, call `sopdeploy.export_network`.
+
+    Args:
+        checkpoint: A checkpoint written by `sopdeploy train`.
+        out: Folder for the bundle.
+        options: The fields of `ExportOptions`, each as a keyword argument.
+        on_step: Called with a description of each step as it begins.
+
+    Returns:
+        The path of the bundle and the results of all checks.
+
+    Raises:
+        ConfigError: Options that are invalid or do not fit together.
+        SopdeployError: A step failed; *out* contains nothing new.
     """
-    checkpoint, options = read_checkpoint(checkpoint_path), options or ExportOptions()
-    project = options.name or checkpoint.project or checkpoint.model.replace(":", "-")
+    path, destination = Path(checkpoint), Path(out)
+    trained = read_checkpoint(path)
+    project = options.name or trained.project or trained.model.replace(":", "-")
     if options.name is None:
-        check_same_images(destination, project, checkpoint)
-    network = build_classifier(checkpoint, checkpoint_path)
+        check_same_images(destination, project, trained)
+    network = build_classifier(trained, path)
     subject = ExportSubject(
-        name=checkpoint.model,
+        name=trained.model,
         project=project,
         network=network,
         detachment=Detachment.of(network),
-        labels=checkpoint.labels,
-        preprocess=checkpoint.preprocess,
-        config=checkpoint.config,
-        sha256=checkpoint.sha256,
-        summary=lambda: summarize_checkpoint(checkpoint),
-        decision=checkpoint.decision,
-        training=checkpoint.training,
-        origin=checkpoint.origin,
+        labels=trained.labels,
+        preprocess=trained.preprocess,
+        config=trained.config,
+        sha256=trained.sha256,
+        summary=lambda: summarize_checkpoint(trained),
+        decision=trained.decision,
+        training=trained.training,
+        origin=trained.origin,
     )
-    return export_subject(subject, destination, options, step)
+    return export_subject(subject, destination, options, on_step)
 
 
 def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
@@ -107,17 +123,17 @@ def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -
 def export_subject(
     subject: ExportSubject,
     destination: Path,
-    options: ExportOptions | None = None,
-    step: Callable[[str], None] = lambda _: None,
+    options: ExportOptions,
+    on_step: Callable[[str], None],
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does."""
-    options = options or ExportOptions()
     check_exportable(subject.network, subject.detachment.training_only)
     accuracy = AccuracyCheck(subject, options)
     if options.with_features:
         add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
     images = generated_images(subject.preprocess.crop)
-    job = _Job(subject, images, accuracy, options, _with_time_left(step))
+    started = time.monotonic()
+    job = _Job(subject, images, accuracy, options, _with_time_left(on_step, started), started)
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         certified, certificate = _prove(job)
         if options.precision != "fp32":
@@ -130,12 +146,11 @@ def export_subject(
         return _write_bundle(job, folder, destination, converted, expected, results)
 
 
-def _with_time_left(step: Callable[[str], None]) -> Callable[[str, float], None]:
+def _with_time_left(step: Callable[[str], None], started: float) -> Callable[[str, float], None]:
     """Return a function (name, done) that calls *step* with *name* and the time that the export still needs.
 
-    *done* is the part of the time of an ordinary export that passes before the step.
+    *done* is the part of the time of an ordinary export, since *started*, that passes before the step.
     """
-    started = time.monotonic()
 
     def announce(name: str, done: float = 0.0) -> None:
         left = (time.monotonic() - started) * (1 - done) / done if done else 0.0
@@ -203,6 +218,7 @@ class _Job(NamedTuple):
     accuracy: AccuracyCheck
     options: ExportOptions
     step: Callable[[str, float], None]
+    started: float
 
 
 def _check_file(
@@ -251,13 +267,14 @@ def _write_bundle(
     probes = as_probes(job.images, expected, parity)
     write_probes(folder / "probes.npz", probes)
     write_golden_examples(job, folder, converted, parity, probes.tolerance[LOGITS])
-    fields = _manifest_fields(job, folder, converted, expected, results)
+    fields = _manifest_fields(job, converted, expected, results)
     (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
     page = render_report(subject, results, fields, bundle.file_records(folder))
     (folder / "report.html").write_text(page, encoding="utf-8")
     manifest = bundle.seal(folder, fields)
     path = bundle.publish(folder, manifest, destination)
-    return Exported(path=path, manifest=manifest, warnings=subject.warnings, **vars(results))
+    seconds = time.monotonic() - job.started
+    return Exported(path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds, **vars(results))
 
 
 def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: ParityReport) -> Probes:
@@ -298,7 +315,7 @@ def write_golden_examples(
 
 
 def _manifest_fields(
-    job: _Job, folder: Path, converted: ConvertedGraph, expected: ParityReference, results: ExportResults
+    job: _Job, converted: ConvertedGraph, expected: ParityReference, results: ExportResults
 ) -> dict[str, Any]:
     """Collect the fields of the manifest, without `files`."""
     subject, certificate, side = job.subject, results.certificate, job.subject.preprocess.crop
@@ -330,7 +347,7 @@ def _manifest_fields(
         "lineage": Lineage(
             checkpoint_sha256=subject.sha256,
             program_root=certificate.roots.any_batch,
-            onnx_root=onnx_root(onnx.load(folder / ONNX_FILE)),
+            onnx_root=certificate.roots.onnx if precision == "fp32" else onnx_root(converted.model),
         ),
         "versions": {**versions, **subject.plugins()},
         "precision": precision,

@@ -1,4 +1,4 @@
-"""Export a checkpoint or a network of the user: `sopdeploy export` and `sopdeploy inspect`."""
+"""Export a network of the user from a weight file: `sopdeploy export --network` and `sopdeploy inspect`."""
 
 import importlib
 import json
@@ -10,45 +10,17 @@ import pydantic
 from torch import nn
 
 from sopdeploy.backbones.timm_backbone import import_timm
-from sopdeploy.config import expand_options, first_problem
+from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.user_files import read_class_names
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
-from sopdeploy_export.pipeline import export_checkpoint as run
 from sopdeploy_export.report.results import Exported
 from sopdeploy_export.user_network.builder import network_builder
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_export.user_network.weights import LoadedWeights, load_weights
 
 EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
-
-
-@expand_options
-def export(
-    checkpoint: str | Path,
-    out: str | Path = "bundles",
-    *,
-    options: ExportOptions,
-    on_step: Callable[[str], None] = lambda _: None,
-) -> Exported:
-    """Convert a checkpoint to a bundle: detach, prove equivalence, export, compare.
-
-    For a network outside of the catalog, call `sopdeploy.export_network`.
-
-    Args:
-        checkpoint: A checkpoint written by `sopdeploy train`.
-        out: Folder for the bundle.
-        on_step: Called with a description of each step as it begins.
-
-    Returns:
-        The path of the bundle and the results of all checks.
-
-    Raises:
-        ConfigError: Options that are invalid or do not fit together.
-        SopdeployError: A step failed; *out* contains nothing new.
-    """
-    return run(Path(checkpoint), Path(out), options, on_step)
 
 
 def load_network(weights: Path, options: NetworkOptions) -> tuple[nn.Module, LoadedWeights]:

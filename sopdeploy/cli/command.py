@@ -18,12 +18,13 @@ JSON_PARAMETER = inspect.Parameter(
 
 
 def command(
-    show: Callable[[Any], None] | None = None, *, summarize: Callable[[Any], Any] | None = None
+    show: Callable[..., None] | None = None, *, summarize: Callable[[Any], Any] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., None]]:
     """Make a function a command; a parameter that is annotated with `Options` becomes one option per field.
 
     A user error ends the command with one line and exit code 2. With *show*, which prints the returned value,
-    the command has the option `--json`, which prints it as JSON instead; *summarize* selects what.
+    the command has the option `--json`, which prints it as JSON instead; *summarize* selects what. Options of
+    the command that *show* has as parameters are passed to it.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., None]:
@@ -48,7 +49,8 @@ def command(
                 if as_json:
                     print_json(_as_data(result if summarize is None else summarize(result)))
                 else:
-                    show(result)
+                    shown = inspect.signature(show).parameters.keys() & keywords.keys()
+                    show(result, **{name: keywords[name] for name in shown})
 
         return with_signature(run, parameters)
 

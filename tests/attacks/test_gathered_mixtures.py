@@ -56,5 +56,5 @@ def test_another_form_than_the_dense_one_is_refused(
     monkeypatch.setattr(Components, "gathered_sum", form)
     checkpoint = save(network, NAME, tmp_path / "ckpt.pt", PREPROCESS)
     with proving_once(alone=True), pytest.raises(ParityError, match=r"the exported file (drifts|changes)"):
-        export_checkpoint(checkpoint, tmp_path / "out", ExportOptions(detach=True, max_batch=1))
+        export_checkpoint(checkpoint, tmp_path / "out", options=ExportOptions(detach=True, max_batch=1))
     assert not (tmp_path / "out").exists()

@@ -107,7 +107,7 @@ def export_once(
     checkpoint = save(network, name, folder / "ckpt.pt", preprocess, labels)
     chosen = ExportOptions.model_validate({"detach": bool(network.training_only), **options})
     with proving_once(changes_program=chosen.pt2):
-        return export_checkpoint(checkpoint, folder / "out", chosen)
+        return export_checkpoint(checkpoint, folder / "out", options=chosen)
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,7 @@ def checkpoint(preprocess: Preprocess, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     with proving_once(changes_program=True):  # as `branched`, whose programs are cached
-        return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundles"), DETACH)
+        return export_checkpoint(checkpoint, tmp_path_factory.mktemp("bundles"), options=DETACH)
 
 
 def test_bundle_opens_and_records_the_certificate(exported: Exported) -> None:
@@ -88,7 +88,7 @@ def test_folders_are_checked_before_the_first_expensive_step(
     options = ExportOptions(detach=True, precision="int8", **{option: folder})
     steps: list[str] = []
     with pytest.raises(DataError, match=message):
-        export_checkpoint(checkpoint, tmp_path / "bundles", options, steps.append)
+        export_checkpoint(checkpoint, tmp_path / "bundles", options=options, on_step=steps.append)
     assert steps == []
 
 
@@ -106,7 +106,7 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
         write_checkpoint(path, replace(read_checkpoint(checkpoint), project="photos", image_hashes=hashes))
         chosen = DETACH.model_copy(update={"evaluate": tmp_path / "no folder", **options})
         with pytest.raises(SopdeployError) as error:
-            export_checkpoint(path, tmp_path / "bundles", chosen, steps.append)
+            export_checkpoint(path, tmp_path / "bundles", options=chosen, on_step=steps.append)
         return [*steps, error.value.describe(command_line_option)]
 
     assert attempt([1, 2]) == [
@@ -135,7 +135,7 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
 ) -> None:
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767323045")
     with proving_once(changes_program=True):
-        again = export_checkpoint(checkpoint, tmp_path, DETACH)
+        again = export_checkpoint(checkpoint, tmp_path, options=DETACH)
     assert again.path.name == exported.path.name
     for name in exported.manifest.files:
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
@@ -146,7 +146,7 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
 def test_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
     steps: list[str] = []
     with proving_once(changes_program=True):
-        export_checkpoint(checkpoint, tmp_path / "out", DETACH, steps.append)
+        export_checkpoint(checkpoint, tmp_path / "out", options=DETACH, on_step=steps.append)
     assert [step.split()[0] for step in steps] == ["proving", "converting", "comparing", "writing"]
 
 
@@ -165,7 +165,7 @@ def test_failed_comparison_leaves_no_files(
 
     monkeypatch.setattr(pipeline, "compare_with_network", fail)
     with proving_once(changes_program=True), pytest.raises(ParityError):
-        export_checkpoint(checkpoint, tmp_path / "out", DETACH)
+        export_checkpoint(checkpoint, tmp_path / "out", options=DETACH)
     assert not (tmp_path / "out").exists()
 
 
@@ -189,7 +189,7 @@ def test_invalid_request_fails_in_one_line_and_writes_nothing(
     if folder is not None:
         options = DETACH.model_copy(update={"precision": "int8", "calibrate": tmp_path / folder})
     with pytest.raises(error, match=message) as problem:
-        export_checkpoint(checkpoint, tmp_path / "out", options)
+        export_checkpoint(checkpoint, tmp_path / "out", options=options)
     assert "\n" not in str(problem.value)
     assert not (tmp_path / "out").exists()
 

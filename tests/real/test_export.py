@@ -24,7 +24,7 @@ def checkpoint(lite0_file: Path, photos: Path, tmp_path_factory: pytest.TempPath
 
 def int8(checkpoint: Path, photos: Path, folder: Path, runtime: Int8For) -> Exported:
     options = ExportOptions(precision="int8", calibrate=photos, int8_for=runtime, max_drop=4)
-    return export_checkpoint(checkpoint, folder, options)
+    return export_checkpoint(checkpoint, folder, options=options)
 
 
 @pytest.mark.slow

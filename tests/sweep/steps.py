@@ -89,7 +89,7 @@ def loaded(checkpoint: Path) -> Classifier:
 def exported(checkpoint: Path, destination: Path) -> Exported:
     """Run the whole export, which captures and converts three networks."""
     options = ExportOptions(detach=bool(loaded(checkpoint).training_only), max_batch=FEW.maximum)
-    return export_checkpoint(checkpoint, destination, options)
+    return export_checkpoint(checkpoint, destination, options=options)
 
 
 def agreed(

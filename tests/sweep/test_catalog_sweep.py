@@ -109,7 +109,7 @@ def test_every_inference_class_is_lowered() -> None:
 def test_a_pooling_without_an_onnx_form_trains_but_is_not_exported(pooling: str, tmp_path: Path) -> None:
     checkpoint = Small("resnet8", 16, {"pooling": {"kind": pooling}}).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match=r"cannot be exported: .* train with"):
-        export_checkpoint(checkpoint, tmp_path / "bundles", ExportOptions())
+        export_checkpoint(checkpoint, tmp_path / "bundles", options=ExportOptions())
     assert not (tmp_path / "bundles").exists()
 
 
@@ -191,4 +191,4 @@ def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
 def test_every_name_without_an_onnx_form_is_rejected_at_full_width(model: str, tmp_path: Path) -> None:
     checkpoint = full_width(model).trained(tmp_path / "ckpt.pt")
     with pytest.raises(LoweringError, match="cannot be exported: "):
-        export_checkpoint(checkpoint, tmp_path / "bundles", ExportOptions())
+        export_checkpoint(checkpoint, tmp_path / "bundles", options=ExportOptions())

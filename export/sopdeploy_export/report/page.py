@@ -10,8 +10,6 @@ from typing import Any
 from sopdeploy.bundle.manifest import FileRecord, Lineage
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.html.report import HtmlReport, Section, Table, percent, render, sanitize
-from sopdeploy.training.epoch_choice import LoopResult
-from sopdeploy.training.procedure import read_result
 from sopdeploy_export.report.results import ExportResults
 from sopdeploy_export.subject import ExportSubject
 
@@ -258,7 +256,12 @@ def as_markdown(text: str) -> str:
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     """List the result of *training*, for the training loop after its scalars, otherwise its start weights."""
-    result = read_result(training)
+    result = None
+    if "procedure" in training:
+        from sopdeploy.training.epoch_choice import LoopResult  # noqa: PLC0415 # most exports need no training
+        from sopdeploy.training.procedure import read_result  # noqa: PLC0415
+
+        result = read_result(training)
     if result is not None and not isinstance(result, LoopResult):
         rows = list(result.rows())
         if start := training.get("start"):

@@ -42,7 +42,7 @@ class ExportResults:
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
         drift = (
             f"{parity.logits.largest_drift:.2g} = {parity.logits.drift_in_floors:.1f} noise floors "
-            f"(allowed {parity.logits.tolerance:.2g})"
+            f"(limit {parity.floors_allowed:g})"
         )
         if not parity.passed:
             drift += "; THE COMPARISON DID NOT PASS, which was allowed"
@@ -63,11 +63,22 @@ class ExportResults:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported(ExportResults):
-    """The bundle that an export wrote, and its results."""
+    """The bundle that an export wrote, its results and its time in seconds."""
 
     path: Path
     manifest: Manifest
     warnings: tuple[str, ...] = ()
+    seconds: float
+
+    def lines(self) -> dict[str, str]:
+        """Describe the export in four lines: what was removed, the proof, the drift, the bundle."""
+        facts, certificate = self.facts(), self.certificate
+        compared = " = ".join(certificate.compared)
+        proof = f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else ""
+        proof = "; ".join(filter(None, (proof, WEAKER_PROOFS.get(certificate.proof), facts["batch"])))
+        drift = "; ".join(facts[name] for name in ("drift", "images") if name in facts)
+        bundle = f"{self.path} ({self.seconds:.0f} s; report.html describes it)"
+        return {"removed": facts["removed"], "proof": proof, "drift": drift, "bundle": bundle}
 
     def summary(self) -> dict[str, Any]:
         """Build the output of `export --json`, with a decision if there is one."""
@@ -108,7 +119,7 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
         "logits": f"bitwise equal on {certificate.num_images} probe images",
         "batch": f"outputs may depend on other images: {', '.join(certificate.mixes_images)}"
         if certificate.mixes_images
-        else "no output depends on other images, by the data flow of the ONNX graph",
+        else "no output depends on other images",
     }
 
 

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from sopdeploy_export.report.results import Exported
 
 
-def show(exported: "Exported") -> None:
-    """Print what was removed, proved and measured, one line per fact, and the warnings."""
-    page = exported.path / "report.html"
-    for name, text in {**exported.facts(), "bundle": str(exported.path), "page": str(page)}.items():
+def show(exported: "Exported", verbose: bool = False) -> None:
+    """Print what was removed, proved and measured in four lines, or all facts, and the warnings."""
+    lines = exported.lines()
+    for name, text in ({**exported.facts(), "bundle": lines["bundle"]} if verbose else lines).items():
         print_field(name, text)
     warnings = list(exported.warnings)
     if exported.manifest.int8_for == "cpu" and lacks_vnni():
@@ -36,6 +36,7 @@ def export_command(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("bundles"),
     *,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print one line per fact.")] = False,
     options: ExportOptions,
     source: NetworkExportOptions,
 ) -> "Exported":
@@ -45,6 +46,7 @@ def export_command(
 
     Example: sopdeploy export runs/latest/best.pt --detach
     """
+    del verbose  # `show` reads it
     if source.network is None:
         check_is_checkpoint(checkpoint)  # before the imports, which take seconds
     with show_steps("exporting", lines=True) as step:
@@ -52,9 +54,9 @@ def export_command(
             from sopdeploy.api.deployment import export_weights
 
             return export_weights(checkpoint, source, out, options, step)
-        from sopdeploy.api.deployment import export as run
+        from sopdeploy_export.pipeline import export_checkpoint
 
-        return run(checkpoint, out, options=options, on_step=step)
+        return export_checkpoint(checkpoint, out, options=options, on_step=step)
 
 
 def show_unused(inspected: dict[str, Any]) -> None:

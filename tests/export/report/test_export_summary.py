@@ -1,4 +1,4 @@
-"""What an export ends with: a line for each fact."""
+"""What an export ends with: four lines, or with --verbose a line for each fact."""
 
 from dataclasses import replace
 
@@ -8,24 +8,34 @@ from sopdeploy.cli.deployment.export import show
 from sopdeploy.decision import Calibration, Decision, Rejection
 from sopdeploy_export.report.results import Exported
 
-NAMES = [
-    *("removed", "kept", "graph", "logits", "batch", "types", "drift", "answers", "costs", "onnx"),
-    *("bundle", "page"),
-]
+FACTS = (
+    *("removed", "kept", "graph", "logits", "batch", "types", "drift", "answers", "costs", "onnx", "bundle"),
+)
 
 
 def shown(exported: Exported, capsys: pytest.CaptureFixture[str]) -> str:
-    show(exported)
+    show(exported, verbose=True)
     return capsys.readouterr().out
+
+
+def test_there_are_four_lines_in_words(branched: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    show(branched)
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["removed", "proof", "drift", "bundle"]
+    assert lines["removed"].startswith("branches (")
+    assert lines["proof"] == (
+        "trained = detached = plain: equal graphs, equal logits; no output depends on other images"
+    )
+    assert lines["drift"].endswith(f"{branched.parity.logits.drift_in_floors:.1f} noise floors (limit 16)")
+    assert lines["bundle"].startswith(f"{branched.path} (")
 
 
 def test_there_is_a_line_for_each_fact(branched: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(branched, capsys).splitlines()
-    assert [line.split()[0] for line in lines] == NAMES
+    assert tuple(line.split()[0] for line in lines) == FACTS
     facts = {line.split()[0]: line for line in lines}
     assert f"{branched.certificate.bytes_removed:,} bytes saved" in facts["removed"]
     assert branched.certificate.roots.any_batch[:16] in facts["graph"]
-    assert f"{branched.parity.logits.drift_in_floors:.1f} noise floors" in facts["drift"]
     assert f"of {branched.network_summary.trained.parameters:,} parameters" in facts["costs"]
 
 

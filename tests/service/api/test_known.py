@@ -73,7 +73,9 @@ def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
     with few_digits():
         best = train_recipe(short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run").best
     with proving_once():
-        return best, export_checkpoint(best, folder / "bundles", ExportOptions(detach=True, max_batch=1)).path
+        return best, export_checkpoint(
+            best, folder / "bundles", options=ExportOptions(detach=True, max_batch=1)
+        ).path
 
 
 def test_training_export_and_predict_share_one_decision(
