@@ -221,5 +221,5 @@ async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, async
 
 def head(length: int, classes: int = 1) -> bytes:
     """Build the head of a request with a body of *length* bytes."""
-    request = f"POST /v1/classify?top_k={classes} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
+    request = f"POST /v1/classify?top_k={classes} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     return f"{request}Content-Length: {length}\r\n\r\n".encode()

@@ -53,7 +53,6 @@ def test_a_bundle_whose_folder_is_deleted_is_served_on(bundle_path, tmp_path, jp
             "/selftest",
             "/info",
             "/v2/models/tiny",
-            "/v2/models/tiny/config",
             "/readyz",
         ):
             assert client.get(path).status_code == 200

@@ -74,32 +74,6 @@ def test_pixels_may_be_fp32_and_compressed(triton, pixels, classified, bundle, b
     assert equal(found.as_numpy("logits"), bundle, classified)
 
 
-def test_statistics_count_requests_images_batches_and_times(triton, pixels, bundle):
-    def one(*name: str) -> dict[str, Any]:
-        (found,) = triton.get_inference_statistics(*name)["model_stats"]
-        assert (found["name"], found["version"]) == ("tiny", bundle.manifest.id)
-        return found
-
-    before = one("tiny")
-    triton.infer("tiny", [infer_input("images", pixels, "UINT8", True)])
-    with pytest.raises(InferenceServerException):
-        triton.infer("tiny", [infer_input("images", pixels[:, :5], "UINT8", True)])
-    after = one("tiny", bundle.manifest.id)
-    assert after["inference_count"] - before["inference_count"] == len(pixels)
-    assert 1 <= after["execution_count"] - before["execution_count"] <= len(pixels)
-    assert after["last_inference"] >= before["last_inference"]
-    grown = {
-        part: (numbers["count"] - before["inference_stats"][part]["count"])
-        for part, numbers in after["inference_stats"].items()
-    }
-    assert grown == {"success": 1, "fail": 1, "queue": 1, "compute_input": 1, "compute_infer": 1}
-    ns = {part: numbers["ns"] for part, numbers in after["inference_stats"].items()}
-    assert 0 < ns["compute_infer"] < ns["success"]
-    assert one()["inference_count"] == after["inference_count"]
-    with pytest.raises(InferenceServerException, match="no model 'other'"):
-        triton.get_inference_statistics("other")
-
-
 @pytest.mark.parametrize(("shape", "binary"), [((3,), True), ((3, 1), False)])
 def test_encoded_images_get_the_predictions_of_v1(triton, images, classified, bundle, shape, binary):
     sent = images if binary else [base64.b64encode(image) for image in images]
@@ -128,8 +102,7 @@ def test_server_and_model_metadata(triton, bundle):
     assert triton.is_model_ready("tiny", bundle.manifest.id)
     assert not triton.is_model_ready("other")
     assert not triton.is_model_ready("tiny", "1")
-    extensions = triton.get_server_metadata()["extensions"]
-    assert {"binary_tensor_data", "classification", "model_repository"} <= set(extensions)
+    assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data", "classification"]
     assert triton.get_model_metadata("tiny", bundle.manifest.id) == {
         "name": "tiny",
         "versions": [bundle.manifest.id],
@@ -140,11 +113,6 @@ def test_server_and_model_metadata(triton, bundle):
         ],
         "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 7]}],
     }
-    line = {"name": "tiny", "version": bundle.manifest.id, "state": "READY", "reason": ""}
-    assert triton.get_model_repository_index() == [line]
-    config = triton.get_model_config("tiny")
-    assert (config["max_batch_size"], config["input"][0]["dims"]) == (8, [32, 32, 3])
-    assert config["output"] == [{"name": "logits", "data_type": "TYPE_FP32", "dims": [7]}]
 
 
 def test_errors_reach_the_client(triton, pixels, images):

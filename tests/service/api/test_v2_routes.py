@@ -85,15 +85,8 @@ def test_missing_resources_get_an_error_object(client, target):
     assert list(reply.json()) == ["error"]
 
 
-def test_the_index_accepts_an_object_or_no_body(client):
-    for body in (b"[]", b"{", b'{"ready": 1}'):
-        assert post(client, body, "/v2/repository/index").status_code == 400
-    assert len(post(client, b"", "/v2/repository/index").json()) == 1
-    assert len(post(client, b'{"ready": true}', "/v2/repository/index").json()) == 1
-
-
 def test_the_current_version_can_also_be_named(client, bundle):
-    for suffix in ("", "/ready", "/config", "/infer"):
+    for suffix in ("", "/ready", "/infer"):
         method, body = ("POST", orjson.dumps(GOOD)) if suffix == "/infer" else ("GET", None)
         both = [
             client.request(method, f"/v2/models/tiny{version}{suffix}", content=body)

@@ -8,10 +8,10 @@ MODEL = "/v2/models/tiny"
 READ = [
     *("/", "/docs", "/errors", "/openapi.json", "/livez", "/readyz", "/info", "/v1/card"),
     *("/v2", "/v2/health/live", "/v2/health/ready"),
-    *(MODEL, f"{MODEL}/ready", f"{MODEL}/config"),
+    *(MODEL, f"{MODEL}/ready"),
     *("/v1/card?model=other", "/v2/models/other", "/nothing"),
 ]
-WRITTEN = ["/v1/classify", "/v1/classify?top_k=%31", f"{MODEL}/infer", "/v2/repository/index"]
+WRITTEN = ["/v1/classify", "/v1/classify?top_k=%31", f"{MODEL}/infer"]
 
 
 @pytest.mark.parametrize("path", READ)

@@ -1,7 +1,6 @@
 """The endpoints of the Open Inference Protocol."""
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import version as package_version
 from typing import Any
@@ -13,13 +12,11 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import admit, json_response, read_body, service_of
 from sopdeploy_service.api.v2 import metadata
 from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
-from sopdeploy_service.api.v2.request import Body, InferBody, parse_body
+from sopdeploy_service.api.v2.request import InferBody, parse_body
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
 from sopdeploy_service.http.middleware import RequestContext
-from sopdeploy_service.http.strict_json import ParsedBody, parse, validate
 from sopdeploy_service.inference.model import Model
 
-MAX_BODY_BYTES = 100_000  # of a repository request
 _ERROR: dict[str, Any] = {
     "description": "the code is in the header `X-Error-Code`",
     "content": {
@@ -34,17 +31,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
 
 Endpoint = Callable[[Request, str, str | None], Awaitable[Response]]
 
-_VERSION = package_version("sopdeploy")  # a sandboxed server cannot read it later
+_VERSION = package_version("sopdeploy")
 router = APIRouter(tags=["Open Inference Protocol"], responses=_ERRORS)
 
 
-class IndexBody(Body):
-    """The body of an index request."""
-
-    ready: bool | None = None
-
-
-def request_body(model: type[pydantic.BaseModel], *, required: bool = False) -> dict[str, Any]:
+def request_body(model: type[pydantic.BaseModel]) -> dict[str, Any]:
     """Describe the body *model* for OpenAPI, with nested models inlined."""
     schema = model.model_json_schema()
     definitions = schema.pop("$defs", {})
@@ -60,10 +51,10 @@ def request_body(model: type[pydantic.BaseModel], *, required: bool = False) -> 
         return {key: inline(value) for key, value in node.items()}
 
     content = {"application/json": {"schema": inline(schema)}}
-    return {"requestBody": {"required": required, "content": content}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-INFER_BODY = request_body(InferBody, required=True)
+INFER_BODY = request_body(InferBody)
 INFER_BODY["requestBody"]["content"]["application/octet-stream"] = {
     "schema": {"type": "string", "format": "binary"}
 }
@@ -139,28 +130,6 @@ async def model_ready(request: Request, name: str, version: str | None) -> Respo
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
-@model_endpoint("GET", "/config")
-async def model_config(request: Request, name: str, version: str | None) -> Response:
-    """Return the model as a Triton model configuration."""
-    service = service_of(request)
-    model = find_model(request, name, version)
-    return json_response(metadata.model_config(model, service.settings))
-
-
-@router.get("/v2/models/stats")
-async def all_statistics(request: Request) -> Response:
-    """Count requests and times of every model."""
-    models = service_of(request).registry.models()
-    return json_response(metadata.model_statistics(await service_of(request).collect_metrics(), models))
-
-
-@model_endpoint("GET", "/stats")
-async def statistics(request: Request, name: str, version: str | None) -> Response:
-    """Count requests and times of the model, all of its versions together."""
-    model = find_model(request, name, version)
-    return json_response(metadata.model_statistics(await service_of(request).collect_metrics(), [model]))
-
-
 @model_endpoint("GET", "")
 async def model_metadata(request: Request, name: str, version: str | None) -> Response:
     """Return the inputs and outputs of the model."""
@@ -191,27 +160,3 @@ async def model_infer(request: Request, name: str, version: str | None) -> Respo
     labels = {signature.outputs[0].name: model.labels}
     content, headers = format_response(head, stack_outputs(outcomes), parsed.outputs, labels)
     return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
-
-
-@router.post("/v2/repository/index", openapi_extra=request_body(IndexBody))
-async def index(request: Request) -> Response:
-    """List the models; with `{"ready": true}` only those that can predict, if necessary after a load."""
-    only_ready = (await read_json(request, IndexBody)).ready
-    entries = []
-    for model in service_of(request).registry.models():
-        state, reason = ("UNAVAILABLE", "the model worker has stopped") if model.dead else ("READY", "")
-        if not model.is_loaded:
-            reason = "not loaded; the next request loads it"
-        if not (only_ready and model.dead):
-            entry = {"name": model.name, "version": model.version, "state": state, "reason": reason}
-            entries.append(entry)
-    return json_response(entries)
-
-
-async def read_json(request: Request, model: type[ParsedBody]) -> ParsedBody:
-    """Read and validate a small JSON body; an empty body or null is an empty object."""
-    service = service_of(request)
-    deadline = time.monotonic() + service.settings.request_timeout
-    raw = await read_body(request, service, MAX_BODY_BYTES, deadline)
-    value = parse(raw, MAX_BODY_BYTES) if raw.strip() else None
-    return validate(model, {} if value is None else value)
