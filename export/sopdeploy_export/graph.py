@@ -6,8 +6,8 @@ Newton-Schulz is unrolled into matrix products, so every runtime and TensorRT re
 the lowest that torch writes and the most widely supported.
 
 Probes are the images on which the exported file is compared with the network: noise, smooth fields at several
-scales, ramps, checkerboards and constants. They exercise many parts of a network and are the same on every
-machine.
+scales, a ramp, a checkerboard and saturated colors. They exercise many parts of a network and are the same on
+every machine.
 """
 
 import ast
@@ -373,7 +373,7 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     """
     if opset < OPSET_OF_BFLOAT16:
         check_bfloat16(program)
-    model = _convert(_rewrite_attention(program), outputs, opset).model
+    model = convert(program, [INPUT], outputs, opset)
     _keep_names_only(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
@@ -384,25 +384,69 @@ def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) 
     return proto
 
 
-def _rewrite_attention(program: ExportedProgram) -> ExportedProgram:
-    """Write attention in a form that the converter knows; *program* does not change.
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
+) -> Any:
+    """Write attention on other than four dimensions as matrix products."""
+    if query.dim() == 4:
+        return NotImplemented
+    if mask is not None and mask.dtype == torch.bool:  # which the form below would add as 0 and 1
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
 
-    On other than four dimensions, attention becomes matrix products. On four, the converter's results have
-    other strides than those of torch, for which a view may be impossible: views read a copy.
+
+def _log1p(values: Tensor) -> Tensor:
+    """Write log(1 + x) without its cancellation near 0 (Higham, "Accuracy and Stability", section 1.14.1)."""
+    rounded = 1 + values
+    near = torch.where(rounded == 1, values, rounded.log() * (values / (rounded - 1)))
+    return torch.where(values.abs() < 0.5, near, rounded.log())
+
+
+def _expm1(values: Tensor) -> Tensor:
+    """Write exp(x) - 1 without its cancellation near 0 (Higham, "Accuracy and Stability", section 1.14.1)."""
+    power = values.exp()
+    near = torch.where(power == 1, values, (power - 1) * (values / power.log()))
+    return torch.where(values.abs() < 0.5, near, power - 1)
+
+
+def _atan2(y: Tensor, x: Tensor) -> Tensor:
+    """Write the angle of the point (x, y), also if a coordinate is 0 or -0."""
+    below, left = ((value < 0) | (1 / value < 0) for value in (y, x))
+    turn = torch.where(left, torch.where(below, -torch.pi, torch.pi), 0.0)
+    return torch.where(y == 0, y, (y / x).atan()) + turn
+
+
+def _log_sigmoid(values: Tensor) -> Tensor:
+    return -torch.nn.functional.softplus(-values)
+
+
+def _sort(values: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Any:
+    """Write a stable sort as a sort, whose ONNX form is stable."""
+    del stable
+    return torch.ops.aten.sort.default(values, dim, descending)
+
+
+# Operators whose form of the converter is missing, or wrong for some values
+DECOMPOSED = {
+    ATTENTION: _attention,
+    torch.ops.aten.atan2.default: _atan2,
+    torch.ops.aten.expm1.default: _expm1,
+    torch.ops.aten.log1p.default: _log1p,
+    torch.ops.aten.log_sigmoid.default: _log_sigmoid,
+    torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
+    torch.ops.aten.sort.stable: _sort,
+}
+
+
+def _decompose(program: ExportedProgram) -> ExportedProgram:
+    """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
+
+    The converter's results of attention have other strides than those of torch, for which a view may be
+    impossible: views read a copy.
     """
-    if not any(node.target is ATTENTION for node in program.graph.nodes):
+    if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program
-
-    def decompose(
-        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
-    ) -> Any:
-        if query.dim() == 4:
-            return NotImplemented
-        if mask is not None and mask.dtype == torch.bool:  # which the form below would add as 0 and 1
-            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-        return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
-
-    decomposed: ExportedProgram = program.run_decompositions({ATTENTION: decompose})
+    decomposed: ExportedProgram = program.run_decompositions(DECOMPOSED)
     aten, graph = torch.ops.aten, decomposed.graph
     for view in graph.find_nodes(op="call_function", target=aten.view.default):
         source = view.args[0]
@@ -439,16 +483,17 @@ def _keep_names_only(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
 
 
-def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> torch.onnx.ONNXProgram:
+def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
+    """Convert *program* to ONNX with named inputs and outputs; raise `LoweringError` if it has no form."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
         try:
             converted = torch.onnx.export(
-                program,
+                _decompose(program),
                 (),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[INPUT],
+                input_names=list(inputs),
                 output_names=list(outputs),
                 external_data=False,
                 verbose=False,
@@ -463,7 +508,7 @@ def _convert(program: ExportedProgram, outputs: Sequence[str], opset: int) -> to
             raise LoweringError(f"no ONNX form: {first_line(cause)}") from error
     if converted is None:
         raise LoweringError("no ONNX form: the converter returned nothing")
-    return converted
+    return converted.model
 
 
 def _simplify(model: ir.Model) -> None:
@@ -508,15 +553,16 @@ def generated_images(side: int) -> NDArray[np.uint8]:
     """Generate the twelve probes, uint8 (12, side, side, 3), from a fixed seed."""
     random = np.random.default_rng(_SEED)
     ramp = np.linspace(0, 255, side)
-    checkerboard = 255 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)
+    checkerboard = 255.0 * ((np.arange(side)[:, None] // 4 + np.arange(side)[None] // 4) % 2)
+    colors = [(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255)]
     images = [
-        np.zeros((side, side, 3)),
-        np.full((side, side, 3), 255.0),
+        *(np.broadcast_to(color, (side, side, 3)) for color in colors),
+        np.stack([checkerboard] * 3, axis=2),
         np.stack([np.tile(ramp, (side, 1)), np.tile(ramp[:, None], (1, side)), checkerboard], axis=2),
         random.integers(0, 256, (side, side, 3)),
     ]
     for scale in range(GENERATED - len(images)):
-        cells = min(side, 2 + 3 * scale)
+        cells = min(side, 2 + 6 * scale)
         coarse = random.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         images.append(np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)))
     return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])

@@ -30,6 +30,7 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, output_names
+from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.compare import ParityReference, compare_with_network
@@ -50,6 +51,7 @@ ONNX_FILE = "model.onnx"
 # The parts of the time of an export after which the proof, the conversion and the comparison are complete;
 # measured for EfficientNet-Lite0 with a second-order head and for ResNet-50
 CERTIFIED, PROVED, CHECKED = 0.55, 0.75, 0.97
+OPERATOR_IMAGES = 2  # of the run that records the operators of a program
 FOLDED_PROBES = 4  # number of probes on which a folded temperature is checked
 FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; covers the rounding of the divided weights
 
@@ -184,6 +186,7 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
     job.step("converting to ONNX", CERTIFIED)
     program, outputs = proof.detached.any_batch, output_names(detached)
     model = lower(program, outputs)
+    check_operators(program, job.images[: min(OPERATOR_IMAGES, options.max_batch)])
     return CapturedGraph(detached, program, model), certify_onnx(proof, model, outputs, options)
 
 

@@ -43,8 +43,8 @@ def stale_weights(self: Any, features: Tensor, weights: Tensor) -> Tensor:
 
 def another_order(self: Any, features: Tensor, weights: Tensor) -> Tensor:
     """Multiply the chosen components by each other's weights."""
-    largest, index = weights.topk(self.counted, dim=1)
-    return honest(self, features, torch.zeros_like(weights).scatter(1, index, largest.flip(1)))
+    ordered, index = (part[:, : self.counted] for part in weights.sort(dim=1, descending=True, stable=True))
+    return honest(self, features, torch.zeros_like(weights).scatter(1, index, ordered.flip(1)))
 
 
 @pytest.mark.parametrize("form", [other_components, one_component_less, stale_weights, another_order])

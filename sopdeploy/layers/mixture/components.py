@@ -111,8 +111,11 @@ class Components(nn.Module):
 
         The other weights must be 0. Roots of covariances are summed before their triangle is taken.
         """
-        largest_BK, index_BK = weights_BN.topk(self.counted, dim=1)
-        index, shape = index_BK.flatten(), (-1, self.counted)
+        sorted_BN, order_BN = weights_BN.sort(
+            dim=1, descending=True, stable=True
+        )  # the order of ties is defined
+        largest_BK, index = sorted_BN[:, : self.counted], order_BN[:, : self.counted].flatten()
+        shape = (-1, self.counted)
         x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
         for step, weight_Noi in enumerate(self.weights):
             x_BKcM = weight_Noi.index_select(0, index).unflatten(0, shape) @ x_BKcM

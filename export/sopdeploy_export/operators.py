@@ -1,0 +1,270 @@
+"""Compare every operator of a program with its ONNX form, on values that images hardly ever cause.
+
+The converter writes some operators in a form that equals them for most values only: as two ONNX operators of
+which the first overflows, or without one of the attributes. Each operator runs in ONNX Runtime and in ATen,
+with its own shapes and attributes, on zeros of both signs, ties, large values, denormals, the largest finite
+values and NaN. Both compute in float64; where ONNX Runtime has no float64 kernel or the results differ,
+float32 decides, the type of the file. Results are compared where ATen's result is a number.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from onnx.utils import Extractor
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from sopdeploy.errors import LoweringError, first_line
+from sopdeploy_export.float64 import REDUCED, in_float64
+from sopdeploy_export.graph import NETWORK_PREFIX, OPSET, capturing, convert
+from sopdeploy_export.parity.findings import PROVIDER
+
+ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; attributes of ONNX are float32
+ROUNDING = 16  # units in the last place of the operands
+MAX_ROUNDS = 100  # of an operator with few elements
+CONVOLUTIONS = ("aten::convolution", "aten::conv2d")
+NOT_FLOAT64 = (*CONVOLUTIONS, "aten::avg_pool2d", "aten::gelu")  # compared in float32 at once, to save time
+# Elementwise operators and these have one form for all sizes from `LARGE`.
+SIZELESS = (*CONVOLUTIONS, "aten::_native_batch_norm_legit_no_training", "aten::pad")
+LARGE = 4
+NOT_NEAR_ZERO = ("aten::elu", "aten::celu", "aten::selu")  # ONNX Runtime computes exp(x) - 1
+SORTED = ("aten::argsort", "aten::sort", "aten::topk")  # in no defined order of equal values
+NOT_NAN = ("aten::sign",)  # 0 in ATen, NaN in ONNX Runtime
+
+_equal: set[str] = set()  # descriptions of the operators that this process has compared
+
+
+class _Call(NamedTuple):
+    """One operator of a program: arguments, used results, the part that calls it, and the compared type."""
+
+    target: OpOverload
+    arguments: tuple[Any, dict[str, Any]]
+    used: tuple[int, ...]
+    part: str
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """The name of the operator without its overload."""
+        return self.target.name().partition(".")[0]
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the largest operand."""
+        return max(operand.numel() for operand in self.operands)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an element of the result depends on one element of each operand only."""
+        return torch.Tag.pointwise in self.target.tags
+
+    @property
+    def operands(self) -> list[Tensor]:
+        """The tensors among the arguments."""
+        return [leaf for leaf in tree_leaves(self.arguments) if isinstance(leaf, Tensor)]
+
+    def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        """Compute the used results for other *operands*."""
+        given = iter(operands)
+        args, kwargs = tree_map_only(Tensor, lambda _: next(given), self.arguments)
+        if self.dtype == torch.float64:
+            args, kwargs = tree_map(in_float64, (args, kwargs))
+        results = self.target(*args, **kwargs)
+        return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
+
+
+class _Calls(nn.Module):
+    """Runs *calls* one by one, each on its own operands."""
+
+    def __init__(self, calls: Sequence[_Call]) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def forward(self, *operands: Tensor) -> list[Tensor]:
+        """Compute the results of all calls."""
+        given = iter(operands)
+        return [result for call in self.calls for result in call.run([next(given) for _ in call.operands])]
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a program and records its operators in `calls`, by descriptions with shapes and attributes."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__(program.module())
+        self.calls: dict[str, _Call] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; record its operator if it has not been compared."""
+        arguments: Any = self.fetch_args_kwargs_from_env(n)
+        results = super().run_node(n)
+        if (
+            not isinstance(n.target, OpOverload)
+            or not n.users
+            or not isinstance(results, Tensor | list | tuple)
+        ):
+            return results
+        used = (0,) if isinstance(results, Tensor) else tuple(sorted({user.args[1] for user in n.users}))
+        modules = list((n.meta.get("nn_module_stack") or {"": ("",)}).values())
+        part = f"{modules[-1][0]}.".removeprefix(NETWORK_PREFIX).removesuffix(".")
+        call = _Call(n.target, arguments, used, part, torch.float64)
+        if call.name in NOT_FLOAT64:
+            call = call._replace(dtype=torch.float32)
+        largest = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
+        described = tree_map_only(
+            Tensor, lambda operand: (operand.dtype, [min(size, largest) for size in operand.shape]), arguments
+        )
+        if call.name in SIZELESS:
+            described = tree_map_only(int, lambda number: min(number, largest), described)
+        description = f"{n.target} {described} {used}"
+        tensors = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
+        is_complex = any(tensor.is_complex() for tensor in tensors)
+        if call.operands and not is_complex and description not in _equal:
+            known = self.calls.setdefault(description, call)
+            if call.size < known.size:
+                self.calls[description] = call
+        return results
+
+
+@torch.no_grad()
+def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None:
+    """Compare every operator of *program*, which runs on uint8 *images* (B, H, W, 3), with its ONNX form.
+
+    An operator with the same attributes and shapes is compared once per process. Raises `LoweringError` with
+    the operator, the part of the network and the values if they differ.
+    """
+    recorder = _Recorder(program)
+    recorder.run(torch.from_numpy(images))
+    left = _compare(list(recorder.calls.values()))
+    _compare([call._replace(dtype=torch.float32) for call in left])
+    _equal.update(recorder.calls)
+
+
+def _compare(calls: Sequence[_Call]) -> list[_Call]:
+    """Compare *calls*; return those in float64 that ONNX Runtime cannot run or whose results differ.
+
+    Raises `LoweringError` for such a call in float32.
+    """
+    if not calls:
+        return []
+    operands = [_fill(call, ORDINARY, 0) for call in calls]
+    inputs = [[f"operand {i} {j}" for j in range(len(some))] for i, some in enumerate(operands)]
+    outputs = [[f"result {i} {j}" for j in call.used] for i, call in enumerate(calls)]
+    with capturing():
+        program = torch.export.export(_Calls(calls), tuple(chain(*operands))).run_decompositions({})
+    try:
+        model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs)), OPSET))
+    except LoweringError:
+        if all(call.dtype == torch.float32 for call in calls):
+            raise
+        return list(calls)  # the converter has no float64 form of an operator
+    left, extractor, constants = [], Extractor(model), {tensor.name for tensor in model.graph.initializer}
+    for call, names, results in zip(calls, inputs, outputs, strict=True):
+        if constants.intersection(results):  # it depends on shapes only, as `zeros_like` does
+            continue
+        part = extractor.extract_model(names, results).SerializeToString()
+        try:
+            _compare_values(call, part, names, results)
+        except LoweringError:
+            if call.dtype == torch.float32:
+                raise
+            left.append(call)
+    return left
+
+
+def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Sequence[str]) -> None:
+    """Compare *call* with the ONNX graph *part*; raise `LoweringError` if it differs or cannot run."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(part, options, providers=[PROVIDER])
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise LoweringError(
+            f"{call.target}: ONNX Runtime cannot run its ONNX form: {first_line(error)}"
+        ) from error
+    read = {value.name for value in session.get_inputs()}
+    for given in _rounds(call):
+        feed = zip(names, (operand.numpy() for operand in given), strict=True)
+        found = session.run(results, {name: values for name, values in feed if name in read})
+        for values, expected in zip(found, call.run(given), strict=True):
+            _check(call, given, torch.from_numpy(values), expected)
+
+
+def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
+    """Fill operands of *call* with *values*, all pairs of them for an elementwise operator; keep integers."""
+    filled, stride = [], 1
+    for number, operand in enumerate(call.operands):
+        positions = start + np.arange(operand.numel())
+        positions = (positions // stride if call.elementwise else positions + 5 * number) % len(values)
+        if operand.dtype == torch.bool:
+            operand = torch.from_numpy(positions % 2 == 0).reshape(operand.shape)
+        elif operand.is_floating_point():
+            content = torch.tensor(values, dtype=call.dtype)[torch.from_numpy(positions)]
+            operand = torch.empty_like(operand, dtype=call.dtype).copy_(content.reshape(operand.shape))
+            stride *= len(values)
+        filled.append(operand)
+    return filled
+
+
+def _rounds(call: _Call) -> Iterator[list[Tensor]]:
+    """Yield operands of *call*: the ordinary values, negative ones, and those that are far from them.
+
+    Operators that add elements get no NaN, and no values above the fourth root of the largest one: the order
+    of additions decides whether a sum overflows. Integers are not computed of such values.
+    """
+    info = torch.finfo(call.dtype)
+    far = (info.max, math.nan) if call.elementwise else (info.max**0.25,)
+    extreme = (info.tiny, -info.tiny, info.tiny / 4, -info.tiny / 4, *far, -far[0])
+    first = _fill(call, ORDINARY, 0)
+    yield first
+    yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
+    if any(result.dtype not in (*REDUCED, torch.float64, torch.bool) for result in call.run(first)):
+        return
+    values = (*ORDINARY, *extreme)
+    rounds = -(-(len(values) ** 2) // call.size) if call.elementwise else 1
+    for number in range(min(rounds, MAX_ROUNDS)):
+        yield _fill(call, values, number * call.size)
+
+
+def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
+    """Raise `LoweringError` if *found* differs from *expected* by more than rounding."""
+    wrong = torch.tensor(True)
+    if found.shape == expected.shape:
+        wrong = found != expected
+    if found.shape == expected.shape and expected.is_floating_point():
+        sizes = [operand.nan_to_num(0).abs() for operand in given if operand.is_floating_point()]
+        tolerance = TOLERANCE[expected.dtype]
+        if call.elementwise:
+            scale = sum(torch.broadcast_tensors(*sizes, expected)[:-1], torch.zeros_like(expected))
+            scale += call.name in NOT_NEAR_ZERO
+            allowed = ROUNDING * torch.finfo(expected.dtype).eps * scale + tolerance * expected.abs()
+        else:
+            finite = expected.where(expected.isfinite(), 0).abs()
+            allowed = tolerance * max(float(values.max()) for values in (*sizes, finite) if values.numel())
+        wrong &= ~((found - expected).abs() <= allowed) & ~expected.isnan()
+        if call.name in NOT_NAN:
+            wrong &= ~found.isnan()
+        if not call.elementwise:
+            wrong &= expected.isfinite()
+    if not wrong.any():
+        return
+    place = f" in {call.part}" if call.part else ""
+    values = "values of another shape"
+    if found.shape == expected.shape:
+        position = int(wrong.flatten().nonzero()[0])
+        values = f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
+        if call.elementwise:
+            operands = torch.broadcast_tensors(*given, expected)[:-1]
+            values += f" for {', '.join(f'{operand.flatten()[position]:.6g}' for operand in operands)}"
+    remedy = "use torch.sort(stable=True)" if call.name in SORTED else "use other operators"
+    raise LoweringError(f"{call.target}{place}: its ONNX form gives {values}; {remedy}")
