@@ -57,7 +57,7 @@ class _Call(NamedTuple):
     @property
     def name(self) -> str:
         """The name of the operator without its overload."""
-        return self.target.name().partition(".")[0]
+        return str(self.target).replace(".", "::", 1).partition(".")[0]
 
     @property
     def size(self) -> int:
@@ -108,13 +108,11 @@ class _Recorder(fx.Interpreter):
         """Run one node; record its operator if it has not been compared."""
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
-        if (
-            not isinstance(n.target, OpOverload)
-            or not n.users
-            or not isinstance(results, Tensor | list | tuple)
-        ):
+        is_tensor = isinstance(results, Tensor | list | tuple)
+        if not isinstance(n.target, OpOverload) or not n.users or not is_tensor:
             return results
-        used = (0,) if isinstance(results, Tensor) else tuple(sorted({user.args[1] for user in n.users}))
+        positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in n.users}
+        used = tuple(sorted(positions))
         modules = list((n.meta.get("nn_module_stack") or {"": ("",)}).values())
         part = f"{modules[-1][0]}.".removeprefix(NETWORK_PREFIX).removesuffix(".")
         call = _Call(n.target, arguments, used, part, torch.float64)
@@ -238,33 +236,34 @@ def _rounds(call: _Call) -> Iterator[list[Tensor]]:
 
 def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
     """Raise `LoweringError` if *found* differs from *expected* by more than rounding."""
-    wrong = torch.tensor(True)
-    if found.shape == expected.shape:
-        wrong = found != expected
-    if found.shape == expected.shape and expected.is_floating_point():
-        sizes = [operand.nan_to_num(0).abs() for operand in given if operand.is_floating_point()]
-        tolerance = TOLERANCE[expected.dtype]
-        if call.elementwise:
-            scale = sum(torch.broadcast_tensors(*sizes, expected)[:-1], torch.zeros_like(expected))
-            scale += call.name in NOT_NEAR_ZERO
-            allowed = ROUNDING * torch.finfo(expected.dtype).eps * scale + tolerance * expected.abs()
-        else:
-            finite = expected.where(expected.isfinite(), 0).abs()
-            allowed = tolerance * max(float(values.max()) for values in (*sizes, finite) if values.numel())
-        wrong &= ~((found - expected).abs() <= allowed) & ~expected.isnan()
-        if call.name in NOT_NAN:
-            wrong &= ~found.isnan()
-        if not call.elementwise:
-            wrong &= expected.isfinite()
+    wrong, values = _is_wrong(call, given, found, expected), "values of another shape"
     if not wrong.any():
         return
-    place = f" in {call.part}" if call.part else ""
-    values = "values of another shape"
     if found.shape == expected.shape:
         position = int(wrong.flatten().nonzero()[0])
         values = f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
         if call.elementwise:
-            operands = torch.broadcast_tensors(*given, expected)[:-1]
-            values += f" for {', '.join(f'{operand.flatten()[position]:.6g}' for operand in operands)}"
+            operands = (operand.expand_as(expected).flatten()[position] for operand in given)
+            values += f" for {', '.join(f'{operand:.6g}' for operand in operands)}"
+    place = f" in {call.part}" if call.part else ""
     remedy = "use torch.sort(stable=True)" if call.name in SORTED else "use other operators"
     raise LoweringError(f"{call.target}{place}: its ONNX form gives {values}; {remedy}")
+
+
+def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:
+    """Mark the elements of *found* that differ from *expected*; all of them if the shapes differ."""
+    if found.shape != expected.shape or not expected.is_floating_point():
+        return found != expected if found.shape == expected.shape else torch.tensor(True)
+    sizes = [operand.nan_to_num(0).abs() for operand in given if operand.is_floating_point()]
+    tolerance = TOLERANCE[expected.dtype]
+    if call.elementwise:
+        scale = sum(sizes, torch.zeros_like(expected)) + (call.name in NOT_NEAR_ZERO)
+        allowed = ROUNDING * torch.finfo(expected.dtype).eps * scale + tolerance * expected.abs()
+        compared = ~expected.isnan()
+    else:
+        finite = expected.where(expected.isfinite(), 0).abs()
+        largest = max(float(values.max()) for values in (*sizes, finite) if values.numel())
+        allowed, compared = torch.tensor(tolerance * largest), expected.isfinite()
+    if call.name in NOT_NAN:
+        compared &= ~found.isnan()
+    return (found != expected) & ~((found - expected).abs() <= allowed) & compared

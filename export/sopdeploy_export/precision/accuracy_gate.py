@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from PIL import Image
 
 from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
 from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.data.near import connect
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.images.pixels import preprocess_image
@@ -21,28 +23,34 @@ from sopdeploy_export.precision.findings import Accuracy, PrecisionReport
 from sopdeploy_export.subject import ExportSubject
 
 _BATCH = 8
-MAX_CALIBRATION = 256
+MAX_IMAGES = 340  # of `calibrate`
+MIN_DISTINCT = 32
+MEASURED = 4  # every fourth distinct image of `calibrate` measures, the others calibrate
+ALIKE, THUMBNAIL = 5.0, 8  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
 
 
 class AccuracyCheck:
     """Compares the top classes of graphs with those of the float32 graph.
 
-    The images are the labeled ones of `evaluate`, or else those of `calibrate`, which `calibration` holds as
-    uint8 (P, H, W, 3); it is None without `calibrate`.
+    The images are the labeled ones of `evaluate`, or else a quarter of those of `calibrate`. `calibration`
+    holds the others as uint8 (P, H, W, 3); it is None without `calibrate`.
     """
 
     def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
         """Open the folders of *options* for the network of *subject*.
 
-        Raises `DataError` if a folder has no images or other classes than *subject*, and `ConfigError` for
-        `evaluate` with a network that predicts several classes per image.
+        Raises `DataError` if a folder has too few images or other classes than *subject*, and `ConfigError`
+        for one folder given twice or `evaluate` with a network that predicts several classes per image.
         """
         self.options, self._preprocess = options, subject.preprocess
         self.calibration: NDArray[np.uint8] | None = None
+        self._measured: NDArray[np.uint8] | None = None
         self._labeled: ImageFiles | None = None
         self._float32_classes: NDArray[np.int64] | None = None
         if options.calibrate is not None:
-            self.calibration = calibration_images(options.calibrate, subject.preprocess)
+            images = calibration_images(options.calibrate, subject.preprocess)
+            measured = choose_measured(images)
+            self.calibration, self._measured = images[~measured], images[measured]
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
                 raise ConfigError(
@@ -50,6 +58,8 @@ class AccuracyCheck:
                     "evaluate the checkpoint and the bundle",
                     setting="evaluate",
                 )
+            if options.calibrate is not None and options.calibrate.resolve() == options.evaluate.resolve():
+                raise ConfigError("is the folder that calibrates; give other images", setting="evaluate")
             self._labeled = open_evaluation_images(options.evaluate, subject.labels)
 
     def measure(self, float32: onnx.ModelProto, exported: Path | onnx.ModelProto) -> Accuracy:
@@ -58,6 +68,13 @@ class AccuracyCheck:
             self._float32_classes = self._top_classes(float32)
         truth = None if self._labeled is None else np.asarray(self._labeled.targets, np.int64)
         return accuracy(self._float32_classes, self._top_classes(exported), truth)
+
+    def photographs(self, most: int) -> list[NDArray[np.uint8]]:
+        """Read at most *most* images of `evaluate` (H, W, 3), evenly spread; none without it."""
+        if self._labeled is None:
+            return []
+        positions = evenly_spread(len(self._labeled), most).tolist()
+        return [preprocess_image(self._labeled[position][0], self._preprocess) for position in positions]
 
     def reject(self, report: PrecisionReport) -> None:
         """Raise `ParityError` if *report* lost more accuracy than `max_drop`, unless drift is allowed."""
@@ -81,14 +98,14 @@ class AccuracyCheck:
         return np.concatenate([logits.argmax(axis=1) for logits in batches])
 
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images (B, H, W, 3): those of `calibrate` one by one."""
+        """Yield the images (B, H, W, 3) that measure: those of `calibrate` one by one."""
         if self._labeled is not None:
             size = min(_BATCH, self.options.batch.maximum)
             for start in range(0, len(self._labeled), size):
                 files = (self._labeled[i][0] for i in range(start, min(start + size, len(self._labeled))))
                 yield np.stack([preprocess_image(image, self._preprocess) for image in files])
-        elif self.calibration is not None:
-            yield from self.calibration[:, None]
+        elif self._measured is not None:
+            yield from self._measured[:, None]
 
 
 def accuracy(
@@ -116,7 +133,7 @@ def accuracy(
 
 
 def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """Load at most 256 images of *folder* as uint8 (P, crop, crop, 3), spread evenly over the sorted paths.
+    """Load at most 340 images of *folder* as uint8 (P, crop, crop, 3), spread evenly over the sorted paths.
 
     So they cover every class. Raises `DataError` if *folder* does not exist, holds no image or holds one that
     cannot be read.
@@ -125,5 +142,27 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
         images = open_any_images(folder)
     except DataError as error:
         raise DataError(str(error), setting="calibrate") from error
-    positions = evenly_spread(len(images), MAX_CALIBRATION)
+    positions = evenly_spread(len(images), MAX_IMAGES)
     return np.stack([preprocess_image(images[position][0], preprocess) for position in positions.tolist()])
+
+
+def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Choose which of *images*, uint8 (P, H, W, 3), measure the agreement: a mask (P,).
+
+    Images whose thumbnails are alike are one distinct image, and on one side. Raises `DataError` for fewer
+    than 32 distinct images.
+    """
+    size = (THUMBNAIL, THUMBNAIL)
+    small = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images]
+    rows = np.reshape(small, (len(images), -1)).astype(np.float32)
+    distances = np.stack([np.sqrt(np.square(rows - row).mean(axis=1)) for row in rows])
+    groups = connect(len(images), np.stack(np.nonzero(distances <= ALIKE)))
+    count = int(groups.max()) + 1
+    if count < MIN_DISTINCT:
+        raise DataError(
+            f"{count} distinct images, and images that are alike count once; give at least {MIN_DISTINCT}: "
+            "some calibrate, the others measure the loss",
+            setting="calibrate",
+        )
+    measured: NDArray[np.bool_] = groups % MEASURED == MEASURED - 1
+    return measured

@@ -8,14 +8,16 @@ from the requested ones is rejected.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import onnx
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.manifest import Precision
@@ -23,6 +25,7 @@ from sopdeploy.errors import ConfigError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph import (
+    NETWORK_PREFIX,
     OPSET,
     OPSET_OF_BFLOAT16,
     Deployed,
@@ -42,6 +45,8 @@ from sopdeploy_export.precision.int8 import Int8Quantizer
 
 FLOAT32_FRACTIONS = (0.1, 0.25, 0.5)  # of the layers, if int8 in all of them loses too much
 OBSERVED_IMAGES = 2  # the smallest batch of several images
+HEADROOM = 8  # the largest finite value of float16 is at least so many times the largest value of an image
+PHOTOGRAPHS, HEADROOM_BATCH = 16, 4
 TYPE_NAMES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
@@ -128,6 +133,38 @@ def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: Export
     return CapturedGraph(cast, program, lower(program, output_names(certified.network), opset))
 
 
+class _Headroom(fx.Interpreter):
+    """Runs a program, and raises `LoweringError` for a float16 value without headroom."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run one node; masks of attention may be negative infinity."""
+        value = super().run_node(n)
+        if n.op != "call_function" or not isinstance(value, Tensor) or value.dtype != torch.float16:
+            return value
+        largest = float(value.nan_to_num(torch.inf, torch.inf, 0).abs().max())
+        if largest * HEADROOM > torch.finfo(torch.float16).max:
+            modules = list((n.meta.get("nn_module_stack") or {"": ("",)}).values())
+            part = f"{modules[-1][0]}.".removeprefix(NETWORK_PREFIX).removesuffix(".") or "the network"
+            raise LoweringError(
+                f"{part} computes {largest:.3g} in float16 on a probe or photograph; values above 8188, an "
+                "eighth of the largest, are refused, because other images may overflow; choose precision "
+                "bf16-backbone or fp32"
+            )
+        return value
+
+
+@torch.no_grad()
+def check_headroom(program: ExportedProgram, images: Sequence[NDArray[np.uint8]], batch: int) -> None:
+    """Raise `LoweringError` if a float16 value of *program* exceeds an eighth of the largest one.
+
+    *images* are uint8 (H, W, 3), and run in batches of at most *batch*. The message names the part.
+    """
+    interpreter = _Headroom(program.module())
+    size = min(batch, HEADROOM_BATCH)
+    for start in range(0, len(images), size):
+        interpreter.run(torch.from_numpy(np.stack(images[start : start + size])))
+
+
 def convert_precision(
     certified: CapturedGraph,
     preprocess: Preprocess,
@@ -137,10 +174,14 @@ def convert_precision(
     """Convert the *certified* graph to the precision in *options*.
 
     int8 needs *accuracy* with calibration images. Raises `ConfigError` without them, and `LoweringError` if
-    the types in the graph are not the requested ones.
+    the types in the graph are not the requested ones, or as `check_headroom` does.
     """
     detached = certified.network
     source = cast_types(certified, preprocess, options)
+    if options.precision == "fp16":
+        photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
+        images = [*photographs, *generated_images(preprocess.crop)]
+        check_headroom(source.program, images, options.max_batch)
     for node in source.model.graph.node:
         del node.metadata_props[:]  # the parts, which only messages name
     run: BatchRun

@@ -14,6 +14,7 @@ from sopdeploy_export.precision.findings import PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.subject import NetworkSummary
 
+SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreement begins at 99 %
 WEAKER_PROOFS = {
     "trained-detached": "no plain network was given; the detached network was compared with the trained one",
     "trained-only": "nothing was detached and no plain network was given: only the conversion was checked",
@@ -148,6 +149,8 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
             f"{top1}same class as float32 on {accuracy.num_agreeing} of {accuracy.num_images} images "
             f"({accuracy.low:.1%} to {accuracy.high:.1%})"
         )
+        if accuracy.num_images < SHOWS_ONE_POINT:
+            rows["images"] += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
     if (int8 := precision.quantisation) is not None:
         kept = ", ".join(int8.in_float32) or "none"
         rows["int8"] = (

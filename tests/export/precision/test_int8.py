@@ -17,7 +17,12 @@ from sopdeploy.models.base import is_in
 from sopdeploy_export.engine_builder.lint import lint
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
-from sopdeploy_export.precision.accuracy_gate import AccuracyCheck, accuracy, calibration_images
+from sopdeploy_export.precision.accuracy_gate import (
+    AccuracyCheck,
+    accuracy,
+    calibration_images,
+    choose_measured,
+)
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
@@ -29,14 +34,18 @@ from tests.gpu_graphs import accepted
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a folder of images with two images per class."""
-    folder = tmp_path_factory.mktemp("images")
-    for label, image in zip(
-        "aabbccddeeffgghhiijj", np.resize(generated_images(16), (20, 16, 16, 3)), strict=True
-    ):
-        (folder / label).mkdir(exist_ok=True)
-        name = f"{len(list((folder / label).iterdir()))}.png"
-        Image.fromarray(image).save(folder / label / name)
+    """Write a folder of images with four images per class."""
+    return painted(tmp_path_factory.mktemp("images"), 40)
+
+
+def painted(folder: Path, count: int, *, distinct: int = 40, seed: int = 0) -> Path:
+    """Write *count* images of ten classes into *folder*, of which *distinct* differ."""
+    random = np.random.default_rng(seed)
+    colors = random.integers(0, 256, (distinct, 4, 4, 3), dtype=np.uint8)
+    for number in range(count):
+        image = Image.fromarray(colors[number % distinct]).resize((16, 16), Image.Resampling.BICUBIC)
+        (folder / "abcdefghij"[number % 10]).mkdir(exist_ok=True)
+        image.save(folder / "abcdefghij"[number % 10] / f"{number:02}.png")
     return folder
 
 
@@ -69,7 +78,10 @@ def run(folder: Path, pooling: str = "gap", **options: object) -> Exported:
 
 
 def test_int8_bundle_records_its_accuracy_and_what_was_tried(tmp_path: Path, images: Path) -> None:
-    found = run(tmp_path, "isqrt", calibrate=images, evaluate=images, max_drop=100.0)
+    (tmp_path / "others").mkdir()
+    others = painted(tmp_path / "others", 20, seed=1)
+    found = run(tmp_path, "isqrt", calibrate=images, evaluate=others, max_drop=100.0)
+    assert "too few to show a loss of one point, which needs 381" in found.facts()["images"]
     report = found.precision
     assert report.accuracy.num_images == 20
     assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
@@ -77,7 +89,7 @@ def test_int8_bundle_records_its_accuracy_and_what_was_tried(tmp_path: Path, ima
     assert found.manifest.int8_for == report.quantisation.runtime == "cpu"
     assert len(report.quantisation.tried) == 1
     page = (found.path / "report.html").read_text(encoding="utf-8")
-    assert "ranges of 20 images" in page
+    assert "ranges of 30 images" in page
     card = (found.path / "README.md").read_text(encoding="utf-8")
     assert 'options.add_session_config_entry("session.x64quantprecision", "1")' in card
     assert found.parity.passed
@@ -187,9 +199,30 @@ def test_missing_calibration_images_are_rejected(tmp_path: Path) -> None:
 
 
 def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
-    assert len(calibration_images(images, preprocess)) == 20
+    assert len(calibration_images(images, preprocess)) == 40
     with pytest.raises(DataError, match=r"calibrate: .*: no such folder"):
         calibration_images(images / "nowhere", preprocess)
+
+
+def test_agreement_is_measured_on_images_that_did_not_calibrate(
+    tmp_path: Path, images: Path, preprocess: Preprocess
+) -> None:
+    (tmp_path / "repeated").mkdir()
+    loaded = calibration_images(painted(tmp_path / "repeated", 80), preprocess)
+    measured = choose_measured(loaded)
+    assert int(measured.sum()) == 20
+    sides = [{image.tobytes() for image in loaded[mask]} for mask in (measured, ~measured)]
+    assert not sides[0] & sides[1]
+    with pytest.raises(ConfigError, match="evaluate: is the folder that calibrates"):
+        run(tmp_path, calibrate=images, evaluate=images)
+
+
+@pytest.mark.parametrize("distinct", [1, 31])
+def test_fewer_than_32_distinct_images_are_refused(tmp_path: Path, distinct: int) -> None:
+    (tmp_path / "few").mkdir()
+    few = painted(tmp_path / "few", 60, distinct=distinct)
+    with pytest.raises(DataError, match=f"calibrate: {distinct} distinct images.* give at least 32"):
+        run(tmp_path, calibrate=few)
 
 
 RUNTIMES: tuple[Int8For, ...] = ("cpu", "tensorrt")

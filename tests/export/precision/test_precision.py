@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,6 @@ import onnx
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from PIL import Image
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -15,11 +15,11 @@ from sopdeploy.backbones import resnet
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import LoweringError, ParityError, RuntimeUnavailableError
+from sopdeploy.errors import LoweringError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.graph import NETWORK_PREFIX, capture_any_batch, generated_images
+from sopdeploy_export.graph import NETWORK_PREFIX, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision import casts, convert
@@ -28,8 +28,8 @@ from sopdeploy_export.precision.convert import CapturedGraph
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, BATCH, graph_of
+from tests.export.precision.test_int8 import painted
 from tests.gpu_graphs import accepted
-from tests.sweep import steps
 
 Make = Callable[..., Classifier]
 
@@ -236,9 +236,7 @@ def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
     if precision == "int8":
         folder = tmp_path / "images"
         folder.mkdir()
-        options |= {"calibrate": folder, "int8_for": "tensorrt"}
-        for number, image in enumerate(generated_images(preprocess.crop)):
-            Image.fromarray(image).save(folder / f"{number}.png")
+        options |= {"calibrate": painted(folder, 32), "int8_for": "tensorrt"}
     network = trained(name, **GMSOP)
     nn.init.normal_(network.get_parameter("gate.weight"), std=0.1)
     found = export_once(network, name, tmp_path, **options)
@@ -247,12 +245,17 @@ def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
     accepted(onnx.load(found.path / "model.onnx"), precision)
 
 
-def test_overflow_in_float16_is_rejected_with_advice(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "refused"), [(2, False), (1e4, True), (1e6, True)])
+def test_a_part_without_headroom_in_float16_is_named_with_advice(
+    make: Make, preprocess: Preprocess, scale: float, refused: bool
+) -> None:
     network = make("resnet8")
-    network.get_parameter("bn1.weight").data.mul_(1e6)
-    checkpoint = steps.save(network, "resnet8", 16, tmp_path / "ckpt.pt")
-    with pytest.raises(ParityError, match=r"not finite in fp16 .*bf16-backbone"):
-        steps.agreed(checkpoint, tmp_path / "model.onnx", "fp16", ALONE)
+    network.get_parameter("bn1.weight").data.mul_(scale)
+    program = capture_any_batch(network, preprocess, ALONE)
+    graph = CapturedGraph(network, program, lower(program, network.outputs))
+    message = r"^conv1 computes .* in float16 .*bf16-backbone"
+    with pytest.raises(LoweringError, match=message) if refused else nullcontext():
+        convert.convert_precision(graph, preprocess, ExportOptions(precision="fp16", max_batch=1))
 
 
 @pytest.mark.slow
