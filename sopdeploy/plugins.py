@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from sopdeploy.errors import ConfigError, first_line
 
@@ -47,6 +47,16 @@ class Registry(Generic[_Item]):
         if other != module:
             raise ConfigError(f"{self.kind} {name!r}: {other} has registered this name; choose another one")
         self.registered[name] = (item, module)
+
+    def register_config(self, config: Any, base: type[Any]) -> None:
+        """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`.
+
+        Raises `ConfigError` if it is no such class, or if its name is invalid or in use.
+        """
+        if not (isinstance(config, type) and issubclass(config, base)):
+            raise ConfigError(f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}")
+        (name,) = get_args(config.model_fields["kind"].annotation)
+        self.register(name, config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
         """Return what is registered under *name*; import the plug-ins if nothing is.

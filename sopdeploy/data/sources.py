@@ -5,7 +5,7 @@ depends on (seed, epoch) only, also after a resume and for any number of process
 """
 
 from dataclasses import replace
-from typing import Annotated, get_args
+from typing import Annotated
 
 import numpy as np
 import pydantic
@@ -17,7 +17,7 @@ from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_o
 from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import find_unreadable
-from sopdeploy.errors import ConfigError, DataError, shorten
+from sopdeploy.errors import DataError, shorten
 from sopdeploy.files import expand_user
 from sopdeploy.plugins import DATA_SOURCES
 
@@ -34,12 +34,7 @@ def register_data_source(config: type[DataSource]) -> None:
 
     Raises `ConfigError` if *config* is no subclass of `DataSource`, or its name is invalid or in use.
     """
-    if not (isinstance(config, type) and issubclass(config, DataSource)):
-        raise ConfigError(
-            f"register_data_source: {config!r} is no subclass of sopdeploy.data.base.DataSource"
-        )
-    (name,) = get_args(config.model_fields["kind"].annotation)
-    DATA_SOURCES.register(name, config, config.__module__)
+    DATA_SOURCES.register_config(config, DataSource)
 
 
 def open_data(config: DataConfig | DataSource, log: Log = ignore) -> Split:

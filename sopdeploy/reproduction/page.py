@@ -101,11 +101,10 @@ def fact_table(rows: Sequence[ReproducedRow]) -> Table:
     """Format the printed counts and facts of *rows*, each beside the one that was counted or measured."""
     lines: list[tuple[str, ...]] = []
     for row in rows:
-        unit = " x ResNet-50" if row.printed.times else ""  # some papers print multiples
+        unit = " x ResNet-50" if row.times else ""  # some papers print multiples
         for key, name in COUNTS.items():
-            printed = getattr(row.printed, key)
-            if printed is not None and key in row.counts:
-                cells = f"{number(printed)}{unit}", number(row.counts[key]), row.marks.get(key, "")
+            if key in row.figures:
+                cells = f"{number(row.figures[key])}{unit}", number(row.counts[key]), row.marks.get(key, "")
                 lines.append((row.printed.name, name, *cells))
         for name in dict.fromkeys((*row.printed.facts, *row.facts)):
             figures = (facts.get(name) for facts in (row.printed.facts, row.facts))

@@ -36,11 +36,12 @@ ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"
 )
-QUANTITIES = {  # of `published.toml`, by key of a row
-    "params": "parameters",
-    "gflops": "operations",
-    "train_params": "parameters",
-    "train_gflops": "operations",
+QUANTITIES = {  # of `describe`'s published figures, by column of a table
+    "params": "shipped parameters",
+    "gflops": "shipped operations",
+    "train_params": "training parameters",
+    "train_gflops": "training operations",
+    "dim": "representation",
 }
 CONVOLUTION = re.compile(r"conv\d$")  # of a block, not of its shortcut or a reduction of channels
 LAYERS = {  # a layer as a paper names it, and the module that computes it; for a stage, its last block
@@ -58,11 +59,11 @@ class ReproducedRow:
     """What is printed in a row, how it is trained, and its results so far.
 
     `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
-    recipe `source`, without the seed and the checkpoints of other rows. `counts` are those of the network, by
-    the fields of `PrintedRow`, and `facts` what was counted or measured of `PrintedRow.facts`. `notes` are
-    those of `published.toml`, by the same fields, and `marks` has a cross for every count and counted fact
-    that is not the printed one. `gpu_hours` is the estimated time of one run, `paper_hours` that of one run
-    at the scale of the paper.
+    recipe `source`, without the seed and the checkpoints of other rows. `figures` are the printed counts by
+    column, multiples of ResNet-50's with `times`; `counts` are those of the network, and `facts` what was
+    counted or measured of `PrintedRow.facts`. `notes` are those of `published.toml`, by column, and `marks`
+    has a cross for every count and counted fact that is not the printed one. `gpu_hours` is the estimated
+    time of one run, `paper_hours` that of one run at the scale of the paper.
     """
 
     printed: PrintedRow
@@ -70,6 +71,8 @@ class ReproducedRow:
     overrides: tuple[str, ...] = ()
     recipe: Recipe | None = None
     reason: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    times: bool = False
     counts: dict[str, float] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     marks: dict[str, str] = field(default_factory=dict)
@@ -179,6 +182,7 @@ class Reproduction:
                 "printed": row.printed.model_dump(mode="json"),
                 "status": row.status,
                 "command": row.command(self.folder, 0),
+                "figures": row.figures,
                 "counted": row.counts or None,
                 "facts": row.facts,
                 "notes": row.notes,
@@ -231,7 +235,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
     row.source, row.overrides = trained
     try:
         recipe = read_recipe(row.source, row.overrides)
-        row.counts, row.notes = _count_network(recipe, printed, data.classes)
+        _count_network(row, recipe, table)
         row.facts = _count_facts(row, recipe, table)
         row.marks = _mark_differences(row)
         if table.measures == "counts":
@@ -296,35 +300,43 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     return macs * _STEP_COST * images / GPU_OPERATIONS / 3600
 
 
-def _count_network(
-    recipe: Recipe, printed: PrintedRow, num_classes: int
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Count the network that *recipe* trains; return counts and notes by the fields of `PrintedRow`.
+def _count_network(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> None:
+    """Set the printed figures, counts and notes of *row*, whose network *recipe* trains.
 
-    Where a paper counts differently, as `published.toml` records, the counts follow its convention.
+    A figure that the row itself does not hold is the one that the paper prints for this network, here or in
+    another table; it is counted by the paper's convention, as `published.toml` records.
     """
-    model, side = recipe.model, recipe.preprocess.crop
+    model, side, num_classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
     described = describe(model.name, image_size=side, num_classes=num_classes, **model.config)
-    counts = {
+    row.counts = {
         "params": described.shipped.parameters / 1e6,
         "gflops": described.shipped.macs / 1e9,
         "train_params": described.training.parameters / 1e6,
         "train_gflops": described.training.macs / 1e9,
+        "dim": described.representation,
     }
-    notes: dict[str, str] = {}
-    for figure in reversed(described.published):  # the first figure that equals a printed one decides
-        for key, quantity in QUANTITIES.items():
-            if figure.quantity.endswith(quantity) and figure.printed == getattr(printed, key):
-                counts[key], notes[key] = figure.ours, figure.note
-    return {**counts, "dim": described.representation}, {key: note for key, note in notes.items() if note}
+    has_branches = described.training != described.shipped
+    figures = sorted(described.published, key=lambda figure: figure.source != table.source)
+    for column in table.columns:
+        if column in row.printed.counts:
+            row.figures[column] = row.printed.counts[column]
+            continue
+        quantity = QUANTITIES[column]
+        quantities = {quantity} if has_branches else {quantity, quantity.replace("training", "shipped")}
+        for figure in figures:
+            if figure.quantity in quantities and figure.source.startswith(table.paper):
+                unit = 1000 if column == "dim" else 1  # printed in thousands there
+                row.figures[column], row.counts[column] = figure.printed * unit, figure.ours * unit
+                row.notes |= {column: figure.note} if figure.note else {}
+                row.times |= figure.unit == "x"
+                break
 
 
 def _mark_differences(row: ReproducedRow) -> dict[str, str]:
     """Mark the counts and counted facts of *row* that are not the printed ones to the last printed digit."""
-    printed = {key: getattr(row.printed, key) for key in row.counts} | row.printed.facts
-    counted = row.counts | row.facts
-    compared = {key: (printed[key], counted[key]) for key in counted if printed[key] is not None}
-    marks = {key: compare_figures(*figures) for key, figures in compared.items() if key != "dim"}
+    printed, counted = row.figures | row.printed.facts, row.counts | row.facts
+    compared = {key: (printed[key], counted[key]) for key in counted if key in printed and key != "dim"}
+    marks = {key: compare_figures(*figures) for key, figures in compared.items()}
     return {key: mark for key, mark in marks.items() if mark}
 
 
@@ -363,9 +375,10 @@ def _count_facts(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> dic
     baseline = next((other for other in table.rows if other.id == printed.baseline), None)
     baseline_recipe = None if baseline is None else table.recipe_of(baseline)
     if baseline is not None and baseline_recipe is not None:
-        baseline_counts, _ = _count_network(read_recipe(*baseline_recipe), baseline, num_classes)
-        facts["extra GFLOPs"] = row.counts["gflops"] - baseline_counts["gflops"]
-        facts["extra parameters (M)"] = row.counts["params"] - baseline_counts["params"]
+        reference = ReproducedRow(printed=baseline)
+        _count_network(reference, read_recipe(*baseline_recipe), table)
+        facts["extra GFLOPs"] = row.counts["gflops"] - reference.counts["gflops"]
+        facts["extra parameters (M)"] = row.counts["params"] - reference.counts["params"]
     return {name: facts[name] for name in printed.facts if name in facts}
 
 

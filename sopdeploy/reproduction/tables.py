@@ -1,8 +1,7 @@
 """The tables of the papers as data: printed figures, and the recipe that trains each row; options of a run.
 
 `tables/*.toml` hold one entry per printed table or figure; `[named]` has values that several of them share.
-Figures that only `describe` compares are in `sopdeploy/models/published.toml`; a test checks that both agree
-where they overlap.
+The counts that papers print for networks are in `sopdeploy/models/published.toml`.
 """
 
 import difflib
@@ -19,6 +18,7 @@ from sopdeploy.config import Options, Positive, StrictModel
 from sopdeploy.errors import ConfigError
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
+Column = Literal["params", "gflops", "train_params", "train_gflops", "dim"]
 ReproductionScale = Literal["paper", "small"]
 
 
@@ -45,12 +45,10 @@ DATA_SETS = {
 class PrintedRow(StrictModel):
     """One line of a table: what is printed, and how it is trained.
 
-    Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `params` and
-    `gflops` describe the deployed network in millions and billions, `train_params` and `train_gflops` the
-    network in training; with `times` they are multiples of ResNet-50's. `dim` is the length of the vector
-    that is classified. `facts` are other printed figures by name: `plan.py` counts those of a network,
-    `results.py` measures those of a run. Extra costs and increments are relative to the row `baseline`. None
-    stands for a figure that is not printed.
+    Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `counts` are
+    the figures in the table's `columns` that `published.toml` does not have. `facts` are other printed
+    figures by name: `plan.py` counts those of a network, `results.py` measures those of a run. Extra costs
+    and increments are relative to the row `baseline`. None stands for a figure that is not printed.
 
     `set` are changes to the table's recipe, as for `sopdeploy train --set`; `small` are further changes at
     the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. `pretrained` is
@@ -73,25 +71,23 @@ class PrintedRow(StrictModel):
     top1: Percent | None = None
     top5: Percent | None = None
     heads: dict[str, tuple[Percent, Percent]] = pydantic.Field(default_factory=dict)
-    params: Positive | None = None
-    gflops: Positive | None = None
-    train_params: Positive | None = None
-    train_gflops: Positive | None = None
-    times: bool = False
-    dim: Annotated[int, pydantic.Field(ge=1)] | None = None
+    counts: dict[Column, Positive] = pydantic.Field(default_factory=dict)
     facts: dict[str, float] = pydantic.Field(default_factory=dict)
     images_per_second: Positive | None = None
     note: str = ""
 
 
 class PrintedTable(StrictModel):
-    """A table or figure of a paper; `source` is its name in `published.toml`, too.
+    """A table or figure of a paper; `source` is its name in `published.toml`, too, the paper's name first.
 
     `measures` is what its rows print: "errors" of trained networks, "counts" of networks that are only built,
     or "times" of layers. `recipe`, `set` and `small` apply to all rows. `data` is a key of `DATA_SETS`.
     `seeds` is the number of runs that the paper averages. `over` and `curve` make the table a chart of errors
     over this option of the networks, with one curve for each value of the other one. If `accuracy` is true,
-    `top1` and `top5` in the file are the printed accuracies; they are converted to errors.
+    `top1` and `top5` in the file are the printed accuracies; they are converted to errors. `columns` are the
+    counts that the table prints: `params` and `gflops` of the deployed network in millions and billions,
+    `train_params` and `train_gflops` of the network in training, `dim`, the length of the vector that is
+    classified. They are those that `published.toml` has for the network of a row.
     """
 
     id: str
@@ -106,6 +102,7 @@ class PrintedTable(StrictModel):
     over: str = ""
     curve: str = ""
     accuracy: bool = False
+    columns: tuple[Column, ...] = ()
     note: str = ""
     rows: tuple[PrintedRow, ...]
 
@@ -119,6 +116,11 @@ class PrintedTable(StrictModel):
             for row in values["rows"]
         ]
         return {**values, "rows": rows}
+
+    @property
+    def paper(self) -> str:
+        """The paper's name, with which its sources in `published.toml` start."""
+        return self.source.partition(",")[0]
 
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
         """Return the recipe of *row* and its changes; None for a row that is only cited."""

@@ -58,7 +58,7 @@ PROBLEMS = {  # module of a plug-in: what the error says
     "missing_plugin": "ModuleNotFoundError: No module named 'missing_plugin'",
     "raises_plugin": "RuntimeError: first line",
     "exits_plugin": "SystemExit: 3",
-    "wrong_plugin": "register_pooling: 1 is no subclass of sopdeploy.layers.pooling.base.PoolingConfig",
+    "wrong_plugin": "pooling: 1 is no subclass of sopdeploy.layers.pooling.base.PoolingConfig",
 }
 
 

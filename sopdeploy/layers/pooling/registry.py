@@ -3,12 +3,11 @@
 The value is a pooling's name, `"isqrt"`, or a name with options, `{"kind": "isqrt", "iterations": 3}`.
 """
 
-from typing import Annotated, get_args
+from typing import Annotated
 
 import pydantic
 
 from sopdeploy.config import with_registered
-from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig, PoolingConfig
 from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
@@ -55,9 +54,4 @@ def register_pooling(config: type[PoolingConfig]) -> None:
 
     Raises `ConfigError` if *config* is no subclass of `PoolingConfig`, or its name is invalid or in use.
     """
-    if not (isinstance(config, type) and issubclass(config, PoolingConfig)):
-        raise ConfigError(
-            f"register_pooling: {config!r} is no subclass of sopdeploy.layers.pooling.base.PoolingConfig"
-        )
-    (name,) = get_args(config.model_fields["kind"].annotation)
-    POOLINGS.register(name, config, config.__module__)
+    POOLINGS.register_config(config, PoolingConfig)

@@ -48,7 +48,7 @@ TINY = PrintedTable(
             baseline="plain",
             facts={HOURS: 3.5, MILLISECONDS: 2.5, "top-1 increment": 0.36},
         ),
-        PrintedRow(id="other", name="Other", cited=True, top1=10.5, params=2.0),
+        PrintedRow(id="other", name="Other", cited=True, top1=10.5, counts={"params": 2.0}),
     ),
 )
 QUICK = ("gsop-2",)
