@@ -44,7 +44,7 @@ _PAGE = Page(
 )
 
 
-class Answer(StrictModel):
+class GivenLabel(StrictModel):
     """What the user says about the photograph `id`; `name` is the class of the kind "class"."""
 
     id: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{32}$")]
@@ -109,12 +109,12 @@ def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAP
         return Response(path.read_bytes(), media_type=MEDIA_TYPES[path.suffix], headers=IMAGE_HEADERS)
 
     @app.post("/label")
-    def label(answer: Answer) -> dict[str, Any]:
+    def label(given: GivenLabel) -> dict[str, Any]:
         with lock:
-            if answer.kind == "skip":
-                folders.skip(answer.id)
+            if given.kind == "skip":
+                folders.skip(given.id)
             else:
-                folders.label(answer.id, answer.name if answer.kind == "class" else None)
+                folders.label(given.id, given.name if given.kind == "class" else None)
             return describe_next(folders)
 
     @app.post("/undo")
