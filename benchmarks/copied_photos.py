@@ -45,9 +45,9 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.decision import known_score
 from sopdeploy.errors import DataError
 from sopdeploy.models.second_order_head import SecondOrderHead
-from sopdeploy.training.few_shot.candidates import TAPS
-from sopdeploy.training.few_shot.config import FewShotResult
+from sopdeploy.training.few_shot.features import TAPS
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.train import TrainingResult, train_recipe
 
 KINDS = ("encoded", "cropped", "burst")

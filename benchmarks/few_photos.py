@@ -235,7 +235,7 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
         "low": 100 * found["top1"]["low"],
         "high": 100 * found["top1"]["high"],
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        "head": next(candidate["name"] for candidate in found["candidates"] if candidate["kept"]),
+        "head": found["head"],
         "areas": {f"near, {score}": 100 * area for score, area in found["auroc"].items()},
     }
     if case.unknown is not None:

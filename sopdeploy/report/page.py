@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.base import LabeledImages, Split
@@ -15,10 +16,8 @@ from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, r
 from sopdeploy.report.pictures import show_copies, show_mistakes, show_wrong_labels
 from sopdeploy.report.predictions import describe_predictions, measure_predictions
 from sopdeploy.training.diagnostics import EpochRow, history_table
-from sopdeploy.training.epoch_choice import LoopResult
-from sopdeploy.training.procedure import parse_result
-from sopdeploy.training.procedure_config import ProcedureResult
 from sopdeploy.training.recipe import flatten
+from sopdeploy.training.results import LoopResult, ProcedureResult, read_result
 from sopdeploy.training.run import Run
 
 _MAX_LABELS = 20
@@ -45,7 +44,7 @@ def write_run_page(
     Returns the mistakes: true class, predicted class and number of images, the most frequent one first.
     """
     checkpoint = read_checkpoint(best)
-    result = parse_result(checkpoint.training["procedure"])
+    result: Any = read_result(checkpoint.training)
     images, description = data.held_out, "the held-out images"
     if len(images):
         if run.recipe.procedure.kind == "loop":
@@ -202,7 +201,7 @@ def _describe_course(run: Run, best: Checkpoint) -> Iterator[Section]:
     values = [
         (key, value)
         for key, value in [*flatten(recipe), *flatten(best.config, "network.")]
-        if run.recipe.procedure.reads(key) and key != "summary" and not key.startswith("model.config.")
+        if run.recipe.reads(key) and key != "summary" and not key.startswith("model.config.")
     ]
     settings = Table(caption="All values of the run", columns=["key", "value"], rows=values)
     yield Section(title="Recipe", tables=[settings])

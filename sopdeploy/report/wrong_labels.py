@@ -12,8 +12,8 @@ from sopdeploy.data.image_files import hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import validate_recipe
+from sopdeploy.training.train import select_procedure
 
 
 class WrongLabel(StrictModel):

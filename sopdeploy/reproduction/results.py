@@ -24,10 +24,9 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
-from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position
-from sopdeploy.training.train import TrainingResult
+from sopdeploy.training.train import TrainingResult, select_procedure
 
 HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
 _CHANNELS, _SIDE, _IMAGES = 256, 13, 8  # of timed layers

@@ -12,10 +12,10 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.stats import Counts
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.loop import epoch_data
-from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import create_run
 from sopdeploy.training.step.gradient import train_step
+from sopdeploy.training.train import select_procedure
 
 
 class DryRun(StrictModel):

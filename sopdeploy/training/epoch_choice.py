@@ -9,71 +9,15 @@ Letters: N images, E epochs, B resamples.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.config import Fraction
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.training.diagnostics import EpochRow, best_epoch
-from sopdeploy.training.procedure_config import ProcedureResult
+from sopdeploy.training.results import LoopResult, SelectedBy
 
 _RESAMPLES = 1000
-SelectedBy = Literal["nothing", "other images", "same images"]
-
-
-class LoopResult(ProcedureResult):
-    """Top-1 accuracy or mAP of the best of `epochs` epochs on `count` held-out images.
-
-    Attributes:
-        epoch: The best epoch, from 1.
-        top1: Accuracy with its 95 % interval; `None` with several classes per image.
-        map: Mean average precision; only with several classes per image.
-        selected_by: The images that select the measured epoch: none (`nothing`), `other images`, or the
-            `same images`. The score is too high in the last case only.
-    """
-
-    kind: Literal["loop"] = "loop"
-    epoch: int
-    num_epochs: int
-    top1: Rate | None = None
-    map: Fraction | None = None
-    count: int
-    selected_by: SelectedBy
-
-    @property
-    def score(self) -> Rate | float:
-        """The accuracy or mAP."""
-        return self.top1 or self.map or 0.0
-
-    @property
-    def score_name(self) -> str:
-        """The name of the score, which says if it is too high."""
-        return (
-            f"{'mAP' if self.top1 is None else 'top-1'}{', too high' * (self.selected_by == 'same images')}"
-        )
-
-    def describe(self) -> str:
-        """Describe the score, its interval and its bias in one line."""
-        score = f"mAP {100 * (self.map or 0.0):.1f} %"
-        if self.top1 is not None:
-            interval = f"95 % interval {100 * self.top1.low:.0f} to {100 * self.top1.high:.0f} %"
-            score = f"top-1 {100 * self.top1.share:.1f} % ({interval})"
-        note = {
-            "nothing": "",
-            "other images": ", corrected for their choice of the epoch",
-            "same images": ", too high: they also select the epoch",
-        }[self.selected_by]
-        return f"{score} of {self.count} held-out images{note}"
-
-    def lines(self) -> tuple[str]:
-        """Describe the best epoch and its score."""
-        return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}",)
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Describe the score."""
-        return [("accuracy", self.describe())]
 
 
 def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> LoopResult:

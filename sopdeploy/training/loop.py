@@ -7,65 +7,54 @@ import numpy as np
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
-from sopdeploy.data.base import HoldOut, LabeledImages, PreprocessedDataset, Split
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
 from sopdeploy.data.batches import balanced_batches, load_batches, shuffled_batches, with_wait_time
 from sopdeploy.data.image_files import unreadable_images_error
-from sopdeploy.data.near import hold_out_images
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import diagnose
 from sopdeploy.training.distributed.batch_sharding import shard_step
-from sopdeploy.training.epoch_choice import LoopResult, estimate_best
+from sopdeploy.training.epoch_choice import estimate_best
 from sopdeploy.training.fine_tuning import set_train_mode
-from sopdeploy.training.loop_config import LoopConfig
-from sopdeploy.training.procedure import Procedure
 from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.results import LoopResult
 from sopdeploy.training.run import Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import SignalState, StopRequested, TrainingStoppedError, handle_signals
 from sopdeploy.training.step.gradient import train_step
 
 
-class TrainingLoop(Procedure):
-    """Train all weights by gradient descent; the best epoch is exported."""
+def fit_loop(run: Run, data: Split, folder: RunFolder, callback: Callback) -> LoopResult:
+    """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
-    def __init__(self, config: LoopConfig) -> None:
-        self.config = config
-
-    def training_data(self, recipe: Recipe, data: Split) -> Split:
-        """Hold out images if the source has no held-out images."""
-        if not isinstance(recipe.data, HoldOut):
-            return data
-        return hold_out_images(data, recipe.data.hold_out, recipe.data.hold_out_seed)
-
-    def fit(self, run: Run, data: Split, folder: RunFolder, callback: Callback) -> LoopResult:
-        """Run the remaining epochs, and fit the decision of `best.pt`."""
-        recipe = run.recipe
-        held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
-        if isinstance(recipe.augment, PadCrop) and recipe.augment.held_out:
-            held_out = PadCroppedDataset(data.held_out, recipe.preprocess, recipe.augment.pad)
-        with handle_signals(run.strategy) as signals:
-            try:
-                while run.position.epoch < recipe.epochs:
-                    signals.exchange()
-                    run.start_epoch()
-                    train_epoch(run, data.train, folder, signals, callback)
-                    evaluate_epoch(run, held_out, signals, callback)
-                    folder.save_last(run)
-                    folder.save_derived_files(run)
-                    callback.on_epoch_end(run.position.history[-1])
-                return fit_best(run, held_out, folder, callback)
-            except StopRequested as stop:
+    Writes `best.pt` of the best epoch, `last.pt` and the history to *folder*, and sets `run.decision`.
+    """
+    recipe = run.recipe
+    held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
+    if isinstance(recipe.augment, PadCrop) and recipe.augment.held_out:
+        held_out = PadCroppedDataset(data.held_out, recipe.preprocess, recipe.augment.pad)
+    with handle_signals(run.strategy) as signals:
+        try:
+            while run.position.epoch < recipe.epochs:
+                signals.exchange()
+                run.start_epoch()
+                train_epoch(run, data.train, folder, signals, callback)
+                evaluate_epoch(run, held_out, signals, callback)
                 folder.save_last(run)
-                raise TrainingStoppedError(
-                    f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} after "
-                    f"{run.position.step} steps of it; {folder.last} is saved and can be resumed",
-                    stop.signal_number,
-                ) from None
-            except DataError as error:
-                raise unreadable_images_error(error, data.train, data.held_out) from None
+                folder.save_derived_files(run)
+                callback.on_epoch_end(run.position.history[-1])
+            return fit_best(run, held_out, folder, callback)
+        except StopRequested as stop:
+            folder.save_last(run)
+            raise TrainingStoppedError(
+                f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} after "
+                f"{run.position.step} steps of it; {folder.last} is saved and can be resumed",
+                stop.signal_number,
+            ) from None
+        except DataError as error:
+            raise unreadable_images_error(error, data.train, data.held_out) from None
 
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:

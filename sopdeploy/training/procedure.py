@@ -1,110 +1,87 @@
-"""The interface of a procedure, and the selection of the one that trains on some images."""
+"""The recipe table `[procedure]`: how to train; and the keys that only the training loop reads."""
 
-import pkgutil
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Literal
 
 import pydantic
 
-from sopdeploy.data.base import Split
-from sopdeploy.errors import ConfigError
-from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.loop_config import LoopConfig
-from sopdeploy.training.procedure_config import AutoConfig, ProcedureConfig, ProcedureResult
-from sopdeploy.training.recipe import PROCEDURES, Recipe
-from sopdeploy.training.run import Run
-from sopdeploy.training.run_folder import RunFolder
+from sopdeploy.config import Count, FractionBelowOne, NonNegative, StrictModel
+from sopdeploy.data.augment import Augmentation, ColorJitter, Mixup, RandAugment
+from sopdeploy.training.ema import EmaConfig
+from sopdeploy.training.optimizers import OptimizerConfig
+from sopdeploy.training.schedule import Schedule
+from sopdeploy.training.step.losses import TeacherConfig
 
 
-class Proposal(NamedTuple):
-    """Whether a procedure should replace the training loop for some images, and why."""
+class LossConfig(StrictModel):
+    """Loss settings that do not depend on the model."""
 
-    accepted: bool
-    reason: str = ""
-
-
-class Procedure(ABC):
-    """A way to train a network; its config is a table of the recipe. Subclasses take it as only argument."""
-
-    def training_data(self, _recipe: Recipe, data: Split) -> Split:
-        """Divide the images of *data* into training and held-out images in another way, if needed."""
-        return data
-
-    def propose(self, _recipe: Recipe, _data: Split, _max_minutes: float) -> Proposal:
-        """Decide whether `procedure.kind = "auto"` selects this procedure, in at most *max_minutes*."""
-        return Proposal(False)
-
-    @abstractmethod
-    def fit(self, run: Run, data: Split, folder: RunFolder, callback: Callback) -> ProcedureResult:
-        """Train *run*, which may be a resumed or a finished one, on *data*.
-
-        Writes `best.pt`, `last.pt` and the history to *folder*, sets `run.decision` and returns the result.
-        """
+    label_smoothing: FractionBelowOne = 0.0
 
 
-class Selection(NamedTuple):
-    """The procedure that trains, the recipe with its config, its images, and why it was selected."""
+class SaveConfig(StrictModel):
+    """Minutes after which `last.pt` is also written within an epoch; 0 for only at its end."""
 
-    procedure: Procedure
-    recipe: Recipe
-    data: Split
-    reason: str = ""
+    every_minutes: NonNegative = 15.0
 
 
-def select_procedure(recipe: Recipe, data: Split, recorded: ProcedureConfig | None = None) -> Selection:
-    """Select the procedure of *recipe*; "auto" decides by the images, or continues with the *recorded* one.
+class LoopSettings(StrictModel):
+    """The settings of the training loop; they are keys of the recipe itself, not of a table.
 
-    Raises `ConfigError` if the procedure cannot train the network of *recipe*.
+    `batch_size` is the number of samples of a step, over all processes; `accumulate` splits a step into that
+    many micro-batches. `batch_norm` computes statistics per process ("local"), over the whole micro-batch
+    ("global"), or uses the running statistics ("frozen"). `sampler` "balanced" draws all classes equally
+    often.
     """
-    config: ProcedureConfig = recipe.procedure
-    reason = ""
-    if isinstance(config, AutoConfig):
-        config, reason = (
-            (recorded, "") if recorded is not None else _propose(recipe, data, config.max_minutes)
-        )
-    procedure, recipe = _create(config), recipe.model_copy(update={"procedure": config})
-    return Selection(procedure, recipe, procedure.training_data(recipe, data), reason)
+
+    epochs: Count
+    batch_size: Annotated[int, pydantic.Field(ge=2)]
+    accumulate: Count = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False
+    batch_norm: Literal["local", "global", "frozen"] = "local"
+    sampler: Literal["shuffled", "balanced"] = "shuffled"
+    augment: Augmentation
+    color: ColorJitter = ColorJitter()
+    rand_augment: RandAugment = RandAugment()
+    mix: Mixup = Mixup()
+    optimizer: OptimizerConfig
+    schedule: Schedule
+    loss: LossConfig = LossConfig()
+    ema: EmaConfig | None = None
+    teacher: TeacherConfig | None = None
+    save: SaveConfig = SaveConfig()
 
 
-def _propose(recipe: Recipe, data: Split, max_minutes: float) -> tuple[ProcedureConfig, str]:
-    """Return the config of the first procedure that accepts, or that of the training loop; and the reason."""
-    reasons = []
-    for config_class in PROCEDURES:
-        config = config_class.model_validate({})
-        proposal = _create(config).propose(recipe, data, max_minutes)
-        if proposal.accepted:
-            return config, proposal.reason
-        reasons.append(proposal.reason)
-    return LoopConfig(), " ".join(filter(None, reasons))
+LOOP_KEYS = (*LoopSettings.model_fields, "start.learn", "start.head_factor", "model.remove_branches_at")
 
 
-def _create(config: ProcedureConfig) -> Procedure:
-    procedure: Procedure = pkgutil.resolve_name(config.implementation)(config)
-    return procedure
+class LoopConfig(StrictModel):
+    """Train all weights for several epochs; the settings are `LoopSettings`."""
+
+    kind: Literal["loop"] = "loop"
 
 
-def parse_result(record: Any) -> ProcedureResult:
-    """Parse the result of a procedure by its `kind`.
+class FewShotConfig(StrictModel):
+    """Training for few images: a linear classifier on features of a frozen network.
 
-    Raises `pydantic.ValidationError` if it is invalid, and `ConfigError` if the procedure is not installed.
+    Attributes:
+        folds: Folds of the cross-validation, at most the number of different images of the smallest class.
+        group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
+        head: What the classifier reads: the network's own vector, and the roots of the covariances of its
+            last two feature maps; or the vector alone.
     """
-    if isinstance(record, ProcedureResult):
-        return record
-    kinds = {config.result.model_fields["kind"].default: config.result for config in PROCEDURES}
-    if record["kind"] not in kinds:
-        raise ConfigError(
-            f"the procedure {record['kind']!r}, which trained the network, is not part of this installation; "
-            "install sopdeploy with this procedure"
-        )
-    return kinds[record["kind"]].model_validate(record)
+
+    kind: Literal["few_shot"] = "few_shot"
+    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
+    group_copies: bool = True
+    head: Literal["gap+isqrt", "gap"] = "gap+isqrt"
 
 
-AnyProcedureResult = Annotated[
-    pydantic.SerializeAsAny[ProcedureResult], pydantic.BeforeValidator(parse_result)
-]
+class AutoConfig(StrictModel):
+    """Select `few_shot` for up to `FEW_IMAGES` training images, otherwise `loop`; see `select_procedure`."""
+
+    kind: Literal["auto"] = "auto"
 
 
-def read_result(training: Mapping[str, Any]) -> ProcedureResult | None:
-    """Read the result of the procedure from the record of a training; None before its end."""
-    return parse_result(training["procedure"]) if "procedure" in training else None
+PROCEDURES = (AutoConfig, LoopConfig, FewShotConfig)
+AnyProcedureConfig = Annotated[AutoConfig | LoopConfig | FewShotConfig, pydantic.Field(discriminator="kind")]

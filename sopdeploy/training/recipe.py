@@ -23,10 +23,14 @@ from sopdeploy.models.base import Classifier, RemovableBranches
 from sopdeploy.models.registry import CatalogModel, entry, make_config
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
-from sopdeploy.training.few_shot.config import FewShotConfig
 from sopdeploy.training.fine_tuning import StartConfig
-from sopdeploy.training.loop_config import LoopConfig, LoopSettings
-from sopdeploy.training.procedure_config import AutoConfig
+from sopdeploy.training.procedure import (
+    LOOP_KEYS,
+    PROCEDURES,
+    AnyProcedureConfig,
+    LoopConfig,
+    LoopSettings,
+)
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -42,11 +46,6 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
 
 
 _KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
-PROCEDURES = (LoopConfig, FewShotConfig)  # in the order in which `auto` asks them
-AnyProcedureConfig = Annotated[
-    AutoConfig | LoopConfig | FewShotConfig,
-    pydantic.Field(discriminator="kind"),
-]
 
 
 class ModelConfig(CatalogModel):
@@ -108,9 +107,14 @@ class Recipe(LoopSettings):
     start: StartConfig | None = None
     rejection: RejectionConfig = RejectionConfig()
 
+    def reads(self, key: str) -> bool:
+        """Check whether the procedure reads the dotted *key*."""
+        of_loop = any(f"{key}.".startswith(f"{table}.") for table in LOOP_KEYS)
+        return not of_loop or isinstance(self.procedure, LoopConfig)
+
     def check_effect(self, given: Sequence[str]) -> None:
         """Raise `ConfigError` if the procedure ignores a *given* key."""
-        ignored = [key for key in given if not self.procedure.reads(key)]
+        ignored = [key for key in given if not self.reads(key)]
         if ignored:
             raise ConfigError(
                 f"{', '.join(ignored)}: without effect in the procedure {self.procedure.kind}; remove them, "
@@ -227,7 +231,7 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
     if isinstance(config, dict) and isinstance(network, str):
         for key in config.keys() - entry(network).config.model_fields:
             del config[key]
-    configs_of = {"data": get_args(get_args(DataConfig)[0]), "procedure": (AutoConfig, *PROCEDURES)}
+    configs_of = {"data": get_args(get_args(DataConfig)[0]), "procedure": PROCEDURES}
     for name, configs in configs_of.items():
         table, kind = tables.get(name, {}), overrides.get(f"{name}.kind")
         if not isinstance(kind, str) or kind == table.get("kind"):

@@ -35,8 +35,8 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
 from sopdeploy.training.precision import MixedPrecision
-from sopdeploy.training.procedure_config import ProcedureResult
 from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import InitialModel, StartReport, create_initial_model
 from sopdeploy.training.step.losses import Loss, Teacher
 from sopdeploy.version import __version__
@@ -86,7 +86,7 @@ class Run:
     teacher: Teacher | None = None
     start: StartReport | None = None
     position: Position = field(default_factory=Position)
-    result: ProcedureResult | None = None
+    result: AnyProcedureResult | None = None
     state: dict[str, Tensor] = field(default_factory=dict)
     decision: Decision | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))

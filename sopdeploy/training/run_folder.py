@@ -24,7 +24,7 @@ from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
 from sopdeploy.training.callbacks import TENSORBOARD_FOLDER
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
-from sopdeploy.training.loop_config import SaveConfig
+from sopdeploy.training.procedure import SaveConfig
 from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock

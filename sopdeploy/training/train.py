@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pydantic
@@ -16,21 +16,25 @@ import torch
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.data.base import LabeledImages, Split
+from sopdeploy.data.base import HoldOut, LabeledImages, Split
 from sopdeploy.data.datasets.layouts import open_any_images
 from sopdeploy.data.image_files import describe_contradictions, hash_images
+from sopdeploy.data.near import hold_out_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError, shorten
+from sopdeploy.models.registry import entry
+from sopdeploy.models.second_order_head import head_name
 from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch
 from sopdeploy.training.distributed.batch_sharding import check_divisible
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import check_same_step
-from sopdeploy.training.procedure import AnyProcedureResult, Procedure, read_result, select_procedure
-from sopdeploy.training.procedure_config import ProcedureResult
+from sopdeploy.training.loop import fit_loop
+from sopdeploy.training.procedure import AnyProcedureConfig, AutoConfig, FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import Recipe, check_same_recipe, validate_recipe
+from sopdeploy.training.results import AnyProcedureResult, read_result
 from sopdeploy.training.run import Position, Run, create_run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
@@ -44,6 +48,7 @@ ONE_GROUP = (
     "be measured; add different photographs"
 )
 MAX_HASHED = 50_000  # training images; hashing more delays the start by more than a minute
+FEW_IMAGES = 10_000  # up to them, the few-shot procedure takes minutes on a CPU and 0.5 GB
 
 
 class TrainingResult(StrictModel):
@@ -107,10 +112,13 @@ def train_recipe(
         torch.set_num_threads(recipe.threads)
     try:
         continued = folder.last.exists() if resume == "auto" else resume
-        run, data, procedure = start_or_resume(
-            recipe, folder, strategy, callback, resume=continued, given=given
-        )
-        result = procedure.fit(run, data, folder, callback)
+        run, data = start_or_resume(recipe, folder, strategy, callback, resume=continued, given=given)
+        if isinstance(run.recipe.procedure, FewShotConfig):
+            from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415  # scikit-learn is slow
+
+            result: AnyProcedureResult = fit_few_shot(run, data, folder, callback)
+        else:
+            result = fit_loop(run, data, folder, callback)
         callback.on_train_end(run=run, data=data)
         return _summarize(run, folder, data, result)
     finally:
@@ -125,10 +133,10 @@ def start_or_resume(
     *,
     resume: bool,
     given: Sequence[str] = (),
-) -> tuple[Run, Split, Procedure]:
+) -> tuple[Run, Split]:
     """Create the run, or rebuild it from its checkpoint, and open its data.
 
-    Also returns the procedure. All checks run before the folder is changed.
+    All checks run before the folder is changed.
     """
     if not resume:
         folder.check_free()
@@ -137,7 +145,7 @@ def start_or_resume(
     if checkpoint is not None:
         recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(folder.last)).procedure
     opened = open_data(recipe.data, callback.on_warning)
-    procedure, recipe, data, reason = select_procedure(recipe, opened, recorded)
+    recipe, data, reason = select_procedure(recipe, opened, recorded)
     _warn_of_classes_without_held_out(opened, data, callback)
     recipe.check_effect(given)
     _check_unknown(recipe, data)
@@ -176,7 +184,48 @@ def start_or_resume(
         held_out_count=len(data.held_out),
         input_side=run.recipe.preprocess.crop,
     )
-    return run, data, procedure
+    return run, data
+
+
+class Selection(NamedTuple):
+    """The recipe with the config of the selected procedure, its images, and why it was selected."""
+
+    recipe: Recipe
+    data: Split
+    reason: str = ""
+
+
+def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig | None = None) -> Selection:
+    """Select the procedure of *recipe*, and hold out images of *data* if it needs them.
+
+    "auto" continues with the *recorded* procedure. Otherwise it is `few_shot` for up to `FEW_IMAGES` training
+    images, if the network has such a head and one process runs, and else the training loop.
+    Cross-validation replaces a hold-out, so `few_shot` gets all images. Raises `ConfigError` if it has no
+    head for the network.
+    """
+    config, reason = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure, ""
+    if config is None:
+        config = LoopConfig()
+        if len(data.train) <= FEW_IMAGES and not torch.distributed.is_initialized() and _has_head(recipe):
+            config = FewShotConfig()
+            reason = (
+                f"few-shot procedure: there are at most {FEW_IMAGES:,} images; procedure.kind=loop trains "
+                "all weights"
+            )
+    recipe = recipe.model_copy(update={"procedure": config})
+    if isinstance(config, FewShotConfig):
+        entry(head_name(recipe.model.name))
+    elif isinstance(recipe.data, HoldOut):
+        data = hold_out_images(data, recipe.data.hold_out, recipe.data.hold_out_seed)
+    return Selection(recipe, data, reason)
+
+
+def _has_head(recipe: Recipe) -> bool:
+    try:
+        entry(head_name(recipe.model.name))
+    except ConfigError:
+        return False
+    return True
 
 
 def _warn_of_classes_without_held_out(opened: Split, data: Split, callback: Callback) -> None:
@@ -247,7 +296,7 @@ def resume_run(
     return run
 
 
-def _summarize(run: Run, folder: RunFolder, data: Split, result: ProcedureResult) -> TrainingResult:
+def _summarize(run: Run, folder: RunFolder, data: Split, result: AnyProcedureResult) -> TrainingResult:
     history = run.position.history
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
     name = "best_map" if run.activation == "sigmoid" else "best_top1"

@@ -45,7 +45,7 @@ def test_half_precision_classifies_a_folder(lite0_file: Path, photos: Path, tmp_
     settings: dict[str, Any] = {
         "model.name": LITE0,
         "procedure.kind": "few_shot",
-        "procedure.heads": ["gap"],
+        "procedure.head": "gap",
     }
     run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, **settings)
     exported = sopdeploy.export(run.best, tmp_path / "bundles", precision="fp16")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.training.few_shot.config import FewShotResult
+from sopdeploy.training.results import FewShotResult
 from tests.real.conftest import LITE0
 
 
@@ -17,6 +17,6 @@ def test_eight_photographs_of_each_class_are_enough_for_clothes(
     assert run.procedure.top1 is not None
     assert run.procedure.top1.count == 32
     assert run.procedure.top1.share > 0.85
-    assert run.procedure.candidates[0].name == f"{LITE0} gap+isqrt of blocks.4, blocks.6"
+    assert run.procedure.head == f"{LITE0} gap+isqrt of blocks.4, blocks.6"
     checkpoint = read_checkpoint(run.best)
     assert checkpoint.labels == ("dress", "hat", "pants", "shoes")

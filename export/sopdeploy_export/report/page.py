@@ -258,8 +258,7 @@ def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
     """List the result of *training*, for the training loop after its scalars, otherwise its start weights."""
     result = None
     if "procedure" in training:
-        from sopdeploy.training.epoch_choice import LoopResult  # noqa: PLC0415 # most exports need no training
-        from sopdeploy.training.procedure import read_result  # noqa: PLC0415
+        from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
 
         result = read_result(training)
     if result is not None and not isinstance(result, LoopResult):

@@ -87,7 +87,8 @@ def test_the_model_card_states_the_estimate_of_a_training_on_few_images() -> Non
         "top1": {"share": 0.5, "right": 4, "count": 8, "low": 0.2, "high": 0.8},
         "estimated_on": "cross-validation", "class_counts": {"cat": 6, "dog": 2},
         "balanced": False, "num_duplicates": 0, "num_groups": 3,
-        "candidates": [], "choice": "gap", "seconds": {"head": 1.0},
+        "num_images": 8, "head": "resnet18 gap", "num_features": 512, "strength": 3.0,
+        "seconds": {"head": 1.0},
     }  # fmt: skip
     start = {"file": "resnet18.pth", "sha256": "f37072fd", "network": "ResNet-18 of torchvision"}
     assert training_rows({"epoch": 1, "start": start, "procedure": few_shot}) == [

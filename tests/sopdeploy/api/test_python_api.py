@@ -124,10 +124,8 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
 
 
 def test_settings_can_be_lists() -> None:
-    recipe = read_recipe(
-        "photos", list(to_assignments({"procedure": {"kind": "few_shot", "heads": ["isqrt", "gap"]}}))
-    )
-    assert recipe.procedure.heads == ("isqrt", "gap")
+    recipe = read_recipe("photos", list(to_assignments({"augment": {"scale": [0.5, 1.0]}})))
+    assert recipe.augment.scale == (0.5, 1.0)
 
 
 def test_an_empty_table_enables_what_is_optional() -> None:

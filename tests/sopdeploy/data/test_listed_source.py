@@ -14,10 +14,9 @@ from sopdeploy.api.training import configure
 from sopdeploy.data.base import DataSource, LabeledImages, Split
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
-from sopdeploy.training.few_shot.config import FewShotConfig
-from sopdeploy.training.loop_config import LoopConfig
-from sopdeploy.training.procedure import select_procedure
+from sopdeploy.training.procedure import FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.train import select_procedure
 from tests.sopdeploy.data.small_data import jpeg
 
 LABELS = ("cat", "dog", "gull")

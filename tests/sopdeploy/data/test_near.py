@@ -25,9 +25,8 @@ from sopdeploy.data.near import (
 )
 from sopdeploy.errors import DataError
 from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.procedure import select_procedure
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.train import train_recipe
+from sopdeploy.training.train import select_procedure, train_recipe
 
 TINY = (
     "model.name=dsop-resnet8",

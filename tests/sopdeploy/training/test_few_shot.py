@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
 from sopdeploy.api.training import PageWriter
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
+from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
@@ -24,17 +24,14 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
+from sopdeploy.training import train
 from sopdeploy.training.callbacks import Callback, CallbackList
-from sopdeploy.training.few_shot import selection
-from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
-from sopdeploy.training.few_shot.config import FewShotConfig
-from sopdeploy.training.few_shot.estimates import choose, compose, estimate
+from sopdeploy.training.few_shot.classifier import Problem, Targets
+from sopdeploy.training.few_shot.estimates import compose, estimate
 from sopdeploy.training.few_shot.unknown import recognize_unknown
-from sopdeploy.training.loop_config import LoopConfig
-from sopdeploy.training.procedure import select_procedure
-from sopdeploy.training.procedure_config import AutoConfig
+from sopdeploy.training.procedure import FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.train import train_recipe
+from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
 from tests.sopdeploy.training.painted import COLORS, SMALL, paint
 
 FEW_SHOT = ["procedure.kind=few_shot"]
@@ -82,9 +79,8 @@ def test_labels_without_relation_to_the_images_are_estimated_at_chance():
     random, classes = np.random.default_rng(1), np.arange(60) % 4
     targets = softmax_targets(classes)
     assigned = targets.folds([str(number) for number in range(60)], 5, 0)
-    problems = [Problem.create([random.normal(size=(60, 30))], targets) for _ in range(3)]
-    logits = [problem.cross_validate(assigned) for problem in problems]
-    composed = compose([[targets.losses(one) for one in logits]], [logits], assigned, np.arange(60))
+    logits = Problem.create([random.normal(size=(60, 30))], targets).cross_validate(assigned)
+    composed = compose(targets.losses(logits), logits, assigned)
     assert (composed.argmax(axis=1) == classes).mean() < 0.45
 
 
@@ -116,16 +112,6 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.05
     sure = 9.0 * np.eye(4)[labels]
     assert problem.doubt_labels(sure, folds, 30.0) is sure
-
-
-def test_another_head_needs_a_clearly_smaller_loss():
-    random = np.random.default_rng(0)
-    first = 1.0 + 0.5 * random.random((len(GRID), 50))
-    slightly, clearly = first - 0.01 * random.standard_normal((len(GRID), 50)), first - 0.2
-    images = np.arange(50)
-    assert choose([[first, slightly]], images, images).candidate == 0
-    assert choose([[first, slightly, clearly]], images, images).candidate == 2
-    assert choose([[clearly], [first], [clearly - 0.1]], images, images).network == 2
 
 
 def test_unknown_images_have_a_smaller_energy_far_from_the_training_images():
@@ -161,14 +147,12 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert found.top1.count == 51
     assert found.top1.low < found.top1.share <= 1
     assert found.top1.share > 0.8
-    assert [one.name.partition(" of ")[0] for one in found.candidates] == [
-        "dsop-resnet8 gap+isqrt", "dsop-resnet8 gap+isqrt", "dsop-resnet8 gap",
-    ]  # fmt: skip
+    assert found.head.startswith("dsop-resnet8 gap+isqrt of ")
     assert "interval" in found.lines()[-1]
-    assert any("features" in line and "- chosen" in line for line in found.lines())
+    assert any(line.startswith(f"classifier: {found.head}, ") for line in found.lines())
     assert list(dict.fromkeys(stages)) == [
         "features of dsop-resnet8",
-        "cross-validation of dsop-resnet8",
+        "cross-validation",
         "heads without one class",
     ]
     checkpoint = read_checkpoint(result.best)
@@ -220,12 +204,6 @@ def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds(
         np.tile(logits, (3, 1)), np.tile(classes, 3), estimated_on="cross-validation", groups=groups
     )
     assert found == expected
-    losses = [1 + 0.1 * random.random((1, 60)), 0.97 + 0.1 * random.random((1, 60))]
-    tripled = [np.tile(loss, 3) for loss in losses]
-    assert (
-        choose([tripled], np.arange(180), groups).candidate
-        == choose([losses], np.arange(60), np.arange(60)).candidate
-    )
     copies = np.tile(random.normal(size=60), 3)
     mean = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0, groups)
     narrower = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0)
@@ -249,7 +227,7 @@ def test_given_groups_one_group_classes_and_contradictions_are_named(tmp_path: P
         f"data.path={tmp_path / 'photos'}",
         *FEW_SHOT,
         "procedure.group_copies=false",
-        'procedure.heads=["gap"]',
+        "procedure.head=gap",
     ]
     found = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Warnings()).procedure
     lines = "\n".join(found.lines())
@@ -277,7 +255,9 @@ def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: P
     assert any("unknown images: not recognized" in line for line in found.lines())
 
 
-def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tmp_path: Path):
+def test_every_image_trains_the_network_unless_there_are_more_than_ten_thousand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     settings = [
         *SMALL,
         "model.name=resnet8",
@@ -285,7 +265,8 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
         f"data.path={paint(tmp_path / 'photos', 40)}",
     ]
     data = open_data(read_recipe("photos", settings).data)
-    _, chosen, joined, _ = select_procedure(read_recipe("photos", settings), data)
+    chosen, joined, reason = select_procedure(read_recipe("photos", settings), data)
+    assert reason.startswith("few-shot procedure: there are at most 10,000 images")
     assert chosen.procedure == FewShotConfig()
     assert isinstance(joined.train, ImageFiles)
     assert (len(joined.train), len(joined.held_out)) == (120, 0)
@@ -293,71 +274,16 @@ def test_every_image_trains_the_network_also_if_there_are_more_than_a_hundred(tm
     assert sorted("/".join(joined.train.path(index).parts[-2:]) for index in range(120)) == sorted(expected)
     loop = read_recipe("photos", [*settings, "procedure.kind=loop"])
     other = read_recipe("photos", [*settings, "model.name=psdr-resnet50"])
+    copies = np.arange(FEW_IMAGES + 1) % 120
+    many = replace(data.train, paths=data.train.paths[copies], targets=data.train.targets[copies])
+    large = replace(data, train=many)
+    monkeypatch.setattr(train, "hold_out_images", lambda split, *_: split)
+    assert select_procedure(read_recipe("photos", settings), large).recipe.procedure == LoopConfig()
+    monkeypatch.undo()
     for recipe in (loop, other):
         selected = select_procedure(recipe, data)
         assert (selected.recipe.procedure, selected.reason) == (LoopConfig(), "")
         assert len(selected.data.train) + len(selected.data.held_out) == 120
-
-
-@pytest.mark.parametrize(
-    ("predicted", "settings", "few_shot", "reason"),
-    [
-        ((180, 7200, 10**9), [], True, "few-shot procedure, about 3 min in total: the training loop would "
-         "take about 2.0 hours; procedure.kind=loop selects it"),
-        ((180, 60, 10**9), ["procedure.max_minutes=2"], False, "training loop, about 1 min in total: the "
-         "few-shot procedure would take about 3 min, more than procedure.max_minutes = 2; "
-         "procedure.kind=few_shot selects it"),
-        ((180, 60, 10**18), [], False, "training loop, about 1 min in total: the few-shot procedure would "
-         "need 1000000000 GB, more than half of the memory; procedure.kind=few_shot selects it"),
-        (None, FEW_SHOT, True, ""),
-        (None, ["procedure.kind=loop"], False, ""),
-    ],
-)  # fmt: skip
-def test_time_and_memory_select_the_procedure_for_more_than_a_thousand_images(
-    tmp_path, monkeypatch, predicted, settings, few_shot, reason
-):
-    monkeypatch.setattr(selection, "predict_cost", lambda *_: selection.PredictedCost(*predicted))
-    images = open_data(read_recipe("photos", [*SMALL, f"data.path={paint(tmp_path / 'photos', 10)}"]).data)
-    many = replace(
-        images.train, paths=np.tile(images.train.paths, 50), targets=np.tile(images.train.targets, 50)
-    )
-    data = replace(images, train=many)
-    recipe = read_recipe("photos", [*SMALL, "model.name=resnet8", "model.config={}", *settings])
-    selected = select_procedure(recipe, data)
-    assert (selected.recipe.procedure.kind == "few_shot") == few_shot
-    assert len(selected.data.train) + len(selected.data.held_out) == len(many)
-    assert (len(selected.data.held_out) == 0) == few_shot
-    assert selected.reason == reason
-    if isinstance(recipe.procedure, AutoConfig):  # a resumed run keeps its procedure
-        for recorded in (FewShotConfig(heads=("gap",)), LoopConfig()):
-            assert select_procedure(recipe, data, recorded).recipe.procedure == recorded
-
-
-def test_the_cost_of_both_procedures_is_measured(tmp_path):
-    recipe = read_recipe("photos", [*SMALL, "model.name=resnet8", "model.config={}"])
-    images = open_data(read_recipe("photos", [f"data.path={paint(tmp_path / 'photos', 10)}"]).data)
-    assert min(selection.predict_cost(recipe, images.train)) > 0
-
-
-@pytest.mark.slow
-def test_the_procedure_trains_on_thousands_of_images_and_says_so(tmp_path: Path):
-    reasons: list[str] = []
-
-    class Reasons(Callback):
-        def on_procedure(self, reason: str) -> None:
-            reasons.append(reason)
-
-    settings = [
-        *SMALL,
-        "model.name=resnet8",
-        "model.config={}",
-        f"data.path={paint(tmp_path / 'photos', 1010)}",
-    ]
-    result = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Reasons())
-    assert result.procedure.top1.count == 3030
-    assert result.procedure.top1.share > 0.95
-    assert max(candidate.num_features for candidate in result.procedure.candidates) > 1024
-    assert reasons[0].startswith("few-shot procedure, about ")
 
 
 def test_a_head_that_reads_the_span_of_some_images_predicts_as_well(monkeypatch):
@@ -383,20 +309,6 @@ def test_training_on_few_images_imports_neither_the_compiler_of_torch_nor_torchv
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_several_networks_are_compared(tmp_path: Path):
-    settings = [*SMALL, "model.name=resnet8", "model.config={}", f"data.path={paint(tmp_path / 'photos', 6)}"]
-    settings += [*FEW_SHOT, 'procedure.models=["resnet20", "timm:test_resnet"]', 'procedure.heads=["gap"]']
-    result = train_recipe(read_recipe("photos", [*settings, "preprocess.crop=16"]), tmp_path / "run")
-    found = result.procedure
-    networks = [one.name.split()[0] for one in found.candidates]
-    assert networks == ["resnet8", "resnet20", "timm:test_resnet"]
-    assert sum(one.kept for one in found.candidates) == 1
-    checkpoint = read_checkpoint(result.best)
-    kept = next(one.name for one in found.candidates if one.kept)
-    assert checkpoint.model.removeprefix("head:") == kept.split()[0]
-    build_classifier(checkpoint, result.best)
 
 
 def test_the_interval_of_the_map_is_that_of_resampled_images():
@@ -428,7 +340,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
     assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
     assert found.map.value == result.best_map > 0.9
     assert found.map.low <= found.map.value <= found.map.high
-    assert {candidate.score.count for candidate in found.candidates} == {32}
+    assert found.num_images == 32
     assert len(result.decision.thresholds) == 2
     assert read_checkpoint(result.best).decision == result.decision
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -441,10 +353,6 @@ def test_errors_name_the_table_and_what_to_do(tmp_path: Path):
     settings = [*SMALL, f"data.path={data}"]
     with pytest.raises(ConfigError, match=r"few_shot: .* remove the tables ema and teacher"):
         train_recipe(read_recipe("photos", [*settings, "ema={decay=0.9}"]), tmp_path / "run")
-    with pytest.raises(ConfigError, match="model 'resnet19' is not in the catalog"):
-        train_recipe(
-            read_recipe("photos", [*settings, *FEW_SHOT, 'procedure.models=["resnet19"]']), tmp_path / "run"
-        )
     for path in data.glob("*/*.png"):
         path.write_bytes((data / "red" / "0.png").read_bytes())
     with pytest.raises(DataError, match="copies of one photograph"):

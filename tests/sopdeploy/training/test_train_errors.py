@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.errors import ConfigError, DataError, NoMemoryError, TrainingError
+from sopdeploy.errors import CheckpointError, ConfigError, DataError, NoMemoryError, TrainingError
 from sopdeploy.training import train
-from sopdeploy.training.procedure import read_result
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import LOCK_FILE
 from sopdeploy.training.step import gradient
 from sopdeploy.training.step.losses import Loss
@@ -36,8 +36,8 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "broken"}
 
 
-def test_the_result_of_a_procedure_that_is_not_installed_is_an_error() -> None:
-    with pytest.raises(ConfigError, match=r"the procedure 'gone', .* is not part of this installation"):
+def test_an_unknown_result_of_a_procedure_is_an_error() -> None:
+    with pytest.raises(CheckpointError, match="no valid result of a training procedure; train again"):
         read_result({"procedure": {"kind": "gone", "top1": 0.5}})
 
 

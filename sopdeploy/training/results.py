@@ -1,49 +1,96 @@
-"""Recipe table `[procedure]` of the few-shot procedure, and its result."""
+"""The result of the training loop and of the few-shot procedure, part of the checkpoint `best.pt`."""
 
-from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.config import Count, Fraction, NonNegative, Positive, StrictModel
+from sopdeploy.config import Count, Fraction, Positive, StrictModel
 from sopdeploy.decision import Estimate, Score
-from sopdeploy.errors import shorten
+from sopdeploy.errors import CheckpointError, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
-from sopdeploy.models.second_order_head import HeadKind
-from sopdeploy.training.loop_config import LOOP_KEYS
-from sopdeploy.training.procedure_config import ProcedureConfig, ProcedureResult
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
+SelectedBy = Literal["nothing", "other images", "same images"]
 
 
-class CandidateResult(StrictModel):
-    """A network with one head, its cross-validated `score` (accuracy or mAP) and mean weighted `loss`.
+class ProcedureResult(StrictModel):
+    """The score to expect on new images and how it was found; part of the checkpoint `best.pt`."""
+
+    kind: str
+
+    @property
+    @abstractmethod
+    def score(self) -> Rate | MeanPrecision | float:
+        """The accuracy, or the mAP."""
+
+    @property
+    @abstractmethod
+    def score_name(self) -> str:
+        """What `score` is; the name says if the score is too high."""
+
+    @abstractmethod
+    def lines(self) -> Sequence[str]:
+        """Describe the result in lines for the terminal and the report."""
+
+    @abstractmethod
+    def rows(self) -> Sequence[tuple[str, str]]:
+        """Describe the result in (name, text) rows for the model card."""
+
+
+class LoopResult(ProcedureResult):
+    """Top-1 accuracy or mAP of the best of `epochs` epochs on `count` held-out images.
 
     Attributes:
-        name: The network, and the statistics that the classifier reads.
-        kept: Whether the candidate was chosen.
-        num_features: Length of the vector that the classifier reads.
-        strength: The chosen inverse strength of the regularization, scikit-learn's C.
-        seconds: Time of its cross-validation.
+        epoch: The best epoch, from 1.
+        top1: Accuracy with its 95 % interval; `None` with several classes per image.
+        map: Mean average precision; only with several classes per image.
+        selected_by: The images that select the measured epoch: none (`nothing`), `other images`, or the
+            `same images`. The score is too high in the last case only.
     """
 
-    name: str
-    kept: bool = False
-    score: Rate | MeanPrecision
-    loss: NonNegative
-    num_features: Count
-    strength: Positive
-    seconds: NonNegative
+    kind: Literal["loop"] = "loop"
+    epoch: int
+    num_epochs: int
+    top1: Rate | None = None
+    map: Fraction | None = None
+    count: int
+    selected_by: SelectedBy
 
-    def line(self) -> str:
-        """Describe the candidate in one line for the terminal and the report."""
-        score, name = self.score, "top-1" if isinstance(self.score, Rate) else "mAP"
+    @property
+    def score(self) -> Rate | float:
+        """The accuracy or mAP."""
+        return self.top1 or self.map or 0.0
+
+    @property
+    def score_name(self) -> str:
+        """The name of the score, which says if it is too high."""
         return (
-            f"{self.name}: {name} {100 * score.value:.1f} % ({100 * score.low:.0f} to {100 * score.high:.0f} "
-            f"%), loss {self.loss:.3f}, {self.num_features:,} features, C {self.strength:g}"
-            f"{' - chosen' * self.kept}"
+            f"{'mAP' if self.top1 is None else 'top-1'}{', too high' * (self.selected_by == 'same images')}"
         )
+
+    def describe(self) -> str:
+        """Describe the score, its interval and its bias in one line."""
+        score = f"mAP {100 * (self.map or 0.0):.1f} %"
+        if self.top1 is not None:
+            interval = f"95 % interval {100 * self.top1.low:.0f} to {100 * self.top1.high:.0f} %"
+            score = f"top-1 {100 * self.top1.share:.1f} % ({interval})"
+        note = {
+            "nothing": "",
+            "other images": ", corrected for their choice of the epoch",
+            "same images": ", too high: they also select the epoch",
+        }[self.selected_by]
+        return f"{score} of {self.count} held-out images{note}"
+
+    def lines(self) -> tuple[str]:
+        """Describe the best epoch and its score."""
+        return (f"epoch {self.epoch} of {self.num_epochs}: {self.describe()}",)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Describe the score."""
+        return [("accuracy", self.describe())]
 
 
 class FewShotResult(ProcedureResult):
@@ -59,8 +106,10 @@ class FewShotResult(ProcedureResult):
         num_groups: Number of groups of training images: different photographs, each with its copies.
         one_group: Classes whose images are one group, so that a fold holds all of them.
         contradictions: Files of groups with different labels, joined by " = ".
-        candidates: What was tried.
-        choice: Why the candidate was chosen.
+        num_images: Number of training images.
+        head: The network, and the statistics that its classifier reads.
+        num_features: Length of the vector that the classifier reads.
+        strength: The chosen inverse strength of the regularization, scikit-learn's C.
         auroc: AUROC of the scores for unknown images, by heads fitted without one class at a time.
         unknown: Why no threshold for unknown images was fitted; empty if there is one.
         seconds: Time of each step.
@@ -76,8 +125,10 @@ class FewShotResult(ProcedureResult):
     num_groups: int
     one_group: tuple[str, ...] = ()
     contradictions: tuple[str, ...] = ()
-    candidates: tuple[CandidateResult, ...]
-    choice: str
+    num_images: Count
+    head: str
+    num_features: Count
+    strength: Positive
     auroc: dict[Score, Fraction] = pydantic.Field(default_factory=dict)
     unknown: str = ""
     seconds: dict[str, float]
@@ -97,10 +148,9 @@ class FewShotResult(ProcedureResult):
         return [("images", self.describe_images()), ("accuracy", self.describe_score())]
 
     def lines(self) -> tuple[str, ...]:
-        """Describe images, candidates, choice, score and time."""
+        """Describe images, classifier, score and time."""
         lines = [f"images: {self.describe_images()}", *self.describe_groups()]
-        lines += [candidate.line() for candidate in self.candidates]
-        lines.append(f"chosen: {self.choice}")
+        lines.append(f"classifier: {self.head}, {self.num_features:,} features, C {self.strength:g}")
         if self.unknown:
             lines.append(f"unknown images: {self.unknown}")
         steps = ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
@@ -121,9 +171,11 @@ class FewShotResult(ProcedureResult):
 
     def describe_groups(self) -> Iterator[str]:
         """Describe the copies among the training images, and what they make impossible."""
-        count = self.candidates[0].score.count if self.candidates else self.num_groups
-        if self.num_groups < count:
-            yield f"{count} photographs, {self.num_groups} different ones: copies are kept in the same fold"
+        if self.num_groups < self.num_images:
+            yield (
+                f"{self.num_images} photographs, {self.num_groups} different ones: copies are kept in the "
+                "same fold"
+            )
         if self.one_group:
             yield (
                 f"all images of {shorten(self.one_group)} are one group (copies of one photograph, or one "
@@ -147,23 +199,21 @@ class FewShotResult(ProcedureResult):
         return text
 
 
-class FewShotConfig(ProcedureConfig):
-    """Training for few images: cross-validation chooses a linear classifier on features of a frozen network.
+AnyProcedureResult = Annotated[LoopResult | FewShotResult, pydantic.Field(discriminator="kind")]
 
-    Attributes:
-        folds: Folds of the cross-validation, at most the number of different images.
-        group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
-        heads: Heads to compare; the first one is kept unless another one is better. If empty: "gap+isqrt" of
-            the last two feature maps and of the last one, and "gap".
-        models: Further networks to compare with `model.name`, as NAME or NAME=FILE with a file of weights.
-            Without a file they start from `start.weights`.
+
+def read_result(training: Mapping[str, Any]) -> AnyProcedureResult | None:
+    """Read the result of the procedure from the record of a training; None before its end.
+
+    Raises `CheckpointError` if it is invalid.
     """
-
-    implementation: ClassVar[str] = "sopdeploy.training.few_shot.run:FewShot"
-    result: ClassVar[type[FewShotResult]] = FewShotResult
-    unread: ClassVar[tuple[str, ...]] = LOOP_KEYS
-    kind: Literal["few_shot"] = "few_shot"
-    folds: Annotated[int, pydantic.Field(ge=2, le=20)] = 10
-    group_copies: bool = True
-    heads: tuple[HeadKind, ...] = ()
-    models: tuple[str, ...] = ()
+    if "procedure" not in training:
+        return None
+    try:
+        return pydantic.TypeAdapter[AnyProcedureResult](AnyProcedureResult).validate_python(
+            training["procedure"]
+        )
+    except pydantic.ValidationError as error:
+        raise CheckpointError(
+            "the checkpoint has no valid result of a training procedure; train again with this version"
+        ) from error

@@ -1,11 +1,9 @@
-"""A network with the features of the images, and the heads that are compared on them."""
+"""The frozen network with the features of all images, and the network with a fitted classifier."""
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,48 +14,40 @@ from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.near import Copies, find_pairs
 from sopdeploy.errors import ConfigError
-from sopdeploy.files import expand_user
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import with_head
-from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
-from sopdeploy.training.few_shot.classifier import GRID, Array, Indices, LinearHead, Problem, Targets
-from sopdeploy.training.few_shot.config import CandidateResult, FewShotConfig
-from sopdeploy.training.few_shot.estimates import estimate
-from sopdeploy.training.fine_tuning import StartConfig
-from sopdeploy.training.recipe import ModelConfig, Recipe
+from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead
+from sopdeploy.training.few_shot.classifier import Indices, LinearHead, Problem
+from sopdeploy.training.recipe import Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
 BATCHES = {"cpu": 4, "cuda": 64}  # images; the maps of four stay in a CPU's cache, which halves the time
 PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
 
 
-class Candidate(NamedTuple):
-    """A head, its problem, its out-of-fold logits (G, N, K) and losses (G, N), and its record."""
+class Features:
+    """The network of *recipe* with the features of *images*.
 
-    head: HeadConfig
-    problem: Problem
-    logits: Array
-    losses: Array
-    result: CandidateResult
-
-
-class Network:
-    """The network of *recipe* with the features of *images*, and the candidates that were compared on them.
-
-    `full` is a copy of the network with the head that reads all statistics. `vectors` (N, D) are the inputs
-    of this head and `hashes` the hashes of the pixels; to compute both took `seconds`.
+    `full` is a copy of the network with the head that reads all statistics, `vectors` (N, D) are the inputs
+    of this head and `hashes` the hashes of the pixels. `head` is the head to fit, of the
+    configured *kind*.
     """
 
     def __init__(
-        self, recipe: Recipe, model: Classifier, images: LabeledImages, on_image: Callable[[int, int], None]
+        self,
+        recipe: Recipe,
+        kind: HeadKind,
+        model: Classifier,
+        images: LabeledImages,
+        on_image: Callable[[int, int], None],
     ) -> None:
-        since = time.monotonic()
         self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
         self.vectors, self.hashes = compute_features(self.full, images, recipe, on_image)
-        self.seconds = time.monotonic() - since
-        self.candidates: list[Candidate] = []
+        taps = tuple(self.full.pooled_head.channels)
+        self.head = HeadConfig(kind="gap")  # the only one of a network without feature maps
+        if taps and kind != "gap":
+            self.head = HeadConfig(kind=kind, taps=taps, width=WIDTH)
 
     def columns(self, head: HeadConfig) -> list[slice]:
         """Find the columns of `vectors` that *head* reads: one slice per statistic and tap."""
@@ -89,42 +79,21 @@ class Network:
         parts = [np.concatenate([self.vectors[:, part], of_copies[:, part]]) for part in columns]
         return find_pairs(parts, copies.originals, images.targets)
 
-    def describe(self, head: HeadConfig) -> str:
-        """Describe the network with *head* in a few words."""
-        return f"{self.recipe.model.name} {head.kind}" + (f" of {', '.join(head.taps)}" if head.taps else "")
-
-    def cross_validate(self, head: HeadConfig, targets: Targets, folds_N: Indices, groups_N: Indices) -> None:
-        """Cross-validate *head* and add it to the candidates."""
-        since = time.monotonic()
-        problem = Problem.create([self.vectors[:, part] for part in self.columns(head)], targets)
-        logits = problem.cross_validate(folds_N)
-        losses, seconds = targets.losses(logits), round(time.monotonic() - since, 3)
-        best = int(losses.mean(axis=1).argmin())  # of the strengths in `GRID`
-        result = CandidateResult(
-            name=self.describe(head),
-            score=estimate(targets, logits[best], self.recipe.seed, groups_N, int(folds_N.max()) + 1),
-            loss=float(losses[best].mean()),
-            num_features=len(problem.center),
-            strength=GRID[best],
-            seconds=seconds,
-        )
-        self.candidates.append(Candidate(head, problem, logits, losses, result))
-
     @torch.no_grad()
-    def build(self, chosen: Candidate, fitted: LinearHead, distance_weight: float) -> SecondOrderHead:
-        """Build the network with the head of *chosen* and the weights *fitted*.
+    def build(self, problem: Problem, fitted: LinearHead, distance_weight: float) -> SecondOrderHead:
+        """Build the network with the head that was *fitted* to *problem*.
 
         The logits are reduced by *distance_weight* times the distance from the mean of the training images.
         """
         with_distance = distance_weight > 0
-        config = chosen.head.model_copy(update={"distance": with_distance})
+        config = self.head.model_copy(update={"distance": with_distance})
         model: Any = with_head(self.recipe.model.name, self.model, config)
         head, weight = model.pooled_head, fitted.weight
         for tap in head.channels if head.poolings else ():
             head.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
         if with_distance:
-            head.center.copy_(torch.from_numpy(chosen.problem.center))
-            head.scale.copy_(torch.from_numpy(chosen.problem.scale))
+            head.center.copy_(torch.from_numpy(problem.center))
+            head.scale.copy_(torch.from_numpy(problem.scale))
             weight = np.concatenate([weight, np.full((len(weight), 1), -distance_weight)], axis=1)
         head.fc.weight.copy_(torch.from_numpy(weight))
         head.fc.bias.copy_(torch.from_numpy(fitted.bias))
@@ -166,17 +135,6 @@ def compute_features(
     return vectors, hashes
 
 
-def other_recipe(recipe: Recipe, text: str) -> Recipe:
-    """Change *recipe* to the network of *text*, NAME or NAME=FILE; preprocessing is that of its weights."""
-    name, _, file = text.partition("=")
-    start = recipe.start or StartConfig()
-    if file:
-        start = start.model_copy(update={"weights": expand_user(Path(file))})
-    preprocess = recipe.preprocess if start.weights == "none" else Preprocess()
-    changes = {"model": ModelConfig(name=name), "start": start, "preprocess": preprocess}
-    return recipe.model_copy(update=changes)
-
-
 def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
     """Give *model* a head on all statistics of its last taps, or without taps a head on its own vector."""
     torch.manual_seed(derive_seed(recipe.seed, "head"))
@@ -190,25 +148,3 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
         network = with_head(recipe.model.name, model, HeadConfig(kind="gap"))
     full: SecondOrderHead = network.eval()
     return full
-
-
-def list_heads(full: SecondOrderHead, config: FewShotConfig) -> list[HeadConfig]:
-    """List the heads to compare, the default one first.
-
-    Without `config.heads`, the means of the feature maps are compared only if the network's own vector is
-    not the mean of the last one.
-    """
-    all_taps, kinds = tuple(full.pooled_head.channels), config.heads
-    if not all_taps:
-        return [HeadConfig(kind="gap")]
-    if not kinds:
-        kinds = ("gap+isqrt", "gap") if full.own_vector_is_mean else ("gap+isqrt", "gap+mean+isqrt", "gap")
-    last_tap = all_taps[-1:]
-    heads = []
-    for kind in kinds:
-        if kind == "gap":  # reads the network's own vector instead of taps
-            choices: list[tuple[str, ...] | None] = [None]
-        else:
-            choices = [all_taps] if all_taps == last_tap else [all_taps, last_tap]
-        heads += [HeadConfig(kind=kind, taps=taps, width=WIDTH) for taps in choices]
-    return heads
