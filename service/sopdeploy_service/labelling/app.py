@@ -164,6 +164,7 @@ def run_label_server(
     """
     folders = LabelFolders(kept, photos)
     with bind(host, port) as listener:
+        listener.listen()  # requests from now on wait for the server
         key = secrets.token_urlsafe(16)
         app = create_label_app(folders, {"localhost", host, socket.gethostname()}, key)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)

@@ -8,6 +8,7 @@ deleted after that; `read_kept` skips a record that remains. A file `ID.skipped`
 import errno
 import shutil
 import unicodedata
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -78,7 +79,11 @@ class LabelFolders:
     def classes(self) -> list[str]:
         """List the names of all classes: those of the bundles and of the folders, sorted."""
         names = {label for _, record in self.waiting.values() for label in record.labels}
-        return sorted(names.union(*map(list_subfolders, filter(Path.is_dir, (self.photos, self.held_out)))))
+        return sorted(names | self._folders())
+
+    def _folders(self) -> set[str]:
+        """Return the names of the folders of classes."""
+        return set().union(*map(list_subfolders, filter(Path.is_dir, (self.photos, self.held_out))))
 
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
@@ -93,7 +98,7 @@ class LabelFolders:
             near_hash = int(record.near_hash, 16)
             held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
             folder = self.held_out if held_out else self.photos
-            folder /= check_class_name(name, self.classes())
+            folder /= check_class_name(name, self.classes(), self._folders())
         target, new_folder = folder / image.name, not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -183,18 +188,19 @@ def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bo
     return np.asarray(order, np.intp)
 
 
-def check_class_name(name: str, classes: list[str]) -> str:
+def check_class_name(name: str, classes: list[str], folders: Collection[str] = ()) -> str:
     """Return the name of the folder of the class *name*; raise `ConfigError` unless it can name a class.
 
-    A new name must differ from *classes* by more than case and the encoding of its letters.
+    A new name must differ from *classes* by more than case and the encoding of its letters. Those of the
+    existing *folders* may have any length and characters.
     """
     if name not in classes:
         name = unicodedata.normalize("NFC", name.strip())
     same = [other for other in classes if _folded(other) == _folded(name)]
-    problem = ""
-    if not name or len(name.encode("utf-8", "replace")) > MAX_CLASS_BYTES:
+    problem, exists = "", name in folders
+    if not exists and (not name or len(name.encode("utf-8", "replace")) > MAX_CLASS_BYTES):
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
-    elif any(unicodedata.category(letter)[0] == "C" or letter in NOT_IN_NAMES for letter in name):
+    elif not exists and any(unicodedata.category(one)[0] == "C" or one in NOT_IN_NAMES for one in name):
         problem = f"leave out control characters and {' '.join(NOT_IN_NAMES)}"
     elif is_hidden(name) or name.endswith("."):
         problem = "the folder would be hidden; do not begin or end with a dot"

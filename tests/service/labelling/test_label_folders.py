@@ -175,6 +175,8 @@ def test_names_that_can_name_a_class_are_normalized():
     assert {name: check_class_name(name, list(LABELS)) for name in names} == names
     decomposed = "cafe\u0301"
     assert check_class_name(decomposed, [decomposed]) == decomposed
+    existing = ['say "ok"', "x" * 200]
+    assert [check_class_name(name, existing, existing) for name in existing] == existing
 
 
 @pytest.mark.parametrize("name", INVALID)
