@@ -27,7 +27,7 @@ from sopdeploy.evaluation.metrics import calibration_error
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.options import ImportOptions
-from sopdeploy.training.recipe import parse_override
+from sopdeploy.training.recipe_files import parse_override
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings

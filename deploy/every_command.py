@@ -31,7 +31,7 @@ ARGUMENTS = {
     "data": "check photos",
     "recipes": "",
     "models": "resnet20",
-    "import": "file --as resnet18 --out-file imported.pt",
+    "import": "ckpt.pt --as resnet18 --out-file imported.pt",
     "train": "--data photos --set procedure.absent=1",
     "eval": "bundle --data photos",
     "runs": "",

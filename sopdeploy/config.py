@@ -134,4 +134,5 @@ def first_problem(error: pydantic.ValidationError) -> str:
     if problem["type"] == "value_error" and by_model:  # raised by a validator of the whole model
         reason = str(problem["ctx"]["error"])
         return f"{where}: {reason}" if problem["loc"] else reason
-    return f"{where}: {problem['msg']} (got {str(problem['input'])[:80]!r})"
+    reason = problem["msg"].removeprefix("Value error, ")
+    return f"{where}: {reason} (got {str(problem['input'])[:80]!r})"

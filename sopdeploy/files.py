@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from sopdeploy.errors import CheckpointError, SopdeployError
+from sopdeploy.errors import CheckpointError, SopdeployError, WeightsError
 
 PARTIAL = ".partial"
 LATEST = "latest"  # the link to the newest run or bundle of a folder
@@ -50,6 +50,9 @@ def writing(path: Path | str, error: type[SopdeployError]) -> Iterator[None]:
     """Convert an `OSError` of a block that writes to *path* to *error*, naming *path*."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError) as problem:
+        reason = "a file has this name, or that of a folder above it"
+        raise error(f"{path}: cannot be written ({reason}); choose another") from problem
     except OSError as problem:
         raise error(
             f"{path}: cannot be written ({problem.strerror}); check permissions and free space"
@@ -116,12 +119,29 @@ def sha256(path: Path) -> str:
 def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
     if not path.is_file():
-        hint = "no such file; use the best.pt of a training run"
+        hint = "a folder" if path.is_dir() else "no such file"
+        hint = f"{hint}; use the best.pt of a training run"
         if (path / "manifest.json").is_file():
             hint = "a bundle, which is already exported; use the best.pt of a training run"
         elif (path / "best.pt").is_file():
             hint = f"a folder; use {path / 'best.pt'}"
         raise CheckpointError(f"{path}: {hint}")
+
+
+def check_is_weights(path: Path) -> None:
+    """Raise `WeightsError` unless *path* begins as weight files do, without importing torch.
+
+    They are zip archives, pickles, safetensors and files of MATLAB.
+    """
+    if not path.is_file():
+        problem = "a folder" if path.is_dir() else "no such file"
+        raise WeightsError(f"{path}: {problem}; give a weight file")
+    with path.open("rb") as file:
+        first = file.read(9)
+    if not first.startswith((b"PK", b"\x80", b"\x89HDF", b"MATLAB")) and first[8:] != b"{":
+        raise WeightsError(
+            f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
+        )
 
 
 def check_is_checkpoint(path: Path) -> None:

@@ -23,7 +23,7 @@ import sopdeploy
 from sopdeploy.cli.app import QUICK_START, app
 from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field
 from sopdeploy.models.registry import CATALOG, FAMILIES, title
-from sopdeploy.training.recipe import list_recipes
+from sopdeploy.training.recipe_files import list_recipes
 
 ROOT = Path(sopdeploy.__file__).parents[1]
 COMMANDS: Any = get_command(app)
@@ -234,6 +234,16 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
         ("serve", "bundle", "--setting", "foo=1"),
         "`--print-config` lists all",
     ),
+    "a key name with a space": (
+        ("key", "my app", "--keys", "keys.toml"),
+        "key 'my app': use at most 64 letters",
+    ),
+    "a setting without its table": ((*PLAIN, "--set", "lr=1"), "lr: unknown key; did you mean optimizer.lr?"),
+    "promotions of no link": (("promote", "--back", "live"), "live: promotions.jsonl names no bundle before"),
+    "no source to classify": (
+        ("classify", "bundle", "x", "--out", "x"),
+        "--out x: is a source; choose another",
+    ),
     "a missing archive": (("pull", "bundle.tar", "bundles"), "bundle.tar: no such file"),
     "a folder as an archive": (("pull", "/", "bundles"), "/: a folder"),
     "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: no bundle here")),
@@ -368,6 +378,19 @@ EARLY_MISTAKES = {  # command: its error
     "eval photos.zip --data one": "photos.zip: damaged or not a checkpoint",
     "eval ckpt.pt --data photos.zip": "photos.zip: not a folder; unpack archives first",
     "eval ckpt.pt --data one/a": "one/a: holds no class folders",
+    "train --recipe digits-plian": "did you mean digits-plain",
+    "train --recipe nothing.toml": "nothing.toml: cannot be read",
+    "train --data photos --set epochs": "epochs: write key=value",
+    "train --data one --set epochs=2 --weights imagnet": "imagnet: no such file; give a weight file, or",
+    "train --data one --set epochs=2 --weights one/a/0.png": "one/a/0.png: not a weight file",
+    "train --data one --set epochs=2 --from runs/1": "--from: runs/1: no such run or bundle",
+    "train --data one --set epochs=2 --unknown nowhere": "nowhere: no such folder",
+    "train --data one --set epochs=2 --out photos.zip": "--out: photos.zip is a file; choose a folder",
+    "import one/a/0.png --as resnet18": "one/a/0.png: not a weight file",
+    "export one --detach": "one: a folder; use the best.pt of a training run",
+    "export ckpt.pt --out photos.zip": "--out: photos.zip is a file; choose a folder",
+    "export ckpt.pt --precision int8": "--precision: int8 needs images to measure ranges on; try --calibrate",
+    "export ckpt.pt --precision int8 --calibrate nowhere": "nowhere: no such folder",
     "export nothing.pt --detach": "nothing.pt: no such file",
     "export photos.zip --detach": "photos.zip: damaged or not a checkpoint",
 }

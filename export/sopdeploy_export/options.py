@@ -53,6 +53,10 @@ class ExportOptions(Options):
             for name in ("calibrate", "int8_for"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ConfigError("only with precision int8", setting=name)
+        elif self.calibrate is None:
+            raise ConfigError(
+                "int8 needs images to measure ranges on", setting="precision", remedies={"calibrate": None}
+            )
         return self
 
 

@@ -192,6 +192,8 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
         hint = ""
         if str(problem.errors()[0].get("input", "")).startswith("tcp://"):
             hint = " (set by a Kubernetes Service named sopdeploy: give the pod `enableServiceLinks: false`)"
+        elif problem.errors()[0]["type"] == "extra_forbidden":
+            hint = "; `sopdeploy serve --print-config` lists all settings"
         raise ConfigError(f"settings: {first_problem(problem)}{hint}") from problem
     except ValueError as problem:  # raised by the TOML parser
         raise ConfigError(f"{path}: not TOML ({problem}); correct the file") from problem

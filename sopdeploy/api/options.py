@@ -1,15 +1,20 @@
-"""Options of `train` and `evaluate`; imports neither torch nor the packages that they use."""
+"""Options of `train` and `evaluate`, and early checks of `train`; imports no torch, which takes seconds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
 
 from sopdeploy.config import Options
+from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.files import check_is_weights, expand_user
 from sopdeploy.project import Name
+from sopdeploy.training.recipe_files import parse_override, read_values
 
 # A path and a number are converted.
 Text = Annotated[str | None, pydantic.BeforeValidator(lambda value: None if value is None else str(value))]
+PUBLISHED = ("imagenet", "none")  # start weights that are no file
 Workers = Annotated[int, pydantic.Field(ge=0)]
 
 
@@ -48,3 +53,32 @@ class EvaluateOptions(Options):
     """Fraction of images of known classes to accept as known, with the fitted threshold; 1 rejects none."""
     workers: Workers = 0
     """Processes that load images for a checkpoint."""
+
+
+def check_train(
+    data: Path | None, recipe: str | None, out: Path | None, options: TrainOptions, assignments: Sequence[str]
+) -> None:
+    """Raise the error of a path or a text that `train` cannot use, before it imports torch."""
+    from sopdeploy.data.datasets.folder import FolderConfig
+    from sopdeploy.data.folders import data_folder
+    from sopdeploy.data.sources import open_data
+
+    for assignment in assignments:
+        parse_override(assignment)
+    if recipe is not None:
+        read_values(recipe)
+    elif data is not None and not assignments:
+        open_data(FolderConfig(kind="folder", path=data))
+    if out is not None and out.is_file():
+        raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+    if options.from_ is not None and not Path(options.from_).exists():
+        raise ConfigError(
+            f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them", setting="from"
+        )
+    if options.weights is not None and options.weights not in PUBLISHED:
+        try:
+            check_is_weights(expand_user(options.weights))
+        except WeightsError as error:
+            raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
+    if options.unknown is not None:
+        data_folder(Path(options.unknown))

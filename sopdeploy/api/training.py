@@ -20,7 +20,8 @@ from sopdeploy.project import folder_project
 from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
-from sopdeploy.training.recipe import Recipe, format_toml, parse_override, read_recipe
+from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
+from sopdeploy.training.recipe_files import parse_override
 from sopdeploy.training.results import read_result
 from sopdeploy.training.run import Run
 from sopdeploy.training.run_folder import RUNS, numbered_folder

@@ -167,7 +167,9 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file() or file.is_symlink():
         bundles = sorted(manifest.parent for manifest in path.glob(f"[!.]*/{MANIFEST}"))
         hint = f"no {MANIFEST}; was this folder written by `sopdeploy export`?"
-        if bundles:
+        if (best := path / "best.pt").is_file():
+            hint = f"a run, not a bundle; run: sopdeploy export {best} --detach"
+        elif bundles:
             newest = path / LATEST
             shown = newest if newest in bundles else bundles[0]
             hint = f"a folder of bundles; choose one, such as {shown}"

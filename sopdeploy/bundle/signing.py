@@ -66,8 +66,12 @@ def make_key(path: Path) -> Path:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(private_pem)
-    with writing(public, ConfigError), atomic_write(public) as partial:
-        partial.write_bytes(public_pem)
+    try:
+        with writing(public, ConfigError), atomic_write(public) as partial:
+            partial.write_bytes(public_pem)
+    except BaseException:
+        path.unlink()  # a key without its public key is of no use
+        raise
     return public
 
 

@@ -26,7 +26,8 @@ from sopdeploy.reproduction.tables import (
     ReproduceOptions,
     find_table,
 )
-from sopdeploy.training.recipe import Recipe, format_toml, parse_override, read_recipe
+from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
+from sopdeploy.training.recipe_files import parse_override
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
 # the forward pass, and a multiply-add is two operations.

@@ -5,10 +5,8 @@
 
 import difflib
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -31,6 +29,7 @@ from sopdeploy.training.procedure import (
     LoopConfig,
     LoopSettings,
 )
+from sopdeploy.training.recipe_files import parse_override, read_values
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -43,9 +42,6 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "rejection.accepts",
     "rejection.unknown",
 }
-
-
-_KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
 
 
 class ModelConfig(CatalogModel):
@@ -152,49 +148,6 @@ class Recipe(LoopSettings):
         return self
 
 
-def list_recipes() -> list[str]:
-    """List the names of the packaged recipes."""
-    names = [file.name for file in resources.files("sopdeploy.recipes").iterdir()]
-    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
-
-
-def recipe_text(source: str | Path) -> str:
-    """Read the TOML text of *source*, a packaged recipe or a path ending in `.toml`."""
-    if str(source).endswith(".toml"):
-        try:
-            return Path(source).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise ConfigError(f"{source}: cannot be read ({reason}); give a recipe file") from error
-    names = list_recipes()
-    if str(source) not in names:
-        close = difflib.get_close_matches(str(source), names, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(names)}"
-        raise ConfigError(f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)")
-    return (resources.files("sopdeploy.recipes") / f"{source}.toml").read_text(encoding="utf-8")
-
-
-def _read_values(source: str | Path) -> dict[str, Any]:
-    """Read the values of *source*, and of its `base` where it has none.
-
-    A table with another `kind` or `name` replaces that of the base; otherwise its keys do.
-    """
-    values = tomllib.loads(recipe_text(source))
-    if "base" not in values:
-        return values
-    base = values.pop("base")
-    if base not in list_recipes():
-        raise ConfigError(f"{source}: base: no packaged recipe {base!r}; `sopdeploy recipes` lists them")
-    merged = _read_values(base)
-    for key, value in values.items():
-        inherited = merged.get(key)
-        if isinstance(value, dict) and isinstance(inherited, dict):
-            of_same_kind = all(value.get(name, inherited.get(name)) == inherited.get(name) for name in _KINDS)
-            value = {**inherited, **value} if of_same_kind else value
-        merged[key] = value
-    return merged
-
-
 def read_recipe(
     source: str | Path, overrides: Sequence[str] = (), recorded: Mapping[str, Any] | None = None
 ) -> Recipe:
@@ -207,10 +160,7 @@ def read_recipe(
     dropped; if it selects another `data.kind`, those of `data` that this kind does not have. Raises
     `ConfigError` that names the file or key, and the closest known key.
     """
-    try:
-        values = _read_values(source) if recorded is None else deepcopy(dict(recorded))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
+    values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     parsed = [parse_override(override) for override in overrides]
     _drop_values_of_others(values, dict(parsed))
     for override, (key, value) in zip(overrides, parsed, strict=True):
@@ -243,21 +193,6 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
         if chosen is not None:  # otherwise the validation of the recipe names the unknown kind
             for key in table.keys() - chosen.model_fields.keys():
                 del table[key]
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    """Split `key=value` into the dotted key and the parsed TOML value.
-
-    A value that is not TOML is a string. Raises `ConfigError` if there is no key or no equals sign.
-    """
-    key, equals, text = (part.strip() for part in override.partition("="))
-    if not equals or not all(key.split(".")):
-        raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return key, text
-    return key, parsed["value"] if parsed.keys() == {"value"} else text
 
 
 def format_toml(value: Any) -> str:
@@ -318,7 +253,8 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
     known = sorted(set(_list_keys(Recipe)))
     if key in known:
         return f"{key}: unknown key of this kind"
-    close = difflib.get_close_matches(key, known, n=1)
+    same_name = [name for name in known if name.endswith(f".{key}")]
+    close = same_name or difflib.get_close_matches(key, known, n=1)
     return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
 
 

@@ -85,7 +85,8 @@ def test_folders_are_checked_before_the_first_expensive_step(
     (folder / "dog").mkdir(parents=True)
     if option == "evaluate":
         Image.new("RGB", (8, 8)).save(folder / "dog" / "1.png")
-    options = ExportOptions(detach=True, precision="int8", **{option: folder})
+    precision = "int8" if option == "calibrate" else "fp16"
+    options = ExportOptions(detach=True, precision=precision, **{option: folder})
     steps: list[str] = []
     with pytest.raises(DataError, match=message):
         export_checkpoint(checkpoint, tmp_path / "bundles", options=options, on_step=steps.append)

@@ -12,7 +12,7 @@ from functools import partial
 from torch import nn
 
 from sopdeploy.errors import ConfigError, first_line
-from sopdeploy.training.recipe import parse_override
+from sopdeploy.training.recipe_files import parse_override
 
 
 def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:

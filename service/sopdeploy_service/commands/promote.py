@@ -96,7 +96,7 @@ def promote_back(link: Path) -> Promotion:
     ]
     if not previous:
         log = link.with_name(LOG)
-        raise PromotionError(f"{log}: names no bundle before {target}; name the bundle to promote")
+        raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
     load_model(link.parent / previous[-1], load_settings())
     return _record(link, target, previous[-1], "back", None)
 

@@ -7,6 +7,7 @@ guessed. `sopdeploy key` creates keys and prints each one once.
 import hashlib
 import hmac
 import math
+import re
 import secrets
 import time
 import tomllib
@@ -27,7 +28,8 @@ BITS = 256
 # Tokens, and the time of the last fill; 0 before the first one.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
 CreateBucketState: TypeAlias = Callable[[int], BucketState]  # for the number of a key
-KeyName = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+KeyName = Annotated[str, pydantic.Field(pattern=f"^{NAME.pattern}$")]
 
 
 class Key(StrictModel):
@@ -93,6 +95,8 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         known = read_keys(path) if path.exists() else ()
         if any(other.name == name for other in known):
             raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
+        if not NAME.fullmatch(name):
+            raise ConfigError(f"key {name!r}: use at most 64 letters, digits, `.`, `_` and `-`")
         fields = {
             "name": name,
             "sha256": hashlib.sha256(secret.encode()).hexdigest(),

@@ -7,7 +7,9 @@ import typer
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, show_steps
+from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import SLOW_INT8, lacks_vnni
+from sopdeploy.errors import ConfigError
 from sopdeploy.files import check_is_checkpoint
 from sopdeploy_export.options import ExportOptions, NetworkExportOptions, NetworkOptions
 
@@ -47,8 +49,12 @@ def export_command(
     Example: sopdeploy export runs/latest/best.pt --detach
     """
     del verbose  # `show` reads it
-    if source.network is None:
-        check_is_checkpoint(checkpoint)  # before the imports, which take seconds
+    if source.network is None:  # before the imports, which take seconds
+        check_is_checkpoint(checkpoint)
+    for folder in filter(None, (options.calibrate, options.evaluate)):
+        data_folder(folder)
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; choose a folder", setting="out")
     with show_steps("exporting", lines=True) as step:
         if source.network is not None:
             from sopdeploy.api.deployment import export_weights

@@ -8,6 +8,7 @@ import typer
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.cli.training.models import NetworkOption
+from sopdeploy.files import check_is_weights
 from sopdeploy.importers.options import ImportOptions
 
 if TYPE_CHECKING:
@@ -46,9 +47,10 @@ def import_command(
 
     Example: sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt
     """
+    check_is_weights(file)
     with show_steps("importing"):
         from sopdeploy.importers.import_weights import import_weights
-        from sopdeploy.training.recipe import parse_override
+        from sopdeploy.training.recipe_files import parse_override
 
         config = dict(map(parse_override, network_options or ()))
         return import_weights(file, model, out_file, options, config)

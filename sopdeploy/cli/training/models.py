@@ -100,7 +100,7 @@ def models_command(
         return [{"name": known, "summary": entry(known).summary} for known in list_models()]
     from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import make_config
-    from sopdeploy.training.recipe import parse_override
+    from sopdeploy.training.recipe_files import parse_override
 
     config: dict[str, Any] = dict(parse_override(option) for option in options or ())
     make_config(name, config)  # rejects keys that are also parameters of `describe`

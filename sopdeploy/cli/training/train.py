@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from sopdeploy.api.options import TrainOptions
+from sopdeploy.api.options import TrainOptions, check_train
 from sopdeploy.cli.app import SETTINGS
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import JsonOption, err, plain_text, print_json, print_table, say
@@ -89,11 +89,7 @@ def _train(
 
     Example: sopdeploy train --recipe digits-dsop --dry-run
     """
-    if data is not None and recipe is None and not settings:  # before the imports, which take seconds
-        from sopdeploy.data.datasets.folder import FolderConfig
-        from sopdeploy.data.sources import open_data
-
-        open_data(FolderConfig(kind="folder", path=data))
+    check_train(data, recipe, folder, options, settings or ())
     from sopdeploy.training.distributed.torchrun import is_main_process
 
     if dry_run:
@@ -171,7 +167,6 @@ def recipes_command() -> list[dict[str, str]]:
 
     Example: sopdeploy recipes
     """
-    from sopdeploy.training.recipe import list_recipes, recipe_text
+    from sopdeploy.training.recipe_files import list_recipes, recipe_text
 
-    # Validating the recipes would import timm, whose networks some of them train.
     return [{"name": name, "summary": tomllib.loads(recipe_text(name))["summary"]} for name in list_recipes()]

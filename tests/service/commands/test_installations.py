@@ -16,7 +16,7 @@ import sopdeploy
 PROGRAM = Path(sopdeploy.__file__).parents[1] / "deploy" / "every_command.py"
 # Commands, and functions of the Python API, that need the extra `train`.
 COMMANDS = {
-    *("export", "import", "inspect", "models", "recipes", "reproduce", "train"),
+    *("export", "import", "inspect", "models", "reproduce", "train"),
 }
 FUNCTIONS = {
     f"sopdeploy.{name}"

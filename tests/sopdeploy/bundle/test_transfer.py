@@ -130,6 +130,13 @@ def test_invalid_key_files_are_rejected(text: str, bundle: Path, key: Path, tmp_
         check_signature(bundle, signature, tmp_path / "none")
 
 
+def test_without_space_for_the_public_key_there_is_no_private_one(tmp_path: Path) -> None:
+    (tmp_path / "k.pub.partial").mkdir()  # where the public key is written first
+    with pytest.raises(ConfigError, match=r"k\.pub: cannot be written"):
+        make_key(tmp_path / "k")
+    assert not (tmp_path / "k").exists()
+
+
 def test_private_keys_are_readable_by_their_owner_only_and_never_replaced(key: Path) -> None:
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     content, public = key.read_bytes(), key.with_name(f"{key.name}.pub")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import sopdeploy
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.recipe import Recipe, list_recipes, read_recipe, recipe_text
+from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.recipe_files import list_recipes, recipe_text
 from sopdeploy.training.train import train_recipe
 
 FOLDER = Path(sopdeploy.__file__).parent / "recipes"

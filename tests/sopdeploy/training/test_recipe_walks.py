@@ -7,7 +7,8 @@ import pytest
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
-from sopdeploy.training.recipe import list_recipes, read_recipe
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import write_cifar, write_classes, write_photos, write_places
 from tests.sopdeploy.training.runs import interrupt

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sopdeploy.config import StrictModel, expand_options
 from sopdeploy.environment import import_optional
-from sopdeploy.errors import MissingPackageError
+from sopdeploy.errors import ConfigError, MissingPackageError
 from sopdeploy_service.commands.batch.classifier import BatchClassifier
 from sopdeploy_service.commands.batch.options import NEW_CLUSTER, ClassifyOptions
 from sopdeploy_service.commands.batch.output import ROWS_FOLDER, OutputFolder
@@ -71,6 +71,8 @@ def classify(
     """
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
     loaded_settings = load_settings(None if config is None else Path(config), **settings)
+    if any("://" not in name and Path(name).resolve() == Path(out).resolve() for name in names):
+        raise ConfigError("is a source; choose another folder", setting="out", value=out)
     folder, done = OutputFolder(Path(out)), 0
     with closing(_open_classifier(Path(bundle), loaded_settings, options)) as classifier, folder.locked():
         folder.begin(list_sources(names), options.part_images, classifier.state)

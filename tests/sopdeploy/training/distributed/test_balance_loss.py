@@ -15,7 +15,8 @@ from sopdeploy.models import gmsop
 from sopdeploy.models.registry import CATALOG
 from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import Strategy
-from sopdeploy.training.recipe import list_recipes, read_recipe
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy.training.run import create_run
 from sopdeploy.training.step.gradient import train_step
 

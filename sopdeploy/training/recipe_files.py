@@ -1,0 +1,73 @@
+"""Recipes as text: the packaged ones and TOML files, their base, and `key=value`. Does not import torch."""
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sopdeploy.errors import ConfigError
+
+_KINDS = ("kind", "name")  # keys that say to what the other keys of a table belong
+
+
+def list_recipes() -> list[str]:
+    """List the names of the packaged recipes."""
+    names = [file.name for file in resources.files("sopdeploy.recipes").iterdir()]
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+
+
+def recipe_text(source: str | Path) -> str:
+    """Read the TOML text of *source*, a packaged recipe or a path ending in `.toml`."""
+    if str(source).endswith(".toml"):
+        try:
+            return Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"{source}: cannot be read ({reason}); give a recipe file") from error
+    names = list_recipes()
+    if str(source) not in names:
+        close = difflib.get_close_matches(str(source), names, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"choose one of {', '.join(names)}"
+        raise ConfigError(f"recipe {str(source)!r}: no such recipe; {hint} (a file must end in .toml)")
+    return (resources.files("sopdeploy.recipes") / f"{source}.toml").read_text(encoding="utf-8")
+
+
+def read_values(source: str | Path) -> dict[str, Any]:
+    """Read the values of *source*, and of its `base` where it has none.
+
+    A table with another `kind` or `name` replaces that of the base; otherwise its keys do.
+    Raises `ConfigError`.
+    """
+    try:
+        values = tomllib.loads(recipe_text(source))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source}: not a TOML file ({error}); correct the file") from error
+    if "base" not in values:
+        return values
+    base = values.pop("base")
+    if base not in list_recipes():
+        raise ConfigError(f"{source}: base: no packaged recipe {base!r}; `sopdeploy recipes` lists them")
+    merged = read_values(base)
+    for key, value in values.items():
+        inherited = merged.get(key)
+        if isinstance(value, dict) and isinstance(inherited, dict):
+            of_same_kind = all(value.get(name, inherited.get(name)) == inherited.get(name) for name in _KINDS)
+            value = {**inherited, **value} if of_same_kind else value
+        merged[key] = value
+    return merged
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Split `key=value` into the dotted key and the parsed TOML value.
+
+    A value that is not TOML is a string. Raises `ConfigError` if there is no key or no equals sign.
+    """
+    key, equals, text = (part.strip() for part in override.partition("="))
+    if not equals or not all(key.split(".")):
+        raise ConfigError(f"{override}: write key=value, for example optimizer.lr=0.05")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return key, text
+    return key, parsed["value"] if parsed.keys() == {"value"} else text
