@@ -27,7 +27,7 @@ COLOURS = {
     "blue": (40, 60, 200),
     "green": (40, 180, 60),
     "red": (200, 50, 40),
-    "yellow": (200, 190, 40),  # new after the first deployment
+    "жёлтый": (200, 190, 40),  # new after the first deployment
 }
 FIRST, TRAFFIC = range(20), range(100, 130)
 SMALL = (
@@ -42,6 +42,10 @@ SMALL = (
         "threads=1",
     ),
     *("--set", "model.config={base_width=8}", "--set", "preprocess.resize=32", "--set", "preprocess.crop=32"),
+)
+SERVE = (
+    *("serve", "bundles/live", "--port", "0"),
+    *("--setting", "keep=kept", "--setting", "keep_sample=0.5", "--setting", "follow=true"),
 )
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(900)]
 
@@ -91,10 +95,10 @@ def sopdeploy(*arguments: str) -> str:
 
 
 @contextmanager
-def running(pattern: str, *arguments: str) -> Iterator[str]:
+def running(pattern: str, *arguments: str, stderr: int | None = None) -> Iterator[str]:
     """Run a command that serves until the block ends; yield the URL that *pattern* finds in its output."""
     command = [sys.executable, "-u", "-m", "sopdeploy", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as child:
         try:
             found = None
             while found is None:
@@ -108,9 +112,12 @@ def running(pattern: str, *arguments: str) -> Iterator[str]:
             child.kill()
 
 
-def label_all(page, url: str) -> None:
+def label_all(open_page, url: str) -> None:  # noqa: F811
     """Label every photograph by keyboard: the number of its class, or `n` and the name of a new one."""
-    with httpx.Client(base_url=url) as client:
+    host, slash, key = url.partition("/?")
+    page = open_page(host, slash + key)
+    with httpx.Client(base_url=host, follow_redirects=True) as client:
+        client.get(slash + key)
         while (state := client.get("/state").json())["photograph"] is not None:
             identity = state["photograph"]["id"]
             page.wait_for_function(f"state.photograph && state.photograph.id === '{identity}'")
@@ -132,12 +139,10 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
     sopdeploy("export", "runs/latest/best.pt")
     first = Path("bundles/latest").readlink().name
     sopdeploy("promote", "bundles/latest", "--over", "bundles/live")
-    settings = [
-        word for text in ("keep=kept", "keep_sample=0.5", "follow=true") for word in ("--setting", text)
-    ]
     replies: list[httpx.Response] = []
     stopped = threading.Event()
-    with running(r"ready: (\S+)  ", "serve", "bundles/live", "--port", "0", *settings) as url:
+    terminal, stderr = os.openpty()
+    with running(r"ready: (\S+)  ", *SERVE, stderr=stderr) as url:
         bodies = [draw(label, number) for number in TRAFFIC for label in COLOURS]
         replies += [httpx.post(f"{url}/v1/classify", content=body, timeout=60) for body in bodies]
         body = next(filter(is_not_kept, (draw("red", number) for number in TRAFFIC)))
@@ -150,9 +155,11 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
         sending.start()
         try:
             with running(r"page +(\S+)", "label", "kept", "--photos", "photos", "--port", "0") as page_url:
-                label_all(open_page(page_url), page_url)
+                label_all(open_page, page_url)
+            os.close(stderr)
+            os.close(terminal)  # of the server
             printed = sopdeploy("train", "--data", "photos", "--from", "bundles/live")
-            assert re.search(r"before, runs/photos-1: .* since then \+\d+ photographs, new: yellow", printed)
+            assert re.search(r"before, runs/photos-1: .* since then \+\d+ photographs, new: жёлтый", printed)
             sopdeploy("export", "runs/latest/best.pt")
             evidence = ("--data", "photos-held-out", "--tolerance", "10")
             compared = json.loads(sopdeploy("compare", "bundles/live", "bundles/latest", *evidence, "--json"))
@@ -160,22 +167,23 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
             second = Path("bundles/latest").resolve().name
             digest = second.rpartition("-")[2]
             wait_for(lambda: replies[-1].headers["x-model-digest"] == digest)
+            sopdeploy("promote", "--back", "bundles/live")
+            assert Path("bundles/live").resolve().name == first
+            wait_for(lambda: replies[-1].headers["x-model-digest"] != digest)
         finally:
             stopped.set()
             sending.join()
     assert {reply.status_code for reply in replies} == {200}
     assert {reply.headers["x-model-digest"] for reply in replies} == {first.rpartition("-")[2], digest}
     assert compared["verdict"] in {"better", "not worse"}
-    assert [entry["label"] for entry in compared["new"]] == ["yellow"]
+    assert [entry["label"] for entry in compared["new"]] == ["жёлтый"]
     assert compared["num_images"] + compared["num_copies"] + sum(
         entry["num_images"] for entry in compared["new"]
     ) == sum(len(files) for _, _, files in os.walk("photos-held-out"))
-    *_, move = [json.loads(line) for line in Path("bundles/promotions.jsonl").read_text().splitlines()]
+    *_, move, _ = [json.loads(line) for line in Path("bundles/promotions.jsonl").read_text().splitlines()]
     assert (move["before"], move["after"], move["comparison"]["verdict"]) == (
         first,
         second,
         compared["verdict"],
     )
-    sopdeploy("promote", "--back", "bundles/live")
-    assert Path("bundles/live").resolve().name == first
     shutil.rmtree(home / "kept")
