@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sopdeploy.data.base import Dataset, derive_seed
+from sopdeploy.environment import usable_cores
 from sopdeploy.errors import DataError
 
 PILLOW_BLOCKS = 2  # of 16 MB each that Pillow keeps: enough for a photograph and its conversion
@@ -75,7 +76,7 @@ def load_batches(
         _BatchedDataset(dataset),  # type: ignore[arg-type]  # torch's Dataset is a class, ours a protocol
         batch_sampler=batches,
         collate_fn=tuple,
-        num_workers=min(workers, os.cpu_count() or 1),
+        num_workers=min(workers, usable_cores()),
         worker_init_fn=_init_worker,
         pin_memory=on_gpu,
     )
