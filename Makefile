@@ -10,6 +10,7 @@ CUDA_STAND_IN := $(if $(and $(filter Linux-x86_64,$(shell uname -s)-$(shell unam
 SOAK ?= --seconds 300
 TARGET ?= cpu
 WHEELS ?=
+CARRY ?= build/gpu
 GPU_VENV := .venv-gpu
 # A source package that downloads its libraries from NVIDIA's index, with build tools that only isolation gives it.
 TENSORRT := tensorrt-cu13>=11,<12
@@ -113,18 +114,19 @@ $(GPU_VENV)/.installed: pyproject.toml
 		"$$($(GPU_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/outer.pth"
 	$(GPU_INSTALL) hatchling editables
 	$(GPU_INSTALL) --no-build-isolation --editable '.[gpu-check]'
-	$(GPU_INSTALL) '$(TENSORRT)' || echo "TensorRT cannot be installed here; its stages are not run"
+	$(GPU_INSTALL) '$(TENSORRT)' || echo "TensorRT cannot be installed here; its part fails"
 	touch $@
 
-gpu-bundles: $(STAMP)  ## export the bundles that gpu-check uses to build/gpu, or small ones to CARRY=FOLDER; needs no GPU
-	$(BIN)/python benchmarks/gpu_bundles.py $(if $(CARRY),--carry $(CARRY),build/gpu)
+gpu-bundles: $(STAMP)  ## export what gpu-check needs to CARRY=FOLDER, by default build/gpu; needs no GPU
+	$(BIN)/python benchmarks/gpu_bundles.py $(CARRY)
 
 gpu-wheels:  ## download to WHEELS=FOLDER what gpu-check needs beside the packages of $(PYTHON)
 	$(PYTHON) deploy/gpu_wheels.py $(WHEELS)
 
-gpu-check: $(GPU_VENV)/.installed  ## check this machine's GPU in stages, write docs/benchmarks/gpu.md; see benchmarks/gpu_check.py
-	$(if $(CARRY),,$(GPU_VENV)/bin/python benchmarks/gpu_bundles.py build/gpu)
-	$(GPU_VENV)/bin/python benchmarks/gpu_check.py $(or $(CARRY),build/gpu) $(OPTIONS)
+gpu-check: $(GPU_VENV)/.installed  ## check and measure this machine's GPU, then run tests/gpu; see docs/howto/gpu-check.md
+	test -d $(CARRY) || $(GPU_VENV)/bin/python benchmarks/gpu_bundles.py $(CARRY)
+	$(GPU_VENV)/bin/python benchmarks/first_contact.py $(CARRY) --resume $(OPTIONS)
+	$(GPU_VENV)/bin/python -m pytest -q tests/gpu
 
 soak: $(STAMP)  ## five minutes of valid, invalid, slow and disconnecting clients and model swaps; fails on a leak or a 5xx
 	$(BIN)/python benchmarks/soak.py $(SOAK)

@@ -1,13 +1,12 @@
-"""Writes the bundles that `gpu_check.py` checks; needs torch, but no GPU.
+"""Write the folder that `first_contact.py` checks a GPU with; needs torch, but no GPU.
 
-    python benchmarks/gpu_bundles.py FOLDER [--carry]
+    python benchmarks/gpu_bundles.py FOLDER
 
-The networks have random weights, which do not affect speed. FOLDER/NETWORK contains the checkpoint, and one
-folder for each precision with its bundle. What exists is not written again. With --carry, the networks are
-small ones of DSoP, iSQRT-COV, GSoP and EfficientNet, for machines to which only little can be copied, and a
-ResNet-50 in fp16 without its checkpoint.
+The networks have random weights, which do not affect speed: three small ones, in fp32, fp16 and int8, and a
+ResNet-50 in fp16. FOLDER also gets JPEGs and the programs that run there. What exists is not written again.
 """
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -19,89 +18,82 @@ from measure import make_parser
 from PIL import Image
 
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+HERE = Path(__file__).parent
+JPEGS, JPEG_SIZE = 16, (500, 375)
+PROGRAMS = ("first_contact.py", "load.py")
 
 
 class Case(NamedTuple):
-    """A network, the side of its images, its options and the precisions of its bundles."""
+    """A network, the precision of its bundle, the side of its images, its classes and its options."""
 
     name: str
+    precision: Precision
     side: int
+    labels: tuple[str, ...]
     config: dict[str, Any]
-    precisions: tuple[Precision, ...] = PRECISIONS
 
 
-LARGE = (
-    Case("dsop-resnet50", 224, {}),
-    Case("gsop-net2-resnet50", 224, {}),
-    Case("gmsop-16-8-resnet18", 64, {}),
-)
-CARRIED = (
-    Case("dsop-resnet8", 32, {}),
-    Case("resnet8", 32, {"pooling": {"kind": "isqrt", "width": 8}}),
-    Case("gsop-net2-preact-resnet164", 32, {"blocks": 2, "cov_width": 32, "final_width": 32}),
+CASES = (
+    Case("dsop-resnet8", "int8", 32, CLASSES[:10], {}),
+    Case(
+        "gsop-net2-preact-resnet164",
+        "fp32",
+        32,
+        CLASSES[:10],
+        {"blocks": 2, "cov_width": 32, "final_width": 32},
+    ),
     Case(
         "gmsop-16-8-resnet18",
+        "fp16",
         32,
+        CLASSES[:10],
         {"components": 4, "chosen": 2, "blocks_per_stage": 1, "conv5_stride": 1, "component_widths": (6,)},
     ),
-    Case("efficientnet-lite0", 64, {"width": 0.25, "depth": 0.25}),
+    Case("resnet50", "fp16", 224, CLASSES, {}),
 )
-RESNET50 = Case("resnet50", 224, {}, ("fp16",))
 
 
-def make_checkpoint(case: Case, folder: Path) -> Path:
-    """Write a checkpoint of the network of *case* with random weights; a small one has ten classes."""
+def export_case(case: Case, target: Path) -> None:
+    """Export a network with random weights to *target*, detached if it has training-only modules."""
     torch.manual_seed(0)
-    labels = CLASSES[:10] if case in CARRIED else CLASSES
-    network = create_model(case.name, num_classes=len(labels), **case.config)
-    return checkpoint(case.name, network, folder, case.side, labels)
-
-
-def make_bundle(source: Path, precision: Precision, folder: Path) -> Path:
-    """Export *source* in *precision*, detached if it has training-only modules."""
-    trained = read_checkpoint(source)
-    network = build_classifier(trained, source)
-    with tempfile.TemporaryDirectory() as calibration:
-        for number, image in enumerate(generated_images(trained.preprocess.crop)):
-            Image.fromarray(image).save(Path(calibration) / f"{number}.png")
-        int8 = {"calibrate": Path(calibration), "int8_for": "tensorrt", "max_drop": 100.0}
+    network = create_model(case.name, num_classes=len(case.labels), **case.config)
+    with tempfile.TemporaryDirectory() as folder:
+        source = checkpoint(case.name, network, Path(folder), case.side, case.labels)
+        calibration = Path(folder, "images")
+        calibration.mkdir()
+        for number, image in enumerate(generated_images(case.side)):
+            Image.fromarray(image).save(calibration / f"{number}.png")
+        int8 = {"calibrate": calibration, "int8_for": "tensorrt", "max_drop": 100.0}
         options = ExportOptions(
             detach=bool(network.training_only),
-            max_batch=32,
-            precision=precision,
-            pt2=precision == "fp32",
+            max_batch=64,
+            precision=case.precision,
             allow_drift=True,  # random weights
-            **(int8 if precision == "int8" else {}),
+            **(int8 if case.precision == "int8" else {}),
         )
-        return export_checkpoint(source, folder, options=options).path
+        export_checkpoint(source, target, options=options)
 
 
 def main() -> None:
     """Write what is missing."""
     parser = make_parser(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--carry", action="store_true", help="small networks")
-    options = parser.parse_args()
-    for case in (*CARRIED, RESNET50) if options.carry else LARGE:
-        target = options.folder / case.name
-        target.mkdir(parents=True, exist_ok=True)
-        source = target / f"{case.name}.pt"
-        for precision in case.precisions:
-            if list((target / precision).glob("*/manifest.json")):
-                continue
-            if not source.is_file():
-                make_checkpoint(case, target)
-            make_bundle(source, precision, target / precision)
-            print(f"{case.name} {precision}: written", file=sys.stderr, flush=True)
-        if case is RESNET50:
-            source.unlink(missing_ok=True)  # too large to be carried
+    folder = parser.parse_args().folder
+    for case in CASES:
+        target = folder / f"{case.name}-{case.precision}"
+        if not list(target.glob("*/manifest.json")):
+            export_case(case, target)
+            print(f"{target}: written", file=sys.stderr, flush=True)
+    (folder / "images").mkdir(exist_ok=True)
+    for number, image in enumerate(generated_images(JPEG_SIZE[0])[:JPEGS]):
+        Image.fromarray(image).crop((0, 0, *JPEG_SIZE)).save(folder / "images" / f"{number}.jpg")
+    for program in PROGRAMS:
+        shutil.copy(HERE / program, folder)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,66 @@
+"""`benchmarks/first_contact.py` on the CPU, and on the stand-in for CUDA."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import first_contact
+import pytest
+
+from tests.cuda.stand_in import ABSENT, installed, start
+from tests.tensorrt.networks import network, write
+
+PROGRAM = str(Path(first_contact.__file__))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with a bundle in fp32 and one in fp16."""
+    for name, half in (("fp32", False), ("fp16", True)):
+        bundle = write(tmp_path / "gpu" / name, network(half=half), precision=name)
+        outputs = {"logits": {"noise_floor": 1e-6}}
+        (bundle.path / "parity.json").write_text(json.dumps({"outputs": outputs}))
+    return tmp_path / "gpu"
+
+
+def results(out: Path) -> dict[str, str]:
+    """Return the result of each part."""
+    return {part: first_contact.rows_of(out / f"{part}.jsonl")[-1]["result"] for part in first_contact.PARTS}
+
+
+def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "machine.jsonl").write_text('{"what": "device", "value": "H100"}\n{"result": "ok"}\n')
+    (out / "probes.jsonl").write_text('{"bundle": "tiny fp32"}\n{"bundle": "ti')
+    command = [sys.executable, PROGRAM, folder, "machine", "probes", "tensorrt", "--out", out]
+    done = subprocess.run(
+        [*command, "--resume", "--provider", "cpu"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    found = results(out)
+    assert (found["machine"], found["probes"], found["server"]) == ("ok", "ok", "not finished")
+    assert found["tensorrt"].startswith("failed: RuntimeError: error: ")
+    page = (out / "gpu.md").read_text()
+    assert "| device | H100 |" in page
+    assert page.count("| tiny fp") == 2
+
+
+def test_a_wrong_result_is_named_and_the_other_bundles_are_compared(folder: Path, tmp_path: Path) -> None:
+    wrong, right = (next(folder.glob(f"{name}/tiny-*")) for name in ("fp32", "fp16"))
+    (wrong / "model.onnx").write_bytes((right / "model.onnx").read_bytes()[:-1000])
+    rows = []
+    with pytest.raises(RuntimeError, match="wrong or not run: tiny fp32"):
+        rows.extend(first_contact.probes([wrong, right], "cpu"))
+
+
+@pytest.mark.skipif(not installed(), reason=ABSENT)
+def test_each_part_ends_in_one_line_where_cuda_computes_nothing(folder: Path, tmp_path: Path) -> None:
+    process = start(PROGRAM, str(folder), "--out", str(tmp_path / "out"))
+    lines = process.communicate(timeout=300)[0].splitlines()
+    assert process.returncode == 1
+    assert [line.partition(": failed: ")[0] for line in lines] == list(first_contact.PARTS)
+    assert all(len(text) < 400 for text in results(tmp_path / "out").values())
