@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from detached_latency import CLASSES, checkpoint
 from measure import make_parser
@@ -19,11 +20,11 @@ from PIL import Image
 
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.models.registry import create_model
-from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 
 HERE = Path(__file__).parent
+CALIBRATION = 64
 JPEGS, JPEG_SIZE = 16, (500, 375)
 PROGRAMS = ("first_contact.py", "load.py")
 
@@ -58,6 +59,12 @@ CASES = (
 )
 
 
+def noise_image(seed: int, size: tuple[int, int]) -> Image.Image:
+    """Create an image of *size* (width, height) with smooth random colors."""
+    colors = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize(size)
+
+
 def export_case(case: Case, target: Path) -> None:
     """Export a network with random weights to *target*, detached if it has training-only modules."""
     torch.manual_seed(0)
@@ -66,8 +73,8 @@ def export_case(case: Case, target: Path) -> None:
         source = checkpoint(case.name, network, Path(folder), case.side, case.labels)
         calibration = Path(folder, "images")
         calibration.mkdir()
-        for number, image in enumerate(generated_images(case.side)):
-            Image.fromarray(image).save(calibration / f"{number}.png")
+        for number in range(CALIBRATION):
+            noise_image(number, (case.side, case.side)).save(calibration / f"{number}.png")
         int8 = {"calibrate": calibration, "int8_for": "tensorrt", "max_drop": 100.0}
         options = ExportOptions(
             detach=bool(network.training_only),
@@ -90,8 +97,8 @@ def main() -> None:
             export_case(case, target)
             print(f"{target}: written", file=sys.stderr, flush=True)
     (folder / "images").mkdir(exist_ok=True)
-    for number, image in enumerate(generated_images(JPEG_SIZE[0])[:JPEGS]):
-        Image.fromarray(image).crop((0, 0, *JPEG_SIZE)).save(folder / "images" / f"{number}.jpg")
+    for number in range(JPEGS):
+        noise_image(number, JPEG_SIZE).save(folder / "images" / f"{number}.jpg")
     for program in PROGRAMS:
         shutil.copy(HERE / program, folder)
 
