@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -38,6 +38,9 @@ NOT_FLOAT64 = (*CONVOLUTIONS, "aten::avg_pool2d", "aten::gelu")  # compared in f
 # Elementwise operators and these have one form for all sizes from `LARGE`.
 SIZELESS = (*CONVOLUTIONS, "aten::_native_batch_norm_legit_no_training", "aten::pad")
 LARGE = 4
+# Products of matrices and elementwise operators are compared on the first elements of large operands.
+PRODUCTS = ("aten::linear", "aten::matmul", "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+ENOUGH = 64
 NOT_NEAR_ZERO = ("aten::elu", "aten::celu", "aten::selu")  # ONNX Runtime computes exp(x) - 1
 SORTED = ("aten::argsort", "aten::sort", "aten::topk")  # in no defined order of equal values
 NOT_NAN = ("aten::sign",)  # 0 in ATen, NaN in ONNX Runtime
@@ -109,13 +112,17 @@ class _Recorder(fx.Interpreter):
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
         is_tensor = isinstance(results, Tensor | list | tuple)
-        if not isinstance(n.target, OpOverload) or not n.users or not is_tensor:
+        is_aten = isinstance(n.target, OpOverload) and n.target.namespace == "aten"
+        if not is_aten or not n.users or not is_tensor:
             return results
         positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in n.users}
         used = tuple(sorted(positions))
         modules = list((n.meta.get("nn_module_stack") or {"": ("",)}).values())
         part = f"{modules[-1][0]}.".removeprefix(NETWORK_PREFIX).removesuffix(".")
-        call = _Call(n.target, arguments, used, part, torch.float64)
+        call = _Call(cast(OpOverload, n.target), arguments, used, part, torch.float64)
+        if call.elementwise or call.name in PRODUCTS:
+            arguments = tree_map_only(Tensor, lambda x: x[tuple(slice(ENOUGH) for _ in x.shape)], arguments)
+            call = call._replace(arguments=arguments)
         if call.name in NOT_FLOAT64:
             call = call._replace(dtype=torch.float32)
         largest = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
@@ -217,12 +224,21 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
 def _rounds(call: _Call) -> Iterator[list[Tensor]]:
     """Yield operands of *call*: the ordinary values, negative ones, and those that are far from them.
 
-    Operators that add elements get no NaN, and no values above the fourth root of the largest one: the order
-    of additions decides whether a sum overflows. Integers are not computed of such values.
+    Operators that add elements get fourth roots of these values and no NaN: the order of additions decides
+    whether a sum overflows. Integers are not computed of such values.
     """
     info = torch.finfo(call.dtype)
-    far = (info.max, math.nan) if call.elementwise else (info.max**0.25,)
-    extreme = (info.tiny, -info.tiny, info.tiny / 4, -info.tiny / 4, *far, -far[0])
+    extreme: tuple[float, ...] = (
+        info.tiny,
+        -info.tiny,
+        info.tiny / 4,
+        -info.tiny / 4,
+        info.max,
+        -info.max,
+        math.nan,
+    )
+    if not call.elementwise:
+        extreme = (info.tiny**0.25, -(info.tiny**0.25), info.max**0.25, -(info.max**0.25))
     first = _fill(call, ORDINARY, 0)
     yield first
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)

@@ -186,8 +186,9 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
     job.step("converting to ONNX", CERTIFIED)
     program, outputs = proof.detached.any_batch, output_names(detached)
     model = lower(program, outputs)
+    certificate = certify_onnx(proof, model, outputs, options)
     check_operators(program, job.images[: min(OPERATOR_IMAGES, options.max_batch)])
-    return CapturedGraph(detached, program, model), certify_onnx(proof, model, outputs, options)
+    return CapturedGraph(detached, program, model), certificate
 
 
 def certify_onnx(

@@ -26,7 +26,8 @@ def both(network: Any, images: Tensor) -> Tensor:
 
 def at_largest(network: Any, images: Tensor) -> Tensor:
     maps = network.stem(images).flatten(2)
-    return torch.take_along_dim(maps, maps.sum(1, keepdim=True).topk(5).indices, 2).mean(2)
+    ordered = maps.sum(1, keepdim=True).sort(dim=2, descending=True, stable=True).indices
+    return torch.take_along_dim(maps, ordered[:, :, :5], 2).mean(2)
 
 
 def by_type(network: Any, images: Tensor) -> Tensor:
