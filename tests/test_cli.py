@@ -196,10 +196,7 @@ def test_models_explains_the_multiply_adds_of_a_network_that_keeps_the_size_of_c
     assert line in printed
 
 
-def test_recipes_lists_every_recipe_with_its_summary() -> None:
-    result = as_json("recipes")
-    assert [row["name"] for row in result] == list_recipes()
-    assert all(row["summary"] for row in result)
+def test_recipes_lists_every_recipe() -> None:
     text = sopdeploy_cli("recipes").stdout
     assert all(name in text for name in list_recipes())
 

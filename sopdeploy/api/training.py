@@ -1,6 +1,6 @@
 """Train a network, `sopdeploy.train` and `sopdeploy train`, and the result."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from sopdeploy.project import folder_project
 from sopdeploy.training.callbacks import Callback, CallbackList, TensorBoard
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
-from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
+from sopdeploy.training.recipe import Recipe, change_recipe, flatten
 from sopdeploy.training.recipe_files import parse_override
 from sopdeploy.training.results import read_result
 from sopdeploy.training.run import Run
@@ -29,7 +29,6 @@ from sopdeploy.training.start_weights import network_of_file
 from sopdeploy.training.train import TrainingResult, train_recipe
 
 FOLDER_RECIPE = "photos"
-OPTIONAL_TABLES = {name for name, field in Recipe.model_fields.items() if field.default is None}
 
 
 class PreviousRun(StrictModel):
@@ -124,8 +123,7 @@ def train(
     """
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        given = [*assignments, *to_assignments(settings)]
-        loaded, keys, before = configure(data, recipe, options, given)
+        loaded, keys, before = configure(data, recipe, options, assignments, settings)
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
         folder = numbered_folder(str(loaded.project), strategy, resume=resuming) if out is None else Path(out)
@@ -186,7 +184,11 @@ def read_previous(source: Path) -> PreviousRun:
 
 
 def configure(
-    data: str | Path | None, recipe: str | Path | None, options: TrainOptions, assignments: Sequence[str]
+    data: str | Path | None,
+    recipe: str | Path | None,
+    options: TrainOptions,
+    assignments: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> Configured:
     """Read *recipe*, or that of the run to start from, with the given changes, and name its project.
 
@@ -200,37 +202,22 @@ def configure(
     previous = None if options.from_ is None else read_previous(Path(options.from_))
     recorded = None if previous is None else previous.recipe
     source = recipe or FOLDER_RECIPE
-    settings = {
+    of_options = {
         "project": options.name,
-        "data.path": str(data) if data else None,
+        "data.path": data or None,
         "start.weights": options.weights,
         "rejection.unknown": options.unknown,
     }
-    given = {key: value for key, value in settings.items() if value is not None}
-    changes = [*assignments, *to_assignments(given)]
-    loaded, keys = read_recipe(source, changes, recorded), [parse_override(change)[0] for change in changes]
+    changes = [*map(parse_override, assignments), *flatten(settings or {})]
+    changes += [(key, value) for key, value in of_options.items() if value is not None]
+    loaded, keys = change_recipe(source, changes, recorded), [key for key, _ in changes]
     weights = None if loaded.start is None else loaded.start.weights
     if recipe is None and recorded is None and "model.name" not in keys and isinstance(weights, Path):
         network = network_of_file(weights, loaded.model.name)
-        loaded = read_recipe(source, [*changes, f"model.name={format_toml(network)}"])
+        loaded = change_recipe(source, [*changes, ("model.name", network)])
     if loaded.project is None:
         path = getattr(loaded.data, "path", None)
         name = path and folder_project(path)
         name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         loaded = loaded.model_copy(update={"project": name})
     return Configured(loaded, keys, previous)
-
-
-def to_assignments(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield `key=value` with a TOML value for each of the nested *settings*."""
-    for name, value in settings.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and (value or key not in OPTIONAL_TABLES):
-            yield from to_assignments(value, f"{key}.")
-            continue
-        try:
-            yield f"{key}={format_toml(value)}"
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(
-                f"{key}: not a value of a recipe ({error}); give a number, a text, a list or a dict"
-            ) from error

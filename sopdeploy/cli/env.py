@@ -25,16 +25,8 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|HEADERS|CREDENTIAL|AUTH|COOKIE", re.
 _HIDDEN = "(hidden)"
 
 
-def _show(sections: dict[str, dict[str, Any]]) -> None:
-    """Print one line per value."""
-    for section, values in sections.items():
-        out.print(Text(section, "bold"))
-        for name, value in values.items():
-            out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
-
-
-@command(_show)
-def env_command() -> dict[str, dict[str, Any]]:
+@command()
+def env_command() -> None:
     """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
 
     Example: sopdeploy env
@@ -43,13 +35,17 @@ def env_command() -> dict[str, dict[str, Any]]:
 
     python = f"{platform.python_implementation()} {platform.python_version()}"
     libc = " ".join(platform.libc_ver()).strip()
-    return {
+    sections: dict[str, dict[str, Any]] = {
         "versions": {"sopdeploy": __version__, "python": python, **installed(_PACKAGES)},
         "machine": {**machine(), "release": platform.release(), "libc": libc},
         "accelerators": accelerators(),
         "plug-ins": plugins(),
         "environment": relevant_variables(os.environ),
     }
+    for section, values in sections.items():
+        out.print(Text(section, "bold"))
+        for name, value in values.items():
+            out.print(Text.assemble("  ", f"{plain_text(name).plain:<20} ", plain_text(str(value))))
 
 
 def accelerators() -> dict[str, str]:

@@ -148,28 +148,31 @@ class Recipe(LoopSettings):
         return self
 
 
-def read_recipe(
-    source: str | Path, overrides: Sequence[str] = (), recorded: Mapping[str, Any] | None = None
+def read_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the recipe *source* and change it by *overrides*, texts for `parse_override`."""
+    return change_recipe(source, [parse_override(override) for override in overrides])
+
+
+def change_recipe(
+    source: str | Path, changes: Sequence[tuple[str, Any]], recorded: Mapping[str, Any] | None = None
 ) -> Recipe:
     """Read the recipe *source*, a packaged name or a `.toml` file, or take the *recorded* values of a run.
 
     A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
 
-    An override is `key=value` with a dotted key and a TOML value; quotes around strings are optional. If an
-    override selects another network, the values of `model.config` that this network does not have are
-    dropped; if it selects another `data.kind`, those of `data` that this kind does not have. Raises
-    `ConfigError` that names the file or key, and the closest known key.
+    *changes* are dotted keys with their values. If they select another network, the values of `model.config`
+    that this network does not have are dropped; if they select another `data.kind`, those of `data` that this
+    kind does not have. Raises `ConfigError` that names the file or key, and the closest known key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
-    parsed = [parse_override(override) for override in overrides]
-    _drop_values_of_others(values, dict(parsed))
-    for override, (key, value) in zip(overrides, parsed, strict=True):
+    _drop_values_of_others(values, dict(changes))
+    for key, value in changes:
         *tables, last = key.split(".")
         table = values
         for name in tables:
             table = table.setdefault(name, {})
             if not isinstance(table, dict):
-                raise ConfigError(f"{override}: {name} is a value, not a table with keys")
+                raise ConfigError(f"{key}: {name} is a value, not a table with keys")
         table[last] = value
     return validate_recipe(values, str(source))
 
@@ -266,10 +269,12 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
                 yield from _list_keys(table, f"{prefix}{name}.")
 
 
-def flatten(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested tables with dotted keys."""
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested tables with dotted keys; an optional table may be empty, such as `ema`."""
     for key, value in table.items():
-        if isinstance(value, dict):
+        field = Recipe.model_fields.get(prefix + key)
+        is_optional = field is not None and field.default is None
+        if isinstance(value, Mapping) and (value or not is_optional):
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

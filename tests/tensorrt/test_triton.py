@@ -1,7 +1,6 @@
 """The Triton model repository parses with Triton's own schema and is written atomically."""
 
 import importlib.util
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,5 +104,3 @@ def test_the_command_prints_what_it_wrote(bundle: Bundle, tmp_path: Path) -> Non
     found = CliRunner().invoke(app, arguments)
     assert (found.exit_code, found.stderr) == (0, "")
     assert "batches of 1 to 16" in found.stdout
-    again = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
-    assert again["max_batch"] == 16

@@ -1,7 +1,7 @@
 """`sopdeploy sign`, `push` and `pull`: sign a bundle, upload it as one archive, download and check it."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -59,21 +59,14 @@ def pull_command(
     return run(source, destination, sha256=sha256, require_signature=require_signature)
 
 
-def _show_signed(signed: dict[str, Any]) -> None:
-    """Print the signature file, and the public key if it is new."""
-    if signed["public_key"] is not None:
-        print_field("key", f"distribute {signed['public_key']}, keep the other file secret", style="")
-    print_field("signed", str(signed["signature"]), style="")
-
-
-@command(_show_signed)
+@command()
 def sign_command(
     bundle: BundleArgument,
     key: Annotated[Path, typer.Option(help="Private key in a PEM file: an elliptic curve key.")],
     new_key: Annotated[
         bool, typer.Option("--new-key", help="Create the key first; the public key is written to KEY.pub.")
     ] = False,
-) -> dict[str, Any]:
+) -> None:
     """Sign a bundle: write BUNDLE.sig beside it, for --require-signature of `pull` and `serve`.
 
     The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts it, too.
@@ -84,4 +77,7 @@ def sign_command(
     from sopdeploy.bundle.signing import sign as run
 
     public = make_key(key) if new_key else None
-    return {"signature": run(bundle, key), "public_key": public}
+    signature = run(bundle, key)
+    if public is not None:
+        print_field("key", f"distribute {public}, keep the other file secret", style="")
+    print_field("signed", str(signature), style="")

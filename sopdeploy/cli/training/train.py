@@ -156,17 +156,13 @@ def exit_on_signal(hint: str = "") -> Iterator[None]:
         raise typer.Exit(SIGNAL_EXIT_CODE + stopped.signal_number) from stopped
 
 
-def show_recipes(summaries: list[dict[str, str]]) -> None:
-    """Print a table of names and summaries."""
-    print_table(("recipe", "summary"), (row.values() for row in summaries))
-
-
-@command(show_recipes)
-def recipes_command() -> list[dict[str, str]]:
+@command()
+def recipes_command() -> None:
     """List the packaged recipes.
 
     Example: sopdeploy recipes
     """
     from sopdeploy.training.recipe_files import list_recipes, recipe_text
 
-    return [{"name": name, "summary": tomllib.loads(recipe_text(name))["summary"]} for name in list_recipes()]
+    summaries = ((name, tomllib.loads(recipe_text(name))["summary"]) for name in list_recipes())
+    print_table(("recipe", "summary"), summaries)

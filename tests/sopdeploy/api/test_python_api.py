@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy.api.options import TrainOptions
 from sopdeploy.api.progress import ProgressBars
-from sopdeploy.api.training import TrainedRun, configure, to_assignments
+from sopdeploy.api.training import TrainedRun, configure
 from sopdeploy.cli.app import app
 from sopdeploy.errors import (
     BundleError,
@@ -30,7 +30,7 @@ from sopdeploy.errors import (
 )
 from sopdeploy.evaluation.prediction import EvalMetrics
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy_export.report.results import Exported
 from tests.export.once import proving_once
 from tests.service.conftest import wait_for
@@ -124,14 +124,14 @@ def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tm
 
 
 def test_settings_can_be_lists() -> None:
-    recipe = read_recipe("photos", list(to_assignments({"augment": {"scale": [0.5, 1.0]}})))
+    recipe = change_recipe("photos", list(flatten({"augment": {"scale": [0.5, 1.0]}})))
     assert recipe.augment.scale == (0.5, 1.0)
 
 
 def test_an_empty_table_enables_what_is_optional() -> None:
-    given = list(to_assignments({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
-    assert given == ["ema={}"]
-    assert read_recipe("digits-dsop", given).ema is not None
+    given = list(flatten({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
+    assert given == [("ema", {})]
+    assert change_recipe("digits-dsop", given).ema is not None
 
 
 def test_evaluation_gives_the_metrics_of_the_command(run: TrainedRun, bundle: Path, photos: Path) -> None:

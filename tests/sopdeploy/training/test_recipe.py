@@ -89,7 +89,7 @@ INVALID_OVERRIDES = [
     ("epochs=0", "epochs: Input should be greater than or equal to 1 (got '0')"),
     ("preprocess.crop=99", "crop (99) is larger than resize (16)"),
     ("epochs", "epochs: write key=value, for example optimizer.lr=0.05"),
-    ("epochs.a=1", "epochs.a=1: epochs is a value, not a table with keys"),
+    ("epochs.a=1", "epochs.a: epochs is a value, not a table with keys"),
 ]
 
 
