@@ -81,8 +81,9 @@ FORMS: Mapping[Int8For, Form] = {
 class Int8Quantizer:
     """Quantizes a float32 graph with ranges that are measured once.
 
-    `quantize_static` of ONNX Runtime does the same in one call. Its two steps, calibration and insertion of
-    nodes, are separate here, so that several choices of float32 layers share one calibration.
+    `quantize_static` of ONNX Runtime does the same in one call, without the correction of biases. Its two
+    steps, calibration and insertion of nodes, are separate here: several choices of float32 layers share one
+    calibration.
     """
 
     def __init__(
