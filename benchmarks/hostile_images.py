@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 
 from PIL import Image
 
+REVERSED = [int(f"{value:08b}"[::-1], 2) for value in range(256)]
+CODE_ORDER = (17, 18, 0, 1, 2, 3, 4, 5, 16, 6, 7, 8)  # of the lengths of a VP8L prefix code
 PHOTO_SIDE = 1024  # pixels of the noise that photographs repeat
 
 
@@ -37,6 +39,40 @@ def webp_lossless(width: int, height: int, *, alpha: bool = True) -> bytes:
     code = ((1, 1), (0, 1), (0, 1), (0, 1))  # a simple prefix code with the symbol 0
     header = ((0x2F, 8), (width - 1, 14), (height - 1, 14), (alpha, 1), (0, 3), (0, 1), (0, 1), (0, 1))
     return riff((b"VP8L", bits(*header, *code * 5) + bytes(8)))
+
+
+def webp_codes(width: int, height: int, cache_bits: int = 0) -> bytes:
+    """Make a lossless WebP with prefix codes of its own for each block of 4 x 4 pixels.
+
+    libwebp builds tables of several kB for each of up to 65536 blocks. The color cache has 2***cache_bits*
+    entries, none for 0.
+    """
+    across, down = -(-width // 4), -(-height // 4)
+    groups = min(1 << 16, across * down)
+    lengths = ((0, 1), (8, 4), *((1 if symbol in {0, 8} else 0, 3) for symbol in CODE_ORDER), (0, 1))
+    full = ((0, 1), *((int(symbol < 256), 1) for symbol in range(256)))
+    green = (*lengths, *full[1:], *((0, 1),) * 24)
+    cache = ((1, 1), (cache_bits, 4)) if cache_bits else ((0, 1),)
+    header = (
+        (0x2F, 8),
+        (width - 1, 14),
+        (height - 1, 14),
+        (0, 1),
+        (0, 3),
+        (0, 1),
+        *cache,
+        (1, 1),
+        (0, 3),
+        (0, 1),
+    )
+    single = ((1, 4),) * 3  # simple codes of the symbol 0
+    blocks = b"".join(
+        bytes((REVERSED[group & 255], REVERSED[group >> 8]))
+        for group in (min(number, groups - 1) for number in range(across * down))
+    )
+    start = (*header, *green, *lengths, *full[1:], *single)
+    tail = ((int.from_bytes(blocks, "little"), 8 * len(blocks)), (int("1" * (5 * groups), 16), 20 * groups))
+    return riff((b"VP8L", bits(*start, *tail) + bytes(16)))
 
 
 def vp8_frame(width: int, height: int) -> bytes:
@@ -277,6 +313,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "JPEG with 19 MB of empty segments": lambda: jpeg(64, 64, extra=segment(0xE5, bytes(1900)) * 9_900),
     "JPEG truncated 70 MP": lambda: jpeg(10_000, 7_000)[:5_000],
     "JPEG truncated progressive 70 MP": lambda: jpeg(10_000, 7_000, scans=9)[:5_000],
+    "WebP with codes of its own per block 0.75 MP": lambda: webp_codes(868, 868),
+    "WebP with codes of its own per block and a color cache 1 MP": lambda: webp_codes(1024, 1024, 10),
     "GIF 65535 x 1000": lambda: gif(65_535, 1_000),
     "GIF of 100,000 frames": lambda: gif(64, 64, 100_000),
     "BMP run-length-encoded 64 MP": lambda: bmp_rle(8_000, 8_000),

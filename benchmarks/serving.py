@@ -10,23 +10,21 @@ engine` (with --bundle; --onnx is the same network for the other servers): onnxr
 round measures the bare runtime, every server, and the bare runtime again; a value is the median of the
 rounds' ratios to the bare runtime of the same round. CPU per image is the CPU time of the server's process
 tree minus that of decoding and inference in one thread, which is measured with the other servers' decoder if
---peers is given, otherwise with ours. A second value for sopdeploy is measured inside the server around every
-call of decoder and runtime.
+--peers is given, otherwise with ours.
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from load import WARM_UP_SECONDS, Load, put_load
-from measure import Result, existing, make_parser, one_line_errors, report
+from measure import existing, make_parser, one_line_errors, report
 from serving_alone import bare_runtime, peer_pipeline, pipeline, write_images
-from serving_ours import CpuTimes, fake_model, settings_for
+from serving_ours import fake_model, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
 from serving_rounds import Rounds
 
@@ -45,22 +43,6 @@ class Case:
     largest: int
     connections: int
     fake: str | None = None  # milliseconds of a batch and of an image
-
-
-@dataclass(slots=True)
-class Row(Rounds):
-    """One server in one case, with CPU time in addition to decoding and inference."""
-
-    own_cpu_ms: list[float] = field(default_factory=list)
-
-    def results(self, against: str) -> list[Result]:
-        """Add the CPU time that the server itself measured."""
-        results = Rounds.results(self, against)
-        if self.own_cpu_ms:
-            value = statistics.median(self.own_cpu_ms)
-            case = f"{self.case}, {self.server}: CPU per image, measured in the server"
-            results.append(Result(case=case, ours=value, unit="cpu-ms", runs=len(self.own_cpu_ms)))
-        return results
 
 
 CASES = (
@@ -100,9 +82,9 @@ class Benchmark:
         self._arguments = arguments
         self._folder = folder
         self._seconds = 4.0 if arguments.quick else 10.0
-        self._rows: dict[tuple[str, str], Row] = {}
+        self._rows: dict[tuple[str, str], Rounds] = {}
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[Rounds]:
         """Measure every case in every round."""
         known = [*CASES, *([REAL] if self._arguments.bundle else [])]
         cases = [case for case in known if case.name in (self._arguments.case or [case.name])]
@@ -115,16 +97,15 @@ class Benchmark:
         model = self._model(case)
         before = bare_runtime(model.runtime, case.largest, self._seconds / 2)
         measured = {name: self._measure(peer, case) for name, peer in self._peers().items()}
-        driven, own_ms = self._measure_ours(case)
+        driven = self._measure_ours(case)
         after = bare_runtime(model.runtime, case.largest, self._seconds / 2)
         speed = statistics.mean((before.images_per_s, after.images_per_s))
         alone_ms = self._peer_pipeline_ms(case) if measured else self._pipeline_ms(model, case)
         for name, server in {"sopdeploy": driven, **measured}.items():
             self._add(name, case, server, speed, alone_ms)
-        self._rows["sopdeploy", case.name].own_cpu_ms.append(own_ms)
 
     def _add(self, name: str, case: Case, driven: Driven, speed: float, alone_ms: float) -> None:
-        row = self._rows.setdefault((name, case.name), Row(name, case.name))
+        row = self._rows.setdefault((name, case.name), Rounds(name, case.name))
         row.ratios.append(driven.load.images_per_s / speed)
         row.note(driven.load, driven.cpu_ms - alone_ms)
 
@@ -157,18 +138,12 @@ class Benchmark:
         with started(command, peer, port, self._environment(case), self._arguments.peers) as process:
             return drive(peer, port, process, case, self._folder, self._seconds)
 
-    def _measure_ours(self, case: Case) -> tuple[Driven, float]:
-        """Measure sopdeploy; also return the additional CPU ms per image, measured inside the server."""
+    def _measure_ours(self, case: Case) -> Driven:
         port = free_port()
         runtime = ["--fake", case.fake] if case.fake else ["--bundle", str(self._arguments.bundle)]
         command = [sys.executable, str(HERE / "serving_ours.py"), "--port", str(port), *runtime]
-        with tempfile.TemporaryDirectory() as temporary:
-            cpu_times = Path(temporary) / "cpu.json"
-            command += ["--largest", str(case.largest), "--cpu-times", str(cpu_times)]
-            with started(command, OURS, port, {}, HERE) as process:
-                driven = drive(OURS, port, process, case, self._folder, self._seconds)
-            times = CpuTimes(**json.loads(cpu_times.read_text()))
-        return driven, 1000 * (driven.cpu_s - times.decode_s - times.engine_s) / times.images
+        with started([*command, "--largest", str(case.largest)], OURS, port, {}, HERE) as process:
+            return drive(OURS, port, process, case, self._folder, self._seconds)
 
     def _environment(self, case: Case) -> dict[str, str]:
         return peer_environment(case, self._arguments.onnx)
@@ -190,16 +165,15 @@ def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
     return {**environment, "PEER_FAKE": case.fake} if case.fake else environment
 
 
-def show(rows: list[Row]) -> None:
+def show(rows: list[Rounds]) -> None:
     """Print a table of the medians."""
     heads = ["case", "server", "ratio to bare runtime", "rounds", "images/s", "p99 ms"]
-    heads += ["CPU ms besides decoding and runtime", "measured in the server"]
+    heads += ["CPU ms besides decoding and runtime"]
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for row in rows:
         ratio = statistics.median(row.ratios)
         ratios = " ".join(f"{value:.3f}" for value in row.ratios)
         shown = [f"{value:.2f}" for value in row.medians()]
-        shown.append(f"{statistics.median(row.own_cpu_ms):.2f}" if row.own_cpu_ms else "")
         print(f"| {row.case} | {row.server} | **{ratio:.3f}** | {ratios} | {' | '.join(shown)} |")
 
 

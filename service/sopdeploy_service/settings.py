@@ -62,7 +62,7 @@ Devices = Annotated[tuple[Device, ...], pydantic.BeforeValidator(_split_commas)]
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # cgroup v2: microseconds per period
 DECODERS_BESIDE_CPU_INFERENCE = 2
-MAX_DECODERS = 8  # of one process; more would wait for Python's interpreter lock
+MAX_DECODERS = 8  # of one process
 
 LARGE_BODY_SHARE = 7 / 8  # of max_upload_bytes; the rest is reserved for small bodies
 VARIABLE_PREFIX = "SOPDEPLOY_"
@@ -93,10 +93,7 @@ class Settings(pydantic.BaseModel):
     max_upload_bytes: Count = setting(
         256_000_000, "all bodies of unfinished requests; at most an eighth of the memory"
     )
-    max_decode_bytes: PositiveBytes | None = setting(
-        None, "all images being decoded; not set: 3/4 of the memory without uploads and the server at rest"
-    )
-    decode_seconds: Seconds = setting(60.0, "an image whose decoding takes longer gets 503")
+    decode_seconds: Seconds = setting(20.0, "an image whose decoding takes longer gets 422")
     formats: Formats = setting(
         tuple(name for name in FORMATS if name != "heic"), "to accept; also heic, with the extra heif"
     )
@@ -113,7 +110,7 @@ class Settings(pydantic.BaseModel):
     drain_seconds: Seconds = setting(20.0, "time after SIGTERM to finish admitted requests")
 
     decoders: Threads | Literal["auto"] = setting(
-        "auto", "image decoding threads per process; auto: 2 beside CPU inference, else one per core, up to 8"
+        "auto", "child processes that decode; auto: 2 beside CPU inference, else one per core, up to 8"
     )
     decode: DecodeSetting = setting(
         "exact", "fast: large JPEGs at reduced size, if that changes the outputs little enough"

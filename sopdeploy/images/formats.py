@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterator
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.jpeg import TOO_MANY_SEGMENTS, read_scans
+from sopdeploy.images.jpeg import TOO_MANY_SEGMENTS, check_segments
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import match_transparency
 
@@ -68,17 +68,16 @@ def open_image(
 ) -> Image.Image:
     """Open the image file *body* and read its header; `load` of the result decodes the pixels.
 
-    `info` of the result also has what `decode_cost` needs. Raises `ImageError` for a file that is not
+    Raises `ImageError` for a file that is not
     accepted, is not one of *formats* (names of `FORMATS`), is too large, or has a damaged header.
     """
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
     kind = image_format(body, formats)
     try:
-        scans = read_scans(body) if kind == "JPEG" else None
+        if kind == "JPEG":
+            check_segments(body)
         image = _open(body, kind)
-        if scans is not None:
-            image.info["coefficient_bytes"], image.info["scan_ns"] = scans
         sizes = [image.size, *(_item_sizes(body) if kind == "HEIF" else ())]
         width, height = max(sizes, key=lambda size: size[0] * size[1])
         if width * height > max_pixels or max(image.size) > _MAX_SIDE:

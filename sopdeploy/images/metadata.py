@@ -7,14 +7,13 @@ import io
 import struct
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.cost import decode_cost
 from sopdeploy.images.exif import ORIENTATION, UPRIGHT, exif_orientation
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.jpeg import FRAMES, MARKER_BYTES, SCAN, jpeg_segments
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
-MAX_COPIED_MEMORY = 128 << 20  # bytes to decode a file that is not a JPEG
+MAX_COPIED_PIXELS = 12_000_000  # of a file that is not a JPEG
 JFIF, COLORS, ADOBE, _END = 0xE0, 0xE2, 0xEE, 0xD9
 JFIF_BYTES = 16  # of the segment without a thumbnail
 # Huffman and quantization tables, number of lines, restart interval
@@ -25,14 +24,14 @@ def copy_without_metadata(body: bytes) -> tuple[bytes, str]:
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
     An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError` for a file
-    that `open_image` rejects, that is damaged, or that is not a JPEG and needs more than
-    `MAX_COPIED_MEMORY`.
+    that `open_image` rejects, that is damaged, or that is not a JPEG and has more than
+    `MAX_COPIED_PIXELS`.
     """
     with open_image(body, max_bytes=len(body)) as image:
         if image.format in {"JPEG", "MPO"}:
             return _copy_jpeg(body, exif_orientation(image)), ".jpg"
-        if decode_cost(image, body).memory > MAX_COPIED_MEMORY:
-            raise ImageError("too large to be written as PNG", code="too_much_memory", status=413)
+        if image.width * image.height > MAX_COPIED_PIXELS:
+            raise ImageError("too large to be written as PNG", code="too_many_pixels", status=413)
         file = io.BytesIO()
         try:
             pixels = to_rgb(image, Preprocess())

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import errno
 import importlib
-import logging
 import os
 import platform
 import socket
@@ -22,9 +21,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from sopdeploy.errors import ConfigError
 from sopdeploy.images.formats import prepare_decoders
-from sopdeploy_service.settings import Settings
 
 # Modules that are otherwise imported with some images; some are private or optional.
 LATE_MODULES = (
@@ -57,7 +54,7 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
     "set_robust_list": (273, 99), "rseq": (334, 293), "sigaltstack": (131, 132), "rt_sigaction": (13, 134),
     "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigtimedwait": (128, 137),
     "restart_syscall": (219, 128), "exit": (60, 93), "exit_group": (231, 94),
-    "flock": (73, 32),
+    "setitimer": (38, 103),
 }  # fmt: skip
 
 
@@ -108,24 +105,6 @@ SECCOMP = {"x86_64": 317, "aarch64": 277}
 CREATE_RULESET, RESTRICT_SELF = 444, 446
 # Rights of files, of TCP and scopes (abstract sockets, signals) that each version of Landlock can restrict.
 LANDLOCK = {1: (13, 0, 0), 2: (14, 0, 0), 3: (15, 0, 0), 4: (15, 2, 0), 5: (16, 2, 0), 6: (16, 2, 2)}
-
-log = logging.getLogger("sopdeploy.server")
-
-
-def apply(settings: Settings) -> None:
-    """Import what decoding needs, enter the sandbox as *settings* say, and log the restrictions.
-
-    Raises `ConfigError` if the sandbox is required and not possible.
-    """
-    if settings.sandbox == "off":
-        return
-    preload()
-    try:
-        log.info("sandboxed", extra={"applied": enter()})
-    except OSError as error:
-        if settings.sandbox == "required":
-            raise ConfigError(f"sandbox=required: {error.strerror}; set sandbox=auto") from error
-        log.warning("images are decoded without a sandbox: %s", error.strerror)
 
 
 def preload() -> None:

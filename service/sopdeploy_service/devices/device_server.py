@@ -79,12 +79,11 @@ class DeviceServer(DrainingServer):
         await super().shutdown(sockets)
 
 
-def share_memory(service: Service, settings: Settings, processes: int, buckets: int) -> None:
+def share_memory(service: Service, settings: Settings, processes: int) -> None:
     """Give *service* its share of the memory for uploads and decoded images of the whole server."""
     at_rest = resident_bytes(os.getppid()) + processes * resident_bytes()
     service.max_upload_bytes = upload_budget(settings, processes)
-    slot = os.open(f"/proc/self/fd/{buckets}", os.O_RDWR)  # a lock of this process
-    service.decoders.share(decode_budget(settings, at_rest, processes), processes, slot)
+    service.decoders.budget = decode_budget(settings, at_rest, processes)
 
 
 def run_device_server(config: DeviceLaunchConfig) -> int:
@@ -100,7 +99,7 @@ def run_device_server(config: DeviceLaunchConfig) -> int:
             collect_metrics=partial(control.request_metrics, supervisor),
         )
         server = DeviceServer(app, settings, supervisor, config.sources)
-        share_memory(app.state.service, settings, config.processes, config.buckets)
+        share_memory(app.state.service, settings, config.processes)
         return server.serve_until_end()
 
 

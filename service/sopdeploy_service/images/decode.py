@@ -9,14 +9,13 @@ import io
 import random
 import re
 from collections.abc import Callable, Collection
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.cost import Cost, decode_cost
 from sopdeploy.images.formats import (
     ALIASES,
     SHORT_ADOBE,
@@ -26,7 +25,7 @@ from sopdeploy.images.formats import (
     open_image,
 )
 from sopdeploy.images.jpeg import MARKER_BYTES, SCAN, jpeg_segments
-from sopdeploy.images.pixels import list_changes, preprocess_image
+from sopdeploy.images.pixels import list_changes, load_reduced, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
@@ -53,18 +52,12 @@ class Decoded(NamedTuple):
 LoadPixels = Callable[[Image.Image, Preprocess], None]
 
 
-class Decode(Protocol):
-    """`decode` with the limits of a server."""
-
-    def __call__(
-        self, encoded: EncodedImage, preprocess: Preprocess, /, *, admit: Callable[[Cost], None] | None = None
-    ) -> Decoded:
-        """Decode *encoded*."""
-
-
 def load_exact(image: Image.Image, preprocess: Preprocess) -> None:  # noqa: ARG001
     """Load the same pixels as in training."""
     image.load()
+
+
+LOADERS: dict[str, LoadPixels] = {"exact": load_exact, "fast": load_reduced}
 
 
 def decode(
@@ -75,12 +68,12 @@ def decode(
     max_pixels: int,
     load: LoadPixels = load_exact,
     formats: Collection[str] | None = None,
-    admit: Callable[[Cost], None] | None = None,
+    admit: Callable[[Image.Image], None] | None = None,
 ) -> Decoded:
     """Decode *encoded*, with its pixels from *load*, and apply *preprocess*.
 
     Only the first frame of an animation is decoded. *formats* are those to accept, all by default; *admit*
-    gets the estimated cost before a pixel is decoded, and may raise. Raises `ImageError` with a code and an
+    gets the opened image before a pixel is decoded, and may raise. Raises `ImageError` with a code and an
     HTTP status.
     """
     body = encoded.body
@@ -88,7 +81,7 @@ def decode(
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
     with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats) as image:
         if admit is not None:
-            admit(decode_cost(image, body))
+            admit(image)
         kind = "JPEG" if image.format == "MPO" else str(image.format)
         try:
             size = image.size
@@ -146,12 +139,3 @@ def _file_warnings(image: Image.Image, kind: str, media_type: str) -> list[str]:
         if more_frames:
             warnings.append("first_frame_only")
     return warnings
-
-
-def keep_freed_blocks(count: int) -> None:
-    """Let Pillow keep *count* freed memory blocks of 16 MB for the next images.
-
-    Without these, every page of the next image is mapped and cleared again: a quarter of the time of a 500 x
-    375 JPEG.
-    """
-    Image.core.set_blocks_max(count)  # type: ignore[attr-defined]

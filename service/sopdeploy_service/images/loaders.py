@@ -19,7 +19,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import ParityError
 from sopdeploy.http_api import FastDecode
 from sopdeploy.images.pixels import load_reduced
-from sopdeploy_service.images.decode import Decoded, EncodedImage, LoadPixels, decode, load_exact
+from sopdeploy_service.images.decode import LOADERS, Decoded, EncodedImage, decode, load_exact
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
 
@@ -28,8 +28,6 @@ MIN_AGREEMENT = 0.9  # fraction of images whose best class stays the same
 _SCALES = (4, 6, 8)  # shorter side / resized shorter side; libjpeg decodes at 1/2 from 4 on, at 1/4 from 8 on
 SEEDS = 3
 OCTAVES = (4, 16, 64, 256)  # noise cells along the longer side; one more octave has cells of 2 pixels
-
-LOADERS: dict[str, LoadPixels] = {"exact": load_exact, "fast": load_reduced}
 
 
 def make_decoder(settings: Settings) -> partial[Decoded]:

@@ -1,48 +1,42 @@
-"""The threads that decode images, in three lanes by the estimated cost of the image.
+"""Decode queued images in child processes: children for light images, and others for large ones.
 
-Any decoder thread takes a `light` image. A `photo` and a `large` image wait in queues of their own, for
-threads of lower priority: a few for photos, one for large images, of which the whole server decodes one at a
-time. So light images pass, and the memory of decoded images is bounded by the lanes.
+A thread per child sends it an image and waits. Light children are small and have normal priority; an image
+that is too large or takes too long for them is tried again by a child for large images, which has more memory
+and low priority. So light images pass large ones, and the memory of all children is limited.
 """
 
-import fcntl
 import logging
 import math
-import os
 import threading
 import time
-from contextlib import ExitStack, suppress
-from functools import partial
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from PIL import Image
-
 from sopdeploy.errors import ImageError
-from sopdeploy.images.cost import Cost
-from sopdeploy_service.images.decode import Decode, EncodedImage, keep_freed_blocks
+from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions, LargerImageError
+from sopdeploy_service.decoding.pool import (
+    DecoderBugError,
+    DecoderEndedError,
+    DecoderProcess,
+    shared_template,
+)
+from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
-from sopdeploy_service.inference.results import (
-    DEADLINE,
-    DECODE_TIMEOUT,
-    DECODER_FAILED,
-    DECODERS_BUSY,
-    HttpError,
-)
+from sopdeploy_service.inference.results import DAMAGED, DEADLINE, DECODER_FAILED, DECODERS_BUSY, HttpError
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes, trim_heaps
+from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
 from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
 
 _MIB = 1 << 20
-LIGHT = Cost(16 * _MIB, 40)  # at most: a JPEG of 3.5 megapixels
-PHOTO = Cost(128 * _MIB, 350)  # a JPEG of 24 megapixels
-NICENESS = 10  # of the threads for photos and large images
+LIGHT_MEMORY, LIGHT_PIXELS, LIGHT_BODY = 80 * _MIB, 3_000_000, 2_000_000
+LIGHT_SECONDS = 0.06  # of CPU time; a JPEG of 3 megapixels takes 0.03
+OWN_MEMORY = 8 * _MIB  # of an idle child, beside the pages that it shares with its template
+LARGE_MEMORY = 384 * _MIB  # for each child for large images, if there are several
+NICENESS = 10  # of children for large images
 USED_SHARE = 3 / 4  # of the memory; the rest is for batches, JSON, and pages that the allocator keeps
 UPLOAD_SHARE = 1 / 8  # of the memory, at most, for request bodies
-PHOTO_LANE, LARGE_LANE = 1, 2
 MAX_WAITING_LARGE = 8  # large images; one more gets 503
-LEAST_BYTES = 64 * _MIB  # for a large image
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -56,10 +50,11 @@ class _Job(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Number of threads for photos in each process, and bytes of the largest image that is decoded."""
+    """Number of children for light and for large images, and bytes of memory of one for large images."""
 
-    photos: int
-    largest: int
+    light: int
+    large: int
+    large_memory: int
 
 
 def upload_budget(settings: Settings, processes: int = 1) -> int:
@@ -69,166 +64,125 @@ def upload_budget(settings: Settings, processes: int = 1) -> int:
 
 
 def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:
-    """Return the bytes for decoded images in all *processes*, whose server occupies *at_rest* bytes."""
-    if settings.max_decode_bytes is not None:
-        return settings.max_decode_bytes
+    """Return the bytes for the children of one of *processes*; all processes occupy *at_rest* bytes."""
     uploads = upload_budget(settings, processes) * processes
-    return int(memory_limit() * USED_SHARE) - at_rest - uploads
+    return (int(memory_limit() * USED_SHARE) - at_rest - uploads) // processes
 
 
-def plan_lanes(budget: int, decoders: int, processes: int = 1) -> Plan:
-    """Divide *budget* bytes among *processes* with *decoders* threads each.
+def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
+    """Divide *budget* bytes among up to *decoders* children for light images and at least one for large ones.
 
-    Light images get their share first. A third of the rest is for photos, as far as it suffices for whole
-    threads; what remains is for the one large image.
+    None of them gets more than images of *max_pixels* need.
     """
-    rest = budget - processes * decoders * LIGHT.memory
-    photos = min(decoders, max(0, rest // 3) // (processes * PHOTO.memory))
-    largest = rest - processes * photos * PHOTO.memory
-    if largest < LEAST_BYTES:
+    each = LIGHT_MEMORY + OWN_MEMORY
+    light = max(1, min(decoders, budget // each - 1))
+    rest = budget - light * each
+    large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
+    memory = min(max(LIGHT_MEMORY, rest // large - OWN_MEMORY), max_pixels * PIXEL_BYTES)
+    if light < decoders or memory < LARGE_MEMORY // 2:
         log.warning(
-            "%d MB of memory remain for decoded images; images that need more than %d MB are rejected",
-            budget // 10**6, LEAST_BYTES // 10**6,
+            "the memory suffices for %d of %d decoders, and for large images that need %d MB",
+            light, decoders, memory // 10**6,
         )  # fmt: skip
-    return Plan(photos, max(largest, LEAST_BYTES))
-
-
-class _OtherLaneError(Exception):
-    """Ends the decoding of an image, before a pixel is decoded, that belongs to the lane *number*."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
+    return Plan(light, large, memory)
 
 
 class Decoders:
     """Decodes queued images and queues them at their models, from `start` to `stop`."""
 
-    def __init__(
-        self,
-        threads: int,
-        settings: Settings,
-        metrics: Metrics,
-        decode: Decode,
-    ) -> None:
-        """Decode with *decode*; use *threads* for light images."""
-        self._threads, self._settings, self._metrics, self._decode = threads, settings, metrics, decode
-        self._lanes: list[SimpleQueue[_Job | None]] = [SimpleQueue() for _ in range(3)]
-        self._counts: list[int] = []
-        self._running: dict[int, tuple[float, QueuedImage]] = {}  # by thread
-        self._slot: int | None = None
-        self.plan: Plan | None = None
-
-    def share(self, budget: int, processes: int, slot: int) -> None:
-        """Divide *budget* bytes with other *processes*; *slot* is a file that each of them has opened."""
-        self.plan, self._slot = plan_lanes(budget, self._threads, processes), slot
+    def __init__(self, decoders: int, settings: Settings, metrics: Metrics) -> None:
+        """Decode light images in up to *decoders* children."""
+        self._decoders, self._settings, self._metrics = decoders, settings, metrics
+        self.light: SimpleQueue[_Job | None] = SimpleQueue()
+        self.large: SimpleQueue[_Job | None] = SimpleQueue()
+        self.budget: int | None = None  # bytes of memory of the children
+        self._plan = Plan(0, 0, 0)
 
     def start(self) -> None:
-        """Start the threads; without `share`, the budget is what this process may use."""
-        if self.plan is None:
-            self.plan = plan_lanes(decode_budget(self._settings, resident_bytes()), self._threads)
-        log.debug("lanes of decoders", extra=self.plan._asdict())
-        self._metrics.max_decode_bytes.set(self.plan.largest)
-        keep_freed_blocks(2 * self._threads)
-        self._counts = [self._threads, self.plan.photos, 1]
-        for number, count in enumerate(self._counts):
-            for index in range(count):  # daemons: a decoder that hangs cannot block an exit
-                name = f"decoder_{number}_{index}"
-                threading.Thread(target=self._run, args=(number,), name=name, daemon=True).start()
+        """Start children and threads; without a `budget`, it is what this process may use.
+
+        Raises `RuntimeUnavailableError` if they do not start, and `ConfigError` for a required sandbox that
+        the system does not have.
+        """
+        if self.budget is None:
+            self.budget = decode_budget(self._settings, resident_bytes())
+        self._plan = plan = plan_children(self.budget, self._decoders, self._settings.max_pixels)
+        log.debug("decoder processes", extra=plan._asdict())
+        self._metrics.decoders.set(plan.light)
+        self._metrics.max_decode_bytes.set(plan.large_memory)
+        queues = [self.light] * plan.light + [self.large] * plan.large
+        children = [self._start_child(is_light=jobs is self.light) for jobs in queues]
+        if children[0].restrictions.startswith("no sandbox"):
+            log.warning("images are decoded without a sandbox: %s", children[0].restrictions)
+        for jobs, child in zip(queues, children, strict=True):
+            # daemons: a child that hangs cannot block an exit
+            threading.Thread(target=self._run, args=(jobs, child), name="decoder", daemon=True).start()
 
     def stop(self) -> None:
-        """End the threads."""
-        for lane, count in zip(self._lanes, self._counts, strict=False):
-            for _ in range(count):
-                lane.put(None)
+        """End the threads and their children."""
+        for _ in range(self._plan.light):
+            self.light.put(None)
+        for _ in range(self._plan.large):
+            self.large.put(None)
 
     def put(self, model: Model, item: QueuedImage, image: EncodedImage) -> None:
-        """Queue *image* for decoding; *item* then joins the queue of *model*."""
-        self._lanes[0].put(_Job(model, item, image))
+        """Queue *image* for decoding; *item* then joins the queue of *model*. Call it on the event loop."""
+        job = _Job(model, item, image)
+        if len(image.body) <= LIGHT_BODY:
+            self.light.put(job)
+        elif reason := self._put_large(job):
+            item.settle(reason)
 
-    def reject_overdue(self, seconds: float) -> bool:
-        """Reject the images whose decoding takes longer than *seconds*; return whether there are any."""
-        overdue = [item for began, item in list(self._running.values()) if time.monotonic() - began > seconds]
-        for item in overdue:
-            item.settle(DECODE_TIMEOUT)
-        return bool(overdue)
+    def _start_child(self, *, is_light: bool) -> DecoderProcess:
+        settings = self._settings
+        options = ChildOptions(
+            memory=LIGHT_MEMORY if is_light else self._plan.large_memory,
+            niceness=0 if is_light else NICENESS,
+            max_light_pixels=LIGHT_PIXELS if is_light else 0,
+            cpu_seconds=LIGHT_SECONDS if is_light else 0.0,
+            max_bytes=settings.max_body_bytes,
+            max_pixels=settings.max_pixels,
+            load=settings.decode,
+            formats=settings.formats,
+            sandbox=settings.sandbox,
+        )
+        return DecoderProcess(shared_template(), options, settings.decode_seconds)
 
-    def _run(self, lane: int) -> None:
-        """Decode the images of *lane* in this thread until None is queued."""
-        if lane:
-            with suppress(OSError):  # of this thread only, on Linux
-                os.setpriority(os.PRIO_PROCESS, 0, NICENESS)
-        while (job := self._lanes[lane].get()) is not None:
-            self._running[threading.get_ident()] = time.monotonic(), job.item
-            try:
-                reason = self._decode_and_queue(lane, job)
-            except _OtherLaneError as moved:
-                reason = self._move(job, moved.number)
-            del self._running[threading.get_ident()]
-            if reason is not None:
-                call_soon(job.item.outcome.get_loop(), job.item.settle, reason)
-            if lane == LARGE_LANE:
-                Image.core.clear_cache()  # type: ignore[attr-defined]
-                trim_heaps()
-            del job, reason  # an idle thread must not keep an image or a model alive
-
-    def _move(self, job: _Job, lane: int) -> HttpError | None:
-        """Queue *job* in *lane*; return the error if too many large images wait there."""
-        if lane == LARGE_LANE and self._lanes[lane].qsize() >= MAX_WAITING_LARGE:
+    def _put_large(self, job: _Job) -> HttpError | None:
+        """Queue *job* for a child for large images; return the error if too many wait there."""
+        if self.large.qsize() >= MAX_WAITING_LARGE:
             return DECODERS_BUSY
         job.item.late = DECODERS_BUSY
-        self._lanes[lane].put(job)
+        self.large.put(job)
         return None
 
-    def _decode_and_queue(self, lane: int, job: _Job) -> HttpError | None:
+    def _run(self, jobs: "SimpleQueue[_Job | None]", child: DecoderProcess) -> None:
+        """Let *child* decode *jobs* until None is queued."""
+        while (job := jobs.get()) is not None:
+            reason = self._decode_and_queue(job, child, is_light=jobs is self.light)
+            if reason is not None:
+                call_soon(job.item.outcome.get_loop(), job.item.settle, reason)
+            del job, reason  # an idle thread must not keep an image or a model alive
+        child.close()
+
+    def _decode_and_queue(self, job: _Job, child: DecoderProcess, *, is_light: bool) -> HttpError | None:
         """Decode the image of *job* and queue its item; return the error of an image that is not queued."""
         model, item, image = job
         if item.outcome.done() or model.queue.closed_with is not None:
             return model.queue.closed_with
-        with ExitStack() as stack:
-            if lane == LARGE_LANE and self._slot is not None:
-                fcntl.flock(self._slot, fcntl.LOCK_EX)
-                stack.callback(fcntl.flock, self._slot, fcntl.LOCK_UN)
-            started = time.monotonic()
-            self._running[threading.get_ident()] = started, item
-            try:
-                decoded = self._decode(
-                    image, model.bundle.manifest.preprocess, admit=partial(self._admit, lane)
-                )
-                item.image, item.warnings = decoded
-            except ImageError as error:
-                return HttpError.of(error)
-            except _OtherLaneError:
-                raise
-            except Exception:  # a bug fails its own image, not the others of the request
-                log.exception("the decoder failed on an image of %d bytes", len(image.body))
-                return DECODER_FAILED
-            finally:
-                ended = time.monotonic()
-                self._metrics.decode_seconds.inc(ended - started)
+        started = time.monotonic()
+        try:
+            item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
+        except ImageError as error:
+            return HttpError.of(error)
+        except (LargerImageError, DecoderEndedError):
+            return self._put_large(job) if is_light else DAMAGED
+        except DecoderBugError:
+            return DECODER_FAILED
+        finally:
+            ended = time.monotonic()
+            self._metrics.decode_seconds.inc(ended - started)
         item.late = DEADLINE
         item.decode_seconds, item.arrived = ended - item.arrived, ended
         self._metrics.stage("decode", item.decode_seconds)
         return model.queue.put(item)
-
-    def _admit(self, lane: int, cost: Cost) -> None:
-        """Raise `_OtherLaneError` if an image of this *cost* belongs to another lane than *lane*.
-
-        Raises `ImageError` if it needs more memory than any image may.
-        """
-        plan = self.plan
-        if plan is None or _fits(cost, LIGHT):
-            return
-        if cost.memory > plan.largest:
-            needed, limit = -(-cost.memory // 10**6), plan.largest // 10**6
-            message = (
-                f"decoding needs {needed} MB, the limit is {limit} MB (max_decode_bytes); send it smaller"
-            )
-            raise ImageError(message, code="too_much_memory", status=413)
-        proper = PHOTO_LANE if plan.photos and _fits(cost, PHOTO) else LARGE_LANE
-        if proper != lane:
-            raise _OtherLaneError(proper)
-
-
-def _fits(cost: Cost, limit: Cost) -> bool:
-    return cost.memory <= limit.memory and cost.ms <= limit.ms

@@ -1,8 +1,8 @@
-"""Everything behind the HTTP layer: the models and their replacement, admission, decoder threads.
+"""Everything behind the HTTP layer: the models and their replacement, admission, decoders.
 
-An image is admitted or rejected, decoded in a thread, and queued at its model. The decoder sets the outcome
-of an invalid image, otherwise the model worker does, or the deadline if it is earlier. An invalid image never
-shares a batch with the images of other requests.
+An image is admitted or rejected, decoded in a child process, and queued at its model. The decoder sets the
+outcome of an invalid image, otherwise the model worker does, or the deadline if it is earlier. An invalid
+image never shares a batch with the images of other requests.
 """
 
 import asyncio
@@ -12,7 +12,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -23,7 +22,6 @@ from prometheus_client import generate_latest
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.images.loaders import make_decoder
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -249,17 +247,10 @@ class Service:
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
         self.max_upload_bytes = upload_budget(settings)
-        self.decoders = self._create_decoders()
+        self.decoders = Decoders(self._count_decoders(), settings, self.metrics)
         self.metrics.queue_depth.set_function(lambda: self.admitted)
         self.metrics.upload_bytes.set_function(lambda: self.upload_bytes)
         self._draining = True
-
-    def _create_decoders(self) -> Decoders:
-        """Create the decoder threads."""
-        threads = self._count_decoders()
-        self.metrics.decoders.set(threads)
-        decode = partial(make_decoder(self.settings), formats=self.settings.formats)
-        return Decoders(threads, self.settings, self.metrics, decode)
 
     def _count_decoders(self) -> int:
         if self.settings.decoders != "auto":
@@ -379,7 +370,7 @@ class Service:
             model.queue.reject([item], item.late)
 
     def _submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
-        """Queue a decoded *image* at *model*, or decode it first in a decoder thread."""
+        """Queue a decoded *image* at *model*, or decode it first in a child process."""
         if isinstance(image, EncodedImage):
             self.decoders.put(model, item, image)
             return

@@ -56,8 +56,10 @@ class Metrics:
             buckets=SECONDS_BUCKETS,
         )
         self.decode_seconds = counter("decode_seconds", "Busy time, sum over all decoders")
-        self.decoders = gauge("decoders", "Decoder threads")
-        self.max_decode_bytes = gauge("max_decode_bytes", "Memory that one image may need to be decoded")
+        self.decoders = gauge("decoders", "Child processes that decode images of up to 3 megapixels")
+        self.max_decode_bytes = gauge(
+            "max_decode_bytes", "Memory of a child process that decodes large images"
+        )
         self.batch_size = histogram("batch_size", "Images in a batch", ("model",), buckets=BATCH_BUCKETS)
         self.batch_close = counter(
             "batch_close", "Why a batch closed: full, or the worker was idle", ("model", "reason")

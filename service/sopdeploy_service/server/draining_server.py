@@ -170,7 +170,6 @@ class DrainingServer(uvicorn.Server):
         """Decide ten times per second whether to close the port."""
         self.watch.beat()
         self._idle.tick(time.monotonic(), self._service.active_requests)
-        self._service.decoders.reject_overdue(self._service.settings.decode_seconds)
         if self._service.state == "runtime_dead":
             return True
         if self._drain_until is not None:

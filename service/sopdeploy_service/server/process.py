@@ -3,8 +3,6 @@
 As a program, this module is the process of a `BackgroundServer`.
 """
 
-import ctypes
-import os
 import signal
 import sys
 import threading
@@ -19,25 +17,13 @@ from typing import TYPE_CHECKING, Any
 from sopdeploy_service.inference.bundle_store import BundleStore, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
+from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.launch import LaunchConfig, run_program
 from sopdeploy_service.server.sockets import allow_files, bind
 from sopdeploy_service.settings import Settings
 
 if TYPE_CHECKING:  # imported while the bundles are loaded
     from fastapi import FastAPI
-
-
-# glibc creates up to 8 heaps per core. Once a large block is freed (importing the libraries is enough), it
-# keeps blocks of up to 32 MB in these heaps and leaves up to 64 MB free at the end of each. Without these
-# settings, the memory of a server would be the sum of the peaks of all threads and look like a leak.
-_MIB = 1 << 20
-# (environment variable that takes precedence, mallopt parameter number of malloc.h, value). A lower mmap
-# threshold would cost 5 to 8 % of the CPU time of an image; `IdleTrigger` returns those blocks instead.
-MALLOPT = (
-    ("MALLOC_ARENA_MAX", -8, 2),  # heaps
-    ("MALLOC_MMAP_THRESHOLD_", -3, _MIB),  # bytes from which a block is mapped on its own
-    ("MALLOC_TRIM_THRESHOLD_", -1, 4 * _MIB),  # bytes that may stay free at the end of a heap
-)
 
 
 def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
@@ -65,18 +51,6 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
         ProcessCollector(registry=app.state.service.metrics.registry)
         server = DrainingServer(app, settings, sources if settings.memory_budget is None else (), links)
         return server.serve_until_end(listener)
-
-
-def limit_heaps() -> None:
-    """Apply `MALLOPT` before the threads start; allocator settings in the environment take precedence.
-
-    It does nothing on C libraries other than glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "malloc" not in os.environ.get("GLIBC_TUNABLES", ""):
-        for name, option, value in MALLOPT:
-            if name not in os.environ:
-                mallopt(option, value)
 
 
 @contextmanager

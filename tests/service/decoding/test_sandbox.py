@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sopdeploy.errors import ConfigError
 from sopdeploy_service.decoding import sandbox
-from sopdeploy_service.settings import load_settings
 from tests.service.api.test_bad_inputs import BAD_BODIES
 from tests.service.children import PYTHONPATH, ROOT
 from tests.service.conftest import picture_bytes
@@ -145,14 +143,3 @@ def run_filter(code: list[tuple[int, ...]], data: bytes) -> int:
             accumulator &= value
         else:
             position += if_equal if accumulator == value else otherwise
-
-
-def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch, caplog) -> None:
-    message = "Darwin on x86_64 is not supported by the seccomp filter"
-    monkeypatch.setattr(platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
-    with pytest.raises(ConfigError, match=message):
-        sandbox.apply(load_settings(sandbox="required"))
-    sandbox.apply(load_settings())
-    assert message in caplog.text
-    sandbox.apply(load_settings(sandbox="off"))

@@ -1,6 +1,13 @@
-"""Lanes of the decoder threads: large images wait for each other, small ones pass."""
+"""Decoder processes: images that misuse them fail alone, and the memory of all children is limited."""
 
-import threading
+import errno
+import json
+import os
+import platform
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import hostile_images as hostile
@@ -8,42 +15,57 @@ import pytest
 from fake_runtime import FakeRuntime
 from memory_group import can_limit_memory
 
-from sopdeploy.images.cost import Cost
-from sopdeploy_service.images import loaders
-from sopdeploy_service.images.decode import Decoded, EncodedImage
+from sopdeploy.errors import ConfigError, ImageError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.decoding import pool
+from sopdeploy_service.decoding.child import ChildOptions, LargerImageError
+from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference import decoders
-from sopdeploy_service.inference.decoders import LEAST_BYTES, LIGHT, PHOTO, plan_lanes
+from sopdeploy_service.inference.decoders import (
+    LARGE_MEMORY,
+    LIGHT_MEMORY,
+    LIGHT_PIXELS,
+    OWN_MEMORY,
+    plan_children,
+)
 from sopdeploy_service.runtime import device_memory
 from tests.service.raw import count
 
 MIB = 1 << 20
+linux = pytest.mark.skipif(platform.system() != "Linux", reason="limits of memory exist on Linux only")
+OPTIONS = ChildOptions(
+    memory=LIGHT_MEMORY,
+    niceness=0,
+    max_light_pixels=LIGHT_PIXELS,
+    cpu_seconds=0.0,
+    max_bytes=20_000_000,
+    max_pixels=70_000_000,
+    load="exact",
+    formats=("jpeg", "png", "webp"),
+    sandbox="auto",
+)
+LARGE = OPTIONS._replace(memory=LARGE_MEMORY, max_light_pixels=0)
+RULES = Preprocess(resize=36, crop=32)
 
 
 @pytest.mark.parametrize(
-    ("budget", "threads", "processes", "photos", "largest"),
+    ("budget", "wanted", "expected"),
     [
-        (500 * MIB, 2, 1, 1, 340 * MIB),
-        (350 * MIB, 2, 2, 0, 286 * MIB),
-        (10_000 * MIB, 8, 1, 8, 8848 * MIB),
-        (10 * MIB, 2, 1, 0, LEAST_BYTES),
+        (500 * MIB, 2, (2, 1, 316 * MIB)),
+        (1600 * MIB, 2, (2, 2, 704 * MIB)),
+        (10**11, 8, (8, 8, 1_400_000_000)),
+        (100 * MIB, 2, (1, 1, LIGHT_MEMORY)),
     ],
-    ids=["container of 1 GiB", "with two devices", "GPU", "too little"],
+    ids=["container of 1 GiB", "of 3 GiB", "GPU", "too little"],
 )
-def test_light_images_then_photographs_then_one_large_image_share_the_budget(
-    budget: int, threads: int, processes: int, photos: int, largest: int
+def test_children_for_light_images_then_those_for_large_ones_share_the_budget(
+    budget: int, wanted: int, expected: tuple[int, int, int], caplog
 ) -> None:
-    assert plan_lanes(budget, threads, processes) == (photos, largest)
-    if largest > LEAST_BYTES:
-        assert processes * (threads * LIGHT.memory + photos * PHOTO.memory) + largest == budget
-
-
-def test_an_image_that_exceeds_the_memory_alone_is_413_and_names_the_setting(serve_with) -> None:
-    client = serve_with(FakeRuntime(num_classes=7), max_decode_bytes=150 * MIB)
-    assert count(client, "max_decode_bytes") == 118 * MIB
-    refused = client.post("/v1/classify", content=hostile.webp_lossless(4000, 3000))
-    assert (refused.status_code, refused.json()["code"]) == (413, "too_much_memory")
-    assert "max_decode_bytes" in refused.json()["detail"]
-    assert client.post("/v1/classify", content=hostile.webp_lossless(2000, 1500)).status_code == 200
+    light, large, memory = plan_children(budget, wanted, 70_000_000)
+    assert (light, large, memory) == expected
+    assert ("1 of 2 decoders" in caplog.text) == (budget < 200 * MIB)
+    if budget >= 200 * MIB:
+        assert light * (LIGHT_MEMORY + OWN_MEMORY) + large * (memory + OWN_MEMORY) <= budget
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP"])
@@ -59,79 +81,136 @@ def test_a_format_that_is_not_in_the_settings_is_415(serve_with, make_picture, k
     assert serve_with(FakeRuntime(num_classes=7)).post("/v1/classify", content=body).status_code == 200
 
 
-class GatedDecode:
-    """Instead of decoding: the cost of an image is in its bytes, and large images wait for `gate`."""
-
-    def __init__(self, pixels) -> None:
-        self.pixels, self.gate, self.entered = pixels, threading.Event(), threading.Event()
-        self.most = self._large = 0
-
-    def __call__(self, encoded: EncodedImage, *_: object, admit=None, **__: object) -> Decoded:
-        is_large = encoded.body == b"large"
-        admit(Cost(60 * MIB, 5000) if is_large else Cost(1000, 1))
-        if is_large:
-            self._large += 1
-            self.most = max(self.most, self._large)
-            self.entered.set()
-            self.gate.wait(60)
-            self._large -= 1
-        return Decoded(self.pixels, ())
+@pytest.fixture
+def template(monkeypatch) -> Iterator[pool.Template]:
+    """The template of servers of a test, whose children misbehave."""
+    template = pool.Template("tests.service.decoding.misbehaving")
+    monkeypatch.setattr(decoders, "shared_template", lambda: template)
+    yield template
+    template.close()
 
 
-def test_small_images_pass_large_ones_which_wait_for_each_other(
-    serve_with, until, bundle, monkeypatch
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"die", (422, "damaged_image")),
+        (b"hang", (422, "damaged_image")),
+        (b"nonsense", (422, "damaged_image")),
+        (b"too little", (422, "damaged_image")),
+        (b"long message", (422, "damaged_image")),
+        (b"bug", (500, "decoder_failed")),
+    ],
+)
+def test_an_image_that_misuses_its_child_fails_alone(
+    serve_with, jpeg, template, body: bytes, code: tuple[int, str]
 ) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    import numpy as np
-
-    gated = GatedDecode(np.zeros((32, 32, 3), np.uint8))
-    monkeypatch.setattr(loaders, "decode", gated)
-    monkeypatch.setattr(decoders, "MAX_WAITING_LARGE", 2)
-    client = serve_with(FakeRuntime(num_classes=7), max_decode_bytes=200 * MIB)
-    with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(client.post, "/v1/classify", content=b"large")
-        assert gated.entered.wait(60)
-        waiting = [pool.submit(client.post, "/v1/classify", content=b"large") for _ in range(2)]
-        until(lambda: count(client, "queue_depth") == 3)
-        lane = client.app.state.service.decoders._lanes[decoders.LARGE_LANE]
-        until(lambda: lane.qsize() == 2)
-        assert client.post("/v1/classify", content=b"small").status_code == 200
-        refused = client.post("/v1/classify", content=b"large")
-        assert (refused.status_code, refused.json()["code"]) == (503, "decoders_busy")
-        assert int(refused.headers["retry-after"]) >= 1
-        gated.gate.set()
-        assert [reply.result().status_code for reply in (first, *waiting)] == [200] * 3
-    assert gated.most == 1
+    seconds = 2.0 if body in {b"hang", b"too little"} else 60.0
+    client = serve_with(FakeRuntime(num_classes=7), decode_seconds=seconds, request_timeout=120)
+    with ThreadPoolExecutor(8) as threads:
+        bad = threads.submit(client.post, "/v1/classify", content=body)
+        good = [threads.submit(client.post, "/v1/classify", content=jpeg) for _ in range(70)]
+        refused = bad.result()
+        assert (refused.status_code, refused.json()["code"]) == code
+        assert [reply.result().status_code for reply in good] == [200] * 70
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-def test_a_large_image_that_misses_its_deadline_is_503(serve_with, bundle, monkeypatch) -> None:
-    import numpy as np
+def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) -> None:
+    child = pool.DecoderProcess(template, OPTIONS, 60)
+    expected = child.decode(EncodedImage(jpeg), RULES).pixels
+    for _ in range(3):
+        os.kill(child.process, signal.SIGKILL)
+        while Path(f"/proc/{child.process}/stat").exists() and child._end.recv(1, 2):  # until it has ended
+            pass
+        assert (child.decode(EncodedImage(jpeg), RULES).pixels == expected).all()
+    too_many = child.decode(EncodedImage(jpeg, "image/too-many"), RULES)
+    assert (too_many.pixels == expected).all()
+    child._end.recv(1, 2)  # MSG_PEEK: the rest has arrived
+    assert (child.decode(EncodedImage(jpeg), RULES).pixels == expected).all()
+    template.close()
+    with suppress(OSError):  # the child ends a moment later
+        child._end.recv(1, 2)
+    assert (child.decode(EncodedImage(jpeg), RULES).pixels == expected).all()
+    child.close()
 
-    gated = GatedDecode(np.zeros((32, 32, 3), np.uint8))
-    monkeypatch.setattr(loaders, "decode", gated)
-    client = serve_with(FakeRuntime(num_classes=7), request_timeout=0.2, max_decode_bytes=200 * MIB)
-    reply = client.post("/v1/classify", content=b"large")
-    assert (reply.status_code, reply.json()["code"]) == (503, "decoders_busy")
-    gated.gate.set()
+
+@linux
+def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
+    child = pool.DecoderProcess(template, OPTIONS, 60)
+    assert "seccomp" in child.restrictions
+    with pytest.raises(ImageError) as caught:
+        child.decode(EncodedImage(b"forbidden"), RULES)
+    assert json.loads(str(caught.value)) == [[errno.EPERM], {}]
+    environment = Path(f"/proc/{child.process}/environ").read_bytes()
+    assert environment == b"OPENBLAS_NUM_THREADS=1\0"
+    assert len(list(Path(f"/proc/{child.process}/fd").iterdir())) == 4  # standard streams and its socket
+    child.close()
 
 
-def test_a_decoder_that_takes_too_long_is_found(serve_with, until, monkeypatch) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+COSTLY = {  # options, file, error
+    "one prefix code per block": (OPTIONS, lambda: hostile.webp_codes(868, 868), "damaged_image"),
+    "the same for a large child": (LARGE, lambda: hostile.webp_codes(2000, 1500), "damaged_image"),
+    "too large for a light child": (OPTIONS, lambda: hostile.jpeg(4000, 3000), LargerImageError),
+    "a WebP that is too large": (
+        OPTIONS,
+        lambda: hostile.webp_lossless(6000, 4000),
+        LargerImageError,
+    ),
+    "more than the memory": (LARGE, lambda: hostile.webp_lossless(8000, 6000), "too_much_memory"),
+}
 
-    import numpy as np
 
-    gated = GatedDecode(np.zeros((32, 32, 3), np.uint8))
-    monkeypatch.setattr(loaders, "decode", gated)
-    client = serve_with(FakeRuntime(num_classes=7), max_decode_bytes=200 * MIB)
-    found = client.app.state.service.decoders
-    with ThreadPoolExecutor(1) as pool:
-        reply = pool.submit(client.post, "/v1/classify", content=b"large")
-        assert gated.entered.wait(60)
-        assert not found.reject_overdue(60)
-        client.loop.call_soon_threadsafe(found.reject_overdue, 0)
-        assert (reply.result().status_code, reply.result().json()["code"]) == (503, "decode_timeout")
-    gated.gate.set()
+@linux
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_file_that_needs_more_memory_than_a_child_has_fails_and_the_next_is_decoded(jpeg, name) -> None:
+    options, make, expected = COSTLY[name]
+    child = pool.DecoderProcess(pool.shared_template(), options, 60)
+    process = child.process
+    if isinstance(expected, str):
+        with pytest.raises(ImageError) as caught:
+            child.decode(EncodedImage(make()), RULES)
+        assert caught.value.code == expected
+    else:
+        with pytest.raises(expected):
+            child.decode(EncodedImage(make()), RULES)
+    assert child.decode(EncodedImage(jpeg), RULES).pixels.shape == (32, 32, 3)
+    assert child.process == process
+    child.close()
+
+
+@linux
+def test_a_light_child_ends_at_its_cpu_time(jpeg) -> None:
+    body = hostile.jpeg(1700, 1700, sampling=0x22, scans=98)
+    child = pool.DecoderProcess(pool.shared_template(), OPTIONS._replace(cpu_seconds=0.01), 60)
+    with pytest.raises(pool.DecoderEndedError):
+        child.decode(EncodedImage(body), RULES)
+    child.close()
+
+
+def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, template, monkeypatch) -> None:
+    monkeypatch.setattr(decoders, "MAX_WAITING_LARGE", 0)
+    client = serve_with(FakeRuntime(num_classes=7))
+    refused = client.post("/v1/classify", content=hostile.jpeg(4000, 3000))
+    assert (refused.status_code, refused.json()["code"]) == (503, "decoders_busy")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert client.post("/v1/classify", content=jpeg).status_code == 200
+    assert count(client, "decoders") == 2
+
+
+def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
+    message = "Darwin on x86_64 is not supported by the seccomp filter"
+    monkeypatch.setattr(pool, "receive", fake_replies(message))
+    with pytest.raises(ConfigError, match=message):
+        pool.DecoderProcess(pool.shared_template(), OPTIONS._replace(sandbox="required"), 60)
+    child = pool.DecoderProcess(pool.shared_template(), OPTIONS, 60)
+    assert child.restrictions == f"no sandbox ({message})"
+    child.close()
+
+
+def fake_replies(message: str):
+    """Replace the first message of a child by that of one without a sandbox."""
+    header = pool.REPLY.pack(0, pool.FAILED, 0, len(message))
+    return lambda _end, buffer, _deadline: header if len(buffer) == len(header) else message.encode()
 
 
 def write(path: Path, text: str) -> None:
@@ -169,7 +248,7 @@ def test_the_memory_limit_is_that_of_the_container(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_limit_memory(), reason="needs root and control groups that limit memory")
-def test_hostile_images_stay_below_three_quarters_of_the_memory(bundle_path: Path) -> None:
+def test_hostile_images_stay_below_the_memory(bundle_path: Path) -> None:
     import sys
 
     from hostile_load import Server, send_all
@@ -188,6 +267,6 @@ def test_hostile_images_stay_below_three_quarters_of_the_memory(bundle_path: Pat
     )
     server = Server("sopdeploy", OURS, command, Path.cwd(), {})
     for result in send_all(server, 1 << 30, list(hostile.hostile_images())):
-        assert result.ours * 1e6 < decoders.USED_SHARE * (1 << 30), result
+        assert result.ours < 850, result
         assert "0 killed" in result.case
         assert not any(f"'{code}" in result.case for code in (500, 502, 504, "503 without")), result

@@ -1,14 +1,11 @@
 """Runtimes and decoders that fail: only their images are affected."""
 
-import itertools
-
 import pytest
 from fake_runtime import FakeRuntime
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy_service.images.loaders import make_decoder
-from sopdeploy_service.inference import model, service
+from sopdeploy_service.inference import model
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
@@ -16,32 +13,11 @@ from sopdeploy_service.settings import Settings
 from tests.service.failing import Failing
 
 
-def failing_decoder(monkeypatch, number):
-    """Let the decoding of image *number*, from 1, raise an unknown error."""
-    numbers = itertools.count(1)
-
-    def make_failing_decoder(settings: Settings):
-        decode = make_decoder(settings)
-        return lambda *given, **more: decode(*given, **more) if next(numbers) != number else 1 / 0
-
-    monkeypatch.setattr(service, "make_decoder", make_failing_decoder)
-
-
 def test_a_run_out_of_memory_fails_only_its_image(serve_with, jpeg):
     client = serve_with(Failing({2: "oom"}))
     responses = [client.post("/v1/classify", content=jpeg) for _ in range(3)]
     assert [response.status_code for response in responses] == [200, 503, 200]
     assert responses[1].json()["code"] == "out_of_memory"
-
-
-def test_a_failing_decoder_fails_only_its_image(serve_with, jpeg, monkeypatch):
-    failing_decoder(monkeypatch, 2)
-    client = serve_with(FakeRuntime(num_classes=7))
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
-    reply = client.post("/v1/classify", content=jpeg)
-    assert (reply.status_code, reply.json()["code"]) == (500, "decoder_failed")
-    results = client.post("/v1/classify", files=[("image", jpeg)] * 3).json()["results"]
-    assert all("classes" in result for result in results)
 
 
 def test_out_of_memory_halves_batches_for_a_while(serve_with, jpeg, monkeypatch):

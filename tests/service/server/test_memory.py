@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sopdeploy_service.runtime.device_memory import trim_heaps
-from sopdeploy_service.server.process import limit_heaps
+from sopdeploy_service.runtime.device_memory import limit_heaps, trim_heaps
 
 MIB = 1 << 20
 ARENAS, MAPPED, TRIMMED = (-8, 2), (-3, MIB), (-1, 4 * MIB)  # parameters of malloc.h, and values

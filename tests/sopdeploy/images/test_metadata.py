@@ -135,7 +135,7 @@ def test_another_format_becomes_an_upright_png_without_secrets(make) -> None:
         (b"", "not_an_image"),
         (b"no image", "not_an_image"),
         (save(scene(), "PNG")[:-900], "damaged_image"),
-        (save(Image.new("1", (11_000, 4000)), "PNG"), "too_much_memory"),
+        (save(Image.new("1", (11_000, 4000)), "PNG"), "too_many_pixels"),
     ],
     ids=["empty", "text", "truncated", "large"],
 )

@@ -1,0 +1,263 @@
+"""The server's side of decoder processes. What a child sends is not trusted: sizes are fixed or limited.
+
+An image that ends its child, takes too long, or gets a wrong reply raises `DecoderEndedError`; the child is
+killed and replaced.
+"""
+
+import atexit
+import functools
+import json
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from typing import BinaryIO, cast
+
+import numpy as np
+
+from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.decoding.child import (
+    ERRORS,
+    FAILED,
+    FIRST_ERROR,
+    LARGER,
+    MAX_MESSAGE,
+    PIXELS,
+    PROCESS_ID,
+    READY,
+    REPLY,
+    REQUEST,
+    WARNINGS,
+    ChildOptions,
+    LargerImageError,
+)
+from sopdeploy_service.images.decode import Decoded, EncodedImage
+
+PROGRAM = "sopdeploy_service.decoding.child"
+START_SECONDS = 60.0
+LOGGED_CHARACTERS = 500  # of what children write to standard error at once
+
+log = logging.getLogger("sopdeploy.decoding")
+
+
+class DecoderEndedError(Exception):
+    """The child ended, took too long or sent a wrong reply, and has been replaced."""
+
+
+class DecoderBugError(Exception):
+    """The decoder raised an unknown error; its traceback is in the log."""
+
+
+class Template:
+    """The process that forks the children; it is started when it is first needed. Thread-safe."""
+
+    def __init__(self, program: str = PROGRAM) -> None:
+        self._program = program
+        self._lock = threading.Lock()
+        self._control: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def fork(self, options: ChildOptions) -> tuple[socket.socket, int]:
+        """Fork a child; return the socket to it and its process id.
+
+        Raises `RuntimeUnavailableError` if the template does not start.
+        """
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                return ours, self._ask(json.dumps(options._asdict()).encode(), [theirs.fileno()])
+            except OSError as error:
+                ours.close()
+                message = "the decoder processes do not start; see the message above"
+                raise RuntimeUnavailableError(message) from error
+
+    def kill(self, process: int) -> None:
+        """Kill the child *process*; one of a template that has ended has ended, too."""
+        with suppress(OSError):
+            self._ask(str(process).encode(), [])
+
+    def close(self) -> None:
+        """End the template and its children."""
+        with self._lock:
+            self._close()
+
+    def _ask(self, message: bytes, descriptors: list[int]) -> int:
+        with self._lock:
+            for is_last in (False, True):
+                control = self._control or self._start()
+                try:
+                    return _exchange(control, message, descriptors)
+                except OSError:
+                    self._close()
+                    if is_last or not descriptors:
+                        raise
+        raise BrokenPipeError
+
+    def _start(self) -> socket.socket:
+        control, end = socket.socketpair()
+        control.settimeout(START_SECONDS)
+        path = [os.path.abspath(entry) for entry in sys.path]  # noqa: PTH100 - an entry may be empty
+        code = f"import sys; sys.path[:] = {path!r}; from {self._program} import main; main()"
+        with end:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", code, str(end.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env={"OPENBLAS_NUM_THREADS": "1"},
+                pass_fds=[end.fileno()],
+                cwd="/",
+                start_new_session=True,
+            )
+        self._control = control
+        threading.Thread(target=_log_errors, args=(self._process,), name="stderr", daemon=True).start()
+        return control
+
+    def _close(self) -> None:
+        if self._control is not None and self._process is not None:
+            self._control.close()
+            self._process.kill()
+            self._process.wait()
+        self._control = self._process = None
+
+
+def _exchange(control: socket.socket, message: bytes, descriptors: list[int]) -> int:
+    """Send *message* to a template; return the process id in its reply. Raises `OSError` if it has ended."""
+    socket.send_fds(control, [message], descriptors)
+    reply = control.recv(PROCESS_ID.size, socket.MSG_WAITALL)
+    if len(reply) < PROCESS_ID.size:
+        raise BrokenPipeError
+    return int(PROCESS_ID.unpack(reply)[0])
+
+
+def _log_errors(process: "subprocess.Popen[bytes]") -> None:
+    """Log what *process* and its children write to standard error, until they have ended."""
+    with cast(BinaryIO, process.stderr) as pipe:
+        while text := os.read(pipe.fileno(), 1 << 16):
+            log.warning("decoder: %s", text.decode(errors="replace").strip()[-LOGGED_CHARACTERS:])
+
+
+@functools.cache
+def shared_template() -> Template:
+    """Return the template of this process; it ends with this process."""
+    template = Template()
+    atexit.register(template.close)
+    return template
+
+
+@functools.lru_cache(maxsize=64)
+def _write_rules(preprocess: Preprocess) -> bytes:
+    return preprocess.model_dump_json().encode()
+
+
+class DecoderProcess:
+    """One child, which is replaced when it fails. Not thread-safe."""
+
+    def __init__(self, template: Template, options: ChildOptions, seconds: float) -> None:
+        """Start a child that may take *seconds* for an image.
+
+        Raises `RuntimeUnavailableError` if it does not start, and `ConfigError` for a required sandbox that
+        the system does not have.
+        """
+        self._template, self._options, self._seconds = template, options, seconds
+        self._end: socket.socket | None = None
+        self._number = self.process = 0
+        self.restrictions = self._start()
+
+    def decode(self, image: EncodedImage, preprocess: Preprocess) -> Decoded:
+        """Decode *image* as `decode` does.
+
+        Raises `ImageError`, `LargerImageError` for an image that needs another child, `DecoderEndedError` and
+        `DecoderBugError`.
+        """
+        end = self._idle_end()
+        self._number += 1
+        rules, media_type = _write_rules(preprocess), image.media_type.encode("latin-1", "replace")[:1000]
+        header = REQUEST.pack(self._number, len(rules), len(media_type), len(image.body))
+        pixels = np.empty((preprocess.crop, preprocess.crop, 3), np.uint8)
+        deadline = time.monotonic() + self._seconds
+        try:
+            end.sendall(header + rules + media_type)
+            end.sendall(image.body)
+            number, kind, changes, size = REPLY.unpack(receive(end, bytearray(REPLY.size), deadline))
+            if number != self._number or not PIXELS <= kind < FIRST_ERROR + len(ERRORS) or size > MAX_MESSAGE:
+                raise OSError("wrong reply")
+            message = bytes(receive(end, bytearray(size), deadline)).decode(errors="replace")
+            if kind == PIXELS:
+                receive(end, memoryview(pixels).cast("B"), deadline)
+        except OSError as error:
+            self._replace()
+            raise DecoderEndedError from error
+        if kind == LARGER:
+            raise LargerImageError
+        if kind == FAILED:
+            raise DecoderBugError
+        if kind >= FIRST_ERROR:
+            code, status = ERRORS[kind - FIRST_ERROR]
+            raise ImageError(message, code=code, status=status)
+        return Decoded(pixels, tuple(name for bit, name in enumerate(WARNINGS) if changes >> bit & 1))
+
+    def close(self) -> None:
+        """End the child."""
+        if self._end is not None:
+            self._end.close()
+            self._end = None
+
+    def _idle_end(self) -> socket.socket:
+        """Return the socket; first replace a child that has ended or sent more than its replies."""
+        if self._end is not None:
+            try:
+                self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:  # nothing to read
+                return self._end
+            except OSError:
+                pass
+        self._replace()
+        if self._end is None:
+            raise DecoderEndedError
+        return self._end
+
+    def _replace(self) -> None:
+        self.close()
+        self._template.kill(self.process)
+        try:
+            self._start()
+        except (ConfigError, RuntimeUnavailableError) as error:  # the next image tries again
+            log.error("a decoder process is not replaced: %s", error)
+
+    def _start(self) -> str:
+        end, self.process = self._template.fork(self._options)
+        limit = struct.pack("@ll", int(self._seconds), int(self._seconds % 1 * 1e6))
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+        deadline = time.monotonic() + START_SECONDS
+        try:
+            _, kind, _, size = REPLY.unpack(receive(end, bytearray(REPLY.size), deadline))
+            text = bytes(receive(end, bytearray(min(size, MAX_MESSAGE)), deadline)).decode()
+        except OSError as error:
+            end.close()
+            raise RuntimeUnavailableError(
+                "a decoder process does not start; see the message above"
+            ) from error
+        if kind != READY and self._options.sandbox == "required":
+            end.close()
+            raise ConfigError(f"sandbox=required: {text}; set sandbox=auto")
+        self._end = end
+        return text if kind == READY else f"no sandbox ({text})"
+
+
+def receive(end: socket.socket, buffer: bytearray | memoryview, deadline: float) -> bytearray | memoryview:
+    """Fill *buffer* from *end*; raises `OSError` if the other end is closed, or *deadline* passes."""
+    rest = memoryview(buffer)
+    while rest:
+        count = end.recv_into(rest, 0, socket.MSG_WAITALL)
+        if not count or time.monotonic() > deadline:
+            raise BrokenPipeError
+        rest = rest[count:]
+    return buffer

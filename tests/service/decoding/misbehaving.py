@@ -1,0 +1,39 @@
+"""A decoder program whose children do what the bytes of an image say, instead of decoding, or decode."""
+
+import json
+import os
+import time
+
+from sopdeploy_service.decoding import child
+from sopdeploy_service.images.decode import EncodedImage
+from tests.service.decoding.sandboxed import FORBIDDEN, attempt
+
+decode_and_answer = child.answer
+
+
+def answer(number: int, rules: bytes, image: EncodedImage, options: child.ChildOptions) -> list[bytes]:
+    """Misbehave if the image is a name below, or the first bytes of a pipe or environment are asked for."""
+    header = child.REPLY.pack
+    if image.body == b"die":
+        os._exit(1)
+    if image.body == b"hang":
+        time.sleep(3600)
+    if image.body == b"bug":
+        return [header(number, child.FAILED, 0, 0)]
+    if image.body == b"nonsense":
+        return [bytes(range(256)) * 1000]
+    if image.body == b"too little":
+        return [header(number, child.PIXELS, 0, 0), b"x"]
+    if image.body == b"long message":
+        return [header(number, child.FIRST_ERROR, 0, 65_000), bytes(65_000)]
+    if image.body == b"forbidden":
+        errors = {name: attempt(forbidden) for name, forbidden in FORBIDDEN.items()}
+        text = json.dumps([sorted(set(errors.values())), dict(os.environ)]).encode()
+        return [header(number, child.FIRST_ERROR, 0, len(text)), text]
+    reply = decode_and_answer(number, rules, image, options)
+    return [*reply, b"more"] if image.media_type == "image/too-many" else reply
+
+
+def main() -> None:
+    child.answer = answer
+    child.main()
