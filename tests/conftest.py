@@ -112,6 +112,8 @@ def _state_between_files() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    if decoding := sys.modules.get("sopdeploy_service.decoding.pool"):
+        decoding.shared_template().close()
     assert {name: value for name, value in process_state().items() if before.get(name, value) != value} == {}
 
 
