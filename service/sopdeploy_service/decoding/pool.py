@@ -190,7 +190,7 @@ class DecoderProcess:
                 raise OSError("wrong reply")
             message = bytes(receive(end, bytearray(size), deadline)).decode(errors="replace")
             if kind == PIXELS:
-                receive(end, memoryview(pixels).cast("B"), deadline)
+                receive(end, pixels.data.cast("B"), deadline)
         except OSError as error:
             self._replace()
             raise DecoderEndedError from error
