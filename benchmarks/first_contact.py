@@ -175,7 +175,7 @@ def bind(session: Any, bundle: Path, batch: int, provider: str) -> Callable[[], 
 
 def median_ms(calls: list[Callable[[], Any]]) -> float:
     """Time all *calls* at once, again and again."""
-    times = []
+    times: list[float] = []
     with ThreadPoolExecutor(len(calls)) as pool:
         end = time.perf_counter() + SECONDS
         while len(times) < WARM_UPS + RUNS and (len(times) <= WARM_UPS or time.perf_counter() < end):

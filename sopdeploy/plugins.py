@@ -53,7 +53,8 @@ class Registry(Generic[_Item]):
 
         Raises `ConfigError` if it is no such class, or if its name is invalid or in use.
         """
-        if not (isinstance(config, type) and issubclass(config, base)):
+        is_model = isinstance(config, type) and issubclass(config, base)
+        if not is_model:
             raise ConfigError(f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}")
         (name,) = get_args(config.model_fields["kind"].annotation)
         self.register(name, config, config.__module__)
