@@ -87,7 +87,7 @@ def import_weights(
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"{destination} is the file to import; give another name", setting="out_file")
     file = open_weights(source)
-    project, converted = convert(file, model)
+    project, converted = convert_weights(file, model)
     if converted.num_classes == 0:
         raise WeightsError(
             f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
@@ -135,10 +135,10 @@ def convert_start_weights(path: Path, model: str) -> ConvertedWeights | None:
         file = open_weights(path)
     except OwnCheckpointError:
         return None
-    return convert(file, model)[1]
+    return convert_weights(file, model)[1]
 
 
-def convert(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
+def convert_weights(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
     """Convert *file* for catalog *model*; returns the name of the file's project and the result.
 
     Raises `WeightsError` if no importer recognizes the file; the message names the networks of timm that fit.

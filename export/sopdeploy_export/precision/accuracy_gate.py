@@ -23,10 +23,10 @@ from sopdeploy_export.precision.findings import Accuracy, PrecisionReport
 from sopdeploy_export.subject import ExportSubject
 
 _BATCH = 8
-MAX_IMAGES = 340  # of `calibrate`
+MAX_CALIBRATION_IMAGES = 340  # of `calibrate`
 MIN_DISTINCT = 32
 MEASURED = 4  # every fourth distinct image of `calibrate` measures, the others calibrate
-ALIKE, THUMBNAIL = 5.0, 8  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
+ALIKE, GRAY_SIDE = 5.0, 8  # root mean square difference in gray levels, of thumbnails of 8 x 8 pixels
 
 
 class AccuracyCheck:
@@ -142,7 +142,7 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
         images = open_any_images(folder)
     except DataError as error:
         raise DataError(str(error), setting="calibrate") from error
-    positions = evenly_spread(len(images), MAX_IMAGES)
+    positions = evenly_spread(len(images), MAX_CALIBRATION_IMAGES)
     return np.stack([preprocess_image(images[position][0], preprocess) for position in positions.tolist()])
 
 
@@ -152,7 +152,7 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     Images whose thumbnails are alike are one distinct image, and on one side. Raises `DataError` for fewer
     than 32 distinct images.
     """
-    size = (THUMBNAIL, THUMBNAIL)
+    size = (GRAY_SIDE, GRAY_SIDE)
     small = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images]
     rows = np.reshape(small, (len(images), -1)).astype(np.float32)
     distances = np.stack([np.sqrt(np.square(rows - row).mean(axis=1)) for row in rows])

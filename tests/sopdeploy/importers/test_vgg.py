@@ -10,7 +10,7 @@ import torchvision
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.import_weights import convert
+from sopdeploy.importers.import_weights import convert_weights
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.start_weights import StartWeights, load_start_weights
 from tests.sopdeploy.importers.released import assert_logits, images_of, imported, settled
@@ -28,7 +28,7 @@ def vgg_file(tmp_path: Path, name: str) -> WeightFile:
 
 @pytest.mark.parametrize(("name", "model"), NETWORKS)
 def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, model: str) -> None:
-    project, converted = convert(vgg_file(tmp_path, name), model)
+    project, converted = convert_weights(vgg_file(tmp_path, name), model)
     with torch.device("meta"):
         expected = create_model(model, num_classes=5).state_dict()
     assert (project, converted.model, converted.num_classes) == ("torchvision", model, 5)
@@ -40,7 +40,7 @@ def test_a_vgg_of_another_depth_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         WeightsError, match="a VGG with 16 convolutions; the catalog has only VGG-16, with 13"
     ):
-        convert(vgg_file(tmp_path, "vgg19_bn"), "vgg16-bn")
+        convert_weights(vgg_file(tmp_path, "vgg19_bn"), "vgg16-bn")
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_torchvision_weights_give_the_same_logits(tmp_path: Path, name: str, mod
 def test_the_convolutions_start_a_network_with_another_pooling(
     tmp_path: Path, model: str, config: dict[str, Any], new: set[str]
 ) -> None:
-    _, converted = convert(vgg_file(tmp_path, "vgg16_bn"), "vgg16-bn")
+    _, converted = convert_weights(vgg_file(tmp_path, "vgg16_bn"), "vgg16-bn")
     values = {  # ones without memory of their own
         mapped.name: torch.ones((), dtype=mapped.tensor.dtype).expand(mapped.tensor.shape)
         for mapped in converted.tensors
