@@ -63,7 +63,7 @@ def replace_decoder(work: Callable[[], object]) -> None:
         work()
         return image
 
-    DecoderProcess.decode = decode  # type: ignore[method-assign]
+    DecoderProcess.decode = decode  # type: ignore[assignment, method-assign]
 
 
 def settings_for(largest: int, *, decoders: int, threads: int, **more: Any) -> Settings:
