@@ -125,7 +125,7 @@ ATTACKS: dict[str, tuple[Write, str]] = {
     "a zip with escaping names": (escaping_names, "damaged|could run code|not a sopdeploy checkpoint"),
     "a zip bomb": (zip_bomb, UNREADABLE),
     "random bytes": (lambda path: path.write_bytes(bytes(range(7, 256)) * 50), UNREADABLE),
-    "a folder": (lambda path: path.mkdir(), "no such file"),
+    "a folder": (lambda path: path.mkdir(), "a folder; use the best.pt"),
     "nothing": (lambda path: None, "no such file"),
     "a pipe": (lambda path: os.mkfifo(path), "no such file"),
 }

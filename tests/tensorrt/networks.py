@@ -10,6 +10,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
+from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.bundle.probes import Probes, write_probes
@@ -17,6 +18,7 @@ from sopdeploy.images.preprocess import Preprocess
 from tests.forged import proof_files
 
 SIDE, CHANNELS, CLASSES = 8, 4, 5
+RULES = Preprocess(resize=SIDE, crop=SIDE)
 
 
 def network(*, half: bool = False, batch: str | int = "batch", opset: int = 18) -> onnx.ModelProto:
@@ -100,6 +102,7 @@ def write(
             (stage / name).write_bytes(content)
         kept = Probes(images=images, expected={"logits": logits}, tolerance={"logits": tolerance})
         write_probes(stage / "probes.npz", kept)
+        write_golden(stage, RULES, lambda pixels: outputs_of(model, pixels[None])[0], tolerance)
         values: dict[str, Any] = {
             "project": "tiny",
             "exported_at": "2026-01-02T03:04:05.000000Z",
@@ -107,7 +110,7 @@ def write(
             "config": {},
             "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, SIDE, SIDE, 3)),),
             "outputs": (TensorRecord(name="logits", dtype="float32", shape=(None, CLASSES)),),
-            "preprocess": Preprocess(resize=SIDE, crop=SIDE),
+            "preprocess": RULES,
             "batch": BatchRange(minimum=1, optimum=4, maximum=16),
             "opset": 18,
             "detached": (),

@@ -32,7 +32,7 @@ REQUEST = struct.Struct(
 )  # number; bytes of the rules, of the media type and of the image, which follow
 # Number of the request, kind, warnings as bits, bytes of the message that follows; pixels follow kind PIXELS.
 REPLY = struct.Struct("<QBBH")
-PROCESS_ID = struct.Struct("<I")  # the reply of a template
+TEMPLATE_REPLY = struct.Struct("<I")  # the reply of a template
 READY, PIXELS, LARGER, FAILED, FIRST_ERROR = range(5)
 MAX_MESSAGE = 500
 ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_ERROR + index
@@ -147,12 +147,12 @@ def _memory_error(pixels: int, limit: int) -> ImageError:
     return ImageError(message, code="too_much_memory", status=413)
 
 
-def serve(end: socket.socket, options: ChildOptions) -> None:
+def serve_requests(end: socket.socket, options: ChildOptions) -> None:
     """Answer the requests that arrive at *end* until its other end is closed."""
-    while header := receive(end, REQUEST.size):
+    while header := receive_bytes(end, REQUEST.size):
         number, rules_size, type_size, size = REQUEST.unpack(header)
-        rules, media_type = receive(end, rules_size), receive(end, type_size).decode("latin-1")
-        image = EncodedImage(receive(end, size), media_type)
+        rules, media_type = receive_bytes(end, rules_size), receive_bytes(end, type_size).decode("latin-1")
+        image = EncodedImage(receive_bytes(end, size), media_type)
         if options.cpu_seconds:
             signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)  # SIGPROF ends this process
         reply = answer(number, rules, image, options)
@@ -162,7 +162,7 @@ def serve(end: socket.socket, options: ChildOptions) -> None:
             end.sendall(part)
 
 
-def receive(end: socket.socket, count: int) -> bytes:
+def receive_bytes(end: socket.socket, count: int) -> bytes:
     """Receive *count* bytes, or none if the other end is closed."""
     parts = []
     while count and (part := end.recv(count, socket.MSG_WAITALL)):
@@ -191,7 +191,7 @@ def run_child(end: socket.socket, options: ChildOptions) -> None:
         except OSError as error:
             text, kind = str(error.strerror), FAILED
         end.sendall(REPLY.pack(0, kind, 0, len(text)) + text.encode())
-        serve(end, options)
+        serve_requests(end, options)
     except OSError:  # the server has ended
         os._exit(0)
     except BaseException:
@@ -223,7 +223,7 @@ def run_template(control: socket.socket) -> None:
         for ended in list(children):  # not yet waited for, so no other process has its id
             if os.waitpid(ended, os.WNOHANG)[0]:
                 children.discard(ended)
-        control.sendall(PROCESS_ID.pack(process))
+        control.sendall(TEMPLATE_REPLY.pack(process))
     for process in list(children):
         _end(children, process)
 

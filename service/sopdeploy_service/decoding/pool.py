@@ -29,17 +29,17 @@ from sopdeploy_service.decoding.child import (
     LARGER,
     MAX_MESSAGE,
     PIXELS,
-    PROCESS_ID,
     READY,
     REPLY,
     REQUEST,
+    TEMPLATE_REPLY,
     WARNINGS,
     ChildOptions,
     LargerImageError,
 )
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 
-PROGRAM = "sopdeploy_service.decoding.child"
+CHILD_MODULE = "sopdeploy_service.decoding.child"
 START_SECONDS = 60.0
 LOGGED_CHARACTERS = 500  # of what children write to standard error at once
 
@@ -57,7 +57,7 @@ class DecoderBugError(Exception):
 class Template:
     """The process that forks the children; it is started when it is first needed. Thread-safe."""
 
-    def __init__(self, program: str = PROGRAM) -> None:
+    def __init__(self, program: str = CHILD_MODULE) -> None:
         self._program = program
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
@@ -130,10 +130,10 @@ class Template:
 def _exchange(control: socket.socket, message: bytes, descriptors: list[int]) -> int:
     """Send *message* to a template; return the process id in its reply. Raises `OSError` if it has ended."""
     socket.send_fds(control, [message], descriptors)
-    reply = control.recv(PROCESS_ID.size, socket.MSG_WAITALL)
-    if len(reply) < PROCESS_ID.size:
+    reply = control.recv(TEMPLATE_REPLY.size, socket.MSG_WAITALL)
+    if len(reply) < TEMPLATE_REPLY.size:
         raise BrokenPipeError
-    return int(PROCESS_ID.unpack(reply)[0])
+    return int(TEMPLATE_REPLY.unpack(reply)[0])
 
 
 def _log_errors(process: "subprocess.Popen[bytes]") -> None:

@@ -73,7 +73,9 @@ def check_holds_classes(root: Path) -> Path:
     """
     root = data_folder(root)
     if not list_subfolders(root) and not has_label_table(root) and official.detect_kind(root) is None:
-        raise DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
+        raise DataError(
+            f"{root}: holds no class folders and no labels.csv; sort the images into one subfolder per class"
+        )
     return root
 
 

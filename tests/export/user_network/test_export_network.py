@@ -38,7 +38,9 @@ def classify_over_http(bundle: Path) -> None:
     Image.fromarray(probes.images[-1]).save(body, "PNG")
     logits = probes.expected["logits"][-1].astype(np.float64)
     expected = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
-    with TestClient(create_app({"small": load_model(bundle, settings)}, settings)) as client:
+    with TestClient(
+        create_app({"small": load_model(bundle, settings)}, settings), "http://localhost"
+    ) as client:
         response = client.post("/v1/classify", content=body.getvalue())
     assert response.status_code == 200, response.text
     found = {row["label"]: row["probability"] for row in response.json()["classes"]}

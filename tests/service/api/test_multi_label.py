@@ -97,7 +97,7 @@ def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(
         listed = client.post("/v1/classify?threshold=0", content=body).json()["classes"]
         assert {one["label"]: one["probability"] for one in listed} == dict(zip(names, row, strict=True))
     (tmp_path / "labels.csv").unlink()
-    with pytest.raises(DataError, match=r"has no labels\.csv"):
+    with pytest.raises(DataError, match=r"holds no class folders and no labels\.csv"):
         scores_of_bundle(bundle_path, tmp_path, settings=settings, on_image=lambda *_: None)
 
 

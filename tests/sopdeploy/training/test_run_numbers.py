@@ -218,7 +218,7 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(ph
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--from", "bundles/none"), "bundles/none: no such file; use the best.pt"),
+        (("--from", "bundles/none"), "bundles/none: no such run or bundle"),
         (("--from", "runs/photos-1", "--recipe", "photos"), "--from: not with a recipe"),
         (("--from", "bundles/other"), "bundles/other: its run is not in runs; give the run"),
     ],

@@ -57,7 +57,7 @@ def decode_block(images: Sequence[ListedImage], rules: Preprocess, settings: Set
     return rows, pixels
 
 
-class DecoderProcess:
+class BatchDecoder:
     """A child that decodes; Ctrl-C in a terminal does not reach it, and it ends with its parent."""
 
     def __init__(self, rules: Preprocess, settings: Settings) -> None:
@@ -121,9 +121,9 @@ def decode_blocks(
 
     Raises `RuntimeUnavailableError` if the child processes do not start.
     """
-    idle: SimpleQueue[DecoderProcess] = SimpleQueue()
+    idle: SimpleQueue[BatchDecoder] = SimpleQueue()
     for _ in range(num_processes):
-        idle.put(DecoderProcess(rules, settings))
+        idle.put(BatchDecoder(rules, settings))
 
     def decode_next(images: Sequence[ListedImage]) -> DecodedBlock:
         process = idle.get()
