@@ -39,7 +39,7 @@ from sopdeploy_service.decoding.child import (
 )
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 
-CHILD_MODULE = "sopdeploy_service.decoding.child"
+DECODER_MODULE = "sopdeploy_service.decoding.child"
 START_SECONDS = 60.0
 LOGGED_CHARACTERS = 500  # of what children write to standard error at once
 
@@ -57,7 +57,7 @@ class DecoderBugError(Exception):
 class Template:
     """The process that forks the children; it is started when it is first needed. Thread-safe."""
 
-    def __init__(self, program: str = CHILD_MODULE) -> None:
+    def __init__(self, program: str = DECODER_MODULE) -> None:
         self._program = program
         self._lock = threading.Lock()
         self._control: socket.socket | None = None
