@@ -421,9 +421,14 @@ def _log_sigmoid(values: Tensor) -> Tensor:
 
 
 def _sort(values: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Any:
-    """Write a stable sort as a sort, whose ONNX form is stable."""
+    """Write a stable sort as the choice of all elements: `TopK` of ONNX is stable.
+
+    The converter's form of a sort reads the number of elements from a shape at run time, on the CPU.
+    """
     del stable
-    return torch.ops.aten.sort.default(values, dim, descending)
+    if values.dim() == 0 or not isinstance(values.shape[dim], int):
+        return torch.ops.aten.sort.default(values, dim, descending)
+    return torch.ops.aten.topk.default(values, values.shape[dim], dim, descending)
 
 
 # Operators whose form of the converter is missing, or wrong for some values

@@ -208,6 +208,11 @@ def test_a_transformer_copies_no_shapes_between_gpu_and_cpu() -> None:
     accepted(lowered(transformer, Preprocess(resize=160, crop=160)), "fp32")
 
 
+def test_a_stable_sort_copies_no_shapes_between_gpu_and_cpu(preprocess: Preprocess) -> None:
+    network = Minimal(lambda x: x.mean(dim=(2, 3)).sort(dim=1, stable=True)[0])
+    accepted(lowered(network.eval(), preprocess), "fp32")
+
+
 @pytest.mark.parametrize(("size", "mean"), [((1, 1), True), ((1, 2), False)])
 def test_only_pooling_to_one_position_becomes_a_mean(size: tuple[int, int], mean: bool) -> None:
     pooling = Minimal(lambda x: torch.nn.functional.adaptive_avg_pool2d(x, size).flatten(1))

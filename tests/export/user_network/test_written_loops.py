@@ -30,7 +30,7 @@ class Textbook(nn.Module):
         x = features.flatten(2)
         x = x - x.mean(dim=-1, keepdim=True)
         a = x @ x.transpose(1, 2) / x.shape[2]
-        norm = self.trace(a)[:, None, None]
+        norm = self.trace(a)[:, None, None] + 1e-5  # an image of one color has a covariance of 0
         identity = torch.eye(WIDTH)
         y, z = a / norm, identity.expand(x.shape[0], WIDTH, WIDTH)
         for _ in range(3):
