@@ -1,12 +1,14 @@
 """A control group that limits the memory of processes, as a container does. Needs root on Linux."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}  # files by the version of control groups
+END_SECONDS = 10.0
 PEAKS = {1: "memory.max_usage_in_bytes", 2: "memory.peak"}
 
 
@@ -54,4 +56,12 @@ def memory_group(limit: int) -> Iterator[MemoryGroup]:
         (folder / LIMITS[version]).write_text(str(limit))
         yield MemoryGroup(folder, version)
     finally:
-        folder.rmdir()
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Remove a group once its processes have ended: child processes end after a server that was killed."""
+    end = time.monotonic() + END_SECONDS
+    while (folder / "cgroup.procs").read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    folder.rmdir()
