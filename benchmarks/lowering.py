@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from measure import Result, compare, parse, report
@@ -27,7 +28,7 @@ from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
 from sopdeploy.layers.mixture.components import Components, Convolutions
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.graph import OPSET
+from sopdeploy_export.graph import OPSET, convert
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
 
@@ -107,16 +108,12 @@ def as_in_the_papers(layer: nn.Module) -> nn.Module:
 
 
 def converted(layer: nn.Module, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
-    """Convert *layer* to ONNX."""
+    """Convert *layer* to ONNX as an export does."""
     batch = Dim("batch", min=1)
     with torch.no_grad():
         program = torch.export.export(layer.eval(), inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
-    converted_program = torch.onnx.export(
-        program, (), dynamo=True, opset_version=OPSET, external_data=False, verbose=False
-    )
-    if converted_program is None:
-        sys.exit("no ONNX form")
-    return converted_program.model_proto
+    names = [f"input_{number}" for number in range(len(inputs))]
+    return ir.to_proto(convert(program, names, ["vector"], OPSET))
 
 
 def features(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:
