@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
-from tests.service.children import PYTHONPATH, line_of
+from tests.service.children import PYTHONPATH, announced_by
 from tests.service.conftest import wait_for
 
 COLOURS = {
@@ -100,12 +100,7 @@ def running(pattern: str, *arguments: str, stderr: int | None = None) -> Iterato
     command = [sys.executable, "-u", "-m", "sopdeploy", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as child:
         try:
-            found = None
-            while found is None:
-                line = line_of(child)
-                assert line, arguments
-                found = re.match(pattern, line)
-            yield found[1]
+            yield announced_by(child, pattern)
             child.send_signal(signal.SIGINT)
             assert child.wait(60) == 0
         finally:

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.real.conftest import LITE0
-from tests.service.children import line_of
+from tests.service.children import announced_by
 from tests.service.conftest import wait_for
 
 CLASSES = {  # folders of the photographs: names of the classes
@@ -72,12 +71,7 @@ class Program(NamedTuple):
             [COMMAND, *arguments], stdout=subprocess.PIPE, encoding="utf-8", cwd=self.folder, env=self.env
         ) as child:
             try:
-                found = None
-                while found is None:
-                    line = line_of(child)
-                    assert line, arguments
-                    found = re.match(pattern, line)
-                yield found[1]
+                yield announced_by(child, pattern)
             finally:
                 child.kill()
 

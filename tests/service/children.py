@@ -73,6 +73,14 @@ def line_of(child: subprocess.Popen[str]) -> str:
         timer.cancel()
 
 
+def announced_by(child: subprocess.Popen[str], pattern: str) -> str:
+    """Return the first group of *pattern* in the first line of *child* that begins with it."""
+    while line := line_of(child):
+        if found := re.match(pattern, line):
+            return found[1]
+    raise AssertionError(f"{child.args} ended before it printed {pattern!r}")
+
+
 def children_of(parent: int) -> list[int]:
     """List the child processes of the process *parent*."""
     files = Path(f"/proc/{parent}/task").glob("*/children")  # each thread has its own

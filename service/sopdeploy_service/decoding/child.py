@@ -27,9 +27,8 @@ from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.images.decode import LOADERS, EncodedImage, decode
 from sopdeploy_service.runtime.device_memory import limit_heaps
 
-REQUEST = struct.Struct(
-    "<QIHI"
-)  # number; bytes of the rules, of the media type and of the image, which follow
+# Number of the request; bytes of the rules, of the media type and of the image, which follow.
+REQUEST = struct.Struct("<QIHI")
 # Number of the request, kind, warnings as bits, bytes of the message that follows; pixels follow kind PIXELS.
 REPLY = struct.Struct("<QBBH")
 TEMPLATE_REPLY = struct.Struct("<I")  # the reply of a template
@@ -172,7 +171,7 @@ def receive_bytes(end: socket.socket, count: int) -> bytes:
 
 
 def restrict(options: ChildOptions) -> str:
-    """Limit this process for ever; return the names of the restrictions."""
+    """Limit this process until it ends; return the names of the restrictions."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):  # Linux only
         lines = Path("/proc/self/status").read_text().splitlines()
