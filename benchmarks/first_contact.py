@@ -2,11 +2,9 @@
 
     python first_contact.py FOLDER [PART ...] [--out OUT] [--resume] [--provider cpu]
 
-FOLDER is what `gpu_bundles.py` writes: bundles, JPEGs, and copies of this file and load.py. The parts
-`machine`, `probes` and `speed` need ONNX Runtime with CUDA, `server` and `tensorrt` also this project. Each
-part runs in its own process and writes each row to OUT/PART.jsonl at once: a part that fails or is killed
-keeps its rows and does not prevent the others. --resume skips parts that succeeded. OUT/gpu.md lists all
-results. The exit code is 1 if a part failed. `--provider cpu` runs the same on a machine without a GPU.
+FOLDER is what `gpu_bundles.py` writes. The parts `machine`, `probes` and `speed` need ONNX Runtime with CUDA,
+`server` and `tensorrt` also this project. Each part runs in its own process and writes each row at once to
+OUT/PART.jsonl; OUT/gpu.md lists all. --resume skips parts that succeeded. `--provider cpu` needs no GPU.
 """
 
 import argparse
@@ -14,131 +12,105 @@ import ctypes
 import importlib.metadata
 import json
 import platform
-import re
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from load import put_load
+
 BATCHES = (1, 8, 32, 64)
-WARM_UPS, RUNS, SECONDS = 3, 50, 3.0  # of each size: at most so many batches, in about so many seconds
+WARM_UPS, SECONDS = 3, 2.0  # for each batch size
 PART_SECONDS = 300
-CONNECTIONS = (1, 64)
 PACKAGES = ("numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-cu13", "torch", "sopdeploy")
+Bundle = dict[str, Any]  # its manifest, path, and name with the precision
 Row = dict[str, Any]
 
 
-def machine(bundles: list[Path], provider: str) -> Iterator[Row]:
-    """Device, driver and versions."""
-    yield {"what": "system", "value": f"{platform.platform()}, Python {platform.python_version()}"}
-    driver = Path("/proc/driver/nvidia/version")
-    version = re.search(r"\b\d+\.\d+[.\d]*", driver.read_text()) if driver.is_file() else None
-    yield {"what": "driver", "value": version[0] if version else "none; CUDA 13 needs 580 or later"}
-    installed = {each.name: each.version for each in importlib.metadata.distributions()}
-    yield from ({"what": name, "value": installed.get(name, "not installed")} for name in PACKAGES)
-    yield {"what": "bundles", "value": ", ".join(map(name_of, bundles))}
+def machine(_: Bundle, provider: str) -> Iterator[Row]:
+    """Date, versions and device."""
+    found = {"date": time.strftime("%Y-%m-%d"), "system": platform.platform()}
+    found |= {each.name: each.version for each in importlib.metadata.distributions() if each.name in PACKAGES}
+    yield from ({"what": name, "value": value} for name, value in found.items())
     if provider == "cuda":
-        cuda, name, capability = ctypes.CDLL("libcuda.so.1"), ctypes.create_string_buffer(100), []
-        if code := cuda.cuInit(0):
-            raise RuntimeError(f"cuInit fails with {code}: no usable GPU")
-        cuda.cuDeviceGetName(name, 100, 0)
-        for attribute in (75, 76):  # major and minor compute capability
-            cuda.cuDeviceGetAttribute(ctypes.byref(value := ctypes.c_int()), attribute, 0)
-            capability.append(str(value.value))
-        yield {"what": "device", "value": f"{name.value.decode()}, sm {'.'.join(capability)}"}
+        query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+        yield {"what": "GPU, sm, driver", "value": subprocess.check_output(query, text=True).strip()}
 
 
-def probes(bundles: list[Path], provider: str) -> Iterator[Row]:
-    """Deviation from the probes in noise floors; operators on the CPU; copies to or from the GPU per run."""
+def probes(bundle: Bundle, provider: str) -> Iterator[Row]:
+    """Deviation from the probes in noise floors; operators on the CPU; copies between CPU and GPU."""
     import numpy as np  # noqa: PLC0415  a missing package is one line of this part
 
-    failed = []
-    for bundle in bundles:
-        row: Row = {"bundle": name_of(bundle)}
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                session = open_session(bundle, provider, profile=f"{folder}/profile")
-                on_cpu: Counter[str] = Counter()
-                for part in session.get_provider_graph_assignment_info():
-                    on_cpu.update(n.op_type for n in part.get_nodes() if part.ep_name.startswith("CPU"))
-                row["on the CPU"] = ", ".join(f"{count} {name}" for name, count in on_cpu.items()) or "none"
-                with np.load(bundle / "probes.npz") as arrays:
-                    images, expected = arrays["images"], arrays["output_logits"]
-                    limit = float(arrays["tolerance_logits"])
-                parity = json.loads((bundle / "parity.json").read_text(encoding="utf-8"))
-                floor = parity["outputs"]["logits"]["noise_floor"]
-                for size in (1, len(images)):
-                    parts = [images[start : start + size] for start in range(0, len(images), size)]
-                    values = [session.run(["logits"], {session.get_inputs()[0].name: part}) for part in parts]
-                    deviation = np.abs(np.concatenate([value for (value,) in values]) - expected).max()
-                    row[f"in batches of {size}"] = f"{deviation / floor:.2f} of {limit / floor:.1f}"
-                    failed += [] if deviation <= limit else [row["bundle"]]
-                events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-                copies = sum(
-                    event.get("args", {}).get("op_name", "").startswith("Memcpy") for event in events
-                )
-                row["copies"] = round(copies / (len(images) + 1), 1)
-        except Exception as error:  # the next bundle may run; the libraries' errors share no base class
-            failed.append(row["bundle"])
-            row["error"] = one_line(error)
-        yield row
-    if failed:
-        raise RuntimeError(f"wrong or not run: {', '.join(dict.fromkeys(failed))}")
+    arrays = np.load(bundle["path"] / "probes.npz")
+    with tempfile.TemporaryDirectory() as folder:
+        session = open_session(bundle, provider, profile=f"{folder}/profile")
+        (logits,) = session.run(["logits"], {session.get_inputs()[0].name: arrays["images"]})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    deviation, limit = np.abs(logits - arrays["output_logits"]).max(), float(arrays["tolerance_logits"])
+    floor = json.loads((bundle["path"] / "parity.json").read_text())["outputs"]["logits"]["noise_floor"]
+    on_cpu: Counter[str] = Counter()
+    for part in session.get_provider_graph_assignment_info():
+        on_cpu.update(node.op_type for node in part.get_nodes() if part.ep_name.startswith("CPU"))
+    row = {"bundle": bundle["name"], "noise floors": f"{deviation / floor:.2f} of {limit / floor:.1f}"}
+    copies = sum("Memcpy" in event.get("args", {}).get("op_name", "") for event in events)
+    yield row | {"on the CPU": str(dict(on_cpu)), "copies": copies}
+    if not deviation <= limit:
+        raise RuntimeError("the outputs are wrong")
 
 
-def speed(bundles: list[Path], provider: str) -> Iterator[Row]:
-    """Median milliseconds of a batch with its copies, images/s alone and with two in flight; MiB used."""
-    for bundle in bundles:
-        before, session = free_memory(), open_session(bundle, provider)
-        for batch in (size for size in BATCHES if size <= manifest_of(bundle)["batch"]["maximum"]):
-            calls = [bind(session, bundle, batch, provider) for _ in range(2)]
-            alone, two = median_ms(calls[:1]), median_ms(calls)
-            row = {"bundle": name_of(bundle), "batch": batch, "ms": f"{alone:.3f}"}
-            row |= {"images/s": f"{1e3 * batch / alone:.0f}", "two in flight": f"{2e3 * batch / two:.0f}"}
-            yield row | {"MiB": (before - free_memory()) >> 20}
-        del session, calls
-        yield {"bundle": name_of(bundle), "batch": "closed", "MiB": (before - free_memory()) >> 20}
+def speed(bundle: Bundle, provider: str) -> Iterator[Row]:
+    """Median milliseconds of a batch with its copies, images/s alone and with two in flight; MiB in use."""
+    session = open_session(bundle, provider)
+    for batch in BATCHES:
+        calls = [bind(session, bundle, batch, provider) for _ in range(2)]
+        alone, two = median_ms(calls[:1]), median_ms(calls)
+        row = {"bundle": bundle["name"], "batch": batch, "ms": f"{alone:.3f}"}
+        row |= {"images/s": f"{1e3 * batch / alone:.0f}", "two in flight": f"{2e3 * batch / two:.0f}"}
+        yield row | ({"MiB": used_mib()} if provider == "cuda" else {})
 
 
-def server(bundles: list[Path], provider: str) -> Iterator[Row]:
+def server(bundle: Bundle, provider: str) -> Iterator[Row]:
     """`sopdeploy serve` under load: JPEGs of 500 x 375 pixels; client and server share the cores."""
-    yield from serve(bundles[-1], "onnxruntime-cuda" if provider == "cuda" else "onnxruntime-cpu")
+    import sopdeploy  # noqa: PLC0415
+
+    runtime, images = f"onnxruntime-{provider}", bundle["path"].parents[1] / "images"
+    with sopdeploy.serve(bundle["path"], background=True, port=0, runtime=runtime) as server:
+        for connections in (1, 64):
+            load = put_load(f"{server.url}/v1/classify", images, 6, "--connections", connections)
+            row = {"bundle": bundle["name"], "runtime": runtime, "connections": connections}
+            yield row | {key: f"{getattr(load, key):.1f}" for key in ("images_per_s", "p50_ms", "p99_ms")}
 
 
-def tensorrt(bundles: list[Path], _: str) -> Iterator[Row]:
-    """Engines: parsed, built, compared with the probes, and the server on them under the same load."""
-    for bundle in bundles:
-        command = [sys.executable, "-m", "sopdeploy", "engine", str(bundle), "--profiles", "1,8,64"]
-        begin = time.monotonic()
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
-        if built.returncode:
-            raise RuntimeError((built.stderr.strip().splitlines() or ["no message"])[-1])
-        yield {"bundle": name_of(bundle), "build": f"{time.monotonic() - begin:.0f} s"}
-        yield from serve(bundle, "tensorrt")
+def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
+    """Engines that reproduce the probes: seconds to build, median milliseconds of a batch."""
+    from sopdeploy.bundle.folder import open_bundle  # noqa: PLC0415
+    from sopdeploy_export.engine_builder.engine import get_engine  # noqa: PLC0415
+    from sopdeploy_export.options import EngineOptions  # noqa: PLC0415
+    from sopdeploy_service.commands.bench import bench  # noqa: PLC0415
+    from sopdeploy_service.settings import load_settings  # noqa: PLC0415
+
+    engine = get_engine(open_bundle(bundle["path"]), EngineOptions(profiles="1,8,64"))
+    yield {"bundle": bundle["name"], "build": f"{engine.record.build_seconds:.0f} s"}
+    for measured in bench(bundle["path"], load_settings(runtime="tensorrt"), BATCHES).latencies:
+        yield {"bundle": bundle["name"], "batch": measured.batch, "ms": f"{measured.median_ms:.3f}"}
 
 
-PARTS: dict[str, Callable[[list[Path], str], Iterator[Row]]] = {
-    part.__name__: part for part in (machine, probes, speed, server, tensorrt)
-}
+PARTS = {part.__name__: part for part in (machine, probes, speed, server, tensorrt)}
 
 
-def open_session(bundle: Path, provider: str, profile: str = "") -> Any:
+def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:
     """Open the graph of *bundle* with the options of the service; write a profile to the path *profile*."""
     import onnxruntime as ort  # noqa: PLC0415
 
-    options, path = ort.SessionOptions(), str(bundle / "model.onnx")
-    options.log_severity_level, options.enable_profiling = 4, bool(profile)
-    if profile:
-        options.profile_file_prefix = profile
+    options, path = ort.SessionOptions(), str(bundle["path"] / "model.onnx")
+    options.log_severity_level = 4
+    options.enable_profiling, options.profile_file_prefix = bool(profile), profile
     options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if provider == "cpu":
@@ -146,20 +118,19 @@ def open_session(bundle: Path, provider: str, profile: str = "") -> Any:
     ort.preload_dlls()
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     chosen = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}
-    chosen |= {"prefer_nhwc": "1"} if manifest_of(bundle)["precision"] == "fp16" else {}
+    chosen |= {"prefer_nhwc": "1"} if bundle["precision"] == "fp16" else {}
     session = ort.InferenceSession(path, options, [("CUDAExecutionProvider", chosen)], enable_fallback=0)
     if session.get_providers()[0] != "CUDAExecutionProvider":
         raise RuntimeError(f"ONNX Runtime runs on {session.get_providers()[0]}")
     return session
 
 
-def bind(session: Any, bundle: Path, batch: int, provider: str) -> Callable[[], Any]:
+def bind(session: Any, bundle: Bundle, batch: int, provider: str) -> Callable[[], Any]:
     """Bind a batch of images (batch, H, W, 3) on the device; return what uploads, runs and downloads it."""
     import numpy as np  # noqa: PLC0415
     import onnxruntime as ort  # noqa: PLC0415
 
-    shape = (batch, *manifest_of(bundle)["inputs"][0]["shape"][1:])
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (batch, *bundle["inputs"][0]["shape"][1:]), np.uint8)
     binding, tensor = session.io_binding(), ort.OrtValue.ortvalue_from_numpy(images, provider, 0)
     binding.bind_ortvalue_input(session.get_inputs()[0].name, tensor)
     for output in session.get_outputs():
@@ -178,110 +149,73 @@ def median_ms(calls: list[Callable[[], Any]]) -> float:
     times: list[float] = []
     with ThreadPoolExecutor(len(calls)) as pool:
         end = time.perf_counter() + SECONDS
-        while len(times) < WARM_UPS + RUNS and (len(times) <= WARM_UPS or time.perf_counter() < end):
+        while len(times) <= WARM_UPS or time.perf_counter() < end:
             begin = time.perf_counter()
-            for future in [pool.submit(call) for call in calls]:
-                future.result()
+            list(pool.map(lambda call: call(), calls))
             times.append(time.perf_counter() - begin)
     return 1e3 * statistics.median(times[WARM_UPS:])
 
 
-def free_memory() -> int:
-    """Return the free bytes of the GPU; 0 without CUDA."""
+def used_mib() -> int:
+    """Return the memory of the GPU that is in use; a session has loaded the library."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    try:
-        ctypes.CDLL("libcudart.so.13").cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
-    except OSError:
-        return 0
-    return free.value
+    ctypes.CDLL("libcudart.so.13").cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    return (total.value - free.value) >> 20
 
 
-def serve(bundle: Path, runtime: str) -> Iterator[Row]:
-    """Serve *bundle* on *runtime* and measure the load that load.py puts on it."""
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = str(unused.getsockname()[1])
-    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", port]
-    process = subprocess.Popen([*command, "--setting", f"runtime={runtime}"], stdout=sys.stderr)
-    url, images = f"http://127.0.0.1:{port}", Path(sys.argv[1], "images")
-    try:
-        while not is_ready(f"{url}/readyz"):
-            if process.poll() is not None:
-                raise RuntimeError(f"sopdeploy serve ends with exit code {process.returncode}")
-            time.sleep(0.2)
-        for connections in CONNECTIONS:
-            load = [
-                sys.executable,
-                str(Path(__file__).with_name("load.py")),
-                f"{url}/v1/classify",
-                str(images),
-            ]
-            load += ["--connections", str(connections)]
-            measured = json.loads(subprocess.run(load, capture_output=True, check=True).stdout)
-            row = {"bundle": name_of(bundle), "runtime": runtime, "connections": connections}
-            yield row | {key: round(measured[key], 1) for key in ("images_per_s", "p50_ms", "p99_ms")}
-    finally:
-        process.terminate()
-        process.wait(30)
+def read_bundles(folder: Path) -> list[Bundle]:
+    """Read the manifests of the bundles in *folder*, the one with the smallest graph first."""
+    found: list[Bundle] = []
+    for path in {path.resolve() for path in folder.glob("*/*/manifest.json")}:  # `latest` is a link
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found.append(manifest | {"path": path.parent, "name": "{model} {precision}".format_map(manifest)})
+    return sorted(found, key=lambda bundle: (bundle["path"] / "model.onnx").stat().st_size)
 
 
-def is_ready(url: str) -> bool:
-    """Return whether *url* answers with success."""
-    try:
-        urllib.request.urlopen(url, timeout=5).close()  # noqa: S310  loopback
-    except OSError:
-        return False
-    return True
-
-
-def manifest_of(bundle: Path) -> Any:
-    """Read the manifest of *bundle*."""
-    return json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-
-
-def name_of(bundle: Path) -> str:
-    """Return the network and the precision of *bundle*."""
-    return "{model} {precision}".format_map(manifest_of(bundle))
-
-
-def one_line(error: Exception) -> str:
-    """Convert *error* to one line without the cells' separator."""
-    return " ".join(f"{type(error).__name__}: {error}".replace("|", "/").split())[:300]
+def run_alone(part: str, bundles: list[Bundle], provider: str) -> None:
+    """Run *part* in this process; print its rows and its result."""
+    begin, result = time.monotonic(), "ok"
+    for bundle in bundles[-1:] if part in {"machine", "server"} else bundles:
+        try:
+            for row in PARTS[part](bundle, provider):
+                print(json.dumps(row), flush=True)
+        except Exception as error:  # the next bundle may run; the libraries' errors share no base class
+            line = " ".join(f"{type(error).__name__}: {error}".replace("|", "/").split())[:300]
+            result = f"failed: {bundle['name']}: {line}"
+            print(json.dumps({"bundle": bundle["name"], "error": line}), flush=True)
+    print(json.dumps({"result": f"{result} ({time.monotonic() - begin:.1f} s)"}), flush=True)
 
 
 def run_part(part: str, options: argparse.Namespace) -> None:
     """Run *part* in its own process, because an error of CUDA ends all CUDA work of a process."""
-    path, begin = options.out / f"{part}.jsonl", time.monotonic()
-    command = [sys.executable, __file__, str(options.folder), part, "--provider", options.provider, "--alone"]
-    with path.open("w", encoding="utf-8") as rows, path.with_suffix(".log").open("w+") as log:
-        process = subprocess.Popen(command, stdout=rows, stderr=log)
+    path = options.out / f"{part}.jsonl"
+    path.unlink(missing_ok=True)  # a process that was left behind may still write to it
+    command = [sys.executable, __file__, options.folder, part, "--provider", options.provider, "--alone"]
+    with path.open("a") as rows, path.with_suffix(".log").open("w") as log:
         try:
-            result = "ok" if process.wait(PART_SECONDS) == 0 else ""
+            done = subprocess.run(command, stdout=rows, stderr=log, timeout=PART_SECONDS, check=False)
+            end = f"failed: exit code {done.returncode}, see {log.name}"
         except subprocess.TimeoutExpired:
-            result = f"stopped after {PART_SECONDS} s"
-        finally:
-            process.kill()
-        log.seek(0)
-        result = (
-            result or f"failed: {(log.read().strip().splitlines() or [f'exit {process.returncode}'])[-1]}"
-        )
-        seconds, date = round(time.monotonic() - begin, 1), datetime.now(UTC).date().isoformat()
-        rows.write(json.dumps({"result": result, "seconds": seconds, "date": date}) + "\n")
-    print(f"{part}: {result} ({seconds} s)", flush=True)
+            end = f"failed: stopped after {PART_SECONDS} s"
+        if not read_part(options.out, part)[1]:
+            print(json.dumps({"result": end}), file=rows, flush=True)
+    print(f"{part}: {read_part(options.out, part)[1]}", flush=True)
 
 
-def rows_of(path: Path) -> list[Row]:
-    """Read the rows of a part and its result; without a result, the part was killed or did not run."""
+def read_part(out: Path, part: str) -> tuple[list[Row], str]:
+    """Read the rows of a part and its result, which is empty if the part was killed or did not run."""
+    path = out / f"{part}.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     rows = [json.loads(line) for line in lines if line.startswith("{")]
-    return rows if rows and "result" in rows[-1] else [*rows, {"result": "not finished"}]
+    return (rows[:-1], rows[-1]["result"]) if rows and "result" in rows[-1] else (rows, "")
 
 
 def page(out: Path) -> str:
     """Build the page of results: a table for each part."""
     lines = ["# On a GPU", "", "This page shows what `make gpu-check` checked and measured.", ""]
     for name, part in PARTS.items():
-        *rows, last = rows_of(out / f"{name}.jsonl")
-        lines += [f"## {name}", "", f"{part.__doc__} {last.get('date', '')} {last['result']}", ""]
+        rows, result = read_part(out, name)
+        lines += [f"## {name}", "", f"{part.__doc__} {result or 'not finished'}", ""]
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines += [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)] if rows else []
         lines += [f"| {' | '.join(str(row.get(key, '')) for key in columns)} |" for row in rows] + [""]
@@ -290,36 +224,26 @@ def page(out: Path) -> str:
 
 def main() -> int:
     """Run the parts; with the internal option --alone, one part in this process. Return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
+    parser = argparse.ArgumentParser(description="Check and measure a GPU with exported bundles.")
+    parser.add_argument("folder", type=Path, help="what gpu_bundles.py wrote")
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("first-contact"))
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--resume", action="store_true", help="skip the parts that succeeded")
     parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    bundles = [
-        path.parent for path in options.folder.glob("*/*/manifest.json") if not path.parent.is_symlink()
-    ]
-    bundles.sort(key=lambda bundle: (bundle / "model.onnx").stat().st_size)
-    if not bundles:
+    if not (bundles := read_bundles(options.folder)):
         parser.error(f"{options.folder} has no bundle; `make gpu-bundles` writes them")
     if options.alone:
-        try:
-            for row in PARTS[options.parts[0]](bundles, options.provider):
-                print(json.dumps(row), flush=True)
-        except Exception as error:  # any error is the result of this part
-            sys.exit(one_line(error))
+        run_alone(options.parts[0], bundles, options.provider)
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     parts = options.parts or [*PARTS]
     for part in parts:
-        if not (options.resume and rows_of(options.out / f"{part}.jsonl")[-1]["result"] == "ok"):
+        if not (options.resume and read_part(options.out, part)[1].startswith("ok")):
             run_part(part, options)
         (options.out / "gpu.md").write_text(page(options.out), encoding="utf-8")
-    return int(any(rows_of(options.out / f"{part}.jsonl")[-1]["result"] != "ok" for part in parts))
+    return int(not all(read_part(options.out, part)[1].startswith("ok") for part in parts))
 
 
 if __name__ == "__main__":

@@ -3,14 +3,19 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import first_contact
 import pytest
 
+from sopdeploy_service.runtime.onnxruntime import CUDA, cuda_options, session_options
 from tests.cuda.stand_in import ABSENT, installed, start
 from tests.tensorrt.networks import network, write
 
 PROGRAM = str(Path(first_contact.__file__))
+ON_CPU_THREADS = {"intra_op_num_threads", "inter_op_num_threads", "session.intra_op.allow_spinning"}
+DEFAULTS = {"graph_optimization_level"}
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 def results(out: Path) -> dict[str, str]:
     """Return the result of each part."""
-    return {part: first_contact.rows_of(out / f"{part}.jsonl")[-1]["result"] for part in first_contact.PARTS}
+    return {part: first_contact.read_part(out, part)[1] for part in first_contact.PARTS}
 
 
 def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
@@ -31,7 +36,7 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "machine.jsonl").write_text('{"what": "device", "value": "H100"}\n{"result": "ok"}\n')
+    (out / "machine.jsonl").write_text('{"what": "device", "value": "H100"}\n{"result": "ok (1.0 s)"}\n')
     (out / "probes.jsonl").write_text('{"bundle": "tiny fp32"}\n{"bundle": "ti')
     command = [sys.executable, PROGRAM, folder, "machine", "probes", "tensorrt", "--out", out]
     done = subprocess.run(
@@ -39,19 +44,56 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
     )
     assert (done.returncode, done.stderr) == (1, "")
     found = results(out)
-    assert (found["machine"], found["probes"], found["server"]) == ("ok", "ok", "not finished")
-    assert found["tensorrt"].startswith("failed: RuntimeError: error: ")
+    assert (found["machine"], found["probes"][:4], found["server"]) == ("ok (1.0 s)", "ok (", "")
+    assert found["tensorrt"].startswith("failed: tiny fp")
     page = (out / "gpu.md").read_text()
     assert "| device | H100 |" in page
-    assert page.count("| tiny fp") == 2
+    assert page.count("| tiny fp") == 4  # probes, and the errors of tensorrt
 
 
-def test_a_wrong_result_is_named_and_the_other_bundles_are_compared(folder: Path, tmp_path: Path) -> None:
+def test_a_wrong_result_is_named_and_the_other_bundles_are_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     wrong, right = (next(folder.glob(f"{name}/tiny-*")) for name in ("fp32", "fp16"))
     (wrong / "model.onnx").write_bytes((right / "model.onnx").read_bytes()[:-1000])
-    rows = []
-    with pytest.raises(RuntimeError, match="wrong or not run: tiny fp32"):
-        rows.extend(first_contact.probes([wrong, right], "cpu"))
+    first_contact.run_alone("probes", first_contact.read_bundles(folder), "cpu")
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3
+    assert '{"result": "failed: tiny fp32: ' in rows[-1]
+
+
+class Recorded(SimpleNamespace):
+    """Session options that can be listed, in the place of those of ONNX Runtime."""
+
+    def add_session_config_entry(self, name: str, value: str) -> None:
+        vars(self)[name] = value
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_a_session_has_the_options_of_the_service(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    def session(_: str, options: Any, providers: Any, enable_fallback: int) -> Any:
+        assert not enable_fallback
+        opened.extend((options, providers))
+        return SimpleNamespace(get_providers=lambda: [CUDA])
+
+    levels = SimpleNamespace(ORT_ENABLE_ALL=99)
+    onnxruntime: Any = SimpleNamespace(
+        SessionOptions=Recorded,
+        InferenceSession=session,
+        preload_dlls=lambda: None,
+        GraphOptimizationLevel=levels,
+    )
+    monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
+    first_contact.open_session({"path": Path("folder"), "precision": precision}, "cuda")
+    options, providers = opened
+    assert providers == [(CUDA, cuda_options(precision))]
+    of_service = vars(session_options(onnxruntime, 1, CUDA))
+    profile = {"enable_profiling", "profile_file_prefix"}
+    assert {name: value for name, value in vars(options).items() if name not in profile} == {
+        name: value for name, value in of_service.items() if name not in ON_CPU_THREADS | DEFAULTS
+    }
 
 
 @pytest.mark.skipif(not installed(), reason=ABSENT)
