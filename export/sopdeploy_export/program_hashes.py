@@ -10,6 +10,7 @@ time.
 """
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -278,6 +279,9 @@ class _ValueHasher:
         arguments = _arguments(node)
         if name == "aten.expand":
             arguments = [arguments[0], shape]
+        elif name == "aten.slice":
+            first, end = arguments[2:4]
+            arguments[2:4] = first or 0, sys.maxsize if end is None else end
         self.hashes[node] = hash_parts(str(target), *(_encode(value, self._hash) for value in arguments))
         self.operations[self.hashes[node]] = f"{target} in {_module_of(node)}"
 

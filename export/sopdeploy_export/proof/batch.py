@@ -248,12 +248,20 @@ def within(call: Call) -> Place:
 
 
 def slices(call: Call) -> Place:
-    """Cut other axes than the batch."""
-    starts, axis = call[1].numbers(), call.x.axis
-    steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(starts)
-    at = call.axes(3, range(len(starts)))
-    cut = [a for a, start, step in zip(at, starts, steps, strict=True) if (start, step) != (0, 1)]
-    _require(axis not in cut and (axis not in at or call.x.shapes == call.shapes))
+    """Cut other axes than the batch at constant positions, and this one between whole batches."""
+    starts = [start.reshape(-1).tolist() for start in call[1].contents]
+    at = call.axes(3, range(len(starts[0])))
+    steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(at)
+    for axis, step, *firsts in zip(at, steps, *starts, strict=True):
+        if axis != call.x.axis:
+            _require(len(set(firsts)) == 1)
+            continue
+        parts = set()
+        for batch, first, shape, part in zip(_BATCHES, firsts, call.x.shapes, call.shapes, strict=True):
+            rows, first = batch * (call.x.place.inner or 1), max(first + shape[axis] * (first < 0), 0)
+            _require(step == 1 and first % rows == part[axis] % rows == 0)
+            parts.add((first // rows, part[axis] // rows))
+        _require(len(parts) == 1)
     return call.x.place
 
 
@@ -360,16 +368,10 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "MatMul": multiplies, "Gemm": gemm, "Einsum": einsum, "LSTM GRU RNN": recurs,
 }  # fmt: skip
 _RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
-_SIZES = {
-    "Reshape": 1,
-    "Expand": 1,
-    "Tile": 1,
-    "ConstantOfShape": 0,
-    "Range": 1,
-    "Slice": 2,
-    "Split": 1,
-    "Resize": 3,
-}
+_SIZES = {  # the inputs that are sizes or positions
+    "Reshape": (1,), "Expand": (1,), "Tile": (1,), "ConstantOfShape": (0,), "Range": (1,), "Slice": (1, 2),
+    "Split": (1,), "Resize": (3,),
+}  # fmt: skip
 _SIZE_OPERATORS = (
     "Add", "Cast", "Concat", "Div", "Gather", "Identity", "Mul", "Neg", "Reshape", "Slice", "Squeeze", "Sub",
     "Unsqueeze",
@@ -396,7 +398,8 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         values[tensor.name] = TracedValue(tensor.data_type, [array.shape] * len(_BATCHES), known)
     for node in model.graph.node:
         inputs = [values[name] if name else None for name in node.input]
-        mixed = tuple(dict.fromkeys(name for value in inputs if value for name in value.mixed))
+        read = () if node.op_type == "Shape" else inputs  # shapes never depend on the contents of images
+        mixed = tuple(dict.fromkeys(name for value in read if value for name in value.mixed))
         results = [TracedValue()] * len(node.output)
         try:
             results = infer(node, inputs, opsets)
@@ -467,8 +470,8 @@ def locate(
     node: onnx.NodeProto, inputs: Sequence[TracedValue | None], results: Sequence[TracedValue]
 ) -> list[TracedValue]:
     """Find the batch axes of *results*; raise `MixesError` if no rule shows that images are independent."""
-    size = _SIZES.get(node.op_type)
-    _require(not any(value and value.is_size and i != size for i, value in enumerate(inputs)))
+    sizes = _SIZES.get(node.op_type, ())
+    _require(not any(value and value.is_size and i not in sizes for i, value in enumerate(inputs)))
     call = Call(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
     counts = counting(node.op_type, call)

@@ -40,6 +40,11 @@ INDEPENDENT = {
     "the own row by its number": """n = Unsqueeze(number, one)  logits = GatherND(v, n)""",
     "halves of a batch that was joined": """a = Concat<axis = 0>(v, v)  b, c = Split<num_outputs = 2>(a)
         logits = Add(b, c)""",
+    "slices of a batch that was joined": """a = Concat<axis = 0>(v, v)  b = Slice(a, zero, size, zero)
+        m = Neg(size)  c = Slice(a, m, end, zero)  logits = Add(b, c)""",
+    "an index for each image": """i = ArgMax<axis = 1, keepdims = 1>(v)  u = Unsqueeze(number, one)
+        x = Max(u, i)  s = Shape(x)  n = Expand(u, s)  p = Unsqueeze(n, all)  q = Unsqueeze(i, all)
+        c = Concat<axis = -1>(p, q)  logits = GatherND(v, c)""",
     "the mean of a batch that was joined": """a = Concat<axis = 0>(v, v)  b = Reshape(a, joined)
         logits = ReduceMean<keepdims = 0>(b, zero)""",
     "a determinant": """k = Transpose<perm = [0, 2, 1]>(t)  s = MatMul(t, k)  d = Det(s)
@@ -86,6 +91,24 @@ MIXING = {
         "Mul",
     ),
     "a joined batch": ("a = Concat<axis = 0>(v, v)  logits = Slice(a, zero, four, zero)", "Slice"),
+    "slices of repeated images": (
+        """u = Unsqueeze(v, one)  a = Concat<axis = 0>(size, two, four)  x = Expand(u, a)
+        y = Reshape(x, rows)  logits = Slice(y, zero, size, zero)""",
+        "Slice",
+    ),
+    "a slice between images": (
+        """a = Concat<axis = 0>(v, v)  b = Sub(size, one)  c = Add(size, b)
+        logits = Slice(a, b, c, zero)""",
+        "Slice",
+    ),
+    "columns at the size of the batch": (
+        "c = Concat<axis = 1>(v, v)  e = Add(size, four)  logits = Slice(c, size, e, one)",
+        "Slice",
+    ),
+    "values behind a shape": (
+        "m = ReduceMax(v, zero)  s = Shape(v)  n = Expand(m, s)  logits = Add(v, n)",
+        "ReduceMax",
+    ),
     "rows of a batch that was joined": (
         """a = Concat<axis = 0>(v, v)  b = Reshape(a, pairs_of_rows)
         logits = ReduceMean<keepdims = 0>(b, one)""",

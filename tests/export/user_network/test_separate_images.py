@@ -30,6 +30,12 @@ def at_largest(network: Any, images: Tensor) -> Tensor:
     return torch.take_along_dim(maps, ordered[:, :, :5], 2).mean(2)
 
 
+def by_number(network: Any, images: Tensor) -> Tensor:
+    tokens = network.stem(images).flatten(2).transpose(1, 2)
+    largest = tokens.sum(2).sort(dim=1, descending=True, stable=True).indices[:, :5]
+    return tokens[torch.arange(images.shape[0])[:, None], largest].mean(1)
+
+
 def by_type(network: Any, images: Tensor) -> Tensor:
     if images.dtype != torch.float32:
         raise TypeError("float32 expected")
@@ -43,6 +49,10 @@ FEATURES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a mean of views": lambda net, x: both(net, x).view(2, -1, 8).mean(0),
     "chunks": lambda net, x: sum(both(net, x).chunk(2)),
     "parts of the size of the batch": lambda net, x: sum(both(net, x).split(x.shape[0])),
+    "slices of the size of the batch": lambda net, x: (
+        (f := both(net, x))[: x.shape[0]] + f[x.shape[0] :] + f[-x.shape[0] :]
+    ),
+    "positions by the number of the image": by_number,
     "einsum with an ellipsis": lambda net, x: (
         torch.einsum("b...,b...->b", net.stem(x), net.stem(x))[:, None] * net.features(x)
     ),
