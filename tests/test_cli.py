@@ -176,6 +176,8 @@ def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of
     )
     assert short["config"]["pooling"]["kind"] == "isqrt"
     assert (short["num_classes"], short["image_size"]) == (7, 24)
+    printed = CliRunner().invoke(app, ["models", "resnet20", "--option", "pooling=isqrt"]).stdout
+    assert re.search("^options: .*pooling=isqrt", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

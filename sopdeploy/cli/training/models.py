@@ -1,5 +1,6 @@
 """`sopdeploy models`: list the networks of the catalog, or count one of them."""
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,7 +48,7 @@ def _show_catalog(models: list[dict[str, str]]) -> None:
 
 
 def _show_description(description: "Description") -> None:
-    """Print the counts, and the published numbers."""
+    """Print the counts, the options with their values, and the published numbers."""
     parts = {f"  {part}": counts for part, counts in description.parts.items()}
     counted = {"training": description.training, **parts, "deployed": description.shipped}
     say(f"{description.name} for {description.num_classes} classes at {description.image_size} pixels")
@@ -56,7 +57,15 @@ def _show_description(description: "Description") -> None:
     say(f"training only: {', '.join(description.training_only) or 'nothing'}")
     if description.config.get("conv5_stride") == 1:
         _explain_stride(description)
-    say(f"features: {description.representation}", *(figure.sentence() for figure in description.published))
+    options = ", ".join(f"{key}={_option_value(value)}" for key, value in description.config.items())
+    say(f"features: {description.representation}", f"options: {options}")
+    say(*(figure.sentence() for figure in description.published))
+
+
+def _option_value(value: Any) -> str:
+    """Format the value of an option: a pooling by its kind, text without quotes, anything else as JSON."""
+    named = value.get("kind", value) if isinstance(value, dict) else value
+    return named if isinstance(named, str) else json.dumps(named)
 
 
 def _explain_stride(description: "Description") -> None:
