@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.runtime.base import classify_error
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from tests.cuda.stand_in import runtime_library
 from tests.tensorrt.networks import some_images
@@ -30,7 +31,8 @@ def main(folder: str, function: str, code: str, when: str) -> None:
         fail(function, int(code))
         runtime.run(some_images())
     except Exception as error:
-        answer = [type(error).__name__, str(error)]
+        failure = classify_error(error) or error
+        answer = [type(failure).__name__, str(failure)]
     sys.stdout.write(json.dumps(answer))
 
 

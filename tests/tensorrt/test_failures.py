@@ -1,11 +1,10 @@
 """GPU errors of every library become the errors that the server handles."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from sopdeploy.bundle.folder import Bundle
+from sopdeploy_service.inference.model_worker import run_bisected
 from sopdeploy_service.runtime.base import (
     LOST_DEVICE,
     DeviceLostError,
@@ -13,7 +12,6 @@ from sopdeploy_service.runtime.base import (
     classify_error,
     reason_of,
 )
-from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.tensorrt.networks import some_images
 
 ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Status Message: "
@@ -37,7 +35,7 @@ ORT = "Non-zero status code returned while running Conv node. Name:'node_3' Stat
     ],
 )
 def test_error_messages_of_every_library_are_classified(text: str, kind: type[Exception] | None) -> None:
-    found = classify_error(text)
+    found = classify_error(RuntimeError(text))
     assert (None if found is None else type(found)) is kind
     assert "\n" not in str(found)
 
@@ -50,21 +48,16 @@ def test_every_wording_of_the_cuda_library_is_a_lost_device() -> None:
         status = runtime.cudaError_t(code)
         text = runtime.cudaGetErrorString(status)[1].decode()
         for wording in (status.name, driver.CUresult(code).name, f"CUDA failure {code}: x", text):
-            found = classify_error(wording)
+            found = classify_error(RuntimeError(wording))
             assert wording == "unknown error" or str(found).startswith(f"CUDA {code}, {status.name}")
 
 
-def test_onnxruntime_errors_are_translated_with_their_cause(
-    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = OnnxRuntime(bundle)
-
-    def run(*_: Any) -> Any:
+def test_a_worker_ends_on_a_lost_device_with_its_cause() -> None:
+    def run(_: Any) -> Any:
         raise RuntimeError(f"{ORT}CUDA failure 700: an illegal memory access was encountered")
 
-    monkeypatch.setattr(runtime, "_session", SimpleNamespace(run=run))
     with pytest.raises(DeviceLostError, match=r"^CUDA 700, cudaErrorIllegalAddress") as caught:
-        runtime.run(some_images(1))
+        run_bisected(run, list(some_images(2)), ["logits"])
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 

@@ -17,7 +17,12 @@ from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError, OverlappingRuntime
+from sopdeploy_service.runtime.base import (
+    DeviceLostError,
+    OutOfMemoryError,
+    OverlappingRuntime,
+    classify_error,
+)
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.conftest import simulate
@@ -176,5 +181,6 @@ def test_an_engine_on_a_failing_gpu_reports_the_cuda_error(
     failed = type("Status", (int,), {"name": status[1]})(status[0])
     for function in ("cudaStreamSynchronize", "cudaEventSynchronize"):
         monkeypatch.setattr(cuda, function, lambda _: (failed,))
-    with pytest.raises(kind, match=rf"^CUDA\b.*{status[1]}"):
+    with pytest.raises(Exception, match=rf"^CUDA\b.*{status[1]}") as caught:
         runtime.run(some_images(1))
+    assert isinstance(classify_error(caught.value), kind)

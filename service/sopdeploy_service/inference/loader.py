@@ -23,6 +23,7 @@ from sopdeploy_service.runtime.base import (
     OutOfMemoryError,
     OverlappingRuntime,
     Runtime,
+    classify_error,
     must_run,
     padded_sizes,
 )
@@ -132,8 +133,8 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
                 started = time.monotonic()
                 runtime.run(images)
                 timings.append((size, time.monotonic() - started))
-        except OutOfMemoryError:
-            if size == 1:
+        except Exception as error:
+            if size == 1 or not isinstance(classify_error(error), OutOfMemoryError):
                 raise
             log.warning("out of memory for a batch of %d; the server will halve such batches", size)
             break

@@ -40,6 +40,7 @@ from sopdeploy_service.runtime.base import (
     OutOfMemoryError,
     OverlappingRuntime,
     Runtime,
+    classify_error,
 )
 
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
@@ -345,9 +346,10 @@ class ModelWorker:
                 self._pixels = np.empty((self._max_batch, *images[0].shape), np.uint8)
             batch_pixels = np.stack(images, out=self._pixels[: len(images)])
             return self._runtime.run(batch_pixels)
-        except OutOfMemoryError:
-            self._limit = max(1, len(images) // 2)
-            self._limited_until = time.monotonic() + SMALLER_SECONDS
+        except Exception as failure:
+            if isinstance(classify_error(failure), OutOfMemoryError):
+                self._limit = max(1, len(images) // 2)
+                self._limited_until = time.monotonic() + SMALLER_SECONDS
             raise
 
     def _settle(
@@ -375,13 +377,15 @@ def run_bisected(
     reason = INFERENCE_FAILED
     try:
         return _split_rows(run(images), outputs, len(images))
-    except DeviceLostError:
-        raise
-    except OutOfMemoryError:
-        log.warning("out of memory for a batch of %d", len(images))
-        reason = OUT_OF_MEMORY
-    except Exception:  # a runtime may raise anything
-        log.exception("inference failed on a batch of %d", len(images))
+    except Exception as error:  # a runtime may raise anything
+        known_error = classify_error(error)
+        if isinstance(known_error, DeviceLostError):
+            raise DeviceLostError(str(known_error)) from error
+        if known_error is None:
+            log.exception("inference failed on a batch of %d", len(images))
+        else:
+            log.warning("out of memory for a batch of %d", len(images))
+            reason = OUT_OF_MEMORY
     if len(images) == 1:
         return [reason]
     halves = images[: len(images) // 2], images[len(images) // 2 :]

@@ -37,9 +37,9 @@ class Runtime(Protocol):
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name.
 
-        The outputs must not share memory with *images*, which the next batch overwrites. Raises
-        `DeviceLostError` if no other batch can run, `OutOfMemoryError` if a smaller one may, and any other
-        exception if this batch has no outputs.
+        The outputs must not share memory with *images*, which the next batch overwrites. Raises any exception
+        if the batch has no outputs: one that `classify_error` recognizes, or `DeviceLostError` itself, if no
+        other batch can run, and `OutOfMemoryError` if a smaller one may.
         """
         ...
 
@@ -123,18 +123,6 @@ MEMORY_TEXTS = (
 
 
 @contextmanager
-def translate_errors() -> Iterator[None]:
-    """Translate library errors to `DeviceLostError` or `OutOfMemoryError`."""
-    try:
-        yield
-    except Exception as error:
-        known = classify_error(str(error))
-        if known is None:
-            raise
-        raise known from error
-
-
-@contextmanager
 def must_run(runtime: Runtime) -> Iterator[None]:
     """Translate any error of *runtime* to `RuntimeUnavailableError`: it cannot run what it must run here."""
     try:
@@ -142,7 +130,8 @@ def must_run(runtime: Runtime) -> Iterator[None]:
     except SopdeployError:
         raise
     except Exception as error:  # the libraries' errors share no base class
-        reason = f"{type(error).__name__}: {reason_of(error)}"
+        cause = classify_error(error) or error
+        reason = f"{type(cause).__name__}: {reason_of(cause)}"
         raise RuntimeUnavailableError(
             f"{runtime.name} cannot run a batch on {runtime.device}: {reason}"
         ) from error
@@ -155,8 +144,11 @@ def reason_of(error: Exception) -> str:
     return f"{reason}; {OTHER_GPU}" if "no kernel image" in reason else reason
 
 
-def classify_error(message: str) -> DeviceLostError | OutOfMemoryError | None:
-    """Convert an error *message* to `DeviceLostError` or `OutOfMemoryError`; None for other errors."""
+def classify_error(error: Exception) -> DeviceLostError | OutOfMemoryError | None:
+    """Convert the *error* of a library to `DeviceLostError` or `OutOfMemoryError`; None for other errors."""
+    if isinstance(error, DeviceLostError | OutOfMemoryError):
+        return error
+    message = str(error)
     lower, match = message.lower(), ERROR_CODE.search(message)
     for code, texts in LOST_DEVICE.items():
         if match:

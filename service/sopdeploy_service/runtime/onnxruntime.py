@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_service.runtime.base import padded_sizes, reason_of, translate_errors
+from sopdeploy_service.runtime.base import padded_sizes, reason_of
 from sopdeploy_service.runtime.cuda_libraries import DOWNLOAD, UPLOAD, device_copy, load_cuda_libraries
 
 log = logging.getLogger("sopdeploy.service")
@@ -102,21 +102,19 @@ class BoundSession:
         count = len(images)
         size = next((size for size in self._sizes if size >= count), count)
         free, done = self._free[size], Future[None]()
-        with translate_errors():
-            binding = free.pop() if free else self._bind((size, *images[0].shape))
-            try:
-                pixels = np.stack(images, out=binding.host[:count])
-                self._copy(binding.images.data_ptr(), pixels.ctypes.data, pixels.nbytes, UPLOAD)
-            except BaseException:
-                free.append(binding)
-                raise
+        binding = free.pop() if free else self._bind((size, *images[0].shape))
+        try:
+            pixels = np.stack(images, out=binding.host[:count])
+            self._copy(binding.images.data_ptr(), pixels.ctypes.data, pixels.nbytes, UPLOAD)
+        except BaseException:
+            free.append(binding)
+            raise
         self._jobs.put((binding.io_binding, done))
 
         def end() -> dict[str, NDArray[np.float32]]:
             try:
-                with translate_errors():
-                    done.result()
-                    return {name: self._download(binding.outputs[name], count) for name in names}
+                done.result()
+                return {name: self._download(binding.outputs[name], count) for name in names}
             finally:
                 free.append(binding)
 
@@ -192,8 +190,7 @@ class OnnxRuntime:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        with translate_errors():
-            values = self._session.run(self._outputs, {self._input: images})
+        values = self._session.run(self._outputs, {self._input: images})
         return dict(zip(self._outputs, values, strict=True))
 
     def close(self) -> None:

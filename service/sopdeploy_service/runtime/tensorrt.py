@@ -13,7 +13,6 @@ from sopdeploy.tensorrt.binding import import_tensorrt
 from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_best_engine, records
 from sopdeploy.tensorrt.cuda import open_cuda
 from sopdeploy.tensorrt.session import EngineSession
-from sopdeploy_service.runtime.base import translate_errors
 from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.service")
@@ -58,21 +57,13 @@ class TensorRTRuntime:
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        with translate_errors():
-            return self._session.run(images)
+        return self._session.run(images)
 
     def begin(
         self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
-        with translate_errors():
-            end = self._session.begin(images, names)
-
-        def wait() -> dict[str, NDArray[np.float32]]:
-            with translate_errors():
-                return end()
-
-        return wait
+        return self._session.begin(images, names)
 
     def close(self) -> None:
         """Release the engine and its memory."""

@@ -9,7 +9,9 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -22,7 +24,7 @@ from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import trim_heaps
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
-from sopdeploy_service.server.launch import EXIT_RUNTIME_DEAD, LoopWatch, start_task, terminal_is_closed
+from sopdeploy_service.server.launch import BEAT_SECONDS, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
 
@@ -30,6 +32,8 @@ CLOSING_SECONDS = 2  # for sending the last responses after the drain
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02
 IDLE_SECONDS = 1.0
+EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
+BEATS = 100  # the last ten seconds
 _YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
 
 log = logging.getLogger("sopdeploy.server")
@@ -59,6 +63,27 @@ def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
         timeout_keep_alive=settings.keep_alive_seconds,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
+
+
+@dataclass
+class LoopWatch:
+    """Measures how late an event loop is. `beat` runs on that loop, the other methods on any thread."""
+
+    _last: float = field(default_factory=lambda: time.monotonic())
+    _lags: deque[float] = field(default_factory=lambda: deque(maxlen=BEATS))
+
+    def beat(self) -> None:
+        """Record that the loop is running; call it every `BEAT_SECONDS`."""
+        self._lags.append(self.lag())
+        self._last = time.monotonic()
+
+    def lag(self) -> float:
+        """Seconds by which the next beat is overdue."""
+        return max(0.0, time.monotonic() - self._last - BEAT_SECONDS)
+
+    def worst(self) -> float:
+        """Largest lag in seconds of the last ten seconds of beats."""
+        return max([*tuple(self._lags), self.lag()])
 
 
 class IdleTrigger:

@@ -1,4 +1,4 @@
-"""Start a server process from another process of sopdeploy, be such a process, and watch its event loop.
+"""Start a server process from another process of sopdeploy, or be such a process.
 
 The new process gets its `LaunchConfig` as JSON in an environment variable.
 """
@@ -9,10 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import pydantic
@@ -24,8 +21,6 @@ WORKER_VARIABLE = "SOPDEPLOY_WORKER"  # has the launch config
 STDERR, USER_ERROR = 2, 2
 HAS_TERMINAL = os.isatty(STDERR)  # at the start
 BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
-BEATS = 100  # the last ten seconds
-EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 
 
 class LaunchConfig(pydantic.BaseModel):
@@ -95,24 +90,3 @@ def start_task(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) 
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
-
-
-@dataclass
-class LoopWatch:
-    """Measures how late an event loop is. `beat` runs on that loop, the other methods on any thread."""
-
-    _last: float = field(default_factory=lambda: time.monotonic())
-    _lags: deque[float] = field(default_factory=lambda: deque(maxlen=BEATS))
-
-    def beat(self) -> None:
-        """Record that the loop is running; call it every `BEAT_SECONDS`."""
-        self._lags.append(self.lag())
-        self._last = time.monotonic()
-
-    def lag(self) -> float:
-        """Seconds by which the next beat is overdue."""
-        return max(0.0, time.monotonic() - self._last - BEAT_SECONDS)
-
-    def worst(self) -> float:
-        """Largest lag in seconds of the last ten seconds of beats."""
-        return max([*tuple(self._lags), self.lag()])

@@ -21,7 +21,7 @@ import pytest
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import move_link
 from sopdeploy_service.commands.promote import promote, promote_back
-from sopdeploy_service.server import launch
+from sopdeploy_service.server import draining_server, launch
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
@@ -343,8 +343,8 @@ def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypat
 
 def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    watch = launch.LoopWatch()
+    monkeypatch.setattr(draining_server, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    watch = draining_server.LoopWatch()
     now[0] += 0.3
     watch.beat()
     assert watch.worst() == pytest.approx(0.2)
