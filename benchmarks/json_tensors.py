@@ -17,8 +17,7 @@ import orjson
 from measure import Result, compare, parse, report
 from numpy.typing import NDArray
 
-from sopdeploy_service.api.v2.metadata import Signature, Tensor
-from sopdeploy_service.api.v2.request import parse_body
+from sopdeploy_service.api.v2.request import Signature, Tensor, parse_body
 
 SIGNATURE = Signature(Tensor("images", "UINT8", (-1, 224, 224, 3)), (Tensor("logits", "FP32", (-1, 7)),), 32)
 LIMIT = 32_000_000

@@ -13,8 +13,7 @@ import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple, cast
 
 import orjson
 import pydantic
@@ -22,7 +21,6 @@ from fastapi import Request, Response
 from starlette.types import Receive
 
 from sopdeploy.images.formats import FIRST_BYTES, too_large_error
-from sopdeploy_service.api.schema import ClassifyRequest
 from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
@@ -71,6 +69,7 @@ REMOVED = re.compile(rb"[\0\r\n]")
 NOT_A_FORM = HttpError("unsupported_multipart", 415, "send the image itself or multipart/form-data")
 
 _Value = TypeVar("_Value")
+_Values = TypeVarTuple("_Values")
 
 
 def service_of(request: Request) -> Service:
@@ -106,12 +105,20 @@ class AdmittedRequest:
 
         Raises `RejectedError` if the queue is full or the block does not end before the deadline.
         """
-        with self.service.admitting(self.model):
-            try:
-                async with asyncio.timeout(self.deadline - time.monotonic()):
-                    yield
-            except TimeoutError as problem:
-                raise RejectedError(DEADLINE) from problem
+        self.service.check_queue(self.model, 1)
+        self.service.admitted += 1
+        try:
+            async with asyncio.timeout(self.deadline - time.monotonic()):
+                yield
+        except TimeoutError as problem:
+            raise RejectedError(DEADLINE) from problem
+        finally:
+            self.service.admitted -= 1
+
+    async def parse(self, parse_body: Callable[[*_Values], _Value], *given: *_Values) -> _Value:
+        """Call *parse_body* with *given* in one of the threads for JSON."""
+        async with self.preparing():
+            return await asyncio.get_running_loop().run_in_executor(self.service.parsers, parse_body, *given)
 
     async def load_model(self) -> None:
         """Wait until the model is loaded."""
@@ -211,6 +218,25 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
             watcher.cancel()
 
 
+class ClassifyRequest(pydantic.BaseModel):
+    """JSON body of `/v1/classify`, and of `/v1/embed`, which ignores `top_k`.
+
+    It has either `image` or `images`.
+    """
+
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+
+    image: str | None = pydantic.Field(None, description="base64, or a data URI")
+    images: list[str] | None = pydantic.Field(None, description="base64, or data URIs")
+    top_k: Annotated[int, pydantic.Field(ge=1)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _has_images(self) -> "ClassifyRequest":
+        if (self.image is None) == (self.images is None):
+            raise ValueError("the body must have either `image` or `images`")
+        return self
+
+
 class Upload(NamedTuple):
     """The images of one request; *is_list* selects a list as response, *top_k* is from a JSON body."""
 
@@ -246,9 +272,7 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
     body = await read_body(request, service, limit, deadline)
     if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
         return Upload([EncodedImage(body, content_type)])
-    async with admitted.preparing():
-        parse_body = partial(parse_upload, body, limit, settings.max_images)
-        return await asyncio.get_running_loop().run_in_executor(service.parsers, parse_body)
+    return await admitted.parse(parse_upload, body, limit, settings.max_images)
 
 
 def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:

@@ -14,18 +14,62 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from sopdeploy.bundle.folder import MANIFEST, Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
 from sopdeploy.bundle.probes import Outputs, read_probes, replay
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.http_api import ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response, service_of
-from sopdeploy_service.api.schema import Card, CertificateSummary, Health, SelfTest
 from sopdeploy_service.api.v2.response import stack_outputs
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, RejectedError
+from sopdeploy_service.inference.service import State
 
 router = APIRouter()
 
 README = "README.md"
+
+
+class Health(StrictModel):
+    """Response of `/livez` and `/readyz`."""
+
+    status: State
+    reason: str | None = None
+
+
+class SelfTest(StrictModel):
+    """Result of `/selftest`: the largest deviation of each output over the probes, and its tolerance."""
+
+    model: str
+    version: str
+    num_images: int
+    deviation: dict[str, float]
+    tolerance: dict[str, float]
+    seconds: float
+
+
+class CertificateSummary(StrictModel):
+    """The certificate in short: what was compared, tensors removed and kept, and graph roots."""
+
+    proof: str
+    compared: tuple[str, ...]
+    detached: tuple[str, ...]
+    num_removed: int
+    bytes_removed: int
+    num_kept: int
+    root: str
+    onnx_root: str
+    num_operations: int
+    num_images: int
+    largest_difference: float
+
+
+class Card(StrictModel):
+    """The model card as Markdown; `num_components` is 0 without a gate."""
+
+    bundle: str
+    text: str
+    certificate: CertificateSummary | None
+    num_components: int
 
 
 @router.get("/livez", summary="Liveness", response_model=Health)
@@ -42,11 +86,9 @@ async def readyz(request: Request) -> Response:
     The probes of every bundle are replayed before the server starts to listen. `reason` names a bundle whose
     folder was deleted: a restarted process cannot load it.
     """
-    service = service_of(request)
-    deleted = await asyncio.to_thread(list_deleted, service.registry.models())
-    reason = (
-        f"{deleted[0]}: the bundle was deleted; it is served until this process ends" if deleted else None
-    )
+    service, reason = service_of(request), None
+    if deleted := await asyncio.to_thread(list_deleted, service.registry.models()):
+        reason = f"{deleted[0]}: the bundle was deleted; it is served until this process ends"
     health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
 

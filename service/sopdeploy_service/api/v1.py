@@ -10,9 +10,9 @@ from fastapi import APIRouter, Query, Request, Response
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
-from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding
-from sopdeploy_service.api.admission import AdmittedRequest, Upload, admit, read_upload
-from sopdeploy_service.api.schema import ClassifyRequest, Embeddings, Results
+from sopdeploy.config import StrictModel
+from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
+from sopdeploy_service.api.admission import AdmittedRequest, ClassifyRequest, Upload, admit, read_upload
 from sopdeploy_service.http.problems import bad_request, describe_error, problem_responses
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
@@ -31,6 +31,24 @@ BODY = {  # read by `read_upload`, within the limits of the settings
     }
 }
 STATUSES = (400, 401, 404, 408, 413, 415, 422, 429, 500, 503, 504)
+
+
+class Failed(StrictModel):
+    """The error of one image among several."""
+
+    error: Problem
+
+
+class Results(StrictModel):
+    """Results of several images, in the order of the request."""
+
+    results: tuple[Classes | Failed, ...]
+
+
+class Embeddings(StrictModel):
+    """Embeddings of several images, in the order of the request."""
+
+    results: tuple[EncodedEmbedding | Failed, ...]
 
 
 @router.post(

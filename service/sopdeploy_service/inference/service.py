@@ -309,16 +309,6 @@ class Service:
             if end > deadline:
                 raise RejectedError(TOO_LATE)
 
-    @contextmanager
-    def admitting(self, model: Model) -> Iterator[None]:
-        """Count a request as one image during the block; raises `RejectedError` if the queue is full."""
-        self.check_queue(model, 1)
-        self.admitted += 1
-        try:
-            yield
-        finally:
-            self.admitted -= 1
-
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
         if self.admitted + num_images > self.settings.queue_size:

@@ -86,20 +86,6 @@ class LoopWatch:
         return max([*tuple(self._lags), self.lag()])
 
 
-class IdleTrigger:
-    """Calls `trim_heaps` in a thread after each `IDLE_SECONDS` without requests."""
-
-    _last_busy: float | None = None  # None after the call
-
-    def tick(self, now: float, requests: int) -> None:
-        """Update with the number of active *requests* at *now* (seconds)."""
-        if requests:
-            self._last_busy = now
-        elif self._last_busy is not None and now - self._last_busy >= IDLE_SECONDS:
-            self._last_busy = None
-            asyncio.get_running_loop().run_in_executor(None, trim_heaps)
-
-
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that responds while it drains, and exits when a runtime is dead.
 
@@ -123,7 +109,7 @@ class DrainingServer(uvicorn.Server):
         self._aside: set[asyncio.Task[None]] = set()  # the end of the server does not wait for them
         self._drain_until: float | None = None
         self._is_draining = False
-        self._idle = IdleTrigger()
+        self._last_busy: float | None = None  # None after heaps were trimmed
         self.watch = LoopWatch()
         self._service.metrics.loop_lag.set_function(self.watch.worst)
 
@@ -194,7 +180,7 @@ class DrainingServer(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Decide ten times per second whether to close the port."""
         self.watch.beat()
-        self._idle.tick(time.monotonic(), self._service.active_requests)
+        self._trim_idle_heaps(time.monotonic())
         if self._service.state == "runtime_dead":
             return True
         if self._drain_until is not None:
@@ -208,6 +194,14 @@ class DrainingServer(uvicorn.Server):
             if expired or self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)
+
+    def _trim_idle_heaps(self, now: float) -> None:
+        """Call `trim_heaps` in a thread after each `IDLE_SECONDS` without requests."""
+        if self._service.active_requests:
+            self._last_busy = now
+        elif self._last_busy is not None and now - self._last_busy >= IDLE_SECONDS:
+            self._last_busy = None
+            asyncio.get_running_loop().run_in_executor(None, trim_heaps)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port and respond to the connections that were pending, unless a runtime has died."""

@@ -7,7 +7,7 @@ limits the bodies.
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -113,14 +113,6 @@ class Connections:
         self.metrics.connections.set(len(self.open))
 
 
-def check_codings(codings: Sequence[bytes]) -> HttpError | None:
-    """Return the error for a request with the *codings* of `Transfer-Encoding` (RFC 9112, section 6.1)."""
-    names = [name.strip(b" \t").lower() for value in codings for name in value.split(b",")]
-    if names == [b"chunked"]:
-        return None
-    return UNKNOWN_CODING if names[-1] == b"chunked" and names.count(b"chunked") == 1 else _MALFORMED
-
-
 class LimitedHttpProtocol(HttpToolsProtocol):
     """One HTTP/1.1 connection; all connections of a server share one `Connections` and its settings."""
 
@@ -136,7 +128,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = self._closed = False
         self._ignored_bytes = 0
-        self._output: list[bytes] = []
         # Of the headers, then of the rest of the body, then of closing.
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -271,8 +262,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             valid = self.parser.get_http_version() == "1.0" and hosts <= 1 and not codings
         if not valid or len(self.pipeline) >= MAX_PIPELINE:
             self._error = self._error or _MALFORMED
-        elif codings:
-            self._error = self._error or check_codings(codings)
+        elif codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
+            self._error = self._error or UNKNOWN_CODING
         if self._error is None:
             super().on_headers_complete()
             # uvicorn appends trailers to this list, and the request must not use them: it keeps the original.
@@ -305,7 +296,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Continue with the next request, after the rest of this request's body."""
-        self._flush()
         if self._closed:
             self.server_state.total_requests += 1
             return
@@ -340,21 +330,14 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._write_timer = None
 
     def write(self, data: bytes) -> None:
-        """Send *data* unless the connection was closed.
-
-        The headers of a response and its body are combined in one system call.
-        """
-        if self._closed:
-            return
-        if not self._output:
-            self.loop.call_soon(self._flush)
-        self._output.append(data)
+        """Send *data* unless the connection was closed."""
+        if not self._closed and not self.transport.is_closing():
+            self.transport.write(data)
 
     def close(self) -> None:
         """Close after the pending output; a client that still sends gets time to read its response."""
         if self._closed:
             return
-        self._flush()
         self._ignores_input = self._closed = True
         if self._in_body or self._in_headers:
             self.flow.resume_reading()
@@ -372,12 +355,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self.transport.get_write_buffer_size():
             self._shared.metrics.rejected.labels("slow_reader").inc()
         self.transport.abort()
-
-    def _flush(self) -> None:
-        if self._output:
-            data, self._output = b"".join(self._output), []
-            if not self.transport.is_closing():
-                self.transport.write(data)
 
     def _reject(self, reason: HttpError) -> None:
         """Respond with *reason* and close; a response in progress is completed instead."""

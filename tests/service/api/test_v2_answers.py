@@ -4,8 +4,7 @@ import numpy as np
 import orjson
 import pytest
 
-from sopdeploy_service.api.v2.metadata import Tensor
-from sopdeploy_service.api.v2.request import RequestedOutput
+from sopdeploy_service.api.v2.request import RequestedOutput, Tensor
 from sopdeploy_service.api.v2.response import format_response, rank_labels, stack_outputs
 from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
 

@@ -4,7 +4,7 @@ Binary tensors follow in the order of the inputs; the header `Inference-Header-C
 of the JSON.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -16,8 +16,8 @@ import pydantic
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt, WithJsonSchema
 
+from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING
-from sopdeploy_service.api.v2.metadata import IMAGE, Signature, Tensor
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse, validate
 from sopdeploy_service.images.decode import EncodedImage
@@ -25,13 +25,52 @@ from sopdeploy_service.inference.results import RejectedError
 
 MICROSECONDS = 1e6
 MAX_DIGITS = 20  # of the header; `int` rejects thousands of digits
-SHAPE_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 1}}
+DATATYPES = {"uint8": "UINT8", "float32": "FP32"}  # of the input and of the outputs of every bundle
 FLOAT_PIXELS = "FP32"  # what clients that compute in floating point send instead of UINT8
 PIXELS_ONLY = (
     "values must be whole numbers from 0 to 255: send pixels before any scaling and normalization, "
     "which are part of the network, and round the result of a resize"
 )
 LENGTH_BYTES = 4  # before every element of a binary BYTES tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """An input or output of a model; the first dimension of *shape* is the batch, -1."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+    @property
+    def expected_shape(self) -> str:
+        """The shape for error messages: `[n, 224, 224, 3]`."""
+        return "[" + ", ".join(["n", *map(str, self.shape[1:])]) + "]"
+
+
+IMAGE = Tensor("IMAGE", "BYTES", (-1, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The tensors of a model, and the largest number of images in a request.
+
+    A request gives one of two inputs: *tensor* or `IMAGE`.
+    """
+
+    tensor: Tensor
+    outputs: tuple[Tensor, ...]
+    max_images: int
+
+
+def signature_of(bundle: Bundle, max_images: int) -> Signature:
+    """Create the signature of *bundle* for requests of at most *max_images*."""
+    manifest = bundle.manifest
+    tensor, *outputs = (
+        Tensor(record.name, DATATYPES[record.dtype], tuple(-1 if n is None else n for n in record.shape))
+        for record in (manifest.inputs[0], *manifest.outputs)
+    )
+    return Signature(tensor, tuple(outputs), max_images)
 
 
 class Body(pydantic.BaseModel):
@@ -49,13 +88,10 @@ class InputParameters(Body):
 class InputTensor(Body):
     """One input: `data` in JSON, or `binary_data_size` bytes after the JSON."""
 
-    model_config = pydantic.ConfigDict(json_schema_extra={"required": ["name", "datatype", "shape"]})
-
     name: str = Field(description="the bundle's input, or `IMAGE` for encoded images")
     datatype: str = Field(json_schema_extra={"enum": ["UINT8", FLOAT_PIXELS, "BYTES"]})
-    # `shape` and `data` are checked against the tensor, with error codes of their own.
-    shape: Annotated[Any, WithJsonSchema(SHAPE_SCHEMA)] = None
-    parameters: InputParameters | None = None
+    shape: list[int]
+    parameters: InputParameters = InputParameters()
     data: Annotated[Any, WithJsonSchema({"type": "array", "items": {}})] = Field(
         None, description="row by row, flat or nested; BYTES as base64"
     )
@@ -72,7 +108,7 @@ class OutputTensor(Body):
     """One requested output."""
 
     name: str
-    parameters: OutputParameters | None = None
+    parameters: OutputParameters = OutputParameters()
 
 
 class RequestParameters(Body):
@@ -85,12 +121,10 @@ class RequestParameters(Body):
 class InferBody(Body):
     """The JSON of an inference request."""
 
-    model_config = pydantic.ConfigDict(json_schema_extra={"required": ["inputs"]})
-
     id: str | None = None
-    parameters: RequestParameters | None = None
-    inputs: list[InputTensor] | None = None
-    outputs: list[OutputTensor] | None = None
+    parameters: RequestParameters = RequestParameters()
+    inputs: list[InputTensor]
+    outputs: list[OutputTensor] = []
 
 
 class RequestedOutput(NamedTuple):
@@ -125,68 +159,57 @@ def parse_body(body: bytes, header_length: str | None, signature: Signature, max
             raise bad_request("bad_header_length", message)
         text, binary = body[: int(digits)], memoryview(body)[int(digits) :]
     request = validate(InferBody, parse(text, max_json, max_structure=max_json))
-    parameters = request.parameters or RequestParameters()
     return InferRequest(
         id=request.id,
-        images=_read_images(request.inputs or [], binary, signature),
-        outputs=_requested_outputs(
-            request.outputs or [], signature, binary=bool(parameters.binary_data_output)
-        ),
-        timeout_seconds=(parameters.timeout or 0) / MICROSECONDS or None,
+        images=_read_images(request.inputs, binary, signature),
+        outputs=_requested_outputs(request, signature),
+        timeout_seconds=(request.parameters.timeout or 0) / MICROSECONDS or None,
     )
 
 
-def _check_names(what: str, names: Iterable[str], known: Mapping[str, Tensor]) -> None:
-    """Raise `RejectedError` for a name that is unknown or occurs twice."""
-    seen: set[str] = set()
-    for name in names:
-        if name not in known:
-            message = f"no {what} {name[:100]!r}; available: {', '.join(known)}"
-            raise bad_request(f"unknown_{what}", message)
-        if name in seen:
-            raise bad_request(f"duplicate_{what}", f"{what} {name!r} occurs twice")
-        seen.add(name)
-
-
-def _requested_outputs(
-    outputs: Sequence[OutputTensor], signature: Signature, *, binary: bool
-) -> tuple[RequestedOutput, ...]:
-    """Return the requested outputs, or all except the embedding if none is requested.
-
-    *binary* is the format of outputs that do not choose one.
-    """
-    known = {tensor.name: tensor for tensor in signature.outputs}
-    _check_names("output", (output.name for output in outputs), known)
-    requested = []
-    for output in outputs:
-        parameters = output.parameters or OutputParameters()
-        as_binary = binary if parameters.binary_data is None else parameters.binary_data
-        requested.append(RequestedOutput(known[output.name], as_binary, parameters.classification))
-    by_default = (tensor for tensor in signature.outputs if tensor.name != EMBEDDING)
-    return tuple(requested) or tuple(RequestedOutput(tensor, binary, 0) for tensor in by_default)
+def _requested_outputs(request: InferBody, signature: Signature) -> tuple[RequestedOutput, ...]:
+    """Return the requested outputs, or all except the embedding if none is requested."""
+    tensors = {tensor.name: tensor for tensor in signature.outputs}
+    by_default = bool(request.parameters.binary_data_output)  # outputs that choose no format
+    requested: dict[str, RequestedOutput] = {}
+    for output in request.outputs:
+        if output.name not in tensors:
+            message = f"no output {output.name[:100]!r}; available: {', '.join(tensors)}"
+            raise bad_request("unknown_output", message)
+        if output.name in requested:
+            raise bad_request("duplicate_output", f"output {output.name!r} occurs twice")
+        chosen = output.parameters.binary_data
+        binary = by_default if chosen is None else chosen
+        requested[output.name] = RequestedOutput(
+            tensors[output.name], binary, output.parameters.classification
+        )
+    if requested:
+        return tuple(requested.values())
+    return tuple(
+        RequestedOutput(tensor, by_default, 0) for tensor in signature.outputs if tensor.name != EMBEDDING
+    )
 
 
 def _read_images(
     inputs: Sequence[InputTensor], binary: memoryview, signature: Signature
 ) -> list[EncodedImage] | NDArray[np.uint8]:
     """Return the images of the only input, from its JSON or from *binary*."""
-    known = {tensor.name: tensor for tensor in (signature.tensor, IMAGE)}
-    _check_names("input", (item.name for item in inputs), known)
-    if len(inputs) != 1:
+    tensors = {tensor.name: tensor for tensor in (signature.tensor, IMAGE)}
+    if len(inputs) != 1 or inputs[0].name not in tensors:
         raise bad_request(
-            "missing_input" if not inputs else "too_many_inputs",
+            "wrong_inputs",
             f"give one of the inputs {signature.tensor.name!r} "
             f"({signature.tensor.datatype} {signature.tensor.expected_shape}) and 'IMAGE' "
             "(BYTES [n], encoded images)",
         )
-    item, tensor = inputs[0], known[inputs[0].name]
+    item, tensor = inputs[0], tensors[inputs[0].name]
     allowed = (tensor.datatype,) if tensor is IMAGE else (tensor.datatype, FLOAT_PIXELS)
     if item.datatype not in allowed:
         message = f"the datatype must be {' or '.join(allowed)}, not {item.datatype[:20]!r}"
         raise _invalid("wrong_datatype", tensor, message)
     shape = _check_shape(item.shape, tensor, signature.max_images)
-    size = item.parameters.binary_data_size if item.parameters else None
-    if (size is None) != ("data" in item.model_fields_set):
+    size = item.parameters.binary_data_size
+    if (size is None) == (item.data is None):
         raise _invalid("wrong_data", tensor, "must have either `data` or the parameter `binary_data_size`")
     if len(binary) != (size or 0):
         raise bad_request(
@@ -211,17 +234,15 @@ def _invalid(code: str, tensor: Tensor, message: str) -> RejectedError:
     return bad_request(code, f"input {tensor.name!r}: {message}")
 
 
-def _check_shape(value: Any, tensor: Tensor, max_images: int) -> tuple[int, ...]:
-    """Return the shape *value* if *tensor* may have it; `IMAGE` may be [n] or [n, 1]."""
+def _check_shape(shape: list[int], tensor: Tensor, max_images: int) -> tuple[int, ...]:
+    """Return *shape* if *tensor* may have it; `IMAGE` may be [n] or [n, 1]."""
     rule = f"the shape must be {tensor.expected_shape} with n from 1 to {max_images}"
-    if type(value) is not list or not all(type(size) is int for size in value):
-        raise _invalid("wrong_shape", tensor, rule)
     allowed = {tensor.shape[1:], ()} if tensor is IMAGE else {tensor.shape[1:]}
-    if not value or value[0] < 1 or tuple(value[1:]) not in allowed:
-        raise _invalid("wrong_shape", tensor, f"{rule}, not {str(value)[:100]}")
-    if value[0] > max_images:
+    if not shape or shape[0] < 1 or tuple(shape[1:]) not in allowed:
+        raise _invalid("wrong_shape", tensor, f"{rule}, not {str(shape)[:100]}")
+    if shape[0] > max_images:
         raise _invalid("too_many_images", tensor, f"{rule}, the limit of this server")
-    return tuple(value)
+    return tuple(shape)
 
 
 def _pixels_from_json(item: InputTensor, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:

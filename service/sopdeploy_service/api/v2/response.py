@@ -1,4 +1,4 @@
-"""Build the JSON or binary response of an inference request."""
+"""Describe a model, and build the JSON or binary response of an inference request."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,10 +10,26 @@ import orjson
 from numpy.typing import NDArray
 
 from sopdeploy.decision import top_indices
-from sopdeploy_service.api.v2.request import RequestedOutput
+from sopdeploy_service.api.v2.request import IMAGE, RequestedOutput, signature_of
+from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
+
+
+def model_metadata(model: Model) -> dict[str, Any]:
+    """Build the response of `GET /v2/models/{name}`; `platform` is Triton's name of the runtime."""
+    signature = signature_of(model.bundle, 1)
+    is_engine = model.loaded.runtime.name.startswith("tensorrt ")  # the version follows
+    tensors = {
+        group: [
+            {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+            for tensor in members
+        ]
+        for group, members in {"inputs": (signature.tensor, IMAGE), "outputs": signature.outputs}.items()
+    }
+    platform = "tensorrt_plan" if is_engine else "onnxruntime_onnx"
+    return {"name": model.name, "versions": [model.version], "platform": platform, **tensors}
 
 
 def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:

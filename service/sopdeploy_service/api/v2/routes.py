@@ -1,18 +1,15 @@
 """The endpoints of the Open Inference Protocol."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from importlib.metadata import version as package_version
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Header, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.api.admission import admit, json_response, read_body, service_of
-from sopdeploy_service.api.v2 import metadata
-from sopdeploy_service.api.v2.metadata import EXTENSIONS, signature_of
-from sopdeploy_service.api.v2.request import InferBody, parse_body
+from sopdeploy_service.api.v2 import response
+from sopdeploy_service.api.v2.request import InferBody, parse_body, signature_of
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.inference.model import Model
@@ -29,8 +26,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
     (400, 404, 408, 413, 415, 422, 429, 500, 503, 504), _ERROR
 )
 
-Endpoint = Callable[[Request, str, str | None], Awaitable[Response]]
-
+MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 _VERSION = package_version("sopdeploy")
 router = APIRouter(tags=["Open Inference Protocol"], responses=_ERRORS)
 
@@ -58,39 +54,9 @@ INFER_BODY = request_body(InferBody)
 INFER_BODY["requestBody"]["content"]["application/octet-stream"] = {
     "schema": {"type": "string", "format": "binary"}
 }
-INFER_BODY["parameters"] = [
-    {
-        "name": HEADER_LENGTH,
-        "in": "header",
-        "required": False,
-        "description": "the length of the JSON, if binary tensors follow it",
-        "schema": {"type": "integer", "minimum": 0},
-    }
+HeaderLength = Annotated[
+    str | None, Header(alias=HEADER_LENGTH, description="the length of the JSON, if binary tensors follow it")
 ]
-
-
-def model_endpoint(method: str, suffix: str, **options: Any) -> Callable[[Endpoint], Endpoint]:
-    """Register an endpoint for the current version of a model and for the version in the path."""
-
-    def register(endpoint: Endpoint) -> Endpoint:
-        async def current(request: Request, name: str) -> Response:
-            return await endpoint(request, name, None)
-
-        async def exact(request: Request, name: str, version: str) -> Response:
-            return await endpoint(request, name, version)
-
-        for path, function in (("", current), ("/versions/{version}", exact)):
-            router.add_api_route(
-                f"/v2/models/{{name}}{path}{suffix}",
-                function,
-                methods=[method],
-                name=endpoint.__name__,
-                description=endpoint.__doc__,
-                **options,
-            )
-        return endpoint
-
-    return register
 
 
 def find_model(request: Request, name: str, version: str | None) -> Model:
@@ -104,7 +70,9 @@ def find_model(request: Request, name: str, version: str | None) -> Model:
 @router.get("/v2")
 async def server() -> Response:
     """Name the server and the extensions it supports."""
-    return json_response({"name": "sopdeploy", "version": _VERSION, "extensions": EXTENSIONS})
+    return json_response(
+        {"name": "sopdeploy", "version": _VERSION, "extensions": ["binary_tensor_data", "classification"]}
+    )
 
 
 @router.get("/v2/health/live")
@@ -121,8 +89,9 @@ async def ready(request: Request) -> Response:
     return json_response({"ready": is_ready}, 200 if is_ready else 503)
 
 
-@model_endpoint("GET", "/ready")
-async def model_ready(request: Request, name: str, version: str | None) -> Response:
+@router.get(MODEL + "/ready")
+@router.get(VERSION + "/ready")
+async def model_ready(request: Request, name: str, version: str | None = None) -> Response:
     """Respond with 200 while the model can predict."""
     service = service_of(request)
     model = find_model(request, name, version)
@@ -130,26 +99,28 @@ async def model_ready(request: Request, name: str, version: str | None) -> Respo
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
 
-@model_endpoint("GET", "")
-async def model_metadata(request: Request, name: str, version: str | None) -> Response:
+@router.get(MODEL)
+@router.get(VERSION)
+async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
     """Return the inputs and outputs of the model."""
     model = find_model(request, name, version)
-    return json_response(metadata.model_metadata(model))
+    return json_response(response.model_metadata(model))
 
 
-@model_endpoint("POST", "/infer", openapi_extra=INFER_BODY)
-async def model_infer(request: Request, name: str, version: str | None) -> Response:
+@router.post(MODEL + "/infer", openapi_extra=INFER_BODY)
+@router.post(VERSION + "/infer", openapi_extra=INFER_BODY)
+async def model_infer(
+    request: Request, name: str, version: str | None = None, header_length: HeaderLength = None
+) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
     async with admit(request, name, version) as admitted:
         service, model = admitted.service, admitted.model
         signature = signature_of(model.bundle, service.settings.max_images)
         limit, deadline = service.settings.max_body_bytes, admitted.deadline
         body = await read_body(request, service, limit, deadline, decompress=True)
-        length = request.headers.get(HEADER_LENGTH)
-        async with admitted.preparing():
-            given = (body, length, signature, service.settings.max_json_bytes)
-            loop = asyncio.get_running_loop()
-            parsed = await loop.run_in_executor(service.parsers, parse_body, *given)
+        parsed = await admitted.parse(
+            parse_body, body, header_length, signature, service.settings.max_json_bytes
+        )
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
         features = any(output.tensor.name == EMBEDDING for output in parsed.outputs)
