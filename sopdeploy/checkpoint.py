@@ -141,8 +141,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}); check its permissions"
         ) from error
-    digest, content = hashlib.sha256(raw).hexdigest(), load_plain(path, raw=raw)
-    del raw  # frees the memory before the network is built
+    return parse_checkpoint(path, load_plain(path, raw=raw), hashlib.sha256(raw).hexdigest())
+
+
+def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
+    """Build the checkpoint of the *content* of the file at *path*, which has the sha256 *digest*.
+
+    Raises `CheckpointError` if the content is that of another file.
+    """
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
             f"{path}: not a sopdeploy checkpoint; `sopdeploy train` writes them; use "

@@ -26,9 +26,9 @@ from sopdeploy.data.batches import sequential_batches
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.dsop import DSoPConfig
 from sopdeploy.models.timm_networks import DSoPTimm
+from sopdeploy.user_files import read_pytorch
 
 BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 4
 SIDE, VARIANTS, BATCH = 128, 6, 32
@@ -69,7 +69,7 @@ class DSoPLastStages(DSoPTimm):
 
 def load_weights(network: TimmBackbone, file: Path) -> None:
     """Load the weights in *file* into *network*, except for those of the classifier."""
-    stored = open_weights(file).tensors
+    stored, _ = read_pytorch(file)
     own = network.state_dict()
     unknown = [name for name in stored if name not in own]
     if unknown:

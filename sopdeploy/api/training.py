@@ -25,7 +25,7 @@ from sopdeploy.training.recipe_files import parse_override
 from sopdeploy.training.results import read_result
 from sopdeploy.training.run import Run
 from sopdeploy.training.run_folder import RUNS, numbered_folder
-from sopdeploy.training.start_weights import network_of_file
+from sopdeploy.training.start_weights import WeightSource, network_of_file
 from sopdeploy.training.train import TrainingResult, train_recipe
 
 FOLDER_RECIPE = "photos"
@@ -49,11 +49,12 @@ class PreviousRun(StrictModel):
 
 
 class Configured(NamedTuple):
-    """The recipe of a run, the keys that the caller has set, and the run that it starts from."""
+    """The recipe of a run, the keys that the caller has set, the run it starts from, and opened weights."""
 
     recipe: Recipe
     keys: list[str]
     previous: PreviousRun | None
+    weights: WeightSource | None
 
 
 class TrainedRun(TrainingResult):
@@ -123,7 +124,7 @@ def train(
     """
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        loaded, keys, before = configure(data, recipe, options, assignments, settings)
+        loaded, keys, before, weights = configure(data, recipe, options, assignments, settings)
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
         folder = numbered_folder(str(loaded.project), strategy, resume=resuming) if out is None else Path(out)
@@ -146,6 +147,7 @@ def train(
             callback=observer,
             strategy=strategy,
             given=keys,
+            weights=weights,
         )
         rule = None if result.decision is None else result.decision.rejection
         if weakness := describe_weakness(rule, None if before is None else before.rejection):
@@ -211,13 +213,13 @@ def configure(
     changes = [*map(parse_override, assignments), *flatten(settings or {})]
     changes += [(key, value) for key, value in of_options.items() if value is not None]
     loaded, keys = change_recipe(source, changes, recorded), [key for key, _ in changes]
-    weights = None if loaded.start is None else loaded.start.weights
+    weights, source_file = None if loaded.start is None else loaded.start.weights, None
     if recipe is None and recorded is None and "model.name" not in keys and isinstance(weights, Path):
-        network = network_of_file(weights, loaded.model.name)
+        network, source_file = network_of_file(weights, loaded.model.name)
         loaded = change_recipe(source, [*changes, ("model.name", network)])
     if loaded.project is None:
         path = getattr(loaded.data, "path", None)
         name = path and folder_project(path)
         name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         loaded = loaded.model_copy(update={"project": name})
-    return Configured(loaded, keys, previous)
+    return Configured(loaded, keys, previous, source_file)

@@ -30,12 +30,14 @@ class Layer(NamedTuple):
 class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
-    `arch` is the architecture name that PyTorch training scripts store. MatConvNet files also have `layers`
-    by name, the `average_color` (0 to 255) that is subtracted from images, and `image_size`; their tensors
-    have MATLAB's axes. `other_keys` lists content that is not imported.
+    `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store.
+    MatConvNet files also have `layers` by name, the `average_color` (0 to 255) that is subtracted from
+    images, and `image_size`; their tensors have MATLAB's axes. `other_keys` lists content that is not
+    imported.
     """
 
     path: Path
+    sha256: str
     tensors: Mapping[str, Tensor]
     arch: str | None = None
     layers: Mapping[str, Layer] = field(default_factory=dict)

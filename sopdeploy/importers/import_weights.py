@@ -10,7 +10,6 @@ import pydantic
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError, shorten
-from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
@@ -29,7 +28,7 @@ from sopdeploy.importers.timm_network import (
     convert_timm,
     find_networks,
 )
-from sopdeploy.importers.weight_files import OwnCheckpointError, open_weights
+from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.registry import list_models
 from sopdeploy.user_files import read_class_names
 from sopdeploy.version import __version__
@@ -87,6 +86,8 @@ def import_weights(
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"{destination} is the file to import; give another name", setting="out_file")
     file = open_weights(source)
+    if isinstance(file, Checkpoint):
+        raise WeightsError(f"{source}: already a sopdeploy checkpoint; use it without importing it")
     project, converted = convert_weights(file, model)
     if converted.num_classes == 0:
         raise WeightsError(
@@ -97,7 +98,6 @@ def import_weights(
     state = fit_tensors(file, converted, model, config)
     labels, label_origin = _class_names(converted, options.labels)
     preprocess = _override_preprocess(converted.preprocess, options)
-    digest = sha256(source)
     checkpoint = Checkpoint(
         model=model,
         config=config.model_dump(mode="json"),
@@ -106,7 +106,7 @@ def import_weights(
         preprocess=preprocess,
         training={
             "imported_from": source.name,
-            "imported_sha256": digest,
+            "imported_sha256": file.sha256,
             "imported_project": project,
             "versions": {"sopdeploy": __version__},
         },
@@ -114,7 +114,7 @@ def import_weights(
     write_checkpoint(destination, checkpoint)
     return ImportReport(
         file=str(source),
-        sha256=digest,
+        sha256=file.sha256,
         project=project,
         looks_like=converted.description,
         model=model,
@@ -127,15 +127,6 @@ def import_weights(
         notes=converted.notes,
         checkpoint=str(destination),
     )
-
-
-def convert_start_weights(path: Path, model: str) -> ConvertedWeights | None:
-    """Convert the weight file at *path* for catalog *model*; None for a checkpoint of sopdeploy."""
-    try:
-        file = open_weights(path)
-    except OwnCheckpointError:
-        return None
-    return convert_weights(file, model)[1]
 
 
 def convert_weights(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
@@ -158,12 +149,8 @@ def convert_weights(file: WeightFile, model: str) -> tuple[str, ConvertedWeights
     )
 
 
-def choose_network(path: Path, default: str) -> str:
-    """Choose the network for the weights at *path*: *default* unless the file is that of another one."""
-    try:
-        file = open_weights(path)
-    except OwnCheckpointError:
-        return default
+def choose_network(file: WeightFile, default: str) -> str:
+    """Choose the network for the weights in *file*: *default* unless they are those of another one."""
     recognized = _recognize(file, "")
     found = find_networks(file) if recognized is None else [str(recognized[1].model)]
     is_default = default.removeprefix("head:").removeprefix("dsop-") in found

@@ -26,14 +26,15 @@ LAYER_KINDS = {
 _STRIDES = {2: 1, 3: 2, 4: 2}  # of the stages; the stride of the fifth is read from the file
 
 
-def read_dagnn(path: Path, variables: dict[str, Any]) -> WeightFile:
-    """Read the network in the *variables* of a MATLAB file; raises `WeightsError` if there is none."""
+def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile:
+    """Read the network in the *variables* of a MATLAB file with sha256 *digest*; raises `WeightsError`."""
     net = variables.get("net", variables)
     try:
         normalization = (net.get("meta") or {}).get("normalization") or {}
         side, color = normalization.get("imageSize"), normalization.get("averageImage")
         return WeightFile(
             path=path,
+            sha256=digest,
             layers={record["name"]: _read_layer(record) for record in _records(net["layers"])},
             tensors=check_tensors(path, _read_parameters(path, _records(net["params"]))),
             average_color=average_color(color),

@@ -8,12 +8,12 @@ names and those of the blocks inside the last bottleneck of a stage.
 import importlib
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sopdeploy.backbones.resnet import BLOCKS, STAGES
 from sopdeploy.errors import WeightsError
-from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
@@ -90,20 +90,19 @@ def name_network(family: str, depth: int, other: int) -> str:
     return name if name in CATALOG else f"{family}{other} --option depth={depth}"
 
 
-def published_preprocess(name: str, path: Path) -> tuple[Preprocess, tuple[str, ...]]:
-    """Find the preprocessing of a weight file of torchvision's network *name*, with a note on its origin.
+def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple[str, ...]]:
+    """Find the preprocessing of the *file* of torchvision's network *name*, with a note on its origin.
 
     torchvision publishes some networks twice, with different preprocessing; its file names end in the first
     eight digits of the SHA-256. For other files the config.json of timm's hub next to the file applies, or
     else, without a note, the usual resize to 256 and crop of 224.
     """
-    digest = sha256(path)
     models = importlib.import_module("torchvision.models")
     for weights in models.get_model_weights(name) if name in models.list_models() else ():
-        if weights.url.endswith(f"-{digest[:8]}.pth"):
+        if weights.url.endswith(f"-{file.sha256[:8]}.pth"):
             preprocess = Preprocess.from_torchvision(weights.transforms())
             return preprocess, (f"preprocessing of torchvision's {weights}",)
-    config = read_hub_config(path)
+    config = read_hub_config(file.path)
     return (Preprocess.from_timm(config), (FROM_HUB_CONFIG,)) if config else (Preprocess(), ())
 
 
@@ -112,7 +111,7 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
         return None
     depth = resnet_depth(file.path, file.tensors)
-    preprocess, notes = published_preprocess(f"resnet{depth}", file.path)
+    preprocess, notes = published_preprocess(f"resnet{depth}", file)
     return ConvertedWeights(
         description=f"ResNet-{depth} of torchvision",
         model=name_network("resnet", depth, 50),
@@ -136,7 +135,7 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     if not published and "features.4.0.conv1.weight" not in file.tensors:
         return None
     mapped = rename_tensors(file, RENAMES["fast-MPN-COV"])
-    renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
+    renamed = replace(file, tensors={entry.name: entry.tensor for entry in mapped})
     depth = resnet_depth(file.path, renamed.tensors)
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     classes, length = renamed.tensor("fc.weight").shape
@@ -187,7 +186,7 @@ def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights |
         raise WeightsError(
             f"{file.path}: a VGG with {len(convolutions)} convolutions; the catalog has only VGG-16, with 13"
         )
-    preprocess, notes = published_preprocess("vgg16_bn" if batch_norm else "vgg16", file.path)
+    preprocess, notes = published_preprocess("vgg16_bn" if batch_norm else "vgg16", file)
     return ConvertedWeights(
         description=f"VGG-16 of torchvision, {'with' if batch_norm else 'without'} batch norm",
         model="vgg16-bn" if batch_norm else "vgg16",
@@ -207,7 +206,7 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
     if not length or not {"features.1.running_mean", "features.3.weight"} <= file.tensors.keys():
         return None
     mapped = rename_tensors(file, RENAMES["VGG-16"])
-    renamed = WeightFile(path=file.path, tensors={entry.name: entry.tensor for entry in mapped})
+    renamed = replace(file, tensors={entry.name: entry.tensor for entry in mapped})
     linear = "classifier.weight" in file.tensors
     pooling = detect_pooling(renamed, VGG_CHANNELS, length)
     kind = str(pooling["pooling.kind"])

@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sopdeploy.checkpoint import CHECKPOINT_FORMAT, is_state_dict
+from sopdeploy.checkpoint import CHECKPOINT_FORMAT, Checkpoint, is_state_dict, parse_checkpoint
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
+from sopdeploy.files import sha256
 from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.matconvnet import read_dagnn
 from sopdeploy.user_files import ADVICE, check_tensors, opened, read_pytorch
@@ -34,25 +35,25 @@ MATLAB_CLASS, MATLAB_EMPTY = "MATLAB_class", "MATLAB_empty"
 SKIPPED_FIELDS = {"vars", "inputs", "outputs", "learningRate", "weightDecay", "trainOpts"}  # not read
 
 
-class OwnCheckpointError(WeightsError):
-    """The file is a sopdeploy checkpoint, which `read_checkpoint` reads."""
+def open_weights(path: Path) -> WeightFile | Checkpoint:
+    """Read the weight file or the checkpoint at *path*, whose format is detected.
 
-
-def open_weights(path: Path) -> WeightFile:
-    """Read the weight file at *path*, whose format is detected; raises `WeightsError`."""
+    Raises `WeightsError`, and `CheckpointError` for a damaged checkpoint.
+    """
     with opened(path) as file:
         start = file.read(USER_BLOCK + len(HDF5_MAGIC))
     if HDF5_MAGIC in (start[: len(HDF5_MAGIC)], start[USER_BLOCK:]):
-        return read_dagnn(path, read_hdf5(path))
+        return read_dagnn(path, sha256(path), read_hdf5(path))
     if start.startswith(MATLAB_MAGIC):
-        return read_dagnn(path, read_v5(path))
-    content, _ = read_pytorch(path)
+        return read_dagnn(path, sha256(path), read_v5(path))
+    content, digest = read_pytorch(path)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
-        raise OwnCheckpointError(f"{path}: already a sopdeploy checkpoint; use it without importing it")
+        return parse_checkpoint(path, content, digest)
     state, other_keys = _find_state_dict(path, content)
     arch = content.get("arch") if other_keys else None
     return WeightFile(
         path=path,
+        sha256=digest,
         tensors=check_tensors(path, _strip_data_parallel(state)),
         arch=arch if isinstance(arch, str) else None,
         other_keys=other_keys,

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pydantic
 
@@ -23,7 +23,7 @@ from sopdeploy.models import (
     timm_networks,
 )
 from sopdeploy.models.base import Classifier, Entry, is_in
-from sopdeploy.models.second_order_head import POOLED_HEAD, HeadConfig, head_name
+from sopdeploy.models.second_order_head import POOLED_HEAD, HeadConfig, SecondOrderHead, head_name
 from sopdeploy.plugins import MODELS
 
 FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
@@ -103,7 +103,7 @@ def create_model(name: str, *, num_classes: int | None = None, **config: Any) ->
     return entry(name).network(make_config(name, config), classes)
 
 
-def with_head(name: str, model: Classifier, head: HeadConfig) -> Classifier:
+def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:
     """Build `head:NAME` with *head* for *model*, the network *name* of the catalog with any weights.
 
     The result is a new network on the same device and in the same mode, with copies of the tensors of *model*
@@ -114,7 +114,7 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> Classifier:
     fields = entry(with_head_name).config.model_fields
     options = {key: value for key, value in model.config.model_dump().items() if key in fields}
     options["head"] = head.model_dump()
-    network = create_model(with_head_name, num_classes=model.num_classes, **options)
+    network = cast(SecondOrderHead, create_model(with_head_name, num_classes=model.num_classes, **options))
     state = network.state_dict()
     for tensor_name, tensor in model.state_dict().items():
         if tensor_name in state and not is_in(tensor_name, POOLED_HEAD):

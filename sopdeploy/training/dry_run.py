@@ -13,7 +13,8 @@ from sopdeploy.models.stats import Counts
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.run import create_run
+from sopdeploy.training.run import LoopRun
+from sopdeploy.training.start_weights import create_initial_model
 from sopdeploy.training.step.gradient import train_step
 from sopdeploy.training.train import select_procedure
 
@@ -44,7 +45,9 @@ def dry_run(recipe: Recipe) -> DryRun:
         torch.set_num_threads(recipe.threads)
     selected = select_procedure(recipe, open_data(recipe.data))
     data = selected.data
-    run = create_run(recipe, data.train, Strategy(select_device(recipe.device)))
+    strategy = Strategy(select_device(recipe.device))
+    initial = create_initial_model(recipe, data.train.labels, strategy)
+    run = LoopRun.create(data.train, strategy, initial)
     recipe = run.recipe
     dataset, batches = epoch_data(recipe, data.train, 0)
     batch = next(iter(load_batches(dataset, batches[:1], 0, run.strategy.device)))

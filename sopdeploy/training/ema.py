@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sopdeploy.config import StrictModel
+from sopdeploy.models.base import Classifier
 
 
 class EmaConfig(StrictModel):
@@ -27,13 +28,14 @@ class EmaConfig(StrictModel):
 class ExponentialMovingAverage:
     """A copy of a model whose floating-point tensors are running averages.
 
-    Integer buffers are copied. `count` is the number of updates. It is part of the state because the decay
-    depends on it.
+    torch's `AveragedModel` would start from the weights after the first step, and read its number of updates
+    from the device in every step, which waits for the GPU. Integer buffers are copied. `count` is the number
+    of updates. It is part of the state because the decay depends on it.
     """
 
-    def __init__(self, config: EmaConfig, model: nn.Module) -> None:
+    def __init__(self, config: EmaConfig, model: Classifier) -> None:
         self.config = config
-        self.model: Any = copy.deepcopy(model).requires_grad_(False)
+        self.model = copy.deepcopy(model).requires_grad_(False)
         self.count = 0
 
     @torch.no_grad()

@@ -20,13 +20,13 @@ from sopdeploy.training.epoch_choice import estimate_best
 from sopdeploy.training.fine_tuning import set_train_mode
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult
-from sopdeploy.training.run import Run
+from sopdeploy.training.run import LoopRun
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import SignalState, StopRequested, TrainingStoppedError, handle_signals
 from sopdeploy.training.step.gradient import train_step
 
 
-def fit_loop(run: Run, data: Split, folder: RunFolder, callback: Callback) -> LoopResult:
+def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -> LoopResult:
     """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
     Writes `best.pt` of the best epoch, `last.pt` and the history to *folder*, and sets `run.decision`.
@@ -69,7 +69,7 @@ def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[Augme
 
 
 def train_epoch(
-    run: Run, images: LabeledImages, folder: RunFolder, signals: SignalState, callback: Callback
+    run: LoopRun, images: LabeledImages, folder: RunFolder, signals: SignalState, callback: Callback
 ) -> None:
     """Run the remaining steps of the current epoch."""
     recipe, epoch = run.recipe, run.position.epoch
@@ -89,7 +89,9 @@ def train_epoch(
             folder.save_last(run)
 
 
-def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState, callback: Callback) -> None:
+def evaluate_epoch(
+    run: LoopRun, held_out: PreprocessedDataset, signals: SignalState, callback: Callback
+) -> None:
     """Evaluate the exported weights on held-out images; finish the epoch."""
     since, epoch, recipe = time.monotonic(), run.position.epoch, run.recipe
     run.synchronize_buffers()
@@ -111,7 +113,9 @@ def evaluate_epoch(run: Run, held_out: PreprocessedDataset, signals: SignalState
     run.after_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
-def fit_best(run: Run, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback) -> LoopResult:
+def fit_best(
+    run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
+) -> LoopResult:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
     In the first process, `run.decision` becomes the fitted one, or `None` if there are too few images. With

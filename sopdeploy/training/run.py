@@ -9,7 +9,7 @@ import operator
 import platform
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import pydantic
 import torch
@@ -37,7 +37,7 @@ from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
 from sopdeploy.training.precision import MixedPrecision
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult
-from sopdeploy.training.start_weights import InitialModel, StartReport, create_initial_model
+from sopdeploy.training.start_weights import InitialModel, StartReport
 from sopdeploy.training.step.losses import Loss, Teacher
 from sopdeploy.version import __version__
 
@@ -63,9 +63,9 @@ class Position(StrictModel, frozen=False):
     history: tuple[EpochRow, ...] = ()
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
-    """A run in progress; `network` is `model` or its compiled form, `groups` are the optimizer's parameters.
+    """A run in progress: what every procedure has, and what checkpoints contain of it.
 
     `name` is the catalog name of `model`. A procedure that has ended sets its `result` and `decision`, and in
     `state` the tensors that `last.pt` contains for it. `image_hashes` and `origin` are those of a checkpoint.
@@ -77,13 +77,7 @@ class Run:
     train_count: int
     strategy: Strategy
     name: str
-    normalize: Normalize
-    precision: MixedPrecision
     model: Classifier
-    network: nn.Module
-    groups: list[dict[str, Any]]
-    ema: ExponentialMovingAverage | None = None
-    teacher: Teacher | None = None
     start: StartReport | None = None
     position: Position = field(default_factory=Position)
     result: AnyProcedureResult | None = None
@@ -92,16 +86,151 @@ class Run:
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     origin: Origin | None = None
 
+    @classmethod
+    def create(cls, images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Self:
+        """Create a run that trains *initial* on *images*.
+
+        Raises `DataError` for a single image, `ConfigError` for settings that do not fit the images or the
+        network.
+        """
+        if len(images) < 2:
+            raise DataError("there is only one training image; add another, a step needs two")
+        return cls(
+            recipe=initial.recipe,
+            labels=images.labels,
+            activation="sigmoid" if images.targets.ndim == 2 else "softmax",
+            train_count=len(images),
+            strategy=strategy,
+            name=initial.recipe.model.name,
+            model=initial.model,
+            start=initial.start,
+        )
+
+    def __post_init__(self) -> None:
+        self.replace_model(self.name, self.model)
+
+    @property
+    def exported(self) -> Classifier:
+        """The model with the weights that are evaluated and exported."""
+        return self.model
+
+    def replace_model(self, name: str, model: Classifier) -> None:
+        """Move *model*, named *name*, to the device; raise `ConfigError` if it cannot compute the images."""
+        layout = torch.channels_last if self.recipe.channels_last else torch.preserve_format
+        self.name = name
+        self.model = model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
+        check_image_sizes(self.recipe, self.model, self.strategy.device)
+
+    def resume_state(self) -> dict[str, Any]:
+        """Return what `last.pt` contains to resume the run; `load_resume_state` restores it."""
+        return {
+            "position": self.position.model_dump(mode="json"),
+            "train_count": self.train_count,
+            "weights": self.model.state_dict(),
+            "procedure": self.state,
+        }
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Restore *state* but its `weights`; raises many types of error if it is damaged."""
+        self.position, self.state = Position.model_validate(state["position"]), state["procedure"]
+
+    def checkpoint(self, *, resumable: bool) -> Checkpoint:
+        """Build a checkpoint; raise `TrainingError` if it would contain a NaN or infinity."""
+        weights = self.exported.state_dict()
+        resume = self.resume_state() if resumable else None
+        saved = tree_leaves({"weights": weights, "raw": self.model.state_dict(), "resume": resume})
+        if not all(bool(value.isfinite().all()) for value in saved if isinstance(value, Tensor)):
+            raise TrainingError(
+                "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
+                "optimizer.clip_norm"
+            )
+        return Checkpoint(
+            model=self.name,
+            config=self.model.config.model_dump(mode="json"),
+            weights=weights,
+            labels=self.labels,
+            preprocess=self.recipe.preprocess,
+            training=self._training_record(),
+            resume=resume,
+            decision=self.decision or self._multi_label_decision(),
+            image_hashes=self.image_hashes,
+            project=self.recipe.project or "",
+            origin=self.origin,
+        )
+
+    def _multi_label_decision(self) -> Decision | None:
+        """Build the decision of a multi-label network, with the thresholds of the last finished epoch."""
+        if self.activation == "softmax":
+            return None
+        metrics = self.position.history[-1].metrics if self.position.history else None
+        fitted = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
+        return Decision(activation="sigmoid", thresholds=fitted or (DEFAULT_THRESHOLD,) * len(self.labels))
+
+    def _training_record(self) -> dict[str, Any]:
+        """Describe how the weights were trained."""
+        history, device = self.position.history, self.strategy.device
+        plugins = makers([*self.model.modules(), self.recipe.data])
+        start = {} if self.start is None else {"start": self.start.model_dump(mode="json")}
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            **start,
+            "seed": self.recipe.seed,
+            "epoch": self.position.epoch,
+            "step": self.position.step,
+            "weights": "raw" if self.exported is self.model else "average",
+            "metrics": history[-1].metrics.model_dump() if history else None,
+            **({} if self.result is None else {"procedure": self.result.model_dump(mode="json")}),
+            "versions": {
+                "sopdeploy": __version__,
+                "torch": str(torch.__version__),
+                "python": platform.python_version(),
+            },
+            **({"plugins": plugins} if plugins else {}),
+            "machine": {
+                **{name: fact for name, fact in machine().items() if name != "load"},
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+                "processes": self.strategy.world,
+            },
+        }
+
+
+@dataclass(kw_only=True)
+class LoopRun(Run):
+    """A run of the training loop; `network` is `model` or its compiled form, `groups` the optimizer's.
+
+    Raises `ConfigError` for settings that need one class per image, if images have several.
+    """
+
+    normalize: Normalize = field(init=False)
+    precision: MixedPrecision = field(init=False)
+    network: nn.Module = field(init=False)
+    groups: list[dict[str, Any]] = field(init=False)
+    ema: ExponentialMovingAverage | None = None
+    teacher: Teacher | None = None
+
+    def __post_init__(self) -> None:
+        recipe, device = self.recipe, self.strategy.device
+        if self.activation == "sigmoid" and recipe.sampler == "balanced":
+            raise ConfigError('sampler: "balanced" needs one class per image; use sampler = "shuffled"')
+        if self.activation == "sigmoid" and recipe.teacher is not None:
+            raise ConfigError("teacher: distillation needs one class per image; remove the table")
+        self.normalize = Normalize(recipe.preprocess).to(device)
+        self.precision = MixedPrecision(recipe.precision, device)
+        if recipe.teacher is not None:
+            smoothing = recipe.loss.label_smoothing
+            self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
+        self.replace_model(self.name, self.model)
+        self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
+
     @cached_property
     def optimizer(self) -> Optimizer:
-        """The optimizer; it is created when a procedure needs it, because this imports torch's compiler."""
+        """The optimizer; it is created on first use, because this imports torch's compiler."""
         return self.recipe.optimizer.create(self.groups)
 
     @property
     def exported(self) -> Classifier:
         """The model with the weights that are evaluated and exported: their average, if there is one."""
-        model: Classifier = self.model if self.ema is None else self.ema.model
-        return model
+        return self.model if self.ema is None else self.ema.model
 
     def trained(self) -> nn.Module:
         """Return the module that learns: the model, together with its teacher if both are trained jointly."""
@@ -171,8 +300,8 @@ class Run:
                 if parameter in self.optimizer.state
             }
             del self.optimizer
-        self.name = name
-        self.model, self.network, self.groups = _prepare(self.recipe, model, self.strategy, self.teacher)
+        super().replace_model(name, model)
+        self._prepare_training()
         for part, parameter in self.trained().named_parameters():
             if part in states:
                 self.optimizer.state[parameter] = states[part]
@@ -181,133 +310,57 @@ class Run:
             self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
             self.ema.model.load_state_dict({part: averages[part] for part in self.model.state_dict()})
 
+    def _prepare_training(self) -> None:
+        """Set the batch norms, what learns, and `network`; move the teacher to the device."""
+        recipe, world = self.recipe, self.strategy.world
+        replace_batch_norms(self.model, recipe.batch_norm, world)
+        set_train_mode(self.model, recipe.start)
+        self.groups = parameter_groups(self.model, recipe.start)
+        if self.teacher is not None:
+            layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+            self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
+            if self.teacher.learns:
+                replace_batch_norms(self.teacher.model, recipe.batch_norm, world)
+                self.groups.append({"params": list(self.teacher.model.parameters())})
+        compiled: Any = torch.compile(self.model) if recipe.compile else self.model
+        self.network = compiled
+
     def start_epoch(self) -> None:
         """Replace the model if this epoch trains another one (`model.remove_branches_at`)."""
         model = self.recipe.model.network_of(self.position.epoch, self.model)
         if model is not self.model:
             self.replace_model(self.name, model)
 
-    def checkpoint(self, *, resumable: bool) -> Checkpoint:
-        """Build a checkpoint; raise `TrainingError` if it would contain a NaN or infinity."""
-        self.synchronize_buffers()
-        raw = self.model.state_dict()
-        average = self.ema.state_dict() if self.ema is not None else None
-        resume = None
-        if resumable:
-            resume = {
-                "position": self.position.model_dump(mode="json"),
-                "optimizer": self.optimizer.state_dict() if "optimizer" in self.__dict__ else {},
-                "train_count": self.train_count,
-                "precision": self.precision.state_dict(),
-                "weights": raw,
-                "average": average,
-                "procedure": self.state,
-            }
-            if self.teacher is not None and self.teacher.learns:
-                resume["teacher"] = self.teacher.model.state_dict()
-        saved = tree_leaves({"weights": raw, "average": average, "resume": resume})
-        if not all(bool(value.isfinite().all()) for value in saved if isinstance(value, Tensor)):
-            raise TrainingError(
-                "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
-                "optimizer.clip_norm"
-            )
-        return Checkpoint(
-            model=self.name,
-            config=self.model.config.model_dump(mode="json"),
-            weights=average["weights"] if average else raw,
-            labels=self.labels,
-            preprocess=self.recipe.preprocess,
-            training=self._training_record(),
-            resume=resume,
-            decision=self.decision or self._multi_label_decision(),
-            image_hashes=self.image_hashes,
-            project=self.recipe.project or "",
-            origin=self.origin,
-        )
-
-    def _multi_label_decision(self) -> Decision | None:
-        """Build the decision of a multi-label network, with the thresholds of the last finished epoch."""
-        if self.activation == "softmax":
-            return None
-        metrics = self.position.history[-1].metrics if self.position.history else None
-        fitted = metrics.thresholds if isinstance(metrics, MultiLabelMetrics) else None
-        return Decision(activation="sigmoid", thresholds=fitted or (DEFAULT_THRESHOLD,) * len(self.labels))
-
-    def _training_record(self) -> dict[str, Any]:
-        """Describe how the weights were trained."""
-        history, device = self.position.history, self.strategy.device
-        plugins = makers([*self.model.modules(), self.recipe.data])
-        start = {} if self.start is None else {"start": self.start.model_dump(mode="json")}
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            **start,
-            "seed": self.recipe.seed,
-            "epoch": self.position.epoch,
-            "step": self.position.step,
-            "weights": "raw" if self.ema is None else "average",
-            "metrics": history[-1].metrics.model_dump() if history else None,
-            **({} if self.result is None else {"procedure": self.result.model_dump(mode="json")}),
-            "versions": {
-                "sopdeploy": __version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
-            **({"plugins": plugins} if plugins else {}),
-            "machine": {
-                **{name: fact for name, fact in machine().items() if name != "load"},
-                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-                "processes": self.strategy.world,
-            },
+    def resume_state(self) -> dict[str, Any]:
+        """Add the optimizer, the precision, the average and a teacher that learns."""
+        state = {
+            **super().resume_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "precision": self.precision.state_dict(),
+            "average": None if self.ema is None else self.ema.state_dict(),
         }
+        if self.teacher is not None and self.teacher.learns:
+            state["teacher"] = self.teacher.model.state_dict()
+        return state
 
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Restore *state* but its `weights`; raises many types of error if it is damaged."""
+        super().load_resume_state(state)
+        self.precision.load_state_dict(state["precision"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["average"])
+        if self.teacher is not None and self.teacher.learns:
+            self.teacher.model.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
-def create_run(
-    recipe: Recipe,
-    images: LabeledImages,
-    strategy: Strategy,
-    initial: InitialModel | None = None,
-) -> Run:
-    """Create a run that trains *initial*, by default the model of *recipe* with its initial weights.
-
-    Raises `ConfigError` for settings that need one class per image, if images have several, and for a size
-    of the images that the network cannot compute; `DataError` for a single image.
-    """
-    if len(images) < 2:
-        raise DataError("there is only one training image; add another, a step needs two")
-    activation: Activation = "sigmoid" if images.targets.ndim == 2 else "softmax"
-    if activation == "sigmoid" and recipe.sampler == "balanced":
-        raise ConfigError('sampler: "balanced" needs one class per image; use sampler = "shuffled"')
-    if activation == "sigmoid" and recipe.teacher is not None:
-        raise ConfigError("teacher: distillation needs one class per image; remove the table")
-    if initial is None:
-        initial = create_initial_model(recipe, images.labels, strategy)
-    model, recipe, start = initial
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = Teacher(
-            recipe.teacher, images.labels, recipe.preprocess, recipe.loss.label_smoothing, recipe.seed
-        )
-    model, network, groups = _prepare(recipe, model, strategy, teacher)
-    return Run(
-        recipe=recipe,
-        labels=images.labels,
-        activation=activation,
-        train_count=len(images),
-        strategy=strategy,
-        name=recipe.model.name,
-        normalize=Normalize(recipe.preprocess).to(strategy.device),
-        precision=MixedPrecision(recipe.precision, strategy.device),
-        model=model,
-        network=network,
-        groups=groups,
-        ema=ExponentialMovingAverage(recipe.ema, model) if recipe.ema is not None else None,
-        teacher=teacher,
-        start=start,
-    )
+    def checkpoint(self, *, resumable: bool) -> Checkpoint:
+        """Build a checkpoint with synchronized running statistics."""
+        self.synchronize_buffers()
+        return super().checkpoint(resumable=resumable)
 
 
 @torch.no_grad()
-def _check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) -> None:
+def check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) -> None:
     """Run *model* on one black image of each size of *recipe*; raise `ConfigError` if it cannot."""
     model.eval()
     for side in {recipe.preprocess.crop, recipe.training_crop}:
@@ -320,22 +373,3 @@ def _check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) 
                 f"preprocess.crop: {recipe.model.name} cannot compute images of {side} pixels "
                 f"({first_line(error)}); choose another size"
             ) from error
-
-
-def _prepare(
-    recipe: Recipe, model: Classifier, strategy: Strategy, teacher: Teacher | None
-) -> tuple[Classifier, nn.Module, list[dict[str, Any]]]:
-    """Move *model* and *teacher* to the device; return the model, the module to call, and what it learns."""
-    layout = torch.channels_last if recipe.channels_last else torch.preserve_format
-    model = model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
-    replace_batch_norms(model, recipe.batch_norm, strategy.world)
-    _check_image_sizes(recipe, model, strategy.device)
-    set_train_mode(model, recipe.start)
-    groups = parameter_groups(model, recipe.start)
-    if teacher is not None:
-        teacher.model.to(strategy.device, memory_format=layout)  # type: ignore[call-overload]
-        if teacher.learns:
-            replace_batch_norms(teacher.model, recipe.batch_norm, strategy.world)
-            groups.append({"params": list(teacher.model.parameters())})
-    network: Any = torch.compile(model) if recipe.compile else model
-    return model, network, groups

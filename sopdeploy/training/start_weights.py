@@ -15,14 +15,16 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import load_plain, read_checkpoint
+from sopdeploy.checkpoint import Checkpoint, load_plain
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import derive_seed
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import expand_user, sha256
+from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.import_weights import CIFAR10, choose_network, convert_start_weights
+from sopdeploy.importers.conversion import WeightFile
+from sopdeploy.importers.import_weights import CIFAR10, choose_network, convert_weights
 from sopdeploy.importers.published import fetch_imagenet_weights
+from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
@@ -30,6 +32,7 @@ from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.recipe import Recipe
 
+WeightSource = WeightFile | Checkpoint  # an opened file of weights
 ADDED_PARTS = {"pooling", "attention", "reduction", "root", POOLED_HEAD}  # that networks add to a backbone
 CLASSIFIER_PARTS = {"fc", "classifier", "linear", "head", "head_dist"}  # names of classifiers in weight files
 
@@ -67,12 +70,14 @@ class StartWeights:
     training_only: tuple[str, ...] = ()
 
 
-def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | None:
+def read_start_weights(
+    recipe: Recipe, strategy: Strategy, source: WeightSource | None = None
+) -> StartWeights | None:
     """Read the weights that `start.weights` of *recipe* selects; None for random weights.
 
-    The first process fetches published weights to the cache, then the others read them. Raises `ConfigError`
-    if the value is missing or no weights are published, `WeightsError` or `CheckpointError` if the file
-    cannot be fetched or read.
+    *source* is the file, if it was opened before. The first process fetches published weights to the cache,
+    then the others read them. Raises `ConfigError` if the value is missing or no weights are published,
+    `WeightsError` or `CheckpointError` if the file cannot be fetched or read.
     """
     if recipe.start is None or recipe.start.weights == "none":
         return None
@@ -81,12 +86,12 @@ def read_start_weights(recipe: Recipe, strategy: Strategy) -> StartWeights | Non
             "start.weights: not set; give the checkpoint to start from",
             remedies={"weights": "imagenet"},
         )
-    weights = _read(recipe) if strategy.rank == 0 else None
+    weights = _read(recipe, source) if strategy.rank == 0 else None
     strategy.all_reduce(torch.zeros(1))  # the others wait until the first process has filled the cache
-    return weights or _read(recipe)
+    return weights or _read(recipe, source)
 
 
-def _read(recipe: Recipe) -> StartWeights:
+def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
     model = recipe.model.name.removeprefix("head:")  # the tensors of a network keep their names under a head
     source_model = model.removeprefix("dsop-") if ":" in model else model
@@ -98,32 +103,36 @@ def _read(recipe: Recipe) -> StartWeights:
         path, source_model = fetch_imagenet_weights(model, config)
     if not path.is_file():
         load_plain(path)  # raises the error for missing files, folders and bundles
-    converted = convert_start_weights(path, source_model)
-    if converted is not None:
+    source = source or open_weights(path)
+    if isinstance(source, WeightFile):
+        converted = convert_weights(source, source_model)[1]
         return StartWeights(
             file=path.name,
-            sha256=sha256(path),
+            sha256=source.sha256,
             network=converted.description,
             tensors={mapped.name: mapped.tensor for mapped in converted.tensors},
             preprocess=converted.preprocess,
             labels=CIFAR10 if converted.labels == "cifar10" else None,
         )
-    checkpoint = read_checkpoint(path)
     return StartWeights(
         file=path.name,
-        sha256=sha256(path),
-        network=checkpoint.model,
-        tensors=checkpoint.weights,
-        preprocess=checkpoint.preprocess,
-        labels=checkpoint.labels,
-        training_only=entry(checkpoint.model).network.training_only,
+        sha256=source.sha256,
+        network=source.model,
+        tensors=source.weights,
+        preprocess=source.preprocess,
+        labels=source.labels,
+        training_only=entry(source.model).network.training_only,
     )
 
 
-def network_of_file(weights: Path, default: str) -> str:
-    """Choose the network for the weight file *weights*: *default* unless the file is that of another one."""
+def network_of_file(weights: Path, default: str) -> tuple[str, WeightSource | None]:
+    """Open the file *weights* and choose its network: *default* unless it is that of another one.
+
+    Without such a file, no file is returned.
+    """
     path = expand_user(weights)
-    return choose_network(path, default) if path.is_file() else default
+    source = open_weights(path) if path.is_file() else None
+    return choose_network(source, default) if isinstance(source, WeightFile) else default, source
 
 
 def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
@@ -215,13 +224,16 @@ class InitialModel(NamedTuple):
     start: StartReport | None
 
 
-def create_initial_model(recipe: Recipe, labels: tuple[str, ...], strategy: Strategy) -> InitialModel:
+def create_initial_model(
+    recipe: Recipe, labels: tuple[str, ...], strategy: Strategy, source: WeightSource | None = None
+) -> InitialModel:
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
-    Start weights are loaded if the recipe selects some, and their preprocessing completes that of the recipe.
-    Raises the errors of `read_start_weights` and `load_start_weights`.
+    *source* is the file of `start.weights`, if it was opened before. Start weights are loaded if the recipe
+    selects some, and their preprocessing completes that of the recipe. Raises the errors of
+    `read_start_weights` and `load_start_weights`.
     """
-    weights = read_start_weights(recipe, strategy)
+    weights = read_start_weights(recipe, strategy, source)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))
     model = create_model(recipe.model.name, num_classes=len(labels), **recipe.model.config)
     if recipe.start is None:

@@ -35,12 +35,14 @@ from sopdeploy.training.loop import fit_loop
 from sopdeploy.training.procedure import AnyProcedureConfig, AutoConfig, FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import Recipe, check_same_recipe, validate_recipe
 from sopdeploy.training.results import AnyProcedureResult, read_result
-from sopdeploy.training.run import Position, Run, create_run
+from sopdeploy.training.run import LoopRun, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     InitialModel,
     StartReport,
+    WeightSource,
     complete_preprocess,
+    create_initial_model,
 )
 
 ONE_GROUP = (
@@ -94,12 +96,14 @@ def train_recipe(
     callback: Callback | None = None,
     strategy: Strategy | None = None,
     given: Sequence[str] = (),
+    weights: WeightSource | None = None,
 ) -> TrainingResult:
     """Train *recipe* and write the run to *out_dir*.
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
     first process only. *strategy* defaults to the processes that torchrun started. *given* are the recipe
-    keys that the user has set; one that has no effect is a `ConfigError`.
+    keys that the user has set; one that has no effect is a `ConfigError`. *weights* is the file of
+    `start.weights`, if the caller has opened it.
 
     Raises `ConfigError` and `DataError` for invalid input, `TrainingError` if a loss, gradient or buffer is
     not finite, `TrainingStoppedError` after Ctrl-C or SIGTERM.
@@ -112,13 +116,15 @@ def train_recipe(
         torch.set_num_threads(recipe.threads)
     try:
         continued = folder.last.exists() if resume == "auto" else resume
-        run, data = start_or_resume(recipe, folder, strategy, callback, resume=continued, given=given)
-        if isinstance(run.recipe.procedure, FewShotConfig):
+        run, data = start_or_resume(
+            recipe, folder, strategy, callback, resume=continued, given=given, weights=weights
+        )
+        if isinstance(run, LoopRun):
+            result: AnyProcedureResult = fit_loop(run, data, folder, callback)
+        else:
             from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415  # scikit-learn is slow
 
-            result: AnyProcedureResult = fit_few_shot(run, data, folder, callback)
-        else:
-            result = fit_loop(run, data, folder, callback)
+            result = fit_few_shot(run, data, folder, callback)
         callback.on_train_end(run=run, data=data)
         return _summarize(run, folder, data, result)
     finally:
@@ -133,6 +139,7 @@ def start_or_resume(
     *,
     resume: bool,
     given: Sequence[str] = (),
+    weights: WeightSource | None = None,
 ) -> tuple[Run, Split]:
     """Create the run, or rebuild it from its checkpoint, and open its data.
 
@@ -149,9 +156,11 @@ def start_or_resume(
     _warn_of_classes_without_held_out(opened, data, callback)
     recipe.check_effect(given)
     _check_unknown(recipe, data)
-    check_divisible(recipe, len(data.train), strategy.world)
+    if isinstance(recipe.procedure, LoopConfig):
+        check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
-        run = create_run(recipe, data.train, strategy)
+        initial = create_initial_model(recipe, data.train.labels, strategy, weights)
+        run = create_run(data.train, strategy, initial)
         folder.lock()
         if run.start is not None:
             callback.on_start_weights(run.start)
@@ -214,6 +223,8 @@ def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig |
             )
     recipe = recipe.model_copy(update={"procedure": config})
     if isinstance(config, FewShotConfig):
+        if torch.distributed.is_initialized():
+            raise ConfigError("procedure few_shot: needs one process; start it without torchrun")
         entry(head_name(recipe.model.name))
     elif isinstance(recipe.data, HoldOut):
         data = hold_out_images(data, recipe.data.hold_out, recipe.data.hold_out_seed)
@@ -247,6 +258,12 @@ def _check_unknown(recipe: Recipe, data: Split) -> None:
     open_any_images(recipe.rejection.unknown)
 
 
+def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:
+    """Create a run of the class that the procedure of its recipe needs; raises the errors of `Run.create`."""
+    of_procedure = LoopRun if isinstance(initial.recipe.procedure, LoopConfig) else Run
+    return of_procedure.create(images, strategy, initial)
+
+
 def resume_run(
     recipe: Recipe, images: LabeledImages, strategy: Strategy, checkpoint: Checkpoint, source: Path
 ) -> Run:
@@ -277,18 +294,10 @@ def resume_run(
     try:
         start = checkpoint.training.get("start")
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
-        run = create_run(recipe, images, strategy, initial)
-        run.name = checkpoint.model
-        run.precision.load_state_dict(state["precision"])
-        if run.ema is not None:
-            run.ema.load_state_dict(state["average"])
-        if run.teacher is not None and run.teacher.learns:
-            run.teacher.model.load_state_dict(state["teacher"])
-        run.position = Position.model_validate(state["position"])
-        run.result, run.state = read_result(checkpoint.training), state["procedure"]
+        run = create_run(images, strategy, initial)
+        run.name, run.result = checkpoint.model, read_result(checkpoint.training)
         run.decision = None if run.result is None else checkpoint.decision
-        if state["optimizer"]:
-            run.optimizer.load_state_dict(state["optimizer"])
+        run.load_resume_state(state)
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
     except (KeyError, ValueError, TypeError, RuntimeError) as error:

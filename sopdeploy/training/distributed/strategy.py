@@ -20,7 +20,9 @@ from sopdeploy.evaluation.prediction import ProcessGroup
 class Strategy(ProcessGroup):
     """The processes of a run, each with its own device: those that `join_processes` connected, or only this.
 
-    The loss of a step is the sum of the losses that the processes compute.
+    The loss of a step is the sum of the losses that the processes compute. Gradients are summed after the
+    backward pass: `DistributedDataParallel` reduces them during it, among the collectives of the layers, and
+    cannot sum second derivatives.
     """
 
     def __init__(self, device: torch.device) -> None:

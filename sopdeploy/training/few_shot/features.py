@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +86,7 @@ class Features:
         """
         with_distance = distance_weight > 0
         config = self.head.model_copy(update={"distance": with_distance})
-        model: Any = with_head(self.recipe.model.name, self.model, config)
+        model = with_head(self.recipe.model.name, self.model, config)
         head, weight = model.pooled_head, fitted.weight
         for tap in head.channels if head.poolings else ():
             head.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
@@ -97,8 +96,7 @@ class Features:
             weight = np.concatenate([weight, np.full((len(weight), 1), -distance_weight)], axis=1)
         head.fc.weight.copy_(torch.from_numpy(weight))
         head.fc.bias.copy_(torch.from_numpy(fitted.bias))
-        network: SecondOrderHead = model.eval()
-        return network
+        return model.eval()
 
 
 @torch.no_grad()
@@ -141,10 +139,8 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
     taps = tuple(model.tap_channels)[-TAPS:] or None
     head = HeadConfig(kind="gap+mean+isqrt", taps=taps, width=WIDTH)
     try:
-        network: Any = with_head(recipe.model.name, model, head)
+        return with_head(recipe.model.name, model, head).eval()
     except ConfigError as error:
         if not str(error).startswith("head.taps"):
             raise
-        network = with_head(recipe.model.name, model, HeadConfig(kind="gap"))
-    full: SecondOrderHead = network.eval()
-    return full
+        return with_head(recipe.model.name, model, HeadConfig(kind="gap")).eval()

@@ -19,7 +19,7 @@ from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, deriv
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.data.near import connect
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold, predict_unknown
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_presence
@@ -41,15 +41,9 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
     """Fit a classifier to the training images of *data* and write `best.pt`, `last.pt` and the history.
 
     A finished run is not trained again. The decision is fitted to the out-of-fold predictions. Held-out
-    images, if there are any, are used only for the score. Raises `ConfigError` for several processes, an
-    average or a teacher, `TrainingStoppedError` after a stop signal, and `DataError` for images that cannot
-    be used.
+    images, if there are any, are used only for the score. Raises `TrainingStoppedError` after a stop signal,
+    and `DataError` for images that cannot be used.
     """
-    if run.strategy.world > 1 or run.ema is not None or run.teacher is not None:
-        raise ConfigError(
-            "procedure few_shot: needs one process; start it without torchrun, and remove the tables ema "
-            "and teacher"
-        )
     if isinstance(run.result, FewShotResult):
         result = _fit_decision(run, data.train, run.result)  # with another `rejection.accepts`
         run.strategy.save(folder.best, run.checkpoint(resumable=False))

@@ -12,11 +12,11 @@ from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of
 from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
 from sopdeploy.training.fine_tuning import LR_FACTOR
 from sopdeploy.training.optimizers import AdaHessian
-from sopdeploy.training.run import Run
+from sopdeploy.training.run import LoopRun
 from sopdeploy.training.step.losses import Loss, training_loss
 
 
-def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:
+def train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:
     """Run one of the *steps* steps of an epoch on *batch*, the shard of *samples*.
 
     Returns the loss over all processes, and the gradient norm before clipping. Raises `TrainingError` if the
@@ -36,7 +36,7 @@ def train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> tuple[
         ) from error
 
 
-def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:
+def _train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:
     recipe, position = run.recipe, run.position
     of_process = (run.strategy.rank,) if run.strategy.rank else ()
     torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *of_process))
@@ -57,7 +57,7 @@ def _train_step(run: Run, batch: Batch, samples: list[int], steps: int) -> tuple
     return loss, float(norm) if finite else 0.0
 
 
-def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
+def compute_gradient(run: LoopRun, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
     """Compute the gradient of a step and return the loss over all processes.
 
     Micro-batches are weighted by their numbers of samples, so that the sum of their losses is the mean over
@@ -82,7 +82,7 @@ def compute_gradient(run: Run, batch: Batch, micro_batches: Sequence[MicroBatch]
     return Loss(parts.pop("total"), parts, counts)
 
 
-def _compute_loss(run: Run, images: Tensor, labels: Tensor) -> Loss:
+def _compute_loss(run: LoopRun, images: Tensor, labels: Tensor) -> Loss:
     """Compute the loss of a micro-batch, with that of the teacher if the run has one."""
     with run.precision.autocast():
         output = run.network(images)
@@ -91,7 +91,7 @@ def _compute_loss(run: Run, images: Tensor, labels: Tensor) -> Loss:
         return loss if run.teacher is None else run.teacher.add_to(loss, images, labels, output)
 
 
-def _backward(run: Run, loss: Tensor, *, last: bool) -> None:
+def _backward(run: LoopRun, loss: Tensor, *, last: bool) -> None:
     """Add the gradient of *loss* to that of the step; after the *last* one, sum it over the processes.
 
     AdaHessian also needs the curvature, with random signs that all micro-batches of a step share.
@@ -105,7 +105,7 @@ def _backward(run: Run, loss: Tensor, *, last: bool) -> None:
         run.strategy.backward(run.precision.scaler.scale(loss), run.trained(), last=last)
 
 
-def _check_finite_step(run: Run, loss: Loss, norm: Tensor) -> bool:
+def _check_finite_step(run: LoopRun, loss: Loss, norm: Tensor) -> bool:
     """Return False if a float16 gradient overflowed; raise `TrainingError` for all other NaNs.
 
     At this point, batch norm's running statistics include the batch, but the weights are unchanged.

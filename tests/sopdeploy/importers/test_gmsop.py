@@ -112,7 +112,7 @@ def test_the_network_input_is_raw_pixels_less_the_mean(tmp_path: Path) -> None:
 
 def weights(**arrays: np.ndarray[Any, Any]) -> WeightFile:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return WeightFile(path=Path("net.mat"), tensors=tensors)
+    return WeightFile(path=Path("net.mat"), sha256="", tensors=tensors)
 
 
 def test_a_deviation_below_sqrt_eps_keeps_its_effect() -> None:

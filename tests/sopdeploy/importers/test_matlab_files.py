@@ -70,7 +70,7 @@ COLOR = np.array([10.0, 20.0, 30.0])
 @pytest.mark.parametrize("value", [COLOR[:, None], COLOR[None], COLOR[None, None], np.full((2, 2, 3), COLOR)])
 def test_a_network_without_net_has_the_average_color_of_a_color_or_an_image(value: Any) -> None:
     variables = {"params": PARAM, "layers": LAYER, "meta": {"normalization": {"averageImage": value}}}
-    file = read_dagnn(Path("a.mat"), variables)
+    file = read_dagnn(Path("a.mat"), "", variables)
     assert (list(file.tensors), file.layers["l"].kind) == (["a"], "Conv")
     assert (file.average_color, file.image_size) == ((10, 20, 30), None)
-    assert read_dagnn(Path("a.mat"), variables | {"meta": {}}).average_color is None
+    assert read_dagnn(Path("a.mat"), "", variables | {"meta": {}}).average_color is None

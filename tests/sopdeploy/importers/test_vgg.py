@@ -23,7 +23,7 @@ def vgg_file(tmp_path: Path, name: str) -> WeightFile:
     (tmp_path / "a.pth").touch()
     with torch.device("meta"):
         state = getattr(torchvision.models, name)(num_classes=5).state_dict()
-    return WeightFile(path=tmp_path / "a.pth", tensors=state)
+    return WeightFile(path=tmp_path / "a.pth", sha256="", tensors=state)
 
 
 @pytest.mark.parametrize(("name", "model"), NETWORKS)

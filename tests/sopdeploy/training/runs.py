@@ -16,10 +16,14 @@ from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
 from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.data.base import LabeledImages
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.run import LoopRun
 from sopdeploy.training.signals import TrainingStoppedError
+from sopdeploy.training.start_weights import create_initial_model
 from sopdeploy.training.train import train_recipe
 
 SHORT = [
@@ -30,6 +34,11 @@ SHORT = [
     "preprocess.resize=8",
     "preprocess.crop=8",
 ]
+
+
+def start_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> LoopRun:
+    """Create a run of the training loop with the initial weights of *recipe*."""
+    return LoopRun.create(images, strategy, create_initial_model(recipe, images.labels, strategy))
 
 
 @contextmanager

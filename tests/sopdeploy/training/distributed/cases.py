@@ -14,8 +14,8 @@ from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import Strategy, select_device
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import create_run
 from sopdeploy.training.step.gradient import train_step
+from tests.sopdeploy.training.runs import start_run
 
 NETWORKS = {
     "dsop": [
@@ -67,7 +67,7 @@ def learn(
 ) -> dict[str, Tensor]:
     """Return all weights and buffers after *steps* steps, in this process and those it is joined with."""
     data = several_classes(dataset()) if multi_label else dataset()
-    run = create_run(recipe, data, Strategy(select_device(recipe.device)))
+    run = start_run(recipe, data, Strategy(select_device(recipe.device)))
     run.model.to(dtype)
     run.normalize.to(dtype)
     if run.teacher is not None:

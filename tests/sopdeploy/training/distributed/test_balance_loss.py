@@ -17,8 +17,8 @@ from sopdeploy.training.distributed.batch_sharding import shard_step
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import list_recipes
-from sopdeploy.training.run import create_run
 from sopdeploy.training.step.gradient import train_step
+from tests.sopdeploy.training.runs import start_run
 
 CPU = torch.device("cpu")
 GATED = [
@@ -41,7 +41,7 @@ def effective_weight(name: str) -> float:
     settings = [f"model.config.{setting}" for setting in SMALL]
     recipe = read_recipe(name, [*settings, "workers=0", "device=cpu"])
     data = random_images(recipe.batch_size)
-    run = create_run(recipe, data, Strategy(CPU))
+    run = start_run(recipe, data, Strategy(CPU))
     run.model.double()
     run.normalize.double()
     samples = list(range(recipe.batch_size))

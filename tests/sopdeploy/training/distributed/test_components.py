@@ -9,8 +9,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.training.distributed import torchrun
 from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
 from sopdeploy.training.distributed.strategy import Strategy
-from sopdeploy.training.run import create_run
 from tests.sopdeploy.training.distributed.cases import build_recipe, dataset
+from tests.sopdeploy.training.runs import start_run
 
 CPU = torch.device("cpu")
 
@@ -75,7 +75,7 @@ def test_running_statistics_of_local_batch_norms_are_averaged(kind, mean) -> Non
     recipe = build_recipe("dsop", "sgd", f"batch_norm={kind}", "ema={}")
     processes = TwoProcesses(CPU)
     processes.offset = 6.0
-    run = create_run(recipe, dataset(), processes)
+    run = start_run(recipe, dataset(), processes)
     run.synchronize_buffers()
     assert run.ema is not None
     for model in (run.model, run.ema.model):
@@ -85,7 +85,7 @@ def test_running_statistics_of_local_batch_norms_are_averaged(kind, mean) -> Non
 
 def test_processes_that_resume_from_different_steps_are_refused(tmp_path) -> None:
     processes = TwoProcesses(CPU)
-    run = create_run(build_recipe("dsop", "sgd"), dataset(), processes)
+    run = start_run(build_recipe("dsop", "sgd"), dataset(), processes)
     torchrun.check_same_step(run, tmp_path)
     processes.offset = 1.0
     with pytest.raises(ConfigError, match="find different checkpoints; use a disk that all"):
