@@ -86,7 +86,7 @@ def test_the_readme_states_the_description_the_versions_and_the_workflow_of_the_
 
 def test_until_a_release_exists_the_first_command_is_a_clone() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    for page in ("README.md", "docs/index.md", "docs/quickstart.md"):
+    for page in ("README.md", "docs/quickstart.md"):
         typed = "\n".join(blocks(ROOT / page, "sh"))
         cloned = re.match(r'git clone .*\npip install "\.\[train,cpu\]"', typed) is not None
         assert (cloned, '"sopdeploy[' not in typed) == (True, True) or "\n## [0" in changelog, page

@@ -25,7 +25,6 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r".* fgvc",
     r"torchrun ",
     r"#!/bin/bash\n#SBATCH",
-    r"sopdeploy --(install|show)-completion",
     r"python benchmarks/",
 )
 TESTED_ELSEWHERE = ("docs/quickstart.md", "docs/cli.md")
