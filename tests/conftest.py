@@ -88,7 +88,12 @@ subprocess.Popen = RecordedPopen  # type: ignore[misc]
 
 
 def process_state() -> dict[str, Any]:
-    """Return what later files on the same worker depend on, without what imports of libraries set."""
+    """End the children that decode; return what later files on the same worker depend on.
+
+    What imports of libraries set is left out.
+    """
+    if decoding := sys.modules.get("sopdeploy_service.decoding.pool"):
+        decoding.shared_template().close()
     state: dict[str, Any] = {"folder": Path.cwd(), "mask": os.umask(0), "event loop": None}
     os.umask(state["mask"])
     state["settings"] = {name: text for name, text in os.environ.items() if name.startswith("SOPDEPLOY_")}
@@ -112,8 +117,6 @@ def _state_between_files() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    if decoding := sys.modules.get("sopdeploy_service.decoding.pool"):
-        decoding.shared_template().close()
     assert {name: value for name, value in process_state().items() if before.get(name, value) != value} == {}
 
 

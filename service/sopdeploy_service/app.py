@@ -49,7 +49,7 @@ def create_app(
     keeper: Keeper | None = None
     if settings.keep is not None:
         store_kept = store_kept or KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days).add
-        keeper = Keeper(store_kept, settings.keep_sample, service.metrics)
+        keeper = Keeper(store_kept, settings.keep_sample, service.metrics, service.decoders.copy)
         service.observers.append(keeper.observe)
     names = sorted({model.name for model in service.registry.models()})
 
@@ -59,9 +59,9 @@ def create_app(
         if keeper is not None:
             keeper.start()
         yield
-        await service.stop()
         if keeper is not None:
             await asyncio.to_thread(keeper.stop)
+        await service.stop()
 
     app = FastAPI(
         title="sopdeploy",

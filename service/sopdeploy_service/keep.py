@@ -1,8 +1,9 @@
 """Keep photographs that are worth a label: unknown and uncertain ones, and a small uniform sample.
 
-A request only appends its photographs and logits to a queue. One thread decides which to keep, removes their
-metadata and stores them. Photographs that find the queue full are dropped, and so are those outside of the
-uniform sample that would need more than `WRITE_SHARE` of the time of a core; near-duplicates need none of it.
+A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
+process copy them without metadata, and stores them. Photographs that find the queue full are dropped, and so
+are those outside of the uniform sample whose copies would take more than `COPY_SHARE` of the time;
+near-duplicates take none of it.
 """
 
 import hashlib
@@ -21,9 +22,9 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid, top_indices
 from sopdeploy.errors import ImageError
-from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.inference.decoders import StrippedCopy
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.inference.service import ObservedRequest
@@ -32,25 +33,25 @@ from sopdeploy_service.observability.metrics import Metrics
 
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
-WRITE_SHARE, WRITE_BURST = 0.01, 0.25  # of a core; seconds that may be spent at once, or owed
-RECENT_PHOTOS = 1000  # that were stored or are near-duplicates; others near them are not read again
+COPY_SHARE, COPY_BURST = 0.01, 0.25  # of the time; seconds that may be spent at once, or owed
+RECENT_PHOTOS = 1000  # that were copied; others near them are not copied again
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
 # `KeptFolder.add`, of this process or of another one
 StoreKept: TypeAlias = Callable[[bytes, KeptRecord], KeptResult]
+CopyImage: TypeAlias = Callable[[EncodedImage], StrippedCopy]  # `Decoders.copy`
 
 
 class PredictedPhoto(NamedTuple):
     """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*."""
 
-    body: bytes
+    image: EncodedImage
     pixels: NDArray[np.uint8]
     logits: NDArray[np.float32]
     bundle: Bundle
     model: str
     time: datetime
-    reasons: tuple[Reason, ...] = ()
 
 
 def reasons_to_keep(
@@ -76,41 +77,36 @@ def reasons_to_keep(
     return tuple(reason for reason, applies in found.items() if applies)
 
 
-def keep_photo(photo: PredictedPhoto, sha256: str, store: StoreKept) -> KeptResult:
-    """Pass *photo*, whose file has the hash *sha256*, to *store*, without metadata and with its record."""
+def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
+    """Describe *photo*, which is kept as the file *image* for *reasons*."""
     manifest, labels = photo.bundle.manifest, photo.bundle.labels
-    try:
-        image, suffix = copy_without_metadata(photo.body)
-    except ImageError:
-        return "dropped"
     listed = list(range(len(labels)))
     if len(labels) > MAX_KEPT_LABELS:
         listed = top_indices(photo.logits, MAX_KEPT_LABELS)
     answer = manifest.answer(photo.logits, top_k=1)
-    record = KeptRecord(
-        image=f"{sha256[:32]}{suffix}",
+    return KeptRecord(
+        image=image,
         bundle=manifest.id,
         model=photo.model,
         time=photo.time,
-        reasons=photo.reasons,
+        reasons=reasons,
         labels=tuple(labels[index] for index in listed),
         logits=tuple(photo.logits[listed].tolist()),
         known=answer.known,
         score=answer.score,
         near_hash=near_hash(photo.pixels),
     )
-    return store(image, record)
 
 
 class Keeper:
     """Passes photographs of requests to *store*, from `start` to `stop`; *share* are a uniform sample."""
 
-    def __init__(self, store: StoreKept, share: float, metrics: Metrics) -> None:
-        self._store, self._share = store, share
+    def __init__(self, store: StoreKept, share: float, metrics: Metrics, copy: CopyImage) -> None:
+        self._store, self._share, self._copy = store, share, copy
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
         self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
         self._bytes_in = self._bytes_out = 0  # of the queue; each is changed by one thread
-        self._budget, self._refilled = WRITE_BURST, time.monotonic()  # seconds of the thread
+        self._budget, self._refilled = COPY_BURST, time.monotonic()  # seconds of a child
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -145,38 +141,41 @@ class Keeper:
         self._bytes_in += size
         logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
         now = datetime.now(UTC)
-        self._photos.put(PredictedPhoto(image.body, pixels, logits, model.bundle, model.name, now))
+        self._photos.put(PredictedPhoto(image, pixels, logits, model.bundle, model.name, now))
 
     def _run(self) -> None:
         while (photo := self._photos.get()) is not None:
-            self._bytes_out += len(photo.body) + photo.pixels.nbytes
+            self._bytes_out += len(photo.image.body) + photo.pixels.nbytes
             try:
                 result = self._keep(photo)
             except Exception:  # untrusted bytes, and nothing else sees the error of this thread
-                log.exception("a photograph of %d bytes is not kept", len(photo.body))
+                log.exception("a photograph of %d bytes is not kept", len(photo.image.body))
                 result = "failed"
             if result is not None:
                 self._counts[result].inc()
 
     def _keep(self, photo: PredictedPhoto) -> KeptResult | None:
         """Keep *photo* if it is worth a label; return the result, or None if it is not."""
-        sha256 = hashlib.sha256(photo.body).hexdigest()
+        sha256 = hashlib.sha256(photo.image.body).hexdigest()
         reasons = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
         if not reasons:
             return None
-        photo = photo._replace(reasons=reasons)
-        if "sample" in reasons:
-            return keep_photo(photo, sha256, self._store)
-        now, began = time.monotonic(), time.thread_time()
-        self._budget = min(WRITE_BURST, self._budget + WRITE_SHARE * (now - self._refilled))
-        self._refilled = now
-        near = int(near_hash(photo.pixels), 16)
-        if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
-            return "near_duplicate"
-        if self._budget <= 0:
-            return "dropped"
-        self._recent.append(near)
+        now, near = time.monotonic(), int(near_hash(photo.pixels), 16)
+        is_sample = "sample" in reasons
+        if not is_sample:
+            self._budget = min(COPY_BURST, self._budget + COPY_SHARE * (now - self._refilled))
+            self._refilled = now
+            if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
+                return "near_duplicate"
+            if self._budget <= 0:
+                return "dropped"
+            self._recent.append(near)
         try:
-            return keep_photo(photo, sha256, self._store)
-        finally:
-            self._budget = max(-WRITE_BURST, self._budget - (time.thread_time() - began))
+            copy = self._copy(photo.image)
+        except ImageError:
+            copy = StrippedCopy(b"", "", time.monotonic() - now)
+        if not is_sample:
+            self._budget = max(-COPY_BURST, self._budget - copy.seconds)
+        if not copy.body:
+            return "dropped"
+        return self._store(copy.body, make_record(photo, reasons, f"{sha256[:32]}{copy.suffix}"))

@@ -9,12 +9,8 @@ from typing import Any
 
 from PIL import Image
 
-from sopdeploy.errors import ImageError
-
 ORIENTATION, UPRIGHT = 0x0112, 1
 ROTATED = range(2, 9)  # orientations that are valid and not upright
-MAX_TAGS, MAX_TAG_BYTES = 1000, 1_000_000
-_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # by type
 INTEGERS = {1: "B", 3: "H", 4: "I"}
 TEXT_PROFILE = "Raw profile type exif"  # in the text of a PNG
 XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -46,23 +42,11 @@ def exif_orientation(image: Image.Image) -> int:
 
 def _read_orientation(data: bytes) -> int | None:
     data = data.removeprefix(b"Exif\0\0")
-    order = _byte_order(data)
+    order = "<" if data.startswith(b"II") else ">"
     for tag, kind, _, value in _read_tags(data, order):
         if tag == ORIENTATION:
             return int(struct.unpack_from(order + INTEGERS[kind], struct.pack(order + "I", value))[0])
     return None
-
-
-def check_tags(data: bytes) -> None:
-    """Raise `ImageError` for EXIF *data* whose tags need more memory than those of a photograph."""
-    tags = _read_tags(data, _byte_order(data))
-    if len(tags) > MAX_TAGS or sum(_SIZES.get(kind, 1) * count for _, kind, count, _ in tags) > MAX_TAG_BYTES:
-        message = f"the EXIF data has more than {MAX_TAGS} tags or {MAX_TAG_BYTES} bytes; remove it"
-        raise ImageError(message, code="too_large", status=413)
-
-
-def _byte_order(data: bytes) -> str:
-    return "<" if data.startswith(b"II") else ">"
 
 
 def _read_tags(data: bytes, order: str) -> list[tuple[int, int, int, int]]:

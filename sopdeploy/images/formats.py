@@ -2,9 +2,7 @@
 
 Training, evaluation, `classify`, `predict` and the server open every image here, so that a network is never
 trained on files that the server refuses. Each check is cheaper than the next: size in bytes, file signature,
-header (pixels are counted before any is allocated).
-
-Segments, scans, reads and tags are limited, so that small files cannot take seconds to open.
+header (pixels are counted before any is allocated). The work of a decoder is limited in a server only.
 """
 
 import contextlib
@@ -13,10 +11,9 @@ import io
 import re
 from collections.abc import Collection, Iterator
 
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.jpeg import TOO_MANY_SEGMENTS, check_segments
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
 from sopdeploy.images.pixels import match_transparency
 
@@ -46,13 +43,11 @@ ALIASES = {
     "JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP",
     "HEIC": "HEIF", "HEIC-SEQUENCE": "HEIF", "HEIF-SEQUENCE": "HEIF",
 }  # fmt: skip
-AVIF_BRANDS = {b"avif", b"avis"}
-HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"}
+BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
+    (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"), "HEIF"
+)
 
 _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
-MAX_READS = 10_000  # of a small file; a PNG in 8 kB chunks or a GIF in 255-byte blocks needs far fewer
-BYTES_PER_READ = 100
-MAX_BMP_READS = 2_000_000  # a run-length-encoded BMP is decoded in Python, one or two bytes at a time
 # Pillow, unlike libjpeg, fails on Adobe segments shorter than 12 bytes: make them segments that it skips.
 SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\xff\xef\\1"
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
@@ -68,26 +63,29 @@ def open_image(
 ) -> Image.Image:
     """Open the image file *body* and read its header; `load` of the result decodes the pixels.
 
-    Raises `ImageError` for a file that is not
-    accepted, is not one of *formats* (names of `FORMATS`), is too large, or has a damaged header.
+    Raises `ImageError` for a file that is not accepted, is not one of *formats* (names of `FORMATS`), is too
+    large, or has a damaged header.
     """
     if len(body) > max_bytes:
         raise too_large_error(max_bytes)
     kind = image_format(body, formats)
     try:
-        if kind == "JPEG":
-            check_segments(body)
+        _check_size(webp_size(body), max_pixels)
         image = _open(body, kind)
-        sizes = [image.size, *(_item_sizes(body) if kind == "HEIF" else ())]
-        width, height = max(sizes, key=lambda size: size[0] * size[1])
-        if width * height > max_pixels or max(image.size) > _MAX_SIDE:
-            limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{_MAX_SIDE} pixels per side"
-            message = f"{width} x {height} is more than {limit}, the limit"
-            raise ImageError(message, code="too_many_pixels", status=413)
+        for size in image.size, *(_item_sizes(body) if kind == "HEIF" else ()):
+            _check_size(size, max_pixels)
         match_transparency(image)
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
     return image
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels or max(size) > _MAX_SIDE:
+        limit = f"{max_pixels} pixels" if width * height > max_pixels else f"{_MAX_SIDE} pixels per side"
+        message = f"{width} x {height} is more than {limit}, the limit"
+        raise ImageError(message, code="too_many_pixels", status=413)
 
 
 def load_pixels(image: Image.Image) -> Image.Image:
@@ -144,10 +142,8 @@ def _detect_format(body: bytes) -> str:
     """Return the format of *body*, also one that is never accepted; empty for an unknown one."""
     if body.startswith(b"RIFF") and body[8:12] == b"WEBP":
         return "WEBP"
-    if body[4:8] == b"ftyp" and body[8:12] in AVIF_BRANDS | HEIF_BRANDS:
-        length = min(int.from_bytes(body[:4], "big"), 256)
-        brands = {body[8:12], *(body[start : start + 4] for start in range(16, length, 4))}
-        return "AVIF" if brands & AVIF_BRANDS else "HEIF"
+    if body[4:8] == b"ftyp":
+        return BRANDS.get(body[8:12], "")
     signatures = SIGNATURES | REJECTED_SIGNATURES
     return next((name for signature, name in signatures.items() if body.startswith(signature)), "")
 
@@ -180,9 +176,8 @@ def _open(body: bytes, kind: str) -> Image.Image:
     """Read the header with Pillow; skip short Adobe segments, which libjpeg accepts and Pillow rejects."""
     if kind == "HEIF":
         _use_heif()
-    max_reads = MAX_BMP_READS if kind == "BMP" else MAX_READS + len(body) // BYTES_PER_READ
     try:
-        return Image.open(LimitedReader(body, max_reads, is_png=kind == "PNG"), formats=(kind,))
+        return Image.open(io.BytesIO(body), formats=(kind,))
     except UnidentifiedImageError:
         plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, body)
         if kind != "JPEG" or plain == body:
@@ -190,28 +185,25 @@ def _open(body: bytes, kind: str) -> Image.Image:
         return _open(plain, kind)
 
 
+def webp_size(body: bytes) -> tuple[int, int]:
+    """Read (width, height) from the header of a WebP; (0, 0) for other formats.
+
+    libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks memory.
+
+    Source: RFC 9649, sections 2.5 to 2.7.
+    """
+    kind, head = body[8:16], body[16:30]
+    if kind == b"WEBPVP8X":
+        return 1 + int.from_bytes(head[8:11], "little"), 1 + int.from_bytes(head[11:14], "little")
+    if kind == b"WEBPVP8L":
+        bits = int.from_bytes(head[5:9], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"WEBPVP8 ":
+        return int.from_bytes(head[10:12], "little") & 0x3FFF, int.from_bytes(head[12:], "little") & 0x3FFF
+    return 0, 0
+
+
 def _item_sizes(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield the sizes of the images in a HEIC file, which its decoder allocates."""
     for width, height in ITEM_SIZE.findall(body):
         yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
-
-
-class LimitedReader(io.BytesIO):
-    """The bytes of a file; `read` raises `ImageError` after *max_reads* calls.
-
-    Pillow reads the pixels of a PNG in small pieces and other chunks as a whole, at most `SAFEBLOCK` at once.
-    """
-
-    def __init__(self, body: bytes, max_reads: int, *, is_png: bool = False) -> None:
-        super().__init__(body)
-        self._reads_left, self._is_png = max_reads, is_png
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Return the next *size* bytes."""
-        self._reads_left -= 1
-        if self._reads_left < 0:
-            raise ImageError(TOO_MANY_SEGMENTS, code="damaged_image", status=422)
-        if self._is_png and (size or 0) >= ImageFile.SAFEBLOCK:
-            message = f"the PNG has metadata of more than {ImageFile.SAFEBLOCK} bytes; remove it"
-            raise ImageError(message, code="too_large", status=413)
-        return super().read(size)

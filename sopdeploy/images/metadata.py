@@ -10,6 +10,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.exif import ORIENTATION, UPRIGHT, exif_orientation
 from sopdeploy.images.formats import open_image
 from sopdeploy.images.jpeg import FRAMES, MARKER_BYTES, SCAN, jpeg_segments
+from sopdeploy.images.limits import MAX_PIXELS
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
@@ -20,14 +21,14 @@ JFIF_BYTES = 16  # of the segment without a thumbnail
 NEEDED = {*FRAMES, SCAN, 0xC4, 0xDB, 0xDC, 0xDD}
 
 
-def copy_without_metadata(body: bytes) -> tuple[bytes, str]:
+def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
     """Copy the image file *body*; return the copy and its suffix, `.jpg` or `.png`.
 
     An orientation other than upright stays as the only EXIF tag of a JPEG. Raises `ImageError` for a file
-    that `open_image` rejects, that is damaged, or that is not a JPEG and has more than
-    `MAX_COPIED_PIXELS`.
+    that `open_image` rejects, also because it has more than *max_pixels*, that is damaged, or that is not a
+    JPEG and has more than `MAX_COPIED_PIXELS`.
     """
-    with open_image(body, max_bytes=len(body)) as image:
+    with open_image(body, max_bytes=len(body), max_pixels=max_pixels) as image:
         if image.format in {"JPEG", "MPO"}:
             return _copy_jpeg(body, exif_orientation(image)), ".jpg"
         if image.width * image.height > MAX_COPIED_PIXELS:

@@ -19,9 +19,11 @@ from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import Decision, Rejection
+from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy_service import keep
 from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.inference.decoders import StrippedCopy
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.keep import Keeper, reasons_to_keep
@@ -66,8 +68,8 @@ def results(client: httpx.Client) -> dict[str, int]:
 
 @pytest.fixture(autouse=True)
 def _time_to_write(monkeypatch) -> None:
-    """Whatever CPU time writing takes on this machine, there is enough."""
-    monkeypatch.setattr(keep, "WRITE_BURST", 3600.0)
+    """Whatever time copies take on this machine, there is enough."""
+    monkeypatch.setattr(keep, "COPY_BURST", 3600.0)
 
 
 MARGINS = {
@@ -133,19 +135,17 @@ def test_an_unknown_photograph_is_kept_without_its_place(
     assert (best, "unknown" in record.reasons) == (response["classes"][0]["label"], True)
 
 
-def test_many_classes_are_recorded_best_first(bundle, tmp_path: Path) -> None:
+def test_many_classes_are_recorded_best_first(bundle) -> None:
     labels = tuple(f"class {number}" for number in range(300))
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
-    (body,) = photos(1)
-    kept: list[KeptRecord] = []
     photo = keep.PredictedPhoto(
-        body, np.zeros((32, 32, 3), np.uint8), logits, replace(bundle, labels=labels), "many",
-        record_of().time, ("sample",),
+        EncodedImage(b""), np.zeros((32, 32, 3), np.uint8), logits, replace(bundle, labels=labels), "many",
+        record_of().time,
     )  # fmt: skip
-    assert keep.keep_photo(photo, NEVER, lambda _, record: kept.append(record) or "kept") == "kept"
+    record = keep.make_record(photo, ("sample",), record_of().image)
     order = np.argsort(-logits)[:100]
-    assert kept[0].labels == tuple(labels[index] for index in order)
-    assert kept[0].logits == pytest.approx(logits[order].tolist())
+    assert record.labels == tuple(labels[index] for index in order)
+    assert record.logits == pytest.approx(logits[order].tolist())
 
 
 def test_only_files_that_are_classified_are_kept(
@@ -167,9 +167,16 @@ def test_only_files_that_are_classified_are_kept(
     assert {record.image for _, record in read_kept(tmp_path)} == names
 
 
-def make_keeper(store: keep.StoreKept, share: float = 0.0) -> tuple[Keeper, Metrics]:
+def copied(image: EncodedImage) -> StrippedCopy:
+    """Stands for a decoder process."""
+    return StrippedCopy(*copy_without_metadata(image.body), 1.0)
+
+
+def make_keeper(
+    store: keep.StoreKept, share: float = 0.0, copy: keep.CopyImage = copied
+) -> tuple[Keeper, Metrics]:
     metrics = Metrics()
-    return Keeper(store, share, metrics), metrics
+    return Keeper(store, share, metrics, copy), metrics
 
 
 def count(metrics: Metrics, result: str) -> float:
@@ -231,7 +238,7 @@ def test_a_full_queue_drops_and_counts(offered, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("share", "stored"), [(0.0, 0), (1.0, 4)])
 def test_only_the_sample_is_written_without_a_rest_of_time(offered, monkeypatch, share, stored) -> None:
-    monkeypatch.setattr(keep, "WRITE_BURST", 0.0)
+    monkeypatch.setattr(keep, "COPY_BURST", 0.0)
     keeper, metrics = make_keeper(lambda *_: "kept", share)
     for body in photos(4):
         offered(keeper, body)
@@ -243,24 +250,21 @@ def test_only_the_sample_is_written_without_a_rest_of_time(offered, monkeypatch,
 def test_near_duplicates_are_not_read_and_a_costly_photograph_delays_others_by_a_limited_time(
     offered, monkeypatch
 ) -> None:
-    clock, used, read = [0.0], [0.0], list[bytes]()
+    clock, read = [0.0], list[bytes]()
 
-    def copy(body: bytes) -> tuple[bytes, str]:
-        read.append(body)
-        used[0] += 100.0  # seconds of CPU time
-        return body, ".jpg"
+    def copy(image: EncodedImage) -> StrippedCopy:
+        read.append(image.body)
+        return StrippedCopy(image.body, ".jpg", seconds=100.0)
 
-    times = SimpleNamespace(monotonic=lambda: clock[0], thread_time=lambda: used[0])
-    monkeypatch.setattr(keep, "time", times)
-    monkeypatch.setattr(keep, "WRITE_BURST", 0.25)
-    monkeypatch.setattr(keep, "copy_without_metadata", copy)
-    keeper, _ = make_keeper(lambda *_: "kept")
+    monkeypatch.setattr(keep, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(keep, "COPY_BURST", 0.25)
+    keeper, _ = make_keeper(lambda *_: "kept", copy=copy)
     first, second = photos(2)
     for body in (first, first, second):
         offered(keeper, body)
     queued = [keeper._photos.get() for _ in range(3)]
     assert [keeper._keep(photo) for photo in queued] == ["kept", "near_duplicate", "dropped"]
-    clock[0] += 0.26 / keep.WRITE_SHARE
+    clock[0] += 0.26 / keep.COPY_SHARE
     assert keeper._keep(queued[2]) == "kept"
     assert read == [first, second]
 
@@ -269,7 +273,7 @@ def test_a_damaged_file_and_a_bug_do_not_end_keeping(offered, caplog) -> None:
     good, bug, last = photos(3)
 
     def store(image: bytes, _: KeptRecord) -> str:
-        if image == keep.copy_without_metadata(bug)[0]:
+        if image == copy_without_metadata(bug)[0]:
             raise RuntimeError("bug")
         return "kept"
 

@@ -9,30 +9,35 @@ import ctypes
 import functools
 import gc
 import json
+import math
 import os
 import resource
 import signal
 import socket
 import struct
 import sys
+import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.formats import webp_size
+from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.images.decode import LOADERS, EncodedImage, decode
 from sopdeploy_service.runtime.device_memory import limit_heaps
 
-# Number of the request; bytes of the rules, of the media type and of the image, which follow.
+# Number of the request; bytes of the rules (none: copy the image), of the media type and of the image.
 REQUEST = struct.Struct("<QIHI")
-# Number of the request, kind, warnings as bits, bytes of the message that follows; pixels follow kind PIXELS.
-REPLY = struct.Struct("<QBBH")
+# Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or message.
+REPLY = struct.Struct("<QBBI")
 TEMPLATE_REPLY = struct.Struct("<I")  # the reply of a template
-READY, PIXELS, LARGER, FAILED, FIRST_ERROR = range(5)
+READY, FAILED, PIXELS, COPY, LARGER, FIRST_ERROR = range(6)
 MAX_MESSAGE = 500
 ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_ERROR + index
     ("empty_body", 400),
@@ -43,6 +48,7 @@ ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_E
     ("not_an_image", 415),
     ("truncated_image", 422),
     ("damaged_image", 422),
+    ("decoder_failed", 500),
 )
 WARNINGS = (
     "alpha_flattened",
@@ -54,16 +60,19 @@ WARNINGS = (
 PIXEL_BYTES = 20  # that the decoder of an ordinary file needs at most, lossless WebP with a rotation
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
+Buffer: TypeAlias = bytes | memoryview
+
 
 class ChildOptions(NamedTuple):
     """Limits of a child: bytes beyond its own need, and of the images, as in `Settings`.
 
-    A child with *max_light_pixels* decodes no larger images. It ends if one takes *cpu_seconds*. 0: no limit.
+    A light child passes on images of more than *max_pixels*, others refuse them. A child ends if an image
+    takes *cpu_seconds*; 0: no limit. No *formats*: all.
     """
 
     memory: int
     niceness: int
-    max_light_pixels: int
+    is_light: bool
     cpu_seconds: float
     max_bytes: int
     max_pixels: int
@@ -82,92 +91,68 @@ def read_rules(text: bytes) -> Preprocess:
     return Preprocess.model_validate_json(text)
 
 
-def answer(number: int, rules: bytes, image: EncodedImage, options: ChildOptions) -> list[bytes]:
-    """Decode *image*; return the parts of the reply."""
-    pixels = in_header = webp_pixels(image.body)
-    if options.max_light_pixels and pixels > options.max_light_pixels:
-        return [REPLY.pack(number, LARGER, 0, 0)]
-
-    def admit(opened: Image.Image) -> None:
-        nonlocal pixels
-        pixels = opened.width * opened.height
-        if options.max_light_pixels and pixels > options.max_light_pixels:
-            raise LargerImageError
-
+def answer(number: int, rules: bytes, image: EncodedImage, options: ChildOptions) -> list[Buffer]:
+    """Decode *image* by *rules*, or copy it if there are none; return the parts of the reply."""
     try:
+        if not rules:
+            copy, suffix = copy_without_metadata(image.body, options.max_pixels)
+            return [REPLY.pack(number, COPY, suffix == ".png", len(copy)), copy]
         decoded = decode(
             image,
             read_rules(rules),
             max_bytes=options.max_bytes,
             max_pixels=options.max_pixels,
             load=LOADERS[options.load],
-            formats=options.formats,
-            admit=admit,
+            formats=options.formats or None,
         )
-    except LargerImageError:
-        return [REPLY.pack(number, LARGER, 0, 0)]
     except ImageError as error:
-        lacked_memory = isinstance(error.__cause__, MemoryError)
-        if lacked_memory or (error.code == "damaged_image" and in_header * PIXEL_BYTES > options.memory):
-            error = _memory_error(pixels, options.memory)
-        text = str(error).encode()[:MAX_MESSAGE]
-        kind = FIRST_ERROR + ERRORS.index((error.code, error.status))
-        return [REPLY.pack(number, kind, 0, len(text)), text]
+        reason = error
+        width, height = webp_size(image.body)
+        if isinstance(error.__cause__, MemoryError) or (
+            error.code == "damaged_image" and width * height * PIXEL_BYTES > options.memory
+        ):
+            message = f"decoding needs more than {options.memory // 10**6} MB, the memory for an image"
+            reason = ImageError(f"{message}; send it smaller", code="too_much_memory", status=413)
+        elif options.is_light and error.code == "too_many_pixels":
+            return [REPLY.pack(number, LARGER, 0, 0)]
     except Exception:  # a bug fails its own image
         sys.excepthook(*sys.exc_info())
-        return [REPLY.pack(number, FAILED, 0, 0)]
-    changes = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
-    return [REPLY.pack(number, PIXELS, changes, 0), decoded.pixels.tobytes()]
-
-
-def webp_pixels(body: bytes) -> int:
-    """Read the number of pixels from the header of a WebP; 0 for other formats.
-
-    libwebp allocates them before Pillow knows the size, and does not say that it lacks memory.
-    """
-    kind, tail = body[8:16], body[16:30]
-    if kind == b"WEBPVP8X":
-        return (int.from_bytes(tail[8:11], "little") + 1) * (int.from_bytes(tail[11:14], "little") + 1)
-    if kind == b"WEBPVP8L":
-        size = int.from_bytes(tail[5:9], "little")
-        return ((size & 0x3FFF) + 1) * ((size >> 14 & 0x3FFF) + 1)
-    if kind == b"WEBPVP8 ":
-        return (int.from_bytes(tail[10:12], "little") & 0x3FFF) * (
-            int.from_bytes(tail[12:14], "little") & 0x3FFF
-        )
-    return 0
-
-
-def _memory_error(pixels: int, limit: int) -> ImageError:
-    """Describe an image of *pixels* whose decoder needs more than *limit* bytes."""
-    if pixels * PIXEL_BYTES <= limit:
-        return ImageError("the image is damaged", code="damaged_image", status=422)
-    message = f"decoding needs more than {limit // 10**6} MB, the memory for an image; send it smaller"
-    return ImageError(message, code="too_much_memory", status=413)
+        reason = ImageError("the decoder failed on this image", code="decoder_failed", status=500)
+    else:
+        changes = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
+        pixels = np.ascontiguousarray(decoded.pixels).data.cast("B")
+        return [REPLY.pack(number, PIXELS, changes, len(pixels)), pixels]
+    text = str(reason).encode()[:MAX_MESSAGE]
+    kind = FIRST_ERROR + ERRORS.index((reason.code, reason.status))
+    return [REPLY.pack(number, kind, 0, len(text)), text]
 
 
 def serve_requests(end: socket.socket, options: ChildOptions) -> None:
-    """Answer the requests that arrive at *end* until its other end is closed."""
-    while header := receive_bytes(end, REQUEST.size):
-        number, rules_size, type_size, size = REQUEST.unpack(header)
-        rules, media_type = receive_bytes(end, rules_size), receive_bytes(end, type_size).decode("latin-1")
-        image = EncodedImage(receive_bytes(end, size), media_type)
+    """Answer the requests that arrive at *end*; raises `OSError` when its other end is closed."""
+    while True:
+        number, rules_size, type_size, size = REQUEST.unpack(receive(end, REQUEST.size))
+        head = receive(end, rules_size + type_size)
+        image = EncodedImage(receive(end, size), head[rules_size:].decode("latin-1"))
         if options.cpu_seconds:
             signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)  # SIGPROF ends this process
-        reply = answer(number, rules, image, options)
-        signal.setitimer(signal.ITIMER_PROF, 0)
+        reply = answer(number, head[:rules_size], image, options)
+        if options.cpu_seconds:
+            signal.setitimer(signal.ITIMER_PROF, 0)
         del image
         for part in reply:
             end.sendall(part)
 
 
-def receive_bytes(end: socket.socket, count: int) -> bytes:
-    """Receive *count* bytes, or none if the other end is closed."""
+def receive(end: socket.socket, count: int, deadline: float = math.inf) -> bytes:
+    """Receive *count* bytes; raises `OSError` if the other end is closed, or *deadline* passes."""
     parts = []
-    while count and (part := end.recv(count, socket.MSG_WAITALL)):
+    while count:
+        part = end.recv(count, socket.MSG_WAITALL)
+        if not part or time.monotonic() > deadline:
+            raise BrokenPipeError
         parts.append(part)
         count -= len(part)
-    return b"" if count else parts[0] if len(parts) == 1 else b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def restrict(options: ChildOptions) -> str:
@@ -178,7 +163,7 @@ def restrict(options: ChildOptions) -> str:
         used = next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)
     os.nice(options.niceness)
-    Image.core.set_blocks_max(1 if options.max_light_pixels else 0)  # type: ignore[attr-defined]
+    Image.core.set_blocks_max(1 if options.is_light else 0)  # type: ignore[attr-defined]
     return "" if options.sandbox == "off" else sandbox.enter()
 
 

@@ -8,6 +8,7 @@ import atexit
 import functools
 import json
 import logging
+import math
 import os
 import socket
 import struct
@@ -23,8 +24,8 @@ import numpy as np
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding.child import (
+    COPY,
     ERRORS,
-    FAILED,
     FIRST_ERROR,
     LARGER,
     MAX_MESSAGE,
@@ -36,11 +37,13 @@ from sopdeploy_service.decoding.child import (
     WARNINGS,
     ChildOptions,
     LargerImageError,
+    receive,
 )
 from sopdeploy_service.images.decode import Decoded, EncodedImage
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 START_SECONDS = 60.0
+MAX_COPY_BYTES = 1 << 26
 LOGGED_CHARACTERS = 500  # of what children write to standard error at once
 
 log = logging.getLogger("sopdeploy.decoding")
@@ -48,10 +51,6 @@ log = logging.getLogger("sopdeploy.decoding")
 
 class DecoderEndedError(Exception):
     """The child ended, took too long or sent a wrong reply, and has been replaced."""
-
-
-class DecoderBugError(Exception):
-    """The decoder raised an unknown error; its traceback is in the log."""
 
 
 class Template:
@@ -173,35 +172,45 @@ class DecoderProcess:
     def decode(self, image: EncodedImage, preprocess: Preprocess) -> Decoded:
         """Decode *image* as `decode` does.
 
-        Raises `ImageError`, `LargerImageError` for an image that needs another child, `DecoderEndedError` and
-        `DecoderBugError`.
+        Raises `ImageError`, `LargerImageError` for an image that needs another child, `DecoderEndedError`.
         """
+        shape = (preprocess.crop, preprocess.crop, 3)
+        changes, pixels = self._request(image, _write_rules(preprocess), PIXELS, math.prod(shape))
+        warnings = tuple(name for bit, name in enumerate(WARNINGS) if changes >> bit & 1)
+        return Decoded(np.frombuffer(pixels, np.uint8).reshape(shape), warnings)
+
+    def copy(self, image: EncodedImage) -> tuple[bytes, str]:
+        """Copy *image* as `copy_without_metadata` does; raises what `decode` raises."""
+        is_png, copy = self._request(image, b"", COPY)
+        return copy, ".png" if is_png else ".jpg"
+
+    def _request(
+        self, image: EncodedImage, rules: bytes, expected: int, num_bytes: int = 0
+    ) -> tuple[int, bytes]:
+        """Return the bits and bytes of the reply: of kind *expected*, and *num_bytes* unless this is 0."""
         end = self._idle_end()
         self._number += 1
-        rules, media_type = _write_rules(preprocess), image.media_type.encode("latin-1", "replace")[:1000]
+        media_type = image.media_type.encode("latin-1", "replace")[:1000]
         header = REQUEST.pack(self._number, len(rules), len(media_type), len(image.body))
-        pixels = np.empty((preprocess.crop, preprocess.crop, 3), np.uint8)
         deadline = time.monotonic() + self._seconds
         try:
             end.sendall(header + rules + media_type)
             end.sendall(image.body)
-            number, kind, changes, size = REPLY.unpack(receive(end, bytearray(REPLY.size), deadline))
-            if number != self._number or not PIXELS <= kind < FIRST_ERROR + len(ERRORS) or size > MAX_MESSAGE:
+            number, kind, bits, size = REPLY.unpack(receive(end, REPLY.size, deadline))
+            is_result = kind == expected and (size == num_bytes or (not num_bytes and size <= MAX_COPY_BYTES))
+            is_error = LARGER <= kind < FIRST_ERROR + len(ERRORS) and size <= MAX_MESSAGE
+            if number != self._number or not (is_result or is_error):
                 raise OSError("wrong reply")
-            message = bytes(receive(end, bytearray(size), deadline)).decode(errors="replace")
-            if kind == PIXELS:
-                receive(end, pixels.data.cast("B"), deadline)
+            data = receive(end, size, deadline)
         except OSError as error:
             self._replace()
             raise DecoderEndedError from error
         if kind == LARGER:
             raise LargerImageError
-        if kind == FAILED:
-            raise DecoderBugError
         if kind >= FIRST_ERROR:
             code, status = ERRORS[kind - FIRST_ERROR]
-            raise ImageError(message, code=code, status=status)
-        return Decoded(pixels, tuple(name for bit, name in enumerate(WARNINGS) if changes >> bit & 1))
+            raise ImageError(data.decode(errors="replace"), code=code, status=status)
+        return bits, data
 
     def close(self) -> None:
         """End the child."""
@@ -238,8 +247,8 @@ class DecoderProcess:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         deadline = time.monotonic() + START_SECONDS
         try:
-            _, kind, _, size = REPLY.unpack(receive(end, bytearray(REPLY.size), deadline))
-            text = bytes(receive(end, bytearray(min(size, MAX_MESSAGE)), deadline)).decode()
+            _, kind, _, size = REPLY.unpack(receive(end, REPLY.size, deadline))
+            text = receive(end, min(size, MAX_MESSAGE), deadline).decode()
         except OSError as error:
             end.close()
             raise RuntimeUnavailableError(
@@ -250,14 +259,3 @@ class DecoderProcess:
             raise ConfigError(f"sandbox=required: {text}; set sandbox=auto")
         self._end = end
         return text if kind == READY else f"no sandbox ({text})"
-
-
-def receive(end: socket.socket, buffer: bytearray | memoryview, deadline: float) -> bytearray | memoryview:
-    """Fill *buffer* from *end*; raises `OSError` if the other end is closed, or *deadline* passes."""
-    rest = memoryview(buffer)
-    while rest:
-        count = end.recv_into(rest, 0, socket.MSG_WAITALL)
-        if not count or time.monotonic() > deadline:
-            raise BrokenPipeError
-        rest = rest[count:]
-    return buffer

@@ -68,20 +68,16 @@ def decode(
     max_pixels: int,
     load: LoadPixels = load_exact,
     formats: Collection[str] | None = None,
-    admit: Callable[[Image.Image], None] | None = None,
 ) -> Decoded:
     """Decode *encoded*, with its pixels from *load*, and apply *preprocess*.
 
-    Only the first frame of an animation is decoded. *formats* are those to accept, all by default; *admit*
-    gets the opened image before a pixel is decoded, and may raise. Raises `ImageError` with a code and an
-    HTTP status.
+    Only the first frame of an animation is decoded. *formats* are those to accept, all by default. Raises
+    `ImageError` with a code and an HTTP status.
     """
     body = encoded.body
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
     with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats) as image:
-        if admit is not None:
-            admit(image)
         kind = "JPEG" if image.format == "MPO" else str(image.format)
         try:
             size = image.size

@@ -1,4 +1,4 @@
-"""Decode queued images in child processes: children for light images, and others for large ones.
+"""Decode images in child processes: children for light images, and others for large ones.
 
 A thread per child sends it an image and waits. Light children are small and have normal priority; an image
 that is too large or takes too long for them is tried again by a child for large images, which has more memory
@@ -9,21 +9,21 @@ import logging
 import math
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, TypeVar
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions, LargerImageError
-from sopdeploy_service.decoding.pool import (
-    DecoderBugError,
-    DecoderEndedError,
-    DecoderProcess,
-    shared_template,
-)
-from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.decoding.pool import DecoderEndedError, DecoderProcess, shared_template
+from sopdeploy_service.images.decode import Decoded, EncodedImage
 from sopdeploy_service.inference.model import Model
 from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
-from sopdeploy_service.inference.results import DAMAGED, DEADLINE, DECODER_FAILED, DECODERS_BUSY, HttpError
+from sopdeploy_service.inference.results import DAMAGED, DEADLINE, DECODERS_BUSY, HttpError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes
 from sopdeploy_service.settings import LARGE_BODY_SHARE, Settings
@@ -41,12 +41,16 @@ MAX_WAITING_LARGE = 8  # large images; one more gets 503
 log = logging.getLogger("sopdeploy.service")
 
 
-class _Job(NamedTuple):
-    """An *image* to decode; *item* then joins the queue of *model*."""
+_Result = TypeVar("_Result")
+Job: TypeAlias = Callable[[DecoderProcess], None]  # is called on the thread of a child
 
-    model: Model
-    item: QueuedImage
-    image: EncodedImage
+
+class StrippedCopy(NamedTuple):
+    """A copy of an image file without metadata, its suffix, and the seconds that it took a child."""
+
+    body: bytes
+    suffix: str
+    seconds: float
 
 
 class Plan(NamedTuple):
@@ -88,13 +92,13 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
 
 
 class Decoders:
-    """Decodes queued images and queues them at their models, from `start` to `stop`."""
+    """Decodes images, from `start` to `stop`."""
 
     def __init__(self, decoders: int, settings: Settings, metrics: Metrics) -> None:
         """Decode light images in up to *decoders* children."""
         self._decoders, self._settings, self._metrics = decoders, settings, metrics
-        self.light: SimpleQueue[_Job | None] = SimpleQueue()
-        self.large: SimpleQueue[_Job | None] = SimpleQueue()
+        self.light: SimpleQueue[Job | None] = SimpleQueue()
+        self.large: SimpleQueue[Job | None] = SimpleQueue()
         self.budget: int | None = None  # bytes of memory of the children
         self._plan = Plan(0, 0, 0)
 
@@ -116,7 +120,7 @@ class Decoders:
             log.warning("images are decoded without a sandbox: %s", children[0].restrictions)
         for jobs, child in zip(queues, children, strict=True):
             # daemons: a child that hangs cannot block an exit
-            threading.Thread(target=self._run, args=(jobs, child), name="decoder", daemon=True).start()
+            threading.Thread(target=_run, args=(jobs, child), name="decoder", daemon=True).start()
 
     def stop(self) -> None:
         """End the threads and their children."""
@@ -127,47 +131,67 @@ class Decoders:
 
     def put(self, model: Model, item: QueuedImage, image: EncodedImage) -> None:
         """Queue *image* for decoding; *item* then joins the queue of *model*. Call it on the event loop."""
-        job = _Job(model, item, image)
         if len(image.body) <= LIGHT_BODY:
-            self.light.put(job)
-        elif reason := self._put_large(job):
+            self.light.put(partial(self._decode_item, model, item, image, True))
+        elif reason := self._put_large(model, item, image):
             item.settle(reason)
+
+    def decode(self, image: EncodedImage, preprocess: Preprocess) -> Decoded:
+        """Decode *image* while this thread waits; raises `ImageError`."""
+        return self._wait_for(image, lambda child: child.decode(image, preprocess))
+
+    def copy(self, image: EncodedImage) -> StrippedCopy:
+        """Copy *image* without metadata while this thread waits; raises `ImageError`."""
+
+        def copy(child: DecoderProcess) -> StrippedCopy:
+            started = time.monotonic()
+            return StrippedCopy(*child.copy(image), time.monotonic() - started)
+
+        return self._wait_for(image, copy)
+
+    def _wait_for(self, image: EncodedImage, request: Callable[[DecoderProcess], _Result]) -> _Result:
+        """Return the result of a child for light images or, if it ends or refuses, of one for large ones."""
+        for jobs in (self.light, self.large)[len(image.body) > LIGHT_BODY :]:
+            result: Future[_Result] = Future()
+            jobs.put(partial(_set_result, result, request))
+            with suppress(LargerImageError, DecoderEndedError):
+                return result.result()
+        raise ImageError(DAMAGED.message, code=DAMAGED.code, status=DAMAGED.status)
 
     def _start_child(self, *, is_light: bool) -> DecoderProcess:
         settings = self._settings
         options = ChildOptions(
             memory=LIGHT_MEMORY if is_light else self._plan.large_memory,
             niceness=0 if is_light else NICENESS,
-            max_light_pixels=LIGHT_PIXELS if is_light else 0,
+            is_light=is_light,
             cpu_seconds=LIGHT_SECONDS if is_light else 0.0,
             max_bytes=settings.max_body_bytes,
-            max_pixels=settings.max_pixels,
+            max_pixels=min(LIGHT_PIXELS, settings.max_pixels) if is_light else settings.max_pixels,
             load=settings.decode,
             formats=settings.formats,
             sandbox=settings.sandbox,
         )
         return DecoderProcess(shared_template(), options, settings.decode_seconds)
 
-    def _put_large(self, job: _Job) -> HttpError | None:
-        """Queue *job* for a child for large images; return the error if too many wait there."""
+    def _put_large(self, model: Model, item: QueuedImage, image: EncodedImage) -> HttpError | None:
+        """Queue *image* for a child for large images; return the error if too many wait there."""
         if self.large.qsize() >= MAX_WAITING_LARGE:
             return DECODERS_BUSY
-        job.item.late = DECODERS_BUSY
-        self.large.put(job)
+        item.late = DECODERS_BUSY
+        self.large.put(partial(self._decode_item, model, item, image, False))
         return None
 
-    def _run(self, jobs: "SimpleQueue[_Job | None]", child: DecoderProcess) -> None:
-        """Let *child* decode *jobs* until None is queued."""
-        while (job := jobs.get()) is not None:
-            reason = self._decode_and_queue(job, child, is_light=jobs is self.light)
-            if reason is not None:
-                call_soon(job.item.outcome.get_loop(), job.item.settle, reason)
-            del job, reason  # an idle thread must not keep an image or a model alive
-        child.close()
+    def _decode_item(
+        self, model: Model, item: QueuedImage, image: EncodedImage, is_light: bool, child: DecoderProcess
+    ) -> None:
+        """Let *child* decode *image* and queue *item*, or set the outcome of an image that is not queued."""
+        reason = self._decode_and_queue(model, item, image, child, is_light=is_light)
+        if reason is not None:
+            call_soon(item.outcome.get_loop(), item.settle, reason)
 
-    def _decode_and_queue(self, job: _Job, child: DecoderProcess, *, is_light: bool) -> HttpError | None:
-        """Decode the image of *job* and queue its item; return the error of an image that is not queued."""
-        model, item, image = job
+    def _decode_and_queue(
+        self, model: Model, item: QueuedImage, image: EncodedImage, child: DecoderProcess, *, is_light: bool
+    ) -> HttpError | None:
         if item.outcome.done() or model.queue.closed_with is not None:
             return model.queue.closed_with
         started = time.monotonic()
@@ -176,9 +200,7 @@ class Decoders:
         except ImageError as error:
             return HttpError.of(error)
         except (LargerImageError, DecoderEndedError):
-            return self._put_large(job) if is_light else DAMAGED
-        except DecoderBugError:
-            return DECODER_FAILED
+            return self._put_large(model, item, image) if is_light else DAMAGED
         finally:
             ended = time.monotonic()
             self._metrics.decode_seconds.inc(ended - started)
@@ -186,3 +208,20 @@ class Decoders:
         item.decode_seconds, item.arrived = ended - item.arrived, ended
         self._metrics.stage("decode", item.decode_seconds)
         return model.queue.put(item)
+
+
+def _run(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:
+    """Pass *child* to *jobs* until None is queued."""
+    while (job := jobs.get()) is not None:
+        job(child)
+        del job  # an idle thread must not keep an image or a model alive
+    child.close()
+
+
+def _set_result(
+    result: "Future[_Result]", request: Callable[[DecoderProcess], _Result], child: DecoderProcess
+) -> None:
+    try:
+        result.set_result(request(child))
+    except Exception as error:  # is raised by the thread that waits
+        result.set_exception(error)

@@ -57,10 +57,6 @@ def saved(kind: str, **options: object) -> bytes:
     return file.getvalue()
 
 
-EMPTY_SCANS = b"\xff\xda\0\x08\1\1\0\1\x3f\x10" * 1000
-PROGRESSIVE = saved("JPEG", progressive=True)
-
-
 def heic_of_size(width: int, height: int) -> bytes:
     """A HEIC file of 40 x 40 pixels whose header says another size."""
     size = b"ispe" + struct.pack(">III", 0, width, height)
@@ -68,7 +64,6 @@ def heic_of_size(width: int, height: int) -> bytes:
 
 
 ZTXT_BOMB = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(50_000_000), 9))
-MANY_EXTENSIONS = saved("GIF").replace(b",\0\0\0\0", b"!\xfe\x01a\0" * 20_000 + b",\0\0\0\0", 1)
 
 BAD_BODIES = {
     (400, "empty_body"): {"empty body": b""},
@@ -89,26 +84,16 @@ BAD_BODIES = {
     (415, "unsupported_format"): {
         "TIFF": saved("TIFF"),
         "AVIF": b"\0\0\0\x1cftypavif" + bytes(100),
-        "AVIF behind another brand": b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif" + bytes(100),
         "JPEG XL": b"\0\0\0\x0cJXL " + bytes(100),
         "ICO": saved("ICO"),
         "PDF": b"%PDF-1.7 ...",
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
-        "arithmetic-coded JPEG": JPEG_IMAGE.replace(b"\xff\xc0", b"\xff\xc9", 1),
     },
     (422, "truncated_image"): {
         "JPEG cut in half": JPEG_IMAGE[: len(JPEG_IMAGE) // 2],
         "PNG cut in its pixels": picture_bytes(kind="PNG")[:-60],
     },
     (422, "damaged_image"): {
-        "PNG with 20000 chunks": png(8, 8, extra=chunk(b"prVt", b"") * 20_000),
-        "JPEG with 20000 empty segments": JPEG_IMAGE[:2] + b"\xff\xfe\0\2" * 20_000 + JPEG_IMAGE[2:],
-        "JPEG with 20000 bytes of filling": JPEG_IMAGE[:2] + b"\xff" * 20_000 + JPEG_IMAGE[2:],
-        "GIF with 20000 empty extensions": MANY_EXTENSIONS,
-        "JPEG with 1000 scans": PROGRESSIVE[:-2] + EMPTY_SCANS + b"\xff\xd9",
-        "the same behind a stray byte": (
-            PROGRESSIVE[:20] + b"\0" + PROGRESSIVE[20:-2] + EMPTY_SCANS + b"\xff\xd9"
-        ),
         "JPEG without a width": jpeg_of_size(0, 10),
         "only the signature of a HEIC": b"\0\0\0\x18ftypheic" + bytes(100),
         "only the signature of a BMP": b"BMW is a car",

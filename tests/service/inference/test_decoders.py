@@ -18,7 +18,7 @@ from memory_group import can_limit_memory
 from sopdeploy.errors import ConfigError, ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import pool
-from sopdeploy_service.decoding.child import ChildOptions, LargerImageError
+from sopdeploy_service.decoding.child import FAILED, ChildOptions, LargerImageError
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import (
@@ -36,15 +36,15 @@ linux = pytest.mark.skipif(platform.system() != "Linux", reason="limits of memor
 OPTIONS = ChildOptions(
     memory=LIGHT_MEMORY,
     niceness=0,
-    max_light_pixels=LIGHT_PIXELS,
+    is_light=True,
     cpu_seconds=0.0,
     max_bytes=20_000_000,
-    max_pixels=70_000_000,
+    max_pixels=LIGHT_PIXELS,
     load="exact",
     formats=("jpeg", "png", "webp"),
     sandbox="auto",
 )
-LARGE = OPTIONS._replace(memory=LARGE_MEMORY, max_light_pixels=0)
+LARGE = OPTIONS._replace(memory=LARGE_MEMORY, is_light=False, max_pixels=70_000_000)
 RULES = Preprocess(resize=36, crop=32)
 
 
@@ -209,8 +209,8 @@ def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
 
 def fake_replies(message: str):
     """Replace the first message of a child by that of one without a sandbox."""
-    header = pool.REPLY.pack(0, pool.FAILED, 0, len(message))
-    return lambda _end, buffer, _deadline: header if len(buffer) == len(header) else message.encode()
+    header = pool.REPLY.pack(0, FAILED, 0, len(message))
+    return lambda _end, count, _deadline: header if count == len(header) else message.encode()
 
 
 def write(path: Path, text: str) -> None:

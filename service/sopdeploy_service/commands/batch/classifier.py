@@ -5,12 +5,14 @@ Therefore batches are fixed ranges of a part, and zeros replace an image that ca
 of an image then depend neither on interruptions nor on errors of other images.
 """
 
+import hashlib
 import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -18,18 +20,22 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.environment import usable_cores
-from sopdeploy.errors import ConfigError, RuntimeUnavailableError
-from sopdeploy_service.commands.batch.decoders import Row, decode_blocks
+from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
+from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.sources import ListedImage, read_listed
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
 from sopdeploy_service.inference.model_worker import ImageOutputs, run_bisected
 from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
+from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
 
-BLOCK_IMAGES = 32  # at least, of a message to a decoder process
-MAX_WORKERS = 16  # unless more are requested: their blocks need memory
+IMAGES_AHEAD = 16  # of each worker
+MAX_WORKERS = 16  # unless more are requested
 DECODER_SETTINGS = {"decode", "max_body_bytes", "max_pixels"}
 COLUMNS = {  # of a row; docs/batch.md
     "path": pa.string(),
@@ -43,6 +49,8 @@ COLUMNS = {  # of a row; docs/batch.md
     "error_message": pa.string(),
     "bundle": pa.string(),
 }
+Row: TypeAlias = dict[str, Any]  # the columns of an image by name
+DecodedImage: TypeAlias = tuple[Row, NDArray[np.uint8]]  # (H, W, 3), zeros for an image with an error
 OnImages = Callable[[int], None]  # is called with a number of images when they are classified
 
 
@@ -82,32 +90,60 @@ class BatchClassifier:
     def write_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
         """Classify *parts* of the list in *folder* and write their rows.
 
-        Raises `RuntimeUnavailableError` if the device fails.
+        Raises `RuntimeUnavailableError` if the device fails, or if the decoder processes do not start.
         """
-        sizes, rules = folder.sizes(), self._bundle.manifest.preprocess
+        sizes = folder.sizes()
         schema = pa.schema(COLUMNS | dict.fromkeys(self._optional, pa.list_(pa.float32())))
-        in_block = self._batch * math.ceil(BLOCK_IMAGES / self._batch)
-        blocks = (
-            images[first : first + in_block]
-            for images in map(folder.images, parts)
-            for first in range(0, len(images), in_block)
-        )
-        with closing(decode_blocks(blocks, rules, self._settings, self._workers)) as decoded_blocks:
+        images = (image for part in parts for image in folder.images(part))
+        with closing(self._decode_ahead(images)) as decoded:
             for part in parts:
                 rows: list[Row] = []
-                for decoded, pixels in itertools.islice(decoded_blocks, math.ceil(sizes[part] / in_block)):
-                    outputs: list[ImageOutputs] = []
-                    for first in range(0, len(pixels), self._batch):
-                        outputs += self._run(pixels[first : first + self._batch])
-                    rows += map(self._complete, decoded, outputs)
-                    on_images(len(decoded))
+                for first in range(0, sizes[part], self._batch):
+                    batch = list(itertools.islice(decoded, min(self._batch, sizes[part] - first)))
+                    outputs = self._run([pixels for _, pixels in batch])
+                    rows += [
+                        self._complete(row, output) for (row, _), output in zip(batch, outputs, strict=True)
+                    ]
+                    on_images(len(batch))
                 folder.write(part, rows, schema)
 
-    def _run(self, pixels: NDArray[np.uint8]) -> list[ImageOutputs]:
+    def _decode_ahead(self, images: Iterable[ListedImage]) -> Generator[DecodedImage, None, None]:
+        """Decode *images* in child processes, some in advance; yield them in order."""
+        decoders = Decoders(self._workers, self._settings.model_copy(update={"formats": ()}), Metrics())
+        decoders.start()
+        threads = ThreadPoolExecutor(self._workers)  # each waits for one child
+        waiting: deque[Future[DecodedImage]] = deque()
+        try:
+            for image in images:
+                waiting.append(threads.submit(self._decode, image, decoders))
+                if len(waiting) > self._batch + IMAGES_AHEAD * self._workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
+            decoders.stop()
+
+    def _decode(self, image: ListedImage, decoders: Decoders) -> DecodedImage:
+        """Read, hash and decode *image* as a server does."""
+        rules, max_bytes = self._bundle.manifest.preprocess, self._settings.max_body_bytes
+        row: Row = {"path": image.path, "sha256": None, "warnings": (), "error": None, "error_message": None}
+        try:
+            body = read_listed(image, max_bytes + 1)  # enough to reject a larger one
+            if len(body) > max_bytes:
+                raise too_large_error(max_bytes)
+            row["sha256"] = hashlib.sha256(body).hexdigest()
+            pixels, row["warnings"] = decoders.decode(EncodedImage(body), rules)
+        except ImageError as error:
+            row |= {"error": error.code, "error_message": str(error)}
+            pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)
+        return row, pixels
+
+    def _run(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
         """Return the outputs of a batch; if it fails, halve it until the image that fails is alone."""
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})
         try:
-            rows = run_bisected(lambda images: self._runtime.run(np.stack(images)), list(pixels), names)
+            rows = run_bisected(lambda images: self._runtime.run(np.stack(images)), pixels, names)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
         all_failed = len(rows) > 1 and all(row is INFERENCE_FAILED for row in rows)

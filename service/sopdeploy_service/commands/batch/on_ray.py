@@ -25,8 +25,6 @@ from sopdeploy_service.commands.batch.options import NEW_CLUSTER, ClassifyOption
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.settings import Settings
 
-MAX_PARTS = 8  # of a task: decoder processes start once per task
-TASKS_PER_ACTOR = 8  # at least, if there are so many parts: actors differ in speed
 CONNECT_SECONDS = 5.0
 ERROR_OF_ACTOR = re.compile(r"sopdeploy\.errors\.(\w+): (.+)")  # in the traceback that Ray raises
 
@@ -85,10 +83,9 @@ class RayClassifier:
 
     def write_parts(self, folder: OutputFolder, parts: Sequence[int], on_images: OnImages) -> None:
         """Classify *parts* of the list in *folder* and write their rows."""
-        in_task = max(1, min(MAX_PARTS, len(parts) // (TASKS_PER_ACTOR * self._actors)))
         classified = ray.data.from_items([{"part": part} for part in parts]).map_batches(
             PartActor,
-            batch_size=in_task,
+            batch_size=1,
             fn_constructor_args=(*self._arguments, folder.path.resolve(), self.state),
             compute=ray.data.ActorPoolStrategy(size=self._actors),
             **self._resources,

@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,17 +17,17 @@ from fake_runtime import FakeRuntime
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, RuntimeUnavailableError
-from sopdeploy_service.commands.batch import classifier, decoders
+from sopdeploy_service.commands.batch import classifier
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
-from sopdeploy_service.commands.batch.sources import ListedImage
 from sopdeploy_service.commands.predict import predict_files
+from sopdeploy_service.decoding import pool
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 from tests.service.bundle_with_outputs import write_bundle_with_outputs
-from tests.service.children import children_of, module_of
 from tests.service.commands.batch.conftest import (
     BAD,
     COUNT,
@@ -41,7 +39,9 @@ from tests.service.commands.batch.conftest import (
     rows_of,
     stop_at,
 )
-from tests.service.conftest import LABELS, RULES
+from tests.service.conftest import LABELS, picture_bytes
+
+BODY = picture_bytes()
 
 
 def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, bundle_path):
@@ -143,39 +143,25 @@ def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_pa
     assert (bad["error"], bad["logits"], bad["features"]) == ("not_an_image", None, None)
 
 
-def decode_all(blocks: Iterable[list[ListedImage]]) -> list[tuple[str | None, bool]]:
-    """Decode *blocks* in two processes; list the error of each image and whether it has pixels."""
-    with closing(decoders.decode_blocks(blocks, RULES, SETTINGS, 2)) as decoded:
-        return [
-            (row["error"], bool(image.any())) for block in decoded for row, image in zip(*block, strict=True)
-        ]
+def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
+    bundle_path, tmp_path, monkeypatch
+):
+    """One image ends every child that gets it, one is too large for a light child."""
+    bodies = {"bad": b"die", "large": picture_bytes(size=(2000, 1600)), **dict.fromkeys("abcdefgh", BODY)}
+    for name, body in bodies.items():
+        (tmp_path / f"{name}.jpg").write_bytes(body)
+    template = pool.Template("tests.service.decoding.misbehaving")
+    monkeypatch.setattr(decoders, "shared_template", lambda: template)
+    classify(bundle_path, [str(tmp_path)], tmp_path / "out", SETTINGS, OPTIONS)
+    template.close()
+    errors = {Path(row["path"]).stem: row["error"] for row in rows_of(tmp_path / "out")}
+    assert errors == dict.fromkeys(bodies) | {"bad": "damaged_image"}
 
 
-def test_an_image_that_crashes_the_decoder_gets_an_error_and_no_other(photos, monkeypatch):
-    monkeypatch.setattr(decoders, "CHILD_MODULE", "tests.service.commands.batch.crashing")
-    images = [ListedImage(str(path), str(path)) for path in sorted(photos.glob("*.jpg"))[14:32]]
-    found = decode_all([images[:6], images[6:12], images[12:]])
-    expected = [("decoder_failed", False) if "017" in image.path else (None, True) for image in images]
-    assert found == expected
-
-
-def test_killed_decoder_processes_are_replaced(photos):
-    images = [ListedImage(str(path), str(path)) for path in sorted(photos.glob("00*.jpg"))]
-
-    def blocks():
-        yield images[:5]
-        for process in children_of(os.getpid()):
-            if module_of(process).isdigit():  # the descriptor of the pipe
-                os.kill(process, signal.SIGKILL)
-        yield images[5:]
-
-    assert decode_all(blocks()) == [(None, True)] * 10
-
-
-def test_decoder_processes_that_do_not_start_are_one_line(photos, monkeypatch):
-    monkeypatch.setattr(decoders, "CHILD_MODULE", "sopdeploy_service.absent")
-    with pytest.raises(RuntimeUnavailableError, match="a decoder process did not start"):
-        decode_all([[ListedImage("x", str(photos / "000.jpg"))]])
+def test_decoder_processes_that_do_not_start_are_one_line(bundle_path, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(decoders, "shared_template", lambda: pool.Template("sopdeploy_service.absent"))
+    with pytest.raises(RuntimeUnavailableError, match="the decoder processes do not start"):
+        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 
 RULE = Rejection(score="max_probability", threshold=0.5)
