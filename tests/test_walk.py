@@ -2,13 +2,13 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import httpx
@@ -17,9 +17,16 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.cli import demo
 from sopdeploy.cli.app import app
+from sopdeploy.client import Client
+from tests import quick_torch
 from tests.export.once import proving_once
+from tests.service.children import PYTHONPATH
+from tests.service.conftest import write_bundle
+from tests.two_objects import CLASSES, draw_scenes
 
 COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}
 PHOTOS = 12
@@ -79,7 +86,7 @@ def trained(home: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def exported(home: Path, trained: dict[str, Any]) -> dict[str, Any]:
-    with proving_once():  # `test_new_system` proves without a cache
+    with proving_once():  # `test_user_network` proves without a cache
         return answer("export", trained["best"], "--detach", home=home)
 
 
@@ -141,20 +148,6 @@ def test_the_bundle_is_verified(home: Path, exported: dict[str, Any]) -> None:
         assert replay["deviation"]["logits"] <= replay["tolerance"]["logits"]
 
 
-@pytest.mark.slow
-def test_a_second_export_elsewhere_gives_the_same_bytes_except_for_its_time(
-    home: Path, trained: dict[str, Any], exported: dict[str, Any]
-) -> None:
-    elsewhere = home / "another place"
-    elsewhere.mkdir()
-    shutil.copy(home / trained["best"], elsewhere / "mine.pt")
-    again = answer("export", "mine.pt", "--detach", "--out", "out", home=elsewhere)
-    first, second = home / exported["bundle"], elsewhere / again["bundle"]
-    assert first.name == second.name
-    before, after = contents(first), contents(second)
-    assert {name for name in before | after if before.get(name) != after.get(name)} == {"manifest.json"}
-
-
 def contents(bundle: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(bundle.iterdir())}
 
@@ -163,3 +156,93 @@ def test_a_bundle_says_nothing_of_the_machine_it_was_made_on(home: Path, exporte
     told = {str(home), home.name, str(Path.home()) + "/", "photos/", "runs/", os.getcwd(), sys.prefix}  # noqa: PTH109
     for name, body in contents(home / exported["bundle"]).items():
         assert [secret for secret in told if secret.encode() in body] == [], name
+
+
+SETTINGS = {
+    "model.name": "dsop-resnet8",
+    "threads": 1,
+    "preprocess.resize": 32,
+    "preprocess.crop": 32,
+}
+
+RECIPES = {
+    "photos-dsop": {**SETTINGS, "epochs": 8, "loss.label_smoothing": 0.0},
+    "photos": {**SETTINGS, "start.weights": "none"},  # frozen features
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_two_objects_reach_a_map_of_95_percent_through_export_and_http(tmp_path: Path, recipe: str) -> None:
+    scenes = draw_scenes(tmp_path / "scenes")
+    unseen = draw_scenes(tmp_path / "unseen", seed=1)
+    run = sopdeploy.train(scenes, recipe, tmp_path / "run", **RECIPES[recipe])
+    assert (run.procedure.kind == "loop", len(run.decision.thresholds)) == (recipe == "photos-dsop", 4)
+    exported = sopdeploy.export(run.best, tmp_path / "bundles", detach=bool(run.training_only))
+    manifest = json.loads((exported.path / "manifest.json").read_bytes())
+    assert manifest["decision"]["activation"] == "sigmoid"
+    with sopdeploy.serve(exported.path, background=True, port=0, threads=1) as server:
+        with Client(server.url) as client:
+            client.wait_ready()
+            best = client.classify(unseen / "images" / "0.png", threshold=0.0)
+            assert sorted(entry.label for entry in best.classes) == list(CLASSES)
+        found = [sopdeploy.evaluate(source, unseen) for source in (run.best, exported.path, server.url)]
+    maps = [one.metrics.map for one in found]
+    assert min(maps) >= 0.95
+    assert max(maps) - min(maps) < 1e-6
+    assert found[1].metrics == found[2].metrics
+    done = subprocess.run(
+        [sys.executable, "-m", "sopdeploy", "eval", run.best, "--data", unseen],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("mAP ")
+    assert "top-1" not in done.stdout
+
+
+def run_here(command: list[str], *, check: bool) -> CompletedProcess[str]:
+    """Run a command of `sopdeploy` in this process, as a process of its own would import torch again."""
+    assert (command[:3], check) == ([sys.executable, "-m", "sopdeploy"], False)
+    with quick_torch.one_thread(), proving_once():
+        done = CliRunner().invoke(app, command[3:])
+    assert done.exit_code == 0, done.output
+    return CompletedProcess(command, done.exit_code)
+
+
+def test_the_demo_trains_exports_verifies_serves_and_classifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo.subprocess, "run", run_here)
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "held-out digits classified correctly over HTTP" in done.stdout
+    assert "Next: use your own photos" in done.stdout
+
+
+PREDICT = """
+import sys
+import numpy as np
+from pathlib import Path
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+OnnxRuntime(open_bundle(Path(sys.argv[1])), threads=1).run(np.zeros((1, 32, 32, 3), np.uint8))
+"""
+
+EXPORT = """
+import sys
+import sopdeploy_export  # without torch
+import onnxruntime
+onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx", providers=["CPUExecutionProvider"])
+"""
+
+
+@pytest.mark.parametrize("code", [PREDICT, EXPORT], ids=["service", "exporter"])
+def test_running_a_network_writes_nothing_to_the_home_folder(code: str, tmp_path: Path) -> None:
+    bundle, home = write_bundle(tmp_path), tmp_path / "home"
+    home.mkdir()
+    # With CI or without a home folder, onnxruntime keeps no telemetry anyway.
+    kept = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    environment = kept | {"HOME": str(home), "PYTHONPATH": PYTHONPATH, "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", code, str(bundle)], env=environment, check=True)
+    assert list(home.rglob("*")) == []

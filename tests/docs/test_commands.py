@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.docs.page_commands import steps
-from tests.docs.reading import COMMANDS, PAGES, ROOT, blocks, command_lines, mentions, name
+from tests.docs.reading import COMMANDS, PAGES, ROOT, command_lines, mentions, name
 
 ROOT_OPTIONS = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
 SHOWN = [(page, words) for page in PAGES for words in command_lines(page)]
@@ -73,20 +73,3 @@ def test_every_make_target_and_every_extra_exists() -> None:
     assert len(targets) > 3 < len(extras)
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
     assert extras <= set(PROJECT["optional-dependencies"])
-
-
-def test_the_readme_states_the_description_the_versions_and_the_workflow_of_the_python_page() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert PROJECT["description"].rstrip(".") in readme.replace("*", "")
-    assert PROJECT["requires-python"] == ">=3.11,<3.14"
-    assert "Python 3.11 to 3.13" in readme
-    (block,) = blocks(ROOT / "README.md", "py")
-    assert f"```python\n{block}" in (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-
-
-def test_until_a_release_exists_the_first_command_is_a_clone() -> None:
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    for page in ("README.md", "docs/quickstart.md"):
-        typed = "\n".join(blocks(ROOT / page, "sh"))
-        cloned = re.match(r'git clone .*\npip install "\.\[train,cpu\]"', typed) is not None
-        assert (cloned, '"sopdeploy[' not in typed) == (True, True) or "\n## [0" in changelog, page

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.page_commands import SERVE, Workspace, steps
-from tests.docs.reading import PAGES, ROOT, name
+from tests.docs.reading import PAGES, ROOT, blocks, name
 from tests.service.conftest import write_bundle
 
 NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a GPU, or hours
@@ -27,6 +27,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"#!/bin/bash\n#SBATCH",
     r"python benchmarks/",
 )
+
 TESTED_ELSEWHERE = ("docs/quickstart.md", "docs/cli.md")
 BEGINS = re.compile(r"sopdeploy train --data photos|data scenes|sopdeploy\.train\(data=")  # trains a network
 QUICK = ("docs/http.md", "docs/deploy.md", "docs/batch.md")  # work with any bundle, so no network is trained
@@ -83,3 +84,23 @@ def test_the_commands_of_a_page_work(page: str, request: pytest.FixtureRequest, 
         for folder in ("runs", "bundles"):
             shutil.copytree(trained.folder / folder, tmp_path / folder)
     assert run_page(RUNNABLE[page], workspace) >= 1
+
+
+PAGE = ROOT / "docs" / "quickstart.md"
+CLASSES = {"bars", "checks", "diagonals", "rings", "steps", "waves"}
+_, ASK = blocks(PAGE, "python")
+LINES = [line for block in blocks(PAGE, "sh") for line in block.splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_every_command_works_as_printed(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    lines = {line.split()[1]: line for line in LINES if line.startswith("sopdeploy ")}
+    workspace.run(lines["train"])
+    assert "bitwise equal" in workspace.run(lines["export"])
+    assert workspace.run(lines["verify"])
+    assert re.search("|".join(CLASSES), workspace.run(lines["predict"]))
+    with workspace.serving(lines["serve"]):
+        assert '"probability"' in workspace.run(next(line for line in LINES if line.startswith("curl ")))
+        assert re.match("|".join(CLASSES), workspace.run(ASK))

@@ -1,16 +1,19 @@
-"""Generated pages are up to date, error codes are stable, figures are self-contained."""
+"""Generated pages are up to date, error codes are stable, and the site is complete."""
 
+import importlib.util
+import os
+import pkgutil
 import re
-import xml.etree.ElementTree as ET
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_service.settings import Settings
-from tests.docs.reading import PAGES, ROOT, module_at, name
+from tests.docs.reading import ROOT, module_at
 
-PICTURES = sorted((ROOT / "docs" / "pictures").glob("*.svg"))
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
 
 
@@ -85,13 +88,41 @@ def test_every_code_of_the_service_has_advice() -> None:
     assert [error.code for error in found if f'id="{error.code}"' not in page] == []
 
 
-@pytest.mark.parametrize("picture", PICTURES, ids=name)
-def test_every_figure_is_self_contained_and_has_a_description(picture: Path) -> None:
-    text = picture.read_text(encoding="utf-8")
-    root = ET.fromstring(text)  # noqa: S314 - our own file
-    space = "{http://www.w3.org/2000/svg}"
-    assert root.findtext(f"{space}title")
-    assert root.findtext(f"{space}desc") or root.findtext(".//{http://purl.org/dc/elements/1.1/}description")
-    assert not re.search(r"<script|href=\"(?!#)|url\((?!#)", text)
-    shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert f"pictures/{picture.name})" in shown
+CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+
+LOADED = re.compile(
+    r"""<(?:script|img|iframe|source|link)\b[^>]*?(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)"""
+)
+
+
+def test_the_navigation_lists_every_page() -> None:
+    named = re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)$", CONFIG.partition("\nnav:")[2], re.MULTILINE)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    measured = {page for page in pages if page.startswith("benchmarks/")} - {"benchmarks/index.md"}
+    assert sorted(named) == sorted(set(pages) - measured)
+    index = (ROOT / "docs" / "benchmarks" / "index.md").read_text(encoding="utf-8")
+    assert {f"benchmarks/{page}" for page in re.findall(r"\]\(([\w-]+\.md)\)", index)} == measured
+
+
+def test_every_object_of_the_api_page_exists_and_has_a_docstring() -> None:
+    named = re.findall(r"^::: ([\w.]+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) > 15
+    undocumented = [path for path in named if not pkgutil.resolve_name(path).__doc__]
+    assert undocumented == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
+def test_the_site_builds_without_warnings_and_is_self_contained(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 25
+    assert [url for page in pages for url in LOADED.findall(page.read_text(encoding="utf-8"))] == []

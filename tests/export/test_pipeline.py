@@ -125,12 +125,6 @@ def test_a_bundle_of_this_name_with_other_images_stops_the_export_before_it_begi
     assert "has a network named photos" in attempt([1, 2])[-1]
 
 
-@pytest.mark.parametrize("name", ["a b", ".hidden", ""])
-def test_a_bad_name_is_an_error(name: str) -> None:
-    with pytest.raises(ConfigError, match="use at most 200 letters"):
-        ExportOptions(name=name)
-
-
 def test_exports_of_one_checkpoint_differ_in_their_time_only(
     exported: Exported, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,13 +136,6 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
         assert (again.path / name).read_bytes() == (exported.path / name).read_bytes(), name
     same_time = exported.manifest.model_copy(update={"exported_at": "2026-01-02T03:04:05.000000Z"})
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
-
-
-def test_steps_are_reported(checkpoint: Path, tmp_path: Path) -> None:
-    steps: list[str] = []
-    with proving_once(changes_program=True):
-        export_checkpoint(checkpoint, tmp_path / "out", options=DETACH, on_step=steps.append)
-    assert [step.split()[0] for step in steps] == ["proving", "converting", "comparing", "writing"]
 
 
 def test_no_file_of_a_bundle_contains_a_local_path(exported: Exported, checkpoint: Path) -> None:

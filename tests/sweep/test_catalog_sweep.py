@@ -13,18 +13,16 @@ import torch
 
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CATALOG, entry
-from sopdeploy_export.graph import capture_any_batch, generated_images, lower
+from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import detach, export_checkpoint
 from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.gpu_graphs import accepted
 from tests.sopdeploy.training.small_recipes import few_blocks
 from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
-from tests.sweep.steps import FEW, Small, agreed, detached, exported
+from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
 BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
@@ -137,17 +135,6 @@ def test_the_smallest_agrees_in_half_precision(small: Small, precision: Precisio
     accepted(onnx.load(tmp_path / "model.onnx"), precision)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("small", OF_TIMM, ids=name)
-def test_gpu_runtimes_accept_networks_of_timm(small: Small, precision: Precision) -> None:
-    network, preprocess = small.build().eval(), Preprocess(resize=small.side, crop=small.side)
-    program = capture_any_batch(network, preprocess, FEW)
-    certified = CapturedGraph(network, program, lower(program, network.outputs))
-    options = ExportOptions(precision=precision, max_batch=FEW.maximum)
-    accepted(convert_precision(certified, preprocess, options).model, precision)
-
-
 @pytest.mark.parametrize(
     "precision",
     ["fp32", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp16", "bf16-backbone", "int8"))],
@@ -184,11 +171,3 @@ def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
     report = agreed(full_width(model).trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
     assert report.passed
     assert set(report.outputs) == outputs_of(model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", sorted(NEEDS_EIGENVALUES))
-def test_every_name_without_an_onnx_form_is_rejected_at_full_width(model: str, tmp_path: Path) -> None:
-    checkpoint = full_width(model).trained(tmp_path / "ckpt.pt")
-    with pytest.raises(LoweringError, match="cannot be exported: "):
-        export_checkpoint(checkpoint, tmp_path / "bundles", options=ExportOptions())

@@ -3,20 +3,30 @@
 import io
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+import timm
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import models
+from torchvision.ops import roi_align
 
 import sopdeploy
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import SopdeployError
+from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.mixture.components import Components, Convolutions
+from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
+from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.subject import ExportSubject
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
@@ -26,7 +36,7 @@ from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
 from tests.export.user_network import networks as n
-from tests.export.user_network.architectures import FULL, SMALL, Case
+from tests.export.user_network.networks import CLASSES, PREPROCESS, SIDE, export_small
 
 LABELS = tuple("abcd")
 Build = Callable[[], nn.Module]
@@ -52,6 +62,7 @@ def plain() -> nn.Module:
 
 
 AUX = {"plain": plain, "training_only": ["aux*"]}
+
 ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "an auxiliary head": (n.Small, AUX, "three-way"),
     "without a plain network": (n.Small, {"training_only": ["aux"]}, "trained-detached"),
@@ -75,6 +86,7 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     ),
     "second-order pooling": (n.SecondOrder, {"plain": n.SecondOrder}, "trained-plain"),
 }
+
 # Captured for one batch size, in a third of the time; other cases, and full sizes, use the whole range.
 QUICK = ExportOptions(max_batch=1)
 
@@ -106,36 +118,41 @@ def test_it_is_exported_verified_and_served_with_the_strength_of_its_proof(case:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(name, marks=[pytest.mark.slow] * (name == "Swin")) for name in SMALL]
-)
-def test_a_small_version_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
-    with proving_once(alone=True):
-        check_architecture(SMALL[architecture], tmp_path, QUICK)
+Full = tuple[Callable[..., nn.Module], str, int]
+FULL: dict[str, Full] = {  # the builder, the parts that only training uses, the side of images
+    "GoogLeNet": (partial(models.GoogLeNet, init_weights=False), "aux*", 224),
+    "Inception v3": (partial(models.Inception3, init_weights=False), "AuxLogits", 299),
+    **{
+        name: (partial(models.get_model, name, weights=None), "", 224)
+        for name in ("convnext_tiny", "mobilenet_v3_small", "efficientnet_b0", "vit_b_32", "swin_t")
+    },
+    **{
+        name: (partial(timm.create_model, name), "", 224)
+        for name in ("levit_128s", "deit_tiny_distilled_patch16_224")
+    },
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", FULL)
 def test_the_full_size_is_exported_verified_and_served(architecture: str, tmp_path: Path) -> None:
-    check_architecture(FULL[architecture], tmp_path, ExportOptions())
-
-
-def check_architecture(case: Case, destination: Path, options: ExportOptions) -> None:
+    build, auxiliary, side = FULL[architecture]
     torch.manual_seed(0)
-    network = case.trained()
+    network = build(num_classes=CLASSES)
     for part in network.modules():
         if isinstance(part, nn.Linear) and not part.weight.any():  # torchvision's ViT starts with zeros
             nn.init.normal_(part.weight, std=0.02)
+    options = {"aux_logits": False} if auxiliary else {}
     exported = n.export_small(
         network,
-        destination,
-        plain=case.plain,
-        training_only=case.training_only,
-        preprocess=Preprocess(resize=case.side, crop=case.side),
-        options=options,
+        tmp_path,
+        plain=partial(build, num_classes=CLASSES, **options),
+        training_only=[auxiliary] if auxiliary else [],
+        preprocess=Preprocess(resize=side, crop=side),
+        options=ExportOptions(),
     )
-    assert exported.certificate.proof == ("three-way" if case.training_only else "trained-plain")
-    assert bool(exported.certificate.removed) == bool(case.training_only)
+    assert exported.certificate.proof == ("three-way" if auxiliary else "trained-plain")
+    assert bool(exported.certificate.removed) == bool(auxiliary)
     assert exported.warnings == ()
     verify(exported.path)
     classify_over_http(exported.path)
@@ -206,7 +223,6 @@ REJECTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "a name with a slash": (n.Small, {"name": "a/b"}, r"name='a/b': use at most 200 letters"),
 }
 
-
 AS_BUILT = ("weights of inference mode", "NaN", "half precision", "a ScriptModule", "lazy modules")
 
 
@@ -232,3 +248,199 @@ def test_an_unused_part_and_a_softmax_are_warnings(tmp_path: Path) -> None:
         "without it",
         "the output does not depend on aux; name it as training-only to prove its removal",
     )
+
+
+WIDTH = 6
+
+
+class Textbook(nn.Module):
+    """The loop of the paper; *trace* computes the trace (B,) of matrices."""
+
+    def __init__(self, trace: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = features.flatten(2)
+        x = x - x.mean(dim=-1, keepdim=True)
+        a = x @ x.transpose(1, 2) / x.shape[2]
+        norm = self.trace(a)[:, None, None] + 1e-5  # an image of one color has a covariance of 0
+        identity = torch.eye(WIDTH)
+        y, z = a / norm, identity.expand(x.shape[0], WIDTH, WIDTH)
+        for _ in range(3):
+            t = 3 * identity - z @ y
+            y, z = 0.5 * y @ t, 0.5 * t @ z
+        rows, columns = torch.triu_indices(WIDTH, WIDTH)
+        return (y * norm.sqrt())[:, rows, columns]
+
+
+class Released(nn.Module):
+    """The loop in 3N - 3 products with matrices repeated for each image, on fewer positions than channels."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = features[:, :, ::5, ::5].flatten(2)
+        count, m = x.shape[0], x.shape[2]
+        centering = torch.eye(m) / m - torch.ones(m, m) / m**2
+        cov = x.bmm(centering.view(1, m, m).repeat(count, 1, 1)).bmm(x.transpose(1, 2))
+        three = 3.0 * torch.eye(WIDTH).view(1, WIDTH, WIDTH).repeat(count, 1, 1)
+        norm = (1.0 / 3.0) * cov.mul(three).sum(dim=1).sum(dim=1) + 1e-5
+        a = cov.div(norm.view(count, 1, 1).expand_as(cov))
+        z = 0.5 * (three - a)
+        y = a.bmm(z)
+        zy = 0.5 * (three - z.bmm(y))
+        y, z = y.bmm(zy), zy.bmm(z)
+        root = 0.5 * y.bmm(three - z.bmm(y)) * torch.sqrt(norm).view(count, 1, 1).expand_as(cov)
+        rows, columns = torch.triu_indices(WIDTH, WIDTH)
+        return root.flatten(1).index_select(1, rows * WIDTH + columns)
+
+
+class Experts(nn.Module):
+    """Eight components whose weights (B, 8) *gate* computes from logits, also more than two of them."""
+
+    def __init__(self, gate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.gate, self.logits = gate, nn.Linear(WIDTH, 8)
+        root = NewtonSchulzConfig(iterations=3)
+        self.experts = Components("sop", WIDTH, Convolutions((5, 6)), components=8, counted=2, root=root)
+
+    def forward(self, features: Tensor) -> Tensor:
+        weights = self.gate(self.logits(features.mean((2, 3))))
+        pooled: Tensor = self.experts(features, weights)
+        return pooled
+
+
+LOOPS: dict[str, Callable[[], nn.Module]] = {
+    "a trace by the diagonal": lambda: Textbook(lambda a: torch.diagonal(a, dim1=-2, dim2=-1).sum(-1)),
+    "a trace by a product": lambda: Textbook(lambda a: (a * torch.eye(WIDTH)).sum((1, 2))),
+    "matrices repeated for each image": Released,
+    "a gate of ranks": lambda: Experts(lambda logits: keep_largest(logits, 2)),
+    "a threshold gate": lambda: Experts(lambda logits: logits.softmax(1) * (logits > 0)),
+}
+
+
+@pytest.mark.parametrize("case", LOOPS)
+def test_the_file_computes_what_the_network_computes_on_other_images_than_the_probes(
+    case: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    classifier = nn.Linear(WIDTH * (WIDTH + 1) // 2, CLASSES)
+    network = nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.ReLU(), LOOPS[case](), classifier).eval()
+    exported = export_small(network, tmp_path, options=ExportOptions(max_batch=4))
+    images = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)
+    images[2] = images[2] // 64
+    images[3, ::2] = 255
+    with torch.no_grad():
+        expected = network(Normalize(PREPROCESS)(torch.from_numpy(images))).numpy()
+    session = ort.InferenceSession(exported.path / "model.onnx", providers=["CPUExecutionProvider"])
+    for batch in (1, 4):
+        found = session.run(None, {"images": images[:batch]})[0]
+        np.testing.assert_allclose(found, expected[:batch], rtol=1e-4, atol=1e-5)
+
+
+def covariance(network: Any, images: Tensor) -> Tensor:
+    maps = F.pixel_unshuffle(network.stem(images), 4).flatten(2)
+    return maps @ maps.transpose(1, 2) / 9
+
+
+def both(network: Any, images: Tensor) -> Tensor:
+    """Compute the features (2 B, 8) of the images, then of the mirrored images."""
+    return network.features(torch.cat([images, images.flip(3)]))
+
+
+def at_largest(network: Any, images: Tensor) -> Tensor:
+    maps = network.stem(images).flatten(2)
+    ordered = maps.sum(1, keepdim=True).sort(dim=2, descending=True, stable=True).indices
+    return torch.take_along_dim(maps, ordered[:, :, :5], 2).mean(2)
+
+
+def by_number(network: Any, images: Tensor) -> Tensor:
+    tokens = network.stem(images).flatten(2).transpose(1, 2)
+    largest = tokens.sum(2).sort(dim=1, descending=True, stable=True).indices[:, :5]
+    return tokens[torch.arange(images.shape[0])[:, None], largest].mean(1)
+
+
+def by_type(network: Any, images: Tensor) -> Tensor:
+    if images.dtype != torch.float32:
+        raise TypeError("float32 expected")
+    return network.features(images) + torch.finfo(images.dtype).eps
+
+
+FEATURES: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a trace": lambda net, x: (
+        covariance(net, x).diagonal(dim1=1, dim2=2).sum(-1, keepdim=True) * net.features(x)
+    ),
+    "a mean of views": lambda net, x: both(net, x).view(2, -1, 8).mean(0),
+    "chunks": lambda net, x: sum(both(net, x).chunk(2)),
+    "parts of the size of the batch": lambda net, x: sum(both(net, x).split(x.shape[0])),
+    "slices of the size of the batch": lambda net, x: (
+        (f := both(net, x))[: x.shape[0]] + f[x.shape[0] :] + f[-x.shape[0] :]
+    ),
+    "positions by the number of the image": by_number,
+    "einsum with an ellipsis": lambda net, x: (
+        torch.einsum("b...,b...->b", net.stem(x), net.stem(x))[:, None] * net.features(x)
+    ),
+    "einsum of matrices": lambda net, x: torch.einsum(
+        "...im,...jm->...ij", *[net.stem(x).flatten(2)] * 2
+    ).mean(2),
+    "a Fourier transform": lambda net, x: torch.fft.rfft2(net.stem(x)).abs().mean((2, 3)),
+    "a determinant": lambda net, x: (
+        torch.linalg.det(covariance(net, x)[:, :3, :3] + torch.eye(3))[:, None] * net.features(x)
+    ),
+    "pooling with ceil_mode": lambda net, x: (
+        F.max_pool2d(net.stem(x), 2, 4, ceil_mode=True).flatten(2).mean(2)
+    ),
+    "take_along_dim": lambda net, x: torch.take_along_dim(f := net.features(x), f.argsort(1), 1),
+    "take_along_dim of maps": at_largest,
+    "code that reads the type": by_type,
+}
+
+
+@pytest.mark.parametrize("case", FEATURES)
+def test_a_network_that_keeps_images_apart_is_exported(case: str, tmp_path: Path) -> None:
+    network = n.variant(lambda net, images: net.fc(FEATURES[case](net, images)), aux=False)
+    exported = n.export_small(n.trained(network), tmp_path)
+    assert exported.certificate.mixes_images == ()
+
+
+class Scaled(n.Small):
+    """Scales the rows of a table while it reads them."""
+
+    def __init__(self) -> None:
+        super().__init__(aux=False)
+        self.table = nn.Embedding(8, 8, max_norm=1.0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.table(self.features(images).argmax(1)))
+
+
+def regions(network: Any, images: Tensor) -> Tensor:
+    corners = torch.tensor([[0.0, 0, 0, 6, 6], [0.0, 6, 6, 9, 9]])
+    pooled = roi_align(network.stem(images), corners, 2).mean((0, 2, 3))
+    return network.fc(pooled[None] + network.features(images))
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "an operator without a rule": (
+        lambda: n.variant(regions, aux=False),
+        r"^no rule for RoiAlign in forward shows that it keeps images apart; .* try allow_batch_dependence",
+    ),
+    "the views of the wrong image": (
+        lambda: n.variant(lambda net, x: net.fc(both(net, x).view(-1, 2, 8).mean(1)), aux=False),
+        r"^the network mixes images: Reshape in forward combines them, .* try allow_batch_dependence=True$",
+    ),
+    "a size of the batch": (
+        lambda: n.variant(lambda net, x: net.fc(net.features(x)) * (1 if x.shape[0] < 9 else 2), aux=False),
+        r"its code treats some batch sizes differently, or fixes the size; every size needs one graph$",
+    ),
+    "a table that is scaled while it is read": (
+        Scaled,
+        r"writes to table\.weight while it runs; .*: scale its rows once, and set max_norm to None$",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_network_is_told_the_operator_or_the_tensor(case: str, tmp_path: Path) -> None:
+    build, message = REFUSED[case]
+    with pytest.raises(LoweringError, match=message):
+        n.export_small(n.trained(build()), tmp_path)

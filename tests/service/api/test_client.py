@@ -1,7 +1,6 @@
 """The Python client against real servers."""
 
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +9,14 @@ import pytest
 from PIL import Image
 
 from sopdeploy.client import Client
-from sopdeploy.errors import OverloadedError, ServiceError
-from sopdeploy_service.commands.predict import predict_files
-from sopdeploy_service.settings import Settings
+from sopdeploy.errors import ServiceError
 from tests.service.conftest import LABELS
-from tests.service.held import Held
-from tests.service.raw import count
 
 
 @pytest.fixture
 def sdk(client):
     with Client(str(client.base_url)) as sdk:
         yield sdk
-
-
-def test_classify_equals_predict_and_reports_the_model(sdk, bundle_path, jpeg, tmp_path):
-    (tmp_path / "a.jpg").write_bytes(jpeg)
-    found = sdk.classify(tmp_path / "a.jpg", top_k=7)
-    expected = predict_files(bundle_path, [tmp_path / "a.jpg"], Settings(threads=1, top_k=7))[0]
-    assert [c.label for c in found.classes] == [c.label for c in expected.classes]
-    assert [c.probability for c in found.classes] == pytest.approx([c.probability for c in expected.classes])
-    assert found.model_digest == sdk.info().models[0].id
-    assert {"decode", "queue", "infer"} <= found.timing_ms.keys()
 
 
 def test_every_kind_of_input_gives_the_same_classes(sdk, tmp_path):
@@ -55,22 +40,6 @@ def test_a_bad_image_raises_alone_and_is_a_result_among_others(sdk, jpeg):
     good, bad = sdk.classify([jpeg, jpeg[:300]])
     assert good.error is None
     assert bad.error.code == "truncated_image"
-
-
-def test_a_full_queue_is_retried(serve_with, jpeg, until):
-    runtime = Held()
-    server = serve_with(runtime, queue_size=1, max_images=1)
-    url = str(server.base_url)
-    with ThreadPoolExecutor(2) as pool, Client(url, retries=0) as once, Client(url, timeout=60) as patient:
-        held = pool.submit(once.classify, jpeg)
-        until(lambda: count(server, "queue_depth") == 1)
-        with pytest.raises(OverloadedError) as rejected:
-            once.classify(jpeg)
-        assert rejected.value.code == "queue_full"
-        retried = pool.submit(patient.classify, jpeg)
-        until(lambda: count(server, 'rejected_total{reason="queue_full"}') >= 2)
-        runtime.gate.set()
-        assert held.result().classes == retried.result().classes
 
 
 PAGE = Path(__file__).parents[3] / "docs" / "client.md"

@@ -1,10 +1,12 @@
-"""`predict` gives the results of HTTP; `verify` detects changed files and outputs."""
+"""`predict`, `eval` and `verify` give the results of HTTP; `bench` and `health`."""
 
+import http.server
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +18,16 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import make_key, sign
 from sopdeploy.cli.app import app
-from sopdeploy.errors import BundleError, DataError, ParityError, RuntimeUnavailableError
+from sopdeploy.cli.serving.predict import batch_sizes
+from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
+from sopdeploy.evaluation.metrics import classification_report
+from sopdeploy_service.commands import bench as timing
+from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.server.sockets import bind
+from sopdeploy_service.settings import Settings, load_settings
 from tests.forged import forge
 
 ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")
@@ -155,3 +162,137 @@ def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path, make_bundle: Call
     sign(bundle, tmp_path / "other.key")
     with pytest.raises(BundleError, match="Key mismatch"):
         load_model(bundle, settings)
+
+
+COLORS = {"ant": (200, 30, 60), "bee": (90, 160, 30), "cat": (10, 90, 220), "dog": (200, 200, 20)}
+REST = ("eel", "fox", "gnu")
+
+
+def silent(_done: int, _all: int) -> None: ...
+
+
+@pytest.fixture
+def folder(tmp_path, make_picture):
+    """Two images of each of the tiny bundle's seven classes, in two formats."""
+    for label in (*COLORS, *REST):
+        (tmp_path / label).mkdir()
+        for number, kind in enumerate(("JPEG", "PNG")):
+            color = COLORS.get(label, (40 * number, 120, 200))
+            body = make_picture(color, size=(50 + 7 * number, 40), kind=kind)
+            (tmp_path / label / f"{number}.{kind.lower()}").write_bytes(body)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    return tmp_path
+
+
+def test_a_bundle_and_predict_agree_exactly(bundle_path, folder) -> None:
+    progress: list[tuple[int, int]] = []
+    labels, scores, facts = scores_of_bundle(
+        bundle_path, folder, settings=ONE_THREAD, on_image=lambda *done: progress.append(done)
+    )
+    assert facts["bundle"] == bundle_path.name
+    assert progress == [(done, 14) for done in range(1, 15)]
+    paths = [path for label in labels for path in sorted((folder / label).iterdir())]
+    predictions = predict_files(bundle_path, paths, Settings(threads=1, top_k=7))
+    for one, prediction in zip(scores, predictions, strict=True):
+        assert one.confidence == prediction.classes[0].probability
+        assert [labels[index] for index in one.top5] == [c.label for c in prediction.classes[:5]]
+
+
+def test_what_is_wrong_with_a_folder_is_named(bundle_path, folder) -> None:
+    def must_fail(message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            scores_of_bundle(bundle_path, folder, settings=ONE_THREAD, on_image=silent)
+
+    (folder / "gnu" / "0.jpeg").write_bytes(b"text")
+    must_fail(r"gnu/0\.jpeg: this is not an image")
+    (folder / "fox").rename(folder / "yak")
+    must_fail("yak is no class of the network, which knows ant, bee")
+
+
+def test_a_class_without_images_is_a_note_and_the_others_are_measured(bundle_path, folder) -> None:
+    for path in (folder / "fox").iterdir():
+        path.unlink()
+    shutil.rmtree(folder / "gnu")
+    notes: list[str] = []
+    labels, scores, _ = scores_of_bundle(
+        bundle_path, folder, settings=ONE_THREAD, on_image=silent, log=notes.append
+    )
+    assert notes == [f"{folder}: no images of 2 of 7 classes: fox, gnu"]
+    counts = {one.label: one.count for one in classification_report(labels, scores).classes if one.count}
+    assert list(counts) == ["ant", "bee", "cat", "dog", "eel"]
+
+
+def test_batch_sizes_are_parsed() -> None:
+    assert batch_sizes("1, 8,8") == (1, 8)
+    for text in ("", "1;8", "-1"):
+        with pytest.raises(ConfigError, match="batch sizes"):
+            batch_sizes(text)
+
+
+def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.01)
+    found = timing.bench(bundle_path, load_settings(threads=1), (1, 2))
+    assert [row.batch for row in found.latencies] == [1, 2]
+    assert all(row.num_runs >= timing.MIN_RUNS for row in found.latencies)
+    assert (found.precision, found.threads) == ("fp32", 1)
+    assert {"processor", "cores"} <= found.machine.keys()
+    assert "onnxruntime" in found.versions
+
+
+def test_unsupported_batch_sizes_and_wrong_outputs_are_errors(
+    bundle_path: Path, wrong_bundle_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="takes batches of 1 to"):
+        timing.bench(bundle_path, load_settings(threads=1), (10_000,))
+    with pytest.raises(ParityError):
+        timing.bench(wrong_bundle_path, load_settings(threads=1))
+
+
+class Fixed(http.server.BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/readyz" else 404)
+        self.end_headers()
+        self.wfile.write(b'{"status":"draining\\u001b[31m"}')
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with http.server.HTTPServer(("127.0.0.1", 0), Fixed) as found:
+        thread = threading.Thread(target=found.serve_forever)
+        thread.start()
+        yield found.server_port
+        found.shutdown()
+        thread.join()
+
+
+def health(*words: str) -> tuple[int, int, str]:
+    """Return the exit code, the number of lines on stderr, and the lines."""
+    found = CliRunner().invoke(app, ["health", *words])
+    assert found.stdout == ""
+    return found.exit_code, found.stderr.count("\n"), found.stderr
+
+
+def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
+    port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert health("--url", f"http://127.0.0.1:{port}/") == (0, 0, "")
+    monkeypatch.setenv("SOPDEPLOY_PORT", str(port))
+    assert health() == (0, 0, "")
+    monkeypatch.setattr(Fixed, "status", 503)
+    *found, said = health()
+    assert found == [1, 1]
+    assert "503" in said
+    assert "draining" in said
+    with bind("127.0.0.1", 0) as listener:
+        silent = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        monkeypatch.setattr("sopdeploy.cli.serving.health.TIMEOUT", 0.2)
+        assert health("--url", silent)[:2] == (1, 1)
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://x:port"])
+def test_what_is_no_url_is_2(url: str) -> None:
+    assert health("--url", url)[:2] == (2, 1)

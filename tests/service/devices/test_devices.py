@@ -1,10 +1,13 @@
-"""One process per device behind one port: restarts, drain, joint metrics and shared rate limits."""
+"""One process per device behind one port: restarts, drain, joint metrics, rate limits, kept photographs."""
 
+import asyncio
 import contextlib
 import http.client
 import os
 import re
 import signal
+import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +15,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
+from sopdeploy.kept import KeptRecord, read_kept
+from sopdeploy_service.devices import control
 from sopdeploy_service.devices.control import merge_metrics
 from sopdeploy_service.devices.processes import list_processes, visible_devices
 from sopdeploy_service.http.api_keys import new_key
@@ -29,6 +35,8 @@ from tests.service.children import (
 )
 from tests.service.devices import gated_device
 from tests.service.raw import GET, connect, post_of, read
+from tests.service.test_keep import photos, results
+from tests.sopdeploy.test_kept import record_of
 
 
 def classify_on(jpeg: bytes, connection: http.client.HTTPConnection) -> int:
@@ -148,6 +156,7 @@ def test_devices_divide_the_cores_among_their_decoders(given, expected, monkeypa
 
 
 IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
+
 VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
     "a number": ("1", None, {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
     "a UUID": (IDS[0], None, {"CUDA_VISIBLE_DEVICES": IDS[0], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
@@ -197,3 +206,61 @@ def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None
     ):
         assert line in text, text
     assert text.count("# TYPE a_total counter") == 1
+
+
+def test_two_processes_keep_in_one_folder(tmp_path: Path, make_bundle, until) -> None:
+    decision = Decision(rejection=Rejection(score="energy", threshold=1e9))
+    bundle = make_bundle(tmp_path / "bundle", decision=decision)
+    kept = tmp_path / "kept"
+    bodies = photos(12)
+    options = ["--setting", f"keep={kept}", "--setting", "keep_bytes=65536", "--setting", "keep_sample=1"]
+    with serving(str(bundle), *options, *WAYS[TWO_DEVICES]) as client:
+        for body in bodies:
+            with httpx.Client(base_url=client.base_url) as other:  # a connection to either process
+                assert other.post("/v1/classify", content=body).status_code == 200
+        until(lambda: sum(results(client).values()) == 12)
+        assert results(client) == {"kept": 12}
+        assert len({record.image for _, record in read_kept(kept)}) == 8
+        assert sum(4096 for file in kept.iterdir() if file.name != ".lock") == 65_536
+
+
+def sent(data: bytes) -> tuple[bytes, KeptRecord]:
+    """What the supervisor receives of *data* from a process."""
+
+    async def receive() -> tuple[bytes, KeptRecord]:
+        ours, theirs = socket.socketpair()
+        with ours:
+            theirs.sendall(data)
+            theirs.close()
+            ours.setblocking(False)
+            return await control.receive_kept(ours)
+
+    return asyncio.run(receive())
+
+
+def test_the_supervisor_receives_what_a_process_sends() -> None:
+    text = record_of().model_dump_json().encode()
+    assert sent(control.RECORD_HEAD.pack(len(text)) + text + b"image") == (b"image", record_of())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\x01",
+        control.RECORD_HEAD.pack(2) + b"{}",
+        control.RECORD_HEAD.pack(2**32 - 1) + b"{}",
+        record_of().model_dump_json().replace(".jpg", "/../../x.jpg").encode(),
+    ],
+)
+def test_no_other_file_is_written(data: bytes) -> None:
+    if data.startswith(b'{"image'):
+        data = control.RECORD_HEAD.pack(len(data)) + data
+    with pytest.raises((ValueError, struct.error)):
+        sent(data)
+
+
+def test_a_photograph_that_is_too_large_is_not_received(monkeypatch) -> None:
+    monkeypatch.setattr(control, "MAX_KEPT_BYTES", 1000)
+    with pytest.raises(ValueError, match="too large"):
+        sent(b"x" * 1001)

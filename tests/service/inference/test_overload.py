@@ -1,13 +1,14 @@
-"""Servers with a fake runtime: full queue, missed deadline, disconnected client, failing and hung runtime."""
+"""Servers with a fake runtime: full queue, missed deadline, failing and hung runtime, JSON that waits."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
 import pytest
 from fake_runtime import FakeRuntime
 
+from sopdeploy_service.api import admission
+from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.inference import service
 from sopdeploy_service.inference.model_worker import MAX_FAILED_BATCHES
 from sopdeploy_service.settings import Settings
@@ -16,22 +17,16 @@ from tests.service.raw import count
 
 
 class FailingRuntime(FakeRuntime):
-    """Raises *problem* for a batch with a dark image; gives NaN for a blue image."""
+    """Raises *problem* for a batch with a dark image."""
 
     def __init__(self, problem: BaseException) -> None:
         super().__init__(num_classes=7, fixed_ms=30, largest_batch=16)
         self.problem = problem
 
     def run(self, images):
-        red, blue = (images[..., color].mean(axis=(1, 2)) for color in (0, 2))
-        if ((red < 10) & (blue < 10)).any():
+        if (images.mean(axis=(1, 2, 3)) < 10).any():
             raise self.problem
-        outputs = super().run(images)
-        outputs["logits"][(red < 10) & (blue > 100)] = np.nan
-        return outputs
-
-
-DARK, BLUE = (2, 2, 2), (0, 0, 250)
+        return super().run(images)
 
 
 @pytest.fixture
@@ -92,21 +87,10 @@ def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, poo
     assert runtime.batches == [1, 1]
 
 
-@pytest.mark.parametrize(("color", "code"), [(DARK, "inference_failed"), (BLUE, "nonfinite_output")])
-def test_a_bad_image_fails_alone(serve_with, pool, jpeg, make_picture, color, code):
-    client = serve_with(FailingRuntime(RuntimeError("no")))
-    bodies = [jpeg] * 7 + [make_picture(color, kind="PNG")]
-    replies = list(pool.map(lambda body: post(client, body), bodies))
-    assert [reply.status_code for reply in replies] == [200] * 7 + [500]
-    assert replies[-1].json()["code"] == code
-    nonfinite = 1.0 if color == BLUE else 0.0
-    assert f'nonfinite_outputs_total{{model="tiny"}} {nonfinite}' in client.get("/metrics").text
-
-
 def test_a_dead_worker_rejects_everything_and_fails_the_health_checks(serve_with, jpeg, make_picture, until):
     client = serve_with(FailingRuntime(SystemExit("the device is gone")))
     assert post(client, jpeg).status_code == 200
-    reply = post(client, make_picture(DARK, kind="PNG"))
+    reply = post(client, make_picture((2, 2, 2), kind="PNG"))
     assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
     for path in ("/readyz", "/livez"):
         assert client.get(path).status_code == 503
@@ -179,3 +163,52 @@ def test_a_process_with_a_gpu_has_a_decoder_per_core(serve_with, monkeypatch, de
     monkeypatch.setattr(service, "cores_within_quota", lambda: cores)
     client = serve_with(FakeRuntime(num_classes=7, device=device))
     assert f"sopdeploy_decoders {expected}.0" in client.get("/metrics").text
+
+
+@pytest.fixture
+def blocked(monkeypatch):
+    """One parser, which waits until the event is set; `.at_work` is how often it began."""
+    gate = threading.Event()
+    gate.at_work = 0
+
+    def waiting(whole):
+        def read(*given):
+            gate.at_work += 1
+            gate.wait(60)
+            return whole(*given)
+
+        return read
+
+    monkeypatch.setattr(service, "PARSERS", 1)
+    monkeypatch.setattr(admission, "parse_upload", waiting(admission.parse_upload))
+    monkeypatch.setattr(routes, "parse_body", waiting(routes.parse_body))
+    yield gate
+    gate.set()
+
+
+TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
+REQUESTS = {"/v1/classify": {"image": "AAAA"}, "/v2/models/tiny/infer": {"inputs": [TENSOR]}}
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, until, path):
+    client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1)
+    with ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(client.post, path, json=REQUESTS[path]) for _ in range(4)]
+        until(lambda: count(client, "queue_depth") == 4)
+        late = client.post(path, json=REQUESTS[path])
+        assert blocked.at_work == 1
+        blocked.set()
+        statuses = {one.result().status_code for one in sent}
+    assert late.status_code == 429
+    assert late.headers.get("x-error-code", "queue_full") == "queue_full"
+    assert statuses == {415 if path == "/v1/classify" else 200}
+    until(lambda: count(client, "queue_depth") == 0)
+
+
+@pytest.mark.usefixtures("blocked")
+def test_a_request_without_a_free_parser_ends_at_the_deadline(serve_with):
+    client = serve_with(FakeRuntime(num_classes=7))
+    for path, body in REQUESTS.items():
+        reply = client.post(path, json=body, headers={"X-Request-Timeout-Ms": "200"})
+        assert (reply.status_code, count(client, "queue_depth")) == (504, 0)

@@ -99,39 +99,6 @@ def test_names_with_markup_are_shown_as_text(keep, open_label_page, tmp_path):
     assert not (tmp_path / "photos").exists()
 
 
-def test_a_phone_shows_large_targets_without_scrolling(keep, open_label_page):
-    labels = [f"class {number}" for number in range(30)]
-    keep(1, [0.0] * 30, labels=labels)
-    keep(2, [0.0] * 30, labels=labels)
-    page = open_label_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    assert page.evaluate("document.documentElement.scrollHeight") <= 844
-    bottoms = page.locator(".others button, #classes").evaluate_all(
-        "all => all.map(e => e.getBoundingClientRect().bottom)"
-    )
-    assert max(bottoms) <= 844
-    assert page.locator(".photo").evaluate("panel => panel.clientHeight") >= 200
-    sizes = page.locator("button").evaluate_all("all => all.map(e => [e.clientWidth, e.clientHeight])")
-    assert min(min(size) for size in sizes) >= 44
-    page.locator("#classes button").first.tap()
-    wait_until(page, 1)
-
-
-def test_the_second_tab_goes_on_with_the_next_photograph(keep, open_label_page, tmp_path):
-    for number in range(2):
-        keep(number)
-    first, second = open_label_page(), open_label_page()
-    press(first, "1", 1)
-    press(second, "2", 1)
-    assert "has a label already" in second.locator("#error").text_content()
-    press(second, "2", 0)
-    assert (
-        sorted(files_below(tmp_path / "photos"))
-        == sorted([f"hat/{identity(0)}.jpg", f"shoes/{identity(1)}.jpg"])
-        or len(files_below(tmp_path / "photos")) == 2
-    )
-
-
 def test_the_uniform_sample_is_marked_and_held_out(keep, open_label_page, tmp_path):
     keep(1, reasons=("sample",))
     keep(2, known=False)

@@ -1,5 +1,6 @@
-"""The server process: startup, graceful shutdown, logs and exit codes."""
+"""The server process: startup, graceful shutdown, logs, exit codes, and freed memory."""
 
+import ctypes
 import fcntl
 import json
 import os
@@ -17,10 +18,12 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+import soak
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import move_link
 from sopdeploy_service.commands.promote import promote, promote_back
+from sopdeploy_service.runtime.device_memory import limit_heaps, trim_heaps
 from sopdeploy_service.server import draining_server, launch
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
@@ -31,6 +34,7 @@ from tests.service.conftest import wait_for
 from tests.service.raw import GET, POST, connect, post_of, read
 
 PATIENCE = 90  # seconds; usually a few are enough
+
 SERVE = """
 import sys
 from pathlib import Path
@@ -56,8 +60,10 @@ def changed(self, images):
     return original(self, images)
 OnnxRuntime.run = changed
 """
+
 WAITS = """while threading.current_thread().name == 'model_worker' and not Path({gate!r}).exists():
         time.sleep(0.01)"""
+
 HANGS = BATCH.format(before="time.sleep(1000 if threading.current_thread().name == 'model_worker' else 0)")
 
 HALTS = """
@@ -373,3 +379,51 @@ def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path
     for host in ("host.invalid", "a..b"):
         with pytest.raises(ConfigError, match="cannot listen"):
             run_server([bundle_path], Settings(host=host, port=0))
+
+
+MIB = 1 << 20
+ARENAS, MAPPED, TRIMMED = (-8, 2), (-3, MIB), (-1, 4 * MIB)  # parameters of malloc.h, and values
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, [ARENAS, MAPPED, TRIMMED]),
+        ({"MALLOC_ARENA_MAX": "4"}, [MAPPED, TRIMMED]),
+        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, []),
+        ({"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=off"}, [ARENAS, MAPPED, TRIMMED]),
+    ],
+)
+def test_allocator_settings_of_the_environment_take_precedence(environment, expected, monkeypatch):
+    calls = []
+    library = SimpleNamespace(mallopt=lambda *given: calls.append(given))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    for name in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    limit_heaps()
+    assert calls == expected
+
+
+def test_free_pages_are_returned_where_the_c_library_can(monkeypatch):
+    calls = []
+    for library in (SimpleNamespace(malloc_trim=calls.append), SimpleNamespace()):
+        monkeypatch.setattr(ctypes, "CDLL", lambda _, library=library: library)
+        trim_heaps()
+        limit_heaps()
+    assert calls == [0]
+
+
+@pytest.mark.slow  # needs an idle machine
+def test_eight_seconds_of_soak_meet_every_bound(
+    bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    bundles = [bundle_path, make_bundle(tmp_path / "other", seed=1)]
+    tally, at_rest, limits = soak.soak(bundles, tmp_path, seconds=8, warm_up=4)
+    assert [bound for bound in limits if bound.kept is False] == [], tally.failures
+    kinds = {kind for kind, _ in tally.outcomes}
+    assert {"single", "form", "bad", "left", "slow", "json", "v2", "/readyz", "swap"} <= kinds
+    assert tally.compared > 20
+    assert len(at_rest) == 2
+    assert tally.failures == []

@@ -1,7 +1,6 @@
 """The Python API gives the results of the command line, with the same defaults."""
 
 import asyncio
-import io
 import json
 import subprocess
 import sys
@@ -12,12 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.api.options import TrainOptions
-from sopdeploy.api.progress import ProgressBars
 from sopdeploy.api.training import TrainedRun, configure
 from sopdeploy.cli.app import app
 from sopdeploy.errors import (
@@ -28,13 +25,10 @@ from sopdeploy.errors import (
     SopdeployError,
     command_line_option,
 )
-from sopdeploy.evaluation.prediction import EvalMetrics
-from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy_export.report.results import Exported
 from tests.export.once import proving_once
 from tests.service.conftest import wait_for
-from tests.sopdeploy.training.runs import same_run
 
 SETTINGS: dict[str, Any] = {
     "epochs": 1,
@@ -42,10 +36,6 @@ SETTINGS: dict[str, Any] = {
     "preprocess": {"resize": 9, "crop": 8},
     "model": {"name": "dsop-resnet8", "config": {"base_width": 2}},
 }
-ASSIGNMENTS = [
-    "epochs=1", "batch_size=4", "preprocess.resize=9", "preprocess.crop=8", "model.name=dsop-resnet8",
-    "model.config.base_width=2",
-]  # fmt: skip
 
 
 def command(*arguments: object) -> Any:
@@ -109,20 +99,6 @@ def test_an_error_writes_settings_as_python_or_as_the_command_line(message: str)
     assert (str(error), error.describe(command_line_option)) == (message, on_the_command_line)
 
 
-def test_training_gives_the_run_of_the_command(run: TrainedRun, photos: Path, tmp_path: Path) -> None:
-    settings = [part for assignment in ASSIGNMENTS for part in ("--set", assignment)]
-    options = ("--data", photos, "--recipe", "photos-dsop", "--out", tmp_path / "run")
-    printed = command("train", *options, *settings)
-    assert same_run(run.out, tmp_path / "run")
-    ours = run.model_dump(mode="json")
-    paths = {"out", "best", "last", "history", "report", "seconds"}
-    assert {key: printed[key] for key in printed.keys() - paths} == {
-        key: ours[key] for key in ours.keys() - paths
-    }
-    again = sopdeploy.train(photos, "photos-dsop", run.out, resume="always", assignments=ASSIGNMENTS)
-    assert again == run
-
-
 def test_settings_can_be_lists() -> None:
     recipe = change_recipe("photos", list(flatten({"augment": {"scale": [0.5, 1.0]}})))
     assert recipe.augment.scale == (0.5, 1.0)
@@ -132,20 +108,6 @@ def test_an_empty_table_enables_what_is_optional() -> None:
     given = list(flatten({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
     assert given == [("ema", {})]
     assert change_recipe("digits-dsop", given).ema is not None
-
-
-def test_evaluation_gives_the_metrics_of_the_command(run: TrainedRun, bundle: Path, photos: Path) -> None:
-    for source in (run.best, bundle):
-        found = sopdeploy.evaluate(source, photos)
-        done = CliRunner().invoke(app, ["eval", str(source), "--data", str(photos), "--json"])
-        assert json.loads(done.stdout) == {
-            **{"source": str(source), "kind": found.kind},
-            **found.facts,
-            **found.metrics.model_dump(mode="json"),
-            "notes": list(found.notes),
-        }
-        trained_on = "6 of 8 images are training images of this network"
-        assert (trained_on in str(found.notes)) == (source == run.best)
 
 
 def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_server(
@@ -180,48 +142,6 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_se
     assert server.log.startswith(f"ready: {server.url}")
     assert "stopped" in repr(server)
     server.stop()
-
-
-def test_a_classification_gives_the_rows_and_the_figures_of_the_command(
-    bundle: Path, photos: Path, tmp_path: Path
-) -> None:
-    printed = command(
-        "classify", bundle, photos, "--out", tmp_path / "a", "--setting", "threads=1", "--workers", 1
-    )
-    shown: list[tuple[int, int]] = []
-    found = sopdeploy.classify(
-        bundle, photos, tmp_path / "b", workers=1, threads=1, on_progress=lambda *done: shown.append(done)
-    )
-    figures = found.model_dump(mode="json")
-    assert figures == {**printed, "rows": str(tmp_path / "b" / "rows")}
-    assert (found.num_images, found.num_errors, shown[-1]) == (8, 0, (8, 8))
-    names = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a" / "rows").iterdir()]
-    assert [(tmp_path / "b" / name).read_bytes() for name in names] == [
-        (tmp_path / "a" / name).read_bytes() for name in names
-    ]
-    assert (found.rows / "part-00000.parquet").is_file()
-    assert sopdeploy.classify(bundle, [photos], str(tmp_path / "b"), workers=1, threads=1) == found
-
-
-BAD_CLASSIFICATIONS: dict[str, tuple[type[SopdeployError], dict[str, Any]]] = {
-    r"^out: /.* was begun with columns \[\], not": (ConfigError, {"logits": True}),
-    r"^workers: Input should be greater than": (ConfigError, {"workers": 0}),
-    r"^features: .* has no features; export it with_features": (ConfigError, {"features": True}),
-    r"prt: unknown key": (ConfigError, {"prt": 1}),
-    r"nowhere: not found": (DataError, {"sources": "nowhere"}),
-}
-
-
-@pytest.mark.parametrize("message", BAD_CLASSIFICATIONS)
-def test_a_wrong_classification_is_one_error_line(
-    message: str, bundle: Path, photos: Path, tmp_path: Path
-) -> None:
-    kind, changed = BAD_CLASSIFICATIONS[message]
-    given: dict[str, Any] = {"sources": photos, "out": tmp_path, "workers": 1, "threads": 1}
-    if "logits" in changed:
-        sopdeploy.classify(bundle, **given)
-    with pytest.raises(kind, match=message):
-        sopdeploy.classify(bundle, **{**given, **changed})
 
 
 def test_serving_has_the_settings_of_the_command(
@@ -308,31 +228,6 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
 def test_a_server_without_its_runtime_is_an_error(bundle: Path) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"TensorRT|tensorrt"):
         sopdeploy.serve(bundle, background=True, port=0, runtime="tensorrt")
-
-
-def test_a_line_per_epoch_has_at_most_80_columns() -> None:
-    losses = {"loss": 123.456, "main": 3.0, **{f"layer{n}_0": 1.5 for n in range(9)}}
-    metrics = EvalMetrics(top1=1.0, top5=1.0, count=2, loss=123.456)
-    row = EpochRow(
-        epoch=1000, lr=0.1, losses=losses, metrics=metrics, gradient=1.0,
-        seconds=99999.9,
-    )  # fmt: skip
-    stream = io.StringIO()
-    bars = ProgressBars(Console(file=stream, soft_wrap=True))
-    bars.epochs = 1000
-    bars.on_epoch_end(row)
-    (line,) = stream.getvalue().splitlines()
-    assert line.startswith("epoch 1000/1000  top-1 100.00%  loss 123.456 (training")
-    assert len(line) <= 80
-
-
-def test_the_bar_ends_with_the_run_not_with_the_epoch() -> None:
-    bars = ProgressBars(Console(file=io.StringIO()))
-    bars.on_train_start(epochs=3, first_epoch=0, train_count=8, held_out_count=2, input_side=16)
-    bars.on_step_end(epoch=1, step=0, steps=4, loss=0.5)
-    bars.on_evaluation_batch(epoch=1, done=2)
-    (task,) = bars.progress.tasks
-    assert (task.completed, task.total) == (5, 12)
 
 
 def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:

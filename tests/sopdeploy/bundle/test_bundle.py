@@ -1,6 +1,7 @@
-"""Bundles are written atomically and checked in a fixed order when opened."""
+"""Bundles: writing and opening, manifests, and probes."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -8,8 +9,13 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import (
     MANIFEST,
@@ -21,8 +27,9 @@ from sopdeploy.bundle.folder import (
     seal,
     staging,
 )
-from sopdeploy.bundle.manifest import Manifest, to_json
-from sopdeploy.errors import BundleError, StorageError
+from sopdeploy.bundle.manifest import ID_LENGTH, BatchRange, FileRecord, Manifest, to_json
+from sopdeploy.bundle.probes import Probes, read_probes, replay, write_probes
+from sopdeploy.errors import BundleError, ParityError, StorageError
 from tests.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
 
 FILES = (*REQUIRED, "README.md")
@@ -232,3 +239,183 @@ def test_invalid_labels_are_rejected_even_with_the_right_hash(bundle: Path, case
     forge(bundle)
     with pytest.raises(BundleError, match=rf"labels\.json: .*{message}"):
         open_bundle(bundle)
+
+
+FUZZ = settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+MANIFEST_FILES = {"model.onnx": FileRecord(bytes=3, sha256="a" * 64)}
+INVALID_NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+FLOATS = st.floats(allow_nan=False, allow_infinity=False)
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | FLOATS | INVALID_NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(INVALID_NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def manifest(**fields: Any) -> Manifest:
+    return Manifest(**{**FIELDS, "files": MANIFEST_FILES, **fields})
+
+
+@FUZZ
+@given(
+    model=st.from_regex(r"(head:)?(timm:)?[A-Za-z0-9._-]+", fullmatch=True),
+    config=st.dictionaries(INVALID_NAMES, VALUES, max_size=4),
+    detached=st.lists(INVALID_NAMES, max_size=3),
+)
+def test_a_manifest_is_read_as_it_was_written(
+    model: str, config: dict[str, Any], detached: list[str]
+) -> None:
+    written = manifest(model=model, config=config, detached=tuple(detached))
+    assert Manifest.from_bytes(written.to_bytes()) == written
+
+
+def test_the_id_is_first_and_depends_on_the_other_fields() -> None:
+    one = manifest()
+    assert (one.to_bytes(), one.image_shape) == (manifest().to_bytes(), (16, 16, 3))
+    assert list(json.loads(one.to_bytes()))[:4] == ["id", "sha256", "format", "version"]
+    assert json.loads(one.to_bytes())["id"] == one.id
+    assert len(one.id) == ID_LENGTH
+    others = [
+        manifest(model="other"),
+        manifest(project="other"),
+        manifest(opset=19),
+        manifest(config={"width": 5}),
+        manifest(files={"model.onnx": FileRecord(bytes=3, sha256="b" * 64)}),
+        manifest(batch=BatchRange(maximum=65)),
+    ]
+    assert len({one.id, *(other.id for other in others)}) == 7
+
+
+def test_the_time_of_the_export_is_not_part_of_the_id() -> None:
+    later = manifest(exported_at="2027-01-02T03:04:05.000000Z")
+    assert (later.id, later.to_bytes() == manifest().to_bytes()) == (manifest().id, False)
+    for time in ("", "2026-01-02", "2026-01-02T03:04:05.000000+01:00", "2026-01-02T03:04:05Z"):
+        with pytest.raises(ValueError, match="exported_at"):
+            manifest(exported_at=time)
+
+
+def edited(**changes: Any) -> bytes:
+    return to_json({**json.loads(manifest().to_bytes()), **changes})
+
+
+def lineage(**changes: Any) -> bytes:
+    return edited(lineage={**json.loads(manifest().to_bytes())["lineage"], **changes})
+
+
+VALID = manifest().to_bytes()
+
+REFUSED: dict[str, tuple[bytes, str]] = {
+    "not JSON": (b"{]", "Expecting"),
+    "a list": (b"[]\n", "not a JSON object"),
+    "an unknown key": (edited(extra=1), "extra: unknown key"),
+    "a newer version": (edited(version=2), r"version: .*\(got '2'\)"),
+    "another format": (edited(format="zip"), "format: .*zip"),
+    "an invalid hash": (lineage(onnx_root="xyz"), r"lineage\.onnx_root"),
+    "a negative size": (edited(files={"a": {"bytes": -1, "sha256": "a" * 64}}), r"files\.a\.bytes"),
+    "batches out of order": (edited(batch={"minimum": 9, "optimum": 8}), "minimum <= optimum"),
+    "another id": (edited(id="0" * 12), "was edited or damaged"),
+    "no id": (to_json({k: v for k, v in json.loads(VALID).items() if k != "id"}), "was edited or damaged"),
+    "a duplicate key": (VALID.replace(b'  "opset": 18', b'  "opset": 17,\n  "opset": 18'), "was edited"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_bytes_are_rejected(case: str) -> None:
+    raw, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        Manifest.from_bytes(raw)
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+LOGITS = np.zeros((5, 3), np.float32)
+
+
+def network(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+    means = images.mean(axis=(1, 2)).astype(np.float32)
+    return {"logits": means, "gate": means[:, :2]}
+
+
+PROBES = Probes(images=IMAGES, expected=network(IMAGES), tolerance={"logits": 1e-3, "gate": 1e-4})
+
+
+def test_probes_are_read_as_they_were_written_and_equal_probes_have_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_probes(tmp_path / name, PROBES)
+    found = read_probes(tmp_path / "a")
+    assert (found.images.dtype, found.tolerance) == (np.uint8, PROBES.tolerance)
+    assert {values.dtype for values in found.expected.values()} == {np.dtype(np.float32)}
+    np.testing.assert_equal((found.images, found.expected), (IMAGES, PROBES.expected))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
+def test_the_same_network_passes_at_every_batch_size(batch: int) -> None:
+    sizes: list[int] = []
+    found = replay(PROBES, lambda images: sizes.append(len(images)) or network(images), batch=batch)
+    assert found.deviation == {"logits": 0.0, "gate": 0.0}
+    assert (found.num_images, found.tolerance) == (5, PROBES.tolerance)
+    assert (sum(sizes), max(sizes)) == (5, min(batch, 5))
+
+
+Wrong = Callable[[NDArray[np.uint8]], dict[str, NDArray[Any]]]
+
+
+def changed(change: Callable[[NDArray[np.float32]], NDArray[Any]], name: str = "logits") -> Wrong:
+    return lambda images: {**network(images), name: change(network(images)[name])}
+
+
+WRONG: dict[str, tuple[Wrong, str]] = {
+    "slightly off": (changed(lambda v: v + 0.0011), r"'logits' deviates by 0\.0011, the bound is 0\.001"),
+    "wrong second output": (changed(lambda v: v + 0.0005, "gate"), "'gate' deviates"),
+    "NaN": (changed(lambda v: v * np.nan), "not finite"),
+    "a missing class": (changed(lambda v: v[:, :-1]), "has another shape"),
+    "no output": (lambda images: {"gate": network(images)["gate"]}, "'logits' is missing"),
+}
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("case", WRONG)
+def test_other_outputs_are_rejected(case: str, batch: int) -> None:
+    run, message = WRONG[case]
+    with pytest.raises(ParityError, match=message):
+        replay(PROBES, run, batch=batch)
+
+
+@pytest.mark.parametrize(
+    "probes",
+    [
+        Probes(images=IMAGES, expected={"logits": LOGITS * np.float32("nan")}, tolerance={"logits": 1.0}),
+        Probes(images=IMAGES, expected={"logits": LOGITS}, tolerance={"logits": np.nan}),
+    ],
+    ids=["expected", "tolerance"],
+)
+def test_probes_with_nan_never_pass(probes: Probes) -> None:
+    with pytest.raises(ParityError):
+        replay(probes, network)
+
+
+def saved(**arrays: Any) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=True, **arrays)
+    return file.getvalue()
+
+
+UNREADABLE: dict[str, bytes | None] = {
+    "missing": None,
+    "half a zip": saved(images=IMAGES, output_logits=LOGITS)[:300],
+    "a pickled array": saved(images=np.array([{"a": 1}, None], dtype=object)),
+    "no images": saved(output_logits=LOGITS, tolerance_logits=1.0),
+    "no tolerance": saved(images=IMAGES, output_logits=LOGITS),
+}
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_other_files_are_rejected(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "probes.npz"
+    body = UNREADABLE[case]
+    if body is not None:
+        path.write_bytes(body)
+    with pytest.raises(BundleError, match=r"probes\.npz: not a probe file") as caught:
+        read_probes(path)
+    assert "\n" not in str(caught.value)

@@ -9,10 +9,8 @@ import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import fsspec
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
@@ -20,7 +18,7 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.signing import check_signature, make_key, sign, signature_path
 from sopdeploy.bundle.transfer import pull, push
 from sopdeploy.cli.app import app
-from sopdeploy.errors import BundleError, ConfigError, MissingPackageError
+from sopdeploy.errors import BundleError, ConfigError
 from tests.forged import write_hollow
 
 
@@ -104,18 +102,6 @@ def test_a_signature_is_pushed_with_its_bundle_and_checked_on_pull(
     check_signature(pulled.path, signature_path(pulled.path), public)
 
 
-def test_fsspec_has_a_store_for_the_hugging_face_hub(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    store, files = fsspec.get_filesystem_class("hf"), fsspec.filesystem("memory")
-    monkeypatch.setattr(store, "put_file", lambda _, file, path: files.put_file(file, f"/hub/{path}"))
-    monkeypatch.setattr(store, "open", lambda _, path, mode: files.open(f"/hub/{path}", mode))
-    monkeypatch.setattr(store, "resolve_path", lambda _, path, **__: SimpleNamespace(unresolve=lambda: path))
-    pushed = push(bundle, "hf://owner/flowers")
-    assert pushed.url == f"hf://owner/flowers/{bundle.name}.tar"
-    assert contents(pull(pushed.url, tmp_path / "here").path) == contents(bundle)
-
-
 @pytest.mark.parametrize(
     "text", ["", "no key", "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"]
 )
@@ -188,17 +174,6 @@ MISSING: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
     "fsspec": ("s3", lambda bundle, _: pull("memory://m/x.tar", bundle.parent / "here")),
     "model_signing": ("sign", sign),
 }
-
-
-@pytest.mark.parametrize("package", MISSING)
-def test_a_missing_package_has_an_install_hint(
-    package: str, bundle: Path, key: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    extra, use = MISSING[package]
-    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(MissingPackageError, match=rf"sopdeploy\[{extra}\]"):
-        use(bundle, key)
 
 
 def test_an_unusable_store_or_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:

@@ -136,13 +136,6 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
     assert "\n" not in str(problem.value)
 
 
-def test_all_problems_of_a_folder_are_listed_together(tmp_path) -> None:
-    (make(tmp_path, a=3, b=0, c=1, d=3) / "a" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(DataError, match=r"b: no images .*; .*torn\.jpg: ") as problem:
-        open_at(tmp_path)
-    assert len(problem.value.lists["problems"]) == 2
-
-
 def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
     with pytest.raises(DataError, match="nowhere: no such folder; give a folder with one subfolder"):
         open_at(tmp_path / "nowhere")
@@ -157,25 +150,3 @@ def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match="cannot be listed"):
         open_at(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (
-            lambda path: path.write_text("no image"),
-            "this is not an image; use JPEG, PNG, .*; repair, convert or delete it",
-        ),
-        (lambda path: path.write_bytes(path.read_bytes()[:-200]), "the image is truncated"),
-        (lambda path: path.unlink(), "cannot be read"),
-    ],
-    ids=["text", "truncated", "gone"],
-)
-def test_an_unreadable_image_is_named(tmp_path, spoil, message) -> None:
-    split = open_at(make(tmp_path, a=4, b=4))
-    path = split.train.root / os.fsdecode(split.train.paths[2])
-    spoil(path)
-    with pytest.raises(DataError, match=message) as problem:
-        split.train[2]
-    assert str(path) in str(problem.value)
-    assert "\n" not in str(problem.value)

@@ -1,11 +1,14 @@
-"""McNemar's test, Tango's interval and the verdict: against scipy, and by enumeration of all results."""
+"""McNemar's test, Tango's interval and the verdict; confidence intervals; the drift test."""
 
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import optimize, stats
 
+from sopdeploy.evaluation.drift import SIGNIFICANCE, PredictionCounts, compare
 from sopdeploy.evaluation.mcnemar import (
     ALPHA,
     Z_NOT_WORSE,
@@ -17,7 +20,7 @@ from sopdeploy.evaluation.mcnemar import (
     score_statistic,
     share_of_level,
 )
-from sopdeploy.evaluation.statistics import Z_95
+from sopdeploy.evaluation.statistics import Z_95, student, wilson
 
 
 def table_probabilities(images: int, wins: float, losses: float) -> np.ndarray:
@@ -197,3 +200,82 @@ def test_the_quantile_is_not_the_nominal_one() -> None:
     )
     assert passing > ALPHA
     assert Z_NOT_WORSE > 1.645
+
+
+DIFFERENCES = st.floats(-1, 1, allow_nan=False, allow_subnormal=False)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(DIFFERENCES, min_size=2, max_size=30))
+def test_a_paired_interval_is_that_of_the_t_test(differences) -> None:
+    found = student(differences)
+    if np.std(differences) < 1e-9:
+        assert found == pytest.approx((np.mean(differences),) * 2, abs=1e-8)
+        return
+    expected = stats.ttest_1samp(differences, 0).confidence_interval(0.95)
+    assert found == pytest.approx((expected.low, expected.high), rel=1e-6, abs=1e-9)
+
+
+@given(st.integers(0, 1000), st.integers(0, 1000))
+def test_wilson_agrees_with_scipy(successes, failures) -> None:
+    found = wilson(successes, successes + failures)
+    if successes + failures == 0:
+        assert found == (0.0, 1.0)
+        return
+    expected = stats.binomtest(successes, successes + failures).proportion_ci(method="wilson")
+    assert found == pytest.approx((expected.low, expected.high), abs=1e-7)
+
+
+SAMPLES = 1000
+
+
+def alarm_rate(shares, reference, images, drifted=None) -> float:
+    """Fraction of alarms over random references and predictions with *shares*, then *drifted*."""
+    rng = np.random.default_rng(0)
+    first = rng.multinomial(reference, shares, SAMPLES)
+    second = rng.multinomial(images, shares if drifted is None else drifted, SAMPLES)
+    p_values = [compare(one, two).p_value for one, two in zip(first, second, strict=True)]
+    return float(np.mean(np.array(p_values) < SIGNIFICANCE))
+
+
+def zipf(classes: int) -> np.ndarray:
+    weights = 1 / np.arange(1, classes + 1)
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("shares", "reference", "images"),
+    [
+        (zipf(2), 50, 100_000),
+        (zipf(100), 100, 20_000),
+        (np.full(1000, 0.001), 500, 1000),
+        (zipf(1000), 50_000, 1000),
+    ],
+    ids=lambda value: str(len(value)) if isinstance(value, np.ndarray) else str(value),
+)
+def test_without_drift_each_test_raises_at_most_its_share_of_false_alarms(shares, reference, images):
+    # 0.005 + 3 standard deviations of 1,000 samples
+    assert alarm_rate(shares, reference, images) <= SIGNIFICANCE + 0.0067
+
+
+def test_a_class_that_becomes_twice_as_frequent_is_detected():
+    drifted = np.full(10, 0.8 / 9)
+    drifted[0] = 0.2
+    assert alarm_rate(np.full(10, 0.1), 2000, 1000, drifted) > 0.99
+
+
+def test_logits_are_counted_by_their_best_class_and_its_probability():
+    counts = PredictionCounts(3)
+    counts.add_logits(np.log([[0.25, 0.5, 0.25], [0.15, 0.25, 0.6], [1e-9, 1.0, 1e-9]]))
+    assert counts.classes.tolist() == [0, 2, 1]
+    assert np.flatnonzero(counts.confidences).tolist() == [5, 6, 16]
+    drift = counts.compare(counts.reference())
+    assert drift.num_images == 3
+    assert drift.tests == {"classes": (0.0, 1.0), "confidences": (0.0, 1.0)}
+    assert PredictionCounts(3).compare(counts.reference()).tests["classes"].p_value == 1.0
+    far = PredictionCounts(3)
+    far.add_logits(np.eye(3)[[0] * 60] * 9)
+    near = PredictionCounts(3)
+    near.add_logits(np.eye(3)[[1] * 60] * 9)
+    assert far.compare(near.reference()).tests["classes"].distance == 1.0
+    assert far.compare(near.reference()).tests["classes"].p_value < SIGNIFICANCE

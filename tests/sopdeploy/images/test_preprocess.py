@@ -1,8 +1,10 @@
-"""Preprocessing against torchvision and whole-image conversion, for every color mode and EXIF orientation."""
+"""Preprocessing against torchvision and whole-image conversion; formats of training and of the server."""
 
 import io
 import struct
+import sys
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,17 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sopdeploy.images import pixels
+from sopdeploy.data.image_files import image_errors
+from sopdeploy.errors import DataError, ImageError
+from sopdeploy.images import formats, pixels
 from sopdeploy.images.formats import open_image
+from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.settings import Settings
 from tests.counted import record_images
+from tests.service.api.test_bad_inputs import BAD_BODIES
 
 FUZZ = settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -85,11 +93,16 @@ def test_every_sixteen_bit_value_is_rounded_to_eight_bits() -> None:
 
 
 CORNERS = Image.new("RGB", (8, 8))  # black, with a red block at the top left, a green one at the top right
+
 CORNERS.paste((255, 0, 0), (0, 0, 3, 3))
+
 CORNERS.paste((0, 255, 0), (5, 0, 8, 3))
+
 # A viewer turns orientation 6 clockwise, so it was turned counter-clockwise.
 T = Image.Transpose
 UNDO = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE}
+
+
 UNDO |= {6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}
 
 
@@ -181,6 +194,8 @@ def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
 
 
 KINDS = ["1", "1 gray", "L", "L gray", "LA", "P", "P index", "P partial", "PA", "RGB", "RGB color", "RGBA"]
+
+
 KINDS += ["RGBa", "CMYK", *sorted(SIXTEEN_BIT)]
 
 
@@ -270,3 +285,89 @@ REFUSED = {
 def test_invalid_preprocessing_is_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(pydantic.ValidationError, match=message):
         Preprocess(**values)
+
+
+RULES = Preprocess(resize=36, crop=32)
+FILE = Path("photo")
+FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "HEIF": ".heic"}
+
+formats.prepare_decoders()  # also registers the encoder of HEIC
+
+
+def encode(image: Image.Image, kind: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def gradient(width: int = 90, height: int = 60) -> Image.Image:
+    rows, columns = np.mgrid[0:height, 0:width]
+    pixels = np.stack([rows * 4 % 256, columns * 2 % 256, (rows + columns) % 256], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def load(body: bytes) -> Image.Image:
+    """Decode *body* as training does."""
+    with image_errors(FILE):
+        return formats.load_pixels(formats.open_image(body))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_training_and_server_compute_the_same_pixels_of_every_format(kind: str) -> None:
+    assert FORMATS[kind] in SUFFIXES
+    body = encode(gradient(), kind)
+    trained = preprocess_image(load(body), RULES)
+    served = decode(EncodedImage(body), RULES, max_bytes=10**6, max_pixels=10**6)
+    assert np.array_equal(trained, served.pixels)
+    assert served.warnings == ()
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "HEIF"])
+def test_a_turned_photograph_of_any_format_is_upright(kind: str, orientation: int) -> None:
+    upright = Image.new("RGB", (64, 128))
+    upright.paste((250, 250, 250), (0, 0, 64, 64))
+    turned = upright.transpose(
+        {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[
+            orientation
+        ]
+    )
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode(
+        EncodedImage(encode(turned, kind, exif=exif.tobytes())), RULES, max_bytes=10**6, max_pixels=10**6
+    )
+    assert found.pixels[:12].mean() > 240
+    assert found.pixels[-12:].mean() < 15
+
+
+REFUSED_FORMATS = [
+    pytest.param(body, id=name)
+    for (_, code), bodies in BAD_BODIES.items()
+    for name, body in bodies.items()
+    if code != "too_large"
+]
+
+
+@pytest.mark.parametrize("body", REFUSED_FORMATS)
+def test_training_refuses_what_the_server_refuses(body: bytes) -> None:
+    with pytest.raises(DataError, match=r"^photo: ") as caught:
+        load(body)
+    assert "\n" not in str(caught.value)
+
+
+def test_one_set_of_limits_holds_for_training_and_server() -> None:
+    assert (Settings().max_body_bytes, Settings().max_pixels) == (formats.MAX_BYTES, formats.MAX_PIXELS)
+    with pytest.raises(DataError, match="larger than 20000000 bytes, the limit; "):
+        load(b"\xff\xd8\xff" + bytes(20_000_000))
+
+
+def test_the_error_without_the_extra_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = encode(gradient(), "HEIF")
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DataError, match=r'pip install "sopdeploy\[heif\]" \(phones take JPEG'):
+        load(body)
+    with pytest.raises(ImageError, match="needs pillow-heif") as caught:
+        formats.open_image(body)
+    assert (caught.value.code, caught.value.status) == ("unsupported_format", 415)

@@ -1,15 +1,23 @@
-"""The command `sopdeploy import`."""
+"""The command `sopdeploy import`; hostile weight files end in one line and run no code."""
 
 import json
+import os
+import pickle  # noqa: TID251
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
+import pytest
 import torch
 from typer.testing import CliRunner
 
-from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
-from tests.sopdeploy.importers.released import prefixed, state_of
+from tests.attacks.test_checkpoints import checkpoint
+from tests.sopdeploy.importers.released import matconvnet, prefixed, save_v73, state_of
 
 
 def run(*arguments: str) -> Any:
@@ -47,3 +55,89 @@ def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) ->
         result = CliRunner().invoke(app, [*arguments, *change])
         assert result.exit_code == 2
         assert message in result.output
+
+
+MARKER = "pwned"
+HEADER = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
+
+
+class RunsACommand:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {MARKER}",)
+
+
+def saved(content: Any, **options: Any) -> Callable[[Path], None]:
+    return lambda file: torch.save(content, file, **options)
+
+
+def written(data: bytes) -> Callable[[Path], None]:
+    return lambda file: file.write_bytes(data)
+
+
+def hdf5(change: Callable[[Any, Path], None]) -> Callable[[Path], None]:
+    """Write a whole file and let *change* modify its groups, given the folder."""
+
+    def write(file: Path) -> None:
+        save_v73(file, matconvnet("srsop-resnet18"))
+        with h5py.File(file, "r+") as opened:
+            change(opened, file.parent)
+        with file.open("r+b") as raw:
+            raw.write(HEADER)
+
+    return write
+
+
+def linked(name: str, link: Any) -> Callable[[Path], None]:
+    def change(opened: Any, folder: Path) -> None:
+        with h5py.File(folder / "secret.h5", "w") as other:
+            other["x"] = np.ones(3)
+        del opened[name]
+        opened[name] = link
+
+    return hdf5(change)
+
+
+def external_storage(opened: Any, folder: Path) -> None:
+    (folder / "secret").write_bytes(bytes(64))
+    del opened["net/meta/normalization/averageImage"]
+    where = [(str(folder / "secret"), 0, 64)]
+    opened["net/meta/normalization"].create_dataset("averageImage", (1, 8), "f8", external=where)
+
+
+def bomb(opened: Any, _folder: Path) -> None:
+    where = opened["net/meta/normalization"]
+    where.create_dataset("huge", (1 << 20, 1 << 12), "f8", chunks=(1 << 10, 1 << 10), compression="gzip")
+
+
+CODE = {"conv1.weight": torch.zeros(1), "x": RunsACommand()}
+
+ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "bare pickle": (written(pickle.dumps(RunsACommand())), "damaged or not a checkpoint"),
+    "code in the state dict": (saved({"state_dict": CODE}), "refused"),
+    "our checkpoint": (lambda file: write_checkpoint(file, checkpoint()), "already a sopdeploy checkpoint"),
+    "unknown names": (saved({"encoder.weight": torch.zeros(2, 2)}), "encoder.weight"),
+    "external link": (
+        linked("net/params", h5py.ExternalLink("secret.h5", "/x")),
+        "params is a link to another",
+    ),
+    "numbers in another file": (hdf5(external_storage), "stores its values in another file"),
+    "a decompression bomb": (hdf5(bomb), "GiB after decompression"),
+    "a huge header": (written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)), "damaged safetensors file"),
+}
+
+
+@pytest.mark.parametrize(("write", "message"), ATTACKS.values(), ids=ATTACKS)
+def test_an_attack_is_one_line_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("weights.bin"))
+    result = CliRunner().invoke(
+        app, ["import", "weights.bin", "--as", "srsop-resnet18", "--out-file", "ckpt.pt"]
+    )
+    assert result.exit_code == 2, result.output
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+    assert result.stdout == ""
+    assert not Path(MARKER).exists()
+    assert not Path("ckpt.pt").exists()

@@ -1,4 +1,4 @@
-"""The GSoP block against its formulas, its scaling and its ONNX file."""
+"""The GSoP block and attention against their formulas, their scaling and their ONNX file."""
 
 from pathlib import Path
 
@@ -15,10 +15,15 @@ from sopdeploy.layers.attention.gsop_block import (
     Concatenation,
     GSoPBlock,
     GSoPBlockConfig,
+    RowConv,
+    averaging_rows,
+    nearest_rows,
+    resample,
 )
 from sopdeploy.layers.residual import Bottleneck
 
 EPS = 1e-5
+
 NAMES = {
     "conv_for_DR": "channel.reduction.0",
     "bn_for_DR": "channel.reduction.1",
@@ -73,44 +78,6 @@ class Weights:
         return F.batch_norm(x, *of, eps=EPS)
 
 
-def pooled_by_centering_matrix(x_BCM: Tensor) -> Tensor:
-    """X (I - 11^T / M) X^T / M."""
-    positions = x_BCM.shape[2]
-    centering = torch.eye(positions, dtype=x_BCM.dtype) - 1.0 / positions
-    return x_BCM @ (centering / positions) @ x_BCM.transpose(1, 2)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_paper_channel_block(norm: bool) -> None:
-    """Table 2 has a batch norm between the row-wise convolution and LReLU, by default."""
-    assert GSoPBlockConfig().channel_norm
-    block = random_block(256, channel_norm=norm)
-    w, x = Weights(block), torch.randn(2, 256, 10, 10, dtype=torch.float64)
-    reduced = F.relu(w.norm("bn_for_DR", w.conv("conv_for_DR", x)))
-    rows = w.norm("row_bn", pooled_by_centering_matrix(reduced.flatten(2))[..., None])
-    rows = w.conv("row_conv_group", rows, groups=32)
-    rows = F.leaky_relu(w.norm("row_conv_norm", rows) if norm else rows, 0.1)
-    expected = x * torch.sigmoid(w.conv("fc_adapt_channels", rows))
-    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize(("cov_side", "norm"), [(6, False), (8, False), (8, True), (12, False)])
-def test_paper_position_block(cov_side: int, norm: bool) -> None:
-    """Table 2's 0.16 M parameters are those without a batch norm after the row-wise convolution."""
-    assert not GSoPBlockConfig().position_norm
-    block = random_block(256, attention="position", position_side=cov_side, position_norm=norm)
-    w, x = Weights(block), torch.randn(2, 256, 10, 10, dtype=torch.float64)
-    small = F.relu(w.norm("bn_for_DR_spatial", w.conv("conv_for_DR_spatial", x)))
-    small = F.adaptive_avg_pool2d(small, cov_side).flatten(2)
-    cov = torch.stack([torch.cov(image.T, correction=0) for image in small])
-    rows = w.norm("row_bn_for_spatial", cov[..., None])
-    rows = w.conv("row_conv_group_for_spatial", rows, groups=cov_side**2)
-    rows = F.leaky_relu(w.norm("row_conv_norm_for_spatial", rows) if norm else rows, 0.1)
-    weights = torch.sigmoid(w.conv("fc_adapt_channels_for_spatial", rows))
-    weights = F.interpolate(weights.reshape(-1, 1, cov_side, cov_side), size=(10, 10), mode="nearest")
-    torch.testing.assert_close(block(x), x * weights, rtol=1e-10, atol=1e-10)
-
-
 @pytest.mark.parametrize("channels", [64, 256])
 def test_concatenation_is_one_convolution_of_the_concatenated_tensors(channels: int) -> None:
     torch.manual_seed(0)
@@ -151,7 +118,6 @@ def test_attention_inside_does_not_scale_the_shortcut() -> None:
 
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
-
 CHANNELS, SIDE = 64, 14  # 14 and 8 do not divide each other
 
 
@@ -187,3 +153,37 @@ def test_an_exported_block_gives_the_same_numbers_for_every_batch(released: bool
             expected = network(images).numpy()
         (found,) = session.run(None, {"images": images.numpy()})
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(32, 1), (32, 5), (64, 2)])
+def test_product_and_gradients_equal_the_grouped_convolution(rows: int, batch: int) -> None:
+    torch.manual_seed(rows)
+    conv = RowConv(rows).double()
+    cov_Bnn1 = torch.randn(batch, rows, rows, 1, dtype=torch.float64, requires_grad=True)
+    grouped = nn.Conv2d.forward(conv, cov_Bnn1)
+    found = conv(cov_Bnn1)
+    inputs = (cov_Bnn1, conv.weight, conv.bias)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), inputs) for out in (conv(cov_Bnn1), grouped))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)
+    assert found.shape == (batch, 4 * rows, 1, 1)
+    torch.testing.assert_close(found, grouped, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(conv(cov_Bnn1.transpose(1, 2)), grouped)
+
+
+SIZES = [(8, 56), (8, 14), (8, 7), (56, 8), (14, 8), (5, 8)]
+
+
+def ramp(size: int) -> torch.Tensor:
+    return torch.arange(float(size * size), dtype=torch.float64).reshape(1, 1, size, size)
+
+
+@pytest.mark.parametrize(("size", "target"), SIZES)
+def test_averaging_equals_adaptive_average_pooling(size: int, target: int) -> None:
+    found = resample(ramp(size), target, target, averaging_rows)
+    torch.testing.assert_close(found, F.adaptive_avg_pool2d(ramp(size), target), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("size", "target"), SIZES)
+def test_nearest_equals_interpolate(size: int, target: int) -> None:
+    found = resample(ramp(size), target, target, nearest_rows)
+    assert torch.equal(found, F.interpolate(ramp(size), size=(target, target), mode="nearest"))

@@ -1,16 +1,37 @@
-"""Every global pooling against the formula of its paper."""
+"""Every global pooling against the formula of its paper, and as ONNX."""
 
 import math
 import random
+import warnings
+from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import Compose, ToTensor
+from torchvision.transforms import Normalize as TorchvisionNormalize
 
 from sopdeploy.backbones.base import initialize
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.covariance import (
+    centered_and_scaled,
+    covariance,
+    covariance_trace,
+    frobenius_norm,
+)
+from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
+from sopdeploy.layers.normalize import Normalize
 from sopdeploy.layers.pooling.compact_bilinear import draw_sketch
 from sopdeploy.layers.spectral import square_root
-from tests.sopdeploy.layers.numerics.all_poolings import EACH_POOLING, build
+from tests.gpu_graphs import accepted
+from tests.sopdeploy.layers.numerics.all_poolings import CHOICES, EACH_POOLING, build, name
 from tests.sopdeploy.layers.numerics.references import relu_features
 
 CHANNELS = 5
@@ -252,3 +273,170 @@ def test_batch_norm_can_replace_the_compensation() -> None:
     bare = build({"kind": "isqrt", "compensation": "none"}, 6)
     features = torch.rand(2, 6, 4, 4)
     torch.testing.assert_close(bare(9.0 * features), bare(features))
+
+
+POOLINGS = {name(choice): build(choice, 8).eval() for choice in CHOICES}
+EXPORTABLE = {key: pooling for key, pooling in POOLINGS.items() if pooling.not_exportable is None}
+
+
+class SideBySide(nn.Module):
+    """All exportable poolings of one feature map, so that one export serves them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.poolings = nn.ModuleList(EXPORTABLE.values())
+
+    def forward(self, features: Tensor) -> list[Tensor]:
+        return [pooling(features) for pooling in self.poolings]
+
+
+def export(network: nn.Module, side: int, path: Path) -> None:
+    """Write *network* for maps of 8 channels, *side* x *side* and any batch."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network.eval(),
+            (torch.rand(2, 8, side, side),),
+            path,
+            dynamo=True,
+            input_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )
+
+
+def run(path: Path, features: Tensor) -> list[Tensor]:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [torch.from_numpy(array) for array in session.run(None, {"features": features.numpy()})]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("onnx") / "poolings.onnx"
+    export(SideBySide(), 4, path)
+    return path
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_exported_file_gives_the_numbers_of_the_layers(exported: Path, batch: int) -> None:
+    features = torch.randn(batch, 8, 4, 4).relu()
+    for (key, pooling), found in zip(EXPORTABLE.items(), run(exported, features), strict=True):
+        with torch.no_grad():
+            expected = pooling(features)
+        assert found.shape == expected.shape, key
+        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-4), key
+
+
+def test_gpu_runtimes_accept_the_exported_file(exported: Path) -> None:
+    accepted(onnx.load(exported), "fp32")
+
+
+@pytest.mark.parametrize(("side", "around"), [(2, 3), (5, 1)], ids=["X^T X, X Z, (X Z) X^T", "X X^T"])
+def test_the_iteration_is_unrolled_into_the_products_it_takes(side, around, tmp_path: Path) -> None:
+    pooling = build("isqrt", 8)
+    export(pooling, side, tmp_path / "isqrt.onnx")
+    operators = [node.op_type for node in onnx.load(tmp_path / "isqrt.onnx").graph.node]
+    assert operators.count("MatMul") == 3 * 5 - 3 + around
+    features = torch.randn(3, 8, side, side).relu()
+    torch.testing.assert_close(
+        run(tmp_path / "isqrt.onnx", features)[0], pooling(features), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("key", ["mpncov", "deepo2p", "improved-bcnn", "g2denet", "kernel-16"])
+def test_layers_without_an_onnx_form_give_reason_and_alternative(key: str) -> None:
+    reason = POOLINGS[key].not_exportable
+    assert reason is not None
+    assert "TensorRT form; train with" in reason
+
+
+PRENORMS = ["trace", "frobenius"]
+
+
+def reference(features: Tensor, config: NewtonSchulzConfig) -> Tensor:
+    """The layer step by step in float64: centering matrix, plain loop, triangle by two loops."""
+    x = features.double().flatten(2)
+    _, channels, positions = x.shape
+    centering = (torch.eye(positions, dtype=x.dtype) - 1 / positions) / positions
+    rows = []
+    for cov in x @ centering @ x.mT:
+        norm = cov.trace() if config.prenorm == "trace" else cov.norm()
+        identity = torch.eye(channels, dtype=x.dtype)
+        y, z = cov / norm, identity
+        for _ in range(config.iterations):
+            step = (3 * identity - z @ y) / 2
+            y, z = y @ step, step @ z
+        if config.compensate:
+            y = y * norm.sqrt()
+        rows.append(torch.stack([y[i, j] for i in range(channels) for j in range(i, channels)]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("prenorm", PRENORMS)
+@pytest.mark.parametrize("compensate", [True, False])
+@pytest.mark.parametrize(("width", "side"), [(6, 7), (16, 3), (1, 4)], ids=["M>d", "M<d", "one channel"])
+def test_layer_equals_a_reference_in_float64(prenorm, compensate: bool, width: int, side: int) -> None:
+    torch.manual_seed(0)
+    for iterations in range(1, 10):
+        config = NewtonSchulzConfig(iterations=iterations, prenorm=prenorm, compensate=compensate)
+        features = torch.randn(2, width, side, side).relu()
+        expected = reference(features, config)
+        layer = ISqrtCov(width, config)
+        torch.testing.assert_close(layer(features.double()), expected, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(layer(features).double(), expected, rtol=1e-3, atol=1e-5)
+
+
+@given(scale=st.floats(1e-3, 1e4), shift=st.floats(-10, 10), seed=st.integers(0, 99))
+def test_output_scales_with_the_features_and_ignores_their_mean(scale, shift, seed) -> None:
+    layer = ISqrtCov(5)
+    features = torch.randn(1, 5, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    expected = scale * layer(features)
+    torch.testing.assert_close(layer(scale * (features + shift)), expected, rtol=1e-6, atol=1e-8 * scale)
+
+
+@given(channels=st.integers(1, 6), height=st.integers(1, 4), width=st.integers(1, 4), seed=st.integers(0, 99))
+def test_covariance_equals_numpy(channels: int, height: int, width: int, seed: int) -> None:
+    features = np.random.default_rng(seed).normal(3.0, 2.0, (2, channels, height, width))
+    found = covariance(centered_and_scaled(torch.from_numpy(features)))
+    for image, cov in zip(features, found, strict=True):
+        expected = np.atleast_2d(np.cov(image.reshape(channels, -1), bias=True))
+        np.testing.assert_allclose(cov, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_trace_and_norm_are_those_of_the_covariance() -> None:
+    x = centered_and_scaled(torch.randn(3, 7, 4, 4, dtype=torch.float64))
+    cov = covariance(x)
+    trace = cov.diagonal(dim1=1, dim2=2).sum(1)
+    torch.testing.assert_close(covariance_trace(covariance(x)), trace[:, None, None])
+    torch.testing.assert_close(frobenius_norm(cov), torch.linalg.matrix_norm(cov)[:, None, None])
+
+
+@pytest.mark.parametrize("level", [0.0, 0.1, 1e4, -3.3])
+def test_trace_of_a_constant_map_is_never_negative(level: float) -> None:
+    x = centered_and_scaled(torch.full((1, 64, 14, 14), level))
+    assert 0 <= covariance_trace(covariance(x)).item() <= (abs(level) * 1e-5) ** 2 * 64
+
+
+def normalised(batch: int, channels: int, positions: int) -> Tensor:
+    x = torch.randn(batch, channels, positions, dtype=torch.float64).relu()
+    x = x - x.mean(dim=2, keepdim=True)
+    cov = x @ x.mT / positions
+    return cov / cov.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_gradients_of_the_iteration_are_those_of_finite_differences(iterations: int) -> None:
+    torch.manual_seed(3)
+    a = normalised(1, 4, 20).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: newton_schulz(x, iterations), (a,))
+
+
+MEANS = st.tuples(*[st.floats(0.0, 1.0)] * 3)
+STDS = st.tuples(*[st.floats(0.01, 2.0)] * 3)
+
+
+@given(mean=MEANS, std=STDS, seed=st.integers(0, 1000))
+def test_normalize_equals_torchvision(mean, std, seed) -> None:
+    image = np.random.default_rng(seed).integers(0, 256, (7, 5, 3), dtype=np.uint8)
+    expected = Compose([ToTensor(), TorchvisionNormalize(mean, std)])(Image.fromarray(image))
+    found = Normalize(Preprocess(mean=mean, std=std))(torch.from_numpy(image)[None])[0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 / min(std))

@@ -1,18 +1,15 @@
-import importlib
-
 import pytest
 import timm
 import torch
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
-from sopdeploy import create_model
 from sopdeploy.api.deployment import read_preprocess
-from sopdeploy.errors import ConfigError, MissingPackageError
+from sopdeploy.errors import ConfigError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
+from sopdeploy.models.registry import create_model
 
 NAMES = ["resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_100", "regnety_002"]
-EXPORTED = ["test_convnext", "test_efficientnet"]  # in every run; the sweep exports a ResNet
 FEW = {"aux_blocks": (1, 1, 1, 1), "aux_widths": (4, 4, 4, 4)}
 
 
@@ -122,24 +119,3 @@ def test_networks_with_a_module_called_features_keep_its_name_and_can_be_capture
 def test_a_network_whose_code_reads_values_has_no_branches() -> None:
     with torch.device("meta"), pytest.raises(ConfigError, match="timm:gemma4_vit_167m has no feature maps"):
         create_model("dsop-timm:gemma4_vit_167m")
-
-
-def test_without_timm_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise ImportError(name)
-
-    monkeypatch.setattr(importlib, "import_module", absent)
-    with pytest.raises(
-        MissingPackageError,
-        match=r'timm:resnet18: timm is not installed; run: pip install "sopdeploy\[train\]"',
-    ):
-        create_model("timm:resnet18")
-
-
-@pytest.mark.parametrize("name", [*EXPORTED, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
-def test_the_inference_model_can_be_exported(name: str) -> None:
-    network = create_model(f"timm:{name}", num_classes=3).eval()
-    images = torch.randn(2, 3, 64, 64)
-    program = torch.export.export(network, (images,), strict=False)
-    assert set(program.state_dict) == set(network.state_dict())
-    torch.testing.assert_close(program.module()(images), network(images))

@@ -1,4 +1,4 @@
-"""The papers' methods on networks of the user, and their names for training."""
+"""The papers' heads and methods on networks of the catalog, of timm and of the user."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,12 @@ import torch
 from torch import Tensor, nn
 
 import sopdeploy
-from sopdeploy.errors import CheckpointError, ConfigError
+from sopdeploy.errors import CheckpointError, ConfigError, DataError
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.describe import describe
+from sopdeploy.models.registry import create_model, with_head
+from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
+from sopdeploy.models.user_network import register_model
 from sopdeploy.plugins import MODELS
 from tests.sweep.steps import save
 
@@ -145,3 +150,155 @@ def test_a_builder_that_fails_is_one_line(registered: str) -> None:
     sopdeploy.register_model(registered, lambda classes: Stages(), taps=["late"], image_size=8)
     with pytest.raises(ConfigError, match=r"the network returns 5 logits for 7 classes"):
         sopdeploy.create_model(registered, num_classes=7)
+
+
+EVERYTHING = HeadConfig(kind="gap+mean+isqrt", width=8)
+
+
+class Small(nn.Module):
+    """A network of a user: two convolutions, two linear layers."""
+
+    def __init__(self, num_classes: int, after: nn.Module | None = None) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, stride=2)
+        self.last = nn.Conv2d(6, 12, 3, stride=2)
+        self.hidden, self.fc = nn.Linear(12, 9), nn.Linear(9, num_classes)
+        self.after = after or nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = self.last(self.first(images).relu()).relu()
+        return self.after(self.fc(self.hidden(maps.mean(dim=(2, 3))).relu()))
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(MODELS, "registered", {})
+    return lambda build: register_model("mine", build, image_size=32)
+
+
+def with_statistics(name: str, side: int, head: HeadConfig = EVERYTHING) -> tuple[Classifier, Any, Tensor]:
+    """Build *name* with and without *head*, and two images of *side* pixels."""
+    torch.manual_seed(0)
+    plain = create_model(name, num_classes=3).eval()
+    return plain, with_head(name, plain, head), torch.randn(2, 3, side, side)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "maps"),
+    [
+        ("resnet8", 32, {"layer3.0": (64, 8)}),
+        ("timm:test_efficientnet", 64, {"blocks.4": (64, 2)}),
+        ("timm:test_vit", 160, {"blocks.5": (64, 10)}),
+        ("timm:test_mambaout", 160, {"stages.3": (64, 5)}),
+    ],
+)
+@torch.no_grad()
+def test_the_vector_joins_the_networks_own_vector_the_means_and_the_roots(name, side, maps) -> None:
+    plain, network, images = with_statistics(name, side)
+    own, found = network.head_inputs(images)
+    assert {tap: tuple(values.shape) for tap, values in found.items()} == {
+        tap: (2, channels, size, size) for tap, (channels, size) in maps.items()
+    }
+    linear = plain.logits_layer()
+    assert linear is not None
+    assert torch.allclose(linear(own), plain(images), atol=1e-6)
+
+    vector, (values,) = network.pooled_head.vector(own, found), found.values()
+    assert torch.equal(vector[:, : own.shape[1]], own)
+    assert torch.equal(vector[:, own.shape[1] : -36], values.mean(dim=(2, 3)))
+    assert vector[:, -36:].shape == (2, 8 * 9 // 2)
+    assert torch.equal(network.pooled_head.fc(vector), network(images))
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet8", "vgg16", "timm:test_convnext", "timm:deit_tiny_distilled_patch16_224"]
+)
+def test_the_tensors_of_the_network_keep_their_names_and_its_classifier_is_gone(name: str) -> None:
+    with torch.device("meta"):
+        plain, network = create_model(name, num_classes=3), create_model(f"head:{name}", num_classes=3)
+    kept = {key for key in network.state_dict() if not key.startswith("pooled_head.")}
+    gone = {key.rpartition(".")[0] for key in plain.state_dict().keys() - kept}
+    assert kept <= plain.state_dict().keys()
+    assert gone in ({"fc"}, {"classifier.6"}, {"head.fc"}, {"head", "head_dist"})
+
+
+def test_branches_are_not_part_of_a_network_with_a_head() -> None:
+    with pytest.raises(
+        ConfigError, match=r"head:dsop-resnet8: dsop-resnet8 has training-only parts; use .* head:resnet8"
+    ):
+        create_model("head:dsop-resnet8")
+    trained = create_model("dsop-resnet8", num_classes=3).eval()
+    network = with_head("dsop-resnet8", trained, HeadConfig(kind="gap"))
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        own, maps = network.head_inputs(images)
+        assert maps == {}
+        assert torch.equal(trained.fc(own), trained(images))
+
+
+@torch.no_grad()
+def test_the_projection_is_that_to_the_principal_components_of_all_batches() -> None:
+    _, network, _ = with_statistics("resnet8", 32, HeadConfig(width=5))
+    scales = torch.arange(1.0, 65.0)[:, None, None]
+    batches = [torch.randn(3, 64, 4, 4) * scales + 100 for _ in range(4)]
+    network.pooled_head.fit_projection([{"layer3.0": part} for part in batches])
+    rows = torch.cat(batches).permute(0, 2, 3, 1).flatten(end_dim=2).double()
+    _, _, components = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+    weight = network.pooled_head.pooling("layer3.0").layer_reduce.weight[:, :, 0, 0].double()
+    assert torch.allclose((weight @ components[:5].T).abs(), torch.eye(5, dtype=torch.float64), atol=1e-5)
+    with pytest.raises(DataError, match="not finite"):
+        network.pooled_head.fit_projection([{"layer3.0": torch.full((1, 64, 2, 2), torch.nan)}])
+
+
+def test_a_network_of_the_user_has_a_head_on_its_last_map_or_on_named_ones(register) -> None:
+    register(Small)
+    plain = create_model("mine", num_classes=3).eval()
+    network = with_head("mine", plain, HeadConfig(width=4))
+    assert isinstance(network, SecondOrderHead)
+    assert network.maps == {"last": 12}
+    images = torch.randn(2, 3, 32, 32)
+    own, _ = network.head_inputs(images)
+    assert torch.equal(plain.network.fc(own), plain(images))
+    two = create_model("head:mine", num_classes=3, head={"taps": ("last", "first"), "width": 4})
+    assert two.maps == {"first": 6, "last": 12}
+    assert two(images).shape == (2, 3)
+    assert describe("head:mine", num_classes=3).representation == 9 + 12 * 13 // 2  # on the device `meta`
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (lambda n: Small(n, nn.Softmax(dim=1)), {}, "computes its logits after its last linear layer fc"),
+        (Small, {"taps": ("middle",)}, "no module 'middle'"),
+        (Small, {"taps": ("hidden",)}, r"hidden gives \(1, 9\), not a feature map"),
+        (Small, {"taps": ()}, "at least 1"),
+        (lambda n: nn.Sequential(nn.Flatten(), nn.Linear(3072, n)), {}, "does not end in a feature map"),
+        (
+            lambda n: nn.Sequential(nn.Conv2d(3, n, 32), nn.Flatten()),
+            {"kind": "gap"},
+            "last layer .* not linear",
+        ),
+    ],
+)
+def test_networks_that_cannot_have_a_head_are_refused_in_one_line(register, build, options, message) -> None:
+    register(build)
+    with pytest.raises(ConfigError, match=message):
+        create_model("head:mine", num_classes=3, head=options)
+
+
+def test_an_unknown_tap_and_a_network_without_maps_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"no feature map 'layer9'; choose from layer1.0, layer2.0, layer3.0"
+    ):
+        create_model("head:resnet8", head={"taps": ("layer9",)})
+    with torch.device("meta"), pytest.raises(ConfigError, match=r"has no feature maps; set head.kind=gap"):
+        create_model("head:timm:gemma4_vit_167m")
+
+
+def test_every_parameter_of_the_head_is_trained() -> None:
+    _, network, images = with_statistics("timm:test_vit", 160)
+    network.train()(images).square().sum().backward()
+    gradients = {name: weight.grad for name, weight in network.named_parameters()}
+    assert all(
+        grad is not None and bool(grad.abs().sum() > 0) for name, grad in gradients.items() if "head" in name
+    )

@@ -1,4 +1,4 @@
-"""Short runs of a small network on a seventh of the digits, for the tests of training."""
+"""Short runs of a small network on a seventh of the digits, and painted images, for the tests of training."""
 
 import functools
 import multiprocessing
@@ -10,8 +10,10 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.utils import Bunch
 
@@ -130,3 +132,25 @@ def same_run(left: Path, right: Path) -> bool:
         position["history"] = [dict(row, seconds=0, speed=None) for row in position["history"]]
         states.append((checkpoint.weights, {**checkpoint.resume, "position": position}))
     return same_bits(*states)
+
+
+COLORS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40)}
+
+SMALL = [
+    "model.name=dsop-resnet8",
+    "model.config={aux_widths=[8,8,8], iterations=2}",
+    "start.weights=none",
+    "preprocess.resize=16",
+    "preprocess.crop=16",
+]
+
+
+def paint(root: Path, each: int, seed: int = 0) -> Path:
+    """Write *each* noisy images of three colors below *root*, one folder per color."""
+    random = np.random.default_rng(seed)
+    for name, color in COLORS.items():
+        (root / name).mkdir(parents=True)
+        for number in range(each):
+            pixels = np.clip(random.normal(color, 40.0, (20, 24, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    return root

@@ -1,8 +1,6 @@
 """The few-shot procedure: classifier, folds, choice, decision, and whole runs on painted images."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.procedure import FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
-from tests.sopdeploy.training.painted import COLORS, SMALL, paint
+from tests.sopdeploy.training.runs import COLORS, SMALL, paint
 
 FEW_SHOT = ["procedure.kind=few_shot"]
 
@@ -297,18 +295,6 @@ def test_a_head_that_reads_the_span_of_some_images_predicts_as_well(monkeypatch)
     head = problem.fit_all(10.0)
     right = [np.mean((features @ one.weight.T + one.bias).argmax(axis=1) == classes) for one in (exact, head)]
     assert right[1] > right[0] - 0.05
-
-
-def test_training_on_few_images_imports_neither_the_compiler_of_torch_nor_torchvision(tmp_path: Path):
-    settings = [*SMALL, "model.name=resnet8", "model.config={}", f"data.path={paint(tmp_path / 'photos', 2)}"]
-    code = (
-        "import sys; from pathlib import Path; from sopdeploy.training.train import train_recipe; "
-        "from sopdeploy.training.recipe import read_recipe; "
-        f"train_recipe(read_recipe('photos', {settings}), Path({str(tmp_path / 'run')!r})); "
-        "print([n for n in ('torch._dynamo', 'torchvision', 'timm', 'sympy') if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 def test_the_interval_of_the_map_is_that_of_resampled_images():

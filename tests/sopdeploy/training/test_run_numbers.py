@@ -16,9 +16,6 @@ import sopdeploy
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
-from sopdeploy.html.report import percent
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.train import train_recipe
 from tests.forged import write_hollow
 
 SMALL = ["model.name=resnet8", "model.config={base_width=4}", "preprocess.resize=16", "preprocess.crop=16"]
@@ -103,18 +100,6 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert all(text in table for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00"))
 
 
-def test_the_end_of_a_run_names_the_worst_confusions_and_the_page_has_its_interval(photos: Path) -> None:
-    for number in (0, 1):
-        (photos / "dark" / f"{number}.png").rename(photos / "light" / f"dark-{number}.png")
-    settings = [word for setting in SMALL for word in ("--set", setting)]
-    done = CliRunner().invoke(app, ["train", "--data", "photos", "--weights", "none", *settings])
-    assert re.search("^most frequent mistakes: [12] x light predicted as dark", done.stdout, re.MULTILINE)
-    assert "page: runs/photos-1/report.html" in done.stdout
-    top1 = read_checkpoint(Path("runs/photos-1/best.pt")).training["procedure"]["top1"]
-    page = Path("runs/photos-1/report.html").read_text(encoding="utf-8")
-    assert f"({percent(top1['low'])} to {percent(top1['high'])}), top-5" in page
-
-
 def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train("--resume", "auto", settings=LOOP) == Path("runs/photos-1")
     before = read_checkpoint(Path("runs/photos-1/last.pt")).origin
@@ -157,38 +142,6 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
     with pytest.raises(ConfigError, match=message):
         sopdeploy.train(photos, weights="none", assignments=[*SMALL, *settings])
     assert not Path("runs").exists()
-
-
-def test_the_options_of_the_loop_change_nothing_in_the_few_shot_procedure(photos: Path) -> None:
-    values = {
-        "alone": [
-            f"data.path={photos}",
-            "start.weights=none",
-            "procedure.kind=few_shot",
-            "procedure.folds=3",
-            *SMALL,
-        ]
-    }
-    values["with-options"] = [
-        *(
-            *values["alone"],
-            "epochs=3",
-            "batch_size=4",
-            "accumulate=2",
-            "batch_norm=frozen",
-            "rand_augment.ops=1",
-        ),
-        *("sampler=balanced", "mix.mixup=0.2", 'augment={kind="pad-crop"}', "optimizer.lr=5"),
-        *("schedule.rise=0.5", "loss.label_smoothing=0.5", "start.head_factor=3", "save.every_minutes=1"),
-        *("color.brightness=0.4", "compile=true"),
-    ]
-    found = [
-        read_checkpoint(
-            train_recipe(read_recipe("photos", settings), photos.with_name(f"run-{name}")).best
-        ).weights
-        for name, settings in values.items()
-    ]
-    assert all((found[0][name] == found[1][name]).all() for name in found[0])
 
 
 def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(photos: Path) -> None:

@@ -6,19 +6,35 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import sopdeploy
+from sopdeploy import create_model
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.data.base import PreprocessedDataset
+from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import ConfigError, MissingPackageError, WeightsError
-from sopdeploy.evaluation.prediction import evaluate_network
+from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.evaluation.multi_label import MultiLabelMetrics
+from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate_network
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.callbacks import CallbackList, TensorBoard
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.diagnostics import Diagnostics, EpochRow, diagnose
+from sopdeploy.training.epoch_choice import estimate_best
+from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import TrainingResult, train_recipe
-from tests.sopdeploy.training.runs import RecordingCallback, interrupt, same_bits, same_run, short_recipe
+from tests.sopdeploy.training.runs import (
+    SMALL,
+    RecordingCallback,
+    interrupt,
+    paint,
+    same_bits,
+    same_run,
+    short_recipe,
+)
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -164,10 +180,137 @@ def test_tensorboard_receives_every_epoch(monkeypatch, tmp_path) -> None:
     assert board.call_args.kwargs == {"purge_step": 5}  # a resumed run purges the epochs that run again
 
 
-def test_a_missing_tensorboard_is_named(monkeypatch, tmp_path) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    message = (
-        r'^the tensorboard logger: tensorboard is not installed; run: pip install "sopdeploy\[tensorboard'
+PREPROCESS = Preprocess(resize=16, crop=16)
+NORMALIZE = Normalize(PREPROCESS)
+
+
+def dataset(count: int = 7) -> PreprocessedDataset:
+    images = np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    return PreprocessedDataset(ArrayImages(("a", "b", "c"), images, np.arange(count) % 3), PREPROCESS)
+
+
+def inputs() -> torch.Tensor:
+    return NORMALIZE(torch.from_numpy(np.stack([image for image, _ in (dataset()[i] for i in range(7))])))
+
+
+@pytest.fixture
+def branched():
+    torch.manual_seed(0)
+    return create_model("dsop-resnet8", num_classes=3, base_width=4)
+
+
+def test_every_head_is_evaluated_and_the_model_is_unchanged(branched) -> None:
+    before = {name: tensor.clone() for name, tensor in branched.state_dict().items()}
+    random_state = torch.random.get_rng_state()
+    found = diagnose(branched, dataset(), NORMALIZE, 3)
+    assert torch.equal(random_state, torch.random.get_rng_state())
+    assert branched.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in branched.state_dict().items())
+    assert set(found.heads) == {"main", "layer1_0", "layer2_0", "layer3_0"}
+    labels = torch.arange(7) % 3
+    logits = branched.eval()(inputs()).detach()
+    assert found.heads["main"].top1 == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    loss = float(torch.nn.functional.cross_entropy(logits, labels))
+    assert found.heads["main"].loss == pytest.approx(loss, rel=1e-5)
+    assert found.num_images == 7
+
+
+def history(right_EN: NDArray[np.bool_], *, recorded: bool = True) -> list[EpochRow]:
+    """Build the history of a run from the right predictions (epochs, images)."""
+    rows = []
+    for number, right_N in enumerate(right_EN, 1):
+        top1 = float(right_N.mean())
+        text = "".join("01"[int(one)] for one in right_N) if recorded else ""
+        rows.append(
+            EpochRow(
+                epoch=number,
+                lr=0.1,
+                losses={},
+                metrics=EvalMetrics(top1=top1, top5=1.0, count=len(right_N), loss=1.0),
+                diagnostics=Diagnostics(num_images=len(right_N), right=text, heads={}),
+                seconds=0.0,
+            )
+        )
+    return rows
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.6], ids=["independent epochs", "epochs that agree"])
+def test_the_estimate_of_the_best_of_40_epochs_is_unbiased_where_the_best_score_is_not(alike: float) -> None:
+    """With *alike*, this share of the predictions is the same in all epochs."""
+    random, estimates, best, covered = np.random.default_rng(0), [], [], []
+    for _ in range(100):
+        same = (random.random((1, 12)) < alike) & np.ones((40, 1), np.bool_)
+        right = np.where(same, random.random((1, 12)) < 0.3, random.random((40, 12)) < 0.3)
+        rows = history(right)
+        found = estimate_best(rows).top1
+        assert found is not None
+        estimates.append(found.share)
+        covered.append(found.low <= 0.3 <= found.high)
+        best.append(max(row.metrics.score for row in rows))
+    assert np.mean(estimates) == pytest.approx(0.3, abs=0.03)
+    assert np.mean(covered) >= 0.95
+    assert np.mean(best) > 0.4
+
+
+def test_an_epoch_that_is_better_on_all_images_has_its_own_score() -> None:
+    right = np.zeros((3, 20), np.bool_)
+    right[1, :15] = True
+    found = estimate_best(history(right))
+    assert found.top1 is not None
+    assert (found.top1.right, found.count, found.selected_by) == (15, 20, "other images")
+    assert found.describe() == (
+        "top-1 75.0 % (95 % interval 53 to 89 %) of 20 held-out images, corrected for their choice of the "
+        "epoch"
     )
-    with pytest.raises(MissingPackageError, match=message):
-        TensorBoard(tmp_path)
+
+
+FAIR = "top-1 50.0 % (95 % interval 22 to 78 %) of 8 held-out images"
+BIASED = "8 held-out images, too high: they also select the epoch"
+MULTI_LABEL = MultiLabelMetrics(map=0.5, macro_f1=0.5, micro_f1=0.5, count=8, loss=1.0, thresholds=(0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "recorded", "options", "metrics", "text"),
+    [
+        (1, True, {}, None, FAIR),
+        (2, True, {"frozen_backbone": True}, None, FAIR),
+        (2, False, {}, None, f"of {BIASED}"),
+        (2, True, {}, MULTI_LABEL, f"mAP 50.0 % of {BIASED}"),
+    ],
+    ids=["one epoch", "a frozen backbone", "too many images to record", "several classes"],
+)
+def test_a_score_that_selected_the_epoch_says_so(
+    epochs: int, recorded: bool, options: dict[str, bool], metrics: HeldOutMetrics | None, text: str
+) -> None:
+    rows = history(np.tile([True, False], (epochs, 4)), recorded=recorded)
+    if metrics is not None:
+        rows = [row.model_copy(update={"metrics": metrics}) for row in rows]
+    assert estimate_best(rows, **options).describe().endswith(text)
+
+
+LOOP = [
+    "epochs=1",
+    "batch_size=8",
+    "model.config.base_width=2",
+    "data.kind=folder",
+    "preprocess.resize=8",
+    "preprocess.crop=8",
+]
+
+
+@pytest.mark.parametrize(("recipe", "settings"), [("digits-plain", LOOP), ("photos", SMALL)])
+def test_measuring_on_training_images_is_a_warning(tmp_path: Path, recipe: str, settings: list[str]) -> None:
+    seen = paint(tmp_path / "seen", 20)
+    result = train_recipe(read_recipe(recipe, [*settings, f"data.path={seen}"]), tmp_path / "run")
+    stored = read_checkpoint(result.best)
+    count = stored.training["procedure"].get("class_counts", {"all": result.train_count})
+    assert len(stored.image_hashes) == sum(count.values())
+    found = sopdeploy.evaluate(result.best, seen)
+    assert found.notes == (
+        f"{seen}: {len(stored.image_hashes)} of 60 images are training images of this network, so that these "
+        "figures are too high for new images",
+    )
+    assert sopdeploy.evaluate(result.best, paint(tmp_path / "new", 2, seed=1)).notes == ()
+    fitted = sopdeploy.evaluate(result.best, seen, fit_decision=tmp_path / "fitted.pt")
+    assert fitted.notes == found.notes
+    assert read_checkpoint(tmp_path / "fitted.pt").image_hashes.equal(stored.image_hashes)

@@ -1,7 +1,10 @@
-"""One step: precision, accumulation, memory layout, compilation, and the parts of the loss."""
+"""One step: precision, accumulation, compilation, the parts of the loss, and options of the papers."""
 
 from functools import partial
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,16 +13,29 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.errors import TrainingError
+from sopdeploy.data.augment import (
+    COLOR_COMPONENTS,
+    COLOR_DEVIATIONS,
+    AugmentedDataset,
+    ColorJitter,
+    PadCrop,
+    PadCroppedDataset,
+)
+from sopdeploy.data.base import ArrayImages, PreprocessedDataset
+from sopdeploy.data.sources import open_data
+from sopdeploy.errors import ConfigError, TrainingError
+from sopdeploy.evaluation.prediction import evaluate_network
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
+from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.precision import MAX_SKIPPED_STEPS, MixedPrecision
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.step.losses import training_loss
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.distributed.cases import build_recipe, learn
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
-
 CPU = torch.device("cpu")
 
 
@@ -125,3 +141,102 @@ def test_the_loss_is_the_weighted_sum_of_all_heads_and_penalties(weights, smooth
     )
     assert float(loss.total) == pytest.approx(expected, rel=1e-5)
     assert list(loss.parts) == ["main", "low", "high", "balance"]
+
+
+STUDENT = ["model.name=resnet8", "model.config={base_width=4}", "epochs=2", "accumulate=2"]
+TEACHER = 'teacher={model={name="dsop-resnet8", config={base_width=4, aux_widths=[4, 4, 4]}}, temperature=2}'
+STARRED = 'augment={kind="pad-crop", pad=4, doubled=true, held_out=true}'
+COLOR = "color={brightness=0.2, hue=0.1, lighting=0.1}"
+ARRAY = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def all_options(*more: str) -> Recipe:
+    return short_recipe(*STUDENT, TEACHER, STARRED, COLOR, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(few_digits: None, tmp_path_factory: Any) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    train_recipe(all_options(), out / "run")
+    return out / "run"
+
+
+def test_a_run_with_all_options_resumes_bit_by_bit(finished: Path, tmp_path: Path) -> None:
+    interrupt(all_options(), tmp_path / "run", "step", 1, 3)
+    train_recipe(all_options(), tmp_path / "run", resume=True)
+    assert same_run(finished, tmp_path / "run")
+    assert read_checkpoint(finished / "last.pt").resume["teacher"].keys() >= {"conv1.weight", "fc.weight"}
+
+
+def test_a_joint_teacher_learns_and_is_not_exported(finished: Path) -> None:
+    checkpoint = read_checkpoint(finished / "best.pt")
+    assert checkpoint.model == "resnet8"
+    first, second = (row["losses"] for row in checkpoint_history(finished))
+    assert second["teacher_loss"] < first["teacher_loss"]
+    expected = 0.5 * first["main"] + 0.5 * first["teacher"] + first["teacher_loss"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def checkpoint_history(run: Path) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = read_checkpoint(run / "last.pt").resume["position"]["history"]
+    return history
+
+
+def test_held_out_images_are_padded_and_cropped_if_the_recipe_says_so(finished: Path) -> None:
+    checkpoint = read_checkpoint(finished / "last.pt")
+    model = build_classifier(checkpoint, finished / "last.pt")
+    images, rules = open_data(all_options().data).held_out, checkpoint.preprocess
+    cropped, plain = (
+        evaluate_network(model, dataset, rules)
+        for dataset in (PadCroppedDataset(images, rules, 4), PreprocessedDataset(images, rules))
+    )
+    assert checkpoint_history(finished)[-1]["metrics"]["top1"] == pytest.approx(cropped.top1)
+    assert cropped.top1 != plain.top1
+
+
+def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> None:
+    images = ArrayImages(tuple("ab"), np.stack([ARRAY, ARRAY[::-1]]), np.array([0, 1]))
+    recipe = all_options("batch_size=2", "accumulate=1", "color={}")
+    for sampler in ("shuffled", "balanced"):
+        _, batches = epoch_data(recipe.model_copy(update={"sampler": sampler}), images, 0)
+        assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3]
+    augment = PadCrop(kind="pad-crop", pad=4, doubled=True)
+    dataset = AugmentedDataset(images, augment, Preprocess(resize=8, crop=8), seed=0, epoch=0)
+    for index, pixels in ((0, ARRAY), (2, ARRAY[:, ::-1])):
+        padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
+        crops = [padded[top : top + 8, left : left + 8] for top in range(9) for left in range(9)]
+        assert any(np.array_equal(dataset[index][0], crop) for crop in crops)
+
+
+def test_color_jitter_depends_on_its_seed_only() -> None:
+    assert ColorJitter()(ARRAY, 1) is ARRAY
+    state = torch.get_rng_state()
+    jitter = ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, lighting=0.1)
+    first = jitter(ARRAY, 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(3)
+    assert np.array_equal(jitter(ARRAY, 1), first)
+    assert not np.array_equal(jitter(ARRAY, 2), first)
+    assert (first.shape, first.dtype) == (ARRAY.shape, np.uint8)
+
+
+def test_lighting_adds_multiples_of_the_principal_colors() -> None:
+    gray = np.full((4, 4, 3), 128, dtype=np.uint8)
+    shifts = np.array([ColorJitter(lighting=0.1)(gray, seed)[0, 0] - 128.0 for seed in range(400)]) / 255
+    expected = COLOR_COMPONENTS @ np.diag(np.square(0.1 * COLOR_DEVIATIONS)) @ COLOR_COMPONENTS.T
+    assert np.cov(shifts.T) == pytest.approx(expected, abs=0.15 * expected.max())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('augment={kind="pad-crop", doubled=true, flip=0.5}', "doubled: contains the mirror images"),
+        ('teacher={model={name="resnet9"}}', "model 'resnet9' is not in the catalog"),
+        ('teacher={model={name="gmgap-16-8-resnet18"}}', r"teacher\.model: a network with a gate"),
+        ("color={hue=0.6}", r"color\.hue"),
+    ],
+)
+def test_unusable_options_are_refused_with_one_line(tmp_path: Path, setting: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        train_recipe(short_recipe(*STUDENT, setting), tmp_path / "run")
+    assert "\n" not in str(error.value)

@@ -1,16 +1,22 @@
 """The page at `/` in a real browser."""
 
 import json
-import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
+import numpy as np
 import pytest
+from fake_runtime import FakeRuntime
 
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.decision import Decision, Rejection
+from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
-from tests.service.api.pages.conftest import done, expected, give, shown
+from tests.service.api.pages.conftest import done, expected, give, operate, shown
+from tests.service.conftest import picture_bytes, running
 
 pytestmark = pytest.mark.browser
 
@@ -102,57 +108,7 @@ def test_several_images_are_classified_and_listed(page, client, jpeg, make_pictu
     assert page.get_by_role("alert").is_visible()
 
 
-def test_a_phone_shows_the_answer_without_scrolling(open_page, client, jpeg):
-    page = open_page(client.base_url, viewport={"width": 390, "height": 844})
-    give(page, jpeg)
-    answer = page.locator("#classes").bounding_box()
-    assert answer["y"] + answer["height"] < 844
-
-
-def test_words_say_what_is_being_done_with_each_of_several_images(page, jpeg):
-    page.route("**/v1/classify**", lambda _route: None)  # no response
-    chosen = [{"name": f"{number}.jpg", "mimeType": "image/jpeg", "buffer": jpeg} for number in range(6)]
-    page.locator("#file").set_input_files(chosen)
-    page.locator("#list .result").nth(3).filter(has_text=re.compile("Uploading|Classifying")).wait_for()
-    words = page.locator("#list .result").all_text_contents()
-    assert [re.sub("^(Uploading.*|Classifying)$", "busy", word) for word in words] == [
-        *["busy"] * 4,
-        *["Waiting"] * 2,
-    ]
-    assert page.locator("#progress").inner_text().startswith(("Uploading", "Classifying"))
-    assert page.locator("#done").inner_text() == "0 of 6"
-
-
-# The smallest contrast of a text on a page with its background (WCAG 2), and the element.
-CONTRAST = """() => {
-  const channels = (color) => color.match(/[\\d.]+/g).map(Number);
-  const luminance = (color) => channels(color).slice(0, 3).map((value) => value / 255)
-    .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4))
-    .reduce((sum, value, place) => sum + value * [0.2126, 0.7152, 0.0722][place], 0);
-  const background = (element) => {
-    const color = element ? getComputedStyle(element).backgroundColor : "rgb(255, 255, 255)";
-    return channels(color)[3] === 0 ? background(element.parentElement) : color;
-  };
-  const texts = [...document.body.querySelectorAll("*")].filter((element) => element.checkVisibility()
-    && [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim()));
-  return texts.map((element) => {
-    const [first, second] = [getComputedStyle(element).color, background(element)].map(luminance);
-    const contrast = (Math.max(first, second) + 0.05) / (Math.min(first, second) + 0.05);
-    return [contrast, element.outerHTML.slice(0, 90)];
-  }).reduce((least, other) => (other[0] < least[0] ? other : least));
-}"""
-
-
 LOADED = {"/": "#proof :first-child", "/errors": ".panel"}
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("path", LOADED)
-def test_every_text_has_the_contrast_that_wcag_requires(open_page, client, path, scheme):
-    page = open_page(client.base_url, path, color_scheme=scheme)
-    page.locator(LOADED[path]).first.wait_for()
-    least, element = page.evaluate(CONTRAST)
-    assert least >= 4.5, element
 
 
 HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'
@@ -176,14 +132,6 @@ def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path
     else:
         assert [line.split()[0] for line in ran.stdout.splitlines()] == [entry["label"] for entry in expected]
     assert [path.name for path in tmp_path.iterdir()] == [HARMFUL]
-
-
-def test_the_copy_button_copies_the_code(page, client, jpeg):
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    give(page, jpeg)
-    page.get_by_label("Copy curl code").click()
-    page.get_by_text("Copied").wait_for()
-    assert page.evaluate("navigator.clipboard.readText()") == page.locator("#code-curl code").text_content()
 
 
 def test_the_experts_of_a_gate_are_shown(open_page, gated_client, make_picture):
@@ -222,3 +170,130 @@ def test_of_several_models_one_is_chosen_and_asked(open_page, run_server, onnx_r
         done(page)
         assert shown(page) == expected(client, jpeg, "?model=second")
         assert "model=second" in page.locator("#code-curl code").text_content()
+
+
+@pytest.fixture
+def key(tmp_path):
+    return new_key(tmp_path / "keys.toml", "person")
+
+
+@pytest.fixture
+def locked(serve_with, onnx_runtime, key, tmp_path):
+    return serve_with(onnx_runtime, keys=tmp_path / "keys.toml")
+
+
+def type_key(page, key):
+    page.get_by_label("Key", exact=True).fill(key)
+    page.get_by_role("button", name="Use").click()
+
+
+def test_the_page_requests_a_key_and_works_with_it(open_page, locked, key, jpeg):
+    page = open_page(locked.base_url)
+    alert = page.get_by_role("alert")
+    alert.wait_for()
+    assert "this server requires a key; enter it above." in alert.text_content()
+    assert page.evaluate("document.activeElement.id") == "key"
+    type_key(page, "sop_wrong\u00e4")
+    page.get_by_text("the key is not valid").wait_for()
+    type_key(page, key)
+    page.locator("h1", has_text="tiny").wait_for()
+    assert alert.is_hidden()
+    give(page, jpeg)
+    headers = {"Authorization": f"Bearer {key}"}
+    classes = locked.post("/v1/classify", content=jpeg, headers=headers).json()["classes"]
+    assert [label for label, _ in shown(page)] == [entry["label"] for entry in classes]
+
+
+def test_the_key_survives_a_reload_but_not_the_tab(open_page, locked, key):
+    page = open_page(locked.base_url)
+    page.get_by_role("alert").wait_for()
+    type_key(page, key)
+    page.locator("h1", has_text="tiny").wait_for()
+    page.reload()
+    page.locator("h1", has_text="tiny").wait_for()
+    assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+    assert key not in page.content()
+    other = page.context.new_page()
+    other.goto(str(locked.base_url))
+    other.get_by_role("alert").wait_for()
+
+
+def test_the_docs_request_the_key_too(open_page, locked, key):
+    page = open_page(locked.base_url, "/docs")
+    page.get_by_text("this server requires a key").wait_for()
+    type_key(page, key)
+    page.locator(".opblock").first.wait_for()
+    assert page.get_by_role("alert").text_content() == ""
+    with page.expect_response("**/info") as response:
+        operate(page, "/info")
+    assert response.value.status == 200
+
+
+def test_a_swapped_model_is_detected_and_shown(
+    open_page, run_server, onnx_runtime, make_bundle, tmp_path, jpeg
+):
+    first, second = make_bundle(tmp_path, probes=3), make_bundle(tmp_path, probes=4)
+    with run_server(onnx_runtime, open_bundle(first), Settings(threads=1)) as client:
+        page = open_page(client.base_url)
+        page.locator("#bundle", has_text=first.name).wait_for()
+        give(page, jpeg)
+        before = shown(page)
+        client.reload(second)
+        page.evaluate("void askAll()")
+        page.locator("#bundle", has_text=second.name).wait_for()
+        done(page)
+        assert shown(page) == before
+        assert page.get_by_role("alert").is_hidden()
+
+
+def test_the_docs_show_every_operation_and_send_requests(open_page, client):
+    page = open_page(client.base_url, "/docs")
+    page.locator(".opblock").first.wait_for()
+    openapi = client.get("/openapi.json").json()
+    operations = {f"{verb.upper()} {path}" for path, verbs in openapi["paths"].items() for verb in verbs}
+    shown = page.locator(".opblock").evaluate_all(
+        "all => all.map(e => `${e.querySelector('.opblock-summary-method').textContent} "
+        "${e.querySelector('.opblock-summary-path').dataset.path}`)"
+    )
+    assert set(shown) == operations
+    with page.expect_response("**/info") as response:
+        operate(page, "/info")
+    assert response.value.json() == client.get("/info").json()
+
+
+BRIGHT, DARK = (picture_bytes((value, value, value)) for value in (250, 60))
+
+
+class ContrastRuntime(FakeRuntime):
+    """Logits whose spread is the mean of the image over 10, so that dark images have a low score."""
+
+    def run(self, images):
+        spread = images.mean(axis=(1, 2, 3), dtype=np.float32) / 10
+        return {"logits": np.linspace(0, 1, 7, dtype=np.float32) * spread[:, None]}
+
+
+def with_decision(bundle, decision: Decision):
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
+
+
+def test_the_banner_with_the_score_is_shown_for_unknown_images_only(open_page, bundle) -> None:
+    rule = Decision(rejection=Rejection(score="max_probability", threshold=0.7))
+    with running(ContrastRuntime(num_classes=7), with_decision(bundle, rule), Settings()) as client:
+        found = [client.post("/v1/classify", content=body).json() for body in (BRIGHT, DARK)]
+        assert [one["known"] for one in found] == [True, False]
+        page = open_page(client.base_url)
+        banner, status = page.locator("#unknown"), page.get_by_role("status")
+        for body, answer in ((BRIGHT, found[0]), (DARK, found[1]), (BRIGHT, found[0])):
+            give(page, body)
+            assert banner.is_visible() is not answer["known"]
+            assert page.locator("#score").inner_text().split() == [
+                *("Score", f"{answer['score']:.3f}", "unknown", "known", "from", "0.700")
+            ]
+            assert status.text_content().startswith("Probably none of the classes. ") is not answer["known"]
+            if not answer["known"]:
+                assert banner.text_content().startswith("Unknown.")
+                assert f"its score {answer['score']:.3f} is below" in banner.text_content()
+            assert shown(page)[0][0] == answer["classes"][0]["label"]
+        give(page, DARK)
+        give(page, b"no picture", name="notes.txt", type="text/plain")
+        assert banner.is_hidden()

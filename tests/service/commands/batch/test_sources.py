@@ -1,14 +1,13 @@
 """Lists of images: kinds of sources, their order, and their errors."""
 
 import io
-import sys
 import tarfile
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from sopdeploy.errors import ConfigError, DataError, ImageError, MissingPackageError
+from sopdeploy.errors import ConfigError, DataError, ImageError
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, read_listed
 
@@ -115,13 +114,6 @@ def test_an_image_that_cannot_be_read_has_the_code_of_unusable_data(sources, mon
     with pytest.raises(ImageError, match=r"cannot be read \(No such file or directory\)") as raised:
         read_listed(ListedImage("x", "/nowhere/x.jpg"), 9)
     assert raised.value.code == "unusable_data"
-
-
-def test_a_store_whose_package_is_missing_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    monkeypatch.setattr(sys.modules["fsspec.registry"], "_registry", {})
-    with pytest.raises(MissingPackageError, match=r'^s3://x/y: Install s3fs .*; for S3: pip install "sopde'):
-        list(list_sources(["s3://x/y"]))
 
 
 def test_the_list_is_read_in_parts_and_a_run_continues_only_with_the_same_names_and_sizes(tmp_path):

@@ -1,0 +1,188 @@
+"""What an export prints, and its `report.html` and model card."""
+
+import dataclasses
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.cli.deployment.export import show
+from sopdeploy.decision import Calibration, Decision, Rejection
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.describe import describe
+from sopdeploy.models.registry import entry, make_config
+from sopdeploy_export.parity.findings import Flip
+from sopdeploy_export.report.page import (
+    as_markdown,
+    render_model_card,
+    render_report,
+)
+from sopdeploy_export.report.results import Exported
+from sopdeploy_export.subject import NetworkSummary, summarize_checkpoint
+from tests.export.conftest import HOSTILE
+from tests.pages import ALLOWED, Reader
+
+
+def page_of(exported: Exported) -> str:
+    return (exported.path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=["branched", "gated"])
+def page(request: pytest.FixtureRequest) -> str:
+    return page_of(request.getfixturevalue(request.param))
+
+
+def test_the_page_is_well_formed_and_loads_or_runs_nothing(page: str) -> None:
+    reader = Reader(page)
+    assert page.startswith("<!DOCTYPE html>")
+    assert {name for name, _ in reader.met} <= ALLOWED
+    attributes = {key for _, found in reader.met for key in found}
+    assert not [
+        key for key in attributes if key.startswith("on") or key in {"src", "href", "style", "action"}
+    ]
+    assert not re.search(r"https?://|//\w|url\(|@import", page)
+
+
+def test_hostile_class_names_are_escaped(page: str) -> None:
+    shown = "".join(text for _, text in Reader(page).texts)
+    assert all(label in shown for label in HOSTILE if label.isprintable())
+    assert "\u202e" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_the_gate_section_shows_the_usage_of_every_component(gated: Exported) -> None:
+    routing = gated.parity.routing
+    assert routing is not None
+    assert (len(routing.usage), sum(routing.usage)) == (4, 2 * gated.parity.num_images)
+    page = page_of(gated)
+    assert "Use of the components" in page
+    assert "selects 2 of 4 components" in page
+    for number, count in enumerate(routing.usage):
+        share = f"{100 * count / gated.parity.num_images:.0f}\N{NO-BREAK SPACE}%"
+        assert f"component {number}</th><td>{share}" in page
+    assert "gate.noise" in page
+
+
+def test_the_page_is_a_file_of_the_manifest_and_lists_the_others(branched: Exported) -> None:
+    files = open_bundle(branched.path).manifest.files
+    assert "report.html" in files
+    page = page_of(branched)
+    assert all(record.sha256 in page for name, record in files.items() if name != "report.html")
+
+
+def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Exported) -> None:
+    hostile = "<img src=x onerror=alert(1)>\n\n# [Heading](https://example.org)"
+    preprocess, training = branched.manifest.preprocess, {"epoch": hostile}
+    subject: Any = SimpleNamespace(
+        name="n", project="p", labels=HOSTILE, preprocess=preprocess, training=training
+    )
+    shared = ("batch", "inputs", "outputs", "versions")
+    card = render_model_card(subject, branched, {name: getattr(branched.manifest, name) for name in shared})
+    assert "- epoch: &lt;img src=x onerror=alert(1)&gt; \\# \\[Heading\\](https\\://example.org)\n" in card
+    assert not re.search(r"[<>]|(?<!\\)\[|(?<!\\)https?:", card)
+    assert "\u202e" not in card
+    assert f"bitwise equal on {branched.certificate.num_images} probe images" in card
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (r"\[a\](http://b.c)", r"\\\[a\\\](http\://b.c)"),
+        ("WWW.b.c and me@b.c", r"WWW\.b.c and me\@b.c"),
+        ("*a* _b_ `c`", r"\*a\* \_b\_ \`c\`"),
+        ("tf_efficientnet_lite0 a__b é_1", r"tf_efficientnet_lite0 a\_\_b é_1"),
+        ("a\u202eb\u2066c\x1b", "a\ufffdb\ufffdc\ufffd"),
+        ("a\n# b", r"a \# b"),
+    ],
+)
+def test_text_in_the_model_card_is_shown_as_it_is(text: str, shown: str) -> None:
+    assert as_markdown(text) == shown
+
+
+def rendered(exported: Exported, **changes: Any) -> str:
+    """Render the page of *exported* with some results changed."""
+    subject: Any = SimpleNamespace(name="dsop-resnet8", project="photos", labels=HOSTILE)
+    fields = {"lineage": exported.manifest.lineage, "versions": exported.manifest.versions}
+    page = render_report(subject, dataclasses.replace(exported, **changes), fields, exported.manifest.files)
+    Reader(page)
+    return page
+
+
+def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
+    flip = Flip(image=1, network=0, file=2, margin=0.5, cause="error")
+    top1 = branched.parity.top1.model_copy(update={"flipped": (flip,), "num_agreeing": 11})
+    parity = branched.parity.model_copy(update={"top1": top1, "passed": False})
+    page = rendered(branched, parity=parity)
+    assert "0 noise, 0 routing, 1 wrong" in page
+    assert "The drift EXCEEDS the limit" in page
+    assert "--allow-drift accepted it" in page
+
+
+def shown(exported: Exported, capsys: pytest.CaptureFixture[str]) -> str:
+    show(exported, verbose=True)
+    return capsys.readouterr().out
+
+
+def test_there_are_four_lines_in_words(branched: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    show(branched)
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["removed", "proof", "drift", "bundle"]
+    assert lines["removed"].startswith("branches (")
+    assert lines["proof"] == (
+        "trained = detached = plain: equal graphs, equal logits; no output depends on other images"
+    )
+    assert lines["drift"].endswith(f"{branched.parity.logits.drift_in_floors:.1f} noise floors (limit 16)")
+    assert lines["bundle"].startswith(f"{branched.path} (")
+
+
+DECISIONS = {
+    "calibrated": (
+        Decision(
+            calibration=Calibration(
+                temperature=2.5,
+                error_before=0.1256,
+                error_after=0.0141,
+                num_images=5000,
+                estimated_on="held-out",
+            ),
+            rejection=Rejection(score="energy", threshold=3.25, auroc=0.915),
+        ),
+        {
+            "scale": "temperature 2.5, from 5,000 held-out images; calibration error 0.1256 before, "
+            "0.0141 after, folded into the last layer",
+            "unknown": "energy below 3.25; accepts about 95 % of known images; "
+            "AUROC with one class left out 0.92, by masking its logit: most unknown images are recognized",
+        },
+    ),
+    "several classes": (
+        Decision(activation="sigmoid", thresholds=(0.3, 0.5, 0.4)),
+        {"present": "probability of at least 0.300 to 0.500, one per class"},
+    ),
+}
+
+
+def summary_of(name: str, **config: object) -> NetworkSummary:
+    usual = entry(name)
+    return summarize_checkpoint(
+        Checkpoint(
+            model=name,
+            config=make_config(name, config).model_dump(mode="json"),
+            weights={},
+            labels=tuple(map(str, range(usual.num_classes))),
+            preprocess=Preprocess(resize=usual.image_size, crop=usual.image_size),
+            training={},
+        )
+    )
+
+
+@pytest.mark.parametrize("name", ["dsop-resnet8", "psdr-resnet50", "gsop-net1-resnet26"])
+def test_the_costs_are_those_of_describe(name: str) -> None:
+    found, counted = summary_of(name), describe(name)
+    assert (found.trained, found.shipped) == (counted.training, counted.shipped)
+
+
+def test_a_network_that_cannot_train_is_counted_in_eval_mode() -> None:
+    assert summary_of("gmsop-16-8-resnet18", chosen=1).trained.macs > 0

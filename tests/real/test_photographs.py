@@ -1,0 +1,89 @@
+"""A network with ImageNet weights on real photographs: trained on few, exported, quantized and used."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+
+import sopdeploy
+from sopdeploy.bundle.manifest import Int8For
+from sopdeploy.checkpoint import load_plain, read_checkpoint
+from sopdeploy.training.results import FewShotResult
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export_checkpoint
+from sopdeploy_export.report.results import Exported
+from sopdeploy_service.commands.verify import verify
+from sopdeploy_service.settings import Settings
+from tests.real.conftest import LITE0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(lite0_file: Path, photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network for four kinds of clothing, on the frozen Lite0."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    return sopdeploy.train(photos, out=out, weights=lite0_file, **{"model.name": LITE0}).best
+
+
+def int8(checkpoint: Path, photos: Path, folder: Path, runtime: Int8For) -> Exported:
+    options = ExportOptions(precision="int8", calibrate=photos, int8_for=runtime, max_drop=4)
+    return export_checkpoint(checkpoint, folder, options=options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
+def test_int8_agrees_with_float32_on_all_but_one_photograph(
+    checkpoint: Path, photos: Path, tmp_path: Path, runtime: Int8For
+) -> None:
+    found = int8(checkpoint, photos, tmp_path, runtime)
+    assert found.precision.accuracy is not None
+    assert found.precision.accuracy.num_images - found.precision.accuracy.num_agreeing <= 1
+    assert found.precision.quantisation is not None
+    assert found.precision.quantisation.in_float32 == ()
+    assert verify(found.path, Settings(threads=1)).golden == 3
+
+
+@pytest.mark.slow
+def test_half_precision_classifies_a_folder(lite0_file: Path, photos: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "model.name": LITE0,
+        "procedure.kind": "few_shot",
+        "procedure.head": "gap",
+    }
+    run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, **settings)
+    exported = sopdeploy.export(run.best, tmp_path / "bundles", precision="fp16")
+    assert verify(exported.path, Settings(threads=1)).golden == 3
+
+    found = sopdeploy.evaluate(exported.path, photos)
+    assert found.metrics.top1.share > 0.9
+    summary = sopdeploy.classify(exported.path, photos, tmp_path / "rows", workers=1)
+    assert (summary.num_images, summary.num_errors) == (32, 0)
+
+
+def test_eight_photographs_of_each_class_are_enough_for_clothes(
+    photos: Path, lite0_file: Path, tmp_path: Path
+) -> None:
+    run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, **{"model.name": LITE0})
+
+    assert isinstance(run.procedure, FewShotResult)
+    assert run.procedure.top1 is not None
+    assert run.procedure.top1.count == 32
+    assert run.procedure.top1.share > 0.85
+    assert run.procedure.head == f"{LITE0} gap+isqrt of blocks.4, blocks.6"
+    checkpoint = read_checkpoint(run.best)
+    assert checkpoint.labels == ("dress", "hat", "pants", "shoes")
+
+
+def test_the_weights_fit_the_network_of_timm(lite0_file: Path) -> None:
+    network = timm.create_model("tf_efficientnet_lite0")
+
+    missing = network.load_state_dict(load_plain(lite0_file), strict=False)
+
+    assert not missing.unexpected_keys
+    assert all(name.endswith("num_batches_tracked") for name in missing.missing_keys)
+
+
+def test_the_photographs_are_eight_of_each_class(photos: Path) -> None:
+    counts = {folder.name: len(list(folder.glob("*.jpg"))) for folder in photos.iterdir() if folder.is_dir()}
+
+    assert counts == {"dress": 8, "hat": 8, "pants": 8, "shoes": 8}

@@ -1,0 +1,198 @@
+"""Unknown images and several classes per image: over HTTP, in commands, metrics and the client."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy.bundle.probes import read_probes
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.cli.app import app
+from sopdeploy.client import Client
+from sopdeploy.decision import Decision, Rejection, Score, known_score
+from sopdeploy.errors import BundleError, DataError
+from sopdeploy.training.train import train_recipe
+from sopdeploy_export.graph import generated_images
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.pipeline import export_checkpoint
+from sopdeploy_service.commands.evaluate import scores_of_bundle
+from sopdeploy_service.commands.predict import predict_files
+from sopdeploy_service.images.decode import EncodedImage
+from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.settings import Settings
+from tests.export.once import proving_once
+from tests.service.conftest import LABELS, running, write_bundle
+from tests.sopdeploy.training.runs import few_digits, short_recipe
+
+RunServer = Callable[..., AbstractContextManager[httpx.Client]]
+
+
+def rejecting(bundle: Bundle, score: Score, threshold: float) -> Bundle:
+    decision = Decision(rejection=Rejection(score=score, threshold=threshold))
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
+
+
+def test_an_image_is_known_if_its_score_reaches_the_threshold(
+    bundle: Bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, make_picture
+) -> None:
+    score: Score = "energy"
+    pictures = [make_picture(color, size=(64, 64), kind="PNG") for color in ((250, 20, 20), (90, 90, 90))]
+    with run_server(onnx_runtime, rejecting(bundle, score, -1e9), Settings()) as client:
+        scores = [client.post("/v1/classify", content=picture).json()["score"] for picture in pictures]
+    assert scores[0] != scores[1]
+    between = rejecting(bundle, score, (scores[0] + scores[1]) / 2)
+    with run_server(onnx_runtime, between, Settings()) as client:
+        found = [client.post("/v1/classify", content=picture).json() for picture in pictures]
+        files = [("image", ("x.png", picture)) for picture in pictures]
+        several = client.post("/v1/classify", files=files).json()["results"]
+        with Client(str(client.base_url)) as typed:
+            answers = [typed.classify(picture) for picture in pictures]
+        metrics = client.get("/metrics").text
+    expected = [(one > np.mean(scores), pytest.approx(one)) for one in scores]
+    assert [(one["known"], one["score"]) for one in found] == expected
+    assert [(one["known"], one["score"]) for one in several] == expected
+    assert [(one.known, one.score) for one in answers] == expected
+    assert 'sopdeploy_unknown_images_total{model="tiny"} 3.0' in metrics
+
+
+def test_a_bundle_without_threshold_answers_without_known_and_score(client: httpx.Client, jpeg) -> None:
+    assert set(client.post("/v1/classify", content=jpeg).json()) == {"classes", "warnings"}
+    assert "sopdeploy_unknown_images_total{" not in client.get("/metrics").text
+    with Client(str(client.base_url)) as typed:
+        answer = typed.classify(jpeg)
+    assert (answer.known, answer.score) == (None, None)
+
+
+@pytest.fixture(scope="module")
+def bundle_of_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Train and export a network whose label smoothing makes it underconfident; return checkpoint, bundle."""
+    folder = tmp_path_factory.mktemp("known")
+    with few_digits():
+        best = train_recipe(short_recipe("loss.label_smoothing=0.5", "epochs=5"), folder / "run").best
+    with proving_once():
+        return best, export_checkpoint(
+            best, folder / "bundles", options=ExportOptions(detach=True, max_batch=1)
+        ).path
+
+
+def test_training_export_and_predict_share_one_decision(
+    bundle_of_run: tuple[Path, Path], tmp_path: Path
+) -> None:
+    best, path = bundle_of_run
+    decision, manifest = read_checkpoint(best).decision, open_bundle(path).manifest
+    assert decision is not None
+    assert decision == manifest.decision
+    assert decision.calibration is not None
+    assert decision.rejection is not None
+    assert decision.calibration.temperature < 1
+    assert decision.calibration.error_after < decision.calibration.error_before
+    for page in ("README.md", "report.html"):
+        assert f"{decision.calibration.temperature:.4g}" in (path / page).read_text(encoding="utf-8"), page
+    images = [tmp_path / f"{number}.png" for number in range(12)]
+    for image, pixels in zip(images, generated_images(manifest.preprocess.crop), strict=True):
+        Image.fromarray(pixels).save(image)
+    arguments = ["predict", str(path), *map(str, images)]
+    found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    logits = read_probes(path / "probes.npz").expected["logits"]
+    scores = known_score(logits, decision.rejection.score)
+    assert [one["score"] for one in found] == pytest.approx(scores.tolist(), rel=1e-3)
+    assert [one["known"] for one in found] == [one["score"] >= decision.rejection.threshold for one in found]
+    text = CliRunner().invoke(app, arguments).stdout
+    assert text.count("none of these classes") == sum(not one["known"] for one in found)
+
+
+THRESHOLDS = (0.4, 0.6, 0.3, 0.5, 0.5, 0.7, 1.0)
+
+
+@pytest.fixture(scope="module")
+def multi_label_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    decision = Decision(activation="sigmoid", thresholds=THRESHOLDS)
+    return write_bundle(tmp_path_factory.mktemp("bundles"), decision=decision)
+
+
+@pytest.fixture(scope="module")
+def many(multi_label_path: Path) -> Iterator[httpx.Client]:
+    bundle = open_bundle(multi_label_path)
+    with running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as many:
+        yield many
+
+
+@pytest.fixture(scope="module")
+def expected(multi_label_path: Path, jpeg: bytes) -> list[tuple[str, float]]:
+    """All classes with their probabilities, most probable first, from the logits."""
+    bundle = open_bundle(multi_label_path)
+    pixels = make_decoder(Settings())(EncodedImage(jpeg), bundle.manifest.preprocess).pixels
+    logits = OnnxRuntime(bundle, threads=1).run(pixels[None])["logits"][0].astype(np.float64)
+    return sorted(zip(LABELS, 1 / (1 + np.exp(-logits)), strict=True), key=lambda pair: -pair[1])
+
+
+def classes(response: httpx.Response) -> list[tuple[str, float]]:
+    assert response.status_code == 200
+    return [(entry["label"], pytest.approx(entry["probability"])) for entry in response.json()["classes"]]
+
+
+def test_the_response_lists_the_classes_that_reach_their_threshold(many, jpeg, expected) -> None:
+    reached = [pair for pair in expected if pair[1] >= THRESHOLDS[LABELS.index(pair[0])]]
+    assert 1 < len(reached) < len(LABELS)
+    for query, listed in {
+        "": reached,
+        "?top_k=1": reached[:1],
+        "?threshold=0": expected,
+        "?threshold=0&top_k=2": expected[:2],
+        "?threshold=1": [],
+    }.items():
+        assert listed == classes(many.post(f"/v1/classify{query}", content=jpeg))
+    assert many.post("/v1/classify?threshold=1.5", content=jpeg).status_code == 422
+
+
+def test_info_the_client_and_predict_show_the_same_decision(
+    many, multi_label_path, jpeg, expected, run_server, tmp_path
+) -> None:
+    bundle = open_bundle(multi_label_path)
+    reached = [label for label, value in expected if value >= THRESHOLDS[LABELS.index(label)]]
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    with Client(str(many.base_url)) as asking:
+        assert asking.info().models[0].thresholds == dict(zip(LABELS, THRESHOLDS, strict=True))
+        assert [one.label for one in asking.classify(jpeg).classes] == reached
+        assert len(asking.classify(jpeg, threshold=0.0).classes) == len(LABELS)
+    for settings, listed in ((Settings(threads=1), reached), (Settings(threads=1, top_k=1), reached[:1])):
+        (found,) = predict_files(multi_label_path, [tmp_path / "a.jpg"], settings)
+        assert [one.label for one in found.classes] == listed
+        with run_server(OnnxRuntime(bundle, threads=1), bundle, settings) as server:
+            answer = server.post("/v1/classify", content=jpeg).json()
+        assert [one["label"] for one in answer["classes"]] == listed
+
+
+def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(
+    many, multi_label_path, make_picture, tmp_path
+) -> None:
+    colors = {"ant|bee": (200, 30, 60), "": (90, 160, 30), "cat": (10, 90, 220), "gnu|cat": (200, 200, 20)}
+    lines = ["file,classes"]
+    for number, (shown, color) in enumerate(colors.items()):
+        (tmp_path / f"{number}.jpg").write_bytes(make_picture(color))
+        lines.append(f"{number}.jpg,{shown}")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    settings = Settings(threads=1)
+    names, ours, _ = scores_of_bundle(multi_label_path, tmp_path, settings=settings, on_image=lambda *_: None)
+    for number, row in enumerate(ours.probabilities):
+        body = (tmp_path / f"{number}.jpg").read_bytes()
+        listed = many.post("/v1/classify?threshold=0", content=body).json()["classes"]
+        assert {one["label"]: one["probability"] for one in listed} == dict(zip(names, row, strict=True))
+    (tmp_path / "labels.csv").unlink()
+    with pytest.raises(DataError, match=r"holds no class folders and no labels\.csv"):
+        scores_of_bundle(multi_label_path, tmp_path, settings=settings, on_image=lambda *_: None)
+
+
+def test_a_bundle_with_too_few_thresholds_is_rejected(tmp_path) -> None:
+    decision = Decision(activation="sigmoid", thresholds=(0.5,))
+    with pytest.raises(BundleError, match="1 thresholds for 7 classes"):
+        open_bundle(write_bundle(tmp_path, decision=decision))

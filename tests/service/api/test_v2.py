@@ -1,0 +1,446 @@
+"""The Open Inference Protocol: parsed request bodies, responses, and the protocol over HTTP."""
+
+import gzip
+import re
+import struct
+import tracemalloc
+import zlib
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sopdeploy_service.api.v2.request import InferRequest, RequestedOutput, Signature, Tensor, parse_body
+from sopdeploy_service.api.v2.response import format_response, rank_labels, stack_outputs
+from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
+from tests.service.raw import count
+
+LIMIT = 100_000
+
+PIXELS = Signature(
+    Tensor("images", "UINT8", (-1, 2, 2, 3)),
+    (Tensor("logits", "FP32", (-1, 7)), Tensor("gate", "FP32", (-1, 4))),
+    max_images=4,
+)
+
+
+def read(text: Any, binary: bytes = b"", header: str | None = None) -> InferRequest:
+    raw = text if isinstance(text, bytes) else orjson.dumps(text)
+    if binary and header is None:
+        header = str(len(raw))
+    return parse_body(raw + binary, header, PIXELS, LIMIT)
+
+
+def rejected(*args: Any, **options: Any) -> tuple[str, int, str]:
+    with pytest.raises(RejectedError) as caught:
+        read(*args, **options)
+    reason = caught.value.reason
+    return reason.code, reason.status, reason.message
+
+
+def tensor(**changes: Any) -> dict[str, Any]:
+    """A valid request of one image with *changes* to its input; None removes a key."""
+    item = {"name": "images", "datatype": "UINT8", "shape": [1, 2, 2, 3], "data": list(range(12)), **changes}
+    return {"inputs": [{key: value for key, value in item.items() if value is not None}]}
+
+
+def files(*images: bytes) -> bytes:
+    return b"".join(struct.pack("<I", len(image)) + image for image in images)
+
+
+def encoded(shape: list[int], size: int) -> dict[str, Any]:
+    parameters = {"binary_data_size": size}
+    return {"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": shape, "parameters": parameters}]}
+
+
+NESTED = np.arange(12).reshape(1, 2, 2, 3).tolist()
+RAGGED = [[[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10]]]]
+
+
+def test_a_tensor_is_flat_or_nested_in_json_or_binary_after_it():
+    expected = np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3)
+    binary = tensor(data=None, parameters={"binary_data_size": 12})
+    for asked, raw in (tensor(), b""), (tensor(data=NESTED), b""), (binary, bytes(range(12))):
+        images = read(asked, raw).images
+        assert images.dtype == np.uint8
+        assert np.array_equal(images, expected)
+
+
+WHOLE = np.arange(12, dtype=np.float32).reshape(1, 2, 2, 3)
+
+
+def test_fp32_pixels_are_those_of_uint8():
+    binary = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 48})
+    as_json = (tensor(datatype="FP32", data=data) for data in (WHOLE.tolist(), list(range(12))))
+    for asked, raw in (binary, WHOLE.tobytes()), *((asked, b"") for asked in as_json):
+        images = read(asked, raw).images
+        assert images.dtype == np.uint8
+        assert np.array_equal(images, WHOLE)
+
+
+NO_PIXELS = {
+    "scaled to 1": WHOLE / 255,
+    "normalized": WHOLE - 6,
+    "fractions of a resize": WHOLE + 0.5,
+    "too large": WHOLE + 250,
+    "far too large": WHOLE + 1e30,
+    "not a number": np.where(WHOLE == 3, np.nan, WHOLE),
+    "infinite": np.where(WHOLE == 3, np.inf, WHOLE),
+}
+
+
+@pytest.mark.parametrize("case", NO_PIXELS)
+def test_fp32_that_is_not_pixels_is_rejected_with_what_to_send(case):
+    values = NO_PIXELS[case].astype(np.float32)
+    bodies = [(tensor(datatype="FP32", data=None, parameters={"binary_data_size": 48}), values.tobytes())]
+    if np.isfinite(values).all():  # JSON has no other numbers
+        bodies.append((tensor(datatype="FP32", data=values.tolist()), b""))
+    for asked, raw in bodies:
+        code, status, message = rejected(asked, raw)
+        assert (code, status) == ("wrong_data", 400)
+        assert "send pixels before any scaling and normalization" in message
+
+
+@pytest.mark.parametrize("shape", [[2], [2, 1]])
+def test_encoded_images_may_be_binary_or_base64(shape):
+    body = files(b"one", b"")
+    assert read(encoded(shape, len(body)), body).images == [(b"one", ""), (b"", "")]
+    data = ["b25l", ""] if len(shape) == 1 else [["b25l"], [""]]
+    asked = {"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": shape, "data": data}]}
+    assert read(asked).images == [(b"one", ""), (b"", "")]
+
+
+HUGE = 2**40
+
+BAD_SHAPES: list[Any] = [
+    *([], [1, 2, 2], [1, 2, 2, 3, 1], [1, 2, 2, -3], [0, 2, 2, 3], [-1, 2, 2, 3], [HUGE, HUGE, HUGE, 3]),
+]
+NO_SHAPES: list[Any] = [
+    *(None, "1", [None], [[1], 2, 2, 3]),
+    *([first, 2, 2, 3] for first in (1.0, True, "1", 1e30)),
+]
+
+BAD_DATATYPES = ["FP16", "BYTES", "", "X" * 1000]
+BAD_NUMBERS = [256, -1, 1.0, True, "1", None, [1], 2**63]
+
+BAD_DATA = [
+    *(RAGGED, list(range(11)), list(range(13)), [], [[]], [NESTED], "abc", {"a": 1}),
+    *([*range(11), number] for number in BAD_NUMBERS),
+]
+
+BAD_FIELDS: list[tuple[str, Any, str, str]] = [
+    *(("shape", shape, "wrong_shape", r"\[n, 2, 2, 3\] with n from 1 to 4") for shape in BAD_SHAPES),
+    *(("shape", shape, "malformed_request", r"inputs\.0\.shape") for shape in NO_SHAPES),
+    ("shape", [HUGE, 2, 2, 3], "too_many_images", "the limit of this server"),
+    *(("data", data, "wrong_data", r"\[1, 2, 2, 3\]|whole numbers|0 and 255") for data in BAD_DATA),
+    *(("datatype", name, "wrong_datatype", "must be UINT8") for name in BAD_DATATYPES),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "expected", "text"), BAD_FIELDS, ids=str)
+def test_a_wrong_field_is_rejected_with_the_right_one(field, value, expected, text):
+    code, status, message = rejected(tensor(**{field: value}))
+    assert (code, status) == (expected, 400)
+    assert re.search(text, message)
+
+
+GOOD = tensor()["inputs"][0]
+
+BAD_INPUTS = {
+    "null": (None, "malformed_request"),
+    "empty": ([], "wrong_inputs"),
+    "not a list": ({"a": 1}, "malformed_request"),
+    "not objects": ([1], "malformed_request"),
+    "no name": ([{"datatype": "UINT8"}], "malformed_request"),
+    "unknown": ([{**GOOD, "name": "x"}], "wrong_inputs"),
+    "the same twice": ([GOOD, GOOD], "wrong_inputs"),
+    "both": ([GOOD, {**GOOD, "name": "IMAGE"}], "wrong_inputs"),
+    "no datatype": (tensor(datatype=None)["inputs"], "malformed_request"),
+    "no data": (tensor(data=None)["inputs"], "wrong_data"),
+    "data and binary data": (tensor(parameters={"binary_data_size": 12})["inputs"], "wrong_data"),
+}
+
+LOGITS = {"name": "logits"}
+
+BAD_VALUES = [
+    ("id", 7, "malformed_request"),
+    ("outputs", "logits", "malformed_request"),
+    ("outputs", [{"name": "probabilities"}], "unknown_output"),
+    ("outputs", [LOGITS] * 2, "duplicate_output"),
+    ("outputs", [{**LOGITS, "parameters": {"classification": -1}}], "malformed_request"),
+    ("parameters", {"binary_data_output": "yes"}, "malformed_request"),
+    ("parameters", {"timeout": 1.5}, "malformed_request"),
+]
+
+BAD_REQUESTS = {
+    "a list": ([1], "malformed_request"),
+    "null": (None, "malformed_request"),
+    "no inputs": ({}, "malformed_request"),
+    **{f"inputs: {name}": ({"inputs": inputs}, code) for name, (inputs, code) in BAD_INPUTS.items()},
+    **{f"{key}: {value}": ({**tensor(), key: value}, code) for key, value, code in BAD_VALUES},
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_an_invalid_request_is_rejected(case):
+    text, expected = BAD_REQUESTS[case]
+    assert rejected(text)[:2] == (expected, 400)
+
+
+BAD_JSON = {
+    "empty": (b"", "malformed_json"),
+    "lists 100000 deep": (b"[" * 100_000, "json_too_large"),
+    "lists 49000 deep": (b"[" * 49_000 + b"]" * 49_000, "malformed_json"),
+    "objects 10000 deep": (b'{"a":' * 10_000 + b"1" + b"}" * 10_000, "json_too_complex"),
+    "not UTF-8": (b'{"id": "\xff"}', "malformed_json"),
+    "a key twice": (b'{"inputs": [], "inputs": []}', "duplicate_key"),
+    "a key twice, once with an escape": (b'{"a\\"b": 1, "a\\u0022b": 2}', "duplicate_key"),
+    "a key twice, deep": (b'{"a": [{"b" : 1, "b"\n:2}]}', "duplicate_key"),
+    "two documents": (b"{}{}", "malformed_json"),
+    "numbers that are no data": (b'{"a": [' + b"1," * 49_900 + b"1]}", "malformed_request"),
+    "a thousand strings": (b'{"a": [' + b'"",' * 6000 + b'""]}', "json_too_complex"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_malformed_or_ambiguous_json_is_rejected(case):
+    text, expected = BAD_JSON[case]
+    with pytest.raises(RejectedError) as caught:
+        parse_body(text, None, PIXELS, 99_999)
+    reason = caught.value.reason
+    assert (reason.code, reason.status) == (expected, 413 if expected == "json_too_large" else 400)
+
+
+def test_a_document_of_too_many_lists_is_rejected():
+    with pytest.raises(RejectedError) as caught:
+        parse_body(b"[" + b"[]," * 1_000_000 + b"[]]", None, PIXELS, 10_000_000)
+    assert caught.value.reason.code == "json_too_complex"
+
+
+@pytest.mark.parametrize("header", ["-1", "1e3", "", "9999999", "9" * 5000, "²"])
+def test_an_invalid_header_length_is_rejected(header):
+    assert rejected(tensor(), b"x", header)[:2] == ("bad_header_length", 400)
+
+
+@pytest.mark.parametrize("size", [0, 11, 13, -12, 12.0, 2**63, None])
+def test_a_wrong_binary_size_is_rejected(size):
+    asked = tensor(data=None, parameters={"binary_data_size": size})
+    assert rejected(asked, bytes(12))[0] in {"wrong_binary_size", "malformed_request", "wrong_data"}
+
+
+def test_binary_data_without_header_or_with_another_size_is_rejected():
+    asked, right = (tensor(data=None, parameters={"binary_data_size": size}) for size in (12, 13))
+    for sent in (asked,), (asked, bytes(13)), (tensor(), b"x"):
+        assert rejected(*sent)[0] == "wrong_binary_size"
+    assert "is 12 bytes, not 13" in rejected(right, bytes(13))[2]
+    floats = tensor(datatype="FP32", data=None, parameters={"binary_data_size": 12})
+    assert "FP32 is 48 bytes, not 12" in rejected(floats, bytes(12))[2]
+
+
+BAD_BYTES = [b"", b"\3\0\0", b"\4\0\0\0abc", files(b"a", b"b") + b"x"]
+
+
+@pytest.mark.parametrize("raw", BAD_BYTES)
+def test_bytes_elements_with_wrong_lengths_are_rejected(raw):
+    asked = encoded([2], len(raw))
+    header = str(len(orjson.dumps(asked)))
+    assert rejected(asked, raw, header=header)[:2] == ("wrong_binary_size", 400)
+
+
+def test_all_outputs_are_the_default_and_parameters_apply_to_each():
+    assert [(w.tensor.name, w.binary, w.num_classes) for w in read(tensor()).outputs] == [
+        ("logits", False, 0), ("gate", False, 0),
+    ]  # fmt: skip
+    outputs = [{"name": "gate"}, {**LOGITS, "parameters": {"binary_data": False, "classification": 3}}]
+    parameters = {"binary_data_output": True, "timeout": 5000}
+    found = read({**tensor(), "id": "a", "outputs": outputs, "parameters": parameters})
+    assert [(w.tensor.name, w.binary, w.num_classes) for w in found.outputs] == [
+        ("gate", True, 0), ("logits", False, 3),
+    ]  # fmt: skip
+    assert (found.id, found.timeout_seconds) == ("a", 0.005)
+
+
+VALID = {**tensor(data=NESTED), "id": "a", "outputs": [{**LOGITS, "parameters": {"classification": 3}}]}
+
+EDITS = st.tuples(
+    st.integers(0, 250), st.integers(0, 3), st.sampled_from([*'[]{},:"-.e01', "", "true", "null"])
+)
+
+
+@given(
+    edits=st.lists(EDITS, max_size=3), binary=st.binary(max_size=30), header=st.none() | st.text(max_size=5)
+)
+def test_a_damaged_request_is_a_request_or_a_400(edits, binary, header):
+    text = orjson.dumps(VALID).decode()
+    for start, length, new in edits:
+        text = text[:start] + new + text[start + length :]
+    status, images = 200, 1
+    try:
+        images = len(parse_body(text.encode() + binary, header, PIXELS, LIMIT).images)
+    except RejectedError as problem:
+        status = problem.reason.status
+    assert (status in {200, 400}, images) == (True, 1)
+
+
+LOGITS_TENSOR = Tensor("logits", "FP32", (-1, 3))
+GATE = Tensor("gate", "FP32", (-1, 2))
+
+OUTPUT_VALUES = {
+    "logits": np.array([[0.1, 1e-7, -3.4e38], [2, 2, 5]], dtype=np.float32),
+    "gate": np.array([[1 / 3, 1], [0, 2 / 3]], dtype=np.float32),
+}
+
+LABELS = {"logits": ("ant", "bee: the big one", "çat")}
+HEAD = {"model_name": "tiny", "model_version": "abc"}
+
+
+def test_json_numbers_are_the_same_float32_when_parsed():
+    body, headers = format_response(HEAD, OUTPUT_VALUES, [RequestedOutput(LOGITS_TENSOR, False, 0)], LABELS)
+    text = orjson.loads(body)
+    assert headers == {"Content-Type": "application/json"}
+    (output,) = text.pop("outputs")
+    assert text == HEAD
+    assert (output["name"], output["datatype"], output["shape"]) == ("logits", "FP32", [2, 3])
+    assert np.array_equal(np.float32(output["data"]), OUTPUT_VALUES["logits"].ravel())
+
+
+def test_classes_are_value_index_label_and_ties_keep_their_order():
+    assert rank_labels(OUTPUT_VALUES["logits"], 2, LABELS["logits"]) == [
+        ["0.1:0:ant", "1e-07:1:bee: the big one"],
+        ["5.0:2:çat", "2.0:0:ant"],
+    ]
+
+
+def test_an_output_without_labels_has_value_and_index_of_at_most_its_classes():
+    body, _ = format_response(HEAD, OUTPUT_VALUES, [RequestedOutput(GATE, False, 1000)], LABELS)
+    (output,) = orjson.loads(body)["outputs"]
+    assert (output["datatype"], output["shape"]) == ("BYTES", [2, 2])
+    assert output["data"][0] == "1.0:1"
+
+
+def prediction(index: int, batch: int) -> Prediction:
+    outputs = {name: values[index] for name, values in OUTPUT_VALUES.items()}
+    return Prediction(outputs, 0.1, 0.4, batch, index)
+
+
+def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():
+    found = stack_outputs([prediction(0, 2), prediction(1, 2)])
+    assert list(found) == ["logits", "gate"]
+    assert all(np.array_equal(found[name], OUTPUT_VALUES[name]) for name in OUTPUT_VALUES)
+    with pytest.raises(RejectedError) as caught:
+        stack_outputs([prediction(0, 1), NONFINITE, INFERENCE_FAILED])
+    reason = caught.value.reason
+    assert (reason.code, reason.status) == (NONFINITE.code, 500)
+    assert reason.message == f"image 1: {NONFINITE.message}"
+
+
+INFER = "/v2/models/tiny/infer"
+ZEROS = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
+GOOD_REQUEST = {"inputs": [ZEROS]}
+RAW = orjson.dumps(GOOD_REQUEST)
+GZIP = {"Content-Encoding": "gzip"}
+LENGTH_HEADER = "Inference-Header-Content-Length"
+
+
+def post(client, body, path: str = INFER, **headers: str):
+    raw = body if isinstance(body, bytes) else orjson.dumps(body)
+    return client.post(path, content=raw, headers=headers)
+
+
+BAD_HTTP_REQUESTS = {
+    "an empty body": (b"", {}, 400, "malformed_json"),
+    "a header length beyond the body": (GOOD_REQUEST, {LENGTH_HEADER: "999999"}, 400, "bad_header_length"),
+    "a body above the limit": (bytes(1_000_001), {}, 413, "too_large"),
+    "another encoding": (GOOD_REQUEST, {"Content-Encoding": "br"}, 415, "unsupported_encoding"),
+    "two encodings": (GOOD_REQUEST, {"Content-Encoding": "gzip, gzip"}, 415, "unsupported_encoding"),
+    "no gzip": (GOOD_REQUEST, GZIP, 400, "bad_encoding"),
+    "raw deflate": (zlib.compress(RAW)[2:-4], {"Content-Encoding": "deflate"}, 400, "bad_encoding"),
+    "half a stream": (gzip.compress(RAW)[:-9], {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
+    "an empty stream": (b"", {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
+    "bytes after a stream": (gzip.compress(RAW) + b"x", {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
+    "two streams": (gzip.compress(RAW) * 2, {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
+    "a bomb": (gzip.compress(bytes(1_000_001)), {"Content-Encoding": "gzip"}, 413, "too_large"),
+    "an invalid timeout": (GOOD_REQUEST, {"X-Request-Timeout-Ms": "-5"}, 400, "invalid_timeout"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_HTTP_REQUESTS)
+def test_a_bad_request_gets_an_error_object_and_its_code_in_a_header(client, case):
+    body, headers, status, code = BAD_HTTP_REQUESTS[case]
+    reply = post(client, body, **headers)
+    assert (reply.status_code, reply.headers["x-error-code"]) == (status, code)
+    assert list(reply.json()) == ["error"]
+    assert post(client, GOOD_REQUEST).status_code == 200
+
+
+def test_a_bomb_costs_no_more_memory_than_the_limit(client):
+    body = zlib.compress(bytes(200_000_000), 9)  # 194 kB; the limit of this server is 1 MB
+    post(client, body, **{"Content-Encoding": "deflate"})  # imports and caches
+    tracemalloc.start()
+    reply = post(client, body, **{"Content-Encoding": "deflate"})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (reply.status_code, reply.headers["x-error-code"]) == (413, "too_large")
+    assert peak < 3_000_000
+    assert count(client, "upload_bytes") == 0
+
+
+def test_a_body_of_empty_blocks_ends_at_the_limit(client):
+    stream = zlib.compressobj(wbits=31)
+    body = stream.compress(b"") + b"".join(stream.flush(zlib.Z_FULL_FLUSH) for _ in range(4))
+    empty = b"\0\0\0\xff\xff"  # a stored block of 0 bytes
+    reply = client.post(INFER, content=iter([body, empty * 100_000, empty * 100_001]), headers=GZIP)
+    assert (reply.status_code, reply.headers["x-error-code"]) == (413, "too_large")
+
+
+MISSING = {
+    ("GET", "/v2/models/other"): (404, "unknown_model"),
+    ("GET", "/v2/models/tiny/versions/1"): (404, "unknown_version"),
+    ("POST", "/v2/models/other/infer"): (404, "unknown_model"),
+    ("POST", "/v2/models/..%2ftiny/infer"): (404, "not_found"),
+    ("GET", "/v2/models/tiny/infer"): (405, "method_not_allowed"),
+    ("GET", "/v2/logging"): (404, "not_found"),
+}
+
+
+@pytest.mark.parametrize("target", MISSING, ids=" ".join)
+def test_missing_resources_get_an_error_object(client, target):
+    reply = client.request(*target)
+    assert (reply.status_code, reply.headers["x-error-code"]) == MISSING[target]
+    assert list(reply.json()) == ["error"]
+
+
+def test_the_current_version_can_also_be_named(client, bundle):
+    for suffix in ("", "/ready", "/infer"):
+        method, body = ("POST", orjson.dumps(GOOD_REQUEST)) if suffix == "/infer" else ("GET", None)
+        both = [
+            client.request(method, f"/v2/models/tiny{version}{suffix}", content=body)
+            for version in ("", f"/versions/{bundle.manifest.id}")
+        ]
+        assert both[0].status_code == both[1].status_code == 200
+        assert both[0].json() == both[1].json()
+        assert both[0].headers["x-model-digest"] == bundle.manifest.id
+
+
+def test_a_response_has_timings_and_echoes_any_id(client):
+    reply = post(client, {**GOOD_REQUEST, "id": 'a"\n\u2028ü'})
+    assert reply.json()["id"] == 'a"\n\u2028ü'
+    stages = [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")]
+    assert stages == ["receive", "queue", "infer"]
+    assert "id" not in post(client, GOOD_REQUEST).json()
+
+
+def test_the_timeout_parameter_is_a_deadline(client):
+    reply = post(client, {**GOOD_REQUEST, "parameters": {"timeout": 1}})
+    assert (reply.status_code, reply.headers["x-error-code"]) == (504, "deadline")
+
+
+def test_json_has_its_own_size_limit(serve_with, onnx_runtime):
+    client = serve_with(onnx_runtime, max_json_bytes=1000)
+    assert post(client, GOOD_REQUEST).headers["x-error-code"] == "json_too_large"
+    binary = {key: value for key, value in ZEROS.items() if key != "data"}
+    text = orjson.dumps({"inputs": [{**binary, "parameters": {"binary_data_size": 3072}}]})
+    assert post(client, text + bytes(3072), **{LENGTH_HEADER: str(len(text))}).status_code == 200

@@ -1,0 +1,377 @@
+"""Temperature, score and threshold: their fit, `eval --fit-decision`, and folders of unknown images."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from typer.testing import CliRunner
+
+import sopdeploy
+from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.cli.app import app
+from sopdeploy.decision import Decision, Rejection, known_score
+from sopdeploy.errors import ConfigError, DataError, SopdeployError
+from sopdeploy.evaluation.decision_fit import (
+    UnknownLogits,
+    choose_rejected,
+    describe_weakness,
+    fit_decision,
+    fit_temperature,
+)
+from sopdeploy.images.pixels import preprocess_image
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.train import train_recipe
+from tests.sopdeploy.training.runs import SMALL, paint
+
+Predictions = tuple[NDArray[np.float64], NDArray[np.int64]]
+
+
+def calibrated(images: int, classes: int = 10, seed: int = 0) -> Predictions:
+    """Draw logits (N, C) and targets (N,) from their own softmax, so that a temperature of 1 is right."""
+    generator = np.random.default_rng(seed)
+    logits = 2 * generator.normal(size=(images, classes))
+    noise = generator.gumbel(size=logits.shape)
+    return logits, (logits + noise).argmax(axis=1)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.7, 6.0])
+def test_the_fit_finds_the_temperature_that_scaled_the_logits(temperature: float) -> None:
+    logits, targets = calibrated(4000)
+    fitted = fit_decision(logits * temperature, targets, estimated_on="held-out").calibration
+    assert fitted is not None
+    assert fitted.temperature == pytest.approx(temperature, rel=0.05)
+    assert fitted.error_after < fitted.error_before / 4
+    assert (fitted.num_images, fitted.estimated_on) == (4000, "held-out")
+
+
+def all_correct() -> Predictions:
+    logits, _ = calibrated(200)
+    return logits, logits.argmax(axis=1)
+
+
+def unrelated() -> Predictions:
+    logits, _ = calibrated(2000)
+    return logits, calibrated(2000, seed=1)[1]
+
+
+@pytest.mark.parametrize(
+    "predictions",
+    [all_correct, unrelated, lambda: calibrated(60, seed=1)],
+    ids=["all correct", "chance", "few"],
+)
+def test_the_temperature_stays_one_where_the_data_do_not_determine_it(predictions: object) -> None:
+    assert callable(predictions)
+    assert fit_temperature(*predictions()) == 1.0
+
+
+@pytest.mark.parametrize(("images", "classes"), [(49, 10), (300, 1)])
+def test_nothing_is_fitted_to_few_images_or_to_one_class(images: int, classes: int) -> None:
+    assert fit_decision(*calibrated(images, classes), estimated_on="held-out") == Decision()
+
+
+def test_a_classifier_that_cannot_be_scaled_keeps_its_probabilities_and_gets_a_threshold() -> None:
+    logits, targets = calibrated(500)
+    decision = fit_decision(3 * logits, targets, estimated_on="held-out", scalable=False)
+    assert decision.calibration is not None
+    assert decision.rejection is not None
+    assert decision.calibration.temperature == 1.0
+
+
+@pytest.mark.parametrize(("images", "accepts"), [(50, 0.99), (5000, 1.0)])
+def test_a_threshold_needs_enough_images_for_its_quantile(images: int, accepts: float) -> None:
+    logits, targets = calibrated(images)
+    assert fit_decision(logits, targets, estimated_on="held-out", accepts=accepts).rejection is None
+
+
+def test_a_threshold_that_accepts_almost_nothing_is_the_largest_score() -> None:
+    logits, targets = all_correct()
+    rejection = fit_decision(logits, targets, estimated_on="held-out", accepts=1e-13).rejection
+    assert rejection.threshold == known_score(logits, rejection.score).max()
+
+
+@pytest.mark.parametrize(("images", "accepts"), [(60, 0.8), (1000, 0.95)])
+def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_images_on_average(
+    images: int, accepts: float
+) -> None:
+    accepted = []
+    for seed in range(40):
+        options = {"accepts": accepts, "scalable": False, "refitted": {"max_probability": 0.9}}
+        rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
+        assert rejection is not None
+        others = calibrated(2000, seed=1000 + seed)[0]
+        accepted.append(float((known_score(others, rejection.score) >= rejection.threshold).mean()))
+    assert accepts - 0.01 < float(np.mean(accepted)) < accepts + 1 / images + 0.01
+
+
+def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
+    inside, images = 0, 100
+    for seed in range(200):
+        options = {"scalable": False, "refitted": {"max_probability": 0.9}}
+        rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
+        assert rejection is not None
+        assert rejection.accepted is not None
+        others = calibrated(images, seed=1000 + seed)[0]
+        share = float((known_score(others, rejection.score) >= rejection.threshold).mean())
+        inside += rejection.accepted[0] <= share <= rejection.accepted[1]
+    assert 188 <= inside < 200
+
+
+def test_two_classes_have_no_leave_one_class_out_estimate() -> None:
+    rejection = fit_decision(*calibrated(200, classes=2), estimated_on="held-out").rejection
+    assert rejection is not None
+    assert (rejection.score, rejection.auroc) == ("max_probability", None)
+
+
+LABELS = ("cat", "ant")  # not sorted, as in files of other projects
+RULES = Preprocess(resize=8, crop=8, interpolation="bilinear")
+CONFIG = {"depth": 8, "base_width": 2}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write `ckpt.pt` with logits that are four times too large, and 80 images, of which it misses 20."""
+    home, random = tmp_path_factory.mktemp("home"), np.random.default_rng(0)
+    pixels = random.integers(0, 256, (80, 8, 8, 3), dtype=np.uint8)
+    torch.manual_seed(0)
+    network = sopdeploy.create_model("resnet8", num_classes=2, **CONFIG).eval()
+    images = torch.from_numpy(np.stack([preprocess_image(Image.fromarray(one), RULES) for one in pixels]))
+    with torch.no_grad():
+        gaps = network(Normalize(RULES)(images)) @ torch.tensor([1.0, -1.0])
+        layer = network.logits_layer()
+        layer.bias[0] -= gaps.median()
+        gaps = gaps - gaps.median()
+        for parameter in layer.parameters():
+            parameter.mul_(4 / float(gaps.abs().mean()))
+    record = {"model": "resnet8", "config": CONFIG, "preprocess": RULES, "training": {}}
+    checkpoint = Checkpoint(**record, weights=network.state_dict(), labels=LABELS)
+    write_checkpoint(home / "ckpt.pt", checkpoint)
+    for number, gap in enumerate(gaps.tolist()):
+        label = LABELS[(gap < 0) ^ (number % 4 == 0)]
+        (home / "photos" / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number]).save(home / "photos" / label / f"{number}.png")
+    return home
+
+
+def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> None:
+    source = (home / "ckpt.pt").read_bytes()
+    plain = sopdeploy.evaluate(home / "ckpt.pt", home / "photos")
+    found = sopdeploy.evaluate(home / "ckpt.pt", home / "photos", fit_decision=home / "fitted.pt")
+    assert (found.metrics, found.scores, plain.decision) == (plain.metrics, plain.scores, None)
+    assert found.decision is not None
+    assert found.decision.calibration is not None
+    assert found.decision.rejection is not None
+    assert found.decision.calibration.num_images == 80
+    assert found.decision.calibration.temperature > 1.5
+    assert found.decision.calibration.error_after < found.decision.calibration.error_before
+    assert (home / "ckpt.pt").read_bytes() == source
+    before, after = read_checkpoint(home / "ckpt.pt"), read_checkpoint(home / "fitted.pt")
+    assert (before.decision, after.decision) == (None, found.decision)
+    pairs = zip(*(build_classifier(one, home).state_dict().values() for one in (before, after)), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    fitted = sopdeploy.evaluate(home / "fitted.pt", home / "photos").metrics
+    assert fitted.calibration.error == pytest.approx(found.decision.calibration.error_after)
+
+
+def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:
+    decision = Decision(activation="sigmoid", thresholds=(0.5, 0.5))
+    write_checkpoint(home / "several.pt", replace(read_checkpoint(home / "ckpt.pt"), decision=decision))
+    rows = [
+        f"{path.relative_to(home / 'photos')},{path.parent.name}" for path in (home / "photos").rglob("*.png")
+    ]
+    table = home / "photos" / "labels.csv"
+    table.write_text("\n".join(["file,classes", *sorted(rows)]))
+    fitted = sopdeploy.evaluate(
+        home / "several.pt", home / "photos", fit_decision=home / "fitted-several.pt"
+    ).decision
+    table.unlink()
+    assert fitted is not None
+    assert fitted.thresholds is not None
+    assert (len(fitted.thresholds), fitted.calibration, fitted.rejection) == (2, None, None)
+    assert fitted.thresholds != decision.thresholds
+
+
+PROBLEMS: dict[str, tuple[dict[str, object], str]] = {
+    "the checkpoint itself": ({"fit_decision": "ckpt.pt"}, "is the evaluated checkpoint; give another file"),
+    "no images to accept": ({"accepts": 0.0}, "accepts: Input should be greater than 0"),
+    "few images": ({"data": "few"}, "fit_decision: there are 2 images; give at least 50"),
+    "no checkpoint": ({"source": "x.pt"}, "x.pt: no such file"),
+    "a bundle": ({"source": "bundle"}, "fit_decision: only for a checkpoint, this is a bundle; omit it"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), PROBLEMS.values(), ids=PROBLEMS)
+def test_an_error_is_one_line_and_writes_nothing(
+    home: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], message: str
+) -> None:
+    monkeypatch.chdir(home)
+    for label in LABELS:
+        (home / "few" / label).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(home / "few" / label / "0.png")
+    (home / "bundle").mkdir(exist_ok=True)
+    (home / "bundle" / "manifest.json").touch()
+    files = {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")}
+    arguments = {"source": "ckpt.pt", "data": "photos", "fit_decision": "new.pt", **changes}
+    with pytest.raises(SopdeployError, match=message) as caught:
+        sopdeploy.evaluate(**arguments)
+    assert "\n" not in str(caught.value)
+    assert {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")} == files
+
+
+NOTHING = np.zeros((0, 3))
+
+
+def peaks(heights: list[float], base: float = 0.0) -> np.ndarray:
+    """Logits (N, 3) with one peak of the given height above *base*."""
+    logits = np.full((len(heights), 3), base)
+    logits[np.arange(len(heights)), np.arange(len(heights)) % 3] += heights
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("unknown", "score", "rejected"),
+    [
+        (peaks([0.0] * 10), "max_probability", 1),  # no known image has such a score
+        (peaks([3.25] * 10), "max_probability", 4),  # as some known ones: as many as allowed
+        (peaks([9.0] * 10), "max_probability", 1),  # not recognized by any threshold
+        (peaks([5.0] * 10, base=-9.0), "energy", 1),  # only the sum of the logits differs
+    ],
+)
+def test_unknown_images_choose_the_score_and_how_many_known_ones_are_rejected(unknown, score, rejected):
+    known = peaks(list(np.linspace(3.0, 8.0, 50)))
+    assert choose_rejected(known, unknown, 4) == (score, rejected)
+
+
+def known_images(count: int = 200) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    targets = np.arange(count) % 3
+    return random.normal(size=(count, 3)) + 5 * np.eye(3)[targets], targets
+
+
+@pytest.mark.parametrize("scalable", [True, False])
+def test_the_images_that_test_the_threshold_have_no_part_in_setting_it(scalable):
+    logits, targets = known_images()
+    setting = np.random.default_rng(1).normal(size=(40, 3))
+
+    def fit(unknown):
+        options = {"estimated_on": "held-out", "scalable": scalable}
+        return fit_decision(logits, targets, unknown=unknown, **options)
+
+    tests = {"same": setting, "known": logits[:40], "none": NOTHING}
+    found = {name: fit(UnknownLogits(setting, testing)) for name, testing in tests.items()}
+    rules = {name: decision.rejection for name, decision in found.items()}
+    assert len({(rule.score, rule.threshold, rule.accepts) for rule in rules.values()}) == 1
+    assert rules["none"].recognized == (0, 0)
+    counts = {name: rule.recognized for name, rule in rules.items()}
+    assert (counts["same"][0] > 30, counts["known"][0] < 5) == (True, True)
+    scaled = known_score(setting / found["same"].temperature, rules["same"].score)
+    assert counts["same"] == ((scaled < rules["same"].threshold).sum(), 40)
+    without = fit(None).rejection
+    assert without.recognized is None
+    assert rules["same"].accepts >= without.accepts
+    rows = dict(found["same"].rows())
+    assert rows["recognized unknown images"].startswith(f"{counts['same'][0]} of 40 images of your folder")
+
+
+def test_without_images_that_set_it_the_threshold_stays_as_it_is():
+    logits, targets = known_images()
+    testing = np.random.default_rng(1).normal(size=(40, 3))
+    plain = fit_decision(logits, targets, estimated_on="held-out").rejection
+    tested = fit_decision(
+        logits, targets, estimated_on="held-out", unknown=UnknownLogits(NOTHING, testing)
+    ).rejection
+    assert tested.model_copy(update={"recognized": None}) == plain
+    assert tested.recognized[1] == 40
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "found"),
+    [
+        (None, None, ""),
+        (None, (0, 0), ""),
+        (None, (5, 9), ""),
+        (None, (0, 9), "only 0 of 9 unknown images are recognized; add"),
+        ((38, 40), (7, 40), "only 7 of 40 unknown images are recognized, 38 of 40 before; add"),
+        ((38, 40), (24, 40), "only 24 of 40 unknown images are recognized, 38 of 40 before; add"),
+        ((38, 40), (34, 40), ""),
+    ],
+)
+def test_a_low_or_fallen_share_of_recognized_images_is_a_warning(before, now, found):
+    was, rule = (Rejection(score="energy", threshold=0.0, recognized=one) for one in (before, now))
+    assert describe_weakness(rule, was).startswith(found)
+    assert bool(describe_weakness(rule, was)) == bool(found)
+
+
+def stripes(folder, count: int):
+    """Write *count* striped images, which show no color of `paint`."""
+    folder.mkdir()
+    for number in range(count):
+        pixels = np.zeros((40, 40, 3), np.uint8)
+        pixels[:: 2 + number % 5] = 255 - number
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def labelled_twice(photos):
+    """Give the images of *photos* several classes."""
+    classes = "|".join(sorted(path.name for path in photos.iterdir()))
+    rows = [f"{path.relative_to(photos)},{classes}" for path in sorted(photos.rglob("*.png"))]
+    (photos / "labels.csv").write_text("\n".join(["file,classes", *rows]))
+    return photos
+
+
+@pytest.mark.parametrize(
+    "procedure",
+    [
+        "few_shot",
+        pytest.param("loop", marks=pytest.mark.slow),
+    ],
+)
+def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure):
+    photos, unknown = paint(tmp_path / "photos", 17), stripes(tmp_path / "photos-unknown", 12)
+    if procedure == "loop":
+        paint(tmp_path / "data" / "train", 4)
+        photos.rename(tmp_path / "data" / "val")
+        photos = tmp_path / "data"
+    settings = [*SMALL, f"data.path={photos}", f"procedure.kind={procedure}", f"rejection.unknown={unknown}"]
+    recipe = read_recipe("photos", [*settings, "epochs=1"])
+    result = train_recipe(recipe, tmp_path / "run")
+    count, tested = result.decision.rejection.recognized
+    assert 0 < tested < 12
+    assert 0 <= count <= tested
+    assert read_checkpoint(result.best).decision == result.decision
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_the_training(tmp_path):
+    photos = paint(tmp_path / "photos", 3)
+    (tmp_path / "empty").mkdir()
+    cases = {"none": "no such folder", "empty": "holds no images"}
+    for name, message in cases.items():
+        recipe = read_recipe(
+            "photos", [*SMALL, f"data.path={photos}", f"rejection.unknown={tmp_path / name}"]
+        )
+        with pytest.raises(DataError, match=message):
+            train_recipe(recipe, tmp_path / "run")
+        assert not (tmp_path / "run" / "best.pt").exists()
+    result = CliRunner().invoke(
+        app,
+        ["train", "--data", str(photos), "--unknown", str(tmp_path / "none"), "--out", str(tmp_path / "run")],
+    )
+    assert result.exit_code == 2
+    assert "no such folder" in result.stderr
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "a.jpg").write_bytes(b"no picture")
+    recipe = read_recipe("photos", [*SMALL, f"data.path={photos}", f"rejection.unknown={damaged}"])
+    with pytest.raises(DataError, match=r"a\.jpg"):
+        train_recipe(recipe, tmp_path / "run")
+    recipe = read_recipe(
+        "photos", [*SMALL, f"data.path={labelled_twice(photos)}", f"rejection.unknown={photos}"]
+    )
+    with pytest.raises(ConfigError, match="without effect where images have several classes"):
+        train_recipe(recipe, tmp_path / "run")

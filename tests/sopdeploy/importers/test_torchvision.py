@@ -1,0 +1,266 @@
+"""ResNets and VGGs of torchvision, timm and for CIFAR, as `.pth` and as safetensors."""
+
+import copy
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.errors import ConfigError, WeightsError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers import pytorch_projects
+from sopdeploy.importers.conversion import WeightFile
+from sopdeploy.importers.import_weights import convert_weights
+from sopdeploy.models.registry import create_model
+from sopdeploy.training.start_weights import StartWeights, load_start_weights
+from tests.sopdeploy.importers.released import (
+    SHORT,
+    assert_logits,
+    assert_released_logits,
+    images_of,
+    imported,
+    prefixed,
+    settled,
+    state_of,
+)
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HUB = {"crop_pct": 0.9, "interpolation": "bicubic", "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@functools.cache
+def torchvision_resnet18(classes: int = 5) -> torch.nn.Module:
+    return settled(TorchvisionResNet(BasicBlock, list(SHORT), num_classes=classes))
+
+
+def write_hub_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps({"pretrained_cfg": config}))
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save the weights of a short torchvision ResNet-18 with five classes."""
+    file = tmp_path_factory.mktemp("torchvision") / "a.pth"
+    torch.save(torchvision_resnet18().state_dict(), file)
+    return file
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Path:
+    """Save the weights of a narrow CIFAR ResNet-8 with five classes."""
+    torch.save(state_of("cifar A narrow"), tmp_path / "a.th")
+    return tmp_path / "a.th"
+
+
+SAVE_FILE = safetensors.torch.save_file
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(("save", "dtype"), [(torch.save, torch.float32), (SAVE_FILE, torch.float16)])
+def test_torchvision_weights_give_the_same_logits(
+    tmp_path: Path, save: Callable[..., None], dtype: torch.dtype
+) -> None:
+    network, file = copy.deepcopy(torchvision_resnet18()).to(dtype), tmp_path / "weights"
+    save(network.state_dict(), file)
+    ours, report = imported(file, "resnet18")
+    with torch.no_grad():
+        assert_logits(ours, network.double()(images_of(64)), images_of(64))
+    assert (report.project, report.preprocess.resize, report.preprocess.crop) == ("torchvision", 256, 224)
+    assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
+
+
+@pytest.mark.parametrize(
+    ("depth", "digest", "resize"),
+    [(18, "f37072fd", 256), (50, "0676ba61", 256), (50, "11ad3fa6", 232), (101, "cd907fc2", 232)],
+)
+def test_torchvision_files_are_identified_by_their_hash(
+    monkeypatch: pytest.MonkeyPatch, depth: int, digest: str, resize: int
+) -> None:
+    monkeypatch.setattr(pytorch_projects, "sha256", lambda path: digest + "0" * 56)
+    found, notes = pytorch_projects.published_preprocess(f"resnet{depth}", Path("a.pth"))
+    assert (found.resize, found.crop, found.interpolation) == (resize, 224, "bilinear")
+    assert notes[0].startswith("preprocessing of torchvision's")
+
+
+@pytest.mark.usefixtures("short")
+def test_a_thousand_classes_get_the_imagenet_names_and_unknown_depths_are_refused(tmp_path: Path) -> None:
+    torch.save(torchvision_resnet18(1000).state_dict(), tmp_path / "a.pth")
+    _, report = imported(tmp_path / "a.pth", "resnet18")
+    assert report.labels.startswith("ImageNet")
+    with torch.device("meta"):
+        names = torchvision.models.resnet152().state_dict()
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match=r"a ResNet of \(3, 8, 36, 3\) bottlenecks is not in the catalog"):
+        imported(tmp_path / "a.pth", "resnet101")
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_timm_weights_with_and_without_hub_config(tmp_path: Path, beside: bool) -> None:
+    network, file = settled(timm.create_model("test_resnet", num_classes=5)), tmp_path / "model.safetensors"
+    safetensors.torch.save_file(network.state_dict(), file)
+    if beside:
+        write_hub_config(tmp_path, {"input_size": [3, 288, 288], **HUB})
+    ours, report = imported(file, "timm:test_resnet")
+    with torch.no_grad():
+        assert_logits(ours, network.double()(images_of(64)), images_of(64))
+    rules, stored = report.preprocess, timm.get_pretrained_cfg("test_resnet")
+    side = stored.input_size[-1]
+    expected = (320, 288, "bicubic") if beside else (int(side / stored.crop_pct), side, stored.interpolation)
+    assert (rules.resize, rules.crop, rules.interpolation) == expected
+    assert rules.mean == ((0.5,) * 3 if beside else stored.mean)
+    assert report.notes[0].startswith("preprocessing from config.json" if beside else "no config.json")
+
+
+@pytest.mark.parametrize("model", ["resnet18", "timm:test_vit"])
+def test_a_file_of_another_network_names_the_network_of_timm_that_it_fits(tmp_path: Path, model: str) -> None:
+    file = tmp_path / "test_efficientnet-epoch9.pth"
+    torch.save(timm.create_model("test_efficientnet", num_classes=3).state_dict(), file)
+    with pytest.raises(WeightsError) as error:
+        imported(file, model)
+    fits = "its tensors are those of timm:test_efficientnet; name that network"
+    assert str(error.value) == f"{file}: does not fit {model}; {fits}"
+
+
+@pytest.mark.parametrize(
+    ("released", "model"), [("cifar A", "resnet8"), ("cifar A 20", "resnet20"), ("cifar B", "resnet8")]
+)
+def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model: str) -> None:
+    torch.save({"state_dict": prefixed(state_of(released)), "best_prec1": 91.7}, tmp_path / "a.th")
+    ours, report = imported(tmp_path / "a.th", model)
+    assert_released_logits(ours, released)
+    assert (report.preprocess.resize, report.preprocess.crop, report.labels) == (32, 32, "CIFAR-10")
+    assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
+    assert report.config["shortcut"] == ("projection" if released == "cifar B" else "pad")
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("resnet20", r"depth is 20, not 18.*looks like ResNet-18 of torchvision, import it --as resnet18"),
+        ("isqrt-resnet50", r"depth is 50, not 18"),
+    ],
+)
+def test_another_network_is_refused(weights: Path, name: str, message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        imported(weights, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"extra.weight": torch.zeros(2)}, "no tensor for extra.weight"),
+        ({"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)}, r"\(8, 8, 1, 1\), not \(8, 8, 3, 3\)"),
+        ({"bn1.bias": torch.full((8,), float("nan"))}, "bn1.bias has values that are not finite"),
+        ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
+        ({"bn1.bias": None}, "bn1.bias is not in the file"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    state = state_of("cifar A narrow") | change
+    torch.save({name: value for name, value in state.items() if value is not None}, tmp_path / "a.th")
+    with pytest.raises(WeightsError, match=message):
+        imported(tmp_path / "a.th", "resnet8")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resize": 20}, r"crop \(32\) is larger than resize \(20\)"),
+        ({"settings": {"depht": 18}}, "depht: unknown key"),
+        ({"n.txt": "a\nb\n"}, "2 names for 5 classes"),
+        ({"n.json": "{}"}, "holds no list of names"),
+    ],
+)
+def test_an_invalid_option_or_file_of_labels_is_refused(
+    narrow: Path, options: dict[str, Any], message: str
+) -> None:
+    for name in options.keys() & {"n.txt", "n.json"}:
+        narrow.with_name(name).write_text(options[name])
+        options = {"labels": narrow.with_name(name)}
+    with pytest.raises(ConfigError, match=message):
+        imported(narrow, "resnet8", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("n.txt", "a\n b \nc\n\nd\ne"), ("n.json", '["a","b","c","d","e"]')]
+)
+def test_the_input_size_and_the_labels_can_be_given(narrow: Path, name: str, content: str) -> None:
+    labels = narrow.with_name(name)
+    labels.write_text(content)
+    options = {"labels": labels, "resize": 448, "crop": 448, "interpolation": "bicubic"}
+    rules = imported(narrow, "resnet8", **options)[1].preprocess
+    assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (448, 448, "bicubic", IMAGENET[0])
+    assert read_checkpoint(narrow.with_name("imported.pt")).labels == ("a", "b", "c", "d", "e")
+
+
+NETWORKS = [("vgg16", "vgg16"), ("vgg16_bn", "vgg16-bn")]
+
+
+def vgg_file(tmp_path: Path, name: str) -> WeightFile:
+    """Describe a file of torchvision's network *name* with five classes, without its values."""
+    (tmp_path / "a.pth").touch()
+    with torch.device("meta"):
+        state = getattr(torchvision.models, name)(num_classes=5).state_dict()
+    return WeightFile(path=tmp_path / "a.pth", sha256="", tensors=state)
+
+
+@pytest.mark.parametrize(("name", "model"), NETWORKS)
+def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, model: str) -> None:
+    project, converted = convert_weights(vgg_file(tmp_path, name), model)
+    with torch.device("meta"):
+        expected = create_model(model, num_classes=5).state_dict()
+    assert (project, converted.model, converted.num_classes) == ("torchvision", model, 5)
+    found = {mapped.name: mapped.tensor.shape for mapped in converted.tensors}
+    assert found == {name: tensor.shape for name, tensor in expected.items()}
+
+
+def test_a_vgg_of_another_depth_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        WeightsError, match="a VGG with 16 convolutions; the catalog has only VGG-16, with 13"
+    ):
+        convert_weights(vgg_file(tmp_path, "vgg19_bn"), "vgg16-bn")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "model"), NETWORKS)
+def test_vgg_weights_give_the_same_logits(tmp_path: Path, name: str, model: str) -> None:
+    network = settled(getattr(torchvision.models, name)(num_classes=5))
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    ours, report = imported(tmp_path / "a.pth", model)
+    with torch.no_grad():
+        assert_logits(ours, network.double()(images_of(64)), images_of(64))
+    assert report.config.get("batch_norm", True) == name.endswith("_bn")
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "new"),
+    [
+        ("vgg16-bn", {"pooling": {"kind": "isqrt", "width": 8}}, {"classifier.0", "classifier.6"}),
+        ("vgg16-bn", {"pooling": "bcnn", "classifier": "linear"}, {"classifier"}),
+    ],
+)
+def test_the_convolutions_start_a_network_with_another_pooling(
+    tmp_path: Path, model: str, config: dict[str, Any], new: set[str]
+) -> None:
+    _, converted = convert_weights(vgg_file(tmp_path, "vgg16_bn"), "vgg16-bn")
+    values = {  # ones without memory of their own
+        mapped.name: torch.ones((), dtype=mapped.tensor.dtype).expand(mapped.tensor.shape)
+        for mapped in converted.tensors
+    }
+    weights = StartWeights(file="a.pth", sha256="", network="VGG-16", tensors=values, preprocess=Preprocess())
+    network = create_model(model, num_classes=3, **config)
+    report = load_start_weights(weights, network, ("a", "b", "c"))
+    assert {part for part in report.new if not part.startswith("pooling")} == new
+    convolutions = [tensor for name, tensor in network.state_dict().items() if name.startswith("layers.")]
+    assert all(bool((tensor == 1).all()) for tensor in convolutions)

@@ -1,0 +1,456 @@
+"""The networks of the papers: published counts and dimensions, names of weights, what ships."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.resnet import Bottleneck, ResNet
+
+from sopdeploy.errors import ConfigError
+from sopdeploy.layers.attention.first_order import CBAM, squeeze_excite
+from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.models.describe import describe
+from sopdeploy.models.gmsop import GMSOPResNet
+from sopdeploy.models.psdr import intermediate_widths
+from sopdeploy.models.registry import create_model, make_config
+from tests.sopdeploy.training.small_recipes import few_blocks
+
+
+@pytest.mark.parametrize(
+    ("pooling", "dimensions"),
+    [
+        ("gap", 512),
+        ("isqrt", 32896),
+        ({"kind": "isqrt", "width": 128}, 8256),
+        ({"kind": "isqrt", "width": 64}, 2080),
+        ("mpncov", 32896),
+        ("bcnn", 262144),
+        ("improved-bcnn", 262144),
+        ("g2denet", 263169),
+        ("cbp", 8192),
+        ("kernel", 12801),  # "13K"
+        ("low-rank-bilinear", 10000),  # "10K"
+        ("netvlad", 32768),
+        ("netfv", 65536),
+    ],
+)
+def test_dimensions_on_vgg_are_the_published_ones(pooling: object, dimensions: int) -> None:
+    described = describe("vgg16-bn", classifier="linear", pooling=pooling)
+    assert described.representation == dimensions
+
+
+@pytest.mark.parametrize(
+    ("norm", "sides"), [("response", [55, 27, 13, 13, 13]), ("batch", [55, 27, 13, 13, 13])]
+)
+def test_alexnet_has_the_maps_of_its_paper_and_normalizes_across_channels(
+    norm: str, sides: list[int]
+) -> None:
+    network = create_model("alexnet", num_classes=2, norm=norm, pooling="gap", classifier="linear").eval()
+    with torch.no_grad():
+        last, taps = network.feature_maps(torch.randn(1, 3, 224, 224), network.tap_channels)
+    assert [tap.shape[2] for tap in taps] == sides
+    assert last.shape == (1, 256, 13, 13)
+    norms = [layer for layer in network.layers if isinstance(layer, torch.nn.LocalResponseNorm)]
+    assert len(norms) == (2 if norm == "response" else 0)
+    for layer in norms:
+        x = torch.rand(1, 9, 1, 1, dtype=torch.float64) * 100
+        around = [x[0, max(0, i - 2) : i + 3].square().sum() for i in range(9)]
+        expected = torch.stack([x[0, i, 0, 0] / (2 + 1e-4 * s) ** 0.75 for i, s in enumerate(around)])
+        torch.testing.assert_close(layer(x).flatten(), expected)
+
+
+@pytest.mark.parametrize("stride_on", ["v1", "v1.5"])
+def test_drn_a_dilates_what_follows_a_removed_stride(stride_on: str) -> None:
+    torch.manual_seed(0)
+    config = {"depth": 26, "bottleneck_stride": stride_on}
+    dilated = create_model("drn-a-50", num_classes=3, **config).eval()
+    expected = ResNet(Bottleneck, [2, 2, 2, 2], 3, replace_stride_with_dilation=[False, True, True]).eval()
+    if stride_on == "v1":  # the 3x3 convolution is already behind the stride
+        for stage, dilation in ((expected.layer3, 2), (expected.layer4, 4)):
+            stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
+        first = expected.layer2[0]
+        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+    expected.load_state_dict(dilated.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(dilated(images), expected(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "message"),
+    [
+        ({"kind": "isqrt", "iterations": 16}, r"pooling.isqrt.iterations"),
+        ({"kind": "isqrt", "rows": 1}, r"pooling.isqrt.rows: unknown key"),
+        ({"kind": "mpncov", "power": 0.0}, r"pooling.mpncov.power"),
+    ],
+)
+def test_an_invalid_pooling_is_a_one_line_error(pooling: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        create_model("resnet20", pooling=pooling)
+
+
+SMALL = "gsop-net1-preact-resnet164"
+
+
+def on_meta(name: str, **config: object) -> nn.Module:
+    with torch.device("meta"):
+        return create_model(name, **config)
+
+
+def places(network: nn.Module) -> list[str]:
+    return [
+        name.removesuffix(".attention") for name, m in network.named_modules() if isinstance(m, GSoPBlock)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("gsop-net1-resnet50", {}, ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]),
+        ("gsop-net2-resnet50", {"depth": 101}, ["layer1.2", "layer2.3", "layer3.22"]),
+        ("gsop-net1-resnet26", {"block_stages": ["layer3"]}, ["layer3.1"]),
+        ("gsop-net2-resnet26", {"block_stages": []}, []),
+        ("gsop-net2-resnet26", {"block_stages": ["layer4"]}, ["layer4.1"]),
+        ("gsop-net2-preact-resnet164", {"blocks": 3}, ["layer1.2", "layer2.2"]),
+        ("gsop-net1-preact-resnet164", {"blocks": 1}, ["layer1.0", "layer2.0", "layer3.0"]),
+    ],
+)
+def test_blocks_are_where_the_paper_has_them(name: str, config: dict, expected: list[str]) -> None:
+    assert places(on_meta(name, **config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "says"),
+    [
+        (SMALL, {"block_stages": ["layer4"]}, "no layer4; stages are layer1, layer2, layer3"),
+        (SMALL, {"strided_dr_stages": ["layer4"]}, "no layer4"),
+        ("gsop-net1-resnet50", {"block_stages": ["layer5"]}, "block_stages.0"),
+        (
+            "gsop-net1-resnet26",
+            {"depth": 18, "base_width": 8, "attention": "concatenation"},
+            "multiple of 64 channels, got 8",
+        ),
+    ],
+)
+def test_an_invalid_option_is_a_config_error(name: str, config: dict, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        on_meta(name, **config)
+
+
+def test_convolutions_start_with_kaimings_deviation() -> None:
+    torch.manual_seed(0)
+    network = create_model(SMALL, blocks=3)
+    conv = network.get_submodule("layer2." + places(network)[1].split(".")[1]).attention.channel.reduction[0]
+    assert conv.weight.std().item() == pytest.approx((2 / conv.out_channels) ** 0.5, rel=0.1)
+    assert conv.bias.abs().max() == 0
+
+
+FEATURES = torch.randn(2, 32, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_squeeze_excite_is_two_linear_layers_on_the_means() -> None:
+    block = squeeze_excite(32, 16).double()
+    means = F.adaptive_avg_pool2d(FEATURES, 1).flatten(1)
+    hidden = F.relu(F.linear(means, block.fc1.weight.flatten(1), block.fc1.bias))
+    weights = torch.sigmoid(F.linear(hidden, block.fc2.weight.flatten(1), block.fc2.bias))
+    torch.testing.assert_close(block(FEATURES), FEATURES * weights[:, :, None, None])
+
+
+def test_cbam_scales_channels_then_positions() -> None:
+    block = CBAM(32, 16).double().eval()
+    averaged, largest = F.adaptive_avg_pool2d(FEATURES, 1), F.adaptive_max_pool2d(FEATURES, 1)
+    by_channel = FEATURES * torch.sigmoid(block.mlp(averaged) + block.mlp(largest))
+    two = torch.stack([by_channel.max(dim=1).values, by_channel.mean(dim=1)], dim=1)
+    by_position = torch.sigmoid(block.bn(block.conv(two)))
+    torch.testing.assert_close(block(FEATURES), by_channel * by_position)
+
+
+@pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
+def test_every_block_has_an_attention_and_torchvisions_keys(kind: str) -> None:
+    with torch.device("meta"):
+        plain, ours = create_model("resnet50"), create_model(f"{kind}-resnet50")
+    attended = [name for name, _ in ours.named_modules() if name.endswith(".attention")]
+    assert attended == [f"{place}.attention" for place in ours.tap_channels]
+    extra = ours.state_dict().keys() - plain.state_dict().keys()
+    assert plain.state_dict().keys() <= ours.state_dict().keys()
+    assert all(".attention." in key for key in extra)
+
+
+@pytest.mark.parametrize("conv5_stride", [1, 2])
+def test_global_gathering_is_as_large_as_the_maps(conv5_stride: int) -> None:
+    with torch.device("meta"):
+        network = create_model("ge-resnet50", conv5_stride=conv5_stride)
+        sides = [network.get_submodule(f"layer{s}.0.attention.gather.0").kernel_size[0] for s in (1, 2, 3, 4)]
+    assert sides == [56, 28, 14, 7 if conv5_stride == 2 else 14]
+
+
+@pytest.mark.parametrize(
+    ("target", "decay", "widths"),
+    [
+        (64, 0.25, [1024, 256]),
+        (128, 0.25, [1024, 256]),
+        (64, 0.5, [1024, 512, 256, 128]),  # Fig. 3
+        (128, 0.5, [1024, 512, 256]),
+        (256, 0.5, [1024, 512]),
+        (100, 0.3, [1024, 307]),
+        (1024, 0.5, []),
+    ],
+)
+def test_intermediate_widths_follow_eq_4(target: int, decay: float, widths: list[int]) -> None:
+    assert intermediate_widths(2048, target, decay) == widths
+
+
+def test_a_target_width_without_reduction_is_rejected() -> None:
+    with pytest.raises(ConfigError, match="width: 512 is not smaller than 512 channels"):
+        create_model("psdr-resnet50", depth=18, width=512)
+
+
+TINY: dict[str, Any] = {
+    "blocks_per_stage": 1,
+    "components": 4,
+    "chosen": 2,
+    "component_widths": (12, 8),
+    "gate_widths": (8, 6),
+    "num_classes": 5,
+}
+
+GATED = ["gmsop-16-8-resnet18", "gmgap-16-8-resnet18", "sgmoe-16-8-resnet18"]
+
+
+def tiny(name: str = GATED[0], **switches: Any) -> GMSOPResNet:
+    torch.manual_seed(0)
+    if name.startswith("sgmoe"):
+        switches = {"gate_widths": (), **switches}
+    network = create_model(name, **{**TINY, **switches})
+    assert isinstance(network, GMSOPResNet)
+    return network
+
+
+def images(count: int = 4, side: int = 16) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randn(count, 3, side, side)
+
+
+def untied(network: GMSOPResNet) -> GMSOPResNet:
+    torch.nn.init.normal_(network.gate.weight)
+    for bias in network.mixture.biases:
+        torch.nn.init.normal_(bias)
+    return network
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_eval_mode_returns_logits_and_outputs_tuple_the_gates(name: str) -> None:
+    network = untied(tiny(name)).eval()
+    logits, gates = network.outputs_tuple(images())
+    assert torch.equal(network(images()), logits)
+    assert gates.shape == (4, 4)
+    assert (gates > 0).sum(dim=1).tolist() == [2] * 4
+    torch.testing.assert_close(gates.sum(dim=1), torch.ones(4))
+
+
+def test_the_untrained_gate_selects_the_first_components() -> None:
+    _, gates = tiny().eval().outputs_tuple(images())
+    assert gates.tolist() == [[0.5, 0.5, 0.0, 0.0]] * 4
+
+
+def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
+    network = tiny(chosen=1)
+    with pytest.raises(ConfigError, match="chosen: must be at least 2 to train"):
+        network(images())
+    assert network.eval()(images()).shape == (4, 5)
+
+
+def test_components_without_activation_are_linear_as_in_eq_6() -> None:
+    """The second-order vector of Q X and of the features P2 P1 X is the same, and scales with X."""
+    network = untied(tiny(component_activation="none", dropout=0.0)).double().eval()
+    first, second = (weight[0] for weight in network.mixture.weights)
+    x = torch.randn(2, 128, 3, 3, dtype=torch.float64)
+    projected = torch.einsum("oc,bchw->bohw", second @ first, x)
+    torch.testing.assert_close(network.mixture(x)[:, 0], network.mixture.after(projected))
+    rectified = untied(tiny(dropout=0.0)).double().eval()
+    assert not torch.allclose(rectified.mixture(x), network.mixture(x))
+
+
+def test_the_gate_has_the_architecture_of_a_component_or_that_of_the_released_code() -> None:
+    """Section 2.3; the code has batch norm and other widths."""
+    paper = tiny("gmgap-16-8-resnet18", gate_widths=None).gate
+    assert [type(layer) for layer in paper.feature[0]] == [torch.nn.Conv2d, torch.nn.ReLU]
+    assert (paper.feature[0][0].weight.shape[0], paper.weight.shape[1]) == (12, 8)
+    linear = tiny(gate_widths=None, component_activation="none").gate
+    assert [type(layer) for layer in linear.feature[1]] == [torch.nn.Conv2d]
+    released = tiny("gmgap-16-8-resnet18", gate_norm=True).gate
+    expected = [torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU]
+    assert [type(layer) for layer in released.feature[1]] == expected
+
+
+def test_batch_norms_and_biases_of_components_are_those_of_single_layers() -> None:
+    switches = {"component_norm": True, "component_bias": True, "evaluation": "dense", "dropout": 0.0}
+    network = untied(tiny(**switches)).double()
+    network(images().double())  # moves the running statistics
+    mixture, x = network.eval().mixture, torch.randn(2, 128, 3, 3, dtype=torch.float64)
+    expected = x
+    for step, weight in enumerate(mixture.weights):
+        norm, rows = mixture.norms[step], slice(2 * weight.shape[1], 3 * weight.shape[1])  # component 2
+        y = torch.nn.functional.conv2d(expected, weight[2, :, :, None, None], mixture.biases[step][rows])
+        statistics = (norm.running_mean[rows], norm.running_var[rows])
+        expected = torch.nn.functional.batch_norm(y, *statistics, norm.weight[rows], norm.bias[rows]).relu()
+    torch.testing.assert_close(mixture(x)[:, 2], mixture.after(expected))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"components": 4, "chosen": 5}, r"chosen \(5\) is more than components \(4\)"),
+        ({"component_norm": True}, "component_norm: needs evaluation=dense"),
+    ],
+)
+def test_invalid_values_are_rejected_by_name(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config("gmsop-16-8-resnet18", values)
+
+
+FOUR = ["layer1_1", "layer2_1", "layer3_1", "layer4_1"]
+NARROW = {"aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
+
+
+def branches_of(name: str, **config: object) -> dict[str, nn.Module]:
+    with torch.device("meta"):
+        network = create_model(name, **config)
+    return dict(network.branches.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("dsop-resnet18", {}, FOUR),
+        ("dsop-resnet50", {}, ["layer1_2", "layer2_3", "layer3_5", "layer4_2"]),
+        ("dsop-resnet20", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-resnet20", {"depth": 32}, ["layer1_4", "layer2_4", "layer3_4"]),
+        ("dsop-resnet8", {}, ["layer1_0", "layer2_0", "layer3_0"]),
+        ("dsop-preact-resnet110", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
+        ("dsop-preact-resnet164", {"blocks": 5}, ["layer1_4", "layer2_4", "layer3_4"]),
+        ("dsop-wrn-22-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-wrn-28-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (1, 3)]),
+        ("dsop-resnext29-8x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
+        ("dsop-efficientnet-b0", {}, ["blocks_4_2", "conv_head"]),
+        ("dsop-resnet18", {"aux_blocks": (0, 1, (2, 0), (0, 3))}, ["layer2_1", "layer3_0", "layer4_1"]),
+    ],
+)
+def test_branches_start_where_the_paper_says(name: str, config: dict, expected: list[str]) -> None:
+    assert list(branches_of(name, **config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "blocks", "widths"),
+    [
+        ("dsop-resnet18", {}, [2, 2, 2, 2], [64, 128, 256, 256]),
+        ("dsop-resnet50", {}, [3, 4, 6, 3], [64, 256, 256, 256]),
+        ("dsop-resnet50", {"aux_stride": "table"}, [3, 4, 7, 3], [256, 256, 256, 256]),
+        ("dsop-resnet18", {"aux_widths": (128,) * 4}, [2, 2, 2, 2], [64, 128, 128, 128]),
+        ("dsop-resnet20", {}, [1, 2, 1, 2, 1, 2], [16, 16, 32, 32, 64, 64]),
+        ("dsop-resnet20", {"depth": 32, "base_width": 64}, [2, 2, 2], [64, 128, 128]),
+        ("dsop-preact-resnet110", {}, [3] * 18, [16] * 6 + [32] * 6 + [64] * 6),
+        ("dsop-preact-resnet164", {}, [3] * 18, [64] * 6 + [128] * 12),
+        ("dsop-wrn-22-10", {}, [1, 2] * 3, [128] * 6),
+        ("dsop-wrn-28-10", {}, [2] * 6, [128] * 6),
+        ("dsop-resnext29-8x64d", {}, [1, 2] * 3, [128] * 6),
+        ("dsop-efficientnet-b0", {}, [3, 0], [64, 64]),
+        ("dsop-efficientnet-b0", {"aux_widths": (512,) * 7}, [3, 0], [112, 512]),
+    ],
+)
+def test_branches_are_made_of_what_the_paper_says(name, config, blocks, widths) -> None:
+    branches = branches_of(name, **config).values()
+    assert [len(branch.blocks) for branch in branches] == blocks
+    assert [branch.pooling.width for branch in branches] == widths
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"base_width": 64}, [0.0, 0.5, 0.5]),
+        ({}, [0.0, 0.0, 0.0]),
+        ({"base_width": 64, "aux_dropout": 0.2}, [0.2, 0.2, 0.2]),
+    ],
+)
+def test_dropout_follows_only_covariances_of_128_channels(config: dict, expected: list[float]) -> None:
+    """Section V-D; "4K-d" is half of the 8256 values that the classifier sees."""
+    branches = branches_of("dsop-resnet20", depth=32, **config).values()
+    assert [branch.dropout.p for branch in branches] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "expected"),
+    [
+        ("dsop-resnet18", {}, {"main": 1.0, **dict.fromkeys(FOUR, 1.0)}),
+        ("dsop-resnet20", {"depth": 32}, {"main": 1.0, "layer1_4": 0.1, "layer2_4": 0.2, "layer3_4": 0.3}),
+        (
+            "dsop-resnet20",
+            {"depth": 32, "main_weight": 0.5, "aux_weights": (1, 0, 2)},
+            {"main": 0.5, "layer1_4": 1.0, "layer2_4": 0.0, "layer3_4": 2.0},
+        ),
+    ],
+)
+def test_loss_weights_default_to_the_paper(name, config, expected) -> None:
+    with torch.device("meta"):
+        assert create_model(name, **config).loss_weights() == expected
+
+
+def test_stages_without_activation_get_one_before_the_pooling_of_their_branches() -> None:
+    for branch in branches_of("dsop-preact-resnet164").values():
+        assert [type(module) for module in branch.ending] == [nn.BatchNorm2d, nn.ReLU]
+    for branch in branches_of("dsop-resnext29-8x64d").values():
+        assert isinstance(branch.ending, nn.Identity)
+
+
+def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeypatch) -> None:
+    """It reads the maps of the first-order pooling, after the 320 to 1280 convolution, and adds this head."""
+    few_blocks(monkeypatch)
+    network = create_model("dsop-efficientnet-b0", num_classes=3, iterations=2)
+    network(torch.randn(2, 3, 64, 64)).branches["conv_head"].sum().backward()
+    assert network.conv_head.weight.grad.abs().sum() > 0
+    branch = network.branches["conv_head"]
+    own = 1280 * 64 + 2 * 64 + 2080 * 3 + 3  # DR, its batch norm, the classifier
+    assert sum(parameter.numel() for parameter in branch.parameters()) == own
+
+
+@pytest.mark.parametrize(
+    ("pooling", "function"),
+    [("power", lambda values: values.sqrt()), ("logarithm", lambda values: (values + 1e-3).log())],
+)
+def test_branches_pool_by_the_matrix_functions_of_section_iii_a(pooling: str, function: Callable) -> None:
+    network = create_model("dsop-resnet18", num_classes=3, **NARROW, aux_pooling=pooling)
+    branch = network.branches["layer2_1"]
+    map_BCHW = torch.randn(2, branch.pooling.channels, 5, 4, dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(torch.stack([one.flatten(1).cov(correction=0) for one in map_BCHW]))
+    matrix = vectors @ torch.diag_embed(function(values.clamp_min(0))) @ vectors.mT
+    rows, columns = torch.triu_indices(*matrix.shape[1:])
+    torch.testing.assert_close(
+        branch.pooling.double()(map_BCHW), matrix[:, rows, columns], atol=1e-4, rtol=1e-4
+    )
+
+
+def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
+    config = {**NARROW, "aux_blocks": (0, 0, 0, 2), "keep_unused_branches": True, "aux_pooling": "gap"}
+    network = create_model("dsop-resnet18", num_classes=3, **config)
+    assert list(network.branches) == FOUR
+    assert [len(branch.blocks) for branch in network.branches.values()] == [1, 1, 1, 2]
+    assert list(network(torch.randn(2, 3, 32, 32)).branches) == ["layer4_1"]
+    assert list(network.loss_weights()) == ["main", "layer4_1"]
+
+
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        ({"aux_blocks": (1, 1)}, "aux_blocks"),
+        ({"aux_blocks": ((1, 2, 3), 1, 1, 1)}, "aux_blocks"),
+        ({"aux_widths": (64,)}, "aux_widths"),
+        ({"aux_weights": (1.0,) * 5}, "aux_weights"),
+        ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt', 'power', 'logarithm' or 'gap'"),
+    ],
+)
+def test_options_that_do_not_match_the_stages_are_rejected(config: dict, key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        create_model("dsop-resnet18", **config)
