@@ -14,8 +14,9 @@ from sopdeploy_service.http.api_keys import CreateBucketState, load_keys, local_
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
-    ApiKeyMiddleware,
-    OriginMiddleware,
+    Guard,
+    KeyGuard,
+    OriginGuard,
     RequestContextMiddleware,
 )
 from sopdeploy_service.inference.loader import LoadedModel
@@ -75,13 +76,14 @@ def create_app(
     app.state.service = service
     for router in ROUTERS:
         app.include_router(router)
-    problems.handle_errors(app, [str(getattr(route, "path", "")) for one in ROUTERS for route in one.routes])
-    if keys is not None:  # the middleware that is added last runs first
+    problems.handle_errors(
+        app, [str(getattr(route, "path", "")) for router in ROUTERS for route in router.routes]
+    )
+    guard: Guard | None = None
+    if keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
-        app.add_middleware(
-            ApiKeyMiddleware, keys=keys, open_paths=open_paths, create_bucket_state=create_bucket_state
-        )
+        guard = KeyGuard(keys, open_paths, create_bucket_state)
     elif is_loopback(settings.host):
-        app.add_middleware(OriginMiddleware, names={"localhost", settings.host})
-    app.add_middleware(RequestContextMiddleware, service=service)
+        guard = OriginGuard({"localhost", settings.host})
+    app.add_middleware(RequestContextMiddleware, service=service, guard=guard)
     return app

@@ -25,7 +25,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.decoders import StrippedCopy
-from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.kept_folder import KeptResult

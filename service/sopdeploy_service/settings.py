@@ -202,11 +202,10 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
     Raises `ConfigError` for an unknown name or a missing `=`.
     """
     assigned: dict[str, Any] = {}
-    known = Settings.model_fields
     for text in assignments:
         name, equals, value = text.partition("=")
-        if not equals or name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+        if not equals or name not in Settings.model_fields:
+            close = difflib.get_close_matches(name, Settings.model_fields, n=1, cutoff=0.7)
             hint = f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
             raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")
         assigned[name] = value
@@ -215,9 +214,9 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
 
 def unused_variables() -> list[str]:
     """List environment variables that start with `SOPDEPLOY_` but name no setting."""
-    known = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
-    known |= {FILE_VARIABLE, VARIABLE}
-    return sorted(name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in known)
+    used = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
+    used |= {FILE_VARIABLE, VARIABLE}
+    return sorted(name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in used)
 
 
 def to_toml(settings: Settings) -> str:

@@ -15,7 +15,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy_export.engine_builder.engine import get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,

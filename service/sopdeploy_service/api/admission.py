@@ -26,7 +26,7 @@ from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse, validate
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
@@ -76,6 +76,17 @@ def service_of(request: Request) -> Service:
     """Return the `Service` of the app that handles *request*."""
     service: Service = request.app.state.service
     return service
+
+
+def find_and_record_model(request: Request, name: str | None, version: str | None) -> Model:
+    """Find the model of *request*; record it for the digest header, the metrics and the access log.
+
+    Raises `RejectedError` if it does not exist.
+    """
+    model = service_of(request).registry.find(name, version)
+    context: RequestContext = request.scope["state"]["context"]
+    context.model_name, context.model_version = model.name, model.version
+    return model
 
 
 def json_response(
@@ -161,8 +172,7 @@ async def admit(
     service = service_of(request)
     context: RequestContext = request.scope["state"]["context"]
     deadline = started + timeout_of(context.headers, service.settings.request_timeout)
-    model = service.registry.find(name, version)
-    context.model_name, context.model_version = model.name, model.version
+    model = find_and_record_model(request, name, version)
     result: Literal["success", "fail"] = "fail"
     try:
         service.check_admission(model, deadline)
@@ -176,7 +186,7 @@ async def admit(
         result = "success"
     finally:
         seconds = time.monotonic() - started
-        service.metrics.of(model.name).request(result, seconds, context.stage_seconds)
+        service.metrics.inference(model.name, result, seconds, context.stage_seconds)
 
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:

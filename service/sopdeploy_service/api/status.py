@@ -5,9 +5,10 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -20,13 +21,14 @@ from sopdeploy.http_api import ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response, service_of
 from sopdeploy_service.api.v2.response import stack_outputs
 from sopdeploy_service.http.problems import problem_responses
-from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, RejectedError
 from sopdeploy_service.inference.service import State
 
 router = APIRouter()
 
 README = "README.md"
+ModelName = Annotated[str | None, Query(alias="model")]
 
 
 class Health(StrictModel):
@@ -144,10 +146,10 @@ def model_info(model: Model) -> ModelInfo:
     response_model=Card,
     responses=problem_responses(400, 404, 422, 503),
 )
-async def card(request: Request, model: str | None = None) -> Response:
-    """Return the model card of *model* (required if several are loaded) and a summary of its certificate."""
+async def card(request: Request, model_name: ModelName = None) -> Response:
+    """Return the model card of `model` (required if several are loaded) and a summary of its certificate."""
     registry = service_of(request).registry
-    chosen = registry.find(model)
+    chosen = registry.find(model_name)
     with registry.use(chosen):  # a replaced model closes its files
         return json_response(await asyncio.to_thread(read_card, chosen.bundle))
 
@@ -188,9 +190,9 @@ def read_card(bundle: Bundle) -> Card:
     response_model=SelfTest,
     responses=problem_responses(400, 401, 404, 422, 429, 500, 503, 504),
 )
-async def selftest(request: Request, model: str | None = None) -> Response:
+async def selftest(request: Request, model_name: ModelName = None) -> Response:
     """Replay the probes of the bundle through the runtime, between the requests of clients."""
-    async with admit(request, model) as admitted:
+    async with admit(request, model_name) as admitted:
         return json_response(await self_test(admitted))
 
 

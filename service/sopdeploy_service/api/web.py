@@ -53,7 +53,7 @@ class Page:
         rules = [
             f"default-src {_NONE}",
             *(
-                f"{tag}-src {' '.join([*_hashes(tag, self.html), *assets]) or _NONE}"
+                f"{tag}-src {' '.join([*_policy_hashes(tag, self.html), *assets]) or _NONE}"
                 for tag in ("style", "script")
             ),
             "img-src blob: data:",
@@ -76,8 +76,8 @@ def _read(name: str, folder: Traversable = _FOLDER) -> str:
     return (path if path.is_file() else _FOLDER / name).read_text("utf-8")
 
 
-def _hashes(tag: str, html: str) -> list[str]:
-    """Return the sources of the inline elements *tag* in *html*."""
+def _policy_hashes(tag: str, html: str) -> list[str]:
+    """Return the hashes of the inline elements *tag* in *html*, as the security policy contains them."""
     texts = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
     digests = (hashlib.sha256(text.encode()).digest() for text in texts)
     return [f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests]

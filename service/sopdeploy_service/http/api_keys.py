@@ -92,8 +92,7 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
     """
     with writing(path, ConfigError):
         secret = _PREFIX + secrets.token_urlsafe(BITS // 8)
-        known = read_keys(path) if path.exists() else ()
-        if any(other.name == name for other in known):
+        if path.exists() and any(key.name == name for key in read_keys(path)):
             raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
         if not NAME.fullmatch(name):
             raise ConfigError(f"key {name!r}: use at most 64 letters, digits, `.`, `_` and `-`")

@@ -1,6 +1,7 @@
-"""Middleware around every request: context, metrics and access log; foreign pages; API keys.
+"""The middleware around every request: context, guard, metrics and access log.
 
-Plain ASGI middleware: Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
+A guard refuses foreign pages, or requests without a key, before the body is read. Plain ASGI middleware:
+Starlette's `BaseHTTPMiddleware` hides client disconnects from the routes.
 """
 
 import itertools
@@ -8,9 +9,10 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from typing import TypeAlias
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -67,12 +69,16 @@ class RequestContext:
         return ", ".join([f"{stage};dur={spent * 1000:.2f}" for stage, spent in self.stage_seconds.items()])
 
 
+Guard: TypeAlias = Callable[[str, RequestContext], None]  # for the path of a request
+
+
 @dataclass(eq=False)
 class RequestContextMiddleware:
-    """Creates the `RequestContext` of each request and records the request when it ends."""
+    """Creates the `RequestContext` of each request, calls *guard*, and records the request when it ends."""
 
     app: ASGIApp
     service: Service
+    guard: Guard | None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; an exception becomes a problem unless the response has started.
@@ -109,6 +115,8 @@ class RequestContextMiddleware:
         try:
             if int(headers.get("content-length", "0")) > limit:  # the server has checked that it is a number
                 raise RejectedError(HttpError.of(too_large_error(limit)))
+            if self.guard is not None:
+                self.guard(scope["path"], context)
             await self.app(inner, receive, send_with_headers)
         except Exception as error:
             reason = self._error_of(error, inner)
@@ -187,52 +195,39 @@ def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: b
     )
 
 
-@dataclass(eq=False)
-class OriginMiddleware:
-    """Rejects requests of foreign pages with 403, except those for `OPEN`; *names* are those of this host."""
+@dataclass(frozen=True)
+class OriginGuard:
+    """Refuses requests of foreign pages with 403, except those for `OPEN`; *names* are those of this host."""
 
-    app: ASGIApp
     names: Collection[str]
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] == "http" and scope["path"] not in OPEN:
-            context: RequestContext = scope["state"]["context"]
-            if is_foreign(context.headers, self.names):
-                raise RejectedError(FOREIGN)
-        await self.app(scope, receive, send)
+    def __call__(self, path: str, context: RequestContext) -> None:
+        """Raise `RejectedError` unless the request for *path* is allowed."""
+        if path not in OPEN and is_foreign(context.headers, self.names):
+            raise RejectedError(FOREIGN)
 
 
-@dataclass(eq=False)
-class ApiKeyMiddleware:
-    """Rejects requests without a known key with 401, except those for *open_paths*.
+class KeyGuard:
+    """Refuses requests without one of *keys* with 401, except those for *open_paths*."""
 
-    It runs before the body of a request is read.
-    """
-
-    app: ASGIApp
-    keys: Sequence[Key]
-    open_paths: Collection[str]
-    create_bucket_state: CreateBucketState
-
-    def __post_init__(self) -> None:
-        """Create the token buckets of the keys."""
+    def __init__(
+        self, keys: Sequence[Key], open_paths: Collection[str], create_bucket_state: CreateBucketState
+    ) -> None:
+        self._keys, self._open_paths = keys, open_paths
         self._buckets = {
-            key.name: TokenBucket(key.rate, key.burst, self.create_bucket_state(number))
-            for number, key in enumerate(self.keys)
+            key.name: TokenBucket(key.rate, key.burst, create_bucket_state(number))
+            for number, key in enumerate(keys)
             if key.rate is not None
         }
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request."""
-        if scope["type"] == "http" and scope["path"] not in self.open_paths:
-            context: RequestContext = scope["state"]["context"]
-            headers = context.headers
-            scheme, _, token = headers.get("authorization", "").partition(" ")
-            given = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-            key = find_key(self.keys, given.encode("latin-1"))
-            if key is None:
-                raise RejectedError(NO_KEY)
-            context.key_name = key.name
-            context.rate_limit = self._buckets.get(key.name)
-        await self.app(scope, receive, send)
+    def __call__(self, path: str, context: RequestContext) -> None:
+        """Raise `RejectedError` unless the request for *path* is allowed; set key and rate limit."""
+        if path in self._open_paths:
+            return
+        scheme, _, token = context.headers.get("authorization", "").partition(" ")
+        secret = token.strip() if scheme.lower() == "bearer" else context.headers.get("x-api-key", "")
+        key = find_key(self._keys, secret.encode("latin-1"))
+        if key is None:
+            raise RejectedError(NO_KEY)
+        context.key_name = key.name
+        context.rate_limit = self._buckets.get(key.name)

@@ -69,10 +69,10 @@ def count_keys(value: Any) -> int:
     return keys
 
 
-def validate(model: type[ParsedBody], value: Any) -> ParsedBody:
-    """Validate the JSON *value*; raise `RejectedError` for the first error."""
+def validate(body_type: type[ParsedBody], value: Any) -> ParsedBody:
+    """Validate the JSON *value* as *body_type*; raise `RejectedError` for the first error."""
     try:
-        return model.model_validate(value)
+        return body_type.model_validate(value)
     except pydantic.ValidationError as error:
         raise bad_request("malformed_request", first_problem(error)) from error
 

@@ -46,11 +46,11 @@ async def moves_of(links: Mapping[Path, Path]) -> AsyncIterator[None]:
     while True:
         await asyncio.sleep(FOLLOW_SECONDS)
         try:
-            found = await asyncio.to_thread(_targets, links)
+            targets = await asyncio.to_thread(_targets, links)
         except OSError:  # the folder cannot be read now
             continue
-        if found != links:
-            links = found
+        if targets != links:
+            links = targets
             yield
 
 
@@ -74,15 +74,15 @@ class BundleStore:
 
     def _add_folder(self, folder: Path) -> None:
         listed = list_bundles(folder)
-        if all(one.reason for one in listed):
+        if all(bundle.reason for bundle in listed):
             reason = "no bundle here or in a folder directly below; give the folder with a manifest.json"
             raise BundleError(f"{folder}: {listed[0].reason if listed else reason}")
         for line, failed in describe_projects(listed):
             log.log(logging.WARNING if failed else logging.INFO, line)
-        for one in listed:
-            if one.checked is not None:
-                self._add(one.checked.manifest.project, one.path)
-                self.checked[one.path] = one.checked
+        for bundle in listed:
+            if bundle.checked is not None:
+                self._add(bundle.checked.manifest.project, bundle.path)
+                self.checked[bundle.path] = bundle.checked
 
     def _add(self, name: str, bundle: Path) -> None:
         if name in self.bundles:

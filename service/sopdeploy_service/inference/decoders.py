@@ -21,8 +21,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions, LargerImageError
 from sopdeploy_service.decoding.pool import DecoderEndedError, DecoderProcess, shared_template
 from sopdeploy_service.images.decode import Decoded, EncodedImage
-from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.model_worker import QueuedImage, call_soon
+from sopdeploy_service.inference.model_worker import Model, QueuedImage, call_soon
 from sopdeploy_service.inference.results import DAMAGED, DEADLINE, DECODERS_BUSY, HttpError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.device_memory import memory_limit, resident_bytes

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import keep_in_memory
 from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked
-from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
@@ -140,7 +140,7 @@ class BudgetedRegistry(ModelRegistry):
                 await self._make_room(entry.bytes)
                 loaded = await asyncio.to_thread(self._load, entry.path, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
-                model.continue_from(entry.unloaded)
+                model.continue_drift_of(entry.unloaded)
                 model.start()
                 self._metrics.model_memory.labels(name).set(entry.bytes)
                 self._metrics.model_loads.labels(name).inc()
@@ -163,7 +163,7 @@ class BudgetedRegistry(ModelRegistry):
         """Release models until *needed* bytes are free; raises `RejectedError` if too many are in use."""
         end = time.monotonic() + ROOM_SECONDS
         while True:
-            loaded = {name: one for name, one in self._entries.items() if self._by_name[name].is_loaded}
+            loaded = {name: entry for name, entry in self._entries.items() if self._by_name[name].is_loaded}
             if sum(entry.bytes for entry in loaded.values()) + needed <= self._budget:
                 return
             unused = [name for name, entry in loaded.items() if entry.unloaded.unused.is_set()]
@@ -178,6 +178,6 @@ class BudgetedRegistry(ModelRegistry):
         """Stop the model *name*; requests for it wait until it can be loaded again."""
         model, self._by_name[name] = self._by_name[name], self._entries[name].unloaded
         await model.stop()
-        self.count(name, model.loaded, -1)
+        self._metrics.count_bundle(name, model.bundle, model.loaded.runtime, -1)
         self._metrics.model_memory.labels(name).set(0)
         log.info("%s: released", name)

@@ -1,4 +1,4 @@
-"""The queue of a model and the thread that owns its runtime, forms batches and runs them.
+"""A model that is served: its queue, and the thread that owns its runtime, forms batches and runs them.
 
 The queue is work-conserving: an idle worker takes the images that are queued, and waits for more images only
 up to `max_delay` seconds after the arrival of the oldest one. Images that arrive while a batch runs join the
@@ -9,10 +9,12 @@ previous one has ended, so that the device does not wait for Python. A batch tha
 queue, where it can still grow until the device is free.
 
 A batch that raises is halved until the image that causes it fails alone. An output that is not finite fails
-only the image it belongs to.
+only the image it belongs to. A watchdog notices when the thread dies or hangs. Then every queued image is
+rejected at once and `dead` stays true: a server that cannot predict must not look healthy.
 """
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -25,29 +27,35 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import Outputs
+from sopdeploy.decision import Decision
+from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.results import (
     DEADLINE,
+    DRAINING,
     INFERENCE_FAILED,
     NONFINITE,
     OUT_OF_MEMORY,
+    RUNTIME_DEAD,
     HttpError,
     Outcome,
     Prediction,
 )
-from sopdeploy_service.observability.metrics import DriftWindow, ModelMetrics
+from sopdeploy_service.observability.metrics import DriftWindow, Metrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,
     OutOfMemoryError,
     OverlappingRuntime,
-    Runtime,
     classify_error,
 )
+from sopdeploy_service.settings import Settings
 
 MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
 MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 SMOOTHING = 0.2  # weight of the newest batch in the moving average
 SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out of memory
+_JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
+WATCH_SECONDS = 1.0  # longest time between two checks of the thread
 
 _Pixels = Sequence[NDArray[np.uint8]]
 ImageOutputs = dict[str, NDArray[np.float32]] | HttpError
@@ -179,17 +187,12 @@ class LatencyTable:
 
         A size without measurement takes the value of the next larger size, or scales the largest one.
         """
-        known = self._seconds
-        if num_images in known or not known:
-            return known.get(num_images, 0.0)
-        largest = max(known)
+        if num_images in self._seconds or not self._seconds:
+            return self._seconds.get(num_images, 0.0)
+        largest = max(self._seconds)
         if num_images > largest:
-            return known[largest] * num_images / largest
-        return known[min(size for size in known if size > num_images)]
-
-    def hang_seconds(self, num_images: int) -> float:
-        """Compute after how many seconds a batch of *num_images* counts as hung."""
-        return max(MIN_HANG_SECONDS, HANG_FACTOR * self.batch_seconds(num_images))
+            return self._seconds[largest] * num_images / largest
+        return self._seconds[min(size for size in self._seconds if size > num_images)]
 
     def total_seconds(self, num_images: int, max_batch: int) -> float:
         """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
@@ -206,65 +209,130 @@ class _Batch:
     error: Exception | None = None
 
 
-class ModelWorker:
-    """Runs batches of at most *max_batch* images until *queue* is closed.
+class Model:
+    """A bundle being served.
 
-    Records each batch in *latency* and *metrics*, and counts predictions in *drift*, on the event loop.
+    Public methods are called on the event loop; batches run, and are counted on the loop, in a thread.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        queue: RequestQueue,
-        latency: LatencyTable,
-        metrics: ModelMetrics,
-        *,
-        outputs: Sequence[str],
-        max_batch: int,
-        drift: DriftWindow | None = None,
-    ) -> None:
-        self._runtime = runtime
-        self.drift = drift
-        self._overlapping = runtime if isinstance(runtime, OverlappingRuntime) else None
-        self._queue = queue
-        self._latency = latency
-        self.metrics = metrics
-        self._outputs = tuple(outputs)
-        self._always = tuple(name for name in outputs if name != EMBEDDING)
-        self._max_batch = self._limit = max_batch
+    is_loaded = True
+
+    def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
+        self.name, self.loaded, self.bundle, self.labels = name, loaded, loaded.bundle, loaded.bundle.labels
+        manifest = loaded.bundle.manifest
+        self.decision = manifest.decision or Decision()
+        self.thresholds, self.rejection = self.decision.thresholds, self.decision.rejection
+        self.top_k = settings.classes_per_image(multi_label=self.thresholds is not None)
+        self.version = manifest.id
+        self.largest_batch = largest_batch(loaded.runtime, settings)
+        self.dead = False
+        self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
+        self.latency = LatencyTable(loaded.timings)
+        self.users = 0  # requests
+        self.unused = asyncio.Event()
+        self.unused.set()
+        reference = self.decision.reference
+        self.drift = None if reference is None else DriftWindow(reference, metrics, name)
+        metrics.show_model(name, rejects=self.rejection is not None)
+        self._metrics, self._timeout = metrics, settings.batch_timeout_seconds
+        self._thread: threading.Thread | None = None
+        self._watchdog: asyncio.Task[None] | None = None
+        self._runtime = loaded.runtime
+        self._overlapping = loaded.runtime if isinstance(loaded.runtime, OverlappingRuntime) else None
+        self._outputs = tuple(output.name for output in manifest.outputs)
+        self.logits = self._outputs[0]
+        self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
+        self._batch_limit = self.largest_batch
         self._limited_until = 0.0
         self._failed_batches = 0  # in a row
         self._image_shape: tuple[int, ...] = ()
         self._pixels = np.empty((0,), np.uint8)  # reused: to clear new pages for each batch takes longer
-        self.in_flight: list[_Batch] = []  # oldest first
-        self.started: float | None = None  # when the oldest batch got the device to itself
+        self._in_flight: list[_Batch] = []  # oldest first
+        self._batch_started: float | None = None  # when the oldest batch got the device to itself
 
-    def run(self, loop: asyncio.AbstractEventLoop, on_end: Callable[[], None]) -> None:
-        """Run batches until the queue is closed or the thread fails, then call *on_end* on *loop*."""
+    def start(self) -> None:
+        """Start the thread that runs batches, and its watchdog."""
+        loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(
+            target=self._run_batches, args=(loop,), name="model_worker", daemon=True
+        )
+        self._thread.start()
+        self._watchdog = loop.create_task(self._watch())
+
+    def close(self, reason: HttpError) -> None:
+        """Accept no more images and give *reason* to every image without an outcome."""
+        if self.queue.closed_with is None:
+            batches = tuple(self._in_flight)
+            items = [*self.queue.close(reason), *(item for batch in batches for item in batch.items)]
+            settle(items, [reason] * len(items))
+
+    def continue_drift_of(self, previous: "Model") -> None:
+        """Take over the drift window of *previous*, which has the same bundle."""
+        self.drift = previous.drift
+        if self.drift is not None:
+            self.drift.show()
+
+    async def stop(self) -> None:
+        """Close the model, end its thread and release its runtime."""
+        self.close(DRAINING)
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watchdog
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, 0.0 if self.dead else _JOIN_SECONDS)
+            if not self.dead and not self._thread.is_alive():  # otherwise a batch may still use the memory
+                await asyncio.to_thread(self.loaded.runtime.close)
+
+    def hang_seconds(self, num_images: int) -> float:
+        """Compute after how many seconds a batch of *num_images* counts as hung."""
+        usual = self.latency.batch_seconds(num_images)
+        return self._timeout or max(MIN_HANG_SECONDS, HANG_FACTOR * usual)
+
+    async def _watch(self) -> None:
+        while not self.dead:
+            # The thread changes both attributes at any time.
+            started, batches = self._batch_started, tuple(self._in_flight)
+            images = len(batches[0].items) if batches and started is not None else 0
+            seconds = 0.0 if started is None else time.monotonic() - started
+            limit = self.hang_seconds(images)
+            if seconds > limit:
+                self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
+            await asyncio.sleep(min(WATCH_SECONDS, max(limit - seconds, limit / 20)))
+
+    def _declare_dead(self, reason: str) -> None:
+        """Log *reason* and reject every image from now on, unless the model was closed."""
+        if self.queue.closed_with is None:
+            log.critical("%s; the model rejects every image from now on", reason)
+            self.dead = True
+            self.close(RUNTIME_DEAD)
+
+    def _run_batches(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Run batches until the queue is closed or the thread fails."""
         try:
             while True:
-                if self._limit < self._max_batch and time.monotonic() >= self._limited_until:
-                    self._limit = min(self._max_batch, self._limit * 2)
+                if self._batch_limit < self.largest_batch and time.monotonic() >= self._limited_until:
+                    self._batch_limit = min(self.largest_batch, self._batch_limit * 2)
                     self._limited_until = time.monotonic() + SMALLER_SECONDS
                 suspicious = self._failed_batches >= MAX_FAILED_BATCHES
-                if suspicious and not self.in_flight:
+                if suspicious and not self._in_flight:
                     self._check_device()
-                if not self.in_flight and not self._begin(self._queue.take(self._limit)):
+                if not self._in_flight and not self._begin(self.queue.take(self._batch_limit)):
                     break
                 if self._overlapping is not None and not suspicious:
-                    self._begin(self._queue.take(self._limit, only_full=True))
+                    self._begin(self.queue.take(self._batch_limit, only_full=True))
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
             log.critical("the model worker ends", exc_info=True)
         finally:
-            call_soon(loop, on_end)
+            call_soon(loop, self._declare_dead, "the model worker has ended")
 
     def _begin(self, items: list[QueuedImage]) -> bool:
         """Begin a batch of *items*; return False if there are none."""
         if items:
             batch = _Batch(items)
-            self.started = self.started or time.monotonic()
-            self.in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
+            self._batch_started = self._batch_started or time.monotonic()
+            self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
             if self._overlapping is not None:
                 try:
                     batch.wait = self._overlapping.begin(
@@ -276,16 +344,16 @@ class ModelWorker:
 
     def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait for the outputs of the oldest batch and pass them to the event loop."""
-        batch = self.in_flight[0]
+        batch = self._in_flight[0]
         images = [item.image for item in batch.items]
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
-        started, ended = self.started or 0.0, time.monotonic()
+        started, ended = self._batch_started or 0.0, time.monotonic()
         failed = all(row is INFERENCE_FAILED or row is OUT_OF_MEMORY for row in rows)
         self._failed_batches = self._failed_batches + 1 if failed else 0
         self._image_shape = images[0].shape
-        del self.in_flight[0]
-        self.started = ended if self.in_flight else None
+        del self._in_flight[0]
+        self._batch_started = ended if self._in_flight else None
         outcomes = self._outcomes_of(batch.items, rows, started, ended)
         call_soon(loop, self._settle, batch.items, outcomes, started, ended)
 
@@ -313,7 +381,7 @@ class ModelWorker:
 
     def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:
         """Return the outputs that *items* need."""
-        return self._outputs if any(item.features for item in items) else self._always
+        return self._outputs if any(item.features for item in items) else self._outputs_without_features
 
     def _check_device(self) -> None:
         """Run a blank image after too many failed batches; raise `DeviceLostError` if it fails too.
@@ -321,13 +389,13 @@ class ModelWorker:
         This detects a lost device even if its error is unknown; if images caused the errors, the server goes
         on.
         """
-        self.started = time.monotonic()
+        self._batch_started = time.monotonic()
         try:
             self._runtime.run(np.zeros((1, *self._image_shape), np.uint8))
         except Exception as error:
             message = f"{self._failed_batches} batches in a row and a blank image failed"
             raise DeviceLostError(message) from error
-        self.started, self._failed_batches = None, 0
+        self._batch_started, self._failed_batches = None, 0
 
     def _run_images(self, images: _Pixels, batch: _Batch, names: Sequence[str]) -> Outputs:
         """Return the outputs *names* of *images*.
@@ -343,27 +411,28 @@ class ModelWorker:
             if self._overlapping is not None:
                 return self._overlapping.begin(images, names)()
             if self._pixels.shape[1:] != images[0].shape:
-                self._pixels = np.empty((self._max_batch, *images[0].shape), np.uint8)
+                self._pixels = np.empty((self.largest_batch, *images[0].shape), np.uint8)
             batch_pixels = np.stack(images, out=self._pixels[: len(images)])
             return self._runtime.run(batch_pixels)
         except Exception as failure:
             if isinstance(classify_error(failure), OutOfMemoryError):
-                self._limit = max(1, len(images) // 2)
+                self._batch_limit = max(1, len(images) // 2)
                 self._limited_until = time.monotonic() + SMALLER_SECONDS
             raise
 
     def _settle(
         self, items: Sequence[QueuedImage], outcomes: Sequence[Outcome], started: float, ended: float
     ) -> None:
-        """Settle and count a batch. Runs on the event loop while the worker runs the next batch."""
+        """Settle and count a batch. Runs on the event loop while the thread runs the next batch."""
         settle(items, outcomes)
         if self.drift is not None:
             predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
-            self.drift.add([prediction.outputs[self._outputs[0]] for prediction in predictions])
-            self.metrics.drift = self.drift.latest
-        self._latency.record(len(items), ended - started)
-        self.metrics.batch([started - item.arrived for item in items], self._max_batch, started, ended)
-        self.metrics.nonfinite.inc(sum(outcome is NONFINITE for outcome in outcomes))
+            self.drift.add([prediction.outputs[self.logits] for prediction in predictions])
+        self.latency.record(len(items), ended - started)
+        waited = [started - item.arrived for item in items]
+        self._metrics.batch(self.name, waited, self.largest_batch, started, ended)
+        nonfinite = sum(outcome is NONFINITE for outcome in outcomes)
+        self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 
 
 def run_bisected(
@@ -378,10 +447,10 @@ def run_bisected(
     try:
         return _split_rows(run(images), outputs, len(images))
     except Exception as error:  # a runtime may raise anything
-        known_error = classify_error(error)
-        if isinstance(known_error, DeviceLostError):
-            raise DeviceLostError(str(known_error)) from error
-        if known_error is None:
+        cause = classify_error(error)
+        if isinstance(cause, DeviceLostError):
+            raise DeviceLostError(str(cause)) from error
+        if cause is None:
             log.exception("inference failed on a batch of %d", len(images))
         else:
             log.warning("out of memory for a batch of %d", len(images))

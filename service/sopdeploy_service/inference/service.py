@@ -25,8 +25,7 @@ from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.inference.model import Model
-from sopdeploy_service.inference.model_worker import QueuedImage
+from sopdeploy_service.inference.model_worker import Model, QueuedImage
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
     DEADLINE,
@@ -171,19 +170,8 @@ class ModelRegistry:
         await asyncio.gather(*(model.stop() for model in (*self.models(), *self._retiring)))
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
-        self.count(name, loaded, 1)
+        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
         return Model(name, loaded, self._settings, self._metrics)
-
-    def count(self, name: str, loaded: LoadedModel, change: int) -> None:
-        """Count *loaded* in the metrics as loaded (*change* 1) or unloaded (-1)."""
-        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, change)
-        if change < 0:
-            return
-        if loaded.bundle.manifest.rejection is not None:
-            self._metrics.unknown_images.labels(name)  # shows 0 before the first unknown image
-        decision = loaded.bundle.manifest.decision
-        if decision is not None and decision.reference is not None:
-            self._metrics.show_drift(name)
 
     def _retire(self, model: Model) -> None:
         self._retiring[model] = asyncio.create_task(self._stop_unused(model))
@@ -197,7 +185,7 @@ class ModelRegistry:
             models_log.exception("%s: a replaced version did not stop cleanly", model.name)
         finally:
             del self._retiring[model]
-            self.count(model.name, model.loaded, -1)
+            self._metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)
 
 
 class ObservedRequest(NamedTuple):

@@ -3,7 +3,7 @@
 import math
 from collections import Counter as Counts
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -84,36 +84,27 @@ class Metrics:
         self.dropped_log_lines = DROPPED  # of this process, whichever server it has
         registry.register(DROPPED)
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
-        self._drift_distance = gauge(
+        self.drift_distance = gauge(
             "drift_distance",
             "Distance (0 to 1) of 1,000 predictions to those of the held-out images",
             ("model", "of"),
         )
-        self._drift_p_value = gauge(
+        self.drift_p_value = gauge(
             "drift_p_value",
             f"Probability of at least this difference without drift; below {SIGNIFICANCE} is an alarm",
             ("model", "of"),
         )
-        # `labels` validates and looks up its values on every call.
-        self._requests_of = cache(self._requests.labels)
-        self._request_seconds_of = cache(self._request_seconds.labels)
-        self._stage_seconds_of = cache(self._stage_seconds.labels)
         self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime"))
-        self._models: dict[str, ModelMetrics] = {}
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
-    def of(self, model: str) -> "ModelMetrics":
-        """Return the metrics of *model*, shared by all of its versions."""
-        if model not in self._models:
-            self._models[model] = ModelMetrics(self, model)
-        return self._models[model]
-
-    def show_drift(self, model: str) -> None:
-        """Show the drift of *model*, NaN before its first full window."""
-        counts = self.of(model)
-        for test in TESTS:
-            self._drift_distance.labels(model, test).set_function(partial(counts.drift_of, test, "distance"))
-            self._drift_p_value.labels(model, test).set_function(partial(counts.drift_of, test, "p_value"))
+    def show_model(self, model_name: str, *, rejects: bool) -> None:
+        """Show the metrics of a model before its first batch; *rejects* if it may find an image unknown."""
+        for metric in (self.batch_size, self.nonfinite_outputs, self.runtime_seconds, self.last_inference):
+            metric.labels(model_name)
+        for part in REQUEST_PARTS:
+            self.inference_seconds.labels(model_name, part)
+        if rejects:
+            self.unknown_images.labels(model_name)
 
     def count_bundle(self, name: str, bundle: Bundle, runtime: Runtime, change: int) -> None:
         """Count *bundle* as loaded under *name* on *runtime* (*change* 1) or as unloaded (-1).
@@ -129,69 +120,37 @@ class Metrics:
             del self._loaded[labels]
             self._info.remove(*labels)
 
-    def request(self, route: str, code: int, seconds: float, model: str = "") -> None:
-        """Count a response with the status *code*, from *model* if the request chose one."""
-        self._requests_of(route, str(code), model).inc()
-        self._request_seconds_of(route, model).observe(seconds)
+    def request(self, route: str, code: int, seconds: float, model_name: str = "") -> None:
+        """Count a response with the status *code*, from *model_name* if the request chose one."""
+        self._requests.labels(route, str(code), model_name).inc()
+        self._request_seconds.labels(route, model_name).observe(seconds)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Count *seconds* spent in `load`, `receive`, `decode`, `queue` or `infer`."""
-        self._stage_seconds_of(stage).observe(seconds)
+        self._stage_seconds.labels(stage).observe(seconds)
 
-
-class ModelMetrics:
-    """The metrics of one model, shared by all of its versions."""
-
-    def __init__(self, metrics: Metrics, model: str) -> None:
-        self._stage = metrics.stage
-        # Created here, so that they show 0 before the first batch.
-        self._size = metrics.batch_size.labels(model)
-        self.nonfinite = metrics.nonfinite_outputs.labels(model)
-        self._close, self._model = metrics.batch_close, model
-        self._busy = metrics.runtime_seconds.labels(model)
-        self._seconds = {part: metrics.inference_seconds.labels(model, part) for part in REQUEST_PARTS}
-        self._last = metrics.last_inference.labels(model)
-        self.drift: Drift | None = None  # of the version that ran the last batch
-
-    def request(
-        self, result: Literal["success", "fail"], seconds: float, stages: Mapping[str, float]
+    def inference(
+        self, model_name: str, result: Literal["success", "fail"], seconds: float, stages: Mapping[str, float]
     ) -> None:
         """Count a request with images that ended after *seconds*, of which *stages* are parts."""
         for stage in stages.keys() & {"load", "receive"}:
-            self._stage(stage, stages[stage])
-        self._last.set_to_current_time()
-        self._seconds[result].observe(seconds)
+            self.stage(stage, stages[stage])
+        self.last_inference.labels(model_name).set_to_current_time()
+        self.inference_seconds.labels(model_name, result).observe(seconds)
         if result == "success":
             for part in REQUEST_PARTS[2:]:
-                self._seconds[part].observe(stages.get(part, 0.0))
+                self.inference_seconds.labels(model_name, part).observe(stages.get(part, 0.0))
 
     def batch(
-        self,
-        waited: Sequence[float],
-        max_batch: int,
-        started: float,
-        ended: float,
+        self, model_name: str, waited: Sequence[float], max_batch: int, started: float, ended: float
     ) -> None:
-        """Count a batch that ran from *started* to *ended*; its images *waited* so many seconds."""
-        num_images = len(waited)
-        self._size.observe(num_images)
-        self._close.labels(self._model, "full" if num_images == max_batch else "idle").inc()
-        self._busy.inc(ended - started)
-        self._stage("infer", ended - started)
+        """Count a batch of *model_name* from *started* to *ended*; its images *waited* so many seconds."""
+        self.batch_size.labels(model_name).observe(len(waited))
+        self.batch_close.labels(model_name, "full" if len(waited) == max_batch else "idle").inc()
+        self.runtime_seconds.labels(model_name).inc(ended - started)
+        self.stage("infer", ended - started)
         for seconds in waited:
-            self._stage("queue", seconds)
-
-    def drift_of(self, test: str, what: Literal["distance", "p_value"]) -> float:
-        """Return the result of the drift *test*; NaN before the first full window."""
-        return math.nan if self.drift is None else float(getattr(self.drift.tests[test], what))
-
-
-def drift_window(bundle: Bundle) -> "DriftWindow | None":
-    """Create the window of *bundle*; None if it has no predictions for held-out images."""
-    decision = bundle.manifest.decision
-    if decision is None or decision.reference is None:
-        return None
-    return DriftWindow(decision.reference)
+            self.stage("queue", seconds)
 
 
 class DriftWindow:
@@ -201,10 +160,11 @@ class DriftWindow:
     holds per window. Testing all predictions again at every scrape would raise more and more false alarms.
     """
 
-    def __init__(self, reference: Reference) -> None:
-        self._reference = reference
+    def __init__(self, reference: Reference, metrics: Metrics, model_name: str) -> None:
+        self._reference, self._metrics, self._model_name = reference, metrics, model_name
         self._counts = PredictionCounts(len(reference.classes))
-        self.latest: Drift | None = None  # of the last full window
+        self._latest: Drift | None = None  # of the last full window
+        self.show()
 
     def add(self, logits: Sequence[NDArray[np.float32]]) -> None:
         """Count the predictions of images with *logits* (C,)."""
@@ -212,5 +172,13 @@ class DriftWindow:
             return
         self._counts.add_logits(np.stack(logits))
         if self._counts.images >= WINDOW_IMAGES:
-            self.latest = self._counts.compare(self._reference)
+            self._latest = self._counts.compare(self._reference)
             self._counts = PredictionCounts(len(self._reference.classes))
+            self.show()
+
+    def show(self) -> None:
+        """Show the result of the last full window, NaN before the first one."""
+        for test in TESTS:
+            distance, p_value = (math.nan, math.nan) if self._latest is None else self._latest.tests[test]
+            self._metrics.drift_distance.labels(self._model_name, test).set(distance)
+            self._metrics.drift_p_value.labels(self._model_name, test).set(p_value)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,12 +48,8 @@ class Runtime(Protocol):
         ...
 
 
-class OpenRuntime(Protocol):
-    """Opens a runtime for a bundle: what `register_runtime` registers."""
-
-    def __call__(self, bundle: Bundle, settings: Settings, /) -> Runtime:
-        """Open *bundle* with *settings*; raises `RuntimeUnavailableError` if it cannot run here."""
-        ...
+# Opens a runtime for a bundle; raises `RuntimeUnavailableError` if it cannot run here.
+OpenRuntime: TypeAlias = Callable[[Bundle, Settings], Runtime]
 
 
 def register_runtime(name: str, open_runtime: OpenRuntime) -> None:
@@ -139,8 +135,8 @@ def must_run(runtime: Runtime) -> Iterator[None]:
 
 def reason_of(error: Exception) -> str:
     """Return the part of a library's *error* that a user understands, in one line."""
-    known = REASON.search(str(error))
-    reason = " ".join((known[0] if known else str(error)).split())
+    match = REASON.search(str(error))
+    reason = " ".join((match[0] if match else str(error)).split())
     return f"{reason}; {OTHER_GPU}" if "no kernel image" in reason else reason
 
 

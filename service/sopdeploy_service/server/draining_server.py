@@ -106,7 +106,7 @@ class DrainingServer(uvicorn.Server):
         self._service: Service = app.state.service
         self.bundles = " ".join(model.bundle.name for model in self._service.registry.models())
         self._sources, self._links = sources, links or {}
-        self._aside: set[asyncio.Task[None]] = set()  # the end of the server does not wait for them
+        self._reloads: set[asyncio.Task[None]] = set()  # the end of the server does not wait for them
         self._drain_until: float | None = None
         self._is_draining = False
         self._last_busy: float | None = None  # None after heaps were trimmed
@@ -133,7 +133,7 @@ class DrainingServer(uvicorn.Server):
         if threading.current_thread() is threading.main_thread():
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.on_hangup)
         if self._links:
-            start_task(self._aside, self._follow())
+            start_task(self._reloads, self._follow())
         self.on_open(sockets or [])
         log.info("started", extra={"bundles": self.bundles})
 
@@ -165,7 +165,7 @@ class DrainingServer(uvicorn.Server):
         if not self._sources:
             log.error("not reloaded: impossible with memory_budget")
         elif self._drain_until is None:
-            start_task(self._aside, self._service.registry.reload(self._sources))
+            start_task(self._reloads, self._service.registry.reload(self._sources))
 
     async def _follow(self) -> None:
         async for _ in moves_of(self._links):

@@ -62,11 +62,11 @@ class Connections:
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
     waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)  # ordered by it
 
-    def add(self, connection: "LimitedHttpProtocol") -> HttpError | None:
-        """Add *connection*, and close another one if there are too many.
+    def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
+        """Admit *connection*, and close another one if there are too many.
 
         This is one that has been in its headers for too long, or else the longest idle one. If none can be
-        closed, the result is the error for *connection*.
+        closed, the result is the error that *connection* gets.
         """
         self.open[connection] = None
         self.metrics.connections.set(len(self.open))
@@ -103,7 +103,7 @@ class Connections:
             return oldest
         counts = Counter(connection.address for connection in self.waiting)
         limit = max(MAX_WAITING, self.settings.max_connections // 4)
-        return next((other for other in self.waiting if counts[other.address] > limit), None)
+        return next((waiting for waiting in self.waiting if counts[waiting.address] > limit), None)
 
     def remove(self, connection: "LimitedHttpProtocol") -> None:
         """Remove *connection*, which is closed."""
@@ -137,7 +137,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, transport))
         self.is_closing = self.transport.is_closing
         self.address = self.client[0] if self.client else ""
-        reason = self._shared.add(self)
+        reason = self._shared.admit(self)
         if reason is not None:
             self._reject(reason)
         else:
@@ -182,7 +182,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         """Parse *data* and reject the request if it exceeds a limit."""
         self._overhead_bytes += len(data)
         try:
-            self._feed(data)
+            self._feed_without_upgrade(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is what follows the last request
                 self._error = self._error or _MALFORMED
@@ -196,7 +196,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self._timer is None and not self._in_body and not responding:
             self._limit_headers()
 
-    def _feed(self, data: bytes) -> None:
+    def _feed_without_upgrade(self, data: bytes) -> None:
         """Parse *data*; answer a request for an upgrade as if it had not asked for one, then close.
 
         httptools skips the body of such a request, which Java's client sends by default, so a second parser
@@ -283,7 +283,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """End the request, unless it is rejected: the app then never receives the end of the body."""
-        if self._error is not None or self.parser.should_upgrade():  # `_feed` reads its body
+        if self._error is not None or self.parser.should_upgrade():  # `_feed_without_upgrade` reads its body
             return
         self._in_body = False
         super().on_message_complete()

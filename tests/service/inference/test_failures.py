@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.decision import Decision, Rejection, softmax, top_indices
 from sopdeploy.http_api import Classes
-from sopdeploy_service.inference import model
+from sopdeploy_service.inference import model_worker
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
@@ -55,7 +55,7 @@ def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
     runtime = FakeRuntime(num_classes=7)
     loaded = LoadedModel(bundle=bundle, runtime=runtime, replays={}, timings=((1, 0.01), (8, 9.0), (8, 0.5)))
     for timeout, images, seconds in ((None, 8, 10.0), (None, 3, 10.0), (None, 1, 4.0), (2.5, 3, 2.5)):
-        served = model.Model("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())
+        served = model_worker.Model("tiny", loaded, Settings(batch_timeout_seconds=timeout), Metrics())
         assert served.hang_seconds(images) == seconds
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import top_indices
 from sopdeploy_service.api.v2.request import IMAGE, RequestedOutput, signature_of
-from sopdeploy_service.inference.model import Model
+from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 
 HEADER_LENGTH = "Inference-Header-Content-Length"

@@ -7,12 +7,10 @@ import pydantic
 from fastapi import APIRouter, Header, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING
-from sopdeploy_service.api.admission import admit, json_response, read_body, service_of
+from sopdeploy_service.api.admission import admit, find_and_record_model, json_response, read_body, service_of
 from sopdeploy_service.api.v2 import response
 from sopdeploy_service.api.v2.request import InferBody, parse_body, signature_of
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
-from sopdeploy_service.http.middleware import RequestContext
-from sopdeploy_service.inference.model import Model
 
 _ERROR: dict[str, Any] = {
     "description": "the code is in the header `X-Error-Code`",
@@ -31,9 +29,9 @@ _VERSION = package_version("sopdeploy")
 router = APIRouter(tags=["Open Inference Protocol"], responses=_ERRORS)
 
 
-def request_body(model: type[pydantic.BaseModel]) -> dict[str, Any]:
-    """Describe the body *model* for OpenAPI, with nested models inlined."""
-    schema = model.model_json_schema()
+def request_body(body_type: type[pydantic.BaseModel]) -> dict[str, Any]:
+    """Describe *body_type* for OpenAPI, with nested models inlined."""
+    schema = body_type.model_json_schema()
     definitions = schema.pop("$defs", {})
 
     def inline(node: Any) -> Any:
@@ -57,14 +55,6 @@ INFER_BODY["requestBody"]["content"]["application/octet-stream"] = {
 HeaderLength = Annotated[
     str | None, Header(alias=HEADER_LENGTH, description="the length of the JSON, if binary tensors follow it")
 ]
-
-
-def find_model(request: Request, name: str, version: str | None) -> Model:
-    """Find the model of *request*; record it for the digest header, the metrics and the access log."""
-    model = service_of(request).registry.find(name, version)
-    context: RequestContext = request.state.context
-    context.model_name, context.model_version = model.name, model.version
-    return model
 
 
 @router.get("/v2")
@@ -94,7 +84,7 @@ async def ready(request: Request) -> Response:
 async def model_ready(request: Request, name: str, version: str | None = None) -> Response:
     """Respond with 200 while the model can predict."""
     service = service_of(request)
-    model = find_model(request, name, version)
+    model = find_and_record_model(request, name, version)
     is_ready = not model.dead and service.state != "draining"
     return json_response({"name": model.name, "ready": is_ready}, 200 if is_ready else 503)
 
@@ -103,7 +93,7 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
 @router.get(VERSION)
 async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
     """Return the inputs and outputs of the model."""
-    model = find_model(request, name, version)
+    model = find_and_record_model(request, name, version)
     return json_response(response.model_metadata(model))
 
 
