@@ -28,7 +28,7 @@ from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
 from sopdeploy.layers.mixture.components import Components, Convolutions
 from sopdeploy.layers.mixture.gate import keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
-from sopdeploy_export.graph import OPSET, convert
+from sopdeploy_export.graph import convert
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
 
@@ -113,7 +113,7 @@ def converted(layer: nn.Module, inputs: tuple[Tensor, ...]) -> onnx.ModelProto:
     with torch.no_grad():
         program = torch.export.export(layer.eval(), inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
     names = [f"input_{number}" for number in range(len(inputs))]
-    return ir.to_proto(convert(program, names, ["vector"], OPSET))
+    return ir.to_proto(convert(program, names, ["vector"]))
 
 
 def features(*shape: int) -> Callable[[int], tuple[Tensor, ...]]:

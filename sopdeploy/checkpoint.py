@@ -12,7 +12,7 @@ import pickle  # for the exception type of torch.load
 from collections.abc import Mapping
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import pydantic
@@ -21,8 +21,6 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from sopdeploy.config import first_problem
-from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.image_files import hash_images
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import atomic_write, check_is_file
@@ -30,6 +28,9 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model, make_config
 from sopdeploy.project import Origin
+
+if TYPE_CHECKING:
+    from sopdeploy.data.base import LabeledImages
 
 CHECKPOINT_FORMAT = "sopdeploy-checkpoint"
 _VERSION = 1
@@ -81,10 +82,12 @@ class Checkpoint:
             raise ValueError(f"decision: {problem}")
         return self
 
-    def trained_on(self, images: LabeledImages) -> str:
+    def trained_on(self, images: "LabeledImages") -> str:
         """Say how many of *images* are training images, by the hashes of their files; empty if none are."""
         if not len(self.image_hashes) or not len(images):
             return ""
+        from sopdeploy.data.image_files import hash_images  # noqa: PLC0415 # an export reads no images
+
         seen = int(np.isin(hash_images(images), self.image_hashes.numpy()).sum())
         if not seen:
             return ""

@@ -49,7 +49,6 @@ from sopdeploy_export.program_hashes import trace_hash
 from sopdeploy_export.state import modules, preserved, unwritten
 
 OPSET = 18
-OPSET_OF_BFLOAT16 = 22  # the first opset with bfloat16 convolutions
 INPUT = "images"
 EXPORT_LOGITS = "export_logits"  # attribute of a network outside of the catalog, see `_network_outputs`
 EXPORT_EMBEDDING = "export_embedding"  # attribute of any network, see `compute_outputs`
@@ -361,26 +360,25 @@ def check_bfloat16(program: ExportedProgram) -> None:
         if node.op == "call_function" and not is_cast and {node, *node.all_input_nodes} & in_bfloat16:
             raise LoweringError(
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
-                "from forward, and choose precision bf16-backbone for GPUs"
+                "from forward"
             )
 
 
-def lower(program: ExportedProgram, outputs: Sequence[str], opset: int = OPSET) -> onnx.ModelProto:
+def lower(program: ExportedProgram, outputs: Sequence[str]) -> onnx.ModelProto:
     """Convert *program* to ONNX with input `images` and a symbolic batch dimension.
 
     The metadata `part` of a node names the part of the network that computes it; `convert_precision` removes
     it. Raises `LoweringError` if an operator has no ONNX form or the weights exceed 2 GB.
     """
-    if opset < OPSET_OF_BFLOAT16:
-        check_bfloat16(program)
-    model = convert(program, [INPUT], outputs, opset)
+    check_bfloat16(program)
+    model = convert(program, [INPUT], outputs)
     _keep_names_only(model)
     model.graph.name = "sopdeploy"
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if size > _MAX_BYTES:
         raise LoweringError(f"the weights take {size} bytes; one ONNX file holds at most {_MAX_BYTES}")
     proto: onnx.ModelProto = ir.to_proto(model)
-    check_graph(proto, opset)
+    check_graph(proto)
     return proto
 
 
@@ -488,7 +486,7 @@ def _keep_names_only(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
 
 
-def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str], opset: int) -> ir.Model:
+def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """Convert *program* to ONNX with named inputs and outputs; raise `LoweringError` if it has no form."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the converter warns about its own internals
@@ -497,7 +495,7 @@ def convert(program: ExportedProgram, inputs: Sequence[str], outputs: Sequence[s
                 _decompose(program),
                 (),
                 dynamo=True,
-                opset_version=opset,
+                opset_version=OPSET,
                 input_names=list(inputs),
                 output_names=list(outputs),
                 external_data=False,
@@ -532,20 +530,20 @@ def _simplify(model: ir.Model) -> None:
     common.NameFixPass()(model)
 
 
-def check_graph(proto: onnx.ModelProto, opset: int = OPSET) -> None:
+def check_graph(proto: onnx.ModelProto) -> None:
     """Check that every runtime can execute *proto*; raises `LoweringError`.
 
-    The graph must be valid, use only *opset* of the standard domain, and hold no control flow and no fixed
+    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow and no fixed
     batch size other than 1.
     """
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise LoweringError(f"no ONNX form in opset {opset}: {reason}") from error
+        raise LoweringError(f"no ONNX form in opset {OPSET}: {reason}") from error
     opsets = {imported.domain: imported.version for imported in proto.opset_import}
-    if opsets != {"": opset}:
-        raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {opset} is allowed")
+    if opsets != {"": OPSET}:
+        raise LoweringError(f"the graph needs operator sets {opsets}, but only ONNX opset {OPSET} is allowed")
     rejected = sorted({node.op_type for node in proto.graph.node} & REJECTED)
     if rejected:
         raise LoweringError(f"the graph contains {rejected[0]}; control flow is not allowed")

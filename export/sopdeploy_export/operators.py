@@ -25,9 +25,9 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from sopdeploy.errors import LoweringError, first_line
+from sopdeploy_export.findings import PROVIDER
 from sopdeploy_export.float64 import REDUCED, in_float64
-from sopdeploy_export.graph import NETWORK_PREFIX, OPSET, capturing, convert
-from sopdeploy_export.parity.findings import PROVIDER
+from sopdeploy_export.graph import NETWORK_PREFIX, capturing, convert
 
 ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; attributes of ONNX are float32
@@ -168,7 +168,7 @@ def _compare(calls: Sequence[_Call]) -> list[_Call]:
     with capturing():
         program = torch.export.export(_Calls(calls), tuple(chain(*operands))).run_decompositions({})
     try:
-        model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs)), OPSET))
+        model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs))))
     except LoweringError:
         if all(call.dtype == torch.float32 for call in calls):
             raise

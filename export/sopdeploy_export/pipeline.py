@@ -5,7 +5,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -29,16 +29,15 @@ from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
+from sopdeploy_export.findings import LOGITS, ParityReport
 from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, output_names
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.compare import ParityReference, compare_with_network
 from sopdeploy_export.parity.embedding import add_embedding_output, check_embedding
-from sopdeploy_export.parity.findings import LOGITS, ParityReport
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, is_decided
-from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify
@@ -46,6 +45,9 @@ from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import Exported, ExportResults
 from sopdeploy_export.subject import ExportSubject, summarize_checkpoint
+
+if TYPE_CHECKING:
+    from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 
 ONNX_FILE = "model.onnx"
 # The parts of the time of an export after which the proof, the conversion and the comparison are complete;
@@ -130,7 +132,11 @@ def export_subject(
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does."""
     check_exportable(subject.network, subject.detachment.training_only)
-    accuracy = AccuracyCheck(subject, options)
+    accuracy = None
+    if options.calibrate is not None or options.evaluate is not None:
+        from sopdeploy_export.precision.accuracy_gate import AccuracyCheck  # noqa: PLC0415 # for images only
+
+        accuracy = AccuracyCheck(subject, options)
     if options.with_features:
         add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
     images = generated_images(subject.preprocess.crop)
@@ -141,7 +147,8 @@ def export_subject(
         if options.precision != "fp32":
             job.step(f"converting the graph to {options.precision}", PROVED)
         converted = convert_precision(certified, subject.preprocess, options, accuracy)
-        accuracy.reject(converted.precision)
+        if accuracy is not None:
+            accuracy.reject(converted.precision)
         (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
         expected, results = _check_file(job, folder, certified, certificate, converted)
         job.step("writing the bundle", CHECKED)
@@ -219,7 +226,7 @@ class _Job(NamedTuple):
 
     subject: ExportSubject
     images: NDArray[np.uint8]
-    accuracy: AccuracyCheck
+    accuracy: "AccuracyCheck | None"
     options: ExportOptions
     step: Callable[[str, float], None]
     started: float
@@ -236,7 +243,7 @@ def _check_file(
     expected, parity = compare_with_network(file, deployed, images, options, converted.run, converted.gate)
     if options.with_features:
         check_embedding(file, certified.network, images[parity.compared_images], parity)
-    if options.evaluate is not None and precision.accuracy is None:
+    if options.evaluate is not None and job.accuracy is not None and precision.accuracy is None:
         accuracy = job.accuracy.measure(certified.model, file)
         precision = precision.model_copy(update={"accuracy": accuracy})
         job.accuracy.reject(precision)

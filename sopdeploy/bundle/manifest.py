@@ -19,7 +19,7 @@ GATES = "gates"  # (N,): the weights of the components of a mixture
 # (D,): the vector that the last linear layer receives, for requests that need it; `export --with-features`
 EMBEDDING = "embedding"
 
-Precision = Literal["fp32", "fp16", "bf16-backbone", "int8"]
+Precision = Literal["fp32", "fp16", "int8"]
 Int8For = Literal["cpu", "tensorrt"]
 Sha256 = Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
 

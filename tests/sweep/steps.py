@@ -16,10 +16,10 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.step.losses import training_loss
+from sopdeploy_export.findings import ParityReport
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import ParityReference, compare_with_network
-from sopdeploy_export.parity.findings import ParityReport
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.proof.certificate import (

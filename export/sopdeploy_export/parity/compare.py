@@ -21,10 +21,7 @@ from torch import Tensor
 
 from sopdeploy.bundle.manifest import GATES, BatchRange, Precision
 from sopdeploy.errors import ParityError
-from sopdeploy_export.float64 import InFloat64
-from sopdeploy_export.graph import Deployed, output_names
-from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.findings import (
+from sopdeploy_export.findings import (
     FLOORS_BY_PRECISION,
     LOGITS,
     PROVIDER,
@@ -32,7 +29,10 @@ from sopdeploy_export.parity.findings import (
     ParityReport,
     agreement,
 )
-from sopdeploy_export.parity.onnx_file import EMULATION, Arrays, file_outputs, has_bfloat16, open_session
+from sopdeploy_export.float64 import InFloat64
+from sopdeploy_export.graph import Deployed, output_names
+from sopdeploy_export.options import ExportOptions
+from sopdeploy_export.parity.onnx_file import Arrays, file_outputs, open_session
 from sopdeploy_export.parity.routing import (
     Routing,
     comparable,
@@ -49,10 +49,6 @@ GateRun = Callable[[Tensor], NDArray[Any]]
 SINGLE_IMAGES, BATCH = 4, 16
 LARGEST_BATCH = 13  # odd, and more than the generated probes; larger ones take time and memory only
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
-OVERFLOW_REMEDIES: dict[Precision, str] = {
-    "fp16": "choose precision bf16-backbone or fp32",
-    "fp32": "train it again with weight decay or a lower learning rate",
-}
 UNDECIDED = "train longer"
 
 
@@ -125,7 +121,9 @@ def compute_reference(
         if not np.isfinite(values).all():
             raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
         if not (np.isfinite(batched[name]).all() and np.isfinite(single[name]).all()):
-            remedy = OVERFLOW_REMEDIES.get(precision, "choose precision fp32")
+            remedy = "choose precision fp32"
+            if precision == "fp32":
+                remedy = "train it again with weight decay or a lower learning rate"
             raise ParityError(
                 f"the network's own {name} are not finite in {precision} on the probe images: activations "
                 f"overflow; {remedy}"
@@ -192,7 +190,6 @@ def compare_file(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
         provider=PROVIDER,
-        emulation=EMULATION if has_bfloat16(model) else None,
         num_images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,

@@ -16,8 +16,8 @@ from torch.nn import functional
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.errors import LoweringError, ParityError
 from sopdeploy.models.base import Classifier, last_linear
+from sopdeploy_export.findings import LOGITS, ParityReport
 from sopdeploy_export.graph import EXPORT_EMBEDDING
-from sopdeploy_export.parity.findings import LOGITS, ParityReport
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 
 WRONG_LAYER = "no last linear layer computes the logits of {}, so it has no features in front of it"

@@ -15,11 +15,10 @@ from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.findings import LOGITS, Accuracy, PrecisionReport
 from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.findings import LOGITS
 from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.precision.findings import Accuracy, PrecisionReport
 from sopdeploy_export.subject import ExportSubject
 
 _BATCH = 8
@@ -33,7 +32,7 @@ class AccuracyCheck:
     """Compares the top classes of graphs with those of the float32 graph.
 
     The images are the labeled ones of `evaluate`, or else a quarter of those of `calibrate`. `calibration`
-    holds the others as uint8 (P, H, W, 3); it is None without `calibrate`.
+    holds the others as uint8 (P, H, W, 3); it is empty without `calibrate`.
     """
 
     def __init__(self, subject: ExportSubject, options: ExportOptions) -> None:
@@ -43,7 +42,7 @@ class AccuracyCheck:
         for one folder given twice or `evaluate` with a network that predicts several classes per image.
         """
         self.options, self._preprocess = options, subject.preprocess
-        self.calibration: NDArray[np.uint8] | None = None
+        self.calibration = np.empty((0, 0, 0, 3), np.uint8)
         self._measured: NDArray[np.uint8] | None = None
         self._labeled: ImageFiles | None = None
         self._float32_classes: NDArray[np.int64] | None = None

@@ -7,12 +7,11 @@ a feature map. Experts multiply maps by their weights in the dtype of the maps, 
 in float32. A local response norm also computes in float32, because squares of activations overflow in
 float16. All outputs are float32.
 
-`fp16` converts everything else to float16, including the classifier. `bf16-backbone` converts the layers that
-compute feature maps to bfloat16, but not the classifier.
+Everything else is converted to float16, including the classifier.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
 convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
-which folds weights that are already rounded, and does not support bfloat16. A batch norm is folded only if
+which folds weights that are already rounded. A batch norm is folded only if
 the captured program shows that nothing else reads the output of the convolution, and that both run once.
 """
 
@@ -23,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.float64 import InFloat64
@@ -32,13 +30,12 @@ from sopdeploy_export.proof.networks import copy_module
 
 _Part = TypeVar("_Part", bound=nn.Module)
 FOLD_TOLERANCE = 1e-9  # relative to the largest value; correct folds differ by 1e-15 to 1e-12
-LOW_PRECISION = {"fp16": torch.float16, "bf16-backbone": torch.bfloat16}
 _CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default)
 BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
-def with_precision(network: _Part, program: ExportedProgram, precision: Precision, pixels: Tensor) -> _Part:
-    """Copy *network*, in eval mode, and convert it to *precision*.
+def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Part:
+    """Copy *network*, in eval mode, and convert it to float16.
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
     Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
@@ -58,12 +55,12 @@ def with_precision(network: _Part, program: ExportedProgram, precision: Precisio
         )
     folded = copy_module(network)
     fold_batch_norms(folded, program)
-    return place_casts(folded, precision)
+    return place_casts(folded)
 
 
-def place_casts(network: _Part, precision: Precision) -> _Part:
+def place_casts(network: _Part) -> _Part:
     """Convert the weights of *network* in place and register hooks that cast activations."""
-    low, dtypes = LOW_PRECISION[precision], weight_dtypes(network, precision)
+    dtypes = weight_dtypes(network)
     for name, part in network.named_modules():
         for parameter in part.parameters(recurse=False):
             parameter.data = parameter.data.to(dtypes[name])
@@ -73,7 +70,7 @@ def place_casts(network: _Part, precision: Precision) -> _Part:
         if dtype is not None:
             part.register_forward_pre_hook(partial(_cast_first_input, dtype))
         if export_hints(part).keep_output_dtype or isinstance(part, nn.LocalResponseNorm):
-            part.register_forward_hook(lambda _part, _inputs, output: _cast(output, low))
+            part.register_forward_hook(lambda _part, _inputs, output: _cast(output, torch.float16))
     return network.eval()
 
 
@@ -95,13 +92,13 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
     return None
 
 
-def weight_dtypes(network: nn.Module, precision: Precision) -> dict[str, torch.dtype]:
-    """Map the name of every part to the dtype of its own weights in *precision*.
+def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
+    """Map the name of every part to the dtype of its own weights in fp16.
 
     A part has the dtype of its parent, unless it keeps float32 or its parent lists it as a low-precision
     child.
     """
-    low, kept = LOW_PRECISION[precision], set(float32_parts(network, precision))
+    low, kept = torch.float16, set(float32_parts(network))
     dtypes: dict[str, torch.dtype] = {"": torch.float32 if "" in kept else low}
     for name, _ in network.named_modules():
         if name:
@@ -112,11 +109,9 @@ def weight_dtypes(network: nn.Module, precision: Precision) -> dict[str, torch.d
     return dtypes
 
 
-def float32_parts(network: nn.Module, precision: Precision = "fp16") -> list[str]:
-    """List the names of the parts of *network* that stay in float32 in *precision*."""
-    types: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.LocalResponseNorm)
-    if precision == "bf16-backbone":
-        types = (*types, nn.Linear)
+def float32_parts(network: nn.Module) -> list[str]:
+    """List the names of the parts of *network* that stay in float32 in reduced precisions."""
+    types = (nn.BatchNorm1d, nn.LocalResponseNorm)
     return [
         name
         for name, part in network.named_modules()

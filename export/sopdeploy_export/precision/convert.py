@@ -1,17 +1,16 @@
 """Convert the certified network to the requested precision, and report its types.
 
-fp32 exports the certified graph. For fp16 and bf16-backbone, casts are placed in a copy of the certified
-network, which is captured and converted again. int8 quantizes the convolutions of the certified graph.
+fp32 exports the certified graph. For fp16, casts are placed in a copy of the certified network, which is
+captured and converted again. int8 quantizes the convolutions of the certified graph.
 
 Types are read from the initializers of the exported graph, not from the options. A graph whose types differ
 from the requested ones is rejected.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -21,13 +20,12 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from sopdeploy.bundle.manifest import Precision
-from sopdeploy.errors import ConfigError, LoweringError
+from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy_export.findings import PrecisionReport
 from sopdeploy_export.graph import (
     NETWORK_PREFIX,
-    OPSET,
-    OPSET_OF_BFLOAT16,
     Deployed,
     capture_any_batch,
     generated_images,
@@ -38,19 +36,17 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import BatchRun, GateRun
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, gate_logits
-from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
-from sopdeploy_export.precision.casts import LOW_PRECISION, float32_parts, weight_dtypes, with_precision
-from sopdeploy_export.precision.findings import Accuracy, Attempt, PrecisionReport, Quantization
-from sopdeploy_export.precision.int8 import Int8Quantizer
+from sopdeploy_export.precision.casts import in_float16, weight_dtypes
 
-FLOAT32_FRACTIONS = (0.1, 0.25, 0.5)  # of the layers, if int8 in all of them loses too much
+if TYPE_CHECKING:
+    from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
+
 OBSERVED_IMAGES = 2  # the smallest batch of several images
 HEADROOM = 8  # the largest finite value of float16 is at least so many times the largest value of an image
 PHOTOGRAPHS, HEADROOM_BATCH = 16, 4
 TYPE_NAMES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
     onnx.TensorProto.INT8: "int8",
 }
 
@@ -82,11 +78,9 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
     actual = weight_types(model)
     if precision == "int8" and "int8" not in actual.values():
         raise LoweringError("int8 was requested, but no convolution of the graph is int8")
-    if precision not in LOW_PRECISION:
+    if precision != "fp16":
         return
-    dtypes = {
-        part: str(dtype).removeprefix("torch.") for part, dtype in weight_dtypes(network, precision).items()
-    }
+    dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in weight_dtypes(network).items()}
     expected = {
         part: dtypes[part]
         for part, module in network.named_modules()
@@ -94,7 +88,7 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
     }
     # Folding can remove the weights of a part from the graph.
     wrong = [part for part, dtype in expected.items() if part in actual and actual[part] != dtype]
-    if wrong or str(LOW_PRECISION[precision]).removeprefix("torch.") not in actual.values():
+    if wrong or "float16" not in actual.values():
         part = wrong[0] if wrong else next(iter(actual), "no part")
         raise LoweringError(
             f"{precision} was requested, but the graph holds {part} in {actual.get(part, 'no type')}: "
@@ -120,17 +114,11 @@ class ConvertedGraph:
 
 
 def cast_types(certified: CapturedGraph, preprocess: Preprocess, options: ExportOptions) -> CapturedGraph:
-    """Place the casts of fp16 or bf16 in a copy of the certified network, and convert it to ONNX.
-
-    int8 quantizes the certified graph, so the graph stays in float32 here.
-    """
-    if options.precision not in LOW_PRECISION:
-        return certified
+    """Place the casts of fp16 in a copy of the certified network, and convert it to ONNX."""
     pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:OBSERVED_IMAGES]))
-    cast = with_precision(certified.network, certified.program, options.precision, pixels)
+    cast = in_float16(certified.network, certified.program, pixels)
     program = capture_any_batch(cast, preprocess, options.batch)
-    opset = OPSET_OF_BFLOAT16 if options.precision == "bf16-backbone" else OPSET
-    return CapturedGraph(cast, program, lower(program, output_names(certified.network), opset))
+    return CapturedGraph(cast, program, lower(program, output_names(certified.network)))
 
 
 class _Headroom(fx.Interpreter):
@@ -147,8 +135,7 @@ class _Headroom(fx.Interpreter):
             part = f"{modules[-1][0]}.".removeprefix(NETWORK_PREFIX).removesuffix(".") or "the network"
             raise LoweringError(
                 f"{part} computes {largest:.3g} in float16 on a probe or photograph; values above 8188, an "
-                "eighth of the largest, are refused, because other images may overflow; choose precision "
-                "bf16-backbone or fp32"
+                "eighth of the largest, are refused, because other images may overflow; choose precision fp32"
             )
         return value
 
@@ -169,16 +156,16 @@ def convert_precision(
     certified: CapturedGraph,
     preprocess: Preprocess,
     options: ExportOptions,
-    accuracy: AccuracyCheck | None = None,
+    accuracy: "AccuracyCheck | None" = None,
 ) -> ConvertedGraph:
     """Convert the *certified* graph to the precision in *options*.
 
-    int8 needs *accuracy* with calibration images. Raises `ConfigError` without them, and `LoweringError` if
-    the types in the graph are not the requested ones, or as `check_headroom` does.
+    int8 needs *accuracy* with calibration images. Raises `LoweringError` if the types in the graph are not
+    the requested ones, or as `check_headroom` does.
     """
-    detached = certified.network
-    source = cast_types(certified, preprocess, options)
+    detached, source = certified.network, certified
     if options.precision == "fp16":
+        source = cast_types(certified, preprocess, options)
         photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
         images = [*photographs, *generated_images(preprocess.crop)]
         check_headroom(source.program, images, options.max_batch)
@@ -186,7 +173,9 @@ def convert_precision(
         del node.metadata_props[:]  # the parts, which only messages name
     run: BatchRun
     gate: GateRun | None
-    if options.precision == "int8":
+    if options.precision == "int8" and accuracy is not None:
+        from sopdeploy_export.precision.int8 import quantize_accurately  # noqa: PLC0415 # takes half a second
+
         model, quantization, measured = quantize_accurately(detached, source.model, options, accuracy)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
     else:
@@ -205,45 +194,6 @@ def convert_precision(
             accuracy=measured,
         ),
     )
-
-
-def quantize_accurately(
-    network: nn.Module, model: onnx.ModelProto, options: ExportOptions, check: AccuracyCheck | None
-) -> tuple[onnx.ModelProto, Quantization, Accuracy]:
-    """Quantize *model*, the float32 graph of *network*; stop at the first attempt within `max_drop`.
-
-    The attempts are int8 in all layers, then float32 in 10, 25 and 50 % of them, those that change the logits
-    most. If all lose more, the best one is returned. Raises `ConfigError` without calibration images.
-    """
-    images = None if check is None else check.calibration
-    if check is None or images is None:
-        raise ConfigError(
-            "int8 needs images to measure ranges on", setting="precision", remedies={"calibrate": None}
-        )
-    quantizer = Int8Quantizer(model, images, float32_parts(network), options.int8_for)
-
-    def float32_layers() -> Iterator[tuple[str, ...]]:
-        yield ()
-        costliest_first = tuple(quantizer.layer_costs())
-        counts = {math.ceil(fraction * len(costliest_first)) for fraction in FLOAT32_FRACTIONS}
-        yield from (costliest_first[:count] for count in sorted(counts - {len(costliest_first)}))
-
-    attempts: list[tuple[Attempt, onnx.ModelProto, Accuracy]] = []
-    for layers in float32_layers():
-        quantized = quantizer.quantize(layers)
-        accuracy = check.measure(model, quantized)
-        attempts.append((Attempt(in_float32=layers, drop=accuracy.drop), quantized, accuracy))
-        if accuracy.drop <= options.max_drop:
-            break
-    best, quantized, accuracy = min(attempts, key=lambda entry: (entry[0].drop, len(entry[0].in_float32)))
-    quantization = Quantization(
-        runtime=options.int8_for,
-        in_float32=best.in_float32,
-        num_images=len(images),
-        num_layers=len(quantizer.layers) - len(best.in_float32),
-        tried=tuple(attempt for attempt, _, _ in attempts),
-    )
-    return quantized, quantization, accuracy
 
 
 def run_unfused(model: onnx.ModelProto) -> BatchRun:

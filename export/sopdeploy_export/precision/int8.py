@@ -24,8 +24,9 @@ Correction", section 4.2, here with measured inputs): rounding the weights W to 
 each channel by E[(W' - W) x], which is subtracted from the bias.
 """
 
+import math
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property, partial
 from io import StringIO
@@ -40,19 +41,59 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from torch import nn
 
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
+from sopdeploy_export.findings import LOGITS, Accuracy, Attempt, Quantization
 from sopdeploy_export.graph import INPUT, evenly_spread
-from sopdeploy_export.parity.findings import LOGITS
+from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
+from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
+from sopdeploy_export.precision.casts import float32_parts
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3
 SMALLEST = "smallest_float32"
 CORRECTION_IMAGES = 64
 COST_IMAGES = 8
+FLOAT32_FRACTIONS = (0.1, 0.25, 0.5)  # of the layers, if int8 in all of them loses too much
+
+
+def quantize_accurately(
+    network: nn.Module, model: onnx.ModelProto, options: ExportOptions, check: AccuracyCheck
+) -> tuple[onnx.ModelProto, Quantization, Accuracy]:
+    """Quantize *model*, the float32 graph of *network*; stop at the first attempt within `max_drop`.
+
+    The attempts are int8 in all layers, then float32 in 10, 25 and 50 % of them, those that change the logits
+    most. If all lose more, the best one is returned.
+    """
+    images = check.calibration
+    quantizer = Int8Quantizer(model, images, float32_parts(network), options.int8_for)
+
+    def float32_layers() -> Iterator[tuple[str, ...]]:
+        yield ()
+        costliest_first = tuple(quantizer.layer_costs())
+        counts = {math.ceil(fraction * len(costliest_first)) for fraction in FLOAT32_FRACTIONS}
+        yield from (costliest_first[:count] for count in sorted(counts - {len(costliest_first)}))
+
+    attempts: list[tuple[Attempt, onnx.ModelProto, Accuracy]] = []
+    for layers in float32_layers():
+        quantized = quantizer.quantize(layers)
+        accuracy = check.measure(model, quantized)
+        attempts.append((Attempt(in_float32=layers, drop=accuracy.drop), quantized, accuracy))
+        if accuracy.drop <= options.max_drop:
+            break
+    best, quantized, accuracy = min(attempts, key=lambda entry: (entry[0].drop, len(entry[0].in_float32)))
+    quantization = Quantization(
+        runtime=options.int8_for,
+        in_float32=best.in_float32,
+        num_images=len(images),
+        num_layers=len(quantizer.layers) - len(best.in_float32),
+        tried=tuple(attempt for attempt, _, _ in attempts),
+    )
+    return quantized, quantization, accuracy
 
 
 class Form(NamedTuple):

@@ -9,8 +9,7 @@ from typing import Any
 from sopdeploy.bundle.manifest import Int8For, Manifest
 from sopdeploy.decision import Decision
 from sopdeploy.evaluation.statistics import wilson
-from sopdeploy_export.parity.findings import ParityReport
-from sopdeploy_export.precision.findings import PrecisionReport
+from sopdeploy_export.findings import ParityReport, PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.subject import NetworkSummary
 
@@ -47,8 +46,6 @@ class ExportResults:
         )
         if not parity.passed:
             drift += "; THE COMPARISON DID NOT PASS, which was allowed"
-        if parity.emulation is not None:
-            drift += f"; {parity.emulation}"
         return {
             **_proof_facts(certificate),
             "types": f"{self.precision.precision}: {types}",
@@ -127,8 +124,7 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
 def _agreement(parity: ParityReport) -> str:
     """Describe how often the top class equals that of the network, and the reasons for differences."""
     top1, routing = parity.top1, parity.routing
-    interval = f"{top1.low:.1%} to {top1.high:.1%}"
-    line = f"top class equal on {top1.num_agreeing} of {top1.num_images} probe images ({interval})"
+    line = f"top class equal on {top1.num_agreeing} of {top1.num_images} probe images"
     if top1.flipped:
         line += f"; flips: {top1.flips('noise')} noise, {top1.flips('routing')} routing"
         line += f", {top1.flips('error')} wrong"

@@ -307,11 +307,6 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str)
         session = open_graph(onnxruntime, str(bundle.onnx), options, provider, provider_options)
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {reason_of(error)}"
-        if bundle.manifest.precision == "bf16-backbone":
-            reason = (
-                f"has no bfloat16 kernels on {DEVICES[provider]}; build an engine (sopdeploy engine) or "
-                "export it in precision fp16 or fp32"
-            )
         raise RuntimeUnavailableError(f"{bundle.onnx}: onnxruntime {version} {reason}") from error
     if session.get_providers()[0] != provider:
         raise RuntimeUnavailableError(

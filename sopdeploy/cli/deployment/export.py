@@ -7,7 +7,6 @@ import typer
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, show_steps
-from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import SLOW_INT8, lacks_vnni
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import check_is_checkpoint
@@ -52,6 +51,8 @@ def export_command(
     if source.network is None:  # before the imports, which take seconds
         check_is_checkpoint(checkpoint)
     for folder in filter(None, (options.calibrate, options.evaluate)):
+        from sopdeploy.data.folders import data_folder
+
         data_folder(folder)
     if out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")

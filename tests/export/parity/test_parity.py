@@ -14,9 +14,9 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
+from sopdeploy_export.findings import FLOORS, ParityReport, agreement
 from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, logit_spread
-from sopdeploy_export.parity.findings import FLOORS, ParityReport, agreement
 from sopdeploy_export.parity.routing import (
     Routing,
     comparable,
@@ -199,8 +199,7 @@ def test_every_flip_is_listed_with_its_margin_and_cause() -> None:
 @pytest.mark.parametrize(
     ("precision", "advice"),
     [
-        ("fp16", "choose precision bf16-backbone or fp32"),
-        ("bf16-backbone", "choose precision fp32"),
+        ("fp16", "choose precision fp32"),
         ("fp32", "train it again with weight decay"),
     ],
 )

@@ -3,37 +3,29 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx.reference import ReferenceEvaluator
 from torch import nn
 from torch.export import ExportedProgram
 
 from sopdeploy.backbones import resnet
-from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.manifest import Precision
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.errors import LoweringError, RuntimeUnavailableError
+from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy_export.graph import NETWORK_PREFIX, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.onnx_file import open_session
 from sopdeploy_export.precision import casts, convert
-from sopdeploy_export.precision.casts import with_precision
+from sopdeploy_export.precision.casts import in_float16
 from sopdeploy_export.precision.convert import CapturedGraph
-from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.precision.test_int8 import painted
 from tests.gpu_graphs import accepted
 
 Make = Callable[..., Classifier]
-
-NO_KERNELS = r"onnxruntime .* has no bfloat16 kernels"
 
 
 def computed_types(program: ExportedProgram) -> dict[str, set[str]]:
@@ -47,11 +39,9 @@ def computed_types(program: ExportedProgram) -> dict[str, set[str]]:
     return types
 
 
-def cast_graph(
-    graph: CapturedGraph, preprocess: Preprocess, precision: Precision
-) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
-    """Convert *graph* to *precision*; return the ONNX graph and the types that each part computes in."""
-    options = ExportOptions(precision=precision, max_batch=BATCH.maximum)
+def cast_graph(graph: CapturedGraph, preprocess: Preprocess) -> tuple[onnx.ModelProto, dict[str, set[str]]]:
+    """Convert *graph* to fp16; return the ONNX graph and the types that each part computes in."""
+    options = ExportOptions(precision="fp16", max_batch=BATCH.maximum)
     types: dict[str, set[str]] = {}
     cast_types = convert.cast_types
 
@@ -65,37 +55,27 @@ def cast_graph(
         return convert.convert_precision(graph, preprocess, options).model, types
 
 
-HALF, BF16, FLOAT = "float16", "bfloat16", "float32"
+HALF, FLOAT = "float16", "float32"
 GSOP = {"cov_width": 32, "block_stages": ("layer4",), "base_width": 16}
-CASTS: dict[str, tuple[str, dict[str, Any], Precision, dict[str, set[str]]]] = {
+CASTS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
     "fp16 keeps only the root": (
         "resnet8",
         {"pooling": "isqrt"},
-        "fp16",
         {"pooling.root": {FLOAT}, "layer1.0.conv1": {HALF}, "fc": {HALF}},
-    ),
-    "bf16-backbone also keeps the classifier": (
-        "resnet8",
-        {"pooling": "isqrt"},
-        "bf16-backbone",
-        {"layer3.0.conv2": {BF16}, "fc": {FLOAT}, "pooling.root": {FLOAT}},
     ),
     "a mixture keeps gate, roots and sums": (
         "gmsop-16-8-resnet18",
         GMSOP,
-        "fp16",
         {"mixture": {HALF, FLOAT}, "gate": {FLOAT}, "gate.feature.2": {FLOAT}, "layer4.0.conv1": {HALF}},
     ),
     "attention keeps its excitation": (
         "gsop-net1-resnet26",
         GSOP,
-        "fp16",
         {"layer2.0.conv1": {HALF}, "layer4.0.conv1": {HALF}},
     ),
     "compact bilinear pooling keeps its sketch": (
         "resnet8",
         {"pooling": {"kind": "cbp", "dim": 32}},
-        "fp16",
         {"pooling": {FLOAT}, "layer1.0.conv1": {HALF}, "fc": {HALF}},
     ),
 }
@@ -106,19 +86,18 @@ def test_second_order_parts_keep_float32_in_a_copy(
     preprocess: Preprocess, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(resnet.BLOCKS, 26, (1, 1, 1, 1))
-    name, config, precision, expected = CASTS[case]
+    name, config, expected = CASTS[case]
     graph = graph_of(name, preprocess, **config)
     before = {key: tensor.clone() for key, tensor in graph.network.state_dict().items()}
-    model, types = cast_graph(graph, preprocess, precision)
+    model, types = cast_graph(graph, preprocess)
     assert all(torch.equal(before[key], tensor) for key, tensor in graph.network.state_dict().items())
-    accepted(model, precision)
+    accepted(model, "fp16")
     assert {part: types[part] for part in expected} == expected
     assert {value.type.tensor_type.elem_type for value in model.graph.output} == {onnx.TensorProto.FLOAT}
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
-    low = onnx.TensorProto.BFLOAT16 if precision == "bf16-backbone" else onnx.TensorProto.FLOAT16
     cast = {"conv1.weight", "conv1.bias", "head.fc.weight", "head.weight"} & kinds.keys()
     assert cast
-    assert {kinds[weight] for weight in cast} == {low}
+    assert {kinds[weight] for weight in cast} == {onnx.TensorProto.FLOAT16}
     excitations = [part for part in types if part.endswith("excitation")]
     assert bool(excitations) == (config is GSOP)
     assert all(types[part] == {FLOAT} for part in excitations)
@@ -141,7 +120,7 @@ def test_batch_norm_folded_twice_is_rejected_before_the_noise_floor_hides_it(
     network, program, _ = graph_of("resnet8", preprocess)
     pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
     with pytest.raises(LoweringError, match=r"batch norms folded into the convolutions change the output"):
-        with_precision(network, program, "fp16", pixels)
+        in_float16(network, program, pixels)
 
 
 class RunsTwice(nn.Module):
@@ -169,7 +148,7 @@ def test_layers_that_run_twice_are_not_folded(convolutions: int, norms: int, pre
     network = RunsTwice(convolutions, norms).eval()
     program = capture_any_batch(network, preprocess, ALONE)
     pixels = Normalize(preprocess)(torch.from_numpy(generated_images(preprocess.crop)[:2]))
-    with_precision(network, program, "fp16", pixels)
+    in_float16(network, program, pixels)
     assert casts.fold_batch_norms(network, program) == 1
 
 
@@ -202,32 +181,18 @@ def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pyte
         convert.convert_precision(graph, preprocess, options)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16-backbone"])
-def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: Path, precision: str) -> None:
-    found = export_once(
-        make("resnet8", pooling="isqrt"), "resnet8", tmp_path, max_batch=1, precision=precision
-    )
-    assert found.manifest.precision == found.precision.precision == found.parity.precision == precision
+def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: Path) -> None:
+    found = export_once(make("resnet8", pooling="isqrt"), "resnet8", tmp_path, max_batch=1, precision="fp16")
+    assert found.manifest.precision == found.precision.precision == found.parity.precision == "fp16"
     assert found.parity.floors_allowed == 4
     assert found.parity.logits.noise_floor > 1e-5
     probes = read_probes(found.path / "probes.npz")
     assert probes.tolerance["logits"] == pytest.approx(4 * found.parity.logits.noise_floor)
     assert (found.path / "precision.json").is_file()
     assert found.manifest.lineage.onnx_root != found.certificate.roots.onnx
-    emulated = precision == "bf16-backbone"
-    assert (found.parity.emulation is not None) == emulated
-    assert ("no bfloat16 kernels" in (found.path / "README.md").read_text()) == emulated
-    if emulated:
-        file, images = found.path / "model.onnx", {"images": probes.images[:1]}
-        expected = ReferenceEvaluator(onnx.load(file)).run(None, images)[0]  # computes in bfloat16
-        np.testing.assert_allclose(open_session(file).run(None, images)[0], expected, rtol=1e-6, atol=1e-6)
-        with pytest.raises(RuntimeUnavailableError, match=NO_KERNELS) as problem:
-            OnnxRuntime(open_bundle(found.path))
-        assert "\n" not in str(problem.value)
-        assert "precision fp16 or fp32" in str(problem.value)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16-backbone", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_a_mixture_that_gathers_its_components_agrees_in_every_precision(
     tmp_path: Path, precision: str, preprocess: Preprocess
 ) -> None:
@@ -253,7 +218,7 @@ def test_a_part_without_headroom_in_float16_is_named_with_advice(
     network.get_parameter("bn1.weight").data.mul_(scale)
     program = capture_any_batch(network, preprocess, ALONE)
     graph = CapturedGraph(network, program, lower(program, network.outputs))
-    message = r"^conv1 computes .* in float16 .*bf16-backbone"
+    message = r"^conv1 computes .* in float16 .*precision fp32$"
     with pytest.raises(LoweringError, match=message) if refused else nullcontext():
         convert.convert_precision(graph, preprocess, ExportOptions(precision="fp16", max_batch=1))
 
@@ -264,6 +229,6 @@ def test_alexnet_exports_with_its_local_response_norms_in_float32(make: Make, tm
     sizes, options = Preprocess(resize=64, crop=64), {"max_batch": 1, "precision": "fp16"}
     exported = export_once(make("alexnet", **config), "alexnet", tmp_path, preprocess=sizes, **options)
     assert exported.parity.passed
-    _, types = cast_graph(graph_of("alexnet", sizes, **config), sizes, "fp16")
+    _, types = cast_graph(graph_of("alexnet", sizes, **config), sizes)
     assert FLOAT in types["layers.2"]
     assert FLOAT not in types["layers.4"]

@@ -14,7 +14,7 @@ from sopdeploy.decision import Calibration, Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import entry, make_config
-from sopdeploy_export.parity.findings import Flip
+from sopdeploy_export.findings import Flip
 from sopdeploy_export.report.page import (
     as_markdown,
     render_model_card,

@@ -1,4 +1,4 @@
-"""The measurements of `parity.json`: drift, noise floors, top-1 agreement and routing.
+"""The measurements of `parity.json` (drift, noise floors, agreement, routing) and `precision.json` (types).
 
 Tolerances are multiples of a measured noise floor. The reference is the network in float64. The noise floor
 of an output is the distance between that reference and the network's own run in the exported precision. The
@@ -13,9 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.manifest import Precision
+from sopdeploy.bundle.manifest import Int8For, Precision
 from sopdeploy.config import StrictModel
-from sopdeploy.evaluation.statistics import wilson
 
 PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
@@ -24,7 +23,6 @@ FLOORS = 16.0
 FLOORS_BY_PRECISION: Mapping[Precision, float] = {
     "fp32": FLOORS,
     "fp16": 4.0,
-    "bf16-backbone": 4.0,
     "int8": 4.0,
 }
 
@@ -44,16 +42,11 @@ class Flip(StrictModel):
 
 
 class Agreement(StrictModel):
-    """Top-1 agreement between the file and the network.
-
-    `low` and `high` are the 95 % Wilson interval of the agreement rate.
-    """
+    """Top-1 agreement between the file and the network."""
 
     num_images: int
     num_agreeing: int
     flipped: tuple[Flip, ...] = ()
-    low: float
-    high: float
 
     def flips(self, cause: FlipCause) -> int:
         """Count the changed top classes with this *cause*."""
@@ -112,14 +105,12 @@ class RoutingParity(StrictModel):
 class ParityReport(StrictModel):
     """The comparison of the exported file with its network.
 
-    `spread` is the largest range of a logit over the images. `emulation` describes how the runtime computed
-    operators for which it has no kernels; None if it ran the file unchanged.
+    `spread` is the largest range of a logit over the images.
     """
 
     precision: Precision = "fp32"
     runtime: str
     provider: str
-    emulation: str | None = None
     num_images: int
     floors_allowed: float = FLOORS
     outputs: dict[str, OutputParity]
@@ -168,8 +159,70 @@ def agreement(
             cause = "routing"
         classes = {"network": int(network[image]), "file": int(file[image])}
         flipped.append(Flip(image=image, **classes, margin=margin, cause=cause))
-    num_images, num_agreeing = len(expected), len(expected) - len(flipped)
-    low, high = wilson(num_agreeing, num_images)
-    return Agreement(
-        num_images=num_images, num_agreeing=num_agreeing, flipped=tuple(flipped), low=low, high=high
-    )
+    num_agreeing = len(expected) - len(flipped)
+    return Agreement(num_images=len(expected), num_agreeing=num_agreeing, flipped=tuple(flipped))
+
+
+class Attempt(StrictModel):
+    """One choice of float32 layers that was tried for int8.
+
+    Attributes:
+        in_float32: Layers that stay in float32.
+        drop: Lost points of top-1, or of agreement without labels.
+    """
+
+    in_float32: tuple[str, ...] = ()
+    drop: float
+
+    def __str__(self) -> str:
+        """Describe the attempt in a few words."""
+        return f"{len(self.in_float32) or 'no'} layers in float32 {self.drop:.2f}"
+
+
+class Quantization(StrictModel):
+    """The quantization to int8.
+
+    Attributes:
+        runtime: The runtime that the graph is quantized for.
+        in_float32: Layers that stay in float32 because the accuracy dropped too much with int8 in all layers.
+        num_images: Number of calibration images.
+        num_layers: Number of parts with int8 convolutions.
+        tried: All attempts, in the order in which they were measured.
+    """
+
+    runtime: Int8For
+    in_float32: tuple[str, ...] = ()
+    num_images: int
+    num_layers: int
+    tried: tuple[Attempt, ...] = ()
+
+
+class Accuracy(StrictModel):
+    """The float32 graph compared with the exported one on the same images.
+
+    Attributes:
+        num_images: Number of images.
+        before: Top-1 of the float32 graph as a fraction; `None` without labels.
+        after: Top-1 of the exported graph as a fraction; `None` without labels.
+        num_agreeing: Number of images with the same top class.
+        low: Lower end of the 95 % confidence interval of the fraction that agrees.
+        high: Upper end of that interval.
+        drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
+    """
+
+    num_images: int
+    before: float | None
+    after: float | None
+    num_agreeing: int
+    low: float
+    high: float
+    drop: float
+
+
+class PrecisionReport(StrictModel):
+    """The content of `precision.json`; `parts` has the type of the weights of each part that has any."""
+
+    precision: Precision
+    parts: dict[str, str]
+    quantisation: Quantization | None = None
+    accuracy: Accuracy | None = None
