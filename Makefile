@@ -182,7 +182,7 @@ lock: $(STAMP)  ## rewrite deploy/lock/: the newest compatible versions with the
 
 $(STAMP): pyproject.toml tests/plugin/pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python deploy/install.py --editable '.[cpu,train,import,otel,sign,s3,ray,batch,docs,dev]' --editable tests/plugin
+	$(BIN)/python deploy/install.py --editable '.[cpu,train,otel,sign,s3,ray,batch,docs,dev]' --editable tests/plugin
 	touch $(STAMP)
 
 clean:  ## remove everything that the targets above create

@@ -30,7 +30,7 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
     digest = hashlib.sha256(raw).hexdigest()
     if raw[8:9] == b"{":
         safetensors = import_optional(
-            "safetensors.torch", "safetensors", "sopdeploy[import]", WeightsError, str(path)
+            "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)
         )
         try:
             return safetensors.load(raw), digest

@@ -44,20 +44,14 @@ class WeightFile:
     average_color: tuple[float, float, float] | None = None
     image_size: float | None = None
     other_keys: tuple[str, ...] = ()
+    used: set[str] = field(default_factory=set)
 
     def tensor(self, name: str) -> Tensor:
-        """Get the tensor *name*; raises `WeightsError` if the file has none."""
+        """Get the tensor *name*, which then is `used`; raises `WeightsError` if the file has none."""
+        self.used.add(name)
         if name not in self.tensors:
             raise WeightsError(f"{self.path}: has no {name}; give the file of a whole network")
         return self.tensors[name]
-
-
-class MappedTensor(NamedTuple):
-    """A tensor of a sopdeploy network: its name, and the source tensors it was computed from."""
-
-    name: str
-    sources: tuple[str, ...]
-    tensor: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,24 +67,24 @@ class ConvertedWeights:
 
     description: str
     model: str | None
-    tensors: tuple[MappedTensor, ...]
+    tensors: Mapping[str, Tensor]
     num_classes: int
-    preprocess: Preprocess
+    preprocess: Preprocess = field(default_factory=Preprocess)
     required: Mapping[str, Any] = field(default_factory=dict)
     detected: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     undetermined: Mapping[str, str] = field(default_factory=dict)
-    labels: Literal["imagenet", "cifar10"] | None = None
+    labels: Literal["imagenet", "cifar10"] | None = "imagenet"
     notes: tuple[str, ...] = ()
 
 
-def rename_tensors(file: WeightFile, renames: Mapping[str, str] | None = None) -> tuple[MappedTensor, ...]:
+def rename_tensors(file: WeightFile, renames: Mapping[str, str]) -> dict[str, Tensor]:
     """Replace in each tensor name of *file* the first key of *renames* that it contains; other names stay."""
-    mapped = []
-    for source, tensor in file.tensors.items():
-        old, new = next(((old, new) for old, new in (renames or {}).items() if old in source), ("", ""))
-        mapped.append(MappedTensor(source.replace(old, new, 1) if old else source, (source,), tensor))
-    return tuple(mapped)
+    renamed = {}
+    for name, tensor in file.tensors.items():
+        old, new = next(((old, new) for old, new in renames.items() if old in name), ("", ""))
+        renamed[name.replace(old, new, 1) if old else name] = tensor
+    return renamed
 
 
 COUNTER = "num_batches_tracked"  # of a batch norm; without effect on inference
@@ -151,29 +145,22 @@ def fit_tensors(
     with torch.device("meta"):
         network = create_model(model, num_classes=converted.num_classes, **values)
     expected = network.state_dict()
-    by_name = {mapped.name: mapped for mapped in converted.tensors}
-    used = {source for name in by_name.keys() & expected.keys() for source in by_name[name].sources}
-    for source in file.tensors:
-        if source not in used:
-            raise _misfit(file, converted, model, f"it has no tensor for {source}")
+    for name in converted.tensors:
+        if name not in expected:
+            raise _misfit(file, converted, model, f"it has no tensor for {name}")
     state: dict[str, Tensor] = {}
     for name, of_network in expected.items():
-        mapped = by_name.get(name)
-        if mapped is None and name.endswith(COUNTER):
-            mapped = MappedTensor(name, (), torch.zeros((), dtype=of_network.dtype))
-        if mapped is None:
+        tensor = converted.tensors.get(name)
+        if name.endswith(COUNTER) and (tensor is None or tensor.numel() == 1):
+            tensor = torch.zeros(()) if tensor is None else tensor.reshape(())
+        if tensor is None:
             raise _misfit(file, converted, model, f"{name} is not in the file")
-        if name.endswith(COUNTER) and mapped.tensor.numel() == 1:
-            mapped = mapped._replace(tensor=mapped.tensor.reshape(()))
-        if mapped.tensor.shape != of_network.shape:
-            shapes = f"{tuple(mapped.tensor.shape)}, not {tuple(of_network.shape)}"
+        if tensor.shape != of_network.shape:
+            shapes = f"{tuple(tensor.shape)}, not {tuple(of_network.shape)}"
             raise _misfit(file, converted, model, f"{name} has shape {shapes}")
-        tensor = mapped.tensor.detach().to(of_network.dtype).contiguous().clone()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise WeightsError(
-                f"{file.path}: {mapped.sources[0]} has values that are not finite in {of_network.dtype}"
-            )
-        state[name] = tensor
+        state[name] = tensor.detach().to(of_network.dtype).contiguous().clone()
+        if not bool(state[name].isfinite().all()):
+            raise WeightsError(f"{file.path}: {name} has values that are not finite in {of_network.dtype}")
     return state
 
 

@@ -6,7 +6,6 @@ settings. The released networks take pixels of 0 to 255 minus the mean. `input_s
 each tensor with such an axis is made row-wise.
 """
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +15,7 @@ from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.backbones.resnet import RAW_SCALE
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import (
-    ConvertedWeights,
-    MappedTensor,
-    WeightFile,
-    row_wise_order,
-    triangle_side,
-)
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, row_wise_order, triangle_side
 from sopdeploy.importers.matconvnet import (
     batch_norm,
     bias,
@@ -74,17 +67,19 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         config |= _gate_config(file)
         required |= {key: config[key] for key in ("components", "chosen")}
     width = config["component_widths"][-1] if config.get("component_widths") else WIDTHS[-1] * widen
-    tensors = [*_backbone_and_head(file, blocks, width if component == "sop" else None)]
+    tensors = _backbone_and_head(file, blocks, width if component == "sop" else None)
     if gated:
-        tensors += _gate(file, config, component == "sop")
+        tensors |= _gate(file, config, component == "sop")
+    tensors |= {name: tensor for name, tensor in file.tensors.items() if name not in file.used}
     return ConvertedWeights(
         description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
         model=_MODELS.get((gated, component, blocks, widen)),
-        tensors=tuple(tensors),
+        tensors=tensors,
         num_classes=len(pointwise_kernel(file, "prediction_f")),
         preprocess=_preprocess(file),
         required=required,
         detected=config,
+        labels=None,
         notes=NOTES,
     )
 
@@ -131,57 +126,52 @@ def _triangle_order(width: int | None, vectors: Tensor) -> Tensor | None:
     return None if width is None or triangle_side(vectors.shape[1]) != width else row_wise_order(width)
 
 
-def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> Iterator[MappedTensor]:
+def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> dict[str, Tensor]:
     """Convert the ResNet and the classifier of triangles with *width* channels; None stands for averages."""
     prediction = pointwise_kernel(file, "prediction_f")
     order = _triangle_order(width, prediction)
-    kernel = conv_kernel(file, "conv1_f") / RAW_SCALE
-    yield MappedTensor("conv1.weight", ("conv1_f",), kernel)
-    yield bias(file, "conv1", "conv1.bias")
-    yield from batch_norm(file, "conv1_bn", "bn1")
+    norms, found = {"conv1": "bn1"}, {"conv1.weight": conv_kernel(file, "conv1_f") / RAW_SCALE}
+    found["conv1.bias"] = bias(file, "conv1")
     for stage in _STAGES:
         for block in range(blocks):
             source, name = f"conv{stage}_{block + 1}", f"layer{stage - 1}.{block}"
-            yield from _conv_bn(file, f"{source}a", f"{name}.conv1", f"{name}.bn1")
-            yield from _conv_bn(file, f"{source}b", f"{name}.conv2", f"{name}.bn2")
+            layers = {"a": ("conv1", "bn1"), "b": ("conv2", "bn2")}
             if f"{source}_adapt_conv_f" in file.tensors:
-                shortcut = f"{name}.downsample"
-                yield from _conv_bn(file, f"{source}_adapt_conv", f"{shortcut}.0", f"{shortcut}.1")
+                layers["_adapt_conv"] = ("downsample.0", "downsample.1")
+            for layer, (conv, norm) in layers.items():
+                found[f"{name}.{conv}.weight"] = conv_kernel(file, f"{source}{layer}_f")
+                norms[f"{source}{layer}"] = f"{name}.{norm}"
+    for source, name in norms.items():
+        found |= _named(name, batch_norm(file, f"{source}_bn"))
     if "fusion_bn_bn_w" in file.tensors:
-        yield from batch_norm(file, "fusion_bn_bn", "head.bn", order)
-    yield MappedTensor("head.fc.weight", ("prediction_f",), reorder(prediction, order, 1))
-    yield bias(file, "prediction", "head.fc.bias")
+        found |= _named("head.bn", batch_norm(file, "fusion_bn_bn", order))
+    return found | {"head.fc.weight": reorder(prediction, order, 1), "head.fc.bias": bias(file, "prediction")}
 
 
-def _conv_bn(file: WeightFile, source: str, name: str, norm: str) -> Iterator[MappedTensor]:
-    yield MappedTensor(f"{name}.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"))
-    yield from batch_norm(file, f"{source}_bn", norm)
-
-
-def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> Iterator[MappedTensor]:
+def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> dict[str, Tensor]:
     """Convert the gate and the components; the tensors of all components are joined."""
+    found: dict[str, Tensor] = {}
     for layer in range(len(config["gate_widths"])):
         source, name = f"gating{layer + 1}", f"gate.feature.{layer}"
-        yield MappedTensor(f"{name}.0.weight", (f"{source}_f",), conv_kernel(file, f"{source}_f"))
+        found[f"{name}.0.weight"] = conv_kernel(file, f"{source}_f")
         if config["gate_norm"]:
-            yield from batch_norm(file, f"{source}_bn", f"{name}.1")
+            found |= _named(f"{name}.1", batch_norm(file, f"{source}_bn"))
     width = config["gate_widths"][-1] if second_order and config["gate_widths"] else None
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
-        weight = file.tensor(source)
-        yield MappedTensor(name, (source,), reorder(weight.T, _triangle_order(width, weight.T), 1))
+        weight = file.tensor(source).T
+        found[name] = reorder(weight, _triangle_order(width, weight), 1)
     components = (_component_kernels(file, number) for number in range(1, config["components"] + 1))
     for step, kernels in enumerate(zip(*components, strict=True)):
-        matrices = [pointwise_kernel(file, name) for name in kernels]
-        yield MappedTensor(f"mixture.weights.{step}", kernels, torch.stack(matrices))
+        found[f"mixture.weights.{step}"] = torch.stack([pointwise_kernel(file, name) for name in kernels])
         sources = [name.removesuffix("_f") for name in kernels]
         if config["component_bias"]:
-            yield _join([bias(file, source, f"mixture.biases.{step}") for source in sources])
+            found[f"mixture.biases.{step}"] = torch.cat([bias(file, source) for source in sources])
         if config["component_norm"]:
-            norms = (batch_norm(file, f"{source}_bn", f"mixture.norms.{step}") for source in sources)
-            yield from map(_join, zip(*norms, strict=True))
+            norms = [batch_norm(file, f"{source}_bn") for source in sources]
+            joined = {name: torch.cat([norm[name] for norm in norms]) for name in norms[0]}
+            found |= _named(f"mixture.norms.{step}", joined)
+    return found
 
 
-def _join(parts: Sequence[MappedTensor]) -> MappedTensor:
-    """Concatenate the tensors of all components; all *parts* have the same name."""
-    sources = tuple(source for part in parts for source in part.sources)
-    return MappedTensor(parts[0].name, sources, torch.cat([part.tensor for part in parts]))
+def _named(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.errors import WeightsError
-from sopdeploy.importers.conversion import Layer, MappedTensor, WeightFile
+from sopdeploy.importers.conversion import Layer, WeightFile
 from sopdeploy.user_files import check_tensors
 
 EPS = 1e-5  # of every batch norm of sopdeploy
@@ -23,7 +23,6 @@ LAYER_KINDS = {
     *("H_x", "gating", "CM_out", "Balance_loss"),
     *(MATRIX_ROOT, *PRENORMS, "OBJ_ConvNet_COV_Pool", "OBJ_ConvNet_COV_ScaleTr", "OBJ_ConvNet_COV_ScaleFro"),
 }
-_STRIDES = {2: 1, 3: 2, 4: 2}  # of the stages; the stride of the fifth is read from the file
 
 
 def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile:
@@ -88,13 +87,13 @@ def pointwise_kernel(file: WeightFile, name: str) -> Tensor:
     return conv_kernel(file, name).flatten(1)
 
 
-def bias(file: WeightFile, source: str, name: str) -> MappedTensor:
-    """Convert the bias of the layer *source* to the tensor *name* (out,)."""
-    return MappedTensor(name, (f"{source}_b",), file.tensor(f"{source}_b").reshape(-1))
+def bias(file: WeightFile, source: str) -> Tensor:
+    """Get the bias (out,) of the layer *source*."""
+    return file.tensor(f"{source}_b").reshape(-1)
 
 
-def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = None) -> list[MappedTensor]:
-    """Convert the batch norm *source* to *name*, with its channels permuted by *order*.
+def batch_norm(file: WeightFile, source: str, order: Tensor | None = None) -> dict[str, Tensor]:
+    """Convert the batch norm *source*, with its channels permuted by *order*.
 
     MatConvNet stores sqrt(variance + eps). Where it is below sqrt(eps), the variance is 0 and the weight of
     the channel is scaled instead.
@@ -102,16 +101,13 @@ def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = 
     mean, deviation = file.tensor(f"{source}_m").unbind(dim=1)
     variance = (deviation.square() - EPS).clamp_min(0.0)
     factor = torch.where(variance > 0, torch.ones_like(deviation), (variance + EPS).sqrt() / deviation)
-    parts = (
-        ("weight", "w", file.tensor(f"{source}_w").reshape(-1) * factor),
-        ("bias", "b", file.tensor(f"{source}_b").reshape(-1)),
-        ("running_mean", "m", mean),
-        ("running_var", "m", variance),
-    )
-    return [
-        MappedTensor(f"{name}.{leaf}", (f"{source}_{suffix}",), reorder(values, order, 0))
-        for leaf, suffix, values in parts
-    ]
+    parts = {
+        "weight": file.tensor(f"{source}_w").reshape(-1) * factor,
+        "bias": bias(file, source),
+        "running_mean": mean,
+        "running_var": variance,
+    }
+    return {name: reorder(values, order, 0) for name, values in parts.items()}
 
 
 def reorder(values: Tensor, order: Tensor | None, axis: int) -> Tensor:
@@ -137,26 +133,20 @@ def layer_number(file: WeightFile, name: str, key: str) -> float:
 def read_settings(file: WeightFile) -> dict[str, Any]:
     """Read the stride of the fifth stage, and iterations and pre-normalization of the matrix square roots.
 
-    Raises `WeightsError` if a layer is not supported, if another stage does not have the paper's stride, or
-    if the square roots have different settings.
+    Raises `WeightsError` if a layer is not supported, or if the square roots have different settings.
     """
     for name, layer in file.layers.items():
         if layer.kind not in LAYER_KINDS:
             raise WeightsError(f"{file.path}: layer {name} has the type {layer.kind}, not supported")
-    for stage, stride in _STRIDES.items():
-        if layer_number(file, f"conv{stage}_1a_conv", "stride") != stride:
-            raise WeightsError(f"{file.path}: conv{stage}_1a_conv does not have the paper's stride {stride}")
     settings: dict[str, Any] = {"conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride"))}
     roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
     if not roots:
         return settings
     iterations = {int(layer_number(file, name, "iterNum")) for name in roots}
     norms = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
-    with_coefficient = [name for name, layer in file.layers.items() if "coef" in layer.block]
-    coefficients = {layer_number(file, name, "coef") for name in with_coefficient}
-    if len(iterations) != 1 or len(norms) != 1 or coefficients - {1.0}:
+    if len(iterations) != 1 or len(norms) != 1:
         raise WeightsError(
-            f"{file.path}: its matrix roots use iterations {sorted(iterations)}, norms {sorted(norms)} and "
-            f"coef {sorted(coefficients)}; supported are one of each, and coef 1"
+            f"{file.path}: its matrix roots use iterations {sorted(iterations)} and norms {sorted(norms)}; "
+            "supported is one of each"
         )
     return settings | {"iterations": iterations.pop(), "prenorm": norms.pop()}

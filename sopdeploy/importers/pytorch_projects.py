@@ -17,7 +17,6 @@ from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
-    MappedTensor,
     WeightFile,
     rename_tensors,
     row_wise_order,
@@ -115,12 +114,11 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
     return ConvertedWeights(
         description=f"ResNet-{depth} of torchvision",
         model=name_network("resnet", depth, 50),
-        tensors=rename_tensors(file),
+        tensors=file.tensors,
         num_classes=len(file.tensor("fc.weight")),
         preprocess=preprocess,
         required={"depth": depth, "pooling.kind": "gap"},
         detected={"base_width": len(file.tensor("conv1.weight"))},
-        labels="imagenet",
         notes=notes,
     )
 
@@ -134,8 +132,7 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     published = {"layer4.0.conv1.weight", "layer_reduce.weight"} <= file.tensors.keys()
     if not published and "features.4.0.conv1.weight" not in file.tensors:
         return None
-    mapped = rename_tensors(file, RENAMES["fast-MPN-COV"])
-    renamed = replace(file, tensors={entry.name: entry.tensor for entry in mapped})
+    renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     depth = resnet_depth(file.path, renamed.tensors)
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     classes, length = renamed.tensor("fc.weight").shape
@@ -151,14 +148,12 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
     return ConvertedWeights(
         description=f"{_TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
         model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, 50) + option,
-        tensors=mapped,
+        tensors=renamed.tensors,
         num_classes=classes,
-        preprocess=Preprocess(),
         required={"depth": depth, "pooling.kind": kind},
         detected={"base_width": len(renamed.tensor("conv1.weight")), **pooling}
         | ({} if stride is None else {"conv5_stride": stride}),
         undetermined={"conv5_stride": reason} if stride is None else {},
-        labels="imagenet",
     )
 
 
@@ -195,7 +190,6 @@ def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights |
         preprocess=preprocess,
         required={"pooling.kind": "flatten", "classifier": "mlp"},
         detected={"batch_norm": batch_norm},
-        labels="imagenet",
         notes=notes,
     )
 
@@ -205,20 +199,17 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
     length = _linear_inputs(file)
     if not length or not {"features.1.running_mean", "features.3.weight"} <= file.tensors.keys():
         return None
-    mapped = rename_tensors(file, RENAMES["VGG-16"])
-    renamed = replace(file, tensors={entry.name: entry.tensor for entry in mapped})
+    renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
     linear = "classifier.weight" in file.tensors
     pooling = detect_pooling(renamed, VGG_CHANNELS, length)
     kind = str(pooling["pooling.kind"])
     return ConvertedWeights(
         description=f"{_TITLES[kind]} on VGG-16 of fast-MPN-COV",
         model=f"vgg16-bn --option pooling={kind}",
-        tensors=mapped,
+        tensors=renamed.tensors,
         num_classes=len(file.tensor("classifier.weight" if linear else "classifier.6.weight")),
-        preprocess=Preprocess(),
         required={"pooling.kind": kind},
         detected=pooling | {"classifier": "linear" if linear else "mlp"},
-        labels="imagenet",
     )
 
 
@@ -269,27 +260,18 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         detected |= {"final_pooling": "isqrt", "final_width": width}
         if triangle_side(file.tensor("fc.weight").shape[1]) != width:
             raise WeightsError(f"{file.path}: fc.weight does not fit the triangle of {width} channels")
-        tensors = tuple(_make_row_wise(mapped, width) for mapped in tensors)
+        tensors["fc.weight"] = tensors["fc.weight"].index_select(1, row_wise_order(width))
     net, attention = 1 if reduction is None else 2, detected.get("attention")
     return ConvertedWeights(
         description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
         model=name_network(f"gsop-net{net}-resnet", depth, 50),
         tensors=tensors,
         num_classes=len(file.tensor("fc.weight")),
-        preprocess=Preprocess(),
         required={"depth": depth, "final_pooling": detected["final_pooling"]},
         detected=detected,
         defaults=RELEASED,
         undetermined={} if attention else {"attention": SUM_OR_MAXIMUM},
-        labels="imagenet",
     )
-
-
-def _make_row_wise(mapped: MappedTensor, width: int) -> MappedTensor:
-    """Permute the classifier from column-wise to row-wise triangles of *width* channels."""
-    if mapped.name != "fc.weight":
-        return mapped
-    return mapped._replace(tensor=mapped.tensor.index_select(1, row_wise_order(width)))
 
 
 def _block_config(file: WeightFile) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.errors import WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, rename_tensors
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
 
 TIMM_PREFIX = "timm:"
 MAX_TRIED = 8  # networks are built without memory for their weights, which takes about 0.1 s for each
@@ -51,10 +51,9 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     return ConvertedWeights(
         description=f"timm's {backbone}",
         model=model,
-        tensors=rename_tensors(file),
+        tensors=file.tensors,
         num_classes=len(file.tensor(weight)) if weight in file.tensors else 0,
         preprocess=Preprocess.from_timm({**pretrained, **config}),
-        labels="imagenet",
         notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
     )
 
@@ -99,11 +98,10 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
     return ConvertedWeights(
         description=f"timm's tf_{model.replace('-', '_')}",
         model=model,
-        tensors=rename_tensors(file),
+        tensors=file.tensors,
         num_classes=len(file.tensor("classifier.weight")),
         preprocess=Preprocess.from_timm(config) if config else LITE[model],
         required={"pooling.kind": "gap"},
-        labels="imagenet",
         notes=(FROM_HUB_CONFIG,) if config else (),
     )
 

@@ -110,7 +110,7 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
             file=path.name,
             sha256=source.sha256,
             network=converted.description,
-            tensors={mapped.name: mapped.tensor for mapped in converted.tensors},
+            tensors=converted.tensors,
             preprocess=converted.preprocess,
             labels=CIFAR10 if converted.labels == "cifar10" else None,
         )

@@ -83,11 +83,9 @@ def test_torchvision_weights_give_the_same_logits(
     ("depth", "digest", "resize"),
     [(18, "f37072fd", 256), (50, "0676ba61", 256), (50, "11ad3fa6", 232), (101, "cd907fc2", 232)],
 )
-def test_torchvision_files_are_identified_by_their_hash(
-    monkeypatch: pytest.MonkeyPatch, depth: int, digest: str, resize: int
-) -> None:
-    monkeypatch.setattr(pytorch_projects, "sha256", lambda path: digest + "0" * 56)
-    found, notes = pytorch_projects.published_preprocess(f"resnet{depth}", Path("a.pth"))
+def test_torchvision_files_are_identified_by_their_hash(depth: int, digest: str, resize: int) -> None:
+    file = WeightFile(path=Path("a.pth"), sha256=digest + "0" * 56, tensors={})
+    found, notes = pytorch_projects.published_preprocess(f"resnet{depth}", file)
     assert (found.resize, found.crop, found.interpolation) == (resize, 224, "bilinear")
     assert notes[0].startswith("preprocessing of torchvision's")
 
@@ -221,7 +219,7 @@ def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, mode
     with torch.device("meta"):
         expected = create_model(model, num_classes=5).state_dict()
     assert (project, converted.model, converted.num_classes) == ("torchvision", model, 5)
-    found = {mapped.name: mapped.tensor.shape for mapped in converted.tensors}
+    found = {name: tensor.shape for name, tensor in converted.tensors.items()}
     assert found == {name: tensor.shape for name, tensor in expected.items()}
 
 
@@ -255,8 +253,8 @@ def test_the_convolutions_start_a_network_with_another_pooling(
 ) -> None:
     _, converted = convert_weights(vgg_file(tmp_path, "vgg16_bn"), "vgg16-bn")
     values = {  # ones without memory of their own
-        mapped.name: torch.ones((), dtype=mapped.tensor.dtype).expand(mapped.tensor.shape)
-        for mapped in converted.tensors
+        name: torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
+        for name, tensor in converted.tensors.items()
     }
     weights = StartWeights(file="a.pth", sha256="", network="VGG-16", tensors=values, preprocess=Preprocess())
     network = create_model(model, num_classes=3, **config)
