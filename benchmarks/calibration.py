@@ -22,7 +22,7 @@ from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.decision import Decision, known_score
-from sopdeploy.evaluation.decision_fit import fit_decision, leave_one_class_out
+from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import calibration_error
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.importers.import_weights import import_weights
@@ -91,10 +91,6 @@ def results(measured: Measured) -> list[Result]:
         ),
         Result(case="accepted known images", ours=100 * float(known.mean()), unit="%", runs=1),
         Result(case="largest difference from scaled logits", ours=difference, unit="logits", runs=1),
-        *(
-            Result(case=f"AUROC, one class left out: {score}", ours=100 * area, unit="%", runs=1)
-            for score, area in leave_one_class_out(shipped, targets).items()
-        ),
     ]
 
 

@@ -16,13 +16,12 @@ TRAIN. All arms see the same ones and are tested on all photographs in TEST:
 
 Intervals are Student's 95 % intervals of the paired difference over draws. "estimate minus test" compares the
 printed estimate with the accuracy on the test photographs. With --unknown, photographs of other classes,
-<folder>/*.jpg, AUROC compares the scores of TEST with theirs ("far"); "near" is the AUROC that `train`
-records, of heads that were fitted without one class. Finished draws in --cache are not repeated. Exit status
-1: train is not better than the best simple head with an interval above 0, on average over --sizes, in a case.
+<folder>/*.jpg, the shares of TEST that the threshold accepts and of these photographs that it rejects are
+printed. Finished draws in --cache are not repeated. Exit status 1: train is not better than the best simple
+head with an interval above 0, on average over --sizes, in a case.
 """
 
 import argparse
-import copy
 import itertools
 import json
 import os
@@ -43,7 +42,6 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
 from sklearn.pipeline import make_pipeline
@@ -54,12 +52,12 @@ from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, 
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.decision import Score, known_score
+from sopdeploy.decision import known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import student
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import with_head
-from sopdeploy.models.second_order_head import HeadConfig, PooledHead, SecondOrderHead
+from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
 
 
 class Case(NamedTuple):
@@ -236,38 +234,20 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
         "high": 100 * found["top1"]["high"],
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "head": found["head"],
-        "areas": {f"near, {score}": 100 * area for score, area in found["auroc"].items()},
     }
-    if case.unknown is not None:
+    rule = result["decision"]["rejection"]
+    if case.unknown is not None and rule is not None:
         inputs = head_inputs(best, case.unknown, case.model, case.cache / "unknown.pt", with_maps=True)
-        measured["areas"] |= far_areas(model.pooled_head, test, inputs)
+        others = model.pooled_head(inputs["own"], inputs["maps"])
+        shares = [
+            (known_score(rows.numpy(), rule["score"]) >= rule["threshold"]).mean()
+            for rows in (logits, others)
+        ]
+        measured |= {"accepted": 100 * float(shares[0]), "rejected": 100 * float(1 - shares[1])}
     path.write_text(json.dumps(measured))
     print(f"{case.name}, {size} per class, draw {seed}: {measured}", file=sys.stderr, flush=True)
     shutil.rmtree(out)
     return measured
-
-
-def far_areas(head: PooledHead, known: dict[str, Any], unknown: dict[str, Any]) -> dict[str, float]:
-    """Compute the AUROC of the scores of *known* and *unknown* inputs, in percent.
-
-    "energy, no distance" is the energy of the same head without the distance from the mean.
-    """
-    plain = copy.deepcopy(head)
-    if head.config.distance:
-        plain.fc.weight[:, -1] = 0
-    areas = {}
-    scores: tuple[tuple[str, PooledHead, Score], ...] = (
-        ("max_probability", head, "max_probability"),
-        ("energy, no distance", plain, "energy"),
-        ("energy", head, "energy"),
-    )
-    for name, scored, score in scores:
-        values = [
-            known_score(scored(inputs["own"], inputs["maps"]).numpy(), score) for inputs in (known, unknown)
-        ]
-        is_known = np.repeat([True, False], [len(column) for column in values])
-        areas[f"far, {name}"] = 100 * float(roc_auc_score(is_known, np.concatenate(values)))
-    return areas
 
 
 def results_of(name: str, draws: list[dict[str, Any]]) -> tuple[list[Result], list[float]]:
@@ -286,8 +266,12 @@ def results_of(name: str, draws: list[dict[str, Any]]) -> tuple[list[Result], li
     seconds = float(np.mean([one["cpu_seconds"] for one in draws]))
     values = {"intervals that contain the test accuracy": (float(inside), "draws")}
     values["processor time of the command"] = (seconds, "s")
-    for area in draws[0]["areas"]:
-        values[f"AUROC {area}"] = (float(np.mean([one["areas"][area] for one in draws])), "%")
+    for share, text in (
+        ("accepted", "accepted test photographs"),
+        ("rejected", "rejected unknown photographs"),
+    ):
+        if all(share in one for one in draws):
+            values[text] = (float(np.mean([one[share] for one in draws])), "%")
     for case, (value, unit) in values.items():
         results.append(Result(case=f"{name}, {case}", ours=value, unit=unit, runs=runs))
     return results, gains

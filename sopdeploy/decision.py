@@ -21,7 +21,6 @@ Occurrences = Annotated[int, pydantic.Field(ge=0)]
 CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
 )  # fmt: skip
-HARDLY, WELL = 0.65, 0.9  # values of the AUROC that `describe_auroc` distinguishes
 FEW_CLASSES = 32  # above this, a sort of all classes is faster
 _MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
@@ -55,19 +54,14 @@ class Rejection(StrictModel):
         accepts: Fraction of known images that the threshold was chosen to accept.
         accepted: 95 % interval of the fraction that it accepts of as many new known images as it was fitted
             to.
-        auroc: Area under the ROC curve for separating the images of a class that is left out from all
-            others, averaged over classes.
-        left_out: "refitted" if the classifier was fitted without the class, `None` if its logit was masked.
-        recognized: How many images of a folder of unknown ones it rejects, and of how many; other images of
-            this folder set the threshold. `None` without such a folder.
+        recognized: How many images of a folder of unknown ones it rejects, and of how many. `None` without
+            such a folder.
     """
 
     score: Score
     threshold: float
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
     accepted: tuple[Fraction, Fraction] | None = None
-    auroc: Fraction | None = None
-    left_out: Literal["refitted"] | None = None
     recognized: tuple[Occurrences, Occurrences] | None = None
 
 
@@ -187,14 +181,8 @@ class Decision(StrictModel):
                 low, high = (100 * share for share in rule.accepted)
                 accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
             rows.append(("unknown images", f"{rule.score} below {rule.threshold:.4g}; {accepted}"))
-            if rule.auroc is not None:
-                how = "by fitting the classifier without it" if rule.left_out else "by masking its logit"
-                text = f"{rule.auroc:.2f}, {how}: {describe_auroc(rule.auroc)}"
-                rows.append(("AUROC, one class left out", text))
             if rule.recognized is not None:
-                rejects, tested = rule.recognized
-                text = f"{rejects} of {tested} images of your folder; its other images set the threshold"
-                rows.append(("recognized unknown images", text))
+                rows.append(("rejects", "{} of {} photographs of other things".format(*rule.recognized)))
         if self.thresholds is not None:
             listed = f"{min(self.thresholds):.3f} to {max(self.thresholds):.3f}, one per class"
             if 0 < len(labels) <= _MAX_LISTED:
@@ -202,18 +190,6 @@ class Decision(StrictModel):
                 listed = ", ".join(f"{label} {threshold:.3f}" for label, threshold in pairs)
             rows.append(("thresholds", listed))
         return rows
-
-
-def describe_auroc(auroc: float) -> str:
-    """Say in words how well unknown images are distinguished from known ones."""
-    if auroc < HARDLY:
-        return (
-            "unknown images are recognized hardly better than by guessing; add photographs or use a better "
-            "backbone"
-        )
-    if auroc < WELL:
-        return "a part of the unknown images is recognized, many that resemble a class are not"
-    return "most unknown images are recognized"
 
 
 def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float64]:

@@ -10,15 +10,12 @@ The threshold is a quantile of the scores of known images with the correction of
 (Angelopoulos and Bates, 2021, section 1).
 
 The score is chosen by leave-one-class-out AUROC: for each class, its logit is masked, its images are the
-unknown ones, and the images of all other classes the known ones. (The few-shot procedure fits the head again
-without the class instead.) This shows how well the head separates images for which it has no output. The
-AUROC on images from another domain differs, because the features were trained on the class that is left out.
+unknown ones, and the images of all other classes the known ones. The few-shot procedure always uses the
+energy, which it makes lower for images that are unlike the training images.
 """
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +24,7 @@ from torch import nn
 
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.layouts import open_any_images
-from sopdeploy.data.image_files import hash_images, unreadable_images_error
+from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.drift import PredictionCounts
@@ -46,13 +43,6 @@ MAX_LEFT_OUT = 100  # classes, evenly spaced
 SCORES: tuple[Score, ...] = ("max_probability", "energy")
 
 
-class UnknownLogits(NamedTuple):
-    """Logits (N, C) of images of no class: those that set the threshold, and those that test it."""
-
-    setting: Logits
-    testing: Logits
-
-
 def fit_decision(
     logits: Logits,
     targets: NDArray[np.int64],
@@ -60,9 +50,9 @@ def fit_decision(
     estimated_on: Estimate,
     accepts: float = 0.95,
     scalable: bool = True,
-    refitted: Mapping[Score, float] = {},
+    score: Score | None = None,
     groups: NDArray[np.integer] | None = None,
-    unknown: UnknownLogits | None = None,
+    unknown: Logits | None = None,
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
@@ -77,11 +67,9 @@ def fit_decision(
             is rejected; `missing_threshold` describes the reason.
         scalable: Whether the logits can be divided; otherwise the temperature is 1, as it is if
             `fit_temperature` or `lowers_loss` finds no evidence for another value.
-        refitted: AUROC by score of heads that were fitted without one class. If empty, the AUROCs are
-            computed with the logit of the class masked.
+        score: The score to use; by default the one with the larger leave-one-class-out AUROC.
         groups: The groups of the images; by default, all images are different.
-        unknown: Images of no class. They choose the score, and the threshold with the smallest sum of both
-            error rates among those that accept at least the fraction *accepts*.
+        unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
     """
     if groups is not None:
         first = np.sort(np.unique(groups, return_index=True)[1])
@@ -100,41 +88,24 @@ def fit_decision(
     predictions = PredictionCounts(logits.shape[1])
     predictions.add_logits(scaled)
     reference = predictions.reference()
-    if unknown is not None:
-        unknown = UnknownLogits(unknown.setting / temperature, unknown.testing / temperature)
-    rejection = _fit_rejection(scaled, targets, accepts, refitted, unknown)
+    rejection = None
+    if rejected := count_rejected(len(logits), accepts):
+        score = score or choose_score(scaled, targets)
+        threshold = float(np.sort(known_score(scaled, score))[rejected - 1])
+        rejection = Rejection(
+            score=score,
+            threshold=threshold,
+            accepts=accepts,
+            accepted=accepted_interval(len(logits), rejected),
+            recognized=None if unknown is None else count_below(unknown / temperature, score, threshold),
+        )
     return Decision(calibration=calibration, rejection=rejection, reference=reference)
 
 
-def _fit_rejection(
-    logits: Logits,
-    targets: NDArray[np.int64],
-    accepts: float,
-    refitted: Mapping[Score, float],
-    unknown: UnknownLogits | None,
-) -> Rejection | None:
-    """Fit score and threshold to calibrated *logits* (N, C), as `fit_decision` describes."""
-    rejected = count_rejected(len(logits), accepts)
-    if rejected == 0:
-        return None
-    aurocs = refitted or leave_one_class_out(logits, targets)
-    score, recognized = max(SCORES, key=lambda name: aurocs.get(name, 0.0)), None
-    if unknown is not None and len(unknown.setting):
-        score, rejected = choose_rejected(logits, unknown.setting, rejected)
-        accepts = round(1 - rejected / (len(logits) + 1), 3)
-    threshold = float(np.sort(known_score(logits, score))[rejected - 1])
-    if unknown is not None:
-        rejects = known_score(unknown.testing, score) < threshold
-        recognized = (int(rejects.sum()), len(rejects))
-    return Rejection(
-        score=score,
-        threshold=threshold,
-        accepts=accepts,
-        accepted=accepted_interval(len(logits), rejected),
-        auroc=aurocs.get(score),
-        left_out="refitted" if refitted else None,
-        recognized=recognized,
-    )
+def count_below(logits: Logits, score: Score, threshold: float) -> tuple[int, int]:
+    """Count the images with *logits* (M, C) whose score is below *threshold*, and all."""
+    below_M = known_score(logits, score) < threshold
+    return int(below_M.sum()), len(below_M)
 
 
 def missing_threshold(images: int, classes: int, accepts: float) -> str:
@@ -153,21 +124,6 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
 def count_rejected(images: int, accepts: float) -> int:
     """Count the *images* to reject, so that the fraction *accepts* of new known images is accepted."""
     return min(images, math.floor((images + 1) * (1 - accepts) + 1e-9))
-
-
-def choose_rejected(known: Logits, unknown: Logits, most: int) -> tuple[Score, int]:
-    """Choose the score, and the number of *known* images to reject, 1 to *most*.
-
-    The sum of the rejected fraction of *known* (N, C) and the accepted fraction of *unknown* (M, C) is the
-    smallest; of equal sums, the first score and the smallest number are chosen.
-    """
-    sums: dict[tuple[Score, int], float] = {}
-    for score in SCORES:
-        ordered, unknown_M = np.sort(known_score(known, score)), known_score(unknown, score)
-        for rejected in range(1, most + 1):
-            accepted = float((unknown_M >= ordered[rejected - 1]).mean())
-            sums[score, rejected] = rejected / len(known) + accepted
-    return min(sums, key=lambda choice: sums[choice])
 
 
 def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
@@ -220,23 +176,23 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 
-def leave_one_class_out(logits: Logits, targets: NDArray[np.int64]) -> dict[Score, float]:
-    """Compute the AUROC of each score with one class left out, averaged over up to `MAX_LEFT_OUT` classes.
+def choose_score(logits: Logits, targets: NDArray[np.int64]) -> Score:
+    """Choose the score with the larger AUROC when one of up to `MAX_LEFT_OUT` classes is left out.
 
-    The logit of the class is masked; its images count as unknown, all others as known. The result is empty
+    The logit of the class is masked; its images count as unknown, all others as known. It is the probability
     with fewer than three classes, where one logit would remain, or if only one class has images.
     """
     from sklearn.metrics import roc_auc_score  # noqa: PLC0415  # its import takes a second
 
     classes = np.unique(targets)
     if logits.shape[1] < 3 or len(classes) < 2:
-        return {}
-    aurocs: dict[Score, list[float]] = {score: [] for score in SCORES}
+        return "max_probability"
+    aurocs = dict.fromkeys(SCORES, 0.0)
     for left_out in classes[np.linspace(0, len(classes) - 1, min(len(classes), MAX_LEFT_OUT)).astype(int)]:
         masked = np.delete(logits, left_out, axis=1)
         for score in SCORES:
-            aurocs[score].append(float(roc_auc_score(targets != left_out, known_score(masked, score))))
-    return {score: float(np.mean(per_class)) for score, per_class in aurocs.items()}
+            aurocs[score] += float(roc_auc_score(targets != left_out, known_score(masked, score)))
+    return max(SCORES, key=aurocs.__getitem__)
 
 
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
@@ -261,10 +217,9 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
 
 def predict_unknown(
     model: nn.Module, folder: Path | None, preprocess: Preprocess, *, batch_size: int, workers: int
-) -> UnknownLogits | None:
-    """Compute the logits of *model* on the images in *folder*, in two halves; None without a folder.
+) -> Logits | None:
+    """Compute the logits (M, C) of *model* on the images in *folder*; None without a folder.
 
-    The hash of its bytes says whether an image sets or tests the threshold, so copies are in the same half.
     Raises `DataError` if an image cannot be read.
     """
     if folder is None:
@@ -275,5 +230,4 @@ def predict_unknown(
         logits, _ = predict_logits(model.eval(), dataset, preprocess, batch_size=batch_size, workers=workers)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
-    sets_N = hash_images(images) % 2 == 0
-    return UnknownLogits(logits[sets_N], logits[~sets_N])
+    return logits

@@ -23,9 +23,7 @@ from sopdeploy.training.run import Run
 _MAX_LABELS = 20
 _DECISION = (
     "Fitted to predictions of images that were not used for training. The export divides the last layer by "
-    "the temperature. An image counts as unknown if its score is below the threshold. For the AUROC, one "
-    "class at a time is left out: its images count as unknown, those of all other classes as known. Images "
-    "from another domain may be easier or harder to recognize."
+    "the temperature. An image counts as unknown if its score is below the threshold."
 )
 
 

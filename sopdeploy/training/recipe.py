@@ -74,7 +74,7 @@ class ModelConfig(CatalogModel):
 class RejectionConfig(StrictModel):
     """The fraction of known images to accept; with 1 no image counts as unknown.
 
-    `unknown` is a folder of images of no class; one half of them sets the threshold, the other tests it.
+    `unknown` is a folder of images of no class, which test the rejection.
     """
 
     accepts: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.95

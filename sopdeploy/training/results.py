@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from sopdeploy.config import Count, Fraction, Positive, StrictModel
-from sopdeploy.decision import Estimate, Score
+from sopdeploy.decision import Estimate
 from sopdeploy.errors import CheckpointError, shorten
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -110,7 +110,6 @@ class FewShotResult(ProcedureResult):
         head: The network, and the statistics that its classifier reads.
         num_features: Length of the vector that the classifier reads.
         strength: The chosen inverse strength of the regularization, scikit-learn's C.
-        auroc: AUROC of the scores for unknown images, by heads fitted without one class at a time.
         unknown: Why no threshold for unknown images was fitted; empty if there is one.
         seconds: Time of each step.
     """
@@ -129,7 +128,6 @@ class FewShotResult(ProcedureResult):
     head: str
     num_features: Count
     strength: Positive
-    auroc: dict[Score, Fraction] = pydantic.Field(default_factory=dict)
     unknown: str = ""
     seconds: dict[str, float]
 

@@ -24,9 +24,7 @@ NO_PLAIN_NETWORK = (
 SEVERAL_CLASSES = "A class is present in an image if the sigmoid of its logit reaches its threshold."
 TEMPERATURE = (
     "The weights and the bias of the last layer are those of the checkpoint divided by the temperature, so "
-    "the proof and the drift on this page hold for calibrated logits. The AUROC compares images of all other "
-    "classes with those of a class that is left out; images from another domain may be easier or harder to "
-    "recognize."
+    "the proof and the drift on this page hold for calibrated logits."
 )
 MAX_LABELS = 20
 # An underscore between two letters or digits emphasizes nothing.

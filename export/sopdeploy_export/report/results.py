@@ -171,9 +171,9 @@ def _decision_facts(decision: Decision | None) -> dict[str, str]:
     elif "calibration error" in rows:
         facts["scale"] = f"calibration error {rows['calibration error']}"
     if "unknown images" in rows:
-        auroc = rows.get("AUROC, one class left out")
-        measured = f"; AUROC with one class left out {auroc}" if auroc else ""
-        facts["unknown"] = f"{rows['unknown images']}{measured}"
+        facts["unknown"] = "; rejects ".join(
+            rows[name] for name in ("unknown images", "rejects") if name in rows
+        )
     if "thresholds" in rows:
         facts["present"] = f"probability of at least {rows['thresholds']}"
     return facts

@@ -21,7 +21,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
 from sopdeploy.data.base import LabeledImages
-from sopdeploy.decision import Activation
+from sopdeploy.decision import Activation, known_score
 from sopdeploy.errors import DataError
 
 Array = NDArray[np.float64]
@@ -29,6 +29,7 @@ Indices = NDArray[np.intp]
 GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
 MAX_RANK = 1024
 BALANCE_ABOVE = 1.5  # ratio of the largest class to the smallest
+DISTANCE_WEIGHT = 0.5  # standard deviations of the energy for one of the distance
 IMPLAUSIBLE = 0.1  # probability of a label
 ROWS = 1024  # images that are centered and scaled at once
 _OPTIONS = {"tol": 1e-4, "max_iter": 2000, "warm_start": True}  # each C starts from the previous one
@@ -197,21 +198,36 @@ class Problem:
         return self.cross_validate(folds_N, [strength], ~doubted_N)[0] if doubted_N.any() else logits_NK
 
     def fit_all(self, strength: float) -> LinearHead:
-        """Fit a head, which reads the vectors of the network, to all images with C = *strength*."""
-        head = next(self.fit(np.arange(len(self.reduced)), [strength]))
+        """Fit a head, which reads the vectors of the network, to all images with C = *strength*.
+
+        As in the cross-validation, each C of `GRID` starts from the previous one. The solver stops before the
+        optimum of a large C, so that other starts give larger logits, with which no threshold that was fitted
+        to out-of-fold logits agrees.
+        """
+        *_, head = self.fit(np.arange(len(self.reduced)), GRID[: GRID.index(strength) + 1])
         weight_KD = head.weight @ self.basis.T * self.scale
         return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
-    def distances(self, folds_N: Indices, fitted: NDArray[np.bool_] | bool = True) -> Array:
-        """Compute the distance (N,) of each input from the mean of the *fitted* images of the other folds."""
+    def distances(self, folds_N: Indices) -> Array:
+        """Compute the distance (N,) of each input from the mean of the images of the other folds."""
         distances_N = np.zeros(len(self.reduced))
         for fold in range(int(folds_N.max()) + 1):
             tested = folds_N == fold
-            images = fitted & ~tested
-            if images.any():
-                center_R = self.reduced[images].mean(axis=0)
-                distances_N[tested] = np.linalg.norm(self.reduced[tested] - center_R, axis=1)
+            center_R = self.reduced[~tested].mean(axis=0)
+            distances_N[tested] = np.linalg.norm(self.reduced[tested] - center_R, axis=1)
         return distances_N
+
+    def distance_weight(self, logits_NK: Array, distances_N: Array) -> float:
+        """Return what a unit of *distances_N* takes from all *logits_NK*: `DISTANCE_WEIGHT` of the energy's.
+
+        The logits of a linear classifier grow with the distance from the mean of the training images, also
+        for images that resemble none of them. With a multiple of the distance taken from all logits, as ViM
+        takes the norm of a residual (Wang et al., CVPR 2022, section 4), the energy falls and the
+        probabilities stay. The weight is 0 for several classes per image, which have no energy.
+        """
+        if self.targets.activation == "sigmoid":
+            return 0.0
+        return DISTANCE_WEIGHT * float(known_score(logits_NK, "energy").std() / max(distances_N.std(), 1e-12))
 
 
 def _fit_softmax(model: Any, inputs: Array, classes: Array, weights: Array) -> LinearHead:

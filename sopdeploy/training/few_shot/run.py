@@ -30,7 +30,6 @@ from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets
 from sopdeploy.training.few_shot.estimates import compose, estimate
 from sopdeploy.training.few_shot.features import Features
-from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.run_folder import RunFolder
@@ -104,10 +103,8 @@ def _fit(run: Run, images: LabeledImages, on_progress: Callable[[str, int, int],
     losses_GN = targets.losses(logits_GNK)
     strength = GRID[int(losses_GN.mean(axis=1).argmin())]
     logits_NK = compose(losses_GN, logits_GNK, folds_N)
-    since.append(time.monotonic())
-    on_progress("heads without one class", 0, 1)
-    with_distance = features.head.kind != "gap"
-    aurocs, distance_weight = recognize_unknown(problem, folds_N, strength, with_distance=with_distance)
+    distances_N = problem.distances(folds_N)
+    distance_weight = problem.distance_weight(logits_NK, distances_N)
     since.append(time.monotonic())
     taps = f" of {', '.join(features.head.taps)}" if features.head.taps else ""
     score = estimate(targets, logits_NK, run.recipe.seed, groups_N, int(folds_N.max()) + 1)
@@ -122,14 +119,13 @@ def _fit(run: Run, images: LabeledImages, on_progress: Callable[[str, int, int],
         head=f"{name} {features.head.kind}{taps}",
         num_features=len(problem.center),
         strength=strength,
-        auroc=aurocs,
         seconds={
             step: round(float(seconds), 3)
-            for step, seconds in zip(("features", "choice", "unknown images"), np.diff(since), strict=True)
+            for step, seconds in zip(("features", "choice"), np.diff(since), strict=True)
         },
     )
     run.replace_model(head_name(name), features.build(problem, problem.fit_all(strength), distance_weight))
-    reduced_NK = logits_NK - distance_weight * problem.distances(folds_N)[:, None]
+    reduced_NK = logits_NK - distance_weight * distances_N[:, None]
     run.state = {"out_of_fold": torch.from_numpy(reduced_NK), "groups": torch.from_numpy(groups_N)}
     if targets.activation == "softmax":
         doubted_NK = problem.doubt_labels(logits_NK, folds_N, strength)
@@ -185,7 +181,7 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Few
             estimated_on="cross-validation",
             accepts=accepts,
             scalable=False,  # heads that saw fewer images are less certain than the final one
-            refitted=result.auroc,
+            score="energy",
             groups=groups,
             unknown=predict_unknown(
                 run.model,

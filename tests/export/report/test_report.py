@@ -148,13 +148,13 @@ DECISIONS = {
                 num_images=5000,
                 estimated_on="held-out",
             ),
-            rejection=Rejection(score="energy", threshold=3.25, auroc=0.915),
+            rejection=Rejection(score="energy", threshold=3.25, recognized=(36, 40)),
         ),
         {
             "scale": "temperature 2.5, from 5,000 held-out images; calibration error 0.1256 before, "
             "0.0141 after, folded into the last layer",
             "unknown": "energy below 3.25; accepts about 95 % of known images; "
-            "AUROC with one class left out 0.92, by masking its logit: most unknown images are recognized",
+            "rejects 36 of 40 photographs of other things",
         },
     ),
     "several classes": (

@@ -16,8 +16,6 @@ from sopdeploy.cli.app import app
 from sopdeploy.decision import Decision, Rejection, known_score
 from sopdeploy.errors import ConfigError, DataError, SopdeployError
 from sopdeploy.evaluation.decision_fit import (
-    UnknownLogits,
-    choose_rejected,
     describe_weakness,
     fit_decision,
     fit_temperature,
@@ -101,7 +99,7 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_im
 ) -> None:
     accepted = []
     for seed in range(40):
-        options = {"accepts": accepts, "scalable": False, "refitted": {"max_probability": 0.9}}
+        options = {"accepts": accepts, "scalable": False, "score": "max_probability"}
         rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
         assert rejection is not None
         others = calibrated(2000, seed=1000 + seed)[0]
@@ -112,7 +110,7 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_im
 def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
     inside, images = 0, 100
     for seed in range(200):
-        options = {"scalable": False, "refitted": {"max_probability": 0.9}}
+        options = {"scalable": False, "score": "max_probability"}
         rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
         assert rejection is not None
         assert rejection.accepted is not None
@@ -122,10 +120,10 @@ def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
     assert 188 <= inside < 200
 
 
-def test_two_classes_have_no_leave_one_class_out_estimate() -> None:
+def test_of_two_classes_the_score_is_the_probability() -> None:
     rejection = fit_decision(*calibrated(200, classes=2), estimated_on="held-out").rejection
     assert rejection is not None
-    assert (rejection.score, rejection.auroc) == ("max_probability", None)
+    assert rejection.score == "max_probability"
 
 
 LABELS = ("cat", "ant")  # not sorted, as in files of other projects
@@ -223,70 +221,23 @@ def test_an_error_is_one_line_and_writes_nothing(
     assert {path.name: path.stat().st_mtime_ns for path in home.glob("*.pt")} == files
 
 
-NOTHING = np.zeros((0, 3))
-
-
-def peaks(heights: list[float], base: float = 0.0) -> np.ndarray:
-    """Logits (N, 3) with one peak of the given height above *base*."""
-    logits = np.full((len(heights), 3), base)
-    logits[np.arange(len(heights)), np.arange(len(heights)) % 3] += heights
-    return logits
-
-
-@pytest.mark.parametrize(
-    ("unknown", "score", "rejected"),
-    [
-        (peaks([0.0] * 10), "max_probability", 1),  # no known image has such a score
-        (peaks([3.25] * 10), "max_probability", 4),  # as some known ones: as many as allowed
-        (peaks([9.0] * 10), "max_probability", 1),  # not recognized by any threshold
-        (peaks([5.0] * 10, base=-9.0), "energy", 1),  # only the sum of the logits differs
-    ],
-)
-def test_unknown_images_choose_the_score_and_how_many_known_ones_are_rejected(unknown, score, rejected):
-    known = peaks(list(np.linspace(3.0, 8.0, 50)))
-    assert choose_rejected(known, unknown, 4) == (score, rejected)
-
-
 def known_images(count: int = 200) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(0)
     targets = np.arange(count) % 3
     return random.normal(size=(count, 3)) + 5 * np.eye(3)[targets], targets
 
 
-@pytest.mark.parametrize("scalable", [True, False])
-def test_the_images_that_test_the_threshold_have_no_part_in_setting_it(scalable):
+def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     logits, targets = known_images()
-    setting = np.random.default_rng(1).normal(size=(40, 3))
-
-    def fit(unknown):
-        options = {"estimated_on": "held-out", "scalable": scalable}
-        return fit_decision(logits, targets, unknown=unknown, **options)
-
-    tests = {"same": setting, "known": logits[:40], "none": NOTHING}
-    found = {name: fit(UnknownLogits(setting, testing)) for name, testing in tests.items()}
-    rules = {name: decision.rejection for name, decision in found.items()}
-    assert len({(rule.score, rule.threshold, rule.accepts) for rule in rules.values()}) == 1
-    assert rules["none"].recognized == (0, 0)
-    counts = {name: rule.recognized for name, rule in rules.items()}
-    assert (counts["same"][0] > 30, counts["known"][0] < 5) == (True, True)
-    scaled = known_score(setting / found["same"].temperature, rules["same"].score)
-    assert counts["same"] == ((scaled < rules["same"].threshold).sum(), 40)
-    without = fit(None).rejection
-    assert without.recognized is None
-    assert rules["same"].accepts >= without.accepts
-    rows = dict(found["same"].rows())
-    assert rows["recognized unknown images"].startswith(f"{counts['same'][0]} of 40 images of your folder")
-
-
-def test_without_images_that_set_it_the_threshold_stays_as_it_is():
-    logits, targets = known_images()
-    testing = np.random.default_rng(1).normal(size=(40, 3))
+    others = np.random.default_rng(1).normal(size=(40, 3))
     plain = fit_decision(logits, targets, estimated_on="held-out").rejection
-    tested = fit_decision(
-        logits, targets, estimated_on="held-out", unknown=UnknownLogits(NOTHING, testing)
-    ).rejection
-    assert tested.model_copy(update={"recognized": None}) == plain
-    assert tested.recognized[1] == 40
+    found = fit_decision(logits, targets, estimated_on="held-out", unknown=others)
+    rule = found.rejection
+    assert rule.model_copy(update={"recognized": None}) == plain
+    rejected = known_score(others / found.temperature, rule.score) < rule.threshold
+    assert rule.recognized == (rejected.sum(), 40)
+    assert rule.recognized[0] > 30
+    assert dict(found.rows())["rejects"] == f"{rejected.sum()} of 40 photographs of other things"
 
 
 @pytest.mark.parametrize(
@@ -342,7 +293,7 @@ def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure
     recipe = read_recipe("photos", [*settings, "epochs=1"])
     result = train_recipe(recipe, tmp_path / "run")
     count, tested = result.decision.rejection.recognized
-    assert 0 < tested < 12
+    assert tested == 12
     assert 0 <= count <= tested
     assert read_checkpoint(result.best).decision == result.decision
 

@@ -24,9 +24,8 @@ from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.training import train
 from sopdeploy.training.callbacks import Callback, CallbackList
-from sopdeploy.training.few_shot.classifier import Problem, Targets
+from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
 from sopdeploy.training.few_shot.estimates import compose, estimate
-from sopdeploy.training.few_shot.unknown import recognize_unknown
 from sopdeploy.training.procedure import FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
@@ -112,18 +111,25 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     assert problem.doubt_labels(sure, folds, 30.0) is sure
 
 
-def test_unknown_images_have_a_smaller_energy_far_from_the_training_images():
-    random, classes = np.random.default_rng(0), np.arange(60) % 3
-    targets = softmax_targets(classes, 3)
-    features = 3 * np.eye(3, 12)[classes] + random.normal(size=(60, 12))
-    features[classes == 2] += 6 * np.eye(12)[5]  # a class far from the others
-    problem = Problem.create([features], targets)
-    folds = targets.folds([str(number) for number in range(60)], 5, 0)
-    areas, weight = recognize_unknown(problem, folds, 30.0, with_distance=True)
-    plain, nothing = recognize_unknown(problem, folds, 30.0, with_distance=False)
-    assert weight > 0 == nothing
-    assert areas["energy"] > plain["energy"]
-    assert areas["max_probability"] == plain["max_probability"]
+def test_the_weight_of_the_distance_is_half_the_deviation_of_the_energy():
+    features, classes = blobs(60, 3)
+    problem = Problem.create([features], softmax_targets(classes, 3))
+    folds = problem.targets.folds([str(number) for number in range(60)], 5, 0)
+    logits, distances = problem.cross_validate(folds, [30.0])[0], problem.distances(folds)
+    weight = problem.distance_weight(logits, distances)
+    assert weight * distances.std() == pytest.approx(0.5 * np.logaddexp.reduce(logits, axis=1).std())
+    several = replace(problem, targets=replace(problem.targets, activation="sigmoid"))
+    assert several.distance_weight(logits, distances) == 0
+
+
+def test_the_final_head_stops_where_the_heads_of_the_cross_validation_stop():
+    features, classes = blobs(60, 3)
+    problem = Problem.create([features], softmax_targets(classes, 3))
+    *_, expected = problem.fit(np.arange(60), GRID)
+    found = problem.fit_all(GRID[-1])
+    inputs = (features - problem.center) * problem.scale @ problem.basis
+    found_logits = features @ found.weight.T + found.bias
+    assert found_logits == pytest.approx(inputs @ expected.weight.T + expected.bias, abs=1e-9)
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):
@@ -151,7 +157,6 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert list(dict.fromkeys(stages)) == [
         "features of dsop-resnet8",
         "cross-validation",
-        "heads without one class",
     ]
     checkpoint = read_checkpoint(result.best)
     assert checkpoint.training["procedure"]["top1"]["count"] == 51
@@ -162,7 +167,6 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert np.mean([score.correct for score in scores]) > 0.8
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "cross-validated" in page
-    assert "by fitting the classifier without it" in page
     rows = dict(checkpoint.decision.rows())
     assert "(95 % interval " in rows["unknown images"]
     assert "no temperature" in rows["calibration error"]
