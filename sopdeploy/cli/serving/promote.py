@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sopdeploy_service.commands.promote import Promotion
 
 UnknownOption = Annotated[
-    Path | None, typer.Option(help="Folder of images of none of the classes, for the threshold of `known`.")
+    Path | None, typer.Option(help="Folder of images of none of the classes, which test `known`.")
 ]
 ToleranceOption = Annotated[
     float,
