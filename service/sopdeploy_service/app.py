@@ -51,7 +51,7 @@ def create_app(
     if settings.keep is not None:
         store_kept = store_kept or KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days).add
         keeper = Keeper(store_kept, settings.keep_sample, service.metrics, service.decoders.copy)
-        service.observers.append(keeper.observe)
+        service.keep = keeper.offer
     names = sorted({model.name for model in service.registry.models()})
 
     @asynccontextmanager

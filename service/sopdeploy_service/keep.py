@@ -27,7 +27,6 @@ from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.decoders import StrippedCopy
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import Prediction
-from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.kept_folder import KeptResult
 from sopdeploy_service.observability.metrics import Metrics
 
@@ -118,13 +117,6 @@ class Keeper:
         """Store what is queued, for at most `_STOP_SECONDS`, and end the thread."""
         self._photos.put(None)
         self._thread.join(_STOP_SECONDS)
-
-    def observe(self, request: ObservedRequest) -> None:
-        """Queue the photographs of a *request* that may be kept."""
-        if request.may_keep:
-            for image, pixels, prediction in request.predicted():
-                if isinstance(image, EncodedImage):
-                    self.offer(request.model, image, pixels, prediction)
 
     def offer(
         self, model: Model, image: EncodedImage, pixels: NDArray[np.uint8], prediction: Prediction

@@ -33,7 +33,6 @@ from sopdeploy_service import keep, kept_folder
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.decoders import StrippedCopy
 from sopdeploy_service.inference.results import Prediction
-from sopdeploy_service.inference.service import ObservedRequest
 from sopdeploy_service.keep import Keeper, reasons_to_keep
 from sopdeploy_service.kept_folder import FILE_BLOCK, KeptFolder
 from sopdeploy_service.observability.metrics import Metrics
@@ -208,24 +207,6 @@ def offered(bundle: Bundle) -> Callable[[Keeper, bytes], None]:
         keeper.offer(Served, EncodedImage(body), pixels, prediction)  # type: ignore[arg-type]
 
     return offer
-
-
-def test_images_of_other_routes_are_not_kept(bundle) -> None:
-    keeper, _ = make_keeper(lambda *_: "kept", share=1.0)
-    (body,) = photos(1)
-
-    class Item:
-        image = np.zeros((32, 32, 3), np.uint8)
-
-    class Served:
-        name = "tiny"
-
-    Served.bundle = bundle  # type: ignore[attr-defined]
-    prediction = Prediction({"logits": np.arange(7, dtype=np.float32)}, {}, 1, 0)
-    for may_keep in (False, True):
-        request = ObservedRequest(Served, may_keep, [Item], [EncodedImage(body)], [prediction])  # type: ignore[arg-type, list-item]
-        keeper.observe(request)
-        assert keeper._photos.qsize() == may_keep
 
 
 def test_a_full_queue_drops_and_counts(offered, monkeypatch) -> None:

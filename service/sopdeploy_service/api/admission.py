@@ -2,8 +2,8 @@
 
 The model and the deadline are chosen before the body is read. The memory budget counts the bytes of a body
 from their arrival until the end of the request. It does not count announced bytes, because a client could
-then use up the budget with a header. A compressed body is decompressed in steps, and limits and budget apply
-to the decompressed bytes.
+then use up the budget with a header. Limits and budget apply to a compressed body before and after it is
+decompressed.
 """
 
 import asyncio
@@ -46,7 +46,6 @@ WATCH_AFTER_SECONDS = 0.1  # most requests end sooner and need no task that wait
 
 SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
 
-STEP_BYTES = 1 << 18  # to decompress at once
 WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}  # RFC 1952; RFC 1950, as RFC 9110 says
 
 NOT_COMPRESSED = HttpError(
@@ -247,6 +246,11 @@ class ClassifyRequest(pydantic.BaseModel):
         return self
 
 
+def content_encoding(headers: Mapping[str, str]) -> str:
+    """Return the Content-Encoding of a request; `identity` if it is not compressed."""
+    return headers.get("content-encoding", "identity").strip().lower()
+
+
 class Upload(NamedTuple):
     """The images of one request; *is_list* selects a list as response, *top_k* is from a JSON body."""
 
@@ -260,26 +264,26 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
 
     Raises `RejectedError` for errors of the request as a whole; single images may still be invalid.
     """
-    service, headers, deadline = admitted.service, admitted.context.headers, admitted.deadline
-    request, settings = admitted.request, service.settings
+    headers, settings = admitted.context.headers, admitted.service.settings
     content_type = headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
+    if content_encoding(headers) != "identity":
+        raise RejectedError(ENCODED)
     if kind.startswith("multipart/"):
-        check_encoding(headers)  # a compressed form has no boundary
         if kind != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
         form = ImageForm(content_type, max_images=settings.max_images)
-        await read_body(request, service, settings.max_body_bytes, deadline, form.feed)
+        await read_body(admitted, settings.max_body_bytes, form.feed)
         images = form.images()
         return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
-        body = await read_body(request, service, settings.max_body_bytes, deadline)
+        body = await read_body(admitted, settings.max_body_bytes)
         # curl's --data sends this type, and removes bytes that every image file has.
         if kind == "application/x-www-form-urlencoded" and body and not REMOVED.search(body):
             raise RejectedError(STRIPPED)
         return Upload([EncodedImage(body, content_type)])
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
-    body = await read_body(request, service, limit, deadline)
+    body = await read_body(admitted, limit)
     if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
         return Upload([EncodedImage(body, content_type)])
     return await admitted.parse(parse_upload, body, limit, settings.max_images)
@@ -303,27 +307,18 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
 
 
 async def read_body(
-    request: Request,
-    service: Service,
-    limit: int,
-    deadline: float,
-    consume: Callable[[bytes], None] | None = None,
-    *,
-    decompress: bool = False,
+    admitted: AdmittedRequest, limit: int, consume: Callable[[bytes], None] | None = None
 ) -> bytes:
-    """Read the body of *request*, at most *limit* bytes, before *deadline*; *consume* gets it in pieces.
+    """Read at most *limit* bytes of the body before the deadline; *consume* gets them in pieces.
 
-    A client may be slower than the minimum rate for a grace period in total. With *decompress*, the body may
-    be compressed. Returns the body, empty with *consume*. Raises `RejectedError`: 400 not compressed as
-    announced, 408 too slow, 413 too large, 415 for another Content-Encoding, 429 for a full budget, 499
-    client disconnected.
+    A client may be slower than the minimum rate for a grace period in total. Returns the body, empty with
+    *consume*. Raises `RejectedError`: 408 too slow, 413 too large, 429 for a full budget, 499 client
+    disconnected.
     """
-    context: RequestContext = request.scope["state"]["context"]
+    service, context, deadline = admitted.service, admitted.context, admitted.deadline
     settings = service.settings
-    stream = _decompressor(context.headers, allowed=decompress)
     announced = int(context.headers.get("content-length", "0"))
     pieces: list[bytes] = []
-    received = 0  # before decompression
     grace, more = settings.body_grace_seconds, True
     while more:
         # Also before the first byte: a client that waits for `100 Continue` must not send the body in vain.
@@ -331,7 +326,7 @@ async def read_body(
         started = time.monotonic()
         try:
             async with asyncio.timeout(min(grace, deadline - started)):
-                message = await request.receive()
+                message = await admitted.request.receive()
         except TimeoutError as problem:
             raise RejectedError(LATE_BODY if time.monotonic() >= deadline else SLOW_BODY) from problem
         if message["type"] == "http.disconnect":
@@ -339,56 +334,49 @@ async def read_body(
         piece = message.get("body", b"")
         waited = time.monotonic() - started
         grace = min(settings.body_grace_seconds, grace - waited + len(piece) / settings.min_body_rate)
-        received += len(piece)
-        async for part in _decompressed(stream, piece, service):
-            _check_budget(service, context.bytes, len(part))
-            service.upload_bytes += len(part)
-            context.bytes += len(part)
-            if max(received, context.bytes) > limit:
-                raise RejectedError(HttpError.of(too_large_error(limit)))
-            if part:
-                (consume or pieces.append)(part)
+        _check_budget(service, context.bytes, len(piece))
+        service.upload_bytes += len(piece)
+        context.bytes += len(piece)
+        if context.bytes > limit:
+            raise RejectedError(HttpError.of(too_large_error(limit)))
+        if piece:
+            (consume or pieces.append)(piece)
         more = message.get("more_body", False)
-    if stream is not None and not stream.eof:
-        raise RejectedError(NOT_COMPRESSED)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
-def check_encoding(headers: Mapping[str, str]) -> None:
-    """Raise `RejectedError` (415) for a body with a Content-Encoding."""
-    if headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise RejectedError(ENCODED)
+async def read_compressed_body(admitted: AdmittedRequest, limit: int) -> bytes:
+    """Read a body as `read_body` does and decompress it, to at most *limit* bytes.
 
-
-def _decompressor(headers: Mapping[str, str], *, allowed: bool) -> "zlib._Decompress | None":
-    """Create what decompresses a body with *headers*; None if it is not compressed."""
-    if not allowed:
-        check_encoding(headers)
-        return None
-    encoding = headers.get("content-encoding", "identity").strip().lower()
-    if encoding not in {"identity", *WINDOW_BITS}:
+    Raises `RejectedError` also for a body that is not compressed as announced (400), and for an unknown
+    Content-Encoding (415), before the body is read.
+    """
+    service, context = admitted.service, admitted.context
+    encoding = content_encoding(context.headers)
+    if encoding != "identity" and encoding not in WINDOW_BITS:
         raise RejectedError(UNKNOWN_ENCODING)
-    return zlib.decompressobj(WINDOW_BITS[encoding]) if encoding in WINDOW_BITS else None
+    body = await read_body(admitted, limit)
+    if encoding == "identity":
+        return body
+    plain = await admitted.parse(decompress, body, WINDOW_BITS[encoding], limit)
+    _check_budget(service, context.bytes, len(plain))
+    service.upload_bytes += len(plain)
+    context.bytes += len(plain)
+    return plain
 
 
-async def _decompressed(
-    stream: "zlib._Decompress | None", piece: bytes, service: Service
-) -> AsyncIterator[bytes]:
-    """Yield *piece*, or what *stream* makes of it: at most `STEP_BYTES` at once, each in a thread."""
-    if stream is None:
-        yield piece
-        return
-    run = asyncio.get_running_loop().run_in_executor
-    part = piece
-    while part:
-        try:
-            part = await run(service.parsers, stream.decompress, piece, STEP_BYTES)
-        except zlib.error as problem:
-            raise RejectedError(NOT_COMPRESSED) from problem
-        if stream.unused_data:  # not kept: zlib would collect it without limit
-            raise RejectedError(NOT_COMPRESSED)
-        yield part
-        piece = stream.unconsumed_tail
+def decompress(body: bytes, window_bits: int, limit: int) -> bytes:
+    """Decompress *body* to at most *limit* bytes; call it in a thread. Raises `RejectedError`."""
+    stream = zlib.decompressobj(window_bits)
+    try:
+        plain = stream.decompress(body, limit + 1)
+    except zlib.error as problem:
+        raise RejectedError(NOT_COMPRESSED) from problem
+    if len(plain) > limit:
+        raise RejectedError(HttpError.of(too_large_error(limit)))
+    if not stream.eof or stream.unused_data:
+        raise RejectedError(NOT_COMPRESSED)
+    return plain
 
 
 def _check_budget(service: Service, received: int, more: int) -> None:

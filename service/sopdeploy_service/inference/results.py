@@ -59,7 +59,6 @@ DRAINING = HttpError("draining", 503, "the server is shutting down; retry on ano
 RUNTIME_DEAD = HttpError("runtime_dead", 503, "the model worker has stopped; the server is restarting", 5)
 DEADLINE = HttpError("deadline", 504, "no prediction before the deadline; the server is overloaded")
 INFERENCE_FAILED = HttpError("inference_failed", 500, "inference failed on this image")
-DECODER_FAILED = HttpError("decoder_failed", 500, "the decoder failed on this image")
 DECODERS_BUSY = HttpError("decoders_busy", 503, "too many large images wait to be decoded; retry later", 5)
 DAMAGED = HttpError("damaged_image", 422, "the image is damaged: its decoder ended or took too long")
 NONFINITE = HttpError("nonfinite_output", 500, "the network's output for this image is not finite")

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,23 +188,8 @@ class ModelRegistry:
             self._metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)
 
 
-class ObservedRequest(NamedTuple):
-    """The images of a request and their outcomes, before its response; the items have the decoded pixels."""
-
-    model: Model
-    may_keep: bool
-    items: Sequence[QueuedImage]
-    images: Images
-    outcomes: Sequence[Outcome]
-
-    def predicted(self) -> Iterator[tuple[EncodedImage | NDArray[np.uint8], NDArray[np.uint8], Prediction]]:
-        """Yield each predicted image as it was sent, the pixels that the model got, and its prediction."""
-        for item, image, outcome in zip(self.items, self.images, self.outcomes, strict=True):
-            if isinstance(outcome, Prediction):
-                yield image, item.image, outcome
-
-
-Observe: TypeAlias = Callable[[ObservedRequest], None]
+# Keeps an image if it is worth a label; also gets the pixels that the model got, and the prediction.
+KeepImage: TypeAlias = Callable[[Model, EncodedImage, NDArray[np.uint8], Prediction], None]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 
 
@@ -231,7 +216,7 @@ class Service:
         else:
             self.registry = create_registry(settings, self.metrics)
         self._collect_metrics = collect_metrics
-        self.observers: list[Observe] = []
+        self.keep: KeepImage | None = None
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
         self.max_upload_bytes = upload_budget(settings)
@@ -338,9 +323,10 @@ class Service:
         for outcome in outcomes:
             if isinstance(outcome, HttpError) and outcome in {DEADLINE, DECODERS_BUSY}:
                 raise RejectedError(outcome)
-        request = ObservedRequest(model, may_keep, items, images, outcomes)
-        for observe in self.observers:
-            observe(request)
+        keep = self.keep if may_keep else None
+        for item, image, outcome in zip(items, images, outcomes, strict=True):
+            if keep is not None and isinstance(outcome, Prediction) and isinstance(image, EncodedImage):
+                keep(model, image, item.image, outcome)
         return outcomes
 
     def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:

@@ -7,7 +7,13 @@ import pydantic
 from fastapi import APIRouter, Header, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING
-from sopdeploy_service.api.admission import admit, find_and_record_model, json_response, read_body, service_of
+from sopdeploy_service.api.admission import (
+    admit,
+    find_and_record_model,
+    json_response,
+    read_compressed_body,
+    service_of,
+)
 from sopdeploy_service.api.v2 import response
 from sopdeploy_service.api.v2.request import InferBody, parse_body, signature_of
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
@@ -106,8 +112,7 @@ async def model_infer(
     async with admit(request, name, version) as admitted:
         service, model = admitted.service, admitted.model
         signature = signature_of(model.bundle, service.settings.max_images)
-        limit, deadline = service.settings.max_body_bytes, admitted.deadline
-        body = await read_body(request, service, limit, deadline, decompress=True)
+        body = await read_compressed_body(admitted, service.settings.max_body_bytes)
         parsed = await admitted.parse(
             parse_body, body, header_length, signature, service.settings.max_json_bytes
         )
