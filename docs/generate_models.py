@@ -3,6 +3,7 @@
 The weights are on the `meta` device, so nothing is allocated; the page takes about half a minute.
 """
 
+import re
 from collections.abc import Iterator
 from typing import get_args
 
@@ -53,7 +54,7 @@ def network_row(name: str, item: Entry) -> str:
     parts = (found.training, found.shipped)
     cells = (
         f"`{name}`",
-        item.summary.partition(":")[0] if item.summary.startswith(("DSoP", "GSoP")) else item.summary,
+        re.sub(r": .*branches.*|: covariances.*| for \d+-pixel images", "", item.summary),
         item.image_size,
         *(f"{part.parameters / 1e6:.2f}" for part in parts),
         *(f"{part.macs / 1e9:.3f}" for part in parts),
