@@ -1,7 +1,7 @@
 """Run three images with the CUDA provider on the stand-in, while one function of CUDA fails.
 
 python -m tests.cuda.run_bundle BUNDLE FUNCTION CODE WHEN, where WHEN is "open" or "run". Prints type and
-message of the error as JSON.
+message of the error, and the bytes of the images that were copied from pageable memory, as JSON.
 """
 
 import ctypes
@@ -16,24 +16,21 @@ from tests.cuda.stand_in import runtime_library
 from tests.tensorrt.networks import some_images
 
 
-def fail(function: str, code: int) -> None:
-    """Let the next calls of *function* return *code*."""
-    ctypes.CDLL(runtime_library()).stand_in_fail(function.encode(), code)
-
-
 def main(folder: str, function: str, code: str, when: str) -> None:
-    bundle = open_bundle(Path(folder))
-    answer = ["", ""]
+    bundle, cudart = open_bundle(Path(folder)), ctypes.CDLL(runtime_library())
+    answer, before = ["", ""], 0
     try:
         if when == "open":
-            fail(function, int(code))
+            cudart.stand_in_fail(function.encode(), int(code))
         runtime = CudaOnnxRuntime(bundle)
-        fail(function, int(code))
+        before = cudart.stand_in_pageable_bytes()  # of the weights
+        cudart.stand_in_fail(function.encode(), int(code))
         runtime.run(some_images())
     except Exception as error:
         failure = classify_error(error) or error
         answer = [type(failure).__name__, str(failure)]
-    sys.stdout.write(json.dumps(answer))
+    copied = cudart.stand_in_pageable_bytes() - before if when == "run" else 0
+    sys.stdout.write(json.dumps([*answer, copied]))
 
 
 main(*sys.argv[1:])

@@ -43,9 +43,6 @@ class FakeCuda(ModuleType):
         name = self.gpu_name.encode() + b"\0\0"
         return OK, SimpleNamespace(name=name, major=self.sm[0], minor=self.sm[1], totalGlobalMem=2**30)
 
-    def cudaMemGetInfo(self) -> Any:
-        return OK, 2**30 - sum(map(len, self.held.values())), 2**30
-
     def cudaMalloc(self, size: int) -> Any:
         if "cudaMalloc" in self.broken:
             return FAILED, None

@@ -61,5 +61,6 @@ def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
     try:
         with pytest.raises(KeyboardInterrupt):
             build(trt, lint(network()), lambda _: signal.raise_signal(signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
