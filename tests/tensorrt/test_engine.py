@@ -9,12 +9,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from sopdeploy.bundle.folder import Bundle
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.cli.app import app
-from sopdeploy.errors import EngineError, ParityError, RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import EngineRecord, StoredEngine, cache_folder, key_fields, load_best_engine
+from sopdeploy.errors import ConfigError, EngineError, ParityError, RuntimeUnavailableError
+from sopdeploy.tensorrt.cache import (
+    EngineRecord,
+    StoredEngine,
+    cache_folder,
+    index_for,
+    key_fields,
+    load_best_engine,
+    parse_profiles,
+)
 from sopdeploy.tensorrt.cuda import Gpu
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
 from sopdeploy_export.options import EngineOptions
@@ -118,12 +129,6 @@ def test_without_tensorrt_or_a_gpu_the_error_is_one_line(
     assert trt._builds == 0
 
 
-def damage(built: Engine, folder: Path) -> None:
-    content = bytearray(built.path.read_bytes())
-    content[-1] ^= 1
-    built.path.write_bytes(content)
-
-
 def use_engine_of_another_bundle(built: Engine, folder: Path) -> None:
     other = get_engine(write(folder / "other", config={"width": 5}), OPTIONS)
     assert other.record.key.name != built.record.key.name
@@ -131,15 +136,14 @@ def use_engine_of_another_bundle(built: Engine, folder: Path) -> None:
         shutil.copy(other.path.with_suffix(suffix), built.path.with_suffix(suffix))
 
 
-def invalidate_record(built: Engine, folder: Path) -> None:
-    built.path.with_suffix(".json").write_bytes(b"{}")
-
-
-CHANGES: dict[str, tuple[Callable[[Engine, Path], None], str]] = {
-    "damaged": (damage, "does not have the sha256 of its record"),
+CHANGES: dict[str, tuple[Callable[[Engine, Path], object], str]] = {
+    "damaged": (lambda built, _: built.path.write_bytes(b"x"), "does not have the sha256 of its record"),
     "missing": (lambda built, _: built.path.unlink(), "has no valid record or no plan"),
     "of another bundle": (use_engine_of_another_bundle, "is an engine of another key: bundle tiny-"),
-    "with an invalid record": (invalidate_record, "has no valid record or no plan"),
+    "with an invalid record": (
+        lambda built, _: built.path.with_suffix(".json").write_bytes(b"{}"),
+        "has no valid record or no plan",
+    ),
 }
 
 
@@ -246,3 +250,27 @@ def test_auto_uses_an_existing_engine_and_never_falls_back_to_the_cpu(
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     assert open_runtime(bundle, Settings(runtime="auto")).device == "cpu"
     assert "its TensorRT engines are not used: TensorRT is not installed" in caplog.text
+
+
+RANGE = BatchRange(minimum=1, optimum=8, maximum=64)
+
+
+def test_the_default_profiles_are_the_batch_range_of_the_bundle() -> None:
+    assert [str(p) for p in parse_profiles(None, RANGE)] == ["1", "2-8", "9-64"]
+    assert [str(p) for p in parse_profiles(None, BatchRange(optimum=1, maximum=1))] == ["1"]
+
+
+@given(st.sets(st.integers(1, 64), min_size=1, max_size=8))
+def test_every_batch_has_exactly_one_profile_up_to_the_largest(sizes: set[int]) -> None:
+    profiles = parse_profiles(",".join(map(str, sizes)), RANGE)
+    for batch in range(1, max(sizes) + 1):
+        fitting = [i for i, p in enumerate(profiles) if p.minimum <= batch <= p.maximum]
+        assert fitting == [index_for(profiles, batch)]
+    with pytest.raises(ConfigError, match="no profile accepts"):
+        index_for(profiles, max(sizes) + 1)
+
+
+@pytest.mark.parametrize("text", ["", "1,,8", "0", "1,65"])
+def test_invalid_profiles_are_rejected(text: str) -> None:
+    with pytest.raises(ConfigError, match="profiles="):
+        parse_profiles(text, RANGE)

@@ -7,6 +7,7 @@ import pytest
 from sopdeploy_service.inference.model_worker import run_bisected
 from sopdeploy_service.runtime.base import (
     LOST_DEVICE,
+    OTHER_GPU,
     DeviceLostError,
     OutOfMemoryError,
     classify_error,
@@ -61,8 +62,19 @@ def test_a_worker_ends_on_a_lost_device_with_its_cause() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_a_gpu_without_kernels_gets_the_list_of_those_with_kernels() -> None:
-    text = f"{ORT}CUDA failure 209: no kernel image is available for execution on the device ; GPU=0"
-    reason = reason_of(RuntimeError(text))
-    assert reason.startswith("CUDA failure 209: no kernel image is available for execution on the device; ")
-    assert "compute capability 7.5, 8.x, 9.0 and 12.x" in reason
+KERNELS = "no kernel image is available for execution on the device"
+OLD_DRIVER = "CUDA driver version is insufficient for CUDA runtime version"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            f"cuda_call.cc:154 [THRW = true]\nCUDA failure 35: {OLD_DRIVER} ; GPU=-1 ;",
+            f"failure 35: {OLD_DRIVER}",
+        ),
+        (f"{ORT}CUDA failure 209: {KERNELS} ; GPU=0", f"failure 209: {KERNELS}; {OTHER_GPU}"),
+    ],
+)
+def test_a_failure_of_cuda_is_shown_without_the_library_s_source(text: str, reason: str) -> None:
+    assert reason_of(RuntimeError(text)) == f"CUDA {reason}"

@@ -69,12 +69,8 @@ def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path
     assert policy.allow_timeout_override
     (group,) = config.instance_group
     assert (group.count, group.kind) == (1, 0)  # on every GPU, or on the CPU
-
-
-def test_a_bundle_for_single_images_is_not_batched(tmp_path: Path) -> None:
-    config = config_of(
-        write(tmp_path, batch=BatchRange(minimum=1, optimum=1, maximum=1)), tmp_path / "models"
-    )
+    single = BatchRange(minimum=1, optimum=1, maximum=1)
+    config = config_of(write(tmp_path / "single", batch=single), tmp_path / "models")
     assert not config.HasField("dynamic_batching")
     assert [warm.batch_size for warm in config.model_warmup] == [1]
 
@@ -91,16 +87,12 @@ def test_a_bundle_that_triton_cannot_serve_is_rejected(bundle: Bundle, tmp_path:
 def test_writing_twice_is_idempotent_and_other_content_is_kept(bundle: Bundle, tmp_path: Path) -> None:
     models = tmp_path / "models"
     first = write_triton(bundle, models)
+    command = CliRunner().invoke(app, ["triton", str(bundle.path), str(models)])
+    assert (command.exit_code, command.stderr) == (0, "")
+    assert "batches of 1 to 16" in command.stdout
     assert write_triton(bundle, models) == first
     (first.path / "labels.txt").write_text("mine\n")
     with pytest.raises(BundleError, match="exists with other content"):
         write_triton(bundle, models)
     assert (first.path / "labels.txt").read_text() == "mine\n"
     assert [path.name for path in models.iterdir()] == [bundle.name]
-
-
-def test_the_command_prints_what_it_wrote(bundle: Bundle, tmp_path: Path) -> None:
-    arguments = ["triton", str(bundle.path), str(tmp_path / "models")]
-    found = CliRunner().invoke(app, arguments)
-    assert (found.exit_code, found.stderr) == (0, "")
-    assert "batches of 1 to 16" in found.stdout
