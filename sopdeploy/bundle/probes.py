@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.bundle.manifest import Manifest
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError, ParityError
 
@@ -67,8 +68,11 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return dict(arrays)
 
 
-def read_probes(path: Path) -> Probes:
-    """Read the probes at *path*; raise `BundleError` unless images differ and tolerances are finite."""
+def read_probes(path: Path, manifest: Manifest | None = None) -> Probes:
+    """Read the probes at *path*; raise `BundleError` unless images differ and tolerances are finite.
+
+    With *manifest*, there must be at least one image, and every output must have expected values.
+    """
     try:
         arrays = read_arrays(path)
         names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
@@ -84,6 +88,15 @@ def read_probes(path: Path) -> Probes:
             raise BundleError(f"{path}: allows output {name!r} any value; export the bundle again")
     if len({image.tobytes() for image in probes.images}) < len(probes.images):
         raise BundleError(f"{path}: has the same image twice; export the bundle again")
+    if manifest is not None:
+        count, shapes = len(probes.images), {name: values.shape for name, values in probes.expected.items()}
+        required = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
+        if (
+            not count
+            or probes.images.shape[1:] != manifest.image_shape
+            or not required.items() <= shapes.items()
+        ):
+            raise BundleError(f"{path}: does not probe every output; export the bundle again")
     return probes
 
 

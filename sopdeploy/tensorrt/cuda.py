@@ -61,10 +61,6 @@ class Cuda:
             arguments = (pinned.ctypes.data, address, pinned.nbytes, kinds.cudaMemcpyDeviceToHost)
         self.call("cudaMemcpyAsync", *arguments, stream)
 
-    def synchronize(self, stream: Any) -> None:
-        """Wait until *stream* has no work left."""
-        self.call("cudaStreamSynchronize", stream)
-
 
 class CudaResources:
     """Memory, streams and events of one owner, released together in the reverse order."""
@@ -103,7 +99,7 @@ class CudaResources:
         for release, handle in self._held:
             if release == "cudaStreamDestroy":
                 with suppress(RuntimeUnavailableError):
-                    self._cuda.synchronize(handle)
+                    self._cuda.call("cudaStreamSynchronize", handle)
 
     def close(self) -> None:
         """Release everything, also after the loss of the device; later calls do nothing."""

@@ -64,7 +64,7 @@ class LoadedEngine:
                 self.contexts[-1].set_device_memory(shared, size)
                 if not self.contexts[-1].set_optimization_profile_async(index, int(stream)):
                     raise RuntimeError(last_error(self.logger))
-                cuda.synchronize(stream)
+                cuda.call("cudaStreamSynchronize", stream)
             except RuntimeError as error:  # TensorRT raises it without the reason
                 reason = self.logger.errors[-1] if self.logger.errors else error
                 raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
@@ -158,7 +158,7 @@ class EngineSession:
         if not context.set_input_shape(self._input, shape):
             raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._loaded.logger)}")
         if not context.execute_async_v3(int(self._stream)):
-            self._cuda.synchronize(self._stream)  # raises if the device failed
+            self._cuda.call("cudaStreamSynchronize", self._stream)  # raises if the device failed
             raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._loaded.logger)}")
 
     def _end(self, buffer: BatchBuffer, count: int, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:

@@ -91,23 +91,19 @@ def make_monitor(trt: Any, report: Report, interrupt: threading.Event) -> Any:
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self._phases: list[str] = []  # from the outermost to the innermost
             self._begin = time.monotonic()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             """Begin a phase."""
-            del parent_phase, num_steps
-            self._phases.append(phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             """Complete a step; False stops the build."""
-            del phase_name, step
+            del step
             minutes, seconds = divmod(int(time.monotonic() - self._begin), 60)
-            report(f"building, {minutes}:{seconds:02d} ({self._phases[-1] if self._phases else ''})")
+            report(f"building, {minutes}:{seconds:02d} ({phase_name})")
             return not interrupt.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             """End a phase."""
-            self._phases.remove(phase_name)
 
     return Monitor()

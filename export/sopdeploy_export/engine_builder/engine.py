@@ -15,7 +15,6 @@ import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
-from sopdeploy.errors import EngineError
 from sopdeploy.tensorrt.binding import import_tensorrt
 from sopdeploy.tensorrt.cache import (
     EngineKey,
@@ -44,25 +43,6 @@ class Engine:
     reason: str | None
 
 
-@dataclass(frozen=True)
-class Machine:
-    """TensorRT and the GPU of this machine."""
-
-    trt: Any
-    cuda: Cuda
-    gpu: Gpu
-
-
-def this_machine() -> Machine:
-    """Load TensorRT and open the GPU.
-
-    Raises `RuntimeUnavailableError` if either is missing.
-    """
-    trt = import_tensorrt()
-    cuda = open_cuda()
-    return Machine(trt=trt, cuda=cuda, gpu=cuda.gpu())
-
-
 def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _: None) -> Engine:
     """Find the engine of *bundle* for this machine in the cache, or build it; replay the probes on it.
 
@@ -73,18 +53,19 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     profiles = parse_profiles(options.profiles, bundle.manifest.batch)
     if options.via == "torch-tensorrt":  # it builds plans with one profile
         profiles = (Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
-    machine = this_machine()
-    fields: dict[str, Any] = {**key_fields(bundle, str(machine.trt.__version__), machine.gpu)}
+    trt, cuda = import_tensorrt(), open_cuda()
+    gpu = cuda.gpu()
+    fields: dict[str, Any] = {**key_fields(bundle, str(trt.__version__), gpu)}
     key = EngineKey(**fields, profiles=profiles, via=options.via)
     folder = cache_folder(bundle, options.cache)
     cached = "--rebuild was given" if options.rebuild else load_engine(folder, key)
     if isinstance(cached, StoredEngine):
         report("replaying the probes on the cached engine")
-        replay_probes(machine, bundle, cached.plan, key)
+        replay_probes(trt, cuda, bundle, cached.plan, key)
         return Engine(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
     report(f"building: {cached}")
     begin = time.monotonic()
-    plan = build_plan(machine, bundle, key, report)
+    plan = build_plan(trt, gpu, bundle, key, report)
     seconds = round(time.monotonic() - begin, 3)
     report("checking outputs")
     record = EngineRecord(
@@ -92,40 +73,36 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
         build_seconds=seconds,
-        replays=replay_probes(machine, bundle, plan, key),
+        replays=replay_probes(trt, cuda, bundle, plan, key),
     )
     return Engine(path=store_engine(folder, plan, record), record=record, reason=cached)
 
 
-def build_plan(machine: Machine, bundle: Bundle, key: EngineKey, report: Report) -> bytes:
+def build_plan(trt: Any, gpu: Gpu, bundle: Bundle, key: EngineKey, report: Report) -> bytes:
     """Build the plan for *key* from the graph of *bundle*, or from its program by torch-tensorrt.
 
     A build may use a quarter of the GPU's memory.
     """
-    workspace = machine.gpu.memory // 4
+    workspace = gpu.memory // 4
     if key.via == "torch-tensorrt":
         from sopdeploy_export.engine_builder.from_program import build_from_program  # noqa: PLC0415 # torch
 
         return build_from_program(bundle, key.profiles[0], workspace)
     graph = lint(onnx.load(bundle.onnx)).SerializeToString(deterministic=True)
-    return parse_and_build(machine.trt, graph, key.profiles, workspace, report)
+    return parse_and_build(trt, graph, key.profiles, workspace, report)
 
 
-def replay_probes(machine: Machine, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
+def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
-    Raises `ParityError` if an output deviates by more than the bundle's tolerance.
+    Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an
+    output has no probes.
     """
-    probes = read_probes(bundle.probes)
+    probes = read_probes(bundle.probes, bundle.manifest)
     count = len(probes.images)
-    if not count or set(probes.expected) != {t.name for t in bundle.manifest.outputs}:
-        raise EngineError(
-            f"{bundle.probes}: has no probes for some output, so the engine cannot be verified"
-            "; export the bundle again"
-        )
     sizes = sorted({size for profile in key.profiles for size in (profile.minimum, profile.maximum)})
     replays = []
-    with closing(EngineSession(machine.trt, machine.cuda, plan, bundle.manifest, key)) as session:
+    with closing(EngineSession(trt, cuda, plan, bundle.manifest, key)) as session:
         for size in sizes:
             indices = np.arange(-(-count // size) * size) % count  # repeat images to fill whole batches
             repeated = Probes(

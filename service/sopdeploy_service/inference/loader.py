@@ -17,7 +17,7 @@ from sopdeploy.bundle.folder import Bundle, keep_in_memory, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, signature_path
-from sopdeploy.errors import BundleError, RuntimeUnavailableError
+from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.http_api import FastDecode
 from sopdeploy_service.runtime.base import (
     OutOfMemoryError,
@@ -76,7 +76,8 @@ def load_model(
         runtime = open_runtime(bundle, settings)
         stack.callback(runtime.close)  # unless everything below succeeds
         with must_run(runtime):
-            probes, max_batch = _read_probes(bundle), largest_batch(runtime, settings)
+            max_batch = largest_batch(runtime, settings)
+            probes = read_probes(bundle.probes, bundle.manifest)
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
             fast_decode = None
@@ -106,17 +107,6 @@ def open_checked(path: Path, settings: Settings, checked: Bundle | None = None) 
         check_signature(path, signature_path(path), settings.require_signature)
         checked = None  # nothing may have changed since
     return checked or open_bundle(path)
-
-
-def _read_probes(bundle: Bundle) -> Probes:
-    """Read the probes; raise `BundleError` unless they cover every output."""
-    probes, manifest = read_probes(bundle.probes), bundle.manifest
-    count = len(probes.images)
-    shapes = {name: values.shape for name, values in probes.expected.items()}
-    required = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
-    if not count or probes.images.shape[1:] != manifest.image_shape or not required.items() <= shapes.items():
-        raise BundleError(f"{bundle.probes}: does not probe every output; export the bundle again")
-    return probes
 
 
 def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int, float]]:
