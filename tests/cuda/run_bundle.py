@@ -27,7 +27,7 @@ def main(folder: str, function: str, code: str, when: str) -> None:
         cudart.stand_in_fail(function.encode(), int(code))
         runtime.run(some_images())
     except Exception as error:
-        failure = classify_error(error) or error
+        failure = (classify_error(error) if when == "run" else None) or error
         answer = [type(failure).__name__, str(failure)]
     copied = cudart.stand_in_pageable_bytes() - before if when == "run" else 0
     sys.stdout.write(json.dumps([*answer, copied]))
