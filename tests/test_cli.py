@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -76,33 +75,6 @@ def test_every_command_documents_its_options_and_shows_an_example(
     assert [name for name in options if name not in result.stdout] == []
 
 
-# What a flag of several commands means: all their descriptions contain the text.
-MEANINGS = {
-    "--config": "TOML file with settings", "--data": "mages",
-    "--dry-run": "; ", "--host": "address to listen on", "--json": "Print JSON", "--keys": "API key file",
-    "--labels": "lass name", "--logits-key": "of the logits",
-    "--name": "Name of the project", "--network": "Builder of the network", "--option": "of the network",
-    "--out": "older", "--port": "port to listen on",
-    "--preprocess": "timm:NAME", "--require-signature": "public key", "--runtime": "onnxruntime|Runtime",
-    "--set": "Override a value of", "--setting": "setting of the service",
-    "--tolerance": "Points of accuracy", "--unknown": "none of the classes",
-    "--weights-key": "Key of the state dict", "--workers": "rocesses that load images",
-}  # fmt: skip
-
-
-def test_a_flag_means_the_same_in_every_command() -> None:
-    found: dict[str, list[Any]] = defaultdict(list)
-    commands = [*COMMANDS.commands.values(), *COMMANDS.commands["data"].commands.values()]
-    for option in (option for command in commands for option in command.params if option.opts[0][:2] == "--"):
-        for flag in option.opts:
-            found[flag].append(option)
-    shared = {flag: options for flag, options in found.items() if len(options) > 1}
-    assert sorted(shared) == sorted(MEANINGS)
-    for flag, options in shared.items():
-        assert [o.help for o in options if not re.search(MEANINGS[flag], o.help)] == []
-        assert len({(o.is_flag, o.multiple) for o in options}) == 1, flag
-
-
 def test_without_a_command_and_with_help_all_commands_are_listed() -> None:
     for arguments in ((), ("--help",), ("-h",)):
         result = sopdeploy_cli(*arguments)
@@ -122,20 +94,6 @@ def test_shell_completion_suggests_commands() -> None:
     suggestions = in_process(**variables)
     assert "export" in suggestions
     assert not any(text in suggestions for text in ("train", "\x1b", "[bold]"))
-
-
-HEAVY = (
-    "importlib.metadata",
-    "rich",
-    "pydantic",
-    "numpy",
-    "torch",
-    "onnx",
-    "onnxruntime",
-    "fastapi",
-    "sklearn",
-    "timm",
-)
 
 
 def test_the_module_and_the_script_print_the_package_version() -> None:

@@ -29,39 +29,6 @@ def test_a_page_about_formats_names_those_of_the_setting(page: str) -> None:
     assert said in (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
-# Published codes keep their meaning: add rows, never remove one.
-CODES = {
-    "failed": "SopdeployError",
-    "wrong_value": "ConfigError",
-    "unusable_data": "DataError",
-    "unusable_checkpoint": "CheckpointError",
-    "unusable_weights": "WeightsError",
-    "training_failed": "TrainingError",
-    "wrong_detach": "DetachError",
-    "not_certified": "CertificateError",
-    "not_lowered": "LoweringError",
-    "numbers_differ": "ParityError",
-    "unusable_bundle": "BundleError",
-    "not_promoted": "PromotionError",
-    "no_engine": "EngineError",
-    "no_runtime": "RuntimeUnavailableError",
-    "no_storage": "StorageError",
-    "no_memory": "NoMemoryError",
-    "unusable_image": "ImageError",
-    "service_error": "ServiceError",
-    "overloaded": "OverloadedError",
-    "unreachable": "UnreachableError",
-    "not_installed": "MissingPackageError",
-}
-
-
-def test_every_error_class_keeps_its_code() -> None:
-    assert {kind.code: kind.__name__ for kind in ERRORS.kinds()} == CODES
-    assert [kind for kind in ERRORS.kinds() if "code" not in vars(kind)] == []
-    over_http = {error.code for error in ERRORS.http_errors()}
-    assert not set(CODES) & (over_http | set(ERRORS.OF_THE_CLIENT))
-
-
 def test_every_error_class_has_advice_and_a_row() -> None:
     names = [kind.__name__ for kind in ERRORS.kinds()]
     assert names == list(ERRORS.WHAT_TO_DO)

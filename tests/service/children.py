@@ -87,11 +87,6 @@ def children_of(parent: int) -> list[int]:
     return sorted({int(part) for file in files for part in file.read_text().split()})
 
 
-def module_of(process: int) -> str:
-    """Return the module that *process* runs."""
-    return Path(f"/proc/{process}/cmdline").read_text().rstrip("\0").rpartition("\0")[2]
-
-
 def is_alive(process: int) -> bool:
     """Whether *process* runs."""
     try:

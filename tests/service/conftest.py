@@ -217,12 +217,6 @@ def picture_bytes(
     return file.getvalue()
 
 
-def colours() -> list[bytes]:
-    """Eight pictures of distinct colours."""
-    values = (20, 240)
-    return [picture_bytes((red, green, blue)) for red in values for green in values for blue in values]
-
-
 @pytest.fixture(scope="session")
 def make_picture() -> Callable[..., bytes]:
     return picture_bytes

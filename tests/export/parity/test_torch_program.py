@@ -16,15 +16,12 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import capture_any_batch
-from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.torch_program import check_program, serialize_program
 from sopdeploy_export.proof.certificate import Proof, certify
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.report.results import Exported
 from tests.export.conftest import BRANCHED, trained
 from tests.export.once import proving_once
-
-WITH_FILE = ExportOptions(detach=True, max_batch=4, pt2=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.cli.deployment.export import show
-from sopdeploy.decision import Calibration, Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import entry, make_config
@@ -51,19 +50,6 @@ def test_hostile_class_names_are_escaped(page: str) -> None:
     assert all(label in shown for label in HOSTILE if label.isprintable())
     assert "\u202e" not in page
     assert "&lt;script&gt;" in page
-
-
-def test_the_gate_section_shows_the_usage_of_every_component(gated: Exported) -> None:
-    routing = gated.parity.routing
-    assert routing is not None
-    assert (len(routing.usage), sum(routing.usage)) == (4, 2 * gated.parity.num_images)
-    page = page_of(gated)
-    assert "Use of the components" in page
-    assert "selects 2 of 4 components" in page
-    for number, count in enumerate(routing.usage):
-        share = f"{100 * count / gated.parity.num_images:.0f}\N{NO-BREAK SPACE}%"
-        assert f"component {number}</th><td>{share}" in page
-    assert "gate.noise" in page
 
 
 def test_the_page_is_a_file_of_the_manifest_and_lists_the_others(branched: Exported) -> None:
@@ -136,32 +122,6 @@ def test_there_are_four_lines_in_words(branched: Exported, capsys: pytest.Captur
     )
     assert lines["drift"].endswith(f"{branched.parity.logits.drift_in_floors:.1f} noise floors (limit 16)")
     assert lines["bundle"].startswith(f"{branched.path} (")
-
-
-DECISIONS = {
-    "calibrated": (
-        Decision(
-            calibration=Calibration(
-                temperature=2.5,
-                error_before=0.1256,
-                error_after=0.0141,
-                num_images=5000,
-                estimated_on="held-out",
-            ),
-            rejection=Rejection(score="energy", threshold=3.25, recognized=(36, 40)),
-        ),
-        {
-            "scale": "temperature 2.5, from 5,000 held-out images; calibration error 0.1256 before, "
-            "0.0141 after, folded into the last layer",
-            "unknown": "energy below 3.25; accepts about 95 % of known images; "
-            "rejects 36 of 40 photographs of other things",
-        },
-    ),
-    "several classes": (
-        Decision(activation="sigmoid", thresholds=(0.3, 0.5, 0.4)),
-        {"present": "probability of at least 0.300 to 0.500, one per class"},
-    ),
-}
 
 
 def summary_of(name: str, **config: object) -> NetworkSummary:

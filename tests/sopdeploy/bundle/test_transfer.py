@@ -7,7 +7,6 @@ import stat
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +167,6 @@ def test_a_pull_without_a_key_keeps_an_existing_signature(bundle: Path, key: Pat
     archive.with_name(f"{archive.name}.sig").write_text("unchecked")
     assert pull(str(archive), here).path == path
     check_signature(path, signature_path(path), public)
-
-
-MISSING: dict[str, tuple[str, Callable[[Path, Path], object]]] = {
-    "fsspec": ("s3", lambda bundle, _: pull("memory://m/x.tar", bundle.parent / "here")),
-    "model_signing": ("sign", sign),
-}
 
 
 def test_an_unusable_store_or_destination_is_one_error_line(bundle: Path, tmp_path: Path) -> None:

@@ -76,16 +76,6 @@ def test_error_pages_of_proxies_are_errors(call, script, content):
     assert (caught.value.status, caught.value.code) == (502, "http_error")
 
 
-def test_info_is_typed(call, script):
-    model = {
-        "name": "tiny", "id": "3f", "bundle": "tiny-3f", "model": "tiny", "num_labels": 7,
-        "precision": "fp32", "runtime": "onnxruntime", "device": "cpu", "largest_batch": 4,
-        "preprocess": {}, "versions": {}, "key_of_a_newer_server": 1,
-    }  # fmt: skip
-    info = call(script(httpx.Response(200, json={"server": "0.1", "models": [model]})), "info")
-    assert (info.models[0].name, info.models[0].num_labels) == ("tiny", 7)
-
-
 def test_wait_ready_polls_until_the_server_is_ready(call, script, problem, success, delays):
     server = script(httpx.ConnectError("no"), problem(503, "draining"), success)
     assert call(server, "wait_ready", timeout=5) is None

@@ -8,13 +8,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.cli.app import app
 from sopdeploy.decision import Decision, Rejection, known_score
-from sopdeploy.errors import ConfigError, DataError, SopdeployError
+from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.decision_fit import (
     describe_weakness,
     fit_decision,
@@ -268,14 +266,6 @@ def stripes(folder, count: int):
     return folder
 
 
-def labelled_twice(photos):
-    """Give the images of *photos* several classes."""
-    classes = "|".join(sorted(path.name for path in photos.iterdir()))
-    rows = [f"{path.relative_to(photos)},{classes}" for path in sorted(photos.rglob("*.png"))]
-    (photos / "labels.csv").write_text("\n".join(["file,classes", *rows]))
-    return photos
-
-
 @pytest.mark.parametrize(
     "procedure",
     [
@@ -296,33 +286,3 @@ def test_train_reports_how_many_unknown_images_it_recognizes(tmp_path, procedure
     assert tested == 12
     assert 0 <= count <= tested
     assert read_checkpoint(result.best).decision == result.decision
-
-
-def test_a_folder_that_cannot_be_used_is_refused_before_the_training(tmp_path):
-    photos = paint(tmp_path / "photos", 3)
-    (tmp_path / "empty").mkdir()
-    cases = {"none": "no such folder", "empty": "holds no images"}
-    for name, message in cases.items():
-        recipe = read_recipe(
-            "photos", [*SMALL, f"data.path={photos}", f"rejection.unknown={tmp_path / name}"]
-        )
-        with pytest.raises(DataError, match=message):
-            train_recipe(recipe, tmp_path / "run")
-        assert not (tmp_path / "run" / "best.pt").exists()
-    result = CliRunner().invoke(
-        app,
-        ["train", "--data", str(photos), "--unknown", str(tmp_path / "none"), "--out", str(tmp_path / "run")],
-    )
-    assert result.exit_code == 2
-    assert "no such folder" in result.stderr
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    (damaged / "a.jpg").write_bytes(b"no picture")
-    recipe = read_recipe("photos", [*SMALL, f"data.path={photos}", f"rejection.unknown={damaged}"])
-    with pytest.raises(DataError, match=r"a\.jpg"):
-        train_recipe(recipe, tmp_path / "run")
-    recipe = read_recipe(
-        "photos", [*SMALL, f"data.path={labelled_twice(photos)}", f"rejection.unknown={photos}"]
-    )
-    with pytest.raises(ConfigError, match="without effect where images have several classes"):
-        train_recipe(recipe, tmp_path / "run")

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.layers.attention.gsop_block import (
     RELEASED_BLOCK,
@@ -23,21 +23,6 @@ from sopdeploy.layers.attention.gsop_block import (
 from sopdeploy.layers.residual import Bottleneck
 
 EPS = 1e-5
-
-NAMES = {
-    "conv_for_DR": "channel.reduction.0",
-    "bn_for_DR": "channel.reduction.1",
-    "row_bn": "channel.excitation.row_bn",
-    "row_conv_group": "channel.excitation.row_conv",
-    "row_conv_norm": "channel.excitation.norm",
-    "fc_adapt_channels": "channel.excitation.conv",
-    "conv_for_DR_spatial": "position.reduction.0",
-    "bn_for_DR_spatial": "position.reduction.1",
-    "row_bn_for_spatial": "position.excitation.row_bn",
-    "row_conv_group_for_spatial": "position.excitation.row_conv",
-    "row_conv_norm_for_spatial": "position.excitation.norm",
-    "fc_adapt_channels_for_spatial": "position.excitation.conv",
-}
 
 
 def random_block(channels: int, **switches: object) -> GSoPBlock:
@@ -55,27 +40,6 @@ def random_block(channels: int, **switches: object) -> GSoPBlock:
             ):
                 tensor.uniform_(low, high)
     return block
-
-
-class Weights:
-    """The parameters of a block under the names of a released checkpoint."""
-
-    def __init__(self, block: GSoPBlock) -> None:
-        ours = block.state_dict()
-        self.of = {
-            f"{theirs}.{leaf.removeprefix(mine + '.')}": tensor
-            for theirs, mine in NAMES.items()
-            for leaf, tensor in ours.items()
-            if leaf.startswith(mine + ".")
-        }
-        assert len(self.of) == len(ours)
-
-    def conv(self, name: str, x: Tensor, **how: object) -> Tensor:
-        return F.conv2d(x, self.of[f"{name}.weight"], self.of[f"{name}.bias"], **how)
-
-    def norm(self, name: str, x: Tensor) -> Tensor:
-        of = [self.of[f"{name}.{leaf}"] for leaf in ("running_mean", "running_var", "weight", "bias")]
-        return F.batch_norm(x, *of, eps=EPS)
 
 
 @pytest.mark.parametrize("channels", [64, 256])

@@ -79,19 +79,6 @@ def test_drn_a_dilates_what_follows_a_removed_stride(stride_on: str) -> None:
         torch.testing.assert_close(dilated(images), expected(images), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("pooling", "message"),
-    [
-        ({"kind": "isqrt", "iterations": 16}, r"pooling.isqrt.iterations"),
-        ({"kind": "isqrt", "rows": 1}, r"pooling.isqrt.rows: unknown key"),
-        ({"kind": "mpncov", "power": 0.0}, r"pooling.mpncov.power"),
-    ],
-)
-def test_an_invalid_pooling_is_a_one_line_error(pooling: object, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        create_model("resnet20", pooling=pooling)
-
-
 SMALL = "gsop-net1-preact-resnet164"
 
 

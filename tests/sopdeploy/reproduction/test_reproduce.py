@@ -115,28 +115,6 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
         reproduce(TINY.model_copy(update={"set": ("optimizer.momentum=0.8",)}), options)
 
 
-def test_the_scale_of_the_paper_states_each_difference_to_its_conditions(tmp_path) -> None:
-    write_classes(tmp_path / "photos", ("cat", "dog"), 4)
-    data = f"data={{kind='folder', path='{tmp_path / 'photos'}', hold_out=0.25}}"
-    changes = (
-        data,
-        "epochs=1",
-        "batch_size=2",
-        "model.config.depth=8",
-        "preprocess.resize=8",
-        "preprocess.crop=8",
-    )
-    options = ReproduceOptions(out=tmp_path / "out", rows="plain", set=changes, seeds=2)
-    found = reproduce(TINY, options)
-    assert found.statement.startswith("Not the conditions of the paper: --set data=")
-    assert found.statement.endswith(
-        "; --set preprocess.crop=8; 2 runs per row instead of 1; 6 training images instead of 50,000; "
-        "2 classes instead of 10; 1 epochs instead of 160; 2 images per step instead of 256."
-    )
-    assert found.statement in found.page.read_text(encoding="utf-8").replace("&#39;", "'")
-    assert Reproduction(TINY, ReproduceOptions(out=tmp_path), ()).statement == ""
-
-
 def branched_rows(table: PrintedTable) -> Iterator[ReproducedRow]:
     """The rows of *table* whose networks have several heads, once per network."""
     seen = set()

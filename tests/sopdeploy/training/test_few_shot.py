@@ -212,34 +212,6 @@ def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds(
     assert mean.high - mean.low > narrower.high - narrower.low
 
 
-def test_given_groups_one_group_classes_and_contradictions_are_named(tmp_path: Path):
-    photos = paint(tmp_path / "photos", 6)
-    names = [(path.parent.name, path.name) for path in sorted(photos.glob("*/*.png"))]
-    rows = [f"{label}/{name},{label},{'burst' * (label == 'red')}" for label, name in names]
-    (photos / "labels.csv").write_text("\n".join(["file,classes,group", *rows]), encoding="utf-8")
-    (photos / "blue" / "0.png").write_bytes((photos / "green" / "1.png").read_bytes())
-    warnings: list[str] = []
-
-    class Warnings(Callback):
-        def on_warning(self, message: str) -> None:
-            warnings.append(message)
-
-    settings = [
-        *SMALL,
-        f"data.path={tmp_path / 'photos'}",
-        *FEW_SHOT,
-        "procedure.group_copies=false",
-        "procedure.head=gap",
-    ]
-    found = train_recipe(read_recipe("photos", settings), tmp_path / "run", callback=Warnings()).procedure
-    lines = "\n".join(found.lines())
-    assert found.num_groups == 12
-    assert "18 photographs, 12 different ones: copies are kept in the same fold" in lines
-    assert "all images of red are one group" in lines
-    assert "copies with different labels, correct or delete one: blue/0.png = green/1.png" in lines
-    assert any("blue/0.png = " in warning and "different labels" in warning for warning in warnings)
-
-
 def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
     paint(tmp_path / "photos" / "train", 6)
     paint(tmp_path / "photos" / "val", 2, seed=1)

@@ -139,13 +139,6 @@ def test_a_base_gives_the_values_that_a_recipe_lacks_but_none_of_another_kind(tm
     assert found.model_copy(update=unchanged) == base.model_copy(update=expected)
 
 
-def test_an_unknown_name_suggests_similar_ones() -> None:
-    with pytest.raises(ConfigError, match="no such recipe; did you mean digits-dsop"):
-        read_recipe("digit-dsop")
-    with pytest.raises(ConfigError, match=r"no such recipe; choose one of cifar10-dsop-resnet20, .*photos"):
-        read_recipe("xyz")
-
-
 def settings_in_comments() -> list[tuple[str, list[str]]]:
     """List the recipe and the settings of every `--set` line in the comments of recipes."""
     lines = [(name, line) for name in list_recipes() for line in recipe_text(name).splitlines()]

@@ -166,21 +166,3 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(ph
         recipe = read_checkpoint(Path("runs/latest/best.pt")).training["recipe"]
         assert (recipe["batch_size"], recipe["epochs"], recipe["project"]) == (3, 2, "lights")
     assert Path("runs/latest").readlink() == Path("lights-4")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--from", "bundles/none"), "bundles/none: no such run or bundle"),
-        (("--from", "runs/photos-1", "--recipe", "photos"), "--from: not with a recipe"),
-        (("--from", "bundles/other"), "bundles/other: its run is not in runs; give the run"),
-    ],
-)
-def test_what_is_no_run_to_start_from_is_named(photos: Path, options: tuple[str, ...], message: str) -> None:
-    train(settings=LOOP)
-    write_hollow(
-        Path("bundles"), project="x", exported_at="2026-01-01T10:00:00.000000Z", origin=None, opset=17
-    )
-    next(Path("bundles").glob("x-*")).rename("bundles/other")
-    done = CliRunner().invoke(app, ["train", "--data", "photos", *options])
-    assert (done.exit_code, message in done.stderr) == (2, True), done.stderr

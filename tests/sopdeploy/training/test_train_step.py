@@ -118,7 +118,6 @@ def test_micro_batches_of_unequal_size_give_the_step_of_the_whole_batch(optimize
 
 
 LABELS = torch.tensor([0, 2, 1, 1])
-NAN = torch.tensor(float("nan"))
 
 
 def logits(seed: int) -> torch.Tensor:

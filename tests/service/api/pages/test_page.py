@@ -108,9 +108,6 @@ def test_several_images_are_classified_and_listed(page, client, jpeg, make_pictu
     assert page.get_by_role("alert").is_visible()
 
 
-LOADED = {"/": "#proof :first-child", "/errors": ".panel"}
-
-
 HARMFUL = 'it\'s "x" $(touch owned) `b` <img src=x onerror=alert(1)>.jpg'
 
 

@@ -1,9 +1,7 @@
 """A run: its rows, its errors, and how it continues after an interruption."""
 
 import hashlib
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -207,23 +205,3 @@ def test_a_script_without_a_main_guard_runs_once(bundle_path, photos, tmp_path):
     script.write_text(f"import sopdeploy\nprint({call}.num_images)")
     done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{COUNT}\n", "")
-
-
-@pytest.mark.slow
-def test_after_ten_kills_the_rows_are_those_of_an_uninterrupted_run(
-    complete, bundle_path, photos, tmp_path: Path
-):
-    """Kill after a growing number of images, so that every run makes progress."""
-    for kill in range(1, 11):
-        pid = os.fork()
-        if not pid:
-
-            def die(done: int, _total: int, limit: int = 10 * kill) -> None:
-                if done >= limit:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, die)
-            os._exit(0)
-        assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-    classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
-    assert part_bytes(tmp_path) == part_bytes(complete)
