@@ -180,7 +180,7 @@ def run_alone(part: str, bundles: list[Bundle], provider: str) -> None:
             for row in PARTS[part](bundle, provider):
                 print(json.dumps(row), flush=True)
         except Exception as error:  # the next bundle may run; the libraries' errors share no base class
-            line = " ".join(f"{type(error).__name__}: {error}".replace("|", "/").split())[:300]
+            line = " ".join(f"{type(error).__name__}: {error}".replace("|", "/").split())[:1000]
             result = f"failed: {bundle['name']}: {line}"
             print(json.dumps({"bundle": bundle["name"], "error": line}), flush=True)
     print(json.dumps({"result": f"{result} ({time.monotonic() - begin:.1f} s)"}), flush=True)
@@ -231,7 +231,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="skip the parts that succeeded")
     parser.add_argument("--provider", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if not (bundles := read_bundles(options.folder)):
         parser.error(f"{options.folder} has no bundle; `make gpu-bundles` writes them")
     if options.alone:

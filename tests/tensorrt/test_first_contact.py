@@ -38,7 +38,7 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
     out.mkdir()
     (out / "machine.jsonl").write_text('{"what": "device", "value": "H100"}\n{"result": "ok (1.0 s)"}\n')
     (out / "probes.jsonl").write_text('{"bundle": "tiny fp32"}\n{"bundle": "ti')
-    command = [sys.executable, PROGRAM, folder, "machine", "probes", "tensorrt", "--out", out]
+    command = [sys.executable, PROGRAM, folder, "--out", out, "machine", "probes", "tensorrt"]
     done = subprocess.run(
         [*command, "--resume", "--provider", "cpu"], capture_output=True, text=True, check=False
     )
@@ -102,4 +102,4 @@ def test_each_part_ends_in_one_line_where_cuda_computes_nothing(folder: Path, tm
     lines = process.communicate(timeout=300)[0].splitlines()
     assert process.returncode == 1
     assert [line.partition(": failed: ")[0] for line in lines] == list(first_contact.PARTS)
-    assert all(len(text) < 400 for text in results(tmp_path / "out").values())
+    assert all(len(text) < 1100 for text in results(tmp_path / "out").values())
