@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from detached_latency import CLASSES, checkpoint
 from measure import make_parser
 from PIL import Image
+from random_checkpoint import CLASSES, checkpoint
 
 from sopdeploy.bundle.manifest import Precision
 from sopdeploy.models.registry import create_model

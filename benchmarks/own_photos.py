@@ -11,9 +11,8 @@ of each class from train/; all of validation/ is for testing. FILE is the state 
 - sopdeploy: `sopdeploy train --data DRAW --weights FILE --set model.name=timm:tf_efficientnet_lite0`;
 - probe: scikit-learn's logistic regression (C = 0.01) on the standardized averages of the frozen network;
 - fastai: `fine_tune`, with --fastai-python, the Python of an environment with fastai and timm;
-- autogluon: `MultiModalPredictor`, fine-tuning; autogluon-svm: its problem type for few photographs, a
-  support vector machine on frozen features; with --autogluon-python, the Python of an environment with
-  autogluon.multimodal.
+- autogluon-svm: `MultiModalPredictor` with its problem type for few photographs, a support vector machine on
+  frozen features; with --autogluon-python, the Python of an environment with autogluon.multimodal.
 
 `benchmarks/peers/` contains the programs of the peers, `SETTINGS` their options. Every training is a
 process of one thread. Seconds are processor seconds from its start to the end of the training, imports
@@ -51,13 +50,11 @@ NAMES = {
     OURS: "sopdeploy train",
     "probe": "logistic regression",
     "fastai": "fastai fine_tune",
-    "autogluon": "AutoGluon, fine-tuning",
     "autogluon-svm": "AutoGluon, few-shot",
 }
 PROGRAMS = {
     "probe": "probe.py",
     "fastai": "fastai_fine_tune.py",
-    "autogluon": "autogluon_fit.py",
     "autogluon-svm": "autogluon_fit.py",
 }
 # Options of the peers. Choose them on draw `TUNING_DRAW`, which the report leaves out.
@@ -72,7 +69,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "freeze_norms": True,
         "learner": {},
     },
-    "autogluon": {"problem_type": "multiclass", "hyperparameters": {"env.batch_size": 16, "optim.lr": 1e-3}},
     "autogluon-svm": {"problem_type": "few_shot_classification"},
 }
 TUNING_DRAW = 100
@@ -81,7 +77,6 @@ COLORS = {
     OURS: "#00796b",
     "probe": "#5b6b70",
     "fastai": "#c2571a",
-    "autogluon": "#6a4fa3",
     "autogluon-svm": "#2f6fb3",
 }
 

@@ -111,7 +111,7 @@ class Benchmark:
 
     def _model(self, case: Case) -> LoadedModel:
         if case.fake is None:
-            return load_model(self._arguments.bundle, settings_for(case.largest, decoders=2, threads=1))
+            return load_model(self._arguments.bundle, settings_for(case.largest))
         fixed, each = map(float, case.fake.split(","))
         return fake_model(fixed, each, case.largest)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from serving_ours import fake_model
 
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.images.decode import EncodedImage, decode
@@ -84,15 +83,6 @@ def peer_pipeline(
         command, cwd=scripts, env=dict(environment), capture_output=True, text=True, check=True
     )
     return SingleProcess(*json.loads(done.stdout))
-
-
-def decode_ms(folder: Path) -> float:
-    """Measure the CPU milliseconds of decoding one image of *folder* with the server's decoder."""
-    bodies, rules = read_files(folder), fake_model(0, 0, 1).bundle.manifest.preprocess
-    started = time.process_time()
-    for body in bodies:
-        decode_image(body, rules)
-    return 1000 * (time.process_time() - started) / len(bodies)
 
 
 def read_files(folder: Path) -> Sequence[bytes]:

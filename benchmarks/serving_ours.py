@@ -7,9 +7,7 @@ python benchmarks/serving_ours.py --port 8000 --bundle FOLDER --largest 8
 import argparse
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import uvicorn
@@ -55,20 +53,15 @@ def fake_model(fixed_ms: float, per_image_ms: float, largest: int) -> LoadedMode
     )
 
 
-def replace_decoder(work: Callable[[], object]) -> None:
-    """Let the server do *work* instead of decoding; all images become the same pixels."""
+def skip_decoding() -> None:
+    """Let the server return the same pixels for all images instead of decoding them."""
     image = Decoded(np.zeros((224, 224, 3), dtype=np.uint8), ())
-
-    def decode(*_: object) -> Decoded:
-        work()
-        return image
-
-    DecoderProcess.decode = decode  # type: ignore[assignment, method-assign]
+    DecoderProcess.decode = lambda *_: image  # type: ignore[method-assign]
 
 
-def settings_for(largest: int, *, decoders: int, threads: int, **more: Any) -> Settings:
-    """Create the server's settings, with *more* that are not None."""
-    return load_settings(max_batch=largest, decoders=decoders, threads=threads, queue_size=1024, **more)
+def settings_for(largest: int) -> Settings:
+    """Create the server's settings: two decoders, one thread of the runtime."""
+    return load_settings(max_batch=largest, decoders=2, threads=1, queue_size=1024)
 
 
 def main() -> None:
@@ -78,20 +71,10 @@ def main() -> None:
     parser.add_argument("--fake", help="milliseconds per batch and per image, such as 20,10")
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--largest", type=int, default=8)
-    parser.add_argument("--decoders", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--keep", type=Path, help="folder for photographs")
-    parser.add_argument("--keep-bytes", type=int)
     arguments = parser.parse_args()
     limit_heaps()
     freeze_objects()
-    settings = settings_for(
-        arguments.largest,
-        decoders=arguments.decoders,
-        threads=arguments.threads,
-        keep=arguments.keep,
-        keep_bytes=arguments.keep_bytes,
-    )
+    settings = settings_for(arguments.largest)
     if arguments.bundle is not None:
         model = load_model(arguments.bundle, settings)
     elif arguments.fake:

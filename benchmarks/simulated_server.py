@@ -2,9 +2,9 @@
 
     with running({"devices": "cpu,cpu"}, "20,2,8") as server: ...
 
-The string "20,2,8" means: a batch of n images takes 20 + 2 n ms, and a batch has at most 8 images. With
-*decode_ms*, a decoder sleeps so long (C code without the interpreter lock) and then uses a tenth of it as CPU
-time with the lock. The supervisor starts this module for each process, with its config in SOPDEPLOY_WORKER.
+The string "20,2,8" means: a batch of n images takes 20 + 2 n ms, and a batch has at most 8 images. Images
+are not decoded.
+The supervisor starts this module for each process, with its config in SOPDEPLOY_WORKER.
 """
 
 import json
@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 import httpx
-from serving_ours import fake_model, replace_decoder
+from serving_ours import fake_model, skip_decoding
 
 from sopdeploy_service.devices.device_server import run_device_server
 from sopdeploy_service.devices.processes import DeviceLaunchConfig
@@ -29,7 +28,7 @@ from sopdeploy_service.server import process
 from sopdeploy_service.server.launch import run_program
 
 HERE = Path(__file__).resolve().parent
-BATCH_VARIABLE, DECODE_VARIABLE = "SIMULATED_BATCH", "SIMULATED_DECODE_MS"
+BATCH_VARIABLE = "SIMULATED_BATCH"
 SUPERVISOR = """
 import sys, json
 from sopdeploy_service.devices import supervisor
@@ -57,7 +56,7 @@ class Server:
 
 
 @contextmanager
-def running(settings: dict[str, Any], batch: str, decode_ms: float = 0.0) -> Iterator[Server]:
+def running(settings: dict[str, Any], batch: str) -> Iterator[Server]:
     """Start a server with *settings* and wait until it is ready; stop it at the end."""
     paths = [str(HERE), *sys.path]
     given = {"port": 0, **settings}
@@ -68,7 +67,6 @@ def running(settings: dict[str, Any], batch: str, decode_ms: float = 0.0) -> Ite
         env={
             **os.environ,
             BATCH_VARIABLE: batch,
-            DECODE_VARIABLE: str(decode_ms),
             "PYTHONPATH": os.pathsep.join(paths),
         },
     ) as child:
@@ -83,22 +81,12 @@ def running(settings: dict[str, Any], batch: str, decode_ms: float = 0.0) -> Ite
             child.kill()
 
 
-def emulate_decoding() -> None:
-    """Sleep, then use CPU time of this thread while holding the interpreter lock."""
-    milliseconds = float(os.environ[DECODE_VARIABLE])
-    if milliseconds:
-        time.sleep(milliseconds / 1000)
-        end = time.thread_time() + milliseconds / 10_000
-        while time.thread_time() < end:
-            pass
-
-
 def main() -> int:
     """Run the process that the supervisor has described."""
     fixed, each, largest = map(float, os.environ[BATCH_VARIABLE].split(","))
     model = fake_model(fixed, each, int(largest))
     process.load_model = lambda *_: model  # type: ignore[attr-defined]
-    replace_decoder(emulate_decoding)
+    skip_decoding()
     return run_program(run_device_server, DeviceLaunchConfig)
 
 

@@ -3,10 +3,9 @@
 Starts `sopdeploy serve` several times for a detached DSoP ResNet-18 (random weights, exported here unless
 --bundle names another bundle) in ONNX Runtime on the CPU, and measures the time until the server prints
 `ready:` and until it has classified the first image. Processor time and resident memory are those at
-`ready:`. --against starts the server of another checkout alternately. On a busy machine, processor time is
-more reliable than wall time.
+`ready:`. On a busy machine, processor time is more reliable than wall time.
 
-    python benchmarks/start_up.py [--bundle BUNDLE] [--against CHECKOUT] [--quick] [--json]
+    python benchmarks/start_up.py [--bundle BUNDLE] [--quick] [--json]
 """
 
 import http.client
@@ -21,15 +20,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from detached_latency import checkpoint
-from measure import Result, existing, make_parser, report
+from measure import Result, make_parser, report
+from random_checkpoint import checkpoint
 
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-PACKAGES = (".", "export", "service")  # folders of a checkout on the module path
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("SOPDEPLOY_")}
 
 
@@ -40,20 +37,14 @@ def random_bundle(folder: Path) -> Path:
     return export_checkpoint(path, folder, options=ExportOptions(detach=True)).path
 
 
-def start(bundle: Path, checkout: Path) -> dict[str, float]:
-    """Start the server of *checkout* for *bundle*, classify an image, and stop it."""
+def start(bundle: Path) -> dict[str, float]:
+    """Start the server for *bundle*, classify an image, and stop it."""
     command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle.resolve()), "--port", "0"]
     command += ["--runtime", "onnxruntime-cpu"]
-    path = os.pathsep.join(str(checkout / package) for package in PACKAGES)
     image = (bundle / "golden-0.jpg").read_bytes()
     began = time.perf_counter()
     with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT | {"PYTHONPATH": path},
-        cwd=checkout,
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
     ) as server:
         line = server.stdout.readline() if server.stdout is not None else ""
         ready = time.perf_counter() - began
@@ -88,24 +79,18 @@ def classify(url: str, image: bytes) -> None:
     connection.close()
 
 
-def run(bundle: Path, other: Path | None, runs: int) -> list[Result]:
-    """Measure *runs* starts after one warm-up, alternately with those of *other*; return medians."""
-    checkouts = [CHECKOUT] if other is None else [CHECKOUT, other.resolve()]
-    rounds = [[start(bundle, checkout) for checkout in checkouts] for _ in range(runs + 1)][1:]
-    results = []
-    for name in rounds[0][0]:
-        ours, *others = ([values[name] for values in starts] for starts in zip(*rounds, strict=True))
-        results.append(
-            Result(
-                case=name,
-                against="" if other is None else other.name,
-                ours=round(statistics.median(ours), 1),
-                other=round(statistics.median(others[0]), 1) if others else None,
-                unit="MB" if name.endswith("_mb") else "ms",
-                runs=runs,
-            )
+def run(bundle: Path, runs: int) -> list[Result]:
+    """Measure *runs* starts after one warm-up; return medians."""
+    starts = [start(bundle) for _ in range(runs + 1)][1:]
+    return [
+        Result(
+            case=name,
+            ours=round(statistics.median(values[name] for values in starts), 1),
+            unit="MB" if name.endswith("_mb") else "ms",
+            runs=runs,
         )
-    return results
+        for name in starts[0]
+    ]
 
 
 def main() -> None:
@@ -114,12 +99,11 @@ def main() -> None:
     parser.add_argument(
         "--bundle", type=Path, help="a bundle; by default one is exported, which takes a minute"
     )
-    parser.add_argument("--against", type=existing, help="another checkout of this repository")
     parser.add_argument("--quick", action="store_true", help="3 starts instead of 9")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = arguments.bundle or random_bundle(Path(folder))
-        results = run(bundle, arguments.against, 3 if arguments.quick else 9)
+        results = run(bundle, 3 if arguments.quick else 9)
     report(results, as_json=arguments.json, load=os.getloadavg()[0])
 
 

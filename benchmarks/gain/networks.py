@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
@@ -77,33 +76,6 @@ class DSoPTextureNet(DSoP, TextureNet):
     def paper_branches(self) -> PaperBranches:
         """Return the branches for the texture network, which no paper describes."""
         return PaperBranches(blocks=(1, 1), widths=(32, 32))
-
-
-class AttendedStage(nn.Module):
-    """A GSoP block with a shortcut, for use after the last residual block of a stage (GSoP, section 3.4)."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.attention = GSoPBlock(GSoPBlockConfig(cov_width=width), channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute x + attention(x)."""
-        attended: Tensor = self.attention(x)
-        return x + attended
-
-
-class GSoPSmallResNet(Classifier, SmallResNet):
-    """The small ResNet with a GSoP block of 32 channels after the second and the third stage.
-
-    The first stage has fewer channels than the smallest covariance of the block.
-    """
-
-    def __init__(self, config: SmallResNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
-        for stage in ("layer2", "layer3"):
-            block = AttendedStage(self.tap_channels[f"{stage}.0"], 32)
-            initialize(block)
-            self.get_submodule(stage).add_module("gsop", block)
 
 
 class ExtraConvSmallResNetConfig(SmallResNetConfig):

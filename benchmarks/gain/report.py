@@ -51,8 +51,6 @@ def arms_table(study: Study, arms: dict[str, list[Outcome]]) -> Table:
     table = Table(title=f"{study.name}: {study.title}", title_justify="left", pad_edge=False)
     for heading in ("arm", "seeds", "correct %", "minus reference", "wins", "p", "CPU s", "verdict"):
         table.add_column(heading, overflow="fold")
-    if any(outcome.experts is not None for outcomes in arms.values() for outcome in outcomes):
-        table.add_column("experts used")
     for arm, outcomes in arms.items():
         seconds = statistics.fmean(outcome.seconds for outcome in outcomes)
         cells = [arm, str(len(outcomes)), mean_and_deviation(accuracies(outcomes))]
@@ -62,9 +60,6 @@ def arms_table(study: Study, arms: dict[str, list[Outcome]]) -> Table:
             cells += [format_difference(gain), f"{gain.wins}/{gain.n}", p, f"{seconds:.1f}", gain.verdict]
         else:
             cells += ["reference" if study.reference else "", "", "", f"{seconds:.1f}", ""]
-        used = [outcome.experts for outcome in outcomes if outcome.experts is not None]
-        if len(table.columns) > len(cells):
-            cells.append(f"{statistics.fmean(used):.1f}" if used else "")
         table.add_row(*cells)
     return table
 

@@ -15,13 +15,11 @@ import pydantic
 import torch
 from torch import Tensor
 
-from gain.gated import Gated, GatedSmallResNet, GatedSmallResNetConfig, GatedTextureNet, GatedTextureNetConfig
 from gain.networks import (
     DSoPTextureNet,
     DSoPTextureNetConfig,
     ExtraConvSmallResNet,
     ExtraConvSmallResNetConfig,
-    GSoPSmallResNet,
     PlainTextureNet,
     TextureNetConfig,
 )
@@ -59,12 +57,9 @@ TRUNK = {"filters", "stride", "hidden", "depth", "base_width", "shortcut", "back
 NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
-    "gated-textures": (GatedTextureNet, GatedTextureNetConfig),
     "resnet": (PlainSmallResNet, SmallResNetConfig),
     "dsop-resnet": (DSoPSmallResNet, DSoPSmallResNetConfig),
-    "gsop-resnet": (GSoPSmallResNet, SmallResNetConfig),
     "wide-resnet": (ExtraConvSmallResNet, ExtraConvSmallResNetConfig),
-    "gated-resnet": (GatedSmallResNet, GatedSmallResNetConfig),
     "photos": (PlainTimm, LastStagesConfig),
     "dsop-photos": (DSoPLastStages, DSoPLastStagesConfig),
 }
@@ -99,16 +94,11 @@ class Run(StrictModel):
 
 
 class Outcome(StrictModel):
-    """Accuracy of the exported network in percent, CPU seconds of the training, loss of the last epoch.
-
-    `experts` is the effective number of experts that a gate uses: the exponential of the entropy of its mean
-    weights.
-    """
+    """Accuracy of the exported network in percent, CPU seconds of the training, loss of the last epoch."""
 
     accuracy: float
     seconds: float
     loss: float
-    experts: float | None = None
 
 
 def train_and_measure(run: Run) -> Outcome:
@@ -122,8 +112,7 @@ def train_and_measure(run: Run) -> Outcome:
     loss = train(network, task, run)
     seconds = time.process_time() - start
     exported = exported_network(network, run)
-    experts = effective_experts(exported, task.test) if isinstance(exported, Gated) else None
-    return Outcome(accuracy=accuracy(exported, task), seconds=seconds, loss=loss, experts=experts)
+    return Outcome(accuracy=accuracy(exported, task), seconds=seconds, loss=loss)
 
 
 def open_task(run: Run) -> Task:
@@ -242,10 +231,3 @@ def accuracy(network: Backbone, task: Task) -> float:
     for members in sequential_batches(len(task.test_labels), 500):
         correct += int((network(task.test[members]).argmax(dim=1) == task.test_labels[members]).sum())
     return 100.0 * correct / len(task.test_labels)
-
-
-@torch.no_grad()
-def effective_experts(network: Gated, images: Tensor) -> float:
-    """Compute the exponential of the entropy of the mean weights over the first 500 *images*."""
-    load = network.weights(network.feature_maps(images[:500])[0]).mean(dim=0)
-    return float((-(load * load.clamp_min(1e-12).log()).sum()).exp())

@@ -33,19 +33,6 @@ TEXTURE_ARMS: Mapping[str, Mapping[str, Any]] = {
     DSOP: {"network": "dsop-textures"},
     HEAD: {"config": {"layers": "linear", "pooling": ISQRT}},
 }
-ABLATIONS: Mapping[str, Mapping[str, Any]] = {
-    "ReLU + GAP, one layer of 24": {"config": {"layers": "rectified", "filters": 24}},
-    **{
-        f"DSoP, {name}": {"network": "dsop-textures", "config": config}
-        for name, config in {
-            "first branch only": {"aux_blocks": (1, 0)},
-            "last branch only": {"aux_blocks": (0, 1)},
-            "beta .3": {"aux_weights": (0.3, 0.3)},
-            "beta .1": {"aux_weights": (0.1, 0.1)},
-            "beta 3": {"aux_weights": (3.0, 3.0)},
-        }.items()
-    },
-}
 SMALL = {"depth": 8, "base_width": 8}
 DIGITS_RUN: Mapping[str, Any] = {
     "task": DigitsConfig(),
@@ -57,31 +44,18 @@ DIGITS_RUN: Mapping[str, Any] = {
 }
 
 
-def textures(seeds: int, *, ablations: bool) -> Study:
+def textures(seeds: int) -> Study:
     """Compare on generated textures; each seed generates another task."""
     return Study(
         name="textures",
         title="10 classes of Gaussian textures that differ in second moments only; 500 images, 60 epochs",
         seeds=tuple(range(seeds)),
         template=TEXTURE_RUN,
-        arms={**TEXTURE_ARMS, **(ABLATIONS if ablations else {})},
+        arms=TEXTURE_ARMS,
         reference=PLAIN,
         pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG), (HEAD, LONG)),
         must={HEAD: 30.0, DSOP: 15.0},
         chance=LINEAR,
-    )
-
-
-def few_textures(seeds: int) -> Study:
-    """Compare with 100 images and 300 epochs: learning from few samples."""
-    return Study(
-        name="few textures",
-        title="the same textures, 100 images, 300 epochs",
-        seeds=tuple(range(seeds)),
-        template={**TEXTURE_RUN, "task": TextureConfig(train=100), "epochs": 300},
-        arms={PLAIN: {}, LONG: {"epochs": 550}, DSOP: TEXTURE_ARMS[DSOP], HEAD: TEXTURE_ARMS[HEAD]},
-        reference=PLAIN,
-        pairs=((DSOP, LONG), (HEAD, LONG)),
     )
 
 
@@ -120,22 +94,19 @@ def digits(seeds: int) -> Study:
     )
 
 
-def cifar(arrays: Path, seeds: int, *, whole: bool) -> Study:
-    """Compare heads on 5000 images of CIFAR-10; *whole* adds GSoP."""
+def cifar(arrays: Path, seeds: int) -> Study:
+    """Compare heads on 5000 images of CIFAR-10."""
     extra = f"{PLAIN}, extra 1x1"
-    arms: dict[str, Mapping[str, Any]] = {
-        PLAIN: {},
-        extra: {"network": "wide-resnet"},
-        HEAD: {"config": {"depth": 8, "pooling": ISQRT}},
-    }
-    if whole:
-        arms["GSoP blocks"] = {"network": "gsop-resnet"}
     return Study(
         name="CIFAR-10",
         title="5000 images, ResNet-8 of width 16, feature maps 16, 8, 4, 10 epochs, 10 000 test images",
         seeds=tuple(range(seeds)),
         template=cifar_run(arrays),
-        arms=arms,
+        arms={
+            PLAIN: {},
+            extra: {"network": "wide-resnet"},
+            HEAD: {"config": {"depth": 8, "pooling": ISQRT}},
+        },
         reference=PLAIN,
         pairs=((HEAD, extra),),
     )
@@ -156,21 +127,6 @@ def cifar_branches(arrays: Path, seeds: int) -> Study:
         },
         reference=PLAIN,
         pairs=((DSOP, GAP_BRANCHES), (DSOP, LONG)),
-    )
-
-
-def cifar_rates(arrays: Path) -> Study:
-    """Compare learning rates on CIFAR-10's held-out training images."""
-    return Study(
-        name="CIFAR-10 learning rates",
-        title=f"seed {TUNING_SEED}, used by no other table, measured on 5000 held-out training images",
-        seeds=(TUNING_SEED,),
-        template=cifar_run(arrays) | {"task": CifarConfig(arrays=arrays, held_out=True)},
-        arms={
-            f"{name}, {rate}": {"network": network, "learning_rate": rate}
-            for name, network in ((PLAIN, "resnet"), (DSOP, "dsop-resnet"))
-            for rate in (0.03, 0.1, 0.3)
-        },
     )
 
 

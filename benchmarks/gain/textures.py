@@ -7,16 +7,10 @@ shared by all classes, plus `spread` times a filter of its own.
 
 Nuisances that do not depend on the class: a log-normal contrast per image, an offset per channel, and a
 linear brightness gradient.
-
-With several `kinds` of images, the class of a texture depends on the kind: class = texture + kind. The color
-of the image, a first moment, shows the kind. A sum of a function of the texture and a function of the kind
-cannot represent this; a selection by kind can.
 """
 
 import math
-from typing import Annotated
 
-import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,16 +21,14 @@ from sopdeploy.data.base import derive_seed
 
 SIDE, CHANNELS, FILTER_SIDE = 32, 3, 5
 TEST_IMAGES = 4000
-KIND_COLORS = 1.5 * torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, -1.0], [-1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]])
 
 
 class TextureConfig(StrictModel):
-    """Numbers of images, classes and kinds, distance of the classes, strength of the nuisances."""
+    """Numbers of images and classes, distance of the classes, strength of the nuisances."""
 
     train: int = 500
     classes: int = 10
     spread: float = 0.15
-    kinds: Annotated[int, pydantic.Field(ge=1, le=4)] = 1
     contrast: float = 0.4
     offset: float = 0.5
     gradient: float = 0.5
@@ -82,10 +74,7 @@ def textures(config: TextureConfig, seed: int) -> Task:
     for name, count in (("train", config.train), ("test", TEST_IMAGES)):
         random = torch.Generator().manual_seed(derive_seed(seed, name))
         indices = torch.arange(count) % config.classes
-        kinds = torch.arange(count) // config.classes % config.kinds
         images = add_nuisances(gaussian_fields(filters, indices, random), config, random)
-        if config.kinds > 1:
-            images = images + KIND_COLORS[kinds, :, None, None]
-        parts.append((images, (indices + kinds) % config.classes))
+        parts.append((images, indices))
     (train, labels), (test, test_labels) = parts
     return Task(train, labels, test, test_labels)
