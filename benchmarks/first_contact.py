@@ -121,7 +121,7 @@ def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:
     chosen |= {"prefer_nhwc": "1"} if bundle["precision"] == "fp16" else {}
     session = ort.InferenceSession(path, options, [("CUDAExecutionProvider", chosen)], enable_fallback=0)
     if session.get_providers()[0] != "CUDAExecutionProvider":
-        raise RuntimeError(f"ONNX Runtime runs on {session.get_providers()[0]}")
+        raise RuntimeError(f"ONNX Runtime runs on {session.get_providers()[0]}; the .log says why")
     return session
 
 
