@@ -21,7 +21,7 @@ SIDE, CHANNELS, CLASSES = 8, 4, 5
 RULES = Preprocess(resize=SIDE, crop=SIDE)
 
 
-def network(*, half: bool = False, batch: str | int = "batch", opset: int = 18) -> onnx.ModelProto:
+def network(*, half: bool = False) -> onnx.ModelProto:
     """Compute logits from uint8 images by a centered covariance; *half* makes the convolution fp16."""
     rng = np.random.default_rng(0)
     kind = np.float16 if half else np.float32
@@ -54,11 +54,11 @@ def network(*, half: bool = False, batch: str | int = "batch", opset: int = 18) 
     graph = helper.make_graph(
         nodes,
         "sopdeploy",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, [batch, SIDE, SIDE, 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, CLASSES])],
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", SIDE, SIDE, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
         [numpy_helper.from_array(value, name) for name, value in weights.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
     return model
 

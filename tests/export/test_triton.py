@@ -31,6 +31,11 @@ def load_schema() -> Any:
 SCHEMA = load_schema()
 
 
+@pytest.fixture
+def bundle(tmp_path: Path) -> Bundle:
+    return write(tmp_path)
+
+
 def config_of(bundle: Bundle, folder: Path) -> Any:
     written = write_triton(bundle, folder / "models")
     return text_format.Parse((written.path / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
