@@ -24,7 +24,7 @@ from sopdeploy.images.formats import FIRST_BYTES, too_large_error
 from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.http.strict_json import decode_text, parse, validate
+from sopdeploy_service.http.strict_json import decode_text, parse_json
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import (
@@ -88,14 +88,10 @@ def find_and_record_model(request: Request, name: str | None, version: str | Non
     return model
 
 
-def json_response(
-    body: pydantic.BaseModel | dict[str, Any] | list[Any],
-    status: int = 200,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
+def json_response(body: pydantic.BaseModel | dict[str, Any], status: int = 200) -> Response:
     """Create a JSON response; fields of a model that are None are omitted."""
     value = body.model_dump(exclude_none=True) if isinstance(body, pydantic.BaseModel) else body
-    return Response(orjson.dumps(value), status_code=status, headers=headers, media_type="application/json")
+    return Response(orjson.dumps(value), status_code=status, media_type="application/json")
 
 
 @dataclass(eq=False, slots=True)
@@ -294,7 +290,7 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
 
     Raises `RejectedError` for anything that is not a `ClassifyRequest` with base64 images.
     """
-    body = validate(ClassifyRequest, parse(raw, max_bytes))
+    body = parse_json(ClassifyRequest, raw, max_bytes)
     top_k = None if body.top_k is None else min(body.top_k, MAX_TOP_K)
     if body.image is not None:
         return Upload([EncodedImage(decode_text(body.image, "image"))], top_k=top_k)

@@ -35,15 +35,13 @@ def describe_error(error: HttpError) -> Problem:
     )
 
 
-def problem_response(
-    reason: HttpError, headers: Mapping[str, str] | None = None, *, path: str = ""
-) -> Response:
-    """Create the response of *reason* to a request for *path*.
+def problem_response(reason: HttpError, given_headers: Mapping[str, str], path: str) -> Response:
+    """Create the response of *reason* to a request for *path*, with *given_headers*.
 
     Below `/v2`, the body is `{"error": message}` as in the Open Inference Protocol, and the code is in the
     header `X-Error-Code`.
     """
-    headers = dict(headers or {})
+    headers = dict(given_headers)
     if reason.retry_after is not None:
         headers["Retry-After"] = str(reason.retry_after)
     if reason.status in {408, 413, 503}:
@@ -61,7 +59,7 @@ def problem_response(
 def reject(scope: Scope, reason: HttpError, headers: Mapping[str, str] | None = None) -> Response:
     """Create the response of *reason* and record its code for the access log."""
     scope["state"]["context"].code = reason.code
-    return problem_response(reason, headers, path=scope["path"])
+    return problem_response(reason, headers or {}, scope["path"])
 
 
 def problem_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -2,8 +2,7 @@
 
 orjson rejects deep nesting, NaN, Infinity and numbers beyond float64. It keeps the last of several equal
 keys; two parsers that keep different ones see different requests, so duplicate keys are rejected here. orjson
-holds the GIL, also in a thread: limits on strings, lists, objects and the bytes between strings keep that
-short.
+holds the GIL, also in a thread: limits on the size and on strings, lists and objects keep that short.
 """
 
 import binascii
@@ -18,22 +17,21 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 
 MAX_QUOTES = 10_000
 MAX_BRACKETS = 1_000_000  # opening ones; 20 nested images of 224 x 224 pixels have as many
-MAX_STRUCTURE = 100_000  # bytes outside of strings
 _NUMBERS = frozenset({int, float})
 ParsedBody = TypeVar("ParsedBody", bound=pydantic.BaseModel)
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 WHITESPACE = b" \t\r\n\f\v"
 
 TOO_COMPLEX = HttpError(  # more than any valid request has
-    "json_too_complex", 400, "the JSON has too many strings, lists, objects or numbers"
+    "json_too_complex", 400, "the JSON has too many strings, lists or objects"
 )
 
 
-def parse(raw: bytes, limit: int, *, max_structure: int = MAX_STRUCTURE) -> Any:
-    """Parse the JSON document *raw* of at most *limit* bytes; call it in a thread.
+def parse_json(body_type: type[ParsedBody], raw: bytes, limit: int) -> ParsedBody:
+    """Parse the JSON document *raw* of at most *limit* bytes as *body_type*; call it in a thread.
 
-    Raises `RejectedError` if it is too large, malformed or has duplicate keys, and if it is too complex: more
-    than *max_structure* bytes outside of strings, or too many strings, lists and objects.
+    Raises `RejectedError` if it is too large, malformed or invalid, has duplicate keys, or too many strings,
+    lists and objects.
     """
     if len(raw) > limit:
         message = (
@@ -42,18 +40,22 @@ def parse(raw: bytes, limit: int, *, max_structure: int = MAX_STRUCTURE) -> Any:
         raise RejectedError(HttpError("json_too_large", 413, message))
     if raw.count(b'"') > MAX_QUOTES or raw.count(b"[") + raw.count(b"{") > MAX_BRACKETS:
         raise RejectedError(TOO_COMPLEX)
-    masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw
-    outside = masked.split(b'"')[0::2]  # text outside and inside of strings alternates
-    if sum(map(len, outside)) > max_structure:
-        raise RejectedError(TOO_COMPLEX)
     try:
         value = orjson.loads(raw)
+        if has_equal_keys(raw, value):
+            raise bad_request("duplicate_key", "an object in the JSON has the same key twice")
+        return body_type.model_validate(value)
     except orjson.JSONDecodeError as problem:
         raise bad_request("malformed_json", f"malformed JSON: {problem}") from problem
-    keys = sum(part.lstrip().startswith(b":") for part in outside[1:])  # strings followed by a colon
-    if keys != count_keys(value):
-        raise bad_request("duplicate_key", "an object in the JSON has the same key twice")
-    return value
+    except pydantic.ValidationError as problem:
+        raise bad_request("malformed_request", first_problem(problem)) from problem
+
+
+def has_equal_keys(raw: bytes, value: Any) -> bool:
+    """Tell whether an object of the JSON *raw* has a key twice, of which *value* has only the last one."""
+    masked = raw.replace(b"\\\\", b"__").replace(b'\\"', b"__") if b"\\" in raw else raw
+    after_strings = masked.split(b'"')[2::2]  # text outside and inside of strings alternates
+    return sum(text.lstrip().startswith(b":") for text in after_strings) != count_keys(value)
 
 
 def count_keys(value: Any) -> int:
@@ -67,14 +69,6 @@ def count_keys(value: Any) -> int:
         elif isinstance(item, list) and not _NUMBERS.issuperset(map(type, item)):
             pending.extend(item)
     return keys
-
-
-def validate(body_type: type[ParsedBody], value: Any) -> ParsedBody:
-    """Validate the JSON *value* as *body_type*; raise `RejectedError` for the first error."""
-    try:
-        return body_type.model_validate(value)
-    except pydantic.ValidationError as error:
-        raise bad_request("malformed_request", first_problem(error)) from error
 
 
 def decode_text(text: object, where: str) -> bytes:

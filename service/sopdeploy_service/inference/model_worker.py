@@ -362,21 +362,13 @@ class Model:
     ) -> list[Outcome]:
         """Create the outcomes of a batch."""
         outcomes: list[Outcome] = []
-        position = 0
         for item, row in zip(items, rows, strict=True):
             if isinstance(row, HttpError):
                 outcomes.append(row)
                 continue
             stages = {} if item.decode_seconds is None else {"decode": item.decode_seconds}
-            prediction = Prediction(
-                outputs=row,
-                stage_seconds={**stages, "queue": started - item.arrived, "infer": ended - started},
-                batch=len(items),
-                row=position,
-                warnings=item.warnings,
-            )
-            outcomes.append(prediction)
-            position += 1
+            stages |= {"queue": started - item.arrived, "infer": ended - started}
+            outcomes.append(Prediction(row, stages, item.warnings))
         return outcomes
 
     def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:

@@ -18,15 +18,12 @@ from sopdeploy.errors import ImageError
 class Prediction(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, with its timings.
 
-    *batch* is the size of the batch it ran in; *row* is its position among the predictions of the batch.
     *stage_seconds* are by name: `decode` (of an encoded image), `queue`, `infer`. *warnings* name what
     decoding changed in the image.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
     stage_seconds: Mapping[str, float]
-    batch: int
-    row: int
     warnings: tuple[str, ...] = ()
 
 

@@ -382,7 +382,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def _write_error(self, reason: HttpError) -> None:
         identifier = request_id(Headers(raw=self.headers or []))
         path = self.url.partition(b"?")[0].decode("latin-1")
-        response = problem_response(reason, {"Connection": "close", "X-Request-ID": identifier}, path=path)
+        response = problem_response(reason, {"Connection": "close", "X-Request-ID": identifier}, path)
         lines = [STATUS_LINE[reason.status]]
         for name, value in [*self.server_state.default_headers, *response.raw_headers]:
             lines += [name, b": ", value, b"\r\n"]

@@ -65,8 +65,8 @@ BAD_BODIES = [
     ({"images": ["YQ=="] * 4}, 400, "too_many_images"),
     ({"image": "$"}, 400, "bad_base64"),
     (b'{"image": "YQ==', 400, "malformed_json"),
-    (b"[" * 9000, 400, "malformed_json"),
     (b'{"image": "YQ==", "image": "Yg=="}', 400, "duplicate_key"),
+    (b"[" * 9000, 400, "malformed_json"),
     ({"image": "A" * 10_000}, 413, "json_too_large"),
 ]
 

@@ -6,7 +6,6 @@ of the JSON.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from math import prod
 from struct import unpack_from
 from typing import Annotated, Any, NamedTuple
@@ -19,7 +18,7 @@ from pydantic import Field, NonNegativeInt, WithJsonSchema
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.http.problems import bad_request
-from sopdeploy_service.http.strict_json import decode_text, parse, validate
+from sopdeploy_service.http.strict_json import decode_text, parse_json
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import RejectedError
 
@@ -158,7 +157,7 @@ def parse_body(body: bytes, header_length: str | None, signature: Signature, max
             message = f"Inference-Header-Content-Length must be a number of bytes, at most {len(body)}"
             raise bad_request("bad_header_length", message)
         text, binary = body[: int(digits)], memoryview(body)[int(digits) :]
-    request = validate(InferBody, parse(text, max_json, max_structure=max_json))
+    request = parse_json(InferBody, text, max_json)
     return InferRequest(
         id=request.id,
         images=_read_images(request.inputs, binary, signature),
@@ -247,17 +246,13 @@ def _check_shape(shape: list[int], tensor: Tensor, max_images: int) -> tuple[int
 
 def _pixels_from_json(item: InputTensor, tensor: Tensor, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Convert the data of *item*, numbers in a list that is flat or nested like *shape*, to that shape."""
-    numbers = item.data if isinstance(item.data, list) else []
-    if isinstance(next(iter(numbers), None), list):
-        for size in shape[1:]:
-            if not all(isinstance(row, list) and len(row) == size for row in numbers):
-                raise _invalid("wrong_data", tensor, _wrong_count(shape))
-            numbers = list(chain.from_iterable(numbers))
-    if len(numbers) != prod(shape):
-        raise _invalid("wrong_data", tensor, _wrong_count(shape))
-    if not set(map(type, numbers)) <= ({int, float} if item.datatype == FLOAT_PIXELS else {int}):
+    try:
+        values = np.array(item.data).reshape(shape)
+    except ValueError as problem:  # another number of elements, or rows that differ in length
+        raise _invalid("wrong_data", tensor, _wrong_count(shape)) from problem
+    if values.dtype.kind not in "iuf":
         raise _invalid("wrong_data", tensor, PIXELS_ONLY)
-    return _as_pixels(np.array(numbers, np.float64).reshape(shape), tensor)
+    return _as_pixels(values, tensor)
 
 
 def _as_pixels(values: NDArray[Any], tensor: Tensor) -> NDArray[np.uint8]:
