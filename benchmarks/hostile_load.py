@@ -1,9 +1,8 @@
-"""Hostile images against sopdeploy and other servers: memory, and what other clients still get.
+"""Hostile images against sopdeploy: memory, and what other clients still get.
 
-    python benchmarks/hostile_load.py BUNDLE [--limit-mb 1024]
-        [--peers FOLDER --peers-python PYTHON --onnx FILE] [--attack NAME --attack NAME] [--seconds 10]
+    python benchmarks/hostile_load.py BUNDLE [--limit-mb 1024] [--attack NAME --attack NAME] [--seconds 10]
 
-Part 1 sends every file of `hostile_images.py`, one after another and eight at a time, to each server in a
+Part 1 sends every file of `hostile_images.py`, one after another and eight at a time, to the server in a
 control group of --limit-mb, and counts the responses, the peak of the memory, and killed processes. Part 2
 measures an ordinary load of four connections alone, and while two other connections repeat one hostile file:
 the ratio of the images per second and of the median latency. Without root, part 1 runs without limit.
@@ -26,9 +25,8 @@ from hostile_images import hostile_images
 from load import WARM_UP_SECONDS, Load, Run, put_load, requests
 from measure import Result, existing, make_parser, one_line_errors, report
 from memory_group import MemoryGroup, can_limit_memory, memory_group
-from serving import CASES, peer_environment
 from serving_alone import write_images
-from serving_peers import OURS, PEERS, Peer, free_port, peer_command, started
+from serving_peers import OURS, Peer, free_port, started
 
 ATTACKS = ("WebP lossless RGBA 24 MP", "JPEG 100 scans of empty blocks 6 MP", "JPEG photograph 12 MP")
 CONNECTIONS, ATTACKERS, ROUNDS = 4, 2, 3
@@ -117,18 +115,11 @@ def attack(server: Server, name: str, body: bytes, folder: Path, seconds: float)
     ]
 
 
-def list_servers(arguments: argparse.Namespace) -> list[Server]:
-    """List sopdeploy and, with --peers, the others."""
+def our_server(arguments: argparse.Namespace) -> Server:
+    """Describe the server that is attacked."""
     flags = ("--port", "{port}", "--threads", "1")
     command = (sys.executable, "-m", "sopdeploy", "serve", str(arguments.bundle), *flags)
-    servers = [Server("sopdeploy", OURS, command, arguments.folder or Path.cwd(), {})]
-    for name in arguments.only.split(",") if arguments.peers else []:
-        peer_line = tuple(peer_command(arguments.peers_python, PEERS[name], 0))
-        line = tuple("{port}" if part == "0" else part for part in peer_line)
-        environment = {**peer_environment(CASES[0], arguments.onnx)}
-        del environment["PEER_FAKE"]
-        servers.append(Server(name, PEERS[name], line, arguments.peers, environment))
-    return servers
+    return Server("sopdeploy", OURS, command, arguments.folder or Path.cwd(), {})
 
 
 def main() -> None:
@@ -137,10 +128,6 @@ def main() -> None:
     parser.add_argument("bundle", type=existing)
     parser.add_argument("--folder", type=existing, help="checkout to serve with")
     parser.add_argument("--limit-mb", type=int, default=1024, help="MiB of the control group")
-    parser.add_argument("--peers", type=existing, help="folder with the scripts of other servers")
-    parser.add_argument("--peers-python", default=sys.executable, help="Python with their packages")
-    parser.add_argument("--only", default="litserve,bentoml", help="names of servers, comma-separated")
-    parser.add_argument("--onnx", type=existing, help="ONNX file of the other servers")
     parser.add_argument("--attack", action="append", help="name of a hostile file; can be repeated")
     parser.add_argument("--part", type=int, choices=(1, 2), help="run only this part")
     parser.add_argument("--seconds", type=float, default=10.0)
@@ -149,11 +136,11 @@ def main() -> None:
     results: list[Result] = []
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         images = write_images(Path(folder))
-        for server in list_servers(arguments):
-            if arguments.part != 2:
-                results += send_all(server, arguments.limit_mb << 20, files)
-            for name in (arguments.attack or ATTACKS) if arguments.part != 1 else ():
-                results += attack(server, name, dict(files)[name], images, arguments.seconds)
+        server = our_server(arguments)
+        if arguments.part != 2:
+            results += send_all(server, arguments.limit_mb << 20, files)
+        for name in (arguments.attack or ATTACKS) if arguments.part != 1 else ():
+            results += attack(server, name, dict(files)[name], images, arguments.seconds)
     report(results, as_json=arguments.json)
 
 

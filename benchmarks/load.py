@@ -1,8 +1,7 @@
 """A load generator with low overhead: each of N connections sends the next request after each response.
 
-With `--rate` it sends a Poisson stream instead: requests are sent at random times, independent of responses,
-over as many connections as necessary; latencies are measured from the scheduled time. It uses raw asyncio
-streams and prepared requests, because the client shares the cores with the server. Loopback only.
+It uses raw asyncio streams and prepared requests, because the client shares the cores with the server.
+Loopback only.
 `python benchmarks/load.py URL FOLDER --connections 32 --seconds 6` prints one JSON line.
 """
 
@@ -11,7 +10,6 @@ import asyncio
 import ipaddress
 import itertools
 import json
-import random
 import statistics
 import subprocess
 import sys
@@ -24,7 +22,6 @@ from urllib.parse import urlsplit
 
 BOUNDARY = "--------sopdeploy-benchmark"
 WARM_UP_SECONDS = 1.0
-SEED = 0  # every Poisson stream has the same arrival times
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +62,7 @@ def requests(url: str, folder: Path, form: bool) -> list[bytes]:
 class Run:
     """Puts load on one server for one measurement."""
 
-    def __init__(
-        self, url: str, bodies: list[bytes], connections: int, seconds: float, rate: float | None = None
-    ) -> None:
+    def __init__(self, url: str, bodies: list[bytes], connections: int, seconds: float) -> None:
         parts = urlsplit(url)
         if not ipaddress.ip_address(str(parts.hostname)).is_loopback:
             raise SystemExit(f"{url}: must be a loopback address")
@@ -75,8 +70,6 @@ class Run:
         self._bodies: Iterator[bytes] = itertools.cycle(bodies)
         self._connections = connections
         self._seconds = seconds
-        self._rate = rate
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
         self._latencies: list[float] = []
         self._codes: Counter[str] = Counter()
 
@@ -84,10 +77,7 @@ class Run:
         """Warm up for `WARM_UP_SECONDS`, then measure."""
         start = time.perf_counter() + WARM_UP_SECONDS
         end = start + self._seconds
-        if self._rate is None:
-            await asyncio.gather(*(self._request_loop(start, end) for _ in range(self._connections)))
-        else:
-            await self._stream(self._rate, start, end)
+        await asyncio.gather(*(self._request_loop(start, end) for _ in range(self._connections)))
         times = sorted(self._latencies) or [0.0]
         return Load(
             images_per_s=len(self._latencies) / self._seconds,
@@ -103,31 +93,6 @@ class Run:
             writer.write(next(self._bodies))
             self._record(await read_response(reader), sent, start, end)
         writer.close()
-
-    async def _stream(self, rate: float, start: float, end: float) -> None:
-        rng = random.Random(SEED)  # noqa: S311 - not a secret
-        due = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            while due < end:
-                await asyncio.sleep(due - time.perf_counter())
-                group.create_task(self._request(due, start, end))
-                due += rng.expovariate(rate)
-        for _, writer in self._idle:
-            writer.close()
-
-    async def _request(self, due: float, start: float, end: float) -> None:
-        reader, writer = await self._connect()
-        writer.write(next(self._bodies))
-        self._record(await read_response(reader), due, start, end)
-        self._idle.append((reader, writer))
-
-    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        while self._idle:
-            reader, writer = self._idle.pop()
-            if not reader.at_eof():  # the server closes idle connections
-                return reader, writer
-            writer.close()
-        return await asyncio.open_connection(*self._address)
 
     def _record(self, code: str, sent: float, start: float, end: float) -> None:
         now = time.perf_counter()
@@ -157,11 +122,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--form", action="store_true")
     parser.add_argument("--connections", type=int, default=32)
-    parser.add_argument("--rate", type=float, help="requests per second of a Poisson stream")
     parser.add_argument("--seconds", type=float, default=6)
     arguments = parser.parse_args()
     bodies = requests(arguments.url, arguments.folder, arguments.form)
-    run = Run(arguments.url, bodies, arguments.connections, arguments.seconds, arguments.rate)
+    run = Run(arguments.url, bodies, arguments.connections, arguments.seconds)
     print(json.dumps(asdict(asyncio.run(run.measure()))))
 
 

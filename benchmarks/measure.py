@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -164,6 +164,12 @@ def document(results: Sequence[Result], **facts: object) -> dict[str, Any]:
     """Build the JSON document of every benchmark; *facts* are added to the description of the machine."""
     rows = [{**asdict(result), "ratio": result.ratio} for result in results]
     return {"machine": machine() | facts, "versions": versions(), "results": rows}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Format a table as the pages in docs/benchmarks show it."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |".replace("  ", " ") for cells in lines)
 
 
 def report(results: Sequence[Result], *, as_json: bool, **facts: object) -> None:

@@ -37,7 +37,7 @@ from typing import Any
 import matplotlib as mpl
 from gain.paired import paired
 from matplotlib.figure import Figure
-from measure import Result, existing, make_parser, one_line_errors, report
+from measure import Result, existing, make_parser, markdown, one_line_errors, report
 from scipy.stats import t
 from svg_file import STYLE, write_svg
 
@@ -251,24 +251,15 @@ def summarize(results: dict[tuple[str, int], dict[int, tuple[float, float]]]) ->
     return points
 
 
-def table(points: Sequence[Point]) -> list[str]:
+def table(points: Sequence[Point]) -> str:
     """Format *points* as a table in Markdown."""
-    rows = [
-        "| tool | photographs per class | draws | accuracy, % | ours minus this, points | CPU s |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ("tool", "photographs per class", "draws", "accuracy, %", "ours minus this, points", "CPU s")
+    rows = []
     for point in points:
         interval = f" ± {point.half:.1f}" if point.draws > 1 else ""
-        cells = (
-            NAMES[point.tool],
-            f"{point.per_class}",
-            f"{point.draws}",
-            f"{point.accuracy:.1f}{interval}",
-            point.difference,
-            f"{point.seconds:.0f}",
-        )
-        rows.append(f"| {' | '.join(cells)} |".replace("|  |", "| |"))
-    return rows
+        accuracy, seconds = f"{point.accuracy:.1f}{interval}", f"{point.seconds:.0f}"
+        rows.append((NAMES[point.tool], point.per_class, point.draws, accuracy, point.difference, seconds))
+    return markdown(head, rows)
 
 
 def read_table(page: str) -> list[Point]:
@@ -360,7 +351,7 @@ def main(arguments: list[str]) -> int:
     with one_line_errors():
         measure(given)
     points = summarize(read_results(given.cache))
-    page = "\n".join(table(points))
+    page = table(points)
     if given.chart is not None and points:
         given.chart.write_text(chart(read_table(page)), encoding="utf-8")
     if given.json:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from measure import Result, existing, make_parser, one_line_errors, report
+from measure import Result, existing, make_parser, markdown, one_line_errors, report
 
 import sopdeploy
 from sopdeploy.evaluation.metrics import Rate
@@ -59,14 +59,13 @@ def measure(checkpoint: Path, calibration: Path, test: Path, folder: Path) -> li
     return rows
 
 
-def line(row: dict[str, Any]) -> str:
-    """Format a row of the Markdown table."""
+def cells(row: dict[str, Any]) -> list[str]:
+    """Format a row of the table."""
     shares = (
         f"{100 * rate.share:.1f} % ({100 * rate.low:.1f} to {100 * rate.high:.1f})"
         for rate in (row["top1"], row["agreement"])
     )
-    cells = (row["form"], *shares, f"{row['megabytes']:.1f}", f"{row['seconds']:.0f}")
-    return f"| {' | '.join(cells)} |"
+    return [row["form"], *shares, f"{row['megabytes']:.1f}", f"{row['seconds']:.0f}"]
 
 
 def main() -> None:
@@ -91,8 +90,8 @@ def main() -> None:
         ]
         report(values, as_json=True)
         return
-    print("| form | top-1 | agreement with fp32 | MB | export, CPU s |\n|---|---|---|---|---|")
-    print(*map(line, rows), sep="\n")
+    head = ("form", "top-1", "agreement with fp32", "MB", "export, CPU s")
+    print(markdown(head, map(cells, rows)))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from gain.photos import PhotosConfig, count_classes, write_maps
 from gain.report import checks, print_studies, results_of
@@ -41,7 +40,6 @@ from gain.studies import (
 from gain.study import Study
 from gain.task import write_arrays
 from measure import commit, existing, machine, make_parser, one_line_errors, report, versions
-from rich.console import Console
 
 NAMES = (
     "learning rates",
@@ -102,11 +100,6 @@ def real_studies(given: argparse.Namespace) -> list[Study]:
     return [photo_rates(task), photographs(task, 10)]
 
 
-def facts(jobs: int) -> dict[str, Any]:
-    """Describe machine, versions, commit and processes."""
-    return {"machine": machine(), "versions": versions(), "commit": commit(), "processes": jobs}
-
-
 def main(arguments: list[str]) -> int:
     """Run the studies, print them, and return the exit status."""
     given = parse_arguments(arguments)
@@ -126,9 +119,8 @@ def main(arguments: list[str]) -> int:
         rows = [result for study in chosen for result in results_of(study, results[study.name])]
         report(rows, as_json=True, commit=commit(), processes=given.jobs)
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(json.dumps(facts(given.jobs)), soft_wrap=True)
-        print_studies(chosen, results, console)
+        print(json.dumps({"machine": machine(), "versions": versions(), "commit": commit()}))
+        print_studies(chosen, results)
     reached = [is_reached for study in chosen for _, is_reached in checks(study, results[study.name])]
     return 0 if all(reached) else 1
 

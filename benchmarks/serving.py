@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from load import WARM_UP_SECONDS, Load, put_load
-from measure import existing, make_parser, one_line_errors, report
+from measure import existing, make_parser, markdown, one_line_errors, report
 from serving_alone import bare_runtime, peer_pipeline, pipeline, write_images
 from serving_ours import fake_model, settings_for
 from serving_peers import OURS, PEERS, Peer, cpu_seconds, free_port, peer_command, started
@@ -167,14 +167,16 @@ def peer_environment(case: Case, onnx: Path | None) -> dict[str, str]:
 
 def show(rows: list[Rounds]) -> None:
     """Print a table of the medians."""
-    heads = ["case", "server", "ratio to bare runtime", "rounds", "images/s", "p99 ms"]
-    heads += ["CPU ms besides decoding and runtime"]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    head = ("case", "server", "ratio", "rounds", "images/s", "p99 ms", "CPU ms besides decoding and runtime")
+    cells = []
     for row in rows:
-        ratio = statistics.median(row.ratios)
         ratios = " ".join(f"{value:.3f}" for value in row.ratios)
-        shown = [f"{value:.2f}" for value in row.medians()]
-        print(f"| {row.case} | {row.server} | **{ratio:.3f}** | {ratios} | {' | '.join(shown)} |")
+        ratio, *medians = (
+            f"**{statistics.median(row.ratios):.3f}**",
+            *(f"{value:.2f}" for value in row.medians()),
+        )
+        cells.append((row.case, row.server, ratio, ratios, *medians))
+    print(markdown(head, cells))
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
 
 
 class TextureNetConfig(StrictModel):
-    """A 5x5 convolution with batch norm, then `layers`: none; ReLU; or ReLU, conv1x1, batch norm, ReLU."""
+    """A 5x5 convolution with batch norm, then `layers`: none, or ReLU, conv1x1, batch norm, ReLU."""
 
     filters: int = 16
     stride: int = 1
     hidden: int = 24
-    layers: Literal["linear", "rectified", "two-layer"] = "two-layer"
+    layers: Literal["linear", "two-layer"] = "two-layer"
     pooling: Pooling = GapConfig()
 
 
@@ -49,7 +49,7 @@ class TextureNet(Backbone):
         if config.layers == "two-layer":
             conv = nn.Conv2d(config.filters, config.hidden, 1, bias=False)
             return [nn.Sequential(nn.ReLU(), conv, nn.BatchNorm2d(config.hidden), nn.ReLU())]
-        return [nn.ReLU()] if config.layers == "rectified" else []
+        return []
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Create an identity, because a branch pools the tapped feature map without further blocks."""

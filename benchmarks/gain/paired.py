@@ -1,4 +1,4 @@
-"""Paired differences: mean, Student's t interval, wins, p-value, and the resulting statement."""
+"""Paired differences: mean, Student's t interval, wins and p-value."""
 
 import math
 import statistics
@@ -20,15 +20,6 @@ class Paired:
     half: float
     wins: int
     p: float
-
-    @property
-    def verdict(self) -> str:
-        """Statement that follows from the interval."""
-        if self.n < 2:
-            return "one seed"
-        if not abs(self.mean) > self.half:
-            return "no effect detected"
-        return f"{'better' if self.mean > 0 else 'worse'} by {abs(self.mean):.2f} +- {self.half:.2f}"
 
 
 def paired(ours: Sequence[float], other: Sequence[float]) -> Paired:

@@ -1,12 +1,10 @@
-"""Print results as tables, or convert them to JSON; verdicts are computed from intervals."""
+"""Print studies as tables, or convert them to the results of all benchmarks."""
 
 import math
 import statistics
 from collections.abc import Sequence
 
-from measure import Result
-from rich.console import Console
-from rich.table import Table
+from measure import Result, markdown
 
 from gain.paired import Paired, paired
 from gain.run import Outcome
@@ -14,6 +12,7 @@ from gain.runs import Results
 from gain.study import Study
 
 CHANCE, CHANCE_TOLERANCE = 10.0, 2.0  # percent, for ten classes
+HEAD = ("arm", "accuracy", "difference", "wins", "p", "CPU s")
 
 
 def accuracies(outcomes: Sequence[Outcome]) -> list[float]:
@@ -35,9 +34,12 @@ def checks(study: Study, arms: dict[str, list[Outcome]]) -> list[tuple[str, bool
     return statements
 
 
-def format_difference(gain: Paired) -> str:
-    """Format a paired difference."""
-    return f"{gain.mean:+.2f} +- {gain.half:.2f}" if gain.n > 1 else f"{gain.mean:+.2f} (one seed)"
+def difference_cells(gain: Paired) -> list[str]:
+    """Format a paired difference: mean and interval, wins, p-value."""
+    if gain.n == 1:
+        return [f"{gain.mean:+.2f} (one seed)", f"{gain.wins}/1", ""]
+    p = "" if math.isnan(gain.p) else f"{gain.p:.2g}"
+    return [f"{gain.mean:+.2f} +- {gain.half:.2f}", f"{gain.wins}/{gain.n}", p]
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
@@ -46,37 +48,29 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.2f}{deviation}"
 
 
-def arms_table(study: Study, arms: dict[str, list[Outcome]]) -> Table:
-    """Build the table of the arms."""
-    table = Table(title=f"{study.name}: {study.title}", title_justify="left", pad_edge=False)
-    for heading in ("arm", "seeds", "correct %", "minus reference", "wins", "p", "CPU s", "verdict"):
-        table.add_column(heading, overflow="fold")
+def table(study: Study, arms: dict[str, list[Outcome]]) -> str:
+    """Build the table of the arms, in which the reference is bold, and of further comparisons."""
+    rows = []
     for arm, outcomes in arms.items():
-        seconds = statistics.fmean(outcome.seconds for outcome in outcomes)
-        cells = [arm, str(len(outcomes)), mean_and_deviation(accuracies(outcomes))]
+        cells = ["", "", ""]
         if study.reference and arm != study.reference:
-            gain = paired(accuracies(outcomes), accuracies(arms[study.reference]))
-            p = "" if math.isnan(gain.p) else f"{gain.p:.2g}"
-            cells += [format_difference(gain), f"{gain.wins}/{gain.n}", p, f"{seconds:.1f}", gain.verdict]
-        else:
-            cells += ["reference" if study.reference else "", "", "", f"{seconds:.1f}", ""]
-        table.add_row(*cells)
-    return table
+            cells = difference_cells(paired(accuracies(outcomes), accuracies(arms[study.reference])))
+        seconds = statistics.fmean(outcome.seconds for outcome in outcomes)
+        name = f"**{arm}**" if arm == study.reference else arm
+        rows.append([name, mean_and_deviation(accuracies(outcomes)), *cells, f"{seconds:.1f}"])
+    for ours, other in study.pairs:
+        gain = paired(accuracies(arms[ours]), accuracies(arms[other]))
+        rows.append([f"{ours} minus {other}", "", *difference_cells(gain), ""])
+    return markdown(HEAD, rows)
 
 
-def print_studies(studies: Sequence[Study], results: Results, console: Console) -> None:
-    """Print each study: its table, further comparisons and required results."""
+def print_studies(studies: Sequence[Study], results: Results) -> None:
+    """Print each study: its table and its required results."""
     for study in studies:
         arms = results[study.name]
-        console.print(arms_table(study, arms))
-        for ours, other in study.pairs:
-            gain = paired(accuracies(arms[ours]), accuracies(arms[other]))
-            p = "" if math.isnan(gain.p) else f", p {gain.p:.2g}"
-            statistic = f"{format_difference(gain)}, {gain.wins}/{gain.n} wins{p}"
-            console.print(f"  {ours} minus {other}: {statistic}: {gain.verdict}")
+        print(f"{study.name}: {study.title}, {len(study.seeds)} seeds\n\n{table(study, arms)}\n")
         for statement, holds in checks(study, arms):
-            console.print(f"  {'holds' if holds else 'FAILS'}: {statement}")
-        console.print()
+            print(f"{'holds' if holds else 'FAILS'}: {statement}")
 
 
 def results_of(study: Study, arms: dict[str, list[Outcome]]) -> list[Result]:

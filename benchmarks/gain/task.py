@@ -12,7 +12,7 @@ from sopdeploy.data.base import ArrayImages, derive_seed
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.data.datasets.small import open_digits
 
-HELD_OUT = 5000  # of CIFAR's training images, for the choice of hyperparameters
+UNUSED = 5000  # of CIFAR's training images
 
 
 class Task(NamedTuple):
@@ -31,11 +31,10 @@ class DigitsConfig(StrictModel):
 
 
 class CifarConfig(StrictModel):
-    """Number of training images, and whether 5000 held-out training images replace the test images."""
+    """File of the decoded images, and number of training images."""
 
     arrays: Path
     train: int = 5000
-    held_out: bool = False
 
 
 def digits(config: DigitsConfig, seed: int) -> Task:
@@ -51,17 +50,15 @@ def digits(config: DigitsConfig, seed: int) -> Task:
 
 
 def cifar(config: CifarConfig, seed: int) -> Task:
-    """Load a training subset of CIFAR by *seed*; the held-out images do not depend on the seed."""
+    """Load a training subset of CIFAR by *seed*; 5000 images are in no subset."""
     with np.load(config.arrays) as stored:
         train, labels, test, test_labels = (
             torch.from_numpy(stored[name]) for name in ("train", "labels", "test", "test_labels")
         )
     fixed = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derive_seed(0, "held out")))
-    held_out, rest = fixed[:HELD_OUT], fixed[HELD_OUT:]
+    rest = fixed[UNUSED:]
     shuffled = torch.randperm(len(rest), generator=torch.Generator().manual_seed(derive_seed(seed, "subset")))
     chosen = rest[shuffled[: config.train]]
-    if config.held_out:
-        test, test_labels = train[held_out], labels[held_out]
     return Task(normalize(train[chosen]), labels[chosen], normalize(test), test_labels)
 
 
