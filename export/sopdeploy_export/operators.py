@@ -3,8 +3,8 @@
 The converter writes some operators in a form that equals them for most values only: as two ONNX operators of
 which the first overflows, or without one of the attributes. Each operator runs in ONNX Runtime and in ATen,
 with its own shapes and attributes, on zeros of both signs, ties, large values, denormals, the largest finite
-values and NaN. Both compute in float64; where ONNX Runtime has no float64 kernel or the results differ,
-float32 decides, the type of the file. Results are compared where ATen's result is a number.
+values and NaN. Both compute in float32, the type of the file. Results are compared where ATen's result is a
+number.
 """
 
 import math
@@ -22,19 +22,17 @@ from onnx.utils import Extractor
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError, first_line
 from sopdeploy_export.findings import PROVIDER
-from sopdeploy_export.float64 import REDUCED, in_float64
 from sopdeploy_export.graph import NETWORK_PREFIX, capturing, convert
 
 ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}  # relative; attributes of ONNX are float32
+TOLERANCE = 1e-4  # relative
 ROUNDING = 16  # units in the last place of the operands
 MAX_ROUNDS = 100  # of an operator with few elements
 CONVOLUTIONS = ("aten::convolution", "aten::conv2d")
-NOT_FLOAT64 = (*CONVOLUTIONS, "aten::avg_pool2d", "aten::gelu")  # compared in float32 at once, to save time
 # Elementwise operators and these have one form for all sizes from `LARGE`.
 SIZELESS = (*CONVOLUTIONS, "aten::_native_batch_norm_legit_no_training", "aten::pad")
 LARGE = 4
@@ -49,13 +47,12 @@ _equal: set[str] = set()  # descriptions of the operators that this process has 
 
 
 class _Call(NamedTuple):
-    """One operator of a program: arguments, used results, the part that calls it, and the compared type."""
+    """One operator of a program: its arguments, its used results and the part that calls it."""
 
     target: OpOverload
     arguments: tuple[Any, dict[str, Any]]
     used: tuple[int, ...]
     part: str
-    dtype: torch.dtype
 
     @property
     def name(self) -> str:
@@ -81,8 +78,6 @@ class _Call(NamedTuple):
         """Compute the used results for other *operands*."""
         given = iter(operands)
         args, kwargs = tree_map_only(Tensor, lambda _: next(given), self.arguments)
-        if self.dtype == torch.float64:
-            args, kwargs = tree_map(in_float64, (args, kwargs))
         results = self.target(*args, **kwargs)
         return [results] if isinstance(results, Tensor) else [results[position] for position in self.used]
 
@@ -119,12 +114,10 @@ class _Recorder(fx.Interpreter):
         used = tuple(sorted(positions))
         modules = list((n.meta.get("nn_module_stack") or {"": ("",)}).values())
         part = f"{modules[-1][0]}.".removeprefix(NETWORK_PREFIX).removesuffix(".")
-        call = _Call(cast(OpOverload, n.target), arguments, used, part, torch.float64)
+        call = _Call(cast(OpOverload, n.target), arguments, used, part)
         if call.elementwise or call.name in PRODUCTS:
             arguments = tree_map_only(Tensor, lambda x: x[tuple(slice(ENOUGH) for _ in x.shape)], arguments)
             call = call._replace(arguments=arguments)
-        if call.name in NOT_FLOAT64:
-            call = call._replace(dtype=torch.float32)
         largest = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
         described = tree_map_only(
             Tensor, lambda operand: (operand.dtype, [min(size, largest) for size in operand.shape]), arguments
@@ -150,41 +143,25 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
     """
     recorder = _Recorder(program)
     recorder.run(torch.from_numpy(images))
-    left = _compare(list(recorder.calls.values()))
-    _compare([call._replace(dtype=torch.float32) for call in left])
+    if recorder.calls:
+        _compare(list(recorder.calls.values()))
     _equal.update(recorder.calls)
 
 
-def _compare(calls: Sequence[_Call]) -> list[_Call]:
-    """Compare *calls*; return those in float64 that ONNX Runtime cannot run or whose results differ.
-
-    Raises `LoweringError` for such a call in float32.
-    """
-    if not calls:
-        return []
+def _compare(calls: Sequence[_Call]) -> None:
+    """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs."""
     operands = [_fill(call, ORDINARY, 0) for call in calls]
     inputs = [[f"operand {i} {j}" for j in range(len(some))] for i, some in enumerate(operands)]
     outputs = [[f"result {i} {j}" for j in call.used] for i, call in enumerate(calls)]
     with capturing():
         program = torch.export.export(_Calls(calls), tuple(chain(*operands))).run_decompositions({})
-    try:
-        model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs))))
-    except LoweringError:
-        if all(call.dtype == torch.float32 for call in calls):
-            raise
-        return list(calls)  # the converter has no float64 form of an operator
-    left, extractor, constants = [], Extractor(model), {tensor.name for tensor in model.graph.initializer}
+    model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs))))
+    extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
     for call, names, results in zip(calls, inputs, outputs, strict=True):
         if constants.intersection(results):  # it depends on shapes only, as `zeros_like` does
             continue
         part = extractor.extract_model(names, results).SerializeToString()
-        try:
-            _compare_values(call, part, names, results)
-        except LoweringError:
-            if call.dtype == torch.float32:
-                raise
-            left.append(call)
-    return left
+        _compare_values(call, part, names, results)
 
 
 def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Sequence[str]) -> None:
@@ -214,10 +191,10 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
         if operand.dtype == torch.bool:
             operand = torch.from_numpy(positions % 2 == 0).reshape(operand.shape)
         elif operand.is_floating_point():
-            content = torch.tensor(values, dtype=call.dtype)[torch.from_numpy(positions)]
-            operand = torch.empty_like(operand, dtype=call.dtype).copy_(content.reshape(operand.shape))
+            content = torch.tensor(values)[torch.from_numpy(positions)]
+            operand = torch.empty_like(operand, dtype=torch.float32).copy_(content.reshape(operand.shape))
             stride *= len(values)
-        filled.append(operand)
+        filled.append(operand.clone())  # torch.export takes one tensor in two calls for one input
     return filled
 
 
@@ -227,22 +204,14 @@ def _rounds(call: _Call) -> Iterator[list[Tensor]]:
     Operators that add elements get fourth roots of these values and no NaN: the order of additions decides
     whether a sum overflows. Integers are not computed of such values.
     """
-    info = torch.finfo(call.dtype)
-    extreme: tuple[float, ...] = (
-        info.tiny,
-        -info.tiny,
-        info.tiny / 4,
-        -info.tiny / 4,
-        info.max,
-        -info.max,
-        math.nan,
-    )
+    info = torch.finfo(torch.float32)
+    extreme = (info.tiny, -info.tiny, info.tiny / 4, -info.tiny / 4, info.max, -info.max, math.nan)
     if not call.elementwise:
-        extreme = (info.tiny**0.25, -(info.tiny**0.25), info.max**0.25, -(info.max**0.25))
+        extreme = tuple(sign * value**0.25 for value in (info.tiny, info.max) for sign in (1, -1))
     first = _fill(call, ORDINARY, 0)
     yield first
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
-    if any(result.dtype not in (*REDUCED, torch.float64, torch.bool) for result in call.run(first)):
+    if any(result.dtype not in (torch.float32, torch.bool) for result in call.run(first)):
         return
     values = (*ORDINARY, *extreme)
     rounds = -(-(len(values) ** 2) // call.size) if call.elementwise else 1
@@ -271,16 +240,15 @@ def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Ten
     if found.shape != expected.shape or not expected.is_floating_point():
         return found != expected if found.shape == expected.shape else torch.tensor(True)
     sizes = [operand.nan_to_num(0).abs() for operand in given if operand.is_floating_point()]
-    tolerance = TOLERANCE[expected.dtype]
     if call.elementwise:
         scale = sum(sizes, torch.zeros_like(expected)) + (call.name in NOT_NEAR_ZERO)
-        allowed = ROUNDING * torch.finfo(expected.dtype).eps * scale + tolerance * expected.abs()
+        allowed = ROUNDING * torch.finfo(expected.dtype).eps * scale + TOLERANCE * expected.abs()
         compared = ~expected.isnan()
     else:
         finite = expected.where(expected.isfinite(), 0).abs()
         factors = sorted(float(values.max()) for values in sizes if values.numel())[-2:]  # sums cancel
         largest = max(math.prod(factors), float(finite.max()) if finite.numel() else 0.0)
-        allowed, compared = torch.tensor(tolerance * largest), expected.isfinite()
+        allowed, compared = torch.tensor(TOLERANCE * largest), expected.isfinite()
     if call.name in NOT_NAN:
         compared &= ~found.isnan()
     return (found != expected) & ~((found - expected).abs() <= allowed) & compared

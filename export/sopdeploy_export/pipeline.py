@@ -50,9 +50,6 @@ if TYPE_CHECKING:
     from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 
 ONNX_FILE = "model.onnx"
-# The parts of the time of an export after which the proof, the conversion and the comparison are complete;
-# measured for EfficientNet-Lite0 with a second-order head and for ResNet-50
-CERTIFIED, PROVED, CHECKED = 0.55, 0.75, 0.97
 OPERATOR_IMAGES = 2  # of the run that records the operators of a program
 FOLDED_PROBES = 4  # number of probes on which a folded temperature is checked
 FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; covers the rounding of the divided weights
@@ -141,31 +138,18 @@ def export_subject(
         add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
     images = generated_images(subject.preprocess.crop)
     started = time.monotonic()
-    job = _Job(subject, images, accuracy, options, _with_time_left(on_step, started), started)
+    job = _Job(subject, images, accuracy, options, on_step, started)
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         certified, certificate = _prove(job)
         if options.precision != "fp32":
-            job.step(f"converting the graph to {options.precision}", PROVED)
+            job.step(f"converting the graph to {options.precision}")
         converted = convert_precision(certified, subject.preprocess, options, accuracy)
         if accuracy is not None:
             accuracy.reject(converted.precision)
         (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
         expected, results = _check_file(job, folder, certified, certificate, converted)
-        job.step("writing the bundle", CHECKED)
+        job.step("writing the bundle")
         return _write_bundle(job, folder, destination, converted, expected, results)
-
-
-def _with_time_left(step: Callable[[str], None], started: float) -> Callable[[str, float], None]:
-    """Return a function (name, done) that calls *step* with *name* and the time that the export still needs.
-
-    *done* is the part of the time of an ordinary export, since *started*, that passes before the step.
-    """
-
-    def announce(name: str, done: float = 0.0) -> None:
-        left = (time.monotonic() - started) * (1 - done) / done if done else 0.0
-        step(f"{name} (about {left:.0f} s left)" if left >= 1 else name)
-
-    return announce
 
 
 def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
@@ -180,7 +164,7 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
             remedies={"detach": True},
         )
     detached = detach(trained, training_only)
-    job.step("proving that the detached network equals the plain network", 0.0)
+    job.step("proving that the detached network equals the plain network")
     proof = certify(
         trained,
         detached,
@@ -190,7 +174,7 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
         batch=options.batch,
         detachment=subject.detachment,
     )
-    job.step("converting to ONNX", CERTIFIED)
+    job.step("converting to ONNX")
     program, outputs = proof.detached.any_batch, output_names(detached)
     model = lower(program, outputs)
     certificate = certify_onnx(proof, model, outputs, options)
@@ -228,7 +212,7 @@ class _Job(NamedTuple):
     images: NDArray[np.uint8]
     accuracy: "AccuracyCheck | None"
     options: ExportOptions
-    step: Callable[[str, float], None]
+    step: Callable[[str], None]
     started: float
 
 
@@ -238,7 +222,7 @@ def _check_file(
     """Compare the file in *folder* with the network, and write `network.pt2` if requested."""
     images, options, step = job.images, job.options, job.step
     file, precision = folder / ONNX_FILE, converted.precision
-    step("comparing the file with the network", PROVED)
+    step("comparing the file with the network")
     deployed = Deployed(certified.network, job.subject.preprocess).eval()
     expected, parity = compare_with_network(file, deployed, images, options, converted.run, converted.gate)
     if options.with_features:
@@ -248,7 +232,7 @@ def _check_file(
         precision = precision.model_copy(update={"accuracy": accuracy})
         job.accuracy.reject(precision)
     if options.pt2:
-        step("writing and checking network.pt2", CHECKED)
+        step("writing and checking network.pt2")
         content = torch_program.serialize_program(certified.program, certificate)
         (folder / bundle.PROGRAM).write_bytes(content)
     results = ExportResults(
@@ -280,7 +264,7 @@ def _write_bundle(
     write_golden_examples(job, folder, converted, parity, probes.tolerance[LOGITS])
     fields = _manifest_fields(job, converted, expected, results)
     (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
-    page = render_report(subject, results, fields, bundle.file_records(folder))
+    page = render_report(subject, results, fields["lineage"])
     (folder / "report.html").write_text(page, encoding="utf-8")
     manifest = bundle.seal(folder, fields)
     path = bundle.publish(folder, manifest, destination)

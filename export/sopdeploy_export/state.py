@@ -15,14 +15,12 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
 from types import (
     BuiltinFunctionType,
     CodeType,
     FrameType,
     FunctionType,
     GeneratorType,
-    MemberDescriptorType,
     ModuleType,
     NoneType,
 )
@@ -44,7 +42,7 @@ VALUES = (bool, int, float, complex, str, bytes, bytearray, type(None), torch.dt
 LIBRARIES = sys.stdlib_module_names | {
     *("numpy", "pydantic", "pydantic_core", "sopdeploy", "sympy", "timm", "torch", "torchvision")
 }
-_EMPTY = (dict, list, set, tuple, OrderedDict)
+_PLAIN = (dict, list, tuple, deque, OrderedDict)
 _CONTAINERS = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
 FIXED = (
     type(Ellipsis),
@@ -118,7 +116,6 @@ def read_state(network: nn.Module) -> dict[str, Any]:
                 state |= {f"{prefix}{key}": _identify(item) for key, item in value.items()}
             else:
                 found.append((f"{prefix}{attribute}", value))
-        found += [(f"{prefix}{slot}", value) for slot, value in _slots(module)]
         found += [(kind.__name__, kind) for kind in type(module).__mro__]
     while found:  # grows by what each object holds
         path, value = found.pop()
@@ -140,7 +137,7 @@ def _content(value: Any) -> Any:
         return type(value), repr(value)  # NaN equals itself here
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value.shape, value.tobytes()
-    return type(value) if type(value) in _EMPTY and not value else None  # most of torch's own attributes
+    return type(value) if type(value) in (*_PLAIN, set) and not value else None  # most of torch's attributes
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
@@ -156,12 +153,11 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (Tensor, ModuleType, *FIXED)):
         return
     elif isinstance(value, nn.Module) or library not in LIBRARIES - {*_CONTAINERS}:
-        yield from _items(value)
+        held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
-            yield from (
-                (f".{name}", item) for name, item in object.__getattribute__(value, "__dict__").items()
-            )
-        yield from ((f".{name}", item) for name, item in _slots(value))
+            held = object.__getattribute__(value, "__dict__")
+        yield from ((f".{name}", item) for name, item in held.items())
+        yield from ((end, item) for end, item in _items(value) if item is not held)
         yield f" ({kind.__name__})", kind
 
 
@@ -173,13 +169,9 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             yield f"[{shown}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
-    elif isinstance(value, GeneratorType):
-        yield " (position)", getattr(value.gi_frame, "f_lasti", None)
-        yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
-    elif isinstance(value, random.Random):
-        yield " (state)", hash(value.getstate())
-    elif type(value).__module__ in _CONTAINERS:
-        yield " (state)", _shown(value)
+    if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # slots, iterators, methods
+        position = value.gi_frame.f_lasti if isinstance(value, GeneratorType) and value.gi_frame else None
+        yield " (state)", position if type(value).__module__ not in _CONTAINERS else _shown(value)
         yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
 
 
@@ -191,26 +183,6 @@ def _shown(value: Any) -> str:
             return str(value if isinstance(value, set | frozenset) else value.__reduce_ex__(4))
     except Exception:  # not every object can be reduced
         return object.__repr__(value)
-
-
-def _slots(value: Any) -> Iterator[tuple[str, Any]]:
-    """List the values in the `__slots__` of the classes of *value*."""
-    kind: Any = type(value)
-    for name, slot in _slots_of(kind):
-        with suppress(AttributeError):  # not set yet
-            yield name, slot.__get__(value)
-
-
-@cache
-def _slots_of(kind: type) -> tuple[tuple[str, MemberDescriptorType], ...]:
-    """List the `__slots__` of the class *kind* and its bases, except those of libraries, by name."""
-    return tuple(
-        (name, slot)
-        for base in kind.__mro__
-        if base.__module__.partition(".")[0] not in LIBRARIES
-        for name, slot in vars(base).items()
-        if isinstance(slot, MemberDescriptorType)
-    )
 
 
 def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:

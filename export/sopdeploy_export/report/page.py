@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sopdeploy.bundle.manifest import FileRecord, Lineage
+from sopdeploy.bundle.manifest import Lineage
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.html.report import HtmlReport, Section, Table, percent, render, sanitize
 from sopdeploy_export.report.results import ExportResults
@@ -39,13 +39,8 @@ x86 processors without VNNI:
 """
 
 
-def render_report(
-    subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any], files: Mapping[str, FileRecord]
-) -> str:
-    """Render the page; equal arguments give equal text.
-
-    *fields* are those of the manifest; *files* are the files of the bundle except the page and the manifest.
-    """
+def render_report(subject: ExportSubject, results: ExportResults, lineage: Lineage) -> str:
+    """Render the page; equal arguments give equal text."""
     parity, trained, shipped = (
         results.parity,
         results.network_summary.trained,
@@ -66,11 +61,9 @@ def render_report(
     if len(subject.labels) > MAX_LABELS:
         labels += f" and {len(subject.labels) - MAX_LABELS} more, see labels.json"
     sections = [
-        _describe_checks(results, fields["lineage"]),
-        _describe_network(results),
+        _describe_checks(results, lineage),
         _describe_drift(subject, results),
         _describe_decision(subject, results),
-        _describe_files(results, fields["versions"], files),
     ]
     text = [passed, f"Network {subject.name}. {labels}"]
     return render(HtmlReport(title=subject.project, text=text, tiles=tiles, sections=sections))
@@ -97,22 +90,6 @@ def _describe_checks(results: ExportResults, lineage: Lineage) -> Section:
     ]
     text = [] if "plain" in certificate.compared else [NO_PLAIN_NETWORK]
     return Section(title="Checks", text=text, tables=tables)
-
-
-def _describe_network(results: ExportResults) -> Section:
-    """List the size of the network and the types of its modules."""
-    trained, shipped = results.network_summary.trained, results.network_summary.shipped
-    costs = [
-        ("parameters", f"{trained.parameters:,}", f"{shipped.parameters:,}"),
-        ("multiply-adds", f"{trained.macs:,}", f"{shipped.macs:,}"),
-    ]
-    types = list(results.precision.parts.items())
-    tables = [
-        Table(caption="Size", columns=("", "trained", "exported"), rows=costs),
-        Table(caption="Types of all modules", columns=("module", "weights"), rows=types, folded=True),
-    ]
-    text = "Multiply-adds are those of convolutions and linear layers for one image, without bias."
-    return Section(title="Network", text=[text], tables=tables)
 
 
 def _describe_drift(subject: ExportSubject, results: ExportResults) -> Section:
@@ -172,21 +149,6 @@ def _describe_decision(subject: ExportSubject, results: ExportResults) -> Sectio
     return Section(
         title="Decision", text=[text], tables=[Table(caption=caption, columns=("", ""), rows=rows)]
     )
-
-
-def _describe_files(
-    results: ExportResults, versions: Mapping[str, str], files: Mapping[str, FileRecord]
-) -> Section:
-    """List the other files of the bundle, the operators and the versions of packages."""
-    records = [(name, f"{record.bytes:,}", record.sha256) for name, record in files.items()]
-    operators, packages = list(results.parity.operators.items()), list(versions.items())
-    caption = "Other files of the bundle; manifest.json has the hash of this page"
-    tables = [
-        Table(caption=caption, columns=("file", "bytes", "sha256"), rows=records),
-        Table(caption="Operators of model.onnx", columns=("operator", "count"), rows=operators, folded=True),
-        Table(caption="Versions", columns=("package", "version"), rows=packages, folded=True),
-    ]
-    return Section(title="Files", tables=tables)
 
 
 def render_model_card(subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]) -> str:

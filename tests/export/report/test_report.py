@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.cli.deployment.export import show
 from sopdeploy.images.preprocess import Preprocess
@@ -52,13 +51,6 @@ def test_hostile_class_names_are_escaped(page: str) -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_the_page_is_a_file_of_the_manifest_and_lists_the_others(branched: Exported) -> None:
-    files = open_bundle(branched.path).manifest.files
-    assert "report.html" in files
-    page = page_of(branched)
-    assert all(record.sha256 in page for name, record in files.items() if name != "report.html")
-
-
 def test_the_model_card_contains_no_html_or_links_of_a_checkpoint(branched: Exported) -> None:
     hostile = "<img src=x onerror=alert(1)>\n\n# [Heading](https://example.org)"
     preprocess, training = branched.manifest.preprocess, {"epoch": hostile}
@@ -91,8 +83,7 @@ def test_text_in_the_model_card_is_shown_as_it_is(text: str, shown: str) -> None
 def rendered(exported: Exported, **changes: Any) -> str:
     """Render the page of *exported* with some results changed."""
     subject: Any = SimpleNamespace(name="dsop-resnet8", project="photos", labels=HOSTILE)
-    fields = {"lineage": exported.manifest.lineage, "versions": exported.manifest.versions}
-    page = render_report(subject, dataclasses.replace(exported, **changes), fields, exported.manifest.files)
+    page = render_report(subject, dataclasses.replace(exported, **changes), exported.manifest.lineage)
     Reader(page)
     return page
 
