@@ -97,7 +97,8 @@ def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
 
     engine = get_engine(open_bundle(bundle["path"]), EngineOptions(profiles="1,8,64"))
     yield {"bundle": bundle["name"], "build": f"{engine.record.build_seconds:.0f} s"}
-    for measured in bench(bundle["path"], load_settings(runtime="tensorrt"), BATCHES).latencies:
+    sizes, settings = ",".join(map(str, BATCHES)), load_settings(runtime="tensorrt")
+    for measured in bench(bundle["path"], batch=sizes, settings=settings).latencies:
         yield {"bundle": bundle["name"], "batch": measured.batch, "ms": f"{measured.median_ms:.3f}"}
 
 

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from sopdeploy.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from sopdeploy.api.evaluation import evaluate as evaluate
-    from sopdeploy.api.serving import predict as predict
-    from sopdeploy.api.serving import serve as serve
-    from sopdeploy.api.training import train as train
+    from sopdeploy.commands.evaluate import evaluate as evaluate
+    from sopdeploy.commands.export import export as export
+    from sopdeploy.commands.serve import serve as serve
+    from sopdeploy.commands.train import train as train
     from sopdeploy.data.sources import register_data_source as register_data_source
     from sopdeploy.images.preprocess import Preprocess as Preprocess
     from sopdeploy.layers.pooling.registry import register_pooling as register_pooling
@@ -30,13 +30,11 @@ if TYPE_CHECKING:
     from sopdeploy.models.user_network import isqrt as isqrt
     from sopdeploy.models.user_network import register_model as register_model
     from sopdeploy_export.options import ExportOptions as ExportOptions
-    from sopdeploy_export.pipeline import export_checkpoint
     from sopdeploy_export.user_network.export_network import export_network as export_network
     from sopdeploy_export.user_network.export_network import unused_modules as unused_modules
     from sopdeploy_service.commands.batch.run import classify as classify
+    from sopdeploy_service.commands.predict import predict as predict
     from sopdeploy_service.runtime.base import register_runtime as register_runtime
-
-    export = export_checkpoint
 
 # Builds of onnxruntime 1.29 and later send names and hashes of models to Microsoft unless this is set.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -48,18 +46,18 @@ _MODULES = {
     "create_model": "sopdeploy.models.registry",
     "describe": "sopdeploy.models.describe",
     "dsop": "sopdeploy.models.user_network",
-    "evaluate": "sopdeploy.api.evaluation",
-    "export": "sopdeploy_export.pipeline:export_checkpoint",
+    "evaluate": "sopdeploy.commands.evaluate",
+    "export": "sopdeploy.commands.export",
     "export_network": "sopdeploy_export.user_network.export_network",
     "isqrt": "sopdeploy.models.user_network",
     "list_models": "sopdeploy.models.registry",
-    "predict": "sopdeploy.api.serving",
+    "predict": "sopdeploy_service.commands.predict",
     "register_data_source": "sopdeploy.data.sources",
     "register_model": "sopdeploy.models.user_network",
     "register_pooling": "sopdeploy.layers.pooling.registry",
     "register_runtime": "sopdeploy_service.runtime.base",
-    "serve": "sopdeploy.api.serving",
-    "train": "sopdeploy.api.training",
+    "serve": "sopdeploy.commands.serve",
+    "train": "sopdeploy.commands.train",
     "unused_modules": "sopdeploy_export.user_network.export_network",
 }
 
@@ -74,7 +72,6 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module 'sopdeploy' has no attribute {name!r}")
     with missing_extras():
-        module, _, attribute = _MODULES[name].partition(":")
-        value = getattr(import_module(module), attribute or name)
+        value = getattr(import_module(_MODULES[name]), name)
     globals()[name] = value
     return value

@@ -68,13 +68,11 @@ class Options(StrictModel):
             ) from error
 
 
-def expand_options(
-    function: Callable[..., _Result], annotate: Callable[[type[Options], str], Any] | None = None
-) -> Callable[..., _Result]:
+def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     """Replace each parameter of *function* that is annotated with a model of `Options` by the model's fields.
 
     The returned function takes the fields as keyword arguments, validates them and passes the models to
-    *function*. Its signature and docstring list the fields; *annotate* returns the annotation of a field.
+    *function*. Its signature and docstring list the fields.
     """
     parameters: list[inspect.Parameter] = []
     models: dict[str, type[Options]] = {}
@@ -86,7 +84,7 @@ def expand_options(
                     name,
                     inspect.Parameter.KEYWORD_ONLY,
                     default=inspect.Parameter.empty if field.is_required() else field.default,
-                    annotation=field.annotation if annotate is None else annotate(model, name),
+                    annotation=field.annotation,
                 )
                 for name, field in model.model_fields.items()
             ]
@@ -103,23 +101,15 @@ def expand_options(
         return function(*args, **keywords)
 
     fields = [
-        f"    {name}: {field.description}"
+        f"    {name}: {' '.join((field.description or '').split())}"
         for model in models.values()
         for name, field in model.model_fields.items()
     ]
-    if annotate is None:
-        call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *fields])
-    return with_signature(call, parameters)
-
-
-def with_signature(
-    function: Callable[..., _Result], parameters: list[inspect.Parameter]
-) -> Callable[..., _Result]:
-    """Set the parameters of *function* that `inspect.signature`, notebooks and typer see."""
-    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    function.__dict__.pop("__wrapped__", None)
-    return function
+    call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *fields])
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del call.__wrapped__
+    return call
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

@@ -42,6 +42,16 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
+def is_distributed() -> bool:
+    """Check whether torchrun started several processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_main_process() -> bool:
+    """Check whether this is the process that prints and writes files."""
+    return not is_distributed() or os.environ.get("RANK", "0") == "0"
+
+
 def lacks_vnni() -> bool:
     """Check whether this is an x86 processor without VNNI; `SLOW_INT8` describes the effect."""
     cpuinfo = Path("/proc/cpuinfo")

@@ -26,6 +26,7 @@ class SopdeployError(Exception):
 
     Attributes:
         code: stable identifier for scripts.
+        exit_code: that of a command.
         message: the message without the settings.
         setting: the setting that the error is about, named as in Python, such as `max_batch`.
         value: the value of *setting*, if the message should show it.
@@ -35,6 +36,7 @@ class SopdeployError(Exception):
     """
 
     code: str = "failed"
+    exit_code: int = 2
     reported: bool = False
 
     def __init__(

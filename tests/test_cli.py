@@ -20,9 +20,9 @@ from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 import sopdeploy
-from sopdeploy.cli import env
 from sopdeploy.cli.app import QUICK_START, app
 from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field
+from sopdeploy.commands import env
 from sopdeploy.models.registry import CATALOG, FAMILIES, title
 from sopdeploy.training.recipe_files import list_recipes
 
@@ -141,6 +141,8 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "no command of a group": (("data",), "sopdeploy data: Missing command"),
     "a missing argument": (("export",), "sopdeploy export: Missing argument 'checkpoint'"),
     "photographs as an argument": (("train", "photos", "--resume"), "did you mean --data photos?"),
+    "an empty folder name": (("train", "--data", ""), "--data: an empty value; see sopdeploy train --help"),
+    "an empty argument": (("label", ""), "the first argument: an empty value"),
     "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),
     "a mistyped setting": (("serve", "bundle", "--setting", "prot=1"), "prot: .*did you mean port?"),
     "no source to classify": (
@@ -210,8 +212,8 @@ def test_output_to_a_closed_stdout_is_discarded(case: str, expected: tuple[int, 
 
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
-    "train": ("train --recipe digits-plain", "sopdeploy.api.training.train_recipe"),
-    "eval": ("eval x.pt --data photos", "sopdeploy.api.evaluation.detect_source"),
+    "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_recipe"),
+    "eval": ("eval x.pt --data photos", "sopdeploy.commands.evaluate.detect_source"),
     "serve": ("serve x", "sopdeploy_service.server.process.run_server"),
 }
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.cli import demo
 from sopdeploy.cli.app import app
 from sopdeploy.client import Client
+from sopdeploy.commands import demo
 from tests import quick_torch
 from tests.export.once import proving_once
 from tests.service.children import PYTHONPATH

@@ -22,7 +22,6 @@ from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.config import expand_options
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
@@ -55,32 +54,19 @@ FOLDED_PROBES = 4  # number of probes on which a folded temperature is checked
 FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; covers the rounding of the divided weights
 
 
-@expand_options
 def export_checkpoint(
-    checkpoint: str | Path,
-    out: str | Path = "bundles",
+    path: Path,
+    destination: Path,
     *,
-    options: ExportOptions,
+    options: ExportOptions | None = None,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> Exported:
-    """Convert a checkpoint to a bundle: detach, prove equivalence, export, compare.
+    """Convert the checkpoint at *path* to a bundle in *destination*, as `sopdeploy.export` does.
 
-    For a network outside of the catalog, call `sopdeploy.export_network`.
-
-    Args:
-        checkpoint: A checkpoint written by `sopdeploy train`.
-        out: Folder for the bundle.
-        options: The fields of `ExportOptions`, each as a keyword argument.
-        on_step: Called with a description of each step as it begins.
-
-    Returns:
-        The path of the bundle and the results of all checks.
-
-    Raises:
-        ConfigError: Options that are invalid or do not fit together.
-        SopdeployError: A step failed; *out* contains nothing new.
+    For a network outside of the catalog, call `sopdeploy.export_network`. Calls *on_step* with a description
+    of each step as it begins. Raises a `SopdeployError` if a step failed; *destination* contains nothing new.
     """
-    path, destination = Path(checkpoint), Path(out)
+    options = options or ExportOptions()
     trained = read_checkpoint(path)
     project = options.name or trained.project or trained.model.replace(":", "-")
     if options.name is None:

@@ -42,6 +42,14 @@ class Replay(StrictModel):
     deviation: dict[str, float]
     tolerance: dict[str, float]
 
+    def lines(self) -> list[str]:
+        """Say how much each output deviates."""
+        return [
+            f"batch {self.batch}: {name} of {self.num_images} images deviate by {deviation:.2g} "
+            f"(allowed {self.tolerance[name]:.2g})"
+            for name, deviation in self.deviation.items()
+        ]
+
 
 def write_probes(path: Path, probes: Probes) -> None:
     """Write *probes* to *path*; equal probes give equal bytes."""

@@ -5,7 +5,7 @@ Stores are not trusted. The archive is checked by its hashes, and by a signature
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -17,7 +17,7 @@ from sopdeploy.files import BLOCK_BYTES, atomic_write, writing
 def put(file: Path, destination: str, name: str) -> str:
     """Copy *file* to *destination*, a folder or its URL, under *name*; return the new location.
 
-    Readers never see an incomplete file under *name*.
+    Readers never see an incomplete file under *name*. A failure leaves no new folder.
     """
     if "://" in destination:
         target = f"{destination.rstrip('/')}/{name}"
@@ -25,10 +25,17 @@ def put(file: Path, destination: str, name: str) -> str:
             store.put_file(str(file), path)
         return target
     folder = Path(destination)
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     with writing(folder / name, BundleError):
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / name) as partial:
-            shutil.copyfile(file, partial)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / name) as partial:
+                shutil.copyfile(file, partial)
+        except OSError:
+            with suppress(OSError):
+                for parent in new:
+                    parent.rmdir()
+            raise
     return str(folder / name)
 
 

@@ -4,15 +4,17 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
+RESUME = ("never", "always", "auto")
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in a shell
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it
 SETTINGS: Any = {  # of every `typer.Typer`
@@ -20,36 +22,61 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Name of a command: topic, module in `sopdeploy.cli` with the function `<name>_command`, summary.
+# Name of a command: topic, its function, summary.
 COMMANDS = {
-    "demo": ("Get started", "demo", "run the whole workflow in a minute"),
-    "env": ("Get started", "env", "versions and hardware, for a bug report"),
-    "data": ("Train", "training.data", "inspect images before training"),
-    "recipes": ("Train", "training.train", "list the packaged recipes"),
-    "models": ("Train", "training.models", "list the networks of the catalog, or count one"),
-    "train": ("Train", "training.train", "train a network"),
-    "eval": ("Train", "training.evaluate", "evaluate a checkpoint or a bundle"),
-    "runs": ("Train", "training.runs", "list runs and bundles"),
-    "import": ("Train", "training.import_weights", "convert published weights to a checkpoint"),
-    "reproduce": ("Train", "training.reproduce", "train the rows of a paper's table"),
-    "export": ("Export", "deployment.export", "convert a checkpoint to a bundle, with a proof"),
-    "inspect": ("Export", "deployment.export", "list parts of your network that have no effect"),
-    "verify": ("Export", "deployment.verify", "check files and outputs of a bundle"),
-    "sign": ("Export", "deployment.transfer", "sign a bundle"),
-    "push": ("Export", "deployment.transfer", "upload a bundle"),
-    "pull": ("Export", "deployment.transfer", "download and check a bundle"),
-    "engine": ("Export", "deployment.engine", "build the TensorRT engine of a bundle"),
-    "triton": ("Export", "deployment.triton", "add a bundle to a Triton model repository"),
-    "predict": ("Serve", "serving.predict", "classify images without a server"),
-    "compare": ("Serve", "serving.promote", "compare two bundles on photographs"),
-    "promote": ("Serve", "serving.promote", "make a bundle live if it is not worse"),
-    "serve": ("Serve", "serving.serve", "serve bundles over HTTP, with a web page"),
-    "health": ("Serve", "serving.health", "check whether a server is ready"),
-    "key": ("Serve", "serving.serve", "create an API key for a server"),
-    "bench": ("Serve", "serving.predict", "measure latency and throughput of a bundle"),
-    "classify": ("Serve", "serving.classify", "classify any number of images into parquet files"),
-    "label": ("Serve", "serving.label", "label kept photographs on a local web page"),
+    "demo": ("Get started", "sopdeploy.commands.demo:demo", "run the whole workflow in a minute"),
+    "env": ("Get started", "sopdeploy.commands.env:env", "versions and hardware, for a bug report"),
+    "data": ("Train", "sopdeploy.commands.data:check", "inspect images before training"),
+    "recipes": ("Train", "sopdeploy.commands.train:recipes", "list the packaged recipes"),
+    "models": ("Train", "sopdeploy.commands.models:models", "list the networks of the catalog, or count one"),
+    "train": ("Train", "sopdeploy.commands.train:train", "train a network"),
+    "eval": ("Train", "sopdeploy.commands.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
+    "runs": ("Train", "sopdeploy.commands.runs:runs", "list runs and bundles"),
+    "import": (
+        "Train",
+        "sopdeploy.commands.import_file:import_file",
+        "convert published weights to a checkpoint",
+    ),
+    "reproduce": ("Train", "sopdeploy.commands.reproduce:reproduce", "train the rows of a paper's table"),
+    "export": (
+        "Export",
+        "sopdeploy.commands.export:export",
+        "convert a checkpoint to a bundle, with a proof",
+    ),
+    "inspect": (
+        "Export",
+        "sopdeploy.commands.export:inspect",
+        "list parts of your network that have no effect",
+    ),
+    "verify": ("Export", "sopdeploy_service.commands.verify:verify", "check files and outputs of a bundle"),
+    "sign": ("Export", "sopdeploy.commands.transfer:sign", "sign a bundle"),
+    "push": ("Export", "sopdeploy.commands.transfer:push", "upload a bundle"),
+    "pull": ("Export", "sopdeploy.commands.transfer:pull", "download and check a bundle"),
+    "engine": ("Export", "sopdeploy.commands.export:engine", "build the TensorRT engine of a bundle"),
+    "triton": ("Export", "sopdeploy.commands.export:triton", "add a bundle to a Triton model repository"),
+    "predict": ("Serve", "sopdeploy_service.commands.predict:predict", "classify images without a server"),
+    "compare": ("Serve", "sopdeploy_service.commands.compare:compare", "compare two bundles on photographs"),
+    "promote": (
+        "Serve",
+        "sopdeploy_service.commands.promote:promote",
+        "make a bundle live if it is not worse",
+    ),
+    "serve": ("Serve", "sopdeploy.commands.serve:serve", "serve bundles over HTTP, with a web page"),
+    "health": ("Serve", "sopdeploy.commands.health:health", "check whether a server is ready"),
+    "key": ("Serve", "sopdeploy.commands.serve:key", "create an API key for a server"),
+    "bench": (
+        "Serve",
+        "sopdeploy_service.commands.bench:bench",
+        "measure latency and throughput of a bundle",
+    ),
+    "classify": (
+        "Serve",
+        "sopdeploy_service.commands.batch.run:classify",
+        "classify any number of images into parquet files",
+    ),
+    "label": ("Serve", "sopdeploy.commands.serve:label", "label kept photographs on a local web page"),
 }
+GROUPS = {"data": "check"}  # a command with one command in it
 QUICK_START = (
     "sopdeploy train --data photos",
     "sopdeploy export runs/latest/best.pt --detach",
@@ -59,16 +86,42 @@ QUICK_START = (
 )
 
 
+class CommandLine(TyperCommand):
+    """A command whose option `--resume` takes an optional value, and that accepts no empty argument.
+
+    An argument of a command without arguments ends it with the option that it may belong to.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse *args*; raises the usage errors of Typer."""
+        for before, arg in zip(["the first argument", *args], args, strict=False):
+            if not arg or (arg.endswith("=") and "=" not in arg[:-1] and arg.startswith("--")):
+                ctx.fail(f"{arg[:-1] or before}: an empty value")
+        args = [
+            "--resume=always" if arg == "--resume" and following not in RESUME else arg
+            for arg, following in zip_longest(args, args[1:])
+        ]
+        ctx.allow_extra_args = True
+        rest: list[str] = super().parse_args(ctx, args)
+        if rest and any("--data" in parameter.opts for parameter in self.params):
+            option = "--recipe" if rest[0].endswith(".toml") else "--data"
+            ctx.fail(f"Unexpected argument {rest[0]}; did you mean {option} {rest[0]}?")
+        if rest:
+            ctx.fail(f"Unexpected argument {rest[0]}")
+        return rest
+
+
 class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        module = import_module(f"sopdeploy.cli.{COMMANDS[name][1]}")
-        target = getattr(module, f"{name}_command")
-        if not isinstance(target, typer.Typer):
-            command, target = target, typer.Typer(add_completion=False, **SETTINGS)
-            target.command(name)(command)
-        return typer.main.get_command(target)
+        module, _, function = COMMANDS[name][1].partition(":")
+        run = getattr(import_module(module), function).run_command
+        app = typer.Typer(add_completion=False, **SETTINGS)
+        app.command(GROUPS.get(name, name), cls=CommandLine)(run)
+        if name in GROUPS:
+            app.callback(help=run.__doc__)(lambda: None)
+        return typer.main.get_command(app)
 
     def __iter__(self) -> Iterator[str]:
         return iter(COMMANDS)
@@ -90,6 +143,8 @@ class Program(TyperGroup):
             code = super().main(*arguments, **{**settings, "standalone_mode": False})
         except UsageError as error:
             code = _print_user_error(_usage_error(error))
+        except ImportError as error:  # of a command
+            code = _print_user_error(error)
         sys.exit(code)
 
     def invoke(self, ctx: Any) -> Any:

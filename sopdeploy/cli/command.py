@@ -1,79 +1,208 @@
-"""Turn a function into a command: options from models, errors in one line, results as JSON."""
+"""Make a function a command: its parameters become arguments and options, its docstring the help."""
 
-import functools
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass
-from typing import Annotated, Any, get_args, get_origin
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Optional, TypeVar, Union, get_args, get_origin
 
-import pydantic
 import typer
 
-from sopdeploy.cli.console import JsonOption, err, one_line_errors, print_json
-from sopdeploy.config import Options, expand_options, with_signature
+from sopdeploy.cli.console import err, image_progress, one_line_errors, print_json, show_steps
+from sopdeploy.environment import is_main_process
 
-JSON_PARAMETER = inspect.Parameter(
-    "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=JsonOption
-)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+_SECTIONS = re.compile(r"\n\n(?:Args|Options|Returns|Raises):\n")
+_PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
+_SCALARS = {bool, int, float, str, Path}
+_SEQUENCES = {Iterable, Sequence, list, tuple}
+_PROGRESS = {"on_image", "on_step", "progress"}  # parameters that a command sets, to show its progress
+
+
+class SettingOptions(NamedTuple):
+    """The options for `**settings`: `--setting NAME=VALUE`, and *flags*: the type and the help by name.
+
+    *parse* converts the texts of `--setting` and the flags to keyword arguments.
+    """
+
+    parse: Callable[..., Mapping[str, Any]]
+    flags: Mapping[str, tuple[Any, str]] = {}
 
 
 def command(
-    show: Callable[..., None] | None = None, *, summarize: Callable[[Any], Any] | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., None]]:
-    """Make a function a command; a parameter that is annotated with `Options` becomes one option per field.
+    show: Callable[..., int | None] | None = None,
+    *,
+    summarize: Callable[[Any], Any] | None = None,
+    options: Collection[str] = (),
+    hidden: Collection[str] = (),
+    instead: Callable[..., None] | None = None,
+    settings: SettingOptions | None = None,
+) -> Callable[[_Function], _Function]:
+    """Make a function a command, and leave it as it is for Python.
 
-    A user error ends the command with one line and exit code 2. With *show*, which prints the returned value,
-    the command has the option `--json`, which prints it as JSON instead; *summarize* selects what. Options of
-    the command that *show* has as parameters are passed to it.
+    Positional parameters become arguments, except those in *options*; keyword parameters become options.
+    Parameters that no option can express, such as callbacks, and those in *hidden* are for Python only.
+    *show* prints the result, or with `--json` the command prints it as JSON; *summarize* selects what. The
+    other parameters of *show* are options, too; if one is `as_json`, *show* prints both. *instead* adds a
+    flag of its name, such as `--dry-run`; then it is called with the same arguments instead of the function.
+    The number that *show*, or without it the function, returns is the exit code. A user error is one line and
+    exit code 2.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., None]:
-        expanded = expand_options(function, annotate=_option)
-        parameters = list(inspect.signature(expanded).parameters.values())
+    def decorate(function: _Function) -> _Function:
+        parameters = _declare(function, options, hidden)
+        of_show = (
+            []
+            if show is None
+            else _declare(show, (), {*list(inspect.signature(show).parameters)[:1], "as_json"})
+        )
+        parameters += of_show
+        if settings is not None:
+            parameters += _declare_settings(settings)
+        if instead is not None:
+            name = instead.__name__.strip("_")
+            parameters.append(_option(name, bool, False, _describe(instead)))
         if show is not None:
-            parameters.append(JSON_PARAMETER)
+            parameters.append(_option("as_json", bool, False, "Print JSON for scripts.", "--json"))
 
-        @functools.wraps(expanded)
-        def run(**keywords: Any) -> None:
-            as_json = keywords.get("as_json", False)
-            with one_line_errors(as_json):
-                if show is None:
-                    expanded(**keywords)
+        def run(**given: Any) -> None:
+            as_json = given.pop("as_json", False)
+            shown = {parameter.name: given.pop(parameter.name) for parameter in of_show}
+            called = instead if instead is not None and given.pop(name) else function
+            with one_line_errors(as_json), ExitStack() as stack:
+                stack.callback(setattr, err, "quiet", err.quiet)
+                err.quiet = err.quiet or as_json  # no progress
+                if settings is not None:
+                    flags = {flag: given.pop(flag) for flag in settings.flags}
+                    given |= settings.parse(given.pop("setting") or (), **flags)
+                if called is instead:
+                    called(**given, as_json=as_json)
                     return
-                keywords.pop("as_json")
-                err.quiet = as_json  # no progress
-                try:
-                    result = expanded(**keywords)
-                finally:
-                    err.quiet = False
-                if as_json:
-                    print_json(_as_data(result if summarize is None else summarize(result)))
-                else:
-                    shown = inspect.signature(show).parameters.keys() & keywords.keys()
-                    show(result, **{name: keywords[name] for name in shown})
+                result = called(**given, **_progress(function, as_json, stack))
+            if is_main_process():
+                with one_line_errors():  # stdout holds one JSON document, so the error is not another one
+                    _finish(result, show, summarize, shown, as_json=as_json)
 
-        return with_signature(run, parameters)
+        run.__doc__ = _describe(function)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        function.run_command = run  # type: ignore[attr-defined]
+        return function
 
     return decorate
 
 
-def _option(model: type[Options], name: str) -> Any:
-    """Annotate a field of *model* as typer declares an option."""
-    field, flag = model.model_fields[name], name.strip("_").replace("_", "-")
-    annotation: Any = field.annotation
-    switch = annotation is bool and field.default
-    if get_origin(annotation) is tuple:
-        annotation = list[get_args(annotation)[0]]  # type: ignore[misc]
-    return Annotated[
-        annotation,
-        typer.Option(f"--{flag}/--no-{flag}" if switch else f"--{flag}", help=field.description),
-    ]
+def _describe(function: Callable[..., Any]) -> str:
+    """Return the docstring of *function* without its sections."""
+    return _SECTIONS.split(inspect.getdoc(function) or "")[0]
 
 
-def _as_data(result: Any) -> Any:
+def _finish(
+    result: Any,
+    show: Callable[..., int | None] | None,
+    summarize: Callable[[Any], Any] | None,
+    options: Mapping[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print *result*, and exit with the code that *show* or the function has returned."""
+    code = result if show is None else None
+    if show is not None and "as_json" in inspect.signature(show).parameters:
+        code = show(result, **options, as_json=as_json)
+    elif show is not None and as_json:
+        print_json(as_data(result if summarize is None else summarize(result)))
+    elif show is not None:
+        code = show(result, **options)
+    if code:
+        raise typer.Exit(code)
+
+
+def _progress(function: Callable[..., Any], as_json: bool, stack: ExitStack) -> dict[str, Any]:
+    """Set the parameters of *function* in `_PROGRESS`; *stack* ends what they draw."""
+    found: dict[str, Any] = {}
+    for name in inspect.signature(function).parameters.keys() & _PROGRESS:
+        if name == "progress":
+            found[name] = not as_json
+        else:
+            context = image_progress() if name == "on_image" else show_steps(function.__name__)
+            found[name] = stack.enter_context(context)
+    return found
+
+
+def _declare(
+    function: Callable[..., Any], options: Collection[str], hidden: Collection[str]
+) -> list[inspect.Parameter]:
+    """Declare the parameters of *function* that the command line can express."""
+    texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
+    found = []
+    for parameter in inspect.signature(function).parameters.values():
+        kind, name = _command_line_type(parameter.annotation), parameter.name
+        if kind is None or parameter.kind is parameter.VAR_KEYWORD or name in {*hidden, *_PROGRESS}:
+            continue
+        text = " ".join(texts.get(name, "").split())
+        if parameter.kind is parameter.KEYWORD_ONLY or name in options:
+            found.append(_option(name, kind, parameter.default, text, limits=_limits(parameter.annotation)))
+        else:
+            kind = Annotated[kind, typer.Argument(help=text)]
+            found.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=kind))
+    return found
+
+
+def _declare_settings(settings: SettingOptions) -> Iterator[inspect.Parameter]:
+    """Declare the options of *settings*."""
+    for name, (kind, text) in settings.flags.items():
+        yield _option(name, kind, None, text)
+    text = "Any other setting of the service, NAME=VALUE; repeatable."
+    yield _option("setting", list[str] | None, None, text)
+
+
+def _option(
+    name: str, kind: Any, default: Any, text: str, flag: str = "", limits: Mapping[str, Any] = {}
+) -> inspect.Parameter:
+    """Declare the option of the parameter *name*."""
+    flag = flag or "--" + name.strip("_").replace("_", "-")
+    option = typer.Option(f"{flag}/--no-{flag[2:]}" if default is True else flag, help=text, **limits)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]
+    )
+
+
+def _limits(annotation: Any) -> dict[str, float]:
+    """Return the smallest and the largest value of `Annotated[int, Field(ge=1, le=9)]`."""
+    found: dict[str, float] = {}
+    for field in getattr(annotation, "__metadata__", ()):
+        for limit in field.metadata:
+            found |= {"min": limit.ge} if hasattr(limit, "ge") else {"max": limit.le}
+    return found
+
+
+def _command_line_type(annotation: Any) -> Any:
+    """Return the type of an argument or option, or None if the command line cannot express *annotation*.
+
+    A sequence is a repeated value, also where Python accepts a single one, and a path may be text there.
+    """
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    members = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)
+    kinds = {get_args(member)[0] if get_origin(member) is Annotated else member for member in members}
+    optional = NoneType in kinds
+    kinds.discard(NoneType)
+    if _SEQUENCES & {get_origin(kind) for kind in kinds}:
+        return list[str]
+    if not all(kind in _SCALARS or get_origin(kind) is Literal for kind in kinds):
+        return None
+    kind = Path if Path in kinds else kinds.pop()
+    return Optional[kind] if optional else kind  # noqa: UP045 - of a variable
+
+
+def as_data(result: Any) -> Any:
     """Convert models and dataclasses to what JSON can represent."""
-    if isinstance(result, pydantic.BaseModel):
+    if hasattr(result, "model_dump"):
         return result.model_dump(mode="json")
     if is_dataclass(result) and not isinstance(result, type):
         return asdict(result)
-    return [_as_data(entry) for entry in result] if isinstance(result, list | tuple) else result
+    return [as_data(entry) for entry in result] if isinstance(result, list | tuple) else result

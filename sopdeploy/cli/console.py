@@ -7,16 +7,14 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from sopdeploy.api.progress import plain_text as plain_text
 from sopdeploy.environment import missing_extras
 from sopdeploy.errors import (
     NoMemoryError,
@@ -28,13 +26,14 @@ from sopdeploy.errors import (
 )
 from sopdeploy.files import STORAGE_ERRNOS
 
-USER_ERROR_EXIT_CODE = 2
-
-BundleArgument = Annotated[Path, typer.Argument(help="A bundle written by `sopdeploy export`.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+
+
+def plain_text(text: str) -> Text:
+    """Build one line of rich text from *text*, without markup; `?` replaces control characters."""
+    line = " ".join(text.split())
+    return Text("".join(character if character.isprintable() else "?" for character in line))
 
 
 @contextmanager
@@ -43,7 +42,8 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
 
     With *as_json*, also print its code, message and complete lists as JSON on stdout. Errors of the operating
     system in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are user errors. An error
-    that another process has already shown (`reported`) is not printed again.
+    that another process has already shown (`reported`) is not printed again. A signal that stopped a run has
+    an exit code of its own, and its line does not begin with `error:`.
     """
     try:
         try:
@@ -65,14 +65,16 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
                 "or use a machine or GPU with more memory"
             ) from error
     except SopdeployError as error:
-        if not error.reported:
-            message = error.describe(command_line_option)
+        message = error.describe(command_line_option)
+        if error.exit_code != SopdeployError.exit_code and not error.reported:
+            err.print(plain_text(message))
+        elif not error.reported:
             print_error(message, error.code)
             if as_json:
                 lists = {"lists": error.lists} if error.lists else {}
                 with suppress(OSError):  # stdout may be what cannot be written
                     print_json({"error": {"code": error.code, "message": message, **lists}})
-        raise typer.Exit(USER_ERROR_EXIT_CODE) from error
+        raise typer.Exit(error.exit_code) from error
 
 
 def say(*lines: str, style: str | None = None) -> None:
@@ -89,9 +91,9 @@ def print_table(columns: Iterable[str], rows: Iterable[Iterable[str | Text]]) ->
     out.print(table)
 
 
-def print_field(label: str, text: str, *, style: str = "bold", width: int = 8) -> None:
-    """Print *label* in *style*, padded to *width* columns, followed by *text* without markup."""
-    out.print(Text.assemble((f"{label:{width}}", style), " ", plain_text(text)))
+def print_field(label: str, text: str, *, style: str = "bold") -> None:
+    """Print *label* in *style*, padded to 8 columns, followed by *text* without markup."""
+    out.print(Text.assemble((f"{label:8}", style), " ", plain_text(text)))
 
 
 def print_error(message: str, code: str) -> None:
@@ -105,10 +107,10 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def show_steps(title: str, *, lines: bool = False) -> Iterator[Any]:
-    """Yield a callback for step names that updates a spinner; without a terminal, it may print *lines*."""
+def show_steps(title: str) -> Iterator[Callable[[str], None]]:
+    """Yield a callback that shows the names of steps: in a spinner, or without a terminal as lines."""
     if not err.is_terminal:
-        yield lambda name: err.print(plain_text(f"{title}: {name}")) if lines else None
+        yield lambda name: err.print(plain_text(f"{title}: {name}"))
         return
     with err.status(title) as status:
         yield lambda name: status.update(plain_text(f"{title}: {name}"))
@@ -117,9 +119,90 @@ def show_steps(title: str, *, lines: bool = False) -> Iterator[Any]:
 @contextmanager
 def image_progress() -> Iterator[Callable[[int, int], None]]:
     """Yield a callback (done, total) that draws a progress bar on a terminal and otherwise does nothing."""
-    if not err.is_terminal:
-        yield lambda _done, _total: None
-        return
-    with Progress(console=err, transient=True) as progress:
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("images", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class ProgressBars:
+    """A training callback that draws a progress bar and prints a line per epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.epochs, self.stage = 0, ""
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(28),
+            TextColumn("{task.completed}/{task.total} {task.fields[note]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> "ProgressBars":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def on_train_start(
+        self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int, input_side: int
+    ) -> None:
+        """Print the size of the data and of the network's input."""
+        self.epochs = epochs
+        resumed = f", resumed at epoch {first_epoch + 1}" if first_epoch else ""
+        size = f"the network sees {input_side} x {input_side} pixels"
+        self.console.print(f"{train_count} training images, {held_out_count} held out{resumed}; {size}")
+        self.task = self.progress.add_task("", total=None, note="")
+
+    def on_start_weights(self, report: Any) -> None:
+        """Print which tensors are loaded and which parts are new."""
+        new = f"; new: {', '.join(report.new)}" if report.new else ""
+        unused = f"; not used: {', '.join(report.unused)}" if report.unused else ""
+        text = f"start weights: {report.file} ({report.network}), {report.loaded} tensors{new}{unused}"
+        self.console.print(plain_text(text))
+
+    def on_warning(self, warning: str) -> None:
+        """Print the warning."""
+        self.console.print(Text.assemble(("warning:", "yellow"), " ", plain_text(warning)))
+
+    def on_procedure(self, reason: str) -> None:
+        """Print the reason."""
+        self.console.print(plain_text(reason))
+
+    def on_stage(self, *, name: str, done: int, total: int) -> None:
+        """Advance the bar of a procedure without epochs; print the name of a step when it begins."""
+        if name != self.stage:
+            self.stage = name
+            self.console.print(name)
+        if self.task is not None:
+            self.progress.update(self.task, description="", completed=done, total=total, note="")
+
+    def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
+        """Advance the bar, whose end is that of the run."""
+        self._update(epoch, epoch * steps + step + 1, self.epochs * steps, f"loss {loss:.3f}")
+
+    def on_evaluation_batch(self, *, epoch: int, done: int) -> None:
+        """Show the number of evaluated images."""
+        self._update(epoch, None, None, f"{done} held-out images")
+
+    def on_epoch_end(self, row: Any) -> None:
+        """Print top-1 or mAP and loss on held-out images, training loss and time, within 80 columns."""
+        if self.stage:  # a procedure without epochs; its result is printed at the end
+            return
+        loss, name = row.losses.get("loss", 0.0), row.metrics.score_name
+        self.console.print(
+            f"epoch {row.epoch:>3}/{self.epochs}  {name} [bold]{row.metrics.score:7.2%}[/]  "
+            f"loss {row.metrics.loss:.3f} (training {loss:.3f})  {row.seconds:.1f} s"
+        )
+
+    def on_train_end(self, **_: Any) -> None:
+        """Do nothing; the caller prints the result."""
+
+    def _update(self, epoch: int, done: int | None, total: int | None, note: str) -> None:
+        if self.task is not None:
+            description = f"epoch {epoch + 1}/{self.epochs}"
+            self.progress.update(self.task, description=description, completed=done, total=total, note=note)

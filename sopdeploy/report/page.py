@@ -15,16 +15,48 @@ from sopdeploy.html.plots import Points, bars, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
 from sopdeploy.report.pictures import show_copies, show_mistakes, show_wrong_labels
 from sopdeploy.report.predictions import describe_predictions, measure_predictions
+from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow, history_table
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import LoopResult, ProcedureResult, read_result
 from sopdeploy.training.run import Run
+from sopdeploy.training.train import TrainingResult
 
 _MAX_LABELS = 20
 _DECISION = (
     "Fitted to predictions of images that were not used for training. The export divides the last layer by "
     "the temperature. An image counts as unknown if its score is below the threshold."
 )
+
+
+class TrainedRun(TrainingResult):
+    """The files and metrics of a finished run.
+
+    Attributes:
+        report: The page about the run.
+        previous: The run that it started from, and what was added since.
+        mistakes: The two most frequent ones: true class, predicted class, number of images.
+    """
+
+    report: Path
+    previous: str = ""
+    mistakes: tuple[tuple[str, str, int], ...] = ()
+
+
+class PageWriter(Callback):
+    """Write the page about a finished run to the folder of the run; *progress* shows its evaluation."""
+
+    def __init__(self, folder: Path, progress: Callback) -> None:
+        self.best, self.page, self.progress = folder / "best.pt", folder / "report.html", progress
+        self.mistakes: list[tuple[str, str, int]] = []
+
+    def on_train_end(self, *, run: Run, data: Split) -> None:
+        """Evaluate the best network and write the page."""
+
+        def on_image(done: int, total: int) -> None:
+            self.progress.on_stage(name="report", done=done, total=total)
+
+        self.mistakes = write_run_page(run, data, self.best, self.page, on_image)
 
 
 def write_run_page(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pydantic
 
 from sopdeploy.config import first_problem
+from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy.reproduction.page import render_page
@@ -15,7 +16,6 @@ from sopdeploy.reproduction.results import MILLISECONDS, SeedResult, measure_run
 from sopdeploy.reproduction.small import small_data, write_small_images
 from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions
 from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.distributed.torchrun import is_main_process
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 

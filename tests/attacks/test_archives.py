@@ -14,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.archive import BLOCK, END, header, padding
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.bundle.signing import make_key, sign, signature_path
-from sopdeploy.bundle.transfer import BLOCK, END, header, padding, pull, push
 from sopdeploy.cli.app import app
+from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError
 from tests.forged import forge, write_hollow
 
@@ -139,7 +140,7 @@ def test_every_changed_byte_is_detected(archive: bytes, bundle: Path, data: st.D
 
 
 def test_an_archive_above_the_size_limit_is_rejected(archive: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sopdeploy.bundle.transfer.MAX_ARCHIVE_BYTES", 100)
+    monkeypatch.setattr("sopdeploy.bundle.archive.MAX_ARCHIVE_BYTES", 100)
     assert "larger than 100 bytes" in rejection(archive)
 
 

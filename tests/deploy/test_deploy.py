@@ -219,7 +219,7 @@ def test_containers_have_valid_arguments_and_settings_and_no_privileges(containe
     command, *arguments = container["args"]
     context = COMMANDS.commands[command].make_context(command, arguments)
     assert context.args == []
-    for assignment in context.params.get("assignments") or ():
+    for assignment in context.params.get("setting") or ():
         assert assignment.partition("=")[0] in Settings.model_fields
     for variable in container.get("env", ()):
         assert variable["name"].removeprefix("SOPDEPLOY_").lower() in Settings.model_fields

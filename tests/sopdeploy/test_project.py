@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.api.options import TrainOptions
-from sopdeploy.api.training import configure
+from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.errors import ConfigError
 from sopdeploy.project import check_project_name, folder_project, utc_now
 
@@ -50,15 +49,15 @@ CONFIGURED: dict[str, tuple[dict[str, Any], str]] = {
     "data folder without a usable name": ({"data": "фото"}, "photos"),
     "recipe without a folder": ({"recipe": "digits-dsop"}, "digits-dsop"),
     "name": ({"data": "some/hats", "name": "shoes"}, "shoes"),
-    "setting": ({"data": "some/hats", "assignments": ["project=shoes"]}, "shoes"),
+    "setting": ({"data": "some/hats", "set": ["project=shoes"]}, "shoes"),
 }
 
 
 @pytest.mark.parametrize("case", CONFIGURED)
 def test_train_names_the_project_by_name_folder_or_recipe(case: str) -> None:
     given, expected = CONFIGURED[case]
-    options = TrainOptions(name=given.get("name"))
-    recipe = configure(given.get("data"), given.get("recipe"), options, given.get("assignments", [])).recipe
+    options = TrainOptions(name=given.get("name"), set=given.get("set", ()))
+    recipe = configure(given.get("data"), given.get("recipe"), options).recipe
     assert recipe.project == expected
 
 
@@ -67,7 +66,7 @@ def test_a_name_with_other_characters_is_an_error(name: str) -> None:
     with pytest.raises(ConfigError, match=r"^name=.*: use at most 200 letters, digits"):
         check_project_name(name)
     with pytest.raises(ConfigError, match="use at most 200 letters"):
-        configure("hats", None, TrainOptions(), [f"project={name!r}"])
+        configure("hats", None, TrainOptions(set=[f"project={name!r}"]))
 
 
 def test_times_are_utc_and_sort_as_text(monkeypatch: pytest.MonkeyPatch) -> None:

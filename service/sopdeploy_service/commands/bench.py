@@ -11,11 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import say
 from sopdeploy.config import StrictModel
 from sopdeploy.environment import installed, machine
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import LoadedModel, load_model
-from sopdeploy_service.settings import Settings
+from sopdeploy_service.settings import Settings, load_settings
 
 WARMUP_RUNS = 3
 MIN_RUNS, MAX_RUNS = 10, 1000
@@ -49,32 +51,55 @@ class Benchmark(StrictModel):
     latencies: tuple[Latency, ...]
 
 
-def bench(
-    path: Path,
-    settings: Settings,
-    batches: Sequence[int] = (1, 8),
-    step: Callable[[str], None] = lambda _: None,
-) -> Benchmark:
-    """Measure the bundle at *path*; call *step* with the name of each step.
+def _show(result: Benchmark) -> None:
+    """Print the machine, and one line per batch size."""
+    facts = {**result.machine, **result.versions}
+    say(", ".join(f"{key} {value}" for key, value in facts.items()))
+    say(f"{result.bundle} ({result.precision}) on {result.runtime}, {result.device}")
+    for row in result.latencies:
+        say(
+            f"  batch {row.batch:<4} median {row.median_ms:9.2f} ms  p95 {row.p95_ms:9.2f}  "
+            f"p99 {row.p99_ms:9.2f}  {row.images_per_s:10.1f} images/s  ({row.num_runs} runs)"
+        )
 
-    Raises the errors of `load_model`, and `ConfigError` for a batch size that the bundle does not support.
+
+@command(_show)
+def bench(
+    bundle: Path,
+    *,
+    batch: str = "1,8",
+    settings: Settings | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> Benchmark:
+    """Measure latency (median, p95, p99) and images per second of a bundle on this machine, after a warm-up.
+
+    SOPDEPLOY_RUNTIME and SOPDEPLOY_THREADS select the runtime and its CPU threads, as for `serve`.
+
+    Example: sopdeploy bench bundles/photos-3f6c01d2a4b7 --batch 1,8
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        batch: Batch sizes, separated by commas.
+        settings: Settings of the service; by default those of the environment.
+        on_step: Called with the name of each step.
     """
-    step("opening and replaying the probes")
-    loaded = load_model(path, settings)
-    bundle, runtime = loaded.bundle, loaded.runtime
-    if wrong := [batch for batch in batches if not 1 <= batch <= runtime.largest_batch]:
+    settings, batches = settings or load_settings(), batch_sizes(batch)
+    on_step("opening and replaying the probes")
+    loaded = load_model(bundle, settings)
+    opened, runtime = loaded.bundle, loaded.runtime
+    if wrong := [size for size in batches if not 1 <= size <= runtime.largest_batch]:
         raise ConfigError(
-            f"{bundle.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"
+            f"{opened.name} takes batches of 1 to {runtime.largest_batch}, not of {wrong[0]}"
             "; choose sizes in this range"
         )
     latencies = []
-    for batch in batches:
-        step(f"timing batches of {batch}")
-        latencies.append(_summarize(batch, _time_runs(loaded, batch)))
+    for size in batches:
+        on_step(f"timing batches of {size}")
+        latencies.append(_summarize(size, _time_runs(loaded, size)))
     return Benchmark(
-        bundle=bundle.name,
-        id=bundle.manifest.id,
-        precision=bundle.manifest.precision,
+        bundle=opened.name,
+        id=opened.manifest.id,
+        precision=opened.manifest.precision,
         runtime=runtime.name,
         device=runtime.device,
         threads=settings.threads,
@@ -82,6 +107,14 @@ def bench(
         versions={"python": platform.python_version(), **installed(_PACKAGES)},
         latencies=tuple(latencies),
     )
+
+
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """Parse batch sizes such as "1,8", without duplicates; raise `ConfigError` for other text."""
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isascii() and word.isdigit() and 0 < len(word) < 7 for word in words):
+        raise ConfigError("not a list of batch sizes; write it as 1,8", setting="batch", value=text)
+    return tuple(dict.fromkeys(int(word) for word in words))
 
 
 def _time_runs(loaded: LoadedModel, batch: int) -> list[float]:

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
 from numpy.typing import NDArray
 
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
 from sopdeploy.data.image_files import ImageFiles, hash_images, map_threaded
@@ -37,6 +40,7 @@ from sopdeploy_service.commands.evaluate import image_logits
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
+Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
 TESTABLE = 6  # images on which only one bundle is right, below which no McNemar test reaches 5 %
 
 
@@ -146,23 +150,74 @@ class BundleComparison(StrictModel):
         return [one.label for one in self.classes if one.is_worse]
 
 
-def compare_bundles(
+def _show(result: BundleComparison) -> None:
+    """Print both bundles, their classes and the verdict."""
+    for note in result.notes:
+        err.print(plain_text(f"warning: {note}"))
+    columns = ("bundle", "top-1", "95 %", "calibration error", "known", "unknown rejected", "ms")
+    print_table(columns, map(_row, (result.first, result.second)))
+    rows = [
+        (
+            one.label, str(one.num_images),
+            *(f"{right / one.num_images:.1%}" for right in (one.first, one.second)),
+            f"{one.wins}, {one.losses}", "" if one.p is None else f"{one.p:.2g}",
+        )
+        for one in result.classes
+    ]  # fmt: skip
+    print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), rows)
+    say(
+        *(
+            f"new class {one.label}: {one.second} of {one.num_images} correct, not counted"
+            for one in result.new
+        )
+    )
+    if result.removed:
+        say(f"only in the first bundle, not counted: {', '.join(result.removed)}")
+    say(
+        f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
+        f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}; takes "
+        f"{result.second.median_ms / result.first.median_ms:.2f} of the time",
+    )
+    say(result.summary, style="bold")
+
+
+def _row(score: BundleScore) -> tuple[str, ...]:
+    shares = (f"{rate.share:.1%}" if rate else "-" for rate in (score.accepted, score.rejected))
+    top1 = (f"{score.top1.share:.1%}", f"{score.top1.low:.1%} to {score.top1.high:.1%}")
+    return score.bundle, *top1, f"{score.calibration_error:.3f}", *shares, f"{score.median_ms:.1f}"
+
+
+@command(_show, options={"data"}, hidden={"attempt"})
+def compare(
     first: Path,
     second: Path,
     data: Path,
     *,
     unknown: Path | None = None,
-    tolerance: float = 0.01,
+    tolerance: Tolerance = 1.0,
     attempt: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> BundleComparison:
-    """Compare the bundle *second* with *first* on the photographs of *data*, one subfolder per class.
+    """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
 
-    *unknown* is a folder of images of no class, for the shares that the thresholds reject; *tolerance* and
-    *attempt* (0: the first one follows) are those of `decide`. Folders that are no class of either bundle are
-    left out with a note. Calls *on_image* with the number of finished photographs and of all. Raises
-    `DataError` for images that the server would reject and if no photograph of a common class remains,
-    `ConfigError` for bundles with several classes per image, and the errors of `load_model`.
+    The photographs of classes of both bundles decide. Training images and near-duplicates are left out, and
+    with a note folders that are no class of either bundle.
+
+    Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
+
+    Args:
+        first: A bundle, such as the live one.
+        second: The bundle to compare with it.
+        data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
+        unknown: Folder of images of none of the classes, which test `known`.
+        tolerance: Points of accuracy by which a bundle that is not worse may lose.
+        attempt: That of `decide`; 0 if the first one follows.
+        on_image: Called with the numbers of photographs done and in total.
+
+    Raises:
+        DataError: An image that the server would reject, or no photograph of a common class remains.
+        ConfigError: A bundle predicts several classes per image.
+        BundleError: A bundle is damaged.
     """
     settings = load_settings()
     pair = [load_model(path, settings) for path in (first, second)]
@@ -191,13 +246,14 @@ def compare_bundles(
     count = int(common.sum())
     low, high = difference_interval(wins, losses, count)
     change = None if unknown is None else _compare_rejections(*rejected)
-    verdict = decide(wins, losses, count, tolerance, max(1, attempt))
+    share = tolerance / 100
+    verdict = decide(wins, losses, count, share, max(1, attempt))
     return BundleComparison(
         first=scores[0], second=scores[1], num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
-        p=mcnemar(wins, losses), tolerance=tolerance, attempt=attempt,
+        p=mcnemar(wins, losses), tolerance=share, attempt=attempt,
         verdict="worse" if change is not None and change.is_worse else verdict, unknown=change,
-        num_more_images=images_to_decide(wins, losses, count, tolerance, attempt + 1), classes=changes,
+        num_more_images=images_to_decide(wins, losses, count, share, attempt + 1), classes=changes,
         new=[one for one in added if one.label in new], removed=sorted(old - new), notes=notes,
     )  # fmt: skip
 

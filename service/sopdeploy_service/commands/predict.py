@@ -1,14 +1,18 @@
 """`sopdeploy predict`: classify images without a server, with the same code."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pydantic
+from numpy.typing import NDArray
 from PIL import Image
+from rich.text import Text
 
 from sopdeploy.bundle.folder import MANIFEST
+from sopdeploy.cli.command import as_data, command
+from sopdeploy.cli.console import out, plain_text, print_error, print_json
 from sopdeploy.data.folders import is_image
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.files import open_regular, read_at_most
@@ -21,6 +25,8 @@ from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, HttpError
 from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import Settings, load_settings
+
+AnyImage: TypeAlias = str | Path | Image.Image | NDArray[np.uint8]
 
 
 class FilePrediction(Classes):
@@ -103,3 +109,79 @@ def read_image(path: Path, max_bytes: int) -> EncodedImage:
         elif path.is_dir():
             reason = f"a folder; name its images: {path}/*"
         raise DataError(f"{path}: {reason}") from error
+
+
+def _print_prediction(prediction: FilePrediction) -> None:
+    """Print the classes of one image in one line."""
+    entries = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
+    classes = ", ".join(entries) or "no class reaches its threshold"
+    warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
+    unknown = ""
+    if prediction.known is not None:
+        classes += f"; score {prediction.score:.4f}"
+        unknown = "" if prediction.known else ", probably none of these classes"
+    line = plain_text(f"{prediction.image}: {classes}")
+    out.print(Text.assemble(line, (unknown, "yellow"), (warnings, "dim")))
+
+
+def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
+    """Print the predictions and the errors; the exit code is 2 if an image has an error."""
+    if as_json:
+        print_json(as_data(list(predictions)))
+    for prediction in predictions:
+        if prediction.error is not None:
+            print_error(f"{prediction.image}: {prediction.error.detail}", prediction.error.code)
+        elif not as_json:
+            _print_prediction(prediction)
+    return DataError.exit_code if any(prediction.error is not None for prediction in predictions) else 0
+
+
+@command(_show)
+def predict(
+    bundle: str | Path,
+    images: AnyImage | Iterable[AnyImage],
+    *,
+    top_k: int | None = None,
+    **settings: Any,
+) -> tuple[FilePrediction, ...]:
+    """Classify image files without a server; the results equal those of the service.
+
+    Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        images: Image files; in Python also PIL images, and uint8 arrays (H, W), (H, W, 3 or 4), (N, H, W, 3).
+        top_k: Classes per image.
+        **settings: Settings of the server that apply to predictions, for example `threads=1`.
+
+    Returns:
+        One prediction per image. A file that is no valid image gets an `error`.
+
+    Raises:
+        DataError: A file cannot be read, or an array is no image.
+        BundleError: The bundle is damaged.
+        ConfigError: Unknown or invalid settings.
+    """
+    single = isinstance(images, str | Path | Image.Image) or (
+        isinstance(images, np.ndarray) and images.ndim < 4
+    )
+    items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
+    opened = [_open(image, number) for number, image in enumerate(items)]
+    return tuple(predict_files(Path(bundle), opened, load_settings(top_k=top_k, **settings)))
+
+
+def _open(image: object, number: int) -> Path | Image.Image:
+    if isinstance(image, str | Path):
+        return Path(image)
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise DataError(f"image {number}: a PIL image without pixels {image.size}; give another")
+        return image
+    if not isinstance(image, np.ndarray):
+        raise DataError(f"image {number}: a {type(image).__name__}; give a path, a PIL image or an array")
+    has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+    if image.dtype != np.uint8 or not has_image_shape or 0 in image.shape:
+        raise DataError(
+            f"image {number}: {image.dtype} array {image.shape}; give uint8 (H, W), (H, W, 3) or (H, W, 4)"
+        )
+    return Image.fromarray(image)

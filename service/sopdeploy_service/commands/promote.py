@@ -14,11 +14,13 @@ from pathlib import Path
 import pydantic
 
 from sopdeploy.bundle.folder import read_manifest
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import print_field, say
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, PromotionError, StorageError
 from sopdeploy.files import move_link, writing
 from sopdeploy.project import Time, utc_now
-from sopdeploy_service.commands.compare import BundleComparison, compare_bundles
+from sopdeploy_service.commands.compare import BundleComparison, Tolerance, compare
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import load_settings
 
@@ -42,54 +44,80 @@ class Promotion(StrictModel):
     comparison: BundleComparison | None = None
 
 
+def _show(move: Promotion) -> None:
+    """Print what the link leads to, and why."""
+    print_field(move.link, f"{move.after} (before: {move.before or 'nothing'})", style="bold green")
+    say(move.reason)
+
+
+@command(_show, options={"over", "data"})
 def promote(
-    new: Path,
-    link: Path,
-    data: Path | None,
+    new: Path | None = None,
+    over: Path | None = None,
+    data: Path | None = None,
     *,
     unknown: Path | None = None,
-    tolerance: float = 0.01,
+    tolerance: Tolerance = 1.0,
     force: str | None = None,
+    back: Path | None = None,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Promotion:
-    """Move *link* to the bundle *new* if the photographs of *data* show that it is not worse.
+    """Move the link that a server follows to a bundle that is better or not worse, and record why.
 
-    The bundle that *link* leads to is compared by `compare_bundles`; there is none before the first
-    promotion. A refusal is recorded, and counts as an attempt. *force* is the reason to move the link
-    whatever they show, or without *data*. Raises `PromotionError` with all objections, `ConfigError` for a
-    *link* that is none, and the errors of `compare_bundles` and `load_model`. *new* is loaded before the
-    move, which checks its hashes and outputs.
+    Refused is a bundle that is worse, overall or in a class, or of which the photographs do not show that it
+    is not worse. `promotions.jsonl` beside the link has the figures of each move and refusal; each further
+    attempt at the same live bundle needs stronger evidence. The new bundle is loaded before the move, which
+    checks its hashes and outputs.
+
+    Example: sopdeploy promote bundles/latest --over bundles/live --data held-out
+
+    Example: sopdeploy promote --back bundles/live
+
+    Args:
+        new: The bundle to serve.
+        over: Link that the server follows; created if absent.
+        data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
+        unknown: Folder of images of none of the classes, which test `known`.
+        tolerance: Points of accuracy by which a bundle that is not worse may lose.
+        force: Reason to move the link in any case; recorded.
+        back: Link to move back to the bundle before; a second time undoes the first.
+        on_image: Called with the numbers of photographs done and in total.
+
+    Raises:
+        PromotionError: The objections, or there is no bundle to go back to.
+        ConfigError: *over* or *back* is no link, or arguments that do not fit together.
     """
-    before = _target(link)
-    target = os.path.relpath(new.resolve(), link.parent.resolve())
+    if back is not None and new is None and over is None:
+        return _promote_back(back)
+    if new is None or over is None or back is not None:
+        raise ConfigError("give NEW --over LINK, or --back LINK")
+    before = _target(over)
+    target = os.path.relpath(new.resolve(), over.parent.resolve())
     comparison, reason = None, force or "first bundle"
-    if link.exists() and link.resolve() == new.resolve():
-        raise ConfigError(f"{link}: leads to this bundle already; name another one")
-    if link.exists() and data is not None:
-        attempt = _count_comparisons(link, before) + 1
-        comparison = compare_bundles(
-            link, new, data, unknown=unknown, tolerance=tolerance, attempt=attempt, on_image=on_image
+    if over.exists() and over.resolve() == new.resolve():
+        raise ConfigError(f"{over}: leads to this bundle already; name another one")
+    if over.exists() and data is not None:
+        attempt = _count_comparisons(over, before) + 1
+        comparison = compare(
+            over, new, data, unknown=unknown, tolerance=tolerance, attempt=attempt, on_image=on_image
         )
-        objections = _list_objections(comparison, read_manifest(link).project, read_manifest(new).project)
+        objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
         if objections and force is None:
-            _record(link, before, target, "; ".join(objections), comparison, refused=True)
+            _record(over, before, target, "; ".join(objections), comparison, refused=True)
             raise PromotionError(
                 f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
                 lists={"objections": objections},
             )
         reason = force or comparison.summary
-    elif link.exists() and force is None:
+    elif over.exists() and force is None:
         raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     else:
         load_model(new, load_settings())
-    return _record(link, before, target, reason, comparison)
+    return _record(over, before, target, reason, comparison)
 
 
-def promote_back(link: Path) -> Promotion:
-    """Move *link* back to the bundle before the last promotion; a second call undoes the first.
-
-    Raises `PromotionError` if the log names no such bundle, and the errors of `load_model`.
-    """
+def _promote_back(link: Path) -> Promotion:
+    """Move *link* back to the bundle before the last promotion."""
     target = _target(link)
     previous = [
         move.before for move in _read(link) if move.after == target and move.before and not move.refused

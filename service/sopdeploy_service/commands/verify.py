@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
 from sopdeploy.bundle.probes import Replay, read_probes
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError
 from sopdeploy_service.images.decode import EncodedImage, decode
@@ -46,15 +48,45 @@ class Verification(StrictModel):
     notes: tuple[str, ...] = ()
 
 
-def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
-    """Check every file and, if `onnx` is installed, the root of the graph; replay probes and golden examples.
+def _show(result: Verification) -> None:
+    """Print one line per check."""
+    print_field("files", f"{result.num_files} complete, {result.bytes:,} bytes, sha256 equal, id {result.id}")
+    graph = "its root was not recomputed, because onnx is not installed: pip install onnx"
+    if result.onnx_root is not None:
+        graph = f"root {result.onnx_root[:16]}, recomputed from model.onnx: as exported"
+    print_field("graph", graph)
+    for replay in result.replays:
+        for text in replay.lines():
+            print_field("probes", f"{text} on {result.runtime}")
+    if result.golden:
+        same = "pixels and logits" if result.pixels is None else "logits"
+        print_field("golden", f"{result.golden} JPEG files give the exporter's {same}")
+    pixels = () if result.pixels is None else (result.pixels.describe(),)
+    for note in (*pixels, *result.notes):
+        print_field("note", note, style="bold yellow")
+    print_field("verified", str(result.bundle), style="bold green")
 
-    Raises `BundleError` if a file or the root is wrong, `ParityError` if an output deviates, and
-    `RuntimeUnavailableError` if no runtime of this machine can run the bundle.
+
+@command(_show)
+def verify(bundle: Path, settings: Settings | None = None) -> Verification:
+    """Check every file of a bundle, its probes and its golden examples on this machine, offline.
+
+    If `onnx` is installed, the root of the graph is recomputed.
+
+    Example: sopdeploy verify bundles/photos-3f6c01d2a4b7
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        settings: Settings of the service; by default those of the environment.
+
+    Raises:
+        BundleError: A file or the root is wrong.
+        ParityError: An output deviates.
+        RuntimeUnavailableError: No runtime of this machine can run the bundle.
     """
-    loaded = load_model(bundle_path, settings or load_settings(), thorough=True)
-    bundle, examples = loaded.bundle, read_golden(loaded.bundle)
-    output = bundle.manifest.outputs[0].name
+    loaded = load_model(bundle, settings or load_settings(), thorough=True)
+    manifest, examples = loaded.bundle.manifest, read_golden(loaded.bundle)
+    output = manifest.outputs[0].name
     differences = []
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -63,25 +95,25 @@ def verify(bundle_path: Path, settings: Settings | None = None) -> Verification:
 
     for example in examples:
         image = EncodedImage(example.jpeg)
-        rules, size = bundle.manifest.preprocess, len(example.jpeg)
+        rules, size = manifest.preprocess, len(example.jpeg)
         decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
         with must_run(loaded.runtime):
-            exporter = bundle.manifest.versions.get("pillow")
+            exporter = manifest.versions.get("pillow")
             difference = check_golden(example, decoded.pixels, run, exporter)
         differences.append(difference)
     return Verification(
-        bundle=bundle.name,
-        id=bundle.manifest.id,
-        model=bundle.manifest.model,
+        bundle=loaded.bundle.name,
+        id=manifest.id,
+        model=manifest.model,
         onnx_root=loaded.onnx_root,
-        num_files=len(bundle.manifest.files),
-        bytes=sum(record.bytes for record in bundle.manifest.files.values()),
+        num_files=len(manifest.files),
+        bytes=sum(record.bytes for record in manifest.files.values()),
         runtime=loaded.runtime.name,
         device=loaded.runtime.device,
         replays=tuple(loaded.replays.values()),
         golden=len(examples),
         pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
-        notes=_notes(bundle),
+        notes=_notes(loaded.bundle),
     )
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.folders import find_parts, is_hidden, list_subfolders, part_kind
 from sopdeploy.decision import softmax
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import atomic_write, expand_user
 from sopdeploy.kept import NEAR_BITS, Kept, read_kept
 
@@ -52,7 +52,8 @@ class LabelFolders:
     def __init__(self, kept: Path, photos: Path) -> None:
         """Read the photographs in *kept*; labels go to *photos* and to two folders beside it.
 
-        Raises `DataError` if *kept* is no folder, or if *photos* has its classes in a folder `train/`.
+        Raises `DataError` if *kept* is no folder or holds only folders, or if *photos* has its classes in a
+        folder `train/`.
         """
         self.kept, self.photos = expand_user(kept), expand_user(photos).resolve()
         if not self.kept.is_dir():
@@ -64,6 +65,11 @@ class LabelFolders:
         self.steps: list[LabelStep] = []
         self._sampled: set[int] = set()  # near_hash of the uniform sample
         self.read()
+        if not self.waiting and (names := list_subfolders(self.kept)):
+            raise DataError(
+                f"{self.kept}: holds no kept photographs, but folders ({shorten(names)}); give the folder of "
+                "`serve --setting keep=FOLDER`"
+            )
 
     def read(self) -> None:
         """Read the kept photographs again, and order them; raises `OSError`."""

@@ -208,11 +208,18 @@ def single_images(images: ImageFiles) -> Iterator[str]:
         yield f"{images.root / images.labels[target]}: only one image; add another"
 
 
+def no_classes(root: Path) -> DataError:
+    """Build the error for the folder *root* without classes."""
+    return DataError(
+        f"{root}: holds no class folders and no labels.csv; sort the images into one subfolder per class"
+    )
+
+
 def _too_few_classes(images: ImageFiles) -> DataError:
     """Build the error for *images* of less than two classes."""
     root = images.root
     if not images.labels:
-        return DataError(f"{root}: holds no class folders; sort the images into one subfolder per class")
+        return no_classes(root)
     (name,) = images.labels
     inner = len(list_subfolders(root / name)) > 1
     hint = f"; to use the folders in it as classes, give {root / name}" if inner else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sopdeploy.data.datasets import official
-from sopdeploy.data.datasets.folder import list_classes
+from sopdeploy.data.datasets.folder import list_classes, no_classes
 from sopdeploy.data.datasets.label_table import LABELS_FILE, has_label_table, read_label_table
 from sopdeploy.data.folders import (
     Log,
@@ -73,9 +73,7 @@ def check_holds_classes(root: Path) -> Path:
     """
     root = data_folder(root)
     if not list_subfolders(root) and not has_label_table(root) and official.detect_kind(root) is None:
-        raise DataError(
-            f"{root}: holds no class folders and no labels.csv; sort the images into one subfolder per class"
-        )
+        raise no_classes(root)
     return root
 
 

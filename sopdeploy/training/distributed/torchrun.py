@@ -14,19 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
+from sopdeploy.environment import is_distributed
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
 from sopdeploy.training.run import Run
 from sopdeploy.training.signals import TrainingStoppedError
-
-
-def is_distributed() -> bool:
-    """Check whether torchrun started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def is_main_process() -> bool:
-    """Check whether this is the process that prints and writes files."""
-    return not is_distributed() or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sopdeploy.checkpoint import Checkpoint
-from sopdeploy.cli.deployment.export import show
+from sopdeploy.commands.export import show_export
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import entry, make_config
@@ -99,12 +99,12 @@ def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
 
 
 def shown(exported: Exported, capsys: pytest.CaptureFixture[str]) -> str:
-    show(exported, verbose=True)
+    show_export(exported, verbose=True)
     return capsys.readouterr().out
 
 
 def test_there_are_four_lines_in_words(branched: Exported, capsys: pytest.CaptureFixture[str]) -> None:
-    show(branched)
+    show_export(branched)
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert list(lines) == ["removed", "proof", "drift", "bundle"]
     assert lines["removed"].startswith("branches (")

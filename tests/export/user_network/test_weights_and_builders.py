@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from sopdeploy.api.deployment import read_preprocess
 from sopdeploy.cli.app import app
+from sopdeploy.commands.export import read_preprocess
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.user_files import read_class_names

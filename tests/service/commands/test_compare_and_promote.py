@@ -19,9 +19,9 @@ from sopdeploy.errors import ConfigError, DataError, PromotionError
 from sopdeploy.evaluation.mcnemar import decide
 from sopdeploy.files import sha256
 from sopdeploy.project import Origin, utc_now
-from sopdeploy_service.commands.compare import compare_bundles
+from sopdeploy_service.commands.compare import compare
 from sopdeploy_service.commands.predict import predict_files
-from sopdeploy_service.commands.promote import LOG, promote, promote_back
+from sopdeploy_service.commands.promote import LOG, promote
 from sopdeploy_service.settings import Settings
 
 ONE_THREAD = Settings(threads=1)
@@ -91,9 +91,7 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     photos = labelled(second)
     strangers = labelled(first, count=6, first=500)
     done: list[tuple[int, int]] = []
-    found = compare_bundles(
-        first, second, photos, unknown=strangers, on_image=lambda *counts: done.append(counts)
-    )
+    found = compare(first, second, photos, unknown=strangers, on_image=lambda *counts: done.append(counts))
     paths = sorted(photos.rglob("*.png"))
     answers = [
         [one.classes[0].label for one in predict_files(bundle, paths, ONE_THREAD)] for bundle in bundles
@@ -112,7 +110,7 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     assert done[-1] == (46, 46)
     assert found.first.median_ms > 0
     assert all("not recorded" in note or "no images of" in note for note in found.notes)
-    back = compare_bundles(second, first, photos)
+    back = compare(second, first, photos)
     assert (back.verdict, back.wins, back.difference) == ("worse", 0, -found.difference)
 
 
@@ -120,12 +118,12 @@ def test_copies_of_photographs_count_once(bundles, labelled) -> None:
     """A user who copies what the second bundle gets right would otherwise prove anything."""
     first, second = bundles
     photos = labelled(second, count=24)
-    before = compare_bundles(first, second, photos)
+    before = compare(first, second, photos)
     for path in sorted(photos.rglob("*.png"))[::2]:
         image = Image.open(path)
         for number, quality in enumerate((60, 80, 95)):
             image.resize((54, 45)).save(path.with_name(f"{path.stem}-{number}.jpg"), quality=quality)
-    after = compare_bundles(first, second, photos)
+    after = compare(first, second, photos)
     assert (before.num_copies, after.num_copies) == (0, 36)
     assert (after.num_images, after.wins + after.losses) == (before.num_images, before.wins + before.losses)
     assert (after.low, after.high, after.p) == (before.low, before.high, before.p)
@@ -143,11 +141,11 @@ def test_photographs_of_the_training_and_their_copies_decide_nothing(bundles, la
     (one, *_) = sorted(seen.rglob("*.png"))
     (photos / one.relative_to(seen)).with_name("copy.jpg").write_bytes(b"")
     Image.open(one).save((photos / one.relative_to(seen)).with_name("copy.jpg"), quality=70)
-    found = compare_bundles(first, trained, photos)
+    found = compare(first, trained, photos)
     assert (found.trained_on, found.num_images, found.num_copies, found.suspects) == (13, 18, 0, ())
     assert not any("trained: its" in note for note in found.notes)
     with pytest.raises(DataError, match="was trained on all of these photographs"):
-        compare_bundles(first, trained, seen)
+        compare(first, trained, seen)
 
 
 def test_an_incomplete_record_of_the_training_is_suspect(bundles, labelled, tmp_path, monkeypatch) -> None:
@@ -158,9 +156,9 @@ def test_an_incomplete_record_of_the_training_is_suspect(bundles, labelled, tmp_
     trained = trained_on(bundles[1], tmp_path / "trained", photos / "half")
     trained_name = read_manifest(trained).name
     shutil.rmtree(photos / "half")
-    assert compare_bundles(bundles[0], trained, photos).suspects == ()
+    assert compare(bundles[0], trained, photos).suspects == ()
     monkeypatch.setattr("sopdeploy_service.commands.compare.SAMPLED", 5)
-    assert compare_bundles(bundles[0], trained, photos).suspects == (trained_name,)
+    assert compare(bundles[0], trained, photos).suspects == (trained_name,)
 
 
 def relabelled(bundle: Path, destination: Path, old: str, new: str) -> Path:
@@ -181,13 +179,13 @@ def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_pa
     name = min(classes, key=classes.__getitem__)
     newer = relabelled(second, tmp_path / "newer", name, "yak")
     (photos / name).rename(photos / "yak")
-    found = compare_bundles(first, newer, photos)
+    found = compare(first, newer, photos)
     assert found.num_images == 40 - classes[name]
     assert [(one.label, one.second) for one in found.new] == [("yak", classes[name])]
     assert (found.removed, "yak" in [one.label for one in found.classes]) == ((name,), False)
     (photos / "cow").mkdir()
     photograph(0).save(photos / "cow" / "0.png")
-    more = compare_bundles(first, newer, photos)
+    more = compare(first, newer, photos)
     assert (more.num_images, more.new) == (found.num_images, found.new)
     assert [note for note in more.notes if "cow" in note] == [f"{photos}: left out, of no class: cow"]
 
@@ -206,12 +204,12 @@ def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(
         for name, threshold in (("strict", 1.0), ("loose", 0.0))
     )
     photos = labelled(second)
-    found = compare_bundles(strict, loose, photos, unknown=unknown)
+    found = compare(strict, loose, photos, unknown=unknown)
     assert (found.wins, found.losses, found.verdict) == (0, 0, "worse")
     assert (found.unknown.wins, found.unknown.losses) == (0, 12)
     assert ", rejects 12 fewer unknown images: " in found.summary
-    assert not compare_bundles(loose, strict, photos, unknown=unknown).unknown.is_worse
-    assert compare_bundles(strict, loose, photos).unknown is None
+    assert not compare(loose, strict, photos, unknown=unknown).unknown.is_worse
+    assert compare(strict, loose, photos).unknown is None
 
 
 @pytest.fixture
@@ -236,8 +234,8 @@ def test_a_better_bundle_is_promoted_and_the_log_says_why(bundles, labelled, she
     assert moved["reason"].startswith("better: +")
     assert moved["comparison"]["first"]["bundle"] == first
     assert moved["user"]
-    assert promote_back(shelf / "live").after == first
-    assert promote_back(shelf / "live").after == second
+    assert promote(back=shelf / "live").after == first
+    assert promote(back=shelf / "live").after == second
     assert [line["after"] for line in log_of(shelf)] == [first, second, first, second]
 
 
@@ -261,7 +259,7 @@ def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, 
 def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> None:
     second = shelf / bundles[1].name
     few, photos = labelled(bundles[1], count=3), labelled(bundles[1], count=10)
-    found = compare_bundles(*bundles, photos)
+    found = compare(*bundles, photos)
     verdicts = (decide(found.wins, found.losses, 10, 0.01, attempt) for attempt in range(3, 200))
     refusing = 3 + list(verdicts).index("undecided")
     for _ in range(3):  # the same comparison again is not another one
@@ -278,7 +276,7 @@ def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> N
     with pytest.raises(PromotionError, match=f"undecided .* on 10 photographs, attempt {refusing}"):
         promote(second, shelf / "live", photos)
     with pytest.raises(PromotionError, match="names no bundle before"):
-        promote_back(shelf / "live")
+        promote(back=shelf / "live")
     refused["before"] = "another"
     (shelf / LOG).write_text(json.dumps(refused) + "\n")
     assert promote(second, shelf / "live", photos).comparison.attempt == 1
@@ -312,7 +310,7 @@ def test_what_is_no_link_stays(bundles, shelf) -> None:
     with pytest.raises(ConfigError, match="leads to this bundle already"):
         promote(shelf / "live", shelf / "live", None, force="x")
     with pytest.raises(PromotionError, match="names no bundle before"):
-        promote_back(shelf / "live")
+        promote(back=shelf / "live")
 
 
 def test_a_move_in_between_and_a_file_system_without_links_change_nothing(
@@ -346,8 +344,8 @@ def test_a_torn_line_of_the_log_is_skipped(bundles, shelf) -> None:
     promote(shelf / bundles[1].name, shelf / "live", None, force="x")
     with (shelf / LOG).open("a") as log:
         log.write('{"time": "2026-')
-    assert promote_back(shelf / "live").after == bundles[0].name
-    assert promote_back(shelf / "live").after == bundles[1].name
+    assert promote(back=shelf / "live").after == bundles[0].name
+    assert promote(back=shelf / "live").after == bundles[1].name
 
 
 def test_the_commands_print_the_verdict_and_json(bundles, labelled, shelf) -> None:

@@ -18,10 +18,10 @@ from typer.testing import CliRunner
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.signing import make_key, sign
 from sopdeploy.cli.app import app
-from sopdeploy.cli.serving.predict import batch_sizes
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy_service.commands import bench as timing
+from sopdeploy_service.commands.bench import batch_sizes
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.commands.verify import verify
@@ -231,7 +231,7 @@ def test_batch_sizes_are_parsed() -> None:
 
 def test_a_bundle_is_timed_at_every_batch_size(bundle_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "BUDGET_SECONDS", 0.01)
-    found = timing.bench(bundle_path, load_settings(threads=1), (1, 2))
+    found = timing.bench(bundle_path, batch="1,2", settings=load_settings(threads=1))
     assert [row.batch for row in found.latencies] == [1, 2]
     assert all(row.num_runs >= timing.MIN_RUNS for row in found.latencies)
     assert (found.precision, found.threads) == ("fp32", 1)
@@ -243,9 +243,9 @@ def test_unsupported_batch_sizes_and_wrong_outputs_are_errors(
     bundle_path: Path, wrong_bundle_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="takes batches of 1 to"):
-        timing.bench(bundle_path, load_settings(threads=1), (10_000,))
+        timing.bench(bundle_path, batch="10000", settings=load_settings(threads=1))
     with pytest.raises(ParityError):
-        timing.bench(wrong_bundle_path, load_settings(threads=1))
+        timing.bench(wrong_bundle_path, settings=load_settings(threads=1))
 
 
 class Fixed(http.server.BaseHTTPRequestHandler):
@@ -289,7 +289,7 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
     assert "draining" in said
     with bind("127.0.0.1", 0) as listener:
         silent = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        monkeypatch.setattr("sopdeploy.cli.serving.health.TIMEOUT", 0.2)
+        monkeypatch.setattr("sopdeploy.commands.health.TIMEOUT", 0.2)
         assert health("--url", silent)[:2] == (1, 1)
 
 

@@ -200,6 +200,9 @@ def test_names_that_cannot_name_a_class_are_refused_and_change_nothing(tmp_path,
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
     with pytest.raises(DataError, match="no such folder"):
         LabelFolders(tmp_path / "none", tmp_path / "photos")
+    (tmp_path / "classes" / "hat").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"holds no kept photographs, but folders \(hat\); give"):
+        LabelFolders(tmp_path / "classes", tmp_path / "photos")
     (tmp_path / "kept").mkdir()
     (tmp_path / "photos" / "train" / "hat").mkdir(parents=True)
     with pytest.raises(DataError, match=r"in the folder train; give .*photos/train"):

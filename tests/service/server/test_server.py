@@ -22,7 +22,7 @@ import soak
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import move_link
-from sopdeploy_service.commands.promote import promote, promote_back
+from sopdeploy_service.commands.promote import promote
 from sopdeploy_service.runtime.device_memory import limit_heaps, trim_heaps
 from sopdeploy_service.server import draining_server, launch
 from sopdeploy_service.server.process import run_server
@@ -287,7 +287,7 @@ def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_r
             while not (event := json.loads(client.child.stderr.readline())["event"]).startswith(start):
                 pass
             move_link(live, second.name)
-            promote_back(live)
+            promote(back=live)
             until(lambda: serves(first))
         finally:
             stopped.set()

@@ -14,9 +14,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.api.options import TrainOptions
-from sopdeploy.api.training import TrainedRun, configure
 from sopdeploy.cli.app import app
+from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.errors import (
     BundleError,
     ConfigError,
@@ -25,6 +24,7 @@ from sopdeploy.errors import (
     SopdeployError,
     command_line_option,
 )
+from sopdeploy.report.page import TrainedRun
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy_export.report.results import Exported
 from tests.export.once import proving_once
@@ -153,7 +153,6 @@ def test_serving_has_the_settings_of_the_command(
         calls.append((list(map(str, sources)), settings.model_dump()))
         return 0
 
-    monkeypatch.setattr("sopdeploy.api.serving.run_server", record)
     monkeypatch.setattr("sopdeploy_service.server.process.run_server", record)
     (tmp_path / "s.toml").write_text("queue_size = 300\n", encoding="utf-8")
     assert CliRunner().invoke(app, ["serve", str(bundle)]).exit_code == 0
@@ -200,7 +199,7 @@ def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
 def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
-    recipe = configure(name, None, TrainOptions(weights=name), []).recipe
+    recipe = configure(name, None, TrainOptions(weights=name)).recipe
     assert str(getattr(recipe.data, "path", None)) == name
     assert recipe.start is not None
     assert str(recipe.start.weights) == name

@@ -1,5 +1,6 @@
 """Push, pull and sign with folders and object stores."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,8 +16,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.signing import check_signature, make_key, sign, signature_path
-from sopdeploy.bundle.transfer import pull, push
 from sopdeploy.cli.app import app
+from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError, ConfigError
 from tests.forged import write_hollow
 
@@ -78,7 +79,15 @@ def test_archives_are_reproducible_standard_tar_files_without_owners(bundle: Pat
         assert {name: file.read() for name, file in found.items() if file} == contents(bundle)
 
 
-def test_a_damaged_bundle_is_not_pushed(bundle: Path, tmp_path: Path) -> None:
+def test_a_failed_push_leaves_no_folder(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sopdeploy.bundle.storage.shutil.copyfile", fail)
+    with pytest.raises(BundleError, match="No space left on device"):
+        push(bundle, str(tmp_path / "a" / "b"))
     (bundle / "labels.json").write_text("[]")
     with pytest.raises(BundleError, match=r"labels\.json"):
         push(bundle, str(tmp_path / "a"))

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sopdeploy.api.training import PageWriter
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.html.plots import bars, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
+from sopdeploy.report.page import PageWriter
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe

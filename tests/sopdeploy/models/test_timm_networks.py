@@ -4,7 +4,7 @@ import torch
 from timm.models._efficientnet_blocks import InvertedResidual
 from torch import nn
 
-from sopdeploy.api.deployment import read_preprocess
+from sopdeploy.commands.export import read_preprocess
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck
 from sopdeploy.models.registry import create_model

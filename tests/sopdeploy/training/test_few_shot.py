@@ -13,7 +13,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from typer.testing import CliRunner
 
-from sopdeploy.api.training import PageWriter
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.data.image_files import ImageFiles
@@ -22,6 +21,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
+from sopdeploy.report.page import PageWriter
 from sopdeploy.training import train
 from sopdeploy.training.callbacks import Callback, CallbackList
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.cli.training.train import OTHER_PROCEDURE
+from sopdeploy.commands.train import OTHER_PROCEDURE
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import describe

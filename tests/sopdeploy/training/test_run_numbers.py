@@ -112,7 +112,7 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
             resume="always",
             name="lights",
             weights="none",
-            assignments=[*SMALL, *LOOP],
+            set=[*SMALL, *LOOP],
         )
     for number in (2, 10):
         Path(f"runs/photos-{number}").mkdir()
@@ -140,7 +140,7 @@ def test_an_option_that_the_procedure_does_not_read_is_an_error(
     photos: Path, settings: list[str], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        sopdeploy.train(photos, weights="none", assignments=[*SMALL, *settings])
+        sopdeploy.train(photos, weights="none", set=[*SMALL, *settings])
     assert not Path("runs").exists()
 
 

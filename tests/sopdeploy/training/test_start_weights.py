@@ -16,10 +16,9 @@ from huggingface_hub import close_session, constants
 from PIL import Image
 from typer.testing import CliRunner
 
-from sopdeploy.api.options import TrainOptions
-from sopdeploy.api.training import configure
 from sopdeploy.checkpoint import load_plain, read_checkpoint
 from sopdeploy.cli.app import app
+from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
@@ -131,9 +130,9 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
     torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / name)
     if hub is not None:
         (tmp_path / "config.json").write_text(json.dumps({"architecture": hub}))
-    options = TrainOptions(weights=str(tmp_path / name))
-    assert configure("photos", None, options, ()).recipe.model.name == "timm:test_efficientnet"
-    assert configure("photos", None, options, ("model.name=resnet18",)).recipe.model.name == "resnet18"
+    for settings, network in (((), "timm:test_efficientnet"), (("model.name=resnet18",), "resnet18")):
+        options = TrainOptions(weights=str(tmp_path / name), set=settings)
+        assert configure("photos", None, options).recipe.model.name == network
 
 
 def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server) -> None:

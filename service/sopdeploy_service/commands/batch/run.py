@@ -6,16 +6,16 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sopdeploy.cli.command import SettingOptions, command
+from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel, expand_options
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, MissingPackageError
-from sopdeploy_service.commands.batch.classifier import BatchClassifier
 from sopdeploy_service.commands.batch.options import NEW_CLUSTER, ClassifyOptions
-from sopdeploy_service.commands.batch.output import ROWS_FOLDER, OutputFolder
-from sopdeploy_service.commands.batch.sources import list_sources
-from sopdeploy_service.settings import Settings, load_settings
+from sopdeploy_service.settings import Settings, load_settings, parse_assignments
 
 if TYPE_CHECKING:
+    from sopdeploy_service.commands.batch.classifier import BatchClassifier
     from sopdeploy_service.commands.batch.on_ray import RayClassifier
 
 
@@ -33,6 +33,12 @@ class Classified(StrictModel):
     num_errors: int
 
 
+def _show(classified: Classified) -> None:
+    print_field("images", f"{classified.num_images:,}; {classified.num_errors:,} with an error")
+    print_field("rows", str(classified.rows), style="bold green")
+
+
+@command(_show, options={"out"}, settings=SettingOptions(parse_assignments))
 @expand_options
 def classify(
     bundle: str | Path,
@@ -41,20 +47,25 @@ def classify(
     *,
     options: ClassifyOptions,
     config: str | Path | None = None,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
     **settings: Any,
 ) -> Classified:
-    """Classify any number of images into parquet files, one row per image; continue a run that was stopped.
+    """Classify any number of images into parquet files, one row per image.
 
-    The memory depends on `workers` and `part_images`, not on the number of images.
+    Repeat the command to continue an interrupted run. An image that cannot be used gets a row with its error.
+    The results equal those of the service. The memory depends on `workers` and `part_images`, not on the
+    number of images.
+
+    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 photos --out results
+
+    Example: sopdeploy classify bundles/photos-3f6c01d2a4b7 s3://bucket/photos --out results
 
     Args:
-        bundle: A bundle written by `sopdeploy.export`.
-        sources: One or several of: folders, tar archives, lists of paths (`.txt`), images; paths, or
-            addresses that fsspec opens.
-        out: Folder for the rows; an interrupted run in it continues.
-        config: TOML file with settings, as for `serve`.
-        on_progress: Called with the numbers of images done and in total.
+        bundle: A bundle written by `sopdeploy export`.
+        sources: Folders, .tar archives, lists of paths (.txt), images; paths or URLs that fsspec opens.
+        out: Folder for the results; an interrupted run is continued.
+        config: TOML file with settings.
+        on_image: Called with the numbers of images done and in total.
         **settings: Settings of the server that apply to decoding and inference, for example `threads=1`,
             `max_batch=8` or `top_k=1`.
 
@@ -69,6 +80,9 @@ def classify(
         MissingPackageError: A package of an extra is missing.
         RuntimeUnavailableError: No runtime can run the bundle, or its device failed.
     """
+    from sopdeploy_service.commands.batch.output import ROWS_FOLDER, OutputFolder
+    from sopdeploy_service.commands.batch.sources import list_sources
+
     names = [str(name) for name in ([sources] if isinstance(sources, str | Path) else sources)]
     loaded_settings = load_settings(None if config is None else Path(config), **settings)
     if any("://" not in name and Path(name).resolve() == Path(out).resolve() for name in names):
@@ -81,12 +95,15 @@ def classify(
         def count(num_images: int) -> None:
             nonlocal done
             done += num_images
-            on_progress(done, sum(sizes))
+            on_image(done, sum(sizes))
 
         pending = [part for part, size in enumerate(sizes) if folder.num_errors(part, size) is None]
         count(sum(sizes) - sum(sizes[part] for part in pending))
-        if pending:
-            classifier.write_parts(folder, pending, count)
+        try:
+            if pending:
+                classifier.write_parts(folder, pending, count)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("stopped; run the same command again to continue") from None
         num_errors = sum(folder.num_errors(part, size) or 0 for part, size in enumerate(sizes))
     return Classified(rows=folder.path / ROWS_FOLDER, num_images=done, num_errors=num_errors)
 
@@ -95,6 +112,8 @@ def _open_classifier(
     bundle: Path, settings: Settings, options: ClassifyOptions
 ) -> "BatchClassifier | RayClassifier":
     """Load *bundle* in this process, or connect to the Ray cluster of *options*, whose machines load it."""
+    from sopdeploy_service.commands.batch.classifier import BatchClassifier
+
     if options.ray is None:
         return BatchClassifier(bundle, settings, options)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

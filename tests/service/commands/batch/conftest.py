@@ -24,10 +24,10 @@ def classify(
     out: Path,
     settings: Settings = SETTINGS,
     options: ClassifyOptions = OPTIONS,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> run.Classified:
     given = settings.model_dump(exclude_unset=True)
-    return run.classify(bundle, sources, out, options=options, on_progress=on_progress, **given)
+    return run.classify(bundle, sources, out, options=options, on_image=on_image, **given)
 
 
 def write_photos(folder: Path, count: int = COUNT) -> Path:
@@ -66,8 +66,8 @@ class StopError(Exception):
 
 
 def stop_at(images: int) -> Callable[[int, int], None]:
-    def on_progress(done: int, _total: int) -> None:
+    def on_image(done: int, _total: int) -> None:
         if done >= images:
             raise StopError
 
-    return on_progress
+    return on_image

@@ -79,7 +79,7 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(complete, bundle_p
     for content, done_before in ((part.read_bytes(), COUNT), (part.read_bytes()[:-9], COUNT - 32)):
         part.write_bytes(content)
         shown: list[int] = []
-        classify(bundle_path, [str(photos)], out, on_progress=lambda done, _, shown=shown: shown.append(done))
+        classify(bundle_path, [str(photos)], out, on_image=lambda done, _, shown=shown: shown.append(done))
         assert (shown[0], shown[-1]) == (done_before, COUNT)
     assert part_bytes(out) == part_bytes(complete)
 

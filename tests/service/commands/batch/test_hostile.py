@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.errors import DataError, StorageError
+from sopdeploy_service.commands.batch import classifier
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.sources import list_sources
 from tests.service.commands.batch.conftest import (
@@ -112,7 +113,7 @@ def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("sopdeploy_service.commands.batch.run.classify", interrupted)
+    monkeypatch.setattr(classifier.BatchClassifier, "write_parts", interrupted)
     found = CliRunner().invoke(app, ["classify", str(bundle_path), str(photos), "--out", str(tmp_path)])
     assert (found.exit_code, found.stderr) == (130, "stopped; run the same command again to continue\n")
     assert found.stdout == ""

@@ -68,7 +68,7 @@ def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path,
     classify(bundle_path, sources, tmp_path / "here", options=SMALL_PARTS)
     out, options = tmp_path / "out", SMALL_PARTS.model_copy(update={"ray": cluster.address, "actors": 2})
     with pytest.raises(StopError):
-        classify(bundle_path, sources, out, options=SMALL_PARTS, on_progress=stop_at(8))
+        classify(bundle_path, sources, out, options=SMALL_PARTS, on_image=stop_at(8))
     written = set(part_bytes(out))
     other, nodes = cluster.add_node(num_cpus=2, num_gpus=0), set()
 
@@ -80,7 +80,7 @@ def test_every_image_has_its_row_once_if_a_machine_is_lost(cluster, bundle_path,
             nodes.update(found["Address"]["NodeID"] for found in alive)
             cluster.remove_node(other, allow_graceful=False)
 
-    found = classify(bundle_path, sources, out, options=options, on_progress=lose_a_machine)
+    found = classify(bundle_path, sources, out, options=options, on_image=lose_a_machine)
     assert len(nodes) == 2
     assert (found.num_images, found.num_errors) == (MANY, 2 * len(BAD))
     assert part_bytes(out) == part_bytes(tmp_path / "here")

@@ -1,15 +1,15 @@
 """`sopdeploy import`: convert published weights to a checkpoint."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import print_field, show_steps
-from sopdeploy.cli.training.models import NetworkOption
+from sopdeploy.cli.console import print_field
+from sopdeploy.config import expand_options
 from sopdeploy.files import check_is_weights
 from sopdeploy.importers.options import ImportOptions
+from sopdeploy.training.recipe_files import parse_override
 
 if TYPE_CHECKING:
     from sopdeploy.importers.import_weights import ImportReport
@@ -31,14 +31,13 @@ def _show(report: "ImportReport") -> None:
 
 
 @command(_show)
-def import_command(
-    file: Annotated[
-        Path, typer.Argument(help="Weights: .pth, .pth.tar, .th, .safetensors, or MatConvNet's .mat.")
-    ],
-    model: Annotated[str, typer.Option("--as", help="The network: a name of `sopdeploy models`.")],
-    out_file: Annotated[Path, typer.Option(help="The checkpoint to write.")] = Path("ckpt.pt"),
-    network_options: NetworkOption = None,
+@expand_options
+def import_file(
+    file: Path,
     *,
+    as_: str,
+    out_file: Path = Path("ckpt.pt"),
+    option: Sequence[str] = (),
     options: ImportOptions,
 ) -> "ImportReport":
     """Convert published weights: fast-MPN-COV, GSoP, GM-SOP, torchvision, timm, CIFAR ResNets.
@@ -46,11 +45,14 @@ def import_command(
     Example: sopdeploy import mpncovresnet50-15991845.pth --as isqrt-resnet50
 
     Example: sopdeploy import net-epoch-60.mat --as gmsop-16-8-resnet18 --labels names.txt
+
+    Args:
+        file: Weights: .pth, .pth.tar, .th, .safetensors, or MatConvNet's .mat.
+        as_: The network: a name of `sopdeploy models`.
+        out_file: The checkpoint to write.
+        option: Option KEY=VALUE of the network; repeatable.
     """
     check_is_weights(file)
-    with show_steps("importing"):
-        from sopdeploy.importers.import_weights import import_weights
-        from sopdeploy.training.recipe_files import parse_override
+    from sopdeploy.importers.import_weights import import_weights
 
-        config = dict(map(parse_override, network_options or ()))
-        return import_weights(file, model, out_file, options, config)
+    return import_weights(file, as_, out_file, options, dict(map(parse_override, option)))

@@ -53,7 +53,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
 
 
 @command(_show)
-def runs_command() -> list[dict[str, Any]]:
+def runs() -> list[dict[str, Any]]:
     """List runs and bundles, the newest first; a server of `bundles` serves the newest of each project.
 
     Example: sopdeploy runs

@@ -1,23 +1,20 @@
 """`sopdeploy models`: list the networks of the catalog, or count one of them."""
 
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+import pydantic
 from rich.table import Table
 from rich.text import Text
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, print_table, say
 from sopdeploy.errors import ConfigError
+from sopdeploy.training.recipe_files import parse_override
 
 if TYPE_CHECKING:
     from sopdeploy.models.describe import Description
-
-NetworkOption = Annotated[
-    list[str] | None,
-    typer.Option("--option", metavar="KEY=VALUE", help="Option of the network; repeatable."),
-]
 
 
 def _show(result: "list[dict[str, str]] | Description") -> None:
@@ -85,13 +82,12 @@ def _explain_stride(description: "Description") -> None:
 
 
 @command(_show)
-def models_command(
-    name: Annotated[
-        str | None, typer.Argument(help="Network to describe; by default, all are listed.")
-    ] = None,
-    options: NetworkOption = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the image in pixels.")] = None,
-    num_classes: Annotated[int | None, typer.Option(min=1, help="Number of classes.")] = None,
+def models(
+    name: str | None = None,
+    *,
+    option: Sequence[str] = (),
+    image_size: Annotated[int | None, pydantic.Field(ge=1)] = None,
+    num_classes: Annotated[int | None, pydantic.Field(ge=1)] = None,
 ) -> "list[dict[str, str]] | Description":
     """List the networks of the catalog, or count parameters and multiply-adds of one of them.
 
@@ -100,17 +96,22 @@ def models_command(
     Example: sopdeploy models dsop-resnet18 --option aux_stride=table
 
     Example: sopdeploy models resnet50 --option pooling=isqrt --option conv5_stride=1
+
+    Args:
+        name: Network to describe; by default, all are listed.
+        option: Option KEY=VALUE of the network; repeatable.
+        image_size: Side of the image in pixels.
+        num_classes: Number of classes.
     """
     from sopdeploy.models.registry import entry, list_models
 
     if name is None:
-        if options or image_size or num_classes:
+        if option or image_size or num_classes:
             raise ConfigError("no network to describe; give a name of `sopdeploy models` before the options")
         return [{"name": known, "summary": entry(known).summary} for known in list_models()]
     from sopdeploy.models.describe import describe
     from sopdeploy.models.registry import make_config
-    from sopdeploy.training.recipe_files import parse_override
 
-    config: dict[str, Any] = dict(parse_override(option) for option in options or ())
+    config: dict[str, Any] = dict(map(parse_override, option))
     make_config(name, config)  # rejects keys that are also parameters of `describe`
     return describe(name, image_size=image_size, num_classes=num_classes, **config)

@@ -1,30 +1,42 @@
 """`sopdeploy reproduce`: train the rows of a paper's table."""
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from sopdeploy.api.progress import ProgressBars
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import JsonOption, err, out, plain_text, print_json, print_table, say
-from sopdeploy.cli.training.train import exit_on_signal
+from sopdeploy.cli.console import ProgressBars, err, out, plain_text, print_json, print_table, say
+from sopdeploy.config import expand_options
+from sopdeploy.environment import is_main_process
 from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions, find_table, load_tables
 
 if TYPE_CHECKING:
     from sopdeploy.reproduction.plan import Reproduction
 
 
-@command()
-def reproduce_command(
-    table: Annotated[str, typer.Argument(metavar="list|TABLE", help="A table of `reproduce list`.")],
-    *,
-    options: ReproduceOptions,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print rows, commands and estimated GPU hours; write nothing.")
-    ] = False,
-    as_json: JsonOption = False,
-) -> None:
+def _dry_run(table: str, *, as_json: bool, options: ReproduceOptions) -> None:
+    """Print rows, commands and estimated GPU hours; write nothing."""
+    from sopdeploy.reproduction.plan import plan
+
+    _print_plan(plan(find_table(table), options), as_json=as_json)
+
+
+def _show(result: "list[PrintedTable] | Reproduction") -> None:
+    """Print the list of tables, or the results of one."""
+    if isinstance(result, list):
+        _print_tables(result)
+    else:
+        _print_results(result)
+
+
+@command(
+    _show,
+    summarize=lambda found: found if isinstance(found, list) else found.summary(),
+    instead=expand_options(_dry_run),
+)
+@expand_options
+def reproduce(
+    table: str, *, options: ReproduceOptions, progress: bool = False
+) -> "list[PrintedTable] | Reproduction":
     """Train the rows of a paper's table, and write a page with printed and measured figures.
 
     Finished runs are kept: repeat the command to continue an interrupted table.
@@ -34,39 +46,35 @@ def reproduce_command(
     Example: sopdeploy reproduce dsop-9a --data cifar --seeds 5
 
     Example: sopdeploy reproduce dsop-9a --scale small
+
+    Args:
+        table: A table of `reproduce list`, or `list`.
+        progress: Print progress on stderr.
     """
     if table == "list":
-        _print_tables(list(load_tables().values()), as_json=as_json)
-        return
+        return list(load_tables().values())
     printed = find_table(table)
-    if dry_run:
-        _print_plan(printed, options, as_json=as_json)
-        return
-    with exit_on_signal(hint=" or with the same command"), ExitStack() as stack:
-        from sopdeploy.reproduction.run import reproduce as run
-        from sopdeploy.training.distributed.torchrun import is_main_process, join_processes
+    from sopdeploy.reproduction import run
+    from sopdeploy.training.distributed.torchrun import join_processes
+    from sopdeploy.training.signals import TrainingStoppedError
 
+    with ExitStack() as stack:
         stack.enter_context(join_processes())
-        quiet = as_json or not is_main_process()
-        progress: Any = None if quiet else stack.enter_context(ProgressBars(err))
-        results = run(
-            printed,
-            options,
-            callback=progress,
-            on_run=lambda row, seed: None if quiet else err.print(plain_text(f"{row}, seed {seed}")),
-        )
-        if not is_main_process():
-            return
-    if as_json:
-        print_json(results.summary())
-    else:
-        _print_results(results)
+        progress = progress and is_main_process()
+        bars: Any = stack.enter_context(ProgressBars(err)) if progress else None
+        try:
+            return run.reproduce(
+                printed,
+                options,
+                callback=bars,
+                on_run=lambda row, seed: err.print(plain_text(f"{row}, seed {seed}")) if progress else None,
+            )
+        except TrainingStoppedError as stopped:
+            stopped.message += " or with the same command"
+            raise
 
 
-def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
-    if as_json:
-        print_json([table.model_dump(mode="json") for table in tables])
-        return
+def _print_tables(tables: list[PrintedTable]) -> None:
     for table in tables:
         say(f"{table.id}  {table.source}: {table.title}", style="bold")
         lines = []
@@ -86,26 +94,24 @@ def _print_tables(tables: "list[PrintedTable]", *, as_json: bool) -> None:
     out.print("sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
 
 
-def _print_plan(table: PrintedTable, options: ReproduceOptions, *, as_json: bool) -> None:
-    from sopdeploy.reproduction.plan import ASSUMPTION, format_hours, plan
+def _print_plan(planned: "Reproduction", *, as_json: bool) -> None:
+    from sopdeploy.reproduction.plan import ASSUMPTION, format_hours
 
-    planned = plan(table, options)
+    table = planned.table
     hours = sum(row.gpu_hours for row in planned.rows) * planned.seeds
-    planned_commands = [
-        (row, [row.command(planned.folder, seed) for seed in range(planned.seeds) if row.recipe])
-        for row in planned.rows
-    ]
-    lines: list[dict[str, Any]] = [
-        {
-            "row": row.printed.id,
-            "runs": row.recipe is not None,
-            "reason": row.reason,
-            "gpu_hours": row.gpu_hours,
-            "commands": commands,
-            "torchrun": [f"torchrun --nproc-per-node 8 -m {command}" for command in commands],
-        }
-        for row, commands in planned_commands
-    ]
+    lines: list[dict[str, Any]] = []
+    for row in planned.rows:
+        commands = [row.command(planned.folder, seed) for seed in range(planned.seeds) if row.recipe]
+        lines.append(
+            {
+                "row": row.printed.id,
+                "runs": row.recipe is not None,
+                "reason": row.reason,
+                "gpu_hours": row.gpu_hours,
+                "commands": commands,
+                "torchrun": [f"torchrun --nproc-per-node 8 -m {command}" for command in commands],
+            }
+        )
     if as_json:
         print_json(
             {

@@ -26,7 +26,7 @@ _HIDDEN = "(hidden)"
 
 
 @command()
-def env_command() -> None:
+def env() -> None:
     """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
 
     Example: sopdeploy env

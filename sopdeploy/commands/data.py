@@ -1,42 +1,37 @@
 """`sopdeploy data check`: inspect a folder of images before training."""
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from sopdeploy.cli.app import SETTINGS
-from sopdeploy.cli.console import JsonOption, one_line_errors, print_json, print_table, say
+from sopdeploy.cli.command import as_data, command
+from sopdeploy.cli.console import print_json, print_table, say
+from sopdeploy.data.folders import data_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sopdeploy.data.check import DataReport, Duplicates
+    from sopdeploy.report.wrong_labels import WrongLabel
 
 _MAX_GROUPS = 10  # of equal images; --json lists all
 
-data_command = typer.Typer(name="data", add_completion=False, **SETTINGS)
+
+def _show(report: "DataReport | list[WrongLabel]", *, as_json: bool) -> None:
+    """Print the report, or the images whose labels are probably wrong; then raise the problems."""
+    if isinstance(report, list):
+        _print_labels(report, as_json=as_json)
+        return
+    if as_json:
+        print_json(report.model_dump(mode="json"))
+    else:
+        _print_report(report)
+    report.must_be_usable()
 
 
-@data_command.callback()
-def _inspect_images() -> None:
-    """Inspect images before training.
-
-    Example: sopdeploy data check photos/
-    """
-
-
-@data_command.command("check")
-def _check(
-    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with one subfolder per class.")],
-    near: Annotated[bool, typer.Option("--near", help="Also list near-duplicates, such as bursts.")] = False,
-    wrong_labels: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Only list labels that are probably wrong, by this run of DIR."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
+@command(_show)
+def check(
+    path: Path, *, near: bool = False, wrong_labels: Path | None = None
+) -> "DataReport | list[WrongLabel]":
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.
 
     Exit code 2 means that a training run could not use the data. Duplicates do not change the exit code.
@@ -44,39 +39,33 @@ def _check(
     Example: sopdeploy data check photos/ --near
 
     Example: sopdeploy data check photos/ --wrong-labels runs/latest
+
+    Args:
+        path: Folder with one subfolder per class.
+        near: Also list near-duplicates, such as bursts.
+        wrong_labels: Only list labels that are probably wrong, by this run of the folder.
     """
-    if wrong_labels is not None:
-        with one_line_errors(as_json):
-            _print_labels(path, wrong_labels, as_json=as_json)
-        return
-    with one_line_errors(as_json):
+    if wrong_labels is None:
         from sopdeploy.data.check import check_data
 
-        report = check_data(path, near=near)
-        if as_json:
-            print_json(report.model_dump(mode="json"))
-        else:
-            _print_report(report)
-    with one_line_errors():  # without as_json: the report was printed, and stdout holds one JSON document
-        report.must_be_usable()
-
-
-def _print_labels(path: Path, run: Path, *, as_json: bool) -> None:
-    """Print the images of *path* whose labels are probably wrong, as a table or JSON."""
-    from sopdeploy.html.report import percent
+        return check_data(path, near=near)
     from sopdeploy.report.wrong_labels import find_wrong_labels
 
-    found = find_wrong_labels(run, path)
+    data_folder(path)
+    return list(find_wrong_labels(wrong_labels, path))
+
+
+def _print_labels(found: "list[WrongLabel]", *, as_json: bool) -> None:
+    from sopdeploy.html.report import percent
+
     if as_json:
-        print_json([wrong.model_dump(mode="json") for wrong in found])
-    else:
-        rows = []
-        for one in found:
-            shares = map(percent, (one.probability, one.probability_suggested))
-            rows.append(
-                (os.path.relpath(one.file, path), one.label, next(shares), one.suggested, next(shares))
-            )
-        print_table(("file", "label", "probability", "suggested", "probability"), rows)
+        print_json(as_data(found))
+        return
+    rows = []
+    for one in found:
+        shares = map(percent, (one.probability, one.probability_suggested))
+        rows.append((one.file, one.label, next(shares), one.suggested, next(shares)))
+    print_table(("file", "label", "probability", "suggested", "probability"), rows)
 
 
 def _print_report(report: "DataReport") -> None:

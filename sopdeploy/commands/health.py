@@ -2,35 +2,33 @@
 
 import http.client
 import os
-from typing import Annotated
 from urllib.parse import urlsplit
 
-import typer
 from rich.text import Text
 
-from sopdeploy.cli.console import err, one_line_errors, plain_text
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import err, plain_text
 from sopdeploy.errors import ConfigError
 
 TIMEOUT = 3  # seconds for each step of the request
 NOT_READY = 1  # Docker reserves every other nonzero exit code of a health check
 
 
-def health_command(
-    url: Annotated[
-        str | None,
-        typer.Option(help="URL of the server; by default this machine, port SOPDEPLOY_PORT or 8000."),
-    ] = None,
-) -> None:
+@command()
+def health(*, url: str | None = None) -> int:
     """Exit with 0 if a server is ready for requests, with 1 if it is not ready or does not respond.
 
     Example: sopdeploy health --url http://127.0.0.1:8000
+
+    Args:
+        url: URL of the server; by default this machine, port SOPDEPLOY_PORT or 8000.
     """
-    with one_line_errors():
-        server = url or f"http://127.0.0.1:{os.environ.get('SOPDEPLOY_PORT', '8000')}"
-        problem = _check_ready(server)
-    if problem is not None:
-        err.print(Text.assemble(("not ready:", "bold red"), " ", plain_text(f"{server}: {problem}")))
-        raise typer.Exit(NOT_READY)
+    server = url or f"http://127.0.0.1:{os.environ.get('SOPDEPLOY_PORT', '8000')}"
+    problem = _check_ready(server)
+    if problem is None:
+        return 0
+    err.print(Text.assemble(("not ready:", "bold red"), " ", plain_text(f"{server}: {problem}")))
+    return NOT_READY
 
 
 def _check_ready(url: str) -> str | None:

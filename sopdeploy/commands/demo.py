@@ -4,13 +4,12 @@ import io
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 import sopdeploy
 from sopdeploy.bundle.listing import read_bundles
-from sopdeploy.cli.console import err, one_line_errors, out, plain_text, print_table
+from sopdeploy.cli.app import QUICK_START
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import writing
 
@@ -19,35 +18,40 @@ MIN_ACCURACY = 0.98
 _TIMEOUT = 60  # seconds
 
 
-def demo_command(
-    destination: Annotated[
-        Path, typer.Option("--out", help="Parent folder; each demo creates a new numbered folder in it.")
-    ] = Path("demo"),
-) -> None:
+@command()
+def demo(*, out: Path = Path("demo")) -> int | None:
     """Train on handwritten digits, export, verify, serve and classify over HTTP in about a minute.
 
     Example: sopdeploy demo
+
+    Args:
+        out: Parent folder; each demo creates a new numbered folder in it.
     """
-    with one_line_errors():
-        folder = _new_folder(destination)
-        run = folder / "run"
-        _sopdeploy("train", "--recipe", "digits-dsop", "--out", str(run))
-        _sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(folder))
-        bundle = next(read_bundles(folder)).path
-        _sopdeploy("verify", str(bundle))
-        _show_command("serve", str(bundle), "--port", "0")
-        with sopdeploy.serve(bundle, background=True, port=0) as server:
-            out.print(f"ready: {server.url} {bundle.name}")
-            accuracy = _classify_digits(server.url)
-        if accuracy < MIN_ACCURACY:
-            raise SopdeployError(
-                f"only {accuracy:.1%} of the digits were classified correctly over HTTP, at least "
-                f"{MIN_ACCURACY:.0%} are expected; check the installation with `sopdeploy env`"
-            )
-    out.print("\n[bold]Next: use your own photos[/], in folders photos/<class>/*.jpg:")
-    out.print("  sopdeploy train --data photos")
-    out.print("  sopdeploy export runs/latest/best.pt --detach")
-    out.print("  sopdeploy serve bundles/latest")
+    folder = _new_folder(out)
+    run = folder / "run"
+    commands = (
+        ("train", "--recipe", "digits-dsop", "--out", str(run)),
+        ("export", str(run / "best.pt"), "--detach", "--out", str(folder)),
+        ("verify", str(folder / "latest")),
+    )
+    for words in commands:
+        say(f"\n$ sopdeploy {' '.join(words)}", style="bold cyan")
+        code = subprocess.run([sys.executable, "-m", "sopdeploy", *words], check=False).returncode
+        if code:
+            return code
+    bundle = next(read_bundles(folder)).path
+    say(f"\n$ sopdeploy serve {bundle} --port 0", style="bold cyan")
+    with sopdeploy.serve(bundle, background=True, port=0) as server:
+        say(f"ready: {server.url} {bundle.name}")
+        accuracy = _classify_digits(server.url)
+    if accuracy < MIN_ACCURACY:
+        raise SopdeployError(
+            f"only {accuracy:.1%} of the digits were classified correctly over HTTP, at least "
+            f"{MIN_ACCURACY:.0%} are expected; check the installation with `sopdeploy env`"
+        )
+    say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
+    say(*(f"  {line}" for line in QUICK_START if "verify" not in line and "predict" not in line))
+    return None
 
 
 def _new_folder(parent: Path) -> Path:
@@ -57,17 +61,6 @@ def _new_folder(parent: Path) -> Path:
         folder = parent / str(number)
         folder.mkdir()
     return folder
-
-
-def _show_command(*arguments: str) -> None:
-    out.print(f"\n[bold cyan]$ sopdeploy {' '.join(arguments)}[/]")
-
-
-def _sopdeploy(*arguments: str) -> None:
-    _show_command(*arguments)
-    code = subprocess.run([sys.executable, "-m", "sopdeploy", *arguments], check=False).returncode
-    if code:
-        raise typer.Exit(code)
 
 
 def _classify_digits(url: str) -> float:
@@ -99,5 +92,5 @@ def _classify_digits(url: str) -> float:
     rate = Rate.of(correct, len(digits))
     right = f"{correct} of {len(digits)} held-out digits classified correctly over HTTP"
     interval = f"95 % interval {100 * rate.low:.1f} to {100 * rate.high:.1f} %"
-    out.print(f"{right}: [bold]{rate.share:.2%}[/] ({interval}; too high: they also selected the epoch)")
+    say(f"{right}: {rate.share:.2%} ({interval}; too high: they also selected the epoch)")
     return rate.share

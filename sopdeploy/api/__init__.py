@@ -1,1 +1,0 @@
-"""The Python API, from `train` to `serve`. The commands call the same functions."""

@@ -1,0 +1,296 @@
+"""`sopdeploy export`, `inspect`, `engine` and `triton`: from a network to a bundle, and from that onwards."""
+
+import importlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import print_field
+from sopdeploy.config import expand_options, first_problem
+from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError
+from sopdeploy.files import check_is_checkpoint
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy_export.options import EngineOptions, ExportOptions, NetworkExportOptions, NetworkOptions
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sopdeploy_export.engine_builder.engine import Engine
+    from sopdeploy_export.report.results import Exported
+    from sopdeploy_export.user_network.weights import LoadedWeights
+
+EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
+
+
+def show_export(exported: "Exported", *, verbose: bool = False) -> None:
+    """Print what was removed, proved and measured in four lines, or all facts, and the warnings.
+
+    Args:
+        verbose: Print one line per fact.
+    """
+    lines = exported.lines()
+    for name, text in ({**exported.facts(), "bundle": lines["bundle"]} if verbose else lines).items():
+        print_field(name, text)
+    warnings = list(exported.warnings)
+    if exported.manifest.int8_for == "cpu" and lacks_vnni():
+        warnings.insert(0, SLOW_INT8)
+    if exported.parity.drift_allowed:
+        warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
+    for warning in warnings:
+        print_field("warning", warning, style="bold yellow")
+
+
+@command(show_export, summarize=lambda exported: exported.summary(), options={"out"})
+@expand_options
+def export(
+    checkpoint: str | Path,
+    out: str | Path = "bundles",
+    *,
+    options: ExportOptions,
+    source: NetworkExportOptions,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> "Exported":
+    """Convert a checkpoint to a bundle: detach, prove equivalence, export to ONNX, compare, write.
+
+    With --network, the file holds the weights of a network of your own, which is built by your code. From
+    Python, `sopdeploy.export_network` exports a network object.
+
+    Example: sopdeploy export runs/latest/best.pt --detach
+
+    Args:
+        checkpoint: A checkpoint of `sopdeploy train`, or with a network any weight file.
+        out: Folder for the bundle.
+        on_step: Called with a description of each step as it begins.
+
+    Returns:
+        The path of the bundle and the results of all checks.
+
+    Raises:
+        ConfigError: Options that are invalid or do not fit together.
+        SopdeployError: A step failed; *out* contains nothing new.
+    """
+    path, out = Path(checkpoint), Path(out)
+    if source.network is None:  # before the imports, which take seconds
+        check_is_checkpoint(path)
+    for folder in filter(None, (options.calibrate, options.evaluate)):
+        from sopdeploy.data.folders import data_folder
+
+        data_folder(folder)
+    if out.is_file():
+        raise ConfigError(f"{out} is a file; choose a folder", setting="out")
+    if source.network is not None:
+        return _export_weights(path, out, source, options, on_step)
+    from sopdeploy_export.pipeline import export_checkpoint
+
+    return export_checkpoint(path, out, options=options, on_step=on_step)
+
+
+def _export_weights(
+    weights: Path,
+    out: Path,
+    source: NetworkExportOptions,
+    options: ExportOptions,
+    on_step: Callable[[str], None],
+) -> "Exported":
+    """Export the network that *source* names with the weights of the file *weights*."""
+    from sopdeploy.user_files import read_class_names
+    from sopdeploy_export.user_network.builder import network_builder
+    from sopdeploy_export.user_network.export_network import export_network
+
+    if options.detach:
+        raise ConfigError(
+            "name the parts of the network to remove", setting="detach", remedies={"training_only": None}
+        )
+    if source.labels is None:
+        raise ConfigError(
+            "missing; give a file with one class name per line, in the order of the logits", setting="labels"
+        )
+    labels, preprocess = read_class_names(source.labels), read_preprocess(source.preprocess)
+    plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
+    attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
+    on_step("building the network")
+    network, loaded = _load_network(weights, source)
+    return export_network(
+        network,
+        plain=plain,
+        training_only=source.training_only,
+        labels=labels,
+        preprocess=preprocess,
+        destination=out,
+        name=options.name or attribute,
+        logits_key=_index_or_name(source.logits_key),
+        allow_constants=source.allow_constants,
+        options=options,
+        config={
+            "network": source.network,
+            "settings": list(source.option),
+            "plain": source.plain,
+            "plain_settings": list(source.plain_option),
+            "training_only": list(source.training_only),
+            "logits": source.logits_key,
+            "allow_constants": source.allow_constants,
+            "table": loaded.table,
+            "prefixes_removed": list(loaded.removed),
+        },
+        sha256=loaded.sha256,
+        on_step=on_step,
+    )
+
+
+def _show_unused(inspected: dict[str, Any]) -> None:
+    """Print which tensors fit, the unused parts, and the next command."""
+    removed = ", ".join(inspected["prefixes_removed"]) or "nothing"
+    print_field("weights", f"{inspected['num_tensors']} tensors fit; removed from the names: {removed}")
+    unused = inspected["unused"]
+    print_field("unused", ", ".join(unused) if unused else "nothing; the output depends on every part")
+    if unused:
+        flags = " ".join(f"--training-only {part}" for part in unused)
+        print_field("next", f"sopdeploy export .. --network {inspected['network']} {flags}", style="dim")
+
+
+@command(_show_unused)
+@expand_options
+def inspect(file: Path, *, options: NetworkOptions) -> dict[str, Any]:
+    """List the parts of a network of your own that its output does not depend on; writes nothing.
+
+    They are candidates for `sopdeploy export --training-only`.
+
+    Example: sopdeploy inspect w.pth --network my_code:build --preprocess rules.json
+
+    Args:
+        file: A weight file.
+    """
+    from sopdeploy_export.user_network.export_network import unused_modules
+
+    network, loaded = _load_network(file, options)
+    logits_key = _index_or_name(options.logits_key)
+    unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
+    return {
+        "network": options.network,
+        "num_tensors": len(network.state_dict()),
+        "table": loaded.table,
+        "prefixes_removed": list(loaded.removed),
+        "unused": list(unused),
+    }
+
+
+def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, LoadedWeights]":
+    """Build the network of *options* and load its weights from the file *weights*."""
+    from sopdeploy_export.user_network.builder import network_builder
+    from sopdeploy_export.user_network.weights import load_weights
+
+    if options.network is None:
+        raise ConfigError("missing; give package.module:callable", setting="network")
+    network = network_builder("network", options.network, options.option)()
+    return network, load_weights(network, weights, options.weights_key)
+
+
+def read_preprocess(text: str | None) -> Preprocess:
+    """Read the preprocessing rules that *text* names: `timm:NAME`, `torchvision:WEIGHTS` or a JSON file.
+
+    Raises `ConfigError` for an unknown name and for a file that is not a `Preprocess`.
+    """
+    if not text:
+        raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
+    kind, _, name = text.partition(":")
+    if kind == "timm":
+        from sopdeploy.backbones.timm_backbone import import_timm
+
+        config = import_timm(name).get_pretrained_cfg(name)
+        if config is None:
+            raise ConfigError(
+                "timm publishes no preprocessing for it; give FILE.json", setting="preprocess", value=text
+            )
+        return Preprocess.from_timm(config.to_dict())
+    if kind == "torchvision":
+        try:
+            weights = importlib.import_module("torchvision.models").get_weight(name)
+        except (ValueError, AttributeError, KeyError) as error:
+            raise ConfigError(
+                f"torchvision has no weights {name}; write for example "
+                "torchvision:ResNet18_Weights.IMAGENET1K_V1",
+                setting="preprocess",
+                value=text,
+            ) from error
+        return Preprocess.from_torchvision(weights.transforms())
+    try:
+        return Preprocess.model_validate(json.loads(Path(text).read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
+        raise ConfigError(
+            f"cannot be read ({reason}); give {EXAMPLE}", setting="preprocess", value=text
+        ) from error
+
+
+def _index_or_name(logits: str | None) -> str | int | None:
+    try:
+        return logits if logits is None else int(logits)
+    except ValueError:
+        return logits
+
+
+def _show_engine(engine: "Engine") -> None:
+    record, key = engine.record, engine.record.key
+    print_field("engine", f"{key.gpu} ({key.architecture}), TensorRT {key.tensorrt}")
+    print_field("built", engine.reason or "no, it was in the cache")
+    print_field("profiles", f"batches {', '.join(map(str, key.profiles))}")
+    print_field("precision", key.precision)
+    for replay in record.replays:
+        for text in replay.lines():
+            print_field("probes", text)
+    print_field("ready", f"{engine.path} ({record.plan_bytes:,} bytes)", style="bold green")
+
+
+@command(
+    _show_engine,
+    summarize=lambda engine: {
+        "plan": str(engine.path),
+        "built": engine.reason is not None,
+        "reason": engine.reason,
+        "record": engine.record.model_dump(mode="json"),
+    },
+)
+@expand_options
+def engine(
+    bundle: Path, *, options: EngineOptions, on_step: Callable[[str], None] = lambda _: None
+) -> "Engine":
+    """Build the TensorRT engine of a bundle for this GPU, or find it in the cache, and check its outputs.
+
+    Example: sopdeploy engine bundles/photos-3f6c01d2a4b7 --profiles 1,8,32
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+    """
+    import_optional("onnx", "onnx", "sopdeploy[tensorrt]", RuntimeUnavailableError)
+    from sopdeploy.bundle.folder import open_bundle
+    from sopdeploy_export.engine_builder.engine import get_engine
+
+    opened = open_bundle(bundle)
+    configured = os.environ.get("SOPDEPLOY_ENGINE_CACHE")  # where servers with this variable look
+    if options.cache is None and configured:
+        options = options.model_copy(update={"cache": Path(configured)})
+    return get_engine(opened, options, on_step)
+
+
+@command()
+def triton(bundle: Path, repository: Path) -> None:
+    """Write a bundle into a Triton model repository: config, labels, warm-up and graph.
+
+    Example: sopdeploy triton bundles/photos-3f6c01d2a4b7 models
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        repository: Triton model repository; created if it is missing.
+    """
+    from sopdeploy.bundle.folder import open_bundle
+    from sopdeploy_export.triton import write_triton
+
+    written = write_triton(open_bundle(bundle), repository)
+    print_field("model", f"{written.name}, batches of 1 to {written.max_batch}")
+    print_field("written", f"{written.path}: {', '.join(written.files)}", style="bold green")

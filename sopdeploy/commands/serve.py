@@ -1,0 +1,168 @@
+"""`sopdeploy serve`, `key` and `label`: servers, and the keys of their clients."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from rich.text import Text
+
+from sopdeploy.cli.command import SettingOptions, command
+from sopdeploy.cli.console import err, plain_text, print_field, say
+from sopdeploy.errors import ConfigError
+from sopdeploy_service.settings import (
+    Port,
+    Settings,
+    load_settings,
+    parse_assignments,
+    to_toml,
+    unused_variables,
+)
+
+if TYPE_CHECKING:
+    from sopdeploy_service.server.background import BackgroundServer
+
+
+def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
+    """Describe an option for each of the settings *names*; `Settings` validates its value."""
+    found = {}
+    for name in names:
+        field = Settings.model_fields[name]
+        default = "" if field.default in {None, ()} else f"; default: {field.default}"
+        kind = int | None if field.annotation is int else str | None
+        found[name] = (kind, f"{field.description}{default}.")
+    return found
+
+
+def _parse(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
+    for name in unused_variables():
+        note = f"environment variable {name} is not a setting and has no effect"
+        err.print(Text.assemble(("note:", "yellow"), " ", plain_text(note)))
+    return parse_assignments(assignments, **flags)
+
+
+def print_config(bundles: Sequence[str], *, config: Path | None, as_json: bool, **settings: Any) -> None:
+    """Print all settings as a TOML file and exit."""
+    del bundles, as_json
+    sys.stdout.write(to_toml(load_settings(config, **settings)))
+
+
+@overload
+def serve(
+    bundles: str | Path | Sequence[str | Path],
+    *,
+    background: Literal[False] = False,
+    config: str | Path | None = None,
+    **settings: Any,
+) -> int: ...
+@overload
+def serve(
+    bundles: str | Path | Sequence[str | Path],
+    *,
+    background: Literal[True],
+    config: str | Path | None = None,
+    **settings: Any,
+) -> "BackgroundServer": ...
+@command(
+    hidden={"background"},
+    instead=print_config,
+    settings=SettingOptions(
+        _parse,
+        setting_flags(
+            *("host", "port", "runtime", "devices", "threads", "keys", "require_signature", "log"),
+        ),
+    ),
+)
+def serve(
+    bundles: str | Path | Sequence[str | Path],
+    *,
+    background: bool = False,
+    config: str | Path | None = None,
+    **settings: Any,
+) -> "int | BackgroundServer":
+    """Serve bundles over HTTP: POST an image to /v1/classify.
+
+    Settings come from options or keywords, from environment variables such as SOPDEPLOY_PORT, and from the
+    file *config*, in this order of priority.
+
+    Example: sopdeploy serve bundles/photos-3f6c01d2a4b7 --port 8000
+
+    Example: sopdeploy serve flowers=bundles/photos-3f6c01d2a4b7 birds=other/bundle
+
+    Args:
+        bundles: One or several of: a bundle, a folder of bundles, or NAME=BUNDLE.
+        background: Serve in another process, and return when the port is open. Otherwise serve in this
+            process until SIGTERM or SIGINT.
+        config: TOML file with settings.
+        **settings: Settings, for example `port=8000` (0 selects a free port), `host`, `threads`.
+
+    Returns:
+        In the background a server with `url`, `log` and `stop()`, which a `with` statement stops. Otherwise
+        the exit code: 0 after a drain, 70 if a runtime died.
+
+    Raises:
+        ConfigError: Invalid settings, the port is in use, or the server would block an event loop.
+        BundleError: A bundle is damaged.
+        SopdeployError: No runtime can run a bundle, or its outputs differ from its probes.
+    """
+    sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)
+    loaded = load_settings(None if config is None else Path(config), **settings)
+    if background:
+        from sopdeploy_service.server.background import BackgroundServer
+
+        return BackgroundServer(sources, loaded)
+    from sopdeploy_service.server.process import run_server
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return run_server(sources, loaded)
+    raise ConfigError("serve: an event loop runs in this thread, as in a notebook; use background=True")
+
+
+@command()
+def key(name: str, *, keys: Path, rate: float | None = None) -> None:
+    """Create an API key, print it once and store its hash; servers read the file when they start.
+
+    Example: sopdeploy key phone-app --keys keys.toml --rate 100
+
+    Args:
+        name: Name of the client; it appears in the server's log.
+        keys: API key file; created if it is missing.
+        rate: Largest number of images per second; by default no limit.
+    """
+    from sopdeploy_service.http.api_keys import new_key
+
+    created = new_key(keys, name, rate)
+    sys.stdout.write(created + "\n")
+    err.print(plain_text(f"{keys} stores only a hash: keep the key, it is not shown again"))
+
+
+@command()
+def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1", port: Port = 8001) -> None:
+    """Label kept photographs on a local web page, by keyboard or touch; Ctrl-C ends it.
+
+    Each label moves a photograph to PHOTOS/<class>/, one of the uniform sample to PHOTOS-held-out/<class>/,
+    and one of no class to PHOTOS-unknown/.
+
+    Example: sopdeploy label kept
+
+    Example: sopdeploy label kept --photos flowers --host 192.168.1.5
+
+    Args:
+        kept: Folder that `serve --setting keep=KEPT` has written.
+        photos: Folder of the classes; labels go to PHOTOS, PHOTOS-held-out, PHOTOS-unknown.
+        host: IP address to listen on; one that other machines reach demands a key.
+        port: TCP port to listen on; 0 is any free port.
+    """
+    from sopdeploy_service.labelling.app import run_label_server
+
+    def show(url: str, count: int) -> None:
+        print_field("photos", f"{count:,} to label")
+        print_field("page", url, style="bold green")
+
+    folders = run_label_server(kept, photos, host, port, show)
+    moved = sum(step.target is not None for step in folders.steps)
+    steps = [f"next: sopdeploy train --data {photos}"] if folders.photos.is_dir() else []
+    say(f"{moved:,} labels", *steps)

@@ -1,0 +1,147 @@
+"""`sopdeploy sign`, `push` and `pull`: sign a bundle, upload it as one archive, download and check it."""
+
+import hmac
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sopdeploy.bundle import archive as tar
+from sopdeploy.bundle import signing
+from sopdeploy.bundle.folder import open_bundle, publish, staging
+from sopdeploy.bundle.storage import get, put
+from sopdeploy.cli.command import command
+from sopdeploy.cli.console import print_field
+from sopdeploy.errors import BundleError, ConfigError
+from sopdeploy.files import sha256 as sha256_of
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pushed:
+    """URL or path, size and sha256 of a pushed archive, and whether a signature was pushed too."""
+
+    url: str
+    bytes: int
+    sha256: str
+    signed: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pulled:
+    """Path of a pulled bundle, sha256 of its archive, and whether its signature was checked."""
+
+    path: Path
+    sha256: str
+    verified: bool
+
+
+def _show_pushed(pushed: Pushed) -> None:
+    signed = "with its signature" if pushed.signed else "not signed"
+    print_field("pushed", f"{pushed.url} ({pushed.bytes:,} bytes, {signed})", style="")
+    print_field("sha256", pushed.sha256, style="")
+
+
+@command(_show_pushed)
+def push(bundle: Path, destination: str) -> Pushed:
+    """Upload a bundle as one reproducible archive, with its signature if there is one.
+
+    The signature is uploaded first, so a reader who sees the archive also finds it.
+
+    Example: sopdeploy push bundles/photos-3f6c01d2a4b7 s3://models/flowers
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        destination: A folder, s3://BUCKET/PATH or hf://OWNER/NAME.
+
+    Raises:
+        BundleError: The bundle is damaged, or the upload failed.
+    """
+    opened, signature = open_bundle(bundle), signing.signature_path(bundle)
+    signed = signature.is_file()
+    with tempfile.TemporaryDirectory(prefix="sopdeploy-") as folder:
+        archive = Path(folder) / f"bundle{tar.ARCHIVE_SUFFIX}"
+        with archive.open("wb") as file:
+            tar.write_archive(opened, file)
+        name = opened.manifest.name + tar.ARCHIVE_SUFFIX
+        if signed:
+            put(signature, destination, name + signing.SUFFIX)
+        url = put(archive, destination, name)
+        return Pushed(url=url, bytes=archive.stat().st_size, sha256=sha256_of(archive), signed=signed)
+
+
+def _show_pulled(pulled: Pulled) -> None:
+    checked = "signature and hashes" if pulled.verified else "hashes"
+    print_field("pulled", f"{pulled.path} ({checked} checked)", style="")
+
+
+@command(_show_pulled)
+def pull(
+    source: str, destination: Path, *, sha256: str | None = None, require_signature: Path | None = None
+) -> Pulled:
+    """Download a bundle, check signature and hashes, and only then move it to its final name.
+
+    A limited number of bytes is downloaded to a hidden folder. The files are unpacked and their hashes
+    checked; the bundle gets its name last. Without a key, an existing signature is kept.
+
+    Example: sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles
+
+    Args:
+        source: Location printed by `push`: a path, s3://... or hf://...
+        destination: Folder for the bundle.
+        sha256: Expected sha256 of the archive.
+        require_signature: Require a signature that this public key verifies.
+
+    Raises:
+        BundleError: A check failed.
+        ConfigError: *sha256* is not a hash, or *require_signature* is not a key file.
+    """
+    if sha256 is not None and not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise ConfigError("use the 64 hexadecimal digits that `push` printed", setting="sha256", value=sha256)
+    with staging(destination) as download, staging(destination) as folder:
+        name = re.sub(r"[^\w.-]", "_", source.rpartition("/")[2])[-100:] or "archive"  # shown in errors
+        archive, signature = download / name, download / (name + signing.SUFFIX)
+        get(source, archive, tar.MAX_ARCHIVE_BYTES)
+        if require_signature is not None:
+            try:
+                get(source + signing.SUFFIX, signature, signing.MAX_FILE_BYTES)
+            except BundleError as error:
+                raise BundleError(
+                    f"{source}: no signature beside it ({error}); see `sopdeploy sign`"
+                ) from error
+        digest = sha256_of(archive)
+        if sha256 is not None and not hmac.compare_digest(digest, sha256):
+            raise BundleError(
+                f"that of {source} is {digest}; check both and download it again", setting="sha256"
+            )
+        manifest = tar.archived_manifest(archive)
+        tar.unpack(archive, manifest, folder)
+        try:
+            open_bundle(folder)
+            if require_signature is not None:
+                signing.check_signature(folder, signature, require_signature)
+        except BundleError as error:  # users know the source, not the hidden folder
+            raise BundleError(str(error).replace(str(folder), source)) from error
+        path = publish(folder, manifest, destination)
+        if require_signature is not None:
+            signature.replace(signing.signature_path(path))
+    return Pulled(path=path, sha256=digest, verified=require_signature is not None)
+
+
+@command()
+def sign(bundle: Path, *, key: Path, new_key: bool = False) -> None:
+    """Sign a bundle: write BUNDLE.sig beside it, for --require-signature of `pull` and `serve`.
+
+    The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts it, too.
+
+    Example: sopdeploy sign bundles/photos-3f6c01d2a4b7 --key release.key
+
+    Args:
+        bundle: A bundle written by `sopdeploy export`.
+        key: Private key in a PEM file: an elliptic curve key.
+        new_key: Create the key first; the public key is written to KEY.pub.
+    """
+    public = signing.make_key(key) if new_key else None
+    signature = signing.sign(bundle, key)
+    if public is not None:
+        print_field("key", f"distribute {public}, keep the other file secret", style="")
+    print_field("signed", str(signature), style="")
