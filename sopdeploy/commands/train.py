@@ -54,8 +54,6 @@ class TrainOptions(Options):
     resume: Literal["never", "always", "auto"] = "never"
     """Continue the run in the folder, by default the newest of the project; auto starts a new one if there is
     none."""
-    tensorboard: bool = False
-    """Also write the metrics to the run's folder tensorboard; `wandb sync` reads its files."""
     set: tuple[str, ...] = ()
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
@@ -177,7 +175,7 @@ def train(
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PageWriter, TrainedRun
-    from sopdeploy.training.callbacks import CallbackList, TensorBoard
+    from sopdeploy.training.callbacks import CallbackList
     from sopdeploy.training.distributed.strategy import Strategy, select_device
     from sopdeploy.training.distributed.torchrun import join_processes
     from sopdeploy.training.run_folder import numbered_folder
@@ -192,8 +190,6 @@ def train(
         callbacks: list[Any] = []
         page = PageWriter(folder, CallbackList(callbacks))
         if is_main_process():
-            if options.tensorboard:
-                callbacks.append(TensorBoard(folder))
             if (err.is_terminal or err.is_jupyter) if progress is None else progress:
                 callbacks.append(stack.enter_context(ProgressBars(err)))
             if callback is not None:

@@ -1,9 +1,9 @@
-"""Training augmentation: the crop that replaces the center crop, mirroring, colors, RandAugment and mixup.
+"""Training augmentation: the crop that replaces the center crop, mirroring and colors.
 
 The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample) only. With
 `preprocess.fit` "pad" or "squash", random boxes are drawn in the square that evaluation sees: the padded
 image, or the image with both sides of equal length.
-RandAugment, random erasing, color jitter, mixup and CutMix are computed by torchvision.
+torchvision computes the color jitter.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ import numpy as np
 import pydantic
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import (
@@ -46,16 +45,6 @@ Ratio = Annotated[float, pydantic.Field(ge=1e-3, le=1000)]
 def torchvision_transforms() -> Any:
     """Import `torchvision.transforms.v2` on first use: the import takes as long as that of torch."""
     return importlib.import_module("torchvision.transforms.v2")
-
-
-def _transform(array: NDArray[np.uint8], seed: int, *transforms: Any) -> NDArray[np.uint8]:
-    """Apply *transforms*, drawn by *seed*, to an (H, W, 3) *array*; torch's random state is unchanged."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        image = torch.from_numpy(array.copy()).permute(2, 0, 1)
-        for transform in transforms:
-            image = transform(image)
-        return image.permute(1, 2, 0).contiguous().numpy()
 
 
 class CenterCrop(StrictModel):
@@ -155,29 +144,6 @@ Augmentation = Annotated[
 ]
 
 
-class RandAugment(StrictModel):
-    """RandAugment (`ops` operations at `magnitude` 0 to 30), then random erasing with probability `erase`.
-
-    Sources: Cubuk et al., "RandAugment" (NeurIPS 2020); Zhong et al., "Random Erasing Data Augmentation"
-    (AAAI 2020). Erased boxes and borders get the mean color, which is 0 after normalization.
-    """
-
-    ops: Annotated[int, pydantic.Field(ge=0, le=10)] = 0
-    magnitude: Annotated[int, pydantic.Field(ge=0, le=30)] = 9
-    erase: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.0
-
-    def __call__(self, array: NDArray[np.uint8], rules: Preprocess, seed: int) -> NDArray[np.uint8]:
-        """Augment the (H, W, 3) uint8 *array*; depends on *seed* only and keeps torch's random state."""
-        if self.ops == 0 and self.erase == 0:
-            return array
-        mean = [float(round(255 * value)) for value in rules.mean]
-        v2 = torchvision_transforms()
-        transforms = [v2.RandAugment(self.ops, self.magnitude, fill=mean)] if self.ops else []
-        if self.erase:
-            transforms.append(v2.RandomErasing(self.erase, value=mean))
-        return _transform(array, seed, *transforms)
-
-
 class ColorJitter(StrictModel):
     """Random brightness, contrast, saturation and hue, and AlexNet's shift of the color.
 
@@ -196,7 +162,12 @@ class ColorJitter(StrictModel):
         """Change the colors of the (H, W, 3) uint8 *array*; depends on *seed* only."""
         jitter = (self.brightness, self.contrast, self.saturation, self.hue)
         if any(jitter):
-            array = _transform(array, seed, torchvision_transforms().ColorJitter(*jitter))
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                image = torchvision_transforms().ColorJitter(*jitter)(
+                    torch.from_numpy(array.copy()).permute(2, 0, 1)
+                )
+            array = image.permute(1, 2, 0).contiguous().numpy()
         if self.lighting:
             multiples = np.random.default_rng(seed).normal(0.0, self.lighting, 3) * COLOR_DEVIATIONS
             shifted = np.rint(array + 255 * (COLOR_COMPONENTS @ multiples))
@@ -204,34 +175,7 @@ class ColorJitter(StrictModel):
         return array
 
 
-class Mixup(StrictModel):
-    """Mixup and CutMix; `mixup` and `cutmix` are the alphas of their Beta distributions, 0 disables one.
-
-    If both are enabled, each batch uses one of them with equal probability. Each image is mixed with its
-    neighbor in the batch, the first one with the last one.
-    """
-
-    mixup: Strength = 0.0
-    cutmix: Strength = 0.0
-
-    def __call__(self, images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-        """Mix float *images* (B, 3, H, W); returns them with labels (B,) or mixed labels (B, classes).
-
-        Labels (B, classes) of images with several classes are mixed with the same weights.
-
-        Draws from torch's default CPU generator.
-        """
-        if self.mixup == 0 and self.cutmix == 0:
-            return images, labels
-        v2 = torchvision_transforms()
-        transform: Any = v2.MixUp(alpha=self.mixup, num_classes=classes) if self.mixup else None
-        if self.cutmix and (transform is None or bool(torch.rand(()) < 0.5)):
-            transform = v2.CutMix(alpha=self.cutmix, num_classes=classes)
-        mixed: tuple[Tensor, Tensor] = transform(images, labels)
-        return mixed
-
-
-NO_RAND_AUGMENT, NO_COLOR_JITTER = RandAugment(), ColorJitter()
+NO_COLOR_JITTER = ColorJitter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,11 +190,10 @@ class AugmentedDataset(ImagesDataset):
     preprocess: Preprocess
     seed: int
     epoch: int
-    rand_augment: RandAugment = NO_RAND_AUGMENT
     color: ColorJitter = NO_COLOR_JITTER
 
     def __post_init__(self) -> None:
-        if (self.rand_augment, self.color) != (NO_RAND_AUGMENT, NO_COLOR_JITTER):
+        if self.color != NO_COLOR_JITTER:
             torchvision_transforms()  # import once, not in every worker of every epoch
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
@@ -270,9 +213,7 @@ class AugmentedDataset(ImagesDataset):
         mirrored = isinstance(augmentation, PadCrop) and augmentation.doubled and copy % 2 == 1
         if random.random() < augmentation.flip or mirrored:
             array = array[:, ::-1]
-        array = self.color(array, derive_seed(self.seed, "color", self.epoch, index))
-        seed = derive_seed(self.seed, "distort", self.epoch, index)
-        return self.rand_augment(array, rules, seed), target
+        return self.color(array, derive_seed(self.seed, "color", self.epoch, index)), target
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -38,24 +37,6 @@ def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> li
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     shuffled = torch.randperm(samples, generator=generator)
     return [batch.tolist() for batch in shuffled.tensor_split(count_batches(samples, batch_size))]
-
-
-def balanced_batches(targets: NDArray[np.int64], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Split an epoch of `len(targets)` samples, drawn equally often from every class, into batches.
-
-    Each class is shuffled and repeated: no sample is used twice before all samples of its class were used
-    once. The second use of a sample has the index `sample + len(targets)`, and so on.
-    """
-    random = np.random.default_rng(derive_seed(seed, "balanced order", epoch))
-    classes = [np.flatnonzero(targets == target) for target in np.unique(targets)]
-    quotas = np.diff(np.linspace(0, len(targets), len(classes) + 1).round().astype(int))
-    drawn: list[int] = []
-    for samples, quota in zip(classes, random.permutation(quotas), strict=True):
-        copies = -(-quota // len(samples))  # rounded up
-        rounds = [random.permutation(samples) + copy * len(targets) for copy in range(copies)]
-        drawn += np.concatenate(rounds)[:quota].tolist() if rounds else []
-    shuffled = torch.from_numpy(random.permutation(np.asarray(drawn, dtype=np.int64)))
-    return [batch.tolist() for batch in shuffled.tensor_split(count_batches(len(targets), batch_size))]
 
 
 def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:

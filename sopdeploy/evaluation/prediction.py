@@ -80,7 +80,7 @@ def classification_loss(
 ) -> Tensor:
     """Compute the loss of *logits* (B, C) over the images of a batch.
 
-    With "softmax", the cross entropy with *labels* (B,) int64 or (B, C); with "sigmoid", the binary cross
+    With "softmax", the cross entropy with *labels* (B,) int64; with "sigmoid", the binary cross
     entropy with *labels* (B, C) in [0, 1], averaged over the classes. *label_smoothing* is the fraction by
     which labels move towards 1 / C ("softmax") or 0.5 ("sigmoid").
     """

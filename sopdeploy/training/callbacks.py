@@ -1,20 +1,15 @@
-"""Callbacks that observe a run: progress display and TensorBoard."""
+"""Callbacks that observe a run, such as the progress display."""
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.data.base import Split
-from sopdeploy.environment import import_optional
-from sopdeploy.errors import MissingPackageError
-from sopdeploy.training.diagnostics import HELD_OUT_METRICS, EpochRow, epoch_metrics
+from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.start_weights import StartReport
 
 if TYPE_CHECKING:
     from sopdeploy.training.run import Run
-
-TENSORBOARD_FOLDER = "tensorboard"  # in the run folder
 
 
 class Callback:
@@ -64,32 +59,3 @@ class CallbackList(Callback):
         for name in vars(Callback):
             if name.startswith("on_"):
                 setattr(self, name, partial(forward, name))
-
-
-class TensorBoard(Callback):
-    """Write TensorBoard event files to the folder `tensorboard` of a run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / TENSORBOARD_FOLDER
-        extra, purpose = "sopdeploy[tensorboard]", "the tensorboard logger"
-        self.module = import_optional(
-            "torch.utils.tensorboard", "tensorboard", extra, MissingPackageError, purpose
-        )
-        self.writer: Any = None
-
-    def on_train_start(self, **counts: int) -> None:
-        """Open an event file; TensorBoard ignores earlier events of epochs that run again."""
-        self.writer = self.module.SummaryWriter(str(self.folder), purge_step=counts["first_epoch"] + 1)
-
-    def on_epoch_end(self, row: EpochRow) -> None:
-        """Write one scalar per metric, under names such as `train/loss`, which TensorBoard groups."""
-        for name, value in epoch_metrics(row).items():
-            if name.startswith("train_"):
-                group, name = "train", name.removeprefix("train_")
-            elif name in HELD_OUT_METRICS:
-                group = "held_out"
-            else:
-                group = "heads" if name.endswith(("_top1", "_top5", "_map", "_loss")) else "course"
-            if name != "epoch":
-                self.writer.add_scalar(f"{group}/{name}", value, row.epoch)
-        self.writer.flush()

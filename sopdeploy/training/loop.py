@@ -3,12 +3,10 @@
 import time
 from dataclasses import replace
 
-import numpy as np
-
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
-from sopdeploy.data.batches import balanced_batches, load_batches, shuffled_batches, with_wait_time
+from sopdeploy.data.batches import load_batches, shuffled_batches, with_wait_time
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
@@ -60,11 +58,8 @@ def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
     """Return the augmented *images* of *epoch*, and the sample indices of each step."""
     augment, rules = recipe.augment, recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
-    dataset = AugmentedDataset(images, augment, rules, recipe.seed, epoch, recipe.rand_augment, recipe.color)
+    dataset = AugmentedDataset(images, augment, rules, recipe.seed, epoch, recipe.color)
     copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1
-    if recipe.sampler == "balanced":
-        targets = np.tile(images.targets.astype(np.int64), copies)
-        return dataset, balanced_batches(targets, recipe.batch_size, recipe.seed, epoch)
     return dataset, shuffled_batches(copies * len(images), recipe.batch_size, recipe.seed, epoch)
 
 

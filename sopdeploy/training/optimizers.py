@@ -178,7 +178,7 @@ class RMSProp(_OptimizerConfig):
 
 
 class AdaHessianConfig(_OptimizerConfig):
-    """AdaHessian; needs float32 or bfloat16 and no compilation."""
+    """AdaHessian; needs float32 or bfloat16."""
 
     optimizer_class = AdaHessian
 

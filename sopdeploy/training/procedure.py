@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from sopdeploy.config import Count, FractionBelowOne, NonNegative, StrictModel
-from sopdeploy.data.augment import Augmentation, ColorJitter, Mixup, RandAugment
+from sopdeploy.data.augment import Augmentation, ColorJitter
 from sopdeploy.training.ema import EmaConfig
 from sopdeploy.training.optimizers import OptimizerConfig
 from sopdeploy.training.schedule import Schedule
@@ -29,21 +29,16 @@ class LoopSettings(StrictModel):
 
     `batch_size` is the number of samples of a step, over all processes; `accumulate` splits a step into that
     many micro-batches. `batch_norm` computes statistics per process ("local"), over the whole micro-batch
-    ("global"), or uses the running statistics ("frozen"). `sampler` "balanced" draws all classes equally
-    often.
+    ("global"), or uses the running statistics ("frozen").
     """
 
     epochs: Count
     batch_size: Annotated[int, pydantic.Field(ge=2)]
     accumulate: Count = 1
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False
     batch_norm: Literal["local", "global", "frozen"] = "local"
-    sampler: Literal["shuffled", "balanced"] = "shuffled"
     augment: Augmentation
     color: ColorJitter = ColorJitter()
-    rand_augment: RandAugment = RandAugment()
-    mix: Mixup = Mixup()
     optimizer: OptimizerConfig
     schedule: Schedule
     loss: LossConfig = LossConfig()

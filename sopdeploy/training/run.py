@@ -196,22 +196,19 @@ class Run:
 
 @dataclass(kw_only=True)
 class LoopRun(Run):
-    """A run of the training loop; `network` is `model` or its compiled form, `groups` the optimizer's.
+    """A run of the training loop; `groups` are the optimizer's parameters.
 
-    Raises `ConfigError` for settings that need one class per image, if images have several.
+    Raises `ConfigError` for a teacher if images have several classes.
     """
 
     normalize: Normalize = field(init=False)
     precision: MixedPrecision = field(init=False)
-    network: nn.Module = field(init=False)
     groups: list[dict[str, Any]] = field(init=False)
     ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
 
     def __post_init__(self) -> None:
         recipe, device = self.recipe, self.strategy.device
-        if self.activation == "sigmoid" and recipe.sampler == "balanced":
-            raise ConfigError('sampler: "balanced" needs one class per image; use sampler = "shuffled"')
         if self.activation == "sigmoid" and recipe.teacher is not None:
             raise ConfigError("teacher: distillation needs one class per image; remove the table")
         self.normalize = Normalize(recipe.preprocess).to(device)
@@ -311,7 +308,7 @@ class LoopRun(Run):
             self.ema.model.load_state_dict({part: averages[part] for part in self.model.state_dict()})
 
     def _prepare_training(self) -> None:
-        """Set the batch norms, what learns, and `network`; move the teacher to the device."""
+        """Set the batch norms and what learns; move the teacher to the device."""
         recipe, world = self.recipe, self.strategy.world
         replace_batch_norms(self.model, recipe.batch_norm, world)
         set_train_mode(self.model, recipe.start)
@@ -322,8 +319,6 @@ class LoopRun(Run):
             if self.teacher.learns:
                 replace_batch_norms(self.teacher.model, recipe.batch_norm, world)
                 self.groups.append({"params": list(self.teacher.model.parameters())})
-        compiled: Any = torch.compile(self.model) if recipe.compile else self.model
-        self.network = compiled
 
     def start_epoch(self) -> None:
         """Replace the model if this epoch trains another one (`model.remove_branches_at`)."""

@@ -21,7 +21,6 @@ import torch
 from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
-from sopdeploy.training.callbacks import TENSORBOARD_FOLDER
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.procedure import SaveConfig
@@ -29,7 +28,6 @@ from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock
 RUNS = Path("runs")
-FILES_WITHOUT_CHECKPOINT = {LOCK_FILE, TENSORBOARD_FOLDER}  # a run that ended early may have left them
 
 
 def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
@@ -102,7 +100,7 @@ class RunFolder:
                 remedies={"resume": "always"},
             )
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        others = {name for name in names - FILES_WITHOUT_CHECKPOINT if not name.endswith(PARTIAL)}
+        others = {name for name in names - {LOCK_FILE} if not name.endswith(PARTIAL)}  # left by an early end
         if others or (os.path.lexists(self.path) and not self.path.is_dir()):
             raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())

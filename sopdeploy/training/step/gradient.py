@@ -43,9 +43,9 @@ def _train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> t
     factor = recipe.schedule.factor(position.epoch + position.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
-    mixed = recipe.mix(run.normalize(batch[0]), batch[1], len(run.labels))
     run.optimizer.zero_grad()
-    loss = compute_gradient(run, mixed, shard_step(samples, recipe, run.strategy).micro_batches)
+    normalized = run.normalize(batch[0]), batch[1]
+    loss = compute_gradient(run, normalized, shard_step(samples, recipe, run.strategy).micro_batches)
     run.precision.scaler.unscale_(run.optimizer)
     gradients = [parameter.grad for parameter in run.trained().parameters() if parameter.grad is not None]
     norm = get_total_norm(gradients)
@@ -85,7 +85,7 @@ def compute_gradient(run: LoopRun, batch: Batch, micro_batches: Sequence[MicroBa
 def _compute_loss(run: LoopRun, images: Tensor, labels: Tensor) -> Loss:
     """Compute the loss of a micro-batch, with that of the teacher if the run has one."""
     with run.precision.autocast():
-        output = run.network(images)
+        output = run.model(images)
         smoothing, weights = run.recipe.loss.label_smoothing, run.model.loss_weights()
         loss = training_loss(output, labels, weights, smoothing, run.activation)
         return loss if run.teacher is None else run.teacher.add_to(loss, images, labels, output)

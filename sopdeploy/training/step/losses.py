@@ -44,7 +44,7 @@ def training_loss(
 ) -> Loss:
     """Compute alpha * main + sum of beta * branch + penalties.
 
-    *labels* are class indices (B,) or probabilities (B, classes); *activation* and *label_smoothing* are
+    *labels* are class indices (B,), or (B, classes) with "sigmoid"; *activation* and *label_smoothing* are
     those of `classification_loss`. *weights* are the model's `loss_weights()`: alpha under `main`, each
     beta under the name of its branch.
     """

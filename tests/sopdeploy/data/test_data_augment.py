@@ -12,26 +12,20 @@ from PIL import Image
 from sopdeploy.data.augment import (
     AugmentedDataset,
     CenterCrop,
-    Mixup,
     PadCrop,
-    RandAugment,
     RandomResizedCrop,
     RandomSide,
 )
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.training.step.losses import training_loss
 
 RULES = Preprocess(resize=18, crop=16)
-CENTER = CenterCrop(kind="center")
 CROPS = [
     CenterCrop(kind="center", flip=0.5),
     PadCrop(kind="pad-crop", flip=0.5, pad=2),
     RandomResizedCrop(kind="random-resized-crop", flip=0.5),
     RandomSide(kind="random-side", flip=0.5, sides=(16, 40)),
 ]
-RAND_AUGMENTS = [RandAugment(ops=2), RandAugment(erase=1.0), RandAugment(ops=1, magnitude=20, erase=0.5)]
-MIXUPS = [Mixup(mixup=0.4), Mixup(cutmix=1.0), Mixup(mixup=0.4, cutmix=1.0)]
 SIZES = st.tuples(st.integers(1, 3000), st.integers(1, 3000))
 
 
@@ -40,17 +34,13 @@ def images(count: int = 12) -> ArrayImages:
     return ArrayImages(("a", "b"), pixels, np.arange(count) % 2)
 
 
-@pytest.mark.parametrize(
-    ("crop", "rand_augment"),
-    [*((crop, RandAugment()) for crop in CROPS), *((CENTER, way) for way in RAND_AUGMENTS)],
-    ids=str,
-)
-def test_augmentation_depends_on_seed_epoch_and_sample_only(crop, rand_augment) -> None:
+@pytest.mark.parametrize("crop", CROPS, ids=str)
+def test_augmentation_depends_on_seed_epoch_and_sample_only(crop) -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
 
     def arrays(seed: int, epoch: int, order=range(12)) -> np.ndarray:
-        view = AugmentedDataset(images(), crop, RULES, seed, epoch, rand_augment)
+        view = AugmentedDataset(images(), crop, RULES, seed, epoch)
         assert view.labels == ("a", "b")
         return np.stack([view[index][0] for index in order])
 
@@ -101,39 +91,3 @@ def test_a_random_side_box_is_square_and_inside_the_image(size, crop, seed) -> N
     assert 0 <= top < bottom <= size[1]
     share = (right - left) / min(size)
     assert min(1.0, crop / 512) - 1e-6 <= share <= min(1.0, crop / 256) + 1e-6
-
-
-def batch(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(size)
-    return torch.rand(size, 3, 8, 8, generator=generator), torch.arange(size) % 3
-
-
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("mix", MIXUPS, ids=str)
-def test_a_batch_of_any_size_is_mixed_with_soft_labels_by_the_seed_of_the_step(mix, size) -> None:
-    results = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        results.append(mix(*batch(size), 3))
-    mixed, shares = results[0]
-    assert mixed.shape == (size, 3, 8, 8)
-    assert shares.shape == (size, 3)
-    torch.testing.assert_close(shares.sum(dim=1), torch.ones(size))
-    assert bool(training_loss(torch.randn(size, 3), shares, {"main": 1.0}, 0.1).total.isfinite())
-    assert torch.equal(mixed, results[1][0])
-    assert size < 3 or not torch.equal(mixed, results[2][0])
-
-
-def test_mixup_and_cutmix_are_both_drawn_if_enabled_and_nothing_if_not() -> None:
-    torch.manual_seed(0)
-    pixels, labels = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]), torch.tensor([0, 1])
-    kinds = set()
-    for _ in range(20):
-        mixed, _ = Mixup(mixup=1.0, cutmix=1.0)(pixels, labels, 2)
-        kinds.add(bool(((mixed == 0) | (mixed == 1)).all()))
-    assert kinds == {True, False}
-    before = torch.get_rng_state()
-    same, classes = Mixup()(pixels, labels, 3)
-    assert same is pixels
-    assert classes is labels
-    assert torch.equal(torch.get_rng_state(), before)

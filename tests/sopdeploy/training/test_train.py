@@ -3,8 +3,6 @@
 import csv
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,7 +19,6 @@ from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.training.callbacks import CallbackList, TensorBoard
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, diagnose
 from sopdeploy.training.epoch_choice import estimate_best
 from sopdeploy.training.recipe import Recipe, read_recipe
@@ -157,27 +154,6 @@ def test_the_divergence_from_the_teacher_is_part_of_the_loss(plain, tmp_path) ->
     first, second = (row["losses"] for row in read_checkpoint(result.last).resume["position"]["history"])
     assert second["teacher"] < first["teacher"]
     assert first["loss"] == pytest.approx(0.5 * (first["main"] + first["teacher"]), rel=1e-5)
-
-
-def test_tensorboard_receives_every_epoch(monkeypatch, tmp_path) -> None:
-    board = Mock()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=board))
-    out, callback = tmp_path / "run", RecordingCallback()
-    callbacks = CallbackList([TensorBoard(out), callback])
-    result = train_recipe(short_recipe("epochs=2"), out, callback=callbacks)
-    board.assert_called_once_with(str(out / "tensorboard"), purge_step=1)
-    added = [call.args for call in board.return_value.add_scalar.call_args_list]
-    assert {step for _, _, step in added} == {1, 2}
-    expected = {"train/main", "held_out/top1", "heads/layer1_0_top1"}
-    assert expected | {"course/data_fraction", "course/lr", "course/gradient"} <= {
-        name for name, _, _ in added
-    }
-    last = read_checkpoint(result.last).training["metrics"]
-    assert ("held_out/top1", last["top1"], 2) in added
-    assert [name for name, _ in callback.events].count("epoch") == 2
-    again = TensorBoard(tmp_path)
-    again.on_train_start(epochs=9, first_epoch=4, train_count=1, held_out_count=1, input_side=8)
-    assert board.call_args.kwargs == {"purge_step": 5}  # a resumed run purges the epochs that run again
 
 
 PREPROCESS = Preprocess(resize=16, crop=16)
