@@ -52,7 +52,7 @@ class GivenLabel(StrictModel):
     name: str = ""
 
 
-class Guard:
+class LabelGuard:
     """Refuses requests for other hosts than *names*, from other origins, without the key, and large ones."""
 
     def __init__(self, app: ASGIApp, names: set[str], key: str) -> None:
@@ -85,7 +85,7 @@ class Guard:
 
 
 def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAPI:
-    """Create the app that labels the photographs of *folders*; `Guard` describes *names* and *key*."""
+    """Create the app that labels the photographs of *folders*; `LabelGuard` describes *names* and *key*."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     lock = threading.Lock()  # of *folders*; the routes run in threads
 
@@ -132,7 +132,7 @@ def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAP
         detail = f"{error.filename}: cannot be read or written ({error.strerror}); nothing was changed"
         return JSONResponse({"detail": detail}, 507)
 
-    app.add_middleware(Guard, names=names, key=key)
+    app.add_middleware(LabelGuard, names=names, key=key)
     return app
 
 
