@@ -2,7 +2,7 @@
 
     python benchmarks/hostile_load.py BUNDLE [--limit-mb 1024] [--attack NAME --attack NAME] [--seconds 10]
 
-Part 1 sends every file of `hostile_images.py`, one after another and eight at a time, to the server in a
+Part 1 sends every file of `hostile_images.py`, one after another and twelve at a time, to the server in a
 control group of --limit-mb, and counts the responses, the peak of the memory, and killed processes. Part 2
 measures an ordinary load of four connections alone, and while two other connections repeat one hostile file:
 the ratio of the images per second and of the median latency. Without root, part 1 runs without limit.
@@ -67,9 +67,9 @@ class Server:
 
 
 def send_all(server: Server, limit: int, files: Sequence[tuple[str, bytes]]) -> list[Result]:
-    """Send *files* one after another and eight at a time; report responses, peak and kills."""
+    """Send *files* one after another and twelve at a time; report responses, peak and kills."""
     results = []
-    for at_once in (1, 8):
+    for at_once in (1, 12):
         with memory_group(limit) if can_limit_memory() else nullcontext() as group:
             with server.run(group) as url, ThreadPoolExecutor(at_once) as pool:
                 codes = Counter(pool.map(lambda body: server.post(url, body), [body for _, body in files]))
