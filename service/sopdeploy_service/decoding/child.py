@@ -29,7 +29,7 @@ from sopdeploy.images.formats import webp_size
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import sandbox
-from sopdeploy_service.images.decode import LOADERS, EncodedImage, decode
+from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.runtime.device_memory import limit_heaps
 
 # Number of the request; bytes of the rules (none: copy the image), of the media type and of the image.
@@ -76,7 +76,7 @@ class ChildOptions(NamedTuple):
     cpu_seconds: float
     max_bytes: int
     max_pixels: int
-    load: str
+    fast: bool
     formats: tuple[str, ...]
     sandbox: str
 
@@ -102,7 +102,7 @@ def answer(number: int, rules: bytes, image: EncodedImage, options: ChildOptions
             read_rules(rules),
             max_bytes=options.max_bytes,
             max_pixels=options.max_pixels,
-            load=LOADERS[options.load],
+            fast=options.fast,
             formats=options.formats or None,
         )
     except ImageError as error:

@@ -8,7 +8,7 @@ warning. Invalid bytes raise `ImageError` and no other exception.
 import io
 import random
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -48,28 +48,16 @@ class Decoded(NamedTuple):
     warnings: tuple[str, ...]
 
 
-# Loads the pixels of an image of which only the header was read.
-LoadPixels = Callable[[Image.Image, Preprocess], None]
-
-
-def load_exact(image: Image.Image, preprocess: Preprocess) -> None:  # noqa: ARG001
-    """Load the same pixels as in training."""
-    image.load()
-
-
-LOADERS: dict[str, LoadPixels] = {"exact": load_exact, "fast": load_reduced}
-
-
 def decode(
     encoded: EncodedImage,
     preprocess: Preprocess,
     *,
     max_bytes: int,
     max_pixels: int,
-    load: LoadPixels = load_exact,
+    fast: bool = False,
     formats: Collection[str] | None = None,
 ) -> Decoded:
-    """Decode *encoded*, with its pixels from *load*, and apply *preprocess*.
+    """Decode *encoded* to the pixels of training and apply *preprocess*; *fast* loads reduced pixels.
 
     Only the first frame of an animation is decoded. *formats* are those to accept, all by default. Raises
     `ImageError` with a code and an HTTP status.
@@ -81,7 +69,10 @@ def decode(
         kind = "JPEG" if image.format == "MPO" else str(image.format)
         try:
             size = image.size
-            load(image, preprocess)
+            if fast:
+                load_reduced(image, preprocess)
+            else:
+                image.load()
             check_decoded_size(image, size)
             if kind == "JPEG" and is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")

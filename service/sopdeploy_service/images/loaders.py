@@ -18,8 +18,7 @@ from PIL import Image
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import ParityError
 from sopdeploy.http_api import FastDecode
-from sopdeploy.images.pixels import load_reduced
-from sopdeploy_service.images.decode import LOADERS, Decoded, EncodedImage, decode, load_exact
+from sopdeploy_service.images.decode import Decoded, EncodedImage, decode
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.settings import Settings
 
@@ -36,22 +35,21 @@ def make_decoder(settings: Settings) -> partial[Decoded]:
         decode,
         max_bytes=settings.max_body_bytes,
         max_pixels=settings.max_pixels,
-        load=LOADERS[settings.decode],
+        fast=settings.decode == "fast",
     )
 
 
 def check_fast_decode(bundle: Bundle, runtime: Runtime, settings: Settings) -> FastDecode:
     """Measure how `decode=fast` changes the outputs; raise `ParityError` if a change exceeds its limit."""
     output, rules = bundle.manifest.outputs[0].name, bundle.manifest.preprocess
-    exact: list[NDArray[np.float32]] = []
-    fast: list[NDArray[np.float32]] = []
+    logits: tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]] = ([], [])
     for jpeg in _test_jpegs(rules.resize if rules.fit == "crop" else rules.crop, settings.max_pixels):
-        for logits, load in ((exact, load_exact), (fast, load_reduced)):
+        for fast in (False, True):
             decoded = decode(
-                EncodedImage(jpeg), rules, max_bytes=len(jpeg), max_pixels=settings.max_pixels, load=load
+                EncodedImage(jpeg), rules, max_bytes=len(jpeg), max_pixels=settings.max_pixels, fast=fast
             )
-            logits.append(runtime.run(decoded.pixels[None])[output][0])
-    result = _compare(np.stack(exact).astype(np.float64), np.stack(fast).astype(np.float64))
+            logits[fast].append(runtime.run(decoded.pixels[None])[output][0])
+    result = _compare(*(np.stack(rows).astype(np.float64) for rows in logits))
     if result.drift <= MAX_DRIFT and result.agreement >= MIN_AGREEMENT:
         return result
     raise ParityError(

@@ -1,21 +1,12 @@
-"""A child process: enters the sandbox, tries forbidden calls, decodes the images of its standard input."""
+"""What a sandboxed process tries in vain."""
 
-import base64
 import ctypes
-import json
 import mmap
 import os
 import platform
 import socket
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
-
-from sopdeploy.errors import ImageError
-from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.decoding import sandbox
-from sopdeploy_service.images.decode import EncodedImage, decode
 
 NUMBERS = {  # of calls without a function in Python
     "x86_64": {"ptrace": 101, "io_uring_setup": 425, "bpf": 321, "mount": 165, "keyctl": 250, "unshare": 272},
@@ -55,28 +46,3 @@ def attempt(forbidden: Callable[[], object]) -> int:
     except OSError as problem:
         return problem.errno or -1
     return 0
-
-
-def decoded(body: bytes) -> str:
-    try:
-        found = decode(EncodedImage(body), PREPROCESS, max_bytes=10**6, max_pixels=50 * 10**6)
-    except ImageError as problem:
-        return problem.code
-    return base64.b64encode(found.pixels.tobytes()).decode()
-
-
-PREPROCESS = Preprocess(resize=16, crop=16)
-
-if __name__ == "__main__":
-    bodies = {name: base64.b64decode(text) for name, text in json.load(sys.stdin).items()}
-    sandbox.preload()
-    report: dict[str, object] = {"applied": sandbox.enter()}
-    report["errors"] = {name: attempt(forbidden) for name, forbidden in FORBIDDEN.items()}
-    images: dict[str, str] = {}
-    thread = threading.Thread(
-        target=lambda: images.update({name: decoded(body) for name, body in bodies.items()})
-    )
-    thread.start()
-    thread.join()
-    os.kill(os.getpid(), 0)  # its own signals are allowed: SIGTERM when the supervisor has ended
-    sys.stdout.write(json.dumps({**report, "images": images}))

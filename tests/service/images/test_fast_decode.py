@@ -8,9 +8,8 @@ from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.errors import ParityError
-from sopdeploy.images.pixels import load_reduced
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
+from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.images.loaders import MAX_DRIFT, check_fast_decode, synthetic_jpeg
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
@@ -21,8 +20,8 @@ FAST = Settings(decode="fast", threads=1)
 
 def exact_and_fast(body):
     return [
-        decode(EncodedImage(body), RULES, max_bytes=10**8, max_pixels=10**8, load=load).pixels.astype(int)
-        for load in (load_exact, load_reduced)
+        decode(EncodedImage(body), RULES, max_bytes=10**8, max_pixels=10**8, fast=fast).pixels.astype(int)
+        for fast in (False, True)
     ]
 
 

@@ -11,11 +11,11 @@ from PIL import Image
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.datasets.layouts import open_evaluation_images
-from sopdeploy.images.pixels import load_reduced, preprocess_image, visible_box
+from sopdeploy.images.pixels import preprocess_image, visible_box
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands import predict as predict_command
-from sopdeploy_service.images.decode import EncodedImage, decode, load_exact
+from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.images.loaders import synthetic_jpeg
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
@@ -152,8 +152,8 @@ def test_fast_decoding_keeps_the_position_of_the_image_and_almost_its_pixels(fit
     with Image.open(io.BytesIO(synthetic_jpeg(size, 0))) as image:
         image.save(file, "JPEG", exif=exif.tobytes())
     exact, fast = (
-        decode(EncodedImage(file.getvalue()), rules, max_bytes=10**7, max_pixels=10**7, load=load).pixels
-        for load in (load_exact, load_reduced)
+        decode(EncodedImage(file.getvalue()), rules, max_bytes=10**7, max_pixels=10**7, fast=fast).pixels
+        for fast in (False, True)
     )
     assert np.array_equal((exact == BACKGROUND).all(axis=2), (fast == BACKGROUND).all(axis=2))
     assert np.abs(fast.astype(int) - exact).mean() < 6
