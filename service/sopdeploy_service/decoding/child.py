@@ -106,25 +106,25 @@ def answer(number: int, rules: bytes, image: EncodedImage, options: ChildOptions
             formats=options.formats or None,
         )
     except ImageError as error:
-        reason = error
+        # Not the error itself, whose traceback would keep the memory of the failed decoder.
+        reason, text = (error.code, error.status), str(error)
         width, height = webp_size(image.body)
         if isinstance(error.__cause__, MemoryError) or (
             error.code == "damaged_image" and width * height * PIXEL_BYTES > options.memory
         ):
-            message = f"decoding needs more than {options.memory // 10**6} MB, the memory for an image"
-            reason = ImageError(f"{message}; send it smaller", code="too_much_memory", status=413)
+            limit = f"{options.memory // 10**6} MB, the memory for an image"
+            reason, text = ("too_much_memory", 413), f"decoding needs more than {limit}; send it smaller"
         elif options.is_light and error.code == "too_many_pixels":
             return [REPLY.pack(number, LARGER, 0, 0)]
     except Exception:  # a bug fails its own image
         sys.excepthook(*sys.exc_info())
-        reason = ImageError("the decoder failed on this image", code="decoder_failed", status=500)
+        reason, text = ("decoder_failed", 500), "the decoder failed on this image"
     else:
         changes = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
         pixels = np.ascontiguousarray(decoded.pixels).data.cast("B")
         return [REPLY.pack(number, PIXELS, changes, len(pixels)), pixels]
-    text = str(reason).encode()[:MAX_MESSAGE]
-    kind = FIRST_ERROR + ERRORS.index((reason.code, reason.status))
-    return [REPLY.pack(number, kind, 0, len(text)), text]
+    message = text.encode()[:MAX_MESSAGE]
+    return [REPLY.pack(number, FIRST_ERROR + ERRORS.index(reason), 0, len(message)), message]
 
 
 def serve_requests(end: socket.socket, options: ChildOptions) -> None:
