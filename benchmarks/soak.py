@@ -171,7 +171,7 @@ def digits_bundle(folder: Path, seed: int) -> Path:
     settings = ["--set", "epochs=1", "--set", f"seed={seed}"]
     sopdeploy("train", "--recipe", "digits-dsop", *settings, "--out", str(run))
     sopdeploy("export", str(run / "best.pt"), "--detach", "--out", str(out))
-    return next(out.glob("dsop-*"))
+    return (out / "latest").resolve()
 
 
 def sopdeploy(*arguments: str) -> str:
