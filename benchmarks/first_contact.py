@@ -25,7 +25,7 @@ from typing import Any
 
 from load import put_load
 
-BATCHES = (1, 8, 32, 64)
+BATCHES = "1,8,32,64"
 WARM_UPS, SECONDS = 3, 2.0  # for each batch size
 PART_SECONDS = 300
 PACKAGES = ("numpy", "onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-cu13", "torch", "sopdeploy")
@@ -67,7 +67,7 @@ def probes(bundle: Bundle, provider: str) -> Iterator[Row]:
 def speed(bundle: Bundle, provider: str) -> Iterator[Row]:
     """Median milliseconds of a batch with its copies, images/s alone and with two in flight; MiB in use."""
     session = open_session(bundle, provider)
-    for batch in BATCHES:
+    for batch in map(int, BATCHES.split(",")):
         calls = [bind(session, bundle, batch, provider) for _ in range(2)]
         alone, two = median_ms(calls[:1]), median_ms(calls)
         row = {"bundle": bundle["name"], "batch": batch, "ms": f"{alone:.3f}"}
@@ -97,9 +97,8 @@ def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:
 
     engine = get_engine(open_bundle(bundle["path"]), EngineOptions(profiles="1,8,64"))
     yield {"bundle": bundle["name"], "build": f"{engine.record.build_seconds:.0f} s"}
-    sizes, settings = ",".join(map(str, BATCHES)), load_settings(runtime="tensorrt")
-    for measured in bench(bundle["path"], batch=sizes, settings=settings).latencies:
-        yield {"bundle": bundle["name"], "batch": measured.batch, "ms": f"{measured.median_ms:.3f}"}
+    for each in bench(bundle["path"], batch=BATCHES, settings=load_settings(runtime="tensorrt")).latencies:
+        yield {"bundle": bundle["name"], "batch": each.batch, "ms": f"{each.median_ms:.3f}"}
 
 
 PARTS = {part.__name__: part for part in (machine, probes, speed, server, tensorrt)}
