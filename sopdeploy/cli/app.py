@@ -22,60 +22,46 @@ SETTINGS: Any = {  # of every `typer.Typer`
     "pretty_exceptions_enable": False,
     "context_settings": {"help_option_names": ["-h", "--help"]},
 }
-# Name of a command: topic, its function, summary.
-COMMANDS = {
-    "demo": ("Get started", "sopdeploy.commands.demo:demo", "run the whole workflow in a minute"),
-    "env": ("Get started", "sopdeploy.commands.env:env", "versions and hardware, for a bug report"),
-    "data": ("Train", "sopdeploy.commands.data:check", "inspect images before training"),
-    "recipes": ("Train", "sopdeploy.commands.train:recipes", "list the packaged recipes"),
-    "models": ("Train", "sopdeploy.commands.models:models", "list the networks of the catalog, or count one"),
-    "train": ("Train", "sopdeploy.commands.train:train", "train a network"),
-    "eval": ("Train", "sopdeploy.commands.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
-    "runs": ("Train", "sopdeploy.commands.runs:runs", "list runs and bundles"),
-    "import": (
-        "Train",
-        "sopdeploy.commands.import_file:import_file",
-        "convert published weights to a checkpoint",
-    ),
-    "reproduce": ("Train", "sopdeploy.commands.reproduce:reproduce", "train the rows of a paper's table"),
-    "export": (
-        "Export",
-        "sopdeploy.commands.export:export",
-        "convert a checkpoint to a bundle, with a proof",
-    ),
-    "inspect": (
-        "Export",
-        "sopdeploy.commands.export:inspect",
-        "list parts of your network that have no effect",
-    ),
-    "verify": ("Export", "sopdeploy_service.commands.verify:verify", "check files and outputs of a bundle"),
-    "sign": ("Export", "sopdeploy.commands.transfer:sign", "sign a bundle"),
-    "push": ("Export", "sopdeploy.commands.transfer:push", "upload a bundle"),
-    "pull": ("Export", "sopdeploy.commands.transfer:pull", "download and check a bundle"),
-    "engine": ("Export", "sopdeploy.commands.export:engine", "build the TensorRT engine of a bundle"),
-    "triton": ("Export", "sopdeploy.commands.export:triton", "add a bundle to a Triton model repository"),
-    "predict": ("Serve", "sopdeploy_service.commands.predict:predict", "classify images without a server"),
-    "compare": ("Serve", "sopdeploy_service.commands.compare:compare", "compare two bundles on photographs"),
-    "promote": (
-        "Serve",
-        "sopdeploy_service.commands.promote:promote",
-        "make a bundle live if it is not worse",
-    ),
-    "serve": ("Serve", "sopdeploy.commands.serve:serve", "serve bundles over HTTP, with a web page"),
-    "health": ("Serve", "sopdeploy.commands.health:health", "check whether a server is ready"),
-    "key": ("Serve", "sopdeploy.commands.serve:key", "create an API key for a server"),
-    "bench": (
-        "Serve",
-        "sopdeploy_service.commands.bench:bench",
-        "measure latency and throughput of a bundle",
-    ),
-    "classify": (
-        "Serve",
-        "sopdeploy_service.commands.batch.run:classify",
-        "classify any number of images into parquet files",
-    ),
-    "label": ("Serve", "sopdeploy.commands.serve:label", "label kept photographs on a local web page"),
+# Commands by topic: name of a command, its function, summary.
+TOPICS = {
+    "Everyday": {
+        "train": ("sopdeploy.commands.train:train", "train a network"),
+        "export": ("sopdeploy.commands.export:export", "convert a checkpoint to a bundle, with a proof"),
+        "serve": ("sopdeploy.commands.serve:serve", "serve bundles over HTTP, with a web page"),
+        "predict": ("sopdeploy_service.commands.predict:predict", "classify images without a server"),
+        "label": ("sopdeploy.commands.serve:label", "label kept photographs on a local web page"),
+        "compare": ("sopdeploy_service.commands.compare:compare", "compare two bundles on photographs"),
+        "promote": ("sopdeploy_service.commands.promote:promote", "make a bundle live if it is not worse"),
+    },
+    "Operate": {
+        "runs": ("sopdeploy.commands.runs:runs", "list runs and bundles"),
+        "data": ("sopdeploy.commands.data:check", "inspect images before training"),
+        "eval": ("sopdeploy.commands.evaluate:evaluate", "evaluate a checkpoint or a bundle"),
+        "verify": ("sopdeploy_service.commands.verify:verify", "check files and outputs of a bundle"),
+        "bench": ("sopdeploy_service.commands.bench:bench", "measure latency and throughput of a bundle"),
+        "classify": (
+            "sopdeploy_service.commands.batch.run:classify",
+            "classify any number of images into parquet files",
+        ),
+        "key": ("sopdeploy.commands.serve:key", "create an API key for a server"),
+        "health": ("sopdeploy.commands.health:health", "check whether a server is ready"),
+        "sign": ("sopdeploy.commands.transfer:sign", "sign a bundle"),
+        "push": ("sopdeploy.commands.transfer:push", "upload a bundle"),
+        "pull": ("sopdeploy.commands.transfer:pull", "download and check a bundle"),
+        "engine": ("sopdeploy.commands.export:engine", "build the TensorRT engine of a bundle"),
+        "triton": ("sopdeploy.commands.export:triton", "add a bundle to a Triton model repository"),
+        "demo": ("sopdeploy.commands.demo:demo", "run the whole workflow in a minute"),
+        "env": ("sopdeploy.commands.env:env", "versions and hardware, for a bug report"),
+    },
+    "Research": {
+        "models": ("sopdeploy.commands.models:models", "list the networks of the catalog, or count one"),
+        "recipes": ("sopdeploy.commands.train:recipes", "list the packaged recipes"),
+        "import": ("sopdeploy.commands.import_file:import_file", "convert published weights to a checkpoint"),
+        "inspect": ("sopdeploy.commands.export:inspect", "list parts of your network that have no effect"),
+        "reproduce": ("sopdeploy.commands.reproduce:reproduce", "train the rows of a paper's table"),
+    },
 }
+COMMANDS = {name: command for commands in TOPICS.values() for name, command in commands.items()}
 GROUPS = {"data": "check"}  # a command with one command in it
 QUICK_START = (
     "sopdeploy train --data photos",
@@ -115,7 +101,7 @@ class Commands(Mapping[str, Any]):
     """The commands by name; a command is imported when it is looked up."""
 
     def __getitem__(self, name: str) -> Any:
-        module, _, function = COMMANDS[name][1].partition(":")
+        module, _, function = COMMANDS[name][0].partition(":")
         run = getattr(import_module(module), function).run_command
         app = typer.Typer(add_completion=False, **SETTINGS)
         app.command(GROUPS.get(name, name), cls=CommandLine)(run)
@@ -161,10 +147,9 @@ class Program(TyperGroup):
         formatter.write(f"\n{ABOUT}\n\nQuick start:\n")
         for number, command in enumerate(QUICK_START, 1):
             formatter.write(f"  {number}  {command}\n")
-        for topic in dict.fromkeys(topic for topic, _, _ in COMMANDS.values()):
-            rows = [(name, summary) for name, (group, _, summary) in COMMANDS.items() if group == topic]
+        for topic, commands in TOPICS.items():
             with formatter.section(topic):
-                formatter.write_dl(rows)
+                formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
         records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]
         with formatter.section("Options"):
             formatter.write_dl([record for record in records if record])
