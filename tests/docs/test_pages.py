@@ -43,18 +43,6 @@ def test_every_code_of_the_client_is_explained() -> None:
     assert of_client == set(ERRORS.OF_THE_CLIENT) | {"unreachable"}
 
 
-def test_every_code_of_the_service_has_advice() -> None:
-    http = (ROOT / "docs" / "http.md").read_text(encoding="utf-8")
-    found = ERRORS.http_errors()
-    assert len({error.code for error in found}) == len(found) > 60
-    assert [error.code for error in found if not error.advice.strip()] == []
-    shown = re.findall(r"^\| \d.*$", http.partition("## Errors")[2], re.MULTILINE)
-    assert len({error.status for error in found}) == len(shown)
-    assert sum(bool(error.message) for error in found) > 50
-    page = ERRORS.served_page()
-    assert [error.code for error in found if f'id="{error.code}"' not in page] == []
-
-
 CONFIG = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 LOADED = re.compile(

@@ -27,9 +27,12 @@ from sopdeploy_export.graph import (
     lower,
 )
 from sopdeploy_export.operators import check_operators
+from sopdeploy_export.precision.casts import float32_parts
+from sopdeploy_export.precision.int8 import Int8Quantizer
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.user_network.networks import export_small, trained, variant
 from tests.gpu_graphs import accepted
+from tests.sweep.steps import Small, agreed
 
 Make = Callable[..., Classifier]
 
@@ -301,3 +304,28 @@ def test_an_export_compares_the_operators(tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match=r"aten\.avg_pool2d\.default: .* instead of"):
         export_small(trained(network), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+STATISTICS = {"head": {"kind": "gap+mean+isqrt", "width": 8, "iterations": 3}}
+VIT = Small("head:timm:test_vit", 160, STATISTICS)
+
+
+def test_a_transformer_with_a_head_on_its_patch_tokens_agrees_and_gpu_runtimes_accept_it(
+    tmp_path: Path,
+) -> None:
+    assert agreed(VIT.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
+    accepted(onnx.load(tmp_path / "model.onnx"), "fp32")
+
+
+def test_int8_quantizes_the_network_and_not_its_head(tmp_path: Path) -> None:
+    small = Small("head:resnet8", 16, STATISTICS)
+    assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx").passed
+    images, plain = generated_images(16)[:4], onnx.load(tmp_path / "model.onnx")
+    graph = Int8Quantizer(plain, images, float32_parts(small.build())).quantize().graph
+    in_float = {tensor.name for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
+    weights = {node.input[1] for node in graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}}
+    assert weights & in_float == {
+        "conv1.weight",  # reads the image
+        "pooled_head.poolings.layer3_0.layer_reduce.weight",
+        "pooled_head.fc.weight",
+    }

@@ -1,6 +1,9 @@
-"""The Python client against real servers."""
+"""The Python client and NVIDIA's Triton client against real servers."""
 
+import base64
 import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ from PIL import Image
 
 from sopdeploy.client import Client
 from sopdeploy.errors import ServiceError
+from sopdeploy_service.images.decode import EncodedImage, decode
 from tests.service.conftest import LABELS
 
 
@@ -54,3 +58,96 @@ def test_the_examples_of_the_docs_run(block, client, jpeg, tmp_path, monkeypatch
     exec(block.replace("http://127.0.0.1:8000", str(client.base_url)), names)  # noqa: S102
     results = names["found"] if isinstance(names["found"], list) else [names["found"]]
     assert {result.classes[0].label for result in results} <= set(LABELS)
+
+
+with warnings.catch_warnings():  # warnings of its dependencies
+    warnings.simplefilter("ignore")
+    http = pytest.importorskip("tritonclient.http")
+
+LIMITS = {"max_bytes": 10**6, "max_pixels": 10**6}
+
+
+@pytest.fixture(scope="module")
+def triton(client) -> Iterator[Any]:
+    with http.InferenceServerClient(client.base_url.netloc.decode()) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def images(make_picture) -> list[bytes]:
+    return [make_picture(), make_picture((10, 200, 30), kind="PNG"), make_picture((0, 0, 250), (90, 33))]
+
+
+@pytest.fixture(scope="module")
+def pixels(images, bundle):
+    rules = bundle.manifest.preprocess
+    return np.stack([decode(EncodedImage(image), rules, **LIMITS).pixels for image in images])
+
+
+@pytest.fixture(scope="module")
+def classified(client, images):
+    return [client.post("/v1/classify?top_k=7", content=image).json()["classes"] for image in images]
+
+
+def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> Any:
+    tensor = http.InferInput(name, list(values.shape), datatype)
+    tensor.set_data_from_numpy(values, binary_data=binary)
+    return tensor
+
+
+def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
+    answers = [bundle.manifest.answer(row) for row in logits]
+    return [answer.fields(bundle.labels)["classes"] for answer in answers] == classified
+
+
+@pytest.mark.parametrize(("binary_in", "binary_out"), [(True, True), (False, False), (True, None)])
+def test_tensors_get_the_predictions_of_v1(triton, pixels, classified, bundle, binary_in, binary_out):
+    outputs = None if binary_out is None else [http.InferRequestedOutput("logits", binary_data=binary_out)]
+    sent = [infer_input("images", pixels, "UINT8", binary_in)]
+    found = triton.infer("tiny", sent, outputs=outputs, request_id="r1")
+    logits = found.as_numpy("logits")
+    assert (logits.dtype, logits.shape) == (np.float32, (3, 7))
+    assert equal(logits, bundle, classified)
+    response = found.get_response()
+    assert (response["id"], response["model_name"]) == ("r1", "tiny")
+    assert response["model_version"] == bundle.manifest.id
+
+
+@pytest.mark.parametrize("algorithm", [None, "gzip", "deflate"])
+@pytest.mark.parametrize("binary", [True, False])
+def test_pixels_may_be_fp32_and_compressed(triton, pixels, classified, bundle, binary, algorithm):
+    sent = [infer_input("images", pixels.astype(np.float32), "FP32", binary)]
+    found = triton.infer(
+        "tiny", sent, request_compression_algorithm=algorithm, response_compression_algorithm=algorithm
+    )
+    assert equal(found.as_numpy("logits"), bundle, classified)
+
+
+@pytest.mark.parametrize(("shape", "binary"), [((3,), True), ((3, 1), False)])
+def test_encoded_images_get_the_predictions_of_v1(triton, images, classified, bundle, shape, binary):
+    sent = images if binary else [base64.b64encode(image) for image in images]
+    values = np.array(sent, dtype=object).reshape(shape)
+    found = triton.infer(
+        "tiny", [infer_input("IMAGE", values, "BYTES", binary)], model_version=bundle.manifest.id
+    )
+    assert equal(found.as_numpy("logits"), bundle, classified)
+
+
+def test_server_and_model_metadata(triton, bundle):
+    assert triton.is_server_live()
+    assert triton.is_server_ready()
+    assert triton.is_model_ready("tiny")
+    assert triton.is_model_ready("tiny", bundle.manifest.id)
+    assert not triton.is_model_ready("other")
+    assert not triton.is_model_ready("tiny", "1")
+    assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data", "classification"]
+    assert triton.get_model_metadata("tiny", bundle.manifest.id) == {
+        "name": "tiny",
+        "versions": [bundle.manifest.id],
+        "platform": "onnxruntime_onnx",
+        "inputs": [
+            {"name": "images", "datatype": "UINT8", "shape": [-1, 32, 32, 3]},
+            {"name": "IMAGE", "datatype": "BYTES", "shape": [-1, 1]},
+        ],
+        "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 7]}],
+    }

@@ -22,9 +22,8 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
-from tests.service.failing import Failing
-from tests.service.held import Held
 from tests.service.raw import connect, count, read
+from tests.service.runtimes import Failing, Held
 
 
 def test_a_run_out_of_memory_fails_only_its_image(serve_with, jpeg):

@@ -16,8 +16,8 @@ from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected, settle
 from sopdeploy_service.inference.results import DEADLINE, DRAINING, INFERENCE_FAILED, NONFINITE
 from sopdeploy_service.runtime.base import DeviceLostError
-from tests.service.held import Held
 from tests.service.raw import connect, count, post_of
+from tests.service.runtimes import Held
 
 Fill = Callable[..., list[QueuedImage]]
 

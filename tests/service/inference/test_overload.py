@@ -12,8 +12,8 @@ from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.inference import service
 from sopdeploy_service.inference.model_worker import MAX_FAILED_BATCHES
 from sopdeploy_service.settings import Settings
-from tests.service.held import Held
 from tests.service.raw import count
+from tests.service.runtimes import Held
 
 
 class FailingRuntime(FakeRuntime):

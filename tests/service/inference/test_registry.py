@@ -29,8 +29,8 @@ from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.process import load_app
 from sopdeploy_service.settings import Settings
 from tests.forged import flip
-from tests.service.failing import Failing
 from tests.service.raw import connect, post_of, read
+from tests.service.runtimes import Failing
 
 SETTINGS = Settings(threads=1)
 

@@ -144,26 +144,6 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_se
     server.stop()
 
 
-def test_serving_has_the_settings_of_the_command(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
-) -> None:
-    calls: list[Any] = []
-
-    def record(sources: Any, settings: Any) -> int:
-        calls.append((list(map(str, sources)), settings.model_dump()))
-        return 0
-
-    monkeypatch.setattr("sopdeploy_service.server.process.run_server", record)
-    (tmp_path / "s.toml").write_text("queue_size = 300\n", encoding="utf-8")
-    assert CliRunner().invoke(app, ["serve", str(bundle)]).exit_code == 0
-    options = ["--port", "9", "--setting", "top_k=2", "--config", str(tmp_path / "s.toml")]
-    assert CliRunner().invoke(app, ["serve", str(bundle), f"b={bundle}", *options]).exit_code == 0
-    assert sopdeploy.serve(bundle) == 0
-    assert sopdeploy.serve([bundle, f"b={bundle}"], config=tmp_path / "s.toml", port=9, top_k=2) == 0
-    assert calls[:2] == calls[2:]
-    assert calls[1][1]["queue_size"] == 300
-
-
 def test_a_server_in_the_background_ends_with_the_process_that_started_it(bundle: Path) -> None:
     code = (
         "import os, sopdeploy\n"

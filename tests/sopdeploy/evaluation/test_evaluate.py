@@ -79,24 +79,6 @@ def test_evaluate_counts_top1_and_top5_of_every_image(data, classes, size) -> No
     assert low <= figures.top5 <= high
 
 
-def test_evaluation_preprocesses_like_the_service_and_keeps_the_mode() -> None:
-    torch.manual_seed(0)
-    model = create_model("dsop-resnet8", num_classes=3, base_width=4)
-    pixels = np.random.default_rng(0).integers(0, 256, (10, 30, 20, 3), dtype=np.uint8)
-    stored = ArrayImages(("a", "b", "c"), pixels, np.arange(10) % 3)
-    figures = evaluate_network(model, PreprocessedDataset(stored, RULES), RULES, batch_size=4)
-    assert model.training
-    model.eval()
-    served = torch.from_numpy(np.stack([preprocess_image(stored[i][0], RULES) for i in range(10)]))
-    logits = model(Normalize(RULES)(served)).detach()
-    targets = torch.from_numpy(stored.targets)
-    assert figures.top1 == int((logits.argmax(1) == targets).sum()) / 10
-    assert figures.loss == pytest.approx(float(nn.functional.cross_entropy(logits, targets)), rel=1e-5)
-    assert figures.top5 == 1.0
-    evaluate_network(model, PreprocessedDataset(stored, RULES), RULES, workers=2)
-    assert not model.training
-
-
 def test_a_diverged_network_and_an_empty_dataset_are_errors() -> None:
     model = FromPixels(3)
     with pytest.raises(DataError, match="no images to evaluate on"):

@@ -31,8 +31,7 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.layers.pooling.compact_bilinear import draw_sketch
 from sopdeploy.layers.spectral import square_root
 from tests.gpu_graphs import accepted
-from tests.sopdeploy.layers.numerics.all_poolings import CHOICES, EACH_POOLING, build, name
-from tests.sopdeploy.layers.numerics.references import relu_features
+from tests.sopdeploy.layers.numerics.all_poolings import CHOICES, EACH_POOLING, build, name, relu_features
 
 CHANNELS = 5
 

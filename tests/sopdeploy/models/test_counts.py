@@ -167,19 +167,6 @@ def test_published_figures_are_reached_to_the_last_digit_or_marked_with_the_reas
         assert row.reached or row.note
 
 
-@pytest.mark.parametrize(
-    ("name", "switches"),
-    [
-        ("dsop-resnet18", {}),  # the text's definition: the tables count strided branches
-        ("dsop-resnet18", {"aux_stride": "table", "image_size": 192}),
-        ("resnet20", {"num_classes": 100}),
-        ("resnet18", {}),  # conv5_x with stride 2
-    ],
-)
-def test_other_networks_have_no_published_figures(name: str, switches: dict) -> None:
-    assert describe(name, **switches).published == ()
-
-
 @pytest.mark.parametrize("name", ["dsop-resnet18", "psdr-resnet50", "efficientnet-b0", "wrn-22-10"])
 def test_parts_sum_to_the_whole(name: str) -> None:
     found = describe(name)

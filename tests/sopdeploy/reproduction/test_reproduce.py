@@ -24,7 +24,7 @@ from sopdeploy.reproduction.tables import PrintedRow, PrintedTable, ReproduceOpt
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.signals import TrainingStoppedError
 from tests.pages import charts
-from tests.sopdeploy.data.small_data import write_classes, write_imagenet
+from tests.sopdeploy.data.small_data import write_imagenet
 from tests.sopdeploy.training.runs import RecordingCallback
 
 TABLES = load_tables()
@@ -194,18 +194,6 @@ def test_a_row_of_an_imagenet_table_runs_on_the_official_layout(name: str, tmp_p
     options = ReproduceOptions(out=tmp_path / "out", scale="small", data=data, rows=row, set=("epochs=2",))
     (run,) = reproduce(table, options).rows[0].runs
     assert (run.train_count, run.held_out_count, len(run.history)) == (60, 30, 2)
-
-
-def test_a_given_folder_is_reduced_to_a_few_images_per_class(tmp_path) -> None:
-    write_classes(tmp_path / "photos", ("cat", "dog", "owl"), 12)
-    options = ReproduceOptions(out=tmp_path / "out", scale="small", data=tmp_path / "photos", rows="plain")
-    found = reproduce(TINY, options)
-    (run,) = found.rows[0].runs
-    assert (run.train_count, run.held_out_count) == (18, 6)
-    assert found.rows[0].top1 is not None
-    assert found.rows[0].top1.low < found.rows[0].top1.mean < found.rows[0].top1.high
-    (copied,) = (tmp_path / "out" / "small-images").iterdir()
-    assert copied.name.startswith("photos-")
 
 
 def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:

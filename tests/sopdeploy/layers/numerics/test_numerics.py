@@ -18,8 +18,15 @@ from sopdeploy.layers.isqrt_cov import (
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.spectral import Logarithm, Power, spectral
-from tests.sopdeploy.layers.numerics.all_poolings import CHOICES, EACH_POOLING, build, name
-from tests.sopdeploy.layers.numerics.references import relative_error, relu_features, textbook_root
+from tests.sopdeploy.layers.numerics.all_poolings import (
+    CHOICES,
+    EACH_POOLING,
+    build,
+    name,
+    relative_error,
+    relu_features,
+    textbook_root,
+)
 
 PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
 

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 import traceback
@@ -14,7 +15,6 @@ import torch
 
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.training.distributed.torchrun import join_processes
-from tests.ports import held_port
 from tests.service.children import PYTHONPATH, ROOT
 from tests.sopdeploy.training.runs import few_digits, forkserver
 
@@ -98,3 +98,15 @@ def call_joined(function: str, folder: Path, variables: dict[str, str]) -> None:
     except BaseException:
         (folder / f"rank{variables['RANK']}.txt").write_text(traceback.format_exc())
         raise
+
+
+@contextmanager
+def held_port() -> Iterator[int]:
+    """Yield a free port that the system gives to no other process until the block ends.
+
+    The port stays bound without listening. On Linux, a server with `SO_REUSEADDR` can still listen on it.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield int(holder.getsockname()[1])

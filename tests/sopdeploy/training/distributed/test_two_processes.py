@@ -12,13 +12,11 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.training import loop
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.train import train_recipe
-from tests.ports import held_port
 from tests.sopdeploy.data.test_data_folder import make
-from tests.sopdeploy.training.distributed.processes import run_in_processes, start_module, wait_for
+from tests.sopdeploy.training.distributed.processes import held_port, run_in_processes, start_module, wait_for
 from tests.sopdeploy.training.runs import short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
-
 GLOBAL = "batch_norm=global"
 
 
