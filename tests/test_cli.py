@@ -274,18 +274,11 @@ def test_external_text_is_one_line_without_control_characters(text: str) -> None
 
 EARLY_MISTAKES = {  # command: its error
     "train --data one": "one: holds only one class (a)",
-    "train --data empty": "empty/b: no images in this class folder",
     "train --data photos.zip": "photos.zip: not a folder; unpack archives first",
     "train --data nowhere": "nowhere: no such folder",
     "eval nothing.pt --data one": "nothing.pt: no such file",
-    "eval photos.zip --data one": "photos.zip: damaged or not a checkpoint",
-    "eval ckpt.pt --data photos.zip": "photos.zip: not a folder; unpack archives first",
-    "eval ckpt.pt --data one/a": "one/a: holds no class folders",
     "train --recipe digits-plian": "did you mean digits-plain",
-    "train --recipe nothing.toml": "nothing.toml: cannot be read",
-    "train --data photos --set epochs": "epochs: write key=value",
     "train --data one --set epochs=2 --weights imagnet": "imagnet: no such file; give a weight file, or",
-    "train --data one --set epochs=2 --weights one/a/0.png": "one/a/0.png: not a weight file",
     "train --data one --set epochs=2 --from runs/1": "--from: runs/1: no such run or bundle",
     "train --data one --set epochs=2 --unknown nowhere": "nowhere: no such folder",
     "train --data one --set epochs=2 --out photos.zip": "--out: photos.zip is a file; choose a folder",
@@ -293,18 +286,14 @@ EARLY_MISTAKES = {  # command: its error
     "export one --detach": "one: a folder; use the best.pt of a training run",
     "export ckpt.pt --out photos.zip": "--out: photos.zip is a file; choose a folder",
     "export ckpt.pt --precision int8": "--precision: int8 needs images to measure ranges on; try --calibrate",
-    "export ckpt.pt --precision int8 --calibrate nowhere": "nowhere: no such folder",
     "export nothing.pt --detach": "nothing.pt: no such file",
-    "export photos.zip --detach": "photos.zip: damaged or not a checkpoint",
 }
 
 
 @pytest.mark.parametrize("command", EARLY_MISTAKES)
 def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(command: str, tmp_path: Path) -> None:
-    for name in ("one/a", "empty/a", "empty/b"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("one/a/0.png", "empty/a/0.png", "empty/a/1.png"):
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "one" / "a" / "0.png")
     (tmp_path / "photos.zip").write_bytes(b"PK")
     with zipfile.ZipFile(tmp_path / "ckpt.pt", "w") as checkpoint:
         checkpoint.writestr("ckpt/data.pkl", b"")

