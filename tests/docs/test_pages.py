@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.images.limits import describe_formats
-from sopdeploy_service.settings import Settings
 from tests.docs.reading import ROOT, module_at
 
 ERRORS = module_at(ROOT / "docs" / "generate_errors.py")
@@ -21,12 +19,6 @@ def test_the_errors_pages_of_the_documentation_and_the_server_are_up_to_date() -
     page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
     assert page == ERRORS.errors_page(), "run `make docs`"
     assert ERRORS.SERVED.read_text(encoding="utf-8") == ERRORS.served_page(), "run `make docs`"
-
-
-@pytest.mark.parametrize("page", ["http.md", "limits.md"])
-def test_a_page_about_formats_names_those_of_the_setting(page: str) -> None:
-    said = f"{describe_formats(Settings().formats)}; the setting `formats` adds"
-    assert said in (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 def test_every_error_class_has_advice_and_a_row() -> None:

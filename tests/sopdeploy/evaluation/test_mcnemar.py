@@ -187,10 +187,6 @@ def test_as_many_more_images_as_stated_decide_in_most_cases(wins: int, losses: i
     assert decided > 0.7
 
 
-def test_no_number_of_images_decides_at_the_tolerance() -> None:
-    assert images_to_decide(0, 0, 10, 0.0) is None
-
-
 def test_the_quantile_is_not_the_nominal_one() -> None:
     """With the 5 % quantile, 60 images would let more than 5 % pass: why `Z_NOT_WORSE` is larger."""
     share = table_probabilities(100, 0.025, 0.035)

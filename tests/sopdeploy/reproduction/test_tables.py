@@ -80,10 +80,6 @@ def test_gm_sop_is_trained_as_the_paper_prints_and_its_released_models_as_the_co
     assert [recipe.batch_size, *rates, recipe.epochs, recipe.schedule.milestones] == schedule
 
 
-def test_no_row_has_the_name_that_selects_no_row() -> None:
-    assert not [(name, row.id) for name, table in TABLES.items() for row in table.rows if row.id == "none"]
-
-
 @pytest.mark.parametrize(
     ("printed", "counted", "mark"),
     [

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.errors import CheckpointError, ConfigError, DataError, NoMemoryError, TrainingError
+from sopdeploy.errors import ConfigError, DataError, NoMemoryError, TrainingError
 from sopdeploy.training import train
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.results import read_result
 from sopdeploy.training.run_folder import LOCK_FILE
 from sopdeploy.training.step import gradient
 from sopdeploy.training.step.losses import Loss
@@ -34,11 +33,6 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be created in .*; choose another"):
         train_recipe(short_recipe(), tmp_path / "notes.txt" / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "broken"}
-
-
-def test_an_unknown_result_of_a_procedure_is_an_error() -> None:
-    with pytest.raises(CheckpointError, match="no valid result of a training procedure; train again"):
-        read_result({"procedure": {"kind": "gone", "top1": 0.5}})
 
 
 def test_exhausted_memory_names_the_settings_that_need_less(tmp_path, monkeypatch) -> None:
