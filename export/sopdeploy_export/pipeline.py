@@ -33,7 +33,7 @@ from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, out
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
-from sopdeploy_export.parity.compare import ParityReference, compare_with_network
+from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference
 from sopdeploy_export.parity.embedding import add_embedding_output, check_embedding
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, is_decided
@@ -210,7 +210,8 @@ def _check_file(
     file, precision = folder / ONNX_FILE, converted.precision
     step("comparing the file with the network")
     deployed = Deployed(certified.network, job.subject.preprocess).eval()
-    expected, parity = compare_with_network(file, deployed, images, options, converted.run, converted.gate)
+    expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
+    parity = compare_file(file, expected, images, options.batch, allow_drift=options.allow_drift)
     if options.with_features:
         check_embedding(file, certified.network, images[parity.compared_images], parity)
     if options.evaluate is not None and job.accuracy is not None and precision.accuracy is None:

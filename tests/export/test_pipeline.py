@@ -151,7 +151,7 @@ def test_failed_comparison_leaves_no_files(
     def fail(*_: object, **__: object) -> None:
         raise ParityError("the exported file drifts")
 
-    monkeypatch.setattr(pipeline, "compare_with_network", fail)
+    monkeypatch.setattr(pipeline, "compare_file", fail)
     with proving_once(changes_program=True), pytest.raises(ParityError):
         export_checkpoint(checkpoint, tmp_path / "out", options=DETACH)
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from sopdeploy.training.step.losses import training_loss
 from sopdeploy_export.findings import ParityReport
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import ParityReference, compare_with_network
+from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.proof.certificate import (
@@ -113,7 +113,10 @@ def measured(
     shipping = convert_precision(certified, found.preprocess, options)
     destination.write_bytes(shipping.model.SerializeToString(deterministic=True))
     deployed = Deployed(found.network, found.preprocess).eval()
-    return compare_with_network(destination, deployed, found.images, options, shipping.run, shipping.gate)
+    expected = compute_reference(deployed, found.images, shipping.run, options.precision, shipping.gate)
+    return expected, compare_file(
+        destination, expected, found.images, options.batch, allow_drift=options.allow_drift
+    )
 
 
 class Detached(NamedTuple):

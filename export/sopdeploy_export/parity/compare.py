@@ -31,7 +31,6 @@ from sopdeploy_export.findings import (
 )
 from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import Deployed, output_names
-from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.onnx_file import Arrays, file_outputs, open_session
 from sopdeploy_export.parity.routing import (
     Routing,
@@ -65,23 +64,6 @@ class ParityReference:
     def floors(self) -> float:
         """The allowed drift as a multiple of the noise floor."""
         return FLOORS_BY_PRECISION[self.precision]
-
-
-def compare_with_network(
-    path: Path,
-    deployed: Deployed,
-    images: NDArray[np.uint8],
-    options: ExportOptions,
-    run: BatchRun | None = None,
-    gate: GateRun | None = None,
-) -> tuple[ParityReference, ParityReport]:
-    """Compare the ONNX file at *path* with the float64 outputs of *deployed* for uint8 *images* (P, H, W, 3).
-
-    *run* and *gate* are those of `compute_reference`. Raises the errors of both steps.
-    """
-    expected = compute_reference(deployed, images, run, options.precision, gate)
-    parity = compare_file(path, expected, images, options.batch, allow_drift=options.allow_drift)
-    return expected, parity
 
 
 def compute_reference(

@@ -54,7 +54,7 @@ def render_report(subject: ExportSubject, results: ExportResults, lineage: Linea
         "multiply-adds": f"{shipped.macs:,} of {trained.macs:,}",
         "precision": results.precision.precision,
         "drift": f"{parity.logits.drift_in_floors:.1f}x noise floor",
-        "same top class": percent(parity.top1.num_agreeing / parity.top1.num_images),
+        "same top class": f"{parity.top1.num_agreeing} of {parity.top1.num_images}",
         "model.onnx": f"{parity.file_bytes:,} bytes",
     }
     labels = f"{len(subject.labels)} classes: {', '.join(subject.labels[:MAX_LABELS])}"

@@ -8,7 +8,6 @@ from typing import Any
 
 from sopdeploy.bundle.manifest import Int8For, Manifest
 from sopdeploy.decision import Decision
-from sopdeploy.evaluation.statistics import wilson
 from sopdeploy_export.findings import ParityReport, PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 from sopdeploy_export.subject import NetworkSummary
@@ -159,6 +158,8 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
 
 
 def _top1(share: float, images: int) -> str:
+    from sopdeploy.evaluation.statistics import wilson  # noqa: PLC0415 # only with --evaluate
+
     low, high = wilson(round(share * images), images)
     return f"{100 * share:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
 
