@@ -21,7 +21,7 @@ from sopdeploy_service.settings import (
 )
 
 if TYPE_CHECKING:
-    from sopdeploy_service.server.background import BackgroundServer
+    from sopdeploy_service.server.launch import BackgroundServer
 
 
 def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
@@ -109,7 +109,7 @@ def serve(
     sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)
     loaded = load_settings(None if config is None else Path(config), **settings)
     if background:
-        from sopdeploy_service.server.background import BackgroundServer
+        from sopdeploy_service.server.launch import BackgroundServer
 
         return BackgroundServer(sources, loaded)
     from sopdeploy_service.server.process import run_server

@@ -29,8 +29,7 @@ from sopdeploy.tensorrt.cache import (
 from sopdeploy.tensorrt.cuda import Gpu
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
 from sopdeploy_export.options import EngineOptions
-from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.selection import open_runtime
+from sopdeploy_service.inference.loader import load_model, open_runtime
 from sopdeploy_service.runtime.tensorrt import engine_folders
 from sopdeploy_service.settings import Settings, load_settings
 from tests.tensorrt.conftest import Install

@@ -12,6 +12,7 @@ import pytest
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
+from sopdeploy_service.inference.loader import open_runtime
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
 from sopdeploy_service.runtime.cuda_libraries import (
     CUDA_PROVIDER,
@@ -23,7 +24,6 @@ from sopdeploy_service.runtime.cuda_libraries import (
     package_folders,
 )
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA
-from sopdeploy_service.runtime.selection import open_runtime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.networks import write
 

@@ -24,6 +24,7 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 
 _PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
+ROUNDING = 1e-6  # tokens that may be missing after the announced time
 
 # Tokens, and the time of the last fill; 0 before the first one.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
@@ -137,12 +138,12 @@ class TokenBucket:
                 f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
-        if num_images > tokens:
+        if num_images > tokens + ROUNDING:
             wait = max(1, math.ceil((num_images - tokens) / self._rate))
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
-            self._state[0] = tokens - num_images
+            self._state[0] = max(0.0, tokens - num_images)
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""

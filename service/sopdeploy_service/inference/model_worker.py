@@ -212,7 +212,7 @@ class _Batch:
 class Model:
     """A bundle being served.
 
-    Public methods are called on the event loop; batches run, and are counted on the loop, in a thread.
+    Public methods are called on the event loop; a thread runs batches.
     """
 
     is_loaded = True
@@ -237,6 +237,7 @@ class Model:
         self._metrics, self._timeout = metrics, settings.batch_timeout_seconds
         self._thread: threading.Thread | None = None
         self._watchdog: asyncio.Task[None] | None = None
+        # Of the thread; the watchdog reads the last two.
         self._runtime = loaded.runtime
         self._overlapping = loaded.runtime if isinstance(loaded.runtime, OverlappingRuntime) else None
         self._outputs = tuple(output.name for output in manifest.outputs)
