@@ -113,7 +113,7 @@ def request_files(folder: Path) -> set[str]:
             take()
             assert client.post("/v1/classify", content=picture).status_code == 200
         rules = bundle.manifest.preprocess.model_dump_json().encode()
-        options = ChildOptions(0, 0, 0, 0, len(picture), 1 << 20, "exact", ("png", "jpeg"), "off")
+        options = ChildOptions(0, 0, False, 0, len(picture), 1 << 20, False, (), "off")
         answer(0, rules, EncodedImage(picture), options)
         return take()
 
