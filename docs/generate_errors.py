@@ -104,12 +104,14 @@ WHAT_TO_DO = {
 # One example per class; a test compares it with the messages in the source.
 # Messages of codes whose text is composed while the server runs; it inserts its {formats} on the page.
 COMPOSED = {
+    "decoder_failed": "the decoder failed on this image",
     "duplicate_output": "output 'logits' occurs twice",
     "invalid_parameter": "query.top_k: Input should be greater than or equal to 1",
     "malformed_json": "malformed JSON: unexpected end of data: line 1 column 10 (char 9)",
     "method_not_allowed": "/v1/classify does not accept GET; use POST (/docs has examples)",
     "not_an_image": "this is not an image; use {formats} (the setting formats)",
     "not_found": "no such path; did you mean /v1/classify? /docs lists all",
+    "too_much_memory": "decoding needs more than ... MB, the memory for an image; send it smaller",
     "unsupported_format": "PDF files are not accepted; use {formats} (the setting formats)",
     "unknown_output": "no output 'logit'; available: logits",
     "wrong_inputs": "give one of the inputs 'images' (UINT8 [n, 224, 224, 3]) and 'IMAGE' (BYTES [n], "
