@@ -24,7 +24,7 @@ from sopdeploy_service.inference.results import HttpError, RejectedError
 
 _PREFIX = "sop_"  # lets secret scanners recognize leaked keys
 BITS = 256
-ROUNDING = 1e-6  # tokens that may be missing after the announced time
+_ROUNDING = 1e-6  # tokens that may be missing after the announced time
 
 # Tokens, and the time of the last fill; 0 before the first one.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
@@ -138,7 +138,7 @@ class TokenBucket:
                 f"{num_images} images exceed the limit of this key ({self.burst}); send fewer per request"
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
-        if num_images > tokens + ROUNDING:
+        if num_images > tokens + _ROUNDING:
             wait = max(1, math.ceil((num_images - tokens) / self._rate))
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
