@@ -10,7 +10,7 @@ import matplotlib as mpl
 from cycler import cycler
 from matplotlib.figure import Figure as Drawing
 
-from sopdeploy.html.report import sanitize
+from sopdeploy.html.report import Figure, sanitize
 
 Points = Sequence[tuple[float, float]]
 
@@ -55,6 +55,12 @@ def bars(values: Mapping[str, float], label: str) -> str:
         axes.margins(x=0.15)
         axes.set(xlabel=sanitize(label))
         return _as_url(drawing)
+
+
+def component_chart(counts: Sequence[int], caption: str) -> Figure:
+    """Draw how many training images each component of a gated network received in the last epoch."""
+    values = {f"component {number}": float(count) for number, count in enumerate(counts)}
+    return Figure(image=bars(values, "images"), caption=f"{caption}, last epoch.")
 
 
 def _as_url(drawing: Drawing) -> str:

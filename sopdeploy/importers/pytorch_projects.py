@@ -275,7 +275,10 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
 
 
 def _block_config(file: WeightFile) -> dict[str, Any]:
-    """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors."""
+    """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors.
+
+    Without a key `attention`, the kind is the sum or the maximum.
+    """
     reductions = [name for name in file.tensors if ".conv_for_DR" in name and name.endswith(".weight")]
     parts = {name.split(".")[2] for name in file.tensors if name.startswith("layer") and name.count(".") > 2}
     config: dict[str, Any] = {
@@ -285,8 +288,10 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
     for name in file.tensors:
         if name.endswith(".row_bn_for_spatial.weight"):
             config["position_side"] = math.isqrt(len(file.tensor(name)))
+    halves = {"conv_for_DR": "channel", "conv_for_DR_spatial": "position"}
+    found = [kind for part, kind in halves.items() if part in parts]
     if "dilate_conv_for_concat1" in parts:
         config["attention"] = "concatenation"
-    elif not {"conv_for_DR", "conv_for_DR_spatial"} <= parts:  # both halves without it: sum or maximum
-        config["attention"] = "channel" if "conv_for_DR" in parts else "position"
+    elif len(found) == 1:  # with both halves, the sum or the maximum: the tensors do not tell
+        config["attention"] = found[0]
     return config

@@ -8,15 +8,16 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.errors import CheckpointError
 from sopdeploy.evaluation.metrics import ClassificationReport
+from sopdeploy.evaluation.multi_label import MultiLabelMetrics
 from sopdeploy.evaluation.prediction import predict_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.files import atomic_write, writing
-from sopdeploy.html.plots import Points, bars, plot
+from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
 from sopdeploy.report.pictures import show_copies, show_mistakes, show_wrong_labels
 from sopdeploy.report.predictions import describe_predictions, measure_predictions
 from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.diagnostics import EpochRow, history_table
+from sopdeploy.training.diagnostics import EpochRow, history_curve, history_table
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import LoopResult, ProcedureResult, read_result
 from sopdeploy.training.run import Run
@@ -138,13 +139,13 @@ def _describe_learning(history: Sequence[EpochRow], result: ProcedureResult) -> 
     if not isinstance(result, LoopResult):
         return Section(title="Learning", text=result.lines())
     parts = dict.fromkeys(part for row in history for part in row.losses)
-    losses = {part: epoch_curve(history, [row.losses.get(part) for row in history]) for part in parts}
-    scores = {"deployed": epoch_curve(history, [row.metrics.score for row in history])}
-    held_out = {"deployed": epoch_curve(history, [row.metrics.loss for row in history])}
+    losses = {part: history_curve(history, f"train_{part}") for part in parts}
+    score = "map" if isinstance(history[-1].metrics, MultiLabelMetrics) else "top1"
+    scores, held_out = ({"deployed": history_curve(history, column)} for column in (score, "loss"))
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
     for head in heads if len(heads) > 1 else ():
-        scores[head] = epoch_curve(history, [head_metric(row, head, "score") for row in history])
-        held_out[head] = epoch_curve(history, [head_metric(row, head, "loss") for row in history])
+        scores[head] = history_curve(history, f"{head}_{score}")
+        held_out[head] = history_curve(history, f"{head}_loss")
     name = history[-1].metrics.score_name
     captions = {
         "Losses of the heads, the penalties, and their weighted sum.": (losses, "training loss"),
@@ -167,24 +168,6 @@ def _describe_learning(history: Sequence[EpochRow], result: ProcedureResult) -> 
     if counts := history[-1].component_counts:
         charts.append(component_chart(counts, "Training images that the gate sent to each component"))
     return Section(title="Learning", text=text, figures=charts)
-
-
-def epoch_curve(history: Sequence[EpochRow], values: Sequence[float | None]) -> Points:
-    """Build the curve of *values*, one for each epoch of *history*; epochs with None are left out."""
-    pairs = zip(history, values, strict=True)
-    return [(float(row.epoch), value) for row, value in pairs if value is not None]
-
-
-def head_metric(row: EpochRow, head: str, metric: str) -> float | None:
-    """Return a metric of `HeadMetrics` of *head*; None if the epoch did not record it."""
-    heads = row.diagnostics.heads if row.diagnostics else {}
-    return getattr(heads[head], metric) if head in heads else None
-
-
-def component_chart(counts: Sequence[int], caption: str) -> Figure:
-    """Draw how many training images each component of a gated network received in the last epoch."""
-    values = {f"component {number}": float(count) for number, count in enumerate(counts)}
-    return Figure(image=bars(values, "images"), caption=f"{caption}, last epoch.")
 
 
 def _describe_decision(best: Checkpoint) -> Iterator[Section]:

@@ -121,6 +121,12 @@ def history_table(history: Sequence[EpochRow]) -> tuple[list[str], list[dict[str
     return list(dict.fromkeys(name for row in rows for name in row)), rows
 
 
+def history_curve(history: Sequence[EpochRow], column: str) -> list[tuple[float, float]]:
+    """Return the points (epoch, value) of a column of *history*; epochs without it are left out."""
+    _, rows = history_table(history)
+    return [(row["epoch"], row[column]) for row in rows if column in row]
+
+
 def history_csv(history: Sequence[EpochRow]) -> str:
     """Format *history* as CSV with one line per epoch and one column per metric."""
     columns, rows = history_table(history)

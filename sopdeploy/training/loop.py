@@ -1,7 +1,11 @@
 """The training loop: epochs of steps on augmented images, each with an evaluation on held-out images."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
@@ -10,18 +14,20 @@ from sopdeploy.data.batches import load_batches, shuffled_batches, with_wait_tim
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
+from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
 from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.diagnostics import diagnose
+from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed.batch_sharding import shard_step
-from sopdeploy.training.epoch_choice import estimate_best
 from sopdeploy.training.fine_tuning import set_train_mode
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.results import LoopResult
+from sopdeploy.training.results import LoopResult, SelectedBy
 from sopdeploy.training.run import LoopRun
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import SignalState, StopRequested, TrainingStoppedError, handle_signals
 from sopdeploy.training.step.gradient import train_step
+
+_RESAMPLES = 1000
 
 
 def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -> LoopResult:
@@ -150,3 +156,48 @@ def fit_best(
     record = {**checkpoint.training, "procedure": result.model_dump(mode="json")}
     write_checkpoint(folder.best, replace(checkpoint, training=record, decision=run.decision))
     return result
+
+
+def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> LoopResult:
+    """Estimate the score of the best epoch of *history* on the images that select this epoch.
+
+    Their score of it is too high. Therefore, resamples of the images select an epoch, and the images outside
+    of each resample measure it (bootstrap bias corrected cross-validation: Tsamardinos et al., Machine
+    Learning 107, 2018). This needs the predictions of all epochs for all images, which runs record for at
+    most `MAX_IMAGES` images. With *frozen_backbone*, the exported network is the same in all epochs.
+    """
+    best = best_epoch(history, frozen_backbone=frozen_backbone)
+    metrics, count = best.metrics, best.metrics.count
+    selected_by: SelectedBy = "nothing" if len(history) == 1 or frozen_backbone else "same images"
+    top1 = None
+    if metrics.score_name != "mAP":
+        right = round(metrics.score * count)
+        recorded = [row.diagnostics.right if row.diagnostics else "" for row in history]
+        all_recorded = count > 1 and all(len(right_N) == count for right_N in recorded)
+        if selected_by == "same images" and all_recorded:
+            right_EN = np.array([list(right_N) for right_N in recorded]) == "1"
+            right, selected_by = round(corrected_score(right_EN) * count), "other images"
+        top1 = Rate.of(right, count)
+    return LoopResult(
+        epoch=best.epoch,
+        num_epochs=len(history),
+        top1=top1,
+        map=metrics.score if top1 is None else None,
+        count=count,
+        selected_by=selected_by,
+    )
+
+
+def corrected_score(right_EN: NDArray[np.bool_]) -> float:
+    """Estimate the accuracy of the best of E epochs on N images by B resamples, as `estimate_best` says.
+
+    *right_EN* tells which images each epoch classifies correctly.
+    """
+    count = right_EN.shape[1]
+    resamples_BN = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
+    selected_B = (resamples_BN @ right_EN.T).argmax(axis=1)
+    outside_BN = resamples_BN == 0
+    num_outside_B = outside_BN.sum(axis=1)
+    num_right_B = (right_EN[selected_B] & outside_BN).sum(axis=1)
+    usable_B = num_outside_B > 0
+    return float((num_right_B[usable_B] / num_outside_B[usable_B]).mean())

@@ -155,11 +155,10 @@ def list_classes(root: Path) -> ClassListing:
     groups: list[bytes] = []
     nested: set[str] = set()
     for images, _ in found.values():
-        folders = [
-            b"/".join(path.split(b"/")[:2]) for path in images
-        ]  # of an image in no other folder: itself
-        groups += images if len(set(folders)) == 1 else folders
-        nested.update(map(os.fsdecode, set(folders).difference(images)))
+        # The first folder in the class folder; for an image directly in the class folder, the image itself.
+        inner = [b"/".join(path.split(b"/")[:2]) for path in images]
+        groups += images if len(set(inner)) == 1 else inner
+        nested.update(map(os.fsdecode, set(inner).difference(images)))
     given = None if len(set(groups)) == len(groups) else np.asarray(groups, dtype=np.bytes_)
     files = ImageFiles(root, tuple(found), np.asarray(paths, dtype=np.bytes_), targets, given)
     return ClassListing(files, {label: others for label, (_, others) in found.items()}, sorted(nested))

@@ -104,21 +104,9 @@ def read_label_table(
     if len(labels) < 2:
         names = shorten(labels) or "none"
         raise DataError(f"{table}: has fewer than two classes ({names}); a network needs at least two")
-    unknown = sorted(listed - set(labels))
-    if unknown:
+    if unknown := sorted(listed - set(labels)):
         raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them")
-    targets: NDArray[Any] = np.zeros((len(rows), len(labels)), dtype=np.float32)
-    column = {label: index for index, label in enumerate(labels)}
-    for index, row in enumerate(rows):
-        targets[index, [column[name] for name in row.classes]] = 1
-    not_single = np.flatnonzero(targets.sum(axis=1) != 1)
-    if multi_label is False and not_single.size:
-        line = rows[not_single[0]].line
-        raise DataError(
-            f"{table}: line {line}: has no class or several, but the network predicts one; keep one class"
-        )
-    if not multi_label and not not_single.size:
-        targets = targets.argmax(axis=1)
+    targets = _targets(table, rows, labels, multi_label)
     paths = np.asarray([os.fsencode(row.file) for row in rows], dtype=np.bytes_)
     parts = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)
     # An image without a group is alone.
@@ -128,6 +116,20 @@ def read_label_table(
         else None
     )
     return LabelTable(ImageFiles(root, labels, paths, targets, groups), parts)
+
+
+def _targets(
+    table: Path, rows: list["_Row"], labels: tuple[str, ...], multi_label: bool | None
+) -> NDArray[Any]:
+    """Build the targets of *rows*, (N,) or (N, C); *multi_label* is that of `read_label_table`."""
+    targets = np.array([[label in row.classes for label in labels] for row in rows], dtype=np.float32)
+    not_single = np.flatnonzero(targets.sum(axis=1) != 1)
+    if multi_label is False and not_single.size:
+        line = rows[not_single[0]].line
+        raise DataError(
+            f"{table}: line {line}: has no class or several, but the network predicts one; keep one class"
+        )
+    return targets if multi_label or not_single.size else targets.argmax(axis=1)
 
 
 def split_table(table: LabelTable) -> Split:

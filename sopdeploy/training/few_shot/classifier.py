@@ -1,4 +1,4 @@
-"""Linear classifiers by scikit-learn: targets, folds, cross-validation.
+"""Linear classifiers by scikit-learn: targets, folds, cross-validation, and its score.
 
 The objective is scikit-learn's: C times the weighted sum of the losses plus half the squared norm of the
 weights; the bias is not regularized. The optimum lies in the span of the inputs, so it is found in an
@@ -21,8 +21,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
 from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.near import effective_count
 from sopdeploy.decision import Activation, known_score
 from sopdeploy.errors import DataError
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.multi_label import MeanPrecision
 
 Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
@@ -245,3 +248,32 @@ def _fit_softmax(model: Any, inputs: Array, classes: Array, weights: Array) -> L
     absent = np.setdiff1d(np.arange(classes.shape[1]), present)
     bias[absent] = bias[present].min(initial=0.0) - np.log(len(inputs) + 1.0)  # the log-odds of 1 in N + 2
     return LinearHead(weight, bias)
+
+
+def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:
+    """Choose C for each fold by the losses on the other folds; join the logits of the choices to (N, K).
+
+    The images of a fold have no part in the choice that is scored on them (Varma and Simon, BMC
+    Bioinformatics 2006).
+    """
+    composed_NK = np.zeros(logits_GNK.shape[1:])
+    for fold in range(int(folds_N.max()) + 1):
+        tested = folds_N == fold
+        strength = losses_GN[:, ~tested].mean(axis=1).argmin()
+        composed_NK[tested] = logits_GNK[strength, tested]
+    return composed_NK
+
+
+def estimate(
+    targets: Targets, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
+) -> Rate | MeanPrecision:
+    """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval; *groups_N* are the units.
+
+    The heads of different folds share most of their training images. With *folds*, the variance of top-1 is
+    therefore that of Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3.
+    """
+    if targets.activation == "softmax":
+        right = logits_NK.argmax(axis=1) == targets.classes.argmax(axis=1)
+        variance_factor = 1 + folds / (folds - 1) if folds else 1.0
+        return Rate.of(int(right.sum()), len(right), effective_count(groups_N) / variance_factor)
+    return MeanPrecision.of(targets.classes > 0, logits_NK, seed, groups_N)

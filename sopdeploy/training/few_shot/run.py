@@ -27,8 +27,7 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, pr
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets
-from sopdeploy.training.few_shot.estimates import compose, estimate
+from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets, compose, estimate
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run import Position, Run

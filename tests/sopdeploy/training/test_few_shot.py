@@ -24,8 +24,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, r
 from sopdeploy.report.page import PageWriter
 from sopdeploy.training import train
 from sopdeploy.training.callbacks import Callback, CallbackList
-from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets
-from sopdeploy.training.few_shot.estimates import compose, estimate
+from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets, compose, estimate
 from sopdeploy.training.procedure import FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
