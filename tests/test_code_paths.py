@@ -106,11 +106,15 @@ def listed(heading: str, folder: str) -> tuple[int, set[str]]:
 
 
 def request_files(folder: Path) -> set[str]:
-    """Classify a picture twice; the first request fills caches. Then do what a child does."""
+    """Classify a picture; the first request fills caches. Then do what a child does.
+
+    A response may arrive before the last function of its request has run, which then belongs to the next.
+    """
     bundle, picture = open_bundle(write_bundle(folder)), picture_bytes()
     with recorded() as (take, _), running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
-        for _ in range(2):
-            take()
+        for number in range(5):
+            if number == 1:
+                take()
             assert client.post("/v1/classify", content=picture).status_code == 200
         rules = bundle.manifest.preprocess.model_dump_json().encode()
         options = ChildOptions(0, 0, False, 0, len(picture), 1 << 20, False, (), "off")
@@ -132,14 +136,16 @@ def export_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], list
 
 def test_a_request_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
     found = request_files(tmp_path)
-    assert listed("## A `/v1/classify` request", "service/sopdeploy_service") == (len(found), found)
+    number, files = listed("## A `/v1/classify` request", "service/sopdeploy_service")
+    assert (sorted(files), number) == (sorted(found), len(found))
 
 
 def test_an_export_executes_the_files_that_the_architecture_page_lists(
     export_run: tuple[set[str], list[str]],
 ) -> None:
     found, _ = export_run
-    assert listed("## `ckpt.pt` to bundle", "export/sopdeploy_export") == (len(found), found)
+    number, files = listed("## `ckpt.pt` to bundle", "export/sopdeploy_export")
+    assert (sorted(files), number) == (sorted(found), len(found))
 
 
 def test_an_export_returns_to_a_file_at_most_20_times(export_run: tuple[set[str], list[str]]) -> None:

@@ -15,14 +15,12 @@ import sopdeploy
 
 PROGRAM = Path(sopdeploy.__file__).parents[1] / "deploy" / "every_command.py"
 # Commands, and functions of the Python API, that need the extra `train`.
-COMMANDS = {
-    *("export", "import", "inspect", "models", "reproduce", "train"),
-}
+COMMANDS = {"export", "import", "inspect", "models", "reproduce", "train"}
 FUNCTIONS = {
     f"sopdeploy.{name}"
     for names in (
-        ("create_model", "describe", "dsop", "export", "export_network"),
-        ("isqrt", "list_models", "register_model", "register_pooling", "train", "unused_modules"),
+        ("create_model", "describe", "dsop", "export_network", "isqrt"),
+        ("list_models", "register_model", "register_pooling", "unused_modules"),
     )
     for name in names
 }

@@ -107,7 +107,7 @@ def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
 
 
 BAD_FOLDERS = [
-    ({}, "holds no class folders; sort the images into one subfolder per class"),
+    ({}, "holds no class folders and no labels.csv; sort the images into one subfolder per class"),
     ({"a": 3}, "holds only one class (a); a classifier needs at least two"),
     (
         {"in__a": 1, "in__b": 1},
