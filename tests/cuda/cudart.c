@@ -14,17 +14,6 @@ void stand_in_fail(const char *name, int code) {
   failing_code = code;
 }
 
-/* The page-locked blocks, and the bytes that were uploaded from elsewhere. */
-static const char *pinned[64], *pinned_end[64];
-static int blocks;
-static size_t pageable_bytes;
-size_t stand_in_pageable_bytes(void) { return pageable_bytes; }
-static void count_upload(const char *source, size_t size) {
-  for (int block = 0; block < blocks; block++)
-    if (source >= pinned[block] && source < pinned_end[block]) return;
-  pageable_bytes += size;
-}
-
 #define MAY_FAIL \
   if (failing_code && !strcmp(failing, __func__)) return (cudaError_t)failing_code
 
@@ -39,10 +28,7 @@ cudaError_t cudaMalloc(void **pointer, size_t size) {
 }
 cudaError_t cudaMallocHost(void **pointer, size_t size) {
   MAY_FAIL;
-  cudaError_t status = allocate(pointer, size);
-  pinned[blocks] = *pointer;
-  pinned_end[blocks++] = (char *)*pointer + size;
-  return status;
+  return allocate(pointer, size);
 }
 cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return cudaMallocHost(pointer, size); }
 cudaError_t cudaMallocFromPoolAsync(void **pointer, size_t size, cudaMemPool_t pool, cudaStream_t stream) {
@@ -59,7 +45,6 @@ cudaError_t cudaFreeAsync(void *pointer, cudaStream_t stream) { return release(p
 
 cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
   MAY_FAIL;
-  if (kind == cudaMemcpyHostToDevice) count_upload(from, size);
   if (kind != cudaMemcpyDeviceToDevice) memmove(to, from, size); /* the device does what kernels would do: nothing */
   return cudaSuccess;
 }

@@ -19,7 +19,6 @@ from sopdeploy_service.runtime.cuda_libraries import (
     CUDNN,
     DRIVER,
     SHARED,
-    device_copy,
     load_cuda_libraries,
     package_folders,
 )
@@ -74,7 +73,6 @@ def claim_cuda(monkeypatch: pytest.MonkeyPatch, session: Callable[..., Any]) -> 
     changed = SimpleNamespace(**vars(onnxruntime) | changes)
     monkeypatch.setattr(with_onnxruntime, "import_onnxruntime", lambda: changed)
     monkeypatch.setattr(with_onnxruntime, "load_cuda_libraries", lambda module: None)
-    monkeypatch.setattr(with_onnxruntime, "device_copy", lambda module, _kind: device_copy(module, "cpu"))
 
 
 def test_onnxruntime_uses_cuda_without_tf32_and_without_fallback_after_errors(

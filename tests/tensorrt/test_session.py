@@ -17,7 +17,7 @@ from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.runtime.base import DeviceLostError, OverlappingRuntime, classify_error
+from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 from tests.tensorrt.conftest import simulate
@@ -158,6 +158,5 @@ def test_an_engine_on_a_failing_gpu_reports_the_cuda_error(
     failed = type("Status", (int,), {"name": "cudaErrorLaunchFailure"})(719)
     for function in ("cudaStreamSynchronize", "cudaEventSynchronize"):
         monkeypatch.setattr(cuda, function, lambda _: (failed,))
-    with pytest.raises(Exception, match=r"^CUDA\b.*cudaErrorLaunchFailure") as caught:
+    with pytest.raises(Exception, match=r"^CUDA\b.*cudaErrorLaunchFailure"):
         runtime.run(some_images(1))
-    assert isinstance(classify_error(caught.value), DeviceLostError)

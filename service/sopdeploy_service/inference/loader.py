@@ -23,10 +23,9 @@ from sopdeploy.http_api import FastDecode
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.runtime.base import (
     OpenRuntime,
-    OutOfMemoryError,
     OverlappingRuntime,
     Runtime,
-    classify_error,
+    is_out_of_memory,
     must_run,
     padded_sizes,
 )
@@ -185,7 +184,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
                 runtime.run(images)
                 timings.append((size, time.monotonic() - started))
         except Exception as error:
-            if size == 1 or not isinstance(classify_error(error), OutOfMemoryError):
+            if size == 1 or not is_out_of_memory(error):
                 raise
             log.warning("out of memory for a batch of %d; the server will halve such batches", size)
             break

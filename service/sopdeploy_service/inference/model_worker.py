@@ -43,13 +43,12 @@ from sopdeploy_service.inference.results import (
 from sopdeploy_service.observability.metrics import DriftWindow, Metrics
 from sopdeploy_service.runtime.base import (
     DeviceLostError,
-    OutOfMemoryError,
     OverlappingRuntime,
-    classify_error,
+    Runtime,
+    is_out_of_memory,
 )
 from sopdeploy_service.settings import Settings
 
-MAX_FAILED_BATCHES = 5  # in a row; then a blank image tells whether the device still works
 MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 SMOOTHING = 0.2  # weight of the newest batch in the moving average
@@ -245,8 +244,7 @@ class Model:
         self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
         self._batch_limit = self.largest_batch
         self._limited_until = 0.0
-        self._failed_batches = 0  # in a row
-        self._image_shape: tuple[int, ...] = ()
+        self._failed = False  # every image of the last batch
         self._pixels = np.empty((0,), np.uint8)  # reused: to clear new pages for each batch takes longer
         self._in_flight: list[_Batch] = []  # oldest first
         self._batch_started: float | None = None  # when the oldest batch got the device to itself
@@ -315,12 +313,13 @@ class Model:
                 if self._batch_limit < self.largest_batch and time.monotonic() >= self._limited_until:
                     self._batch_limit = min(self.largest_batch, self._batch_limit * 2)
                     self._limited_until = time.monotonic() + SMALLER_SECONDS
-                suspicious = self._failed_batches >= MAX_FAILED_BATCHES
-                if suspicious and not self._in_flight:
-                    self._check_device()
+                if self._failed and not self._in_flight:
+                    self._batch_started = time.monotonic()
+                    check_device(self._runtime, self.bundle.manifest.image_shape)
+                    self._batch_started, self._failed = None, False
                 if not self._in_flight and not self._begin(self.queue.take(self._batch_limit)):
                     break
-                if self._overlapping is not None and not suspicious:
+                if self._overlapping is not None and not self._failed:
                     self._begin(self.queue.take(self._batch_limit, only_full=True))
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
@@ -350,9 +349,7 @@ class Model:
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = self._batch_started or 0.0, time.monotonic()
-        failed = all(row is INFERENCE_FAILED or row is OUT_OF_MEMORY for row in rows)
-        self._failed_batches = self._failed_batches + 1 if failed else 0
-        self._image_shape = images[0].shape
+        self._failed = all(row is INFERENCE_FAILED or row is OUT_OF_MEMORY for row in rows)
         del self._in_flight[0]
         self._batch_started = ended if self._in_flight else None
         outcomes = self._outcomes_of(batch.items, rows, started, ended)
@@ -376,20 +373,6 @@ class Model:
         """Return the outputs that *items* need."""
         return self._outputs if any(item.features for item in items) else self._outputs_without_features
 
-    def _check_device(self) -> None:
-        """Run a blank image after too many failed batches; raise `DeviceLostError` if it fails too.
-
-        This detects a lost device even if its error is unknown; if images caused the errors, the server goes
-        on.
-        """
-        self._batch_started = time.monotonic()
-        try:
-            self._runtime.run(np.zeros((1, *self._image_shape), np.uint8))
-        except Exception as error:
-            message = f"{self._failed_batches} batches in a row and a blank image failed"
-            raise DeviceLostError(message) from error
-        self._batch_started, self._failed_batches = None, 0
-
     def _run_images(self, images: _Pixels, batch: _Batch, names: Sequence[str]) -> Outputs:
         """Return the outputs *names* of *images*.
 
@@ -408,7 +391,7 @@ class Model:
             batch_pixels = np.stack(images, out=self._pixels[: len(images)])
             return self._runtime.run(batch_pixels)
         except Exception as failure:
-            if isinstance(classify_error(failure), OutOfMemoryError):
+            if is_out_of_memory(failure):
                 self._batch_limit = max(1, len(images) // 2)
                 self._limited_until = time.monotonic() + SMALLER_SECONDS
             raise
@@ -428,6 +411,17 @@ class Model:
         self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 
 
+def check_device(runtime: Runtime, image_shape: tuple[int, ...]) -> None:
+    """Run a blank image after a batch that failed; raise `DeviceLostError` if this fails, too.
+
+    This detects a lost device whatever its error says; if images caused the errors, others can run.
+    """
+    try:
+        runtime.run(np.zeros((1, *image_shape), np.uint8))
+    except Exception as error:
+        raise DeviceLostError(f"after a failed batch, a blank image failed: {error}") from error
+
+
 def run_bisected(
     run: Callable[[_Pixels], Outputs], images: _Pixels, outputs: Sequence[str]
 ) -> list[ImageOutputs]:
@@ -439,15 +433,14 @@ def run_bisected(
     reason = INFERENCE_FAILED
     try:
         return _split_rows(run(images), outputs, len(images))
+    except DeviceLostError:
+        raise
     except Exception as error:  # a runtime may raise anything
-        cause = classify_error(error)
-        if isinstance(cause, DeviceLostError):
-            raise DeviceLostError(str(cause)) from error
-        if cause is None:
-            log.exception("inference failed on a batch of %d", len(images))
-        else:
+        if is_out_of_memory(error):
             log.warning("out of memory for a batch of %d", len(images))
             reason = OUT_OF_MEMORY
+        else:
+            log.exception("inference failed on a batch of %d", len(images))
     if len(images) == 1:
         return [reason]
     halves = images[: len(images) // 2], images[len(images) // 2 :]

@@ -38,8 +38,9 @@ class Runtime(Protocol):
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name.
 
         The outputs must not share memory with *images*, which the next batch overwrites. Raises any exception
-        if the batch has no outputs: one that `classify_error` recognizes, or `DeviceLostError` itself, if no
-        other batch can run, and `OutOfMemoryError` if a smaller one may.
+        if the batch has no outputs: `DeviceLostError` if no other batch can run, and one that
+        `is_out_of_memory` recognizes if a smaller one may. After any other error of all images, a blank one
+        tells whether the device is lost.
         """
         ...
 
@@ -77,35 +78,11 @@ class OverlappingRuntime(Runtime, Protocol):
         ...
 
 
-# CUDA errors after which nothing can run in this process: code, API names, and the text that libraries print.
-LOST_DEVICE = {
-    46: ("cudaErrorDevicesUnavailable", "cudaErrorDeviceUnavailable", "busy or unavailable"),
-    100: ("cudaErrorNoDevice", "no CUDA-capable device is detected"),
-    214: ("cudaErrorECCUncorrectable", "uncorrectable ECC error"),
-    220: ("cudaErrorNvlinkUncorrectable", "uncorrectable NVLink error"),
-    226: ("cudaErrorContained", "access of peer GPU memory over nvlink"),
-    700: ("cudaErrorIllegalAddress", "illegal memory access"),
-    702: ("cudaErrorLaunchTimeout", "launch timed out"),
-    709: ("cudaErrorContextIsDestroyed", "context is destroyed"),
-    710: ("cudaErrorAssert", "device-side assert triggered"),
-    714: ("cudaErrorHardwareStackError", "hardware stack error"),
-    715: ("cudaErrorIllegalInstruction", "illegal instruction"),
-    716: ("cudaErrorMisalignedAddress", "misaligned address"),
-    717: ("cudaErrorInvalidAddressSpace", "shared address space"),
-    718: ("cudaErrorInvalidPc", "invalid program counter"),
-    719: ("cudaErrorLaunchFailure", "cudaErrorLaunchFailed", "unspecified launch failure"),
-    721: ("cudaErrorTensorMemoryLeak", "tensor memory not completely freed"),
-    810: ("cudaErrorMpsClientTerminated", "the MPS client has been terminated by the server"),
-    811: ("cudaErrorCdpNotSupported", "is using CUDA Dynamic Parallelism"),
-    911: ("cudaErrorExternalDevice", "external entity outside of CUDA"),
-    999: ("cudaErrorUnknown",),  # its text, `unknown error`, is not specific
-}
 # What matters in messages that contain several lines of C++ signatures.
 REASON = re.compile(r"(CUDA|CUDNN|CUDNN_FE|CUBLAS|CUBLASLT) failure \d+: [^;]+|Failed to allocate memory .*")
 OTHER_GPU = (
     "ONNX Runtime has kernels for compute capability 7.5, 8.x, 9.0 and 12.x; build an engine for other GPUs"
 )
-ERROR_CODE = re.compile(r"\bCUDA (?:failure|error) (\d+)", re.IGNORECASE)
 MEMORY_TEXTS = (
     "cudaerrormemoryallocation",
     "cuda_error_out_of_memory",
@@ -126,8 +103,7 @@ def must_run(runtime: Runtime) -> Iterator[None]:
     except SopdeployError:
         raise
     except Exception as error:  # the libraries' errors share no base class
-        cause = classify_error(error) or error
-        reason = f"{type(cause).__name__}: {reason_of(cause)}"
+        reason = f"{type(error).__name__}: {reason_of(error)}"
         raise RuntimeUnavailableError(
             f"{runtime.name} cannot run a batch on {runtime.device}: {reason}"
         ) from error
@@ -140,22 +116,7 @@ def reason_of(error: Exception) -> str:
     return f"{reason}; {OTHER_GPU}" if "no kernel image" in reason else reason
 
 
-def classify_error(error: Exception) -> DeviceLostError | OutOfMemoryError | None:
-    """Convert the *error* of a library to `DeviceLostError` or `OutOfMemoryError`; None for other errors."""
-    if isinstance(error, DeviceLostError | OutOfMemoryError):
-        return error
-    message = str(error)
-    lower, match = message.lower(), ERROR_CODE.search(message)
-    for code, texts in LOST_DEVICE.items():
-        if match:
-            lost = int(match[1]) == code
-        else:  # the driver writes CUDA_ERROR_ASSERT, the runtime cudaErrorAssert
-            plain = lower.replace("_", "")
-            lost = any(re.search(rf"\b{re.escape(text.lower())}\b", plain) for text in texts)
-        if lost:
-            return DeviceLostError(f"CUDA {code}, {texts[0]}: {texts[-1]}")
-    positions = [lower.find(text) for text in MEMORY_TEXTS if text in lower]
-    if not positions:
-        return None
-    start = min(positions) if "/onnxruntime_src/" in message else 0  # after C++ signatures
-    return OutOfMemoryError(" ".join(message[start:].split())[:200])
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether *error*, of any library, says that the device has no memory for the batch."""
+    text = str(error).lower()
+    return isinstance(error, OutOfMemoryError) or any(words in text for words in MEMORY_TEXTS)

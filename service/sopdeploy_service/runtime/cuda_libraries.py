@@ -9,7 +9,6 @@ import ctypes
 import io
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from sopdeploy.errors import RuntimeUnavailableError
 DRIVER = "libcuda.so.1"
 CUDNN = "libcudnn.so.9"  # opened by the provider at its first convolution
 SHARED, CUDA_PROVIDER = "libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"
-UPLOAD, DOWNLOAD = 1, 2  # values of cudaMemcpyKind
 NO_DRIVER = (
     f"no NVIDIA driver is usable here ({DRIVER} cannot be loaded); start a container with `--gpus all`, or "
     "install the driver"
@@ -70,23 +68,3 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
             f"onnxruntime {onnxruntime.__version__} needs {Path(name).name} for CUDA ({reason}); "
             'run: pip install "sopdeploy[gpu]"'
         ) from error
-
-
-def device_copy(onnxruntime: Any, kind: str) -> Callable[[int, int, int, int], object]:
-    """Return a function that copies memory: addresses to and from, bytes, and one of the kinds above.
-
-    On the *kind* of device `cuda`, it waits for the copy without the GIL, which `update_inplace` and `numpy`
-    of an `OrtValue` hold, and raises `RuntimeError` with the code of CUDA. `load_cuda_libraries` must have
-    succeeded.
-    """
-    if kind == "cpu":
-        return lambda to, source, size, _: ctypes.memmove(to, source, size)
-    provider = ctypes.CDLL(str(Path(onnxruntime.__file__).parent / "capi" / CUDA_PROVIDER))
-    memcpy = provider.cudaMemcpy  # of the version with which the provider is linked
-    memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-    def copy(to: int, source: int, size: int, direction: int) -> None:
-        if status := memcpy(to, source, size, direction):
-            raise RuntimeError(f"CUDA failure {status}: cudaMemcpy of {size} bytes")
-
-    return copy

@@ -1,14 +1,8 @@
 """onnxruntime on the CPU, or on a GPU with CUDA."""
 
 import logging
-import weakref
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from functools import cache
-from queue import SimpleQueue
-from threading import Thread
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +12,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import EXACT_INT8, SLOW_INT8, import_optional, lacks_vnni, usable_cores
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.runtime.base import padded_sizes, reason_of
-from sopdeploy_service.runtime.cuda_libraries import DOWNLOAD, UPLOAD, device_copy, load_cuda_libraries
+from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
 
 log = logging.getLogger("sopdeploy.service")
 
@@ -36,131 +30,9 @@ PREFER_NHWC = {
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
 
 
-@dataclass(frozen=True, slots=True)
-class Binding:
-    """The input and outputs of one batch size on the device, bound to the session.
-
-    *host* is the buffer in which the images of a batch are collected; for a GPU, it is page-locked.
-    """
-
-    host: NDArray[np.uint8]
-    images: Any
-    outputs: Mapping[str, Any]
-    io_binding: Any
-
-
 def cuda_options(precision: str) -> dict[str, str]:
     """Return the options of the CUDA provider for a graph in *precision*."""
     return CUDA_OPTIONS | PREFER_NHWC if precision == "fp16" else CUDA_OPTIONS
-
-
-@cache
-def pinned_memory(onnxruntime: Any) -> Any:
-    """Register an allocator of page-locked memory, from which a GPU reads without a copy by the driver."""
-    arena, output = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.CPU_OUTPUT
-    memory = onnxruntime.OrtMemoryInfo("CudaPinned", arena, 0, output)
-    onnxruntime.create_and_register_allocator_v2(CUDA, memory, {}, onnxruntime.OrtArenaCfg(0, -1, -1, -1))
-    return memory
-
-
-class BoundSession:
-    """Runs *session* on tensors that stay on *device*, such as `cuda:0`; at most two batches are in flight.
-
-    *image* is the name of the input; *outputs* has the shape of each float32 output without the batch.
-    Batches are padded to one of *sizes*, because cuDNN plans every convolution anew when the size changes.
-    Batches run in order in a thread of their own, so the next one is uploaded meanwhile, into other buffers.
-    """
-
-    def __init__(
-        self,
-        onnxruntime: Any,
-        session: Any,
-        device: str,
-        image: str,
-        outputs: Mapping[str, tuple[int | None, ...]],
-        sizes: Sequence[int],
-    ) -> None:
-        self._onnxruntime, self._session = onnxruntime, session
-        kind, _, number = device.partition(":")
-        self._device = (kind, int(number or 0))
-        self._copy = device_copy(onnxruntime, kind)
-        self._image, self._shapes, self._sizes = image, outputs, sizes
-        self._free: defaultdict[int, list[Binding]] = defaultdict(list)  # by padded size
-        self._jobs: SimpleQueue[tuple[Any, Future[None]] | None] = SimpleQueue()
-        self._end_thread = weakref.finalize(self, self._jobs.put, None)
-        # A daemon: a device that hangs must not delay the exit.
-        self._thread = Thread(target=_run_jobs, args=(session, self._jobs), name="onnxruntime", daemon=True)
-        self._thread.start()
-
-    def begin(
-        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str]
-    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Begin a batch of *images* (H, W, 3) uint8; return a function that waits for its outputs *names*.
-
-        Call this function once; outputs are (n, ...) float32. The images are copied before `begin` returns.
-        """
-        count = len(images)
-        size = next((size for size in self._sizes if size >= count), count)
-        free, done = self._free[size], Future[None]()
-        binding = free.pop() if free else self._bind((size, *images[0].shape))
-        try:
-            pixels = np.stack(images, out=binding.host[:count])
-            self._copy(binding.images.data_ptr(), pixels.ctypes.data, pixels.nbytes, UPLOAD)
-        except BaseException:
-            free.append(binding)
-            raise
-        self._jobs.put((binding.io_binding, done))
-
-        def end() -> dict[str, NDArray[np.float32]]:
-            try:
-                done.result()
-                return {name: self._download(binding.outputs[name], count) for name in names}
-            finally:
-                free.append(binding)
-
-        return end
-
-    def close(self) -> None:
-        """Release the session and the tensors; no batch may be in flight. Later calls do nothing."""
-        self._end_thread()
-        self._thread.join()
-        self._session = None
-        self._free.clear()
-
-    def _download(self, output: Any, count: int) -> NDArray[np.float32]:
-        """Copy the first *count* rows of *output* from the device."""
-        rows = np.empty((count, *output.shape()[1:]), np.float32)
-        self._copy(rows.ctypes.data, output.data_ptr(), rows.nbytes, DOWNLOAD)
-        return rows
-
-    def _bind(self, shape: tuple[int, ...]) -> Binding:
-        value = self._onnxruntime.OrtValue
-        io_binding = self._session.io_binding()
-        memory = pinned_memory(self._onnxruntime) if self._device[0] == "cuda" else None
-        host = value.ortvalue_from_shape_and_type(shape, np.uint8, memory_info=memory).numpy()
-        host.fill(0)
-        on_device = value.ortvalue_from_numpy(host, *self._device)
-        io_binding.bind_ortvalue_input(self._image, on_device)
-        outputs = {
-            name: value.ortvalue_from_shape_and_type((shape[0], *rest), np.float32, *self._device)
-            for name, rest in self._shapes.items()
-        }
-        for name, output in outputs.items():
-            io_binding.bind_ortvalue_output(name, output)
-        return Binding(host, on_device, outputs, io_binding)
-
-
-def _run_jobs(session: Any, jobs: "SimpleQueue[tuple[Any, Future[None]] | None]") -> None:
-    """Run the bindings in *jobs* until None is queued."""
-    while (job := jobs.get()) is not None:
-        io_binding, done = job
-        try:
-            session.run_with_iobinding(io_binding)
-        except Exception as error:  # raised where the outputs are due
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-        del job, io_binding, done  # the idle thread must not keep the memory of a batch alive
 
 
 class OnnxRuntime:
@@ -174,7 +46,7 @@ class OnnxRuntime:
         Raises `RuntimeUnavailableError` if onnxruntime is not installed, cannot load the graph, or would run
         it on another provider.
         """
-        self._onnxruntime = onnxruntime = import_onnxruntime()
+        onnxruntime = import_onnxruntime()
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)
@@ -199,31 +71,20 @@ class OnnxRuntime:
 
 
 class CudaOnnxRuntime(OnnxRuntime):
-    """A session on a GPU, in which two batches can be in flight."""
+    """A session on a GPU.
+
+    Batches are padded to one of `padded_sizes`, because cuDNN plans every convolution anew when the size
+    changes.
+    """
 
     _provider = CUDA
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        """Load *bundle* as `OnnxRuntime` does; *threads* compute shapes."""
-        super().__init__(bundle, threads=threads)
-        shapes = {output.name: output.shape[1:] for output in bundle.manifest.outputs}
-        sizes = padded_sizes(self.largest_batch)
-        self._bound = BoundSession(self._onnxruntime, self._session, self.device, self._input, shapes, sizes)
-
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        return self.begin(list(images))()
-
-    def begin(
-        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
-    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
-        """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
-        return self._bound.begin(images, self._outputs if names is None else names)
-
-    def close(self) -> None:
-        """Release the session and the tensors on the device."""
-        super().close()
-        self._bound.close()
+        count = len(images)
+        size = next((size for size in padded_sizes(self.largest_batch) if size >= count), count)
+        padded = np.pad(images, ((0, size - count), (0, 0), (0, 0), (0, 0)))
+        return {name: values[:count] for name, values in super().run(padded).items()}
 
 
 def import_onnxruntime() -> Any:

@@ -10,7 +10,6 @@ from fake_runtime import FakeRuntime
 from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
 from sopdeploy_service.inference import service
-from sopdeploy_service.inference.model_worker import MAX_FAILED_BATCHES
 from sopdeploy_service.settings import Settings
 from tests.service.raw import count
 from tests.service.runtimes import Held
@@ -140,8 +139,7 @@ class Broken(FakeRuntime):
 
 def test_a_device_that_fails_every_batch_ends_the_server_whatever_its_error_is(serve_with, jpeg, until):
     client = serve_with(Broken(num_classes=7))
-    codes = [post(client, jpeg).json()["code"] for _ in range(MAX_FAILED_BATCHES)]
-    assert set(codes) == {"inference_failed"}
+    assert post(client, jpeg).json()["code"] == "inference_failed"
     until(lambda: client.app.state.service.state == "runtime_dead")
 
 
@@ -149,8 +147,7 @@ def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg
     runtime = Broken(num_classes=7)
     runtime.everywhere = False
     client = serve_with(runtime)
-    codes = [post(client, jpeg).json()["code"] for _ in range(2 * MAX_FAILED_BATCHES + 1)]
-    assert set(codes) == {"inference_failed"}
+    assert [post(client, jpeg).json()["code"] for _ in range(2)] == ["inference_failed"] * 2
     runtime.broken = False
     assert post(client, jpeg).status_code == 200
     assert runtime.batches == [1, 1, 1]  # two blank images, then the image

@@ -28,7 +28,7 @@ from sopdeploy_service.commands.batch.sources import ListedImage, read_listed
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
-from sopdeploy_service.inference.model_worker import ImageOutputs, run_bisected
+from sopdeploy_service.inference.model_worker import ImageOutputs, check_device, run_bisected
 from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY, HttpError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
@@ -144,10 +144,11 @@ class BatchClassifier:
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})
         try:
             rows = run_bisected(lambda images: self._runtime.run(np.stack(images)), pixels, names)
+            if all(row is INFERENCE_FAILED for row in rows):
+                check_device(self._runtime, pixels[0].shape)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
-        all_failed = len(rows) > 1 and all(row is INFERENCE_FAILED for row in rows)
-        if all_failed or any(row is OUT_OF_MEMORY for row in rows):
+        if any(row is OUT_OF_MEMORY for row in rows):
             raise RuntimeUnavailableError(
                 f"{self._runtime.name} failed on a batch of {len(rows)}; run again to continue, or choose "
                 "a smaller max_batch and another folder"
