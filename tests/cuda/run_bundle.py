@@ -27,7 +27,10 @@ def main(folder: str, function: str, code: str, when: str) -> None:
         runtime.run(some_images())
     except Exception as error:
         no_memory = when == "run" and is_out_of_memory(error)
-        answer = ["out of memory" if no_memory else type(error).__name__, reason_of(error) if when == "run" else str(error)]
+        answer = [
+            "out of memory" if no_memory else type(error).__name__,
+            reason_of(error) if when == "run" else str(error),
+        ]
     sys.stdout.write(json.dumps(answer))
 
 
