@@ -1,4 +1,4 @@
-"""Calibration error and accepted fraction of a bundle, on images that its temperature was not fitted to.
+"""Log loss and accepted fraction of a bundle, on images that its temperature was not fitted to.
 
 Converts published weights, fits temperature and rejection threshold to one half of a folder of labeled images
 (every second one of each class), exports, and measures the bundle on the other half.
@@ -23,7 +23,7 @@ from sopdeploy.data.batches import sequential_batches
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.decision import Decision, known_score
 from sopdeploy.evaluation.decision_fit import fit_decision
-from sopdeploy.evaluation.metrics import calibration_error
+from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.options import ImportOptions
@@ -82,11 +82,11 @@ def results(measured: Measured) -> list[Result]:
     difference = float(np.abs(shipped - raw / decision.temperature).max())
     return [
         Result(
-            case="calibration error",
+            case="log loss",
             against="no temperature",
-            ours=100 * calibration_error(shipped, targets),
-            other=100 * calibration_error(raw, targets),
-            unit="%",
+            ours=log_loss(shipped, targets),
+            other=log_loss(raw, targets),
+            unit="nats",
             runs=1,
         ),
         Result(case="accepted known images", ours=100 * float(known.mean()), unit="%", runs=1),

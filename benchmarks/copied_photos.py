@@ -1,7 +1,7 @@
 """Estimates of `train` on folders with copies of photographs, against held-out photographs.
 
     python benchmarks/copied_photos.py --data DIR --test DIR --model NAME --weights FILE --cache DIR
-        [--kinds none,encoded,cropped,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--first 0]
+        [--kinds none,encoded,cropped,half,burst,mixed] [--copies 1,2] [--sizes 10,20] [--draws 6] [--first 0]
         [--json]
 
 --data and --test are folders of photographs, <class>/*.jpg. Each draw takes --sizes photographs per class
@@ -9,7 +9,7 @@ from --data and adds --copies copies of each, so that the true groups are known;
 Kinds of copies:
 
 - encoded: half to all of each side, JPEG of quality 40 to 80;
-- cropped: 75 to 92 % of each side, scaled by 0.7 to 1.3;
+- cropped: 75 to 92 % of each side, scaled by 0.7 to 1.3; half: 70 % of each side, half of the photograph;
 - burst: shifted by up to 5 % of each side, brightness 0.85 to 1.18, blurred;
 - mixed: each copy of one of these kinds; none: no copies.
 
@@ -50,7 +50,7 @@ from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.train import TrainingResult, train_recipe
 
-KINDS = ("encoded", "cropped", "burst")
+KINDS = ("encoded", "cropped", "half", "burst")
 
 
 def copy_photograph(image: Image.Image, kind: str, source: random.Random) -> bytes:
@@ -62,11 +62,11 @@ def copy_photograph(image: Image.Image, kind: str, source: random.Random) -> byt
         image = image.resize((max(8, round(width * scale)), max(8, round(height * scale))))
         quality = source.randint(40, 80)
     else:
-        kept = source.uniform(0.75, 0.92) if kind == "cropped" else 0.95
+        kept = {"cropped": source.uniform(0.75, 0.92), "half": 0.7, "burst": 0.95}[kind]
         side, rise = round(width * kept), round(height * kept)
         x, y = source.randint(0, width - side), source.randint(0, height - rise)
         image = image.crop((x, y, x + side, y + rise))
-        if kind == "cropped":
+        if kind != "burst":
             scale = source.uniform(0.7, 1.3)
             image = image.resize((round(side * scale), round(rise * scale)))
         else:

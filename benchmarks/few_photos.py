@@ -235,7 +235,7 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         "head": found["head"],
     }
-    rule = result["decision"]["rejection"]
+    rule = (result["decision"] or {}).get("rejection")
     if case.unknown is not None and rule is not None:
         inputs = head_inputs(best, case.unknown, case.model, case.cache / "unknown.pt", with_maps=True)
         others = model.pooled_head(inputs["own"], inputs["maps"])
@@ -270,8 +270,9 @@ def results_of(name: str, draws: list[dict[str, Any]]) -> tuple[list[Result], li
         ("accepted", "accepted test photographs"),
         ("rejected", "rejected unknown photographs"),
     ):
-        if all(share in one for one in draws):
-            values[text] = (float(np.mean([one[share] for one in draws])), "%")
+        shares = [one[share] for one in draws if share in one]  # with a threshold
+        if shares:
+            values[text] = (float(np.mean(shares)), "%")
     for case, (value, unit) in values.items():
         results.append(Result(case=f"{name}, {case}", ours=value, unit=unit, runs=runs))
     return results, gains

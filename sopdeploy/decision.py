@@ -30,15 +30,15 @@ class Calibration(StrictModel):
 
     Attributes:
         temperature: Divisor of the network's logits (Guo et al., ICML 2017, section 4.2).
-        error_before: Expected calibration error without the temperature, over 15 bins (section 3).
-        error_after: Expected calibration error with the temperature.
+        loss_before: Log loss of these predictions without the temperature: the mean negative log-likelihood.
+        loss_after: Their log loss with the temperature.
         num_images: Number of predictions that the temperature was fitted to, one per image.
         estimated_on: Whether these are held-out images or out-of-fold predictions of a cross-validation.
     """
 
     temperature: Positive
-    error_before: Fraction
-    error_after: Fraction
+    loss_before: Annotated[float, pydantic.Field(ge=0)]
+    loss_after: Annotated[float, pydantic.Field(ge=0)]
     num_images: Count
     estimated_on: Estimate
 
@@ -171,10 +171,10 @@ class Decision(StrictModel):
         if (fit := self.calibration) is not None:
             images = f"{fit.num_images:,} {fit.estimated_on} images"
             if fit.temperature == 1:
-                rows.append(("calibration error", f"{fit.error_after:.4f} of {images}; no temperature"))
+                rows.append(("log loss", f"{fit.loss_after:.4f} of {images}; no temperature"))
             else:
-                errors = f"calibration error {fit.error_before:.4f} before, {fit.error_after:.4f} after"
-                rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {errors}"))
+                losses = f"log loss {fit.loss_before:.4f} before, {fit.loss_after:.4f} after"
+                rows.append(("temperature", f"{fit.temperature:.4g}, from {images}; {losses}"))
         if (rule := self.rejection) is not None:
             accepted = f"accepts about {100 * rule.accepts:g} % of known images"
             if rule.accepted is not None:

@@ -138,7 +138,7 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
         assert child.stderr is not None
         assert child.stderr.read() == ""
     assert (measured["count"], measured["top1"]["share"] >= 1 / len(COLOURS)) == (len(COLOURS) * PHOTOS, True)
-    assert measured["nll"] == pytest.approx(found["nll"], abs=1e-5)
+    assert measured["log_loss"] == pytest.approx(found["log_loss"], abs=1e-5)
 
 
 def test_the_bundle_is_verified(home: Path, exported: dict[str, Any]) -> None:

@@ -49,8 +49,8 @@ class Evaluation:
         source: The evaluated checkpoint or bundle.
         kind: What *source* is.
         facts: Name, runtime and device of a bundle; empty for a checkpoint.
-        metrics: Accuracies with intervals, calibration error, precision and recall by class, confusion
-            matrix. With several classes per image: mAP, F1, and metrics by class.
+        metrics: Accuracies with intervals, log loss, precision and recall by class, confusion matrix. With
+            several classes per image: mAP, F1, and metrics by class.
         labels: The sorted class names, to which the indices in *scores* refer.
         scores: One prediction per image, sorted by class name and then by file name. With several classes
             per image, all probabilities.
@@ -109,7 +109,7 @@ def evaluate(
     """Evaluate a checkpoint or a bundle on a folder of images.
 
     Classes are matched by name; classes without images are named and left out. Accuracies have Wilson 95 %
-    intervals; the calibration error uses 15 bins. If a rejection threshold was fitted, the output includes
+    intervals. If a rejection threshold was fitted, the output includes
     the fraction of accepted images.
     --heads adds top-1, top-5 and loss of every branch, and its share of the weighted training loss. A network
     with several classes per image needs a folder with `labels.csv`; its metrics are mAP, and F1 of each class
@@ -202,8 +202,7 @@ def _print_report(report: ClassificationReport) -> None:
         for rate in (report.top1, report.top5)
     )
     out.print(f"top-1 {top1}   top-5 {top5}   of {report.count} images")
-    error = report.calibration
-    out.print(f"nll {report.nll:.4f}   calibration error {error.error:.4f} ({error.num_bins} bins)")
+    out.print(f"log loss {report.log_loss:.4f}")
     if (known := report.accepted) is not None:
         out.print(f"accepted as known {known.share:.2%} ({known.low:.1%} to {known.high:.1%})")
     rows = []

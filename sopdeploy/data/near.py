@@ -29,6 +29,7 @@ from sopdeploy.images.preprocess import Preprocess
 
 Groups = NDArray[np.int64]  # a number per image
 _RULES = Preprocess()  # for the conversion to upright RGB
+CROPS = (0.85, 0.7)  # shares of each side of copies, in turn; 0.7 is half of the photograph
 MISSED = 0.2  # share of the copies below the threshold
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
@@ -39,27 +40,30 @@ THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and di
 
 @dataclass(frozen=True, slots=True)
 class Copies(LabeledImages):
-    """Re-encoded, smaller, brighter copies of the `images` at `originals` (M,), with `crop` of each side."""
+    """Re-encoded, smaller, brighter copies of the `images` at `originals` (M,), cropped.
+
+    The shares of each side that remain are `crops`, in turn.
+    """
 
     labels: tuple[str, ...]
     targets: NDArray[Any]
     images: LabeledImages
     originals: NDArray[np.intp]
-    crop: float = 0.85
+    crops: tuple[float, ...] = CROPS
 
     @classmethod
-    def of(cls, images: LabeledImages, crop: float = 0.85) -> "Copies":
+    def of(cls, images: LabeledImages, crops: tuple[float, ...] = CROPS) -> "Copies":
         """Copy an eighth of *images*, at least 8 and at most 32."""
         count = int(np.clip(len(images) // 8, 8, 32))
         originals = np.random.default_rng(0).permutation(len(images))[:count]
-        return cls(images.labels, images.targets[originals], images, originals, crop)
+        return cls(images.labels, images.targets[originals], images, originals, crops)
 
     def read(self, index: int) -> bytes:
         """Copy an image and encode it as JPEG."""
         pixels = to_rgb(self.images[int(self.originals[index])][0], _RULES)
-        sides = np.asarray(pixels.size, np.float64)
-        corner = np.random.default_rng(index).random(2) * (1 - self.crop) * sides
-        box = (*corner.tolist(), *(corner + self.crop * sides).tolist())
+        sides, crop = np.asarray(pixels.size, np.float64), self.crops[index % len(self.crops)]
+        corner = np.random.default_rng(index).random(2) * (1 - crop) * sides
+        box = (*corner.tolist(), *(corner + crop * sides).tolist())
         width, height = np.maximum(0.6 * sides, 1).astype(int).tolist()
         small = pixels.resize((width, height), Image.Resampling.BILINEAR, box)
         file = BytesIO()
@@ -177,7 +181,7 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
 
 def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) -> Groups:
     """Group *images* by their *signatures* (N, 512) and by the groups that are known."""
-    copies = Copies.of(images, crop=0.95)
+    copies = Copies.of(images, crops=(0.95,))
     of_copies = np.stack([signature(copies[index][0]) for index in range(len(copies))])
     pairs = find_pairs([np.concatenate([signatures, of_copies])], copies.originals, images.targets)
     return connect(len(images), pairs, images.groups)

@@ -28,7 +28,7 @@ from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.drift import PredictionCounts
-from sopdeploy.evaluation.metrics import Rate, calibration_error
+from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.evaluation.statistics import LEVEL
 from sopdeploy.images.preprocess import Preprocess
@@ -80,8 +80,8 @@ def fit_decision(
     scaled = logits / temperature
     calibration = Calibration(
         temperature=temperature,
-        error_before=calibration_error(logits, targets),
-        error_after=calibration_error(scaled, targets),
+        loss_before=log_loss(logits, targets),
+        loss_after=log_loss(scaled, targets),
         num_images=len(logits),
         estimated_on=estimated_on,
     )
@@ -142,18 +142,11 @@ def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
 
 def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
     """Check whether temperatures fitted to four fifths of the images lower the loss of the other fifth."""
-    folds, gain = np.arange(len(targets)) % NESTED_FOLDS, 0.0
+    folds, scaled = np.arange(len(targets)) % NESTED_FOLDS, logits.copy()
     for fold in range(NESTED_FOLDS):
         tested = folds == fold
-        temperature = fit_temperature(logits[~tested], targets[~tested])
-        gain += negative_log_likelihood(logits[tested], targets[tested])
-        gain -= negative_log_likelihood(logits[tested] / temperature, targets[tested])
-    return gain > 0
-
-
-def negative_log_likelihood(logits: Logits, targets: NDArray[np.int64]) -> float:
-    """Sum the negative log-likelihood of *targets* (N,) under *logits* (N, C)."""
-    return float((known_score(logits, "energy") - logits[np.arange(len(targets)), targets]).sum())
+        scaled[tested] /= fit_temperature(logits[~tested], targets[~tested])
+    return log_loss(scaled, targets) < log_loss(logits, targets)
 
 
 def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
@@ -167,12 +160,12 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
         return 1.0
 
     def loss(log_temperature: float) -> float:
-        return negative_log_likelihood(logits / math.exp(log_temperature), targets)
+        return log_loss(logits / math.exp(log_temperature), targets)
 
     bound = math.log(MAX_TEMPERATURE)
     optimum = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
     at_bound = abs(optimum.x) > bound - 0.01
-    significant = loss(0.0) - optimum.fun >= SIGNIFICANT
+    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 

@@ -47,7 +47,7 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
         f"{percent(rate.share, 2)} ({percent(rate.low)} to {percent(rate.high)})"
         for rate in (metrics.top1, metrics.top5)
     )
-    scores = f"Top-1 {top1}, top-5 {top5}, negative log-likelihood {metrics.nll:.4f}."
+    scores = f"Top-1 {top1}, top-5 {top5}, log loss {metrics.log_loss:.4f}."
     names = [row.label for row in metrics.classes]
     tables = []
     if len(names) <= _MAX_MATRIX_CLASSES:
@@ -76,13 +76,12 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
 
 def _describe_calibration(metrics: ClassificationReport) -> Section:
     """Plot the accuracy over the confidence."""
-    fitted = metrics.calibration
-    text = f"Expected calibration error {fitted.error:.4f}, with {fitted.num_bins} bins of equal width."
+    text = []
     if metrics.accepted is not None:
-        text += f" {percent(metrics.accepted.share)} of the images are accepted as known."
+        text = [f"{percent(metrics.accepted.share)} of the images are accepted as known."]
     measured = [
         (row.confidence, row.accuracy)
-        for row in fitted.curve
+        for row in metrics.curve
         if row.confidence is not None and row.accuracy is not None
     ]
     curves = {"this network": measured, "perfect calibration": [(0.0, 0.0), (1.0, 1.0)]}
@@ -90,7 +89,7 @@ def _describe_calibration(metrics: ClassificationReport) -> Section:
         image=plot(curves, "confidence", "accuracy"),
         caption="Below the line of perfect calibration, the network is overconfident.",
     )
-    return Section(title="Calibration", text=[text], figures=[chart])
+    return Section(title="Calibration", text=text, figures=[chart])
 
 
 def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:

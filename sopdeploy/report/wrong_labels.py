@@ -15,6 +15,10 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.training.recipe import validate_recipe
 from sopdeploy.training.train import select_procedure
 
+# Probability of a listed label. Most labels between it and the probability of the suggested class are right
+# (docs/benchmarks/copied_photos.md).
+LISTED_BELOW = 0.1
+
 
 class WrongLabel(StrictModel):
     """An image whose label the others contradict: the more probable class, and both probabilities.
@@ -55,7 +59,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
-    """List the images of which another class is more probable than the label, and what they show.
+    """List the images whose label has a probability below `LISTED_BELOW`, and a more probable class.
 
     The image with the least probable label is first ("self-confidence" in Northcutt et al., JAIR 2021).
     """
@@ -74,5 +78,5 @@ def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> 
             ),
         )
         for index in np.argsort(of_label_N, kind="stable").tolist()
-        if suggested_N[index] != labels[index]
+        if of_label_N[index] < LISTED_BELOW and suggested_N[index] != labels[index]
     ]

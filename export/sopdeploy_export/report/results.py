@@ -169,8 +169,8 @@ def _decision_facts(decision: Decision | None) -> dict[str, str]:
     rows, facts = dict(decision.rows() if decision is not None else ()), {}
     if "temperature" in rows:
         facts["scale"] = f"temperature {rows['temperature']}, folded into the last layer"
-    elif "calibration error" in rows:
-        facts["scale"] = f"calibration error {rows['calibration error']}"
+    elif "log loss" in rows:
+        facts["scale"] = f"log loss {rows['log loss']}"
     if "unknown images" in rows:
         facts["unknown"] = "; rejects ".join(
             rows[name] for name in ("unknown images", "rejects") if name in rows

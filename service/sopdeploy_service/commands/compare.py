@@ -34,7 +34,7 @@ from sopdeploy.evaluation.mcnemar import (
     images_to_decide,
     mcnemar,
 )
-from sopdeploy.evaluation.metrics import Rate, calibration_error
+from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.project import SAMPLED
 from sopdeploy_service.commands.evaluate import image_logits
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -45,7 +45,7 @@ TESTABLE = 6  # images on which only one bundle is right, below which no McNemar
 
 
 class BundleScore(StrictModel):
-    """Accuracy and calibration error of one bundle, and the median time to decode and run a photograph.
+    """Accuracy and log loss of one bundle, and the median time to decode and run a photograph.
 
     `accepted` is the share of the photographs that are `known`, `rejected` that of the unknown ones that are
     not; None without a threshold or unknown photographs.
@@ -54,7 +54,7 @@ class BundleScore(StrictModel):
     bundle: str
     id: str
     top1: Rate
-    calibration_error: float
+    log_loss: float
     accepted: Rate | None
     rejected: Rate | None
     median_ms: float
@@ -154,7 +154,7 @@ def _show(result: BundleComparison) -> None:
     """Print both bundles, their classes and the verdict."""
     for note in result.notes:
         err.print(plain_text(f"warning: {note}"))
-    columns = ("bundle", "top-1", "95 %", "calibration error", "known", "unknown rejected", "ms")
+    columns = ("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected", "ms")
     print_table(columns, map(_row, (result.first, result.second)))
     rows = [
         (
@@ -184,7 +184,7 @@ def _show(result: BundleComparison) -> None:
 def _row(score: BundleScore) -> tuple[str, ...]:
     shares = (f"{rate.share:.1%}" if rate else "-" for rate in (score.accepted, score.rejected))
     top1 = (f"{score.top1.share:.1%}", f"{score.top1.low:.1%} to {score.top1.high:.1%}")
-    return score.bundle, *top1, f"{score.calibration_error:.3f}", *shares, f"{score.median_ms:.1f}"
+    return score.bundle, *top1, f"{score.log_loss:.3f}", *shares, f"{score.median_ms:.1f}"
 
 
 @command(_show, options={"data"}, hidden={"attempt"})
@@ -349,7 +349,7 @@ def _score(
         bundle=loaded.bundle.name,
         id=loaded.bundle.manifest.id,
         top1=Rate.of(int((logits.argmax(axis=1) == targets).sum()), len(targets)),
-        calibration_error=calibration_error(logits.astype(np.float64), targets),
+        log_loss=log_loss(logits.astype(np.float64), targets),
         accepted=Rate.of(int(known[0].sum()), len(targets)) if has_rule else None,
         rejected=Rate.of(int((~known[1]).sum()), len(known[1])) if has_rule and known[1:] else None,
         median_ms=median_ms,

@@ -10,11 +10,12 @@ from PIL import Image, ImageEnhance
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import Split
+from sopdeploy.data.base import ArrayImages, Split
 from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import list_classes, open_folder
 from sopdeploy.data.datasets.label_table import read_label_table
 from sopdeploy.data.near import (
+    Copies,
     connect,
     effective_count,
     find_pairs,
@@ -82,6 +83,13 @@ def test_copies_are_grouped_and_different_scenes_are_not(tmp_path: Path, copies:
     groups = group_by_signatures(images, signatures)
     scenes = true_groups(images.paths)
     assert groups.tolist() == [list(dict.fromkeys(scenes)).index(one) for one in scenes]
+
+
+def test_the_copies_that_measure_the_threshold_keep_85_and_70_percent_of_each_side_in_turn():
+    ramp = np.broadcast_to(np.arange(200, dtype=np.uint8), (9, 200, 200))
+    copies = Copies.of(ArrayImages(("a",), ramp, np.zeros(9, np.int64)))
+    spreads = [float(np.ptp(np.asarray(copies.open(index).convert("L"), float))) for index in range(4)]
+    assert [spread / 1.15 / 200 for spread in spreads] == pytest.approx([0.85, 0.7, 0.85, 0.7], abs=0.02)
 
 
 def test_vectors_that_do_not_tell_copies_from_other_images_group_nothing():

@@ -18,6 +18,7 @@ from sopdeploy.evaluation.decision_fit import (
     fit_decision,
     fit_temperature,
 )
+from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -42,7 +43,8 @@ def test_the_fit_finds_the_temperature_that_scaled_the_logits(temperature: float
     fitted = fit_decision(logits * temperature, targets, estimated_on="held-out").calibration
     assert fitted is not None
     assert fitted.temperature == pytest.approx(temperature, rel=0.05)
-    assert fitted.error_after < fitted.error_before / 4
+    assert fitted.loss_after == pytest.approx(log_loss(logits, targets), rel=0.01)
+    assert fitted.loss_after < fitted.loss_before
     assert (fitted.num_images, fitted.estimated_on) == (4000, "held-out")
 
 
@@ -164,14 +166,14 @@ def test_the_new_checkpoint_has_a_decision_and_the_same_network(home: Path) -> N
     assert found.decision.rejection is not None
     assert found.decision.calibration.num_images == 80
     assert found.decision.calibration.temperature > 1.5
-    assert found.decision.calibration.error_after < found.decision.calibration.error_before
+    assert found.decision.calibration.loss_after < found.decision.calibration.loss_before
     assert (home / "ckpt.pt").read_bytes() == source
     before, after = read_checkpoint(home / "ckpt.pt"), read_checkpoint(home / "fitted.pt")
     assert (before.decision, after.decision) == (None, found.decision)
     pairs = zip(*(build_classifier(one, home).state_dict().values() for one in (before, after)), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
     fitted = sopdeploy.evaluate(home / "fitted.pt", home / "photos").metrics
-    assert fitted.calibration.error == pytest.approx(found.decision.calibration.error_after)
+    assert fitted.log_loss == pytest.approx(found.decision.calibration.loss_after)
 
 
 def test_several_classes_per_image_get_a_threshold_each(home: Path) -> None:

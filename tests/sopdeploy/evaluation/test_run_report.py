@@ -105,7 +105,7 @@ def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path:
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
     found = score_checkpoint(tmp_path / "run" / "best.pt", data)
-    assert f"negative log-likelihood {classification_report(found.labels, found.predictions).nll:.4f}" in page
+    assert f"log loss {classification_report(found.labels, found.predictions).log_loss:.4f}" in page
     wrong = [score for score in found.predictions if not score.correct]
     assert len(re.findall(r"<figcaption>[^<]+/[0-3]\.png: ", page)) == len(wrong) > 0
 

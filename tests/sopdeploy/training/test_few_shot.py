@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
+from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError
@@ -22,6 +23,7 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.report.page import PageWriter
+from sopdeploy.report.wrong_labels import LISTED_BELOW, list_wrong_labels
 from sopdeploy.training import train
 from sopdeploy.training.callbacks import Callback, CallbackList
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets, compose, estimate
@@ -110,6 +112,16 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     assert problem.doubt_labels(sure, folds, 30.0) is sure
 
 
+def test_improbable_labels_are_listed_the_least_probable_first():
+    probabilities = np.asarray(
+        [[0.95, 0.03, 0.02], [0.4, 0.11, 0.49], [0.02, 0.97, 0.01], [0.93, 0.01, 0.06]]
+    )
+    images = ArrayImages(("a", "b", "c"), np.zeros((4, 2, 2, 3), np.uint8), np.asarray([0, 1, 0, 2]))
+    listed = list_wrong_labels(np.log(probabilities), images)
+    assert [(index, one.label, one.suggested) for index, one in listed] == [(2, "a", "b"), (3, "c", "a")]
+    assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
+
+
 def test_the_weight_of_the_distance_is_half_the_deviation_of_the_energy():
     features, classes = blobs(60, 3)
     problem = Problem.create([features], softmax_targets(classes, 3))
@@ -168,13 +180,12 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert "cross-validated" in page
     rows = dict(checkpoint.decision.rows())
     assert "(95 % interval " in rows["unknown images"]
-    assert "no temperature" in rows["calibration error"]
+    assert "no temperature" in rows["log loss"]
     command = ["data", "check", str(tmp_path / "photos"), "--wrong-labels", str(tmp_path / "run")]
     shown = CliRunner().invoke(app, [*command, "--json"])
     listed = json.loads(shown.stdout)
-    assert len(listed) == found.top1.count - found.top1.right
     assert ("Probably wrong labels" in page) == bool(listed)
-    assert all(one["probability"] < one["probability_suggested"] for one in listed)
+    assert all(one["probability"] < LISTED_BELOW < one["probability_suggested"] for one in listed)
     assert CliRunner().invoke(app, command).exit_code == 0
     again = train_recipe(recipe, tmp_path / "run", resume=True)
     assert again.procedure == found
