@@ -82,23 +82,9 @@ class EncodedEmbedding(StrictModel):
     warnings: tuple[str, ...] = ()
 
 
-class FastDecode(StrictModel):
-    """How `decode=fast` changed the outputs on *num_pictures* images at the start.
-
-    *largest* is the largest difference of a logit, *drift* the root mean square difference relative to the
-    spread of the logits, *agreement* the fraction of images whose best class stayed the same.
-    """
-
-    num_pictures: int
-    largest: float
-    drift: float
-    agreement: float
-
-
 class ModelInfo(StrictModel):
     """A loaded network and its runtime; `id` is its bundle ID.
 
-    `fast_decode` is the effect of the setting `decode=fast`, null if images are decoded exactly.
     `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a vector of
     `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a known image, if it has
     a threshold for them. The last three fields are set with a memory budget; `memory_bytes` is an estimate
@@ -116,7 +102,6 @@ class ModelInfo(StrictModel):
     device: str
     largest_batch: int
     versions: dict[str, str]
-    fast_decode: FastDecode | None = None
     thresholds: dict[str, float] | None = None
     embedding_size: int | None = None
     known_from: float | None = None

@@ -46,7 +46,6 @@ def _check_runtime(value: str) -> str:
 
 
 RuntimeName = Annotated[str, pydantic.AfterValidator(_check_runtime)]
-DecodeSetting = Literal["exact", "fast"]
 Delay = Annotated[float, pydantic.Field(ge=0, le=10_000)]
 Port = Annotated[int, pydantic.Field(ge=0, le=65_535)]
 Sandbox = Literal["auto", "off", "required"]
@@ -111,9 +110,6 @@ class Settings(pydantic.BaseModel):
 
     decoders: Threads | Literal["auto"] = setting(
         "auto", "child processes that decode; auto: 2 beside CPU inference, else one per core, up to 8"
-    )
-    decode: DecodeSetting = setting(
-        "exact", "fast: large JPEGs at reduced size, if that changes the outputs little enough"
     )
     sandbox: Sandbox = setting("auto", "of decoder processes; auto: if supported; required: no start without")
     devices: Devices = setting((), "one process each: `0,1`, UUIDs, MIG ids or `cpu`; empty: one process")

@@ -22,7 +22,6 @@ TURNS = dict(zip(ROTATED, (
 SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
-MAX_REDUCTION = 4  # per side; 1/8 would need a check on images of 16 times the network's input
 TILE = 2**16  # pixels
 GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of PNGs of 2 and 4 bits
 
@@ -30,23 +29,6 @@ GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of P
 def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:
     """Convert *image* to upright RGB and fit it to the network; returns (crop, crop, 3) uint8."""
     return _FITS[rules.fit](to_rgb(image, rules), rules)
-
-
-def load_reduced(image: Image.Image, preprocess: Preprocess) -> None:
-    """Load a JPEG at 1/2 or 1/4 of its size, other formats at full size.
-
-    Each side keeps at least twice the pixels of the resized image; `decode=fast` of a server does this.
-    The scale of a padded image must not change its resized size, so that its position stays the same.
-    """
-    width, height = image.size
-    target = resized_size(image.size, preprocess)
-    for scale in (MAX_REDUCTION, 2):
-        reduced = (-(-width // scale), -(-height // scale))
-        is_large = reduced[0] >= 2 * target[0] and reduced[1] >= 2 * target[1]
-        if is_large and (preprocess.fit == "crop" or resized_size(reduced, preprocess) == target):
-            image.draft(image.mode, (width // scale, height // scale))
-            break
-    image.load()
 
 
 def used_orientation(image: Image.Image, rules: Preprocess) -> int:

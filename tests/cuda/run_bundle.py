@@ -1,7 +1,7 @@
 """Run three images with the CUDA provider on the stand-in, while one function of CUDA fails.
 
 python -m tests.cuda.run_bundle BUNDLE FUNCTION CODE WHEN, where WHEN is "open" or "run". Prints type and
-message of the error as JSON; the type is "out of memory" where the service recognizes that.
+message of the error as JSON.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy_service.runtime.base import is_out_of_memory, reason_of
+from sopdeploy_service.runtime.base import reason_of
 from sopdeploy_service.runtime.onnxruntime import CudaOnnxRuntime
 from tests.cuda.stand_in import runtime_library
 from tests.tensorrt.networks import some_images
@@ -26,11 +26,7 @@ def main(folder: str, function: str, code: str, when: str) -> None:
         cudart.stand_in_fail(function.encode(), int(code))
         runtime.run(some_images())
     except Exception as error:
-        no_memory = when == "run" and is_out_of_memory(error)
-        answer = [
-            "out of memory" if no_memory else type(error).__name__,
-            reason_of(error) if when == "run" else str(error),
-        ]
+        answer = [type(error).__name__, reason_of(error) if when == "run" else str(error)]
     sys.stdout.write(json.dumps(answer))
 
 

@@ -1,28 +1,21 @@
-"""Health, metrics, model information and self-test endpoints."""
+"""Health, metrics and model information."""
 
 import asyncio
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 from fastapi import APIRouter, Query, Request, Response
-from numpy.typing import NDArray
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from sopdeploy.bundle.folder import MANIFEST, Bundle
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
-from sopdeploy.bundle.probes import Outputs, read_probes, replay
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import BundleError, ParityError
 from sopdeploy.http_api import ModelInfo, ServerInfo
-from sopdeploy_service.api.admission import AdmittedRequest, admit, json_response, service_of
-from sopdeploy_service.api.v2.response import stack_outputs
+from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import problem_responses
 from sopdeploy_service.inference.model_worker import Model
-from sopdeploy_service.inference.results import HttpError, Outcome, RejectedError
 from sopdeploy_service.inference.service import State
 
 router = APIRouter()
@@ -36,17 +29,6 @@ class Health(StrictModel):
 
     status: State
     reason: str | None = None
-
-
-class SelfTest(StrictModel):
-    """Result of `/selftest`: the largest deviation of each output over the probes, and its tolerance."""
-
-    model: str
-    version: str
-    num_images: int
-    deviation: dict[str, float]
-    tolerance: dict[str, float]
-    seconds: float
 
 
 class CertificateSummary(StrictModel):
@@ -132,7 +114,6 @@ def model_info(model: Model) -> ModelInfo:
         device=runtime.device,
         largest_batch=model.largest_batch,
         versions=manifest.versions,
-        fast_decode=model.loaded.fast_decode,
         thresholds=None if thresholds is None else dict(zip(model.labels, thresholds, strict=True)),
         embedding_size=shapes[EMBEDDING][-1] if EMBEDDING in shapes else None,
         known_from=None if model.rejection is None else model.rejection.threshold,
@@ -182,49 +163,3 @@ def read_card(bundle: Bundle) -> Card:
         summary = None
     components = next((output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES), 0)
     return Card(bundle=bundle.name, text=text, certificate=summary, num_components=components or 0)
-
-
-@router.get(
-    "/selftest",
-    summary="Replay the probes",
-    response_model=SelfTest,
-    responses=problem_responses(400, 401, 404, 422, 429, 500, 503, 504),
-)
-async def selftest(request: Request, model_name: ModelName = None) -> Response:
-    """Replay the probes of the bundle through the runtime, between the requests of clients."""
-    async with admit(request, model_name) as admitted:
-        return json_response(await self_test(admitted))
-
-
-async def self_test(admitted: AdmittedRequest) -> SelfTest:
-    """Replay the probes of the model through the service and compare the outputs with the bundle's.
-
-    Raises `RejectedError` if they differ or cannot be replayed.
-    """
-    service, model, context = admitted.service, admitted.model, admitted.context
-    loop = asyncio.get_running_loop()
-
-    async def infer(images: NDArray[np.uint8]) -> list[Outcome]:
-        service.check_queue(model, len(images))
-        return await service.infer(model, images, admitted.deadline, features=True)
-
-    def run(images: NDArray[np.uint8]) -> Outputs:
-        return stack_outputs(asyncio.run_coroutine_threadsafe(infer(images), loop).result())
-
-    try:
-        probes = await asyncio.to_thread(read_probes, model.bundle.probes)
-        if context.rate_limit is not None:  # a key whose burst is smaller could never pay for all probes
-            context.rate_limit.spend(min(len(probes.images), context.rate_limit.burst))
-        batch = min(service.settings.queue_size, model.largest_batch)
-        result = await asyncio.to_thread(replay, probes, run, batch=batch)
-    except (BundleError, ParityError) as problem:
-        raise RejectedError(HttpError("selftest_failed", 500, str(problem))) from problem
-    context.num_images = result.num_images
-    return SelfTest(
-        model=model.name,
-        version=model.version,
-        num_images=result.num_images,
-        deviation=result.deviation,
-        tolerance=result.tolerance,
-        seconds=round(time.monotonic() - admitted.started, 3),
-    )

@@ -14,8 +14,7 @@ from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
-from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -57,7 +56,12 @@ def image_logits(
     """Compute the logits (C,) of image *index*."""
     manifest, path = loaded.bundle.manifest, images.path(index)
     try:
-        pixels = make_decoder(settings)(EncodedImage(images.read(index)), manifest.preprocess).pixels
+        pixels = decode(
+            EncodedImage(images.read(index)),
+            manifest.preprocess,
+            max_bytes=settings.max_body_bytes,
+            max_pixels=settings.max_pixels,
+        ).pixels
     except ImageError as error:
         raise DataError(f"{path}: {error}; repair or remove it") from error
     logits: NDArray[np.float32] = loaded.runtime.run(pixels[None])[manifest.outputs[0].name][0]

@@ -19,8 +19,7 @@ from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
 from sopdeploy_service.http.problems import describe_error
-from sopdeploy_service.images.decode import Decoded, EncodedImage
-from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.images.decode import Decoded, EncodedImage, decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, HttpError
 from sopdeploy_service.runtime.base import must_run
@@ -87,7 +86,7 @@ def _predict_image(
 def _decode(image: EncodedImage | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
     preprocess = loaded.bundle.manifest.preprocess
     if isinstance(image, EncodedImage):
-        return make_decoder(settings)(image, preprocess)
+        return decode(image, preprocess, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
     try:
         match_transparency(image)  # of a file that is open but not decoded yet
         return Decoded(preprocess_image(image, preprocess), list_changes(image, preprocess))

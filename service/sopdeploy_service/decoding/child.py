@@ -76,7 +76,6 @@ class ChildOptions(NamedTuple):
     cpu_seconds: float
     max_bytes: int
     max_pixels: int
-    fast: bool
     formats: tuple[str, ...]
     sandbox: str
 
@@ -102,7 +101,6 @@ def answer(number: int, rules: bytes, image: EncodedImage, options: ChildOptions
             read_rules(rules),
             max_bytes=options.max_bytes,
             max_pixels=options.max_pixels,
-            fast=options.fast,
             formats=options.formats or None,
         )
     except ImageError as error:

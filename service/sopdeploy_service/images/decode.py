@@ -25,7 +25,7 @@ from sopdeploy.images.formats import (
     open_image,
 )
 from sopdeploy.images.jpeg import MARKER_BYTES, SCAN, jpeg_segments
-from sopdeploy.images.pixels import list_changes, load_reduced, preprocess_image
+from sopdeploy.images.pixels import list_changes, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 ANIMATED = {"GIF", "PNG", "WEBP"}  # the second image of a JPEG is a thumbnail
@@ -54,10 +54,9 @@ def decode(
     *,
     max_bytes: int,
     max_pixels: int,
-    fast: bool = False,
     formats: Collection[str] | None = None,
 ) -> Decoded:
-    """Decode *encoded* to the pixels of training and apply *preprocess*; *fast* loads reduced pixels.
+    """Decode *encoded* to the pixels of training and apply *preprocess*.
 
     Only the first frame of an animation is decoded. *formats* are those to accept, all by default. Raises
     `ImageError` with a code and an HTTP status.
@@ -69,10 +68,7 @@ def decode(
         kind = "JPEG" if image.format == "MPO" else str(image.format)
         try:
             size = image.size
-            if fast:
-                load_reduced(image, preprocess)
-            else:
-                image.load()
+            image.load()
             check_decoded_size(image, size)
             if kind == "JPEG" and is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")

@@ -166,7 +166,6 @@ class Decoders:
             cpu_seconds=LIGHT_SECONDS if is_light else 0.0,
             max_bytes=settings.max_body_bytes,
             max_pixels=min(LIGHT_PIXELS, settings.max_pixels) if is_light else settings.max_pixels,
-            fast=settings.decode == "fast",
             formats=settings.formats,
             sandbox=settings.sandbox,
         )

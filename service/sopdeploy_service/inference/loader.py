@@ -19,7 +19,6 @@ from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, signature_path
 from sopdeploy.errors import RuntimeUnavailableError, SopdeployError, first_line
-from sopdeploy.http_api import FastDecode
 from sopdeploy.plugins import RUNTIMES
 from sopdeploy_service.runtime.base import (
     OpenRuntime,
@@ -44,15 +43,13 @@ class LoadedModel:
     """A verified bundle, of which only the small files are left, and its runtime.
 
     `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
-    `fast_decode` is the effect of `decode=fast`, None if images are decoded exactly. `onnx_root` is the root
-    of the graph, if it was recomputed.
+    `onnx_root` is the root of the graph, if it was recomputed.
     """
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
     timings: tuple[tuple[int, float], ...] = ()
-    fast_decode: FastDecode | None = None
     onnx_root: str | None = None
 
 
@@ -65,8 +62,7 @@ def load_model(
     of them run in both ways, and the root of the graph is compared with the certificate, and recomputed if
     `onnx` is installed; on a CPU, this would be most of the start time of a server.
 
-    Raises `BundleError`, `RuntimeUnavailableError`, `ConfigError` for an invalid key file, and `ParityError`,
-    also if `decode=fast` changes the outputs too much.
+    Raises `BundleError`, `RuntimeUnavailableError`, `ConfigError` for an invalid key file, and `ParityError`.
     """
     bundle = open_checked(path, settings, checked)
     root = check_roots(bundle) if thorough else None
@@ -84,11 +80,6 @@ def load_model(
             probes = read_probes(bundle.probes, bundle.manifest)
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
-            fast_decode = None
-            if settings.decode == "fast":
-                from sopdeploy_service.images.loaders import check_fast_decode  # noqa: PLC0415
-
-                fast_decode = check_fast_decode(bundle, runtime, settings)
         if not thorough:  # `verify` also reads the large files
             bundle = keep_in_memory(bundle)
         stack.pop_all()
@@ -97,7 +88,6 @@ def load_model(
         runtime=runtime,
         replays=replays,
         timings=tuple(timings),
-        fast_decode=fast_decode,
         onnx_root=root,
     )
 

@@ -1,4 +1,4 @@
-"""`/v1/classify` and the status endpoints: responses, warnings, the card, gates, self-test and metrics."""
+"""`/v1/classify` and the status endpoints: responses, warnings, the card, gates and metrics."""
 
 import base64
 import hashlib
@@ -6,7 +6,6 @@ import io
 import re
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -16,7 +15,6 @@ from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.inference.loader import load_model
-from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import running
 
@@ -240,7 +238,6 @@ def test_a_bundle_whose_folder_is_deleted_is_served_on(bundle_path, tmp_path, jp
     with running(loaded.runtime, loaded.bundle, Settings()) as client:
         for path in (
             "/v1/card",
-            "/selftest",
             "/info",
             "/v2/models/tiny",
             "/readyz",
@@ -291,34 +288,3 @@ def test_openapi_describes_every_error_as_a_problem(client):
         for about in verbs.values():
             errors = {status: body for status, body in about["responses"].items() if status >= "400"}
             assert all(set(body["content"]) == {"application/problem+json"} for body in errors.values())
-
-
-class Drifting:
-    """A runtime whose outputs are off by *wrong*."""
-
-    name, device, largest_batch = "drifting", "cpu", 4
-
-    def __init__(self, runtime: OnnxRuntime, wrong: float) -> None:
-        self._runtime, self._wrong, self.close = runtime, np.float32(wrong), runtime.close
-
-    def run(self, images):
-        return {name: values + self._wrong for name, values in self._runtime.run(images).items()}
-
-
-def test_a_correct_runtime_passes_the_self_test(serve_with, onnx_runtime, bundle) -> None:
-    reply = serve_with(onnx_runtime).get("/selftest")
-    found = reply.json()
-    assert (reply.status_code, found["num_images"], found["version"]) == (200, 3, bundle.manifest.id)
-    assert found["deviation"]["logits"] <= found["tolerance"]["logits"]
-    assert reply.headers["x-model-digest"] == bundle.manifest.id
-
-
-def test_the_model_of_a_self_test_must_be_known(client) -> None:
-    unknown = client.get("/selftest?model=nothing")
-    assert (unknown.status_code, unknown.json()["code"]) == (404, "unknown_model")
-
-
-@pytest.mark.parametrize(("wrong", "code"), [(0.01, "selftest_failed"), (np.nan, "nonfinite_output")])
-def test_a_drifting_runtime_fails_the_self_test(serve_with, onnx_runtime, wrong, code) -> None:
-    reply = serve_with(Drifting(onnx_runtime, wrong)).get("/selftest")
-    assert (reply.status_code, reply.json()["code"]) == (500, code)

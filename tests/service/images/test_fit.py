@@ -15,8 +15,6 @@ from sopdeploy.images.pixels import preprocess_image, visible_box
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands import predict as predict_command
-from sopdeploy_service.images.decode import EncodedImage, decode
-from sopdeploy_service.images.loaders import synthetic_jpeg
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import running
@@ -142,21 +140,6 @@ def test_pad_shows_the_whole_image_centered_on_the_background(size, inside):
 )
 def test_the_box_is_the_part_of_the_image_that_the_network_sees(fit, size, box):
     assert visible_box(size, rules_for(fit)) == pytest.approx(box)
-
-
-@pytest.mark.parametrize("fit", ["pad", "squash"])
-@pytest.mark.parametrize(("size", "orientation"), [((801, 600), 1), ((300, 1201), 6)])
-def test_fast_decoding_keeps_the_position_of_the_image_and_almost_its_pixels(fit, size, orientation):
-    file, exif, rules = io.BytesIO(), Image.Exif(), rules_for(fit)
-    exif[0x0112] = orientation
-    with Image.open(io.BytesIO(synthetic_jpeg(size, 0))) as image:
-        image.save(file, "JPEG", exif=exif.tobytes())
-    exact, fast = (
-        decode(EncodedImage(file.getvalue()), rules, max_bytes=10**7, max_pixels=10**7, fast=fast).pixels
-        for fast in (False, True)
-    )
-    assert np.array_equal((exact == BACKGROUND).all(axis=2), (fast == BACKGROUND).all(axis=2))
-    assert np.abs(fast.astype(int) - exact).mean() < 6
 
 
 @pytest.mark.parametrize("fit", ["pad", "squash"])

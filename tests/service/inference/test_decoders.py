@@ -43,7 +43,6 @@ OPTIONS = ChildOptions(
     cpu_seconds=0.0,
     max_bytes=20_000_000,
     max_pixels=LIGHT_PIXELS,
-    fast=False,
     formats=("jpeg", "png", "webp"),
     sandbox="auto",
 )

@@ -36,7 +36,7 @@ from sopdeploy_service.settings import Settings
 
 IMAGES_AHEAD = 16  # of each worker
 MAX_WORKERS = 16  # unless more are requested
-DECODER_SETTINGS = {"decode", "max_body_bytes", "max_pixels"}
+DECODER_SETTINGS = {"max_body_bytes", "max_pixels"}
 COLUMNS = {  # of a row; docs/batch.md
     "path": pa.string(),
     "sha256": pa.string(),

@@ -20,8 +20,7 @@ from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.decoding import pool
-from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.images.loaders import make_decoder
+from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
@@ -134,7 +133,8 @@ def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_pa
     first, bad = rows_of(tmp_path / "out")
     loaded = load_model(path, SETTINGS)
     body = (photos / "001.jpg").read_bytes()
-    pixels = make_decoder(SETTINGS)(EncodedImage(body), loaded.bundle.manifest.preprocess).pixels
+    rules = loaded.bundle.manifest.preprocess
+    pixels = decode(EncodedImage(body), rules, max_bytes=10**7, max_pixels=10**7).pixels
     outputs = loaded.runtime.run(pixels[None])
     np.testing.assert_allclose(first["logits"], outputs["logits"][0], rtol=1e-5)
     np.testing.assert_allclose(first["features"], outputs[EMBEDDING][0], rtol=1e-5)
