@@ -27,32 +27,6 @@ FLOORS_BY_PRECISION: Mapping[Precision, float] = {
 }
 
 
-class Flip(StrictModel):
-    """A probe image whose top class changed, and the network's margin between the two classes.
-
-    The cause is `noise` if the margin is at most twice the tolerance, `routing` if the image is excluded for
-    its route, and otherwise `error`.
-    """
-
-    image: int
-    network: int
-    file: int
-    margin: float
-    cause: FlipCause
-
-
-class Agreement(StrictModel):
-    """Top-1 agreement between the file and the network."""
-
-    num_images: int
-    num_agreeing: int
-    flipped: tuple[Flip, ...] = ()
-
-    def flips(self, cause: FlipCause) -> int:
-        """Count the changed top classes with this *cause*."""
-        return sum(flip.cause == cause for flip in self.flipped)
-
-
 class OutputParity(StrictModel):
     """The drift of one output, in the units of that output.
 
@@ -89,8 +63,7 @@ class RoutingParity(StrictModel):
     The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
     `tolerance`, the allowed drift of these logits; `num_undecided` counts these images. `num_flips` counts
     those that the file routes to other components; `num_wrong` counts images that it routes so although the
-    gate is decided. `left_out` lists the images excluded from the drift and from the probes. `usage` is the
-    number of images per component in float64.
+    gate is decided. `left_out` lists the images excluded from the drift and from the probes.
     """
 
     noise_floor: float
@@ -99,13 +72,14 @@ class RoutingParity(StrictModel):
     num_flips: int
     num_wrong: int
     left_out: tuple[int, ...] = ()
-    usage: tuple[int, ...] = ()
 
 
 class ParityReport(StrictModel):
     """The comparison of the exported file with its network.
 
-    `spread` is the largest range of a logit over the images.
+    `spread` is the largest range of a logit over the images. `flips` counts changed top classes by cause:
+    `routing` for images that are excluded for their route, `noise` if the network's margin between the two
+    classes is at most twice the tolerance, otherwise `error`.
     """
 
     precision: Precision = "fp32"
@@ -115,12 +89,21 @@ class ParityReport(StrictModel):
     floors_allowed: float = FLOORS
     outputs: dict[str, OutputParity]
     spread: float
-    top1: Agreement
+    flips: dict[FlipCause, int]
     routing: RoutingParity | None = None
     operators: dict[str, int]
     file_bytes: int
-    passed: bool
     drift_allowed: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether all outputs are within their limits."""
+        return not self.drift_allowed
+
+    @property
+    def num_agreeing(self) -> int:
+        """The number of images with the network's top class."""
+        return self.num_images - sum(self.flips.values())
 
     @property
     def unverifiable(self) -> bool:
@@ -143,24 +126,22 @@ class ParityReport(StrictModel):
         return self.outputs[LOGITS]
 
 
-def agreement(
+def count_flips(
     values: NDArray[Any], expected: NDArray[Any], tolerance: float, rerouted: NDArray[np.bool_]
-) -> Agreement:
-    """Compare the top classes of logits *values* and *expected*, both (P, C).
+) -> dict[FlipCause, int]:
+    """Count the top classes that differ between logits *values* and *expected*, both (P, C), by cause.
 
     *rerouted* (P,) marks images whose gate chose other components.
     """
     network, file = expected.argmax(axis=1), values.argmax(axis=1)
-    flipped = []
-    for image in np.flatnonzero(network != file).tolist():
-        margin = float(expected[image, network[image]] - expected[image, file[image]])
-        cause: FlipCause = "noise" if margin <= 2 * tolerance else "error"
-        if rerouted[image]:
-            cause = "routing"
-        classes = {"network": int(network[image]), "file": int(file[image])}
-        flipped.append(Flip(image=image, **classes, margin=margin, cause=cause))
-    num_agreeing = len(expected) - len(flipped)
-    return Agreement(num_images=len(expected), num_agreeing=num_agreeing, flipped=tuple(flipped))
+    images = np.arange(len(expected))
+    within = expected[images, network] - expected[images, file] <= 2 * tolerance
+    by_cause: dict[FlipCause, NDArray[np.bool_]] = {
+        "noise": within & ~rerouted,
+        "routing": rerouted,
+        "error": ~within & ~rerouted,
+    }
+    return {cause: int((mask & (network != file)).sum()) for cause, mask in by_cause.items()}
 
 
 class Attempt(StrictModel):

@@ -26,6 +26,7 @@ from sopdeploy.errors import CertificateError, ConfigError, DetachError, Lowerin
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.stats import Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.findings import LOGITS, ParityReport
@@ -43,7 +44,7 @@ from sopdeploy_export.proof.certificate import Certificate, Proof, certify
 from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
 from sopdeploy_export.report.page import render_model_card, render_report
 from sopdeploy_export.report.results import Exported, ExportResults
-from sopdeploy_export.subject import ExportSubject, summarize_checkpoint
+from sopdeploy_export.subject import ExportSubject
 
 if TYPE_CHECKING:
     from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
@@ -81,7 +82,6 @@ def export_checkpoint(
         preprocess=trained.preprocess,
         config=trained.config,
         sha256=trained.sha256,
-        summary=lambda: summarize_checkpoint(trained),
         decision=trained.decision,
         training=trained.training,
         origin=trained.origin,
@@ -222,14 +222,30 @@ def _check_file(
         step("writing and checking network.pt2")
         content = torch_program.serialize_program(certified.program, certificate)
         (folder / bundle.PROGRAM).write_bytes(content)
+    trained, shipped = count_costs(job.subject.network, certified.network, images.shape[1])
     results = ExportResults(
         certificate=certificate,
         parity=parity,
         precision=precision,
-        network_summary=job.subject.summary(),
+        trained=trained,
+        shipped=shipped,
         decision=job.subject.decision,
     )
     return expected, results
+
+
+def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
+    """Count the costs of *network* in train mode, and of *shipped*, for images of *side* x *side* pixels.
+
+    If *network* fails in train mode, for example without targets, it runs in eval mode.
+    """
+    copied = copy_module(network)  # because code can change what it holds in train mode
+    with torch.random.fork_rng(devices=()):  # dropout draws random numbers
+        try:
+            trained = tally(copied.train(), side)
+        except Exception:  # the network's own code, which can raise anything
+            trained = tally(copied.eval(), side)
+    return trained.total(), tally(shipped, side).total()
 
 
 def _write_bundle(

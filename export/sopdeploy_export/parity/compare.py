@@ -27,7 +27,7 @@ from sopdeploy_export.findings import (
     PROVIDER,
     OutputParity,
     ParityReport,
-    agreement,
+    count_flips,
 )
 from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import Deployed, output_names
@@ -145,29 +145,14 @@ def compare_file(
     session, model = open_session(path), onnx.load(path)
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, min(batch.maximum - 1, LARGEST_BATCH) or 1})
     by_size = {size: file_outputs(session, images, size) for size in sizes}
-    routes, rerouted_images = expected.routing, np.zeros(len(images), dtype=bool)
-    compared = ~rerouted_images
+    routes, routing, compared = expected.routing, None, np.ones(len(images), dtype=bool)
     if routes is not None:
-        rerouted_images = np.any([rerouted(file[GATES], routes) for file in by_size.values()], axis=0)
-        compared = comparable(rerouted_images, routes)
-    outputs = {}
-    for name, exact in expected.outputs.items():
-        alone = by_size[1][name]
-        outputs[name] = OutputParity(
-            noise_floor=expected.noise_floor[name],
-            tolerance=expected.floors * expected.noise_floor[name],
-            drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
-            batch_difference=max(max_drift(name, file[name], alone, compared) for file in by_size.values()),
-        )
+        moved = np.any([rerouted(file[GATES], routes) for file in by_size.values()], axis=0)
+        routing, compared = routing_parity(moved, routes), comparable(moved, routes)
+    outputs = {name: _compare_output(name, by_size, expected, compared) for name in expected.outputs}
     if not compared.any():
         raise ParityError(f"the exported file routes every image to other components; {UNDECIDED}")
-    top1 = agreement(by_size[1][LOGITS], expected.outputs[LOGITS], outputs[LOGITS].tolerance, ~compared)
-    routing = None if routes is None else routing_parity(rerouted_images, routes)
-    passed = (
-        all(output.largest_difference <= output.tolerance for output in outputs.values())
-        and top1.flips("error") == 0
-        and (routing is None or routing.num_wrong == 0)
-    )
+    logits = expected.outputs[LOGITS]
     report = ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
@@ -175,22 +160,34 @@ def compare_file(
         num_images=len(images),
         floors_allowed=expected.floors,
         outputs=outputs,
-        spread=logit_spread(expected.outputs[LOGITS][compared]),
-        top1=top1,
+        spread=logit_spread(logits[compared]),
+        flips=count_flips(by_size[1][LOGITS], logits, outputs[LOGITS].tolerance, ~compared),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
         file_bytes=path.stat().st_size,
-        passed=passed,
         drift_allowed=False,
     )
-    passed = passed and not report.unverifiable
-    report = report.model_copy(update={"passed": passed, "drift_allowed": allow_drift and not passed})
-    if not report.passed and not allow_drift:
-        undecided = ""
-        if routing is not None and routing.num_flips and routing.num_undecided == report.num_images:
-            undecided = "; the gate is undecided on every image, so rounding decides: train longer"
-        raise ParityError(f"the exported file {_first_violation(report)}{undecided}; nothing was written")
-    return report
+    violation = _first_violation(report)
+    if violation is None:
+        return report
+    if allow_drift:
+        return report.model_copy(update={"drift_allowed": True})
+    if routing is not None and routing.num_flips and routing.num_undecided == report.num_images:
+        violation += f"; the gate is undecided on every image, so rounding decides: {UNDECIDED}"
+    raise ParityError(f"the exported file {violation}; nothing was written")
+
+
+def _compare_output(
+    name: str, by_size: dict[int, Arrays], expected: ParityReference, compared: NDArray[np.bool_]
+) -> OutputParity:
+    """Compare the output *name* of the file, by batch size, with float64 and with that of single images."""
+    exact, alone = expected.outputs[name], by_size[1][name]
+    return OutputParity(
+        noise_floor=expected.noise_floor[name],
+        tolerance=expected.floors * expected.noise_floor[name],
+        drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
+        batch_difference=max(max_drift(name, file[name], alone, compared) for file in by_size.values()),
+    )
 
 
 def logit_spread(logits: NDArray[Any]) -> float:
@@ -214,8 +211,8 @@ def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], compared:
     return float(np.abs(values.astype(np.float64) - expected)[compared].max(initial=0.0))
 
 
-def _first_violation(report: ParityReport) -> str:
-    """Describe the first limit that *report* exceeds; a cause is checked before its effects."""
+def _first_violation(report: ParityReport) -> str | None:
+    """Describe the first limit that *report* exceeds, if any; a cause is checked before its effects."""
     if report.unverifiable:
         floor = report.logits.noise_floor
         # A file that ignores its input is wrong by half of the spread or more.
@@ -236,4 +233,6 @@ def _first_violation(report: ParityReport) -> str:
             )
         if output.batch_difference > output.tolerance:
             return f"changes {name} by {output.batch_difference:.3g} when images are batched"
-    return f"changes the top class of {report.top1.flips('error')} of {report.num_images} images"
+    if report.flips["error"]:
+        return f"changes the top class of {report.flips['error']} of {report.num_images} images"
+    return None

@@ -125,5 +125,4 @@ def routing_parity(rerouted_images: NDArray[np.bool_], routes: Routing) -> Routi
         num_flips=int((rerouted_images & ~routes.decided).sum()),
         num_wrong=int((rerouted_images & routes.decided).sum()),
         left_out=tuple(int(image) for image in np.flatnonzero(~comparable(rerouted_images, routes))),
-        usage=tuple(int(count) for count in routes.chosen.sum(axis=0)),
     )

@@ -9,15 +9,11 @@ from typing import Any
 
 from sopdeploy.bundle.manifest import Lineage
 from sopdeploy.environment import EXACT_INT8
-from sopdeploy.html.report import HtmlReport, Section, Table, percent, render, sanitize
+from sopdeploy.html.report import HtmlReport, Section, Table, render, sanitize
+from sopdeploy_export.findings import ParityReport
 from sopdeploy_export.report.results import ExportResults
 from sopdeploy_export.subject import ExportSubject
 
-CAUSES = {
-    "noise": "noise: the network's margin is within the tolerance",
-    "routing": "routing: the gate was undecided",
-    "error": "error: the network's margin is clear",
-}
 NO_PLAIN_NETWORK = (
     "No plain network was given, so the proof does not cover code that the compared networks share."
 )
@@ -41,11 +37,7 @@ x86 processors without VNNI:
 
 def render_report(subject: ExportSubject, results: ExportResults, lineage: Lineage) -> str:
     """Render the page; equal arguments give equal text."""
-    parity, trained, shipped = (
-        results.parity,
-        results.network_summary.trained,
-        results.network_summary.shipped,
-    )
+    parity, trained, shipped = results.parity, results.trained, results.shipped
     passed = (
         "All checks passed." if parity.passed else "The drift exceeds its limit; --allow-drift accepted it."
     )
@@ -54,7 +46,7 @@ def render_report(subject: ExportSubject, results: ExportResults, lineage: Linea
         "multiply-adds": f"{shipped.macs:,} of {trained.macs:,}",
         "precision": results.precision.precision,
         "drift": f"{parity.logits.drift_in_floors:.1f}x noise floor",
-        "same top class": f"{parity.top1.num_agreeing} of {parity.top1.num_images}",
+        "same top class": f"{parity.num_agreeing} of {parity.num_images}",
         "model.onnx": f"{parity.file_bytes:,} bytes",
     }
     labels = f"{len(subject.labels)} classes: {', '.join(subject.labels[:MAX_LABELS])}"
@@ -62,7 +54,7 @@ def render_report(subject: ExportSubject, results: ExportResults, lineage: Linea
         labels += f" and {len(subject.labels) - MAX_LABELS} more, see labels.json"
     sections = [
         _describe_checks(results, lineage),
-        _describe_drift(subject, results),
+        _describe_drift(results.parity),
         _describe_decision(subject, results),
     ]
     text = [passed, f"Network {subject.name}. {labels}"]
@@ -92,16 +84,15 @@ def _describe_checks(results: ExportResults, lineage: Lineage) -> Section:
     return Section(title="Checks", text=text, tables=tables)
 
 
-def _describe_drift(subject: ExportSubject, results: ExportResults) -> Section:
+def _describe_drift(parity: ParityReport) -> Section:
     """Compare the outputs of the file with those of the network in float64."""
-    parity, routing, tables = results.parity, results.parity.routing, []
     verdict = "is within" if parity.passed else "EXCEEDS"
     text = [
         f"The noise floor is the error of the network's own {parity.precision} run against float64.",
         f"The drift {verdict} the limit of {parity.floors_allowed:g} noise floors, measured with "
         f"{parity.runtime} on {parity.num_images} probe images.",
     ]
-    outputs = [
+    rows = [
         (
             name,
             f"{output.largest_drift:.3g}",
@@ -112,31 +103,8 @@ def _describe_drift(subject: ExportSubject, results: ExportResults) -> Section:
         for name, output in parity.outputs.items()
     ]
     columns = ("output", "max drift", "noise floor", "in noise floors", "limit")
-    tables.append(Table(caption="Outputs of model.onnx", columns=columns, rows=outputs))
-    flips = [
-        (
-            flip.image,
-            subject.labels[flip.network],
-            subject.labels[flip.file],
-            f"{flip.margin:.3g}",
-            CAUSES[flip.cause],
-        )
-        for flip in parity.top1.flipped
-    ]
-    columns = ("image", "network", "file", "network's margin", "cause")
-    tables.append(Table(caption="Changed predictions", columns=columns, rows=flips))
-    if routing is not None:
-        text.append(
-            f"The gate selects {sum(routing.usage) // parity.num_images} of {len(routing.usage)} components "
-            f"per image. It is undecided on {routing.num_undecided} images: its margin is at most twice the "
-            f"tolerance of its logits ({routing.tolerance:.3g})."
-        )
-        usage = [
-            (f"component {number}", percent(count / parity.num_images, 0))
-            for number, count in enumerate(routing.usage)
-        ]
-        tables.append(Table(caption="Use of the components", columns=("", "probe images"), rows=usage))
-    return Section(title="Drift", text=text, tables=tables)
+    table = Table(caption="Outputs of model.onnx", columns=columns, rows=rows)
+    return Section(title="Drift", text=text, tables=[table])
 
 
 def _describe_decision(subject: ExportSubject, results: ExportResults) -> Section:

@@ -8,9 +8,9 @@ from typing import Any
 
 from sopdeploy.bundle.manifest import Int8For, Manifest
 from sopdeploy.decision import Decision
+from sopdeploy.models.stats import Counts
 from sopdeploy_export.findings import ParityReport, PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
-from sopdeploy_export.subject import NetworkSummary
 
 SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreement begins at 99 %
 WEAKER_PROOFS = {
@@ -30,13 +30,13 @@ class ExportResults:
     certificate: Certificate
     parity: ParityReport
     precision: PrecisionReport
-    network_summary: NetworkSummary
+    trained: Counts
+    shipped: Counts
     decision: Decision | None
 
     def facts(self) -> dict[str, str]:
         """Describe the results, one line for each."""
         certificate, parity = self.certificate, self.parity
-        trained, shipped = self.network_summary.trained, self.network_summary.shipped
         parts_by_type = sorted(Counter(self.precision.parts.values()).items())
         types = ", ".join(f"{count} parts in {name}" for name, count in parts_by_type)
         drift = (
@@ -52,8 +52,8 @@ class ExportResults:
             "answers": _agreement(parity),
             **_precision_facts(self.precision),
             **_decision_facts(self.decision),
-            "costs": f"{shipped.parameters:,} of {trained.parameters:,} parameters, "
-            f"{shipped.macs:,} of {trained.macs:,} multiply-adds per image",
+            "costs": f"{self.shipped.parameters:,} of {self.trained.parameters:,} parameters, "
+            f"{self.shipped.macs:,} of {self.trained.macs:,} multiply-adds per image",
             "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
         }
 
@@ -93,8 +93,8 @@ class Exported(ExportResults):
             "parity": self.parity.model_dump(),
             "precision": self.precision.model_dump(),
             **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
-            "trained": self.network_summary.trained.model_dump(),
-            "shipped": self.network_summary.shipped.model_dump(),
+            "trained": self.trained.model_dump(),
+            "shipped": self.shipped.model_dump(),
             "warnings": list(self.warnings),
         }
 
@@ -122,12 +122,11 @@ def _proof_facts(certificate: Certificate) -> dict[str, str]:
 
 def _agreement(parity: ParityReport) -> str:
     """Describe how often the top class equals that of the network, and the reasons for differences."""
-    top1, routing = parity.top1, parity.routing
-    line = f"top class equal on {top1.num_agreeing} of {top1.num_images} probe images"
-    if top1.flipped:
-        line += f"; flips: {top1.flips('noise')} noise, {top1.flips('routing')} routing"
-        line += f", {top1.flips('error')} wrong"
-    if routing is not None:
+    line = f"top class equal on {parity.num_agreeing} of {parity.num_images} probe images"
+    if parity.num_agreeing < parity.num_images:
+        flips = parity.flips
+        line += f"; flips: {flips['noise']} noise, {flips['routing']} routing, {flips['error']} wrong"
+    if (routing := parity.routing) is not None:
         line += f"; {routing.num_flips} routes flipped, {routing.num_wrong} wrong"
     return line
 

@@ -28,7 +28,7 @@ from sopdeploy_export.proof.networks import (
 )
 from sopdeploy_export.report.results import Exported
 from sopdeploy_export.state import modules, tensors
-from sopdeploy_export.subject import ExportSubject, NetworkSummary, summarize
+from sopdeploy_export.subject import ExportSubject
 from sopdeploy_export.user_network.checks import (
     capture_given,
     check_cache,
@@ -134,7 +134,6 @@ def export_network(
         preprocess=preprocess,
         config=recorded if config is None else config,
         sha256=sha256 or _hash_tensors(network),
-        summary=lambda: _summarize(trained, parts, preprocess),
         warnings=warnings,
     )
     options = options.model_copy(update={"detach": bool(parts)})
@@ -274,10 +273,3 @@ def _hash_tensors(network: nn.Module) -> str:
     """Hash the names and contents of all tensors."""
     lines = [f"{name} {tensor_hash(tensor)}\n" for name, tensor in sorted(tensors(network).items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def _summarize(trained: nn.Module, parts: tuple[str, ...], preprocess: Preprocess) -> NetworkSummary:
-    """Summarize copies of the network for the report, because a summary changes their mode."""
-    network = copy_for_export(trained, "trained")
-    shipped = detach(network, parts) if parts else copy_for_export(trained, "trained")
-    return summarize(network, shipped, preprocess.crop)

@@ -6,20 +6,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.commands.export import show_export
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.describe import describe
-from sopdeploy.models.registry import entry, make_config
-from sopdeploy_export.findings import Flip
-from sopdeploy_export.report.page import (
-    as_markdown,
-    render_model_card,
-    render_report,
-)
+from sopdeploy.models.registry import create_model, entry
+from sopdeploy_export.pipeline import count_costs
+from sopdeploy_export.report.page import as_markdown, render_model_card, render_report
 from sopdeploy_export.report.results import Exported
-from sopdeploy_export.subject import NetworkSummary, summarize_checkpoint
 from tests.export.conftest import HOSTILE
 from tests.pages import ALLOWED, Reader
 
@@ -89,9 +83,8 @@ def rendered(exported: Exported, **changes: Any) -> str:
 
 
 def test_flips_and_an_accepted_drift_are_reported(branched: Exported) -> None:
-    flip = Flip(image=1, network=0, file=2, margin=0.5, cause="error")
-    top1 = branched.parity.top1.model_copy(update={"flipped": (flip,), "num_agreeing": 11})
-    parity = branched.parity.model_copy(update={"top1": top1, "passed": False})
+    flips = {"noise": 0, "routing": 0, "error": 1}
+    parity = branched.parity.model_copy(update={"flips": flips, "drift_allowed": True})
     page = rendered(branched, parity=parity)
     assert "0 noise, 0 routing, 1 wrong" in page
     assert "The drift EXCEEDS the limit" in page
@@ -115,21 +108,10 @@ def test_there_are_four_lines_in_words(branched: Exported, capsys: pytest.Captur
     assert lines["bundle"].startswith(f"{branched.path} (")
 
 
-def summary_of(name: str, **config: object) -> NetworkSummary:
-    usual = entry(name)
-    return summarize_checkpoint(
-        Checkpoint(
-            model=name,
-            config=make_config(name, config).model_dump(mode="json"),
-            weights={},
-            labels=tuple(map(str, range(usual.num_classes))),
-            preprocess=Preprocess(resize=usual.image_size, crop=usual.image_size),
-            training={},
-        )
-    )
-
-
 @pytest.mark.parametrize("name", ["dsop-resnet8", "psdr-resnet50", "gsop-net1-resnet26"])
 def test_the_costs_are_those_of_describe(name: str) -> None:
-    found, counted = summary_of(name), describe(name)
-    assert (found.trained, found.shipped) == (counted.training, counted.shipped)
+    with torch.device("meta"):
+        network = create_model(name, num_classes=entry(name).num_classes)
+        plain = network.inference_model() if network.training_only else network
+    counted = describe(name)
+    assert count_costs(network, plain, entry(name).image_size) == (counted.training, counted.shipped)
