@@ -69,8 +69,7 @@ PAGE = """<!doctype html>
 
 WHAT_TO_DO = {
     "SopdeployError": "Catch this class to catch all errors.",
-    "ConfigError": "Correct the value that the message names; it often suggests one. "
-    "`sopdeploy train --dry-run` shows a recipe with all values.",
+    "ConfigError": "Correct the value that the message names; it often suggests one.",
     "MissingPackageError": "Run the `pip install` line of the message.",
     "DataError": "Repair or remove the named image or folder. Folders have the form `DIR/<class>/*.jpg`.",
     "CheckpointError": "Use a file written by `sopdeploy train` or `sopdeploy import`.",

@@ -10,7 +10,7 @@ import pydantic
 
 from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import ProgressBars, err, print_json, print_table, say
+from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options, StrictModel, expand_options
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.folders import data_folder
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from sopdeploy.training.start_weights import WeightSource
 
 FOLDER_RECIPE = "photos"
-OTHER_PROCEDURE = (
-    "these figures describe the training loop, but train will run the procedure {} on these images"
-)
 PUBLISHED = ("imagenet", "none")  # start weights that are no file
 # A path and a number are converted.
 Text = Annotated[str | None, pydantic.BeforeValidator(lambda value: None if value is None else str(value))]
@@ -84,33 +81,6 @@ class Configured(NamedTuple):
     weights: "WeightSource | None"
 
 
-@expand_options
-def _dry_run(
-    data: Path | None, recipe: str | None, out: Path | None, *, as_json: bool, options: TrainOptions
-) -> None:
-    """Print recipe, counts and step time; write nothing."""
-    _check(data, recipe, out, options, changed=bool(options.set))
-    from sopdeploy.training.dry_run import dry_run
-    from sopdeploy.training.recipe import flatten
-
-    if not is_main_process():
-        return
-    dry = dry_run(configure(data, recipe, options).recipe)
-    if as_json:
-        print_json(dry.model_dump(mode="json"))
-        return
-    say(
-        *(f"{key} = {value}" for key, value in flatten(dry.recipe)),
-        "",
-        f"{dry.train_count} training images of {dry.num_classes} classes, {dry.held_out_count} held out",
-        f"{dry.num_steps} steps per epoch",
-        f"parameters: {dry.training.parameters:,} in training, {dry.shipped.parameters:,} deployed",
-        f"multiply-adds per image: {dry.training.macs:,} in training, {dry.shipped.macs:,} deployed",
-        f"one step on {dry.device}: {dry.step_seconds:.3f} s",
-        *([OTHER_PROCEDURE.format(dry.procedure)] if dry.procedure != "loop" else []),
-    )
-
-
 def _show(result: "TrainedRun") -> None:
     """Print the result of the procedure, the frequent mistakes and the next command."""
     mistakes = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
@@ -123,7 +93,7 @@ def _show(result: "TrainedRun") -> None:
     say(f"next: sopdeploy export {result.best}{' --detach' * bool(result.training_only)}")
 
 
-@command(_show, options={"data", "recipe", "out"}, instead=_dry_run)
+@command(_show, options={"data", "recipe", "out"})
 @expand_options
 def train(
     data: str | Path | None = None,
@@ -148,8 +118,6 @@ def train(
     Example: sopdeploy train --recipe digits-dsop --set epochs=10
 
     Example: sopdeploy train --recipe digits-plain --set model.config.pooling=isqrt
-
-    Example: sopdeploy train --recipe digits-dsop --dry-run
 
     Args:
         data: Folder of images, DIR/<class>/*.jpg; sets `data.path`.

@@ -7,15 +7,13 @@ torchvision computes the color jitter.
 """
 
 import hashlib
-import importlib
 import math
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
-import torch
 from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
@@ -40,11 +38,6 @@ PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 # Far beyond useful values, so that float32 can represent what is computed from them.
 Strength = Annotated[float, pydantic.Field(ge=0, le=1000)]
 Ratio = Annotated[float, pydantic.Field(ge=1e-3, le=1000)]
-
-
-def torchvision_transforms() -> Any:
-    """Import `torchvision.transforms.v2` on first use: the import takes as long as that of torch."""
-    return importlib.import_module("torchvision.transforms.v2")
 
 
 class CenterCrop(StrictModel):
@@ -144,38 +137,25 @@ Augmentation = Annotated[
 ]
 
 
-class ColorJitter(StrictModel):
-    """Random brightness, contrast, saturation and hue, and AlexNet's shift of the color.
+class ColorConfig(StrictModel):
+    """AlexNet's random shift of the color.
 
-    The first three are the largest relative changes, `hue` the largest change as a fraction of the circle, as
-    in torchvision's `ColorJitter`. `lighting` is the standard deviation of the multiples of ImageNet's three
-    principal color components that are added to all pixels (Krizhevsky et al., NIPS 2012, section 4.1: 0.1).
+    `lighting` is the standard deviation of the multiples of ImageNet's three principal color components that
+    are added to all pixels. Source: Krizhevsky et al. (NIPS 2012), section 4.1, which uses 0.1.
     """
 
-    brightness: Strength = 0.0
-    contrast: Strength = 0.0
-    saturation: Strength = 0.0
-    hue: Annotated[float, pydantic.Field(ge=0, le=0.5)] = 0.0
     lighting: Strength = 0.0
 
     def __call__(self, array: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
         """Change the colors of the (H, W, 3) uint8 *array*; depends on *seed* only."""
-        jitter = (self.brightness, self.contrast, self.saturation, self.hue)
-        if any(jitter):
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)
-                image = torchvision_transforms().ColorJitter(*jitter)(
-                    torch.from_numpy(array.copy()).permute(2, 0, 1)
-                )
-            array = image.permute(1, 2, 0).contiguous().numpy()
-        if self.lighting:
-            multiples = np.random.default_rng(seed).normal(0.0, self.lighting, 3) * COLOR_DEVIATIONS
-            shifted = np.rint(array + 255 * (COLOR_COMPONENTS @ multiples))
-            array = np.clip(shifted, 0, 255).astype(np.uint8)
-        return array
+        if not self.lighting:
+            return array
+        multiples = np.random.default_rng(seed).normal(0.0, self.lighting, 3) * COLOR_DEVIATIONS
+        shifted = np.rint(array + 255 * (COLOR_COMPONENTS @ multiples))
+        return np.clip(shifted, 0, 255).astype(np.uint8)
 
 
-NO_COLOR_JITTER = ColorJitter()
+NO_COLOR_SHIFT = ColorConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +170,7 @@ class AugmentedDataset(ImagesDataset):
     preprocess: Preprocess
     seed: int
     epoch: int
-    color: ColorJitter = NO_COLOR_JITTER
-
-    def __post_init__(self) -> None:
-        if self.color != NO_COLOR_JITTER:
-            torchvision_transforms()  # import once, not in every worker of every epoch
+    color: ColorConfig = NO_COLOR_SHIFT
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         copy, sample = divmod(index, len(self.images))

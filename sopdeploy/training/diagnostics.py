@@ -62,9 +62,8 @@ class EpochRow(StrictModel):
     """The record of one epoch; `epoch` counts from 1.
 
     `losses` are means over the training images. `metrics` and `diagnostics` are those of the exported
-    weights. `gradient` is the mean gradient norm before clipping, with 0 for skipped float16 steps.
-    `component_counts` counts, for a gated network, the training images that each component received, with
-    the gate's noise.
+    weights. `gradient` is the mean gradient norm before clipping. `component_counts` counts, for a gated
+    network, the training images that each component received, with the gate's noise.
     """
 
     epoch: int

@@ -178,7 +178,7 @@ class RMSProp(_OptimizerConfig):
 
 
 class AdaHessianConfig(_OptimizerConfig):
-    """AdaHessian; needs float32 or bfloat16."""
+    """AdaHessian, with the defaults of its paper."""
 
     optimizer_class = AdaHessian
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import pydantic
 
 from sopdeploy.config import Count, FractionBelowOne, NonNegative, StrictModel
-from sopdeploy.data.augment import Augmentation, ColorJitter
+from sopdeploy.data.augment import Augmentation, ColorConfig
 from sopdeploy.training.ema import EmaConfig
 from sopdeploy.training.optimizers import OptimizerConfig
 from sopdeploy.training.schedule import Schedule
@@ -28,17 +28,15 @@ class LoopSettings(StrictModel):
     """The settings of the training loop; they are keys of the recipe itself, not of a table.
 
     `batch_size` is the number of samples of a step, over all processes; `accumulate` splits a step into that
-    many micro-batches. `batch_norm` computes statistics per process ("local"), over the whole micro-batch
-    ("global"), or uses the running statistics ("frozen").
+    many micro-batches. Each process computes the statistics of batch norm for its own part of a micro-batch.
     """
 
     epochs: Count
     batch_size: Annotated[int, pydantic.Field(ge=2)]
     accumulate: Count = 1
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    batch_norm: Literal["local", "global", "frozen"] = "local"
+    precision: Literal["fp32", "bf16"] = "fp32"
     augment: Augmentation
-    color: ColorJitter = ColorJitter()
+    color: ColorConfig = ColorConfig()
     optimizer: OptimizerConfig
     schedule: Schedule
     loss: LossConfig = LossConfig()

@@ -130,8 +130,6 @@ class Recipe(LoopSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
-        if self.optimizer.kind == "adahessian" and self.precision == "fp16":
-            raise ValueError("optimizer.kind adahessian: needs precision fp32 or bf16")
         if 2 * self.accumulate > self.batch_size:
             raise ValueError("accumulate: each micro-batch needs at least two samples; lower accumulate")
         if self.accumulate > 1 and "balance_weight" in entry(self.model.name).config.model_fields:

@@ -30,11 +30,9 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
-from sopdeploy.training.distributed.batch_sharding import replace_batch_norms
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
-from sopdeploy.training.precision import MixedPrecision
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import InitialModel, StartReport
@@ -202,7 +200,6 @@ class LoopRun(Run):
     """
 
     normalize: Normalize = field(init=False)
-    precision: MixedPrecision = field(init=False)
     groups: list[dict[str, Any]] = field(init=False)
     ema: ExponentialMovingAverage | None = None
     teacher: Teacher | None = None
@@ -212,7 +209,6 @@ class LoopRun(Run):
         if self.activation == "sigmoid" and recipe.teacher is not None:
             raise ConfigError("teacher: distillation needs one class per image; remove the table")
         self.normalize = Normalize(recipe.preprocess).to(device)
-        self.precision = MixedPrecision(recipe.precision, device)
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
             self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
@@ -273,12 +269,12 @@ class LoopRun(Run):
         self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*done.history, row))
 
     def synchronize_buffers(self) -> None:
-        """Average the running statistics of local batch norms over processes.
+        """Average the running statistics of batch norms over processes.
 
         The running statistics are linear in those of the batches, so averaging once gives the same result
         as averaging in every step.
         """
-        if self.strategy.world == 1 or self.recipe.batch_norm != "local":
+        if self.strategy.world == 1:
             return
         for model in [self.trained(), *([self.ema.model] if self.ema else [])]:
             for buffer in filter(torch.is_floating_point, model.buffers()):
@@ -308,16 +304,14 @@ class LoopRun(Run):
             self.ema.model.load_state_dict({part: averages[part] for part in self.model.state_dict()})
 
     def _prepare_training(self) -> None:
-        """Set the batch norms and what learns; move the teacher to the device."""
-        recipe, world = self.recipe, self.strategy.world
-        replace_batch_norms(self.model, recipe.batch_norm, world)
+        """Set what learns; move the teacher to the device."""
+        recipe = self.recipe
         set_train_mode(self.model, recipe.start)
         self.groups = parameter_groups(self.model, recipe.start)
         if self.teacher is not None:
             layout = torch.channels_last if recipe.channels_last else torch.preserve_format
             self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
             if self.teacher.learns:
-                replace_batch_norms(self.teacher.model, recipe.batch_norm, world)
                 self.groups.append({"params": list(self.teacher.model.parameters())})
 
     def start_epoch(self) -> None:
@@ -327,11 +321,10 @@ class LoopRun(Run):
             self.replace_model(self.name, model)
 
     def resume_state(self) -> dict[str, Any]:
-        """Add the optimizer, the precision, the average and a teacher that learns."""
+        """Add the optimizer, the average and a teacher that learns."""
         state = {
             **super().resume_state(),
             "optimizer": self.optimizer.state_dict(),
-            "precision": self.precision.state_dict(),
             "average": None if self.ema is None else self.ema.state_dict(),
         }
         if self.teacher is not None and self.teacher.learns:
@@ -341,7 +334,6 @@ class LoopRun(Run):
     def load_resume_state(self, state: dict[str, Any]) -> None:
         """Restore *state* but its `weights`; raises many types of error if it is damaged."""
         super().load_resume_state(state)
-        self.precision.load_state_dict(state["precision"])
         if self.ema is not None:
             self.ema.load_state_dict(state["average"])
         if self.teacher is not None and self.teacher.learns:

@@ -1,19 +1,14 @@
 """Assign the samples of a step to processes and micro-batches.
 
-A step is divided into micro-batches first, and each micro-batch is sharded among the processes. Layers that
-couple the samples of a micro-batch, such as batch norm, therefore couple the same samples for any number of
-processes.
+A step is divided into micro-batches first, and each micro-batch is sharded among the processes. The balance
+loss of a gate therefore refers to the same samples for any number of processes.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
-
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from typing import NamedTuple
 
 from sopdeploy.data.batches import count_batches
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.distributed import FrozenBatchNorm, GlobalBatchNorm, Replacement
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.recipe import Recipe
 
@@ -60,20 +55,3 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
             f"batch_size: steps of {smallest} samples in {recipe.accumulate} micro-batches leave some of "
             f"{world} processes without a sample; start fewer processes or lower accumulate"
         )
-
-
-def replace_batch_norms(
-    model: nn.Module, batch_norm: Literal["local", "global", "frozen"], world: int
-) -> None:
-    """Replace the batch norms of *model* by "global" or "frozen" ones.
-
-    With one process, "global" is the same as "local". Raises `ConfigError` for batch norm classes without a
-    "global" or "frozen" version.
-    """
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, _BatchNorm) and not isinstance(child, Replacement):
-                if batch_norm == "frozen":
-                    setattr(parent, name, FrozenBatchNorm(child))
-                elif batch_norm == "global" and world > 1:
-                    setattr(parent, name, GlobalBatchNorm(child))

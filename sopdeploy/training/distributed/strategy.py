@@ -2,7 +2,7 @@
 
 Each process computes a shard of every batch. A step of several processes equals that of one process with the
 whole batch: gradients are summed, and the loss of a process is weighted by its number of samples. Layers that
-couple samples (`batch_norm = "global"`, balance loss) sum their statistics over the processes themselves.
+couple samples sum their statistics over the processes themselves (balance loss), or not (batch norm).
 """
 
 from collections.abc import Sequence

@@ -46,15 +46,15 @@ def _train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> t
     run.optimizer.zero_grad()
     normalized = run.normalize(batch[0]), batch[1]
     loss = compute_gradient(run, normalized, shard_step(samples, recipe, run.strategy).micro_batches)
-    run.precision.scaler.unscale_(run.optimizer)
     gradients = [parameter.grad for parameter in run.trained().parameters() if parameter.grad is not None]
     norm = get_total_norm(gradients)
-    finite = _check_finite_step(run, loss, norm)
-    if recipe.optimizer.clip_norm and finite:
+    _check_finite_step(run, loss, norm)
+    if recipe.optimizer.clip_norm:
         clip_grads_with_norm_(run.trained().parameters(), recipe.optimizer.clip_norm, norm)
-    if run.precision.step(run.optimizer, finite=finite) and run.ema is not None:
+    run.optimizer.step()
+    if run.ema is not None:
         run.ema.update(run.model)
-    return loss, float(norm) if finite else 0.0
+    return loss, float(norm)
 
 
 def compute_gradient(run: LoopRun, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
@@ -84,7 +84,8 @@ def compute_gradient(run: LoopRun, batch: Batch, micro_batches: Sequence[MicroBa
 
 def _compute_loss(run: LoopRun, images: Tensor, labels: Tensor) -> Loss:
     """Compute the loss of a micro-batch, with that of the teacher if the run has one."""
-    with run.precision.autocast():
+    bf16 = run.recipe.precision == "bf16"  # second-order layers disable autocast themselves
+    with torch.autocast(run.strategy.device.type, torch.bfloat16, enabled=bf16):
         output = run.model(images)
         smoothing, weights = run.recipe.loss.label_smoothing, run.model.loss_weights()
         loss = training_loss(output, labels, weights, smoothing, run.activation)
@@ -102,20 +103,18 @@ def _backward(run: LoopRun, loss: Tensor, *, last: bool) -> None:
         if last:
             run.optimizer.all_reduce(run.strategy.sum_by_parameter)
     else:
-        run.strategy.backward(run.precision.scaler.scale(loss), run.trained(), last=last)
+        run.strategy.backward(loss, run.trained(), last=last)
 
 
-def _check_finite_step(run: LoopRun, loss: Loss, norm: Tensor) -> bool:
-    """Return False if a float16 gradient overflowed; raise `TrainingError` for all other NaNs.
+def _check_finite_step(run: LoopRun, loss: Loss, norm: Tensor) -> None:
+    """Raise `TrainingError` if the gradient, the loss or a buffer is not finite.
 
     At this point, batch norm's running statistics include the batch, but the weights are unchanged.
     """
     buffers = [buffer for buffer in run.trained().buffers() if buffer.is_floating_point()]
     finite = torch.stack([value.isfinite().all() for value in (norm, loss.total, *buffers)])
     if int(run.strategy.all_reduce(finite.all().int())) == run.strategy.world:  # the only synchronization
-        return True
-    if run.recipe.precision == "fp16" and bool(finite[1:].all()):
-        return False
+        return
     damaged = (name for name, part in loss.parts.items() if not bool(part.isfinite()))
     raise TrainingError(
         f"epoch {run.position.epoch + 1}, step {run.position.step + 1}: "

@@ -108,12 +108,15 @@ def write_aircraft(root: Path) -> Path:
 
 
 def write_imagenet(root: Path, classes: int, train: int, held_out: int) -> Path:
-    """Write images of WordNet IDs as ImageNet is distributed: `val` has no class folders, but a list."""
-    ids = [f"n{number:08}" for number in range(classes)]
-    images = [f"train/{wordnet_id}/{count}.JPEG" for wordnet_id in ids for count in range(train)]
-    listed = [f"ILSVRC2012_val_{number:08}.JPEG" for number in range(classes * held_out)]
-    lines = [f"{name} {ids[number % classes]}\n" for number, name in enumerate(listed)]
-    write_lists(root, {"val.txt": "".join(lines)}, [*images, *(f"val/{name}" for name in listed)], (32, 32))
+    """Write images in folders `train/<WordNet ID>/` and `val/<WordNet ID>/`."""
+    counts = {"train": train, "val": held_out}
+    images = [
+        f"{part}/n{number:08}/{index}.JPEG"
+        for part, count in counts.items()
+        for number in range(classes)
+        for index in range(count)
+    ]
+    write_lists(root, {}, images, (32, 32))
     return root
 
 

@@ -158,7 +158,7 @@ CASES = {
     "dsop with ema, color jitter and accumulation": (
         "ema={decay=0.9}",
         "accumulate=2",
-        "color={brightness=0.4, hue=0.1}",
+        "color={lighting=0.1}",
         "loss.label_smoothing=0.1",
         "optimizer={kind='adamw', lr=0.003, clip_norm=5.0}",
     ),
