@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sopdeploy.data.augment import AugmentedDataset, ColorJitter, PadCrop
+from sopdeploy.data.augment import AugmentedDataset, ColorConfig, PadCrop
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset, derive_seed, hold_out
 from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.data.datasets.folder import FolderConfig
@@ -84,7 +84,7 @@ def test_batches_do_not_depend_on_the_number_of_workers() -> None:
         ArrayImages(("a", "b"), pixels, np.arange(30) % 2),
         PadCrop(kind="pad-crop", flip=0.5),
     )
-    color = ColorJitter(brightness=0.4, hue=0.1)
+    color = ColorConfig(lighting=0.1)
     view = AugmentedDataset(images, augmentation, Preprocess(resize=12, crop=12), 0, 0, color)
     batches = shuffled_batches(30, 8, 0, 0)
     alone, shared = (list(load_batches(view, batches, workers, torch.device("cpu"))) for workers in (0, 2))
