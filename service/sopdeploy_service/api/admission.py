@@ -2,14 +2,12 @@
 
 The model and the deadline are chosen before the body is read. The memory budget counts the bytes of a body
 from their arrival until the end of the request. It does not count announced bytes, because a client could
-then use up the budget with a header. Limits and budget apply to a compressed body before and after it is
-decompressed.
+then use up the budget with a header.
 """
 
 import asyncio
 import re
 import time
-import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -46,13 +44,7 @@ WATCH_AFTER_SECONDS = 0.1  # most requests end sooner and need no task that wait
 
 SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
 
-WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}  # RFC 1952; RFC 1950, as RFC 9110 says
-
-NOT_COMPRESSED = HttpError(
-    "bad_encoding", 400, "the body is not one complete stream of the format that its Content-Encoding names"
-)
-UNKNOWN_ENCODING = HttpError("unsupported_encoding", 415, "send Content-Encoding gzip or deflate, or none")
-ENCODED = HttpError("unsupported_encoding", 415, "send the image itself, without a Content-Encoding")
+ENCODED = HttpError("unsupported_encoding", 415, "send the body itself, without a Content-Encoding")
 SLOW_BODY = HttpError("slow_body", 408, "the body arrives more slowly than this server allows")
 LATE_BODY = HttpError("slow_body", 408, "the body did not arrive before the deadline")
 UPLOADS_FULL = HttpError("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
@@ -242,11 +234,6 @@ class ClassifyRequest(pydantic.BaseModel):
         return self
 
 
-def content_encoding(headers: Mapping[str, str]) -> str:
-    """Return the Content-Encoding of a request; `identity` if it is not compressed."""
-    return headers.get("content-encoding", "identity").strip().lower()
-
-
 class Upload(NamedTuple):
     """The images of one request; *is_list* selects a list as response, *top_k* is from a JSON body."""
 
@@ -263,8 +250,6 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
     headers, settings = admitted.context.headers, admitted.service.settings
     content_type = headers.get("content-type", "")
     kind = content_type.partition(";")[0].strip().lower()
-    if content_encoding(headers) != "identity":
-        raise RejectedError(ENCODED)
     if kind.startswith("multipart/"):
         if kind != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
@@ -308,9 +293,11 @@ async def read_body(
     """Read at most *limit* bytes of the body before the deadline; *consume* gets them in pieces.
 
     A client may be slower than the minimum rate for a grace period in total. Returns the body, empty with
-    *consume*. Raises `RejectedError`: 408 too slow, 413 too large, 429 for a full budget, 499 client
-    disconnected.
+    *consume*. Raises `RejectedError`: 408 too slow, 413 too large, 415 compressed, 429 for a full budget,
+    499 client disconnected.
     """
+    if admitted.context.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise RejectedError(ENCODED)
     service, context, deadline = admitted.service, admitted.context, admitted.deadline
     settings = service.settings
     announced = int(context.headers.get("content-length", "0"))
@@ -339,40 +326,6 @@ async def read_body(
             (consume or pieces.append)(piece)
         more = message.get("more_body", False)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-async def read_compressed_body(admitted: AdmittedRequest, limit: int) -> bytes:
-    """Read a body as `read_body` does and decompress it, to at most *limit* bytes.
-
-    Raises `RejectedError` also for a body that is not compressed as announced (400), and for an unknown
-    Content-Encoding (415), before the body is read.
-    """
-    service, context = admitted.service, admitted.context
-    encoding = content_encoding(context.headers)
-    if encoding != "identity" and encoding not in WINDOW_BITS:
-        raise RejectedError(UNKNOWN_ENCODING)
-    body = await read_body(admitted, limit)
-    if encoding == "identity":
-        return body
-    plain = await admitted.parse(decompress, body, WINDOW_BITS[encoding], limit)
-    _check_budget(service, context.bytes, len(plain))
-    service.upload_bytes += len(plain)
-    context.bytes += len(plain)
-    return plain
-
-
-def decompress(body: bytes, window_bits: int, limit: int) -> bytes:
-    """Decompress *body* to at most *limit* bytes; call it in a thread. Raises `RejectedError`."""
-    stream = zlib.decompressobj(window_bits)
-    try:
-        plain = stream.decompress(body, limit + 1)
-    except zlib.error as problem:
-        raise RejectedError(NOT_COMPRESSED) from problem
-    if len(plain) > limit:
-        raise RejectedError(HttpError.of(too_large_error(limit)))
-    if not stream.eof or stream.unused_data:
-        raise RejectedError(NOT_COMPRESSED)
-    return plain
 
 
 def _check_budget(service: Service, received: int, more: int) -> None:

@@ -174,7 +174,7 @@ BAD_REQUESTS = {
     "mixed": ({"Content-Type": "multipart/mixed; boundary=XX"}, b"--XX--", 415, "unsupported_multipart"),
     "gzip": ({"Content-Encoding": "gzip"}, b"\x1f\x8b", 415, "unsupported_encoding"),
     "a form in gzip": (
-        {"Content-Encoding": "gzip", "Content-Type": "multipart/mixed"},
+        {"Content-Encoding": "gzip", "Content-Type": "multipart/form-data; boundary=x"},
         b"x",
         415,
         "unsupported_encoding",

@@ -113,14 +113,10 @@ def test_tensors_get_the_predictions_of_v1(triton, pixels, classified, bundle, b
     assert response["model_version"] == bundle.manifest.id
 
 
-@pytest.mark.parametrize("algorithm", [None, "gzip", "deflate"])
 @pytest.mark.parametrize("binary", [True, False])
-def test_pixels_may_be_fp32_and_compressed(triton, pixels, classified, bundle, binary, algorithm):
+def test_pixels_may_be_fp32(triton, pixels, classified, bundle, binary):
     sent = [infer_input("images", pixels.astype(np.float32), "FP32", binary)]
-    found = triton.infer(
-        "tiny", sent, request_compression_algorithm=algorithm, response_compression_algorithm=algorithm
-    )
-    assert equal(found.as_numpy("logits"), bundle, classified)
+    assert equal(triton.infer("tiny", sent).as_numpy("logits"), bundle, classified)
 
 
 @pytest.mark.parametrize(("shape", "binary"), [((3,), True), ((3, 1), False)])
@@ -140,7 +136,7 @@ def test_server_and_model_metadata(triton, bundle):
     assert triton.is_model_ready("tiny", bundle.manifest.id)
     assert not triton.is_model_ready("other")
     assert not triton.is_model_ready("tiny", "1")
-    assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data", "classification"]
+    assert triton.get_server_metadata()["extensions"] == ["binary_tensor_data"]
     assert triton.get_model_metadata("tiny", bundle.manifest.id) == {
         "name": "tiny",
         "versions": [bundle.manifest.id],

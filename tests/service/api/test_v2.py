@@ -1,10 +1,7 @@
 """The Open Inference Protocol: parsed request bodies, responses, and the protocol over HTTP."""
 
-import gzip
 import re
 import struct
-import tracemalloc
-import zlib
 from typing import Any
 
 import numpy as np
@@ -14,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sopdeploy_service.api.v2.request import InferRequest, RequestedOutput, Signature, Tensor, parse_body
-from sopdeploy_service.api.v2.response import format_response, rank_labels, stack_outputs
+from sopdeploy_service.api.v2.response import format_response, stack_outputs
 from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
-from tests.service.raw import count
 
 LIMIT = 100_000
 
@@ -171,6 +167,7 @@ BAD_VALUES = [
     ("outputs", [{"name": "probabilities"}], "unknown_output"),
     ("outputs", [LOGITS] * 2, "duplicate_output"),
     ("outputs", [{**LOGITS, "parameters": {"classification": -1}}], "malformed_request"),
+    ("outputs", [{**LOGITS, "parameters": {"classification": 3}}], "no_classification"),
     ("parameters", {"binary_data_output": "yes"}, "malformed_request"),
     ("parameters", {"timeout": 1.5}, "malformed_request"),
 ]
@@ -251,19 +248,15 @@ def test_bytes_elements_with_wrong_lengths_are_rejected(raw):
 
 
 def test_all_outputs_are_the_default_and_parameters_apply_to_each():
-    assert [(w.tensor.name, w.binary, w.num_classes) for w in read(tensor()).outputs] == [
-        ("logits", False, 0), ("gate", False, 0),
-    ]  # fmt: skip
-    outputs = [{"name": "gate"}, {**LOGITS, "parameters": {"binary_data": False, "classification": 3}}]
+    assert [(w.tensor.name, w.binary) for w in read(tensor()).outputs] == [("logits", False), ("gate", False)]
+    outputs = [{"name": "gate"}, {**LOGITS, "parameters": {"binary_data": False}}]
     parameters = {"binary_data_output": True, "timeout": 5000}
     found = read({**tensor(), "id": "a", "outputs": outputs, "parameters": parameters})
-    assert [(w.tensor.name, w.binary, w.num_classes) for w in found.outputs] == [
-        ("gate", True, 0), ("logits", False, 3),
-    ]  # fmt: skip
+    assert [(w.tensor.name, w.binary) for w in found.outputs] == [("gate", True), ("logits", False)]
     assert (found.id, found.timeout_seconds) == ("a", 0.005)
 
 
-VALID = {**tensor(data=NESTED), "id": "a", "outputs": [{**LOGITS, "parameters": {"classification": 3}}]}
+VALID = {**tensor(data=NESTED), "id": "a", "outputs": [{**LOGITS, "parameters": {"binary_data": False}}]}
 
 EDITS = st.tuples(
     st.integers(0, 250), st.integers(0, 3), st.sampled_from([*'[]{},:"-.e01', "", "true", "null"])
@@ -293,32 +286,17 @@ OUTPUT_VALUES = {
     "gate": np.array([[1 / 3, 1], [0, 2 / 3]], dtype=np.float32),
 }
 
-LABELS = {"logits": ("ant", "bee: the big one", "çat")}
 HEAD = {"model_name": "tiny", "model_version": "abc"}
 
 
 def test_json_numbers_are_the_same_float32_when_parsed():
-    body, headers = format_response(HEAD, OUTPUT_VALUES, [RequestedOutput(LOGITS_TENSOR, False, 0)], LABELS)
+    body, headers = format_response(HEAD, OUTPUT_VALUES, [RequestedOutput(LOGITS_TENSOR, False)])
     text = orjson.loads(body)
     assert headers == {"Content-Type": "application/json"}
     (output,) = text.pop("outputs")
     assert text == HEAD
     assert (output["name"], output["datatype"], output["shape"]) == ("logits", "FP32", [2, 3])
     assert np.array_equal(np.float32(output["data"]), OUTPUT_VALUES["logits"].ravel())
-
-
-def test_classes_are_value_index_label_and_ties_keep_their_order():
-    assert rank_labels(OUTPUT_VALUES["logits"], 2, LABELS["logits"]) == [
-        ["0.1:0:ant", "1e-07:1:bee: the big one"],
-        ["5.0:2:çat", "2.0:0:ant"],
-    ]
-
-
-def test_an_output_without_labels_has_value_and_index_of_at_most_its_classes():
-    body, _ = format_response(HEAD, OUTPUT_VALUES, [RequestedOutput(GATE, False, 1000)], LABELS)
-    (output,) = orjson.loads(body)["outputs"]
-    assert (output["datatype"], output["shape"]) == ("BYTES", [2, 2])
-    assert output["data"][0] == "1.0:1"
 
 
 def prediction(index: int) -> Prediction:
@@ -340,8 +318,6 @@ def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():
 INFER = "/v2/models/tiny/infer"
 ZEROS = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
 GOOD_REQUEST = {"inputs": [ZEROS]}
-RAW = orjson.dumps(GOOD_REQUEST)
-GZIP = {"Content-Encoding": "gzip"}
 LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
@@ -354,15 +330,7 @@ BAD_HTTP_REQUESTS = {
     "an empty body": (b"", {}, 400, "malformed_json"),
     "a header length beyond the body": (GOOD_REQUEST, {LENGTH_HEADER: "999999"}, 400, "bad_header_length"),
     "a body above the limit": (bytes(1_000_001), {}, 413, "too_large"),
-    "another encoding": (GOOD_REQUEST, {"Content-Encoding": "br"}, 415, "unsupported_encoding"),
-    "two encodings": (GOOD_REQUEST, {"Content-Encoding": "gzip, gzip"}, 415, "unsupported_encoding"),
-    "no gzip": (GOOD_REQUEST, GZIP, 400, "bad_encoding"),
-    "raw deflate": (zlib.compress(RAW)[2:-4], {"Content-Encoding": "deflate"}, 400, "bad_encoding"),
-    "half a stream": (gzip.compress(RAW)[:-9], {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
-    "an empty stream": (b"", {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
-    "bytes after a stream": (gzip.compress(RAW) + b"x", {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
-    "two streams": (gzip.compress(RAW) * 2, {"Content-Encoding": "gzip"}, 400, "bad_encoding"),
-    "a bomb": (gzip.compress(bytes(1_000_001)), {"Content-Encoding": "gzip"}, 413, "too_large"),
+    "a compressed body": (GOOD_REQUEST, {"Content-Encoding": "gzip"}, 415, "unsupported_encoding"),
     "an invalid timeout": (GOOD_REQUEST, {"X-Request-Timeout-Ms": "-5"}, 400, "invalid_timeout"),
 }
 
@@ -374,26 +342,6 @@ def test_a_bad_request_gets_an_error_object_and_its_code_in_a_header(client, cas
     assert (reply.status_code, reply.headers["x-error-code"]) == (status, code)
     assert list(reply.json()) == ["error"]
     assert post(client, GOOD_REQUEST).status_code == 200
-
-
-def test_a_bomb_costs_no_more_memory_than_the_limit(client):
-    body = zlib.compress(bytes(200_000_000), 9)  # 194 kB; the limit of this server is 1 MB
-    post(client, body, **{"Content-Encoding": "deflate"})  # imports and caches
-    tracemalloc.start()
-    reply = post(client, body, **{"Content-Encoding": "deflate"})
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert (reply.status_code, reply.headers["x-error-code"]) == (413, "too_large")
-    assert peak < 3_000_000
-    assert count(client, "upload_bytes") == 0
-
-
-def test_a_body_of_empty_blocks_ends_at_the_limit(client):
-    stream = zlib.compressobj(wbits=31)
-    body = stream.compress(b"") + b"".join(stream.flush(zlib.Z_FULL_FLUSH) for _ in range(4))
-    empty = b"\0\0\0\xff\xff"  # a stored block of 0 bytes
-    reply = client.post(INFER, content=iter([body, empty * 100_000, empty * 100_001]), headers=GZIP)
-    assert (reply.status_code, reply.headers["x-error-code"]) == (413, "too_large")
 
 
 MISSING = {

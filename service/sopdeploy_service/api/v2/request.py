@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from struct import unpack_from
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from pydantic import Field, NonNegativeInt, WithJsonSchema
+from pydantic import NonNegativeInt
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING
@@ -87,20 +87,18 @@ class InputParameters(Body):
 class InputTensor(Body):
     """One input: `data` in JSON, or `binary_data_size` bytes after the JSON."""
 
-    name: str = Field(description="the bundle's input, or `IMAGE` for encoded images")
-    datatype: str = Field(json_schema_extra={"enum": ["UINT8", FLOAT_PIXELS, "BYTES"]})
+    name: str
+    datatype: str
     shape: list[int]
     parameters: InputParameters = InputParameters()
-    data: Annotated[Any, WithJsonSchema({"type": "array", "items": {}})] = Field(
-        None, description="row by row, flat or nested; BYTES as base64"
-    )
+    data: Any = None  # row by row, flat or nested; BYTES as base64
 
 
 class OutputParameters(Body):
-    """Parameters of an output; `classification` requests that many classes."""
+    """Parameters of an output."""
 
     binary_data: bool | None = None
-    classification: NonNegativeInt = 0
+    classification: NonNegativeInt = 0  # an extension of Triton, which `/v1/classify` replaces
 
 
 class OutputTensor(Body):
@@ -127,11 +125,10 @@ class InferBody(Body):
 
 
 class RequestedOutput(NamedTuple):
-    """An output to return: its numbers if *num_classes* is 0, or that many of its best classes."""
+    """An output to return, in *binary* or in JSON."""
 
     tensor: Tensor
     binary: bool
-    num_classes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +174,16 @@ def _requested_outputs(request: InferBody, signature: Signature) -> tuple[Reques
             raise bad_request("unknown_output", message)
         if output.name in requested:
             raise bad_request("duplicate_output", f"output {output.name!r} occurs twice")
+        if output.parameters.classification:
+            message = "outputs are numbers; omit class_count (`classification`), or use /v1/classify"
+            raise bad_request("no_classification", message)
         chosen = output.parameters.binary_data
         binary = by_default if chosen is None else chosen
-        requested[output.name] = RequestedOutput(
-            tensors[output.name], binary, output.parameters.classification
-        )
+        requested[output.name] = RequestedOutput(tensors[output.name], binary)
     if requested:
         return tuple(requested.values())
     return tuple(
-        RequestedOutput(tensor, by_default, 0) for tensor in signature.outputs if tensor.name != EMBEDDING
+        RequestedOutput(tensor, by_default) for tensor in signature.outputs if tensor.name != EMBEDDING
     )
 
 

@@ -3,7 +3,6 @@
 from importlib.metadata import version as package_version
 from typing import Annotated, Any
 
-import pydantic
 from fastapi import APIRouter, Header, Request, Response
 
 from sopdeploy.bundle.manifest import EMBEDDING
@@ -11,11 +10,11 @@ from sopdeploy_service.api.admission import (
     admit,
     find_and_record_model,
     json_response,
-    read_compressed_body,
+    read_body,
     service_of,
 )
 from sopdeploy_service.api.v2 import response
-from sopdeploy_service.api.v2.request import InferBody, parse_body, signature_of
+from sopdeploy_service.api.v2.request import parse_body, signature_of
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
 
 _ERROR: dict[str, Any] = {
@@ -35,28 +34,15 @@ _VERSION = package_version("sopdeploy")
 router = APIRouter(tags=["Open Inference Protocol"], responses=_ERRORS)
 
 
-def request_body(body_type: type[pydantic.BaseModel]) -> dict[str, Any]:
-    """Describe *body_type* for OpenAPI, with nested models inlined."""
-    schema = body_type.model_json_schema()
-    definitions = schema.pop("$defs", {})
-
-    def inline(node: Any) -> Any:
-        """Replace every `$ref` in the schema *node* by the definition it names."""
-        if isinstance(node, list):
-            return [inline(item) for item in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            return inline(definitions[node["$ref"].rpartition("/")[2]])
-        return {key: inline(value) for key, value in node.items()}
-
-    content = {"application/json": {"schema": inline(schema)}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-INFER_BODY = request_body(InferBody)
-INFER_BODY["requestBody"]["content"]["application/octet-stream"] = {
-    "schema": {"type": "string", "format": "binary"}
+INFER_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": "the request of the Open Inference Protocol",
+        "content": {
+            "application/json": {"schema": {"type": "object", "required": ["inputs"]}},
+            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+        },
+    }
 }
 HeaderLength = Annotated[
     str | None, Header(alias=HEADER_LENGTH, description="the length of the JSON, if binary tensors follow it")
@@ -66,9 +52,7 @@ HeaderLength = Annotated[
 @router.get("/v2")
 async def server() -> Response:
     """Name the server and the extensions it supports."""
-    return json_response(
-        {"name": "sopdeploy", "version": _VERSION, "extensions": ["binary_tensor_data", "classification"]}
-    )
+    return json_response({"name": "sopdeploy", "version": _VERSION, "extensions": ["binary_tensor_data"]})
 
 
 @router.get("/v2/health/live")
@@ -112,7 +96,7 @@ async def model_infer(
     async with admit(request, name, version) as admitted:
         service, model = admitted.service, admitted.model
         signature = signature_of(model.bundle, service.settings.max_images)
-        body = await read_compressed_body(admitted, service.settings.max_body_bytes)
+        body = await read_body(admitted, service.settings.max_body_bytes)
         parsed = await admitted.parse(
             parse_body, body, header_length, signature, service.settings.max_json_bytes
         )
@@ -123,6 +107,5 @@ async def model_infer(
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:
         head = {"id": parsed.id, **head}
-    labels = {signature.outputs[0].name: model.labels}
-    content, headers = format_response(head, stack_outputs(outcomes), parsed.outputs, labels)
+    content, headers = format_response(head, stack_outputs(outcomes), parsed.outputs)
     return Response(content, headers={**headers, "Server-Timing": admitted.context.server_timing()})
