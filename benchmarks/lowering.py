@@ -22,11 +22,10 @@ from measure import Result, compare, parse, report
 from torch import Tensor, nn
 from torch.export import Dim
 
-from sopdeploy.layers.attention.gsop_block import ChannelAttention, GSoPBlock, GSoPBlockConfig, RowConv
 from sopdeploy.layers.covariance import covariance_trace
+from sopdeploy.layers.gsop_block import ChannelAttention, GSoPBlock, GSoPBlockConfig, RowConv
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov
-from sopdeploy.layers.mixture.components import Components, Convolutions
-from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy.layers.mixture import Components, Convolutions, keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.graph import convert
 

@@ -26,7 +26,7 @@ from sopdeploy.errors import CertificateError, ConfigError, DetachError, Lowerin
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.models.stats import Counts, tally
+from sopdeploy.models.describe import Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.findings import LOGITS, ParityReport

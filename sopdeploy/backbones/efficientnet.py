@@ -1,16 +1,19 @@
-"""EfficientNet-b0 for 224-pixel images, with timm's state-dict keys.
+"""EfficientNet-b0 and EfficientNet-Lite0 to Lite4, with timm's state-dict keys.
 
 Paper: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks" (ICML 2019),
-Table 1.
+Table 1. The Lite networks of its authors have ReLU6 instead of SiLU, no squeeze-and-excitation, and a stem, a
+last convolution, and a first and last stage whose size is fixed. Convolutions are padded as in TensorFlow.
 """
 
+import math
 from collections.abc import Collection
 from typing import NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.config import FractionBelowOne, StrictModel
+from sopdeploy.config import FractionBelowOne, Positive, StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import MissingPackageError
 from sopdeploy.layers.pooling.base import GapConfig
@@ -37,6 +40,11 @@ MBCONV_STAGES = {
 }
 KERNELS = {stage.channels: stage.kernel for stage in MBCONV_STAGES.values()}
 HEAD_CHANNELS = 1280
+# Of the Lite networks:
+STEM_CHANNELS = 32
+STRIDES = dict(zip(MBCONV_STAGES, (1, 2, 2, 2, 1, 2, 1), strict=True))
+TAPPED_STAGES = ("blocks.1", "blocks.2", "blocks.4", "blocks.6")  # the last ones at their resolution
+DIVISOR = 8  # of the numbers of channels
 
 
 class EfficientNetConfig(StrictModel):
@@ -83,3 +91,113 @@ class EfficientNet(Backbone):
         x, tapped = super().feature_maps(images, taps)
         last: Tensor = self.bn2(self.conv_head(x))
         return last, [*tapped, last] if "conv_head" in taps else tapped
+
+
+class EfficientNetLiteConfig(StrictModel):
+    """`width` and `depth` multiply channels and blocks of the stages; `dropout` precedes the classifier."""
+
+    width: Positive = 1.0
+    depth: Positive = 1.0
+    dropout: FractionBelowOne = 0.2
+    pooling: Pooling = GapConfig()
+
+
+class SameConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's padding "SAME": of an odd number of zeros, more are at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convert (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride))."""
+        kernel, stride = self.kernel_size[0], self.stride[0]
+        rows, columns = (max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in x.shape[2:])
+        return super().forward(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))
+
+
+def convolution(
+    in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    """Build a convolution without bias, because batch norm follows it."""
+    if stride == 1:
+        return nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+    return SameConv2d(in_channels, out_channels, kernel, stride=stride, groups=groups, bias=False)
+
+
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Build a batch norm with TensorFlow's epsilon."""
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)
+
+
+class LiteBlock(nn.Sequential):
+    """Inverted bottleneck: 1x1 convolution to *expansion* times the channels, depthwise and 1x1 convolution.
+
+    With an *expansion* of 1, the first convolution is left out. A block that keeps the shape adds its input.
+    """
+
+    def __init__(self, channels: int, out: int, kernel: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        wide = channels * expansion
+        depthwise = convolution(wide, wide, kernel, stride, groups=wide)
+        layers = {
+            "conv_pw": convolution(channels, wide),
+            "conv_dw": depthwise,
+            "conv_pwl": convolution(wide, out),
+        }
+        if expansion == 1:
+            layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
+        for number, (name, layer) in enumerate(layers.items(), 1):
+            self.add_module(name, layer)
+            self.add_module(f"bn{number}", _batch_norm(layer.out_channels))
+            if number < len(layers):
+                self.add_module(f"act{number}", nn.ReLU6(inplace=True))
+        self.keeps_shape = stride == 1 and channels == out
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convert (B, in, H, W) to (B, out, ceil(H / stride), ceil(W / stride))."""
+        out: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return out + x if self.keeps_shape else out
+
+
+def scale_channels(channels: int, factor: float) -> int:
+    """Multiply *channels* by *factor*; the result is a multiple of 8 and at least 90 % of the product."""
+    scaled = channels * factor
+    rounded = max(DIVISOR, int(scaled + DIVISOR / 2) // DIVISOR * DIVISOR)
+    return rounded + DIVISOR if rounded < 0.9 * scaled else rounded
+
+
+class EfficientNetLite(Backbone):
+    """Stem, seven stages, 1x1 convolution to 1280 channels, global pooling, one linear layer."""
+
+    stem_parts = ("conv_stem", "bn1", "act1")
+    stage_names = tuple(MBCONV_STAGES)
+    classifier_parts: tuple[str, ...] = ("pooling", "dropout", "classifier")
+    config: EfficientNetLiteConfig
+
+    def __init__(self, config: EfficientNetLiteConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.conv_stem, self.bn1 = convolution(3, STEM_CHANNELS, 3, 2), _batch_norm(STEM_CHANNELS)
+        self.act1 = nn.ReLU6(inplace=True)
+        channels, stages = STEM_CHANNELS, []
+        for name, stage in MBCONV_STAGES.items():
+            is_end = name in {"blocks.0", "blocks.6"}
+            count = stage.blocks if is_end else math.ceil(stage.blocks * config.depth)
+            out = scale_channels(stage.channels, config.width)
+            blocks = []
+            for index in range(count):
+                stride, expansion = (1 if index else STRIDES[name]), (1 if name == "blocks.0" else 6)
+                blocks.append(LiteBlock(channels, out, stage.kernel, stride, expansion))
+                channels = out
+            stages.append(nn.Sequential(*blocks))
+            if name in TAPPED_STAGES:
+                self.tap_channels[f"{name}.{count - 1}"] = out
+        self.blocks = nn.Sequential(*stages)
+        self.conv_head, self.bn2 = convolution(channels, HEAD_CHANNELS), _batch_norm(HEAD_CHANNELS)
+        self.act2 = nn.ReLU6(inplace=True)
+        self.pooling = config.pooling.build(HEAD_CHANNELS)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = self.pooling.classifier(num_classes)
+        initialize(self)
+
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Compute the last feature map (B, 1280, h, w) after its activation, and the outputs of *taps*."""
+        x, tapped = super().feature_maps(images, taps)
+        last: Tensor = self.act2(self.bn2(self.conv_head(x)))
+        return last, tapped

@@ -4,17 +4,23 @@ The manifest is the first entry and determines the rest: the other files sorted 
 mode 0644, no owner and time 0. The reader does not parse tar. It computes each expected header and compares
 bytes, so links, paths, devices, long names, duplicates and trailing data are rejected. Archives of equal
 bundles are equal.
+
+Archives are stored in folders, and in stores that fsspec opens, such as S3 and the Hugging Face Hub. Stores
+are not trusted: an archive is checked by its hashes, and by a signature if one is required.
 """
 
 import shutil
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
 from sopdeploy.bundle.folder import MANIFEST, MAX_MANIFEST_BYTES, Bundle, check_file_name
 from sopdeploy.bundle.manifest import Manifest
-from sopdeploy.errors import BundleError
-from sopdeploy.files import BLOCK_BYTES, writing
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import BundleError, MissingPackageError
+from sopdeploy.files import BLOCK_BYTES, atomic_write, writing
 
 ARCHIVE_SUFFIX = ".tar"
 MAX_ARCHIVE_BYTES = 8_000_000_000
@@ -110,3 +116,71 @@ def header(name: str, size: int) -> bytes:
 def padding(size: int) -> bytes:
     """Return the zero bytes that fill the last block of a file of *size* bytes."""
     return bytes(-size % BLOCK)
+
+
+def put(file: Path, destination: str, name: str) -> str:
+    """Copy *file* to *destination*, a folder or its URL, under *name*; return the new location.
+
+    Readers never see an incomplete file under *name*. A failure leaves no new folder.
+    """
+    if "://" in destination:
+        target = f"{destination.rstrip('/')}/{name}"
+        with _filesystem(target) as (store, path):
+            store.put_file(str(file), path)
+        return target
+    folder = Path(destination)
+    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    with writing(folder / name, BundleError):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_write(folder / name) as partial:
+                shutil.copyfile(file, partial)
+        except OSError:
+            with suppress(OSError):
+                for parent in new:
+                    parent.rmdir()
+            raise
+    return str(folder / name)
+
+
+def get(source: str, file: Path, limit: int) -> None:
+    """Copy *source*, a path or URL, to *file*; raise `BundleError` if it is larger than *limit* bytes."""
+    if "://" in source:
+        with _filesystem(source) as (store, path), store.open(path, "rb") as remote:
+            _copy(remote, file, source, limit)
+        return
+    if not Path(source).is_file():
+        problem = "a folder" if Path(source).is_dir() else "no such file"
+        raise BundleError(f"{source}: {problem}; give the path of the .tar file that `push` wrote")
+    with Path(source).open("rb") as local:
+        _copy(local, file, source, limit)
+
+
+def _copy(source: IO[bytes] | BinaryIO, file: Path, name: str, limit: int) -> None:
+    """Copy *source* to *file*; raise `BundleError` naming *name* if it exceeds *limit* bytes."""
+    size = 0
+    with file.open("wb") as target:
+        while block := source.read(BLOCK_BYTES):
+            size += len(block)
+            if size > limit:
+                raise BundleError(f"{name}: larger than {limit} bytes, the limit; check the address")
+            target.write(block)
+
+
+@contextmanager
+def _filesystem(url: str) -> Iterator[tuple[Any, str]]:
+    """Yield the fsspec file system of *url* and the path in it.
+
+    Errors become `BundleError`; the clients of stores raise types of several libraries.
+    """
+    fsspec = import_optional("fsspec", "fsspec", "sopdeploy[s3]", MissingPackageError, url)
+    try:
+        yield fsspec.core.url_to_fs(url)
+    except BundleError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error  # clients wrap errors of uploads
+        text = " ".join(str(cause).split())
+        raise BundleError(
+            f"{url}: {type(cause).__name__}: {text}; check the address, the network and the credentials"
+        ) from error

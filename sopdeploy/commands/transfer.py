@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sopdeploy.bundle import archive as tar
 from sopdeploy.bundle import signing
+from sopdeploy.bundle.archive import get, put
 from sopdeploy.bundle.folder import open_bundle, publish, staging
-from sopdeploy.bundle.storage import get, put
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.errors import BundleError, ConfigError

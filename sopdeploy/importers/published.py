@@ -19,8 +19,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from sopdeploy.backbones.alexnet_vgg import VGGConfig
-from sopdeploy.backbones.efficientnet import EfficientNet
-from sopdeploy.backbones.efficientnet_lite import EfficientNetLite
+from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetLite
 from sopdeploy.backbones.resnet import ResNet
 from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.config import StrictModel

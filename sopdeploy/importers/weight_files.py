@@ -22,7 +22,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.matconvnet import read_dagnn
+from sopdeploy.importers.gmsop import read_dagnn
 from sopdeploy.user_files import ADVICE, check_tensors, opened, read_pytorch
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")

@@ -30,8 +30,18 @@ from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetC
 from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.mixture.components import ComponentKind, Components, Convolutions, FusionHead, pooling
-from sopdeploy.layers.mixture.gate import GateNoise, NoisePer, SparseGate, balance_loss, keep_largest
+from sopdeploy.layers.mixture import (
+    ComponentKind,
+    Components,
+    Convolutions,
+    FusionHead,
+    GateNoise,
+    NoisePer,
+    SparseGate,
+    balance_loss,
+    keep_largest,
+    pooling,
+)
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput

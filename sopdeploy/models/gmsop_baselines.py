@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig
 from sopdeploy.config import Count, FractionBelowOne
-from sopdeploy.layers.mixture.components import Components, Convolutions, FusionHead
+from sopdeploy.layers.mixture import Components, Convolutions, FusionHead
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.codebook import NetVLADConfig
 from sopdeploy.models.base import Classifier, Entry

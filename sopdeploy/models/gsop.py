@@ -11,7 +11,7 @@ GFLOPs of Tables 5 and 6 are those with this stride; Newton-Schulz runs 5 steps 
 To fuse channels and positions by concatenation, the paper has "one convolutional layer" (section 4.1) whose
 kernel and groups it does not print. Assumption: they are those of the code, two grouped convolutions whose
 sum is one convolution of the concatenation.
-Differences inside the block are documented in `layers/attention/gsop_block.py`. The network has no
+Differences inside the block are documented in `layers/gsop_block.py`. The network has no
 training-only parts.
 """
 
@@ -25,7 +25,7 @@ from sopdeploy.backbones.cifar_resnet import PreActResNet, PreActResNetConfig
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, FractionBelowOne
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.attention.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
+from sopdeploy.layers.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig

@@ -10,8 +10,12 @@ from sopdeploy.backbones.cifar_resnet import (
     SmallResNet,
     SmallResNetConfig,
 )
-from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetConfig
-from sopdeploy.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig
+from sopdeploy.backbones.efficientnet import (
+    EfficientNet,
+    EfficientNetConfig,
+    EfficientNetLite,
+    EfficientNetLiteConfig,
+)
 from sopdeploy.backbones.resnet import DilatedResNet, DilatedResNetConfig, ResNet, ResNetConfig
 from sopdeploy.layers.pooling.base import FlattenConfig
 from sopdeploy.models.base import Classifier, Entry

@@ -20,8 +20,7 @@ from sopdeploy.evaluation.statistics import student, wilson
 from sopdeploy.layers.newton_schulz import newton_schulz
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.describe import describe
-from sopdeploy.models.stats import Counts
+from sopdeploy.models.describe import Counts, describe
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import select_device
 from sopdeploy.training.recipe import Recipe

@@ -22,7 +22,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import CertificateError, ParityError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.mixture.components import Components
+from sopdeploy.layers.mixture import Components
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import Captured, capture, generated_images

@@ -8,7 +8,7 @@ from typing import Any
 
 from sopdeploy.bundle.manifest import Int8For, Manifest
 from sopdeploy.decision import Decision
-from sopdeploy.models.stats import Counts
+from sopdeploy.models.describe import Counts
 from sopdeploy_export.findings import ParityReport, PrecisionReport
 from sopdeploy_export.proof.certificate import Certificate
 

@@ -23,8 +23,7 @@ import sopdeploy
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.mixture.components import Components, Convolutions
-from sopdeploy.layers.mixture.gate import keep_largest
+from sopdeploy.layers.mixture import Components, Convolutions, keep_largest
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.options import ExportOptions

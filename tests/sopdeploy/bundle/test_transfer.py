@@ -85,7 +85,7 @@ def test_a_failed_push_leaves_no_folder(
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sopdeploy.bundle.storage.shutil.copyfile", fail)
+    monkeypatch.setattr("sopdeploy.bundle.archive.shutil.copyfile", fail)
     with pytest.raises(BundleError, match="No space left on device"):
         push(bundle, str(tmp_path / "a" / "b"))
     (bundle / "labels.json").write_text("[]")

@@ -12,8 +12,7 @@ import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.conversion import WeightFile, choose_config, fit_tensors
-from sopdeploy.importers.gmsop import convert_gmsop
-from sopdeploy.importers.matconvnet import batch_norm, read_dagnn
+from sopdeploy.importers.gmsop import batch_norm, convert_gmsop, read_dagnn
 from sopdeploy.importers.weight_files import open_weights, read_matlab
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model

@@ -6,8 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.mixture.components import ComponentKind, Components, Convolutions
-from sopdeploy.layers.mixture.gate import GateNoise, SparseGate, balance_loss, keep_largest, rank
+from sopdeploy.layers.mixture import (
+    ComponentKind,
+    Components,
+    Convolutions,
+    GateNoise,
+    SparseGate,
+    balance_loss,
+    keep_largest,
+    rank,
+)
 from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
 KINDS: list[tuple[ComponentKind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6, 4)), ("linear", (5,))]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sopdeploy.layers.attention.gsop_block import (
+from sopdeploy.layers.gsop_block import (
     RELEASED_BLOCK,
     Concatenation,
     GSoPBlock,

@@ -10,11 +10,10 @@ import torch
 
 from sopdeploy import describe
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.attention.gsop_block import GSoPBlock, GSoPBlockConfig
-from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow
+from sopdeploy.layers.gsop_block import GSoPBlock, GSoPBlockConfig
+from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow, tally
 from sopdeploy.models.gmsop import RELEASED_GATE
 from sopdeploy.models.gsop import RELEASED
-from sopdeploy.models.stats import tally
 
 NO_NORM = {"channel_norm": False}  # the released code has no batch norm after the row-wise convolution
 S1: dict[str, Any] = {"conv5_stride": 1}

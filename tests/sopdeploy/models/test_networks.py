@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck, ResNet
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.attention.first_order import CBAM, squeeze_excite
-from sopdeploy.layers.attention.gsop_block import GSoPBlock
+from sopdeploy.layers.gsop_block import GSoPBlock
+from sopdeploy.models.attention import CBAM, squeeze_excite
 from sopdeploy.models.describe import describe
 from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.models.psdr import intermediate_widths

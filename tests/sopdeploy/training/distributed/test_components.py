@@ -13,7 +13,7 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers.mixture import gate
+from sopdeploy.layers import mixture
 from sopdeploy.models import gmsop
 from sopdeploy.models.registry import CATALOG, create_model
 from sopdeploy.training.distributed import torchrun
@@ -236,7 +236,7 @@ def effective_weight(name: str) -> float:
     loads: list[Tensor] = []
 
     def keep_largest(logits: Tensor, chosen: int) -> Tensor:
-        weights = gate.keep_largest(logits, chosen)
+        weights = mixture.keep_largest(logits, chosen)
         loads.append(weights.detach().sum(dim=0))
         return weights
 
