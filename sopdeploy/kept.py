@@ -1,8 +1,8 @@
 """Photographs that a server or `classify` keeps because a label for them would help.
 
-A folder of kept photographs is flat: `ID.jpg` or `ID.png` is a photograph without metadata except its
-orientation, and `ID.json` its `KeptRecord`. The photograph is written first, so a record always has its
-photograph; a photograph without a record is not complete.
+In a folder of kept photographs, `ID.jpg` or `ID.png` is a photograph without metadata except its orientation,
+and `ID.json` its `KeptRecord`. The photograph is written first, so a record always has its photograph; a
+photograph without a record is not complete. A server with several devices has a subfolder for each.
 """
 
 import logging
@@ -17,6 +17,7 @@ from PIL import Image
 from sopdeploy.config import StrictModel
 
 Reason = Literal["unknown", "low_margin", "sample"]
+LOCK = ".lock"  # in a folder to which a server writes
 NEAR_BITS = 4  # of 64; re-encoded, resized and brighter copies differ in fewer, other photographs in more
 MAX_KEPT_LABELS = 100  # classes of a record
 
@@ -67,21 +68,20 @@ class Kept(NamedTuple):
 
 
 def read_kept(folder: Path) -> list[Kept]:
-    """Read the kept photographs in *folder*: the path of each and its record, the oldest first.
+    """Read the kept photographs at or below *folder*: the path of each and its record, the oldest first.
 
     Records that are damaged, or whose photograph is missing, are skipped; a warning tells how many. Raises
     `OSError` if *folder* cannot be read.
     """
     kept, skipped = [], 0
-    for path in sorted(folder.iterdir()):
-        if path.suffix != ".json":
-            continue
+    folders = [folder, *(path for path in sorted(folder.iterdir()) if (path / LOCK).is_file())]
+    for path in [path for place in folders for path in sorted(place.glob("*.json"))]:
         try:
             record = KeptRecord.model_validate_json(path.read_bytes())
         except (OSError, pydantic.ValidationError):
             skipped += 1
             continue
-        image = folder / record.image
+        image = path.with_name(record.image)
         if image.stem == path.stem and image.is_file() and not image.is_symlink():
             kept.append(Kept(image, record))
         else:

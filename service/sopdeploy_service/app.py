@@ -21,7 +21,7 @@ from sopdeploy_service.http.middleware import (
 )
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import CollectMetrics, CreateRegistry, Service
-from sopdeploy_service.keep import Keeper, StoreKept
+from sopdeploy_service.keep import Keeper
 from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.settings import Settings, is_loopback
 
@@ -34,14 +34,13 @@ def create_app(
     *,
     create_registry: CreateRegistry | None = None,
     create_bucket_state: CreateBucketState = local_state,
-    store_kept: StoreKept | None = None,
     collect_metrics: CollectMetrics | None = None,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`.
 
     *create_registry* replaces the registry of models in this process, and *create_bucket_state* creates the
-    state of a key's token bucket. *store_kept* replaces the folder of photographs, and *collect_metrics* the
-    metrics of this process by those of several, unless they are empty.
+    state of a key's token bucket. *collect_metrics* replaces the metrics of this process by those of several,
+    unless they are empty.
     `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
     Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
@@ -49,8 +48,8 @@ def create_app(
     service = Service(models, settings, create_registry, collect_metrics)
     keeper: Keeper | None = None
     if settings.keep is not None:
-        store_kept = store_kept or KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days).add
-        keeper = Keeper(store_kept, settings.keep_sample, service.metrics, service.decoders.copy)
+        folder = KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days)
+        keeper = Keeper(folder.add, settings.keep_sample, service.metrics, service.decoders.copy)
         service.keep = keeper.offer
     names = sorted({model.name for model in service.registry.models()})
 

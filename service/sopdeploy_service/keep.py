@@ -37,8 +37,7 @@ RECENT_PHOTOS = 1000  # that were copied; others near them are not copied again
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
-# `KeptFolder.add`, of this process or of another one
-StoreKept: TypeAlias = Callable[[bytes, KeptRecord], KeptResult]
+StoreKept: TypeAlias = Callable[[bytes, KeptRecord], KeptResult]  # `KeptFolder.add`
 CopyImage: TypeAlias = Callable[[EncodedImage], StrippedCopy]  # `Decoders.copy`
 
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, writing
-from sopdeploy.kept import NEAR_BITS, KeptRecord, read_kept
+from sopdeploy.kept import LOCK, NEAR_BITS, KeptRecord, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 FILE_BLOCK = 4096  # bytes
@@ -62,7 +62,7 @@ class KeptFolder:
         self._group_bytes, self._other_bytes = [0, 0, 0, 0], 0
         with writing(path, ConfigError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
             weakref.finalize(self, os.close, lock)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

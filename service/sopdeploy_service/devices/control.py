@@ -1,8 +1,7 @@
 """The socket between the supervisor and the process of a device, and the rate limits that processes share.
 
-The supervisor sends the connections of clients. The process reports its status ten times per second, and
-sends the photographs to keep, which the supervisor writes to one folder. Both may ask the other for metrics.
-An empty message means that the other one has ended or left.
+The supervisor sends the connections of clients. The process reports its status ten times per second. Both may
+ask the other for metrics. An empty message means that the other one has ended or left.
 
 The state of every bucket of a rate limit is in shared memory, without a lock: if two processes charge a key
 in the same microsecond, one of the charges is lost.
@@ -17,24 +16,19 @@ import struct
 from collections.abc import Mapping
 from functools import partial
 from types import SimpleNamespace
-from typing import cast, get_args
+from typing import cast
 
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sopdeploy.errors import ConfigError
-from sopdeploy.kept import KeptRecord
-from sopdeploy_service.kept_folder import KeptResult
 
 # Messages with a file
-CLIENT, SEND_METRICS, KEEP = b"client", b"metrics", b"keep"
+CLIENT, SEND_METRICS = b"client", b"metrics"
 RELOAD = b"reload"  # the bundles
 STATUS = struct.Struct("=QI")  # connections received and open ones; then names of bundles
 MAX_KEYS = 4096
 _LIMIT_BYTES = 16 * MAX_KEYS  # two numbers of 8 bytes for each key
-RECORD_HEAD = struct.Struct("=I")  # bytes of a record, in front of the record and the photograph
-MAX_KEPT_BYTES = 1 << 26  # of both
-KEEP_SECONDS = 5.0  # to pass a photograph on
 _METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 
@@ -76,32 +70,6 @@ async def request_metrics(control: socket.socket | None) -> bytes:
                     page += piece
                 return page
     return b""
-
-
-def send_kept(control: socket.socket, image: bytes, record: KeptRecord) -> KeptResult:
-    """Let the supervisor keep *image* with *record*; wait for the result. Call it on a thread of its own."""
-    text = record.model_dump_json().encode()
-    ours, theirs = socket.socketpair()
-    with ours, theirs, contextlib.suppress(OSError):  # the supervisor ends or is busy
-        ours.settimeout(KEEP_SECONDS)
-        if send_files(control, KEEP, theirs.fileno()):
-            theirs.close()
-            ours.sendall(b"".join((RECORD_HEAD.pack(len(text)), text, image)))
-            ours.shutdown(socket.SHUT_WR)
-            answer = ours.recv(32).decode()
-            return next((result for result in get_args(KeptResult) if result == answer), "dropped")
-    return "dropped"
-
-
-async def receive_kept(connection: socket.socket) -> tuple[bytes, KeptRecord]:
-    """Receive what `send_kept` sends; raises `ValueError` or `struct.error` for anything else."""
-    data = bytearray()
-    while piece := await asyncio.get_running_loop().sock_recv(connection, 1 << 16):
-        data += piece
-        if len(data) > MAX_KEPT_BYTES:
-            raise ValueError("a photograph is too large to be kept")
-    end = RECORD_HEAD.size + RECORD_HEAD.unpack_from(data)[0]
-    return bytes(data[end:]), KeptRecord.model_validate_json(data[RECORD_HEAD.size : end])
 
 
 async def send_metrics(file: int, page: bytes) -> None:

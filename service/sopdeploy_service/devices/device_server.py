@@ -95,7 +95,6 @@ def run_device_server(config: DeviceLaunchConfig) -> int:
             config.sources,
             settings,
             create_bucket_state=control.SharedBucketStates(config.buckets),
-            store_kept=partial(control.send_kept, supervisor),
             collect_metrics=partial(control.request_metrics, supervisor),
         )
         server = DeviceServer(app, settings, supervisor, config.sources)

@@ -81,6 +81,9 @@ def list_processes(settings: Settings) -> list[Process]:
             changed["runtime"] = "onnxruntime-cpu"
         if device != "cpu" and settings.decoders == "auto":
             changed["decoders"] = decoders
+        if settings.keep is not None:  # one process writes to a folder
+            changed["keep"] = settings.keep / name.replace("/", "_")
+            changed["keep_bytes"] = settings.keep_bytes // len(devices)
         own = settings.model_copy(update=changed)
         processes.append(Process(name, visible_devices(device), own))
     return processes

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -23,7 +22,6 @@ from pathlib import Path
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.processes import DeviceLaunchConfig, Process, list_processes
 from sopdeploy_service.inference.bundle_store import links_among, moves_of
-from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.observability import logs
 from sopdeploy_service.server.launch import (
     BEAT_SECONDS,
@@ -40,7 +38,6 @@ MODULE = "sopdeploy_service.devices.device_server"
 STABLE_SECONDS = 60.0  # a process that ran this long is restarted without delay
 MAX_RESTART_DELAY_SECONDS = 30.0
 HANG_SECONDS = 5.0  # a process whose event loop does not run for so long is killed
-MAX_KEEPING = 4  # photographs that are received and written at once
 
 log = logging.getLogger("sopdeploy.supervisor")
 
@@ -49,7 +46,7 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     """Serve the bundles at *sources* with a process for each of the devices of *settings*.
 
     Returns the exit code: 0 after a drain, 2 if a process cannot start at all. Raises `ConfigError` for a
-    device that this process cannot use, and for a folder `keep` that cannot be used.
+    device that this process cannot use.
     """
     with logs.configured(settings), bind(settings.host, settings.port) as listener:
         processes = list_processes(settings)
@@ -71,10 +68,6 @@ class Supervisor:
         self._links = links_among(sources) if settings.follow else None
         self._processes = processes
         self._listener = listener
-        self._kept = None
-        if settings.keep is not None:
-            self._kept = KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days)
-        self._keeping = 0  # photographs
         self._stopping = asyncio.Event()
         self._announced = False
         self._code = 0
@@ -93,7 +86,6 @@ class Supervisor:
             self._buckets = control.create_memory()
             for file in (self._lifeline, writing, self._buckets):
                 stack.callback(os.close, file)
-            self._writer = stack.enter_context(ThreadPoolExecutor(1, "keeper"))
             start_task(self._tasks, self._kill_hanging())
             if self._links is not None:
                 start_task(self._tasks, self._follow(self._links))
@@ -172,15 +164,13 @@ class Supervisor:
             process.control = None
 
     def _receive(self, process: Process) -> None:
-        """Handle a message of *process*: its status, a photograph, a request for metrics."""
+        """Handle a message of *process*: its status, or a request for metrics."""
         if process.control is None:
             return
         message, files = control.receive_files(process.control)
         if files:
             for file in files:
-                start_task(
-                    self._tasks, self._keep(file) if message == control.KEEP else self._send_metrics(file)
-                )
+                start_task(self._tasks, self._send_metrics(file))
             return
         if not message:  # the process drains or has ended
             self._stop_sending(process)
@@ -243,23 +233,6 @@ class Supervisor:
                     log.error("device %s: hangs; it is killed", process.name)
                     process.child.kill()
                     self._close_control(process)
-
-    async def _keep(self, file: int) -> None:
-        """Write a photograph from the socket *file*; a process that sends anything else gets no result."""
-        with socket.socket(fileno=file) as connection:
-            if self._kept is None or self._keeping == MAX_KEEPING:
-                return
-            connection.setblocking(False)
-            self._keeping += 1
-            try:
-                async with asyncio.timeout(control.KEEP_SECONDS):
-                    photo = await control.receive_kept(connection)
-                    result = await self._loop.run_in_executor(self._writer, self._kept.add, *photo)
-                    await self._loop.sock_sendall(connection, result.encode())
-            except (OSError, ValueError, struct.error) as error:
-                log.warning("a process sent no photograph that can be kept: %s", type(error).__name__)
-            finally:
-                self._keeping -= 1
 
     async def _send_metrics(self, file: int) -> None:
         """Send the metrics of all processes to the socket *file*."""

@@ -20,7 +20,7 @@ from sopdeploy.data.folders import find_parts, is_hidden, list_subfolders, part_
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError, shorten
 from sopdeploy.files import atomic_write, expand_user
-from sopdeploy.kept import NEAR_BITS, Kept, read_kept
+from sopdeploy.kept import LOCK, NEAR_BITS, Kept, read_kept
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
@@ -65,7 +65,8 @@ class LabelFolders:
         self.steps: list[LabelStep] = []
         self._sampled: set[int] = set()  # near_hash of the uniform sample
         self.read()
-        if not self.waiting and (names := list_subfolders(self.kept)):
+        names = [name for name in list_subfolders(self.kept) if not (self.kept / name / LOCK).exists()]
+        if not self.waiting and names:
             raise DataError(
                 f"{self.kept}: holds no kept photographs, but folders ({shorten(names)}); give the folder of "
                 "`serve --setting keep=FOLDER`"
@@ -73,7 +74,7 @@ class LabelFolders:
 
     def read(self) -> None:
         """Read the kept photographs again, and order them; raises `OSError`."""
-        skipped = {path.stem for path in self.kept.glob(f"*{SKIPPED}")}
+        skipped = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
         found = [kept for kept in read_kept(self.kept) if kept.path.stem not in skipped]
         samples = [kept for kept in found if "sample" in kept.record.reasons]
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)

@@ -1,13 +1,10 @@
 """One process per device behind one port: restarts, drain, joint metrics, rate limits, kept photographs."""
 
-import asyncio
 import contextlib
 import http.client
 import os
 import re
 import signal
-import socket
-import struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,11 +14,11 @@ import pytest
 
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
-from sopdeploy.kept import KeptRecord, read_kept
-from sopdeploy_service.devices import control
+from sopdeploy.kept import read_kept
 from sopdeploy_service.devices.control import merge_metrics
 from sopdeploy_service.devices.processes import list_processes, visible_devices
 from sopdeploy_service.http.api_keys import new_key
+from sopdeploy_service.labelling.folders import LabelFolders
 from sopdeploy_service.settings import load_settings
 from tests.service.children import (
     START_SECONDS,
@@ -36,7 +33,6 @@ from tests.service.children import (
 from tests.service.devices import gated_device
 from tests.service.raw import GET, connect, post_of, read
 from tests.service.test_keep import photos, results
-from tests.sopdeploy.test_kept import record_of
 
 
 def classify_on(jpeg: bytes, connection: http.client.HTTPConnection) -> int:
@@ -208,7 +204,9 @@ def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None
     assert text.count("# TYPE a_total counter") == 1
 
 
-def test_two_processes_keep_in_one_folder(tmp_path: Path, make_bundle, until) -> None:
+def test_each_process_keeps_in_a_folder_of_its_own_within_its_share(
+    tmp_path: Path, make_bundle, until
+) -> None:
     decision = Decision(rejection=Rejection(score="energy", threshold=1e9))
     bundle = make_bundle(tmp_path / "bundle", decision=decision)
     kept = tmp_path / "kept"
@@ -220,47 +218,10 @@ def test_two_processes_keep_in_one_folder(tmp_path: Path, make_bundle, until) ->
                 assert other.post("/v1/classify", content=body).status_code == 200
         until(lambda: sum(results(client).values()) == 12)
         assert results(client) == {"kept": 12}
+        assert sorted(path.name for path in kept.iterdir()) == ["cpu-0", "cpu-1"]
+        for folder in kept.iterdir():
+            assert sum(4096 for file in folder.iterdir() if file.name != ".lock") == 32_768
         assert len({record.image for _, record in read_kept(kept)}) == 8
-        assert sum(4096 for file in kept.iterdir() if file.name != ".lock") == 65_536
-
-
-def sent(data: bytes) -> tuple[bytes, KeptRecord]:
-    """What the supervisor receives of *data* from a process."""
-
-    async def receive() -> tuple[bytes, KeptRecord]:
-        ours, theirs = socket.socketpair()
-        with ours:
-            theirs.sendall(data)
-            theirs.close()
-            ours.setblocking(False)
-            return await control.receive_kept(ours)
-
-    return asyncio.run(receive())
-
-
-def test_the_supervisor_receives_what_a_process_sends() -> None:
-    text = record_of().model_dump_json().encode()
-    assert sent(control.RECORD_HEAD.pack(len(text)) + text + b"image") == (b"image", record_of())
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"\x01",
-        control.RECORD_HEAD.pack(2) + b"{}",
-        control.RECORD_HEAD.pack(2**32 - 1) + b"{}",
-        record_of().model_dump_json().replace(".jpg", "/../../x.jpg").encode(),
-    ],
-)
-def test_no_other_file_is_written(data: bytes) -> None:
-    if data.startswith(b'{"image'):
-        data = control.RECORD_HEAD.pack(len(data)) + data
-    with pytest.raises((ValueError, struct.error)):
-        sent(data)
-
-
-def test_a_photograph_that_is_too_large_is_not_received(monkeypatch) -> None:
-    monkeypatch.setattr(control, "MAX_KEPT_BYTES", 1000)
-    with pytest.raises(ValueError, match="too large"):
-        sent(b"x" * 1001)
+    assert LabelFolders(kept, tmp_path / "photos").waiting.keys() == {
+        path.stem for path, _ in read_kept(kept)
+    }
