@@ -4,6 +4,7 @@ Checkpoints and bundles contain a `Decision`. The export divides the last layer 
 of a bundle are already calibrated, and thresholds refer to them. This module does not import torch.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -87,11 +88,14 @@ class Answer(NamedTuple):
         ranked: Index and probability of the listed classes, the most probable one first.
         known: Whether the image shows one of the classes; `None` without a `Rejection`.
         score: What `Rejection.threshold` is compared with; `None` without a `Rejection`.
+        explanation: For each part of the image, row by row, the probability that the first listed class loses
+            without it; `None` if it was not requested, or no class is listed.
     """
 
     ranked: tuple[tuple[int, float], ...]
     known: bool | None = None
     score: float | None = None
+    explanation: tuple[tuple[float, ...], ...] | None = None
 
     def fields(self, labels: Sequence[str]) -> dict[str, Any]:
         """Return the fields of `http_api.Classes` that are set, with the names of the classes in *labels*."""
@@ -141,26 +145,37 @@ class Decision(StrictModel):
         return None
 
     def answer(
-        self, logits: NDArray[np.floating], top_k: int | None = None, threshold: float | None = None
+        self,
+        logits: NDArray[np.floating],
+        top_k: int | None = None,
+        threshold: float | None = None,
+        occluded: NDArray[np.floating] | None = None,
     ) -> Answer:
         """Answer for one image with calibrated, finite *logits* (C,).
 
         Lists at most *top_k* classes, by default all; with "sigmoid", only those whose probability reaches
-        *threshold*, by default their own. Ties keep the order of the classes.
+        *threshold*, by default their own. Ties keep the order of the classes. `explanation` is computed from
+        *occluded*, the logits (n * n, C) of the copies by `images.occlusion.occlude`.
         """
+        activate = softmax if self.thresholds is None else sigmoid
+        probabilities = activate(logits)
         if self.thresholds is None:
-            probabilities = softmax(logits)
             indices = top_indices(logits, top_k or len(logits))
         else:
-            probabilities = sigmoid(logits)
             least = self.thresholds if threshold is None else [threshold] * len(logits)
             ordered = top_indices(logits, len(logits))
             indices = [index for index in ordered if probabilities[index] >= least[index]][:top_k]
         ranked = tuple((index, float(probabilities[index])) for index in indices)
+        explanation = None
+        if occluded is not None and ranked:
+            first, probability = ranked[0]
+            rows = math.isqrt(len(occluded))
+            losses = (probability - activate(occluded)[:, first]).reshape(rows, rows)
+            explanation = tuple(tuple(row) for row in losses.tolist())
         if self.rejection is None:
-            return Answer(ranked)
+            return Answer(ranked, explanation=explanation)
         score = float(known_score(logits, self.rejection.score))
-        return Answer(ranked, score >= self.rejection.threshold, score)
+        return Answer(ranked, score >= self.rejection.threshold, score, explanation)
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Describe calibration, rejection and thresholds in (name, text) rows for reports and model cards.

@@ -21,6 +21,9 @@ class ClassifyQuery(pydantic.BaseModel):
         None,
         description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
     )
+    explain: bool = pydantic.Field(
+        False, description="Include an occlusion map of the first class; an image then counts as 50."
+    )
 
 
 class EmbedQuery(pydantic.BaseModel):
@@ -63,7 +66,8 @@ class Classes(StrictModel):
     A multi-label network lists the classes whose probability reaches their threshold, possibly none.
     `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
     `first_frame_only`, `sixteen_bit_scaled`. If requested, `gates` lists the selected components, largest
-    weight first. `known` is false if the image probably shows none of the
+    weight first, and `explanation` has 7 rows of 7 numbers: the probability that the first class loses if
+    that part of the network's input is gray. `known` is false if the image probably shows none of the
     classes, because its `score` is below the threshold of the bundle. Without a threshold, `known` and
     `score` are absent.
     """
@@ -73,6 +77,7 @@ class Classes(StrictModel):
     gates: tuple[Component, ...] | None = None
     known: bool | None = None
     score: float | None = None
+    explanation: tuple[tuple[float, ...], ...] | None = None
 
 
 class EncodedEmbedding(StrictModel):

@@ -117,14 +117,12 @@ class Keeper:
         self._photos.put(None)
         self._thread.join(_STOP_SECONDS)
 
-    def offer(
-        self, model: Model, image: EncodedImage, pixels: NDArray[np.uint8], prediction: Prediction
-    ) -> None:
-        """Queue *image*, which *model* has predicted from *pixels*; drop it if the queue is full.
+    def offer(self, model: Model, image: EncodedImage, prediction: Prediction) -> None:
+        """Queue *image* with its *prediction* by *model*; drop it if the queue is full.
 
         Call it on the event loop.
         """
-        size = len(image.body) + pixels.nbytes
+        size = len(image.body) + prediction.pixels.nbytes
         queued = self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._counts["dropped"].inc()
@@ -132,7 +130,7 @@ class Keeper:
         self._bytes_in += size
         logits = prediction.outputs[model.bundle.manifest.outputs[0].name]
         now = datetime.now(UTC)
-        self._photos.put(PredictedPhoto(image, pixels, logits, model.bundle, model.name, now))
+        self._photos.put(PredictedPhoto(image, prediction.pixels, logits, model.bundle, model.name, now))
 
     def _run(self) -> None:
         while (photo := self._photos.get()) is not None:

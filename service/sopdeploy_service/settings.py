@@ -99,7 +99,7 @@ class Settings(pydantic.BaseModel):
     min_body_rate: Count = setting(10_000, "bytes per second of a request body, after body_grace_seconds")
     body_grace_seconds: Seconds = setting(5.0, "a body may be slower than min_body_rate for this long")
     max_pixels: Annotated[int, pydantic.Field(ge=1, le=PILLOW_PIXELS)] = setting(MAX_PIXELS, "per image")
-    max_images: Count = setting(32, "per request")
+    max_images: Count = setting(64, "per request; with explain=true, an image counts as 50")
     top_k: Count | None = setting(
         None, "classes in a response; not set: 5, of a multi-label network all above their threshold"
     )

@@ -135,10 +135,14 @@ class Manifest(StrictModel):
         return None if self.decision is None else self.decision.rejection
 
     def answer(
-        self, logits: NDArray[np.float32], top_k: int | None = None, threshold: float | None = None
+        self,
+        logits: NDArray[np.float32],
+        top_k: int | None = None,
+        threshold: float | None = None,
+        occluded: NDArray[np.float32] | None = None,
     ) -> Answer:
         """Answer for one image with *logits* (C,) of the bundle; see `Decision.answer`."""
-        return (self.decision or Decision()).answer(logits, top_k, threshold)
+        return (self.decision or Decision()).answer(logits, top_k, threshold, occluded)
 
     @property
     def name(self) -> str:

@@ -102,6 +102,7 @@ class ClassifyArguments(CallArguments, total=False):
     top_k: int | None
     gates: bool
     threshold: float | None
+    explain: bool
 
 
 @dataclass(frozen=True, slots=True)

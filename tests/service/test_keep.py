@@ -202,9 +202,9 @@ def offered(bundle: Bundle) -> Callable[[Keeper, bytes], None]:
     logits = {"logits": np.arange(7, dtype=np.float32)}
 
     def offer(keeper: Keeper, body: bytes) -> None:
-        prediction = Prediction(logits, {})
         pixels = np.random.default_rng([*body]).integers(0, 256, (32, 32, 3), np.uint8)
-        keeper.offer(Served, EncodedImage(body), pixels, prediction)  # type: ignore[arg-type]
+        prediction = Prediction(logits, {}, pixels)
+        keeper.offer(Served, EncodedImage(body), prediction)  # type: ignore[arg-type]
 
     return offer
 

@@ -19,6 +19,7 @@ from fastapi import Request, Response
 from starlette.types import Receive
 
 from sopdeploy.images.formats import FIRST_BYTES, too_large_error
+from sopdeploy.images.occlusion import IMAGES_PER_MAP
 from sopdeploy_service.http.forms import ImageForm
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
@@ -125,19 +126,30 @@ class AdmittedRequest:
             self.model = await self.service.registry.wait_until_loaded(self.model)
         self.context.stage_seconds["load"] = time.monotonic() - began
 
-    async def infer(self, images: Images, *, features: bool = False, may_keep: bool = False) -> list[Outcome]:
+    async def infer(
+        self, images: Images, *, features: bool = False, may_keep: bool = False, explain: bool = False
+    ) -> list[Outcome]:
         """Run `Service.infer`, which a disconnect of the client cancels; record the slowest image's stages.
 
-        Raises `RejectedError` if the queue is full or the rate limit is exceeded, and what `Service.infer`
-        raises.
+        With *explain*, run `Service.explain`, where an image counts as `IMAGES_PER_MAP`. Raises
+        `RejectedError` if these are too many, the queue is full or the rate limit is exceeded, and what
+        `Service.infer` raises.
         """
-        context, stages = self.context, self.context.stage_seconds
-        self.service.check_queue(self.model, len(images))
+        context, service = self.context, self.service
+        num_images = len(images) * (IMAGES_PER_MAP if explain else 1)
+        if explain and num_images > service.settings.max_images:
+            message = f"with explain=true, an image counts as {IMAGES_PER_MAP}; send fewer, or omit explain"
+            raise RejectedError(HttpError("too_many_explained", 422, message))
+        service.check_queue(self.model, num_images)
         if context.rate_limit is not None:
-            context.rate_limit.spend(len(images))
-        context.num_images += len(images)
+            context.rate_limit.spend(num_images)
+        context.num_images += num_images
+        stages = context.stage_seconds
         stages["receive"] = time.monotonic() - self.started - stages.get("load", 0.0)
-        work = self.service.infer(self.model, images, self.deadline, features=features, may_keep=may_keep)
+        if explain:
+            work = service.explain(self.model, images, self.deadline)
+        else:
+            work = service.infer(self.model, images, self.deadline, features=features, may_keep=may_keep)
         outcomes = await cancel_on_disconnect(work, self.request.receive)
         for outcome in outcomes:
             if isinstance(outcome, Prediction):

@@ -66,7 +66,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     deadline, malformed form) fail it as a whole. A multi-label network lists all classes above their
     threshold, at most `top_k` if the request or the setting limits them. `warnings` next to the classes name
     changes made while decoding, such as `exif_rotated`. Bundles with a rejection threshold add `known` and
-    `score`.
+    `score`. `explain=true` adds the `explanation` of the first class; an image then counts as 50.
     """
     async with admit(request, query.model, query.version) as admitted:
         service, chosen = admitted.service, admitted.model
@@ -77,10 +77,11 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             raise bad_request("no_thresholds", message)
         upload = await read_upload(admitted)
         top_k = query.top_k or upload.top_k or chosen.top_k
-        outcomes = await admitted.infer(upload.images, may_keep=True)
+        outcomes = await admitted.infer(upload.images, may_keep=True, explain=query.explain)
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:
-        answer = chosen.decision.answer(outcome.outputs[chosen.logits], top_k, query.threshold)
+        logits = outcome.outputs[chosen.logits]
+        answer = chosen.decision.answer(logits, top_k, query.threshold, outcome.occluded)
         if answer.known is False:
             service.metrics.unknown_images.labels(chosen.name).inc()
         gates = {"gates": _list_components(outcome.outputs[GATES])} if query.gates else {}

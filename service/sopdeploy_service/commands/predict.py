@@ -17,6 +17,7 @@ from sopdeploy.data.folders import is_image
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.files import open_regular, read_at_most
 from sopdeploy.http_api import Classes, ClassProbability, Problem
+from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
 from sopdeploy_service.http.problems import describe_error
 from sopdeploy_service.images.decode import Decoded, EncodedImage, decode
@@ -33,7 +34,7 @@ class FilePrediction(Classes):
 
     `image` is the path of a file or, for an image in memory, its file name or position. A multi-label
     network gives all classes above their threshold, at most `top_k` if that is set. `known` and `score` are
-    omitted unless the bundle has a threshold for them.
+    omitted unless the bundle has a threshold for them, `explanation` unless it was requested.
     """
 
     image: str
@@ -47,13 +48,17 @@ class FilePrediction(Classes):
 
 
 def predict_files(
-    bundle_path: Path, images: Sequence[Path | Image.Image], settings: Settings | None = None
+    bundle_path: Path,
+    images: Sequence[Path | Image.Image],
+    settings: Settings | None = None,
+    *,
+    explain: bool = False,
 ) -> list[FilePrediction]:
     """Classify files and images in memory one by one; a file that is not a valid image gets an `error`.
 
     Images run in batches of one, so that a prediction does not depend on the other images. An image in memory
-    gives the same result as a file with the same pixels. Raises `DataError` for a file that cannot be read,
-    and the errors of `load_model`.
+    gives the same result as a file with the same pixels. *explain* adds the explanation. Raises `DataError`
+    for a file that cannot be read, and the errors of `load_model`.
     """
     settings = settings or load_settings()
     loaded = load_model(bundle_path, settings)
@@ -61,25 +66,29 @@ def predict_files(
     for number, image in enumerate(images):
         name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
         opened = read_image(image, settings.max_body_bytes) if isinstance(image, Path) else image
-        predictions.append(_predict_image(loaded, opened, name, settings))
+        predictions.append(_predict_image(loaded, opened, name, settings, explain=explain))
     return predictions
 
 
 def _predict_image(
-    loaded: LoadedModel, image: EncodedImage | Image.Image, name: str, settings: Settings
+    loaded: LoadedModel, image: EncodedImage | Image.Image, name: str, settings: Settings, *, explain: bool
 ) -> FilePrediction:
     manifest = loaded.bundle.manifest
     try:
         decoded = _decode(image, loaded, settings)
     except ImageError as error:
         return FilePrediction(image=name, error=describe_error(HttpError.of(error)))
-    with must_run(loaded.runtime):
-        outputs = loaded.runtime.run(decoded.pixels[None])
-    if not all(np.isfinite(values).all() for values in outputs.values()):
-        return FilePrediction(image=name, error=describe_error(NONFINITE))
-    logits = outputs[manifest.outputs[0].name][0]
+    copies = occlude(decoded.pixels, manifest.preprocess) if explain else ()
+    rows: list[NDArray[np.float32]] = []
+    for pixels in (decoded.pixels, *copies):
+        with must_run(loaded.runtime):
+            outputs = loaded.runtime.run(pixels[None])
+        if not all(np.isfinite(values).all() for values in outputs.values()):
+            return FilePrediction(image=name, error=describe_error(NONFINITE))
+        rows.append(outputs[manifest.outputs[0].name][0])
+    occluded = np.stack(rows[1:]) if explain else None
     limit = settings.classes_per_image(multi_label=manifest.thresholds is not None)
-    fields = manifest.answer(logits, limit).fields(loaded.bundle.labels)
+    fields = manifest.answer(rows[0], limit, occluded=occluded).fields(loaded.bundle.labels)
     return FilePrediction(image=name, warnings=decoded.warnings, **fields)
 
 
@@ -121,6 +130,12 @@ def _print_prediction(prediction: FilePrediction) -> None:
         unknown = "" if prediction.known else ", probably none of these classes"
     line = plain_text(f"{prediction.image}: {classes}")
     out.print(Text.assemble(line, (unknown, "yellow"), (warnings, "dim")))
+    if prediction.explanation is not None:
+        losses = np.array(prediction.explanation)
+        row, column = np.unravel_index(losses.argmax(), losses.shape)
+        place = f"row {row + 1}, column {column + 1} of {GRID} x {GRID}"
+        label = plain_text(prediction.classes[0].label)
+        out.print(Text.assemble("  ", label, f" loses {losses.max():.4f}, most of all, without {place}"))
 
 
 def _show(predictions: Sequence[FilePrediction], *, as_json: bool) -> int:
@@ -141,6 +156,7 @@ def predict(
     images: AnyImage | Iterable[AnyImage],
     *,
     top_k: int | None = None,
+    explain: bool = False,
     **settings: Any,
 ) -> tuple[FilePrediction, ...]:
     """Classify image files without a server; the results equal those of the service.
@@ -151,6 +167,7 @@ def predict(
         bundle: A bundle written by `sopdeploy export`.
         images: Image files; in Python also PIL images, and uint8 arrays (H, W), (H, W, 3 or 4), (N, H, W, 3).
         top_k: Classes per image.
+        explain: Also find the parts of the image on which its first class depends; takes 50 times as long.
         **settings: Settings of the server that apply to predictions, for example `threads=1`.
 
     Returns:
@@ -166,7 +183,8 @@ def predict(
     )
     items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(items)]
-    return tuple(predict_files(Path(bundle), opened, load_settings(top_k=top_k, **settings)))
+    loaded_settings = load_settings(top_k=top_k, **settings)
+    return tuple(predict_files(Path(bundle), opened, loaded_settings, explain=explain))
 
 
 def _open(image: object, number: int) -> Path | Image.Image:

@@ -39,7 +39,7 @@ class Key(StrictModel):
     name: KeyName
     sha256: Annotated[str, pydantic.Field(pattern=r"^[0-9a-f]{64}$")]
     rate: Annotated[float, pydantic.Field(gt=0, le=1e6)] | None = None
-    burst: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] = 32
+    burst: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] = 64
 
 
 class KeyFile(StrictModel):

@@ -68,7 +68,7 @@ class QueuedImage:
     """One image and the future that gets its outcome; times are those of `time.monotonic`.
 
     *image* (H, W, 3) uint8 is set, with *arrived*, before it enters a queue. *features* requests the
-    embedding.
+    embedding. A copy that *is_occluded* does not count for the drift.
     """
 
     outcome: "asyncio.Future[Outcome]"
@@ -76,6 +76,7 @@ class QueuedImage:
     image: NDArray[np.uint8] = field(init=False, repr=False)
     warnings: tuple[str, ...] = ()
     features: bool = False
+    is_occluded: bool = False
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
     late: HttpError = DEADLINE  # if it has no other outcome at its deadline
@@ -366,7 +367,7 @@ class Model:
                 continue
             stages = {} if item.decode_seconds is None else {"decode": item.decode_seconds}
             stages |= {"queue": started - item.arrived, "infer": ended - started}
-            outcomes.append(Prediction(row, stages, item.warnings))
+            outcomes.append(Prediction(row, stages, item.image, item.warnings))
         return outcomes
 
     def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:
@@ -402,8 +403,13 @@ class Model:
         """Settle and count a batch. Runs on the event loop while the thread runs the next batch."""
         settle(items, outcomes)
         if self.drift is not None:
-            predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
-            self.drift.add([prediction.outputs[self.logits] for prediction in predictions])
+            self.drift.add(
+                [
+                    outcome.outputs[self.logits]
+                    for item, outcome in zip(items, outcomes, strict=True)
+                    if isinstance(outcome, Prediction) and not item.is_occluded
+                ]
+            )
         self.latency.record(len(items), ended - started)
         waited = [started - item.arrived for item in items]
         self._metrics.batch(self.name, waited, self.largest_batch, started, ended)

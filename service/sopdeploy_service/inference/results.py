@@ -18,13 +18,16 @@ from sopdeploy.errors import ImageError
 class Prediction(NamedTuple):
     """The outputs of one image by name, (...) float32, logits first, with its timings.
 
-    *stage_seconds* are by name: `decode` (of an encoded image), `queue`, `infer`. *warnings* name what
-    decoding changed in the image.
+    *stage_seconds* are by name: `decode` (of an encoded image), `queue`, `infer`, `explain`. *pixels* are the
+    network's input. *warnings* name what decoding changed in the image. *occluded* has the logits (n, C) of
+    its copies with a gray part, if an explanation was requested.
     """
 
     outputs: Mapping[str, NDArray[np.float32]]
     stage_seconds: Mapping[str, float]
+    pixels: NDArray[np.uint8]
     warnings: tuple[str, ...] = ()
+    occluded: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True)

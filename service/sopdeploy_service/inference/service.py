@@ -6,6 +6,7 @@ image never shares a batch with the images of other requests.
 """
 
 import asyncio
+import itertools
 import logging
 import math
 import time
@@ -21,6 +22,7 @@ from prometheus_client import generate_latest
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError, shorten
+from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.bundle_store import BundleStore
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
@@ -188,8 +190,8 @@ class ModelRegistry:
             self._metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)
 
 
-# Keeps an image if it is worth a label; also gets the pixels that the model got, and the prediction.
-KeepImage: TypeAlias = Callable[[Model, EncodedImage, NDArray[np.uint8], Prediction], None]
+# Keeps an image if it is worth a label.
+KeepImage: TypeAlias = Callable[[Model, EncodedImage, Prediction], None]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 
 
@@ -297,16 +299,24 @@ class Service:
         *,
         features: bool = False,
         may_keep: bool = False,
+        are_occluded: bool = False,
     ) -> list[Outcome]:
         """Run *model*, which must be in use, on encoded images or on a tensor (n, H, W, 3) uint8.
 
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
-        requests the embedding, *may_keep* allows to keep the images. Cancelling the call removes its images
-        from the queue; call `check_queue` before. Raises `RejectedError` if the deadline has passed.
+        requests the embedding, *may_keep* allows to keep the images, and those that *are_occluded* do not
+        count for the drift. Cancelling the call removes its images from the queue; call `check_queue` before.
+        Raises `RejectedError` if the deadline has passed.
         """
         started, loop = time.monotonic(), asyncio.get_running_loop()
         items = [
-            QueuedImage(outcome=loop.create_future(), deadline=deadline, features=features) for _ in images
+            QueuedImage(
+                outcome=loop.create_future(),
+                deadline=deadline,
+                features=features,
+                is_occluded=are_occluded,
+            )
+            for _ in images
         ]
         timer = loop.call_later(deadline - started, self._miss_deadline, model, items)
         self.admitted += len(images)
@@ -324,9 +334,40 @@ class Service:
             if isinstance(outcome, HttpError) and outcome in {DEADLINE, DECODERS_BUSY}:
                 raise RejectedError(outcome)
         keep = self.keep if may_keep else None
-        for item, image, outcome in zip(items, images, outcomes, strict=True):
+        for image, outcome in zip(images, outcomes, strict=True):
             if keep is not None and isinstance(outcome, Prediction) and isinstance(image, EncodedImage):
-                keep(model, image, item.image, outcome)
+                keep(model, image, outcome)
+        return outcomes
+
+    async def explain(self, model: Model, images: Images, deadline: float) -> list[Outcome]:
+        """Run `infer`, which may keep the images, and then `infer` on the occluded copies of all images.
+
+        The copies count as admitted from the start, so that they find room in the queue.
+        """
+        num_copies = GRID**2
+        self.admitted += num_copies * len(images)
+        try:
+            outcomes = await self.infer(model, images, deadline, may_keep=True)
+        finally:
+            self.admitted -= num_copies * len(images)
+        explained = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+        if not explained:
+            return outcomes
+        started, rules = time.monotonic(), model.bundle.manifest.preprocess
+        copies = np.concatenate([occlude(outcome.pixels, rules) for outcome in explained])
+        results = await self.infer(model, copies, deadline, are_occluded=True)
+        seconds, rest = time.monotonic() - started, iter(results)
+        for number, outcome in enumerate(outcomes):
+            if isinstance(outcome, Prediction):
+                logits = []
+                for result in itertools.islice(rest, num_copies):
+                    if isinstance(result, HttpError):
+                        outcomes[number] = result
+                    else:
+                        logits.append(result.outputs[model.logits])
+                if len(logits) == num_copies:
+                    stages = {**outcome.stage_seconds, "explain": seconds}
+                    outcomes[number] = outcome._replace(stage_seconds=stages, occluded=np.stack(logits))
         return outcomes
 
     def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:

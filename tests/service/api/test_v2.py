@@ -301,7 +301,7 @@ def test_json_numbers_are_the_same_float32_when_parsed():
 
 def prediction(index: int) -> Prediction:
     outputs = {name: values[index] for name, values in OUTPUT_VALUES.items()}
-    return Prediction(outputs, {})
+    return Prediction(outputs, {}, np.zeros((2, 2, 3), np.uint8))
 
 
 def test_outputs_are_stacked_by_name_or_the_first_rejection_is_raised():

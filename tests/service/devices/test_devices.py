@@ -98,7 +98,7 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
 def test_a_rate_limit_counts_the_images_of_both_processes(bundle_path: Path, tmp_path: Path, jpeg) -> None:
     file = tmp_path / "keys.toml"
     key = new_key(file, "limited", 1e-6)
-    file.write_text(file.read_text().replace("burst = 32", "burst = 5"))
+    file.write_text(file.read_text().replace("burst = 64", "burst = 5"))
     with serving(str(bundle_path), "--keys", str(file), *WAYS[TWO_DEVICES]) as client:
         client.headers["x-api-key"] = key
         replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]

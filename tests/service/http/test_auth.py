@@ -104,7 +104,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "free": new_key(path, "free"),
         "four": new_key(path, "four", 0.5),
     }
-    path.write_text(path.read_text().replace("burst = 32", "burst = 4"))
+    path.write_text(path.read_text().replace("burst = 64", "burst = 4"))
     return made | {"path": str(path)}
 
 

@@ -8,7 +8,7 @@ const WARNINGS = {
   first_frame_only: "Only the first frame of the animation was classified.",
   sixteen_bit_scaled: "16-bit channels were scaled to 8 bits.",
 };
-const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", rest: "connection" };
+const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "infer", explain: "explain", rest: "connection" };
 
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
@@ -19,6 +19,7 @@ function showAnswer(body, components, knownFrom) {
   byId("warnings").replaceChildren(
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
   );
+  if (body.explanation) showMap(body.explanation, body.classes[0].label);
   byId("unknown").hidden = body.known !== false;
   byId("unknown-score").textContent = body.known === false ? body.score.toFixed(3) : "";
   showScore(body.score, knownFrom);
@@ -89,8 +90,19 @@ function showTime(header, total) {
   byId("time").hidden = false;
 }
 
+/** Draw `losses`, rows of probabilities that `label` loses without a part of the image, over the image: red where it loses most. */
+function showMap(losses, label) {
+  const cells = losses.flat();
+  const largest = Math.max(...cells, Number.MIN_VALUE);
+  const pixels = cells.flatMap((loss) => [255, 40, 0, 190 * Math.max(0, loss / largest)]);
+  byId("map").getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), losses[0].length), 0, 0);
+  byId("map").setAttribute("aria-label", `Parts of the image on which ${label} depends`);
+  byId("map").hidden = false;
+}
+
 /** Remove the previous prediction. */
 function clearAnswer() {
+  byId("map").hidden = true;
   for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
   for (const id of ["components", "time", "error", "empty", "none", "unknown", "score"]) byId(id).hidden = true;
   byId("status").textContent = byId("progress").textContent = "";

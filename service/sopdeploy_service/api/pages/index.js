@@ -11,6 +11,7 @@ function classifyUrl() {
   url.searchParams.set("top_k", String(topK()));
   if (state.info && state.server.models.length > 1) url.searchParams.set("model", state.info.name);
   if (state.card?.num_components) url.searchParams.set("gates", "true");
+  if (byId("explain").checked) url.searchParams.set("explain", "true");
   return url.href;
 }
 
@@ -151,7 +152,7 @@ const typeOf = (file) => file?.type || "application/octet-stream";
 
 /** Show a photo with a frame around the crop of the network. */
 function showPreview({ file, url }) {
-  byId("frame").hidden = true;
+  byId("frame").hidden = byId("map").hidden = true;
   byId("preview").src = url;
   byId("preview").alt = `Preview of ${file.name}`;
   byId("file-note").textContent = `${file.name}, ${Math.max(1, Math.round(file.size / 1000)).toLocaleString("en")} kB`;
@@ -164,6 +165,9 @@ byId("preview").addEventListener("load", () => {
   const side = Math.min(width, height) * (rules ? rules.crop / rules.resize : 1);
   byId("crop").style.width = whole ? "100%" : `${(100 * side) / width}%`;
   byId("crop").style.height = whole ? "100%" : `${(100 * side) / height}%`;
+  const padded = rules?.fit === "pad" ? Math.max(width, height) : 0; // the map covers the border, too
+  byId("map").style.width = padded ? `${(100 * padded) / width}%` : "100%";
+  byId("map").style.height = padded ? `${(100 * padded) / height}%` : "100%";
   byId("preview").style.imageOrientation = rules?.exif_orientation === false ? "none" : "from-image";
   byId("frame").hidden = false;
   const seen = { pad: "The network sees the whole image, padded to a square.", squash: "The network sees the whole image, resized to a square." };
@@ -182,10 +186,12 @@ byId("file").addEventListener("change", (event) => {
   take(event.target.files);
   event.target.value = ""; // allow choosing the same file again
 });
-byId("top-k").addEventListener("change", () => {
-  showSnippets();
-  if (state.shown) void askAll();
-});
+for (const id of ["top-k", "explain"]) {
+  byId(id).addEventListener("change", () => {
+    showSnippets();
+    if (state.shown) void askAll();
+  });
+}
 document.addEventListener("paste", (event) => take(event.clipboardData?.files));
 document.addEventListener("dragover", (event) => {
   event.preventDefault();

@@ -51,6 +51,8 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
     page.keyboard.press("Control+A")
     page.keyboard.type("2")
     page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "explain"
+    page.keyboard.press("Tab")
     page.wait_for_selector("#classes:not(:has(li:nth-child(3))) li:nth-child(2)")
     assert page.evaluate("document.activeElement.id") == "tab-curl"
     page.keyboard.press("ArrowRight")
@@ -70,6 +72,27 @@ def test_the_page_is_accessible_to_screen_readers(page, client, jpeg):
     )
     assert nameless == 0
     assert page.get_by_label("Drop another image").count() == 1
+
+
+def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(
+    open_page, serve_with, onnx_runtime, make_picture
+):
+    client, picture = serve_with(onnx_runtime), make_picture((30, 200, 60))
+    page = open_page(client.base_url)
+    page.locator("#explain").check()
+    give(page, picture)
+    losses = client.post("/v1/classify?explain=true", content=picture).json()["explanation"]
+    opacities = page.locator("#map").evaluate(
+        "map => [...map.getContext('2d').getImageData(0, 0, 7, 7).data].filter((_, place) => place % 4 === 3)"
+    )
+    largest = max(map(max, losses))
+    assert largest > 0
+    expected = [190 * max(0, loss / largest) for row in losses for loss in row]
+    assert opacities == pytest.approx(expected, abs=1)
+    boxes = [page.locator(name).bounding_box() for name in ("#map", "#crop")]
+    assert boxes[0] == pytest.approx(boxes[1], abs=1)
+    page.locator("#explain").uncheck()
+    page.locator("#map").wait_for(state="hidden")
 
 
 def test_a_bad_file_shows_the_error_and_the_next_image_a_prediction(page, client, jpeg):
