@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
@@ -14,6 +15,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy_service.inference.loader import open_runtime
 from sopdeploy_service.runtime import onnxruntime as with_onnxruntime
+from sopdeploy_service.runtime.base import OverlappingRuntime
 from sopdeploy_service.runtime.cuda_libraries import (
     CUDA_PROVIDER,
     CUDNN,
@@ -22,9 +24,9 @@ from sopdeploy_service.runtime.cuda_libraries import (
     load_cuda_libraries,
     package_folders,
 )
-from sopdeploy_service.runtime.onnxruntime import CPU, CUDA
+from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, OnnxRuntime
 from sopdeploy_service.settings import Settings
-from tests.tensorrt.networks import write
+from tests.tensorrt.networks import some_images, write
 
 ON_CUDA = Settings(runtime="onnxruntime-cuda")
 REASON = "cannot open shared object file: No such file or directory"
@@ -91,6 +93,29 @@ def test_onnxruntime_uses_cuda_without_tf32_and_without_fallback_after_errors(
     claim_cuda(monkeypatch, session)
     assert open_runtime(bundle, Settings(runtime="auto")).device == "cuda:0"
     assert asked == [([(CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"})], "1")]
+
+
+def test_batches_on_cuda_are_prepared_while_one_runs_and_give_their_own_outputs(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def session(path: str, options: Any, **_: Any) -> Any:
+        made = onnxruntime.InferenceSession(path, options, providers=[CPU])
+        made.get_providers = lambda: [CUDA, CPU]
+        made.get_provider_graph_assignment_info = list
+        return made
+
+    reference = OnnxRuntime(bundle, threads=1)
+    claim_cuda(monkeypatch, session)
+    runtime = open_runtime(bundle, ON_CUDA)
+    assert isinstance(runtime, OverlappingRuntime)
+    batches = [some_images(3), some_images(2)[::-1].copy()]
+    expected = [reference.run(images)["logits"] for images in batches]
+    ends = [runtime.begin(list(images)) for images in batches]
+    for images in batches:
+        images[:] = 0  # they are copied already
+    for end, logits in zip(ends, expected, strict=True):
+        np.testing.assert_allclose(end()["logits"], logits, rtol=1e-5, atol=1e-5)
+    runtime.close()
 
 
 def test_int8_runs_on_cuda_only_if_it_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -71,20 +72,38 @@ class OnnxRuntime:
 
 
 class CudaOnnxRuntime(OnnxRuntime):
-    """A session on a GPU.
+    """A session on a GPU, an `OverlappingRuntime`.
 
-    Batches are padded to one of `padded_sizes`, because cuDNN plans every convolution anew when the size
-    changes.
+    A thread runs the batches in turn, because `InferenceSession.run` waits for the GPU; meanwhile the next
+    batch is prepared. Batches are padded to one of `padded_sizes`, because cuDNN plans every convolution anew
+    when the size changes.
     """
 
     _provider = CUDA
 
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        super().__init__(bundle, threads=threads)
+        self._thread = ThreadPoolExecutor(1, "onnxruntime")
+
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
-        count = len(images)
+        return self.begin(list(images))()
+
+    def begin(
+        self, images: Sequence[NDArray[np.uint8]], names: Sequence[str] | None = None
+    ) -> Callable[[], dict[str, NDArray[np.float32]]]:
+        """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
+        names, count = self._outputs if names is None else list(names), len(images)
         size = next((size for size in padded_sizes(self.largest_batch) if size >= count), count)
-        padded = np.pad(images, ((0, size - count), (0, 0), (0, 0), (0, 0)))
-        return {name: values[:count] for name, values in super().run(padded).items()}
+        padded = np.zeros((size, *images[0].shape), np.uint8)
+        np.stack(images, out=padded[:count])
+        values = self._thread.submit(self._session.run, names, {self._input: padded})
+        return lambda: {name: value[:count] for name, value in zip(names, values.result(), strict=True)}
+
+    def close(self) -> None:
+        """End the thread and release the session."""
+        self._thread.shutdown()
+        super().close()
 
 
 def import_onnxruntime() -> Any:
