@@ -1,147 +1,98 @@
-"""Hostile images against sopdeploy: memory, and what other clients still get.
+"""Hostile images against sopdeploy: memory of the server, its responses, and processes killed for memory.
 
-    python benchmarks/hostile_load.py BUNDLE [--limit-mb 1024] [--attack NAME --attack NAME] [--seconds 10]
+    python benchmarks/hostile_load.py BUNDLE [--limit-mb 1024]
 
-Part 1 sends every file of `hostile_images.py`, one after another and twelve at a time, to the server in a
-control group of --limit-mb, and counts the responses, the peak of the memory, and killed processes. Part 2
-measures an ordinary load of four connections alone, and while two other connections repeat one hostile file:
-the ratio of the images per second and of the median latency. Without root, part 1 runs without limit.
+Sends every file of `hostile_images.py`, one after another and twelve at a time, to the server in a control
+group of --limit-mb, as a container has. Needs root on Linux.
 """
 
-import argparse
-import asyncio
-import statistics
+import os
 import sys
-import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 from hostile_images import hostile_images
-from load import WARM_UP_SECONDS, Load, Run, put_load, requests
 from measure import Result, existing, make_parser, one_line_errors, report
-from memory_group import MemoryGroup, can_limit_memory, memory_group
-from serving_alone import write_images
-from serving_peers import OURS, Peer, free_port, started
+from serving_peers import OURS, free_port, started
 
-ATTACKS = ("WebP lossless RGBA 24 MP", "JPEG 100 scans of empty blocks 6 MP", "JPEG photograph 12 MP")
-CONNECTIONS, ATTACKERS, ROUNDS = 4, 2, 3
-ANSWER_SECONDS = 90.0
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A server: its name, paths and command, in which `{port}` is the port."""
-
-    name: str
-    peer: Peer
-    command: tuple[str, ...]
-    folder: Path
-    environment: dict[str, str]
-
-    @contextmanager
-    def run(self, group: MemoryGroup | None) -> Iterator[str]:
-        """Start the server, in *group* if there is one; yield the URL that takes images."""
-        port = free_port()
-        command = [part.format(port=port) for part in self.command]
-        command = group.command(command) if group else command
-        with started(command, self.peer, port, self.environment, self.folder):
-            yield f"http://127.0.0.1:{port}{self.peer.path}"
-
-    def post(self, url: str, body: bytes) -> str:
-        """Send *body*; return the status, or the name of the error."""
-        try:
-            if self.peer.form:
-                files = {"file": ("a.jpg", body, "image/jpeg")}
-                return str(httpx.post(url, files=files, timeout=ANSWER_SECONDS).status_code)
-            response = httpx.post(url, content=body, timeout=ANSWER_SECONDS)
-            if response.status_code >= 500 and "retry-after" not in response.headers:
-                return f"{response.status_code} without Retry-After"
-            return str(response.status_code)
-        except httpx.HTTPError as error:
-            return type(error).__name__
+ROOT = Path("/sys/fs/cgroup")
+LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}  # files by the version of control groups
+PEAKS = {1: "memory.max_usage_in_bytes", 2: "memory.peak"}
+KILLS = {1: "memory.oom_control", 2: "memory.events"}
+ANSWER_SECONDS, END_SECONDS = 90.0, 10.0
 
 
-def send_all(server: Server, limit: int, files: Sequence[tuple[str, bytes]]) -> list[Result]:
-    """Send *files* one after another and twelve at a time; report responses, peak and kills."""
-    results = []
+def version() -> int:
+    """Return the version of the control groups of this machine."""
+    return 1 if (ROOT / "memory").is_dir() else 2
+
+
+@contextmanager
+def memory_group(limit: int) -> Iterator[Path]:
+    """Create a control group of at most *limit* bytes; raises `OSError` where this is not possible."""
+    folder = (ROOT / "memory" if version() == 1 else ROOT) / f"sopdeploy-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (folder / LIMITS[version()]).write_text(str(limit))
+        yield folder
+    finally:
+        end = time.monotonic() + END_SECONDS  # child processes end after a server that was killed
+        while (folder / "cgroup.procs").read_text() and time.monotonic() < end:
+            time.sleep(0.05)
+        folder.rmdir()
+
+
+def can_limit_memory() -> bool:
+    """Whether this process may create a group with a limit."""
+    try:
+        with memory_group(1 << 30):
+            return True
+    except OSError:
+        return False
+
+
+def post(url: str, body: bytes) -> str:
+    """Send *body*; return the status, or the name of the error."""
+    try:
+        response = httpx.post(url, content=body, timeout=ANSWER_SECONDS)
+    except httpx.HTTPError as error:
+        return type(error).__name__
+    late = response.status_code >= 500 and "retry-after" not in response.headers
+    return f"{response.status_code}{' without Retry-After' if late else ''}"
+
+
+def send_all(bundle: Path, limit: int) -> list[Result]:
+    """Send all files one after another and twelve at a time; report responses, peak and kills."""
+    results, bodies = [], [body for _, body in hostile_images()]
     for at_once in (1, 12):
-        with memory_group(limit) if can_limit_memory() else nullcontext() as group:
-            with server.run(group) as url, ThreadPoolExecutor(at_once) as pool:
-                codes = Counter(pool.map(lambda body: server.post(url, body), [body for _, body in files]))
-            case = f"{server.name}, {at_once} at a time: {dict(sorted(codes.items()))}"
-            if group is not None:
-                case += f", {group.kills} killed"
-                peak = group.peak / 1e6
-                results.append(
-                    Result(case=case, against="limit", ours=peak, other=limit / 1e6, unit="MB", runs=1)
-                )
-            else:
-                results.append(Result(case=case, ours=0.0, unit="MB", runs=1))
+        with memory_group(limit) as group:
+            port = free_port()
+            join = f'echo $$ > "{group}/cgroup.procs" && exec "$@"'
+            serve = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--threads", "1"]
+            command = ["/bin/sh", "-c", join, "sh", *serve, "--port", str(port)]
+            url = f"http://127.0.0.1:{port}{OURS.path}"
+            with started(command, OURS, port, {}, Path.cwd()), ThreadPoolExecutor(at_once) as pool:
+                codes = Counter(pool.map(lambda body, url=url: post(url, body), bodies))
+            peak = int((group / PEAKS[version()]).read_text()) / 1e6
+            events = dict(line.split() for line in (group / KILLS[version()]).read_text().splitlines())
+        case = f"{at_once} at a time: {dict(sorted(codes.items()))}, {events['oom_kill']} killed"
+        results.append(Result(case=case, against="limit", ours=peak, other=limit / 1e6, unit="MB", runs=1))
     return results
-
-
-def attack(server: Server, name: str, body: bytes, folder: Path, seconds: float) -> list[Result]:
-    """Measure an ordinary load alone and during an attack with *body*, alternately; return the medians."""
-    alone: list[Load] = []
-    attacked: list[Load] = []
-    codes: Counter[str] = Counter()
-    form = ["--form"] if server.peer.form else []
-    options = ("--connections", CONNECTIONS, *form)
-    with server.run(None) as url, tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(1) as pool:
-        (Path(temporary) / "hostile").write_bytes(body)
-        bodies = requests(url, Path(temporary), server.peer.form)
-        for _ in range(ROUNDS):
-            alone.append(put_load(url, folder, seconds, *options))
-            attacking = Run(url, bodies, ATTACKERS, seconds + WARM_UP_SECONDS)
-            answered = pool.submit(asyncio.run, attacking.measure())
-            attacked.append(put_load(url, folder, seconds, *options))
-            codes += answered.result().codes
-    case = f"{server.name}, two connections with {name} {dict(codes)}"
-    return [
-        Result(
-            case=case,
-            against="alone",
-            ours=statistics.median(getattr(load, field) for load in attacked),
-            other=statistics.median(getattr(load, field) for load in alone),
-            unit=unit,
-            runs=ROUNDS,
-        )
-        for field, unit in (("images_per_s", "images/s"), ("p50_ms", "ms p50"))
-    ]
-
-
-def our_server(arguments: argparse.Namespace) -> Server:
-    """Describe the server that is attacked."""
-    flags = ("--port", "{port}", "--threads", "1")
-    command = (sys.executable, "-m", "sopdeploy", "serve", str(arguments.bundle), *flags)
-    return Server("sopdeploy", OURS, command, arguments.folder or Path.cwd(), {})
 
 
 def main() -> None:
     """Run from the command line."""
     parser = make_parser(__doc__)
     parser.add_argument("bundle", type=existing)
-    parser.add_argument("--folder", type=existing, help="checkout to serve with")
     parser.add_argument("--limit-mb", type=int, default=1024, help="MiB of the control group")
-    parser.add_argument("--attack", action="append", help="name of a hostile file; can be repeated")
-    parser.add_argument("--part", type=int, choices=(1, 2), help="run only this part")
-    parser.add_argument("--seconds", type=float, default=10.0)
     arguments = parser.parse_args()
-    files = list(hostile_images())
-    results: list[Result] = []
-    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-        images = write_images(Path(folder))
-        server = our_server(arguments)
-        if arguments.part != 2:
-            results += send_all(server, arguments.limit_mb << 20, files)
-        for name in (arguments.attack or ATTACKS) if arguments.part != 1 else ():
-            results += attack(server, name, dict(files)[name], images, arguments.seconds)
-    report(results, as_json=arguments.json)
+    with one_line_errors():
+        report(send_all(arguments.bundle, arguments.limit_mb << 20), as_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 import hostile_images as hostile
 import pytest
 from fake_runtime import FakeRuntime
-from memory_group import can_limit_memory
+from hostile_load import can_limit_memory, send_all
 
 from sopdeploy.errors import ConfigError, ImageError
 from sopdeploy.images.preprocess import Preprocess
@@ -268,24 +268,7 @@ def test_the_memory_limit_is_that_of_the_container(
 @pytest.mark.slow
 @pytest.mark.skipif(not can_limit_memory(), reason="needs root and control groups that limit memory")
 def test_hostile_images_stay_below_the_memory(bundle_path: Path) -> None:
-    import sys
-
-    from hostile_load import Server, send_all
-    from serving_peers import OURS
-
-    command = (
-        sys.executable,
-        "-m",
-        "sopdeploy",
-        "serve",
-        str(bundle_path),
-        "--port",
-        "{port}",
-        "--threads",
-        "1",
-    )
-    server = Server("sopdeploy", OURS, command, Path.cwd(), {})
-    for result in send_all(server, 1 << 30, list(hostile.hostile_images())):
+    for result in send_all(bundle_path, 1 << 30):
         assert result.ours < 850, result
         assert "0 killed" in result.case
         assert not any(f"'{code}" in result.case for code in (500, 502, 504, "503 without")), result
