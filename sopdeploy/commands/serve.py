@@ -1,6 +1,7 @@
 """`sopdeploy serve`, `key` and `label`: servers, and the keys of their clients."""
 
 import asyncio
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,9 @@ from sopdeploy_service.settings import (
 
 if TYPE_CHECKING:
     from sopdeploy_service.server.launch import BackgroundServer
+
+
+COMPARED = 30  # held-out photographs for a first comparison of two networks
 
 
 def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
@@ -114,6 +118,14 @@ def serve(
         return BackgroundServer(sources, loaded)
     from sopdeploy_service.server.process import run_server
 
+    if loaded.keep is not None and loaded.keep_sample > 0:
+        share = loaded.keep_sample
+        err.print(
+            plain_text(
+                f"keep: a uniform sample of about {1000 * share:,.3g} per 1,000 photographs; compare needs "
+                f"about {COMPARED}, which takes {math.ceil(COMPARED / share):,} (keep_sample={share:g})"
+            )
+        )
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -103,9 +103,9 @@ class BundleComparison(StrictModel):
     Accuracies and differences are fractions. `new` and `removed` are classes of the second or the first
     bundle only. `num_copies` near-duplicates and `trained_on` training images were left out. `suspects` are
     bundles some of whose training images were found, but whose record of them is incomplete. `attempt` counts
-    the comparisons of `promote` with this first bundle; 0 for `compare`. `num_more_images` would decide what
-    is undecided, in the next attempt. `unknown` is None without unknown images; a second bundle that rejects
-    fewer of them is worse.
+    the comparisons of `promote` with this first bundle, and includes this one. `num_more_images` would decide
+    what is undecided, in the next attempt. `unknown` is None without unknown images; a second bundle that
+    rejects fewer of them is worse.
     """
 
     first: BundleScore
@@ -187,7 +187,7 @@ def _row(score: BundleScore) -> tuple[str, ...]:
     return score.bundle, *top1, f"{score.log_loss:.3f}", *shares, f"{score.median_ms:.1f}"
 
 
-@command(_show, options={"data"}, hidden={"attempt"})
+@command(_show, options={"data"})
 def compare(
     first: Path,
     second: Path,
@@ -195,7 +195,6 @@ def compare(
     *,
     unknown: Path | None = None,
     tolerance: Tolerance = 1.0,
-    attempt: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> BundleComparison:
     """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
@@ -211,7 +210,6 @@ def compare(
         data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
         unknown: Folder of images of none of the classes, which test `known`.
         tolerance: Points of accuracy by which a bundle that is not worse may lose.
-        attempt: That of `decide`; 0 if the first one follows.
         on_image: Called with the numbers of photographs done and in total.
 
     Raises:
@@ -219,6 +217,8 @@ def compare(
         ConfigError: A bundle predicts several classes per image.
         BundleError: A bundle is damaged.
     """
+    from sopdeploy_service.commands.promote import count_comparisons  # which imports this module
+
     settings = load_settings()
     pair = [load_model(path, settings) for path in (first, second)]
     if several := [one.bundle.name for one in pair if one.bundle.manifest.thresholds is not None]:
@@ -247,7 +247,8 @@ def compare(
     low, high = difference_interval(wins, losses, count)
     change = None if unknown is None else _compare_rejections(*rejected)
     share = tolerance / 100
-    verdict = decide(wins, losses, count, share, max(1, attempt))
+    attempt = count_comparisons(first) + 1
+    verdict = decide(wins, losses, count, share, attempt)
     return BundleComparison(
         first=scores[0], second=scores[1], num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,

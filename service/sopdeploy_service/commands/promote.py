@@ -97,10 +97,7 @@ def promote(
     if over.exists() and over.resolve() == new.resolve():
         raise ConfigError(f"{over}: leads to this bundle already; name another one")
     if over.exists() and data is not None:
-        attempt = _count_comparisons(over, before) + 1
-        comparison = compare(
-            over, new, data, unknown=unknown, tolerance=tolerance, attempt=attempt, on_image=on_image
-        )
+        comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
         objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
         if objections and force is None:
             _record(over, before, target, "; ".join(objections), comparison, refused=True)
@@ -140,9 +137,11 @@ def _read(link: Path) -> list[Promotion]:
     return [one for one in found if one.link == link.name]
 
 
-def _count_comparisons(link: Path, before: str | None) -> int:
-    """Count the recorded comparisons with the bundle *before*; a repeated one counts once."""
-    different = set()
+def count_comparisons(link: Path) -> int:
+    """Count the recorded comparisons with the bundle that *link* leads to; a repeated one counts once."""
+    if not link.is_symlink():
+        return 0
+    different, before = set(), _target(link)
     for promotion in _read(link):
         found = promotion.comparison
         if promotion.before == before and found is not None:

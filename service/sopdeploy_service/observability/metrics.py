@@ -1,6 +1,5 @@
 """The Prometheus metrics of one server process, in their own registry."""
 
-import math
 from collections import Counter as Counts
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -94,6 +93,11 @@ class Metrics:
             f"Probability of at least this difference without drift; below {SIGNIFICANCE} is an alarm",
             ("model", "of"),
         )
+        self.drift_images = gauge(
+            "drift_images",
+            f"Predictions since the last test of drift, which needs {WINDOW_IMAGES:,}",
+            ("model",),
+        )
         self._info = gauge("bundle_info", "Always 1", ("digest", "model", "precision", "runtime"))
         self._loaded: Counts[tuple[str, ...]] = Counts()
 
@@ -174,11 +178,17 @@ class DriftWindow:
         if self._counts.images >= WINDOW_IMAGES:
             self._latest = self._counts.compare(self._reference)
             self._counts = PredictionCounts(len(self._reference.classes))
-            self.show()
+        self.show()
 
     def show(self) -> None:
-        """Show the result of the last full window, NaN before the first one."""
+        """Show the number of predictions, and the result of the last full window if there is one."""
+        metrics, name = self._metrics, self._model_name
+        metrics.drift_images.labels(name).set(self._counts.images)
         for test in TESTS:
-            distance, p_value = (math.nan, math.nan) if self._latest is None else self._latest.tests[test]
-            self._metrics.drift_distance.labels(self._model_name, test).set(distance)
-            self._metrics.drift_p_value.labels(self._model_name, test).set(p_value)
+            if self._latest is None:  # also after another bundle of this name
+                metrics.drift_distance.remove(name, test)
+                metrics.drift_p_value.remove(name, test)
+            else:
+                distance, p_value = self._latest.tests[test]
+                metrics.drift_distance.labels(name, test).set(distance)
+                metrics.drift_p_value.labels(name, test).set(p_value)

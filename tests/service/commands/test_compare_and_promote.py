@@ -263,8 +263,10 @@ def test_each_further_attempt_needs_more_evidence(bundles, labelled, shelf) -> N
     verdicts = (decide(found.wins, found.losses, 10, 0.01, attempt) for attempt in range(3, 200))
     refusing = 3 + list(verdicts).index("undecided")
     for _ in range(3):  # the same comparison again is not another one
-        with pytest.raises(PromotionError, match="undecided"):
+        announced = compare(shelf / "live", second, few).summary
+        with pytest.raises(PromotionError, match="undecided") as refusal:
             promote(second, shelf / "live", few)
+        assert announced in str(refusal.value)
     assert [(line["refused"], (line["comparison"] or {}).get("attempt")) for line in log_of(shelf)] == [
         (False, None), (True, 1), (True, 2), (True, 2),
     ]  # fmt: skip

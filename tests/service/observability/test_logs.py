@@ -192,17 +192,18 @@ def test_a_full_window_that_differs_from_the_held_out_images_shows_drift(
     files = [("image", ("x.jpg", jpeg))] * 10
     with run_server(onnx_runtime, compared, Settings()) as client:
         client.post("/v1/classify", files=files)
-        before = values(client.get("/metrics").text, "drift_distance")
+        before = client.get("/metrics").text
         client.post("/v1/classify", files=files)
         page = client.get("/metrics").text
-    assert before.keys() == {"classes", "confidences"}
-    assert np.isnan(list(before.values())).all()
+    assert "sopdeploy_drift_distance{" not in before
+    counts = [re.findall(r"sopdeploy_drift_images{.*} (.*)", text) for text in (before, page)]
+    assert counts == [["10.0"], ["0.0"]]
     assert values(page, "drift_distance") == {"classes": 1.0, "confidences": 1.0}
     assert all(value < 1e-6 for value in values(page, "drift_p_value").values())
 
 
-def test_a_bundle_without_held_out_predictions_shows_no_drift(client):
-    assert "sopdeploy_drift_distance{" not in client.get("/metrics").text
+def test_a_bundle_without_held_out_predictions_counts_none_for_drift(client):
+    assert "sopdeploy_drift_images{" not in client.get("/metrics").text
 
 
 def test_a_bundle_whose_held_out_predictions_have_other_classes_is_rejected(make_bundle, tmp_path):
