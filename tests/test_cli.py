@@ -186,6 +186,13 @@ def run_into(stdout: Any, case: str, before: Callable[[], object] | None = None)
     return done.returncode, done.stderr.splitlines()
 
 
+def test_serve_says_from_how_many_photographs_the_sample_suffices_to_compare(tmp_path: Path) -> None:
+    settings = ("--setting", f"keep={tmp_path / 'kept'}", "--setting", "keep_sample=0.2")
+    shown = CliRunner().invoke(app, ["serve", str(tmp_path), *settings])
+    assert "keep: about 200 of 1,000 photographs are the uniform sample (keep_sample=0.2)" in shown.stderr
+    assert "compare needs about 30 of it, from 150 photographs" in shown.stderr
+
+
 def test_output_that_nobody_reads_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)

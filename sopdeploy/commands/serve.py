@@ -122,8 +122,9 @@ def serve(
         share = loaded.keep_sample
         err.print(
             plain_text(
-                f"keep: a uniform sample of about {1000 * share:,.3g} per 1,000 photographs; compare needs "
-                f"about {COMPARED}, which takes {math.ceil(COMPARED / share):,} (keep_sample={share:g})"
+                f"keep: about {1000 * share:.3g} of 1,000 photographs are the uniform sample "
+                f"(keep_sample={share:g}); compare needs about {COMPARED} of it, from "
+                f"{math.ceil(COMPARED / share):,} photographs"
             )
         )
     try:
