@@ -48,8 +48,3 @@ def charts(page: str) -> dict[str, str]:
         for caption, (kind, _, content) in encoded.items()
         if "svg" in kind
     }
-
-
-def svg_texts(svg: str) -> list[str]:
-    """List the texts of an SVG file, in order."""
-    return [text for kind, text in Reader(svg).texts if "text" in kind]

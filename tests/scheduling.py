@@ -18,7 +18,6 @@ LONGEST_FIRST = (
     "tests/test_walk.py",
     "tests/attacks/test_certificate.py",
     "tests/sopdeploy/importers/",
-    "tests/benchmarks/",
     "tests/test_",
 )
 

@@ -4,17 +4,13 @@ import ast
 import re
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Collection
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import get_args
 
 import pytest
 
 import sopdeploy
-from sopdeploy.layers.pooling.registry import AnyPoolingConfig
-from sopdeploy.models.registry import CATALOG
 from tests.docs.reading import module_at
 
 ROOT = Path(__file__).parents[1]
@@ -81,13 +77,6 @@ def test_the_tables_of_the_operations_page_are_up_to_date() -> None:
     generate = module_at(ROOT / "docs" / "generate_operations.py")
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
     assert page == generate.operations_page(), "run `make docs`"
-
-
-def test_the_models_page_lists_every_network_and_every_pooling() -> None:
-    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
-    assert [network for network in CATALOG if f"\n| `{network}` |" not in page] == []
-    kinds = [config.model_fields["kind"].default for config in get_args(AnyPoolingConfig)]
-    assert [kind for kind in kinds if f"`{kind}`" not in page] == []
 
 
 @pytest.mark.slow
@@ -163,42 +152,6 @@ def test_modules_do_not_import_heavy_packages(modules: tuple[str, ...]) -> None:
     code = f"import {', '.join(modules)}, sys; print([n for n in {WITHOUT[modules]} if n in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert found.stdout.strip() == "[]"
-
-
-# A command has the name that users type, and the framework calls it, as it calls a route.
-REGISTERED = re.compile(r"(?:command|model_endpoint|router\.\w+)\(")
-
-
-def public_names(path: Path) -> set[str]:
-    """Return the functions, classes and constants of *path* that other modules can import."""
-    names: set[str] = set()
-    for part in ast.parse(path.read_text(encoding="utf-8")).body:
-        match part:
-            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
-                registered = any(REGISTERED.match(ast.unparse(item)) for item in part.decorator_list)
-                names |= set() if registered else {part.name}
-            case ast.Assign(targets=targets):
-                names |= {x.id for target in targets for x in ast.walk(target) if isinstance(x, ast.Name)}
-            case ast.AnnAssign(target=ast.Name(name)):
-                names.add(name)
-    return {name for name in names if not name.startswith("_")}
-
-
-# One concept has one name, and one name means one concept. Add nothing; delete what you rename.
-DEFINED_TWICE = {
-    "ENTRIES",
-    "Problem",
-    "log",
-    "main",
-    "router",
-}
-
-
-def test_no_public_name_is_defined_in_two_files() -> None:
-    files = Counter(name for module in MODULES for name in public_names(module))
-    twice = {name for name, number in files.items() if number > 1}
-    assert twice - DEFINED_TWICE == set(), "rename, or start what only its own file uses with an underscore"
-    assert DEFINED_TWICE - twice == set(), "delete these entries of DEFINED_TWICE"
 
 
 def test_the_exporter_imports_no_network_of_a_paper() -> None:

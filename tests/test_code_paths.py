@@ -1,25 +1,18 @@
-"""The files whose functions a request, an export and a training folder execute.
-
-ARCHITECTURE.md lists those of a request and of an export.
-"""
+"""ARCHITECTURE.md lists the files whose functions a request and an export execute."""
 
 import gc
 import re
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import groupby
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.data.datasets.folder import FolderConfig
-from sopdeploy.data.sources import open_data
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
@@ -31,7 +24,6 @@ from tests import quick_torch
 from tests.export.conftest import SIDE, save, trained
 from tests.export.once import proving_once
 from tests.service.conftest import picture_bytes, running, write_bundle
-from tests.sopdeploy.data.small_data import write_classes
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("sopdeploy/", "export/sopdeploy_export/", "service/sopdeploy_service/")
@@ -40,52 +32,32 @@ OF_THE_NETWORK = ("sopdeploy/models/", "sopdeploy/backbones/", "sopdeploy/layers
 
 
 @contextmanager
-def recorded() -> Iterator[tuple[Callable[[], set[str]], list[str]]]:
-    """Record the files of functions that this thread, and threads started here, execute; and the returns.
+def recorded() -> Iterator[Callable[[], set[str]]]:
+    """Record the files of functions that this thread, and threads started here, execute.
 
     The callable gives the files so far and starts anew. Code of modules runs at import and does not count.
     Nor do finalizers of objects that earlier tests left behind: no garbage is collected meanwhile.
-
-    A return is where a reader, who reads each function at its first call, comes back to a file: the first
-    call of a function of a module, by another file, after one of its file was called so. Methods belong to
-    the value that the reader has in hand.
     """
     files: set[str] = set()
-    entered: set[str] = set()
-    returns: dict[tuple[str, str], str] = {}  # by file and function; empty for those that are none
 
     def record(frame: FrameType, _: str, __: object) -> None:  # called for every call of a Python function
-        key = frame.f_code.co_filename, frame.f_code.co_qualname
-        if key[1] == "<module>" or key in returns:
-            files.add(key[0])
-            return
-        files.add(key[0])
-        returns[key] = ""
-        file, caller = in_packages(key[0]), frame.f_back
-        while caller is not None and not in_packages(caller.f_code.co_filename):
-            caller = caller.f_back
-        by = "" if caller is None else in_packages(caller.f_code.co_filename)
-        if file and key[1].isidentifier() and by != file and not file.startswith(OF_THE_NETWORK):
-            returns[key] = f"{by} calls {key[1]} of {file}" if file in entered else ""
-            entered.add(file)
+        files.add(frame.f_code.co_filename)
 
     def take() -> set[str]:
         taken = files.copy()
         files.clear()
         return {name for name in map(in_packages, taken) if name}
 
-    found: list[str] = []
     before = sys.gettrace()
     gc.disable()
     threading.settrace(record)
     sys.settrace(record)
     try:
-        yield take, found
+        yield take
     finally:
         threading.settrace(before)
         sys.settrace(before)
         gc.enable()
-        found += filter(None, returns.values())
 
 
 @cache
@@ -111,7 +83,7 @@ def request_files(folder: Path) -> set[str]:
     A response may arrive before the last function of its request has run, which then belongs to the next.
     """
     bundle, picture = open_bundle(write_bundle(folder)), picture_bytes()
-    with recorded() as (take, _), running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
+    with recorded() as take, running(OnnxRuntime(bundle, threads=1), bundle, Settings()) as client:
         for number in range(5):
             if number == 1:
                 take()
@@ -123,56 +95,23 @@ def request_files(folder: Path) -> set[str]:
         return take()
 
 
-@pytest.fixture(scope="module")
-def export_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], list[str]]:
-    """Export a small DSoP network, detached; return its files and the returns."""
-    folder, preprocess = tmp_path_factory.mktemp("export"), Preprocess(resize=SIDE, crop=SIDE)
-    checkpoint, options = folder / "ckpt.pt", ExportOptions(detach=True, max_batch=1)
+def export_files(folder: Path) -> set[str]:
+    """Export a small DSoP network, detached; return the files but those of networks."""
+    preprocess, checkpoint = Preprocess(resize=SIDE, crop=SIDE), folder / "ckpt.pt"
     save(trained(), "dsop-resnet8", checkpoint, preprocess)
-    with quick_torch.one_thread(), proving_once(), recorded() as (take, returns):
-        export_checkpoint(checkpoint, folder / "out", options=options)
-        files = {file for file in take() if not file.startswith(OF_THE_NETWORK)}
-    return files, returns
+    with quick_torch.one_thread(), proving_once(), recorded() as take:
+        export_checkpoint(checkpoint, folder / "out", options=ExportOptions(detach=True, max_batch=1))
+        return {file for file in take() if not file.startswith(OF_THE_NETWORK)}
 
 
-def test_a_request_executes_the_files_that_the_architecture_page_lists(tmp_path: Path) -> None:
-    found = request_files(tmp_path)
-    number, files = listed("## A `/v1/classify` request", "service/sopdeploy_service")
+PATHS = {  # heading, folder of files without one: their files
+    ("## A `/v1/classify` request", "service/sopdeploy_service"): request_files,
+    ("## `ckpt.pt` to bundle", "export/sopdeploy_export"): export_files,
+}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path[0])
+def test_the_files_are_those_that_the_architecture_page_lists(path: tuple[str, str], tmp_path: Path) -> None:
+    found = PATHS[path](tmp_path)
+    number, files = listed(*path)
     assert (files - found, found - files, number) == (set(), set(), len(found))
-
-
-def test_an_export_executes_the_files_that_the_architecture_page_lists(
-    export_run: tuple[set[str], list[str]],
-) -> None:
-    found, _ = export_run
-    number, files = listed("## `ckpt.pt` to bundle", "export/sopdeploy_export")
-    assert (files - found, found - files, number) == (set(), set(), len(found))
-
-
-def test_an_export_returns_to_a_file_at_most_20_times(export_run: tuple[set[str], list[str]]) -> None:
-    _, returns = export_run
-    assert len(returns) <= 20, "\n".join(returns)
-
-
-MAX_RETURNS = 8
-
-
-@pytest.mark.parametrize("parts", [("",), ("train", "val")])
-def test_opening_a_training_folder_rarely_returns_to_a_file(parts: tuple[str, ...], tmp_path: Path) -> None:
-    for part in parts:
-        write_classes(tmp_path / part, ("cat", "dog"), 4)
-    (tmp_path / parts[0] / "cat" / "notes.txt").touch()
-    functions: dict[tuple[str, str], None] = {}  # in the order of their first calls
-
-    def record(frame: FrameType, _: str, __: object) -> None:
-        file = frame.f_code.co_filename
-        if file.startswith(str(ROOT / "sopdeploy")) and "<" not in frame.f_code.co_name:
-            functions[file, frame.f_code.co_qualname] = None
-
-    sys.settrace(record)
-    try:
-        open_data(FolderConfig(kind="folder", path=tmp_path))
-    finally:
-        sys.settrace(None)
-    visits = Counter(file for file, _ in groupby(file for file, _ in functions))
-    assert visits.total() - len(visits) <= MAX_RETURNS, visits

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t
+from scipy.stats import ttest_rel
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,7 @@ def paired(ours: Sequence[float], other: Sequence[float]) -> Paired:
     wins = sum(difference > 0 for difference in differences)
     if n < 2:
         return Paired(n, mean, math.inf, wins, math.nan)
-    error = statistics.stdev(differences) / math.sqrt(n)
-    if error == 0:
+    if len(set(differences)) == 1:
         return Paired(n, mean, 0.0, wins, 1.0 if mean == 0 else 0.0)
-    return Paired(
-        n, mean, float(t.ppf(0.975, n - 1)) * error, wins, float(2 * t.sf(abs(mean) / error, n - 1))
-    )
+    test = ttest_rel(ours, other)
+    return Paired(n, mean, float(test.confidence_interval().high) - mean, wins, float(test.pvalue))

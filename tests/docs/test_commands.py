@@ -54,13 +54,6 @@ def test_a_mentioned_command_exists_with_its_options(page: Path, words: list[str
     assert given <= options_of(command)
 
 
-def test_every_command_is_documented() -> None:
-    pages = [(ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/cli.md")]
-    assert [command for command in COMMANDS.commands if f"\n## sopdeploy {command}" not in pages[1]] == []
-    table = " ".join(line for line in pages[0].splitlines() if line.startswith("| `") or "sopdeploy" in line)
-    assert [command for command in COMMANDS.commands if command not in table] == []
-
-
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
