@@ -90,7 +90,7 @@ def request_files(folder: Path) -> set[str]:
             assert client.post("/v1/classify", content=picture).status_code == 200
         read_rules.cache_clear()  # other tests have filled it
         rules = bundle.manifest.preprocess.model_dump_json().encode()
-        options = ChildOptions(0, 0, False, 0, len(picture), 1 << 20, False, (), "off")
+        options = ChildOptions(0, 0, False, 0, len(picture), 1 << 20, (), "off")
         answer(0, rules, EncodedImage(picture), options)
         return take()
 
