@@ -26,7 +26,6 @@ from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.evaluation.prediction import predict_logits
 from sopdeploy.importers.import_weights import import_weights
-from sopdeploy.importers.options import ImportOptions
 from sopdeploy.training.recipe_files import parse_override
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.inference.loader import load_model
@@ -52,7 +51,7 @@ def measure(weights: Path, name: str, settings: dict[str, Any], data: Path, ever
     """Use every *every*-th image in *data*: fit to one half, export, and run the bundle on the other half."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ckpt.pt"
-        import_weights(weights, name, path, ImportOptions(), settings)
+        import_weights(weights, name, path, settings)
         checkpoint = read_checkpoint(path)
         images, network = open_evaluation_images(data, checkpoint.labels), build_classifier(checkpoint, path)
         indices = np.arange(len(images))

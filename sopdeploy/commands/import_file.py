@@ -2,17 +2,33 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import pydantic
 
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
-from sopdeploy.config import expand_options
+from sopdeploy.config import Options, expand_options
 from sopdeploy.files import check_is_weights
-from sopdeploy.importers.options import ImportOptions
 from sopdeploy.training.recipe_files import parse_override
 
 if TYPE_CHECKING:
     from sopdeploy.importers.import_weights import ImportReport
+
+ImageSide = Annotated[int | None, pydantic.Field(ge=1)]
+
+
+class ImportOptions(Options):
+    """Class names and input size, which a weight file does not contain."""
+
+    labels: Path | None = None
+    """Class names in the order of the outputs: a .json list or text lines."""
+    resize: ImageSide = None
+    """Shorter side of the image in pixels."""
+    crop: ImageSide = None
+    """Side of the center crop in pixels."""
+    interpolation: Literal["bilinear", "bicubic"] | None = None
+    """Interpolation of the resize."""
 
 
 def _show(report: "ImportReport") -> None:
@@ -55,4 +71,6 @@ def import_file(
     check_is_weights(file)
     from sopdeploy.importers.import_weights import import_weights
 
-    return import_weights(file, as_, out_file, options, dict(map(parse_override, option)))
+    settings = dict(map(parse_override, option))
+    preprocess = options.model_dump(exclude={"labels"}, exclude_none=True)
+    return import_weights(file, as_, out_file, settings, labels=options.labels, preprocess=preprocess)

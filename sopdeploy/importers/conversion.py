@@ -58,11 +58,11 @@ class WeightFile:
 class ConvertedWeights:
     """A weight file with the tensor names and settings of the catalog.
 
-    `model` is the catalog name (with settings), None if the catalog has no such network. `required` are
-    config values, by dotted key, that the model chosen by the user must have. `detected` are config values
-    read from the file, by dotted key, `defaults` those fixed by the project's code. `undetermined` maps keys
-    that the user must set, because neither the file nor the code determines them, to the reason. `labels`
-    names the class order if it is a known one. `num_classes` is 0 for a file without a classifier.
+    `model` is the catalog name (with settings), None if the catalog has no such network. `detected` are
+    config values read from the file, by dotted key, `defaults` those fixed by the project's code.
+    `undetermined` maps keys that the user must set, because neither the file nor the code determines them, to
+    the reason. `labels` names the class order if it is a known one. `num_classes` is 0 for a file without a
+    classifier.
     """
 
     description: str
@@ -70,7 +70,6 @@ class ConvertedWeights:
     tensors: Mapping[str, Tensor]
     num_classes: int
     preprocess: Preprocess = field(default_factory=Preprocess)
-    required: Mapping[str, Any] = field(default_factory=dict)
     detected: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     undetermined: Mapping[str, str] = field(default_factory=dict)
@@ -88,6 +87,10 @@ def rename_tensors(file: WeightFile, renames: Mapping[str, str]) -> dict[str, Te
 
 
 COUNTER = "num_batches_tracked"  # of a batch norm; without effect on inference
+IDENTITY = {  # keys whose values the network that the user names must have; others become those of the file
+    *("depth", "pooling.kind", "final_pooling"),
+    *("component", "blocks_per_stage", "widen", "components", "chosen"),
+}
 
 
 def choose_config(
@@ -102,12 +105,12 @@ def choose_config(
     defaults = entry(model).defaults
     # the config without the values of the file: the network that the user asks for
     config = make_config(model, _set_values(defaults, settings))
-    for key, required in converted.required.items():
+    for key, detected in converted.detected.items():
         value: Any = config
         for name in key.split("."):
             value = getattr(value, name, None)
-        if value != required:
-            raise _misfit(file, converted, model, f"{key} is {value}, not {required}")
+        if key in IDENTITY and value != detected:
+            raise _misfit(file, converted, model, f"{key} is {value}, not {detected}")
     for key, reason in converted.undetermined.items():
         if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")

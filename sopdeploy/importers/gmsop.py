@@ -56,21 +56,21 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a network of GM-SOP, with the settings in its layers; None for other files."""
     if not file.layers or not {"conv1_f", "conv2_1a_f", "prediction_f"} <= file.tensors.keys():
         return None
-    settings = read_settings(file)
+    config = read_settings(file)
     gated = "gating_w" in file.tensors
-    component = "sop" if "iterations" in settings else "gap"
+    component = "sop" if "iterations" in config else "gap"
     blocks = sum(name.startswith("conv2_") and name.endswith("a_f") for name in file.tensors)
     widen = len(conv_kernel(file, "conv2_1a_f")) // WIDTHS[0]
-    required = {"component": component, "blocks_per_stage": blocks, "widen": widen, "components": 1}
-    config = settings | {
+    config |= {
+        "component": component,
         "blocks_per_stage": blocks,
         "widen": widen,
+        "components": 1,
         "project_first_stage": "conv2_1_adapt_conv_f" in file.tensors,
         "input_scaling": "raw",
     }
     if gated:
         config |= _gate_config(file)
-        required |= {key: config[key] for key in ("components", "chosen")}
     width = config["component_widths"][-1] if config.get("component_widths") else WIDTHS[-1] * widen
     tensors = _backbone_and_head(file, blocks, width if component == "sop" else None)
     if gated:
@@ -82,7 +82,6 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         tensors=tensors,
         num_classes=len(pointwise_kernel(file, "prediction_f")),
         preprocess=_preprocess(file),
-        required=required,
         detected=config,
         labels=None,
         notes=NOTES,

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pydantic
@@ -13,7 +14,6 @@ from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
-from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.pytorch_projects import (
     convert_cifar_resnet,
     convert_gsop,
@@ -74,12 +74,15 @@ def import_weights(
     source: Path,
     model: str,
     destination: Path,
-    options: ImportOptions,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    labels: Path | None = None,
+    preprocess: Mapping[str, Any] = MappingProxyType({}),
 ) -> ImportReport:
     """Write the weight file *source* as a checkpoint of catalog *model* to *destination*.
 
-    *settings* are values of the model's config, by dotted key, that the file does not contain.
+    The file does not contain the *settings*, values of the model's config by dotted key, nor the class names
+    in the file *labels*. *preprocess* replaces values of the preprocessing.
 
     Raises a `SopdeployError` if the file cannot be read, is of an unknown project or of another network.
     """
@@ -94,16 +97,19 @@ def import_weights(
             f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
             f"--weights {source} --set model.name={model}"
         )
-    config = choose_config(file, converted, model, settings or {})
+    config = choose_config(file, converted, model, settings)
     state = fit_tensors(file, converted, model, config)
-    labels, label_origin = _class_names(converted, options.labels)
-    preprocess = _override_preprocess(converted.preprocess, options)
+    names, label_origin = _class_names(converted, labels)
+    try:
+        rules = Preprocess(**{**converted.preprocess.model_dump(), **preprocess})
+    except pydantic.ValidationError as error:
+        raise ConfigError(f"preprocessing: {first_problem(error)}") from error
     checkpoint = Checkpoint(
         model=model,
         config=config.model_dump(mode="json"),
         weights=state,
-        labels=labels,
-        preprocess=preprocess,
+        labels=names,
+        preprocess=rules,
         training={
             "imported_from": source.name,
             "imported_sha256": file.sha256,
@@ -121,7 +127,7 @@ def import_weights(
         config=checkpoint.config,
         num_classes=converted.num_classes,
         labels=label_origin,
-        preprocess=preprocess,
+        preprocess=rules,
         num_tensors=len(state),
         beside=file.other_keys,
         notes=converted.notes,
@@ -170,14 +176,6 @@ def _recognize(file: WeightFile, model: str) -> tuple[str, ConvertedWeights] | N
         if converted is not None:
             return project, converted
     return None
-
-
-def _override_preprocess(preprocess: Preprocess, options: ImportOptions) -> Preprocess:
-    changes = options.model_dump(include={"resize", "crop", "interpolation"}, exclude_none=True)
-    try:
-        return Preprocess(**{**preprocess.model_dump(), **changes})
-    except pydantic.ValidationError as error:
-        raise ConfigError(f"preprocessing: {first_problem(error)}") from error
 
 
 def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:

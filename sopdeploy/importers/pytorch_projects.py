@@ -117,8 +117,7 @@ def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeight
         tensors=file.tensors,
         num_classes=len(file.tensor("fc.weight")),
         preprocess=preprocess,
-        required={"depth": depth, "pooling.kind": "gap"},
-        detected={"base_width": len(file.tensor("conv1.weight"))},
+        detected={"depth": depth, "pooling.kind": "gap", "base_width": len(file.tensor("conv1.weight"))},
         notes=notes,
     )
 
@@ -150,8 +149,7 @@ def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | N
         model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, 50) + option,
         tensors=renamed.tensors,
         num_classes=classes,
-        required={"depth": depth, "pooling.kind": kind},
-        detected={"base_width": len(renamed.tensor("conv1.weight")), **pooling}
+        detected={"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
         | ({} if stride is None else {"conv5_stride": stride}),
         undetermined={"conv5_stride": reason} if stride is None else {},
     )
@@ -188,8 +186,7 @@ def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights |
         tensors=rename_tensors(file, RENAMES["VGG-16"]),
         num_classes=len(file.tensor("classifier.6.weight")),
         preprocess=preprocess,
-        required={"pooling.kind": "flatten", "classifier": "mlp"},
-        detected={"batch_norm": batch_norm},
+        detected={"pooling.kind": "flatten", "classifier": "mlp", "batch_norm": batch_norm},
         notes=notes,
     )
 
@@ -208,7 +205,6 @@ def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None
         model=f"vgg16-bn --option pooling={kind}",
         tensors=renamed.tensors,
         num_classes=len(file.tensor("classifier.weight" if linear else "classifier.6.weight")),
-        required={"pooling.kind": kind},
         detected=pooling | {"classifier": "linear" if linear else "mlp"},
     )
 
@@ -233,8 +229,9 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
         tensors=rename_tensors(file, RENAMES["pytorch_resnet_cifar10"]),
         num_classes=len(file.tensor("linear.weight")),
         preprocess=Preprocess(resize=CIFAR_SIDE, crop=CIFAR_SIDE),
-        required={"depth": depth, "pooling.kind": "gap"},
         detected={
+            "depth": depth,
+            "pooling.kind": "gap",
             "base_width": len(file.tensor("conv1.weight")),
             "shortcut": "projection" if projects else "pad",
         },
@@ -251,7 +248,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         return None
     depth = resnet_depth(file.path, file.tensors)
     reduction = file.tensors.get("layer_reduce.weight")
-    detected = {"base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
+    detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
     tensors = rename_tensors(file, RENAMES["GSoP"])
     if reduction is None:
         detected["final_pooling"] = "gap"
@@ -267,7 +264,6 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         model=name_network(f"gsop-net{net}-resnet", depth, 50),
         tensors=tensors,
         num_classes=len(file.tensor("fc.weight")),
-        required={"depth": depth, "final_pooling": detected["final_pooling"]},
         detected=detected,
         defaults=RELEASED,
         undetermined={} if attention else {"attention": SUM_OR_MAXIMUM},

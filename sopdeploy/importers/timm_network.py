@@ -101,7 +101,7 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
         tensors=file.tensors,
         num_classes=len(file.tensor("classifier.weight")),
         preprocess=Preprocess.from_timm(config) if config else LITE[model],
-        required={"pooling.kind": "gap"},
+        detected={"pooling.kind": "gap"},
         notes=(FROM_HUB_CONFIG,) if config else (),
     )
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.importers.import_weights import ImportReport, import_weights
-from sopdeploy.importers.options import ImportOptions
 from sopdeploy.models.base import Classifier
 from tests.sweep.goldens import numbers
 
@@ -66,10 +65,9 @@ def settled(network: nn.Module) -> nn.Module:
 
 
 def imported(source: Path, name: str, **options: Any) -> tuple[Classifier, ImportReport]:
-    """Import *source* as *name*; `settings` has dotted keys."""
-    settings = options.pop("settings", {})
+    """Import *source* as *name*."""
     out = source.with_name("imported.pt")
-    report = import_weights(source, name, out, ImportOptions(**options), settings)
+    report = import_weights(source, name, out, **options)
     return build_classifier(read_checkpoint(out), out), report
 
 

@@ -174,7 +174,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, A
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resize": 20}, r"crop \(32\) is larger than resize \(20\)"),
+        ({"preprocess": {"resize": 20}}, r"crop \(32\) is larger than resize \(20\)"),
         ({"settings": {"depht": 18}}, "depht: unknown key"),
         ({"n.txt": "a\nb\n"}, "2 names for 5 classes"),
         ({"n.json": "{}"}, "holds no list of names"),
@@ -196,8 +196,8 @@ def test_an_invalid_option_or_file_of_labels_is_refused(
 def test_the_input_size_and_the_labels_can_be_given(narrow: Path, name: str, content: str) -> None:
     labels = narrow.with_name(name)
     labels.write_text(content)
-    options = {"labels": labels, "resize": 448, "crop": 448, "interpolation": "bicubic"}
-    rules = imported(narrow, "resnet8", **options)[1].preprocess
+    given = {"resize": 448, "crop": 448, "interpolation": "bicubic"}
+    rules = imported(narrow, "resnet8", labels=labels, preprocess=given)[1].preprocess
     assert (rules.resize, rules.crop, rules.interpolation, rules.mean) == (448, 448, "bicubic", IMAGENET[0])
     assert read_checkpoint(narrow.with_name("imported.pt")).labels == ("a", "b", "c", "d", "e")
 

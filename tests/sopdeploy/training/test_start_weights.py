@@ -27,7 +27,6 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
-from sopdeploy.importers.options import ImportOptions
 from sopdeploy.importers.timm_network import LITE
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed.strategy import Strategy
@@ -267,7 +266,7 @@ def test_weights_that_are_published_without_a_classifier_start_a_run(tmp_path, n
     assert initial.start is not None
     assert initial.start.new == (("head",) if name == "timm:test_vit" else ("pooled_head", "pooled_head.fc"))
     with pytest.raises(WeightsError, match="has no classifier, so it cannot classify; train one: "):
-        import_weights(tmp_path / "vit.pth", "timm:test_vit", tmp_path / "ckpt.pt", ImportOptions())
+        import_weights(tmp_path / "vit.pth", "timm:test_vit", tmp_path / "ckpt.pt")
 
 
 def test_both_classifiers_of_a_distilled_transformer_are_replaced(tmp_path) -> None:
