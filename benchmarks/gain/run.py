@@ -44,7 +44,7 @@ from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import sequential_batches, shuffled_batches
 from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.dsop_cifar import DSoPSmallResNet, DSoPSmallResNetConfig
+from sopdeploy.models.dsop import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.plain import PlainSmallResNet
 from sopdeploy.models.timm_networks import PlainTimm
 from sopdeploy.training.schedule import OneCycle

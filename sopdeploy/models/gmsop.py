@@ -18,6 +18,14 @@ The README of the released code prints 15.7M for GM-SOP on WRN-36-2; the code bu
 The experts of the one-layer SG-MoE are "fully-connected layers" of 128 x 512 (section 3.3), so they have
 biases. Assumption, because the paper does not say: its sum is classified directly, without the batch norm and
 dropout that section 2.3 adds to GM-SOP; with or without them the parameters are the printed 2.3M.
+
+The networks that the paper compares with (section 3.1, Tables 2 and 3) are one pooling, the mean of K
+poolings, and NetVLAD. ResNet-Xd is one 1x1 convolution to X channels before the average; SR-SOP pools the 128
+channels directly; parametric SR-SOP pools after two 1x1 convolutions; Ave-GAP-K and Ave-SOP-K average K
+components without a gate. Assumption, because the paper does not say: the batch norm and dropout after the
+pooling, which section 2.3 describes for the mixture, are also used with the averages of K, but not with
+single poolings (the published counts of ResNet-Xd and SR-SOP do not include them). The README of the released
+code prints 0.9M parameters for ResNet-18; the network has 829,192.
 """
 
 from itertools import pairwise
@@ -27,7 +35,7 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
-from sopdeploy.config import Count, FractionBelowOne, NonNegative
+from sopdeploy.config import Count, FractionBelowOne, NonNegative, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.mixture import (
@@ -43,6 +51,7 @@ from sopdeploy.layers.mixture import (
     pooling,
 )
 from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
+from sopdeploy.layers.pooling.codebook import NetVLADConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput
 
@@ -185,6 +194,70 @@ def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
     return gate
 
 
+class AveragedResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
+    """K = `components` poolings of one kind, averaged; 1 is a single pooling.
+
+    `component_widths` are the channels of a component's 1x1 convolutions; plain GAP and SR-SOP have none.
+    """
+
+    component: Literal["gap", "sop"] = "gap"
+    components: Count = 1
+    component_widths: tuple[Count, ...] = ()
+    fusion_norm: bool = False
+    dropout: FractionBelowOne = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _components_differ(self) -> "AveragedResNetConfig":
+        if self.components > 1 and not self.component_widths:
+            raise ValueError("components > 1 needs component_widths; without them all components are equal")
+        return self
+
+
+class AveragedResNet(Classifier, LowResolutionResNet):
+    """Classifier of the mean of K poolings of the last feature map."""
+
+    classifier_parts = ("mixture", "head")
+    config: AveragedResNetConfig
+
+    def __init__(self, config: AveragedResNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        self.mixture = Components(
+            config.component,
+            self.channels,
+            Convolutions(config.component_widths),
+            components=config.components,
+            counted=config.components,
+            root=config.newton_schulz(),
+        )
+        self.head = FusionHead(
+            self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout
+        )
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
+        logits: Tensor = self.head(self.mixture(features).mean(dim=1))
+        return logits
+
+
+class NetVLADResNetConfig(LowResolutionResNetConfig):
+    """`words` is the number of words of the codebook."""
+
+    words: Count = 64
+
+
+class NetVLADResNet(Classifier, LowResolutionResNet):
+    """Classifier of the NetVLAD vector of the last feature map."""
+
+    classifier_parts = ("pooling", "head")
+    config: NetVLADResNetConfig
+
+    def __init__(self, config: NetVLADResNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        # centers with small weights in the assignment (assumption: the paper does not say)
+        self.pooling = NetVLADConfig(words=config.words, alpha=0.5, centres="normal").build(self.channels)
+        self.head = FusionHead(self.pooling.out_features, num_classes, norm=False, dropout=0.0)
+
+
 WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2, "project_first_stage": True}
 GAP: dict[str, Any] = {"component": "gap", "component_widths": (512,)}
 WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128)}
@@ -197,15 +270,44 @@ SGMOE: dict[str, Any] = {
     "dropout": 0.0,
 }
 RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # of networks other than WRN
+RESNET_50: dict[str, Any] = {"blocks_per_stage": 6}
+PARAMETRIC: dict[str, Any] = {"component": "sop", "component_widths": (256, 128)}
+AVERAGE_OF_16: dict[str, Any] = {"components": 16, "fusion_norm": True, "dropout": 0.2}
+
+
+def _entry(
+    network: type[Classifier], config: type[StrictModel], title: str, defaults: dict[str, Any]
+) -> Entry:
+    return Entry(network, config, defaults, f"{title} for 64-pixel images", image_size=64)
+
 
 ENTRIES = {
-    name: Entry(GMSOPResNet, GMSOPConfig, defaults, f"{title} for 64-pixel images", image_size=64)
-    for name, title, defaults in (
-        ("gmsop-16-8-resnet18", "GM-SOP (8 of 16 poolings) on ResNet-18", {}),
-        ("gmsop-16-8-resnet50", "GM-SOP (8 of 16 poolings) on ResNet-50", {"blocks_per_stage": 6}),
-        ("gmsop-16-8-wrn36-2", "GM-SOP (8 of 16 poolings) on WRN-36-2", WRN_SOP),
-        ("gmgap-16-8-resnet18", "GM-GAP (8 of 16 poolings) on ResNet-18", GAP),
-        ("gmgap-16-8-wrn36-2", "GM-GAP (8 of 16 poolings) on WRN-36-2", {**WRN_36_2, **GAP}),
-        ("sgmoe-16-8-resnet18", "one-layer SG-MoE on ResNet-18", SGMOE),
-    )
+    **{
+        name: _entry(GMSOPResNet, GMSOPConfig, title, defaults)
+        for name, title, defaults in (
+            ("gmsop-16-8-resnet18", "GM-SOP (8 of 16 poolings) on ResNet-18", {}),
+            ("gmsop-16-8-resnet50", "GM-SOP (8 of 16 poolings) on ResNet-50", RESNET_50),
+            ("gmsop-16-8-wrn36-2", "GM-SOP (8 of 16 poolings) on WRN-36-2", WRN_SOP),
+            ("gmgap-16-8-resnet18", "GM-GAP (8 of 16 poolings) on ResNet-18", GAP),
+            ("gmgap-16-8-wrn36-2", "GM-GAP (8 of 16 poolings) on WRN-36-2", {**WRN_36_2, **GAP}),
+            ("sgmoe-16-8-resnet18", "one-layer SG-MoE on ResNet-18", SGMOE),
+        )
+    },
+    **{
+        name: _entry(AveragedResNet, AveragedResNetConfig, title, defaults)
+        for name, title, defaults in (
+            ("resnet18-64px", "plain ResNet-18", {}),
+            ("resnet50-64px", "plain ResNet-50", RESNET_50),
+            *((f"wrn36-{k}", f"plain WRN-36-{k}", {"blocks_per_stage": 4, "widen": k}) for k in (1, 2, 5)),
+            ("resnet18-512d", "ResNet-18-512d", {"component_widths": (512,)}),
+            ("resnet18-8256d", "ResNet-18-8256d", {"component_widths": (8256,)}),
+            ("resnet50-512d", "ResNet-50-512d", {**RESNET_50, "component_widths": (512,)}),
+            ("resnet50-8256d", "ResNet-50-8256d", {**RESNET_50, "component_widths": (8256,)}),
+            ("srsop-resnet18", "SR-SOP on ResNet-18", {"component": "sop"}),
+            ("parametric-srsop-resnet18", "parametric SR-SOP on ResNet-18", PARAMETRIC),
+            ("avegap-16-resnet18", "Ave-GAP-16 on ResNet-18", {**AVERAGE_OF_16, "component_widths": (512,)}),
+            ("avesop-16-resnet18", "Ave-SOP-16 on ResNet-18", {**AVERAGE_OF_16, **PARAMETRIC}),
+        )
+    },
+    "netvlad-64-resnet18": _entry(NetVLADResNet, NetVLADResNetConfig, "NetVLAD of 64 words on ResNet-18", {}),
 }

@@ -12,9 +12,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models import (
     attention,
     dsop,
-    dsop_cifar,
     gmsop,
-    gmsop_baselines,
     gsop,
     plain,
     pooled,
@@ -30,12 +28,10 @@ FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
     plain,
     pooled,
     dsop,
-    dsop_cifar,
     psdr,
     gsop,
     attention,
     gmsop,
-    gmsop_baselines,
 )
 CATALOG: dict[str, Entry] = {name: item for family in FAMILIES for name, item in family.ENTRIES.items()}
 
