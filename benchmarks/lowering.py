@@ -17,8 +17,8 @@ from measure import Result, compare, parse, report
 from torch import Tensor, nn
 from torch.export import Dim
 
+from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.layers.mixture import Components, Convolutions, keep_largest
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy_export.graph import convert
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32

@@ -36,8 +36,7 @@ from torch import Tensor, nn
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
 from sopdeploy.layers.distributed import sum_over_ranks
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.isqrt_cov import ISqrtCov, covariance_root
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig, covariance_root
 
 ComponentKind = Literal["gap", "sop", "linear"]
 NoisePer = Literal["image", "component"]

@@ -16,8 +16,7 @@ from torch import Tensor
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import TrainingError
 from sopdeploy.layers.covariance import frobenius_norm
-from sopdeploy.layers.isqrt_cov import SMALLEST_NORM
-from sopdeploy.layers.newton_schulz import Iterations, newton_schulz
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, Iterations, newton_schulz
 
 TOO_CLOSE = 1e-5  # eigenvalues are equal up to this fraction of the largest one (float32)
 NO_ONNX_FORM = (

@@ -35,8 +35,7 @@ from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, MBCONV_STAGES, Effic
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.residual import dimension_reduction

@@ -38,6 +38,7 @@ from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetC
 from sopdeploy.config import Count, FractionBelowOne, NonNegative, StrictModel
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.export_hints import ExportHints
+from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
 from sopdeploy.layers.mixture import (
     ComponentKind,
     Components,
@@ -50,7 +51,6 @@ from sopdeploy.layers.mixture import (
     keep_largest,
     pooling,
 )
-from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
 from sopdeploy.layers.pooling.codebook import NetVLADConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry, TrainingOutput

@@ -26,7 +26,7 @@ from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, FractionBelowOne
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConfig
-from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
+from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier, Entry

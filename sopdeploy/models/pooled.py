@@ -11,8 +11,7 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.efficientnet import HEAD_CHANNELS, EfficientNet, EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.config import Count
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry

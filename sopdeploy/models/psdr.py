@@ -19,8 +19,7 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry

@@ -24,7 +24,7 @@ from sopdeploy.config import Count
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
-from sopdeploy.layers.newton_schulz import Iterations, NewtonSchulzOptions
+from sopdeploy.layers.isqrt_cov import Iterations, NewtonSchulzOptions
 from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier, Entry
 

@@ -17,7 +17,7 @@ from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import HeadCounter, loss_shares, predict_images
 from sopdeploy.evaluation.statistics import student, wilson
-from sopdeploy.layers.newton_schulz import newton_schulz
+from sopdeploy.layers.isqrt_cov import newton_schulz
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import Counts, describe

@@ -13,8 +13,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy.errors import EngineError, LoweringError
-from sopdeploy.tensorrt.binding import create, make_logger
 from sopdeploy.tensorrt.cache import Profile
+from sopdeploy.tensorrt.session import create, make_logger
 from sopdeploy_export.engine_builder.build import parse_and_build
 from sopdeploy_export.engine_builder.lint import lint
 from tests.gpu_graphs import ABSENT, WORKSPACE, RealTensorRT, real_tensorrt

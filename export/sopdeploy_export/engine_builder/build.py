@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from sopdeploy.errors import EngineError
-from sopdeploy.tensorrt.binding import create, last_error, make_logger
 from sopdeploy.tensorrt.cache import Profile
+from sopdeploy.tensorrt.session import create, last_error, make_logger
 
 Report = Callable[[str], None]
 

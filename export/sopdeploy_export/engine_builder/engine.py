@@ -15,7 +15,6 @@ import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
-from sopdeploy.tensorrt.binding import import_tensorrt
 from sopdeploy.tensorrt.cache import (
     EngineKey,
     EngineRecord,
@@ -28,7 +27,7 @@ from sopdeploy.tensorrt.cache import (
     store_engine,
 )
 from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
-from sopdeploy.tensorrt.session import EngineSession
+from sopdeploy.tensorrt.session import EngineSession, import_tensorrt
 from sopdeploy_export.engine_builder.build import Report, parse_and_build
 from sopdeploy_export.engine_builder.lint import lint
 from sopdeploy_export.options import EngineOptions

@@ -19,8 +19,7 @@ from sopdeploy.layers.covariance import (
     scaled,
     upper_triangle_indices,
 )
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.newton_schulz import NewtonSchulzOptions
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 from sopdeploy.layers.spectral import NO_EIGEN_FORM, Logarithm, Power, spectral
 

@@ -23,8 +23,8 @@ import sopdeploy
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import LoweringError, SopdeployError
 from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.layers.mixture import Components, Convolutions, keep_largest
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.subject import ExportSubject

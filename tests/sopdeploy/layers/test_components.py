@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.isqrt_cov import ISqrtCov
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig
 from sopdeploy.layers.mixture import (
     ComponentKind,
     Components,
@@ -16,7 +16,6 @@ from sopdeploy.layers.mixture import (
     keep_largest,
     rank,
 )
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 
 KINDS: list[tuple[ComponentKind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6, 4)), ("linear", (5,))]
 

@@ -25,8 +25,7 @@ from sopdeploy.layers.covariance import (
     covariance_trace,
     frobenius_norm,
 )
-from sopdeploy.layers.isqrt_cov import ISqrtCov
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig, newton_schulz
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig, newton_schulz
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.layers.pooling.compact_bilinear import draw_sketch
 from sopdeploy.layers.spectral import square_root

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
+from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.registry import Pooling
 

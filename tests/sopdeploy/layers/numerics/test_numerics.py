@@ -10,12 +10,12 @@ from sopdeploy.layers.covariance import upper_triangle_indices
 from sopdeploy.layers.isqrt_cov import (
     ISqrtCov,
     ISqrtVector,
+    NewtonSchulzConfig,
     covariance_root,
     gram_is_cheaper,
     isqrt_vector,
     prenormalize,
 )
-from sopdeploy.layers.newton_schulz import NewtonSchulzConfig
 from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.spectral import Logarithm, Power, spectral
 from tests.sopdeploy.layers.numerics.all_poolings import (
