@@ -6,18 +6,16 @@ all paths, all sizes, all hashes. File contents are parsed only after that. Does
 """
 
 import errno
-import io
 import json
 import os
 import shutil
 import tempfile
 import unicodedata
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any
 
 import pydantic
 
@@ -28,7 +26,6 @@ from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha2
 MANIFEST = "manifest.json"
 PROGRAM = "network.pt2"  # optional
 REQUIRED = ("model.onnx", "labels.json", "certificate.json", "parity.json", "probes.npz")
-SMALL_FILES = ("certificate.json", "probes.npz", "README.md")  # read while a bundle is served
 MAX_MANIFEST_BYTES = 4_000_000
 MAX_JSON_BYTES = 16_000_000  # of any other JSON file
 MAX_NAME_BYTES = 255  # limit of common file systems
@@ -209,21 +206,6 @@ def open_bundle(path: Path) -> Bundle:
                 "copy or export the bundle again"
             )
     return Bundle(path=path, manifest=manifest, labels=_read_labels(path / "labels.json", manifest))
-
-
-def keep_in_memory(bundle: Bundle) -> Bundle:
-    """Return *bundle* with a copy of `SMALL_FILES` as its `path`, so that its folder may be deleted.
-
-    The path is one in a ZIP archive, which has the methods that readers of bundles use.
-    """
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        for name in SMALL_FILES:
-            if name in bundle.manifest.files:
-                archive.write(bundle.path / name, name)
-    archive = zipfile.ZipFile(file)
-    archive.filename = str(bundle.path)  # for messages
-    return replace(bundle, path=cast(Path, zipfile.Path(archive)))
 
 
 def _check_size(file: Path, record: FileRecord) -> None:

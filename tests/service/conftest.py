@@ -32,7 +32,7 @@ from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
-from sopdeploy_service.inference.loader import LoadedModel
+from sopdeploy_service.inference.loader import LoadedModel, read_card_files
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.draining_server import http_config
@@ -253,7 +253,7 @@ def running(
 
     It also has the models *beside* by name. *options* go to `create_app`.
     """
-    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={})
+    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, card_files=read_card_files(bundle))
     app = create_app({**dict.fromkeys(names, inference), **(beside or {})}, settings, **options)
     server = uvicorn.Server(http_config(app, settings))
     with bind("127.0.0.1", 0) as listener:

@@ -4,23 +4,23 @@ import asyncio
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy.bundle.folder import MANIFEST, Bundle
+from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.bundle.manifest import EMBEDDING, GATES
 from sopdeploy.config import StrictModel
 from sopdeploy.http_api import ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import problem_responses
+from sopdeploy_service.inference.loader import CERTIFICATE, README, LoadedModel
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.service import State
 
 router = APIRouter()
 
-README = "README.md"
 ModelName = Annotated[str | None, Query(alias="model")]
 
 
@@ -31,28 +31,16 @@ class Health(StrictModel):
     reason: str | None = None
 
 
-class CertificateSummary(StrictModel):
-    """The certificate in short: what was compared, tensors removed and kept, and graph roots."""
-
-    proof: str
-    compared: tuple[str, ...]
-    detached: tuple[str, ...]
-    num_removed: int
-    bytes_removed: int
-    num_kept: int
-    root: str
-    onnx_root: str
-    num_operations: int
-    num_images: int
-    largest_difference: float
-
-
 class Card(StrictModel):
-    """The model card as Markdown; `num_components` is 0 without a gate."""
+    """The model card as Markdown, and the certificate in short: what was compared, removed, kept; roots.
+
+    The text is empty and the certificate null if the bundle has none that can be read. `num_components` is 0
+    without a gate.
+    """
 
     bundle: str
     text: str
-    certificate: CertificateSummary | None
+    certificate: dict[str, Any] | None
     num_components: int
 
 
@@ -79,7 +67,7 @@ async def readyz(request: Request) -> Response:
 
 def list_deleted(models: Sequence[Model]) -> list[Path]:
     """List the folders of the bundles of *models* that do not exist any more."""
-    paths = (Path(str(model.bundle.path)) for model in models)  # of a bundle in memory, its folder
+    paths = (model.bundle.path for model in models)
     return [path for path in paths if not (path / MANIFEST).is_file()]
 
 
@@ -129,37 +117,27 @@ def model_info(model: Model) -> ModelInfo:
 )
 async def card(request: Request, model_name: ModelName = None) -> Response:
     """Return the model card of `model` (required if several are loaded) and a summary of its certificate."""
-    registry = service_of(request).registry
-    chosen = registry.find(model_name)
-    with registry.use(chosen):  # a replaced model closes its files
-        return json_response(await asyncio.to_thread(read_card, chosen.bundle))
+    return json_response(read_card(service_of(request).registry.find(model_name).loaded))
 
 
-def read_card(bundle: Bundle) -> Card:
-    """Read the model card of *bundle* and summarize its certificate.
-
-    The text is empty if the bundle has no README.md. The summary is None if the JSON of the certificate has
-    another structure.
-    """
-    readme = bundle.path / README
-    text = readme.read_text("utf-8", "replace") if README in bundle.manifest.files else ""
-    certificate = json.loads((bundle.path / "certificate.json").read_bytes())
+def read_card(loaded: LoadedModel) -> Card:
+    """Read the model card and summarize the certificate of a loaded bundle."""
     try:
+        certificate = json.loads(loaded.card_files[CERTIFICATE])
         roots = certificate["roots"]
-        summary = CertificateSummary(
-            proof=certificate["proof"],
-            compared=certificate["compared"],
-            detached=certificate["detached"],
-            num_removed=len(certificate["removed"]),
-            bytes_removed=sum(entry["bytes"] for entry in certificate["removed"]),
-            num_kept=len(certificate["kept"]),
-            root=roots["any_batch"],
-            onnx_root=roots["onnx"],
-            num_operations=roots["num_operations"],
-            num_images=certificate["num_images"],
-            largest_difference=certificate["largest_difference"],
-        )
-    except (KeyError, TypeError, ValueError):
+        same = ("proof", "compared", "detached", "num_images", "largest_difference")
+        summary = {
+            **{name: certificate[name] for name in same},
+            "num_removed": len(certificate["removed"]),
+            "bytes_removed": sum(entry["bytes"] for entry in certificate["removed"]),
+            "num_kept": len(certificate["kept"]),
+            "root": roots["any_batch"],
+            "onnx_root": roots["onnx"],
+            "num_operations": roots["num_operations"],
+        }
+    except (KeyError, TypeError, ValueError):  # it has another structure
         summary = None
-    components = next((output.shape[-1] for output in bundle.manifest.outputs if output.name == GATES), 0)
-    return Card(bundle=bundle.name, text=text, certificate=summary, num_components=components or 0)
+    outputs = loaded.bundle.manifest.outputs
+    components = next((output.shape[-1] for output in outputs if output.name == GATES), 0)
+    text = loaded.card_files.get(README, b"").decode("utf-8", "replace")
+    return Card(bundle=loaded.bundle.name, text=text, certificate=summary, num_components=components or 0)

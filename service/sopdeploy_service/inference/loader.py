@@ -7,14 +7,15 @@ meant and does not work, the server ends with an error instead of silently using
 
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle, keep_in_memory, open_bundle
+from sopdeploy.bundle.folder import Bundle, open_bundle
 from sopdeploy.bundle.onnx_root import check_roots
 from sopdeploy.bundle.probes import Outputs, Probes, Replay, read_probes, replay
 from sopdeploy.bundle.signing import check_signature, signature_path
@@ -33,6 +34,7 @@ from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 
+README, CERTIFICATE = "README.md", "certificate.json"
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
 
 log = logging.getLogger("sopdeploy.inference")
@@ -40,15 +42,17 @@ log = logging.getLogger("sopdeploy.inference")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A verified bundle, of which only the small files are left, and its runtime.
+    """A verified bundle and its runtime; the files of the bundle may be deleted.
 
-    `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
-    `onnx_root` is the root of the graph, if it was recomputed.
+    `card_files` has the model card and the certificate, whose names are above. `replays` maps batch sizes to
+    replays of the probes. `timings` has (images, seconds) of each run. `onnx_root` is the root of the graph,
+    if it was recomputed.
     """
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
+    card_files: Mapping[str, bytes] = field(default_factory=dict)
     timings: tuple[tuple[int, float], ...] = ()
     onnx_root: str | None = None
 
@@ -80,16 +84,22 @@ def load_model(
             probes = read_probes(bundle.probes, bundle.manifest)
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
-        if not thorough:  # `verify` also reads the large files
-            bundle = keep_in_memory(bundle)
+        card_files = read_card_files(bundle)
         stack.pop_all()
     return LoadedModel(
         bundle=bundle,
         runtime=runtime,
         replays=replays,
+        card_files=card_files,
         timings=tuple(timings),
         onnx_root=root,
     )
+
+
+def read_card_files(bundle: Bundle) -> dict[str, bytes]:
+    """Read the model card and the certificate of *bundle* by name."""
+    names = bundle.manifest.files.keys() & {README, CERTIFICATE}
+    return {name: (bundle.path / name).read_bytes() for name in names}
 
 
 def open_checked(path: Path, settings: Settings, checked: Bundle | None = None) -> Bundle:

@@ -16,9 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import keep_in_memory
 from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked
+from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked, read_card_files
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
@@ -123,8 +122,9 @@ class BudgetedRegistry(ModelRegistry):
         super().close(reason)
 
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
-        bundle = keep_in_memory(open_checked(path, self._settings))
-        unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
+        bundle = open_checked(path, self._settings)
+        card_files = read_card_files(bundle)
+        unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={}, card_files=card_files)
         model = self._by_name[name] = Model(name, unloaded, self._settings, self._metrics)
         model.is_loaded = False
         self._metrics.model_memory.labels(name).set(0)

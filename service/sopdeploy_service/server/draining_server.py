@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -65,27 +64,6 @@ def http_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     )
 
 
-@dataclass
-class LoopWatch:
-    """Measures how late an event loop is. `beat` runs on that loop, the other methods on any thread."""
-
-    _last: float = field(default_factory=lambda: time.monotonic())
-    _lags: deque[float] = field(default_factory=lambda: deque(maxlen=BEATS))
-
-    def beat(self) -> None:
-        """Record that the loop is running; call it every `BEAT_SECONDS`."""
-        self._lags.append(self.lag())
-        self._last = time.monotonic()
-
-    def lag(self) -> float:
-        """Seconds by which the next beat is overdue."""
-        return max(0.0, time.monotonic() - self._last - BEAT_SECONDS)
-
-    def worst(self) -> float:
-        """Largest lag in seconds of the last ten seconds of beats."""
-        return max([*tuple(self._lags), self.lag()])
-
-
 class DrainingServer(uvicorn.Server):
     """A uvicorn server that responds while it drains, and exits when a runtime is dead.
 
@@ -110,8 +88,9 @@ class DrainingServer(uvicorn.Server):
         self._drain_until: float | None = None
         self._is_draining = False
         self._last_busy: float | None = None  # None after heaps were trimmed
-        self.watch = LoopWatch()
-        self._service.metrics.loop_lag.set_function(self.watch.worst)
+        self._last_beat = time.monotonic()
+        self._lags: deque[float] = deque([0.0], maxlen=BEATS)  # seconds by which ticks of uvicorn were late
+        self._service.metrics.loop_lag.set_function(lambda: max(self._lags))
 
     def serve_until_end(self, *listeners: socket.socket) -> int:
         """Serve on *listeners* until a signal or the death of a runtime; return the exit code.
@@ -179,8 +158,10 @@ class DrainingServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Decide ten times per second whether to close the port."""
-        self.watch.beat()
-        self._trim_idle_heaps(time.monotonic())
+        now = time.monotonic()
+        self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))
+        self._last_beat = now
+        self._trim_idle_heaps(now)
         if self._service.state == "runtime_dead":
             return True
         if self._drain_until is not None:

@@ -7,14 +7,15 @@ import re
 import shutil
 
 import pytest
+from fake_runtime import FakeRuntime
 from PIL import Image
 
-from sopdeploy.bundle.folder import keep_in_memory, open_bundle
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
 from sopdeploy_service.commands.predict import predict_files
-from sopdeploy_service.inference.loader import load_model
+from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 from tests.service.conftest import running
 
@@ -113,7 +114,7 @@ def test_health_and_info(client, bundle):
 
 def test_a_server_says_that_its_bundle_was_deleted(run_server, onnx_runtime, bundle_path, tmp_path, jpeg):
     copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
-    with run_server(onnx_runtime, keep_in_memory(open_bundle(copy)), Settings()) as client:
+    with run_server(onnx_runtime, open_bundle(copy), Settings()) as client:
         assert client.get("/readyz").json() == {"status": "ok"}
         shutil.rmtree(copy)
         reply = client.get("/readyz")
@@ -225,7 +226,7 @@ def test_the_card_has_readme_certificate_and_experts(gated_client, gated_bundle)
 
 
 def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_model_404(client, bundle):
-    card = read_card(bundle)
+    card = read_card(LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={}))
     assert (card.text, card.certificate, card.num_components) == ("", None, 0)
     reply = client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
@@ -234,8 +235,8 @@ def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_mod
 def test_a_bundle_whose_folder_is_deleted_is_served_on(bundle_path, tmp_path, jpeg):
     folder = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
     loaded = load_model(folder, Settings(threads=1))
-    shutil.rmtree(folder)
     with running(loaded.runtime, loaded.bundle, Settings()) as client:
+        shutil.rmtree(folder)
         for path in (
             "/v1/card",
             "/info",
