@@ -219,7 +219,7 @@ def test_output_to_a_closed_stdout_is_discarded(case: str, expected: tuple[int, 
 
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
-    "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_recipe"),
+    "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_run"),
     "eval": ("eval x.pt --data photos", "sopdeploy.commands.evaluate.detect_source"),
     "serve": ("serve x", "sopdeploy_service.server.process.run_server"),
 }

@@ -4,18 +4,17 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
 from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
-from sopdeploy.config import Options, StrictModel, expand_options
+from sopdeploy.config import Options, expand_options
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.folders import data_folder
 from sopdeploy.data.sources import open_data
-from sopdeploy.decision import Rejection
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_weights, expand_user
@@ -24,10 +23,11 @@ from sopdeploy.training.recipe_files import list_recipes, parse_override, read_v
 from sopdeploy.training.results import read_result
 
 if TYPE_CHECKING:
-    from sopdeploy.report.page import TrainedRun
+    from sopdeploy.checkpoint import Checkpoint
     from sopdeploy.training.callbacks import Callback
     from sopdeploy.training.recipe import Recipe
     from sopdeploy.training.start_weights import WeightSource
+    from sopdeploy.training.train import TrainingResult
 
 FOLDER_RECIPE = "photos"
 PUBLISHED = ("imagenet", "none")  # start weights that are no file
@@ -55,33 +55,7 @@ class TrainOptions(Options):
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
 
-class PreviousRun(StrictModel):
-    """The run that another one starts from: its folder, accuracy and recipe, its data and `Rejection`."""
-
-    folder: Path
-    accuracy: str
-    recipe: dict[str, Any]
-    classes: tuple[str, ...]
-    num_images: int
-    rejection: Rejection | None
-
-    def changes(self, classes: Sequence[str], num_images: int) -> str:
-        """Say what it reached and what *classes* and *num_images* add to it."""
-        names = [name for name in classes if name not in self.classes]
-        added = f"{num_images - self.num_images:+,} photographs" + f", new: {', '.join(names)}" * bool(names)
-        return f"before, {self.folder}: {self.accuracy or 'accuracy not recorded'}; since then {added}"
-
-
-class Configured(NamedTuple):
-    """The recipe of a run, the keys that the caller has set, the run it starts from, and opened weights."""
-
-    recipe: "Recipe"
-    keys: list[str]
-    previous: PreviousRun | None
-    weights: "WeightSource | None"
-
-
-def _show(result: "TrainedRun") -> None:
+def _show(result: "TrainingResult") -> None:
     """Print the result of the procedure, the frequent mistakes and the next command."""
     mistakes = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
     worst = [f"most frequent mistakes: {', '.join(mistakes)}"] if mistakes else []
@@ -104,7 +78,7 @@ def train(
     progress: bool | None = None,
     callback: "Callback | None" = None,
     **settings: Any,
-) -> "TrainedRun":
+) -> "TrainingResult":
     """Train a network; Ctrl-C and SIGTERM save and stop, --resume continues bit for bit.
 
     The run's report.html shows curves, confusions, calibration and the worst mistakes.
@@ -140,31 +114,26 @@ def train(
     """
     data, out = (None if path is None else Path(path) for path in (data, out))
     _check(data, recipe, out, options, changed=bool(options.set or settings))
-    from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.evaluation.decision_fit import describe_weakness
-    from sopdeploy.report.page import PageWriter, TrainedRun
+    from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.callbacks import CallbackList
     from sopdeploy.training.distributed.strategy import Strategy, select_device
     from sopdeploy.training.distributed.torchrun import join_processes
     from sopdeploy.training.run_folder import numbered_folder
-    from sopdeploy.training.train import train_recipe
+    from sopdeploy.training.train import summarize_run, train_run
 
+    previous = None if options.from_ is None else read_previous(Path(options.from_))
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        loaded, keys, before, weights = configure(data, recipe, options, settings)
+        loaded, keys, weights = configure(data, recipe, options, settings, previous)
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
         folder = out or numbered_folder(str(loaded.project), strategy, resume=resuming)
-        callbacks: list[Any] = []
-        page = PageWriter(folder, CallbackList(callbacks))
-        if is_main_process():
-            if (err.is_terminal or err.is_jupyter) if progress is None else progress:
-                callbacks.append(stack.enter_context(ProgressBars(err)))
-            if callback is not None:
-                callbacks.append(callback)
-            callbacks.append(page)
-        observer = CallbackList(callbacks)
-        result = train_recipe(
+        callbacks: list[Any] = [] if callback is None else [callback]
+        if (err.is_terminal or err.is_jupyter) if progress is None else progress:
+            callbacks.insert(0, stack.enter_context(ProgressBars(err)))
+        observer = CallbackList(callbacks if is_main_process() else [])
+        run, images = train_run(
             loaded,
             folder,
             resume="auto" if options.resume == "auto" else resuming,
@@ -173,14 +142,19 @@ def train(
             given=keys,
             weights=weights,
         )
-        rule = None if result.decision is None else result.decision.rejection
-        if weakness := describe_weakness(rule, None if before is None else before.rejection):
+        result = summarize_run(run, images, folder)
+        if not is_main_process():
+            return result
+        mistakes = write_run_page(
+            run, images, folder, lambda done, total: observer.on_stage(name="report", done=done, total=total)
+        )
+        decisions = [run.decision, None if previous is None else previous.decision]
+        rules = [None if decision is None else decision.rejection for decision in decisions]
+        if weakness := describe_weakness(*rules):
             observer.on_warning(weakness)
-    text = ""
-    if before is not None:
-        labels = read_checkpoint(result.best).labels
-        text = before.changes(labels, result.train_count + result.held_out_count)
-    return TrainedRun(**dict(result), report=page.page, previous=text, mistakes=tuple(page.mistakes[:2]))
+    found = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
+    changes = "" if previous is None else _describe_changes(previous, result, run.labels)
+    return result.model_copy(update={**found, "previous": changes})
 
 
 def _check(
@@ -208,8 +182,8 @@ def _check(
         data_folder(Path(options.unknown))
 
 
-def read_previous(source: Path) -> PreviousRun:
-    """Read the run at *source*, or that of the bundle at *source* from `runs`.
+def read_previous(source: Path) -> "Checkpoint":
+    """Read the best checkpoint of the run at *source*, or of that from which the bundle at *source* is.
 
     Raises `ConfigError` if the run of a bundle is not there, and the errors of `read_checkpoint`.
     """
@@ -224,59 +198,66 @@ def read_previous(source: Path) -> PreviousRun:
         if expected is None or not best.is_file():
             raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
     checkpoint = read_checkpoint(best)
-    origin, result = checkpoint.origin, read_result(checkpoint.training)
-    if origin is None or result is None or (expected is not None and expected.run_id != origin.run_id):
+    origin = checkpoint.origin
+    other = expected is not None and origin is not None and expected.run_id != origin.run_id
+    if origin is None or other or read_result(checkpoint.training) is None:
         raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
-    return PreviousRun(
-        folder=best.parent,
-        accuracy=dict(result.rows()).get("accuracy", ""),
-        recipe=checkpoint.training["recipe"],
-        classes=checkpoint.labels,
-        num_images=origin.num_images,
-        rejection=None if checkpoint.decision is None else checkpoint.decision.rejection,
-    )
+    return checkpoint
+
+
+def _describe_changes(before: "Checkpoint", result: "TrainingResult", labels: Sequence[str]) -> str:
+    """Say what the run *before* reached, and what the images and *labels* of *result* add to it."""
+    procedure, origin = read_result(before.training), before.origin
+    if procedure is None or origin is None:
+        return ""
+    names = [name for name in labels if name not in before.labels]
+    added = result.train_count + result.held_out_count - origin.num_images
+    new = f", new: {', '.join(names)}" * bool(names)
+    accuracy = dict(procedure.rows())["accuracy"]
+    return f"before, {origin.run}: {accuracy}; since then {added:+,} photographs{new}"
 
 
 def configure(
-    data: str | Path | None,
+    data: Path | None,
     recipe: str | Path | None,
     options: TrainOptions,
     settings: Mapping[str, Any] = {},
-) -> Configured:
-    """Read *recipe*, or that of the run to start from, with the given changes, and name its project.
+    previous: "Checkpoint | None" = None,
+) -> "tuple[Recipe, list[str], WeightSource | None]":
+    """Read *recipe*, or that of the *previous* run, with the given changes, and name its project.
 
-    Without a recipe and a network, a weight file determines the network. Raises `ConfigError` if there are no
-    data and no recipe, or if a value is invalid.
+    Without a recipe and a network, a weight file determines the network. Returns the recipe, the keys that
+    the caller has set, and the weight file if it was opened. Raises `ConfigError` if there are no data and no
+    recipe, or if a value is invalid.
     """
     from sopdeploy.training.recipe import change_recipe, flatten
     from sopdeploy.training.start_weights import network_of_file
 
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
-    if recipe is not None and options.from_ is not None:
+    if recipe is not None and previous is not None:
         raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
-    previous = None if options.from_ is None else read_previous(Path(options.from_))
-    recorded = None if previous is None else previous.recipe
+    recorded = None if previous is None else previous.training["recipe"]
     source = recipe or FOLDER_RECIPE
     of_options = {
         "project": options.name,
-        "data.path": data or None,
+        "data.path": data,
         "start.weights": options.weights,
         "rejection.unknown": options.unknown,
     }
     changes = [*map(parse_override, options.set), *flatten(settings)]
     changes += [(key, value) for key, value in of_options.items() if value is not None]
     loaded, keys = change_recipe(source, changes, recorded), [key for key, _ in changes]
-    weights, source_file = None if loaded.start is None else loaded.start.weights, None
+    weights, opened = None if loaded.start is None else loaded.start.weights, None
     if recipe is None and recorded is None and "model.name" not in keys and isinstance(weights, Path):
-        network, source_file = network_of_file(weights, loaded.model.name)
+        network, opened = network_of_file(weights, loaded.model.name)
         loaded = change_recipe(source, [*changes, ("model.name", network)])
     if loaded.project is None:
         path = getattr(loaded.data, "path", None)
         name = path and folder_project(path)
         name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
         loaded = loaded.model_copy(update={"project": name})
-    return Configured(loaded, keys, previous, source_file)
+    return loaded, keys, opened
 
 
 @command()

@@ -16,13 +16,12 @@ from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
 from sopdeploy.report.pictures import show_copies, show_mistakes, show_wrong_labels
 from sopdeploy.report.predictions import describe_predictions, measure_predictions
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow, history_curve, history_table
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import LoopResult, ProcedureResult, read_result
 from sopdeploy.training.run import Run
-from sopdeploy.training.train import TrainingResult
 
+PAGE = "report.html"
 _MAX_LABELS = 20
 _DECISION = (
     "Fitted to predictions of images that were not used for training. The export divides the last layer by "
@@ -30,50 +29,20 @@ _DECISION = (
 )
 
 
-class TrainedRun(TrainingResult):
-    """The files and metrics of a finished run.
-
-    Attributes:
-        report: The page about the run.
-        previous: The run that it started from, and what was added since.
-        mistakes: The two most frequent ones: true class, predicted class, number of images.
-    """
-
-    report: Path
-    previous: str = ""
-    mistakes: tuple[tuple[str, str, int], ...] = ()
-
-
-class PageWriter(Callback):
-    """Write the page about a finished run to the folder of the run; *progress* shows its evaluation."""
-
-    def __init__(self, folder: Path, progress: Callback) -> None:
-        self.best, self.page, self.progress = folder / "best.pt", folder / "report.html", progress
-        self.mistakes: list[tuple[str, str, int]] = []
-
-    def on_train_end(self, *, run: Run, data: Split) -> None:
-        """Evaluate the best network and write the page."""
-
-        def on_image(done: int, total: int) -> None:
-            self.progress.on_stage(name="report", done=done, total=total)
-
-        self.mistakes = write_run_page(run, data, self.best, self.page, on_image)
-
-
 def write_run_page(
     run: Run,
     data: Split,
-    best: Path,
-    page: Path,
+    folder: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> list[tuple[str, str, int]]:
-    """Write *page* about the finished *run* on *data*, whose best network is the checkpoint *best*.
+    """Write `report.html` about the finished *run* on *data* to *folder*, which holds its `best.pt`.
 
     The network is evaluated on the held-out images; without such images, the page shows the out-of-fold
     predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
 
     Returns the mistakes: true class, predicted class and number of images, the most frequent one first.
     """
+    best, page = folder / "best.pt", folder / PAGE
     checkpoint = read_checkpoint(best)
     result: Any = read_result(checkpoint.training)
     images, description = data.held_out, "the held-out images"

@@ -2,14 +2,9 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sopdeploy.data.base import Split
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.start_weights import StartReport
-
-if TYPE_CHECKING:
-    from sopdeploy.training.run import Run
 
 
 class Callback:
@@ -18,34 +13,23 @@ class Callback:
     Epochs and steps count from 0. An exception raised by a callback ends the run.
     """
 
-    def on_train_start(
-        self, *, epochs: int, first_epoch: int, train_count: int, held_out_count: int, input_side: int
-    ) -> None:
-        """Run once before the first step; *first_epoch* is above 0 in a resumed run."""
-
-    def on_start_weights(self, report: StartReport) -> None:
-        """Receive the report on the start weights of a new run, before `on_train_start`."""
+    def on_message(self, message: str) -> None:
+        """Receive a line about the start of the run: weights, procedure, images."""
 
     def on_warning(self, warning: str) -> None:
         """Receive a one-line warning; the run continues."""
 
-    def on_procedure(self, reason: str) -> None:
-        """Receive which procedure was selected, why, and the expected time."""
-
     def on_stage(self, *, name: str, done: int, total: int) -> None:
         """Receive the progress of a procedure without epochs: *done* of *total* parts, in the step *name*."""
 
-    def on_step_end(self, *, epoch: int, step: int, steps: int, loss: float) -> None:
+    def on_step_end(self, *, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
         """Run after *step* of the *steps* steps of *epoch*; *loss* is the mean over its samples."""
 
-    def on_evaluation_batch(self, *, epoch: int, done: int) -> None:
+    def on_evaluation_batch(self, *, epoch: int, epochs: int, done: int) -> None:
         """Run after each evaluation batch; *done* is the number of held-out images evaluated so far."""
 
     def on_epoch_end(self, row: EpochRow) -> None:
         """Run after each epoch with its metrics."""
-
-    def on_train_end(self, *, run: "Run", data: Split) -> None:
-        """Run once after the last epoch, when `best.pt` is complete."""
 
 
 class CallbackList(Callback):

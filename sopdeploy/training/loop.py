@@ -30,10 +30,11 @@ from sopdeploy.training.step.gradient import train_step
 _RESAMPLES = 1000
 
 
-def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -> LoopResult:
+def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -> None:
     """Train all weights of *run*, which may be a resumed one, by gradient descent.
 
-    Writes `best.pt` of the best epoch, `last.pt` and the history to *folder*, and sets `run.decision`.
+    Writes `best.pt` of the best epoch, `last.pt` and the history to *folder*, and sets `run.result` and
+    `run.decision`.
     """
     recipe = run.recipe
     held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
@@ -49,7 +50,7 @@ def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -
                 folder.save_last(run)
                 folder.save_derived_files(run)
                 callback.on_epoch_end(run.position.history[-1])
-            return fit_best(run, held_out, folder, callback)
+            fit_best(run, held_out, folder, callback)
         except StopRequested as stop:
             folder.save_last(run)
             raise TrainingStoppedError(
@@ -85,7 +86,8 @@ def train_epoch(
         now = time.monotonic()
         run.after_step(loss, gradient_norm, len(batches[step]), seconds=now - since, waited=waited)
         since = now
-        callback.on_step_end(epoch=epoch, step=step, steps=len(batches), loss=float(loss.total))
+        loss_value, epochs = float(loss.total), recipe.epochs
+        callback.on_step_end(epoch=epoch, epochs=epochs, step=step, steps=len(batches), loss=loss_value)
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
             folder.save_last(run)
 
@@ -98,7 +100,7 @@ def evaluate_epoch(
     run.synchronize_buffers()
 
     def on_batch(done: int) -> None:
-        callback.on_evaluation_batch(epoch=epoch, done=done)
+        callback.on_evaluation_batch(epoch=epoch, epochs=recipe.epochs, done=done)
         signals.exchange()
 
     metrics = evaluate_network(
@@ -114,18 +116,17 @@ def evaluate_epoch(
     run.after_epoch(metrics, diagnostics, time.monotonic() - since)
 
 
-def fit_best(
-    run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback
-) -> LoopResult:
+def fit_best(run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback) -> None:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
-    In the first process, `run.decision` becomes the fitted one, or `None` if there are too few images. With
-    several classes per image, the thresholds in `best.pt` remain. A resumed run repeats the fit with the same
-    images.
+    `run.result` becomes the estimate. In the first process, `run.decision` becomes the fitted one, or `None`
+    if there are too few images. With several classes per image, the thresholds in `best.pt` remain. A resumed
+    run repeats the fit with the same images.
     """
-    result = estimate_best(run.position.history, frozen_backbone=run.recipe.frozen_backbone)
+    epochs = run.recipe.epochs
+    run.result = estimate_best(run.position.history, frozen_backbone=run.recipe.frozen_backbone)
     if run.strategy.rank != 0:
-        return result
+        return
     checkpoint = read_checkpoint(folder.best)
     run.decision = checkpoint.decision
     if run.activation == "softmax" and len(held_out) >= MIN_IMAGES:
@@ -136,7 +137,7 @@ def fit_best(
             run.recipe.preprocess,
             batch_size=run.recipe.batch_size,
             workers=run.recipe.workers,
-            on_batch=lambda done: callback.on_evaluation_batch(epoch=run.recipe.epochs - 1, done=done),
+            on_batch=lambda done: callback.on_evaluation_batch(epoch=epochs - 1, epochs=epochs, done=done),
         )
         run.decision = fit_decision(
             logits,
@@ -153,9 +154,8 @@ def fit_best(
                 workers=run.recipe.workers,
             ),
         )
-    record = {**checkpoint.training, "procedure": result.model_dump(mode="json")}
+    record = {**checkpoint.training, "procedure": run.result.model_dump(mode="json")}
     write_checkpoint(folder.best, replace(checkpoint, training=record, decision=run.decision))
-    return result
 
 
 def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> LoopResult:

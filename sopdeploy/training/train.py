@@ -66,6 +66,9 @@ class TrainingResult(StrictModel):
             thresholds of a multi-label network.
         start: The report on the start weights; None for random weights.
         training_only: The parts that the export detaches.
+        report: The page about the run, if one is written.
+        previous: The run that it started from, and what was added since.
+        mistakes: The two most frequent ones: true class, predicted class, number of images.
     """
 
     out: Path
@@ -86,9 +89,17 @@ class TrainingResult(StrictModel):
     decision: Decision | None = None
     start: StartReport | None = None
     training_only: tuple[str, ...] = ()
+    report: Path | None = None
+    previous: str = ""
+    mistakes: tuple[tuple[str, str, int], ...] = ()
 
 
-def train_recipe(
+def train_recipe(recipe: Recipe, out_dir: Path, **options: Any) -> TrainingResult:
+    """Train *recipe* with the *options* of `train_run`, and describe the run."""
+    return summarize_run(*train_run(recipe, out_dir, **options), out_dir)
+
+
+def train_run(
     recipe: Recipe,
     out_dir: Path,
     *,
@@ -97,8 +108,8 @@ def train_recipe(
     strategy: Strategy | None = None,
     given: Sequence[str] = (),
     weights: WeightSource | None = None,
-) -> TrainingResult:
-    """Train *recipe* and write the run to *out_dir*.
+) -> tuple[Run, Split]:
+    """Train *recipe* and write the run to *out_dir*; return the finished run and its images.
 
     *resume* continues from `last.pt` in *out_dir*; "auto" does so if there is one. *callback* is used in the
     first process only. *strategy* defaults to the processes that torchrun started. *given* are the recipe
@@ -120,13 +131,12 @@ def train_recipe(
             recipe, folder, strategy, callback, resume=continued, given=given, weights=weights
         )
         if isinstance(run, LoopRun):
-            result: AnyProcedureResult = fit_loop(run, data, folder, callback)
+            fit_loop(run, data, folder, callback)
         else:
             from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415  # scikit-learn is slow
 
-            result = fit_few_shot(run, data, folder, callback)
-        callback.on_train_end(run=run, data=data)
-        return _summarize(run, folder, data, result)
+            fit_few_shot(run, data, folder, callback)
+        return run, data
     finally:
         folder.unlock()
 
@@ -163,7 +173,7 @@ def start_or_resume(
         run = create_run(data.train, strategy, initial)
         folder.lock()
         if run.start is not None:
-            callback.on_start_weights(run.start)
+            callback.on_message(run.start.describe())
     else:
         run = resume_run(recipe, data.train, strategy, checkpoint, folder.last)
     check_same_step(run, folder.path)
@@ -185,13 +195,12 @@ def start_or_resume(
     if checkpoint is not None:
         folder.save_derived_files(run)
     if reason:
-        callback.on_procedure(reason)
-    callback.on_train_start(
-        epochs=recipe.epochs,
-        first_epoch=run.position.epoch,
-        train_count=len(data.train),
-        held_out_count=len(data.held_out),
-        input_side=run.recipe.preprocess.crop,
+        callback.on_message(reason)
+    first, side = run.position.epoch, run.recipe.preprocess.crop
+    resumed = f", resumed at epoch {first + 1}" if first else ""
+    callback.on_message(
+        f"{len(data.train)} training images, {len(data.held_out)} held out{resumed}; the network sees "
+        f"{side} x {side} pixels"
     )
     return run, data
 
@@ -305,15 +314,15 @@ def resume_run(
     return run
 
 
-def _summarize(run: Run, folder: RunFolder, data: Split, result: AnyProcedureResult) -> TrainingResult:
+def summarize_run(run: Run, data: Split, out_dir: Path) -> TrainingResult:
+    """Describe the finished *run* on *data* in the folder *out_dir*."""
     history = run.position.history
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-    name = "best_map" if run.activation == "sigmoid" else "best_top1"
     return TrainingResult(
-        out=folder.path,
-        best=folder.best,
-        last=folder.last,
-        history=folder.history,
+        out=out_dir,
+        best=out_dir / "best.pt",
+        last=out_dir / "last.pt",
+        history=out_dir / "history.csv",
         model=run.name,
         num_classes=len(run.labels),
         train_count=run.train_count,
@@ -322,9 +331,9 @@ def _summarize(run: Run, folder: RunFolder, data: Split, result: AnyProcedureRes
         num_epochs=run.position.epoch,
         best_epoch=best.epoch,
         seconds=run.position.seconds,
-        procedure=result,
+        procedure=run.result,
         start=run.start,
         training_only=run.model.training_only,
-        **{name: best.metrics.score},
+        **{"best_map" if run.activation == "sigmoid" else "best_top1": best.metrics.score},
         decision=run.decision,
     )

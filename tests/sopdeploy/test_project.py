@@ -57,7 +57,7 @@ CONFIGURED: dict[str, tuple[dict[str, Any], str]] = {
 def test_train_names_the_project_by_name_folder_or_recipe(case: str) -> None:
     given, expected = CONFIGURED[case]
     options = TrainOptions(name=given.get("name"), set=given.get("set", ()))
-    recipe = configure(given.get("data"), given.get("recipe"), options).recipe
+    recipe = configure(given.get("data"), given.get("recipe"), options)[0]
     assert recipe.project == expected
 
 

@@ -35,7 +35,7 @@ from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
 
 
-def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> FewShotResult:
+def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -> None:
     """Fit a classifier to the training images of *data* and write `best.pt`, `last.pt` and the history.
 
     A finished run is not trained again. The decision is fitted to the out-of-fold predictions. Held-out
@@ -43,9 +43,9 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
     and `DataError` for images that cannot be used.
     """
     if isinstance(run.result, FewShotResult):
-        result = _fit_decision(run, data.train, run.result)  # with another `rejection.accepts`
+        _fit_decision(run, data.train, run.result)  # with another `rejection.accepts`
         run.strategy.save(folder.best, run.checkpoint(resumable=False))
-        return result
+        return
     since = time.monotonic()
     with handle_signals(run.strategy) as signals:
 
@@ -62,7 +62,7 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
             ) from None
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
-    result = _fit_decision(run, data.train, result)
+    _fit_decision(run, data.train, result)
     seconds, lr = time.monotonic() - since, run.recipe.optimizer.lr
     targets = Targets.of(data.train)
     losses_N = targets.losses(run.state["out_of_fold"].numpy()) / targets.weights
@@ -72,7 +72,6 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
     folder.save_last(run)
     folder.save_derived_files(run)
     callback.on_epoch_end(row)
-    return result
 
 
 def _fit(run: Run, images: LabeledImages, on_progress: Callable[[str, int, int], None]) -> FewShotResult:
@@ -165,8 +164,11 @@ def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResu
     return result, held_out_metrics(run.labels, logits_NK, targets)
 
 
-def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> FewShotResult:
-    """Fit `run.decision` to the out-of-fold logits of *images*; the result says why it has no threshold."""
+def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> None:
+    """Fit `run.decision` to the out-of-fold logits of *images*.
+
+    `run.result` becomes *result*, which says why there is no threshold.
+    """
     logits, groups = run.state["out_of_fold"].double().numpy(), run.state["groups"].numpy()
     accepts = run.recipe.rejection.accepts
     if run.activation == "sigmoid":
@@ -192,4 +194,3 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Few
         )
         run.decision = None if decision == Decision() else decision
     run.result = result
-    return result

@@ -24,8 +24,8 @@ from sopdeploy.errors import (
     SopdeployError,
     command_line_option,
 )
-from sopdeploy.report.page import TrainedRun
 from sopdeploy.training.recipe import change_recipe, flatten
+from sopdeploy.training.train import TrainingResult
 from sopdeploy_export.report.results import Exported
 from tests.export.once import proving_once
 from tests.service.conftest import wait_for
@@ -58,12 +58,12 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
     return sopdeploy.train(photos, "photos-dsop", tmp_path_factory.mktemp("api") / "run", **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def exported(run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def exported(run: TrainingResult, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     with proving_once():
         return sopdeploy.export(run.best, tmp_path_factory.mktemp("bundles"), detach=True, max_batch=1)
 
@@ -179,7 +179,7 @@ def test_what_is_no_image_is_one_error_line(case: str, bundle: Path) -> None:
 
 @pytest.mark.parametrize("name", ["2024-06-01", "true", "a # b"])
 def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> None:
-    recipe = configure(name, None, TrainOptions(weights=name)).recipe
+    recipe = configure(name, None, TrainOptions(weights=name))[0]
     assert str(getattr(recipe.data, "path", None)) == name
     assert recipe.start is not None
     assert str(recipe.start.weights) == name

@@ -30,11 +30,10 @@ from sopdeploy.evaluation.prediction import classification_loss, evaluate_networ
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.report.page import PageWriter
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make
+from tests.sopdeploy.training.runs import train_with_page
 from tests.two_objects import CLASSES, draw_scenes
 
 TINY, RULES = Preprocess(resize=4, crop=4), Preprocess(resize=18, crop=16)
@@ -268,11 +267,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_selects_by_map_and_stores_the_thresholds_of_its_held_out_images(
     scenes: Path, tmp_path: Path
 ) -> None:
-    settings, writer = (
-        ("ema={decay=0.5}",),
-        PageWriter(tmp_path / "run", Callback()),
-    )
-    result = train_recipe(recipe(scenes, *settings), tmp_path / "run", callback=writer)
+    result = train_with_page(recipe(scenes, "ema={decay=0.5}"), tmp_path / "run")
     stored = read_checkpoint(result.best)
     assert stored.labels == CLASSES
     assert stored.decision is not None

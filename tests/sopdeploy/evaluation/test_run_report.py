@@ -16,23 +16,16 @@ from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy.html.plots import bars, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
-from sopdeploy.report.page import PageWriter
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.train import train_recipe
 from tests.pages import ALLOWED, Reader, charts
-from tests.sopdeploy.training.runs import short_recipe
+from tests.sopdeploy.training.runs import short_recipe, train_with_page
 
 HOSTILE = "<script>alert(1)</script>"
 
 
-def train_with_page(recipe: Recipe, folder: Path) -> str:
+def page_of(recipe: Recipe, folder: Path) -> str:
     """Train *recipe* and return the page about the run."""
-    return (
-        train_recipe(recipe, folder, callback=PageWriter(folder, Callback()))
-        .out.joinpath("report.html")
-        .read_text("utf-8")
-    )
+    return (train_with_page(recipe, folder).out / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +70,7 @@ def test_the_page_shows_metrics_curves_and_the_worst_mistakes_as_small_images(ru
 
 
 def test_a_resumed_run_writes_an_equal_page(run: Path, page: str, few_digits: None) -> None:
-    train_recipe(short_recipe(), run, resume=True, callback=PageWriter(run, Callback()))
+    train_with_page(short_recipe(), run, resume=True)
     assert (run / "report.html").read_text(encoding="utf-8") == page
 
 
@@ -85,7 +78,7 @@ def test_a_gated_run_shows_the_images_per_component(tmp_path: Path) -> None:
     small = "{blocks_per_stage=1, components=4, chosen=2, component_widths=[8], gate_widths=[8]}"
     gated = ["model.name=gmsop-16-8-resnet18", f"model.config={small}", "epochs=1", "batch_size=120"]
     recipe = read_recipe("digits-plain", [*gated, "preprocess.resize=8", "preprocess.crop=8"])
-    drawn = charts(train_with_page(recipe, tmp_path / "run"))
+    drawn = charts(page_of(recipe, tmp_path / "run"))
     components = drawn["Training images that the gate sent to each component, last epoch."]
     assert all(f">component {number}<" in components for number in range(4))
 
@@ -100,7 +93,7 @@ def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path:
                 Image.fromarray(pixels).save(data / part / label / f"{number}.png")
     settings = ["epochs=1", "batch_size=4", "preprocess.resize=8", "preprocess.crop=8", f"data.path={data}"]
     settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
-    page = train_with_page(read_recipe("photos-dsop", settings), tmp_path / "run")
+    page = page_of(read_recipe("photos-dsop", settings), tmp_path / "run")
     Reader(page)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page

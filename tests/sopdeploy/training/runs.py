@@ -19,6 +19,7 @@ from sklearn.utils import Bunch
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.base import LabeledImages
+from sopdeploy.report.page import write_run_page
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed.strategy import Strategy
@@ -26,7 +27,7 @@ from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import LoopRun
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.start_weights import create_initial_model
-from sopdeploy.training.train import train_recipe
+from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run
 
 SHORT = [
     "epochs=3",
@@ -61,6 +62,13 @@ def forkserver() -> ForkServerContext:
     return context
 
 
+def train_with_page(recipe: Recipe, folder: Path, **options: Any) -> TrainingResult:
+    """Train *recipe* and write the page about the run."""
+    run, data = train_run(recipe, folder, **options)
+    write_run_page(run, data, folder)
+    return summarize_run(run, data, folder)
+
+
 def short_recipe(*overrides: str) -> Recipe:
     """Read the narrowed demo recipe on 8 x 8 pixels: three epochs of six steps on `few_digits`."""
     return read_recipe("digits-dsop", [*SHORT, *overrides])
@@ -81,8 +89,8 @@ class RecordingCallback(Callback):
     signal_number: int = signal.SIGINT
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
-    def on_train_start(self, **counts: int) -> None:
-        self.events.append(("train_start", counts))
+    def on_message(self, message: str) -> None:
+        self.events.append(("message", {"message": message}))
 
     def on_warning(self, warning: str) -> None:
         self.events.append(("warning", {"warning": warning}))

@@ -22,15 +22,14 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
-from sopdeploy.report.page import PageWriter
 from sopdeploy.report.wrong_labels import LISTED_BELOW, list_wrong_labels
 from sopdeploy.training import train
-from sopdeploy.training.callbacks import Callback, CallbackList
+from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets, compose, estimate
 from sopdeploy.training.procedure import FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
-from tests.sopdeploy.training.runs import COLORS, SMALL, paint
+from tests.sopdeploy.training.runs import COLORS, SMALL, paint, train_with_page
 
 FEW_SHOT = ["procedure.kind=few_shot"]
 
@@ -152,9 +151,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
             stages.append(name)
             assert 0 <= done <= total
 
-    result = train_recipe(
-        recipe, tmp_path / "run", callback=CallbackList([Stages(), PageWriter(tmp_path / "run", Callback())])
-    )
+    result = train_with_page(recipe, tmp_path / "run", callback=Stages())
     found = result.procedure
     assert (result.train_count, result.held_out_count) == (51, 0)
     assert found.estimated_on == "cross-validation"
@@ -307,7 +304,7 @@ def test_several_classes_per_image_take_the_same_path(tmp_path: Path):
         lines.append(f"{number}.png,{'|'.join(shown)}")
     (tmp_path / "photos" / "labels.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     recipe = read_recipe("photos", [*SMALL, f"data.path={tmp_path / 'photos'}"])
-    result = train_recipe(recipe, tmp_path / "run", callback=PageWriter(tmp_path / "run", Callback()))
+    result = train_with_page(recipe, tmp_path / "run")
     found = result.procedure
     assert (result.train_count, result.held_out_count, found.top1) == (32, 0, None)
     assert found.map.value == result.best_map > 0.9

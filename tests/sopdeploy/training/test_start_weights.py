@@ -198,7 +198,7 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
         (tmp_path / "config.json").write_text(json.dumps({"architecture": hub}))
     for settings, network in (((), "timm:test_efficientnet"), (("model.name=resnet18",), "resnet18")):
         options = TrainOptions(weights=str(tmp_path / name), set=settings)
-        assert configure("photos", None, options).recipe.model.name == network
+        assert configure(Path("photos"), None, options)[0].model.name == network
 
 
 def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server) -> None:

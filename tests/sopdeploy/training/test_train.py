@@ -83,9 +83,9 @@ def test_the_history_has_every_loss_and_the_callback_receives_every_event(finish
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
     events = finished[2].events
     epoch = ["step"] * 6 + ["evaluation"] * 2 + ["epoch"]
-    assert [name for name, _ in events] == ["train_start", *epoch * 3, "evaluation", "evaluation"]
-    counts = {"epochs": 3, "first_epoch": 0, "train_count": 205, "held_out_count": 52, "input_side": 8}
-    assert events[0][1] == counts
+    assert [name for name, _ in events] == ["message", *epoch * 3, "evaluation", "evaluation"]
+    start = "205 training images, 52 held out; the network sees 8 x 8 pixels"
+    assert events[0][1] == {"message": start}
     assert [values["step"] for name, values in events if name == "step"] == [0, 1, 2, 3, 4, 5] * 3
 
 
