@@ -101,7 +101,7 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
 
     Its attribute `export_embedding` is the name of a linear layer whose input (B, D) is the last output.
-    Raises `LoweringError` as `_network_outputs` does, or if that layer does not run once on vectors.
+    Raises the errors of `_network_outputs`.
     """
     name, inputs = vars(network).get(EXPORT_EMBEDDING), []
     if name is None:
@@ -111,8 +111,6 @@ def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
         outputs = _network_outputs(network, pixels)
     finally:
         hook.remove()
-    if len(inputs) != 1 or inputs[0].ndim != 2:
-        raise LoweringError(f"{name} does not receive one vector per image", setting="with_features")
     return (*outputs, inputs[0])
 
 

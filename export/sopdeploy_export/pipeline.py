@@ -23,19 +23,18 @@ from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.base import is_in
 from sopdeploy.models.describe import Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.findings import LOGITS, ParityReport
 from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, output_names
+from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference
-from sopdeploy_export.parity.embedding import add_embedding_output, check_embedding
 from sopdeploy_export.parity.onnx_file import file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision
@@ -51,8 +50,6 @@ if TYPE_CHECKING:
 
 ONNX_FILE = "model.onnx"
 OPERATOR_IMAGES = 2  # of the run that records the operators of a program
-FOLDED_PROBES = 4  # number of probes on which a folded temperature is checked
-FOLDED_TOLERANCE = 1e-4  # relative to the largest logit; covers the rounding of the divided weights
 
 
 def export_checkpoint(
@@ -120,16 +117,17 @@ def export_subject(
         from sopdeploy_export.precision.accuracy_gate import AccuracyCheck  # noqa: PLC0415 # for images only
 
         accuracy = AccuracyCheck(subject, options)
+    preprocess, images = subject.preprocess, generated_images(subject.preprocess.crop)
     if options.with_features:
-        add_embedding_output(subject.network, len(subject.labels), subject.detachment.training_only)
-    images = generated_images(subject.preprocess.crop)
+        classes, training_only = len(subject.labels), subject.detachment.training_only
+        add_embedding_output(subject.network, preprocess, images, classes, training_only)
     started = time.monotonic()
     job = _Job(subject, images, accuracy, options, on_step, started)
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
         certified, certificate = _prove(job)
         if options.precision != "fp32":
             job.step(f"converting the graph to {options.precision}")
-        converted = convert_precision(certified, subject.preprocess, options, accuracy)
+        converted = convert_precision(certified, preprocess, options, accuracy)
         if accuracy is not None:
             accuracy.reject(converted.precision)
         (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
@@ -143,7 +141,9 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
     subject, options, trained = job.subject, job.options, job.subject.network
     training_only, decision = subject.detachment.training_only, subject.decision
     if decision is not None and decision.temperature != 1:
-        trained = fold_temperature(trained, decision.temperature, subject.preprocess, job.images)
+        trained = fold_temperature(
+            trained, decision.temperature, subject.preprocess, job.images, len(subject.labels)
+        )
     if not options.detach and has_tensors(trained, training_only):
         raise DetachError(
             f"{type(trained).__name__} still carries training-only parts ({', '.join(training_only)})",
@@ -212,8 +212,6 @@ def _check_file(
     deployed = Deployed(certified.network, job.subject.preprocess).eval()
     expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
     parity = compare_file(file, expected, images, options.batch, allow_drift=options.allow_drift)
-    if options.with_features:
-        check_embedding(file, certified.network, images[parity.compared_images], parity)
     if options.evaluate is not None and job.accuracy is not None and precision.accuracy is None:
         accuracy = job.accuracy.measure(certified.model, file)
         precision = precision.model_copy(update={"accuracy": accuracy})
@@ -360,36 +358,3 @@ def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) ->
         reason = export_hints(module).not_exportable
         if reason is not None and not is_in(name, *training_only):
             raise LoweringError(f"{type(module).__name__} cannot be exported: {reason}")
-
-
-@torch.no_grad()
-def fold_temperature(
-    network: nn.Module, temperature: float, preprocess: Preprocess, images: NDArray[np.uint8]
-) -> nn.Module:
-    """Copy *network* with the weights and the bias of its last linear layer divided by *temperature*.
-
-    This divides the logits without any cost at inference; training-only heads keep their logits. To check
-    the division, both networks run on some of *images*, uint8 (images, H, W, 3). Raises `LoweringError` if no
-    linear layer computes the logits, or if the check fails.
-    """
-    folded = copy_module(network)
-    layer = folded.logits_layer() if isinstance(folded, Classifier) else None
-    problem = f"temperature {temperature:.3g}: cannot be folded"
-    if layer is None:
-        raise LoweringError(
-            f"{problem}, no linear layer of {type(network).__name__} computes its logits; train again"
-        )
-    for parameter in layer.parameters():
-        parameter.div_(temperature)
-    pixels = torch.from_numpy(images[:FOLDED_PROBES])
-    before = Deployed(network, preprocess).eval()(pixels)[0]
-    after = Deployed(folded, preprocess).eval()(pixels)[0] * temperature
-    finite = (before.isfinite() & after.isfinite()).all(dim=1)  # `compute_reference` reports an overflow
-    before, after = before[finite], after[finite]
-    limit = FOLDED_TOLERANCE * float(before.abs().max()) if len(before) else 0.0
-    if not torch.allclose(after, before, rtol=0.0, atol=limit):
-        raise LoweringError(
-            f"{problem}, {type(network).__name__} does not return the outputs of its last linear layer; "
-            "train again"
-        )
-    return folded

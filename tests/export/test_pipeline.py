@@ -27,8 +27,9 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
 from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, generated_images
+from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.pipeline import export_checkpoint, fold_temperature
+from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_export.report.results import Exported
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
@@ -179,7 +180,7 @@ def test_a_folded_temperature_divides_the_logits_and_no_other_output(
 ) -> None:
     network = trained(name, **({} if name == "dsop-resnet8" else GMGAP))
     images, ones = generated_images(preprocess.crop), torch.ones(2, 3, 16, 16)
-    folded = fold_temperature(network, 1.7, preprocess, images)
+    folded = fold_temperature(network, 1.7, preprocess, images, 10)
     with torch.no_grad():
         before, after = (
             [*Deployed(each, preprocess).eval()(torch.from_numpy(images)), *each.heads(ones).values()]
@@ -191,19 +192,14 @@ def test_a_folded_temperature_divides_the_logits_and_no_other_output(
 
 
 @pytest.mark.parametrize(
-    ("classifier", "message"),
-    [
-        (nn.Identity(), "no linear layer of PlainSmallResNet computes its logits"),
-        (nn.Linear(64, 10), "does not return the outputs of its last linear layer"),
-    ],
-    ids=["no linear classifier", "an activation behind it"],
+    "classifier", [nn.Identity(), nn.Linear(64, 10)], ids=["no linear classifier", "an activation behind it"]
 )
 def test_a_temperature_that_cannot_be_folded_is_an_error(
-    preprocess: Preprocess, classifier: nn.Module, message: str
+    preprocess: Preprocess, classifier: nn.Module
 ) -> None:
     network = create_model("resnet8", num_classes=10).eval()
     network.fc = classifier
     classify = network.classify
     network.classify = lambda features: classify(features).tanh()  # type: ignore[method-assign]
-    with pytest.raises(LoweringError, match=message):
-        fold_temperature(network, 1.7, preprocess, generated_images(preprocess.crop))
+    with pytest.raises(LoweringError, match="no linear layer of PlainSmallResNet computes its logits"):
+        fold_temperature(network, 1.7, preprocess, generated_images(preprocess.crop), 10)

@@ -10,7 +10,7 @@ from torch import nn
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.client import Client
-from sopdeploy.errors import CertificateError, LoweringError, ParityError, ServiceError
+from sopdeploy.errors import LoweringError, ServiceError
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
@@ -47,29 +47,16 @@ def test_a_network_of_a_user_has_the_embedding_of_its_classifier(plain, tmp_path
 
 
 REJECTED = {
-    "ends in another layer": (
-        nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        LoweringError,
-        "no last linear layer",
-    ),
-    "softmax after the layer": (
-        variant(lambda n, x: n.fc(n.features(x)).softmax(1), aux=False),
-        ParityError,
-        "no last linear layer",
-    ),
-    "runs twice": (
-        variant(lambda n, x: n.fc(n.features(x)) + n.fc(n.features(-x)), aux=False),
-        CertificateError,
-        "fc does not receive one",
-    ),
+    "ends in another layer": nn.Sequential(nn.Conv2d(3, CLASSES, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "softmax after the layer": variant(lambda n, x: n.fc(n.features(x)).softmax(1), aux=False),
+    "runs twice": variant(lambda n, x: n.fc(n.features(x)) + n.fc(n.features(-x)), aux=False),
 }
 
 
 @pytest.mark.parametrize("case", REJECTED)
 def test_a_network_whose_last_linear_layer_does_not_compute_the_logits_is_rejected(case, tmp_path):
-    network, error, message = REJECTED[case]
-    with pytest.raises(error, match=message):
-        export_user_network(network, tmp_path)
+    with pytest.raises(LoweringError, match="no last linear layer computes the logits"):
+        export_user_network(REJECTED[case], tmp_path)
 
 
 def export_user_network(network, folder, **arguments):

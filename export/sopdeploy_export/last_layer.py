@@ -1,0 +1,85 @@
+"""The last linear layer: its input is the embedding, and a temperature divides its weights."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from sopdeploy.errors import LoweringError
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.base import Classifier, last_linear
+from sopdeploy_export.graph import EXPORT_EMBEDDING, Deployed
+from sopdeploy_export.proof.networks import copy_module
+
+
+@torch.no_grad()
+def find_last_layer(
+    network: nn.Module,
+    preprocess: Preprocess,
+    images: NDArray[np.uint8],
+    classes: int,
+    training_only: Sequence[str] = (),
+) -> nn.Linear | None:
+    """Find the linear layer, outside of *training_only*, whose *classes* outputs are the logits of *network*.
+
+    None unless the network runs it once on *images*, uint8 (P, H, W, 3), and returns its outputs.
+    """
+    if isinstance(network, Classifier):
+        layer = network.logits_layer()
+    else:
+        layer = last_linear(network, classes, training_only)
+    if layer is None:
+        return None
+    results: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _part, _inputs, output: results.append(output))
+    try:
+        logits = Deployed(network, preprocess).eval()(torch.from_numpy(images))[0]
+    finally:
+        hook.remove()
+    returned = len(results) == 1 and torch.equal(results[0].nan_to_num(), logits.nan_to_num())
+    return layer if returned else None
+
+
+def add_embedding_output(
+    network: nn.Module,
+    preprocess: Preprocess,
+    images: NDArray[np.uint8],
+    classes: int,
+    training_only: Sequence[str],
+) -> None:
+    """Make the input of the last linear layer an output of *network*; the arguments are as above.
+
+    Raises `LoweringError` if no linear layer computes the logits.
+    """
+    layer = find_last_layer(network, preprocess, images, classes, training_only)
+    if layer is None:
+        kind = type(network).__name__
+        raise LoweringError(
+            f"no last linear layer computes the logits of {kind}, so it has no features in front of it",
+            setting="with_features",
+        )
+    name = next(name for name, module in network.named_modules() if module is layer)
+    vars(network)[EXPORT_EMBEDDING] = name
+
+
+@torch.no_grad()
+def fold_temperature(
+    network: nn.Module, temperature: float, preprocess: Preprocess, images: NDArray[np.uint8], classes: int
+) -> nn.Module:
+    """Copy *network* with the weights and the bias of its last linear layer divided by *temperature*.
+
+    This divides the logits without any cost at inference; training-only heads keep their logits. Raises
+    `LoweringError` if no linear layer computes the logits (P, *classes*) of *images*, uint8 (P, H, W, 3).
+    """
+    folded = copy_module(network)
+    layer = find_last_layer(folded, preprocess, images, classes)
+    if layer is None:
+        raise LoweringError(
+            f"temperature {temperature:.3g}: cannot be folded, no linear layer of {type(network).__name__} "
+            "computes its logits; train again"
+        )
+    for parameter in layer.parameters():
+        parameter.div_(temperature)
+    return folded
