@@ -25,8 +25,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy_export.findings import PROVIDER
 from sopdeploy_export.graph import NETWORK_PREFIX, capturing, convert
+from sopdeploy_export.results import PROVIDER
 
 ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
 TOLERANCE = 1e-4  # relative

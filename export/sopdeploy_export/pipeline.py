@@ -28,22 +28,25 @@ from sopdeploy.models.base import is_in
 from sopdeploy.models.describe import Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
-from sopdeploy_export.findings import LOGITS, ParityReport
 from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, output_names
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
-from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference
-from sopdeploy_export.parity.onnx_file import file_outputs, open_session
+from sopdeploy_export.parity.compare import (
+    ParityReference,
+    compare_file,
+    compute_reference,
+    file_outputs,
+    open_session,
+)
 from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify
-from sopdeploy_export.proof.networks import Detachment, copy_module, detach, has_tensors
-from sopdeploy_export.report.page import render_model_card, render_report
-from sopdeploy_export.report.results import Exported, ExportResults
-from sopdeploy_export.subject import ExportSubject
+from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
+from sopdeploy_export.report import render_model_card, render_report
+from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
 
 if TYPE_CHECKING:
     from sopdeploy_export.precision.accuracy_gate import AccuracyCheck

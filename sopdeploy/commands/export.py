@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from sopdeploy_export.engine_builder.engine import Engine
-    from sopdeploy_export.report.results import Exported
+    from sopdeploy_export.results import Exported
     from sopdeploy_export.user_network.weights import LoadedWeights
 
 EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"

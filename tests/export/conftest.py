@@ -16,7 +16,7 @@ from sopdeploy.models.registry import create_model
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported
 from tests import quick_torch
 from tests.export.once import proving_once
 

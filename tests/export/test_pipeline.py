@@ -30,7 +30,7 @@ from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.export.conftest import GMGAP, LABELS, save, trained

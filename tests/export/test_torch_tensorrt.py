@@ -26,7 +26,7 @@ from sopdeploy.tensorrt.cache import Profile
 from sopdeploy_export.engine_builder import from_program
 from sopdeploy_export.engine_builder.from_program import build_from_program
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported
 from sopdeploy_export.user_network.export_network import export_network
 from tests.export.conftest import export_once
 from tests.service.children import PYTHONPATH

@@ -11,7 +11,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.training.results import FewShotResult
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.settings import Settings
 from tests.real.conftest import LITE0

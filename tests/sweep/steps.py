@@ -16,7 +16,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.step.losses import training_loss
-from sopdeploy_export.findings import ParityReport
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference
@@ -29,7 +28,7 @@ from sopdeploy_export.proof.certificate import (
     build_plain_network,
 )
 from sopdeploy_export.proof.networks import detach
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported, ParityReport
 
 TRAINED_ON = 4
 FEW = BatchRange(optimum=2, maximum=3)

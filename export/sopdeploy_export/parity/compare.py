@@ -1,16 +1,17 @@
 """Compare the exported ONNX file, loaded from disk, with the network it was exported from.
 
-The reference is the network in float64. The noise floor is the error of the network's own run in the exported
-precision. Every output must stay within its tolerance at every tested batch size, and must not depend on the
-other images of the batch. A changed top class or gate route is an error unless the network's margin is so
-small that rounding can change it.
+The file runs in ONNX Runtime, with the graph optimizations used for serving. The reference is the network in
+float64. The noise floor is the error of the network's own run in the exported precision. Every output must
+stay within its tolerance at every tested batch size, and must not depend on the other images of the batch. A
+changed top class or gate route is an error unless the network's margin is so small that rounding can change
+it.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx
@@ -18,20 +19,14 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.bundle.manifest import GATES, BatchRange, Precision
+from sopdeploy.environment import EXACT_INT8
 from sopdeploy.errors import ParityError
-from sopdeploy_export.findings import (
-    FLOORS_BY_PRECISION,
-    LOGITS,
-    PROVIDER,
-    OutputParity,
-    ParityReport,
-    count_flips,
-)
-from sopdeploy_export.float64 import InFloat64
-from sopdeploy_export.graph import Deployed, output_names
-from sopdeploy_export.parity.onnx_file import Arrays, file_outputs, open_session
+from sopdeploy_export.graph import INPUT, Deployed, output_names
 from sopdeploy_export.parity.routing import (
     Routing,
     comparable,
@@ -42,13 +37,103 @@ from sopdeploy_export.parity.routing import (
     routing_parity,
 )
 from sopdeploy_export.proof.networks import copy_module
+from sopdeploy_export.results import (
+    FLOORS_BY_PRECISION,
+    LOGITS,
+    PROVIDER,
+    OutputParity,
+    ParityReport,
+    count_flips,
+)
 
+Arrays = dict[str, NDArray[Any]]
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
 GateRun = Callable[[Tensor], NDArray[Any]]
 SINGLE_IMAGES, BATCH = 4, 16
 LARGEST_BATCH = 13  # odd, and more than the generated probes; larger ones take time and memory only
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
+GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+REDUCED = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class InFloat64(TorchDispatchMode):
+    """Compute in float64 also where the code of a network names another type, as `.float()` does.
+
+    Constants that `.double()` does not reach, such as tensors made in `forward`, are converted where an
+    operation combines them with float64. The code of a network reads float32 as the `dtype` of float64, so
+    that it takes the same path.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtypes = ReportsFloat32()
+
+    def __enter__(self) -> Self:
+        """Enter both modes."""
+        self._dtypes.__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        """Leave both modes."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._dtypes.__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operation in float64 if an argument names a smaller type or an operand is float64."""
+        del types
+        call = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
+        with torch._C.DisableTorchFunction():  # reads the true types
+            dtypes = {value.dtype for value in tree_leaves(call) if isinstance(value, Tensor)}
+            # An operation that writes to an operand needs this operand itself, not a converted copy.
+            if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
+                call = tree_map_only(Tensor, lambda t: t.double() if t.dtype in REDUCED else t, call)
+            return func(*call[0], **call[1])
+
+
+class ReportsFloat32(TorchFunctionMode):
+    """Returns float32 as the `dtype` of tensors in float64."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call *function*."""
+        del types
+        result = function(*args, **(kwargs or {}))
+        return torch.float32 if result is torch.float64 and function == GET_DTYPE else result
+
+
+def in_float64(value: Any) -> Any:
+    """Replace *value*, an argument of an operation, by float64 if it is a smaller floating-point type."""
+    return torch.float64 if any(value is dtype for dtype in REDUCED) else value
+
+
+def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> ort.InferenceSession:
+    """Load *model* on the CPU; without *optimized*, its operators are not fused."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(*EXACT_INT8)
+    source = str(model) if isinstance(model, Path) else model.SerializeToString()
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(source, options, providers=[PROVIDER])
+
+
+def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
+    """Run *images* in batches of exactly *batch* images; repeated images fill the last batch.
+
+    Raises `ParityError` if the file does not accept this batch size.
+    """
+    names = [output.name for output in session.get_outputs()]
+    chunks = []
+    for start in range(0, len(images), batch):
+        indices = np.arange(start, start + batch) % len(images)
+        try:
+            chunks.append(session.run(names, {INPUT: images[indices]}))
+        except Exception as problem:  # onnxruntime's errors share no base class
+            reason = str(problem).strip().partition("\n")[0][:200]
+            raise ParityError(f"the exported file rejects a batch of {batch}: {reason}") from problem
+    joined = (np.concatenate(values)[: len(images)] for values in zip(*chunks, strict=True))
+    return dict(zip(names, joined, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import GATES
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.findings import RoutingParity
 from sopdeploy_export.graph import Deployed
+from sopdeploy_export.results import RoutingParity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,11 +15,11 @@ from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.findings import LOGITS, Accuracy, PrecisionReport
 from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.onnx_file import open_session
-from sopdeploy_export.subject import ExportSubject
+from sopdeploy_export.parity.compare import open_session
+from sopdeploy_export.proof.networks import ExportSubject
+from sopdeploy_export.results import LOGITS, Accuracy, PrecisionReport
 
 _BATCH = 8
 MAX_CALIBRATION_IMAGES = 340  # of `calibrate`

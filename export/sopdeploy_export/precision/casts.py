@@ -24,8 +24,8 @@ from torch.export import ExportedProgram
 
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
-from sopdeploy_export.float64 import InFloat64
 from sopdeploy_export.graph import NETWORK_PREFIX, compute_outputs
+from sopdeploy_export.parity.compare import InFloat64
 from sopdeploy_export.proof.networks import copy_module
 
 _Part = TypeVar("_Part", bound=nn.Module)

@@ -23,7 +23,6 @@ from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.findings import PrecisionReport
 from sopdeploy_export.graph import (
     NETWORK_PREFIX,
     Deployed,
@@ -33,10 +32,10 @@ from sopdeploy_export.graph import (
     output_names,
 )
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import BatchRun, GateRun
-from sopdeploy_export.parity.onnx_file import file_outputs, open_session
+from sopdeploy_export.parity.compare import BatchRun, GateRun, file_outputs, open_session
 from sopdeploy_export.parity.routing import find_gate, gate_logits
 from sopdeploy_export.precision.casts import in_float16, weight_dtypes
+from sopdeploy_export.results import PrecisionReport
 
 if TYPE_CHECKING:
     from sopdeploy_export.precision.accuracy_gate import AccuracyCheck

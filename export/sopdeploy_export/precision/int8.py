@@ -46,12 +46,12 @@ from torch import nn
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
-from sopdeploy_export.findings import LOGITS, Accuracy, Attempt, Quantization
 from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.onnx_file import file_outputs, open_session
+from sopdeploy_export.parity.compare import file_outputs, open_session
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import float32_parts
+from sopdeploy_export.results import LOGITS, Accuracy, Attempt, Quantization
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3

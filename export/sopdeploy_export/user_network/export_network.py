@@ -20,15 +20,15 @@ from sopdeploy_export.program_hashes import program_root, tensor_hash
 from sopdeploy_export.proof.certificate import check_removed_memory
 from sopdeploy_export.proof.networks import (
     Detachment,
+    ExportSubject,
     check_network_state,
     check_torch_state,
     contiguous,
     copy_module,
     detach,
 )
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported
 from sopdeploy_export.state import modules, tensors
-from sopdeploy_export.subject import ExportSubject
 from sopdeploy_export.user_network.checks import (
     capture_given,
     check_cache,

@@ -14,7 +14,6 @@ from sopdeploy.bundle.manifest import BatchRange, Precision
 from sopdeploy.errors import ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy_export.findings import FLOORS, ParityReport, count_flips
 from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference, logit_spread
 from sopdeploy_export.parity.routing import (
@@ -26,6 +25,7 @@ from sopdeploy_export.parity.routing import (
     routing_parity,
 )
 from sopdeploy_export.pipeline import as_probes
+from sopdeploy_export.results import FLOORS, ParityReport, count_flips
 from tests.export.conftest import GMGAP, trained
 from tests.export.once import ALONE, BATCH, graph_of
 from tests.sweep.steps import measured, save

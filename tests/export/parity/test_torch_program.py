@@ -19,7 +19,7 @@ from sopdeploy_export.graph import capture_any_batch
 from sopdeploy_export.parity.torch_program import check_program, serialize_program
 from sopdeploy_export.proof.certificate import Proof, certify
 from sopdeploy_export.proof.networks import detach
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported
 from tests.export.conftest import BRANCHED, trained
 from tests.export.once import proving_once
 

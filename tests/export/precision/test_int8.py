@@ -16,7 +16,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy_export.engine_builder.lint import lint
 from sopdeploy_export.graph import generated_images
-from sopdeploy_export.parity.onnx_file import file_outputs, open_session
+from sopdeploy_export.parity.compare import file_outputs, open_session
 from sopdeploy_export.precision.accuracy_gate import (
     AccuracyCheck,
     accuracy,
@@ -26,7 +26,7 @@ from sopdeploy_export.precision.accuracy_gate import (
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.convert import weight_types
 from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported
 from tests.export.conftest import GMSOP, export_once, trained
 from tests.export.once import graph_of
 from tests.gpu_graphs import accepted

@@ -12,8 +12,8 @@ from sopdeploy.commands.export import show_export
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import create_model, entry
 from sopdeploy_export.pipeline import count_costs
-from sopdeploy_export.report.page import as_markdown, render_model_card, render_report
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.report import as_markdown, render_model_card, render_report
+from sopdeploy_export.results import Exported
 from tests.export.conftest import HOSTILE
 from tests.pages import ALLOWED, Reader
 

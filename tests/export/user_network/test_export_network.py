@@ -27,7 +27,7 @@ from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.layers.mixture import Components, Convolutions, keep_largest
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.subject import ExportSubject
+from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.user_network.export_network import export_network, unused_modules
 from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.verify import verify

@@ -26,7 +26,7 @@ from sopdeploy.errors import (
 )
 from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy.training.train import TrainingResult
-from sopdeploy_export.report.results import Exported
+from sopdeploy_export.results import Exported
 from tests.export.once import proving_once
 from tests.service.conftest import wait_for
 

@@ -10,9 +10,8 @@ from typing import Any
 from sopdeploy.bundle.manifest import Lineage
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy.html.report import HtmlReport, Section, Table, render, sanitize
-from sopdeploy_export.findings import ParityReport
-from sopdeploy_export.report.results import ExportResults
-from sopdeploy_export.subject import ExportSubject
+from sopdeploy_export.proof.networks import ExportSubject
+from sopdeploy_export.results import ExportResults, ParityReport
 
 NO_PLAIN_NETWORK = (
     "No plain network was given, so the proof does not cover code that the compared networks share."
