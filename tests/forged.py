@@ -1,12 +1,20 @@
-"""Bundles without a network, and forged bundles: right hashes, wrong content."""
+"""Bundles of small graphs, bundles without a network, and forged bundles: right hashes, wrong content."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED, publish, seal, staging
+from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
+from sopdeploy.bundle.onnx_root import onnx_file_root
+from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
 
@@ -50,6 +58,54 @@ def write_hollow(destination: Path, change: Callable[[Path], None] = lambda _: N
         fill(folder)
         change(folder)
         return publish(folder, seal(folder, {**FIELDS, **fields}), destination)
+
+
+def write_computed(
+    destination: Path,
+    model: onnx.ModelProto,
+    images: NDArray[np.uint8],
+    tolerance: float,
+    *,
+    preprocess: Preprocess,
+    labels: Sequence[str] = LABELS,
+    wrong_by: float = 0.0,
+    renamed: dict[str, str] | None = None,
+    **fields: Any,
+) -> Path:
+    """Write a bundle of *model* whose probes, on *images*, and golden examples are computed.
+
+    They are *wrong_by* so much. Outputs in *renamed* have another name in the probes.
+    """
+    content = model.SerializeToString()
+    session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [tensor.name for tensor in session.get_outputs()]
+
+    def compute(batch: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
+        values = session.run(None, {"images": batch})
+        return {name: value + np.float32(wrong_by) for name, value in zip(names, values, strict=True)}
+
+    expected = {(renamed or {}).get(name, name): value for name, value in compute(images).items()}
+    root = onnx_file_root(content)
+    with staging(destination) as folder:
+        (folder / "model.onnx").write_bytes(content)
+        (folder / "labels.json").write_bytes(to_json(list(labels)))
+        for name, proof in proof_files(root, tolerance).items():
+            (folder / name).write_bytes(proof)
+        tolerances = dict.fromkeys(expected, tolerance)
+        write_probes(folder / "probes.npz", Probes(images=images, expected=expected, tolerance=tolerances))
+        write_golden(folder, preprocess, lambda pixels: compute(pixels[None])["logits"][0], 2 * tolerance)
+        outputs = tuple(
+            TensorRecord(name=tensor.name, dtype="float32", shape=(None, *tensor.shape[1:]))
+            for tensor in session.get_outputs()
+        )
+        side = preprocess.crop
+        computed = {
+            "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, side, side, 3)),),
+            "outputs": outputs,
+            "preprocess": preprocess,
+            "lineage": FIELDS["lineage"].model_copy(update={"onnx_root": root}),
+        }
+        return publish(folder, seal(folder, {**FIELDS, **computed, **fields}), destination)
 
 
 def forge(bundle: Path, **fields: Any) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pictures import encoded
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
 from tests.service.children import PYTHONPATH, announced_by
 from tests.service.conftest import wait_for
@@ -55,9 +56,7 @@ def draw(label: str, number: int) -> bytes:
     random = np.random.default_rng([number, *map(ord, label)])
     cells = np.kron(random.random((6, 6)), np.ones((8, 8)))[..., None]
     tint = np.clip(np.array(COLOURS[label]) + random.normal(0, 15, 3), 0, 255)
-    file = io.BytesIO()
-    Image.fromarray((tint * (0.35 + 0.65 * cells)).astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.fromarray((tint * (0.35 + 0.65 * cells)).astype(np.uint8)))
 
 
 def is_not_kept(body: bytes) -> bool:

@@ -1,6 +1,5 @@
 """Hostile images and files: the decoder returns pixels or an error, quickly and with little memory."""
 
-import io
 import os
 import socket
 import struct
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hostile_images import chunk
+from hostile_images import png as zeros_png
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -19,7 +20,6 @@ from sopdeploy.data.check import check_data
 from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError, ImageError
-from sopdeploy.images.formats import prepare_decoders
 from sopdeploy.images.pixels import TILE
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
@@ -27,6 +27,7 @@ from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, 
 from sopdeploy_service.commands.predict import read_image
 from sopdeploy_service.images.decode import EncodedImage, decode
 from tests.counted import counted, record_images
+from tests.pictures import encoded
 from tests.sopdeploy.data.small_data import jpeg, write_classes
 
 RULES = Preprocess(resize=36, crop=32)
@@ -58,19 +59,14 @@ def attack(body: bytes, *, max_pixels: int = 50_000_000) -> str | None:
 
 
 def seed(kind: str) -> bytes:
-    file = io.BytesIO()
     rng = np.random.default_rng(3)
     image = Image.fromarray(rng.integers(0, 256, (24, 31, 3), dtype=np.uint8))
     if kind == "GIF":
-        image.save(file, kind, save_all=True, append_images=[image.rotate(90)], loop=0)
-    elif kind == "PNG":
-        image.convert("P").save(file, kind, transparency=0)
-    else:
-        image.save(file, kind)
-    return file.getvalue()
+        return encoded(image, kind, save_all=True, append_images=[image.rotate(90)], loop=0)
+    if kind == "PNG":
+        return encoded(image.convert("P"), kind, transparency=0)
+    return encoded(image, kind)
 
-
-prepare_decoders()  # also registers the encoder of HEIC
 
 SEEDS = {kind: seed(kind) for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "HEIF")}
 MAGICS = [body[:12] for body in SEEDS.values()] + [b"GIF87a", b"BM", b"RIFF....WEBP", b"%!PS"]
@@ -93,10 +89,6 @@ def test_a_damaged_image_is_refused_or_read(kind: str, edits: list[tuple[float, 
     for place, value in edits:
         body[int(place * len(body))] = value
     attack(bytes(body[: int(keep * len(body))]), max_pixels=1_000_000)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(width: int, height: int, *, data: bytes = b"", extra: bytes = b"") -> bytes:
@@ -128,16 +120,10 @@ def test_a_pixel_bomb_is_refused_by_its_header(name: str, monkeypatch: pytest.Mo
     assert attack(BOMBS[name]) in {"too_many_pixels", "damaged_image"}
 
 
-def blank(depth: int, color: int, channels: int) -> bytes:
-    """Make a PNG of 16 megapixels in a few kB."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4000, 4000, depth, color, 0, 0, 0))
-    data = zlib.compress(bytes((1 + 4000 * channels * depth // 8) * 4000), 9)
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
 def test_a_large_transparent_image_is_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = record_images(monkeypatch)
-    decode(EncodedImage(blank(8, 6, 4)), Preprocess(), max_bytes=10**6, max_pixels=10**8)  # RGBA
+    rgba = zeros_png(4000, 4000, color=6)
+    decode(EncodedImage(rgba), Preprocess(), max_bytes=10**6, max_pixels=10**8)
     large = [size for size in sizes if size[0] * size[1] > TILE]
     assert large == [(4000, 4000)]  # the RGB image
 

@@ -17,14 +17,14 @@ from click.testing import Result
 from onnx import TensorProto, helper, numpy_helper
 from typer.testing import CliRunner
 
-from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.cli.app import app
 from sopdeploy.errors import CertificateError
-from tests.forged import FIELDS, LABELS, forge, proof_files, write_hollow
+from tests.forged import FIELDS, LABELS, forge, proof_files, write_computed
 
 SIDE = 16
+PROBES = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)
 
 
 def graph(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") -> bytes:
@@ -46,25 +46,17 @@ def graph(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") ->
     return bytes(model.SerializeToString())
 
 
-def probes(factor: float = 1.0, **changes: Any) -> bytes:
-    images = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)
-    logits = images.mean(axis=(1, 2)).astype(np.float32) * np.float32(factor)
-    arrays = {"images": images, "output_logits": logits, "tolerance_logits": np.array(1e-3), **changes}
+def probes(**changes: Any) -> bytes:
+    logits = PROBES.mean(axis=(1, 2)).astype(np.float32)
+    arrays = {"images": PROBES, "output_logits": logits, "tolerance_logits": np.array(1e-3), **changes}
     file = io.BytesIO()
     np.savez(file, allow_pickle=True, **{name: value for name, value in arrays.items() if value is not None})
     return file.getvalue()
 
 
 def write_bundle(destination: Path, factor: float) -> Path:
-    def fill(folder: Path) -> None:
-        (folder / "model.onnx").write_bytes(graph(factor))
-        (folder / "probes.npz").write_bytes(probes(factor))
-        write_proof(folder, root)
-        rules = FIELDS["preprocess"]
-        write_golden(folder, rules, lambda pixels: factor * pixels.mean((0, 1), np.float32), 2e-3)
-
-    root = onnx_file_root(graph(factor))
-    return write_hollow(destination, fill, lineage=FIELDS["lineage"].model_copy(update={"onnx_root": root}))
+    model = onnx.load_model_from_string(graph(factor))
+    return write_computed(destination, model, PROBES, 1e-3, preprocess=FIELDS["preprocess"])
 
 
 def write_proof(folder: Path, root: str) -> None:

@@ -1,6 +1,5 @@
 """The example package is found, trained, exported with proof and served without a change of this project."""
 
-import io
 import re
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings, load_settings
 from tests.docs.reading import ROOT, blocks, command_lines
+from tests.pictures import encoded
 
 PAGE = ROOT / "CONTRIBUTING.md"
 (RECIPE,) = blocks(PAGE, "toml")
@@ -103,10 +103,8 @@ def test_its_network_is_exported_with_proof_verified_and_served_by_its_runtime(
     settings = Settings(runtime="onnx-reference", threads=1)
     loaded = load_model(bundle.path, settings)
     stripes = np.broadcast_to(np.array([[0], [255]] * 8, dtype=np.uint8), (16, 16))
-    file = io.BytesIO()
-    Image.fromarray(stripes).save(file, "PNG")
     with TestClient(create_app({"stripes": loaded}, settings), "http://localhost") as client:
-        answer = client.post("/v1/classify", content=file.getvalue()).json()
+        answer = client.post("/v1/classify", content=encoded(Image.fromarray(stripes))).json()
         (served,) = client.get("/info").json()["models"]
     assert {entry["label"] for entry in answer["classes"]} == {"horizontal", "vertical"}
     assert served["runtime"].split()[0] == "onnx-reference"

@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import io
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,11 +21,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
-from sopdeploy.bundle.golden import write_golden
-from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
-from sopdeploy.bundle.onnx_root import onnx_file_root
-from sopdeploy.bundle.probes import Probes, write_probes
+from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy.bundle.manifest import TensorRecord, to_json
 from sopdeploy.decision import Decision
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
@@ -38,7 +34,8 @@ from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
-from tests.forged import proof_files
+from tests.forged import write_computed
+from tests.pictures import encoded
 
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 RULES = Preprocess(resize=36, crop=32)
@@ -80,44 +77,22 @@ def write_bundle(
 
     It is exported now or at *exported_at*.
     """
-    graph = tiny_graph(seed)
-    weights = numpy_helper.to_array(graph.graph.initializer[1])
     images = np.random.default_rng(1).integers(0, 256, (probes, 32, 32, 3), dtype=np.uint8)
-    logits = images.mean(axis=(1, 2)).astype(np.float32) @ weights + np.float32(wrong_by)
-    with staging(folder) as stage:
-        (stage / "model.onnx").write_bytes(graph.SerializeToString())
-        root = onnx_file_root(graph.SerializeToString())
-        (stage / "labels.json").write_bytes(to_json(LABELS))
-        for name, content in proof_files(root, 1e-4).items():
-            (stage / name).write_bytes(content)
-        write_probes(
-            stage / "probes.npz", Probes(images=images, expected={output: logits}, tolerance={output: 1e-4})
-        )
-        write_golden(
-            stage,
-            preprocess,
-            lambda pixels: pixels.mean(axis=(0, 1), dtype=np.float32) @ weights + np.float32(wrong_by),
-            tolerance=2e-4,
-        )
-        manifest = seal(
-            stage,
-            {
-                "project": project,
-                "exported_at": exported_at or utc_now(),
-                "model": "tiny",
-                "config": {},
-                "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, 32, 32, 3)),),
-                "outputs": (TensorRecord(name="logits", dtype="float32", shape=(None, 7)),),
-                "preprocess": preprocess,
-                "batch": BatchRange(),
-                "opset": 18,
-                "detached": (),
-                "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root=root),
-                "versions": {"onnx": onnx.__version__},
-                "decision": decision,
-            },
-        )
-        return publish(stage, manifest, folder)
+    return write_computed(
+        folder,
+        tiny_graph(seed),
+        images,
+        1e-4,
+        preprocess=preprocess,
+        labels=LABELS,
+        wrong_by=wrong_by,
+        renamed={"logits": output},
+        project=project,
+        exported_at=exported_at or utc_now(),
+        config={},
+        detached=(),
+        decision=decision,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -212,9 +187,7 @@ def picture_bytes(
 ) -> bytes:
     """A picture with a gradient, so that geometry and colour both show in the answer."""
     grid = np.linspace(0.5, 1.0, size[0] * size[1]).reshape(size[1], size[0], 1)
-    file = io.BytesIO()
-    Image.fromarray((grid * np.array(colour)).astype(np.uint8)).save(file, kind)
-    return file.getvalue()
+    return encoded(Image.fromarray((grid * np.array(colour)).astype(np.uint8)), kind)
 
 
 @pytest.fixture(scope="session")

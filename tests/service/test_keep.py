@@ -38,6 +38,7 @@ from sopdeploy_service.kept_folder import FILE_BLOCK, KeptFolder
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
+from tests.pictures import encoded
 from tests.service.conftest import LABELS
 from tests.sopdeploy.test_kept import record_of
 
@@ -60,9 +61,8 @@ def photos(count: int) -> list[bytes]:
     found = []
     for seed in range(count):
         cells = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), np.uint8)
-        file = io.BytesIO()
-        Image.fromarray(cells).resize((80, 64), Image.Resampling.NEAREST).save(file, "JPEG", exif=exif)
-        found.append(file.getvalue())
+        image = Image.fromarray(cells).resize((80, 64), Image.Resampling.NEAREST)
+        found.append(encoded(image, "JPEG", exif=exif))
     return found
 
 

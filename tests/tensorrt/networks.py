@@ -9,13 +9,10 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from sopdeploy.bundle.folder import Bundle, open_bundle, publish, seal, staging
-from sopdeploy.bundle.golden import write_golden
-from sopdeploy.bundle.manifest import BatchRange, Lineage, TensorRecord, to_json
-from sopdeploy.bundle.onnx_root import onnx_file_root
-from sopdeploy.bundle.probes import Probes, write_probes
+from sopdeploy.bundle.folder import Bundle, open_bundle
+from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.images.preprocess import Preprocess
-from tests.forged import proof_files
+from tests.forged import write_computed
 
 SIDE, CHANNELS, CLASSES = 8, 4, 5
 RULES = Preprocess(resize=SIDE, crop=SIDE)
@@ -88,33 +85,12 @@ def write(
     """Write and open a bundle of *model*; *wrong_by* is added to the expected outputs of its probes."""
     model = model or network()
     images = some_images(probes)
-    logits = outputs_of(model, images) + np.float32(wrong_by)
     half = any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer)
-    tolerance = 0.1 if half else 1e-5 * float(abs(logits).max())
-    root = onnx_file_root(model.SerializeToString())
-    files = {
-        "model.onnx": model.SerializeToString(),
-        "labels.json": to_json([f"class {i}" for i in range(CLASSES)]),
-        **proof_files(root, tolerance),
-    }
-    with staging(folder) as stage:
-        for name, content in files.items():
-            (stage / name).write_bytes(content)
-        kept = Probes(images=images, expected={"logits": logits}, tolerance={"logits": tolerance})
-        write_probes(stage / "probes.npz", kept)
-        write_golden(stage, RULES, lambda pixels: outputs_of(model, pixels[None])[0], tolerance)
-        values: dict[str, Any] = {
-            "project": "tiny",
-            "exported_at": "2026-01-02T03:04:05.000000Z",
-            "model": "tiny",
-            "config": {},
-            "inputs": (TensorRecord(name="images", dtype="uint8", shape=(None, SIDE, SIDE, 3)),),
-            "outputs": (TensorRecord(name="logits", dtype="float32", shape=(None, CLASSES)),),
-            "preprocess": RULES,
-            "batch": BatchRange(minimum=1, optimum=4, maximum=16),
-            "opset": 18,
-            "detached": (),
-            "lineage": Lineage(checkpoint_sha256="0" * 64, program_root="1" * 64, onnx_root=root),
-            "versions": {"onnx": onnx.__version__},
-        }
-        return open_bundle(publish(stage, seal(stage, values | fields), folder))
+    tolerance = 0.1 if half else 1e-5 * float(abs(outputs_of(model, images)).max())
+    labels, batch = [f"class {i}" for i in range(CLASSES)], BatchRange(minimum=1, optimum=4, maximum=16)
+    options = {"config": {}, "detached": (), "batch": batch, **fields}
+    return open_bundle(
+        write_computed(
+            folder, model, images, tolerance, preprocess=RULES, labels=labels, wrong_by=wrong_by, **options
+        )
+    )

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import re
 import shutil
 
@@ -17,6 +16,7 @@ from sopdeploy_service.api.web import DOCS, INDEX
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
+from tests.pictures import encoded
 from tests.service.conftest import running
 
 
@@ -152,23 +152,17 @@ def test_metrics_count_requests_batches_and_rejections(client, jpeg, bundle):
 SIZE = (48, 40)
 
 
-def saved(image: Image.Image, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
 PLAIN = Image.new("RGB", SIZE, (200, 30, 60))
 
 
 def rotated(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return saved(PLAIN, "JPEG", exif=exif)
+    return encoded(PLAIN, "JPEG", exif=exif)
 
 
 FRAMES = {"save_all": True, "append_images": [Image.new("RGB", SIZE, (0, 0, 99))]}
-ANIMATED = saved(PLAIN, "GIF", **FRAMES)
+ANIMATED = encoded(PLAIN, "GIF", **FRAMES)
 
 CASES = {
     "orientation 6": (rotated(6), ["exif_rotated"]),

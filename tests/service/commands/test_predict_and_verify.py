@@ -2,7 +2,6 @@
 
 import http.server
 import json
-import os
 import shutil
 import sys
 import threading
@@ -51,18 +50,6 @@ def test_a_file_that_cannot_be_read_or_is_too_large_is_named(bundle_path, tmp_pa
     (tmp_path / "big").write_bytes(bytes(3000))
     (found,) = predict_files(bundle_path, [tmp_path / "big"], Settings(threads=1, max_body_bytes=2000))
     assert found.error.code == "too_large"
-
-
-def test_an_image_from_a_pipe_with_a_short_adobe_segment_is_classified(bundle_path, jpeg):
-    """A pipe can be read once, and Pillow alone does not open the file."""
-    reading, writing = os.pipe()
-    with os.fdopen(writing, "wb") as file:
-        file.write(jpeg[:2] + b"\xff\xee\x00\x07Adobe" + jpeg[2:])
-    try:
-        (found,) = predict_files(bundle_path, [Path(f"/dev/fd/{reading}")], ONE_THREAD)
-    finally:
-        os.close(reading)
-    assert found.error is None
 
 
 def test_verify_reports_the_files_and_the_replays_at_two_batch_sizes(bundle_path, bundle):

@@ -1,7 +1,6 @@
 """A sandboxed process decodes images; what it cannot do is in `test_decoders`."""
 
 import errno
-import io
 import platform
 import re
 import struct
@@ -15,6 +14,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.decoding.pool import DecoderProcess, shared_template
 from sopdeploy_service.images.decode import EncodedImage, decode
+from tests.pictures import encoded
 from tests.service.api.test_bad_inputs import BAD_BODIES
 from tests.service.conftest import picture_bytes
 from tests.service.inference.test_decoders import LARGE, RULES
@@ -25,9 +25,7 @@ linux = pytest.mark.skipif(platform.system() != "Linux", reason="seccomp and Lan
 
 
 def saved(mode: str, kind: str, **options: object) -> bytes:
-    file = io.BytesIO()
-    Image.new(mode, (20, 20), 1).save(file, kind, **options)
-    return file.getvalue()
+    return encoded(Image.new(mode, (20, 20), 1), kind, **options)
 
 
 MORE = {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}

@@ -1,6 +1,5 @@
 """`preprocess.fit`: the same pixels in training, probes, `predict`, service and client."""
 
-import io
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +16,7 @@ from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
+from tests.pictures import encoded
 from tests.service.conftest import running
 
 BACKGROUND = (10, 200, 30)
@@ -27,27 +27,26 @@ def rules_for(fit):
     return Preprocess(resize=36, crop=32, fit=fit, background=BACKGROUND)
 
 
-def encoded(size=(90, 60), kind="JPEG", mode="RGB", orientation=1):
+def picture(size=(90, 60), kind="JPEG", mode="RGB", orientation=1):
     values = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
     if mode == "I;16":
         image = Image.fromarray(values[..., 0].astype(np.uint16) * 250)
     elif mode == "RGBA":
         image.putalpha(Image.fromarray(values[..., 1]))
-    file, exif = io.BytesIO(), Image.Exif()
+    exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(file, kind, **({"exif": exif.tobytes()} if orientation > 1 else {}))
-    return file.getvalue()
+    return encoded(image, kind, **({"exif": exif.tobytes()} if orientation > 1 else {}))
 
 
 IMAGES = {
-    "portrait.jpg": encoded((61, 93)),
-    "square.png": encoded((32, 32), "PNG"),
-    "strip.png": encoded((1, 900), "PNG"),
-    "rotated.jpg": encoded((91, 60), orientation=6),
-    "sixteen bit.png": encoded((70, 41), "PNG", "I;16"),
-    "transparent.png": encoded((50, 80), "PNG", "RGBA"),
-    "large.jpg": encoded((700, 500)),
+    "portrait.jpg": picture((61, 93)),
+    "square.png": picture((32, 32), "PNG"),
+    "strip.png": picture((1, 900), "PNG"),
+    "rotated.jpg": picture((91, 60), orientation=6),
+    "sixteen bit.png": picture((70, 41), "PNG", "I;16"),
+    "transparent.png": picture((50, 80), "PNG", "RGBA"),
+    "large.jpg": picture((700, 500)),
 }
 
 

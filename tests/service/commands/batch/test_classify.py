@@ -125,8 +125,8 @@ def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(
         classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 
-def test_logits_and_features_are_those_of_the_bundle(bundle_path, photos, tmp_path):
-    path = write_bundle_with_outputs(bundle_path, tmp_path)
+def test_logits_and_features_are_those_of_the_bundle(photos, tmp_path):
+    path = write_bundle_with_outputs(tmp_path)
     options = ClassifyOptions(logits=True, features=True, workers=1)
     sources = [str(photos / name) for name in ("001.jpg", "017.jpg")]
     classify(path, sources, tmp_path / "out", SETTINGS, options)
