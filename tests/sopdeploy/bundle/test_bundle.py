@@ -1,7 +1,6 @@
 """Bundles: writing and opening, manifests, and probes."""
 
 import errno
-import io
 import json
 import os
 import shutil
@@ -393,29 +392,3 @@ def test_other_outputs_are_rejected(case: str, batch: int) -> None:
 def test_probes_with_nan_never_pass(probes: Probes) -> None:
     with pytest.raises(ParityError):
         replay(probes, network)
-
-
-def saved(**arrays: Any) -> bytes:
-    file = io.BytesIO()
-    np.savez(file, allow_pickle=True, **arrays)
-    return file.getvalue()
-
-
-UNREADABLE: dict[str, bytes | None] = {
-    "missing": None,
-    "half a zip": saved(images=IMAGES, output_logits=LOGITS)[:300],
-    "a pickled array": saved(images=np.array([{"a": 1}, None], dtype=object)),
-    "no images": saved(output_logits=LOGITS, tolerance_logits=1.0),
-    "no tolerance": saved(images=IMAGES, output_logits=LOGITS),
-}
-
-
-@pytest.mark.parametrize("case", UNREADABLE)
-def test_other_files_are_rejected(tmp_path: Path, case: str) -> None:
-    path = tmp_path / "probes.npz"
-    body = UNREADABLE[case]
-    if body is not None:
-        path.write_bytes(body)
-    with pytest.raises(BundleError, match=r"probes\.npz: not a probe file") as caught:
-        read_probes(path)
-    assert "\n" not in str(caught.value)

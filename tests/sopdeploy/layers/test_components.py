@@ -166,12 +166,6 @@ def test_noise_draws_one_gamma_per_image_or_per_component(per: str, draws: int) 
     assert [len({round(value, 4) for value in row}) for row in gammas.tolist()] == [draws] * 3
 
 
-def test_the_gate_starts_with_all_components_tied() -> None:
-    gate = SparseGate(nn.Flatten(), features=4, components=3, chosen=2)
-    logits = gate.logits(torch.rand(5, 4))
-    assert (logits == logits[:, :1]).all()
-
-
 def test_autocast_does_not_change_the_selection() -> None:
     torch.manual_seed(0)
     gate = SparseGate(nn.Flatten(), features=32, components=8, chosen=3)

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 import sopdeploy
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
+from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
 from sopdeploy.models.registry import create_model, with_head
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
 from sopdeploy.models.user_network import register_model
 from sopdeploy.plugins import MODELS
+from tests.sopdeploy.layers.numerics.all_poolings import textbook_root
 from tests.sweep.steps import save
 
 THIN: dict[str, Any] = {"aux_blocks": (1, 1), "aux_widths": (3, 4)}
@@ -114,23 +116,13 @@ def test_a_checkpoint_of_an_unregistered_network_is_one_line(registered: str, tm
         sopdeploy.export(tmp_path / "ckpt.pt", tmp_path / "again", detach=True)
 
 
-def root(maps: Tensor) -> Tensor:
-    """Compute the triangle of the root of the covariance by five Newton-Schulz steps as in the paper."""
-    y, size = torch.stack([x.cov(correction=0) for x in maps.flatten(2)]), maps.shape[1]
-    trace, eye = y.diagonal(dim1=1, dim2=2).sum(1)[:, None, None], torch.eye(size, dtype=y.dtype)
-    y, z = y / trace, eye
-    for _ in range(5):
-        t = (3 * eye - z @ y) / 2
-        y, z = y @ t, t @ z
-    rows, columns = torch.triu_indices(size, size)
-    return (y * trace.sqrt())[:, rows, columns]
-
-
 def test_isqrt_replaces_what_follows_the_last_feature_map() -> None:
     inner = Stages().eval()
     model = sopdeploy.isqrt(inner, image_size=8, **METHODS["isqrt"][0]).double().eval()
     images = torch.rand(2, 3, 8, 8, dtype=torch.float64)
-    expected = model.fc(root(model.pooling.reduce(inner.late(inner.early(images)))))
+    root = textbook_root(model.pooling.reduce(inner.late(inner.early(images))), NewtonSchulzConfig())
+    rows, columns = torch.triu_indices(*root.shape[1:])
+    expected = model.fc(root[:, rows, columns])
     torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-12)
     assert isinstance(inner.fc, nn.Identity), "the classifier is gone"
 
