@@ -45,7 +45,7 @@ from sopdeploy.data.batches import sequential_batches, shuffled_batches
 from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoPSmallResNet, DSoPSmallResNetConfig
-from sopdeploy.models.plain import PlainSmallResNet
+from sopdeploy.models.pooled import PlainSmallResNet
 from sopdeploy.models.timm_networks import PlainTimm
 from sopdeploy.training.schedule import OneCycle
 from sopdeploy.training.step.losses import training_loss

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sopdeploy.bundle import folder as bundle
+from sopdeploy.bundle.folder import read_bundles
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
-from sopdeploy.bundle.listing import read_bundles
 from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes

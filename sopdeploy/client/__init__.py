@@ -1,8 +1,7 @@
 """Client of `sopdeploy serve`, which imports neither torch nor the server."""
 
 from sopdeploy.client.client import Client
-from sopdeploy.client.requests import ImageLike
-from sopdeploy.client.results import Classification, Embedding
+from sopdeploy.client.messages import Classification, Embedding, ImageLike
 from sopdeploy.http_api import ClassProbability, Component, ModelInfo, Problem, ServerInfo
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import Any, Self, Unpack, overload
 import httpx
 import pydantic
 
-from sopdeploy.client.requests import (
+from sopdeploy.client.messages import (
     BROKEN,
     CONTENT_TYPE,
     MAX_TIMEOUT,
@@ -15,17 +15,21 @@ from sopdeploy.client.requests import (
     READY_REQUEST_TIMEOUT,
     RETRY_STATUSES,
     CallArguments,
+    Classification,
     ClassifyArguments,
     Deadline,
+    Embedding,
     ImageLike,
+    Result,
     address_and_key,
     backoff,
     encode_images,
+    parse_info,
+    parse_results,
     response_error,
     retry_after,
     unreachable_error,
 )
-from sopdeploy.client.results import Classification, Embedding, Result, parse_info, parse_results
 from sopdeploy.config import first_problem
 from sopdeploy.errors import ConfigError, ServiceError, UnreachableError
 from sopdeploy.http_api import ClassifyQuery, EmbedQuery, ServerInfo

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import sopdeploy
-from sopdeploy.bundle.listing import read_bundles
+from sopdeploy.bundle.folder import read_bundles
 from sopdeploy.cli.app import QUICK_START
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say

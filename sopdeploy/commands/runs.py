@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.text import Text
 
-from sopdeploy.bundle.listing import list_bundles
+from sopdeploy.bundle.folder import list_bundles
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError

@@ -52,6 +52,11 @@ _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
 SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\xff\xef\\1"
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
+# Segments of JPEG files:
+FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, sequential, progressive
+SCAN = 0xDA
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length; bytes between are skipped
+MARKER_BYTES = 2
 
 
 def open_image(
@@ -207,3 +212,15 @@ def _item_sizes(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield the sizes of the images in a HEIC file, which its decoder allocates."""
     for width, height in ITEM_SIZE.findall(body):
         yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
+
+
+def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the marker of each JPEG segment and the position of its length.
+
+    The search for the segment after a scan skips the data of the scan.
+    """
+    position = 2
+    while marker := MARKER.search(body, position):
+        position = marker.end()
+        yield body[position - 1], position
+        position += int.from_bytes(body[position : position + 2], "big")

@@ -7,11 +7,9 @@ import io
 import struct
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.exif import ORIENTATION, UPRIGHT, exif_orientation
-from sopdeploy.images.formats import open_image
-from sopdeploy.images.jpeg import FRAMES, MARKER_BYTES, SCAN, jpeg_segments
+from sopdeploy.images.formats import FRAMES, MARKER_BYTES, SCAN, jpeg_segments, open_image
 from sopdeploy.images.limits import MAX_PIXELS
-from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.pixels import ORIENTATION, UPRIGHT, exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 MAX_COPIED_PIXELS = 12_000_000  # of a file that is not a JPEG

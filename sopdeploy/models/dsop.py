@@ -40,7 +40,7 @@ from sopdeploy.layers.pooling.base import GlobalPooling
 from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.plain import PREACT_NETWORKS
+from sopdeploy.models.pooled import PREACT_NETWORKS
 
 Blocks = Annotated[int, pydantic.Field(ge=0)]
 PATTERNS = {3: (1, 0, 2), 4: (0, 2, 0, 2), 18: (0, 0, 3) * 6}  # Table IV, by the number of blocks of a stage

@@ -14,7 +14,6 @@ from sopdeploy.models import (
     dsop,
     gmsop,
     gsop,
-    plain,
     pooled,
     psdr,
     second_order_head,
@@ -25,7 +24,6 @@ from sopdeploy.models.second_order_head import POOLED_HEAD, HeadConfig, SecondOr
 from sopdeploy.plugins import MODELS
 
 FAMILIES: tuple[ModuleType, ...] = (  # in display order; each has its ENTRIES
-    plain,
     pooled,
     dsop,
     psdr,

@@ -18,13 +18,15 @@ from PIL import Image
 from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import (
     ALIASES,
+    MARKER_BYTES,
+    SCAN,
     SHORT_ADOBE,
     SKIPPED_SEGMENT,
     check_decoded_size,
     image_error,
+    jpeg_segments,
     open_image,
 )
-from sopdeploy.images.jpeg import MARKER_BYTES, SCAN, jpeg_segments
 from sopdeploy.images.pixels import list_changes, preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 

@@ -1,6 +1,6 @@
 """The bundles that a server serves.
 
-A source is a bundle, a folder of bundles (`sopdeploy.bundle.listing` says which of them are served), or
+A source is a bundle, a folder of bundles (`sopdeploy.bundle.folder` says which of them are served), or
 `NAME=BUNDLE`. Clients use NAME or, without it, the name of the project.
 """
 
@@ -10,8 +10,14 @@ import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
-from sopdeploy.bundle.folder import MANIFEST, Bundle, follow_link, read_manifest
-from sopdeploy.bundle.listing import describe_projects, list_bundles
+from sopdeploy.bundle.folder import (
+    MANIFEST,
+    Bundle,
+    describe_projects,
+    follow_link,
+    list_bundles,
+    read_manifest,
+)
 from sopdeploy.errors import BundleError, ConfigError
 
 FOLLOW_SECONDS = 1.0

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sopdeploy.client import Client, requests
+from sopdeploy.client import Client, messages
 
 
 class Script:
@@ -50,7 +50,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
 
     monkeypatch.setattr("sopdeploy.client.client.time.sleep", found.append)
-    monkeypatch.setattr(requests.random, "uniform", lambda low, high: high)
+    monkeypatch.setattr(messages.random, "uniform", lambda low, high: high)
     return found
 
 

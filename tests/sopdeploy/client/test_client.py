@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.client import Client
-from sopdeploy.client.requests import MAX_DELAY, backoff, encode_image, retry_after
+from sopdeploy.client.messages import MAX_DELAY, backoff, encode_image, retry_after
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -9,9 +9,8 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.exif import exif_orientation
 from sopdeploy.images.metadata import copy_without_metadata
-from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.pixels import exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 SECRET = b"SECRET"
