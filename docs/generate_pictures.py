@@ -1,8 +1,8 @@
-"""Create the pictures of the README: two screenshots and the chart of throughput.
+"""Create the pictures of the README: a screenshot and the chart of throughput.
 
     python docs/generate_pictures.py [FOLDER]      # default docs/pictures
 
-The screenshots need Chromium. They show EfficientNet-Lite0 with ImageNet weights, trained on the photographs
+The screenshot needs Chromium. It shows EfficientNet-Lite0 with ImageNet weights, trained on the photographs
 in tests/real/photos (two minutes). The chart takes its values from the table in docs/benchmarks/serving.md.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.svg_file import STYLE, write_svg
 from tests.real.conftest import PHOTOS, timm_names
 
 FOLDER = Path(__file__).parent
-CHART, PREDICTION, REPORT = "throughput.svg", "prediction.png", "export-report.png"
+CHART, PREDICTION = "throughput.svg", "prediction.png"
 NETWORK = "timm:tf_efficientnet_lite0"
 SHOWN = Path("hat", "127708b5.jpg")  # the photograph of the prediction, which is not trained on
 SHOWN_SERVERS = ("sopdeploy", "mosec", "LitServe", "BentoML")
@@ -55,8 +55,8 @@ def trained_bundle(folder: Path) -> Path:
     return sopdeploy.export(run.best, folder / "bundles", detach=True).path
 
 
-def screenshots(bundle: Path, photo: Path, folder: Path) -> None:
-    """Photograph the page of a server with a prediction, and the report of the export."""
+def screenshot(bundle: Path, photo: Path, folder: Path) -> None:
+    """Photograph the page of a server with a prediction."""
     with (
         sopdeploy.serve(bundle, background=True, port=0) as server,
         sync_playwright() as playwright,
@@ -70,9 +70,6 @@ def screenshots(bundle: Path, photo: Path, folder: Path) -> None:
             page.set_input_files("#file", photo)
             page.wait_for_selector("#answer[aria-busy=false] #classes li")
         page.screenshot(path=folder / PREDICTION)
-        page.set_viewport_size({"width": 1200, "height": 800})
-        page.goto((bundle / "report.html").as_uri())
-        page.screenshot(path=folder / REPORT)
 
 
 def throughput(page: str) -> dict[str, dict[str, float]]:
@@ -117,7 +114,7 @@ def main(folder: Path) -> None:
     measured = throughput((FOLDER / "benchmarks" / "serving.md").read_text(encoding="utf-8"))
     (folder / CHART).write_text(chart(measured), encoding="utf-8")
     with tempfile.TemporaryDirectory() as work:
-        screenshots(trained_bundle(Path(work)), PHOTOS / SHOWN, folder)
+        screenshot(trained_bundle(Path(work)), PHOTOS / SHOWN, folder)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
 from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, output_names
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
+from sopdeploy_export.model_card import render_model_card
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
@@ -45,7 +46,6 @@ from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, co
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
 from sopdeploy_export.proof.certificate import Certificate, Proof, certify
 from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
-from sopdeploy_export.report import render_model_card, render_report
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
 
 if TYPE_CHECKING:
@@ -268,8 +268,6 @@ def _write_bundle(
     write_golden_examples(job, folder, converted, parity, probes.tolerance[LOGITS])
     fields = _manifest_fields(job, converted, expected, results)
     (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
-    page = render_report(subject, results, fields["lineage"])
-    (folder / "report.html").write_text(page, encoding="utf-8")
     manifest = bundle.seal(folder, fields)
     path = bundle.publish(folder, manifest, destination)
     seconds = time.monotonic() - job.started

@@ -277,7 +277,7 @@ class Exported(ExportResults):
         proof = f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else ""
         proof = "; ".join(filter(None, (proof, WEAKER_PROOFS.get(certificate.proof), facts["batch"])))
         drift = "; ".join(facts[name] for name in ("drift", "images") if name in facts)
-        bundle = f"{self.path} ({self.seconds:.0f} s; report.html describes it)"
+        bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
         return {"removed": facts["removed"], "proof": proof, "drift": drift, "bundle": bundle}
 
     def summary(self) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def runs() -> list[dict[str, Any]]:
     trained, rows, exported = {}, [], set()
     for best in (path for path in sorted(Path("runs").glob("*/best.pt")) if not path.parent.is_symlink()):
         from sopdeploy.checkpoint import read_checkpoint
-        from sopdeploy_export.report import training_rows
+        from sopdeploy_export.model_card import training_rows
 
         name = best.parent.name
         try:

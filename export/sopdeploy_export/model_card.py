@@ -1,0 +1,107 @@
+"""Write the model card of a bundle, `README.md`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sopdeploy.environment import EXACT_INT8
+from sopdeploy.html.report import sanitize
+from sopdeploy_export.proof.networks import ExportSubject
+from sopdeploy_export.results import ExportResults
+
+MAX_LABELS = 20
+# An underscore between two letters or digits emphasizes nothing.
+MARKDOWN = re.compile(r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE)
+INT8_SESSION = f"""
+In a program of your own, open model.onnx with this option. Without it, ONNX Runtime computes other results on
+x86 processors without VNNI:
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("{EXACT_INT8[0]}", "{EXACT_INT8[1]}")
+    session = onnxruntime.InferenceSession("model.onnx", options)
+"""
+
+
+def render_model_card(subject: ExportSubject, results: ExportResults, fields: Mapping[str, Any]) -> str:
+    """Render the model card as Markdown; *fields* are those of the manifest.
+
+    Names, classes, facts and training records, which a checkpoint contains, are text without markup.
+    """
+    preprocess, batch = subject.preprocess, fields["batch"]
+    labels = ", ".join(map(as_markdown, subject.labels[:MAX_LABELS]))
+    if len(subject.labels) > MAX_LABELS:
+        labels += f", ... ({len(subject.labels)} in total, see labels.json)"
+    outputs = ", ".join(
+        f"`{output.name}`: {output.dtype}, (batch, {', '.join(str(size) for size in output.shape[1:])})"
+        for output in fields["outputs"]
+    )
+    training = "\n".join(
+        f"- {as_markdown(key)}: {as_markdown(str(value))}" for key, value in training_rows(subject.training)
+    )
+    facts = "\n".join(f"- {name}: {as_markdown(text)}" for name, text in results.facts().items())
+    resizing = {
+        "crop": f"Resize the\nshorter side of an image to {preprocess.resize} pixels "
+        f"({preprocess.interpolation}), then crop the center;",
+        "pad": f"Resize the\nlonger side of an image to {preprocess.crop} pixels "
+        f"({preprocess.interpolation}), then center it on RGB {preprocess.background};",
+        "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
+    }[preprocess.fit]
+    int8 = results.precision.quantisation
+    option = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
+    return f"""# {subject.project}
+
+An image classifier, the network {subject.name}, exported by sopdeploy {fields["versions"]["sopdeploy"]}.
+
+Classes: {labels}
+
+## Use
+
+    sopdeploy verify .
+    sopdeploy predict . photo.jpg
+    sopdeploy serve .
+{option}
+## Input and output
+
+`{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. {resizing}
+the graph subtracts the mean and divides by the standard deviation. Batches of {batch.minimum} to
+{batch.maximum} images. {outputs}
+
+## Training
+
+{training or "Not recorded."}
+
+## Proof and measurements
+
+{facts}
+
+Noise floors are errors of the network's own {results.parity.precision} run against float64. model.onnx was
+compared in {results.parity.runtime} ({results.parity.provider}). `certificate.json` lists removed tensors
+and hashes, `parity.json` the drift of every output.
+"""
+
+
+def as_markdown(text: str) -> str:
+    """Write *text* on one line such that Markdown shows it as it is, without links, markup or HTML."""
+    shown = sanitize(" ".join(text.split()))
+    return MARKDOWN.sub(r"\\\1", shown.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+
+
+def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
+    """List the result of *training*, for the training loop after its scalars, otherwise its start weights."""
+    result = None
+    if "procedure" in training:
+        from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
+
+        result = read_result(training)
+    if result is not None and not isinstance(result, LoopResult):
+        rows = list(result.rows())
+        if start := training.get("start"):
+            weights = f"{start['network']}, {start['file']}, sha256 {start['sha256']}"
+            rows.insert(0, ("start weights", weights))
+        return rows
+    scalars: list[tuple[str, object]] = [
+        (key, value)
+        for key, value in sorted(training.items())
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    ]
+    return [*scalars, *(() if result is None else result.rows())]
