@@ -19,7 +19,7 @@ from commands import run, timed
 from PIL import Image
 
 USER = 10_001
-MAX_ADDED_BYTES = {"cpu": 350_000_000, "gpu": 4_000_000_000}
+MAX_ADDED_BYTES = {"cpu": 550_000_000, "gpu": 4_000_000_000}
 READY_SECONDS = 120
 ENGINE_CACHE = "/var/cache/sopdeploy/engines"
 ENTRYPOINT = ["sopdeploy"]

@@ -314,7 +314,7 @@ def test_compose_mounts_existing_files_and_scrapes_the_server() -> None:
     assert device["capabilities"] == ["gpu"]
 
 
-LOCKS = {"cpu": ("cpu", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}
+LOCKS = {"cpu": ("cpu", "openvino", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 

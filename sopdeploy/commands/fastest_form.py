@@ -1,0 +1,95 @@
+"""Which form of a bundle is fastest on this processor: float32 or int8, with ONNX Runtime or OpenVINO."""
+
+import statistics
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.environment import install_hint
+from sopdeploy.errors import LoweringError, RuntimeUnavailableError
+from sopdeploy_export.precision.int8 import Int8Quantizer
+from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.runtime.openvino import OpenVINORuntime
+
+RUNTIMES: dict[str, type[OnnxRuntime | OpenVINORuntime]] = {
+    "ONNX Runtime": OnnxRuntime,
+    "OpenVINO": OpenVINORuntime,
+}
+DEFAULT = "ONNX Runtime"  # of `serve` on a CPU
+MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # the first round is not counted
+SMALLEST_GAIN = 1.1
+
+
+class Form(NamedTuple):
+    """The precision of a graph, and the runtime that executes it."""
+
+    precision: str
+    runtime: str
+
+
+def describe_fastest_form(bundle: Bundle) -> str:
+    """Measure the forms of *bundle*, float32 or int8 for CPUs, and say which is fastest and how to get it."""
+    seconds = measure_forms(bundle)
+    shipped = Form(bundle.manifest.precision, DEFAULT)
+    best = min(seconds, key=lambda form: seconds[form])
+    gain, options = seconds[shipped] / seconds[best], []
+    if best.precision != shipped.precision:
+        options.append("export with --precision int8 --calibrate PHOTOS")
+    if best.runtime != DEFAULT:
+        options.append("serve with --runtime openvino")
+    text = (
+        f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor: {', '.join(options)}"
+    )
+    if gain < SMALLEST_GAIN or not options:
+        text = f"this bundle with {DEFAULT} is the fastest form on this processor"
+    if find_spec("openvino") is None:
+        text += f" ({install_hint('OpenVINO', 'sopdeploy[openvino]')})"
+    return text
+
+
+def measure_forms(bundle: Bundle) -> dict[Form, float]:
+    """Measure the processor seconds of one image in each form of *bundle* that works here, alternately.
+
+    Each form runs on one thread, in processor time: other load affects this least. A float32 graph is also
+    quantized, with ranges of a noise image; these affect the answers, but not the time.
+    """
+    shape = (bundle.manifest.batch.minimum, *bundle.manifest.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = [bundle]
+        if bundle.manifest.precision == "fp32":
+            with suppress(LoweringError):  # no convolution
+                graphs.append(_quantize(bundle, images[:1], Path(folder)))
+        forms: dict[Form, Runtime] = {}
+        for graph in graphs:
+            for name, open_runtime in RUNTIMES.items():
+                with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
+                    forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
+    times: dict[Form, list[float]] = {form: [] for form in forms}
+    end, rounds = time.process_time() + ROUND_SECONDS, 0
+    while rounds < MIN_ROUNDS or time.process_time() < end:
+        for form, runtime in forms.items():
+            began = time.process_time()
+            runtime.run(images)
+            times[form].append(time.process_time() - began)
+        rounds += 1
+    return {form: statistics.median(taken[1:]) / len(images) for form, taken in times.items()}
+
+
+def _quantize(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> Bundle:
+    """Write the int8 graph of *bundle* into *folder*; return the bundle with this graph."""
+    quantized = replace(
+        bundle, path=folder, manifest=bundle.manifest.model_copy(update={"precision": "int8"})
+    )
+    quantized.onnx.write_bytes(Int8Quantizer(onnx.load(bundle.onnx), images).quantize().SerializeToString())
+    return quantized

@@ -1,0 +1,117 @@
+"""The fastest form of a bundle on this processor: what is measured, what is said, and when."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.commands import export, fastest_form
+from sopdeploy.commands.fastest_form import Form, describe_fastest_form, measure_forms
+
+ORT, ORT8 = Form("fp32", "ONNX Runtime"), Form("int8", "ONNX Runtime")
+VINO, VINO8 = Form("fp32", "OpenVINO"), Form("int8", "OpenVINO")
+
+
+@pytest.mark.parametrize(
+    ("precision", "milliseconds", "expected"),
+    [
+        (
+            "fp32",
+            {ORT: 10.0, VINO: 9.0, ORT8: 8.0, VINO8: 4.0},
+            "int8 with OpenVINO: 2.5 x faster on this processor: export with --precision int8 --calibrate "
+            "PHOTOS, serve with --runtime openvino",
+        ),
+        (
+            "fp32",
+            {ORT: 10.0, VINO: 9.0, ORT8: 8.0},
+            "int8 with ONNX Runtime: 1.2 x faster on this processor: export with --precision int8 "
+            "--calibrate PHOTOS",
+        ),
+        (
+            "fp32",
+            {ORT: 10.0, VINO: 5.0},
+            "fp32 with OpenVINO: 2.0 x faster on this processor: serve with --runtime openvino",
+        ),
+        (
+            "fp32",
+            {ORT: 10.0, VINO: 9.5, ORT8: 11.0, VINO8: 12.0},
+            "this bundle with ONNX Runtime is the fastest form on this processor",
+        ),
+        (
+            "int8",
+            {ORT8: 10.0, VINO8: 4.0},
+            "int8 with OpenVINO: 2.5 x faster on this processor: serve with --runtime openvino",
+        ),
+    ],
+)
+def test_the_fastest_form_is_named_with_the_options_that_give_it(
+    bundle: Bundle, monkeypatch, precision, milliseconds, expected
+) -> None:
+    monkeypatch.setattr(fastest_form, "measure_forms", lambda _: milliseconds)
+    monkeypatch.setattr(fastest_form, "find_spec", lambda _: True)
+    shipped = replace(bundle, manifest=bundle.manifest.model_copy(update={"precision": precision}))
+    assert describe_fastest_form(shipped) == expected
+    monkeypatch.setattr(fastest_form, "find_spec", lambda _: None)
+    hint = '(OpenVINO is not installed; run: pip install "sopdeploy[openvino]")'
+    assert describe_fastest_form(shipped) == f"{expected} {hint}"
+
+
+def convolution_graph() -> onnx.ModelProto:
+    """Two convolutions, of which the one that reads the image stays in float32, and average pooling."""
+    rng = np.random.default_rng(0)
+    weights = {
+        name: numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
+        for name, shape in {"a.weight": (8, 3, 3, 3), "b.weight": (7, 8, 3, 3)}.items()
+    }
+    nodes = [
+        helper.make_node("Cast", ["images"], ["wide"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["wide"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("Conv", ["planes", "a.weight"], ["a"]),
+        helper.make_node("Relu", ["a"], ["r"]),
+        helper.make_node("Conv", ["r", "b.weight"], ["b"]),
+        helper.make_node("GlobalAveragePool", ["b"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "convolutions",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 32, 32, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 7])],
+        list(weights.values()),
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_float32_and_int8_are_measured_in_both_runtimes_and_the_bundle_stays(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr(fastest_form, "ROUND_SECONDS", 0.0)
+    with_convolutions = replace(bundle, path=tmp_path)
+    with_convolutions.onnx.write_bytes(convolution_graph().SerializeToString())
+    before = with_convolutions.onnx.read_bytes()
+    assert measure_forms(with_convolutions).keys() == {ORT, VINO, ORT8, VINO8}
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
+    assert measure_forms(bundle).keys() == {ORT, VINO}, "without a convolution there is no int8"
+
+
+def test_an_export_measures_on_a_terminal_only(bundle: Bundle, monkeypatch, capsys) -> None:
+    exported: Any = SimpleNamespace(
+        path=bundle.path,
+        manifest=bundle.manifest,
+        parity=SimpleNamespace(drift_allowed=False),
+        warnings=(),
+        lines=lambda: {"bundle": "written"},
+    )
+    monkeypatch.setattr(fastest_form, "describe_fastest_form", lambda _: "int8 is faster")
+    for on_terminal in (False, True):
+        monkeypatch.setattr(export, "console", Console(force_terminal=on_terminal))
+        export.show_export(exported)
+        assert ("int8 is faster" in capsys.readouterr().out) == on_terminal
