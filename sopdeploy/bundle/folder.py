@@ -261,14 +261,13 @@ def label_problem(labels: Sequence[str]) -> str | None:
 class Listed(NamedTuple):
     """A bundle; `reason` says why it is not served, empty if it is. An unreadable `manifest` is None.
 
-    `checked` is the bundle to serve, after a check of all files. `replaced` is true if a later export, or the
+    All files of a bundle that is served were checked. `replaced` is true if a later export, or the
     bundle of which this is a copy, is served instead.
     """
 
     path: Path
     manifest: Manifest | None
     reason: str = ""
-    checked: Bundle | None = None
     replaced: bool = False
 
 
@@ -300,7 +299,7 @@ def list_bundles(folder: Path) -> list[Listed]:
     """
     listed, served = [], dict[str, Manifest]()
     for path, manifest, reason, *_ in sorted(read_bundles(folder), key=_age, reverse=True):
-        checked, newer = None, None
+        newer = None
         if manifest is not None and (newer := served.get(manifest.project)) is not None:
             reason = f"exported earlier, {manifest.exported_at[:19]}Z"
             if manifest.id == newer.id:
@@ -309,11 +308,11 @@ def list_bundles(folder: Path) -> list[Listed]:
                 reason = "exported at the same time"
         elif manifest is not None:
             try:
-                checked = open_bundle(path)
+                open_bundle(path)
                 served[manifest.project] = manifest
             except (BundleError, OSError) as error:
                 reason = str(error)
-        listed.append(Listed(path, manifest, reason, checked, replaced=newer is not None))
+        listed.append(Listed(path, manifest, reason, replaced=newer is not None))
     return listed
 
 
@@ -332,7 +331,7 @@ def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:
     """
     lines: dict[str, list[str]] = {}
     failed = set()
-    for path, manifest, reason, _, replaced in listed:
+    for path, manifest, reason, replaced in listed:
         project = path.name if manifest is None else manifest.project
         texts = lines.setdefault(project, [])
         if reason and not replaced:

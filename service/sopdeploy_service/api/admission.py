@@ -20,7 +20,7 @@ from starlette.types import Receive
 
 from sopdeploy.images.formats import FIRST_BYTES, too_large_error
 from sopdeploy.images.occlusion import IMAGES_PER_MAP
-from sopdeploy_service.http.forms import ImageForm
+from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse_json
@@ -265,9 +265,8 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
     if kind.startswith("multipart/"):
         if kind != "multipart/form-data":
             raise RejectedError(NOT_A_FORM)
-        form = ImageForm(content_type, max_images=settings.max_images)
-        await read_body(admitted, settings.max_body_bytes, form.feed)
-        images = form.images()
+        body = await read_body(admitted, settings.max_body_bytes)
+        images = parse_form(body, content_type, settings.max_images)
         return Upload(images, is_list=len(images) > 1)
     if kind != "application/json":
         body = await read_body(admitted, settings.max_body_bytes)
@@ -299,14 +298,11 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
     return Upload(images, is_list=True, top_k=top_k)
 
 
-async def read_body(
-    admitted: AdmittedRequest, limit: int, consume: Callable[[bytes], None] | None = None
-) -> bytes:
-    """Read at most *limit* bytes of the body before the deadline; *consume* gets them in pieces.
+async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
+    """Read at most *limit* bytes of the body before the deadline.
 
-    A client may be slower than the minimum rate for a grace period in total. Returns the body, empty with
-    *consume*. Raises `RejectedError`: 408 too slow, 413 too large, 415 compressed, 429 for a full budget,
-    499 client disconnected.
+    A client may be slower than the minimum rate for a grace period in total. Raises `RejectedError`: 408 too
+    slow, 413 too large, 415 compressed, 429 for a full budget, 499 client disconnected.
     """
     if admitted.context.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise RejectedError(ENCODED)
@@ -335,7 +331,7 @@ async def read_body(
         if context.bytes > limit:
             raise RejectedError(HttpError.of(too_large_error(limit)))
         if piece:
-            (consume or pieces.append)(piece)
+            pieces.append(piece)
         more = message.get("more_body", False)
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

@@ -8,10 +8,8 @@ Photographs that a bundle was trained on are left out: `Origin.sample` has their
 not independent; only the first of a group counts. Letters: N photographs, C classes.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -45,7 +43,7 @@ TESTABLE = 6  # images on which only one bundle is right, below which no McNemar
 
 
 class BundleScore(StrictModel):
-    """Accuracy and log loss of one bundle, and the median time to decode and run a photograph.
+    """Accuracy and log loss of one bundle.
 
     `accepted` is the share of the photographs that are `known`, `rejected` that of the unknown ones that are
     not; None without a threshold or unknown photographs.
@@ -57,7 +55,6 @@ class BundleScore(StrictModel):
     log_loss: float
     accepted: Rate | None
     rejected: Rate | None
-    median_ms: float
 
 
 class ClassChange(StrictModel):
@@ -154,7 +151,7 @@ def _show(result: BundleComparison) -> None:
     """Print both bundles, their classes and the verdict."""
     for note in result.notes:
         err.print(plain_text(f"warning: {note}"))
-    columns = ("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected", "ms")
+    columns = ("bundle", "top-1", "95 %", "log loss", "known", "unknown rejected")
     print_table(columns, map(_row, (result.first, result.second)))
     rows = [
         (
@@ -175,8 +172,7 @@ def _show(result: BundleComparison) -> None:
         say(f"only in the first bundle, not counted: {', '.join(result.removed)}")
     say(
         f"left out: {result.num_copies} near-duplicates, {result.trained_on} photographs from the training",
-        f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}; takes "
-        f"{result.second.median_ms / result.first.median_ms:.2f} of the time",
+        f"better on {result.wins}, worse on {result.losses} photographs, McNemar p {result.p:.2g}",
     )
     say(result.summary, style="bold")
 
@@ -184,7 +180,7 @@ def _show(result: BundleComparison) -> None:
 def _row(score: BundleScore) -> tuple[str, ...]:
     shares = (f"{rate.share:.1%}" if rate else "-" for rate in (score.accepted, score.rejected))
     top1 = (f"{score.top1.share:.1%}", f"{score.top1.low:.1%} to {score.top1.high:.1%}")
-    return score.bundle, *top1, f"{score.log_loss:.3f}", *shares, f"{score.median_ms:.1f}"
+    return score.bundle, *top1, f"{score.log_loss:.3f}", *shares
 
 
 @command(_show, options={"data"})
@@ -233,13 +229,13 @@ def compare(
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     sets = [images] if unknown is None else [images, open_any_images(unknown)]
     scores, right, rejected = [], [], []
-    for one, outputs, median_ms in zip(pair, *_run(pair, sets, settings, on_image), strict=True):
+    for one, outputs in zip(pair, _run(pair, sets, settings, on_image), strict=True):
         answers = np.array([labels.index(label) for label in one.bundle.labels])[outputs[0].argmax(axis=1)]
         right.append(answers == targets)
         own = np.array([one.bundle.labels.index(labels[target]) for target in targets[common]])
         known = _find_known(one, [outputs[0][common], *outputs[1:]])
         rejected.append(~known[-1])
-        scores.append(_score(one, own, outputs[0][common], known, median_ms))
+        scores.append(_score(one, own, outputs[0][common], known))
     changes = compare_classes(labels, targets[common], [each[common] for each in right])
     added = compare_classes(labels, targets[~common], [each[~common] for each in right])
     wins, losses = sum(one.wins for one in changes), sum(one.losses for one in changes)
@@ -305,21 +301,17 @@ def _run(
     sets: Sequence[ImageFiles],
     settings: Settings,
     on_image: Callable[[int, int], None],
-) -> tuple[list[list[NDArray[np.float32]]], list[float]]:
-    """Run both bundles on each image, in changing order, so that what slows the machine affects both.
-
-    Returns the logits (N, C) of each bundle on each of *sets*, and the median milliseconds of each bundle.
-    """
+) -> list[list[NDArray[np.float32]]]:
+    """Run both bundles on each image; return the logits (N, C) of each bundle on each of *sets*."""
+    total, done = sum(map(len, sets)), 0
     logits: list[list[list[NDArray[np.float32]]]] = [[[] for _ in sets] for _ in pair]
-    seconds: list[list[float]] = [[], []]
-    places = [(number, index) for number, images in enumerate(sets) for index in range(len(images))]
-    for done, (number, index) in enumerate(places, 1):
-        for which in (0, 1) if done % 2 else (1, 0):
-            start = time.perf_counter()
-            logits[which][number].append(image_logits(pair[which], sets[number], index, settings))
-            seconds[which].append(time.perf_counter() - start)
-        on_image(done, len(places))
-    return [[np.stack(rows) for rows in both] for both in logits], [1e3 * median(times) for times in seconds]
+    for number, images in enumerate(sets):
+        for index in range(len(images)):
+            for loaded, outputs in zip(pair, logits, strict=True):
+                outputs[number].append(image_logits(loaded, images, index, settings))
+            done += 1
+            on_image(done, total)
+    return [[np.stack(rows) for rows in outputs] for outputs in logits]
 
 
 def _find_known(loaded: LoadedModel, outputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.bool_]]:
@@ -339,7 +331,6 @@ def _score(
     targets: NDArray[np.int64],
     logits: NDArray[np.float32],
     known: Sequence[NDArray[np.bool_]],
-    median_ms: float,
 ) -> BundleScore:
     """Score the *logits* (N, C) of photographs of *targets* (N,).
 
@@ -353,7 +344,6 @@ def _score(
         log_loss=log_loss(logits.astype(np.float64), targets),
         accepted=Rate.of(int(known[0].sum()), len(targets)) if has_rule else None,
         rejected=Rate.of(int((~known[1]).sum()), len(known[1])) if has_rule and known[1:] else None,
-        median_ms=median_ms,
     )
 
 

@@ -1,4 +1,4 @@
-"""Parse `multipart/form-data` into images, in memory and in one pass.
+"""Parse `multipart/form-data` into images, in memory.
 
 Starlette's form parser writes files above 1 MB to disk and accepts truncated bodies.
 """
@@ -19,55 +19,39 @@ NO_BOUNDARY = HttpError("malformed_multipart", 400, "the content type has no val
 _NO_IMAGE = HttpError("no_image", 422, "the form has no image; add it as a field named `image`")
 
 
-class ImageForm:
-    """Collects the images of a form whose body arrives in pieces."""
+def parse_form(body: bytes, content_type: str, max_images: int) -> list[EncodedImage]:
+    """Read the images of the form *body*, whose boundary is in *content_type*.
 
-    def __init__(self, content_type: str, *, max_images: int) -> None:
-        """Read the boundary of *content_type*; raises `RejectedError` if it is missing or invalid."""
-        boundary = parse_options_header(content_type)[1].get(b"boundary")
-        if not boundary:
-            raise RejectedError(NO_BOUNDARY)
-        parts = self._parts = _Parts(max_images)
-        self._delimiter = b"\r\n--" + boundary
-        self._preamble: bytes | None = b"\r\n"  # its end, until the first delimiter
-        try:
-            self._parser = MultipartParser(
-                boundary,
-                {
-                    "on_header_field": lambda data, start, end: parts.header.extend(data[start:end]),
-                    "on_header_value": lambda data, start, end: parts.value.extend(data[start:end]),
-                    "on_header_end": parts.end_header,
-                    "on_headers_finished": parts.end_headers,
-                    "on_part_data": lambda data, start, end: parts.images[-1][0].extend(data[start:end]),
-                },
-            )
-        except FormParserError as problem:
-            raise RejectedError(NO_BOUNDARY) from problem
-
-    def feed(self, piece: bytes) -> None:
-        """Parse the next *piece* of the body; raises `RejectedError` for an invalid form.
-
-        Bytes before the first delimiter and after the last one are skipped (RFC 2046, section 5.1.1).
-        """
-        if self._preamble is not None:
-            piece = self._preamble + piece
-            start = piece.find(self._delimiter)
-            if start < 0:
-                self._preamble = piece[-len(self._delimiter) :]
-                return
-            self._preamble, piece = None, piece[start + 2 :]
-        try:
-            self._parser.write(piece)
-        except FormParserError as problem:
-            raise RejectedError(_MALFORMED) from problem
-
-    def images(self) -> list[EncodedImage]:
-        """Collect the images after the last piece; raises `RejectedError` for a truncated or empty form."""
-        if self._parser.state != MultipartState.END:
-            raise RejectedError(_MALFORMED)
-        if not self._parts.images:
-            raise RejectedError(_NO_IMAGE)
-        return [EncodedImage(bytes(image), content_type) for image, content_type in self._parts.images]
+    Bytes before the first delimiter and after the last one are skipped (RFC 2046, section 5.1.1). Raises
+    `RejectedError` for a form that is malformed, truncated or empty, or has other fields or more images.
+    """
+    boundary = parse_options_header(content_type)[1].get(b"boundary")
+    if not boundary:
+        raise RejectedError(NO_BOUNDARY)
+    parts = _Parts(max_images)
+    try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_header_field": lambda data, start, end: parts.header.extend(data[start:end]),
+                "on_header_value": lambda data, start, end: parts.value.extend(data[start:end]),
+                "on_header_end": parts.end_header,
+                "on_headers_finished": parts.end_headers,
+                "on_part_data": lambda data, start, end: parts.images[-1][0].extend(data[start:end]),
+            },
+        )
+    except FormParserError as problem:
+        raise RejectedError(NO_BOUNDARY) from problem
+    start = (b"\r\n" + body).find(b"\r\n--" + boundary)
+    try:
+        parser.write(body[max(start, 0) :])
+    except FormParserError as problem:
+        raise RejectedError(_MALFORMED) from problem
+    if start < 0 or parser.state != MultipartState.END:
+        raise RejectedError(_MALFORMED)
+    if not parts.images:
+        raise RejectedError(_NO_IMAGE)
+    return [EncodedImage(bytes(image), media_type) for image, media_type in parts.images]
 
 
 @dataclass(slots=True)

@@ -10,14 +10,7 @@ import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 
-from sopdeploy.bundle.folder import (
-    MANIFEST,
-    Bundle,
-    describe_projects,
-    follow_link,
-    list_bundles,
-    read_manifest,
-)
+from sopdeploy.bundle.folder import MANIFEST, describe_projects, follow_link, list_bundles, read_manifest
 from sopdeploy.errors import BundleError, ConfigError
 
 FOLLOW_SECONDS = 1.0
@@ -60,40 +53,38 @@ async def moves_of(links: Mapping[Path, Path]) -> AsyncIterator[None]:
             yield
 
 
-class BundleStore:
-    """The bundles by name; `checked` has those whose files were already compared with their hashes."""
+def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
+    """Find the bundles of *sources*, each `PATH` or `NAME=PATH`, by name.
 
-    def __init__(self, sources: Iterable[str | Path]) -> None:
-        """Find the bundles of *sources*, each `PATH` or `NAME=PATH`.
+    For a folder, the log gets a line about each project, a warning if a bundle cannot be served.
+    Raises `BundleError` for a path without a bundle and `ConfigError` for two bundles with one name.
+    """
+    bundles: dict[str, Path] = {}
+    for given, source in map(_parse_source, sources):
+        path = follow_link(source)  # every process must serve the same bundle
+        if given or not path.is_dir() or (path / MANIFEST).is_file():
+            named = [(given or read_manifest(path).project, path)]
+        else:
+            named = _find_in_folder(path)
+        for name, bundle in named:
+            if name in bundles:
+                raise ConfigError(
+                    f"{bundle}: the name {name} is already used by {bundles[name]}; "
+                    f"choose another one: NAME={bundle}"
+                )
+            bundles[name] = bundle
+    return bundles
 
-        For a folder, the log gets a line about each project, a warning if a bundle cannot be served.
-        Raises `BundleError` for a path without a bundle and `ConfigError` for two bundles with one name.
-        """
-        self.bundles: dict[str, Path] = {}
-        self.checked: dict[Path, Bundle] = {}
-        for name, source in map(_parse_source, sources):
-            path = follow_link(source)  # every process must serve the same bundle
-            if name or not path.is_dir() or (path / MANIFEST).is_file():
-                self._add(name or read_manifest(path).project, path)
-            else:
-                self._add_folder(path)
 
-    def _add_folder(self, folder: Path) -> None:
-        listed = list_bundles(folder)
-        if all(bundle.reason for bundle in listed):
-            reason = "no bundle here or in a folder directly below; give the folder with a manifest.json"
-            raise BundleError(f"{folder}: {listed[0].reason if listed else reason}")
-        for line, failed in describe_projects(listed):
-            log.log(logging.WARNING if failed else logging.INFO, line)
-        for bundle in listed:
-            if bundle.checked is not None:
-                self._add(bundle.checked.manifest.project, bundle.path)
-                self.checked[bundle.path] = bundle.checked
-
-    def _add(self, name: str, bundle: Path) -> None:
-        if name in self.bundles:
-            raise ConfigError(
-                f"{bundle}: the name {name} is already used by {self.bundles[name]}; "
-                f"choose another one: NAME={bundle}"
-            )
-        self.bundles[name] = bundle
+def _find_in_folder(folder: Path) -> list[tuple[str, Path]]:
+    listed = list_bundles(folder)
+    if all(bundle.reason for bundle in listed):
+        reason = "no bundle here or in a folder directly below; give the folder with a manifest.json"
+        raise BundleError(f"{folder}: {listed[0].reason if listed else reason}")
+    for line, failed in describe_projects(listed):
+        log.log(logging.WARNING if failed else logging.INFO, line)
+    return [
+        (bundle.manifest.project, bundle.path)
+        for bundle in listed
+        if bundle.manifest is not None and not bundle.reason
+    ]

@@ -57,10 +57,8 @@ class LoadedModel:
     onnx_root: str | None = None
 
 
-def load_model(
-    path: Path, settings: Settings, checked: Bundle | None = None, *, thorough: bool = False
-) -> LoadedModel:
-    """Load the bundle at *path* and replay its probes; *checked* is this bundle if it was just opened.
+def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
+    """Load the bundle at *path* and replay its probes.
 
     One of the probes runs alone, the others in batches of the largest size. With *thorough*, all
     of them run in both ways, and the root of the graph is compared with the certificate, and recomputed if
@@ -68,7 +66,7 @@ def load_model(
 
     Raises `BundleError`, `RuntimeUnavailableError`, `ConfigError` for an invalid key file, and `ParityError`.
     """
-    bundle = open_checked(path, settings, checked)
+    bundle = open_checked(path, settings)
     root = check_roots(bundle) if thorough else None
     smallest = bundle.manifest.batch.minimum
     if smallest > 1:
@@ -102,15 +100,14 @@ def read_card_files(bundle: Bundle) -> dict[str, bytes]:
     return {name: (bundle.path / name).read_bytes() for name in names}
 
 
-def open_checked(path: Path, settings: Settings, checked: Bundle | None = None) -> Bundle:
+def open_checked(path: Path, settings: Settings) -> Bundle:
     """Check the files of the bundle at *path* and, if *settings* require it, the signature; open it.
 
     Raises `BundleError`, and `ConfigError` for an invalid key file.
     """
     if settings.require_signature is not None:
         check_signature(path, signature_path(path), settings.require_signature)
-        checked = None  # nothing may have changed since
-    return checked or open_bundle(path)
+    return open_bundle(path)
 
 
 def open_runtime(bundle: Bundle, settings: Settings) -> Runtime:

@@ -24,7 +24,7 @@ from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy_service.images.decode import EncodedImage
-from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model_worker import Model, QueuedImage
@@ -150,10 +150,8 @@ class ModelRegistry:
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
-            store = await asyncio.to_thread(BundleStore, sources)
-            await self.follow(
-                store.bundles, lambda path: load_model(path, self._settings, store.checked.get(path))
-            )
+            bundles = await asyncio.to_thread(find_bundles, sources)
+            await self.follow(bundles, lambda path: load_model(path, self._settings))
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             models_log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)

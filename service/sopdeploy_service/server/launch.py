@@ -110,7 +110,7 @@ class BackgroundServer:
     def __init__(self, sources: Sequence[str | Path], settings: Settings) -> None:
         """Start the server and wait until its probes are verified and its port is open.
 
-        Raises `ConfigError` if it cannot listen, and what `BundleStore`, `open_bundle` and `load_model`
+        Raises `ConfigError` if it cannot listen, and what `find_bundles`, `open_bundle` and `load_model`
         raise.
         """
         self.url, self.bundles = f"http://{settings.host}:{settings.port}", tuple[str, ...]()

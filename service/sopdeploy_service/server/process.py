@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sopdeploy_service.inference.bundle_store import BundleStore, links_among
+from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.device_memory import limit_heaps
@@ -32,7 +32,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     A source is a bundle, a directory of bundles, or `NAME=BUNDLE`. Prints one line, `ready: URL  BUNDLE ...`,
     when the probes are verified and the port is open. Returns the exit code: 0 after a drain, 70 if a runtime
     died. Raises `ConfigError` if it cannot listen and for invalid keys, and the errors of
-    `BundleStore` and `load_model`.
+    `find_bundles` and `load_model`.
     """
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
@@ -69,17 +69,14 @@ def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) 
 
     The modules of the app and its server are imported while a thread loads the bundles.
     """
-    store = BundleStore(sources)
-    bundles = store.bundles
+    bundles = find_bundles(sources)
     if settings.memory_budget is not None:
         from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
 
         options["create_registry"] = partial(BudgetedRegistry, bundles)
         bundles = {}  # the registry loads them
     with ThreadPoolExecutor(1, thread_name_prefix="loader") as loader:
-        loaded = loader.map(
-            lambda path: load_model(path, settings, store.checked.get(path)), bundles.values()
-        )
+        loaded = loader.map(lambda path: load_model(path, settings), bundles.values())
         import sopdeploy_service.server.draining_server  # noqa: F401, PLC0415
         from sopdeploy_service.app import create_app  # noqa: PLC0415
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle
 from sopdeploy_service.devices.device_server import run_device_server
 from sopdeploy_service.devices.processes import DeviceLaunchConfig
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -41,8 +40,8 @@ class Gated:
         return self._runtime.run(images)
 
 
-def load_gated(path: Path, settings: Settings, checked: Bundle | None) -> LoadedModel:
-    loaded = load_model(path, settings, checked)
+def load_gated(path: Path, settings: Settings) -> LoadedModel:
+    loaded = load_model(path, settings)
     return replace(loaded, runtime=Gated(loaded.runtime))
 
 

@@ -15,18 +15,15 @@ from typing import Any
 import httpx
 import pytest
 
-from sopdeploy.bundle import folder as bundle_folder
-from sopdeploy.bundle.folder import open_bundle, read_manifest
+from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
-from sopdeploy.files import sha256
-from sopdeploy_service.inference.bundle_store import BundleStore
+from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from sopdeploy_service.server.process import load_app
 from sopdeploy_service.settings import Settings
 from tests.forged import flip
 from tests.service.raw import connect, post_of, read
@@ -202,7 +199,7 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
     }
     last = {"hats": made["hats", 2], "shoes": made["shoes", 3]}
     caplog.set_level("INFO")
-    assert BundleStore([folder]).bundles == last
+    assert find_bundles([folder]) == last
     assert {record.levelname for record in caplog.records} == {"INFO"}
     assert lines(caplog) == [
         f"shoes: serves {last['shoes']} (exported 2026-11-23T10:00:00Z); "
@@ -212,19 +209,12 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
     ]
     (folder / "latest").unlink()
     os.utime(made["hats", 1] / "manifest.json")
-    assert BundleStore([folder]).bundles == last
+    assert find_bundles([folder]) == last
     (folder / "latest").symlink_to(made["hats", 1].name)
     shutil.copytree(folder, tmp_path / "copied")  # like `cp -rL`: the link becomes a folder
-    copied = BundleStore([tmp_path / "copied"]).bundles
+    copied = find_bundles([tmp_path / "copied"])
     assert copied == {name: tmp_path / "copied" / path.name for name, path in last.items()}
-    assert BundleStore([tmp_path / "copied" / "latest"]).bundles == {"hats": tmp_path / "copied" / "latest"}
-
-
-def test_a_start_hashes_every_file_once(tmp_path, make_bundle, monkeypatch) -> None:
-    bundle, hashed = make_bundle(tmp_path / "models"), []
-    monkeypatch.setattr(bundle_folder, "sha256", lambda file: [hashed.append(file), sha256(file)][1])
-    load_app([tmp_path / "models"], Settings(threads=1))
-    assert sorted(hashed) == sorted(bundle / name for name in read_manifest(bundle).files)
+    assert find_bundles([tmp_path / "copied" / "latest"]) == {"hats": tmp_path / "copied" / "latest"}
 
 
 def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, make_bundle, caplog) -> None:
@@ -234,10 +224,10 @@ def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, make_bun
         shutil.copytree(first, folder / name)
     (folder / ".bundle-x.partial").mkdir()
     (folder / "engines").mkdir()
-    assert BundleStore([folder]).bundles == {"tiny": folder / first.name}
+    assert find_bundles([folder]) == {"tiny": folder / first.name}
     (line,) = lines(caplog)
     assert line.endswith(f"not zoo, a copy of {first.name}; not flowers, a copy of {first.name}")
-    assert BundleStore([first, f"two={first}"]).bundles == {"tiny": first, "two": first}
+    assert find_bundles([first, f"two={first}"]) == {"tiny": first, "two": first}
     assert lines(caplog) == []
 
 
@@ -245,7 +235,7 @@ def test_of_bundles_exported_at_the_same_time_the_greater_id_is_served(tmp_path,
     caplog.set_level("INFO")
     folder = tmp_path / "models"
     smaller, greater = sorted(make_bundle(folder, probes=count, exported_at=TIMES[0]) for count in (3, 4))
-    assert BundleStore([folder]).bundles == {"tiny": greater}
+    assert find_bundles([folder]) == {"tiny": greater}
     assert lines(caplog)[0].endswith(f"not {smaller.name}, exported at the same time")
 
 
@@ -268,24 +258,24 @@ def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, m
     older = make_bundle(folder, exported_at=TIMES[0])
     newer = make_bundle(folder, exported_at=TIMES[1], probes=4)
     change(newer)
-    assert BundleStore([folder]).bundles == {"tiny": older}
+    assert find_bundles([folder]) == {"tiny": older}
     assert [record.levelname for record in caplog.records if reason in record.getMessage()] == ["WARNING"]
     shutil.rmtree(older)
     with pytest.raises(BundleError) as error:
-        BundleStore([folder])
+        find_bundles([folder])
     assert str(newer) in str(error.value)
     assert (reason in str(error.value), "\n" in str(error.value)) == (True, False)
 
 
 def test_invalid_sources_are_errors(versions, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"the name tiny is already used by .*NAME="):
-        BundleStore(versions)
+        find_bundles(versions)
     for source in ("a b=/x", "=/x", "a/b=/x"):
         with pytest.raises(ConfigError, match="letters, digits"):
-            BundleStore([source])
+            find_bundles([source])
     (tmp_path / "empty").mkdir()
     with pytest.raises(BundleError, match="no bundle here or in a folder directly below"):
-        BundleStore([tmp_path / "empty"])
+        find_bundles([tmp_path / "empty"])
 
 
 Running = Callable[..., AbstractContextManager[httpx.Client]]
