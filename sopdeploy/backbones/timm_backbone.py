@@ -45,8 +45,7 @@ def import_timm(name: str) -> Any:
 
 def timm_image_size(name: str) -> int:
     """Look up the image size in pixels of timm's network *name*; raise `ConfigError` if unknown."""
-    size: int = import_timm(name).get_pretrained_cfg(name).input_size[-1]
-    return size
+    return import_timm(name).get_pretrained_cfg(name).input_size[-1]
 
 
 @cache
@@ -139,8 +138,7 @@ class TimmBackbone(Backbone):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute logits by timm's `forward_head`."""
-        logits: Tensor = self.wrapped[0].forward_head(features)
-        return logits
+        return self.wrapped[0].forward_head(features)
 
     def num_features(self) -> int:
         """Return the length of the vector that timm's classifier reads."""

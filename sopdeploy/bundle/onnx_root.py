@@ -117,8 +117,7 @@ def _attribute_content(attribute: "onnx.AttributeProto", operator: str) -> str |
     undocumented = type(attribute)()
     undocumented.CopyFrom(attribute)
     undocumented.doc_string = ""
-    content: bytes = undocumented.SerializeToString(deterministic=True)
-    return content
+    return undocumented.SerializeToString(deterministic=True)
 
 
 def _tensor_hash(tensor: "onnx.TensorProto") -> str:

@@ -179,8 +179,7 @@ def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, differenc
 def row_wise_order(channels: int) -> Tensor:
     """Compute the indices (d (d + 1) / 2,) int64 that make column-wise vectors of triangles row-wise."""
     rows, columns = torch.triu_indices(channels, channels)
-    order: Tensor = columns * (columns + 1) // 2 + rows
-    return order
+    return columns * (columns + 1) // 2 + rows
 
 
 def triangle_side(length: int) -> int | None:

@@ -14,8 +14,7 @@ def sum_over_ranks(x: Tensor) -> Tensor:
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return x
-    summed: Tensor = _SumOverRanks.apply(x)
-    return summed
+    return _SumOverRanks.apply(x)
 
 
 class _SumOverRanks(torch.autograd.Function):

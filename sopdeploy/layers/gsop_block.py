@@ -136,8 +136,7 @@ class ChannelAttention(nn.Module, ExportHints):
         reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.config.pre_relu else features_BCHW)
         with without_autocast(reduced_BdHW):
             cov_Bdd = covariance(centered_and_scaled(at_least_float32(reduced_BdHW)))
-        weights_BC11: Tensor = self.excitation(cov_Bdd)
-        return weights_BC11
+        return self.excitation(cov_Bdd)
 
 
 RowBuilder = Callable[[int, int], list[list[float]]]
@@ -237,8 +236,7 @@ class Concatenation(nn.Module):
 
     def forward(self, by_channel: Tensor, by_position: Tensor) -> Tensor:
         """Compute the fused tensor."""
-        fused: Tensor = self.bn(self.conv_channel(by_channel) + self.conv_position(by_position))
-        return fused
+        return self.bn(self.conv_channel(by_channel) + self.conv_position(by_position))
 
 
 class GSoPBlock(nn.Module):
@@ -274,8 +272,7 @@ class GSoPBlock(nn.Module):
         if self.channel is None:
             return by_position
         if self.fusion is not None:
-            fused: Tensor = self.fusion(by_channel, by_position)
-            return fused
+            return self.fusion(by_channel, by_position)
         if self.config.attention == "maximum":
             return torch.maximum(by_channel, by_position)
         total = by_channel + by_position

@@ -163,8 +163,7 @@ class ISqrtCov(nn.Module, ExportHints):
         trains = features_BdHW.requires_grad and torch.is_grad_enabled()
         with without_autocast(features_BdHW):
             if trains and not torch.compiler.is_compiling():
-                vector: Tensor = ISqrtVector.apply(features_BdHW, self.triangle, self.config)
-                return vector
+                return ISqrtVector.apply(features_BdHW, self.triangle, self.config)
             return isqrt_vector(features_BdHW, self.triangle, self.config)
 
 

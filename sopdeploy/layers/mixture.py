@@ -192,8 +192,7 @@ class FusionHead(nn.Module):
 
     def forward(self, pooled_BD: Tensor) -> Tensor:
         """Compute the logits."""
-        logits: Tensor = self.fc(self.dropout(self.bn(pooled_BD)))
-        return logits
+        return self.fc(self.dropout(self.bn(pooled_BD)))
 
 
 class GateNoise(nn.Module):

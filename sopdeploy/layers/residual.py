@@ -120,8 +120,7 @@ class BasicBlock(ResidualBlock):
 
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the second batch norm."""
-        out: Tensor = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        return out
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
 
 
 class Bottleneck(ResidualBlock):
@@ -159,8 +158,7 @@ class Bottleneck(ResidualBlock):
         """Compute the output of the third batch norm."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        result: Tensor = self.bn3(self.conv3(out))
-        return result
+        return self.bn3(self.conv3(out))
 
 
 class PreActBasicBlock(ResidualBlock):
@@ -179,8 +177,7 @@ class PreActBasicBlock(ResidualBlock):
 
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the second convolution for an activated input."""
-        out: Tensor = self.conv2(F.relu(self.bn2(self.conv1(x))))
-        return out
+        return self.conv2(F.relu(self.bn2(self.conv1(x))))
 
 
 class PreActBottleneck(ResidualBlock):
@@ -203,8 +200,7 @@ class PreActBottleneck(ResidualBlock):
     def residual(self, x: Tensor) -> Tensor:
         """Compute the output of the third convolution for an activated input."""
         middle = self.conv2(F.relu(self.bn2(self.conv1(x))))
-        out: Tensor = self.conv3(F.relu(self.bn3(middle)))
-        return out
+        return self.conv3(F.relu(self.bn3(middle)))
 
 
 def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3) -> nn.Module:
@@ -217,7 +213,6 @@ def mbconv(in_channels: int, out_channels: int, stride: int = 1, kernel: int = 3
         "timm.models._efficientnet_blocks", "timm", "sopdeploy[train]", MissingPackageError
     )
     excitation = partial(timm.SqueezeExcite, rd_channels=max(1, in_channels // SQUEEZE))
-    block: nn.Module = timm.InvertedResidual(
+    return timm.InvertedResidual(
         in_channels, out_channels, kernel, stride, exp_ratio=6, act_layer=nn.SiLU, se_layer=excitation
     )
-    return block

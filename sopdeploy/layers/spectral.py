@@ -71,8 +71,7 @@ class SpectralFunction(torch.autograd.Function):
         ctx.function = function
         ctx.save_for_backward(lambda_BC, u_BCC)
         value_BC, _ = function(lambda_BC)
-        value_BCC: Tensor = (u_BCC * value_BC[:, None, :]) @ u_BCC.transpose(1, 2)
-        return value_BCC
+        return (u_BCC * value_BC[:, None, :]) @ u_BCC.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad_BCC: Tensor) -> tuple[Tensor, None]:
@@ -98,8 +97,7 @@ def _divided_differences(lambda_BC: Tensor, function: Power | Logarithm) -> Tens
 
 def spectral(a_BCC: Tensor, function: Power | Logarithm) -> Tensor:
     """Compute f(A) (B, C, C) of symmetric matrices A (B, C, C): f of their eigenvalues."""
-    value_BCC: Tensor = SpectralFunction.apply(a_BCC, function)
-    return value_BCC
+    return SpectralFunction.apply(a_BCC, function)
 
 
 class MatrixRootConfig(StrictModel):
@@ -122,8 +120,7 @@ def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
     if config.root == "eigen":
         return spectral(a_BCC, Power(0.5))
     if config.backward == "lyapunov" and not torch.compiler.is_compiling():
-        root_BCC: Tensor = LyapunovRoot.apply(a_BCC, config.iterations)
-        return root_BCC
+        return LyapunovRoot.apply(a_BCC, config.iterations)
     return _iterated_root(a_BCC, config.iterations)
 
 

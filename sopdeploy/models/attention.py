@@ -28,8 +28,7 @@ def squeeze_excite(channels: int, reduction: int) -> nn.Module:
     Global average pooling, linear layer to C / r (at least one), ReLU, linear layer to C, sigmoid.
     """
     timm = import_optional("timm.layers", "timm", "sopdeploy[train]", MissingPackageError)
-    block: nn.Module = timm.SEModule(channels, rd_channels=max(1, channels // reduction))
-    return block
+    return timm.SEModule(channels, rd_channels=max(1, channels // reduction))
 
 
 def bottleneck_mlp(channels: int, reduction: int) -> nn.Sequential:

@@ -126,8 +126,7 @@ class GatedResNet(LowResolutionResNet, ExportHints):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
-        logits: Tensor = self.head(self.mixture(features, self.gate(features), gather=self.is_captured))
-        return logits
+        return self.head(self.mixture(features, self.gate(features), gather=self.is_captured))
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
@@ -235,8 +234,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
-        logits: Tensor = self.head(self.mixture(features).mean(dim=1))
-        return logits
+        return self.head(self.mixture(features).mean(dim=1))
 
 
 class NetVLADResNetConfig(LowResolutionResNetConfig):

@@ -72,8 +72,7 @@ class ProgressivePooling(GlobalPooling):
     def forward(self, features: Tensor) -> Tensor:
         """Compute the vector of the last step."""
         *_, last = self.steps(features)
-        vector: Tensor = self.root(last)
-        return vector
+        return self.root(last)
 
 
 class PSDRResNet(Classifier, ResNet):

@@ -116,8 +116,7 @@ class PooledHead(nn.Module, ExportHints):
 
     def forward(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         """Compute the (B, classes) logits."""
-        logits: Tensor = self.fc(self.vector(own_BD, maps))
-        return logits
+        return self.fc(self.vector(own_BD, maps))
 
     @torch.no_grad()
     def fit_projection(self, batches: Sequence[Mapping[str, Tensor]]) -> None:
@@ -164,8 +163,7 @@ class SecondOrderHead(Classifier):
 
     def classify(self, features: Tensor) -> Tensor:
         """Compute (B, classes) logits from `feature_maps`; only the kind `gap` needs no taps."""
-        logits: Tensor = self.pooled_head(super().classify(features), {})
-        return logits
+        return self.pooled_head(super().classify(features), {})
 
     def head_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the head reads: the network's own vector (B, D_0), and maps (B, C, H, W) by tap."""
@@ -231,5 +229,4 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
     components_dC = vectors_CC.flip(1)[:, :width].T
     largest = components_dC.abs().argmax(dim=1, keepdim=True)
-    signed_dC: Tensor = components_dC * components_dC.gather(1, largest).sign()
-    return signed_dC
+    return components_dC * components_dC.gather(1, largest).sign()

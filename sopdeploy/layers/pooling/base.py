@@ -79,8 +79,7 @@ class PoolingConfig(StrictModel):
 
     def build(self, channels: int) -> GlobalPooling:
         """Build the pooling for maps of *channels* channels."""
-        pooling: GlobalPooling = self.layer(self, channels)
-        return pooling
+        return self.layer(self, channels)
 
 
 def unit_length(values: Tensor, dim: int) -> Tensor:
@@ -92,8 +91,7 @@ def unit_length(values: Tensor, dim: int) -> Tensor:
     """
     length = torch.linalg.vector_norm(values, dim=dim, keepdim=True)
     smallest = max(SMALLEST_LENGTH, torch.finfo(values.dtype).tiny)  # 1e-12 would be 0 in float16
-    scaled: Tensor = values / length.clamp_min(smallest)
-    return scaled
+    return values / length.clamp_min(smallest)
 
 
 def unit_signed_root(vector_BD: Tensor) -> Tensor:

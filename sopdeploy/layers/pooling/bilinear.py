@@ -127,8 +127,7 @@ class LowRankClassifier(nn.Module):
         matrix_Bmm = vector.view(-1, self.config.width, self.config.width)
         forms_BF = (self.factors(matrix_Bmm) * self.factors.weight.T).sum(dim=1)
         forms_BKr = forms_BF.view(-1, len(self.bias), self.config.rank)
-        logits: Tensor = (forms_BKr * self.signs).sum(dim=2) + self.bias
-        return logits
+        return (forms_BKr * self.signs).sum(dim=2) + self.bias
 
 
 class LowRankBilinearConfig(PoolingConfig):

@@ -125,8 +125,7 @@ class KernelPooling(GlobalPooling):
         for indices_C, signs_C in sketches:
             sketch_BMD = torch.index_add(empty_BMD, 2, indices_C, x_BMC * signs_C)
             spectrum_BMF = spectrum_BMF * torch.fft.rfft(sketch_BMD)
-        mean_BD: Tensor = torch.fft.irfft(spectrum_BMF.mean(dim=1), n=self.config.dim)
-        return mean_BD
+        return torch.fft.irfft(spectrum_BMF.mean(dim=1), n=self.config.dim)
 
 
 class KernelPoolingConfig(PoolingConfig):

@@ -40,8 +40,7 @@ class ISqrtPooling(ReducedPooling):
 
     def forward(self, features: Tensor) -> Tensor:
         """Compute the vector (B, d (d + 1) / 2); `isqrt_cov` converts half-precision maps to float32."""
-        vector: Tensor = self.batch_norm(self.root(self.reduce(features)))
-        return vector
+        return self.batch_norm(self.root(self.reduce(features)))
 
 
 class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
