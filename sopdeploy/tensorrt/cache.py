@@ -12,6 +12,7 @@ profile, and single images run without a dynamic dimension.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -23,11 +24,19 @@ from sopdeploy.bundle.probes import Replay
 from sopdeploy.config import Count, NonNegative, StrictModel
 from sopdeploy.errors import ConfigError, EngineError
 from sopdeploy.files import atomic_write, writing
-from sopdeploy.tensorrt.cuda import Gpu
 
 _FOLDER = "engines"
 NAME_LENGTH = 16
 EMPTY = "no engine of this bundle was built here yet"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The first GPU: model name, compute capability such as `sm_90`, memory in bytes."""
+
+    name: str
+    architecture: str
+    memory: int
 
 
 class Profile(StrictModel):

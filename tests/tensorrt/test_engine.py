@@ -19,6 +19,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, EngineError, ParityError, RuntimeUnavailableError
 from sopdeploy.tensorrt.cache import (
     EngineRecord,
+    Gpu,
     StoredEngine,
     cache_folder,
     index_for,
@@ -26,7 +27,6 @@ from sopdeploy.tensorrt.cache import (
     load_best_engine,
     parse_profiles,
 )
-from sopdeploy.tensorrt.cuda import Gpu
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
 from sopdeploy_export.options import EngineOptions
 from sopdeploy_service.inference.loader import load_model, open_runtime

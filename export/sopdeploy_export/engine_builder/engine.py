@@ -18,6 +18,7 @@ from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
 from sopdeploy.tensorrt.cache import (
     EngineKey,
     EngineRecord,
+    Gpu,
     Profile,
     StoredEngine,
     cache_folder,
@@ -26,8 +27,7 @@ from sopdeploy.tensorrt.cache import (
     parse_profiles,
     store_engine,
 )
-from sopdeploy.tensorrt.cuda import Cuda, Gpu, open_cuda
-from sopdeploy.tensorrt.session import EngineSession, import_tensorrt
+from sopdeploy.tensorrt.session import Cuda, EngineSession, import_tensorrt, open_cuda
 from sopdeploy_export.engine_builder.build import Report, parse_and_build
 from sopdeploy_export.engine_builder.lint import lint
 from sopdeploy_export.options import EngineOptions

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
 from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_best_engine, records
-from sopdeploy.tensorrt.cuda import open_cuda
-from sopdeploy.tensorrt.session import EngineSession, import_tensorrt
+from sopdeploy.tensorrt.session import EngineSession, import_tensorrt, open_cuda
 from sopdeploy_service.settings import Settings
 
 log = logging.getLogger("sopdeploy.service")

@@ -11,12 +11,13 @@ from sopdeploy.config import with_registered
 from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig, PoolingConfig
 from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
+    CompactBilinearConfig,
     GaussianConfig,
     ImprovedBilinearConfig,
+    KernelPoolingConfig,
     LowRankBilinearConfig,
 )
 from sopdeploy.layers.pooling.codebook import NetFVConfig, NetVLADConfig
-from sopdeploy.layers.pooling.compact_bilinear import CompactBilinearConfig, KernelPoolingConfig
 from sopdeploy.layers.pooling.covariance import (
     ISqrtPoolingConfig,
     LogEuclideanConfig,
