@@ -72,7 +72,7 @@ class InFloat64(TorchDispatchMode):
     def __enter__(self) -> Self:
         """Enter both modes."""
         self._dtypes.__enter__()  # type: ignore[no-untyped-call]
-        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         """Leave both modes."""
