@@ -17,7 +17,7 @@ from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.multi_label import fit_presence
-from sopdeploy.evaluation.prediction import HeadAccuracy, HeadCounter, score_images
+from sopdeploy.evaluation.prediction import AllHeads, HeadAccuracy, measure_heads, score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.models.base import Classifier
 
@@ -86,13 +86,13 @@ def score_checkpoint(
     if warning := checkpoint.trained_on(images):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    network = HeadCounter(model, torch.from_numpy(_output_targets(checkpoint, images))) if heads else model
+    network = AllHeads(model) if heads else model
     try:
-        logits_NC = score_images(
-            network.eval(), checkpoint.preprocess, images, workers=workers, on_image=on_image
-        )
+        logits_NC = score_images(network, checkpoint.preprocess, images, workers=workers, on_image=on_image)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
+    of_heads = network.split(logits_NC) if isinstance(network, AllHeads) else {}
+    logits_NC = of_heads.get("main", logits_NC)
     decision = checkpoint.decision or Decision()
     calibrated_NC = logits_NC / decision.temperature
     return CheckpointScores(
@@ -101,7 +101,7 @@ def score_checkpoint(
         images=images,
         logits=logits_NC,
         predictions=make_predictions(calibrated_NC, images, checkpoint.labels, decision),
-        heads=network.accuracies() if isinstance(network, HeadCounter) else (),
+        heads=measure_heads(model, of_heads, _output_targets(checkpoint, images)) if heads else (),
     )
 
 

@@ -1,12 +1,13 @@
 """Evaluation of networks: metrics during training, and per-image scores.
 
-`HeadCounter` measures every head of a network, as in DSoP's Tables III and V, Figures 4 and 5. The heads are
+`AllHeads` computes every head of a network, as in DSoP's Tables III and V, Figures 4 and 5. The heads are
 the network's own classifier, `main`, and the training-only ones: the branches of DSoP, the auxiliary heads of
 PSDR. Export removes the training-only heads, so only a checkpoint has them.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import Fraction, NonNegative, StrictModel
-from sopdeploy.data.base import Dataset, LabeledImages, PreprocessedDataset
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.decision import Activation, Decision, sigmoid
+from sopdeploy.decision import Activation, sigmoid
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K, Rate
 from sopdeploy.evaluation.multi_label import (
@@ -28,7 +28,6 @@ from sopdeploy.evaluation.multi_label import (
     MultiLabelPredictions,
     fit_thresholds,
 )
-from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
@@ -95,17 +94,12 @@ def evaluate_network(
 ) -> HeldOutMetrics:
     """Evaluate the main head of *model* on *dataset*, on the device of the model.
 
-    *options* are those of `predict_logits`. The model is in eval mode during the evaluation. Raises
-    `DataError` if there are no images, `TrainingError` if the loss is not finite.
+    *options* are those of `predict_logits`. Raises `DataError` if there are no images, `TrainingError` if the
+    loss is not finite.
     """
     if not len(dataset):
         raise DataError(NO_IMAGES)
-    was_training = model.training
-    model.eval()
-    try:
-        logits, targets = predict_logits(model, dataset, preprocess, **options)
-    finally:
-        model.train(was_training)
+    logits, targets = predict_logits(model, dataset, preprocess, **options)
     return held_out_metrics(dataset.labels, logits, targets)
 
 
@@ -124,7 +118,7 @@ def held_out_metrics(
             "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
         )
     if activation == "softmax":
-        right = logits_NC.topk(min(5, len(labels)), dim=1).indices == labels_N[:, None]
+        right = logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels_N[:, None]
         top1, top5 = int(right[:, 0].sum()) / len(right), int(right.any(dim=1).sum()) / len(right)
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
     half, probabilities = [DEFAULT_THRESHOLD] * len(labels), sigmoid(logits)
@@ -136,29 +130,6 @@ def held_out_metrics(
         loss=loss,
         thresholds=fit_thresholds(targets.astype(np.float64), probabilities),
     )
-
-
-def _process_logits(
-    model: nn.Module,
-    dataset: Dataset,
-    preprocess: Preprocess,
-    batch_size: int,
-    workers: int,
-    processes: ProcessGroup,
-) -> Iterator[tuple[list[int], Tensor] | None]:
-    """Yield the indices and the logits (B, C) float64 of each batch of this process.
-
-    All processes yield the same number of times; a process that has no batch left yields None.
-    """
-    device = next(model.parameters()).device
-    normalize = Normalize(preprocess).to(device)
-    images_here = range(processes.rank, len(dataset), processes.world)
-    positions = sequential_batches(len(images_here), batch_size)
-    batches = [[images_here[position] for position in batch] for batch in positions]
-    for indices, (images, _) in zip(batches, load_batches(dataset, batches, workers, device), strict=True):
-        yield indices, model(normalize(images)).double()
-    rounds = -(-len(dataset) // (batch_size * processes.world))
-    yield from [None] * (rounds - len(batches))
 
 
 @torch.no_grad()
@@ -174,23 +145,51 @@ def predict_logits(
 ) -> tuple[NDArray[np.float64], NDArray[Any]]:
     """Compute the logits (N, C) of *model* on *dataset*; return them and the targets of its images.
 
-    The model must be in eval mode. Each of *processes* computes a different part of the images; each returns
-    the logits of all images. *on_batch* is called after every batch with the number of images done, the same
-    number of times in each process.
+    The model is in eval mode meanwhile. Each of *processes* computes a different part of the images; each
+    returns the logits of all images. *on_batch* is called after every batch with the number of images done,
+    the same number of times in each process.
     """
-    computed: list[tuple[list[int], Tensor]] = []  # indices and logits of this process's batches
-    batches = _process_logits(model, dataset, preprocess, batch_size, workers, processes)
-    for done, batch in enumerate(batches, 1):
-        if batch is not None:
-            indices, batch_logits = batch
-            computed.append((indices, batch_logits.cpu()))
-        on_batch(min(len(dataset), done * batch_size * processes.world))
-    classes = computed[0][1].shape[1] if computed else len(dataset.labels)
+    device, was_training = next(model.parameters()).device, model.training
+    normalize = Normalize(preprocess).to(device)
+    images_here = range(processes.rank, len(dataset), processes.world)
+    positions = sequential_batches(len(images_here), batch_size)
+    batches = [[images_here[position] for position in batch] for batch in positions]
+    rounds = -(-len(dataset) // (batch_size * processes.world))  # those of the process with the most batches
+    computed: list[Tensor] = []
+    model.eval()
+    try:
+        loader = load_batches(dataset, batches, workers, device)
+        for done, batch in zip_longest(range(1, rounds + 1), loader):
+            if batch is not None:
+                computed.append(model(normalize(batch[0])).double().cpu())
+            on_batch(min(len(dataset), done * batch_size * processes.world))
+    finally:
+        model.train(was_training)
+    classes = computed[0].shape[1] if computed else len(dataset.labels)
     logits = torch.zeros(len(dataset), classes, dtype=torch.float64)
-    for indices, batch_logits in computed:
-        logits[indices] = batch_logits
+    if computed:
+        logits[processes.rank :: processes.world] = torch.cat(computed)
     # the rows of other processes are 0, so the sum holds all rows
     return processes.all_reduce(logits).numpy(), dataset.images.targets
+
+
+class AllHeads(nn.Module):
+    """Compute the logits of all heads of *model*, joined to (B, H * C)."""
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training
+        self.names: tuple[str, ...] = ()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Compute the logits of *images*: branches in the order of computation, then `main`."""
+        heads: dict[str, Tensor] = self.model.heads(images)
+        self.names = tuple(heads)
+        return torch.cat(list(heads.values()), dim=1)
+
+    def split(self, logits: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """Divide *logits* (N, H * C) of this network into those of its heads, (N, C)."""
+        return dict(zip(self.names, np.split(logits, len(self.names), axis=1), strict=True))
 
 
 class HeadAccuracy(StrictModel):
@@ -217,68 +216,28 @@ def loss_shares(weights: dict[str, float], losses: dict[str, float]) -> dict[str
     return {name: value / total if total else 0.0 for name, value in weighted.items()}
 
 
-class HeadCounter(nn.Module):
-    """Compute the main logits of *model* and count the correct predictions of all its heads.
-
-    *targets* (N,) are the class indices of all images, in the order in which the network receives them.
-    """
-
-    def __init__(self, model: Classifier, targets: Tensor) -> None:
-        super().__init__()
-        self.model, self.targets, self.done = model, targets, 0
-        self.right: dict[str, Tensor] = {}  # correct among the best 1 and the best 5
-        self.losses: dict[str, float] = {}
-        self.first: dict[str, Tensor] = {}  # logits of the first image
-        self.constant: dict[str, bool] = {}
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Compute the main logits (B, C) of *images*, the next ones in the order of `targets`."""
-        targets = self.targets[self.done : self.done + len(images)].to(images.device)
-        self.done += len(images)
-        heads: dict[str, Tensor] = self.model.heads(images)
-        for name, logits in heads.items():
-            top = logits.topk(min(TOP_K, logits.shape[1]), dim=1).indices == targets[:, None]
-            right = torch.stack([top[:, 0].sum(), top.any(dim=1).sum()]).cpu()
-            self.right[name] = self.right.get(name, torch.zeros_like(right)) + right
-            loss = float(cross_entropy(logits.double(), targets, reduction="sum"))
-            self.losses[name] = self.losses.get(name, 0.0) + loss
-            same = torch.allclose(logits, self.first.setdefault(name, logits[0]))
-            self.constant[name] = self.constant.get(name, True) and same
-        return heads["main"]
-
-    def accuracies(self) -> tuple[HeadAccuracy, ...]:
-        """Return the accuracies on the images so far: branches in the order of computation, then `main`."""
-        weights = self.model.loss_weights()
-        shares = loss_shares(weights, self.losses)
-        return tuple(
-            HeadAccuracy(
-                name=name,
-                top1=Rate.of(int(top1), self.done),
-                top5=Rate.of(int(top5), self.done),
-                loss=self.losses[name] / self.done,
-                weight=weights[name],
-                share=shares[name],
-                constant=self.constant[name],
-            )
-            for name, (top1, top5) in self.right.items()
+def measure_heads(
+    model: Classifier,
+    logits: Mapping[str, NDArray[np.float64]],
+    targets: NDArray[np.int64],
+) -> tuple[HeadAccuracy, ...]:
+    """Measure the heads of *model* by their *logits* (N, C) for images of the classes *targets* (N,)."""
+    weights = model.loss_weights()
+    metrics = {name: held_out_metrics((), logits_NC, targets) for name, logits_NC in logits.items()}
+    shares = loss_shares(weights, {name: found.loss for name, found in metrics.items()})
+    return tuple(
+        HeadAccuracy(
+            name=name,
+            top1=Rate.of(round(found.top1 * found.count), found.count),
+            top5=Rate.of(round(found.top5 * found.count), found.count),
+            loss=found.loss,
+            weight=weights[name],
+            share=shares[name],
+            constant=bool(np.allclose(logits[name], logits[name][0])),
         )
-
-
-def predict_images(
-    model: nn.Module,
-    checkpoint: Checkpoint,
-    images: LabeledImages,
-    *,
-    workers: int = 0,
-    on_image: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Predictions:
-    """Predict *images* with *model*, the network of *checkpoint* in eval mode; it stays on its device.
-
-    The temperature divides the logits, as in an exported bundle.
-    """
-    logits_NC = score_images(model, checkpoint.preprocess, images, workers=workers, on_image=on_image)
-    decision = checkpoint.decision or Decision()
-    return make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
+        for name, found in metrics.items()
+        if isinstance(found, EvalMetrics)
+    )
 
 
 def score_images(

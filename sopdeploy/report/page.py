@@ -9,7 +9,7 @@ from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.errors import CheckpointError
 from sopdeploy.evaluation.metrics import ClassificationReport
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics
-from sopdeploy.evaluation.prediction import predict_images
+from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
@@ -50,13 +50,14 @@ def write_run_page(
         if run.recipe.procedure.kind == "loop":
             description += ", which also selected the epoch, so all scores of this section are too high"
         model = build_classifier(checkpoint, best).to(run.strategy.device)
-        workers = run.recipe.workers
-        predicted = predict_images(model, checkpoint, images, workers=workers, on_image=on_image)
+        workers, rules = run.recipe.workers, checkpoint.preprocess
+        logits_NC = score_images(model, rules, images, workers=workers, on_image=on_image)
+        logits_NC /= 1.0 if checkpoint.decision is None else checkpoint.decision.temperature
     else:
         images = data.train
         description = "the training images, each predicted by a network that was fitted without it"
         logits_NC = run.state["out_of_fold"].double().numpy()
-        predicted = make_predictions(logits_NC, images, run.labels, checkpoint.decision)
+    predicted = make_predictions(logits_NC, images, run.labels, checkpoint.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
     classes = ", ".join(run.labels[:_MAX_LABELS])
     if len(run.labels) > _MAX_LABELS:

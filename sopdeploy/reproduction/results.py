@@ -15,7 +15,7 @@ from torch import Tensor
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.sources import open_data
-from sopdeploy.evaluation.prediction import HeadCounter, loss_shares, predict_images
+from sopdeploy.evaluation.prediction import AllHeads, loss_shares, measure_heads, score_images
 from sopdeploy.evaluation.statistics import student, wilson
 from sopdeploy.layers.isqrt_cov import newton_schulz
 from sopdeploy.layers.pooling.registry import Pooling
@@ -120,9 +120,9 @@ def _head_errors(
     if len(weights) < 2:
         return {}
     images = select_procedure(recipe, open_data(recipe.data)).data.held_out
-    counter = HeadCounter(model.to(select_device(recipe.device)), torch.from_numpy(images.targets))
-    predict_images(counter.eval(), checkpoint, images, workers=recipe.workers)
-    shares = loss_shares(weights, {name: losses[name] for name in counter.right})
+    network = AllHeads(model.to(select_device(recipe.device)))
+    logits = network.split(score_images(network, checkpoint.preprocess, images, workers=recipe.workers))
+    shares = loss_shares(weights, {name: losses[name] for name in logits})
     return {
         head.name: HeadError(
             top1=1 - head.top1.share,
@@ -130,7 +130,7 @@ def _head_errors(
             share=shares[head.name],
             constant=head.constant,
         )
-        for head in counter.accuracies()
+        for head in measure_heads(model, logits, images.targets)
     }
 
 

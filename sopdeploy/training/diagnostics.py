@@ -9,34 +9,19 @@ The field names of the classes here are keys in checkpoints and columns of `hist
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median_high
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import Dataset
-from sopdeploy.data.batches import load_batches
-from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics
-from sopdeploy.layers.normalize import Normalize
+from sopdeploy.data.base import PreprocessedDataset
+from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, predict_logits
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 
 MAX_IMAGES = 512
 HELD_OUT_METRICS = ("loss", "top1", "top5", "map", "macro_f1", "micro_f1")  # those that a network has
-
-
-class HeadMetrics(StrictModel):
-    """The mean loss of one head, and its accuracies or, with several classes per image, its mAP."""
-
-    top1: Fraction | None = None
-    top5: Fraction | None = None
-    map: Fraction | None = None
-    loss: float
-
-    @property
-    def score(self) -> float:
-        """The top-1 accuracy or the mean average precision."""
-        return (self.map if self.top1 is None else self.top1) or 0.0
 
 
 class Diagnostics(StrictModel):
@@ -48,7 +33,7 @@ class Diagnostics(StrictModel):
 
     num_images: int
     right: str = ""
-    heads: dict[str, HeadMetrics]
+    heads: dict[str, HeldOutMetrics]
 
 
 class Throughput(StrictModel):
@@ -104,7 +89,7 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
         metrics |= row.speed.model_dump()
     if row.diagnostics is not None:
         for name, head in row.diagnostics.heads.items():
-            metrics |= {f"{name}_{key}": value for key, value in head.model_dump(exclude_none=True).items()}
+            metrics |= {f"{name}_{key}": getattr(head, key) for key in HELD_OUT_METRICS if hasattr(head, key)}
     return {**metrics, "seconds": round(row.seconds, 3)}
 
 
@@ -136,32 +121,19 @@ def history_csv(history: Sequence[EpochRow]) -> str:
     return text.getvalue()
 
 
-@torch.no_grad()
-def diagnose(model: Classifier, held_out: Dataset, normalize: Normalize, batch_size: int) -> Diagnostics:
+def diagnose(
+    model: Classifier, held_out: PreprocessedDataset, preprocess: Preprocess, batch_size: int
+) -> Diagnostics:
     """Compute the diagnostics of *model* on a fixed subset of *held_out*."""
-    count = min(MAX_IMAGES, len(held_out))
-    subset = [index * len(held_out) // count for index in range(count)]
-    batches = [subset[start : start + batch_size] for start in range(0, count, batch_size)]
-    device = next(model.parameters()).device
-    outputs: dict[str, list[Tensor]] = {}
-    targets: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):  # the data loader draws a seed
-            for images, labels in load_batches(held_out, batches, 0, device):
-                targets.append(labels.cpu())
-                for name, logits in model.heads(normalize(images)).items():
-                    outputs.setdefault(name, []).append(logits.double().cpu())
-    finally:
-        model.train(was_training)
-    labels = torch.cat(targets)
-    logits_NC = {name: torch.cat(batches) for name, batches in outputs.items()}
-    right = logits_NC["main"].argmax(dim=1) == labels if labels.ndim == 1 else labels.new_empty(0)
-    heads = {}
-    for name, logits in logits_NC.items():
-        metrics = held_out_metrics(held_out.labels, logits.numpy(), labels.numpy())
-        heads[name] = HeadMetrics(**metrics.model_dump(include={"top1", "top5", "map", "loss"}))
+    count, network = min(MAX_IMAGES, len(held_out)), AllHeads(model)
+    mask = np.zeros(len(held_out), np.bool_)
+    mask[[index * len(held_out) // count for index in range(count)]] = True
+    subset = replace(held_out, images=held_out.images.select(mask))
+    joined, targets = predict_logits(network, subset, preprocess, batch_size=batch_size)
+    logits = network.split(joined)
+    right = logits["main"].argmax(axis=1) == targets if targets.ndim == 1 else []
     return Diagnostics(
-        num_images=count, right="".join("01"[correct] for correct in right.tolist()), heads=heads
+        num_images=count,
+        right="".join("01"[int(correct)] for correct in right),
+        heads={name: held_out_metrics(held_out.labels, found, targets) for name, found in logits.items()},
     )

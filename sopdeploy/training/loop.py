@@ -112,7 +112,7 @@ def evaluate_epoch(
         processes=run.strategy,
         on_batch=on_batch,
     )
-    diagnostics = diagnose(run.exported, held_out, run.normalize, recipe.batch_size)
+    diagnostics = diagnose(run.exported, held_out, recipe.preprocess, recipe.batch_size)
     run.after_epoch(metrics, diagnostics, time.monotonic() - since)
 
 

@@ -151,7 +151,7 @@ def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResu
     if not len(images):
         return result, held_out_metrics(run.labels, run.state["out_of_fold"].numpy(), data.train.targets)
     logits_NK, targets = predict_logits(
-        run.model.eval(),
+        run.model,
         PreprocessedDataset(images, recipe.preprocess),
         recipe.preprocess,
         batch_size=recipe.batch_size,
