@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pydantic
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import err, out, plain_text, print_table, say
+from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import Options, expand_options
 from sopdeploy.data.datasets.layouts import check_holds_classes
 from sopdeploy.decision import Decision
@@ -16,13 +16,13 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.files import check_is_checkpoint
+from sopdeploy.report.predictions import describe_predictions
 
 if TYPE_CHECKING:
     from sopdeploy.evaluation.prediction import HeadAccuracy
 
-_MAX_CLASSES = 50  # of more classes, the output lists those with the lowest recall or average precision
-MAX_COLUMNS = 12  # with more classes, the terminal shows no confusion matrix
-_MAX_MISTAKES = 5
+_MAX_ROWS = 50  # of a table; the page of a run and --json have all
+MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix
 
 
 class EvaluateOptions(Options):
@@ -88,11 +88,13 @@ def _show(evaluation: Evaluation) -> None:
     """Print the metrics, and the frequent mistakes."""
     for note in evaluation.notes:
         err.print(plain_text(f"warning: {note}"))
-    if isinstance(evaluation.metrics, ClassificationReport):
-        _print_report(evaluation.metrics)
-        _print_heads(evaluation.heads)
-    else:
-        _print_multi_label_report(evaluation.metrics)
+    section = describe_predictions(evaluation.metrics, f"{evaluation.metrics.count} images")
+    say(*section.text)
+    for table in section.tables:
+        if table.rows and len(table.columns) <= MAX_COLUMNS:
+            say("", table.caption)
+            print_table(table.columns, (map(str, row) for row in table.rows[:_MAX_ROWS]))
+    _print_heads(evaluation.heads)
     if evaluation.decision is not None:
         say(*(f"{name}: {text}" for name, text in evaluation.decision.rows()))
 
@@ -196,35 +198,6 @@ def _check_options(source: str, kind: str, options: EvaluateOptions) -> None:
         )
 
 
-def _print_report(report: ClassificationReport) -> None:
-    top1, top5 = (
-        f"[bold]{rate.share:.2%}[/] ({rate.low:.1%} to {rate.high:.1%})"
-        for rate in (report.top1, report.top5)
-    )
-    out.print(f"top-1 {top1}   top-5 {top5}   of {report.count} images")
-    out.print(f"log loss {report.log_loss:.4f}")
-    if (known := report.accepted) is not None:
-        out.print(f"accepted as known {known.share:.2%} ({known.low:.1%} to {known.high:.1%})")
-    rows = []
-    for entry in _worst(report.classes, lambda entry: 1.0 if entry.recall is None else entry.recall.share):
-        precision = "-" if entry.precision is None else f"{entry.precision:.2%}"
-        rate = entry.recall
-        recall = (f"{rate.share:.2%}", f"{rate.low:.1%} to {rate.high:.1%}") if rate else ("-", "")
-        rows.append((entry.label, str(entry.count), precision, *recall))
-    print_table(("class", "images", "precision", "recall", "95 %"), rows)
-    names = [entry.label for entry in report.classes]
-    if len(names) <= MAX_COLUMNS:
-        matrix = zip(names, report.confusion, strict=True)
-        print_table(("true \\ predicted", *names), ((name, *map(str, row)) for name, row in matrix))
-    mistakes = report.mistakes()[:_MAX_MISTAKES]
-    say(*(f"{count} x {true} predicted as {predicted}" for true, predicted, count in mistakes))
-
-
-def _worst(classes: Sequence[Any], score: Callable[[Any], float]) -> Sequence[Any]:
-    """Return all *classes*, or of many those with the lowest *score*."""
-    return classes if len(classes) <= _MAX_CLASSES else sorted(classes, key=score)[:_MAX_CLASSES]
-
-
 def _print_heads(heads: "Sequence[HeadAccuracy]") -> None:
     rows = []
     for head in heads:
@@ -233,16 +206,3 @@ def _print_heads(heads: "Sequence[HeadAccuracy]") -> None:
         rows.append((head.name, *rates, f"{head.weight:g}", f"{head.share:.1%}"))
     if rows:
         print_table(("head", "top-1", "95 %", "top-5", "loss", "weight", "share"), rows)
-
-
-def _print_multi_label_report(report: MultiLabelReport) -> None:
-    out.print(
-        f"mAP [bold]{report.map:.2%}[/]   macro F1 {report.macro_f1:.2%}   micro F1 {report.micro_f1:.2%}   "
-        f"of {report.count} images"
-    )
-    rows = []
-    for entry in _worst(report.classes, lambda entry: entry.average_precision or 0.0):
-        rates = (entry.average_precision, entry.precision, entry.recall, entry.f1)
-        shown = ("-" if rate is None else f"{rate:.2%}" for rate in rates)
-        rows.append((entry.label, str(entry.count), str(entry.answered), f"{entry.threshold:.3f}", *shown))
-    print_table(("class", "images", "predicted", "threshold", "AP", "precision", "recall", "F1"), rows)

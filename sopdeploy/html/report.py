@@ -6,8 +6,7 @@ The template escapes all text; control and text direction characters become U+FF
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
+from typing import Any
 
 _NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"  # keeps a number and its unit on one line
 
@@ -52,11 +51,14 @@ class HtmlReport:
 
 def render(report: HtmlReport) -> str:
     """Render *report* as an HTML page; equal reports give equal text."""
-    return _template().render(report=report)
+    text: str = _template().render(report=report)
+    return text
 
 
 @cache
-def _template() -> Template:
+def _template() -> Any:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415  # of the extra `train`
+
     environment = Environment(
         loader=PackageLoader(__package__, "."),
         autoescape=True,

@@ -8,7 +8,7 @@ from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.errors import CheckpointError
 from sopdeploy.evaluation.metrics import ClassificationReport
-from sopdeploy.evaluation.multi_label import MultiLabelMetrics
+from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelReport
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.files import atomic_write, writing
@@ -72,7 +72,8 @@ def write_run_page(
         },
         sections=[
             _describe_learning(run.position.history, result),
-            *describe_predictions(metrics, description),
+            describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."),
+            *_describe_calibration(metrics),
             *_describe_decision(checkpoint),
             *_describe_mistakes(predicted, images, checkpoint),
             *_describe_images(run, data, checkpoint),
@@ -138,6 +139,23 @@ def _describe_learning(history: Sequence[EpochRow], result: ProcedureResult) -> 
     if counts := history[-1].component_counts:
         charts.append(component_chart(counts, "Training images that the gate sent to each component"))
     return Section(title="Learning", text=text, figures=charts)
+
+
+def _describe_calibration(metrics: ClassificationReport | MultiLabelReport) -> Iterator[Section]:
+    """Plot the accuracy over the confidence."""
+    if isinstance(metrics, MultiLabelReport):
+        return
+    measured = [
+        (row.confidence, row.accuracy)
+        for row in metrics.curve
+        if row.confidence is not None and row.accuracy is not None
+    ]
+    curves = {"this network": measured, "perfect calibration": [(0.0, 0.0), (1.0, 1.0)]}
+    chart = Figure(
+        image=plot(curves, "confidence", "accuracy"),
+        caption="Below the line of perfect calibration, the network is overconfident.",
+    )
+    yield Section(title="Calibration", figures=[chart])
 
 
 def _describe_decision(best: Checkpoint) -> Iterator[Section]:

@@ -1,12 +1,11 @@
-"""The sections of a page about predictions: accuracy, classes, confusions, calibration."""
+"""The metrics of predictions as a section of a page, which `eval` prints, too: accuracy, confusions, classes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from sopdeploy.evaluation.metrics import ClassificationReport, Rate, classification_report
 from sopdeploy.evaluation.multi_label import MeanPrecision, MultiLabelPredictions, MultiLabelReport
 from sopdeploy.evaluation.predictions import Predictions
-from sopdeploy.html.plots import plot
-from sopdeploy.html.report import Figure, Section, Table, percent
+from sopdeploy.html.report import Section, Table, percent
 
 _MAX_MATRIX_CLASSES = 30
 _MAX_CONFUSIONS = 15
@@ -29,16 +28,11 @@ def measure_predictions(
     return metrics
 
 
-def describe_predictions(
-    metrics: ClassificationReport | MultiLabelReport, description: str
-) -> Iterator[Section]:
-    """Describe the *metrics* of the images that *description* names."""
-    images = f"best.pt on {metrics.count} images: {description}."
+def describe_predictions(metrics: ClassificationReport | MultiLabelReport, images: str) -> Section:
+    """Describe *metrics* by a sentence about *images*, the scores, and tables, the worst classes first."""
     if isinstance(metrics, MultiLabelReport):
-        yield _describe_presence(metrics, images)
-    else:
-        yield _describe_classes(metrics, images)
-        yield _describe_calibration(metrics)
+        return _describe_presence(metrics, images)
+    return _describe_classes(metrics, images)
 
 
 def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
@@ -48,6 +42,10 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
         for rate in (metrics.top1, metrics.top5)
     )
     scores = f"Top-1 {top1}, top-5 {top5}, log loss {metrics.log_loss:.4f}."
+    if (known := metrics.accepted) is not None:
+        scores += (
+            f" {percent(known.share)} ({percent(known.low)} to {percent(known.high)}) accepted as known."
+        )
     names = [row.label for row in metrics.classes]
     tables = []
     if len(names) <= _MAX_MATRIX_CLASSES:
@@ -67,29 +65,11 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
             "no images" if row.recall is None else percent(row.recall.share),
             "" if row.recall is None else f"{percent(row.recall.low)} to {percent(row.recall.high)}",
         )
-        for row in metrics.classes
+        for row in sorted(metrics.classes, key=lambda row: 1.0 if row.recall is None else row.recall.share)
     ]
     columns = ["class", "images", "predicted", "precision", "recall", "95 % interval of recall"]
     tables.append(Table(caption="Every class", columns=columns, rows=classes, folded=True))
     return Section(title="Predictions", text=[images, scores], tables=tables)
-
-
-def _describe_calibration(metrics: ClassificationReport) -> Section:
-    """Plot the accuracy over the confidence."""
-    text = []
-    if metrics.accepted is not None:
-        text = [f"{percent(metrics.accepted.share)} of the images are accepted as known."]
-    measured = [
-        (row.confidence, row.accuracy)
-        for row in metrics.curve
-        if row.confidence is not None and row.accuracy is not None
-    ]
-    curves = {"this network": measured, "perfect calibration": [(0.0, 0.0), (1.0, 1.0)]}
-    chart = Figure(
-        image=plot(curves, "confidence", "accuracy"),
-        caption="Below the line of perfect calibration, the network is overconfident.",
-    )
-    return Section(title="Calibration", text=text, figures=[chart])
 
 
 def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:
@@ -97,7 +77,7 @@ def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
     rows = []
-    for row in metrics.classes:
+    for row in sorted(metrics.classes, key=lambda row: row.average_precision or 0.0):
         rates = (row.average_precision, row.precision, row.recall, row.f1)
         cells = ("-" if rate is None else percent(rate) for rate in rates)
         rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))
