@@ -1,4 +1,4 @@
-"""The metrics of predictions as a section of a page, which `eval` prints, too: accuracy, confusions, classes."""
+"""The metrics of predictions as a section of a page; `eval` prints it."""
 
 from collections.abc import Sequence
 
