@@ -26,7 +26,7 @@ class Held(FakeRuntime):
 class Failing(FakeRuntime):
     """Run number n, from 1, fails as `failures[n]` says: `oom`, `nan` for its first image, or an error."""
 
-    def __init__(self, failures: dict[int, str | Exception], *, fixed_ms: float = 0.0) -> None:
+    def __init__(self, failures: dict[int, str | BaseException], *, fixed_ms: float = 0.0) -> None:
         super().__init__(num_classes=7, largest_batch=8, fixed_ms=fixed_ms)
         self._failures = failures
         self._runs = 0
@@ -36,7 +36,7 @@ class Failing(FakeRuntime):
         failure = self._failures.get(self._runs)
         if failure == "oom":
             raise OutOfMemoryError("no memory for this run")
-        if isinstance(failure, Exception):
+        if isinstance(failure, BaseException):
             raise failure
         outputs = super().run(images)
         if failure == "nan":

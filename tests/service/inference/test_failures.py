@@ -1,10 +1,12 @@
-"""Runtimes and decoders that fail, finished requests without garbage, and answers."""
+"""Full queues, missed deadlines, runtimes that fail or hang, JSON that waits, and answers without garbage."""
 
 import gc
 import json
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import orjson
 import pytest
@@ -17,13 +19,182 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.decision import Decision, Rejection, softmax, top_indices
 from sopdeploy.http_api import Classes
-from sopdeploy_service.inference import model_worker
+from sopdeploy_service.api import admission
+from sopdeploy_service.api.v2 import routes
+from sopdeploy_service.inference import model_worker, service
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
 from tests.service.raw import connect, count, read
 from tests.service.runtimes import Failing, Held
+
+
+@pytest.fixture
+def pool():
+    with ThreadPoolExecutor(24) as pool:
+        yield pool
+
+
+def post(client: httpx.Client, body: bytes) -> httpx.Response:
+    return client.post("/v1/classify", content=body)
+
+
+def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
+    serve_with, pool, jpeg, until
+):
+    runtime, files = Held(), [("image", jpeg)] * 2
+    client = serve_with(runtime, queue_size=3, max_images=3)
+    replies = [pool.submit(post, client, jpeg) for _ in range(2)]
+    until(lambda: count(client, "queue_depth") == 2)
+    rejected = [client.post("/v1/classify", files=files)]
+    replies.append(pool.submit(post, client, jpeg))
+    until(lambda: count(client, "queue_depth") == 3)
+    rejected.append(post(client, jpeg))
+    for reply in rejected:
+        assert (reply.status_code, reply.json()["code"]) == (429, "queue_full")
+        assert 1 <= int(reply.headers["retry-after"]) <= 60
+    assert client.get("/readyz").status_code == 200
+    runtime.gate.set()
+    assert [reply.result().status_code for reply in replies] == [200] * 3
+    assert client.post("/v1/classify", files=files).status_code == 200
+    assert 'rejected_total{reason="queue_full"} 2.0' in client.get("/metrics").text
+
+
+def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, pool, jpeg):
+    runtime = Held(largest_batch=1)
+    client = serve_with(runtime)
+    late = {"X-Request-Timeout-Ms": "300"}
+    replies = [pool.submit(client.post, "/v1/classify", content=jpeg, headers=late) for _ in range(4)]
+    answers = [reply.result() for reply in replies]
+    assert [answer.status_code for answer in answers] == [504] * 4
+    assert answers[0].json()["code"] == "deadline"
+    assert count(client, "queue_depth") == 0
+    runtime.gate.set()
+    assert post(client, jpeg).status_code == 200
+    assert runtime.batches == [1, 1]
+
+
+def test_a_dead_worker_rejects_everything_and_fails_the_health_checks(serve_with, jpeg):
+    client = serve_with(Failing({2: SystemExit("the device is gone")}))
+    codes = [post(client, jpeg).json().get("code") for _ in range(3)]
+    assert codes == [None, "runtime_dead", "runtime_dead"]
+    assert [client.get(path).status_code for path in ("/readyz", "/livez")] == [503, 503]
+
+
+def test_a_hung_runtime_is_detected_and_queued_images_are_rejected(serve_with, pool, jpeg):
+    runtime = Held(largest_batch=1)
+    client = serve_with(runtime, batch_timeout_seconds=0.4)
+    replies = pool.map(lambda _: post(client, jpeg), range(3))
+    assert [reply.json()["code"] for reply in replies] == ["runtime_dead"] * 3
+    assert client.get("/readyz").json() == {"status": "runtime_dead"}
+    runtime.gate.set()
+
+
+def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
+    client = serve_with(FakeRuntime(num_classes=7))
+    monkeypatch.setattr("sopdeploy.decision.Answer.fields", lambda *_: 1 / 0)
+    reply = post(client, jpeg)
+    assert (reply.status_code, reply.json()["code"]) == (500, "internal_error")
+    assert len(reply.headers["x-request-id"]) == 32
+    monkeypatch.undo()
+    assert post(client, jpeg).status_code == 200
+    assert 'requests_total{code="500"' in client.get("/metrics").text
+
+
+def test_a_stopped_server_leaves_no_threads(run_server, bundle, jpeg, until):
+    def names() -> set[str]:
+        return {thread.name.partition("_")[0] for thread in threading.enumerate()}
+
+    with run_server(FakeRuntime(num_classes=7), bundle, Settings()) as client:
+        assert post(client, jpeg).status_code == 200
+        assert {"model", "decoder"} <= names()
+    until(lambda: not {"model", "decoder"} & names())
+
+
+class Broken(FakeRuntime):
+    """Fails with an unknown error while `broken` is true; a blank image fails too if `everywhere` is."""
+
+    broken, everywhere = True, True
+
+    def run(self, images):
+        if self.broken and (self.everywhere or images.any()):
+            raise RuntimeError("CUBLAS_STATUS_EXECUTION_FAILED in a library that does not name CUDA's error")
+        return super().run(images)
+
+
+def test_a_device_that_fails_every_batch_ends_the_server_whatever_its_error_is(serve_with, jpeg, until):
+    client = serve_with(Broken(num_classes=7))
+    assert post(client, jpeg).json()["code"] == "inference_failed"
+    until(lambda: client.app.state.service.state == "runtime_dead")
+
+
+def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg):
+    runtime = Broken(num_classes=7)
+    runtime.everywhere = False
+    client = serve_with(runtime)
+    assert [post(client, jpeg).json()["code"] for _ in range(2)] == ["inference_failed"] * 2
+    runtime.broken = False
+    assert post(client, jpeg).status_code == 200
+    assert runtime.batches == [1, 1, 1]  # two blank images, then the image
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "expected"), [("cpu", 16, 2), ("cuda:0", 6, 6), ("cuda:0", 32, 8)]
+)
+def test_a_process_with_a_gpu_has_a_decoder_per_core(serve_with, monkeypatch, device, cores, expected):
+    monkeypatch.setattr(service, "cores_within_quota", lambda: cores)
+    client = serve_with(FakeRuntime(num_classes=7, device=device))
+    assert f"sopdeploy_decoders {expected}.0" in client.get("/metrics").text
+
+
+@pytest.fixture
+def blocked(monkeypatch):
+    """One parser, which waits until the event is set; `.at_work` is how often it began."""
+    gate = threading.Event()
+    gate.at_work = 0
+
+    def waiting(whole):
+        def read(*given):
+            gate.at_work += 1
+            gate.wait(60)
+            return whole(*given)
+
+        return read
+
+    monkeypatch.setattr(service, "PARSERS", 1)
+    monkeypatch.setattr(admission, "parse_upload", waiting(admission.parse_upload))
+    monkeypatch.setattr(routes, "parse_body", waiting(routes.parse_body))
+    yield gate
+    gate.set()
+
+
+TENSOR = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
+REQUESTS = {"/v1/classify": {"image": "AAAA"}, "/v2/models/tiny/infer": {"inputs": [TENSOR]}}
+
+
+@pytest.mark.parametrize("path", REQUESTS)
+def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, until, path):
+    client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1)
+    with ThreadPoolExecutor(4) as pool:
+        sent = [pool.submit(client.post, path, json=REQUESTS[path]) for _ in range(4)]
+        until(lambda: count(client, "queue_depth") == 4)
+        late = client.post(path, json=REQUESTS[path])
+        assert blocked.at_work == 1
+        blocked.set()
+        statuses = {one.result().status_code for one in sent}
+    assert late.status_code == 429
+    assert late.headers.get("x-error-code", "queue_full") == "queue_full"
+    assert statuses == {415 if path == "/v1/classify" else 200}
+    until(lambda: count(client, "queue_depth") == 0)
+
+
+@pytest.mark.usefixtures("blocked")
+def test_a_request_without_a_free_parser_ends_at_the_deadline(serve_with):
+    client = serve_with(FakeRuntime(num_classes=7))
+    for path, body in REQUESTS.items():
+        reply = client.post(path, json=body, headers={"X-Request-Timeout-Ms": "200"})
+        assert (reply.status_code, count(client, "queue_depth")) == (504, 0)
 
 
 def test_a_run_out_of_memory_fails_only_its_image(serve_with, jpeg):
@@ -93,35 +264,34 @@ def _without_what_other_tests_left() -> None:
     gc.freeze()
 
 
-def post(body: bytes, kind: bytes = b"image/jpeg", query: bytes = b"") -> bytes:
+def request_with(body: bytes, kind: bytes = b"image/jpeg", query: bytes = b"") -> bytes:
     head = [b"POST /v1/classify" + query + b" HTTP/1.1", b"Host: x", b"Content-Type: " + kind]
     return b"\r\n".join([*head, b"Content-Length: %d" % len(body), b"", body])
 
 
 def form(jpeg: bytes) -> bytes:
     field = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n%s\r\n' % jpeg
-    return post(field * 2 + b"--x--\r\n", kind=b"multipart/form-data; boundary=x")
+    return request_with(field * 2 + b"--x--\r\n", kind=b"multipart/form-data; boundary=x")
 
 
 def tensor(_: bytes) -> bytes:
-    values = {"name": "images", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072}
-    body = json.dumps({"inputs": [values]}).encode()
+    body = json.dumps({"inputs": [TENSOR]}).encode()
     return (
         b"POST /v2/models/tiny/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
         + body
     )
 
 
-REQUESTS = {
-    "an image": post,
+EVERY_KIND = {
+    "an image": request_with,
     "a form": form,
-    "JSON": lambda _: post(json.dumps({"image": "AAAA"}).encode(), kind=b"application/json"),
+    "JSON": lambda _: request_with(json.dumps({"image": "AAAA"}).encode(), kind=b"application/json"),
     "a tensor": tensor,
-    "an unknown model": lambda jpeg: post(jpeg, query=b"?model=x"),
+    "an unknown model": lambda jpeg: request_with(jpeg, query=b"?model=x"),
 }
 
 
-@pytest.mark.parametrize("request_of", REQUESTS.values(), ids=REQUESTS)
+@pytest.mark.parametrize("request_of", EVERY_KIND.values(), ids=EVERY_KIND)
 def test_a_finished_request_leaves_no_garbage(client, jpeg, request_of):
     request = request_of(jpeg)
 
@@ -160,21 +330,6 @@ def test_the_fields_of_an_answer_are_a_valid_response_model(logits, top_k, rejec
     found = Decision(rejection=rejection).answer(logits, top_k).fields(labels)
     model = Classes.model_validate(found, strict=False)
     assert orjson.dumps(found) == orjson.dumps(model.model_dump(exclude_none=True, exclude={"warnings"}))
-
-
-@pytest.mark.parametrize(
-    ("logits", "top_k", "labels"),
-    [
-        ([1, 3, 2], 3, ["b", "c", "a"]),
-        ([1, 3, 2], 1, ["b"]),
-        ([2, 2, 2], 2, ["a", "b"]),
-        ([0, 5, 5], 99, ["b", "c", "a"]),
-        ([100, 90, 80], 2, ["a", "b"]),
-    ],
-)
-def test_classes_are_sorted_and_ties_keep_the_label_order(logits, top_k, labels):
-    found = Decision().answer(np.array(logits, np.float32), top_k).fields(["a", "b", "c"])
-    assert [entry["label"] for entry in found["classes"]] == labels
 
 
 @pytest.mark.parametrize(
