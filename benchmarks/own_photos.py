@@ -2,7 +2,7 @@
 
     python benchmarks/own_photos.py --data DIR --weights FILE --cache CACHE [--tools sopdeploy,probe]
         [--per-class 5,10,20,50] [--draws 3] [--fastai-python PYTHON] [--autogluon-python PYTHON]
-        [--chart FILE] [--json]
+        [--json]
 
 DIR contains photographs, train/<class>/ and validation/<class>/. A draw takes the same number of photographs
 of each class from train/; all of validation/ is for testing. FILE is the state dict of EfficientNet-Lite0
@@ -34,12 +34,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import matplotlib as mpl
 from gain.paired import paired
-from matplotlib.figure import Figure
 from measure import Result, existing, make_parser, markdown, one_line_errors, report
 from scipy.stats import t
-from svg_file import STYLE, write_svg
 
 from sopdeploy.errors import DataError, SopdeployError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
@@ -72,13 +69,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "autogluon-svm": {"problem_type": "few_shot_classification"},
 }
 TUNING_DRAW = 100
-
-COLORS = {
-    OURS: "#00796b",
-    "probe": "#5b6b70",
-    "fastai": "#c2571a",
-    "autogluon-svm": "#2f6fb3",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,54 +252,6 @@ def table(points: Sequence[Point]) -> str:
     return markdown(head, rows)
 
 
-def read_table(page: str) -> list[Point]:
-    """Read the points back from the table in *page*, for the chart."""
-    tools = {name: tool for tool, name in NAMES.items()}
-    points = []
-    for line in page.splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split("|")]
-        if len(cells) == 6 and cells[0] in tools:
-            accuracy, _, half = cells[3].partition(" ± ")
-            points.append(
-                Point(
-                    tools[cells[0]],
-                    int(cells[1]),
-                    int(cells[2]),
-                    float(accuracy),
-                    float(half or 0),
-                    float(cells[5]),
-                    cells[4],
-                )
-            )
-    return points
-
-
-def chart(points: Sequence[Point]) -> str:
-    """Draw accuracy against processor seconds, one line per tool, each point labeled with its size."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-        axes = figure.subplots()
-        descriptions = []
-        for tool in dict.fromkeys(point.tool for point in points):
-            line = [point for point in points if point.tool == tool]
-            seconds, accuracies = [point.seconds for point in line], [point.accuracy for point in line]
-            axes.plot(seconds, accuracies, marker="o", color=COLORS[tool], label=NAMES[tool])
-            values = (f"{p.per_class} per class {p.accuracy:.1f} % in {p.seconds:.0f} s" for p in line)
-            descriptions.append(f"{NAMES[tool]}: {', '.join(values)}")
-            for point in line:
-                offset = (0, 8 if tool == OURS else -14)
-                position = (point.seconds, point.accuracy)
-                style: Any = {"textcoords": "offset points", "ha": "center", "color": COLORS[tool]}
-                axes.annotate(str(point.per_class), position, xytext=offset, **style)
-        axes.set(
-            xscale="log", ylabel="accuracy in %", title="EfficientNet-Lite0 on one core: new photographs"
-        )
-        axes.set_xlabel("processor seconds of the training; numbers at the points: photographs per class")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        return write_svg(figure, axes.get_title(), "; ".join(descriptions))
-
-
 def numbers(text: str) -> list[int]:
     """Convert an argument such as "5,10" to numbers."""
     return [int(part) for part in text.split(",")]
@@ -339,7 +281,6 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--fastai-python", type=existing, help="Python of an environment with fastai, timm")
     parser.add_argument("--autogluon-python", type=existing, help="Python with autogluon.multimodal")
-    parser.add_argument("--chart", type=Path, help="write the chart of all results to this SVG file")
     return parser.parse_args(arguments)
 
 
@@ -351,9 +292,6 @@ def main(arguments: list[str]) -> int:
     with one_line_errors():
         measure(given)
     points = summarize(read_results(given.cache))
-    page = table(points)
-    if given.chart is not None and points:
-        given.chart.write_text(chart(read_table(page)), encoding="utf-8")
     if given.json:
         report(
             [
@@ -366,7 +304,7 @@ def main(arguments: list[str]) -> int:
             as_json=True,
         )
     else:
-        print(page)
+        print(table(points))
     return 0
 
 
