@@ -54,6 +54,24 @@ def test_a_mentioned_command_exists_with_its_options(page: Path, words: list[str
     assert given <= options_of(command)
 
 
+MEANINGS = {  # flag: how its description begins in every command that has it
+    "--calibrate": "Folder of images to calibrate int8",
+    "--key": "Private key in a PEM file",
+    "--option": "Option KEY=VALUE of the network",
+    "--set": "Override a value of ",
+    "--setting": "Any other setting of the service, NAME=VALUE",
+    "--unknown": "Folder of images of none of the classes, which test ",
+}
+
+
+@pytest.mark.parametrize("flag", MEANINGS)
+def test_a_flag_means_the_same_in_every_command(flag: str) -> None:
+    parameters = [p for command in COMMANDS.commands.values() for p in command.params if flag in p.opts]
+    assert parameters
+    assert [p.help for p in parameters if not p.help.startswith(MEANINGS[flag])] == []
+    assert len({p.multiple for p in parameters}) == 1
+
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
