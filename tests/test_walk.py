@@ -5,13 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import chdir, contextmanager
+from contextlib import chdir
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,7 +22,7 @@ from sopdeploy.client import Client
 from sopdeploy.commands import demo
 from tests import quick_torch
 from tests.export.once import proving_once
-from tests.service.children import PYTHONPATH
+from tests.service.children import PYTHONPATH, serving
 from tests.service.conftest import write_bundle
 from tests.two_objects import CLASSES, draw_scenes
 
@@ -32,7 +30,6 @@ COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}
 PHOTOS = 12
 SMALL = ["epochs=2", "threads=1", "model.name=dsop-resnet8", "preprocess.resize=18", "preprocess.crop=16"]
 pytestmark = pytest.mark.timeout(900)
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
 
 
 def take_photos(folder: Path) -> None:
@@ -52,23 +49,6 @@ def answer(*arguments: str, home: Path) -> Any:
         done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
-
-
-@contextmanager
-def serving(bundle: str, home: Path) -> Iterator[tuple[httpx.Client, subprocess.Popen[str]]]:
-    line = [sys.executable, "-m", "sopdeploy", "serve", bundle, "--port", "0", "--threads", "1"]
-    child = subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=home, env=ENVIRONMENT, text=True
-    )
-    with child:
-        try:
-            assert child.stdout is not None
-            ready, address, name = child.stdout.readline().split()
-            assert (ready, name) == ("ready:", Path(bundle).name)
-            with httpx.Client(base_url=address, timeout=60) as client:
-                yield client, child
-        finally:
-            child.kill()
 
 
 @pytest.fixture(scope="module")
@@ -127,16 +107,15 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
     found = answer("eval", exported["bundle"], "--data", "photos", home=home)
     photos = [f"photos/{label}/0{number}.jpg" for label in COLOURS for number in (0, 7)]
     predicted = answer("predict", exported["bundle"], *photos, home=home)
-    with serving(exported["bundle"], home) as (client, child):
+    with serving(str(home / exported["bundle"])) as client:
         for photo, prediction in zip(photos, predicted, strict=True):
             reply = client.post("/v1/classify", content=(home / photo).read_bytes())
             classes = {row["label"]: row["probability"] for row in reply.json()["classes"]}
             expected = {row["label"]: row["probability"] for row in prediction["classes"]}
             assert classes == pytest.approx(expected, abs=1e-6)
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(60) == 0
-        assert child.stderr is not None
-        assert child.stderr.read() == ""
+        client.child.send_signal(signal.SIGTERM)
+        assert client.child.communicate(timeout=60) == ("", "")
+        assert client.child.returncode == 0
     assert (measured["count"], measured["top1"]["share"] >= 1 / len(COLOURS)) == (len(COLOURS) * PHOTOS, True)
     assert measured["log_loss"] == pytest.approx(found["log_loss"], abs=1e-5)
 

@@ -238,16 +238,6 @@ def test_a_body_may_end_and_begin_within_pipelined_requests(wire, jpeg):
     assert data.count(b"HTTP/1.1 200") == data.count(b"HTTP/1.1") == 85
 
 
-def test_pipelined_requests_are_handled_in_order(wire, jpeg):
-    good = wire()
-    post = POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg
-    good.sendall((post + GET + b"\r\n") * 3)
-    data = b""
-    while data.count(b'"status":"ok"') < 3:
-        data += good.recv(65_536)
-    assert re.findall(rb'{"(classes|status)"', data) == [b"classes", b"status"] * 3
-
-
 VALID_CODINGS = (b"chunked", b"CHUNKED", b"Chunked", b"\tchunked", b"chunked ")
 
 

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
 from tests.service import children
-from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, line_of, serving
+from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, line_of, serving
 from tests.service.conftest import wait_for
 from tests.service.raw import GET, POST, connect, post_of, read
 
@@ -105,13 +105,19 @@ def start(bundle_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[st
         yield started
 
 
-def test_an_idle_server_prints_ready_and_exits_with_0(start, jpeg) -> None:
-    child, client = start()
-    assert client.get("/readyz").status_code == 200
+@pytest.mark.parametrize(
+    ("settings", "number", "logged"),
+    [("", signal.SIGINT, []), ("log='json'", signal.SIGTERM, ["started", "request", "draining", "stopped"])],
+)
+def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
+    start, jpeg, settings, number, logged
+) -> None:
+    child, client = start(settings=settings)
     assert client.post("/v1/classify", content=jpeg).status_code == 200
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     out, err = child.communicate(timeout=PATIENCE)
-    assert (child.returncode, out, err) == (0, "", "")
+    assert (child.returncode, out) == (0, "")
+    assert [json.loads(line)["event"] for line in err.splitlines()] == logged
 
 
 @pytest.fixture
@@ -201,17 +207,42 @@ def test_a_hanging_runtime_exits_with_70(start, jpeg) -> None:
     assert [json.loads(line)["level"] for line in err.splitlines()] == ["critical"]
 
 
-def test_the_log_has_startup_requests_drain_and_stop(start, jpeg) -> None:
-    child, client = start(settings="log='json'")
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
-    child.send_signal(signal.SIGTERM)
-    out, err = child.communicate(timeout=PATIENCE)
-    events = [json.loads(line) for line in err.splitlines()]
-    assert (child.returncode, out) == (0, "")
-    assert [event["event"] for event in events] == ["started", "request", "draining", "stopped"]
-
-
 BOTH_WAYS = [ONE_PROCESS, pytest.param(TWO_DEVICES, marks=pytest.mark.slow)]
+
+
+@contextmanager
+def traffic(client: ServerClient, jpeg: bytes) -> Iterator[Callable[[Path], bool]]:
+    """Four clients send requests until the block ends, and all succeed.
+
+    The callable says whether the last requests, which reached all processes, were served by a bundle.
+    """
+    replies, stopped = [], threading.Event()
+
+    def send() -> None:
+        while not stopped.is_set():
+            replies.append(client.post("/v1/classify", content=jpeg))
+
+    def serves(bundle: Path) -> bool:
+        found = {reply.headers["x-model-digest"] for reply in replies[-8:]}
+        return len(replies) > 20 and found == {bundle.name.rpartition("-")[2]}
+
+    with ThreadPoolExecutor(4) as pool:
+        sending = [pool.submit(send) for _ in range(4)]
+        try:
+            yield serves
+        finally:
+            stopped.set()
+        for each in sending:
+            each.result()
+    assert {reply.status_code for reply in replies} == {200}
+
+
+def wait_for_refusals(child: subprocess.Popen[str], way: str, reason: str) -> None:
+    """Read the log until every process has not reloaded the bundles for *reason*."""
+    left = 2 if way == TWO_DEVICES else 1
+    while left:
+        event = json.loads(child.stderr.readline())["event"]
+        left -= event.startswith("not reloaded, the bundles in use stay: ") and reason in event
 
 
 @pytest.mark.parametrize("way", BOTH_WAYS)
@@ -219,84 +250,43 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(
     make_bundle, tmp_path, jpeg, until, way
 ) -> None:
     folder = tmp_path / "bundles"
-    first, replies, stopped = make_bundle(folder), [], threading.Event()
-    with serving(str(folder), *WAYS[way]) as client, ThreadPoolExecutor(4) as pool:
-
-        def send() -> None:
-            while not stopped.is_set():
-                replies.append(client.post("/v1/classify", content=jpeg))
-
-        def served() -> set[str]:
-            """Return the bundles of the last requests to both processes."""
-            return {reply.headers["x-model-digest"] for reply in replies[-8:]}
-
-        def wait_for_refusals(reason: str) -> None:
-            """Read the log until every process has not reloaded the bundles for *reason*."""
-            start = "not reloaded, the bundles in use stay: "
-            left = 2 if way == TWO_DEVICES else 1
-            while left:
-                event = json.loads(client.child.stderr.readline())["event"]
-                left -= event.startswith(start) and reason in event
-
-        sending = [pool.submit(send) for _ in range(4)]
-        try:
+    first = make_bundle(folder)
+    with serving(str(folder), *WAYS[way]) as client:
+        with traffic(client, jpeg) as serves:
             client.child.send_signal(signal.SIGUSR1)  # of a program that rotates logs
-            until(lambda: len(replies) > 20)
+            until(lambda: serves(first))
             second = make_bundle(folder, seed=1)
             client.child.send_signal(signal.SIGHUP)
-            until(lambda: served() == {second.name.rpartition("-")[2]})
+            until(lambda: serves(second))
             make_bundle(folder, seed=2, wrong_by=1.0)
             client.child.send_signal(signal.SIGHUP)
-            wait_for_refusals("probes")
-        finally:
-            stopped.set()
-        for each in sending:
-            each.result()
+            wait_for_refusals(client.child, way, "probes")
         shutil.rmtree(folder)
         client.child.send_signal(signal.SIGHUP)
-        wait_for_refusals("no bundle here")
+        wait_for_refusals(client.child, way, "no bundle here")
         assert client.post("/v1/classify", content=jpeg).status_code == 200
-    assert {reply.status_code for reply in replies} == {200}
-    found = {reply.headers["x-model-digest"] for reply in replies}
-    assert found == {path.name.rpartition("-")[2] for path in (first, second)}
 
 
 @pytest.mark.parametrize("way", BOTH_WAYS)
 def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_request(
     make_bundle, tmp_path, jpeg, until, way
 ) -> None:
-    live, replies, stopped = tmp_path / "live", [], threading.Event()
+    live = tmp_path / "live"
     first, second = (make_bundle(tmp_path, seed=seed) for seed in (0, 1))
     wrong = make_bundle(tmp_path, seed=2, wrong_by=1.0)
     promote(first, live, None)
-    with serving(str(live), *WAYS[way], "--setting", "follow=true") as client, ThreadPoolExecutor(4) as pool:
-
-        def send() -> None:
-            while not stopped.is_set():
-                replies.append(client.post("/v1/classify", content=jpeg))
-
-        def serves(bundle: Path) -> bool:
-            served = {reply.headers["x-model-digest"] for reply in replies[-8:]}
-            return served == {bundle.name.rpartition("-")[2]}
-
-        sending = [pool.submit(send) for _ in range(4)]
-        try:
-            until(lambda: len(replies) > 8)
-            promote(second, live, None, force="newer")
-            until(lambda: serves(second))
-            move_link(live, wrong.name)  # `promote` would refuse it
-            start = "not reloaded, the bundles in use stay: "
-            while not (event := json.loads(client.child.stderr.readline())["event"]).startswith(start):
-                pass
-            move_link(live, second.name)
-            promote(back=live)
-            until(lambda: serves(first))
-        finally:
-            stopped.set()
-        for each in sending:
-            each.result()
-    assert "probes" in event
-    assert {reply.status_code for reply in replies} == {200}
+    with (
+        serving(str(live), *WAYS[way], "--setting", "follow=true") as client,
+        traffic(client, jpeg) as serves,
+    ):
+        until(lambda: serves(first))
+        promote(second, live, None, force="newer")
+        until(lambda: serves(second))
+        move_link(live, wrong.name)  # `promote` would refuse it
+        wait_for_refusals(client.child, way, "probes")
+        move_link(live, second.name)
+        promote(back=live)
+        until(lambda: serves(first))
 
 
 @pytest.mark.parametrize("way", BOTH_WAYS)
