@@ -40,7 +40,6 @@ DIGITS = [
     "model.config.component_widths=[64]",
     "model.config.blocks_per_stage=1",
     "model.config.conv5_stride=1",
-    "model.config.evaluation=dense",  # the same numbers, faster for small images
     'data={kind="digits"}',
     "preprocess.resize=8",
     "preprocess.crop=8",

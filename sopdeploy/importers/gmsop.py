@@ -108,14 +108,12 @@ def _gate_config(file: WeightFile) -> dict[str, Any]:
     """Read the options of the gate and of the mixture."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
     gate_layers = sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors)
-    norm = "CM_1_a_bn_w" in file.tensors
     return {
         "components": file.tensor("gating_w").shape[1],
         "chosen": int(layer_number(file, "gating", "topk")),
         "component_widths": [len(conv_kernel(file, name)) for name in _component_kernels(file, 1)],
         "component_bias": "CM_1_a_b" in file.tensors,
-        "component_norm": norm,
-        "evaluation": "dense" if norm else "routed",
+        "component_norm": "CM_1_a_bn_w" in file.tensors,
         "gate_widths": [len(conv_kernel(file, f"gating{layer}_f")) for layer in range(1, gate_layers + 1)],
         "gate_norm": "gating1_bn_w" in file.tensors,
         "dropout": layer_number(file, dropouts[0], "rate") if dropouts else 0.0,

@@ -39,9 +39,9 @@ class GSoPBlockConfig(StrictModel):
 
     `attention` selects the weights that scale the map: of channels, of positions, or of both, with the way to
     fuse the two results. `cov_width` is d. `position_side` is the side of the map whose positions are
-    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). `channel_norm` and `position_norm` add a batch norm
-    after the row-wise convolution (Table 2); the printed parameters of the position-wise block are those
-    without it. `RELEASED_BLOCK` lists the options in which the released code differs from the paper.
+    correlated (6, 8 and 12 are Table 4's 36, 64 and 144). `channel_norm` adds a batch norm after the row-wise
+    convolution of the channel-wise half (Table 2). `RELEASED_BLOCK` lists the options in which the released
+    code differs from the paper.
     """
 
     attention: Literal["channel", "position"] | FusionKind = "channel"
@@ -49,7 +49,6 @@ class GSoPBlockConfig(StrictModel):
     position_side: Annotated[int, pydantic.Field(ge=2, le=16)] = 8
     pre_relu: bool = False
     channel_norm: bool = True
-    position_norm: bool = False
     channel_activation: BlockActivation = "lrelu"
     position_activation: BlockActivation = "lrelu"
     position_rectify: Literal["reduced", "scaled"] = "reduced"
@@ -176,9 +175,7 @@ class PositionAttention(nn.Module, ExportHints):
         self.config, width = config, config.cov_width
         self.reduction = nn.Sequential(nn.Conv2d(channels, width, 1), nn.BatchNorm2d(width))
         positions = config.position_side**2
-        self.excitation = Excitation(
-            positions, positions, config.position_activation, norm=config.position_norm
-        )
+        self.excitation = Excitation(positions, positions, config.position_activation, norm=False)
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Compute the weights; the covariance is float32 or float64."""

@@ -61,15 +61,17 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
 
     `component_widths` are the channels of a component's 1x1 convolutions. `component_activation` follows each
     of them: ReLU as in the released code, or "none" for the linear form of Eq. (6). `component_bias` and
-    `component_norm` add a bias and a batch norm to them; the latter needs `evaluation="dense"`.
+    `component_norm` add a bias and a batch norm to them.
     `component_centered=false` pools X^T Q X without centering, as Eq. (6), instead of the covariance (Eq. 5).
     `gate_widths` are the channels of the gate's prediction layers; `None` selects the architecture of a
     component, as in section 2.3. `gate_norm` adds a batch norm and a ReLU to each, as in the released code.
     `fusion_norm` is the batch norm of the mixed vector (section 2.3). `noise_per` selects how the gate's
     gamma is drawn: per component of an image, as in SG-MoE, or per image, as in the released code.
-    `balance_weight` is alpha. `evaluation` selects how a training batch is computed: "routed" evaluates each
-    component on its images only, "dense" all components on all images; the results are equal. Eval mode is
-    dense, and an exported graph gathers the weights of K components per image: no shape depends on the data.
+    `balance_weight` is alpha.
+
+    In training, each component is evaluated on its images only, except with `component_norm`, whose
+    statistics are those of all images; the results are equal. Eval mode evaluates all components on all
+    images, and an exported graph gathers the weights of K components per image: no shape depends on the data.
     """
 
     component: ComponentKind = "sop"
@@ -86,14 +88,11 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     dropout: FractionBelowOne = 0.2
     noise_per: NoisePer = "component"
     balance_weight: NonNegative = 100.0
-    evaluation: Literal["routed", "dense"] = "routed"
 
     @pydantic.model_validator(mode="after")
     def _chosen_among_components(self) -> "GMSOPConfig":
         if self.chosen > self.components:
             raise ValueError(f"chosen ({self.chosen}) is more than components ({self.components})")
-        if self.component_norm and self.evaluation == "routed":
-            raise ValueError("component_norm: needs evaluation=dense; its statistics are those of all images")
         return self
 
 
@@ -158,10 +157,10 @@ class GMSOPResNet(Classifier, GatedResNet):
         if self.config.chosen == 1:
             raise ConfigError("chosen: must be at least 2 to train; with 1 the gate has no gradient")
         features, weights_BN = self.noisy_gate(images)
-        if self.config.evaluation == "routed" and not features.is_meta:  # `meta` has no weights to route by
-            mixed = self.mixture.routed_sum(features, weights_BN)
-        else:
+        if self.config.component_norm or features.is_meta:  # `meta` has no weights to route by
             mixed = self.mixture(features, weights_BN)
+        else:
+            mixed = self.mixture.routed_sum(features, weights_BN)
         logits: Tensor = self.head(mixed)
         balance = balance_loss(weights_BN, self.config.balance_weight)
         return TrainingOutput(logits, {}, {"balance": balance}, (weights_BN > 0).sum(dim=0))

@@ -52,7 +52,6 @@ COUNTS: list[tuple[str, dict[str, Any], int, int | None]] = [  # in training
     ("gsop-net1-resnet50", {}, 28_285_224 + 4 * 2 * 512, 6_442_057_728),  # Table 2's batch norm
     ("gsop-net2-resnet50", {}, 58_278_568 + 3 * 2 * 512, 6_523_171_840),
     ("gsop-net1-resnet50", POSITION, 26_182_952, None),
-    ("gsop-net1-resnet50", {**POSITION, "position_norm": True}, 26_182_952 + 4 * 2 * 256, None),
     ("gsop-net1-resnet50", {"attention": "average", **NO_NORM}, 28_911_144, None),
     ("gsop-net1-resnet50", {"attention": "concatenation", **NO_NORM}, 32_105_000, None),
     (PREACT_GSOP, NO_NORM, 2_894_516, 555_361_280),
