@@ -30,11 +30,12 @@ import math
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from sopdeploy.layers.covariance import at_least_float32, without_autocast
-from sopdeploy.layers.distributed import sum_over_ranks
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig, covariance_root
 
@@ -266,6 +267,8 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     mean cross entropy, the weight alpha of Eq. (4) is therefore alpha / S, in the paper 100 / 256 = 0.39.
     """
     count = weights_BN.new_full((1,), weights_BN.shape[0])
-    summed = sum_over_ranks(torch.cat([weights_BN.sum(dim=0), count]))
+    summed = torch.cat([weights_BN.sum(dim=0), count])
+    if dist.is_available() and dist.is_initialized():
+        summed = all_reduce(summed)  # differentiable
     load_N, images = summed[:-1], summed[-1].detach()
     return alpha / images * (load_N.var(correction=1) / load_N.mean().square())
