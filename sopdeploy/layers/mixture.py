@@ -269,6 +269,6 @@ def balance_loss(weights_BN: Tensor, alpha: float) -> Tensor:
     count = weights_BN.new_full((1,), weights_BN.shape[0])
     summed = torch.cat([weights_BN.sum(dim=0), count])
     if dist.is_available() and dist.is_initialized():
-        summed = all_reduce(summed)  # differentiable
+        summed = all_reduce(summed)  # type: ignore[no-untyped-call]
     load_N, images = summed[:-1], summed[-1].detach()
     return alpha / images * (load_N.var(correction=1) / load_N.mean().square())
