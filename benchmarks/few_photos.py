@@ -1,7 +1,7 @@
 """Accuracy and processor time of `train` with few photographs per class, against simple heads on averages.
 
     python benchmarks/few_photos.py --photos NAME=TRAIN,TEST --model NAME=WEIGHTS --cache DIR
-        [--sizes 5,10,20,50] [--draws 6] [--unknown DIR] [--json]
+        [--sizes 5,10,20,50] [--draws 6] [--unknown DIR] [--set KEY=VALUE] [--json]
 
 --photos and --model may be repeated: every network is measured on every kind of photographs. TRAIN and TEST
 are folders <class>/*.jpg. Each draw, whose seed is its number, takes --sizes photographs per class from
@@ -17,8 +17,9 @@ TRAIN. All arms see the same ones and are tested on all photographs in TEST:
 Intervals are Student's 95 % intervals of the paired difference over draws. "estimate minus test" compares the
 printed estimate with the accuracy on the test photographs. With --unknown, photographs of other classes,
 <folder>/*.jpg, the shares of TEST that the threshold accepts and of these photographs that it rejects are
-printed. Finished draws in --cache are not repeated. Exit status 1: train is not better than the best simple
-head with an interval above 0, on average over --sizes, in a case.
+printed, of the draws with a threshold. --set is passed to `train`; give each value its own --cache. Finished
+draws in --cache are not repeated. Exit status 1: train is not better than the best simple head with an
+interval above 0, on average over --sizes, in a case.
 """
 
 import argparse
@@ -70,6 +71,7 @@ class Case(NamedTuple):
     weights: str
     cache: Path
     unknown: Path | None
+    settings: list[str]
 
 
 class Vectors(NamedTuple):
@@ -207,7 +209,7 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
     ]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        [*command, "--set", f"model.name={case.model}", "--weights", case.weights],
+        [*command, "--set", f"model.name={case.model}", "--weights", case.weights, *case.settings],
         capture_output=True,
         text=True,
         check=False,
@@ -296,7 +298,8 @@ def parse_cases(given: argparse.Namespace) -> list[Case]:
         cache = (given.cache / f"{kind}-{network.replace(':', '-')}").resolve()
         cache.mkdir(parents=True, exist_ok=True)
         name = f"{kind}, {network}"
-        cases.append(Case(name, Path(train), Path(test), network, weights, cache, given.unknown))
+        settings = [text for value in given.set for text in ("--set", value)]
+        cases.append(Case(name, Path(train), Path(test), network, weights, cache, given.unknown, settings))
     return cases
 
 
@@ -307,6 +310,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--model", action="append", required=True, help="NAME=FILE: a network, its weights")
     parser.add_argument("--cache", type=Path, required=True, help="folder of runs and results")
     parser.add_argument("--unknown", type=Path, help="photographs of none of the classes, <folder>/*.jpg")
+    parser.add_argument("--set", action="append", default=[], help="KEY=VALUE, an option of train")
     parser.add_argument(
         "--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[5, 10, 20, 50]
     )
