@@ -188,6 +188,15 @@ class Problem:
                 logits_GNK[number, tested] = self.reduced[tested] @ head.weight.T + head.bias
         return logits_GNK
 
+    def energies(self, folds_N: Indices) -> Array:
+        """Cross-validate; compute the energies (N,) of the out-of-fold logits less the weighted distances."""
+        logits_GNK = self.cross_validate(folds_N)
+        logits_NK = compose(self.targets.losses(logits_GNK), logits_GNK, folds_N)
+        distances_N = self.distances(folds_N)
+        weight = self.distance_weight(logits_NK, distances_N)
+        energies_N: Array = known_score(logits_NK, "energy") - weight * distances_N
+        return energies_N
+
     def doubt_labels(self, logits_NK: Array, folds_N: Indices, strength: float) -> Array:
         """Compute out-of-fold logits (N, K) by heads that were fitted without probably wrong labels.
 

@@ -18,6 +18,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.sources import open_data
+from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
@@ -119,6 +120,20 @@ def test_improbable_labels_are_listed_the_least_probable_first():
     listed = list_wrong_labels(np.log(probabilities), images)
     assert [(index, one.label, one.suggested) for index, one in listed] == [(2, "a", "b"), (3, "c", "a")]
     assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
+
+
+def test_the_energies_of_few_images_are_means_of_cross_validations(tmp_path: Path, monkeypatch):
+    photos = paint(tmp_path / "photos", 17)
+    recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
+    monkeypatch.setattr(Problem, "energies", lambda problem, _folds: np.full(len(problem.reduced), 6.0))
+    found = []
+    for repetitions in (1, 3):
+        monkeypatch.setattr("sopdeploy.training.few_shot.run.REPETITIONS", repetitions)
+        last = train_recipe(recipe, tmp_path / str(repetitions)).last
+        found.append(read_checkpoint(last).resume["procedure"]["out_of_fold"].numpy())
+    once, mean = (np.logaddexp.reduce(logits, axis=1) for logits in found)
+    assert mean == pytest.approx((once + 6 + 6) / 3)
+    assert softmax(found[1]) == pytest.approx(softmax(found[0]))
 
 
 def test_the_weight_of_the_distance_is_half_the_deviation_of_the_energy():
