@@ -1,4 +1,4 @@
-"""Test selection, hypothesis profiles, the state between files, and the summary of tests that did not run."""
+"""Test selection, hypothesis profiles, and the state between files."""
 
 import asyncio
 import atexit
@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -150,13 +149,3 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
     gc.set_threshold(100_000, 20, 100)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = terminalreporter.stats.get("skipped", [])
-    reasons = Counter(str(report.longrepr[2]).removeprefix("Skipped: ") for report in skipped)
-    terminalreporter.section("not run here")
-    for reason, count in sorted(reasons.items()):
-        terminalreporter.line(f"{count} tests: {reason}")
-    if not reasons:
-        terminalreporter.line("none: every test ran")

@@ -280,20 +280,6 @@ def test_a_damaged_file_and_a_bug_do_not_end_keeping(offered, caplog) -> None:
     assert "is not kept" in caplog.text
 
 
-def test_a_full_disk_does_not_stop_serving(
-    bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, tmp_path: Path, until, monkeypatch
-) -> None:
-    with run_server(onnx_runtime, rejecting_all(bundle), Settings(keep=tmp_path)) as client:
-
-        def fail(*_: object) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        monkeypatch.setattr(Path, "write_bytes", fail)
-        for body in photos(3):
-            assert client.post("/v1/classify", content=body).status_code == 200
-        until(lambda: results(client) == {"failed": 3})
-
-
 ROOT = Path(__file__).parents[2]
 PHOTO = b"x" * FILE_BLOCK  # one block, and one for its record
 PAIR = 2 * FILE_BLOCK

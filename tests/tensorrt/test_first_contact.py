@@ -3,19 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import first_contact
 import pytest
 
-from sopdeploy_service.runtime.onnxruntime import CUDA, cuda_options, session_options
 from tests.cuda.stand_in import ABSENT, installed, start
 from tests.tensorrt.networks import network, write
 
 PROGRAM = str(Path(first_contact.__file__))
-ON_CPU_THREADS = {"intra_op_num_threads", "inter_op_num_threads", "session.intra_op.allow_spinning"}
-DEFAULTS = {"graph_optimization_level"}
 
 
 @pytest.fixture
@@ -60,40 +55,6 @@ def test_a_wrong_result_is_named_and_the_other_bundles_are_compared(
     rows = capsys.readouterr().out.splitlines()
     assert len(rows) == 3
     assert '{"result": "failed: tiny fp32: ' in rows[-1]
-
-
-class Recorded(SimpleNamespace):
-    """Session options that can be listed, in the place of those of ONNX Runtime."""
-
-    def add_session_config_entry(self, name: str, value: str) -> None:
-        vars(self)[name] = value
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_a_session_has_the_options_of_the_service(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Any] = []
-
-    def session(_: str, options: Any, providers: Any, enable_fallback: int) -> Any:
-        assert not enable_fallback
-        opened.extend((options, providers))
-        return SimpleNamespace(get_providers=lambda: [CUDA])
-
-    levels = SimpleNamespace(ORT_ENABLE_ALL=99)
-    onnxruntime: Any = SimpleNamespace(
-        SessionOptions=Recorded,
-        InferenceSession=session,
-        preload_dlls=lambda: None,
-        GraphOptimizationLevel=levels,
-    )
-    monkeypatch.setitem(sys.modules, "onnxruntime", onnxruntime)
-    first_contact.open_session({"path": Path("folder"), "precision": precision}, "cuda")
-    options, providers = opened
-    assert providers == [(CUDA, cuda_options(precision))]
-    of_service = vars(session_options(onnxruntime, 1, CUDA))
-    profile = {"enable_profiling", "profile_file_prefix"}
-    assert {name: value for name, value in vars(options).items() if name not in profile} == {
-        name: value for name, value in of_service.items() if name not in ON_CPU_THREADS | DEFAULTS
-    }
 
 
 @pytest.mark.skipif(not installed(), reason=ABSENT)

@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from sopdeploy.client import Client
-from sopdeploy.errors import ServiceError
 from sopdeploy_service.images.decode import EncodedImage, decode
 from tests.service.conftest import LABELS
 
@@ -35,15 +34,6 @@ def test_every_kind_of_input_gives_the_same_classes(sdk, tmp_path):
     assert all(classes == alone[0] for classes in alone)
     for classes in together:
         assert [c.probability for c in classes] == pytest.approx([c.probability for c in alone[0]])
-
-
-def test_a_bad_image_raises_alone_and_is_a_result_among_others(sdk, jpeg):
-    with pytest.raises(ServiceError) as caught:
-        sdk.classify(b"no image")
-    assert (caught.value.status, caught.value.code) == (415, "not_an_image")
-    good, bad = sdk.classify([jpeg, jpeg[:300]])
-    assert good.error is None
-    assert bad.error.code == "truncated_image"
 
 
 PAGE = Path(__file__).parents[3] / "docs" / "client.md"

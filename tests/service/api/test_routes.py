@@ -9,7 +9,6 @@ import pytest
 from fake_runtime import FakeRuntime
 from PIL import Image
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
@@ -17,7 +16,6 @@ from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 from tests.pictures import encoded
-from tests.service.conftest import running
 
 
 def test_a_raw_image_gives_its_classes_best_first(client, jpeg):
@@ -112,11 +110,14 @@ def test_health_and_info(client, bundle):
     assert info["preprocess"]["crop"] == 32
 
 
-def test_a_server_says_that_its_bundle_was_deleted(run_server, onnx_runtime, bundle_path, tmp_path, jpeg):
+def test_a_server_says_that_its_bundle_was_deleted_and_serves_on(run_server, bundle_path, tmp_path, jpeg):
     copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
-    with run_server(onnx_runtime, open_bundle(copy), Settings()) as client:
+    loaded = load_model(copy, Settings(threads=1))
+    with run_server(loaded.runtime, loaded.bundle, Settings()) as client:
         assert client.get("/readyz").json() == {"status": "ok"}
         shutil.rmtree(copy)
+        for path in ("/v1/card", "/info", "/v2/models/tiny"):
+            assert client.get(path).status_code == 200
         reply = client.get("/readyz")
         reason = f"{copy}: the bundle was deleted; it is served until this process ends"
         assert (reply.status_code, reply.json()) == (200, {"status": "ok", "reason": reason})
@@ -224,21 +225,6 @@ def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_mod
     assert (card.text, card.certificate, card.num_components) == ("", None, 0)
     reply = client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
-
-
-def test_a_bundle_whose_folder_is_deleted_is_served_on(bundle_path, tmp_path, jpeg):
-    folder = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
-    loaded = load_model(folder, Settings(threads=1))
-    with running(loaded.runtime, loaded.bundle, Settings()) as client:
-        shutil.rmtree(folder)
-        for path in (
-            "/v1/card",
-            "/info",
-            "/v2/models/tiny",
-            "/readyz",
-        ):
-            assert client.get(path).status_code == 200
-        assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
 def test_gates_lists_the_selected_experts_best_first_if_requested(gated_client, make_picture):

@@ -134,24 +134,6 @@ def test_a_version_whose_first_batch_fails_is_never_served(versions, monkeypatch
     run_with_registry(versions[0], scenario)
 
 
-def test_a_slow_request_is_served_by_the_version_that_admitted_it(versions, run_server, jpeg, until) -> None:
-    first = load(versions[0])
-    with run_server(first.runtime, first.bundle, SETTINGS) as client:
-        oldest = client.app.state.service.registry.find()
-
-        def slow_body() -> Iterator[bytes]:
-            yield jpeg[:10]
-            until(lambda: not oldest.unused.is_set())  # the request is admitted
-            client.reload(versions[1])
-            newest = client.post("/v1/classify", content=jpeg)
-            assert newest.headers["x-model-digest"] == open_bundle(versions[1]).manifest.id
-            yield jpeg[10:]
-
-        reply = client.post("/v1/classify", content=slow_body())
-        assert reply.status_code == 200, reply.text
-        assert reply.headers["x-model-digest"] == oldest.version
-
-
 @pytest.fixture
 def two(versions, run_server, onnx_runtime) -> Iterator[httpx.Client]:
     with run_server(onnx_runtime, open_bundle(versions[0]), SETTINGS, names=("ants", "bees")) as client:

@@ -126,14 +126,6 @@ def test_a_label_that_cannot_be_used_is_refused_and_changes_nothing(client, tmp_
     assert files_below(tmp_path) == before
 
 
-def test_two_tabs_do_not_label_a_photograph_twice(client, tmp_path, keep):
-    assert client.post("/label", json=answer(name="hat")).status_code == 200
-    second = client.post("/label", json=answer(name="shoes"))
-    assert second.status_code == 409
-    assert "has a label already" in second.json()["detail"]
-    assert files_below(tmp_path) == {f"photos/hat/{ONE}.jpg"}
-
-
 def test_a_full_disk_is_described_and_the_photograph_waits(client, tmp_path, monkeypatch):
     def refuse(_path: Path, _target: Path) -> None:
         raise OSError(28, "No space left on device", "photos")
