@@ -18,7 +18,6 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from gain.task import Task
-from sopdeploy.backbones.timm_backbone import TimmBackbone, TimmConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
@@ -27,7 +26,7 @@ from sopdeploy.data.datasets.folder import FolderConfig, open_folder
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
-from sopdeploy.models.timm_networks import DSoPTimm
+from sopdeploy.models.timm_networks import DSoPTimm, TimmBackbone, TimmConfig
 from sopdeploy.user_files import read_pytorch
 
 BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 4

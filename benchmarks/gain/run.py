@@ -38,7 +38,6 @@ from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
 from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
-from sopdeploy.backbones.timm_backbone import TimmBackbone
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import sequential_batches, shuffled_batches
@@ -46,7 +45,7 @@ from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.pooled import PlainSmallResNet
-from sopdeploy.models.timm_networks import PlainTimm
+from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
 from sopdeploy.training.schedule import OneCycle
 from sopdeploy.training.step.losses import training_loss
 from sopdeploy_export.proof.networks import detach

@@ -215,7 +215,7 @@ def read_preprocess(text: str | None) -> Preprocess:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
     kind, _, name = text.partition(":")
     if kind == "timm":
-        from sopdeploy.backbones.timm_backbone import import_timm
+        from sopdeploy.models.timm_networks import import_timm
 
         config = import_timm(name).get_pretrained_cfg(name)
         if config is None:

@@ -21,11 +21,11 @@ import torch
 from sopdeploy.backbones.alexnet_vgg import VGGConfig
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetLite
 from sopdeploy.backbones.resnet import ResNet
-from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.models.registry import entry
+from sopdeploy.models.timm_networks import import_timm
 
 PINNED = {  # complete hashes; of other files the digits in the name are compared
     "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",

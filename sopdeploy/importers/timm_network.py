@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from sopdeploy.backbones.timm_backbone import import_timm
 from sopdeploy.errors import WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
+from sopdeploy.models.timm_networks import import_timm
 
 TIMM_PREFIX = "timm:"
 MAX_TRIED = 8  # networks are built without memory for their weights, which takes about 0.1 s for each

@@ -1,13 +1,160 @@
 """Networks of timm, plain (`timm:NAME`) and with DSoP's branches (`dsop-timm:NAME`).
 
-NAME is timm's own, with or without a tag (`resnet18.a1_in1k`). The inference model is timm's network with
-timm's key names, so timm's weight files fit.
+NAME is timm's own, with or without a tag (`resnet18.a1_in1k`). The network is built by
+`timm.create_model(pretrained=False)`; timm is imported only when such a network is requested. The inference
+model is timm's network with timm's key names, so timm's weight files fit.
+
+Taps are the stages in timm's `feature_info` from stride 4 on: what the papers call conv2_x to conv5_x. timm's
+`forward_intermediates` returns their maps; in a transformer, these are the patch tokens of a block after the
+network's last norm.
 """
 
-from sopdeploy.backbones.timm_backbone import TimmBackbone, TimmConfig, timm_image_size
-from sopdeploy.errors import ConfigError
+import difflib
+from collections.abc import Callable, Collection
+from functools import cache
+from typing import Annotated, Any
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from sopdeploy.backbones.base import Backbone
+from sopdeploy.config import StrictModel
+from sopdeploy.environment import import_optional
+from sopdeploy.errors import ConfigError, MissingPackageError
+from sopdeploy.layers.residual import BasicBlock, Bottleneck, mbconv
 from sopdeploy.models.base import Classifier, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
+
+FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
+
+
+class TimmConfig(StrictModel):
+    """`backbone` is the network's name in timm, such as `convnext_tiny` or `resnet18.a1_in1k`."""
+
+    backbone: Annotated[str, pydantic.Field(min_length=1)]
+
+
+def import_timm(name: str) -> Any:
+    """Import `timm`.
+
+    Raises `MissingPackageError`, or `ConfigError` if it has no network *name* (with its tag, if any).
+    """
+    timm = import_optional("timm", "timm", "sopdeploy[train]", MissingPackageError, f"timm:{name}")
+    names = [*timm.list_models(), *timm.list_pretrained()]
+    if name not in names:
+        near = ", ".join(difflib.get_close_matches(name, names, n=3)) or "one of timm.list_models()"
+        raise ConfigError(f"timm:{name}: timm {timm.__version__} has no such network; did you mean {near}?")
+    return timm
+
+
+def timm_image_size(name: str) -> int:
+    """Look up the image size in pixels of timm's network *name*; raise `ConfigError` if unknown."""
+    return import_timm(name).get_pretrained_cfg(name).input_size[-1]
+
+
+@cache
+def timm_taps(name: str) -> dict[str, int]:
+    """Find the feature maps of timm's network *name*: their channels by tap, in the order of computation.
+
+    The result is empty if the network does not name its stages, if a stage returns no feature map, or if its
+    code depends on the values of pixels.
+    """
+    timm, side = import_timm(name), timm_image_size(name)
+    with torch.device("meta"):
+        network = timm.create_model(name).eval()
+        stages = list(getattr(network, "feature_info", ()))
+        if not stages or not hasattr(network, "forward_intermediates"):
+            return {}
+        try:
+            maps = network.forward_intermediates(torch.empty(1, 3, side, side), intermediates_only=True)
+        except RuntimeError:  # it reads values, which `meta` does not have
+            return {}
+    channels = [stage["num_chs"] for stage in stages]
+    if [(4, count) for count in channels] != [(found.dim(), found.shape[1]) for found in maps]:
+        return {}
+    taps = zip(stages, channels, strict=True)
+    return {stage["module"]: count for stage, count in taps if stage["reduction"] >= FIRST_STRIDE}
+
+
+def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, int, int], nn.Module]:
+    """Select the kind of residual block that is most like those of *network*'s stages.
+
+    It is `mbconv` if the stages have depthwise convolutions, `Bottleneck` if they have 1x1 convolutions
+    besides shortcuts, and otherwise `BasicBlock`.
+    """
+    parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
+    convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
+    if any(part.groups == part.in_channels > 1 for part in convolutions):
+        return mbconv
+    if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):
+        return Bottleneck
+    return BasicBlock
+
+
+class TimmBackbone(Backbone):
+    """A network of timm, with taps if it has feature maps or patch tokens.
+
+    State-dict keys are timm's, without a prefix. It shares its dicts of modules, parameters and buffers with
+    timm's own module, which is not a child. Moving, loading or saving this module therefore does the same to
+    timm's.
+    """
+
+    config: TimmConfig
+
+    def __init__(self, config: TimmConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        network = import_timm(config.backbone).create_model(config.backbone, num_classes=num_classes)
+        self._modules, self._parameters = network._modules, network._parameters
+        self._buffers = network._buffers
+        self._non_persistent_buffers_set = network._non_persistent_buffers_set
+        self.wrapped = (network,)  # a tuple, because a module would become a child
+        self.tap_channels = timm_taps(config.backbone)
+        self.head_channels: int = getattr(network, "head_hidden_size", network.num_features)
+        published = network.pretrained_cfg
+        self.fixed_size: int | None = published["input_size"][-1] if published["fixed_input_size"] else None
+
+    def train(self, mode: bool = True) -> "TimmBackbone":
+        """Set training or eval mode, also of timm's own module."""
+        self.wrapped[0].training = mode
+        return super().train(mode)
+
+    def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
+        """Build the block that `nearest_block` selects."""
+        return nearest_block(self.wrapped[0], self.tap_channels)(in_channels, out_channels, stride)
+
+    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
+        """Compute the output of timm's `forward_features`, and the map (B, C, H, W) of every tapped stage.
+
+        Raises `ConfigError` if the network has position embeddings for another image size.
+        """
+        if self.fixed_size not in {None, images.shape[-1]}:
+            raise ConfigError(
+                f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
+                f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
+            )
+        network = self.wrapped[0]
+        if not taps:
+            return network.forward_features(images), []
+        wanted = [number for number, stage in enumerate(network.feature_info) if stage["module"] in taps]
+        with_norm = hasattr(network, "norm")  # two networks without this module do not accept the argument
+        last, maps = network.forward_intermediates(images, indices=wanted, norm=with_norm)
+        return last, maps
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Compute logits by timm's `forward_head`."""
+        return self.wrapped[0].forward_head(features)
+
+    def num_features(self) -> int:
+        """Return the length of the vector that timm's classifier reads."""
+        return self.head_channels
+
+    def averages_last_map(self) -> bool:
+        """Tell whether timm's head is only average pooling and a linear layer."""
+        network = self.wrapped[0]
+        averages = getattr(getattr(network, "global_pool", None), "pool_type", "") == "avg"
+        exact = averages and network.num_features == network.head_hidden_size
+        return exact and isinstance(network.get_classifier(), nn.Linear)
 
 
 class PlainTimm(Classifier, TimmBackbone):

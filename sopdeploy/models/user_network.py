@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone, initialize
-from sopdeploy.backbones.timm_backbone import nearest_block
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
@@ -22,6 +21,7 @@ from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier, Entry, is_in
 from sopdeploy.models.dsop import DSoP, DSoPConfig
 from sopdeploy.models.registry import CATALOG, parse_options
+from sopdeploy.models.timm_networks import nearest_block
 from sopdeploy.plugins import MODELS
 
 Trained = TypeVar("Trained", bound="UserNetwork")
