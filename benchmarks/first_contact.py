@@ -77,14 +77,26 @@ def speed(bundle: Bundle, provider: str) -> Iterator[Row]:
 
 def server(bundle: Bundle, provider: str) -> Iterator[Row]:
     """`sopdeploy serve` under load: JPEGs of 500 x 375 pixels; client and server share the cores."""
-    import sopdeploy  # noqa: PLC0415
 
     runtime, images = f"onnxruntime-{provider}", bundle["path"].parents[1] / "images"
-    with sopdeploy.serve(bundle["path"], background=True, port=0, runtime=runtime) as server:
+    command = [
+        sys.executable,
+        "-m",
+        "sopdeploy",
+        "serve",
+        str(bundle["path"]),
+        "--port",
+        "0",
+        "--runtime",
+        runtime,
+    ]
+    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
+        url = next(iter(server.stdout or ())).split()[1]
         for connections in (1, 64):
-            load = put_load(f"{server.url}/v1/classify", images, 6, "--connections", connections)
+            load = put_load(f"{url}/v1/classify", images, 6, "--connections", connections)
             row = {"bundle": bundle["name"], "runtime": runtime, "connections": connections}
             yield row | {key: f"{getattr(load, key):.1f}" for key in ("images_per_s", "p50_ms", "p99_ms")}
+        server.terminate()
 
 
 def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:

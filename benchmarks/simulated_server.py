@@ -23,9 +23,8 @@ import httpx
 from serving_ours import fake_model, skip_decoding
 
 from sopdeploy_service.devices.device_server import run_device_server
-from sopdeploy_service.devices.processes import DeviceLaunchConfig
+from sopdeploy_service.devices.processes import run_program
 from sopdeploy_service.server import process
-from sopdeploy_service.server.launch import run_program
 
 HERE = Path(__file__).resolve().parent
 BATCH_VARIABLE = "SIMULATED_BATCH"
@@ -87,7 +86,7 @@ def main() -> int:
     model = fake_model(fixed, each, int(largest))
     process.load_model = lambda *_: model  # type: ignore[attr-defined]
     skip_decoding()
-    return run_program(run_device_server, DeviceLaunchConfig)
+    return run_program(run_device_server)
 
 
 if __name__ == "__main__":

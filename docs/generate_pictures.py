@@ -10,6 +10,7 @@ docs/benchmarks/serving.md and own_photos.md.
 import importlib
 import io
 import shutil
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -74,18 +75,24 @@ def trained_bundle(folder: Path) -> Path:
 def screenshot(bundle: Path, photo: Path, folder: Path) -> None:
     """Photograph the page of a server with a prediction."""
     with (
-        sopdeploy.serve(bundle, background=True, port=0) as server,
+        subprocess.Popen(
+            [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0"],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as server,
         sync_playwright() as playwright,
         playwright.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         ) as browser,
     ):
+        url = next(iter(server.stdout or ())).split()[1]
         page = browser.new_page(viewport={"width": 1200, "height": 560})
         for _ in range(2):  # the first request also opens the connection and fills caches
-            page.goto(server.url)
+            page.goto(url)
             page.set_input_files("#file", photo)
             page.wait_for_selector("#answer[aria-busy=false] #classes li")
         page.screenshot(path=folder / PREDICTION)
+        server.terminate()
 
 
 def throughput(page: str) -> dict[str, dict[str, float]]:

@@ -160,12 +160,12 @@ def test_two_objects_reach_a_map_of_95_percent_through_export_and_http(tmp_path:
     exported = sopdeploy.export(run.best, tmp_path / "bundles", detach=bool(run.training_only))
     manifest = json.loads((exported.path / "manifest.json").read_bytes())
     assert manifest["decision"]["activation"] == "sigmoid"
-    with sopdeploy.serve(exported.path, background=True, port=0, threads=1) as server:
-        with Client(server.url) as client:
-            client.wait_ready()
+    with serving(str(exported.path), tmp_path) as (http, _):
+        url = str(http.base_url)
+        with Client(url) as client:
             best = client.classify(unseen / "images" / "0.png", threshold=0.0)
             assert sorted(entry.label for entry in best.classes) == list(CLASSES)
-        found = [sopdeploy.evaluate(source, unseen) for source in (run.best, exported.path, server.url)]
+        found = [sopdeploy.evaluate(source, unseen) for source in (run.best, exported.path, url)]
     maps = [one.metrics.map for one in found]
     assert min(maps) >= 0.95
     assert max(maps) - min(maps) < 1e-6

@@ -4,8 +4,8 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO, cast
 
-import sopdeploy
 from sopdeploy.bundle.folder import read_bundles
 from sopdeploy.cli.app import QUICK_START
 from sopdeploy.cli.command import command
@@ -41,9 +41,16 @@ def demo(*, out: Path = Path("demo")) -> int | None:
             return code
     bundle = next(read_bundles(folder)).path
     say(f"\n$ sopdeploy serve {bundle} --port 0", style="bold cyan")
-    with sopdeploy.serve(bundle, background=True, port=0) as server:
-        say(f"ready: {server.url} {bundle.name}")
-        accuracy = _classify_digits(server.url)
+    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            ready = cast(TextIO, server.stdout).readline().strip()
+            if not ready:
+                return server.wait()
+            say(ready)
+            accuracy = _classify_digits(ready.split()[1])
+        finally:
+            server.terminate()
     if accuracy < MIN_ACCURACY:
         raise SopdeployError(
             f"only {accuracy:.1%} of the digits were classified correctly over HTTP, at least "

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any
 
 from rich.text import Text
 
@@ -20,10 +20,6 @@ from sopdeploy_service.settings import (
     to_toml,
     unused_variables,
 )
-
-if TYPE_CHECKING:
-    from sopdeploy_service.server.launch import BackgroundServer
-
 
 COMPARED = 30  # held-out photographs for a first comparison of two networks
 
@@ -52,24 +48,7 @@ def print_config(bundles: Sequence[str], *, config: Path | None, as_json: bool, 
     sys.stdout.write(to_toml(load_settings(config, **settings)))
 
 
-@overload
-def serve(
-    bundles: str | Path | Sequence[str | Path],
-    *,
-    background: Literal[False] = False,
-    config: str | Path | None = None,
-    **settings: Any,
-) -> int: ...
-@overload
-def serve(
-    bundles: str | Path | Sequence[str | Path],
-    *,
-    background: Literal[True],
-    config: str | Path | None = None,
-    **settings: Any,
-) -> "BackgroundServer": ...
 @command(
-    hidden={"background"},
     instead=print_config,
     settings=SettingOptions(
         _parse,
@@ -81,10 +60,9 @@ def serve(
 def serve(
     bundles: str | Path | Sequence[str | Path],
     *,
-    background: bool = False,
     config: str | Path | None = None,
     **settings: Any,
-) -> "int | BackgroundServer":
+) -> int:
     """Serve bundles over HTTP: POST an image to /v1/classify.
 
     Settings come from options or keywords, from environment variables such as SOPDEPLOY_PORT, and from the
@@ -96,14 +74,11 @@ def serve(
 
     Args:
         bundles: One or several of: a bundle, a folder of bundles, or NAME=BUNDLE.
-        background: Serve in another process, and return when the port is open. Otherwise serve in this
-            process until SIGTERM or SIGINT.
         config: TOML file with settings.
         **settings: Settings, for example `port=8000` (0 selects a free port), `host`, `threads`.
 
     Returns:
-        In the background a server with `url`, `log` and `stop()`, which a `with` statement stops. Otherwise
-        the exit code: 0 after a drain, 70 if a runtime died.
+        The exit code after SIGTERM or SIGINT: 0 after a drain, 70 if a runtime died.
 
     Raises:
         ConfigError: Invalid settings, the port is in use, or the server would block an event loop.
@@ -112,10 +87,6 @@ def serve(
     """
     sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)
     loaded = load_settings(None if config is None else Path(config), **settings)
-    if background:
-        from sopdeploy_service.server.launch import BackgroundServer
-
-        return BackgroundServer(sources, loaded)
     from sopdeploy_service.server.process import run_server
 
     if loaded.keep is not None and loaded.keep_sample > 0:
@@ -131,7 +102,9 @@ def serve(
         asyncio.get_running_loop()
     except RuntimeError:
         return run_server(sources, loaded)
-    raise ConfigError("serve: an event loop runs in this thread, as in a notebook; use background=True")
+    raise ConfigError(
+        "serve: an event loop runs in this thread, as in a notebook; run the command in another process"
+    )
 
 
 @command()

@@ -11,12 +11,12 @@ from fastapi import FastAPI
 from prometheus_client import generate_latest
 
 from sopdeploy_service.devices import control
-from sopdeploy_service.devices.processes import DeviceLaunchConfig
+from sopdeploy_service.devices.processes import LaunchConfig, run_program
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer
-from sopdeploy_service.server.launch import run_program, start_task
+from sopdeploy_service.server.lifetime import start_task
 from sopdeploy_service.server.process import configured_process, load_app
 from sopdeploy_service.settings import Settings
 
@@ -86,7 +86,7 @@ def share_memory(service: Service, settings: Settings, processes: int) -> None:
     service.decoders.budget = decode_budget(settings, at_rest, processes)
 
 
-def run_device_server(config: DeviceLaunchConfig) -> int:
+def run_device_server(config: LaunchConfig) -> int:
     """Serve until SIGTERM, or until a runtime of this process is dead; return the exit code."""
     settings = config.settings
     supervisor = socket.socket(fileno=config.control)
@@ -98,9 +98,9 @@ def run_device_server(config: DeviceLaunchConfig) -> int:
             collect_metrics=partial(control.request_metrics, supervisor),
         )
         server = DeviceServer(app, settings, supervisor, config.sources)
-        share_memory(app.state.service, settings, config.processes)
+        share_memory(app.state.service, settings, config.num_processes)
         return server.serve_until_end()
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(run_device_server, DeviceLaunchConfig))
+    sys.exit(run_program(run_device_server))

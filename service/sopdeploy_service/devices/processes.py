@@ -2,26 +2,72 @@
 
 import itertools
 import os
+import signal
 import socket
 import subprocess
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sopdeploy.errors import ConfigError
+import pydantic
+
+from sopdeploy.errors import ConfigError, SopdeployError
 from sopdeploy_service.devices import control
-from sopdeploy_service.server.launch import LaunchConfig
+from sopdeploy_service.server.lifetime import STDERR, USER_ERROR
 from sopdeploy_service.settings import Settings, cores_within_quota, decoders_per_process
 
 MAX_ON_THE_WAY = 16  # connections that a process has not received
+CONFIG_VARIABLE = "SOPDEPLOY_WORKER"  # has the launch config of a process
 VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
-class DeviceLaunchConfig(LaunchConfig):
-    """The launch config of one of *processes*: its end of the control socket, and the file of rate limits."""
+class LaunchConfig(pydantic.BaseModel):
+    """What a new one of *num_processes* gets: its *name*, bundles and settings, and inherited descriptors.
 
+    These are its end of the *control* socket, the file *buckets* of rate limits, and a pipe: the process ends
+    when its other end closes, the *lifeline*.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    settings: Settings
+    lifeline: int
     control: int
     buckets: int
-    processes: int
+    num_processes: int
+
+
+def start_process(module: str, config: LaunchConfig, variables: Mapping[str, str]) -> subprocess.Popen[str]:
+    """Start *module* with *config* and additional environment *variables*."""
+    return subprocess.Popen(
+        [sys.executable, "-m", module],
+        text=True,
+        stdout=STDERR,  # stdout has the `ready` line only
+        start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
+        pass_fds=(config.lifeline, config.control, config.buckets),
+        env={**os.environ, **variables, CONFIG_VARIABLE: config.model_dump_json()},
+    )
+
+
+def run_program(serve: Callable[[LaunchConfig], int]) -> int:
+    """Call *serve* with the launch config of this process; return the exit code.
+
+    The process gets SIGTERM when the supervisor ends. An error is printed as one line.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
+    config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
+
+    def stop_with_supervisor() -> None:
+        os.read(config.lifeline, 1)  # returns when the supervisor closes the pipe, or dies
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_with_supervisor, name="lifeline", daemon=True).start()
+    try:
+        return serve(config)
+    except SopdeployError as problem:
+        sys.stderr.write(f"error: device {config.name}: {problem} [{problem.code}]\n")
+        return USER_ERROR
 
 
 @dataclass(eq=False)

@@ -20,17 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sopdeploy_service.devices import control
-from sopdeploy_service.devices.processes import DeviceLaunchConfig, Process, list_processes
+from sopdeploy_service.devices.processes import LaunchConfig, Process, list_processes, start_process
 from sopdeploy_service.inference.bundle_store import links_among, moves_of
 from sopdeploy_service.observability import logs
-from sopdeploy_service.server.launch import (
-    BEAT_SECONDS,
-    STDERR,
-    USER_ERROR,
-    start_process,
-    start_task,
-    terminal_is_closed,
-)
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
 
@@ -140,18 +133,16 @@ class Supervisor:
     def _start(self, process: Process) -> subprocess.Popen[str]:
         ours, theirs = control.pair()
         with theirs:
-            config = DeviceLaunchConfig(
+            config = LaunchConfig(
                 name=process.name,
                 sources=self._sources,
                 settings=process.settings,
                 lifeline=self._lifeline,
                 control=theirs.fileno(),
                 buckets=self._buckets,
-                processes=len(self._processes),
+                num_processes=len(self._processes),
             )
-            files = (config.lifeline, config.control, config.buckets)
-            # stdout has the `ready` line only
-            child = start_process(MODULE, config, files, process.variables, stdout=STDERR)
+            child = start_process(MODULE, config, process.variables)
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
         return child

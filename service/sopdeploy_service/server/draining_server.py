@@ -23,7 +23,7 @@ from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import trim_heaps
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
-from sopdeploy_service.server.launch import BEAT_SECONDS, start_task, terminal_is_closed
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import accept_pending, url
 from sopdeploy_service.settings import Settings
 

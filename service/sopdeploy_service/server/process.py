@@ -1,10 +1,6 @@
-"""`sopdeploy serve`: run one server process from verified startup to graceful shutdown.
-
-As a program, this module is the process of a `BackgroundServer`.
-"""
+"""`sopdeploy serve`: run one server process from verified startup to graceful shutdown."""
 
 import signal
-import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +14,6 @@ from sopdeploy_service.inference.bundle_store import find_bundles, links_among
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.observability import logs
 from sopdeploy_service.runtime.device_memory import limit_heaps
-from sopdeploy_service.server.launch import LaunchConfig, run_program
 from sopdeploy_service.server.sockets import allow_files, bind
 from sopdeploy_service.settings import Settings
 
@@ -82,7 +77,3 @@ def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) 
 
         models = dict(zip(bundles, loaded, strict=True))
     return create_app(models, settings, **options)
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(lambda config: run_server(config.sources, config.settings), LaunchConfig))

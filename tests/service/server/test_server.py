@@ -26,7 +26,7 @@ from sopdeploy.files import move_link
 from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.promote import promote
 from sopdeploy_service.runtime.device_memory import limit_heaps, trim_heaps
-from sopdeploy_service.server import draining_server, launch
+from sopdeploy_service.server import draining_server, lifetime
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
@@ -331,12 +331,12 @@ def test_a_server_cannot_follow_what_is_no_link(bundle_path: Path, devices: tupl
 
 
 def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypatch) -> None:
-    monkeypatch.setattr(os, "isatty", {launch.STDERR}.__contains__)
-    assert not launch.terminal_is_closed()
+    monkeypatch.setattr(os, "isatty", {lifetime.STDERR}.__contains__)
+    assert not lifetime.terminal_is_closed()
     monkeypatch.setattr(os, "isatty", {}.__contains__)
     for had_terminal in (False, True):
-        monkeypatch.setattr(launch, "HAS_TERMINAL", had_terminal)
-        assert launch.terminal_is_closed() == had_terminal
+        monkeypatch.setattr(lifetime, "HAS_TERMINAL", had_terminal)
+        assert lifetime.terminal_is_closed() == had_terminal
 
 
 def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:

@@ -15,12 +15,11 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.cli.app import app
+from sopdeploy.client import Client
 from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.errors import (
-    BundleError,
     ConfigError,
     DataError,
-    RuntimeUnavailableError,
     SopdeployError,
     command_line_option,
 )
@@ -28,7 +27,7 @@ from sopdeploy.training.recipe import change_recipe, flatten
 from sopdeploy.training.train import TrainingResult
 from sopdeploy_export.results import Exported
 from tests.export.once import proving_once
-from tests.service.conftest import wait_for
+from tests.service.children import serving
 
 SETTINGS: dict[str, Any] = {
     "epochs": 1,
@@ -126,41 +125,11 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_se
         assert [one.classes for one in sopdeploy.predict(bundle, single)] == classes[:1]
     (best,) = sopdeploy.predict(bundle, arrays[0], top_k=1)
     assert (best.image, len(best.classes)) == ("image 0", 1)
-    with sopdeploy.serve(bundle, background=True, port=0, threads=1) as server:
-        assert server.running
-        assert server.bundles == (bundle.name,)
-        from sopdeploy.client import Client
-
-        with Client(server.url) as client:
-            answer = client.classify(paths[0])
-        assert [(one.label, one.probability) for one in answer.classes] == [
-            (one.label, pytest.approx(one.probability, abs=1e-6)) for one in classes[0]
-        ]
-        with pytest.raises(ConfigError, match="cannot listen"):
-            sopdeploy.serve(bundle, background=True, port=int(server.url.rpartition(":")[2]))
-    assert not server.running
-    assert server.log.startswith(f"ready: {server.url}")
-    assert "stopped" in repr(server)
-    server.stop()
-
-
-def test_a_server_in_the_background_ends_with_the_process_that_started_it(bundle: Path) -> None:
-    code = (
-        "import os, sopdeploy\n"
-        f"server = sopdeploy.serve({str(bundle)!r}, background=True, port=0, threads=1)\n"
-        "print(server._process.pid, flush=True)\n"
-        "os._exit(0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    status = Path("/proc") / done.stdout.strip() / "stat"
-
-    def ended() -> bool:
-        try:
-            return " Z " in status.read_text(encoding="utf-8")
-        except OSError:  # the process has ended, perhaps between opening and reading the file
-            return True
-
-    wait_for(ended)
+    with serving(str(bundle), "--threads", "1") as http, Client(str(http.base_url)) as client:
+        answer = client.classify(paths[0])
+    assert [(one.label, one.probability) for one in answer.classes] == [
+        (one.label, pytest.approx(one.probability, abs=1e-6)) for one in classes[0]
+    ]
 
 
 BAD_IMAGES = {
@@ -191,7 +160,6 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
         "epoch: unknown key; did you mean epochs": (
             ConfigError, lambda: sopdeploy.train(recipe="digits-plain", epoch=3),
         ),
-        "no bundle": (BundleError, lambda: sopdeploy.serve(tmp_path, background=True)),
     }  # fmt: skip
     for message, (kind, call) in calls.items():
         with pytest.raises(kind, match=message):
@@ -200,13 +168,8 @@ def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: 
     async def serve_in_a_loop() -> None:
         sopdeploy.serve(bundle)
 
-    with pytest.raises(ConfigError, match="use background=True"):
+    with pytest.raises(ConfigError, match="an event loop runs in this thread"):
         asyncio.run(serve_in_a_loop())
-
-
-def test_a_server_without_its_runtime_is_an_error(bundle: Path) -> None:
-    with pytest.raises(RuntimeUnavailableError, match=r"TensorRT|tensorrt"):
-        sopdeploy.serve(bundle, background=True, port=0, runtime="tensorrt")
 
 
 def test_importing_sopdeploy_is_light_and_serving_needs_no_torch() -> None:

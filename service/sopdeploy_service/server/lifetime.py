@@ -1,0 +1,23 @@
+"""What a server process and the supervisor of several share: ticks, tasks and the end of a terminal."""
+
+import asyncio
+import os
+from collections.abc import Coroutine
+from typing import Any
+
+STDERR, USER_ERROR = 2, 2
+HAS_TERMINAL = os.isatty(STDERR)  # at the start
+BEAT_SECONDS = 0.1  # interval of uvicorn's ticks
+
+
+def terminal_is_closed() -> bool:
+    """Tell whether the terminal of this process is gone: its SIGHUP ends a server, another one reloads it."""
+    return HAS_TERMINAL and not os.isatty(STDERR)
+
+
+def start_task(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Start *work* on the running event loop; *tasks* keeps it until it ends, as the loop alone does not."""
+    task = asyncio.get_running_loop().create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
