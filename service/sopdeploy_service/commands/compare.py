@@ -33,12 +33,13 @@ from sopdeploy.evaluation.mcnemar import (
     mcnemar,
 )
 from sopdeploy.evaluation.metrics import Rate, log_loss
-from sopdeploy.project import SAMPLED
+from sopdeploy.project import SAMPLED, Time
 from sopdeploy_service.commands.evaluate import image_logits
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
 Tolerance = Annotated[float, pydantic.Field(ge=0, le=50)]  # percentage points
+LOG = "promotions.jsonl"  # beside a link: one line for each promotion, refused or not
 TESTABLE = 6  # images on which only one bundle is right, below which no McNemar test reaches 5 %
 
 
@@ -147,6 +148,23 @@ class BundleComparison(StrictModel):
         return [one.label for one in self.classes if one.is_worse]
 
 
+class Promotion(StrictModel):
+    """One move of the link named `link`, or a refused one: who, when, why, and the figures.
+
+    `before` and `after` are what the link contains: paths relative to its folder. `before` is None for the
+    first bundle; `comparison` is None if nothing was compared.
+    """
+
+    time: Time
+    user: str
+    link: str
+    before: str | None
+    after: str
+    reason: str
+    refused: bool = False
+    comparison: BundleComparison | None = None
+
+
 def _show(result: BundleComparison) -> None:
     """Print both bundles, their classes and the verdict."""
     for note in result.notes:
@@ -213,8 +231,6 @@ def compare(
         ConfigError: A bundle predicts several classes per image.
         BundleError: A bundle is damaged.
     """
-    from sopdeploy_service.commands.promote import count_comparisons  # which imports this module
-
     settings = load_settings()
     pair = [load_model(path, settings) for path in (first, second)]
     if several := [one.bundle.name for one in pair if one.bundle.manifest.thresholds is not None]:
@@ -253,6 +269,29 @@ def compare(
         num_more_images=images_to_decide(wins, losses, count, share, attempt + 1), classes=changes,
         new=[one for one in added if one.label in new], removed=sorted(old - new), notes=notes,
     )  # fmt: skip
+
+
+def read_promotions(link: Path) -> list[Promotion]:
+    """Read what the log says of *link*."""
+    log, found = link.with_name(LOG), list[Promotion]()
+    for line in log.read_bytes().splitlines() if log.is_file() else ():
+        try:
+            found.append(Promotion.model_validate_json(line))
+        except pydantic.ValidationError:  # the machine stopped while the line was written
+            continue
+    return [one for one in found if one.link == link.name]
+
+
+def count_comparisons(link: Path) -> int:
+    """Count the recorded comparisons with the bundle that *link* leads to; a repeated one counts once."""
+    if not link.is_symlink():
+        return 0
+    different, before = set(), str(link.readlink())
+    for promotion in read_promotions(link):
+        found = promotion.comparison
+        if promotion.before == before and found is not None:
+            different.add((promotion.after, found.num_images, found.wins, found.losses))
+    return len(different)
 
 
 def _select(

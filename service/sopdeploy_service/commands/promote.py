@@ -11,37 +11,22 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import pydantic
-
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field, say
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, PromotionError, StorageError
 from sopdeploy.files import move_link, writing
-from sopdeploy.project import Time, utc_now
-from sopdeploy_service.commands.compare import BundleComparison, Tolerance, compare
+from sopdeploy.project import utc_now
+from sopdeploy_service.commands.compare import (
+    LOG,
+    BundleComparison,
+    Promotion,
+    Tolerance,
+    compare,
+    read_promotions,
+)
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import load_settings
-
-LOG = "promotions.jsonl"
-
-
-class Promotion(StrictModel):
-    """One move of the link named `link`, or a refused one: who, when, why, and the figures.
-
-    `before` and `after` are what the link contains: paths relative to its folder. `before` is None for the
-    first bundle; `comparison` is None if nothing was compared.
-    """
-
-    time: Time
-    user: str
-    link: str
-    before: str | None
-    after: str
-    reason: str
-    refused: bool = False
-    comparison: BundleComparison | None = None
 
 
 def _show(move: Promotion) -> None:
@@ -117,36 +102,15 @@ def _promote_back(link: Path) -> Promotion:
     """Move *link* back to the bundle before the last promotion."""
     target = _target(link)
     previous = [
-        move.before for move in _read(link) if move.after == target and move.before and not move.refused
+        move.before
+        for move in read_promotions(link)
+        if move.after == target and move.before and not move.refused
     ]
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
     load_model(link.parent / previous[-1], load_settings())
     return _record(link, target, previous[-1], "back", None)
-
-
-def _read(link: Path) -> list[Promotion]:
-    """Read what the log says of *link*."""
-    log, found = link.with_name(LOG), list[Promotion]()
-    for line in log.read_bytes().splitlines() if log.is_file() else ():
-        try:
-            found.append(Promotion.model_validate_json(line))
-        except pydantic.ValidationError:  # the machine stopped while the line was written
-            continue
-    return [one for one in found if one.link == link.name]
-
-
-def count_comparisons(link: Path) -> int:
-    """Count the recorded comparisons with the bundle that *link* leads to; a repeated one counts once."""
-    if not link.is_symlink():
-        return 0
-    different, before = set(), _target(link)
-    for promotion in _read(link):
-        found = promotion.comparison
-        if promotion.before == before and found is not None:
-            different.add((promotion.after, found.num_images, found.wins, found.losses))
-    return len(different)
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:

@@ -19,9 +19,9 @@ from sopdeploy.errors import ConfigError, DataError, PromotionError
 from sopdeploy.evaluation.mcnemar import decide
 from sopdeploy.files import sha256
 from sopdeploy.project import Origin, utc_now
-from sopdeploy_service.commands.compare import compare
+from sopdeploy_service.commands.compare import LOG, compare
 from sopdeploy_service.commands.predict import predict_files
-from sopdeploy_service.commands.promote import LOG, promote
+from sopdeploy_service.commands.promote import promote
 from sopdeploy_service.settings import Settings
 
 ONE_THREAD = Settings(threads=1)
