@@ -115,6 +115,7 @@ PANELS: list[tuple[str, str, list[tuple[str, str]]]] = [
         "percentunit",
         [("sopdeploy_drift_distance", "{{model}} {{of}}")],
     ),
+    ("Predictions since the last test of drift", "none", [("sopdeploy_drift_images", "{{model}}")]),
     ("Drift: p-values; below 0.005 is an alarm", "none", [("sopdeploy_drift_p_value", "{{model}} {{of}}")]),
     ("Maximum event loop lag", "s", [("sopdeploy_event_loop_lag_seconds", "{{instance}}")]),
     ("Open connections", "none", [("sopdeploy_connections", "{{instance}}")]),

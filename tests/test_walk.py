@@ -122,7 +122,7 @@ def test_a_service_gives_the_numbers_of_the_bundle_to_the_last_digit_and_ends_cl
 
 def test_the_bundle_is_verified(home: Path, exported: dict[str, Any]) -> None:
     found = answer("verify", exported["bundle"], home=home)
-    assert (found["id"], found["num_files"]) == (exported["id"], 15)
+    assert (found["id"], found["num_files"]) == (exported["id"], 14)
     for replay in found["replays"]:
         assert replay["deviation"]["logits"] <= replay["tolerance"]["logits"]
 

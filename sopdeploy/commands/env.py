@@ -50,8 +50,6 @@ def env() -> None:
 
 def accelerators() -> dict[str, str]:
     """Describe ONNX Runtime's execution providers, and TensorRT's version and GPU or why there is none."""
-    from sopdeploy.environment import import_optional
-
     try:
         import onnxruntime
 
@@ -59,13 +57,9 @@ def accelerators() -> dict[str, str]:
     except ImportError as error:
         providers = f"none ({error})"
     try:
-        binding, cuda = (
-            import_optional(
-                f"sopdeploy.tensorrt.{name}", "TensorRT", "sopdeploy[tensorrt]", RuntimeUnavailableError
-            )
-            for name in ("binding", "cuda")
-        )
-        device = f"{binding.import_tensorrt().__version__} on {cuda.open_cuda().gpu().name}"
+        from sopdeploy.tensorrt.session import import_tensorrt, open_cuda
+
+        device = f"{import_tensorrt().__version__} on {open_cuda().gpu().name}"
     except RuntimeUnavailableError as error:
         device = f"none ({error})"
     return {"onnxruntime": providers, "tensorrt": device}

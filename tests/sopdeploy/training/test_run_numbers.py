@@ -155,14 +155,14 @@ def test_a_run_starts_from_the_choices_of_another_one_and_is_compared_with_it(ph
         Image.fromarray(np.full((20, 20, 3), number, np.uint8)).save(path)
     for source, folder, added in (
         (first, "lights-1", "+6 photographs, new: black"),
-        (Path("runs/latest"), "latest", "+0 photographs"),
+        (Path("runs/latest"), "lights-2", "+0 photographs"),
         (bundle, "lights-1", "+6 photographs, new: black"),
     ):
         arguments = ["train", "--data", "photos", "--from", str(source), "--set", "epochs=2"]
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, done.output
         (line,) = (line for line in done.stdout.splitlines() if line.startswith("before, "))
-        assert re.fullmatch(rf"before, runs/{folder}: top-1 .*; since then {re.escape(added)}", line), line
+        assert re.fullmatch(rf"before, {folder}: top-1 .*; since then {re.escape(added)}", line), line
         recipe = read_checkpoint(Path("runs/latest/best.pt")).training["recipe"]
         assert (recipe["batch_size"], recipe["epochs"], recipe["project"]) == (3, 2, "lights")
     assert Path("runs/latest").readlink() == Path("lights-4")
