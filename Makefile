@@ -151,7 +151,7 @@ samples-test: $(STAMP)  ## compile and run the programs in deploy/samples; needs
 	$(BIN)/pytest --slow tests/deploy/test_samples.py
 
 extras-test: $(STAMP)  ## resolve the wheel from a folder with every extra, Python and platform; needs a package index
-	$(BIN)/pytest --slow tests/deploy/test_extras.py
+	$(BIN)/pytest --slow tests/deploy/test_workflows.py -k extra
 
 container-test:  ## build the image with Docker, or buildah and debootstrap, then run and inspect it; TARGET=cpu or gpu
 	$(MAKE) --jobs=2 $(STAMP) container-base
