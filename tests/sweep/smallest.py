@@ -26,8 +26,15 @@ WALKED = (  # classes in recipes, which `test_recipe_walks` exports, too
     Small("gmsop-16-8-resnet18", 8, TWO_OF_FOUR),
     Small(
         "gsop-net2-preact-resnet164",
-        16,
-        {"blocks": 2, "cov_width": 32, "block_stages": ("layer3",), "final_width": 8, "iterations": 2},
+        28,  # maps of 14 x 14 positions, which the 8 x 8 of the covariance do not divide
+        {
+            **ONE_BLOCK,
+            "block_stages": ("layer3",),
+            "attention": "concatenation",
+            "cov_width": 32,
+            "final_width": 8,
+            "iterations": 2,
+        },
     ),
 )
 LOWERED = (  # lowered to ONNX and compared: one for each other inference class

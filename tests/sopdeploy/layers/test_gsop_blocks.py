@@ -1,17 +1,11 @@
-"""The GSoP block and attention against their formulas, their scaling and their ONNX file."""
+"""The GSoP block and attention against their formulas and their scaling."""
 
-from pathlib import Path
-
-import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from sopdeploy.layers.gsop_block import (
-    RELEASED_BLOCK,
     Concatenation,
     GSoPBlock,
     GSoPBlockConfig,
@@ -79,44 +73,6 @@ def test_attention_inside_does_not_scale_the_shortcut() -> None:
     convolved = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
     residual = block.bn3(block.conv3(convolved))
     torch.testing.assert_close(block(x), F.relu(block.attention(residual) + x))
-
-
-pytestmark = pytest.mark.filterwarnings("ignore")  # the exporter's own deprecations
-CHANNELS, SIDE = 64, 14  # 14 and 8 do not divide each other
-
-
-def exported(network: nn.Module, images: torch.Tensor, path: Path) -> onnx.ModelProto:
-    batch = torch.export.Dim("batch", min=1, max=64)
-    torch.onnx.export(
-        network,
-        (images,),
-        path,
-        dynamo=True,
-        input_names=["images"],
-        dynamic_shapes=({0: batch},),
-        external_data=False,
-        verbose=False,
-    )
-    return onnx.load(path)
-
-
-@pytest.mark.parametrize("released", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_an_exported_block_gives_the_same_numbers_for_every_batch(released: bool, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    switches = RELEASED_BLOCK if released else {}
-    config = GSoPBlockConfig(attention="concatenation", cov_width=32, **switches)
-    network = nn.Sequential(nn.Conv2d(3, CHANNELS, 1), GSoPBlock(config, CHANNELS, dr_stride=2)).eval()
-    model = exported(network, torch.randn(2, 3, SIDE, SIDE), tmp_path / "model.onnx")
-    operators = {node.op_type for node in model.graph.node}
-    assert operators.isdisjoint({"Loop", "If", "Scan", "Resize"})
-    assert not model.functions
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    for batch in (1, 3):
-        images = torch.randn(batch, 3, SIDE, SIDE)
-        with torch.no_grad():
-            expected = network(images).numpy()
-        (found,) = session.run(None, {"images": images.numpy()})
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(32, 1), (32, 5), (64, 2)])
