@@ -14,9 +14,6 @@ class ClassifyQuery(pydantic.BaseModel):
     top_k: Annotated[int, pydantic.Field(ge=1, le=1_000_000)] | None = None
     model: str | None = pydantic.Field(None, description="Required if several models are loaded.")
     version: str | None = pydantic.Field(None, description="Bundle ID; default: the current version.")
-    gates: bool = pydantic.Field(
-        False, description="Include the selected components of a network with a gate."
-    )
     threshold: Fraction | None = pydantic.Field(
         None,
         description="Smallest probability of a class, instead of the thresholds of a multi-label network.",
@@ -53,28 +50,19 @@ class ClassProbability(StrictModel):
     probability: Fraction
 
 
-class Component(StrictModel):
-    """One component selected by the gate: its index and its weight in the sum."""
-
-    component: int
-    weight: float
-
-
 class Classes(StrictModel):
     """Prediction for one image: its most probable classes, best first.
 
     A multi-label network lists the classes whose probability reaches their threshold, possibly none.
     `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
-    `first_frame_only`, `sixteen_bit_scaled`. If requested, `gates` lists the selected components, largest
-    weight first, and `explanation` has 7 rows of 7 numbers: the probability that the first class loses if
-    that part of the network's input is gray. `known` is false if the image probably shows none of the
-    classes, because its `score` is below the threshold of the bundle. Without a threshold, `known` and
-    `score` are absent.
+    `first_frame_only`, `sixteen_bit_scaled`. If requested, `explanation` has 7 rows of 7 numbers: the
+    probability that the first class loses if that part of the network's input is gray. `known` is false if
+    the image probably shows none of the classes, because its `score` is below the threshold of the bundle.
+    Without a threshold, `known` and `score` are absent.
     """
 
     classes: tuple[ClassProbability, ...]
     warnings: tuple[str, ...] = ()
-    gates: tuple[Component, ...] | None = None
     known: bool | None = None
     score: float | None = None
     explanation: tuple[tuple[float, ...], ...] | None = None

@@ -2,13 +2,12 @@
 
 from sopdeploy.client.client import Client
 from sopdeploy.client.messages import Classification, Embedding, ImageLike
-from sopdeploy.http_api import ClassProbability, Component, ModelInfo, Problem, ServerInfo
+from sopdeploy.http_api import ClassProbability, ModelInfo, Problem, ServerInfo
 
 __all__ = [
     "ClassProbability",
     "Classification",
     "Client",
-    "Component",
     "Embedding",
     "ImageLike",
     "ModelInfo",

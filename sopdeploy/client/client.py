@@ -73,8 +73,8 @@ class Client:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
         A list is sent as one request; an image of the list that cannot be classified has `error` set. *top_k*
-        is the number of classes, *model* the model to use if the server has several. *gates* requests the
-        components that a gated network selects. *threshold* replaces the thresholds of a multi-label network.
+        is the number of classes, *model* the model to use if the server has several. *threshold*
+        replaces the thresholds of a multi-label network.
         *explain* requests the `explanation` of the first class; an image then counts as 50 for the server.
         *timeout* replaces that of the client. Raises `ServiceError` if the server rejects the request,
         `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and `DataError`

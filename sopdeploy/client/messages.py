@@ -108,7 +108,6 @@ class ClassifyArguments(CallArguments, total=False):
     """The arguments of `Client.classify`."""
 
     top_k: int | None
-    gates: bool
     threshold: float | None
     explain: bool
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from sopdeploy.bundle.folder import MANIFEST
-from sopdeploy.bundle.manifest import EMBEDDING, GATES
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
 from sopdeploy.http_api import ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
@@ -34,14 +34,12 @@ class Health(StrictModel):
 class Card(StrictModel):
     """The model card as Markdown, and the certificate in short: what was compared, removed, kept; roots.
 
-    The text is empty and the certificate null if the bundle has none that can be read. `num_components` is 0
-    without a gate.
+    The text is empty and the certificate null if the bundle has none that can be read.
     """
 
     bundle: str
     text: str
     certificate: dict[str, Any] | None
-    num_components: int
 
 
 @router.get("/livez", summary="Liveness", response_model=Health)
@@ -137,7 +135,5 @@ def read_card(loaded: LoadedModel) -> Card:
         }
     except (KeyError, TypeError, ValueError):  # it has another structure
         summary = None
-    outputs = loaded.bundle.manifest.outputs
-    components = next((output.shape[-1] for output in outputs if output.name == GATES), 0)
     text = loaded.card_files.get(README, b"").decode("utf-8", "replace")
-    return Card(bundle=loaded.bundle.name, text=text, certificate=summary, num_components=components or 0)
+    return Card(bundle=loaded.bundle.name, text=text, certificate=summary)

@@ -4,12 +4,10 @@ import base64
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
-import numpy as np
 import orjson
 from fastapi import APIRouter, Query, Request, Response
-from numpy.typing import NDArray
 
-from sopdeploy.bundle.manifest import EMBEDDING, GATES
+from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
 from sopdeploy.http_api import Classes, ClassifyQuery, EmbedQuery, EncodedEmbedding, Problem
 from sopdeploy_service.api.admission import AdmittedRequest, ClassifyRequest, Upload, admit, read_upload
@@ -70,8 +68,6 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     """
     async with admit(request, query.model, query.version) as admitted:
         service, chosen = admitted.service, admitted.model
-        if query.gates and not any(output.name == GATES for output in chosen.bundle.manifest.outputs):
-            raise bad_request("no_gates", f"{chosen.name}: has no gate; omit gates=true")
         if query.threshold is not None and chosen.thresholds is None:
             message = f"{chosen.name}: predicts one class per image; omit threshold"
             raise bad_request("no_thresholds", message)
@@ -84,8 +80,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
         answer = chosen.decision.answer(logits, top_k, query.threshold, outcome.occluded)
         if answer.known is False:
             service.metrics.unknown_images.labels(chosen.name).inc()
-        gates = {"gates": _list_components(outcome.outputs[GATES])} if query.gates else {}
-        return {**answer.fields(chosen.labels), "warnings": outcome.warnings, **gates}
+        return {**answer.fields(chosen.labels), "warnings": outcome.warnings}
 
     return _respond(admitted, upload, outcomes, format_classes)
 
@@ -139,9 +134,3 @@ def _respond(
     body = {"results": results} if upload.is_list else results[0]
     headers = {"Server-Timing": admitted.context.server_timing()}
     return Response(orjson.dumps(body), headers=headers, media_type="application/json")
-
-
-def _list_components(gates: NDArray[np.float32]) -> list[dict[str, Any]]:
-    """List the components with a weight in *gates* (N,) other than 0, the largest weight first."""
-    indices = [index for index in np.argsort(-gates, kind="stable").tolist() if gates[index] != 0]
-    return [{"component": index, "weight": float(gates[index])} for index in indices]

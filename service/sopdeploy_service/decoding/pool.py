@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import BinaryIO, cast
 
 import numpy as np
@@ -241,21 +241,22 @@ class DecoderProcess:
             log.error("a decoder process is not replaced: %s", error)
 
     def _start(self) -> str:
+        """Fork a child; return its restrictions, or `no sandbox` and the reason."""
         end, self.process = self._template.fork(self._options)
-        limit = struct.pack("@ll", int(self._seconds), int(self._seconds % 1 * 1e6))
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        deadline = time.monotonic() + START_SECONDS
-        try:
-            _, kind, _, size = REPLY.unpack(receive(end, REPLY.size, deadline))
-            text = receive(end, min(size, MAX_MESSAGE), deadline).decode()
-        except OSError as error:
-            end.close()
-            raise RuntimeUnavailableError(
-                "a decoder process does not start; see the message above"
-            ) from error
-        if kind != READY and self._options.sandbox == "required":
-            end.close()
-            raise ConfigError(f"sandbox=required: {text}; set sandbox=auto")
+        with ExitStack() as stack:
+            stack.callback(end.close)  # unless everything below succeeds
+            limit = struct.pack("@ll", int(self._seconds), int(self._seconds % 1 * 1e6))
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            try:
+                deadline = time.monotonic() + START_SECONDS
+                _, kind, _, size = REPLY.unpack(receive(end, REPLY.size, deadline))
+                text = receive(end, min(size, MAX_MESSAGE), deadline).decode()
+            except OSError as error:
+                message = "a decoder process does not start; see the message above"
+                raise RuntimeUnavailableError(message) from error
+            if kind != READY and self._options.sandbox == "required":
+                raise ConfigError(f"sandbox=required: {text}; set sandbox=auto")
+            stack.pop_all()
         self._end = end
         return text if kind == READY else f"no sandbox ({text})"

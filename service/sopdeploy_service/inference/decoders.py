@@ -132,8 +132,8 @@ class Decoders:
         """Queue *image* for decoding; *item* then joins the queue of *model*. Call it on the event loop."""
         if len(image.body) <= LIGHT_BODY:
             self.light.put(partial(self._decode_item, model, item, image, True))
-        elif reason := self._put_large(model, item, image):
-            item.settle(reason)
+        else:
+            self._put_large(model, item, image)
 
     def decode(self, image: EncodedImage, preprocess: Preprocess) -> Decoded:
         """Decode *image* while this thread waits; raises `ImageError`."""
@@ -171,41 +171,41 @@ class Decoders:
         )
         return DecoderProcess(shared_template(), options, settings.decode_seconds)
 
-    def _put_large(self, model: Model, item: QueuedImage, image: EncodedImage) -> HttpError | None:
-        """Queue *image* for a child for large images; return the error if too many wait there."""
+    def _put_large(self, model: Model, item: QueuedImage, image: EncodedImage) -> None:
+        """Queue *image* for a child for large images, or refuse it if too many wait there."""
         if self.large.qsize() >= MAX_WAITING_LARGE:
-            return DECODERS_BUSY
+            call_soon(item.outcome.get_loop(), item.settle, DECODERS_BUSY)
+            return
         item.late = DECODERS_BUSY
         self.large.put(partial(self._decode_item, model, item, image, False))
-        return None
 
     def _decode_item(
         self, model: Model, item: QueuedImage, image: EncodedImage, is_light: bool, child: DecoderProcess
     ) -> None:
         """Let *child* decode *image* and queue *item*, or set the outcome of an image that is not queued."""
-        reason = self._decode_and_queue(model, item, image, child, is_light=is_light)
-        if reason is not None:
-            call_soon(item.outcome.get_loop(), item.settle, reason)
-
-    def _decode_and_queue(
-        self, model: Model, item: QueuedImage, image: EncodedImage, child: DecoderProcess, *, is_light: bool
-    ) -> HttpError | None:
-        if item.outcome.done() or model.queue.closed_with is not None:
-            return model.queue.closed_with
-        started = time.monotonic()
+        if item.outcome.done():
+            return
+        started, reason = time.monotonic(), model.queue.closed_with
         try:
-            item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
+            if reason is None:
+                item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
         except ImageError as error:
-            return HttpError.of(error)
+            reason = HttpError.of(error)
         except (LargerImageError, DecoderEndedError):
-            return self._put_large(model, item, image) if is_light else DAMAGED
+            if is_light:
+                self._put_large(model, item, image)
+                return
+            reason = DAMAGED
         finally:
             ended = time.monotonic()
             self._metrics.decode_seconds.inc(ended - started)
-        item.late = DEADLINE
-        item.decode_seconds, item.arrived = ended - item.arrived, ended
-        self._metrics.stage("decode", item.decode_seconds)
-        return model.queue.put(item)
+        if reason is None:
+            item.late = DEADLINE
+            item.decode_seconds, item.arrived = ended - item.arrived, ended
+            self._metrics.stage("decode", item.decode_seconds)
+            reason = model.queue.put(item)
+        if reason is not None:
+            call_soon(item.outcome.get_loop(), item.settle, reason)
 
 
 def _run(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:

@@ -1,4 +1,4 @@
-"""`/v1/classify` and the status endpoints: responses, warnings, the card, gates and metrics."""
+"""`/v1/classify` and the status endpoints: responses, warnings, the card and metrics."""
 
 import base64
 import hashlib
@@ -60,7 +60,7 @@ def test_a_form_with_several_images_gives_results_in_order(client, make_picture)
 
 @pytest.mark.parametrize(
     ("query", "listed"),
-    [("top_k=3", 3), ("top_k=1000", 7), ("top_k=2&unknown=1", 2), ("gates=0", 5), ("model=t%69ny", 5)],
+    [("top_k=3", 3), ("top_k=1000", 7), ("top_k=2&unknown=1", 2), ("model=t%69ny", 5)],
 )
 def test_query_parameters_select_classes_and_model(client, jpeg, query, listed):
     assert len(client.post(f"/v1/classify?{query}", content=jpeg).json()["classes"]) == listed
@@ -69,11 +69,8 @@ def test_query_parameters_select_classes_and_model(client, jpeg, query, listed):
 REJECTED = {
     "model=" + "a" * 600: (404, "unknown_model"),
     "version=abc": (404, "unknown_version"),
-    "gates=true": (400, "no_gates"),
     "threshold=0.5": (400, "no_thresholds"),
-    **dict.fromkeys(
-        ["top_k=x", "top_k=0", "top_k=1000001", "top_k=", "gates=perhaps"], (422, "invalid_parameter")
-    ),
+    **dict.fromkeys(["top_k=x", "top_k=0", "top_k=1000001", "top_k="], (422, "invalid_parameter")),
 }
 
 
@@ -201,10 +198,10 @@ def test_each_image_of_a_form_has_its_own_warnings(client, jpeg):
 RED = (255, 0, 0)
 
 
-def test_the_card_has_readme_certificate_and_experts(gated_client, gated_bundle):
+def test_the_card_has_readme_and_certificate(gated_client, gated_bundle):
     card = gated_client.get("/v1/card").json()
     assert card["text"].startswith("# tiny\n")
-    assert (card["bundle"], card["num_components"]) == (gated_bundle.name, 4)
+    assert card["bundle"] == gated_bundle.name
     assert card["certificate"] == {
         "proof": "three-way",
         "compared": ["trained", "detached", "plain"],
@@ -222,23 +219,9 @@ def test_the_card_has_readme_certificate_and_experts(gated_client, gated_bundle)
 
 def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_model_404(client, bundle):
     card = read_card(LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={}))
-    assert (card.text, card.certificate, card.num_components) == ("", None, 0)
+    assert (card.text, card.certificate) == ("", None)
     reply = client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
-
-
-def test_gates_lists_the_selected_experts_best_first_if_requested(gated_client, make_picture):
-    red, yellow = (make_picture(color, kind="PNG") for color in (RED, (200, 190, 20)))
-    found = gated_client.post("/v1/classify?gates=true", content=red).json()
-    assert [entry["component"] for entry in found["gates"]] == [0]
-    files = [("image", yellow), ("image", b"no image")]
-    both = gated_client.post("/v1/classify?gates=true", files=files).json()["results"]
-    assert [entry["component"] for entry in both[0]["gates"]] == [0, 1, 3]
-    weights = [entry["weight"] for entry in both[0]["gates"]]
-    assert weights == sorted(weights, reverse=True)
-    assert both[1]["error"]["code"] == "not_an_image"
-    for query in ("", "?gates=false"):
-        assert "gates" not in gated_client.post(f"/v1/classify{query}", content=red).json()
 
 
 @pytest.mark.parametrize(("path", "page"), [("/", INDEX), ("/docs", DOCS)])

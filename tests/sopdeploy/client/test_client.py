@@ -19,24 +19,22 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 def test_the_result_contains_the_whole_response(call, script):
     body = {
         "classes": [{"label": "cat", "probability": 0.75, "later": 1}],
-        "gates": [{"component": 3, "weight": 0.5}],
         "warnings": ["exif_rotated"],
         "key_of_a_newer_server": {},
     }
     headers = {"X-Model-Digest": "3f6c01d2a4b7", "Server-Timing": "decode;dur=3.10, infer;dur=5"}
     result = call(script(httpx.Response(200, json=body, headers=headers)), "classify", b"x")
     assert (result.classes[0].label, result.classes[0].probability) == ("cat", 0.75)
-    assert [(gate.component, gate.weight) for gate in result.gates] == [(3, 0.5)]
     assert (result.warnings, result.error) == (("exif_rotated",), None)
     assert (result.model_digest, result.timing_ms) == ("3f6c01d2a4b7", {"decode": 3.1, "infer": 5.0})
 
 
 def test_one_image_is_sent_as_the_body_with_its_options(call, script, success):
     server = script(success)
-    call(server, "classify", b"bytes", top_k=3, model="a b", gates=True, api_key="secret")
+    call(server, "classify", b"bytes", top_k=3, model="a b", api_key="secret")
     sent = server.requests[0]
     assert (sent.method, sent.url.path, sent.content) == ("POST", "/v1/classify", b"bytes")
-    assert dict(sent.url.params) == {"top_k": "3", "model": "a b", "gates": "true"}
+    assert dict(sent.url.params) == {"top_k": "3", "model": "a b"}
     assert sent.headers["Authorization"] == "Bearer secret"
     assert sent.headers["Content-Type"] == "application/octet-stream"
 

@@ -1,5 +1,5 @@
 "use strict";
-// The prediction for one image: classes, warnings, components, timing.
+// The prediction for one image: classes, warnings, timing.
 
 const WARNINGS = {
   alpha_flattened: "Transparent pixels were replaced by the background color of the network.",
@@ -13,8 +13,8 @@ const STAGES = { receive: "receive", decode: "decode", queue: "queue", infer: "i
 const percent = (value) => `${(100 * value).toFixed(value < 0.0995 ? 2 : 1)} %`;
 const milliseconds = (value) => `${value.toFixed(value < 99.5 ? 1 : 0)} ms`;
 
-/** Show `body`, the JSON of a successful response; `components` is the number of components, 0 without a gate, and `knownFrom` the smallest score of a known image. */
-function showAnswer(body, components, knownFrom) {
+/** Show `body`, the JSON of a successful response; `knownFrom` is the smallest score of a known image. */
+function showAnswer(body, knownFrom) {
   byId("classes").replaceChildren(...body.classes.map(classBar));
   byId("warnings").replaceChildren(
     ...body.warnings.map((code) => make("li", {}, WARNINGS[code] ?? sentence(code.replaceAll("_", " ")))),
@@ -23,8 +23,6 @@ function showAnswer(body, components, knownFrom) {
   byId("unknown").hidden = body.known !== false;
   byId("unknown-score").textContent = body.known === false ? body.score.toFixed(3) : "";
   showScore(body.score, knownFrom);
-  byId("components").hidden = !body.gates;
-  if (body.gates) byId("gates").replaceChildren(...componentColumns(body.gates, components));
   byId("none").hidden = body.classes.length > 0;
   const unknown = body.known === false ? "Probably none of the classes. " : "";
   byId("status").textContent = body.classes.length === 0 ? byId("none").textContent : `${unknown}Prediction: ${body.classes
@@ -50,23 +48,6 @@ function classBar({ label, probability }) {
     make("span", { className: "percent" }, percent(probability)),
     make("span", { className: "track", "aria-hidden": "true" }, make("span", { "--part": probability })),
   );
-}
-
-/** Columns of `count` components; those in `gates` are selected. */
-function componentColumns(gates, count) {
-  const weights = new Map(gates.map(({ component, weight }) => [component, weight]));
-  const largest = Math.max(...weights.values());
-  return Array.from({ length: count }, (_, component) => {
-    const weight = weights.get(component);
-    const title = `component ${component}: ${weight === undefined ? "not selected" : weight.toFixed(4)}`;
-    return make(
-      "li", { title, className: weight === undefined ? "" : "chosen" },
-      make("span", { className: "unseen" }, title),
-      make("small", { "aria-hidden": "true" }, weight === undefined ? "" : weight.toFixed(2).replace("0.", ".")),
-      make("span", { className: "column", "aria-hidden": "true", "--part": (weight ?? 0) / largest }),
-      make("small", { "aria-hidden": "true" }, String(component)),
-    );
-  });
 }
 
 /** Show the stages of a `Server-Timing` header; the rest of the `total` milliseconds is shown as connection. */
@@ -103,8 +84,8 @@ function showMap(losses, label) {
 /** Remove the previous prediction. */
 function clearAnswer() {
   byId("map").hidden = true;
-  for (const id of ["classes", "warnings", "gates", "waterfall"]) byId(id).replaceChildren();
-  for (const id of ["components", "time", "error", "empty", "none", "unknown", "score"]) byId(id).hidden = true;
+  for (const id of ["classes", "warnings", "waterfall"]) byId(id).replaceChildren();
+  for (const id of ["time", "error", "empty", "none", "unknown", "score"]) byId(id).hidden = true;
   byId("status").textContent = byId("progress").textContent = "";
   byId("answer").setAttribute("aria-busy", "false");
 }

@@ -10,7 +10,6 @@ function classifyUrl() {
   const url = new URL("v1/classify", document.baseURI);
   url.searchParams.set("top_k", String(topK()));
   if (state.info && state.server.models.length > 1) url.searchParams.set("model", state.info.name);
-  if (state.card?.num_components) url.searchParams.set("gates", "true");
   if (byId("explain").checked) url.searchParams.set("explain", "true");
   return url.href;
 }
@@ -112,7 +111,7 @@ async function ask(photo, signal) {
     if (body.known === false) photo.result.textContent = "Unknown";
     photo.show = () => {
       clearAnswer();
-      showAnswer(body, state.card?.num_components ?? 0, state.info?.known_from);
+      showAnswer(body, state.info?.known_from);
       showTime(reply.getResponseHeader("Server-Timing") ?? "", total);
     };
   } else {

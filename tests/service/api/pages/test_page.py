@@ -154,19 +154,6 @@ def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [HARMFUL]
 
 
-def test_the_experts_of_a_gate_are_shown(open_page, gated_client, make_picture):
-    page = open_page(gated_client.base_url)
-    page.get_by_text("sopdeploy verify .").wait_for()
-    picture = make_picture((200, 190, 20), kind="PNG")
-    give(page, picture, type="image/png")
-    chosen = page.locator("#gates li.chosen .unseen").all_text_contents()
-    gates = gated_client.post("/v1/classify?gates=true", content=picture).json()["gates"]
-    assert sorted(chosen) == sorted(
-        f"component {entry['component']}: {entry['weight']:.4f}" for entry in gates
-    )
-    assert page.locator("#gates li").count() == 4
-
-
 def test_card_and_certificate_are_text_and_never_markup(open_page, gated_client):
     page = open_page(gated_client.base_url)
     page.get_by_text("sopdeploy verify .").wait_for()
