@@ -123,9 +123,9 @@ def open_session(bundle: Bundle, provider: str, profile: str = "") -> Any:
     options, path = ort.SessionOptions(), str(bundle["path"] / "model.onnx")
     options.log_severity_level = 4
     options.enable_profiling, options.profile_file_prefix = bool(profile), profile
-    options.add_session_config_entry("session.x64quantprecision", "1")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if provider == "cpu":
+        options.add_session_config_entry("session.x64quantprecision", "1")
         return ort.InferenceSession(path, options, ["CPUExecutionProvider"])
     ort.preload_dlls()
     options.add_session_config_entry("session.disable_quant_qdq", "1")

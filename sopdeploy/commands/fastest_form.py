@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.environment import install_hint
+from sopdeploy.environment import install_hint, lacks_vnni
 from sopdeploy.errors import LoweringError, RuntimeUnavailableError
 from sopdeploy_export.precision.int8 import Int8Quantizer
 from sopdeploy_service.runtime.base import Runtime
@@ -73,6 +73,8 @@ def measure_forms(bundle: Bundle) -> dict[Form, float]:
         forms: dict[Form, Runtime] = {}
         for graph in graphs:
             for name, open_runtime in RUNTIMES.items():
+                if graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni():
+                    continue  # its sums saturate there
                 with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
                     forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
     times: dict[Form, list[float]] = {form: [] for form in forms}

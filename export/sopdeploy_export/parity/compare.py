@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.bundle.manifest import GATES, BatchRange, Precision
-from sopdeploy.environment import EXACT_INT8
+from sopdeploy.environment import EXACT_INT8, lacks_vnni
 from sopdeploy.errors import ParityError
 from sopdeploy_export.graph import INPUT, Deployed, output_names
 from sopdeploy_export.parity.routing import (
@@ -111,7 +111,8 @@ def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> or
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(*EXACT_INT8)
+    if lacks_vnni():
+        options.add_session_config_entry(*EXACT_INT8)
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

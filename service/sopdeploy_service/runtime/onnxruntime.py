@@ -120,7 +120,8 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     options.log_severity_level = 4  # errors are raised as exceptions
     # Spinning threads would take the cores from the decoders.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(*EXACT_INT8)
+    if provider == CPU and lacks_vnni():
+        options.add_session_config_entry(*EXACT_INT8)
     if provider != CPU:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         # The optimizer of quantized graphs adds operators on int32 biases, which have no CUDA kernel.

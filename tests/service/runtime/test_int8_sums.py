@@ -1,0 +1,81 @@
+"""Sums of int8 products are exact on this processor, whether or not it has VNNI."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from sopdeploy import environment
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.environment import EXACT_INT8
+from sopdeploy_service.runtime import onnxruntime as runtime
+from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime, session_options
+
+TENSORS = {
+    "weights": np.full((8, 3, 5, 5), 127, np.int8),
+    "scale": np.array(1.0, np.float32),
+    "zero": np.array(0, np.uint8),
+    "no_shift": np.zeros(8, np.int8),
+    "one_each": np.ones(8, np.float32),
+    "wide": np.array(255 * 127 * 3 * 5 * 5 / 200, np.float32),
+}
+
+
+def test_the_largest_products_do_not_saturate(bundle: Bundle, tmp_path: Path) -> None:
+    inputs = ["planes", "scale", "zero", "weights", "one_each", "no_shift", "wide", "zero"]
+    nodes = [
+        helper.make_node("Transpose", ["images"], ["planes"], perm=[0, 3, 1, 2]),
+        helper.make_node("QLinearConv", inputs, ["codes"]),
+        helper.make_node("Cast", ["codes"], ["logits"], to=TensorProto.FLOAT),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "largest products",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 32, 32, 3])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in TENSORS.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    opened = OnnxRuntime(replace(bundle, path=tmp_path), threads=1)
+    outputs = opened.run(np.full((1, 32, 32, 3), 255, np.uint8))
+    assert np.unique(outputs["logits"]).tolist() == [200.0]
+
+
+@pytest.mark.parametrize("lacks_vnni", [True, False])
+def test_the_slow_exact_form_is_used_only_without_vnni(
+    monkeypatch: pytest.MonkeyPatch, lacks_vnni: bool
+) -> None:
+    monkeypatch.setattr(runtime, "lacks_vnni", lambda: lacks_vnni)
+    entries: list[tuple[str, str]] = []
+    options = SimpleNamespace(add_session_config_entry=lambda *entry: entries.append(entry))
+    library = SimpleNamespace(
+        SessionOptions=lambda: options, GraphOptimizationLevel=SimpleNamespace(ORT_ENABLE_ALL=99)
+    )
+    session_options(library, 1, CPU)
+    assert (EXACT_INT8 in entries) == lacks_vnni
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ("x86_64", "avx2 avx512f", True),
+        ("x86_64", "avx2 avx_vnni", False),
+        ("x86_64", "avx512f avx512_vnni", False),
+        ("x86_64", None, True),
+        ("aarch64", "asimd", False),
+        ("arm64", None, False),
+    ],
+)
+def test_vnni_counts_only_if_the_system_lists_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, flags: str | None, expected: bool
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags is not None:
+        cpuinfo.write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(environment.platform, "machine", lambda: machine)
+    monkeypatch.setattr(environment, "CPUINFO", cpuinfo)
+    assert environment.lacks_vnni() == expected
