@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sopdeploy.config import Count
 from sopdeploy.layers.covariance import covariance, scaled
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length, unit_signed_root
-from sopdeploy.layers.spectral import NO_ROOT_FORM, MatrixRootConfig, square_root
+from sopdeploy.layers.pooling.covariance import NO_ROOT_FORM, MatrixRootConfig, square_root
 
 
 class Bilinear(GlobalPooling):

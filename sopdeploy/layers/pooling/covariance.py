@@ -1,29 +1,174 @@
-"""Poolings of the covariance: iSQRT-COV, MPN-COV and the log-Euclidean one of DeepO2P.
+"""Poolings of the covariance: iSQRT-COV, MPN-COV and the log-Euclidean one of DeepO2P; functions of matrices.
 
 Papers: iSQRT-COV, section 3, and its table of post-compensations; fast-MPN-COV's ResNets and VGG-D use it
 with d = 256 and N = 5, GSoP-Net2's released code with N = 3. Li et al., "Is Second-order Information
-Helpful for Large-scale Visual Recognition?" (MPN-COV, ICCV 2017), Eqs. (3) to (5); Ionescu et al., "Matrix
-Backpropagation ..." (DeepO2P, ICCV 2015).
-Letters: B images, d channels, H height, W width; Sigma = U diag(l) U^T.
+Helpful for Large-scale Visual Recognition?" (MPN-COV, ICCV 2017), section 3, Eqs. (3) to (5); Ionescu et al.,
+"Matrix Backpropagation for Deep Networks with Structured Layers" (DeepO2P, ICCV 2015).
+Letters: B images or matrices, d channels, H height, W width; Sigma = U diag(l) U^T; functions are of matrices
+A = U diag(l) U^T of C rows: f(A) = U diag(f(l)) U^T.
+
+The papers' gradient divides by l_i - l_j and is not finite where eigenvalues repeat, as they do for
+dead channels and for fewer positions than channels. This module computes the same gradient as
+U (K * U^T G U) U^T with K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), or f' if l_i and l_j are too close to divide.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import pydantic
+import torch
 from torch import Tensor, nn
 
-from sopdeploy.config import Count, Positive
+from sopdeploy.config import Count, Positive, StrictModel
+from sopdeploy.errors import TrainingError
 from sopdeploy.layers.covariance import (
     centered_and_scaled,
     covariance,
+    frobenius_norm,
     scaled,
     upper_triangle_indices,
 )
-from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
+from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, Iterations, NewtonSchulzOptions, newton_schulz
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
-from sopdeploy.layers.spectral import NO_EIGEN_FORM, Logarithm, Power, spectral
 
 Width = Count | None
+TOO_CLOSE = 1e-5  # eigenvalues are equal up to this fraction of the largest one (float32)
+NO_ONNX_FORM = (
+    "an eigendecomposition has no ONNX or TensorRT form; train with {}, which takes the square root "
+    "by matrix products"
+)
+NO_EIGEN_FORM = NO_ONNX_FORM.format("pooling isqrt")
+NO_ROOT_FORM = NO_ONNX_FORM.format("root newton-schulz")
+NO_SECOND_GRADIENT = (
+    "the gradient through eigenvalues cannot be differentiated again; train with pooling isqrt, or with an "
+    "optimizer other than AdaHessian"
+)
+
+
+class Power(NamedTuple):
+    """The power f(l) = l^exponent of eigenvalues; f and f' are 0 where an eigenvalue is 0 up to rounding."""
+
+    exponent: float
+
+    def __call__(self, lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute f and f' of ascending eigenvalues (B, C)."""
+        rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
+        smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
+        positive_BC = lambda_BC > smallest_B1
+        base_BC = lambda_BC.where(positive_BC, 1.0)
+        slope_BC = self.exponent * base_BC.pow(self.exponent - 1.0)
+        return base_BC.pow(self.exponent).where(positive_BC, 0.0), slope_BC.where(positive_BC, 0.0)
+
+
+class Logarithm(NamedTuple):
+    """The logarithm f(l) = log(l + eps) of eigenvalues, where l below 0 (a rounding error) is set to 0."""
+
+    eps: float
+
+    def __call__(self, lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute f and f' of ascending eigenvalues (B, C)."""
+        shifted_BC = lambda_BC.clamp_min(0.0) + self.eps
+        return shifted_BC.log(), shifted_BC.reciprocal()
+
+
+class SpectralFunction(torch.autograd.Function):
+    """Autograd function that computes f(A) of symmetric matrices with a finite gradient; see `spectral`."""
+
+    @staticmethod
+    def forward(ctx: Any, a_BCC: Tensor, function: Power | Logarithm) -> Tensor:
+        """Decompose the matrices and apply f to the eigenvalues; the result is NaN if that fails."""
+        try:
+            lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of NaN, which training reports
+            u_BCC = torch.full_like(a_BCC, torch.nan)
+            lambda_BC = u_BCC[:, 0]
+        ctx.function = function
+        ctx.save_for_backward(lambda_BC, u_BCC)
+        value_BC, _ = function(lambda_BC)
+        return (u_BCC * value_BC[:, None, :]) @ u_BCC.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BCC: Tensor) -> tuple[Tensor, None]:
+        """Compute the symmetric gradient of the matrix; raise `TrainingError` for second derivatives."""
+        if torch.is_grad_enabled():
+            raise TrainingError(NO_SECOND_GRADIENT)
+        lambda_BC, u_BCC = ctx.saved_tensors
+        symmetric_BCC = 0.5 * (grad_BCC + grad_BCC.transpose(1, 2))
+        inner_BCC = u_BCC.transpose(1, 2) @ symmetric_BCC @ u_BCC
+        inner_BCC = inner_BCC * _divided_differences(lambda_BC, ctx.function)
+        return u_BCC @ inner_BCC @ u_BCC.transpose(1, 2), None
+
+
+def _divided_differences(lambda_BC: Tensor, function: Power | Logarithm) -> Tensor:
+    """Compute K (B, C, C), defined at the top of this file."""
+    value_BC, slope_BC = function(lambda_BC)
+    gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
+    rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
+    mean_slope_BCC = 0.5 * (slope_BC[:, :, None] + slope_BC[:, None, :])
+    close_BCC = gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]
+    return torch.where(close_BCC, mean_slope_BCC, rise_BCC / gap_BCC.masked_fill(close_BCC, 1.0))
+
+
+def spectral(a_BCC: Tensor, function: Power | Logarithm) -> Tensor:
+    """Compute f(A) (B, C, C) of symmetric matrices A (B, C, C): f of their eigenvalues."""
+    return SpectralFunction.apply(a_BCC, function)
+
+
+class MatrixRootConfig(StrictModel):
+    """How the matrix square root R is computed: by eigenvalues ("eigen") or by Newton-Schulz.
+
+    Eigenvalues give the exact root and its exact gradient, but cannot be exported. N = `iterations` steps of
+    Newton-Schulz start from the matrix divided by its Frobenius norm, with which they end nearer to the root
+    than with the trace. `backward` selects their gradient: that of the steps ("autograd"), or N steps for the
+    solution X of Lyapunov's equation R X + X R = G, where G is the gradient of R ("lyapunov", Lin and Maji
+    2017).
+    """
+
+    root: Literal["eigen", "newton-schulz"] = "eigen"
+    iterations: Iterations = 5
+    backward: Literal["autograd", "lyapunov"] = "autograd"
+
+
+def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
+    """Compute the root (B, C, C) of positive semi-definite matrices."""
+    if config.root == "eigen":
+        return spectral(a_BCC, Power(0.5))
+    if config.backward == "lyapunov" and not torch.compiler.is_compiling():
+        return LyapunovRoot.apply(a_BCC, config.iterations)
+    return _iterated_root(a_BCC, config.iterations)
+
+
+def _iterated_root(a_BCC: Tensor, iterations: int) -> Tensor:
+    norm_B11 = frobenius_norm(a_BCC).clamp_min(SMALLEST_NORM)
+    return newton_schulz(a_BCC / norm_B11, iterations) * norm_B11.sqrt()
+
+
+class LyapunovRoot(torch.autograd.Function):
+    """Autograd function: N Newton-Schulz steps forward, N steps for Lyapunov's equation backward.
+
+    The steps compute the sign of [[R, G], [0, -R]] / |R|, whose upper right block is 2 X, and converge if R
+    is positive definite. Paper: Lin and Maji, "Improved Bilinear Pooling with CNNs" (BMVC 2017), section 3.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a_BCC: Tensor, iterations: int) -> Tensor:
+        """Compute the root (B, C, C)."""
+        root_BCC = _iterated_root(a_BCC, iterations)
+        ctx.iterations = iterations
+        ctx.save_for_backward(root_BCC)
+        return root_BCC
+
+    @staticmethod
+    def backward(ctx: Any, grad_BCC: Tensor) -> tuple[Tensor, None]:
+        """Compute X, the gradient of the matrix."""
+        (root_BCC,) = ctx.saved_tensors
+        norm_B11 = frobenius_norm(root_BCC).clamp_min(SMALLEST_NORM)
+        a_BCC, q_BCC = root_BCC / norm_B11, grad_BCC / norm_B11
+        triple_CC = 3.0 * torch.eye(a_BCC.shape[1], dtype=a_BCC.dtype, device=a_BCC.device)
+        for _ in range(ctx.iterations):
+            t_BCC = 0.5 * (triple_CC - a_BCC @ a_BCC)
+            q_BCC = q_BCC @ t_BCC - 0.5 * a_BCC @ (a_BCC @ q_BCC - q_BCC @ a_BCC)
+            a_BCC = a_BCC @ t_BCC
+        return 0.5 * q_BCC, None
 
 
 class ISqrtPooling(ReducedPooling):

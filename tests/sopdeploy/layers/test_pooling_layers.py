@@ -28,7 +28,7 @@ from sopdeploy.layers.covariance import (
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.layers.pooling.bilinear import draw_sketch
-from sopdeploy.layers.spectral import square_root
+from sopdeploy.layers.pooling.covariance import square_root
 from tests.gpu_graphs import accepted
 from tests.sopdeploy.layers.numerics.all_poolings import (
     CHOICES,

@@ -10,7 +10,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.gsop_block import GSoPBlock
-from sopdeploy.layers.spectral import Logarithm, Power
+from sopdeploy.layers.pooling.covariance import Logarithm, Power
 from sopdeploy.models.attention import CBAM
 from sopdeploy.models.describe import describe
 from sopdeploy.models.gmsop import GMSOPResNet

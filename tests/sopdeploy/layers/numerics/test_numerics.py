@@ -16,8 +16,7 @@ from sopdeploy.layers.isqrt_cov import (
     isqrt_vector,
     prenormalize,
 )
-from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
-from sopdeploy.layers.spectral import Logarithm, Power, spectral
+from sopdeploy.layers.pooling.covariance import Logarithm, LogEuclideanConfig, MpnCovConfig, Power, spectral
 from tests.sopdeploy.layers.numerics.all_poolings import (
     CHOICES,
     EACH_POOLING,
