@@ -1,7 +1,10 @@
 """Encode images for tests; programs of `benchmarks/hostile_images.py` make hostile ones."""
 
 import io
+import struct
+import zlib
 
+from hostile_images import chunk
 from PIL import Image
 
 from sopdeploy.images.formats import prepare_decoders
@@ -14,3 +17,10 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def png(width: int, height: int, *, depth: int = 1, data: bytes = bytes(1000), extra: bytes = b"") -> bytes:
+    """Make a gray PNG whose header says any size, with pixel *data* and further chunks *extra*."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(data, 9))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + pixels + chunk(b"IEND", b"")

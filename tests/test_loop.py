@@ -6,12 +6,9 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -21,7 +18,7 @@ from PIL import Image
 
 from tests.pictures import encoded
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
-from tests.service.children import PYTHONPATH, announced_by
+from tests.service.children import PYTHONPATH, announcing
 from tests.service.conftest import wait_for
 
 COLOURS = {
@@ -93,19 +90,6 @@ def sopdeploy(*arguments: str) -> str:
     return done.stdout
 
 
-@contextmanager
-def running(pattern: str, *arguments: str, stderr: int | None = None) -> Iterator[str]:
-    """Run a command that serves until the block ends; yield the URL that *pattern* finds in its output."""
-    command = [sys.executable, "-u", "-m", "sopdeploy", *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True) as child:
-        try:
-            yield announced_by(child, pattern)
-            child.send_signal(signal.SIGINT)
-            assert child.wait(60) == 0
-        finally:
-            child.kill()
-
-
 def label_all(open_page, url: str) -> None:  # noqa: F811
     """Label every photograph by keyboard: the number of its class, or `n` and the name of a new one."""
     host, slash, key = url.partition("/?")
@@ -136,7 +120,7 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
     replies: list[httpx.Response] = []
     stopped = threading.Event()
     terminal, stderr = os.openpty()
-    with running(r"ready: (\S+)  ", *SERVE, stderr=stderr) as url:
+    with announcing(r"ready: (\S+)  ", *SERVE, stderr=stderr) as url:
         bodies = [draw(label, number) for number in TRAFFIC for label in COLOURS]
         replies += [httpx.post(f"{url}/v1/classify", content=body, timeout=60) for body in bodies]
         body = next(filter(is_not_kept, (draw("red", number) for number in TRAFFIC)))
@@ -148,7 +132,7 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
         sending = threading.Thread(target=send)
         sending.start()
         try:
-            with running(r"page +(\S+)", "label", "kept", "--photos", "photos", "--port", "0") as page_url:
+            with announcing(r"page +(\S+)", "label", "kept", "--photos", "photos", "--port", "0") as page_url:
                 label_all(open_page, page_url)
             os.close(stderr)
             os.close(terminal)  # of the server

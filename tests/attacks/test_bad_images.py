@@ -27,7 +27,7 @@ from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, 
 from sopdeploy_service.commands.predict import read_image
 from sopdeploy_service.images.decode import EncodedImage, decode
 from tests.counted import counted, record_images
-from tests.pictures import encoded
+from tests.pictures import encoded, png
 from tests.sopdeploy.data.small_data import jpeg, write_classes
 
 RULES = Preprocess(resize=36, crop=32)
@@ -89,12 +89,6 @@ def test_a_damaged_image_is_refused_or_read(kind: str, edits: list[tuple[float, 
     for place, value in edits:
         body[int(place * len(body))] = value
     attack(bytes(body[: int(keep * len(body))]), max_pixels=1_000_000)
-
-
-def png(width: int, height: int, *, data: bytes = b"", extra: bytes = b"") -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(data, 9))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + pixels + chunk(b"IEND", b"")
 
 
 def gif(canvas: tuple[int, int], frame: tuple[int, int]) -> bytes:

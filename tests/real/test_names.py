@@ -8,8 +8,8 @@ import shutil
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from tests.real.conftest import LITE0
-from tests.service.children import announced_by
+from tests.service.children import announcing
 from tests.service.conftest import wait_for
 
 CLASSES = {  # folders of the photographs: names of the classes
@@ -64,16 +64,9 @@ class Program(NamedTuple):
         self.run("train", "--data", PHOTOS, *options)
         self.run("export", "runs/latest/best.pt", "--detach")
 
-    @contextmanager
-    def running(self, pattern: str, *arguments: str) -> Iterator[str]:
+    def running(self, pattern: str, *arguments: str) -> AbstractContextManager[str]:
         """Run a command that serves until the block ends; yield the URL that *pattern* finds."""
-        with subprocess.Popen(
-            [COMMAND, *arguments], stdout=subprocess.PIPE, encoding="utf-8", cwd=self.folder, env=self.env
-        ) as child:
-            try:
-                yield announced_by(child, pattern)
-            finally:
-                child.kill()
+        return announcing(pattern, *arguments, cwd=self.folder, env=self.env)
 
 
 @pytest.mark.parametrize("locale", LOCALES)

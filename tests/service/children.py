@@ -4,6 +4,7 @@ import contextlib
 import ipaddress
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -79,6 +81,19 @@ def announced_by(child: subprocess.Popen[str], pattern: str) -> str:
         if found := re.match(pattern, line):
             return found[1]
     raise AssertionError(f"{child.args} ended before it printed {pattern!r}")
+
+
+@contextmanager
+def announcing(pattern: str, *arguments: str, **options: Any) -> Iterator[str]:
+    """Run a command that serves until the block ends; yield the URL that *pattern* finds in its output."""
+    command = [sys.executable, "-u", "-m", "sopdeploy", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8", **options) as child:
+        try:
+            yield announced_by(child, pattern)
+            child.send_signal(signal.SIGINT)
+            assert child.wait(60) == 0
+        finally:
+            child.kill()
 
 
 def children_of(parent: int) -> list[int]:

@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -256,6 +257,12 @@ def open_files() -> int:
     """Collect garbage, which may hold descriptors, then count the open descriptors of this process."""
     gc.collect()
     return sum(1 for _ in Path("/dev/fd").iterdir())
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(24) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="session")

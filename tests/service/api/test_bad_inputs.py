@@ -4,43 +4,23 @@ import base64
 import gzip
 import re
 import struct
-import zlib
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import orjson
 import pytest
-from hostile_images import chunk
 from PIL import Image
 
 from sopdeploy.errors import ImageError
-from sopdeploy.images.limits import FORMATS
 from sopdeploy_service.api.admission import Upload, parse_upload
 from sopdeploy_service.http.strict_json import decode_text
 from sopdeploy_service.images.decode import EncodedImage, decode
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
-from tests.pictures import encoded
-from tests.service.conftest import RULES, picture_bytes, running
+from tests.pictures import encoded, png
+from tests.service.conftest import RULES, picture_bytes
 from tests.service.raw import connect, read
 
 JPEG_IMAGE = picture_bytes()
-LIMITS = {"max_body_bytes": 1_000_000, "max_images": 8, "request_timeout": 10}
-
-
-@pytest.fixture(scope="module")
-def client(bundle, onnx_runtime) -> Iterator[httpx.Client]:
-    """A client of a server with low limits."""
-    with running(onnx_runtime, bundle, Settings(**LIMITS, formats=tuple(FORMATS))) as client:
-        yield client
-
-
-def png(width: int, height: int, depth: int = 1, extra: bytes = b"") -> bytes:
-    """A gray PNG of any size with little pixel data."""
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0))
-    data = chunk(b"IDAT", zlib.compress(bytes(1000)))
-    return b"\x89PNG\r\n\x1a\n" + header + extra + data + chunk(b"IEND", b"")
 
 
 def jpeg_of_size(width: int, height: int) -> bytes:
@@ -95,7 +75,7 @@ BAD_BODIES = {
     (422, None): {
         "20 bytes of JPEG": JPEG_IMAGE[:20],
         "PNG without a width": png(0, 10),
-        "PNG without its pixels": png(500, 500, 8),
+        "PNG without its pixels": png(500, 500, depth=8),
         "PNG with 20000 broken chunks": png(8, 8, extra=b"\0\0\0\0tEXt\0\0\0\0" * 20_000),
         "PNG with a broken checksum": saved("PNG")[:29] + b"oops" + saved("PNG")[33:],
         "GIF without a width": b"GIF89a" + bytes(100),

@@ -30,12 +30,6 @@ from tests.service.raw import connect, count, read
 from tests.service.runtimes import Failing, Held
 
 
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(24) as pool:
-        yield pool
-
-
 def post(client: httpx.Client, body: bytes) -> httpx.Response:
     return client.post("/v1/classify", content=body)
 

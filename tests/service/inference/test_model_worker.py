@@ -4,7 +4,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -158,12 +157,6 @@ class Scripted(FakeOverlappingRuntime):
             return wait()
 
         return end
-
-
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(24) as pool:
-        yield pool
 
 
 @pytest.fixture
