@@ -140,7 +140,7 @@ INVALID: dict[str, tuple[tuple[str, ...], str]] = {
     "a mistyped option of the program": (("--verison",), "--version"),
     "no command of a group": (("data",), "sopdeploy data: Missing command"),
     "a missing argument": (("export",), "sopdeploy export: Missing argument 'checkpoint'"),
-    "photographs as an argument": (("train", "photos", "--resume"), "did you mean --data photos?"),
+    "photographs as an argument": (("train", "photos"), "did you mean --data photos?"),
     "an empty folder name": (("train", "--data", ""), "--data: an empty value; see sopdeploy train --help"),
     "an empty argument": (("label", ""), "the first argument: an empty value"),
     "a recipe as an argument": (("train", "a.toml"), "did you mean --recipe a.toml?"),

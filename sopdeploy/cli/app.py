@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from itertools import zip_longest
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +13,6 @@ from sopdeploy.version import __version__
 
 ABOUT = "Train an image classifier on a folder of images, export it with a proof, and serve it over HTTP."
 OUTPUT_CLOSED = 1  # the exit code of Typer and Rich if stdout is closed
-RESUME = ("never", "always", "auto")
 INTERRUPTED = 130  # the exit code after Ctrl-C, as in a shell
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # Typer does not export it
 SETTINGS: Any = {  # of every `typer.Typer`
@@ -73,7 +71,7 @@ QUICK_START = (
 
 
 class CommandLine(TyperCommand):
-    """A command whose option `--resume` takes an optional value, and that accepts no empty argument.
+    """A command that accepts no empty argument.
 
     An argument of a command without arguments ends it with the option that it may belong to.
     """
@@ -83,10 +81,6 @@ class CommandLine(TyperCommand):
         for before, arg in zip(["the first argument", *args], args, strict=False):
             if not arg or (arg.endswith("=") and "=" not in arg[:-1] and arg.startswith("--")):
                 ctx.fail(f"{arg[:-1] or before}: an empty value")
-        args = [
-            "--resume=always" if arg == "--resume" and following not in RESUME else arg
-            for arg, following in zip_longest(args, args[1:])
-        ]
         ctx.allow_extra_args = True
         rest: list[str] = super().parse_args(ctx, args)
         if rest and any("--data" in parameter.opts for parameter in self.params):

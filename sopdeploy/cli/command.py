@@ -39,7 +39,6 @@ def command(
     summarize: Callable[[Any], Any] | None = None,
     options: Collection[str] = (),
     hidden: Collection[str] = (),
-    instead: Callable[..., None] | None = None,
     settings: SettingOptions | None = None,
 ) -> Callable[[_Function], _Function]:
     """Make a function a command, and leave it as it is for Python.
@@ -47,8 +46,7 @@ def command(
     Positional parameters become arguments, except those in *options*; keyword parameters become options.
     Parameters that no option can express, such as callbacks, and those in *hidden* are for Python only.
     *show* prints the result, or with `--json` the command prints it as JSON; *summarize* selects what. The
-    other parameters of *show* are options, too; if one is `as_json`, *show* prints both. *instead* adds a
-    flag of its name, such as `--dry-run`; then it is called with the same arguments instead of the function.
+    other parameters of *show* are options, too; if one is `as_json`, *show* prints both.
     The number that *show*, or without it the function, returns is the exit code. A user error is one line and
     exit code 2.
     """
@@ -63,26 +61,19 @@ def command(
         parameters += of_show
         if settings is not None:
             parameters += _declare_settings(settings)
-        if instead is not None:
-            name = instead.__name__.strip("_")
-            parameters.append(_option(name, bool, False, _describe(instead)))
         if show is not None:
             parameters.append(_option("as_json", bool, False, "Print JSON for scripts.", "--json"))
 
         def run(**given: Any) -> None:
             as_json = given.pop("as_json", False)
             shown = {parameter.name: given.pop(parameter.name) for parameter in of_show}
-            called = instead if instead is not None and given.pop(name) else function
             with one_line_errors(as_json), ExitStack() as stack:
                 stack.callback(setattr, err, "quiet", err.quiet)
                 err.quiet = err.quiet or as_json  # no progress
                 if settings is not None:
                     flags = {flag: given.pop(flag) for flag in settings.flags}
                     given |= settings.parse(given.pop("setting") or (), **flags)
-                if called is instead:
-                    called(**given, as_json=as_json)
-                    return
-                result = called(**given, **_progress(function, as_json, stack))
+                result = function(**given, **_progress(function, as_json, stack))
             if is_main_process():
                 with one_line_errors():  # stdout holds one JSON document, so the error is not another one
                     _finish(result, show, summarize, shown, as_json=as_json)

@@ -88,8 +88,6 @@ def _print_report(report: "DataReport") -> None:
         lines += _duplicate_lines("duplicates", "equal pixels", report.duplicates)
         if report.near is not None:
             lines += _duplicate_lines("near-duplicates", "copies of one photograph", report.near)
-    for reason, files in report.strange.items():
-        lines.append(f"{len(files)} image{'s' * (len(files) > 1)}: {reason}: {shorten(files)}")
     if report.passed_over:
         lines.append(describe_skipped(report.passed_over))
     lines += [*report.notes, *report.classes]

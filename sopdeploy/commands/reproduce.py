@@ -4,7 +4,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import ProgressBars, err, out, plain_text, print_json, print_table, say
+from sopdeploy.cli.console import ProgressBars, err, out, plain_text, print_table, say
 from sopdeploy.config import expand_options
 from sopdeploy.environment import is_main_process
 from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions, find_table, load_tables
@@ -13,30 +13,24 @@ if TYPE_CHECKING:
     from sopdeploy.reproduction.plan import Reproduction
 
 
-def _dry_run(table: str, *, as_json: bool, options: ReproduceOptions) -> None:
-    """Print rows, commands and estimated GPU hours; write nothing."""
-    from sopdeploy.reproduction.plan import plan
-
-    _print_plan(plan(find_table(table), options), as_json=as_json)
-
-
-def _show(result: "list[PrintedTable] | Reproduction") -> None:
-    """Print the list of tables, or the results of one."""
+def _show(result: "list[PrintedTable] | dict[str, Any] | Reproduction") -> None:
+    """Print the list of tables, or the plan or the results of one."""
     if isinstance(result, list):
         _print_tables(result)
+    elif isinstance(result, dict):
+        _print_plan(result)
     else:
         _print_results(result)
 
 
 @command(
     _show,
-    summarize=lambda found: found if isinstance(found, list) else found.summary(),
-    instead=expand_options(_dry_run),
+    summarize=lambda found: found if isinstance(found, list | dict) else found.summary(),
 )
 @expand_options
 def reproduce(
-    table: str, *, options: ReproduceOptions, progress: bool = False
-) -> "list[PrintedTable] | Reproduction":
+    table: str, *, options: ReproduceOptions, dry_run: bool = False, progress: bool = False
+) -> "list[PrintedTable] | dict[str, Any] | Reproduction":
     """Train the rows of a paper's table, and write a page with printed and measured figures.
 
     Finished runs are kept: repeat the command to continue an interrupted table.
@@ -49,11 +43,14 @@ def reproduce(
 
     Args:
         table: A table of `reproduce list`, or `list`.
+        dry_run: Print rows, commands and estimated GPU hours; write nothing.
         progress: Print progress on stderr.
     """
     if table == "list":
         return list(load_tables().values())
     printed = find_table(table)
+    if dry_run:
+        return _describe_plan(printed, options)
     from sopdeploy.reproduction import run
     from sopdeploy.training.distributed.torchrun import join_processes
     from sopdeploy.training.signals import TrainingStoppedError
@@ -94,15 +91,15 @@ def _print_tables(tables: list[PrintedTable]) -> None:
     out.print("sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
 
 
-def _print_plan(planned: "Reproduction", *, as_json: bool) -> None:
-    from sopdeploy.reproduction.plan import ASSUMPTION, format_hours
+def _describe_plan(table: PrintedTable, options: ReproduceOptions) -> dict[str, Any]:
+    """List the rows of *table* with their commands and estimated times."""
+    from sopdeploy.reproduction.plan import plan
 
-    table = planned.table
-    hours = sum(row.gpu_hours for row in planned.rows) * planned.seeds
-    lines: list[dict[str, Any]] = []
+    planned = plan(table, options)
+    rows: list[dict[str, Any]] = []
     for row in planned.rows:
         commands = [row.command(planned.folder, seed) for seed in range(planned.seeds) if row.recipe]
-        lines.append(
+        rows.append(
             {
                 "row": row.printed.id,
                 "runs": row.recipe is not None,
@@ -112,26 +109,28 @@ def _print_plan(planned: "Reproduction", *, as_json: bool) -> None:
                 "torchrun": [f"torchrun --nproc-per-node 8 -m {command}" for command in commands],
             }
         )
-    if as_json:
-        print_json(
-            {
-                "table": table.id,
-                "statement": planned.statement,
-                "paper_scale": planned.paper_scale,
-                "gpu_hours": hours,
-                "rows": lines,
-            }
-        )
-        return
-    say(f"{table.source}: {table.title}", style="bold")
-    for text in filter(None, (planned.statement, planned.paper_scale)):
-        say(text)
-    for line in lines:
-        time = f"{format_hours(line['gpu_hours'])} per seed"
-        say(f"{line['row']}: {time if line['runs'] else line['reason']}", *line["commands"])
-    say(f"in total {format_hours(hours)} for {planned.seeds} seeds ({ASSUMPTION})")
-    for line in [line for line in lines if line["torchrun"]][:1]:
-        say("on several GPUs, start every command with torchrun, such as", line["torchrun"][0])
+    return {
+        "table": table.id,
+        "title": f"{table.source}: {table.title}",
+        "statement": planned.statement,
+        "paper_scale": planned.paper_scale,
+        "seeds": planned.seeds,
+        "gpu_hours": sum(row.gpu_hours for row in planned.rows) * planned.seeds,
+        "rows": rows,
+    }
+
+
+def _print_plan(plan: dict[str, Any]) -> None:
+    from sopdeploy.reproduction.plan import ASSUMPTION, format_hours
+
+    say(plan["title"], style="bold")
+    say(*filter(None, (plan["statement"], plan["paper_scale"])))
+    for row in plan["rows"]:
+        time = f"{format_hours(row['gpu_hours'])} per seed"
+        say(f"{row['row']}: {time if row['runs'] else row['reason']}", *row["commands"])
+    say(f"in total {format_hours(plan['gpu_hours'])} for {plan['seeds']} seeds ({ASSUMPTION})")
+    for row in [row for row in plan["rows"] if row["torchrun"]][:1]:
+        say("on several GPUs, start every command with torchrun, such as", row["torchrun"][0])
 
 
 def _print_results(results: "Reproduction") -> None:

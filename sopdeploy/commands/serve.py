@@ -42,14 +42,7 @@ def _parse(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
     return parse_assignments(assignments, **flags)
 
 
-def print_config(bundles: Sequence[str], *, config: Path | None, as_json: bool, **settings: Any) -> None:
-    """Print all settings as a TOML file and exit."""
-    del bundles, as_json
-    sys.stdout.write(to_toml(load_settings(config, **settings)))
-
-
 @command(
-    instead=print_config,
     settings=SettingOptions(
         _parse,
         setting_flags(
@@ -61,6 +54,7 @@ def serve(
     bundles: str | Path | Sequence[str | Path],
     *,
     config: str | Path | None = None,
+    print_config: bool = False,
     **settings: Any,
 ) -> int:
     """Serve bundles over HTTP: POST an image to /v1/classify.
@@ -75,6 +69,7 @@ def serve(
     Args:
         bundles: One or several of: a bundle, a folder of bundles, or NAME=BUNDLE.
         config: TOML file with settings.
+        print_config: Print all settings as a TOML file and exit.
         **settings: Settings, for example `port=8000` (0 selects a free port), `host`, `threads`.
 
     Returns:
@@ -87,6 +82,9 @@ def serve(
     """
     sources = [bundles] if isinstance(bundles, str | Path) else list(bundles)
     loaded = load_settings(None if config is None else Path(config), **settings)
+    if print_config:
+        sys.stdout.write(to_toml(loaded))
+        return 0
     from sopdeploy_service.server.process import run_server
 
     if loaded.keep is not None and loaded.keep_sample > 0:

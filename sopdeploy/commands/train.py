@@ -79,7 +79,7 @@ def train(
     callback: "Callback | None" = None,
     **settings: Any,
 ) -> "TrainingResult":
-    """Train a network; Ctrl-C and SIGTERM save and stop, --resume continues bit for bit.
+    """Train a network; Ctrl-C and SIGTERM save and stop, `--resume always` continues bit for bit.
 
     The run's report.html shows curves, confusions, calibration and the worst mistakes.
 

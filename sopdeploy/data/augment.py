@@ -6,7 +6,6 @@ image, or the image with both sides of equal length.
 torchvision computes the color jitter.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from random import Random
@@ -18,9 +17,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import (
-    ImagesDataset,
+    Dataset,
     LabeledImages,
-    PreprocessedDataset,
     Target,
     derive_seed,
     image_errors,
@@ -160,7 +158,7 @@ NO_COLOR_SHIFT = ColorConfig()
 
 
 @dataclass(frozen=True, slots=True)
-class AugmentedDataset(ImagesDataset):
+class AugmentedDataset(Dataset):
     """Augmented images of one epoch.
 
     Repeated uses of a sample have the indices `sample + copy * len(self)` and are augmented differently. If
@@ -191,21 +189,6 @@ class AugmentedDataset(ImagesDataset):
         if random.random() < augmentation.flip or mirrored:
             array = array[:, ::-1]
         return self.color(array, derive_seed(self.seed, "color", self.epoch, index)), target
-
-
-@dataclass(frozen=True, slots=True)
-class PadCroppedDataset(PreprocessedDataset):
-    """Preprocessed images, padded with `pad` black pixels and cropped at an offset that the pixels decide."""
-
-    pad: int
-
-    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        image, target = self.images[index]
-        array, pad = preprocess_image(image, self.preprocess), self.pad
-        digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
-        top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
-        padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
-        return padded[top : top + self.preprocess.crop, left : left + self.preprocess.crop], target
 
 
 def _crop_box(

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Annotated, Any, Protocol, Self, TypeVar
+from typing import Annotated, Any, Self
 
 import numpy as np
 import pydantic
@@ -27,19 +27,7 @@ from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
 _SUBSET_SEED = 0  # not the seed of the run: the same number gives the same classes in every run
-Item = TypeVar("Item", covariant=True)
 Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
-
-
-class LabeledItems(Protocol[Item]):
-    """Items with their targets; `labels` are the class names in output order."""
-
-    @property
-    def labels(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[Item, Target]: ...
 
 
 class LabeledImages(ABC):
@@ -122,9 +110,6 @@ def image_errors(name: str) -> Iterator[None]:
         raise DataError(f"{name}: {error}; repair, convert or delete it") from error
 
 
-Dataset = LabeledItems[NDArray[np.uint8]]  # network inputs: (height, width, 3) arrays of one size
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
     """Training and held-out images with the same labels; `skipped` lists unreadable files left out.
@@ -144,8 +129,8 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class ImagesDataset:
-    """Base class of datasets that convert the images of a source."""
+class Dataset(ABC):
+    """Base class of network inputs: the `images` of a source, converted to uint8 arrays of one size."""
 
     images: LabeledImages
 
@@ -157,16 +142,29 @@ class ImagesDataset:
     def __len__(self) -> int:
         return len(self.images)
 
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]: ...
+
 
 @dataclass(frozen=True, slots=True)
-class PreprocessedDataset(ImagesDataset):
-    """Images preprocessed exactly as the service does, for evaluation."""
+class PreprocessedDataset(Dataset):
+    """Images preprocessed exactly as the service does, for evaluation.
+
+    With `pad`, they are padded with that many black pixels and cropped at an offset that the pixels decide.
+    """
 
     preprocess: Preprocess
+    pad: int = 0
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         image, target = self.images[index]
-        return preprocess_image(image, self.preprocess), target
+        array, pad = preprocess_image(image, self.preprocess), self.pad
+        if pad:
+            digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
+            top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
+            padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
+            array = padded[top : top + self.preprocess.crop, left : left + self.preprocess.crop]
+        return array, target
 
 
 @dataclass(frozen=True, slots=True)

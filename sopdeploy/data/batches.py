@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +53,7 @@ def load_batches(
     """
     on_gpu = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(
-        _BatchedDataset(dataset),  # type: ignore[arg-type]  # torch's Dataset is a class, ours a protocol
+        _BatchedDataset(dataset),  # type: ignore[arg-type]  # not torch's Dataset
         batch_sampler=batches,
         collate_fn=tuple,
         num_workers=min(workers, usable_cores()),
@@ -66,14 +65,6 @@ def load_batches(
             raise DataError(batch[0])
         images, labels = batch
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
-
-
-def with_wait_time(batches: Iterator[Batch]) -> Iterator[tuple[Batch, float]]:
-    """Yield each of *batches* with the seconds spent waiting for it."""
-    since = time.monotonic()
-    for batch in batches:
-        yield batch, time.monotonic() - since
-        since = time.monotonic()
 
 
 @dataclass

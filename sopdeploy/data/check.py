@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import image_errors
@@ -25,8 +24,6 @@ from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
-MIN_SIDE = 32  # pixels; smaller images are reported
-_MAX_ASPECT_RATIO = 4.0  # of the longer side to the shorter one; the center crop cuts off most of the image
 _RULES = Preprocess()  # for the conversion to upright RGB
 
 
@@ -62,7 +59,6 @@ class DataReport(StrictModel):
         unreadable: Errors of the files that cannot be decoded.
         too_few: Classes with a single image, which training leaves out.
         near: Groups of near-duplicates, each with a file that is no exact duplicate; `None` if not searched.
-        strange: Readable but unusual files, by reason.
         passed_over: Number of files without an image suffix, by suffix.
         notes: What the user may not have intended, such as folders that are not used.
     """
@@ -77,7 +73,6 @@ class DataReport(StrictModel):
     too_few: tuple[str, ...]
     duplicates: tuple[Duplicates, ...]
     near: tuple[Duplicates, ...] | None = None
-    strange: dict[str, tuple[str, ...]]
     passed_over: dict[str, int]
     notes: tuple[str, ...] = ()
 
@@ -102,7 +97,6 @@ class _FileInfo:
     format: str = ""
     size: tuple[int, int] = (0, 0)
     pixel_hash: bytes = b""
-    unusual: tuple[str, ...] = ()
     signature: NDArray[np.float32] | None = None
 
 
@@ -120,12 +114,9 @@ def check_data(path: Path, *, near: bool = False) -> DataReport:
         for info in map_threaded(partial(_inspect_file, images, name, near), len(images))
     ]
     readable = [info for info in infos if not info.error]
-    unusual: dict[str, list[str]] = defaultdict(list)
-    for info in readable:
-        for reason in info.unusual:
-            unusual[reason].append(info.file)
+    notes = [*folders.notes]
     if unlisted:
-        unusual[f"not listed in {LABELS_FILE}"] = unlisted
+        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {shorten(unlisted)}")
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
     return DataReport(
         path=path,
@@ -138,9 +129,8 @@ def check_data(path: Path, *, near: bool = False) -> DataReport:
         too_few=tuple(single_images(*parts.values())) if len(parts) == 1 else (),
         duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
         near=tuple(_find_near(readable)) if near else None,
-        strange={reason: tuple(files) for reason, files in unusual.items()},
         passed_over=dict(folders.ignored),
-        notes=tuple(folders.notes),
+        notes=tuple(notes),
     )
 
 
@@ -185,20 +175,8 @@ def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _Fil
         format=image_format,
         size=pixels.size,
         pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
-        unusual=_unusual_properties(pixels),
         signature=signature(pixels) if near else None,
     )
-
-
-def _unusual_properties(pixels: Image.Image) -> tuple[str, ...]:
-    """List what is unusual about the upright RGB image *pixels*; the texts are keys of the JSON output."""
-    shorter, longer = sorted(pixels.size)
-    conditions = {
-        f"shorter side under {MIN_SIDE} pixels": shorter < MIN_SIDE,
-        f"longer side over {_MAX_ASPECT_RATIO:g} times the shorter one": longer > _MAX_ASPECT_RATIO * shorter,
-        "one color only": pixels.getcolors(maxcolors=1) is not None,
-    }
-    return tuple(reason for reason, applies in conditions.items() if applies)
 
 
 def _find_near(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:

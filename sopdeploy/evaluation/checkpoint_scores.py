@@ -16,7 +16,7 @@ from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
-from sopdeploy.evaluation.multi_label import fit_presence
+from sopdeploy.evaluation.multi_label import fit_thresholds
 from sopdeploy.evaluation.prediction import AllHeads, HeadAccuracy, measure_heads, score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.models.base import Classifier
@@ -48,7 +48,8 @@ class CheckpointScores:
         Raises `DataError` for too few images.
         """
         if self.images.targets.ndim == 2:
-            return fit_presence(self.images.targets.astype(np.float64), sigmoid(self.logits))
+            thresholds = fit_thresholds(self.images.targets, sigmoid(self.logits))
+            return Decision(activation="sigmoid", thresholds=thresholds)
         if len(self.images) < MIN_IMAGES:
             raise DataError(
                 f"there are {len(self.images)} images; give at least {MIN_IMAGES}", setting="fit_decision"

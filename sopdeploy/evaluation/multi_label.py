@@ -14,7 +14,6 @@ import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.decision import Decision
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.evaluation.statistics import LEVEL
@@ -189,11 +188,6 @@ def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> f
     hits, ranks, _ = _hits_by_rank(true, scores)
     gained = np.diff(hits, prepend=0)
     return float(min(1.0, (gained * hits / ranks).sum() / hits[-1]))
-
-
-def fit_presence(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> Decision:
-    """Build the `Decision` with the thresholds of `fit_thresholds`."""
-    return Decision(activation="sigmoid", thresholds=fit_thresholds(targets, probabilities))
 
 
 def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> tuple[float, ...]:

@@ -18,7 +18,7 @@ from sopdeploy.report.pictures import show_copies, show_mistakes, show_wrong_lab
 from sopdeploy.report.predictions import describe_predictions, measure_predictions
 from sopdeploy.training.diagnostics import EpochRow, history_curve, history_table
 from sopdeploy.training.recipe import flatten
-from sopdeploy.training.results import LoopResult, ProcedureResult, read_result
+from sopdeploy.training.results import AnyProcedureResult, LoopResult, read_result
 from sopdeploy.training.run import Run
 
 PAGE = "report.html"
@@ -85,7 +85,7 @@ def write_run_page(
     return metrics.mistakes() if isinstance(metrics, ClassificationReport) else []
 
 
-def _describe_training(run: Run, best: Checkpoint, result: ProcedureResult) -> str:
+def _describe_training(run: Run, best: Checkpoint, result: AnyProcedureResult) -> str:
     """Describe in a sentence what was trained: the start weights, the images and the procedure."""
     start, side = best.training.get("start"), run.recipe.preprocess.crop
     weights = "random weights" if start is None else f"the weights of {start['file']} ({start['network']})"
@@ -95,7 +95,7 @@ def _describe_training(run: Run, best: Checkpoint, result: ProcedureResult) -> s
     return f"Trained from {weights} on {run.train_count} images, scaled to {side} x {side} pixels, {how}."
 
 
-def _describe_score(result: ProcedureResult) -> dict[str, str]:
+def _describe_score(result: AnyProcedureResult) -> dict[str, str]:
     """Format the score of a run with its interval, by name; of the training loop, its best epoch, too."""
     score = result.score
     epoch = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}
@@ -105,7 +105,7 @@ def _describe_score(result: ProcedureResult) -> dict[str, str]:
     return {**epoch, result.score_name: f"{percent(score.value)} ({interval})"}
 
 
-def _describe_learning(history: Sequence[EpochRow], result: ProcedureResult) -> Section:
+def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) -> Section:
     """Describe the result; of the training loop, plot losses and scores of all heads over the epochs."""
     if not isinstance(result, LoopResult):
         return Section(title="Learning", text=result.lines())

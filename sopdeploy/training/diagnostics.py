@@ -14,7 +14,7 @@ from statistics import median_high
 
 import numpy as np
 
-from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.config import StrictModel
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, predict_logits
 from sopdeploy.images.preprocess import Preprocess
@@ -36,13 +36,6 @@ class Diagnostics(StrictModel):
     heads: dict[str, HeldOutMetrics]
 
 
-class Throughput(StrictModel):
-    """Training images per second, and the fraction of the time spent waiting for data."""
-
-    images_per_second: float
-    data_fraction: Fraction
-
-
 class EpochRow(StrictModel):
     """The record of one epoch; `epoch` counts from 1.
 
@@ -57,7 +50,7 @@ class EpochRow(StrictModel):
     metrics: HeldOutMetrics
     gradient: float | None = None
     component_counts: tuple[int, ...] = ()
-    speed: Throughput | None = None
+    images_per_second: float | None = None
     diagnostics: Diagnostics | None = None
     seconds: float
 
@@ -85,8 +78,8 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
     metrics |= {name: getattr(row.metrics, name) for name in HELD_OUT_METRICS if hasattr(row.metrics, name)}
     if row.gradient is not None:
         metrics["gradient"] = row.gradient
-    if row.speed is not None:
-        metrics |= row.speed.model_dump()
+    if row.images_per_second is not None:
+        metrics["images_per_second"] = row.images_per_second
     if row.diagnostics is not None:
         for name, head in row.diagnostics.heads.items():
             metrics |= {f"{name}_{key}": getattr(head, key) for key in HELD_OUT_METRICS if hasattr(head, key)}
@@ -95,7 +88,7 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
 
 def median_throughput(history: Sequence[EpochRow]) -> float:
     """Return the median of the images per second of all epochs; 0 if none was measured."""
-    speeds = [row.speed.images_per_second for row in history if row.speed]
+    speeds = [row.images_per_second for row in history if row.images_per_second]
     return median_high(speeds) if speeds else 0.0
 
 

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.data.augment import AugmentedDataset, PadCrop, PadCroppedDataset
+from sopdeploy.data.augment import AugmentedDataset, PadCrop
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
-from sopdeploy.data.batches import load_batches, shuffled_batches, with_wait_time
+from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
@@ -37,9 +37,8 @@ def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -
     `run.decision`.
     """
     recipe = run.recipe
-    held_out = PreprocessedDataset(data.held_out, recipe.preprocess)
-    if isinstance(recipe.augment, PadCrop) and recipe.augment.held_out:
-        held_out = PadCroppedDataset(data.held_out, recipe.preprocess, recipe.augment.pad)
+    pad = recipe.augment.pad if isinstance(recipe.augment, PadCrop) and recipe.augment.held_out else 0
+    held_out = PreprocessedDataset(data.held_out, recipe.preprocess, pad)
     with handle_signals(run.strategy) as signals:
         try:
             while run.position.epoch < recipe.epochs:
@@ -80,11 +79,11 @@ def train_epoch(
     since = time.monotonic()
     shards = [shard_step(samples, recipe, run.strategy).samples for samples in batches[run.position.step :]]
     loader = load_batches(dataset, shards, recipe.workers, run.strategy.device)
-    for batch, waited in with_wait_time(loader):
+    for batch in loader:
         step = run.position.step
         loss, gradient_norm = train_step(run, batch, batches[step], len(batches))
         now = time.monotonic()
-        run.after_step(loss, gradient_norm, len(batches[step]), seconds=now - since, waited=waited)
+        run.after_step(loss, gradient_norm, len(batches[step]), seconds=now - since)
         since = now
         loss_value, epochs = float(loss.total), recipe.epochs
         callback.on_step_end(epoch=epoch, epochs=epochs, step=step, steps=len(batches), loss=loss_value)

@@ -1,7 +1,6 @@
 """The result of the training loop and of the few-shot procedure, part of the checkpoint `best.pt`."""
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -16,31 +15,7 @@ _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold
 SelectedBy = Literal["nothing", "other images", "same images"]
 
 
-class ProcedureResult(StrictModel):
-    """The score to expect on new images and how it was found; part of the checkpoint `best.pt`."""
-
-    kind: str
-
-    @property
-    @abstractmethod
-    def score(self) -> Rate | MeanPrecision | float:
-        """The accuracy, or the mAP."""
-
-    @property
-    @abstractmethod
-    def score_name(self) -> str:
-        """What `score` is; the name says if the score is too high."""
-
-    @abstractmethod
-    def lines(self) -> Sequence[str]:
-        """Describe the result in lines for the terminal and the report."""
-
-    @abstractmethod
-    def rows(self) -> Sequence[tuple[str, str]]:
-        """Describe the result in (name, text) rows for the model card."""
-
-
-class LoopResult(ProcedureResult):
+class LoopResult(StrictModel):
     """Top-1 accuracy or mAP of the best of `epochs` epochs on `count` held-out images.
 
     Attributes:
@@ -93,7 +68,7 @@ class LoopResult(ProcedureResult):
         return [("accuracy", self.describe())]
 
 
-class FewShotResult(ProcedureResult):
+class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
     Attributes:

@@ -29,7 +29,7 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
-from sopdeploy.training.diagnostics import Diagnostics, EpochRow, Throughput
+from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.distributed.strategy import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
@@ -46,7 +46,7 @@ class Position(StrictModel, frozen=False):
     `step` is the number of finished steps in the current epoch and `seen` the number of their images. Over
     these images, `sums` adds up the parts of the loss and `gradient` the gradient norms; `component_counts`
     counts the images that each component of a gated network received. `train_seconds` is the time of these
-    steps, `data_seconds` the part of it spent waiting for data, and `seconds` the time of the whole run.
+    steps, `seconds` that of the whole run.
     """
 
     epoch: int = 0
@@ -56,7 +56,6 @@ class Position(StrictModel, frozen=False):
     gradient: float = 0.0
     component_counts: tuple[int, ...] = ()
     train_seconds: float = 0.0
-    data_seconds: float = 0.0
     seconds: float = 0.0
     history: tuple[EpochRow, ...] = ()
 
@@ -231,10 +230,8 @@ class LoopRun(Run):
             return self.model
         return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
 
-    def after_step(
-        self, loss: Loss, gradient_norm: float, count: int, *, seconds: float, waited: float
-    ) -> None:
-        """Add a step of *count* images to the position; it took *seconds*, *waited* of them for data."""
+    def after_step(self, loss: Loss, gradient_norm: float, count: int, *, seconds: float) -> None:
+        """Add a step of *count* images, which took *seconds*, to the position."""
         position = self.position
         for name, part in {"loss": loss.total, **loss.parts}.items():
             position.sums[name] = position.sums.get(name, 0.0) + float(part) * count
@@ -245,13 +242,11 @@ class LoopRun(Run):
         position.seen += count
         position.gradient += gradient_norm * count
         position.train_seconds += seconds
-        position.data_seconds += waited
         position.seconds += seconds
 
     def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
         """Record the metrics of an epoch, whose evaluation took *seconds*."""
         done = self.position
-        train_seconds = max(done.train_seconds, 1e-9)
         row = EpochRow(
             epoch=done.epoch + 1,
             lr=self.optimizer.param_groups[0]["lr"],
@@ -259,10 +254,7 @@ class LoopRun(Run):
             metrics=metrics,
             gradient=done.gradient / done.seen,
             component_counts=done.component_counts,
-            speed=Throughput(
-                images_per_second=done.seen / train_seconds,
-                data_fraction=min(1.0, done.data_seconds / train_seconds),
-            ),
+            images_per_second=done.seen / max(done.train_seconds, 1e-9),
             diagnostics=diagnostics,
             seconds=done.seconds + seconds,
         )

@@ -22,7 +22,7 @@ from sopdeploy.decision import Decision, known_score, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold, predict_unknown
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.multi_label import fit_presence
+from sopdeploy.evaluation.multi_label import fit_thresholds
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.callbacks import Callback
@@ -182,7 +182,8 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Non
     logits, groups = run.state["out_of_fold"].double().numpy(), run.state["groups"].numpy()
     accepts = run.recipe.rejection.accepts
     if run.activation == "sigmoid":
-        run.decision = fit_presence(images.targets.astype(np.float64), sigmoid(logits))
+        thresholds = fit_thresholds(images.targets, sigmoid(logits))
+        run.decision = Decision(activation="sigmoid", thresholds=thresholds)
     else:
         reason = missing_threshold(result.num_groups, logits.shape[1], accepts)
         result = result.model_copy(update={"unknown": reason})

@@ -203,7 +203,7 @@ def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Write photos with a copy in val/, duplicate pixels in another class, and unusual images."""
+    """Write photos with a copy in val/, and duplicate pixels in another class."""
     root = write_photos(tmp_path / "photos")
     (root / "val" / "cat" / "copy.jpg").write_bytes((root / "train" / "cat" / "0.jpg").read_bytes())
     Image.open(root / "train" / "cat" / "1.jpg").save(root / "train" / "dog" / "same.png")
@@ -215,7 +215,7 @@ def photos(tmp_path):
     return root
 
 
-def test_parts_formats_sizes_duplicates_and_unusual_images_are_reported(photos) -> None:
+def test_parts_formats_sizes_and_duplicates_are_reported(photos) -> None:
     found = check_data(photos)
     assert {part.name: part.classes for part in found.parts} == {
         "train": {"cat": 4, "dog": 8},
@@ -229,11 +229,6 @@ def test_parts_formats_sizes_duplicates_and_unusual_images_are_reported(photos) 
     assert (copied.across, copied.labels_differ) == (True, False)
     assert (same.across, same.labels_differ) == (False, True)
     assert [file.rpartition("photos/")[2] for file in same.files] == ["train/cat/1.jpg", "train/dog/same.png"]
-    assert {why: [file.rpartition("/")[2] for file in files] for why, files in found.strange.items()} == {
-        "one color only": ["moving.gif", "thin.png"],
-        "shorter side under 32 pixels": ["thin.png"],
-        "longer side over 4 times the shorter one": ["thin.png"],
-    }
     found.must_be_usable()
 
 

@@ -136,8 +136,8 @@ def same_run(left: Path, right: Path) -> bool:
     for folder in (left, right):
         checkpoint = read_checkpoint(folder / "last.pt")
         assert checkpoint.resume is not None
-        position = dict(checkpoint.resume["position"], seconds=0, train_seconds=0, data_seconds=0)
-        position["history"] = [dict(row, seconds=0, speed=None) for row in position["history"]]
+        position = dict(checkpoint.resume["position"], seconds=0, train_seconds=0)
+        position["history"] = [dict(row, seconds=0, images_per_second=None) for row in position["history"]]
         states.append((checkpoint.weights, {**checkpoint.resume, "position": position}))
     return same_bits(*states)
 

@@ -103,7 +103,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
 def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     assert train("--resume", "auto", settings=LOOP) == Path("runs/photos-1")
     before = read_checkpoint(Path("runs/photos-1/last.pt")).origin
-    assert train("--resume", settings=LOOP) == Path("runs/photos-1")
+    assert train("--resume", "always", settings=LOOP) == Path("runs/photos-1")
     assert read_checkpoint(Path("runs/photos-1/last.pt")).origin == before
     with pytest.raises(ConfigError, match="the run started with project = photos, now it is lights"):
         sopdeploy.train(
@@ -117,7 +117,7 @@ def test_resume_continues_the_newest_run_of_the_project(photos: Path) -> None:
     for number in (2, 10):
         Path(f"runs/photos-{number}").mkdir()
         os.link("runs/photos-1/last.pt", f"runs/photos-{number}/last.pt")
-    assert train("--resume", settings=LOOP) == Path("runs/photos-10")
+    assert train("--resume", "always", settings=LOOP) == Path("runs/photos-10")
     assert train(settings=LOOP) == Path("runs/photos-11")
 
 

@@ -149,7 +149,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(tmp_path, monkeypatch, uninte
     assert same_run(out, uninterrupted)
 
 
-TIMES = {"seconds", "images_per_second", "data_fraction"}
+TIMES = {"seconds", "images_per_second"}
 COMMON = ("threads=1", "device=cpu", "epochs=4", "save.every_minutes=1e-9")
 SMALL_GATE = "{components=4, chosen=2, component_widths=[16, 8], gate_widths=[16, 8], blocks_per_stage=1}"
 REMOVED_BRANCHES = "dsop with removed branches and ema"

@@ -17,7 +17,6 @@ from sopdeploy.data.augment import (
     AugmentedDataset,
     ColorConfig,
     PadCrop,
-    PadCroppedDataset,
 )
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.data.sources import open_data
@@ -138,7 +137,7 @@ def test_held_out_images_are_padded_and_cropped_if_the_recipe_says_so(finished: 
     images, rules = open_data(all_options().data).held_out, checkpoint.preprocess
     cropped, plain = (
         evaluate_network(model, dataset, rules)
-        for dataset in (PadCroppedDataset(images, rules, 4), PreprocessedDataset(images, rules))
+        for dataset in (PreprocessedDataset(images, rules, pad=4), PreprocessedDataset(images, rules))
     )
     assert checkpoint_history(finished)[-1]["metrics"]["top1"] == pytest.approx(cropped.top1)
     assert cropped.top1 != plain.top1

@@ -95,7 +95,7 @@ def learn(
             images = np.stack([augmented[sample][0] for sample in loaded])
             batch = torch.from_numpy(images), torch.from_numpy(data.targets[np.array(loaded) % SAMPLES])
             step = train_step(run, batch, samples, len(batches))
-            run.after_step(*step, len(samples), seconds=0.0, waited=0.0)
+            run.after_step(*step, len(samples), seconds=0.0)
             done += 1
         run.position = run.position.model_copy(update={"epoch": run.position.epoch + 1, "step": 0})
     average = run.ema.model.state_dict() if run.ema is not None else {}
