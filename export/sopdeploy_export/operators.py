@@ -25,7 +25,8 @@ from torch.export import ExportedProgram
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from sopdeploy.errors import LoweringError, first_line
-from sopdeploy_export.graph import NETWORK_PREFIX, capturing, convert
+from sopdeploy_export.graph import capturing, convert
+from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.results import PROVIDER
 
 ORDINARY = (0.0, -0.0, 1.0, -1.0, 0.5, -0.5, 1.5, 2.5, 45.0, -45.0, 100.0, -100.0)
@@ -106,32 +107,39 @@ class _Recorder(fx.Interpreter):
         """Run one node; record its operator if it has not been compared."""
         arguments: Any = self.fetch_args_kwargs_from_env(n)
         results = super().run_node(n)
-        is_tensor = isinstance(results, Tensor | list | tuple)
-        is_aten = isinstance(n.target, OpOverload) and n.target.namespace == "aten"
-        if not is_aten or not n.users or not is_tensor:
-            return results
-        positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in n.users}
-        used = tuple(sorted(positions))
-        modules = list((n.meta.get("nn_module_stack") or {"": ("",)}).values())
-        part = f"{modules[-1][0]}.".removeprefix(NETWORK_PREFIX).removesuffix(".")
-        call = _Call(cast(OpOverload, n.target), arguments, used, part)
-        if call.elementwise or call.name in PRODUCTS:
-            arguments = tree_map_only(Tensor, lambda x: x[tuple(slice(ENOUGH) for _ in x.shape)], arguments)
-            call = call._replace(arguments=arguments)
-        largest = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
-        described = tree_map_only(
-            Tensor, lambda operand: (operand.dtype, [min(size, largest) for size in operand.shape]), arguments
-        )
-        if call.name in SIZELESS:
-            described = tree_map_only(int, lambda number: min(number, largest), described)
-        description = f"{n.target} {described} {used}"
-        tensors = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
-        is_complex = any(tensor.is_complex() for tensor in tensors)
-        if call.operands and not is_complex and description not in _equal:
+        call = _as_call(n, arguments, results)
+        if call is not None and (description := _describe(call)) not in _equal:
             known = self.calls.setdefault(description, call)
             if call.size < known.size:
                 self.calls[description] = call
         return results
+
+
+def _as_call(node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any) -> _Call | None:
+    """Return the call of *node*; None if it has no operands or no results that can be compared."""
+    leaves = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
+    is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
+    is_tensor = isinstance(results, Tensor | list | tuple)
+    if not (is_aten and is_tensor and node.users) or any(leaf.is_complex() for leaf in leaves):
+        return None
+    positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
+    target = cast(OpOverload, node.target)
+    call = _Call(target, arguments, tuple(sorted(positions)), module_of(node))
+    if call.elementwise or call.name in PRODUCTS:
+        first = tree_map_only(Tensor, lambda x: x[tuple(slice(ENOUGH) for _ in x.shape)], arguments)
+        call = call._replace(arguments=first)
+    return call if call.operands else None
+
+
+def _describe(call: _Call) -> str:
+    """Describe *call* by its operator, attributes, types and sizes; sizes with one form are equal."""
+    largest = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
+    described = tree_map_only(
+        Tensor, lambda x: (x.dtype, [min(size, largest) for size in x.shape]), call.arguments
+    )
+    if call.name in SIZELESS:
+        described = tree_map_only(int, lambda number: min(number, largest), described)
+    return f"{call.target} {described} {call.used}"
 
 
 @torch.no_grad()
@@ -230,9 +238,8 @@ def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor
         if call.elementwise:
             operands = (operand.expand_as(expected).flatten()[position] for operand in given)
             values += f" for {', '.join(f'{operand:.6g}' for operand in operands)}"
-    place = f" in {call.part}" if call.part else ""
     remedy = "use torch.sort(stable=True)" if call.name in SORTED else "use other operators"
-    raise LoweringError(f"{call.target}{place}: its ONNX form gives {values}; {remedy}")
+    raise LoweringError(f"{call.target} in {call.part}: its ONNX form gives {values}; {remedy}")
 
 
 def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:

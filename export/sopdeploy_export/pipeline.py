@@ -3,7 +3,7 @@
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +28,7 @@ from sopdeploy.models.base import is_in
 from sopdeploy.models.describe import Counts, tally
 from sopdeploy.project import utc_now
 from sopdeploy.version import __version__
-from sopdeploy_export.graph import INPUT, Deployed, generated_images, lower, output_names
+from sopdeploy_export.graph import INPUT, Captured, Deployed, generated_images, lower, output_names
 from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.model_card import render_model_card
 from sopdeploy_export.operators import check_operators
@@ -39,12 +39,13 @@ from sopdeploy_export.parity.compare import (
     compare_file,
     compute_reference,
     file_outputs,
+    find_gate,
+    is_decided,
     open_session,
 )
-from sopdeploy_export.parity.routing import find_gate, is_decided
 from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
-from sopdeploy_export.proof.certificate import Certificate, Proof, certify
+from sopdeploy_export.proof.certificate import Certificate, certify
 from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
 
@@ -154,7 +155,7 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
         )
     detached = detach(trained, training_only)
     job.step("proving that the detached network equals the plain network")
-    proof = certify(
+    certificate, captured = certify(
         trained,
         detached,
         subject.preprocess,
@@ -164,24 +165,29 @@ def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
         detachment=subject.detachment,
     )
     job.step("converting to ONNX")
-    program, outputs = proof.detached.any_batch, output_names(detached)
+    program, outputs = captured["detached"].any_batch, output_names(detached)
     model = lower(program, outputs)
-    certificate = certify_onnx(proof, model, outputs, options)
+    certificate = certify_onnx(certificate, captured, model, outputs, options)
     check_operators(program, job.images[: min(OPERATOR_IMAGES, options.max_batch)])
     return CapturedGraph(detached, program, model), certificate
 
 
 def certify_onnx(
-    proof: Proof, model: onnx.ModelProto, outputs: tuple[str, ...], options: ExportOptions
+    certificate: Certificate,
+    captured: Mapping[str, Captured],
+    model: onnx.ModelProto,
+    outputs: tuple[str, ...],
+    options: ExportOptions,
 ) -> Certificate:
-    """Complete the certificate with what *model*, the graph of the detached network, shows.
+    """Complete *certificate* with what *model*, the graph of the detached one of *captured*, shows.
 
     Raises `CertificateError` if another compared network gives another graph, and `LoweringError` if an
     output for an image may depend on other images, unless the user accepts this.
     """
     root, mixing = onnx_root(model), find_mixing(model)
-    for role, captured in proof.captured.items():
-        if captured is not proof.detached and onnx_root(lower(captured.any_batch, outputs)) != root:
+    for role, programs in captured.items():
+        is_shipped = programs is captured["detached"]
+        if not is_shipped and onnx_root(lower(programs.any_batch, outputs)) != root:
             raise CertificateError(
                 f"the ONNX graph of the {role} network differs from that of the detached network"
             )
@@ -190,8 +196,8 @@ def certify_onnx(
         if mixing[0].startswith(NO_RULE):
             problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
         raise LoweringError(problem, remedies={"allow_batch_dependence": True})
-    roots = proof.certificate.roots.model_copy(update={"onnx": root})
-    return proof.certificate.model_copy(update={"roots": roots, "mixes_images": mixing})
+    roots = certificate.roots.model_copy(update={"onnx": root})
+    return certificate.model_copy(update={"roots": roots, "mixes_images": mixing})
 
 
 class _Job(NamedTuple):
@@ -306,7 +312,8 @@ def write_golden_examples(
     def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
         if gate is None or converted.gate is None or parity.routing is None:
             return True
-        return is_decided(converted.gate(torch.tensor(pixels[None]))[0], gate.chosen, parity.routing)
+        logits = converted.gate(torch.tensor(pixels[None]))
+        return bool(is_decided(logits, gate.chosen, parity.routing.tolerance).all())
 
     write_golden(folder, job.subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
 

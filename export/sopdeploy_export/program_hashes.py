@@ -167,7 +167,7 @@ def _hash_nodes(
             operation = _operation(node)
             arguments = (_encode(value, hashes.__getitem__) for value in _arguments(node))
             hashes[node] = hash_parts(operation, *arguments)
-            operations.setdefault(hashes[node], f"{operation} in {_module_of(node)}")
+            operations.setdefault(hashes[node], f"{operation} in {module_of(node)}")
     return hashes, operations
 
 
@@ -178,12 +178,12 @@ def _operation(node: fx.Node) -> str:
         raise CertificateError(f"{node.name}: a graph must contain only operations, not {node.op}")
     if _is_random(node):
         raise CertificateError(
-            f"the eval graph draws random numbers with {target} in {_module_of(node)}; an exported "
+            f"the eval graph draws random numbers with {target} in {module_of(node)}; an exported "
             "network must be deterministic"
         )
     if str(target).startswith("aten.as_strided"):
         raise CertificateError(
-            f"{_module_of(node)} reads memory with as_strided, whose result depends on the layout of its "
+            f"{module_of(node)} reads memory with as_strided, whose result depends on the layout of its "
             "operand; use reshape, permute, unfold or slices"
         )
     if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
@@ -255,35 +255,43 @@ class _ValueHasher:
     def _visit_call(self, node: fx.Node) -> None:
         """Compute the value of a call without the images, otherwise its hash; see `value_root`."""
         target: Any = node.target
-        if isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool):
-            value = node.meta["val"].node.expr.subs(self.sizes)
-            self.known[node] = int(value) if value.is_Integer else str(value)
-            return
-        if _is_random(node):
+        value = node.meta.get("val")
+        operands = [self.known.get(operand) for operand in node.all_input_nodes]
+        if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+            size = value.node.expr.subs(self.sizes)
+            self.known[node] = int(size) if size.is_Integer else str(size)
+        elif _is_random(node):
             raise CertificateError(f"{target} draws random numbers")
-        operands = node.all_input_nodes
-        if all(operand in self.known and not isinstance(self.known[operand], str) for operand in operands):
+        elif not any(operand is None or isinstance(operand, str) for operand in operands):
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
             with torch.no_grad():
                 self.known[node] = target(*args, **kwargs)
-            return
-        name = str(getattr(target, "overloadpacket", target))
-        keeps_values = name in VALUE_LAYOUT and str(target) != "aten.view.dtype"
-        shape = self._shape(node)
-        if keeps_values or (name == "aten.expand" and shape == self._shape(operands[0])):
-            operand = operands[0]  # if it is itself reshaped, both reshapes become one
+        elif self._keeps_values(node):
+            operand, shape = node.all_input_nodes[0], self._shape(node)
+            # If the operand is itself reshaped, both reshapes become one.
             source, before = self.reshaped.get(operand) or (self._hash(operand), self._shape(operand))
             self.reshaped[node] = source, before
             self.hashes[node] = source if shape == before else hash_parts("reshape", source, shape)
-            return
+        else:
+            encoded = (_encode(value, self._hash) for value in self._arguments(node))
+            self.hashes[node] = hash_parts(str(target), *encoded)
+            self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
+
+    def _keeps_values(self, node: fx.Node) -> bool:
+        """Return whether *node* changes the layout or the shape of its operand only."""
+        if _name(node) == "aten.expand":
+            return self._shape(node) == self._shape(node.all_input_nodes[0])
+        return _name(node) in VALUE_LAYOUT and str(node.target) != "aten.view.dtype"
+
+    def _arguments(self, node: fx.Node) -> list[Any]:
+        """List the arguments of *node*; equal sizes and positions have one form."""
         arguments = _arguments(node)
-        if name == "aten.expand":
-            arguments = [arguments[0], shape]
-        elif name == "aten.slice":
+        if _name(node) == "aten.expand":
+            return [arguments[0], self._shape(node)]
+        if _name(node) == "aten.slice":
             first, end = arguments[2:4]
             arguments[2:4] = first or 0, sys.maxsize if end is None else end
-        self.hashes[node] = hash_parts(str(target), *(_encode(value, self._hash) for value in arguments))
-        self.operations[self.hashes[node]] = f"{target} in {_module_of(node)}"
+        return arguments
 
     def _shape(self, node: fx.Node) -> str:
         """Format the shape of the value of *node*; a symbolic batch size is replaced as in `sizes`."""
@@ -297,7 +305,12 @@ class _ValueHasher:
         return _encode(self.known[node], self._hash) if node in self.known else self.hashes[node]
 
 
-def _module_of(node: fx.Node) -> str:
+def _name(node: fx.Node) -> str:
+    """Return the name of the operation of *node* without its overload."""
+    return str(getattr(node.target, "overloadpacket", node.target))
+
+
+def module_of(node: fx.Node) -> str:
     """Return the name of the module that *node* was captured in."""
     paths = [str(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     where = paths[-1].removeprefix("L['self'].").removeprefix("network.") if paths else ""

@@ -75,19 +75,16 @@ class OutputParity(StrictModel):
 
 
 class RoutingParity(StrictModel):
-    """Comparison of the routes that the gate of the file chose with those of the float64 network.
+    """How clearly the gate of a mixture chooses the components of the probe images.
 
     The gate is undecided on an image if the margin between its K-th and the next logit is at most twice
-    `tolerance`, the allowed drift of these logits; `num_undecided` counts these images. `num_flips` counts
-    those that the file routes to other components; `num_wrong` counts images that it routes so although the
-    gate is decided. `left_out` lists the images excluded from the drift and from the probes.
+    `tolerance`, the allowed drift of these logits; `num_undecided` counts these images. `left_out` lists the
+    images excluded from the drift and from the probes.
     """
 
     noise_floor: float
     tolerance: float
     num_undecided: int
-    num_flips: int
-    num_wrong: int
     left_out: tuple[int, ...] = ()
 
 
@@ -161,38 +158,18 @@ def count_flips(
     return {cause: int((mask & (network != file)).sum()) for cause, mask in by_cause.items()}
 
 
-class Attempt(StrictModel):
-    """One choice of float32 layers that was tried for int8.
-
-    Attributes:
-        in_float32: Layers that stay in float32.
-        drop: Lost points of top-1, or of agreement without labels.
-    """
-
-    in_float32: tuple[str, ...] = ()
-    drop: float
-
-    def __str__(self) -> str:
-        """Describe the attempt in a few words."""
-        return f"{len(self.in_float32) or 'no'} layers in float32 {self.drop:.2f}"
-
-
 class Quantization(StrictModel):
     """The quantization to int8.
 
     Attributes:
         runtime: The runtime that the graph is quantized for.
-        in_float32: Layers that stay in float32 because the accuracy dropped too much with int8 in all layers.
         num_images: Number of calibration images.
-        num_layers: Number of parts with int8 convolutions.
-        tried: All attempts, in the order in which they were measured.
+        num_layers: Number of int8 convolutions.
     """
 
     runtime: Int8For
-    in_float32: tuple[str, ...] = ()
     num_images: int
     num_layers: int
-    tried: tuple[Attempt, ...] = ()
 
 
 class Accuracy(StrictModel):
@@ -330,7 +307,7 @@ def _agreement(parity: ParityReport) -> str:
         flips = parity.flips
         line += f"; flips: {flips['noise']} noise, {flips['routing']} routing, {flips['error']} wrong"
     if (routing := parity.routing) is not None:
-        line += f"; {routing.num_flips} routes flipped, {routing.num_wrong} wrong"
+        line += f"; the gate is undecided on {routing.num_undecided}"
     return line
 
 
@@ -349,13 +326,7 @@ def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
         if accuracy.num_images < SHOWS_ONE_POINT:
             rows["images"] += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
     if (int8 := precision.quantisation) is not None:
-        kept = ", ".join(int8.in_float32) or "none"
-        rows["int8"] = (
-            f"{int8.num_layers} layers {TARGETS[int8.runtime]}, ranges of {int8.num_images} images; "
-            f"in float32: {kept}"
-        )
-        if len(int8.tried) > 1:
-            rows["tried"] = f"{', '.join(map(str, int8.tried))} points lost"
+        rows["int8"] = f"{int8.num_layers} layers {TARGETS[int8.runtime]}, ranges of {int8.num_images} images"
     return rows
 
 

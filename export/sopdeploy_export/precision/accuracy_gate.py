@@ -81,13 +81,10 @@ class AccuracyCheck:
         if measured is None or measured.drop <= limit or self.options.allow_drift:
             return
         metric = "agreement with float32" if measured.before is None else "top-1"
-        tried = ""
-        if report.quantisation is not None:
-            attempts = ", ".join(map(str, report.quantisation.tried))
-            tried = f"; tried: {attempts}; add images like those of production"
+        advice = "" if report.quantisation is None else "; calibrate with images like those of production"
         raise ParityError(
             f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "
-            f"images, more than {limit:g}{tried}",
+            f"images, more than {limit:g}{advice}",
             setting="max_drop",
         )
 
@@ -152,10 +149,11 @@ def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     than 32 distinct images.
     """
     size = (GRAY_SIDE, GRAY_SIDE)
-    small = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX)) for image in images]
-    rows = np.reshape(small, (len(images), -1)).astype(np.float32)
-    distances = np.stack([np.sqrt(np.square(rows - row).mean(axis=1)) for row in rows])
-    groups = connect(len(images), np.stack(np.nonzero(distances <= ALIKE)))
+    thumbnails = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images]
+    pixels = np.stack([np.asarray(image, np.float32).reshape(-1) for image in thumbnails])
+    distances = np.stack([np.sqrt(np.square(pixels - one).mean(axis=1)) for one in pixels])
+    pairs = np.argwhere(distances <= ALIKE).T
+    groups = connect(len(images), pairs)  # the number of the distinct image that each one shows
     count = int(groups.max()) + 1
     if count < MIN_DISTINCT:
         raise DataError(

@@ -24,7 +24,6 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy_export.graph import (
-    NETWORK_PREFIX,
     Deployed,
     capture_any_batch,
     generated_images,
@@ -32,9 +31,16 @@ from sopdeploy_export.graph import (
     output_names,
 )
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import BatchRun, GateRun, file_outputs, open_session
-from sopdeploy_export.parity.routing import find_gate, gate_logits
+from sopdeploy_export.parity.compare import (
+    BatchRun,
+    GateRun,
+    file_outputs,
+    find_gate,
+    gate_logits,
+    open_session,
+)
 from sopdeploy_export.precision.casts import in_float16, weight_dtypes
+from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.results import PrecisionReport
 
 if TYPE_CHECKING:
@@ -130,11 +136,10 @@ class _Headroom(fx.Interpreter):
             return value
         largest = float(value.nan_to_num(torch.inf, torch.inf, 0).abs().max())
         if largest * HEADROOM > torch.finfo(torch.float16).max:
-            modules = list((n.meta.get("nn_module_stack") or {"": ("",)}).values())
-            part = f"{modules[-1][0]}.".removeprefix(NETWORK_PREFIX).removesuffix(".") or "the network"
             raise LoweringError(
-                f"{part} computes {largest:.3g} in float16 on a probe or photograph; values above 8188, an "
-                "eighth of the largest, are refused, because other images may overflow; choose precision fp32"
+                f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "
+                "8188, an eighth of the largest, are refused, because other images may overflow; choose "
+                "precision fp32"
             )
         return value
 
@@ -173,9 +178,9 @@ def convert_precision(
     run: BatchRun
     gate: GateRun | None
     if options.precision == "int8" and accuracy is not None:
-        from sopdeploy_export.precision.int8 import quantize_accurately  # noqa: PLC0415 # takes half a second
+        from sopdeploy_export.precision.int8 import quantize_and_measure  # noqa: PLC0415 # takes half a second
 
-        model, quantization, measured = quantize_accurately(detached, source.model, options, accuracy)
+        model, quantization, measured = quantize_and_measure(detached, source.model, options, accuracy)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
     else:
         model, quantization, measured = source.model, None, None

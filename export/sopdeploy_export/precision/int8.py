@@ -24,11 +24,10 @@ Correction", section 4.2, here with measured inputs): rounding the weights W to 
 each channel by E[(W' - W) x], which is subtracted from the bias.
 """
 
-import math
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import cached_property, partial
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -51,49 +50,24 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import file_outputs, open_session
 from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.results import LOGITS, Accuracy, Attempt, Quantization
+from sopdeploy_export.results import Accuracy, Quantization
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3
 SMALLEST = "smallest_float32"
 CORRECTION_IMAGES = 64
-COST_IMAGES = 8
-FLOAT32_FRACTIONS = (0.1, 0.25, 0.5)  # of the layers, if int8 in all of them loses too much
 
 
-def quantize_accurately(
+def quantize_and_measure(
     network: nn.Module, model: onnx.ModelProto, options: ExportOptions, check: AccuracyCheck
 ) -> tuple[onnx.ModelProto, Quantization, Accuracy]:
-    """Quantize *model*, the float32 graph of *network*; stop at the first attempt within `max_drop`.
-
-    The attempts are int8 in all layers, then float32 in 10, 25 and 50 % of them, those that change the logits
-    most. If all lose more, the best one is returned.
-    """
-    images = check.calibration
-    quantizer = Int8Quantizer(model, images, float32_parts(network), options.int8_for)
-
-    def float32_layers() -> Iterator[tuple[str, ...]]:
-        yield ()
-        costliest_first = tuple(quantizer.layer_costs())
-        counts = {math.ceil(fraction * len(costliest_first)) for fraction in FLOAT32_FRACTIONS}
-        yield from (costliest_first[:count] for count in sorted(counts - {len(costliest_first)}))
-
-    attempts: list[tuple[Attempt, onnx.ModelProto, Accuracy]] = []
-    for layers in float32_layers():
-        quantized = quantizer.quantize(layers)
-        accuracy = check.measure(model, quantized)
-        attempts.append((Attempt(in_float32=layers, drop=accuracy.drop), quantized, accuracy))
-        if accuracy.drop <= options.max_drop:
-            break
-    best, quantized, accuracy = min(attempts, key=lambda entry: (entry[0].drop, len(entry[0].in_float32)))
+    """Quantize *model*, the float32 graph of *network*, and measure the accuracy that this costs."""
+    quantizer = Int8Quantizer(model, check.calibration, float32_parts(network), options.int8_for)
+    quantized = quantizer.quantize()
     quantization = Quantization(
-        runtime=options.int8_for,
-        in_float32=best.in_float32,
-        num_images=len(images),
-        num_layers=len(quantizer.layers) - len(best.in_float32),
-        tried=tuple(attempt for attempt, _, _ in attempts),
+        runtime=options.int8_for, num_images=len(check.calibration), num_layers=len(quantizer.chosen)
     )
-    return quantized, quantization, accuracy
+    return quantized, quantization, check.measure(model, quantized)
 
 
 class Form(NamedTuple):
@@ -120,11 +94,10 @@ FORMS: Mapping[Int8For, Form] = {
 
 
 class Int8Quantizer:
-    """Quantizes a float32 graph with ranges that are measured once.
+    """Quantizes a float32 graph.
 
-    `quantize_static` of ONNX Runtime does the same in one call, without the correction of biases. Its two
-    steps, calibration and insertion of nodes, are separate here: several choices of float32 layers share one
-    calibration.
+    `quantize_static` of ONNX Runtime does the same in one call, without the correction of biases and without
+    the shortcuts for TensorRT.
     """
 
     def __init__(
@@ -148,33 +121,15 @@ class Int8Quantizer:
             raise LoweringError("the network has no convolution to quantize; export it in precision fp16")
         self._separate_biases()
 
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """The names of the parts with convolutions to quantize, in the order of the graph."""
-        return tuple(
-            dict.fromkeys(
-                part_of(node.input[1]) for node in self.model.graph.node if node.name in self.chosen
-            )
-        )
-
-    def quantize(self, in_float: Collection[str] = ()) -> onnx.ModelProto:
-        """Quantize the graph, with corrected biases; the layers named in *in_float* stay in float32, too.
-
-        `convolutions` below are the operators to quantize; `activations` follow them and are quantized with
-        them if the form of the runtime says so.
-        """
-        convolutions = {
-            node.name
-            for node in self.model.graph.node
-            if node.name in self.chosen and part_of(node.input[1]) not in in_float
-        }
+    def quantize(self) -> onnx.ModelProto:
+        """Quantize the chosen convolutions, with corrected biases, and what the form adds to them."""
         named = onnx.ModelProto()
         named.CopyFrom(self.model)
-        results = {name for node in named.graph.node if node.name in convolutions for name in node.output}
-        activations = {
+        results = {name for node in named.graph.node if node.name in self.chosen for name in node.output}
+        activations = {  # quantized only if the form lists their operator
             node.name
             for node in named.graph.node
-            if node.op_type in self.form.operators and results.intersection(node.input)
+            if node.op_type in ACTIVATIONS and results.intersection(node.input)
         }
         quantizer = QDQQuantizer(
             named,
@@ -182,19 +137,19 @@ class Int8Quantizer:
             reduce_range=False,
             weight_qType=QuantType.QInt8,
             activation_qType=self.form.activations,
-            tensors_range=self.ranges,
-            nodes_to_quantize=sorted(convolutions | (activations - self.chosen)),
+            tensors_range=self.measure_ranges(),
+            nodes_to_quantize=sorted(self.chosen | activations),
             nodes_to_exclude=[],
             op_types_to_quantize=list(self.form.operators),
             extra_options=dict(self.form.options),
         )
         if self.runtime == "tensorrt":
-            for value in _shortcuts(named, convolutions):
+            for value in _shortcuts(named, self.chosen):
                 quantizer.quantize_activation_tensor(value)
         quantizer.quantize_model()
         quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
-        self._correct_biases(quantized, convolutions)
+        self._correct_biases(quantized)
         if self.runtime == "cpu":
             _protect_float_convolutions(quantized.graph)
         del quantized.opset_import[:]
@@ -207,9 +162,8 @@ class Int8Quantizer:
         onnx.checker.check_model(quantized, full_check=True)
         return quantized
 
-    @cached_property
-    def ranges(self) -> TensorsData:
-        """The smallest and largest inputs and outputs of the operators on the images."""
+    def measure_ranges(self) -> TensorsData:
+        """Find the smallest and largest inputs and outputs of the operators on the images."""
         with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):  # it prints progress
             path = Path(folder) / "float.onnx"
             onnx.save(self.model, path)
@@ -223,17 +177,6 @@ class Int8Quantizer:
                 reader = SimpleNamespace(get_next=partial(next, iter([{INPUT: image[None]}]), None))
                 calibrator.collect_data(reader)
             return calibrator.compute_data()
-
-    def layer_costs(self) -> dict[str, float]:
-        """Measure the root mean square change of the logits if only one layer is int8, largest first."""
-        images = self.images[evenly_spread(len(self.images), COST_IMAGES)]
-        float32_logits = file_outputs(open_session(self.original), images, 1)[LOGITS]
-        costs = {}
-        for layer in self.layers:
-            quantized = self.quantize(set(self.layers) - {layer})
-            change = file_outputs(open_session(quantized), images, 1)[LOGITS] - float32_logits
-            costs[layer] = float(np.sqrt(np.square(change).mean()))
-        return dict(sorted(costs.items(), key=lambda cost: -cost[1]))
 
     def _convolutions(self, in_float: Sequence[str]) -> set[str]:
         """Return the names of the convolutions to quantize."""
@@ -267,7 +210,7 @@ class Int8Quantizer:
         del graph.initializer[:]
         graph.initializer.extend(kept)
 
-    def _correct_biases(self, quantized: onnx.ModelProto, chosen: set[str]) -> None:
+    def _correct_biases(self, quantized: onnx.ModelProto) -> None:
         """Correct the biases of *quantized*, in place, by the mean error that rounded weights cause."""
         tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
         codes_and_scale = {  # names of these two tensors, by the name of the dequantized tensor
@@ -275,11 +218,11 @@ class Int8Quantizer:
             for node in quantized.graph.node
             if node.op_type == "DequantizeLinear"
         }
-        inputs = {node.name: node.input for node in quantized.graph.node if node.name in chosen}
+        inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
         original = {tensor.name: tensor for tensor in self.model.graph.initializer}
         errors = {}
         for node in self.model.graph.node:
-            if node.name in chosen and node.input[2] in original:
+            if node.name in self.chosen and node.input[2] in original:
                 names = codes_and_scale[inputs[node.name][1]]
                 codes, scale = (numpy_helper.to_array(tensors[name]) for name in names)
                 weight = numpy_helper.to_array(original[node.input[1]])
@@ -320,11 +263,6 @@ class Int8Quantizer:
             name.removesuffix(":mean"): values.mean(axis=0, dtype=np.float64)
             for name, values in outputs.items()
         }
-
-
-def part_of(weight: str) -> str:
-    """Return the name of the part that holds the tensor *weight*."""
-    return weight.rpartition(".")[0] or weight
 
 
 def _protect_float_convolutions(graph: onnx.GraphProto) -> None:

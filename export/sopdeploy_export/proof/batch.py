@@ -215,14 +215,15 @@ def gemm(call: Call) -> Place:
 
 
 def einsum(call: Call) -> Place:
-    """Follow the label of the batch axis."""
+    """Follow the label of the batch axis, which each term has once and the result keeps."""
     terms, _, result = call.attributes["equation"].decode().replace(" ", "").partition("->")
     places = []
     for i, term in enumerate(terms.split(",")):
-        label = term[call[i].axis or 0 :][:1]
-        known = term.isalpha() and result.isalpha() and term.count(label) == 1
-        _require(call[i].axis is None or (known and label in result))
-        places.append(call[i].at(result.find(label)))
+        if (axis := call[i].axis) is None:
+            continue
+        _require(term.isalpha() and result.isalpha())  # an ellipsis hides labels
+        _require(term.count(term[axis]) == 1 and term[axis] in result)
+        places.append(call[i].at(result.index(term[axis])))
     return agree(*places)
 
 

@@ -22,7 +22,6 @@ buffers, constants and patched methods.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -99,19 +98,6 @@ class Certificate(StrictModel):
         return sum(entry.bytes for entry in self.removed)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Proof:
-    """The certificate and the captured networks by role: `trained`, `detached`, and `plain` if it exists."""
-
-    certificate: Certificate
-    captured: dict[str, Captured]
-
-    @property
-    def detached(self) -> Captured:
-        """The programs of the detached network, which is the one to export."""
-        return self.captured["detached"]
-
-
 def certify(
     trained: nn.Module,
     detached: nn.Module,
@@ -121,11 +107,12 @@ def certify(
     model: str = "network",
     batch: BatchRange | None = None,
     detachment: Detachment | None = None,
-) -> Proof:
+) -> tuple[Certificate, dict[str, Captured]]:
     """Prove that *detached* is the plain network with the weights of *trained*.
 
     *probes* are uint8 images (P, crop, crop, 3). A network of the catalog needs no *detachment*, because it
-    declares its own. Raises `CertificateError` with the statement that does not hold and the tensor or
+    declares its own. Returns the certificate and the captured networks: `trained`, `detached`, and `plain` if
+    it exists. Raises `CertificateError` with the statement that does not hold and the tensor or
     operation that violates it; neither network is changed.
     """
     if detachment is None:
@@ -159,7 +146,7 @@ def certify(
         batches=sizes,
         num_images=len(probes),
     )
-    return Proof(certificate=certificate, captured=captured)
+    return certificate, captured
 
 
 def build_plain_network(

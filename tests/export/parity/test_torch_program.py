@@ -15,13 +15,15 @@ from sopdeploy.bundle.folder import PROGRAM, open_bundle
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.errors import CertificateError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.graph import capture_any_batch
+from sopdeploy_export.graph import Captured, capture_any_batch
 from sopdeploy_export.parity.torch_program import check_program, serialize_program
-from sopdeploy_export.proof.certificate import Proof, certify
+from sopdeploy_export.proof.certificate import Certificate, certify
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.results import Exported
 from tests.export.conftest import BRANCHED, trained
 from tests.export.once import proving_once
+
+Proof = tuple[Certificate, dict[str, Captured]]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,7 @@ def saved(program: ExportedProgram) -> bytes:
 
 
 def another_weight(proof: Proof) -> ExportedProgram:
-    changed = copy.deepcopy(proof.detached.any_batch)
+    changed = copy.deepcopy(proof[1]["detached"].any_batch)
     with torch.no_grad():
         changed.state_dict["network.fc.bias"].add_(1e-3)
     return changed
@@ -97,22 +99,22 @@ def another_weight(proof: Proof) -> ExportedProgram:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda proof: proof.captured["trained"].any_batch, r"contains .*, which was removed"),
+        (lambda proof: proof[1]["trained"].any_batch, r"contains .*, which was removed"),
         (another_weight, "not the certified one"),
     ],
     ids=["the trained program", "another weight"],
 )
 def test_another_program_is_refused(proof: Proof, change: Any, message: str) -> None:
     with pytest.raises(CertificateError, match=f"{PROGRAM}: .*{message}"):
-        check_program(saved(change(proof)), proof.certificate)
+        check_program(saved(change(proof)), proof[0])
 
 
 def test_a_tensor_in_a_larger_storage_is_refused(proof: Proof, monkeypatch: Any) -> None:
-    content = serialize_program(copy.deepcopy(proof.detached.any_batch), proof.certificate)
+    content = serialize_program(copy.deepcopy(proof[1]["detached"].any_batch), proof[0])
     program = torch.export.load(io.BytesIO(content))
     bias = program.state_dict["network.fc.bias"]
     wide = torch.cat([bias.detach(), torch.zeros(90)])
     program.state_dict["network.fc.bias"] = wide[: len(bias)]
     monkeypatch.setattr(torch.export, "load", lambda _: program)
     with pytest.raises(CertificateError, match=r"storage of fc.bias is larger"):
-        check_program(content, proof.certificate)
+        check_program(content, proof[0])
