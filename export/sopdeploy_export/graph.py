@@ -349,13 +349,9 @@ def _capture_problem(error: Exception) -> str:
 
 def check_bfloat16(program: ExportedProgram) -> None:
     """Raise `LoweringError` if code of the network computes in bfloat16, for which CPUs have no kernels."""
-    in_bfloat16: set[Any] = set()
     for node in program.graph.nodes:
-        values = [value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor)]
-        if any(value.dtype == torch.bfloat16 for value in values):
-            in_bfloat16.add(node)
-        is_cast = any(name in str(node.target) for name in ("aten._to_copy", "aten.to."))
-        if node.op == "call_function" and not is_cast and {node, *node.all_input_nodes} & in_bfloat16:
+        values = (value for value in tree_leaves(node.meta.get("val")) if isinstance(value, Tensor))
+        if node.op == "call_function" and any(value.dtype == torch.bfloat16 for value in values):
             raise LoweringError(
                 f"no ONNX form for CPUs: {node.target} computes in bfloat16; remove it and torch.autocast "
                 "from forward"

@@ -5,7 +5,6 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,7 +17,7 @@ from torch import nn
 from sopdeploy.bundle import folder as bundle
 from sopdeploy.bundle.folder import read_bundles
 from sopdeploy.bundle.golden import TOLERANCES, write_golden
-from sopdeploy.bundle.manifest import Lineage, TensorRecord, to_json
+from sopdeploy.bundle.manifest import Lineage, Manifest, TensorRecord, to_json
 from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
@@ -35,6 +34,7 @@ from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity import torch_program
 from sopdeploy_export.parity.compare import (
+    GateRun,
     ParityReference,
     compare_file,
     compute_reference,
@@ -43,14 +43,11 @@ from sopdeploy_export.parity.compare import (
     is_decided,
     open_session,
 )
-from sopdeploy_export.precision.convert import CapturedGraph, ConvertedGraph, convert_precision
+from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
 from sopdeploy_export.proof.certificate import Certificate, certify
 from sopdeploy_export.proof.networks import Detachment, ExportSubject, copy_module, detach, has_tensors
 from sopdeploy_export.results import LOGITS, Exported, ExportResults, ParityReport
-
-if TYPE_CHECKING:
-    from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 
 ONNX_FILE = "model.onnx"
 OPERATOR_IMAGES = 2  # of the run that records the operators of a program
@@ -126,49 +123,73 @@ def export_subject(
         classes, training_only = len(subject.labels), subject.detachment.training_only
         add_embedding_output(subject.network, preprocess, images, classes, training_only)
     started = time.monotonic()
-    job = _Job(subject, images, accuracy, options, on_step, started)
     with bundle.staging(destination) as folder:  # first, because it checks that the folder can be written
-        certified, certificate = _prove(job)
+        certified, certificate = _prove(subject, images, options, on_step)
         if options.precision != "fp32":
-            job.step(f"converting the graph to {options.precision}")
+            on_step(f"converting the graph to {options.precision}")
         converted = convert_precision(certified, preprocess, options, accuracy)
+        file, precision = folder / ONNX_FILE, converted.precision
+        file.write_bytes(converted.model.SerializeToString(deterministic=True))
         if accuracy is not None:
-            accuracy.reject(converted.precision)
-        (folder / ONNX_FILE).write_bytes(converted.model.SerializeToString(deterministic=True))
-        expected, results = _check_file(job, folder, certified, certificate, converted)
-        job.step("writing the bundle")
-        return _write_bundle(job, folder, destination, converted, expected, results)
+            measured = accuracy.measure(certified.model, file)
+            precision = precision.model_copy(update={"accuracy": measured})
+            accuracy.reject(precision)
+        on_step("comparing the file with the network")
+        deployed = Deployed(certified.network, preprocess).eval()
+        expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
+        parity = compare_file(file, expected, images, options.batch, allow_drift=options.allow_drift)
+        if options.pt2:
+            on_step("writing and checking network.pt2")
+            content = torch_program.serialize_program(certified.program, certificate)
+            (folder / bundle.PROGRAM).write_bytes(content)
+        trained, shipped = count_costs(subject.network, certified.network, preprocess.crop)
+        results = ExportResults(
+            certificate=certificate,
+            parity=parity,
+            precision=precision,
+            trained=trained,
+            shipped=shipped,
+            decision=subject.decision,
+        )
+        on_step("writing the bundle")
+        probes = as_probes(images, expected, parity)
+        write_probes(folder / "probes.npz", probes)
+        write_golden_examples(subject, folder, converted.gate, parity, probes.tolerance[LOGITS])
+        manifest = _write_reports(subject, folder, options, probes, results)
+        path, seconds = bundle.publish(folder, manifest, destination), time.monotonic() - started
+    return Exported(path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds, **vars(results))
 
 
-def _prove(job: "_Job") -> tuple[CapturedGraph, Certificate]:
-    """Detach the training-only parts, prove what remains, and convert it to ONNX."""
-    subject, options, trained = job.subject, job.options, job.subject.network
+def _prove(
+    subject: ExportSubject, images: NDArray[np.uint8], options: ExportOptions, on_step: Callable[[str], None]
+) -> tuple[CapturedGraph, Certificate]:
+    """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX."""
+    preprocess, trained = subject.preprocess, subject.network
     training_only, decision = subject.detachment.training_only, subject.decision
     if decision is not None and decision.temperature != 1:
-        trained = fold_temperature(
-            trained, decision.temperature, subject.preprocess, job.images, len(subject.labels)
-        )
+        classes = len(subject.labels)
+        trained = fold_temperature(trained, decision.temperature, preprocess, images, classes)
     if not options.detach and has_tensors(trained, training_only):
         raise DetachError(
             f"{type(trained).__name__} still carries training-only parts ({', '.join(training_only)})",
             remedies={"detach": True},
         )
     detached = detach(trained, training_only)
-    job.step("proving that the detached network equals the plain network")
+    on_step("proving that the detached network equals the plain network")
     certificate, captured = certify(
         trained,
         detached,
-        subject.preprocess,
-        torch.from_numpy(job.images),
+        preprocess,
+        torch.from_numpy(images),
         model=subject.name,
         batch=options.batch,
         detachment=subject.detachment,
     )
-    job.step("converting to ONNX")
+    on_step("converting to ONNX")
     program, outputs = captured["detached"].any_batch, output_names(detached)
     model = lower(program, outputs)
     certificate = certify_onnx(certificate, captured, model, outputs, options)
-    check_operators(program, job.images[: min(OPERATOR_IMAGES, options.max_batch)])
+    check_operators(program, images[: min(OPERATOR_IMAGES, options.max_batch)])
     return CapturedGraph(detached, program, model), certificate
 
 
@@ -200,47 +221,6 @@ def certify_onnx(
     return certificate.model_copy(update={"roots": roots, "mixes_images": mixing})
 
 
-class _Job(NamedTuple):
-    """What the steps of one export share; *images* are the probes (P, H, W, 3)."""
-
-    subject: ExportSubject
-    images: NDArray[np.uint8]
-    accuracy: "AccuracyCheck | None"
-    options: ExportOptions
-    step: Callable[[str], None]
-    started: float
-
-
-def _check_file(
-    job: _Job, folder: Path, certified: CapturedGraph, certificate: Certificate, converted: ConvertedGraph
-) -> tuple[ParityReference, ExportResults]:
-    """Compare the file in *folder* with the network, and write `network.pt2` if requested."""
-    images, options, step = job.images, job.options, job.step
-    file, precision = folder / ONNX_FILE, converted.precision
-    step("comparing the file with the network")
-    deployed = Deployed(certified.network, job.subject.preprocess).eval()
-    expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-    parity = compare_file(file, expected, images, options.batch, allow_drift=options.allow_drift)
-    if options.evaluate is not None and job.accuracy is not None and precision.accuracy is None:
-        accuracy = job.accuracy.measure(certified.model, file)
-        precision = precision.model_copy(update={"accuracy": accuracy})
-        job.accuracy.reject(precision)
-    if options.pt2:
-        step("writing and checking network.pt2")
-        content = torch_program.serialize_program(certified.program, certificate)
-        (folder / bundle.PROGRAM).write_bytes(content)
-    trained, shipped = count_costs(job.subject.network, certified.network, images.shape[1])
-    results = ExportResults(
-        certificate=certificate,
-        parity=parity,
-        precision=precision,
-        trained=trained,
-        shipped=shipped,
-        decision=job.subject.decision,
-    )
-    return expected, results
-
-
 def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Counts, Counts]:
     """Count the costs of *network* in train mode, and of *shipped*, for images of *side* x *side* pixels.
 
@@ -253,31 +233,6 @@ def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Coun
         except Exception:  # the network's own code, which can raise anything
             trained = tally(copied.eval(), side)
     return trained.total(), tally(shipped, side).total()
-
-
-def _write_bundle(
-    job: _Job,
-    folder: Path,
-    destination: Path,
-    converted: ConvertedGraph,
-    expected: ParityReference,
-    results: ExportResults,
-) -> Exported:
-    """Complete the bundle in *folder* and move it to *destination*."""
-    subject, parity = job.subject, results.parity
-    for name in ("certificate", "parity", "precision"):
-        report = getattr(results, name).model_dump(mode="json")
-        (folder / f"{name}.json").write_bytes(to_json(report))
-    (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
-    probes = as_probes(job.images, expected, parity)
-    write_probes(folder / "probes.npz", probes)
-    write_golden_examples(job, folder, converted, parity, probes.tolerance[LOGITS])
-    fields = _manifest_fields(job, converted, expected, results)
-    (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
-    manifest = bundle.seal(folder, fields)
-    path = bundle.publish(folder, manifest, destination)
-    seconds = time.monotonic() - job.started
-    return Exported(path=path, manifest=manifest, warnings=subject.warnings, seconds=seconds, **vars(results))
 
 
 def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: ParityReport) -> Probes:
@@ -297,33 +252,37 @@ def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: Pari
 
 
 def write_golden_examples(
-    job: _Job, folder: Path, converted: ConvertedGraph, parity: ParityReport, tolerance: float
+    subject: ExportSubject, folder: Path, gate: GateRun | None, parity: ParityReport, tolerance: float
 ) -> None:
-    """Write golden examples; leave out images for which rounding can change the choice of the gate.
+    """Write golden examples; leave out images for which rounding can change the choice of the *gate*.
 
     *tolerance* is that of the probes' logits.
     """
-    session, gate = open_session(folder / ONNX_FILE), find_gate(job.subject.network)
+    session = open_session(folder / ONNX_FILE)
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         logits: NDArray[np.float32] = file_outputs(session, pixels[None], 1)[LOGITS][0]
         return logits
 
     def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
-        if gate is None or converted.gate is None or parity.routing is None:
+        if gate is None or parity.routing is None:
             return True
-        logits = converted.gate(torch.tensor(pixels[None]))
-        return bool(is_decided(logits, gate.chosen, parity.routing.tolerance).all())
+        logits, chosen = gate(torch.tensor(pixels[None])), find_gate(subject.network).chosen
+        return bool(is_decided(logits, chosen, parity.routing.tolerance).all())
 
-    write_golden(folder, job.subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
+    write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
 
 
-def _manifest_fields(
-    job: _Job, converted: ConvertedGraph, expected: ParityReference, results: ExportResults
-) -> dict[str, Any]:
-    """Collect the fields of the manifest, without `files`."""
-    subject, certificate, side = job.subject, results.certificate, job.subject.preprocess.crop
-    precision = results.precision.precision
+def _write_reports(
+    subject: ExportSubject, folder: Path, options: ExportOptions, probes: Probes, results: ExportResults
+) -> Manifest:
+    """Write the reports, class names, model card and manifest to *folder*, which has the other files."""
+    for name in ("certificate", "parity", "precision"):
+        report = getattr(results, name).model_dump(mode="json")
+        (folder / f"{name}.json").write_bytes(to_json(report))
+    (folder / "labels.json").write_bytes(to_json(list(subject.labels)))
+    certificate, side, precision = results.certificate, subject.preprocess.crop, results.precision.precision
+    model = onnx.load(folder / ONNX_FILE)
     versions = {
         "sopdeploy": __version__,
         "python": platform.python_version(),
@@ -332,7 +291,7 @@ def _manifest_fields(
         "onnxruntime": onnxruntime.__version__,
         "pillow": PIL.__version__,
     }
-    return {
+    fields = {
         "model": subject.name,
         "project": subject.project,
         "exported_at": utc_now(),
@@ -341,23 +300,25 @@ def _manifest_fields(
         "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
         "outputs": tuple(
             TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))
-            for name, values in expected.outputs.items()
+            for name, values in probes.expected.items()
         ),
         "preprocess": subject.preprocess,
         "decision": subject.decision,
-        "batch": job.options.batch,
+        "batch": options.batch,
         "mixes_images": certificate.mixes_images,
         "detached": certificate.detached,
         "lineage": Lineage(
             checkpoint_sha256=subject.sha256,
             program_root=certificate.roots.any_batch,
-            onnx_root=certificate.roots.onnx if precision == "fp32" else onnx_root(converted.model),
+            onnx_root=certificate.roots.onnx if precision == "fp32" else onnx_root(model),
         ),
         "versions": {**versions, **subject.plugins()},
         "precision": precision,
-        "int8_for": job.options.int8_for if precision == "int8" else None,
-        "opset": converted.model.opset_import[0].version,
+        "int8_for": options.int8_for if precision == "int8" else None,
+        "opset": model.opset_import[0].version,
     }
+    (folder / "README.md").write_text(render_model_card(subject, results, fields), encoding="utf-8")
+    return bundle.seal(folder, fields)
 
 
 def check_exportable(network: nn.Module, training_only: tuple[str, ...] = ()) -> None:

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -75,16 +74,12 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
     return {part: name for part, (_, name) in largest.items()}
 
 
-def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Precision) -> None:
-    """Raise `LoweringError` if a weight of *model* does not have the requested type.
+def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
+    """Raise `LoweringError` if a weight of *model* does not have the type that fp16 gives it.
 
     *network* is the certified network, without casts, so that a missing cast is detected.
     """
     actual = weight_types(model)
-    if precision == "int8" and "int8" not in actual.values():
-        raise LoweringError("int8 was requested, but no convolution of the graph is int8")
-    if precision != "fp16":
-        return
     dtypes = {part: str(dtype).removeprefix("torch.") for part, dtype in weight_dtypes(network).items()}
     expected = {
         part: dtypes[part]
@@ -96,7 +91,7 @@ def check_weight_types(model: onnx.ModelProto, network: nn.Module, precision: Pr
     if wrong or "float16" not in actual.values():
         part = wrong[0] if wrong else next(iter(actual), "no part")
         raise LoweringError(
-            f"{precision} was requested, but the graph holds {part} in {actual.get(part, 'no type')}: "
+            f"fp16 was requested, but the graph holds {part} in {actual.get(part, 'no type')}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
         )
 
@@ -177,25 +172,24 @@ def convert_precision(
         del node.metadata_props[:]  # the parts, which only messages name
     run: BatchRun
     gate: GateRun | None
+    quantization = None
     if options.precision == "int8" and accuracy is not None:
-        from sopdeploy_export.precision.int8 import quantize_and_measure  # noqa: PLC0415 # takes half a second
+        from sopdeploy_export.precision.int8 import quantize  # noqa: PLC0415 # takes half a second
 
-        model, quantization, measured = quantize_and_measure(detached, source.model, options, accuracy)
+        model, quantization = quantize(detached, source.model, options.int8_for, accuracy.calibration)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
     else:
-        model, quantization, measured = source.model, None, None
+        model = source.model
         run = deployed = Deployed(source.network, preprocess).eval()
         gate = None if find_gate(detached) is None else partial(gate_logits, deployed)
-    check_weight_types(model, detached, options.precision)
+    if options.precision == "fp16":
+        check_float16(model, detached)
     return ConvertedGraph(
         model=model,
         run=run,
         gate=gate,
         precision=PrecisionReport(
-            precision=options.precision,
-            parts=weight_types(model),
-            quantisation=quantization,
-            accuracy=measured,
+            precision=options.precision, parts=weight_types(model), quantisation=quantization
         ),
     )
 

@@ -46,11 +46,9 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import INPUT, evenly_spread
-from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import file_outputs, open_session
-from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
 from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.results import Accuracy, Quantization
+from sopdeploy_export.results import Quantization
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3
@@ -58,16 +56,13 @@ SMALLEST = "smallest_float32"
 CORRECTION_IMAGES = 64
 
 
-def quantize_and_measure(
-    network: nn.Module, model: onnx.ModelProto, options: ExportOptions, check: AccuracyCheck
-) -> tuple[onnx.ModelProto, Quantization, Accuracy]:
-    """Quantize *model*, the float32 graph of *network*, and measure the accuracy that this costs."""
-    quantizer = Int8Quantizer(model, check.calibration, float32_parts(network), options.int8_for)
-    quantized = quantizer.quantize()
-    quantization = Quantization(
-        runtime=options.int8_for, num_images=len(check.calibration), num_layers=len(quantizer.chosen)
-    )
-    return quantized, quantization, check.measure(model, quantized)
+def quantize(
+    network: nn.Module, model: onnx.ModelProto, runtime: Int8For, images: NDArray[np.uint8]
+) -> tuple[onnx.ModelProto, Quantization]:
+    """Quantize *model*, the float32 graph of *network*, with ranges of uint8 *images* (P, H, W, 3)."""
+    quantizer = Int8Quantizer(model, images, float32_parts(network), runtime)
+    layers = len(quantizer.chosen)
+    return quantizer.quantize(), Quantization(runtime=runtime, num_images=len(images), num_layers=layers)
 
 
 class Form(NamedTuple):
