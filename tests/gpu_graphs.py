@@ -1,7 +1,8 @@
 """Exported graphs as GPU runtimes receive them, checked without a GPU.
 
-TensorRT: our lint, parser call and strongly typed build with TensorRT-RTX, a sibling of TensorRT whose
-builder needs no driver. It proves that a graph parses, is typed correctly and builds; not tactics or numbers.
+TensorRT: our cast of images, parser call and strongly typed build with TensorRT-RTX, a sibling of TensorRT
+whose builder needs no driver. It proves that a graph parses, is typed correctly and builds; not tactics or
+numbers.
 ONNX Runtime: its CUDA provider opens the graph, leaves no operator to the CPU, and copies nothing between GPU
 and CPU inside the graph; see tests/cuda/build.py. A graph in float32 is also opened with the options of fp16.
 """
@@ -66,9 +67,10 @@ def built(model: onnx.ModelProto, precision: str) -> None:
     if trt is None:
         return
     from sopdeploy.tensorrt.cache import Profile
-    from sopdeploy_export.engine_builder.build import parse_and_build
-    from sopdeploy_export.engine_builder.lint import lint
+    from sopdeploy_export.engine_builder.build import cast_images_first, parse_and_build
 
     fixed = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     profiles = (Profile(minimum=fixed or 1, maximum=fixed or 3),)
-    assert parse_and_build(trt, lint(model).SerializeToString(), profiles, WORKSPACE, lambda _: None)
+    assert parse_and_build(
+        trt, cast_images_first(model).SerializeToString(), profiles, WORKSPACE, lambda _: None
+    )

@@ -13,7 +13,6 @@ from pathlib import Path
 from sopdeploy.bundle.folder import Bundle, staging
 from sopdeploy.bundle.manifest import TensorRecord
 from sopdeploy.bundle.probes import read_probes
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError
 from sopdeploy.files import sha256
 
@@ -22,17 +21,8 @@ WARMUP = "image"
 _LABELS = "labels.txt"
 
 
-class TritonModel(StrictModel):
-    """The model that was written, with the names of its files."""
-
-    path: Path
-    name: str
-    max_batch: int
-    files: tuple[str, ...]
-
-
-def write_triton(bundle: Bundle, repository: Path) -> TritonModel:
-    """Write *bundle* as a model folder in *repository*, atomically.
+def write_triton(bundle: Bundle, repository: Path) -> Path:
+    """Write *bundle* as a model folder in *repository*, atomically, and return this folder.
 
     An existing folder with the same content is kept. Raises `BundleError` if it has other content, if the
     bundle was not verified for single images, or if a class name has line breaks.
@@ -57,15 +47,12 @@ def write_triton(bundle: Bundle, repository: Path) -> TritonModel:
         (folder / _LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
         (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle.probes).images[0].tobytes())
         (folder / "config.pbtxt").write_text(_model_config(bundle), encoding="utf-8")
-        files = _file_hashes(folder)
         folder.chmod(0o755)
         if not target.exists():
             folder.rename(target)
-        elif _file_hashes(target) != files:
+        elif _file_hashes(target) != _file_hashes(folder):
             raise BundleError(f"{target}: exists with other content; remove it or choose another folder")
-    return TritonModel(
-        path=target, name=bundle.name, max_batch=manifest.batch.maximum, files=tuple(sorted(files))
-    )
+    return target
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:

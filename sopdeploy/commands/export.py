@@ -306,6 +306,7 @@ def triton(bundle: Path, repository: Path) -> None:
     from sopdeploy.bundle.folder import open_bundle
     from sopdeploy_export.triton import write_triton
 
-    written = write_triton(open_bundle(bundle), repository)
-    print_field("model", f"{written.name}, batches of 1 to {written.max_batch}")
-    print_field("written", f"{written.path}: {', '.join(written.files)}", style="bold green")
+    opened = open_bundle(bundle)
+    written = write_triton(opened, repository)
+    print_field("model", f"{written.name}, batches of 1 to {opened.manifest.batch.maximum}")
+    print_field("written", str(written), style="bold green")

@@ -38,7 +38,7 @@ def bundle(tmp_path: Path) -> Bundle:
 
 def config_of(bundle: Bundle, folder: Path) -> Any:
     written = write_triton(bundle, folder / "models")
-    return text_format.Parse((written.path / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
+    return text_format.Parse((written / "config.pbtxt").read_text(), SCHEMA.ModelConfig())
 
 
 def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle, tmp_path: Path) -> None:
@@ -55,13 +55,14 @@ def test_the_config_matches_the_manifest_and_the_files_the_bundle(bundle: Bundle
     assert (cuda.name, dict(cuda.parameters)) == ("cuda", {"use_tf32": "0"})
     written = write_triton(bundle, tmp_path / "models")
     value = config.model_warmup[0].inputs["images"]
-    raw = (written.path / "warmup" / value.input_data_file).read_bytes()
+    raw = (written / "warmup" / value.input_data_file).read_bytes()
     assert np.frombuffer(raw, np.uint8).reshape(value.dims).tolist() == some_images()[0].tolist()
-    assert written.files == ("1/model.onnx", "config.pbtxt", "labels.txt", "warmup/image")
-    assert (written.path / "1" / "model.onnx").read_bytes() == bundle.onnx.read_bytes()
-    assert (written.path / "labels.txt").read_text().splitlines() == list(bundle.labels)
-    for name in written.files:
-        assert str(tmp_path).encode() not in (written.path / name).read_bytes()
+    files = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
+    assert files == {"1/model.onnx", "config.pbtxt", "labels.txt", "warmup/image"}
+    assert (written / "1" / "model.onnx").read_bytes() == bundle.onnx.read_bytes()
+    assert (written / "labels.txt").read_text().splitlines() == list(bundle.labels)
+    for name in files:
+        assert str(tmp_path).encode() not in (written / name).read_bytes()
 
 
 def test_requests_are_batched_and_time_out_in_the_queue(bundle: Bundle, tmp_path: Path) -> None:
@@ -96,8 +97,8 @@ def test_writing_twice_is_idempotent_and_other_content_is_kept(bundle: Bundle, t
     assert (command.exit_code, command.stderr) == (0, "")
     assert "batches of 1 to 16" in command.stdout
     assert write_triton(bundle, models) == first
-    (first.path / "labels.txt").write_text("mine\n")
+    (first / "labels.txt").write_text("mine\n")
     with pytest.raises(BundleError, match="exists with other content"):
         write_triton(bundle, models)
-    assert (first.path / "labels.txt").read_text() == "mine\n"
+    assert (first / "labels.txt").read_text() == "mine\n"
     assert [path.name for path in models.iterdir()] == [bundle.name]

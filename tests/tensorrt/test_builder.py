@@ -1,4 +1,4 @@
-"""The lint rewrites what TensorRT misreads; a real parser and builder, TensorRT-RTX, accept the result.
+"""The casts of images move to the input; a real parser and builder, TensorRT-RTX, accept the result.
 
 See tests/gpu_graphs.py.
 """
@@ -15,8 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy.tensorrt.cache import Profile
 from sopdeploy.tensorrt.session import create, make_logger
-from sopdeploy_export.engine_builder.build import parse_and_build
-from sopdeploy_export.engine_builder.lint import lint
+from sopdeploy_export.engine_builder.build import cast_images_first, parse_and_build
 from tests.gpu_graphs import ABSENT, WORKSPACE, RealTensorRT, real_tensorrt
 from tests.tensorrt.networks import CHANNELS, network, outputs_of, some_images
 
@@ -42,7 +41,7 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
 ) -> None:
     told, model, images = list[str](), network(half=half), some_images(5)
     before = model.SerializeToString()
-    safe = lint(model)
+    safe = cast_images_first(model)
     assert model.SerializeToString() == before
     np.testing.assert_allclose(outputs_of(safe, images), outputs_of(model, images), rtol=1e-6, atol=1e-4)
     assert build(trt, safe, told.append)
@@ -54,7 +53,7 @@ def test_the_linted_graph_builds_and_the_raw_one_fails_at_its_unsigned_bytes(
 
 def test_a_parser_error_names_the_operator_also_beside_another_builder(trt: RealTensorRT) -> None:
     other = create(trt, "Builder", make_logger(trt))  # TensorRT ignores the logger of the second builder
-    safe = lint(network())
+    safe = cast_images_first(network())
     safe.graph.node.append(helper.make_node("Det", ["covariance"], ["unused"], name="determinant"))
     with pytest.raises(EngineError, match=r"cannot read the graph: node 13 \(Det determinant\)"):
         build(trt, safe, lambda _: None)
@@ -68,7 +67,7 @@ def test_control_c_stops_a_build(trt: RealTensorRT) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            build(trt, lint(network()), lambda _: signal.raise_signal(signal.SIGINT))
+            build(trt, cast_images_first(network()), lambda _: signal.raise_signal(signal.SIGINT))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
@@ -93,21 +92,6 @@ def graph(
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
-def quantized(point: Any) -> onnx.ModelProto:
-    """x, quantized and back, with the zero point *point*."""
-    constants = {"s": np.float32(0.1)} | ({} if point is None else {"z": point})
-    first = helper.make_node("QuantizeLinear", ["x", *constants], ["q"], name="quantize")
-    return graph("DequantizeLinear", ["q", *constants], constants=constants, others=[first])
-
-
-def test_only_signed_bytes_around_zero_are_accepted() -> None:
-    for point in (np.uint8(0), np.uint8(128), np.int8(3), None):
-        with pytest.raises(LoweringError, match="TensorRT needs int8 with zero point 0"):
-            lint(quantized(point))
-    safe = lint(quantized(np.int8(0)))
-    assert "QuantizeLinear" in {node.op_type for node in safe.graph.node}
-
-
 def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
     model, images = network(), some_images(5)
     dynamic = helper.make_node("Shape", ["images"], ["count"], name="count", start=0, end=1)
@@ -117,7 +101,7 @@ def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
     model.graph.initializer.append(rest)
     for node in (rows, dynamic):
         model.graph.node.insert(0, node)
-    safe = lint(model)
+    safe = cast_images_first(model)
     users = {node.op_type for node in safe.graph.node if "images" in node.input}
     assert users == {"Cast"}
     np.testing.assert_array_equal(outputs_of(safe, images), outputs_of(model, images))
@@ -125,4 +109,4 @@ def test_a_shape_of_the_images_is_taken_after_their_cast() -> None:
 
 def test_other_uses_of_unsigned_bytes_are_rejected() -> None:
     with pytest.raises(LoweringError, match="Add uses unsigned bytes, which TensorRT can only cast"):
-        lint(graph("Add", ["x", "x"], kind=TensorProto.UINT8))
+        cast_images_first(graph("Add", ["x", "x"], kind=TensorProto.UINT8))

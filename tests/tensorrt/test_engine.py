@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from typer.testing import CliRunner, Result
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.cli.app import app
-from sopdeploy.errors import ConfigError, EngineError, ParityError, RuntimeUnavailableError
+from sopdeploy.errors import ConfigError, EngineError, LoweringError, ParityError, RuntimeUnavailableError
 from sopdeploy.tensorrt.cache import (
     EngineRecord,
     Gpu,
@@ -84,6 +85,13 @@ def test_an_engine_that_computes_something_else_is_not_kept(install: Install, tm
     with pytest.raises(ParityError, match="deviates by"):
         get_engine(write(tmp_path, wrong_by=0.01), OPTIONS)
     assert not list((tmp_path / "engines").rglob("*.plan"))
+
+
+def test_a_bundle_that_is_quantized_for_cpus_is_refused(install: Install, bundle: Bundle) -> None:
+    install()
+    other = replace(bundle, manifest=bundle.manifest.model_copy(update={"int8_for": "cpu"}))
+    with pytest.raises(LoweringError, match=r"is quantized for CPUs.*--int8-for tensorrt"):
+        get_engine(other, OPTIONS)
 
 
 def test_the_message_of_tensorrt_reaches_the_user(install: Install, built: Engine, bundle: Bundle) -> None:

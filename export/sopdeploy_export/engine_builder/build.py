@@ -1,4 +1,7 @@
-"""Build a TensorRT plan from a linted ONNX graph as a strongly typed network: its types are the graph's."""
+"""Build a TensorRT plan from an ONNX graph as a strongly typed network: its types are the graph's.
+
+TensorRT's own parser names the operators that it does not support.
+"""
 
 import signal
 import threading
@@ -7,11 +10,49 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from sopdeploy.errors import EngineError
+import onnx
+from onnx import TensorProto, helper
+
+from sopdeploy.errors import EngineError, LoweringError
 from sopdeploy.tensorrt.cache import Profile
 from sopdeploy.tensorrt.session import create, last_error, make_logger
 
 Report = Callable[[str], None]
+MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+
+
+def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copy *model* with uint8 images cast to float32 before the operators that move them or read their shape.
+
+    TensorRT accepts uint8 only for network inputs, so the cast must come first. The result is the same,
+    because casts commute with operators that only move values, and keep the shape. Later casts of *model*
+    remain and do not change float32 values. Raises `LoweringError` if another operator reads uint8 values.
+    """
+    original, model = model, onnx.ModelProto()
+    model.CopyFrom(original)
+    images = model.graph.input[0]
+    if images.type.tensor_type.elem_type != TensorProto.UINT8:
+        return model
+    unsigned, is_moved = {images.name}, False
+    for node in model.graph.node:  # in topological order
+        if unsigned.isdisjoint(node.input) or node.op_type == "Cast":
+            continue
+        if node.op_type not in MOVES | {"Shape"}:
+            raise LoweringError(
+                f"{images.name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast"
+            )
+        unsigned.update(node.output if node.op_type in MOVES else ())
+        is_moved = True
+    if not is_moved:
+        return model
+    cast = helper.make_node(
+        "Cast", [images.name], [f"{images.name}_float32"], f"{images.name}_cast", to=TensorProto.FLOAT
+    )
+    for node in model.graph.node:
+        node.input[:] = [cast.output[0] if name == images.name else name for name in node.input]
+    model.graph.node.insert(0, cast)
+    del model.graph.value_info[:]  # has the types of moved uint8 values
+    return model
 
 
 def parse_and_build(

@@ -15,6 +15,7 @@ import onnx
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
+from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt.cache import (
     EngineKey,
     EngineRecord,
@@ -28,8 +29,7 @@ from sopdeploy.tensorrt.cache import (
     store_engine,
 )
 from sopdeploy.tensorrt.session import Cuda, EngineSession, import_tensorrt, open_cuda
-from sopdeploy_export.engine_builder.build import Report, parse_and_build
-from sopdeploy_export.engine_builder.lint import lint
+from sopdeploy_export.engine_builder.build import Report, cast_images_first, parse_and_build
 from sopdeploy_export.options import EngineOptions
 
 
@@ -49,6 +49,11 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
     the probes.
     """
+    if bundle.manifest.int8_for == "cpu":  # its parser reads uint8 as int8, and fails on a zero point
+        raise LoweringError(
+            f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
+            "with --precision int8 --int8-for tensorrt"
+        )
     profiles = parse_profiles(options.profiles, bundle.manifest.batch)
     if options.via == "torch-tensorrt":  # it builds plans with one profile
         profiles = (Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
@@ -87,7 +92,7 @@ def build_plan(trt: Any, gpu: Gpu, bundle: Bundle, key: EngineKey, report: Repor
         from sopdeploy_export.engine_builder.from_program import build_from_program  # noqa: PLC0415 # torch
 
         return build_from_program(bundle, key.profiles[0], workspace)
-    graph = lint(onnx.load(bundle.onnx)).SerializeToString(deterministic=True)
+    graph = cast_images_first(onnx.load(bundle.onnx)).SerializeToString(deterministic=True)
     return parse_and_build(trt, graph, key.profiles, workspace, report)
 
 

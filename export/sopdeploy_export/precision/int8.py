@@ -15,10 +15,6 @@ The convolution that reads the image stays in float32: it takes a few percent of
 costs more accuracy than any other layer of EfficientNet-Lite0, and TensorRT has no int8 kernel that fuses
 three input channels, ReLU and max pooling (observed with 10.16).
 
-ONNX Runtime quantizes the weights of a float32 convolution between int8 values when it loads a file, per
-tensor (`WeightBiasQuantization`). On EfficientNet-Lite0 this costs more accuracy than the rest of int8. A
-`Max` with the smallest float32 number between the convolution and its QuantizeLinear node prevents it.
-
 Biases are corrected (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
 Correction", section 4.2, here with measured inputs): rounding the weights W to W' shifts the mean output of
 each channel by E[(W' - W) x], which is subtracted from the bias.
@@ -52,7 +48,6 @@ from sopdeploy_export.results import Quantization
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3
-SMALLEST = "smallest_float32"
 CORRECTION_IMAGES = 64
 
 
@@ -145,8 +140,6 @@ class Int8Quantizer:
         quantizer.model.topological_sort()
         quantized: onnx.ModelProto = quantizer.model.model
         self._correct_biases(quantized)
-        if self.runtime == "cpu":
-            _protect_float_convolutions(quantized.graph)
         del quantized.opset_import[:]
         quantized.opset_import.extend(self.original.opset_import)
         quantized.producer_name = self.original.producer_name
@@ -258,38 +251,6 @@ class Int8Quantizer:
             name.removesuffix(":mean"): values.mean(axis=0, dtype=np.float64)
             for name, values in outputs.items()
         }
-
-
-def _protect_float_convolutions(graph: onnx.GraphProto) -> None:
-    """Keep ONNX Runtime from quantizing float32 convolutions of *graph* that lie between int8 values."""
-    produced_by = {name: node.op_type for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-
-    def is_quantized(value: str) -> bool:
-        return any(
-            node.op_type == "QuantizeLinear" or (node.op_type in ACTIVATIONS and is_quantized(node.output[0]))
-            for node in readers.get(value, ())
-        )
-
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        nodes.append(node)
-        if node.op_type != "Conv":
-            continue
-        reads, weight = (produced_by.get(name) for name in node.input[:2])
-        in_float = weight != "DequantizeLinear"
-        if in_float and reads == "DequantizeLinear" and is_quantized(node.output[0]):
-            value = node.output[0]
-            node.output[0] = f"{value}_float32"
-            nodes.append(helper.make_node("Max", [node.output[0], SMALLEST], [value], f"{value}_max"))
-    if len(nodes) > len(graph.node):
-        lowest = np.array(np.finfo(np.float32).min, np.float32)
-        graph.initializer.append(numpy_helper.from_array(lowest, SMALLEST))
-        del graph.node[:]
-        graph.node.extend(nodes)
 
 
 def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:

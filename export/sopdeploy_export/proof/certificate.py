@@ -34,7 +34,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import EXPORT_EMBEDDING, NETWORK_PREFIX, Captured, Deployed, capture
 from sopdeploy_export.program_hashes import ProgramRoot, program_root, tensor_hash, value_root
-from sopdeploy_export.proof.networks import Detachment, contiguous, prepare
+from sopdeploy_export.proof.networks import Detachment, check_network_state, check_torch_state, contiguous
 from sopdeploy_export.state import tensors
 
 ProofKind = Literal["three-way", "trained-detached", "trained-plain", "trained-only"]
@@ -118,7 +118,11 @@ def certify(
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
     original = {"trained": trained, "detached": detached}
-    networks = prepare(original)
+    check_torch_state()
+    for role, network in original.items():
+        check_network_state(network, role)
+    networks = {"trained": contiguous(trained)}
+    networks["detached"] = networks["trained"] if detached is trained else contiguous(detached)
     removed, kept = build_inventory(trained, detached, detachment.training_only)
     nothing_detached = detached is trained
     if detachment.plain is not None:

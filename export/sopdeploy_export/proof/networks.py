@@ -237,19 +237,6 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
     return copied
 
 
-def prepare(networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Check the state of torch and of *networks*, by role, and return them with contiguous tensors.
-
-    A network without is copied, because captured graphs contain strides; one in two roles stays one. Raises
-    the errors of `check_torch_state` and `check_network_state`.
-    """
-    check_torch_state()
-    for role, network in networks.items():
-        check_network_state(network, role)
-    prepared = {id(network): contiguous(network) for network in networks.values()}
-    return {role: prepared[id(network)] for role, network in networks.items()}
-
-
 def contiguous(network: _Network) -> _Network:
     """Return *network*, or a copy with contiguous tensors if any is not; captured graphs contain strides."""
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):

@@ -14,9 +14,8 @@ from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import ConfigError, DataError, LoweringError, ParityError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
-from sopdeploy_export.engine_builder.lint import lint
 from sopdeploy_export.graph import generated_images
-from sopdeploy_export.parity.compare import file_outputs, open_session
+from sopdeploy_export.parity.compare import open_session
 from sopdeploy_export.precision.accuracy_gate import (
     AccuracyCheck,
     accuracy,
@@ -159,20 +158,6 @@ def test_biases_remove_the_mean_error_of_rounded_weights(runtime: Int8For, group
     assert np.abs(found - exact).max() < 0.2 * lost
 
 
-def test_onnx_runtime_does_not_quantize_a_layer_that_stays_in_float32(preprocess: Preprocess) -> None:
-    plain = graph_of("resnet8", preprocess).model
-    weight = next(tensor for tensor in plain.graph.initializer if tensor.name == "layer2.0.conv1.weight")
-    values = numpy_helper.to_array(weight).copy()
-    values[0] *= 1000  # rounding per tensor would lose the other channels
-    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
-    images = generated_images(16)
-    model = Int8Quantizer(plain, images, ["layer2.0.conv1"]).quantize()
-    whole, plainly = (
-        file_outputs(open_session(model, optimized=asked), images, 4)["logits"] for asked in (True, False)
-    )
-    assert np.abs(whole - plainly).max() < 0.1 * plainly.std()
-
-
 def test_calibration_uses_the_whole_folder(preprocess: Preprocess, images: Path) -> None:
     assert len(calibration_images(images, preprocess)) == 40
     with pytest.raises(DataError, match=r"calibrate: .*: no such folder"):
@@ -237,17 +222,18 @@ def test_only_convolutions_and_operators_between_them_read_quantized_values(
     quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     made = {node.op_type for node in model.graph.node if quantized & set(node.output)}
     assert made <= {"Conv", "Relu", "Add"}
+    if runtime == "tensorrt":  # whose parser reads uint8 as int8, and fails on a zero point
+        zeros = [tensor for tensor in model.graph.initializer if "zero_point" in tensor.name]
+        assert {tensor.data_type for tensor in zeros} == {onnx.TensorProto.INT8}
+        assert not any(numpy_helper.to_array(tensor).any() for tensor in zeros)
 
 
-def test_gpu_runtimes_accept_the_form_for_tensorrt_and_the_lint_rejects_the_cpu_form_with_advice(
+def test_gpu_runtimes_accept_the_form_for_tensorrt(
     graphs: Graph, preprocess: Preprocess, request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.params["graphs"]
     accepted(graph_of(name, preprocess, **NETWORKS[name]).model, "fp32")
     accepted(graphs[0]["tensorrt"], "int8")
-    lint(graphs[0]["tensorrt"])
-    with pytest.raises(LoweringError, match=r"quantized for CPUs.*--int8-for tensorrt"):
-        lint(graphs[0]["cpu"])
 
 
 def test_tensorrt_form_quantizes_convolutions_in_shortcuts(preprocess: Preprocess) -> None:
