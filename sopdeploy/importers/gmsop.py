@@ -144,9 +144,9 @@ def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> dict
                 found[f"{name}.{conv}.weight"] = conv_kernel(file, f"{source}{layer}_f")
                 norms[f"{source}{layer}"] = f"{name}.{norm}"
     for source, name in norms.items():
-        found |= _named(name, batch_norm(file, f"{source}_bn"))
+        found |= batch_norm(file, f"{source}_bn", name)
     if "fusion_bn_bn_w" in file.tensors:
-        found |= _named("head.bn", batch_norm(file, "fusion_bn_bn", order))
+        found |= batch_norm(file, "fusion_bn_bn", "head.bn", order)
     return found | {"head.fc.weight": reorder(prediction, order, 1), "head.fc.bias": bias(file, "prediction")}
 
 
@@ -157,7 +157,7 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> dict[
         source, name = f"gating{layer + 1}", f"gate.feature.{layer}"
         found[f"{name}.0.weight"] = conv_kernel(file, f"{source}_f")
         if config["gate_norm"]:
-            found |= _named(f"{name}.1", batch_norm(file, f"{source}_bn"))
+            found |= batch_norm(file, f"{source}_bn", f"{name}.1")
     width = config["gate_widths"][-1] if second_order and config["gate_widths"] else None
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
         weight = file.tensor(source).T
@@ -169,14 +169,9 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> dict[
         if config["component_bias"]:
             found[f"mixture.biases.{step}"] = torch.cat([bias(file, source) for source in sources])
         if config["component_norm"]:
-            norms = [batch_norm(file, f"{source}_bn") for source in sources]
-            joined = {name: torch.cat([norm[name] for norm in norms]) for name in norms[0]}
-            found |= _named(f"mixture.norms.{step}", joined)
+            norms = [batch_norm(file, f"{source}_bn", f"mixture.norms.{step}") for source in sources]
+            found |= {name: torch.cat([norm[name] for norm in norms]) for name in norms[0]}
     return found
-
-
-def _named(layer: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{layer}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile:
@@ -246,8 +241,8 @@ def bias(file: WeightFile, source: str) -> Tensor:
     return file.tensor(f"{source}_b").reshape(-1)
 
 
-def batch_norm(file: WeightFile, source: str, order: Tensor | None = None) -> dict[str, Tensor]:
-    """Convert the batch norm *source*, with its channels permuted by *order*.
+def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = None) -> dict[str, Tensor]:
+    """Convert the batch norm *source* to *name*, with its channels permuted by *order*.
 
     MatConvNet stores sqrt(variance + eps). Where it is below sqrt(eps), the variance is 0 and the weight of
     the channel is scaled instead.
@@ -261,7 +256,7 @@ def batch_norm(file: WeightFile, source: str, order: Tensor | None = None) -> di
         "running_mean": mean,
         "running_var": variance,
     }
-    return {name: reorder(values, order, 0) for name, values in parts.items()}
+    return {f"{name}.{part}": reorder(values, order, 0) for part, values in parts.items()}
 
 
 def reorder(values: Tensor, order: Tensor | None, axis: int) -> Tensor:

@@ -114,9 +114,9 @@ def weights(**arrays: np.ndarray[Any, Any]) -> WeightFile:
 def test_a_deviation_below_sqrt_eps_keeps_its_effect() -> None:
     moments = np.array([[0.1, 1e-3], [0.2, 2.0]])
     file = weights(a_w=np.full((2, 1), 1.5), a_b=np.zeros((2, 1)), a_m=moments)
-    parts = batch_norm(file, "a")
-    assert parts["running_var"][0] == 0
-    factor = parts["weight"] / (parts["running_var"] + 1e-5).sqrt()
+    parts = batch_norm(file, "a", "bn")
+    assert parts["bn.running_var"][0] == 0
+    factor = parts["bn.weight"] / (parts["bn.running_var"] + 1e-5).sqrt()
     torch.testing.assert_close(factor, torch.from_numpy(1.5 / moments[:, 1]))
 
 
