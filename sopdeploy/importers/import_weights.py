@@ -14,6 +14,12 @@ from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
 from sopdeploy.importers.gmsop import convert_gmsop
+from sopdeploy.importers.published import (
+    TIMM_PREFIX,
+    convert_efficientnet_lite,
+    convert_timm,
+    find_networks,
+)
 from sopdeploy.importers.pytorch_projects import (
     convert_cifar_resnet,
     convert_gsop,
@@ -21,12 +27,6 @@ from sopdeploy.importers.pytorch_projects import (
     convert_mpncov_vgg,
     convert_torchvision_resnet,
     convert_torchvision_vgg,
-)
-from sopdeploy.importers.timm_network import (
-    TIMM_PREFIX,
-    convert_efficientnet_lite,
-    convert_timm,
-    find_networks,
 )
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.registry import list_models

@@ -22,7 +22,7 @@ from sopdeploy.importers.conversion import (
     row_wise_order,
     triangle_side,
 )
-from sopdeploy.importers.timm_network import FROM_HUB_CONFIG, read_hub_config
+from sopdeploy.importers.published import FROM_HUB_CONFIG, read_hub_config
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG
 
