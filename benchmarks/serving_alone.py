@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.base import Runtime
 
 LIMIT = 10**8  # bytes and pixels; larger than all images here
@@ -92,7 +92,7 @@ def read_files(folder: Path) -> Sequence[bytes]:
 
 def decode_image(body: bytes, rules: Preprocess) -> NDArray[np.uint8]:
     """Decode *body* with the server's decoder."""
-    return decode(EncodedImage(body), rules, max_bytes=LIMIT, max_pixels=LIMIT).pixels
+    return decode(body, rules, max_bytes=LIMIT, max_pixels=LIMIT).pixels
 
 
 def repeat(batch: Callable[[int], object], images: int, seconds: float) -> SingleProcess:

@@ -54,8 +54,8 @@ class Classes(StrictModel):
     """Prediction for one image: its most probable classes, best first.
 
     A multi-label network lists the classes whose probability reaches their threshold, possibly none.
-    `warnings` name changes made while decoding: `alpha_flattened`, `content_type_mismatch`, `exif_rotated`,
-    `first_frame_only`, `sixteen_bit_scaled`. If requested, `explanation` has 7 rows of 7 numbers: the
+    `warnings` name changes made while decoding: `alpha_flattened`, `exif_rotated`, `first_frame_only`,
+    `sixteen_bit_scaled`. If requested, `explanation` has 7 rows of 7 numbers: the
     probability that the first class loses if that part of the network's input is gray. `known` is false if
     the image probably shows none of the classes, because its `score` is below the threshold of the bundle.
     Without a threshold, `known` and `score` are absent.

@@ -17,7 +17,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.decoding.child import ChildOptions, answer, read_rules
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests import quick_torch
@@ -91,7 +90,7 @@ def request_files(folder: Path) -> set[str]:
         read_rules.cache_clear()  # other tests have filled it
         rules = bundle.manifest.preprocess.model_dump_json().encode()
         options = ChildOptions(0, 0, False, 0, len(picture), 1 << 20, (), "off")
-        answer(0, rules, EncodedImage(picture), options)
+        answer(0, rules, picture, options)
         return take()
 
 

@@ -23,7 +23,6 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid, top_indices
 from sopdeploy.errors import ImageError
 from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.decoders import StrippedCopy
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import Prediction
@@ -38,13 +37,13 @@ _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
 StoreKept: TypeAlias = Callable[[bytes, KeptRecord], KeptResult]  # `KeptFolder.add`
-CopyImage: TypeAlias = Callable[[EncodedImage], StrippedCopy]  # `Decoders.copy`
+CopyImage: TypeAlias = Callable[[bytes], StrippedCopy]  # `Decoders.copy`
 
 
 class PredictedPhoto(NamedTuple):
     """A file, the network's input (H, W, 3) uint8, and the logits (C,) of *bundle*, served as *model*."""
 
-    image: EncodedImage
+    image: bytes
     pixels: NDArray[np.uint8]
     logits: NDArray[np.float32]
     bundle: Bundle
@@ -117,12 +116,12 @@ class Keeper:
         self._photos.put(None)
         self._thread.join(_STOP_SECONDS)
 
-    def offer(self, model: Model, image: EncodedImage, prediction: Prediction) -> None:
+    def offer(self, model: Model, image: bytes, prediction: Prediction) -> None:
         """Queue *image* with its *prediction* by *model*; drop it if the queue is full.
 
         Call it on the event loop.
         """
-        size = len(image.body) + prediction.pixels.nbytes
+        size = len(image) + prediction.pixels.nbytes
         queued = self._bytes_in - self._bytes_out
         if self._photos.qsize() >= MAX_QUEUED_PHOTOS or queued + size > MAX_QUEUED_PHOTO_BYTES:
             self._counts["dropped"].inc()
@@ -134,18 +133,18 @@ class Keeper:
 
     def _run(self) -> None:
         while (photo := self._photos.get()) is not None:
-            self._bytes_out += len(photo.image.body) + photo.pixels.nbytes
+            self._bytes_out += len(photo.image) + photo.pixels.nbytes
             try:
                 result = self._keep(photo)
             except Exception:  # untrusted bytes, and nothing else sees the error of this thread
-                log.exception("a photograph of %d bytes is not kept", len(photo.image.body))
+                log.exception("a photograph of %d bytes is not kept", len(photo.image))
                 result = "failed"
             if result is not None:
                 self._counts[result].inc()
 
     def _keep(self, photo: PredictedPhoto) -> KeptResult | None:
         """Keep *photo* if it is worth a label; return the result, or None if it is not."""
-        sha256 = hashlib.sha256(photo.image.body).hexdigest()
+        sha256 = hashlib.sha256(photo.image).hexdigest()
         reasons = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
         if not reasons:
             return None

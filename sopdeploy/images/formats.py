@@ -38,11 +38,6 @@ REJECTED_SIGNATURES = {
     b"<svg": "SVG",
     b"<?xml": "XML or SVG",
 }
-# Subtypes of media types that are not the name of the format
-ALIASES = {
-    "JPG": "JPEG", "PJPEG": "JPEG", "APNG": "PNG", "X-PNG": "PNG", "X-BMP": "BMP", "X-MS-BMP": "BMP",
-    "HEIC": "HEIF", "HEIC-SEQUENCE": "HEIF", "HEIF-SEQUENCE": "HEIF",
-}  # fmt: skip
 BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
     (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1", b"heif"), "HEIF"
 )

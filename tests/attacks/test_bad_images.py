@@ -25,7 +25,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, read_listed
 from sopdeploy_service.commands.predict import read_image
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from tests.counted import counted, record_images
 from tests.pictures import encoded, png
 from tests.sopdeploy.data.small_data import jpeg, write_classes
@@ -48,7 +48,7 @@ FUZZ = settings(max_examples=150, deadline=None, database=None, suppress_health_
 def attack(body: bytes, *, max_pixels: int = 50_000_000) -> str | None:
     """Decode *body*; return the code of its refusal, or None for an accepted image."""
     try:
-        image = decode(EncodedImage(body), RULES, max_bytes=20_000_000, max_pixels=max_pixels).pixels
+        image = decode(body, RULES, max_bytes=20_000_000, max_pixels=max_pixels).pixels
     except ImageError as caught:
         problem = caught
     else:
@@ -117,7 +117,7 @@ def test_a_pixel_bomb_is_refused_by_its_header(name: str, monkeypatch: pytest.Mo
 def test_a_large_transparent_image_is_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = record_images(monkeypatch)
     rgba = zeros_png(4000, 4000, color=6)
-    decode(EncodedImage(rgba), Preprocess(), max_bytes=10**6, max_pixels=10**8)
+    decode(rgba, Preprocess(), max_bytes=10**6, max_pixels=10**8)
     large = [size for size in sizes if size[0] * size[1] > TILE]
     assert large == [(4000, 4000)]  # the RGB image
 

@@ -30,7 +30,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy_service import keep, kept_folder
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.decoders import StrippedCopy
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.keep import Keeper, reasons_to_keep
@@ -147,7 +146,7 @@ def test_many_classes_are_recorded_best_first(bundle) -> None:
     labels = tuple(f"class {number}" for number in range(300))
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
     photo = keep.PredictedPhoto(
-        EncodedImage(b""), np.zeros((32, 32, 3), np.uint8), logits, replace(bundle, labels=labels), "many",
+        b"", np.zeros((32, 32, 3), np.uint8), logits, replace(bundle, labels=labels), "many",
         record_of().time,
     )  # fmt: skip
     record = keep.make_record(photo, ("sample",), record_of().image)
@@ -175,9 +174,9 @@ def test_only_files_that_are_classified_are_kept(
     assert {record.image for _, record in read_kept(tmp_path)} == names
 
 
-def copied(image: EncodedImage) -> StrippedCopy:
+def copied(image: bytes) -> StrippedCopy:
     """Stands for a decoder process."""
-    return StrippedCopy(*copy_without_metadata(image.body), 1.0)
+    return StrippedCopy(*copy_without_metadata(image), 1.0)
 
 
 def make_keeper(
@@ -204,7 +203,7 @@ def offered(bundle: Bundle) -> Callable[[Keeper, bytes], None]:
     def offer(keeper: Keeper, body: bytes) -> None:
         pixels = np.random.default_rng([*body]).integers(0, 256, (32, 32, 3), np.uint8)
         prediction = Prediction(logits, {}, pixels)
-        keeper.offer(Served, EncodedImage(body), prediction)  # type: ignore[arg-type]
+        keeper.offer(Served, body, prediction)  # type: ignore[arg-type]
 
     return offer
 
@@ -242,9 +241,9 @@ def test_near_duplicates_are_not_read_and_a_costly_photograph_delays_others_by_a
 ) -> None:
     clock, read = [0.0], list[bytes]()
 
-    def copy(image: EncodedImage) -> StrippedCopy:
-        read.append(image.body)
-        return StrippedCopy(image.body, ".jpg", seconds=100.0)
+    def copy(image: bytes) -> StrippedCopy:
+        read.append(image)
+        return StrippedCopy(image, ".jpg", seconds=100.0)
 
     monkeypatch.setattr(keep, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(keep, "COPY_BURST", 0.25)

@@ -24,7 +24,6 @@ from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse_json
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import (
     CLIENT_GONE,
@@ -249,7 +248,7 @@ class ClassifyRequest(pydantic.BaseModel):
 class Upload(NamedTuple):
     """The images of one request; *is_list* selects a list as response, *top_k* is from a JSON body."""
 
-    images: list[EncodedImage]
+    images: list[bytes]
     is_list: bool = False
     top_k: int | None = None
 
@@ -273,11 +272,11 @@ async def read_upload(admitted: AdmittedRequest) -> Upload:
         # curl's --data sends this type, and removes bytes that every image file has.
         if kind == "application/x-www-form-urlencoded" and body and not REMOVED.search(body):
             raise RejectedError(STRIPPED)
-        return Upload([EncodedImage(body, content_type)])
+        return Upload([body])
     limit = min(settings.max_body_bytes, settings.max_json_bytes)
     body = await read_body(admitted, limit)
     if body.startswith(FIRST_BYTES):  # an image file, which some clients label as JSON
-        return Upload([EncodedImage(body, content_type)])
+        return Upload([body])
     return await admitted.parse(parse_upload, body, limit, settings.max_images)
 
 
@@ -289,12 +288,12 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
     body = parse_json(ClassifyRequest, raw, max_bytes)
     top_k = None if body.top_k is None else min(body.top_k, MAX_TOP_K)
     if body.image is not None:
-        return Upload([EncodedImage(decode_text(body.image, "image"))], top_k=top_k)
+        return Upload([decode_text(body.image, "image")], top_k=top_k)
     if not body.images:
         raise RejectedError(_NO_IMAGE)
     if len(body.images) > max_images:
         raise bad_request("too_many_images", f"images: more than {max_images}, the limit of this server")
-    images = [EncodedImage(decode_text(text, f"images[{i}]")) for i, text in enumerate(body.images)]
+    images = [decode_text(text, f"images[{i}]") for i, text in enumerate(body.images)]
     return Upload(images, is_list=True, top_k=top_k)
 
 

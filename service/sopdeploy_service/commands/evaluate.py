@@ -14,7 +14,7 @@ from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -57,7 +57,7 @@ def image_logits(
     manifest, path = loaded.bundle.manifest, images.path(index)
     try:
         pixels = decode(
-            EncodedImage(images.read(index)),
+            images.read(index),
             manifest.preprocess,
             max_bytes=settings.max_body_bytes,
             max_pixels=settings.max_pixels,

@@ -20,7 +20,7 @@ from sopdeploy.http_api import Classes, ClassProbability, Problem
 from sopdeploy.images.occlusion import GRID, occlude
 from sopdeploy.images.pixels import list_changes, match_transparency, preprocess_image
 from sopdeploy_service.http.problems import describe_error
-from sopdeploy_service.images.decode import Decoded, EncodedImage, decode
+from sopdeploy_service.images.decode import Decoded, decode
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import NONFINITE, HttpError
 from sopdeploy_service.runtime.base import must_run
@@ -71,7 +71,7 @@ def predict_files(
 
 
 def _predict_image(
-    loaded: LoadedModel, image: EncodedImage | Image.Image, name: str, settings: Settings, *, explain: bool
+    loaded: LoadedModel, image: bytes | Image.Image, name: str, settings: Settings, *, explain: bool
 ) -> FilePrediction:
     manifest = loaded.bundle.manifest
     try:
@@ -92,9 +92,9 @@ def _predict_image(
     return FilePrediction(image=name, warnings=decoded.warnings, **fields)
 
 
-def _decode(image: EncodedImage | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
+def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings) -> Decoded:
     preprocess = loaded.bundle.manifest.preprocess
-    if isinstance(image, EncodedImage):
+    if isinstance(image, bytes):
         return decode(image, preprocess, max_bytes=settings.max_body_bytes, max_pixels=settings.max_pixels)
     try:
         match_transparency(image)  # of a file that is open but not decoded yet
@@ -103,13 +103,13 @@ def _decode(image: EncodedImage | Image.Image, loaded: LoadedModel, settings: Se
         raise ImageError("the image is damaged", code="damaged_image", status=422) from error
 
 
-def read_image(path: Path, max_bytes: int) -> EncodedImage:
+def read_image(path: Path, max_bytes: int) -> bytes:
     """Read at most one byte more than *max_bytes*: enough to reject a larger file."""
     try:
         # `photos/*` can match a FIFO, on which reading may wait forever: only a path without the extension
         # of an image, such as /dev/stdin or <(command), may be a pipe.
         with open_regular(path) if is_image(path.name) else path.open("rb") as file:
-            return EncodedImage(read_at_most(file, max_bytes + 1))
+            return read_at_most(file, max_bytes + 1)
     except OSError as error:
         reason = f"cannot be read ({error.strerror}); name an image file"
         if (path / MANIFEST).is_file():

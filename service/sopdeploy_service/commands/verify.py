@@ -13,7 +13,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import BundleError
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
@@ -94,7 +94,7 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
         return logits
 
     for example in examples:
-        image = EncodedImage(example.jpeg)
+        image = example.jpeg
         rules, size = manifest.preprocess, len(example.jpeg)
         decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
         with must_run(loaded.runtime):

@@ -29,11 +29,11 @@ from sopdeploy.images.formats import webp_size
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import sandbox
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.device_memory import limit_heaps
 
-# Number of the request; bytes of the rules (none: copy the image), of the media type and of the image.
-REQUEST = struct.Struct("<QIHI")
+# Number of the request; bytes of the rules (none: copy the image) and of the image.
+REQUEST = struct.Struct("<QII")
 # Number of the request, kind, warnings as bits (of a copy 1: a PNG), bytes of the result or message.
 REPLY = struct.Struct("<QBBI")
 TEMPLATE_REPLY = struct.Struct("<I")  # the reply of a template
@@ -52,7 +52,6 @@ ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_E
 )
 WARNINGS = (
     "alpha_flattened",
-    "content_type_mismatch",
     "exif_rotated",
     "first_frame_only",
     "sixteen_bit_scaled",
@@ -90,11 +89,11 @@ def read_rules(text: bytes) -> Preprocess:
     return Preprocess.model_validate_json(text)
 
 
-def answer(number: int, rules: bytes, image: EncodedImage, options: ChildOptions) -> list[Buffer]:
+def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> list[Buffer]:
     """Decode *image* by *rules*, or copy it if there are none; return the parts of the reply."""
     try:
         if not rules:
-            copy, suffix = copy_without_metadata(image.body, options.max_pixels)
+            copy, suffix = copy_without_metadata(image, options.max_pixels)
             return [REPLY.pack(number, COPY, suffix == ".png", len(copy)), copy]
         decoded = decode(
             image,
@@ -106,7 +105,7 @@ def answer(number: int, rules: bytes, image: EncodedImage, options: ChildOptions
     except ImageError as error:
         # Not the error itself, whose traceback would keep the memory of the failed decoder.
         reason, text = (error.code, error.status), str(error)
-        width, height = webp_size(image.body)
+        width, height = webp_size(image)
         if isinstance(error.__cause__, MemoryError) or (
             error.code == "damaged_image" and width * height * PIXEL_BYTES > options.memory
         ):
@@ -128,12 +127,11 @@ def answer(number: int, rules: bytes, image: EncodedImage, options: ChildOptions
 def serve_requests(end: socket.socket, options: ChildOptions) -> None:
     """Answer the requests that arrive at *end*; raises `OSError` when its other end is closed."""
     while True:
-        number, rules_size, type_size, size = REQUEST.unpack(receive(end, REQUEST.size))
-        head = receive(end, rules_size + type_size)
-        image = EncodedImage(receive(end, size), head[rules_size:].decode("latin-1"))
+        number, rules_size, size = REQUEST.unpack(receive(end, REQUEST.size))
+        rules, image = receive(end, rules_size), receive(end, size)
         if options.cpu_seconds:
             signal.setitimer(signal.ITIMER_PROF, options.cpu_seconds)  # SIGPROF ends this process
-        reply = answer(number, head[:rules_size], image, options)
+        reply = answer(number, rules, image, options)
         if options.cpu_seconds:
             signal.setitimer(signal.ITIMER_PROF, 0)
         del image

@@ -39,7 +39,7 @@ from sopdeploy_service.decoding.child import (
     LargerImageError,
     receive,
 )
-from sopdeploy_service.images.decode import Decoded, EncodedImage
+from sopdeploy_service.images.decode import Decoded
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
 START_SECONDS = 60.0
@@ -169,7 +169,7 @@ class DecoderProcess:
         self._number = self.process = 0
         self.restrictions = self._start()
 
-    def decode(self, image: EncodedImage, preprocess: Preprocess) -> Decoded:
+    def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
         """Decode *image* as `decode` does.
 
         Raises `ImageError`, `LargerImageError` for an image that needs another child, `DecoderEndedError`.
@@ -179,23 +179,20 @@ class DecoderProcess:
         warnings = tuple(name for bit, name in enumerate(WARNINGS) if changes >> bit & 1)
         return Decoded(np.frombuffer(pixels, np.uint8).reshape(shape), warnings)
 
-    def copy(self, image: EncodedImage) -> tuple[bytes, str]:
+    def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* as `copy_without_metadata` does; raises what `decode` raises."""
         is_png, copy = self._request(image, b"", COPY)
         return copy, ".png" if is_png else ".jpg"
 
-    def _request(
-        self, image: EncodedImage, rules: bytes, expected: int, num_bytes: int = 0
-    ) -> tuple[int, bytes]:
+    def _request(self, image: bytes, rules: bytes, expected: int, num_bytes: int = 0) -> tuple[int, bytes]:
         """Return the bits and bytes of the reply: of kind *expected*, and *num_bytes* unless this is 0."""
         end = self._idle_end()
         self._number += 1
-        media_type = image.media_type.encode("latin-1", "replace")[:1000]
-        header = REQUEST.pack(self._number, len(rules), len(media_type), len(image.body))
+        header = REQUEST.pack(self._number, len(rules), len(image))
         deadline = time.monotonic() + self._seconds
         try:
-            end.sendall(header + rules + media_type)
-            end.sendall(image.body)
+            end.sendall(header + rules)
+            end.sendall(image)
             number, kind, bits, size = REPLY.unpack(receive(end, REPLY.size, deadline))
             is_result = kind == expected and (size == num_bytes or (not num_bytes and size <= MAX_COPY_BYTES))
             is_error = LARGER <= kind < FIRST_ERROR + len(ERRORS) and size <= MAX_MESSAGE

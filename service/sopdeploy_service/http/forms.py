@@ -9,7 +9,6 @@ from python_multipart import MultipartParser
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartState, parse_options_header
 
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import HttpError, RejectedError
 
 FIELDS = {"image", "images", "file", "files"}
@@ -19,7 +18,7 @@ NO_BOUNDARY = HttpError("malformed_multipart", 400, "the content type has no val
 _NO_IMAGE = HttpError("no_image", 422, "the form has no image; add it as a field named `image`")
 
 
-def parse_form(body: bytes, content_type: str, max_images: int) -> list[EncodedImage]:
+def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
     """Read the images of the form *body*, whose boundary is in *content_type*.
 
     Bytes before the first delimiter and after the last one are skipped (RFC 2046, section 5.1.1). Raises
@@ -37,7 +36,7 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[EncodedI
                 "on_header_value": lambda data, start, end: parts.value.extend(data[start:end]),
                 "on_header_end": parts.end_header,
                 "on_headers_finished": parts.end_headers,
-                "on_part_data": lambda data, start, end: parts.images[-1][0].extend(data[start:end]),
+                "on_part_data": lambda data, start, end: parts.images[-1].extend(data[start:end]),
             },
         )
     except FormParserError as problem:
@@ -51,7 +50,7 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[EncodedI
         raise RejectedError(_MALFORMED)
     if not parts.images:
         raise RejectedError(_NO_IMAGE)
-    return [EncodedImage(bytes(image), media_type) for image, media_type in parts.images]
+    return [bytes(image) for image in parts.images]
 
 
 @dataclass(slots=True)
@@ -62,18 +61,15 @@ class _Parts:
     """
 
     max_images: int
-    images: list[tuple[bytearray, str]] = field(default_factory=list)  # with their content types
+    images: list[bytearray] = field(default_factory=list)
     header: bytearray = field(default_factory=bytearray)
     value: bytearray = field(default_factory=bytearray)
     name: str | None = None
-    content_type: str = ""
 
     def end_header(self) -> None:
         if self.header.lower() == b"content-disposition":
             name = parse_options_header(bytes(self.value))[1].get(b"name", b"")
             self.name = name.decode("utf-8", "replace")
-        elif self.header.lower() == b"content-type":
-            self.content_type = self.value.decode("latin-1")
         self.header.clear()
         self.value.clear()
 
@@ -84,5 +80,5 @@ class _Parts:
         if len(self.images) == self.max_images:
             message = f"the form has more than {self.max_images} images, the limit of this server"
             raise RejectedError(HttpError("too_many_images", 400, message))
-        self.images.append((bytearray(), self.content_type))
-        self.name, self.content_type = None, ""
+        self.images.append(bytearray())
+        self.name = None

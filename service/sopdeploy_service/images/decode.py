@@ -1,8 +1,8 @@
 """Decode the bytes of a request to the network's input.
 
 Each step is cheaper than the next and may reject the image: opening the file (`sopdeploy.images.formats`, as
-in training), decoding, preprocessing. The bytes decide the format; a content type that disagrees is a
-warning. Invalid bytes raise `ImageError` and no other exception.
+in training), decoding, preprocessing. The bytes decide the format. Invalid bytes raise `ImageError` and no
+other exception.
 """
 
 import io
@@ -17,7 +17,6 @@ from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import (
-    ALIASES,
     MARKER_BYTES,
     SCAN,
     SHORT_ADOBE,
@@ -36,13 +35,6 @@ NOISE = random.Random(0).randbytes(2048).replace(b"\xff", b"")  # noqa: S311 - d
 RESTART = re.compile(rb"\xff([\xd0-\xd7])")
 
 
-class EncodedImage(NamedTuple):
-    """The bytes of one image and its media type, if the client sent one."""
-
-    body: bytes
-    media_type: str = ""
-
-
 class Decoded(NamedTuple):
     """The network's input (crop, crop, 3) uint8, and warning codes for changes made while decoding."""
 
@@ -51,19 +43,18 @@ class Decoded(NamedTuple):
 
 
 def decode(
-    encoded: EncodedImage,
+    body: bytes,
     preprocess: Preprocess,
     *,
     max_bytes: int,
     max_pixels: int,
     formats: Collection[str] | None = None,
 ) -> Decoded:
-    """Decode *encoded* to the pixels of training and apply *preprocess*.
+    """Decode the file *body* to the pixels of training and apply *preprocess*.
 
     Only the first frame of an animation is decoded. *formats* are those to accept, all by default. Raises
     `ImageError` with a code and an HTTP status.
     """
-    body = encoded.body
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
     with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats) as image:
@@ -75,7 +66,7 @@ def decode(
             if kind == "JPEG" and is_truncated(image, body):
                 raise EOFError("the data ends before the last pixel")
             pixels = preprocess_image(image, preprocess)
-            warnings = (*list_changes(image, preprocess), *_file_warnings(image, kind, encoded.media_type))
+            warnings = (*list_changes(image, preprocess), *_frame_warnings(image, kind))
         except Exception as error:  # untrusted bytes: a parser or decoder may raise anything
             raise image_error(error, max_pixels) from error
         return Decoded(pixels, tuple(sorted(warnings)))
@@ -110,17 +101,12 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     return thumbnails[0] != thumbnails[1]
 
 
-def _file_warnings(image: Image.Image, kind: str, media_type: str) -> list[str]:
-    """Return the warning codes for a wrong media type and for several frames, even damaged ones."""
-    warnings = []
-    family, _, subtype = media_type.partition(";")[0].strip().upper().partition("/")
-    if family == "IMAGE" and subtype != "*" and ALIASES.get(subtype, subtype) != kind:
-        warnings.append("content_type_mismatch")
-    if kind in ANIMATED:
-        try:
-            more_frames = getattr(image, "is_animated", False)
-        except Exception:  # untrusted bytes after the first frame
-            more_frames = True
-        if more_frames:
-            warnings.append("first_frame_only")
-    return warnings
+def _frame_warnings(image: Image.Image, kind: str) -> list[str]:
+    """Return the warning code for several frames, even damaged ones."""
+    if kind not in ANIMATED:
+        return []
+    try:
+        more_frames = getattr(image, "is_animated", False)
+    except Exception:  # untrusted bytes after the first frame
+        more_frames = True
+    return ["first_frame_only"] if more_frames else []

@@ -20,7 +20,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding.child import PIXEL_BYTES, ChildOptions, LargerImageError
 from sopdeploy_service.decoding.pool import DecoderEndedError, DecoderProcess, shared_template
-from sopdeploy_service.images.decode import Decoded, EncodedImage
+from sopdeploy_service.images.decode import Decoded
 from sopdeploy_service.inference.model_worker import Model, QueuedImage, call_soon
 from sopdeploy_service.inference.results import DAMAGED, DEADLINE, DECODERS_BUSY, HttpError
 from sopdeploy_service.observability.metrics import Metrics
@@ -128,18 +128,18 @@ class Decoders:
         for _ in range(self._plan.large):
             self.large.put(None)
 
-    def put(self, model: Model, item: QueuedImage, image: EncodedImage) -> None:
+    def put(self, model: Model, item: QueuedImage, image: bytes) -> None:
         """Queue *image* for decoding; *item* then joins the queue of *model*. Call it on the event loop."""
-        if len(image.body) <= LIGHT_BODY:
+        if len(image) <= LIGHT_BODY:
             self.light.put(partial(self._decode_item, model, item, image, True))
         else:
             self._put_large(model, item, image)
 
-    def decode(self, image: EncodedImage, preprocess: Preprocess) -> Decoded:
+    def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
         """Decode *image* while this thread waits; raises `ImageError`."""
         return self._wait_for(image, lambda child: child.decode(image, preprocess))
 
-    def copy(self, image: EncodedImage) -> StrippedCopy:
+    def copy(self, image: bytes) -> StrippedCopy:
         """Copy *image* without metadata while this thread waits; raises `ImageError`."""
 
         def copy(child: DecoderProcess) -> StrippedCopy:
@@ -148,9 +148,9 @@ class Decoders:
 
         return self._wait_for(image, copy)
 
-    def _wait_for(self, image: EncodedImage, request: Callable[[DecoderProcess], _Result]) -> _Result:
+    def _wait_for(self, image: bytes, request: Callable[[DecoderProcess], _Result]) -> _Result:
         """Return the result of a child for light images or, if it ends or refuses, of one for large ones."""
-        for jobs in (self.light, self.large)[len(image.body) > LIGHT_BODY :]:
+        for jobs in (self.light, self.large)[len(image) > LIGHT_BODY :]:
             result: Future[_Result] = Future()
             jobs.put(partial(_set_result, result, request))
             with suppress(LargerImageError, DecoderEndedError):
@@ -171,7 +171,7 @@ class Decoders:
         )
         return DecoderProcess(shared_template(), options, settings.decode_seconds)
 
-    def _put_large(self, model: Model, item: QueuedImage, image: EncodedImage) -> None:
+    def _put_large(self, model: Model, item: QueuedImage, image: bytes) -> None:
         """Queue *image* for a child for large images, or refuse it if too many wait there."""
         if self.large.qsize() >= MAX_WAITING_LARGE:
             call_soon(item.outcome.get_loop(), item.settle, DECODERS_BUSY)
@@ -180,7 +180,7 @@ class Decoders:
         self.large.put(partial(self._decode_item, model, item, image, False))
 
     def _decode_item(
-        self, model: Model, item: QueuedImage, image: EncodedImage, is_light: bool, child: DecoderProcess
+        self, model: Model, item: QueuedImage, image: bytes, is_light: bool, child: DecoderProcess
     ) -> None:
         """Let *child* decode *image* and queue *item*, or set the outcome of an image that is not queued."""
         if item.outcome.done():

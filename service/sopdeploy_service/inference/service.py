@@ -23,7 +23,6 @@ from prometheus_client import generate_latest
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy.images.occlusion import GRID, occlude
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
 from sopdeploy_service.inference.loader import LoadedModel, load_model
@@ -51,7 +50,7 @@ from sopdeploy_service.settings import (
 MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
 
-Images: TypeAlias = Sequence[EncodedImage] | NDArray[np.uint8]
+Images: TypeAlias = Sequence[bytes] | NDArray[np.uint8]
 State: TypeAlias = Literal["ok", "draining", "runtime_dead"]
 CollectMetrics: TypeAlias = Callable[[], Awaitable[bytes]]
 
@@ -189,7 +188,7 @@ class ModelRegistry:
 
 
 # Keeps an image if it is worth a label.
-KeepImage: TypeAlias = Callable[[Model, EncodedImage, Prediction], None]
+KeepImage: TypeAlias = Callable[[Model, bytes, Prediction], None]
 CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 
 
@@ -333,7 +332,7 @@ class Service:
                 raise RejectedError(outcome)
         keep = self.keep if may_keep else None
         for image, outcome in zip(images, outcomes, strict=True):
-            if keep is not None and isinstance(outcome, Prediction) and isinstance(image, EncodedImage):
+            if keep is not None and isinstance(outcome, Prediction) and isinstance(image, bytes):
                 keep(model, image, outcome)
         return outcomes
 
@@ -372,9 +371,9 @@ class Service:
         for item in items:
             model.queue.reject([item], item.late)
 
-    def _submit(self, model: Model, item: QueuedImage, image: EncodedImage | NDArray[np.uint8]) -> None:
+    def _submit(self, model: Model, item: QueuedImage, image: bytes | NDArray[np.uint8]) -> None:
         """Queue a decoded *image* at *model*, or decode it first in a child process."""
-        if isinstance(image, EncodedImage):
+        if isinstance(image, bytes):
             self.decoders.put(model, item, image)
             return
         item.image = image

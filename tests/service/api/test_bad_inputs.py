@@ -13,7 +13,7 @@ from PIL import Image
 from sopdeploy.errors import ImageError
 from sopdeploy_service.api.admission import Upload, parse_upload
 from sopdeploy_service.http.strict_json import decode_text
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import Settings
 from tests.pictures import encoded, png
@@ -89,7 +89,7 @@ BAD_BODIES = {
 )
 def test_a_bad_image_has_its_own_code(body, expected):
     with pytest.raises(ImageError) as caught:
-        decode(EncodedImage(body), RULES, max_bytes=1_000_000, max_pixels=Settings().max_pixels)
+        decode(body, RULES, max_bytes=1_000_000, max_pixels=Settings().max_pixels)
     assert (caught.value.status, caught.value.code) == (expected[0], expected[1] or caught.value.code)
 
 
@@ -106,23 +106,19 @@ def test_an_unsupported_format_never_reaches_pillow(kind, monkeypatch):
     body = saved(kind)
     monkeypatch.setattr(Image, "open", lambda *given, **options: pytest.fail("was opened"))
     with pytest.raises(ImageError) as caught:
-        decode(EncodedImage(body), RULES, max_bytes=1_000_000, max_pixels=1_000_000)
+        decode(body, RULES, max_bytes=1_000_000, max_pixels=1_000_000)
     assert caught.value.status == 415
 
 
 @pytest.mark.parametrize("kind", ["image/heic", "image/heif", "image/webp", "image/gif", "image/x-ms-bmp"])
-def test_every_accepted_format_is_classified_and_matches_its_media_type(client, kind):
+def test_every_accepted_format_is_classified_whatever_its_media_type(client, kind):
     names = {"heic": "HEIF", "heif": "HEIF", "x-ms-bmp": "BMP"}
     subtype = kind.partition("/")[2]
     body = saved(names.get(subtype, subtype.upper()))
     reply = client.post("/v1/classify", content=body, headers={"Content-Type": kind})
     assert (reply.status_code, reply.json()["warnings"]) == (200, [])
-    wrong = client.post("/v1/classify", content=body, headers={"Content-Type": "image/png"})
-    assert wrong.json()["warnings"] == ["content_type_mismatch"]
-    assert (
-        client.post("/v1/classify", content=body, headers={"Content-Type": "application/json"}).status_code
-        == 200
-    )
+    for other in ("image/png", "application/json"):
+        assert client.post("/v1/classify", content=body, headers={"Content-Type": other}).status_code == 200
 
 
 FORM = "multipart/form-data"
@@ -243,7 +239,7 @@ def parsed(value: Any) -> Upload:
 
 
 def test_a_body_has_one_image_or_several_images():
-    image = EncodedImage(b"a")
+    image = b"a"
     assert parsed({"image": "YQ=="}) == Upload([image])
     assert parsed({"images": ["YQ=="], "top_k": 2}) == Upload([image], is_list=True, top_k=2)
     assert parsed({"image": "", "top_k": 2**60}).top_k == 1_000_000

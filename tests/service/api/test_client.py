@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.client import Client
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from tests.service.conftest import LABELS
 
 
@@ -71,7 +71,7 @@ def images(make_picture) -> list[bytes]:
 @pytest.fixture(scope="module")
 def pixels(images, bundle):
     rules = bundle.manifest.preprocess
-    return np.stack([decode(EncodedImage(image), rules, **LIMITS).pixels for image in images])
+    return np.stack([decode(image, rules, **LIMITS).pixels for image in images])
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.commands.evaluate import scores_of_bundle
 from sopdeploy_service.commands.predict import predict_files
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
@@ -129,7 +129,7 @@ def expected(multi_label_path: Path, jpeg: bytes) -> list[tuple[str, float]]:
     """All classes with their probabilities, most probable first, from the logits."""
     bundle = open_bundle(multi_label_path)
     rules = bundle.manifest.preprocess
-    pixels = decode(EncodedImage(jpeg), rules, max_bytes=10**7, max_pixels=10**7).pixels
+    pixels = decode(jpeg, rules, max_bytes=10**7, max_pixels=10**7).pixels
     logits = OnnxRuntime(bundle, threads=1).run(pixels[None])["logits"][0].astype(np.float64)
     return sorted(zip(LABELS, 1 / (1 + np.exp(-logits)), strict=True), key=lambda pair: -pair[1])
 

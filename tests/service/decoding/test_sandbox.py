@@ -13,7 +13,7 @@ from PIL import Image
 from sopdeploy.errors import ImageError
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.decoding.pool import DecoderProcess, shared_template
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from tests.pictures import encoded
 from tests.service.api.test_bad_inputs import BAD_BODIES
 from tests.service.conftest import picture_bytes
@@ -53,8 +53,8 @@ def test_a_sandboxed_child_decodes_every_format_to_the_same_pixels() -> None:
     assert re.fullmatch(r"no_new_privs, (landlock \d+|no landlock), seccomp", child.restrictions)
     for name, body in IMAGES.items():
         try:
-            found = child.decode(EncodedImage(body), RULES)
-            expected = decode(EncodedImage(body), RULES, max_bytes=10**6, max_pixels=10**6)
+            found = child.decode(body, RULES)
+            expected = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
             assert np.array_equal(found.pixels, expected.pixels), name
         except ImageError as error:
             errors[name] = error.code

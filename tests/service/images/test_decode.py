@@ -20,7 +20,7 @@ from sopdeploy.images.pixels import preprocess_image, visible_box
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands import predict as predict_command
-from sopdeploy_service.images.decode import EncodedImage, decode, is_truncated
+from sopdeploy_service.images.decode import decode, is_truncated
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
 from tests.pictures import encoded
@@ -34,7 +34,7 @@ GRADIENT = Image.fromarray(np.stack([ROWS * 4, COLUMNS * 2, 255 - ROWS - COLUMNS
 
 
 def pixels_of(body: bytes) -> NDArray[np.uint8]:
-    return decode(EncodedImage(body), RULES, max_bytes=1_000_000, max_pixels=1_000_000).pixels
+    return decode(body, RULES, max_bytes=1_000_000, max_pixels=1_000_000).pixels
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str) -> No
     assert not truncated(body)
     for size in ((160, 112), (900, 900)):
         with pytest.raises(ImageError, match="truncated") as caught:
-            decode(EncodedImage(with_size(body, *size)), RULES, **LIMITS)
+            decode(with_size(body, *size), RULES, **LIMITS)
         assert (caught.value.code, caught.value.status) == ("truncated_image", 422)
 
 
@@ -128,7 +128,7 @@ def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str) -> No
 def test_a_jpeg_cut_and_closed_with_an_end_marker_is_rejected(fraction: float) -> None:
     body = encode_jpeg(noise_image((320, 240)), "baseline")
     with pytest.raises(ImageError) as caught:
-        decode(EncodedImage(body[: int(fraction * len(body))] + END), RULES, **LIMITS)
+        decode(body[: int(fraction * len(body))] + END, RULES, **LIMITS)
     assert caught.value.status == 422
     assert caught.value.code in {"truncated_image", "damaged_image"}  # damaged if half a marker is left
 
@@ -153,10 +153,10 @@ def test_a_complete_jpeg_may_have_any_gray_area(
 def test_a_short_adobe_segment_is_ignored(segment: bytes) -> None:
     body = encode_jpeg(noise_image(), "CMYK")
     changed = body[:2] + b"\xff\xee" + struct.pack(">H", 2 + len(segment)) + segment + body[2:]
-    found, plain = decode(EncodedImage(changed), RULES, **LIMITS), decode(EncodedImage(body), RULES, **LIMITS)
+    found, plain = decode(changed, RULES, **LIMITS), decode(body, RULES, **LIMITS)
     assert found.pixels.tobytes() == plain.pixels.tobytes()
     with pytest.raises(ImageError, match="truncated"):
-        decode(EncodedImage(with_size(changed, 160, 400)), RULES, **LIMITS)
+        decode(with_size(changed, 160, 400), RULES, **LIMITS)
 
 
 BACKGROUND = (10, 200, 30)

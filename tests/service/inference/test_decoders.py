@@ -22,7 +22,6 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.decoding import child as decoder_child
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.decoding.child import FAILED, ChildOptions, LargerImageError
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.decoders import (
     LARGE_MEMORY,
@@ -119,20 +118,20 @@ def test_an_image_that_misuses_its_child_fails_alone(
 
 def test_children_that_are_killed_or_send_too_much_are_replaced(jpeg, template) -> None:
     child = pool.DecoderProcess(template, OPTIONS, 60)
-    expected = child.decode(EncodedImage(jpeg), RULES).pixels
+    expected = child.decode(jpeg, RULES).pixels
     for _ in range(3):
         os.kill(child.process, signal.SIGKILL)
         while Path(f"/proc/{child.process}/stat").exists() and child._end.recv(1, 2):  # until it has ended
             pass
-        assert (child.decode(EncodedImage(jpeg), RULES).pixels == expected).all()
-    too_many = child.decode(EncodedImage(jpeg, "image/too-many"), RULES)
+        assert (child.decode(jpeg, RULES).pixels == expected).all()
+    too_many = child.decode(jpeg + b"too many", RULES)
     assert (too_many.pixels == expected).all()
     child._end.recv(1, 2)  # MSG_PEEK: the rest has arrived
-    assert (child.decode(EncodedImage(jpeg), RULES).pixels == expected).all()
+    assert (child.decode(jpeg, RULES).pixels == expected).all()
     template.close()
     with suppress(OSError):  # the child ends a moment later
         child._end.recv(1, 2)
-    assert (child.decode(EncodedImage(jpeg), RULES).pixels == expected).all()
+    assert (child.decode(jpeg, RULES).pixels == expected).all()
     child.close()
 
 
@@ -141,7 +140,7 @@ def test_a_child_reaches_nothing_and_has_no_environment(template) -> None:
     child = pool.DecoderProcess(template, OPTIONS, 60)
     assert "seccomp" in child.restrictions
     with pytest.raises(ImageError) as caught:
-        child.decode(EncodedImage(b"forbidden"), RULES)
+        child.decode(b"forbidden", RULES)
     assert json.loads(str(caught.value)) == [[errno.EPERM], {}]
     environment = Path(f"/proc/{child.process}/environ").read_bytes()
     assert environment == b"OPENBLAS_NUM_THREADS=1\0"
@@ -170,12 +169,12 @@ def test_a_file_that_needs_more_memory_than_a_child_has_fails_and_the_next_is_de
     process = child.process
     if isinstance(expected, str):
         with pytest.raises(ImageError) as caught:
-            child.decode(EncodedImage(make()), RULES)
+            child.decode(make(), RULES)
         assert caught.value.code == expected
     else:
         with pytest.raises(expected):
-            child.decode(EncodedImage(make()), RULES)
-    assert child.decode(EncodedImage(jpeg), RULES).pixels.shape == (32, 32, 3)
+            child.decode(make(), RULES)
+    assert child.decode(jpeg, RULES).pixels.shape == (32, 32, 3)
     assert child.process == process
     child.close()
 
@@ -191,7 +190,7 @@ def test_a_failed_decoder_leaves_nothing_for_the_garbage_collector(monkeypatch) 
     monkeypatch.setattr(decoder_child, "decode", fail)
     gc.disable()
     try:
-        decoder_child.answer(1, RULES.model_dump_json().encode(), EncodedImage(b"x"), OPTIONS)
+        decoder_child.answer(1, RULES.model_dump_json().encode(), b"x", OPTIONS)
         assert not left
     finally:
         gc.enable()
@@ -202,7 +201,7 @@ def test_a_light_child_ends_at_its_cpu_time(jpeg) -> None:
     body = hostile.jpeg(1700, 1700, sampling=0x22, scans=98)
     child = pool.DecoderProcess(pool.shared_template(), OPTIONS._replace(cpu_seconds=0.01), 60)
     with pytest.raises(pool.DecoderEndedError):
-        child.decode(EncodedImage(body), RULES)
+        child.decode(body, RULES)
     child.close()
 
 

@@ -24,7 +24,7 @@ from sopdeploy.images.formats import open_image
 from sopdeploy.images.limits import SUFFIXES
 from sopdeploy.images.pixels import SIXTEEN_BIT, list_changes, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.settings import Settings
 from tests.counted import record_images
 from tests.service.api.test_bad_inputs import BAD_BODIES
@@ -317,7 +317,7 @@ def test_training_and_server_compute_the_same_pixels_of_every_format(kind: str) 
     assert FORMATS[kind] in SUFFIXES
     body = encode(gradient(), kind)
     trained = preprocess_image(load(body), RULES)
-    served = decode(EncodedImage(body), RULES, max_bytes=10**6, max_pixels=10**6)
+    served = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
     assert np.array_equal(trained, served.pixels)
     assert served.warnings == ()
 
@@ -334,9 +334,7 @@ def test_a_turned_photograph_of_any_format_is_upright(kind: str, orientation: in
     )
     exif = Image.Exif()
     exif[0x0112] = orientation
-    found = decode(
-        EncodedImage(encode(turned, kind, exif=exif.tobytes())), RULES, max_bytes=10**6, max_pixels=10**6
-    )
+    found = decode(encode(turned, kind, exif=exif.tobytes()), RULES, max_bytes=10**6, max_pixels=10**6)
     assert found.pixels[:12].mean() > 240
     assert found.pixels[-12:].mean() < 15
 

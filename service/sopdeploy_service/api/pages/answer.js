@@ -3,7 +3,6 @@
 
 const WARNINGS = {
   alpha_flattened: "Transparent pixels were replaced by the background color of the network.",
-  content_type_mismatch: "The content type names another format than that of the image; the format of the image was used.",
   exif_rotated: "The image was rotated by its EXIF orientation.",
   first_frame_only: "Only the first frame of the animation was classified.",
   sixteen_bit_scaled: "16-bit channels were scaled to 8 bits.",

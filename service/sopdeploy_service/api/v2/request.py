@@ -19,7 +19,6 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse_json
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.results import RejectedError
 
 MICROSECONDS = 1e6
@@ -136,7 +135,7 @@ class InferRequest:
     """A valid request: *images* are encoded files or uint8 (n, H, W, 3)."""
 
     id: str | None
-    images: list[EncodedImage] | NDArray[np.uint8]
+    images: list[bytes] | NDArray[np.uint8]
     outputs: tuple[RequestedOutput, ...]
     timeout_seconds: float | None
 
@@ -189,7 +188,7 @@ def _requested_outputs(request: InferBody, signature: Signature) -> tuple[Reques
 
 def _read_images(
     inputs: Sequence[InputTensor], binary: memoryview, signature: Signature
-) -> list[EncodedImage] | NDArray[np.uint8]:
+) -> list[bytes] | NDArray[np.uint8]:
     """Return the images of the only input, from its JSON or from *binary*."""
     tensors = {tensor.name: tensor for tensor in (signature.tensor, IMAGE)}
     if len(inputs) != 1 or inputs[0].name not in tensors:
@@ -215,8 +214,7 @@ def _read_images(
             "header Inference-Header-Content-Length must be the length of the JSON",
         )
     if tensor is IMAGE:
-        files = _split_elements(binary, shape[0]) if size is not None else _decode_texts(item.data, shape)
-        return [EncodedImage(file) for file in files]
+        return _split_elements(binary, shape[0]) if size is not None else _decode_texts(item.data, shape)
     if size is None:
         return _pixels_from_json(item, tensor, shape)
     dtype = np.dtype("<f4" if item.datatype == FLOAT_PIXELS else np.uint8)

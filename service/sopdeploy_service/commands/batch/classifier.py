@@ -25,7 +25,6 @@ from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.sources import ListedImage, read_listed
-from sopdeploy_service.images.decode import EncodedImage
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
 from sopdeploy_service.inference.model_worker import ImageOutputs, check_device, run_bisected
@@ -133,7 +132,7 @@ class BatchClassifier:
             if len(body) > max_bytes:
                 raise too_large_error(max_bytes)
             row["sha256"] = hashlib.sha256(body).hexdigest()
-            pixels, row["warnings"] = decoders.decode(EncodedImage(body), rules)
+            pixels, row["warnings"] = decoders.decode(body, rules)
         except ImageError as error:
             row |= {"error": error.code, "error_message": str(error)}
             pixels = np.zeros((rules.crop, rules.crop, 3), np.uint8)

@@ -22,7 +22,7 @@ from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.decoding import pool
-from sopdeploy_service.images.decode import EncodedImage, decode
+from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
@@ -136,7 +136,7 @@ def test_logits_and_features_are_those_of_the_bundle(photos, tmp_path):
     loaded = load_model(path, SETTINGS)
     body = (photos / "001.jpg").read_bytes()
     rules = loaded.bundle.manifest.preprocess
-    pixels = decode(EncodedImage(body), rules, max_bytes=10**7, max_pixels=10**7).pixels
+    pixels = decode(body, rules, max_bytes=10**7, max_pixels=10**7).pixels
     outputs = loaded.runtime.run(pixels[None])
     np.testing.assert_allclose(first["logits"], outputs["logits"][0], rtol=1e-5)
     np.testing.assert_allclose(first["features"], outputs[EMBEDDING][0], rtol=1e-5)
