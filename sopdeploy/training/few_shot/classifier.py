@@ -117,6 +117,14 @@ class LinearHead(NamedTuple):
     bias: Array
 
 
+class OutOfFold(NamedTuple):
+    """A cross-validation: mean `losses` (G,), `logits` (N, K), and `distances` (N,) from the mean image."""
+
+    losses: Array
+    logits: Array
+    distances: Array
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Inputs of N images in a basis of their span, `reduced` (N, R), with `targets`.
@@ -188,14 +196,12 @@ class Problem:
                 logits_GNK[number, tested] = self.reduced[tested] @ head.weight.T + head.bias
         return logits_GNK
 
-    def energies(self, folds_N: Indices) -> Array:
-        """Cross-validate; compute the energies (N,) of the out-of-fold logits less the weighted distances."""
+    def out_of_fold(self, folds_N: Indices) -> "OutOfFold":
+        """Cross-validate; the images of a fold have no part in its choice of C (`compose`)."""
         logits_GNK = self.cross_validate(folds_N)
-        logits_NK = compose(self.targets.losses(logits_GNK), logits_GNK, folds_N)
-        distances_N = self.distances(folds_N)
-        weight = self.distance_weight(logits_NK, distances_N)
-        energies_N: Array = known_score(logits_NK, "energy") - weight * distances_N
-        return energies_N
+        losses_GN = self.targets.losses(logits_GNK)
+        logits_NK = compose(losses_GN, logits_GNK, folds_N)
+        return OutOfFold(losses_GN.mean(axis=1), logits_NK, self.distances(folds_N))
 
     def doubt_labels(self, logits_NK: Array, folds_N: Indices, strength: float) -> Array:
         """Compute out-of-fold logits (N, K) by heads that were fitted without probably wrong labels.

@@ -26,7 +26,7 @@ from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, r
 from sopdeploy.report.wrong_labels import LISTED_BELOW, list_wrong_labels
 from sopdeploy.training import train
 from sopdeploy.training.callbacks import Callback
-from sopdeploy.training.few_shot.classifier import GRID, Problem, Targets, compose, estimate
+from sopdeploy.training.few_shot.classifier import GRID, OutOfFold, Problem, Targets, compose, estimate
 from sopdeploy.training.procedure import FewShotConfig, LoopConfig
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
@@ -122,17 +122,25 @@ def test_improbable_labels_are_listed_the_least_probable_first():
     assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
 
 
-def test_the_energies_of_few_images_are_means_of_cross_validations(tmp_path: Path, monkeypatch):
-    photos = paint(tmp_path / "photos", 17)
+def test_the_energies_of_few_images_are_means_of_three_cross_validations(tmp_path: Path, monkeypatch):
+    photos, first, calls = paint(tmp_path / "photos", 17), Problem.out_of_fold, []
+
+    def with_larger_logits(problem: Problem, folds: np.ndarray) -> OutOfFold:
+        calls.append(folds)
+        found = first(problem, folds if len(calls) < 3 else calls[1])
+        return found._replace(logits=found.logits + 3 * (len(calls) > 2))
+
+    monkeypatch.setattr(Problem, "out_of_fold", with_larger_logits)
     recipe = read_recipe("photos", [f"data.path={photos}", *SMALL, *FEW_SHOT])
-    monkeypatch.setattr(Problem, "energies", lambda problem, _folds: np.full(len(problem.reduced), 6.0))
     found = []
-    for repetitions in (1, 3):
-        monkeypatch.setattr("sopdeploy.training.few_shot.run.REPETITIONS", repetitions)
-        last = train_recipe(recipe, tmp_path / str(repetitions)).last
+    for limit in (0, 200):
+        monkeypatch.setattr("sopdeploy.training.few_shot.run.FEW_GROUPS", limit)
+        last = train_recipe(recipe, tmp_path / str(limit)).last
         found.append(read_checkpoint(last).resume["procedure"]["out_of_fold"].numpy())
     once, mean = (np.logaddexp.reduce(logits, axis=1) for logits in found)
-    assert mean == pytest.approx((once + 6 + 6) / 3)
+    assert len(calls) == 1 + 3
+    assert not np.array_equal(calls[1], calls[2])
+    assert mean == pytest.approx(once + (0 + 3 + 3) / 3)
     assert softmax(found[1]) == pytest.approx(softmax(found[0]))
 
 
