@@ -186,31 +186,25 @@ def _compare(row: PublishedRow, tally: Tally, representation: int) -> list[Publi
     operations = sum(n for name, n in tally.macs.items() if name.startswith(row.module)) + row.extra_ops
     if row.dsop_ops:
         operations += PER_NORM_OUTPUT * tally.norm_outputs + PER_ROOT_PRODUCT * tally.root_products
-    note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
-    found: list[Published] = []
-
-    def add(quantity: str, unit: Unit, printed: float | None, ours: float) -> None:
-        if printed is not None:
-            found.append(
-                Published(
-                    source=row.source,
-                    quantity=quantity,
-                    unit=unit,
-                    printed=printed,
-                    ours=round(ours, 4),
-                    reached=row.reached,
-                    note=note,
-                )
-            )
-
+    quantities: list[tuple[str, Unit, float | None, float]]
     if row.times_resnet50:
-        add(f"{row.part} parameters", "x", row.params, parameters / RESNET50_PARAMS)
-        add(f"{row.part} operations", "x", row.ops, operations / RESNET50_OPS)
+        quantities = [
+            (f"{row.part} parameters", "x", row.params, parameters / RESNET50_PARAMS),
+            (f"{row.part} operations", "x", row.ops, operations / RESNET50_OPS),
+        ]
     else:
-        add(f"{row.part} parameters", "M", row.params, parameters / 1e6)
-        add(f"{row.part} operations", "G", row.ops, operations / 1e9)
-        add("representation", "K", row.dim, representation / 1e3)
-    return found
+        quantities = [
+            (f"{row.part} parameters", "M", row.params, parameters / 1e6),
+            (f"{row.part} operations", "G", row.ops, operations / 1e9),
+            ("representation", "K", row.dim, representation / 1e3),
+        ]
+    note = "; ".join(filter(None, (row.note, "cut off, not rounded" if row.cut else "")))
+    shared: dict[str, Any] = {"source": row.source, "reached": row.reached, "note": note}
+    return [
+        Published(quantity=quantity, unit=unit, printed=printed, ours=round(ours, 4), **shared)
+        for quantity, unit, printed, ours in quantities
+        if printed is not None
+    ]
 
 
 class Description(StrictModel):
