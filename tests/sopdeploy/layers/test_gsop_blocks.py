@@ -16,25 +16,6 @@ from sopdeploy.layers.gsop_block import (
 )
 from sopdeploy.layers.residual import Bottleneck
 
-EPS = 1e-5
-
-
-def random_block(channels: int, **switches: object) -> GSoPBlock:
-    """A block in eval mode whose batch norms have statistics and factors of their own."""
-    torch.manual_seed(0)
-    config = GSoPBlockConfig(**{"cov_width": 32, **switches})
-    block = GSoPBlock(config, channels, dr_stride=1).double().eval()
-    for module in block.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            for tensor, low, high in (
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -1, 1),
-                (module.running_mean, -0.5, 0.5),
-                (module.running_var, 0.2, 2),
-            ):
-                tensor.uniform_(low, high)
-    return block
-
 
 @pytest.mark.parametrize("channels", [64, 256])
 def test_concatenation_is_one_convolution_of_the_concatenated_tensors(channels: int) -> None:
@@ -68,7 +49,7 @@ def test_covariance_is_taken_in_float32_under_autocast(attention: str) -> None:
 def test_attention_inside_does_not_scale_the_shortcut() -> None:
     torch.manual_seed(0)
     block = Bottleneck(64, 64).double().eval()
-    block.attention = random_block(64)
+    block.attention = GSoPBlock(GSoPBlockConfig(cov_width=32), 64, dr_stride=1).double().eval()
     x = torch.randn(2, 64, 6, 6, dtype=torch.float64)
     convolved = F.relu(block.bn2(block.conv2(F.relu(block.bn1(block.conv1(x))))))
     residual = block.bn3(block.conv3(convolved))
