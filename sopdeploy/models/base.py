@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -121,17 +121,6 @@ class Classifier(Backbone):
         name = next(name for name, module in self.named_modules() if module is layer)
         self.set_submodule(name, nn.Identity())
         return layer.in_features
-
-
-@runtime_checkable
-class RemovableBranches(Protocol):
-    """A network whose branches can be removed before its training ends."""
-
-    def without_branches(self) -> Classifier:
-        """Build the network without branches; all other weights are those of this one.
-
-        A network without branches returns itself.
-        """
 
 
 @dataclass(frozen=True, slots=True)
