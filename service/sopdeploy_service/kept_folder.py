@@ -11,7 +11,6 @@ import re
 import time
 import weakref
 from datetime import UTC, datetime, timedelta
-from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,11 +36,6 @@ class _Entry(NamedTuple):
     reasons: frozenset[str]
     bytes: int
 
-    @property
-    def group(self) -> int:
-        """0 in the uniform sample, else the number of reasons."""
-        return 0 if "sample" in self.reasons else len(self.reasons)
-
 
 class KeptFolder:
     """Keeps photographs in *path*, at most *max_bytes*, each for *days*; not thread-safe.
@@ -56,10 +50,9 @@ class KeptFolder:
         Raises `ConfigError` if it cannot be written, or if another process keeps photographs there.
         """
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
-        # By `_Entry.group`, each by name, the oldest first.
-        self._groups: tuple[dict[str, _Entry], ...] = ({}, {}, {}, {})
+        self._entries: dict[str, _Entry] = {}  # by name, the oldest first
         self._failed_at: float | None = None
-        self._group_bytes, self._other_bytes = [0, 0, 0, 0], 0
+        self._other_bytes = 0
         with writing(path, ConfigError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -76,7 +69,7 @@ class KeptFolder:
     @property
     def used(self) -> int:
         """Bytes of all files in the folder, also of those that are being written."""
-        return sum(self._group_bytes) + self._other_bytes
+        return sum(entry.bytes for entry in self._entries.values()) + self._other_bytes
 
     def _read(self) -> None:
         """Read the records; delete photographs without one, and the reverse. Other files count, but stay."""
@@ -117,13 +110,12 @@ class KeptFolder:
     def _expire(self) -> None:
         """Delete photographs that are too old."""
         oldest = datetime.now(UTC) - self._age
-        for group in self._groups:
-            while group and (entry := next(iter(group.values()))).time < oldest:
-                self._delete(entry)
+        while self._entries and (entry := next(iter(self._entries.values()))).time < oldest:
+            self._delete(entry)
 
     def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
         path = self.path / record.image
-        copy = next((group[path.name] for group in self._groups if path.name in group), None)
+        copy = self._entries.get(path.name)
         if copy is not None:
             if copy.reasons.issuperset(record.reasons):
                 return "near_duplicate"
@@ -131,8 +123,7 @@ class KeptFolder:
             record = record.model_copy(update={"reasons": reasons})
         elif "sample" not in record.reasons:
             near_hash = int(record.near_hash, 16)
-            entries = chain.from_iterable(group.values() for group in self._groups)
-            if any((near_hash ^ entry.near_hash).bit_count() <= NEAR_BITS for entry in entries):
+            if any((near_hash ^ one.near_hash).bit_count() <= NEAR_BITS for one in self._entries.values()):
                 return "near_duplicate"
         files = {path: image, path.with_suffix(".json"): record.model_dump_json().encode()}
         size = sum(_size_on_disk(len(content)) for content in files.values())
@@ -153,8 +144,7 @@ class KeptFolder:
 
     def _insert(self, path: Path, record: KeptRecord, size: int) -> _Entry:
         entry = _Entry(path, record.time, int(record.near_hash, 16), frozenset(record.reasons), size)
-        self._groups[entry.group][path.name] = entry
-        self._group_bytes[entry.group] += size
+        self._entries[path.name] = entry
         return entry
 
     def _make_room(self, size: int) -> bool:
@@ -162,18 +152,21 @@ class KeptFolder:
         if self._other_bytes + size > self._max_bytes:
             return False
         while self.used + size > self._max_bytes:
-            sample, *others = self._groups
-            rest = [group for group in others if group]
-            from_sample = not rest or self._group_bytes[0] > SAMPLE_SHARE * self._max_bytes
-            self._delete(next(iter((sample if from_sample else rest[0]).values())))
+            sample = [entry for entry in self._entries.values() if "sample" in entry.reasons]
+            others = [entry for entry in self._entries.values() if "sample" not in entry.reasons]
+            from_sample = sum(entry.bytes for entry in sample) > SAMPLE_SHARE * self._max_bytes
+            self._delete(sample[0] if from_sample or not others else min(others, key=_num_reasons))
         return True
 
     def _delete(self, entry: _Entry) -> None:
         """Delete the files of *entry*, the record first."""
         for file in (entry.path.with_suffix(".json"), entry.path):
             file.unlink(missing_ok=True)
-        self._groups[entry.group].pop(entry.path.name)
-        self._group_bytes[entry.group] -= entry.bytes
+        del self._entries[entry.path.name]
+
+
+def _num_reasons(entry: _Entry) -> int:
+    return len(entry.reasons)
 
 
 def _size_on_disk(size: int) -> int:

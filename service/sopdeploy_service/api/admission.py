@@ -11,8 +11,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple
 
+import anyio
 import orjson
 import pydantic
 from fastapi import Request, Response
@@ -40,7 +41,6 @@ TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_DIGITS = 9  # more milliseconds than any timeout; `int` rejects thousands of digits
 
 BAD_TIMEOUT = HttpError("invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)")
-WATCH_AFTER_SECONDS = 0.1  # most requests end sooner and need no task that waits for a disconnect
 
 SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
 
@@ -203,27 +203,19 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
 
     The request body must have been read: the next message of *receive* is the disconnect.
     """
-    task = cast("asyncio.Task[Any]", asyncio.current_task())
+    with anyio.CancelScope() as scope:
 
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        task.cancel()
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            scope.cancel()
 
-    watchers: list[asyncio.Task[None]] = []  # one, once it is needed
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(WATCH_AFTER_SECONDS, lambda: watchers.append(loop.create_task(watch())))
-    try:
-        return await work
-    except asyncio.CancelledError:
-        disconnected = any(watcher.done() and not watcher.cancelled() for watcher in watchers)
-        if not disconnected or task.uncancel():  # cancelled by another task, or by both
-            raise
-        raise RejectedError(CLIENT_GONE) from None
-    finally:
-        timer.cancel()
-        for watcher in watchers:
+        watcher = asyncio.create_task(watch())
+        try:
+            return await work
+        finally:
             watcher.cancel()
+    raise RejectedError(CLIENT_GONE)
 
 
 class ClassifyRequest(pydantic.BaseModel):

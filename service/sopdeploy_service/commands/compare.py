@@ -58,41 +58,34 @@ class BundleScore(StrictModel):
     rejected: Rate | None
 
 
-class ClassChange(StrictModel):
-    """One class: photographs that the first and the second bundle classify correctly.
+class Change(StrictModel):
+    """Images that only the second bundle answers correctly (`wins`), or only the first (`losses`).
 
-    `wins` and `losses` are those that only the second or only the first does. `p` is McNemar's exact p-value
-    after Holm's correction over the classes with at least `TESTABLE` of them; None for the others.
+    `p` is McNemar's exact p-value. Of unknown images, a correct answer is that they are unknown; a bundle
+    without a threshold has none.
     """
 
-    label: str
-    num_images: int
-    first: int
-    second: int
     wins: int
     losses: int
     p: float | None = None
 
     @property
     def is_worse(self) -> bool:
-        """Whether the second bundle is worse in this class."""
+        """Whether the second bundle is worse on these images."""
         return self.p is not None and self.p <= ALPHA and self.losses > self.wins
 
 
-class RejectionChange(StrictModel):
-    """Unknown images that only the second bundle rejects (`wins`), or only the first (`losses`).
+class ClassChange(Change):
+    """One class: photographs that the first and the second bundle classify correctly.
 
-    `p` is McNemar's exact p-value. A bundle without a threshold rejects none.
+    `p` is corrected by Holm's method over the classes with at least `TESTABLE` wins and losses; None for the
+    others.
     """
 
-    wins: int
-    losses: int
-    p: float
-
-    @property
-    def is_worse(self) -> bool:
-        """Whether the second bundle rejects fewer unknown images."""
-        return self.p <= ALPHA and self.losses > self.wins
+    label: str
+    num_images: int
+    first: int
+    second: int
 
 
 class BundleComparison(StrictModel):
@@ -122,7 +115,7 @@ class BundleComparison(StrictModel):
     attempt: int
     verdict: Verdict
     num_more_images: int | None
-    unknown: RejectionChange | None
+    unknown: Change | None
     classes: tuple[ClassChange, ...]
     new: tuple[ClassChange, ...]
     removed: tuple[str, ...]
@@ -359,10 +352,10 @@ def _find_known(loaded: LoadedModel, outputs: Sequence[NDArray[np.float32]]) -> 
     return [np.array([answer(row, top_k=1).known is not False for row in logits]) for logits in outputs]
 
 
-def _compare_rejections(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> RejectionChange:
+def _compare_rejections(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Change:
     """Compare the unknown images (N,) that the *first* and the *second* bundle reject."""
     wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
-    return RejectionChange(wins=wins, losses=losses, p=mcnemar(wins, losses))
+    return Change(wins=wins, losses=losses, p=mcnemar(wins, losses))
 
 
 def _score(
