@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, TypeVarTuple
+from typing import Any, Literal, NamedTuple, TypeVar, TypeVarTuple
 
 import anyio
 import orjson
@@ -48,7 +48,6 @@ ENCODED = HttpError("unsupported_encoding", 415, "send the body itself, without 
 SLOW_BODY = HttpError("slow_body", 408, "the body arrives more slowly than this server allows")
 LATE_BODY = HttpError("slow_body", 408, "the body did not arrive before the deadline")
 UPLOADS_FULL = HttpError("uploads_full", 429, "too many bytes are being uploaded; retry later", 2)
-MAX_TOP_K = 1_000_000
 
 _NO_IMAGE = HttpError("no_image", 422, "the list `images` is empty")
 STRIPPED = HttpError(
@@ -219,16 +218,12 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
 
 
 class ClassifyRequest(pydantic.BaseModel):
-    """JSON body of `/v1/classify`, and of `/v1/embed`, which ignores `top_k`.
-
-    It has either `image` or `images`.
-    """
+    """JSON body of `/v1/classify` and `/v1/embed`: either `image` or `images`."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
     image: str | None = pydantic.Field(None, description="base64, or a data URI")
     images: list[str] | None = pydantic.Field(None, description="base64, or data URIs")
-    top_k: Annotated[int, pydantic.Field(ge=1)] | None = None
 
     @pydantic.model_validator(mode="after")
     def _has_images(self) -> "ClassifyRequest":
@@ -238,11 +233,10 @@ class ClassifyRequest(pydantic.BaseModel):
 
 
 class Upload(NamedTuple):
-    """The images of one request; *is_list* selects a list as response, *top_k* is from a JSON body."""
+    """The images of one request; *is_list* selects a list as response."""
 
     images: list[bytes]
     is_list: bool = False
-    top_k: int | None = None
 
 
 async def read_upload(admitted: AdmittedRequest) -> Upload:
@@ -278,15 +272,14 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
     Raises `RejectedError` for anything that is not a `ClassifyRequest` with base64 images.
     """
     body = parse_json(ClassifyRequest, raw, max_bytes)
-    top_k = None if body.top_k is None else min(body.top_k, MAX_TOP_K)
     if body.image is not None:
-        return Upload([decode_text(body.image, "image")], top_k=top_k)
+        return Upload([decode_text(body.image, "image")])
     if not body.images:
         raise RejectedError(_NO_IMAGE)
     if len(body.images) > max_images:
         raise bad_request("too_many_images", f"images: more than {max_images}, the limit of this server")
     images = [decode_text(text, f"images[{i}]") for i, text in enumerate(body.images)]
-    return Upload(images, is_list=True, top_k=top_k)
+    return Upload(images, is_list=True)
 
 
 async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:

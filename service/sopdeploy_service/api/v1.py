@@ -72,7 +72,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
             message = f"{chosen.name}: predicts one class per image; omit threshold"
             raise bad_request("no_thresholds", message)
         upload = await read_upload(admitted)
-        top_k = query.top_k or upload.top_k or chosen.top_k
+        top_k = query.top_k or chosen.top_k
         outcomes = await admitted.infer(upload.images, may_keep=True, explain=query.explain)
 
     def format_classes(outcome: Prediction) -> dict[str, Any]:

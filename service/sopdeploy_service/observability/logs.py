@@ -37,7 +37,7 @@ class LineQueue(QueueHandler):
     def __init__(self, file: int) -> None:
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING_LINES)
         super().__init__(self._lines)
-        self._file, self._dropped, self._reported = file, 0, 0
+        self._file = file
         self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
         self._writer.start()
 
@@ -50,7 +50,7 @@ class LineQueue(QueueHandler):
         try:
             self._lines.put_nowait(str(record))
         except queue.Full:
-            self._drop()
+            DROPPED.inc()
 
     def close(self) -> None:
         """Give the writer `CLOSE_SECONDS` for the lines that wait; a reader that has stopped loses them."""
@@ -59,22 +59,14 @@ class LineQueue(QueueHandler):
             self._writer.join(CLOSE_SECONDS)
         super().close()
 
-    def _drop(self) -> None:
-        self._dropped += 1
-        DROPPED.inc()
-
     def _write_lines(self) -> None:
         while (line := self._lines.get()) is not None:
-            if dropped := self._dropped - self._reported:
-                words = f"{dropped} log lines were dropped"
-                line += "\n" + self.format(logging.LogRecord(ROOT, logging.WARNING, "", 0, words, None, None))
             data = f"{line}\n".encode(errors="backslashreplace")
             try:
                 while data:
                     data = data[os.write(self._file, data) :]
-                self._reported += dropped
             except OSError:  # the disk is full, or nobody has the pipe open
-                self._drop()
+                DROPPED.inc()
 
 
 @contextmanager

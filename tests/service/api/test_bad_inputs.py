@@ -241,15 +241,13 @@ def parsed(value: Any) -> Upload:
 def test_a_body_has_one_image_or_several_images():
     image = b"a"
     assert parsed({"image": "YQ=="}) == Upload([image])
-    assert parsed({"images": ["YQ=="], "top_k": 2}) == Upload([image], is_list=True, top_k=2)
-    assert parsed({"image": "", "top_k": 2**60}).top_k == 1_000_000
-    assert parsed({"image": "", "top_k": None}).top_k is None
+    assert parsed({"images": ["YQ=="]}) == Upload([image], is_list=True)
 
 
 MALFORMED = [
     ["YQ=="], {}, {"image": None}, {"image": "YQ==", "topk": 1}, {"image": "YQ==", "images": ["YQ=="]},
     {"images": "YQ=="}, {"images": [["YQ=="]]}, {"url": "https://a.example/b"},
-    *({"image": "YQ==", "top_k": top_k} for top_k in (0, 1.0, True)),
+    {"image": "YQ==", "top_k": 2},
 ]  # fmt: skip
 BAD_JSON = [
     *((value, 400, "malformed_request") for value in MALFORMED),
@@ -283,9 +281,3 @@ def test_images_in_json_have_the_same_response_as_raw_images(client, jpeg, text)
     two = client.post("/v1/classify", json={"images": [text, "aGVsbG8="]}).json()["results"]
     bad = two[1]["error"]
     assert (two[0], bad["code"], bad["status"]) == (plain, "not_an_image", 415)
-
-
-def test_top_k_in_the_query_overrides_the_body(client, text):
-    for path, body, listed in (("", {"top_k": 2}, 2), ("?top_k=3", {"top_k": 2}, 3), ("", {}, 5)):
-        reply = client.post(f"/v1/classify{path}", json={"image": text, **body})
-        assert len(reply.json()["classes"]) == listed
