@@ -46,8 +46,8 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.models.dsop import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.pooled import PlainSmallResNet
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
+from sopdeploy.training.losses import training_loss
 from sopdeploy.training.schedule import OneCycle
-from sopdeploy.training.step.losses import training_loss
 from sopdeploy_export.proof.networks import detach
 
 CLASSES = 10

@@ -10,7 +10,7 @@ from torch import Tensor
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import ArrayImages, derive_seed
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
-from sopdeploy.data.datasets.small import open_digits
+from sopdeploy.data.datasets.libraries import open_digits
 
 UNUSED = 5000  # of CIFAR's training images
 

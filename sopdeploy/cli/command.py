@@ -38,13 +38,12 @@ def command(
     *,
     summarize: Callable[[Any], Any] | None = None,
     options: Collection[str] = (),
-    hidden: Collection[str] = (),
     settings: SettingOptions | None = None,
 ) -> Callable[[_Function], _Function]:
     """Make a function a command, and leave it as it is for Python.
 
     Positional parameters become arguments, except those in *options*; keyword parameters become options.
-    Parameters that no option can express, such as callbacks, and those in *hidden* are for Python only.
+    Parameters that no option can express, such as callbacks, are for Python only.
     *show* prints the result, or with `--json` the command prints it as JSON; *summarize* selects what. The
     other parameters of *show* are options, too; if one is `as_json`, *show* prints both.
     The number that *show*, or without it the function, returns is the exit code. A user error is one line and
@@ -52,7 +51,7 @@ def command(
     """
 
     def decorate(function: _Function) -> _Function:
-        parameters = _declare(function, options, hidden)
+        parameters = _declare(function, options)
         of_show = (
             []
             if show is None
@@ -125,7 +124,7 @@ def _progress(function: Callable[..., Any], as_json: bool, stack: ExitStack) -> 
 
 
 def _declare(
-    function: Callable[..., Any], options: Collection[str], hidden: Collection[str]
+    function: Callable[..., Any], options: Collection[str], hidden: Collection[str] = ()
 ) -> list[inspect.Parameter]:
     """Declare the parameters of *function* that the command line can express."""
     texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))

@@ -74,7 +74,7 @@ def _classify_digits(url: str) -> float:
     """Classify every held-out digit over HTTP as PNG, print the first predictions and return the accuracy."""
     import httpx
 
-    from sopdeploy.data.datasets.small import open_digits
+    from sopdeploy.data.datasets.libraries import open_digits
     from sopdeploy.evaluation.metrics import Rate
 
     digits = open_digits().held_out

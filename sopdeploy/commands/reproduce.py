@@ -52,7 +52,7 @@ def reproduce(
     if dry_run:
         return _describe_plan(printed, options)
     from sopdeploy.reproduction import run
-    from sopdeploy.training.distributed.torchrun import join_processes
+    from sopdeploy.training.distributed import join_processes
     from sopdeploy.training.signals import TrainingStoppedError
 
     with ExitStack() as stack:

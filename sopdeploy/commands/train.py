@@ -98,7 +98,7 @@ def train(
         recipe: A recipe of `sopdeploy recipes`, or a .toml file; by default that for photos.
         out: Folder of the run; by default runs/<project>-<number>. `runs/latest` links to it.
         progress: Print progress on stderr; by default only on a terminal and in a notebook.
-        callback: Receives the events of the run.
+        callback: Receives the events of the run, instead of the progress display.
         **settings: Values of the recipe, for example `epochs=5`, `optimizer={"lr": 0.1}` or
             `**{"optimizer.lr": 0.1}`. An empty dict adds an optional table with its defaults: `ema={}`.
 
@@ -116,9 +116,8 @@ def train(
     _check(data, recipe, out, options, changed=bool(options.set or settings))
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
-    from sopdeploy.training.callbacks import CallbackList
-    from sopdeploy.training.distributed.strategy import Strategy, select_device
-    from sopdeploy.training.distributed.torchrun import join_processes
+    from sopdeploy.training.callbacks import Callback
+    from sopdeploy.training.distributed import Strategy, join_processes, select_device
     from sopdeploy.training.run_folder import numbered_folder
     from sopdeploy.training.train import summarize_run, train_run
 
@@ -129,10 +128,10 @@ def train(
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
         folder = out or numbered_folder(str(loaded.project), strategy, resume=resuming)
-        callbacks: list[Any] = [] if callback is None else [callback]
-        if (err.is_terminal or err.is_jupyter) if progress is None else progress:
-            callbacks.insert(0, stack.enter_context(ProgressBars(err)))
-        observer = CallbackList(callbacks if is_main_process() else [])
+        observer: Any = callback or Callback()
+        shown = (err.is_terminal or err.is_jupyter) if progress is None else progress
+        if callback is None and shown and is_main_process():
+            observer = stack.enter_context(ProgressBars(err))
         run, images = train_run(
             loaded,
             folder,

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import image_errors
-from sopdeploy.data.datasets import official
 from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders, single_images
 from sopdeploy.data.datasets.label_table import LABELS_FILE, SEPARATOR, VAL, has_label_table, read_label_table
+from sopdeploy.data.datasets.libraries import detect_kind, open_part
 from sopdeploy.data.folders import TRAIN, data_folder, list_images
 from sopdeploy.data.image_files import ImageFiles, map_threaded
 from sopdeploy.data.near import group_by_signatures, signature
@@ -136,10 +136,10 @@ def check_data(path: Path, *, near: bool = False) -> DataReport:
 
 def _open_parts(root: Path) -> tuple[ClassFolders, list[str]]:
     """Detect the layout of *root* and open its parts; also return the images that `labels.csv` lacks."""
-    kind = official.detect_kind(root)
+    kind = detect_kind(root)
     if kind is not None:
-        train = official.open_part(kind, "train", root)
-        test = official.open_part(kind, "held_out", root)
+        train = open_part(kind, "train", root)
+        test = open_part(kind, "held_out", root)
         return ClassFolders({"train": train, "test": test}), []
     if not has_label_table(root):
         return open_class_folders(root), []

@@ -13,8 +13,15 @@ import pydantic
 from sopdeploy.config import with_registered
 from sopdeploy.data.base import DataSource, LabeledImages, Split, select_subset
 from sopdeploy.data.datasets.folder import FolderConfig, open_folder
-from sopdeploy.data.datasets.official import OfficialConfig, detect_kind, open_official
-from sopdeploy.data.datasets.small import CifarConfig, DigitsConfig, open_cifar, open_digits
+from sopdeploy.data.datasets.libraries import (
+    CifarConfig,
+    DigitsConfig,
+    OfficialConfig,
+    detect_kind,
+    open_cifar,
+    open_digits,
+    open_official,
+)
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.data.image_files import find_unreadable
 from sopdeploy.errors import DataError, shorten

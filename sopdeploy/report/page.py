@@ -1,21 +1,28 @@
-"""Write the page about a finished run: curves, predictions of the best network, recipe and environment."""
+"""Write the page about a finished run: curves, predictions, photographs, recipe and environment."""
 
+import base64
+import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from torch import Tensor
+
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.errors import CheckpointError
-from sopdeploy.evaluation.metrics import ClassificationReport
+from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelReport
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.files import atomic_write, writing
 from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, percent, render
-from sopdeploy.report.pictures import show_copies, show_mistakes, show_wrong_labels
+from sopdeploy.images.pixels import to_rgb
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.report.predictions import describe_predictions, measure_predictions
+from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve, history_table
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, read_result
@@ -211,3 +218,62 @@ def _describe_course(run: Run, best: Checkpoint) -> Iterator[Section]:
     facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
     machine = Table(caption="Versions and machine", columns=["what", "value"], rows=list(facts.items()))
     yield Section(title="Environment", tables=[machine])
+
+
+_MAX_SHOWN, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # images, groups, and images of a group
+_SIDE = 128  # pixels of the longer side
+_JPEG_QUALITY = 75
+
+
+def show_mistakes(
+    scores: Sequence[ImageScore], images: LabeledImages, preprocess: Preprocess
+) -> list[Figure]:
+    """Show the wrong predictions with the highest confidence."""
+    wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
+    figures = []
+    for _, index in wrong[:_MAX_SHOWN]:
+        score = scores[index]
+        true, predicted = images.labels[score.target], images.labels[score.top5[0]]
+        shares = percent(score.likelihood), percent(score.confidence)
+        caption = f"{true} ({shares[0]}), predicted as {predicted} ({shares[1]})"
+        figures.append(_show(images, index, caption, preprocess))
+    return figures
+
+
+def show_wrong_labels(
+    images: LabeledImages, state: dict[str, Tensor], preprocess: Preprocess
+) -> list[Figure]:
+    """Show the training *images* whose label is probably wrong by the *state* of a procedure."""
+    if "label_logits" not in state:
+        return []
+    figures = []
+    for index, found in list_wrong_labels(state["label_logits"].double().numpy(), images)[:_MAX_SHOWN]:
+        shares = percent(found.probability), percent(found.probability_suggested)
+        caption = f"{found.label} ({shares[0]}), suggested: {found.suggested} ({shares[1]})"
+        figures.append(_show(images, index, caption, preprocess))
+    return figures
+
+
+def show_copies(images: LabeledImages, state: dict[str, Tensor], preprocess: Preprocess) -> list[Figure]:
+    """Show the largest groups of copies among the training *images* by the *state* of a procedure."""
+    if "groups" not in state:
+        return []
+    group_N = state["groups"].numpy()
+    sizes = np.bincount(group_N)
+    figures = []
+    for number, group in enumerate(np.argsort(-sizes, kind="stable")[:_MAX_GROUPS], 1):
+        if sizes[group] > 1:
+            for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist():
+                caption = f"group {number}: {', '.join(images.class_names(index))}"
+                figures.append(_show(images, index, caption, preprocess))
+    return figures
+
+
+def _show(images: LabeledImages, index: int, caption: str, preprocess: Preprocess) -> Figure:
+    """Show an image as a small JPEG with its file, if it is one, and *caption*."""
+    small = to_rgb(images[index][0], preprocess).copy()  # without metadata such as time and place
+    small.thumbnail((_SIDE, _SIDE))
+    encoded = io.BytesIO()
+    small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
+    jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
+    return Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=f"{images.identity(index)}: {caption}")

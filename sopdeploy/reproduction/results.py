@@ -22,7 +22,7 @@ from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import Counts, describe
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.distributed.strategy import select_device
+from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position
 from sopdeploy.training.train import TrainingResult, select_procedure

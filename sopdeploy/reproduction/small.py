@@ -16,7 +16,7 @@ from sopdeploy.backbones.efficientnet import EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.bundle.folder import staging
 from sopdeploy.data.datasets.folder import FolderConfig
-from sopdeploy.data.datasets.small import open_digits
+from sopdeploy.data.datasets.libraries import open_digits
 from sopdeploy.data.near import hold_out_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import DataError

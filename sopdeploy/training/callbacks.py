@@ -1,9 +1,5 @@
 """Callbacks that observe a run, such as the progress display."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any
-
 from sopdeploy.training.diagnostics import EpochRow
 
 
@@ -30,16 +26,3 @@ class Callback:
 
     def on_epoch_end(self, row: EpochRow) -> None:
         """Run after each epoch with its metrics."""
-
-
-class CallbackList(Callback):
-    """Forward every event to several callbacks, in order."""
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        def forward(event: str, *arguments: Any, **values: Any) -> None:
-            for callback in callbacks:
-                getattr(callback, event)(*arguments, **values)
-
-        for name in vars(Callback):
-            if name.startswith("on_"):
-                setattr(self, name, partial(forward, name))

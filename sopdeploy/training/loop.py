@@ -18,14 +18,14 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
-from sopdeploy.training.distributed.batch_sharding import shard_step
+from sopdeploy.training.distributed import shard_step
 from sopdeploy.training.fine_tuning import set_train_mode
+from sopdeploy.training.gradient import train_step
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
 from sopdeploy.training.run import LoopRun
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.signals import SignalState, StopRequested, TrainingStoppedError, handle_signals
-from sopdeploy.training.step.gradient import train_step
+from sopdeploy.training.signals import SignalState, TrainingStoppedError, handle_signals
 
 _RESAMPLES = 1000
 
@@ -50,13 +50,13 @@ def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -
                 folder.save_derived_files(run)
                 callback.on_epoch_end(run.position.history[-1])
             fit_best(run, held_out, folder, callback)
-        except StopRequested as stop:
+        except TrainingStoppedError as stop:
             folder.save_last(run)
-            raise TrainingStoppedError(
+            stop.message = (
                 f"stopped in epoch {run.position.epoch + 1} of {recipe.epochs} after "
-                f"{run.position.step} steps of it; {folder.last} is saved and can be resumed",
-                stop.signal_number,
-            ) from None
+                f"{run.position.step} steps of it; {folder.last} is saved and can be resumed"
+            )
+            raise
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
 

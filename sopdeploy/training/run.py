@@ -30,13 +30,13 @@ from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
-from sopdeploy.training.distributed.strategy import Strategy
+from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
+from sopdeploy.training.losses import Loss, Teacher
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import InitialModel, StartReport
-from sopdeploy.training.step.losses import Loss, Teacher
 from sopdeploy.version import __version__
 
 

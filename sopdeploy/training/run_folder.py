@@ -22,8 +22,8 @@ from sopdeploy.checkpoint import Checkpoint, read_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
 from sopdeploy.training.diagnostics import best_epoch, history_csv
-from sopdeploy.training.distributed.strategy import Strategy
-from sopdeploy.training.procedure import SaveConfig
+from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.recipe import SaveConfig
 from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock

@@ -19,19 +19,11 @@ from sopdeploy.evaluation.prediction import ProcessGroup
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class StopRequested(Exception):  # noqa: N818  # not an error: `train` handles it
-    """Raised between two steps after the stop signal `signal_number`."""
+class TrainingStoppedError(TrainingError):
+    """The run was stopped between two steps by the signal `signal_number`; `message` says what is saved."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__()
-        self.signal_number = signal_number
-
-
-class TrainingStoppedError(TrainingError):
-    """The run was stopped by the signal `signal_number` and saved."""
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number  # as shells expect
 
@@ -46,14 +38,14 @@ class SignalState:
     def exchange(self, *, save_due: bool = False) -> bool:
         """Exchange the signals of all processes, which must call this the same number of times.
 
-        Raises `StopRequested` if one of them has received a stop signal; returns whether *save_due* is true
-        in one of them.
+        Raises `TrainingStoppedError` if one of them has received a stop signal; returns whether *save_due* is
+        true in one of them.
         """
         flags = [number in self.received for number in STOP_SIGNALS] + [save_due]
         *counts, due_count = self.processes.all_reduce(torch.tensor(flags).int()).tolist()
         for number, count in zip(STOP_SIGNALS, counts, strict=True):
             if count:
-                raise StopRequested(number)
+                raise TrainingStoppedError(number)
         return bool(due_count)
 
 

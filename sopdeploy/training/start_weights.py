@@ -28,7 +28,7 @@ from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
-from sopdeploy.training.distributed.strategy import Strategy
+from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.recipe import Recipe
 

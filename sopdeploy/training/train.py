@@ -28,12 +28,17 @@ from sopdeploy.models.second_order_head import head_name
 from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch
-from sopdeploy.training.distributed.batch_sharding import check_divisible
-from sopdeploy.training.distributed.strategy import Strategy, select_device
-from sopdeploy.training.distributed.torchrun import check_same_step
+from sopdeploy.training.distributed import Strategy, check_divisible, select_device
 from sopdeploy.training.loop import fit_loop
-from sopdeploy.training.procedure import AnyProcedureConfig, AutoConfig, FewShotConfig, LoopConfig
-from sopdeploy.training.recipe import Recipe, check_same_recipe, validate_recipe
+from sopdeploy.training.recipe import (
+    AnyProcedureConfig,
+    AutoConfig,
+    FewShotConfig,
+    LoopConfig,
+    Recipe,
+    check_same_recipe,
+    validate_recipe,
+)
 from sopdeploy.training.results import AnyProcedureResult, read_result
 from sopdeploy.training.run import LoopRun, Run
 from sopdeploy.training.run_folder import RunFolder
@@ -265,6 +270,15 @@ def _check_unknown(recipe: Recipe, data: Split) -> None:
     if data.train.targets.ndim == 2:
         raise ConfigError("rejection.unknown: without effect where images have several classes; remove it")
     open_any_images(recipe.rejection.unknown)
+
+
+def check_same_step(run: Run, folder: Path) -> None:
+    """Raise `ConfigError` if the processes would resume from different steps."""
+    position = torch.tensor([run.position.epoch, run.position.step])
+    if not torch.equal(run.strategy.all_reduce(position), position * run.strategy.world):
+        raise ConfigError(
+            f"{folder}: the processes find different checkpoints; use a disk that all machines share"
+        )
 
 
 def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sopdeploy.data.datasets import official
 from sopdeploy.data.datasets.folder import list_classes, no_classes
 from sopdeploy.data.datasets.label_table import LABELS_FILE, has_label_table, read_label_table
+from sopdeploy.data.datasets.libraries import detect_kind, open_part
 from sopdeploy.data.folders import (
     Log,
     data_folder,
@@ -49,8 +49,8 @@ def open_evaluation_images(
                 "images and their classes in this file"
             )
         return read_label_table(root, labels, multi_label=True).held_out()
-    if (kind := official.detect_kind(root)) is not None:
-        images = _match(root, official.open_part(kind, "held_out", root), labels, must_match=False)
+    if (kind := detect_kind(root)) is not None:
+        images = _match(root, open_part(kind, "held_out", root), labels, must_match=False)
     else:
         folder = _held_out_folder(root, labels, log)
         if has_label_table(folder):
@@ -72,7 +72,7 @@ def check_holds_classes(root: Path) -> Path:
     Reads no image and needs no network. Commands call this before they import torch, which takes seconds.
     """
     root = data_folder(root)
-    if not list_subfolders(root) and not has_label_table(root) and official.detect_kind(root) is None:
+    if not list_subfolders(root) and not has_label_table(root) and detect_kind(root) is None:
         raise no_classes(root)
     return root
 

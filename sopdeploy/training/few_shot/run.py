@@ -32,7 +32,7 @@ from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.run_folder import RunFolder
-from sopdeploy.training.signals import StopRequested, TrainingStoppedError, handle_signals
+from sopdeploy.training.signals import TrainingStoppedError, handle_signals
 
 # Below this number of groups, the energies are the means of three cross-validations. The threshold is one of
 # the lowest energies, which other folds change: for 100 photographs of clothing, five seeds rejected 58 to
@@ -61,10 +61,9 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
         try:
             result = _fit(run, data.train, on_progress)
             result, metrics = _evaluate(run, data, result)
-        except StopRequested as stop:
-            raise TrainingStoppedError(
-                "stopped before the first checkpoint; start the same command again", stop.signal_number
-            ) from None
+        except TrainingStoppedError as stop:
+            stop.message = "stopped before the first checkpoint; start the same command again"
+            raise
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
     _fit_decision(run, data.train, result)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sopdeploy.data.datasets.small import cifar_class
+from sopdeploy.data.datasets.libraries import cifar_class
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 32), ending: str = "JPEG") -> bytes:

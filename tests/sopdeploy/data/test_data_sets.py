@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import Split
 from sopdeploy.data.datasets.layouts import class_aliases, open_evaluation_images
-from sopdeploy.data.datasets.small import DigitsConfig
+from sopdeploy.data.datasets.libraries import DigitsConfig
 from sopdeploy.data.sources import DataConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.training.recipe import read_recipe

@@ -27,8 +27,7 @@ from sopdeploy.report.wrong_labels import LISTED_BELOW, list_wrong_labels
 from sopdeploy.training import train
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, OutOfFold, Problem, Targets, compose, estimate
-from sopdeploy.training.procedure import FewShotConfig, LoopConfig
-from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
 from tests.sopdeploy.training.runs import COLORS, SMALL, paint, train_with_page
 

@@ -29,7 +29,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
 from sopdeploy.importers.published import LITE
 from sopdeploy.models.registry import create_model
-from sopdeploy.training.distributed.strategy import Strategy
+from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.start_weights import InitialModel, complete_preprocess, create_initial_model
 from sopdeploy.training.train import train_recipe

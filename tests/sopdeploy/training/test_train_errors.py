@@ -9,11 +9,10 @@ import torch
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, DataError, NoMemoryError, TrainingError
-from sopdeploy.training import train
+from sopdeploy.training import gradient, train
+from sopdeploy.training.losses import Loss
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import LOCK_FILE
-from sopdeploy.training.step import gradient
-from sopdeploy.training.step.losses import Loss
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make
 from tests.sopdeploy.training.runs import RecordingCallback, interrupt, short_recipe

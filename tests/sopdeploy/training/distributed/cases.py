@@ -11,11 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.models.gmsop import GMSOPResNet
-from sopdeploy.training.distributed.batch_sharding import shard_step
-from sopdeploy.training.distributed.strategy import Strategy, select_device
+from sopdeploy.training.distributed import Strategy, select_device, shard_step
+from sopdeploy.training.gradient import train_step
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.step.gradient import train_step
 from tests.sopdeploy.training.runs import start_run
 
 NETWORKS = {

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sopdeploy.checkpoint import load_plain
-from sopdeploy.training.distributed.torchrun import join_processes
+from sopdeploy.training.distributed import join_processes
 from tests.service.children import PYTHONPATH, ROOT
 from tests.sopdeploy.training.runs import few_digits, forkserver
 

@@ -16,12 +16,11 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers import mixture
 from sopdeploy.models import gmsop
 from sopdeploy.models.registry import CATALOG, create_model
-from sopdeploy.training.distributed import torchrun
-from sopdeploy.training.distributed.batch_sharding import check_divisible, shard_step
-from sopdeploy.training.distributed.strategy import Strategy
+from sopdeploy.training import train
+from sopdeploy.training.distributed import Strategy, check_divisible, shard_step
+from sopdeploy.training.gradient import train_step
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import list_recipes
-from sopdeploy.training.step.gradient import train_step
 from tests.sopdeploy.training.distributed.cases import (
     LONG_CASES,
     SHORT_CASES,
@@ -105,10 +104,10 @@ def test_running_statistics_of_batch_norms_are_averaged() -> None:
 def test_processes_that_resume_from_different_steps_are_refused(tmp_path) -> None:
     processes = TwoProcesses(CPU)
     run = start_run(build_recipe("dsop", "sgd"), dataset(), processes)
-    torchrun.check_same_step(run, tmp_path)
+    train.check_same_step(run, tmp_path)
     processes.offset = 1.0
     with pytest.raises(ConfigError, match="find different checkpoints; use a disk that all"):
-        torchrun.check_same_step(run, tmp_path)
+        train.check_same_step(run, tmp_path)
 
 
 Results = dict[str, dict[str, Tensor]]

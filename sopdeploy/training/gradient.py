@@ -9,11 +9,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
 from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of_memory
-from sopdeploy.training.distributed.batch_sharding import MicroBatch, shard_step
+from sopdeploy.training.distributed import MicroBatch, shard_step
 from sopdeploy.training.fine_tuning import LR_FACTOR
+from sopdeploy.training.losses import Loss, training_loss
 from sopdeploy.training.optimizers import AdaHessian
 from sopdeploy.training.run import LoopRun
-from sopdeploy.training.step.losses import Loss, training_loss
 
 
 def train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:

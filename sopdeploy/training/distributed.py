@@ -1,0 +1,221 @@
+"""The processes of a run: their devices, the sums over them, and the samples that each computes.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, or with WORLD_SIZE=1,
+there is only this process.
+
+Each process computes a shard of every batch. A step is divided into micro-batches first, and each micro-batch
+is sharded. A step of several processes equals that of one process with the whole batch: gradients are summed,
+and the loss of a process is weighted by its number of samples. Layers that couple samples sum their
+statistics over the processes themselves (balance loss), or not (batch norm).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+
+from sopdeploy.checkpoint import Checkpoint, write_checkpoint
+from sopdeploy.data.batches import count_batches
+from sopdeploy.environment import is_distributed
+from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
+from sopdeploy.evaluation.prediction import ProcessGroup
+from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.signals import TrainingStoppedError
+
+
+class Strategy(ProcessGroup):
+    """The processes of a run, each with its own device: those that `join_processes` connected, or only this.
+
+    The loss of a step is the sum of the losses that the processes compute. Gradients are summed after the
+    backward pass: `DistributedDataParallel` reduces them during it, among the collectives of the layers, and
+    cannot sum second derivatives.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.joined = dist.is_available() and dist.is_initialized()
+        if self.joined:
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum *values* over the processes; the sum is on the device of *values*."""
+        if not self.joined:
+            return values
+        total = values.detach().to(self.device, copy=True)
+        dist.all_reduce(total)
+        return total.to(values.device)
+
+    def backward(self, loss: Tensor, model: nn.Module, *, last: bool) -> None:
+        """Add the gradient of *loss* to `grad` in *model*; with *last*, sum it over processes.
+
+        *loss* is the mean over the samples of a micro-batch, times their fraction of the step.
+        """
+        loss.backward()  # type: ignore[no-untyped-call]
+        if last and self.world > 1:
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            sums = self.sum_by_parameter([parameter.grad for parameter in parameters], parameters)
+            for parameter, gradient in zip(parameters, sums, strict=True):
+                parameter.grad = gradient
+
+    @torch.no_grad()
+    def sum_by_parameter(
+        self, tensors: Sequence[Tensor | None], parameters: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Sum each of *tensors*, which have the shapes of *parameters*, over the processes.
+
+        None counts as 0. The sum is None if all processes pass None: weight decay must skip such parameters.
+        """
+        if not self.joined or not parameters:
+            return list(tensors)
+        counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
+        used = [index for index, count in enumerate(counts.tolist()) if count]
+        flat = []
+        for index in used:
+            tensor, parameter = tensors[index], parameters[index]
+            flat.append(parameter.new_zeros(parameter.numel()) if tensor is None else tensor.reshape(-1))
+        total = torch.cat(flat)
+        dist.all_reduce(total)
+        sums: list[Tensor | None] = [None] * len(parameters)
+        for index, part in zip(used, torch.split(total, [part.numel() for part in flat]), strict=True):
+            sums[index] = torch.empty_like(parameters[index]).copy_(part.view_as(parameters[index]))
+        return sums
+
+    def shard(self, samples: Sequence[int]) -> list[int]:
+        """Select this process' part of *samples*; the sizes differ by at most one."""
+        first, end = (len(samples) * rank // self.world for rank in (self.rank, self.rank + 1))
+        return list(samples[first:end])
+
+    def save(self, path: Path, checkpoint: Checkpoint) -> None:
+        """Write *checkpoint* atomically, in the first process only."""
+        if self.rank == 0:
+            write_checkpoint(path, checkpoint)
+
+
+def select_device(name: str) -> torch.device:
+    """Select the device *name*: `auto`, `cpu` or `cuda`; raise `ConfigError` if there is no CUDA device."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("device: no CUDA device on this machine; set device=auto or device=cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+class MicroBatch(NamedTuple):
+    """The loaded samples `first` to `end` (exclusive); `total` counts the samples of all processes."""
+
+    first: int
+    end: int
+    total: int
+
+
+class StepShard(NamedTuple):
+    """The `samples` to load, in this order, and the `micro_batches` to compute."""
+
+    samples: list[int]
+    micro_batches: list[MicroBatch]
+
+
+def shard_step(samples: Sequence[int], recipe: Recipe, strategy: Strategy) -> StepShard:
+    """Select the samples and micro-batches of this process in a step with *samples*."""
+    count = min(recipe.accumulate, max(1, len(samples) // max(2, strategy.world)))
+    loaded: list[int] = []
+    micro_batches = []
+    for number in range(count):
+        start, end = (-(-len(samples) * index // count) for index in (number, number + 1))
+        indices = strategy.shard(range(start, end))
+        micro_batches.append(MicroBatch(len(loaded), len(loaded) + len(indices), end - start))
+        loaded += [samples[index] for index in indices]
+    return StepShard(loaded, micro_batches)
+
+
+def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
+    """Raise `ConfigError` unless *world* processes get enough samples in every step."""
+    if recipe.batch_size % world:
+        raise ConfigError(
+            f"batch_size: a step of {recipe.batch_size} samples cannot be divided among {world} processes; "
+            f"choose a multiple of {world} (batch_size counts the samples of all processes)"
+        )
+    steps = count_batches(train_count, recipe.batch_size)
+    smallest = train_count // steps  # the sizes of steps differ by at most one
+    if smallest // recipe.accumulate < world:
+        raise ConfigError(
+            f"batch_size: steps of {smallest} samples in {recipe.accumulate} micro-batches leave some of "
+            f"{world} processes without a sample; start fewer processes or lower accumulate"
+        )
+
+
+@contextmanager
+def join_processes() -> Iterator[None]:
+    """Connect the processes of the run while the context is active.
+
+    Sets `reported` on errors that another process reports. Raises `TrainingError` if the connection to
+    another process is lost, `ConfigError` if a process has no GPU of its own.
+    """
+    if not is_distributed():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_local_device())
+    store, rank, world = next(rendezvous("env://"))
+    store = PrefixStore(_attempt_prefix(), store)
+    dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
+    try:
+        yield
+    except SopdeployError as error:
+        error.reported = _is_reported(PrefixStore("reported", store), str(error))
+        if isinstance(error, TrainingStoppedError):  # raised by all processes after the same step
+            dist.destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        lost = TrainingError("another process of the run ended, see its message and resume it")
+        lost.reported = _is_reported(PrefixStore("reported", store), str(lost))
+        raise lost from error
+    else:
+        dist.destroy_process_group()
+
+
+def _attempt_prefix() -> str:
+    """Return the prefix of the keys of this attempt in torchrun's store.
+
+    On one machine, it is the number of restarts, because the store outlives a restart and then contains the
+    addresses of dead processes. With several machines, each attempt gets a new store, and the machines count
+    restarts separately, so the prefix is constant.
+    """
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if one_machine else "0"
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    # torch raises plain RuntimeErrors for some lost connections.
+    messages = ("gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or any(message in str(error) for message in messages)
+
+
+def _local_device() -> int:
+    """Return the index of the GPU of this process; raise `ConfigError` if the machine has too few."""
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ConfigError(
+            f"process {number + 1} of this machine has no GPU of its own, there are {count}; start one "
+            "process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU"
+        )
+    return number
+
+
+def _is_reported(store: Store, message: str) -> bool:
+    """Check whether another process reports *message*, and mark it as reported.
+
+    If the store is gone, the process that hosted it ended and reported why.
+    """
+    with suppress(RuntimeError):
+        key = hashlib.blake2b(message.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+        return bool(store.add(key, 1) > 1)
+    return True
