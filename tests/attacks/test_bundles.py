@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx.parser
 import pytest
 from click.testing import Result
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
@@ -29,20 +29,18 @@ PROBES = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.
 
 def graph(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") -> bytes:
     """Build a graph from images (n, 16, 16, 3) uint8 to *factor* times their mean colors (n, 3)."""
-    nodes = [
-        helper.make_node(cast, ["images"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["wide", "axes"], ["color"], keepdims=0),
-        helper.make_node("Mul", ["color", "factor"], [output]),
-    ]
-    constants = {"axes": np.array([1, 2]), "factor": np.array(factor, dtype=np.float32)}
-    found = helper.make_graph(
-        nodes,
-        "colors",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", SIDE, SIDE, 3])],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, ["n", 3])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    model = onnx.parser.parse_model(
+        f"""
+        <ir_version: 10, opset_import: ["": 18]>
+        colors (uint8[n, {SIDE}, {SIDE}, 3] images) => (float[n, 3] {output})
+        <int64[2] axes = {{1, 2}}, float factor = {{{factor}}}>
+        {{
+            wide = {cast} <to = 1> (images)
+            color = ReduceMean <keepdims = 0> (wide, axes)
+            {output} = Mul (color, factor)
+        }}
+        """
     )
-    model = helper.make_model(found, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return bytes(model.SerializeToString())
 
 

@@ -4,7 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
-import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper
 
@@ -16,23 +16,22 @@ pytestmark = pytest.mark.skipif(not installed(), reason=ABSENT)
 
 def without_convolution() -> onnx.ModelProto:
     """Return a network that the stand-in can run: convolutions need cuDNN."""
-    rows = helper.make_tensor("rows", TensorProto.INT64, [2], [0, SIDE * SIDE * 3])
-    weight = helper.make_tensor(
-        "fc.weight", TensorProto.FLOAT, [SIDE * SIDE * 3, CLASSES], [0.5] * SIDE * SIDE * 3 * CLASSES
+    size = SIDE * SIDE * 3
+    model = onnx.parser.parse_model(
+        f"""
+        <ir_version: 10, opset_import: ["": 18]>
+        without_convolution (uint8[batch, {SIDE}, {SIDE}, 3] images) => (float[batch, {CLASSES}] logits)
+        <float[{size}, {CLASSES}] fc_weight, int64[2] rows = {{0, {size}}}>
+        {{
+            pixels = Cast <to = 1> (images)
+            vector = Reshape (pixels, rows)
+            logits = MatMul (vector, fc_weight)
+        }}
+        """
     )
-    nodes = [
-        helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
-        helper.make_node("Reshape", ["pixels", "rows"], ["vector"]),
-        helper.make_node("MatMul", ["vector", "fc.weight"], ["logits"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "without_convolution",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["batch", SIDE, SIDE, 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
-        [rows, weight],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    weight = helper.make_tensor("fc_weight", TensorProto.FLOAT, [size, CLASSES], [0.5] * size * CLASSES)
+    model.graph.initializer.append(weight)
+    return model
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -13,13 +13,13 @@ from typing import Any
 
 import httpx
 import numpy as np
-import onnx
+import onnx.parser
 import pytest
 import uvicorn
 from fake_runtime import FakeRuntime
 from fastapi import FastAPI
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import numpy_helper
 from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
@@ -42,24 +42,24 @@ LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
 RULES = Preprocess(resize=36, crop=32)
 
 
+TINY = """
+<ir_version: 10, opset_import: ["": 18]>
+tiny (uint8[n, 32, 32, 3] images) => (float[n, 7] logits)
+<float[3, 7] weights, int64[2] axes = {1, 2}>
+{
+    wide = Cast <to = 1> (images)
+    colour = ReduceMean <keepdims = 0> (wide, axes)
+    logits = MatMul (colour, weights)
+}
+"""
+
+
 def tiny_graph(seed: int = 0) -> onnx.ModelProto:
     """uint8 images (n, 32, 32, 3) to logits (n, 7): a linear layer over the mean colour, by *seed*."""
-    rng = np.random.default_rng(seed)
-    weights = rng.normal(size=(3, len(LABELS))).astype(np.float32) / 40
-    nodes = [
-        helper.make_node("Cast", ["images"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("ReduceMean", ["wide", "axes"], ["colour"], keepdims=0),
-        helper.make_node("MatMul", ["colour", "weights"], ["logits"]),
-    ]
-    constants = {"axes": np.array([1, 2], dtype=np.int64), "weights": weights}
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 32, 32, 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", len(LABELS)])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = onnx.parser.parse_model(TINY)
+    weights = np.random.default_rng(seed).normal(size=(3, len(LABELS))).astype(np.float32) / 40
+    model.graph.initializer.append(numpy_helper.from_array(weights, "weights"))
+    return model
 
 
 def write_bundle(
