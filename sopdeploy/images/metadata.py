@@ -34,6 +34,8 @@ def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[by
         file = io.BytesIO()
         try:
             pixels = to_rgb(image, Preprocess())
+            if pixels is image:
+                pixels = image.copy()  # Pillow saves an opened file only where it may ask for the folder
             pixels.info.clear()
             pixels.save(file, "PNG", compress_level=1)
         except Exception as error:  # a decoder may raise anything

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.errors import ImageError
+from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy_service.decoding import sandbox
 from sopdeploy_service.decoding.pool import DecoderProcess, shared_template
 from sopdeploy_service.images.decode import decode
@@ -48,7 +49,7 @@ IMAGES = {
 
 
 @linux
-def test_a_sandboxed_child_decodes_every_format_to_the_same_pixels() -> None:
+def test_a_sandboxed_child_decodes_and_copies_every_format_as_without_a_sandbox() -> None:
     child, errors = DecoderProcess(shared_template(), OPTIONS, 60), {}
     assert re.fullmatch(r"no_new_privs, (landlock \d+|no landlock), seccomp", child.restrictions)
     for name, body in IMAGES.items():
@@ -56,6 +57,7 @@ def test_a_sandboxed_child_decodes_every_format_to_the_same_pixels() -> None:
             found = child.decode(body, RULES)
             expected = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
             assert np.array_equal(found.pixels, expected.pixels), name
+            assert child.copy(body) == copy_without_metadata(body), name
         except ImageError as error:
             errors[name] = error.code
     assert errors == {
