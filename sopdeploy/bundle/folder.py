@@ -84,20 +84,15 @@ def staging(destination: Path) -> Iterator[Path]:
                 destination.rmdir()
 
 
-def file_records(folder: Path) -> dict[str, FileRecord]:
-    """Compute size and sha256 of every file in *folder*, by name."""
-    return {
-        path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
-        for path in sorted(folder.iterdir())
-    }
-
-
 def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
     """Hash every file in *folder*, write the manifest and return it.
 
     Raises `BundleError` if a file in `REQUIRED` is missing.
     """
-    files = file_records(folder)
+    files = {
+        path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
+        for path in sorted(folder.iterdir())
+    }
     missing = [name for name in REQUIRED if name not in files]
     if missing:
         raise BundleError(f"{folder}: the bundle is incomplete, {missing[0]} is missing")

@@ -72,8 +72,10 @@ def open_image(
     try:
         _check_size(webp_size(body), max_pixels)
         image = _open(body, kind)
-        for size in image.size, *(_item_sizes(body) if kind == "HEIF" else ()):
-            _check_size(size, max_pixels)
+        _check_size(image.size, max_pixels)
+        for size in ITEM_SIZE.findall(body) if kind == "HEIF" else ():  # its decoder allocates all images
+            width, height = (int.from_bytes(side, "big") for side in size)
+            _check_size((width, height), max_pixels)
         match_transparency(image)
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
@@ -201,12 +203,6 @@ def webp_size(body: bytes) -> tuple[int, int]:
     if kind == b"WEBPVP8 ":
         return int.from_bytes(head[10:12], "little") & 0x3FFF, int.from_bytes(head[12:], "little") & 0x3FFF
     return 0, 0
-
-
-def _item_sizes(body: bytes) -> Iterator[tuple[int, int]]:
-    """Yield the sizes of the images in a HEIC file, which its decoder allocates."""
-    for width, height in ITEM_SIZE.findall(body):
-        yield int.from_bytes(width, "big"), int.from_bytes(height, "big")
 
 
 def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:

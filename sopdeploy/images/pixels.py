@@ -10,6 +10,7 @@ overlap: 5400 tags of 64 kB each fit into 64 kB and would take 350 MB.
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -60,22 +61,17 @@ def exif_orientation(image: Image.Image) -> int:
 
 
 def _read_orientation(data: bytes) -> int | None:
+    """Read the orientation from the first directory of tags; None if it has none before *data* ends."""
     data = data.removeprefix(b"Exif\0\0")
     order = "<" if data.startswith(b"II") else ">"
-    for tag, kind, _, value in _read_tags(data, order):
-        if tag == ORIENTATION:
-            return int(struct.unpack_from(order + INTEGERS[kind], struct.pack(order + "I", value))[0])
+    with suppress(struct.error):  # the data are cut
+        (start,) = struct.unpack_from(order + "I", data, 4)
+        (count,) = struct.unpack_from(order + "H", data, start)
+        for entry in range(count):
+            tag, kind, _, value = struct.unpack_from(order + "HHII", data, start + 2 + 12 * entry)
+            if tag == ORIENTATION:
+                return int(struct.unpack_from(order + INTEGERS[kind], struct.pack(order + "I", value))[0])
     return None
-
-
-def _read_tags(data: bytes, order: str) -> list[tuple[int, int, int, int]]:
-    """Read (tag, type, count, value or offset) of the first directory; fewer if *data* is cut."""
-    if len(data) < 8:
-        return []
-    (start,) = struct.unpack_from(order + "I", data, 4)
-    count = struct.unpack(order + "H", data[start : start + 2])[0] if len(data) >= start + 2 else 0
-    entries = data[start + 2 : start + 2 + 12 * count]
-    return list(struct.iter_unpack(order + "HHII", entries[: len(entries) // 12 * 12]))
 
 
 def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:

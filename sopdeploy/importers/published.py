@@ -222,20 +222,14 @@ def _fetch_from_hub(name: str, file: str = HUB_FILE) -> Path:
         url = hub.hf_hub_url(**location)
         advice = f"get {url} on another machine and copy it here"
         with _downloading(f"{repository}/{location['filename']}", advice, **OWN_FILE):
-            if not hub.constants.HF_HUB_OFFLINE:
-                _check_reachable(url, hub.utils.build_hf_headers())
+            if not hub.constants.HF_HUB_OFFLINE:  # the client tries for 30 seconds, with a line per try
+                request = Request(url, headers=hub.utils.build_hf_headers(), method="HEAD")  # noqa: S310
+                urlopen(request, timeout=UNREACHABLE_SECONDS).close()  # noqa: S310 - the hub's address
             cached = hub.hf_hub_download(**location)
     path = Path(cached)
     blob = path.resolve().name  # the hub's cache names large files by their hash
     _check_hash(path, blob if SHA256.fullmatch(blob) else "")
     return path
-
-
-def _check_reachable(url: str, headers: dict[str, str]) -> None:
-    """Request the headers of *url* once; the client of the hub tries for 30 seconds, with a line per try."""
-    request = Request(url, headers=headers, method="HEAD")  # noqa: S310 - the hub's address
-    with urlopen(request, timeout=UNREACHABLE_SECONDS):  # noqa: S310
-        pass
 
 
 @contextmanager

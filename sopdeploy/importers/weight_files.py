@@ -46,10 +46,14 @@ def open_weights(path: Path) -> WeightFile | Checkpoint:
         return parse_checkpoint(path, content, digest)
     state, other_keys = _find_state_dict(path, content)
     arch = content.get("arch") if other_keys else None
+    tensors = {  # without `module` of names such as module.conv1.weight or features.module.0.weight
+        ".".join(part for part in name.split(".") if part != "module"): tensor
+        for name, tensor in state.items()
+    }
     return WeightFile(
         path=path,
         sha256=digest,
-        tensors=check_tensors(path, _strip_data_parallel(state)),
+        tensors=check_tensors(path, tensors),
         arch=arch if isinstance(arch, str) else None,
         other_keys=other_keys,
     )
@@ -64,14 +68,6 @@ def _find_state_dict(path: Path, content: Any) -> tuple[Mapping[str, Tensor], tu
             if is_state_dict(content.get(key)):
                 return content[key], tuple(str(other) for other in content if other != key)
     raise WeightsError(f"{path}: holds no table of tensors, by itself or as `state_dict`; {ADVICE}")
-
-
-def _strip_data_parallel(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove `module` from names such as `module.conv1.weight` or `features.module.0.weight`."""
-    return {
-        ".".join(part for part in name.split(".") if part != "module"): tensor
-        for name, tensor in state.items()
-    }
 
 
 def read_matlab(path: Path, wanted: Collection[str] = VARIABLES) -> dict[str, Any]:

@@ -22,15 +22,6 @@ from sopdeploy.errors import MissingPackageError
 from sopdeploy.models.base import Classifier, Entry
 
 
-def squeeze_excite(channels: int, reduction: int) -> nn.Module:
-    """Build timm's Squeeze-and-Excitation, which scales a map (B, C, H, W) by channel; *reduction* is r.
-
-    Global average pooling, linear layer to C / r (at least one), ReLU, linear layer to C, sigmoid.
-    """
-    timm = import_optional("timm.layers", "timm", "sopdeploy[train]", MissingPackageError)
-    return timm.SEModule(channels, rd_channels=max(1, channels // reduction))
-
-
 def bottleneck_mlp(channels: int, reduction: int) -> nn.Sequential:
     """Build two linear layers on (B, C, 1, 1), with ReLU and C / *reduction* channels between them."""
     hidden = max(1, channels // reduction)
@@ -85,8 +76,12 @@ class SEOptions(StrictModel):
     reduction: Count = 16
 
     def build_attention(self, channels: int, _stage: str) -> nn.Module:
-        """Build the attention of a block of *channels* channels."""
-        return squeeze_excite(channels, self.reduction)
+        """Build timm's Squeeze-and-Excitation, which scales a map of *channels* channels by channel.
+
+        Global average pooling, linear layer to C / r (at least one), ReLU, linear layer to C, sigmoid.
+        """
+        timm = import_optional("timm.layers", "timm", "sopdeploy[train]", MissingPackageError)
+        return timm.SEModule(channels, rd_channels=max(1, channels // self.reduction))
 
 
 class SEResNetConfig(ResNetConfig, SEOptions):
