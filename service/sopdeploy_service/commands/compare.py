@@ -8,9 +8,10 @@ Photographs that a bundle was trained on are left out: `Origin.sample` has their
 not independent; only the first of a group counts. Letters: N photographs, C classes.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import pydantic
@@ -217,7 +218,7 @@ def compare(
         data: Folder of images that neither was trained on, DIR/<class>/*.jpg.
         unknown: Folder of images of none of the classes, which test `known`.
         tolerance: Points of accuracy by which a bundle that is not worse may lose.
-        on_image: Called with the numbers of photographs done and in total.
+        on_image: Called with the numbers of predictions done and in total.
 
     Raises:
         DataError: An image that the server would reject, or no photograph of a common class remains.
@@ -236,26 +237,24 @@ def compare(
     common = np.array([label in old & new for label in labels])[targets]
     if not common.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
-    sets = [images] if unknown is None else [images, open_any_images(unknown)]
-    scores, right, rejected = [], [], []
-    for one, outputs in zip(pair, _run(pair, sets, settings, on_image), strict=True):
-        answers = np.array([labels.index(label) for label in one.bundle.labels])[outputs[0].argmax(axis=1)]
-        right.append(answers == targets)
-        own = np.array([one.bundle.labels.index(labels[target]) for target in targets[common]])
-        known = _find_known(one, [outputs[0][common], *outputs[1:]])
-        rejected.append(~known[-1])
-        scores.append(_score(one, own, outputs[0][common], known))
+    unknown_images = None if unknown is None else open_any_images(unknown)
+    total, done = 2 * (len(images) + len(unknown_images or ())), itertools.count(1)
+    evaluated = [
+        _evaluate(one, images, common, unknown_images, settings, lambda: on_image(next(done), total))
+        for one in pair
+    ]
+    right = [one.right for one in evaluated]
     changes = compare_classes(labels, targets[common], [each[common] for each in right])
     added = compare_classes(labels, targets[~common], [each[~common] for each in right])
     wins, losses = sum(one.wins for one in changes), sum(one.losses for one in changes)
     count = int(common.sum())
     low, high = difference_interval(wins, losses, count)
-    change = None if unknown is None else _compare_rejections(*rejected)
+    change = _compare_rejections(*(one.rejected for one in evaluated))
     share = tolerance / 100
     attempt = count_comparisons(first) + 1
     verdict = decide(wins, losses, count, share, attempt)
     return BundleComparison(
-        first=scores[0], second=scores[1], num_images=count, **left_out,
+        first=evaluated[0].score, second=evaluated[1].score, num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
         p=mcnemar(wins, losses), tolerance=share, attempt=attempt,
         verdict="worse" if change is not None and change.is_worse else verdict, unknown=change,
@@ -328,55 +327,59 @@ def _select(
     }
 
 
-def _run(
-    pair: Sequence[LoadedModel],
-    sets: Sequence[ImageFiles],
+class Evaluated(NamedTuple):
+    """A bundle's score, which photographs (N,) are `right`, and which unknown images (U,) are `rejected`."""
+
+    score: BundleScore
+    right: NDArray[np.bool_]
+    rejected: NDArray[np.bool_] | None
+
+
+def _evaluate(
+    loaded: LoadedModel,
+    images: ImageFiles,
+    common: NDArray[np.bool_],
+    unknown: ImageFiles | None,
     settings: Settings,
-    on_image: Callable[[int, int], None],
-) -> list[list[NDArray[np.float32]]]:
-    """Run both bundles on each image; return the logits (N, C) of each bundle on each of *sets*."""
-    total, done = sum(map(len, sets)), 0
-    logits: list[list[list[NDArray[np.float32]]]] = [[[] for _ in sets] for _ in pair]
-    for number, images in enumerate(sets):
-        for index in range(len(images)):
-            for loaded, outputs in zip(pair, logits, strict=True):
-                outputs[number].append(image_logits(loaded, images, index, settings))
-            done += 1
-            on_image(done, total)
-    return [[np.stack(rows) for rows in outputs] for outputs in logits]
+    on_image: Callable[[], None],
+) -> Evaluated:
+    """Run a bundle on *images* and, if given, *unknown* ones; score it on the *common* ones (N,)."""
+    bundle, labels = loaded.bundle, images.labels
+    logits, known = _answer(loaded, images, settings, on_image)
+    rejected = None if unknown is None else ~_answer(loaded, unknown, settings, on_image)[1]
+    answers = np.array([labels.index(label) for label in bundle.labels])[logits.argmax(axis=1)]
+    right, count = answers == images.targets, int(common.sum())
+    own = np.array([bundle.labels.index(labels[target]) for target in images.targets[common]])
+    has_rule = bundle.manifest.rejection is not None
+    score = BundleScore(
+        bundle=bundle.name,
+        id=bundle.manifest.id,
+        top1=Rate.of(int(right[common].sum()), count),
+        log_loss=log_loss(logits[common].astype(np.float64), own),
+        accepted=Rate.of(int(known[common].sum()), count) if has_rule else None,
+        rejected=Rate.of(int(rejected.sum()), len(rejected)) if has_rule and rejected is not None else None,
+    )
+    return Evaluated(score, right, rejected)
 
 
-def _find_known(loaded: LoadedModel, outputs: Sequence[NDArray[np.float32]]) -> list[NDArray[np.bool_]]:
-    """Tell which images of each of *outputs* (N, C) are known; all are without a threshold."""
+def _answer(
+    loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return the logits (N, C) of *images*, and which are known (N,): all without a threshold."""
+    rows = []
+    for index in range(len(images)):
+        rows.append(image_logits(loaded, images, index, settings))
+        on_image()
     answer = loaded.bundle.manifest.answer
-    return [np.array([answer(row, top_k=1).known is not False for row in logits]) for logits in outputs]
+    return np.stack(rows), np.array([answer(row, top_k=1).known is not False for row in rows])
 
 
-def _compare_rejections(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Change:
-    """Compare the unknown images (N,) that the *first* and the *second* bundle reject."""
+def _compare_rejections(first: NDArray[np.bool_] | None, second: NDArray[np.bool_] | None) -> Change | None:
+    """Compare the unknown images (U,) that the *first* and the *second* bundle reject, if there are any."""
+    if first is None or second is None:
+        return None
     wins, losses = int((second & ~first).sum()), int((first & ~second).sum())
     return Change(wins=wins, losses=losses, p=mcnemar(wins, losses))
-
-
-def _score(
-    loaded: LoadedModel,
-    targets: NDArray[np.int64],
-    logits: NDArray[np.float32],
-    known: Sequence[NDArray[np.bool_]],
-) -> BundleScore:
-    """Score the *logits* (N, C) of photographs of *targets* (N,).
-
-    *known* tells which of these and, if given, of the unknown images are known.
-    """
-    has_rule = loaded.bundle.manifest.rejection is not None
-    return BundleScore(
-        bundle=loaded.bundle.name,
-        id=loaded.bundle.manifest.id,
-        top1=Rate.of(int((logits.argmax(axis=1) == targets).sum()), len(targets)),
-        log_loss=log_loss(logits.astype(np.float64), targets),
-        accepted=Rate.of(int(known[0].sum()), len(targets)) if has_rule else None,
-        rejected=Rate.of(int((~known[1]).sum()), len(known[1])) if has_rule and known[1:] else None,
-    )
 
 
 def compare_classes(
