@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +20,7 @@ import pydantic
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, RedirectResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 
 from sopdeploy.config import StrictModel
 from sopdeploy.decision import softmax
@@ -52,40 +53,35 @@ class GivenLabel(StrictModel):
     name: str = ""
 
 
-class LabelGuard:
-    """Refuses requests for other hosts than *names*, from other origins, without the key, and large ones."""
+def refuse_request(request: Request, names: set[str], key: str) -> Response | None:
+    """Refuse requests for other hosts than *names*, from other origins, without the *key*, and large ones.
 
-    def __init__(self, app: ASGIApp, names: set[str], key: str) -> None:
-        self.app, self.names, self.key = app, names, key
+    The page with the key in its address sets the cookie that has it.
+    """
+    headers, navigates = request.headers, request.method == "GET" and request.url.path == "/"
+    if is_foreign(headers, names, is_link=navigates):
+        return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
+    if request.method == "POST" and headers.get("content-type") != "application/json":
+        return PlainTextResponse("send application/json", 415)
+    if request.method == "POST" and int(headers.get("content-length", MAX_BODY_BYTES + 1)) > MAX_BODY_BYTES:
+        return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
+    if secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), key.encode()):
+        return None
+    given = parse_qs(request.url.query).get("key", [""])[0]
+    if navigates and secrets.compare_digest(given.encode(), key.encode()):
+        response = RedirectResponse("/", 303)  # so that the key is not in the history of the browser
+        response.set_cookie(COOKIE, key, httponly=True, samesite="lax")
+        return response
+    return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle or refuse one request."""
-        refusal = self._refuse(Request(scope)) if scope["type"] == "http" else None
-        await (refusal or self.app)(scope, receive, send)
 
-    def _refuse(self, request: Request) -> Response | None:
-        headers, navigates = request.headers, request.method == "GET" and request.url.path == "/"
-        if is_foreign(headers, self.names, is_link=navigates):
-            return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
-        if request.method == "POST" and headers.get("content-type") != "application/json":
-            return PlainTextResponse("send application/json", 415)
-        if (
-            request.method == "POST"
-            and int(headers.get("content-length", MAX_BODY_BYTES + 1)) > MAX_BODY_BYTES
-        ):
-            return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
-        if secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), self.key.encode()):
-            return None
-        given = parse_qs(request.url.query).get("key", [""])[0]
-        if navigates and secrets.compare_digest(given.encode(), self.key.encode()):
-            response = RedirectResponse("/", 303)  # so that the key is not in the history of the browser
-            response.set_cookie(COOKIE, self.key, httponly=True, samesite="lax")
-            return response
-        return PlainTextResponse("open the address that `sopdeploy label` has printed", 401)
+async def guard(names: set[str], key: str, request: Request, call_next: RequestResponseEndpoint) -> Response:
+    """Handle or refuse one request."""
+    return refuse_request(request, names, key) or await call_next(request)
 
 
 def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAPI:
-    """Create the app that labels the photographs of *folders*; `LabelGuard` describes *names* and *key*."""
+    """Create the app that labels the photographs of *folders*; `refuse_request` describes the rest."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     lock = threading.Lock()  # of *folders*; the routes run in threads
 
@@ -132,7 +128,7 @@ def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAP
         detail = f"{error.filename}: cannot be read or written ({error.strerror}); nothing was changed"
         return JSONResponse({"detail": detail}, 507)
 
-    app.add_middleware(LabelGuard, names=names, key=key)
+    app.add_middleware(BaseHTTPMiddleware, dispatch=partial(guard, names, key))
     return app
 
 
