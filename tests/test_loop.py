@@ -1,5 +1,9 @@
-"""The loop after the first deployment, by commands: from an empty folder to the second bundle live."""
+"""The loop after the first deployment, by commands: from an empty folder to the second bundle live.
 
+Classes, files and folders have names of all kinds, in three locales.
+"""
+
+import csv
 import hashlib
 import io
 import json
@@ -9,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import threading
+import unicodedata
 from pathlib import Path
 
 import httpx
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -21,30 +27,28 @@ from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  
 from tests.service.children import PYTHONPATH, announcing
 from tests.service.conftest import wait_for
 
-COLOURS = {
-    "blue": (40, 60, 200),
-    "green": (40, 180, 60),
-    "red": (200, 50, 40),
-    "жёлтый": (200, 190, 40),  # new after the first deployment
+COLOURS = {  # by the name of the class
+    "Überwurf " + "ж" * 95: (40, 60, 200),  # 200 bytes
+    '帽子 "ok"': (40, 180, 60),
+    unicodedata.normalize("NFD", "Schuhé") + " 👟": (200, 50, 40),
+    "-weiß.it's é": (200, 190, 40),  # new after the first deployment
+}
+*OLD, NEW = COLOURS
+FILES = ("Foto März {}.png", "写真{}.png", "-lead {}.png", "q'{}\".png", "x" * 190 + "{}.png", "é{}.png")
+PHOTOS, KEPT, PICTURE = "Fotos März", "gehalten é", "Foto März.png"
+LOCALES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0"},
+    "C in UTF-8 mode": {"LC_ALL": "C", "PYTHONUTF8": "1"},
+    "UTF-8": {"LC_ALL": "C.UTF-8", "PYTHONUTF8": "0"},
 }
 FIRST, TRAFFIC = range(20), range(100, 130)
-SMALL = (
-    *(
-        "--weights",
-        "none",
-        "--set",
-        "procedure.kind=few_shot",
-        "--set",
-        "model.name=resnet8",
-        "--set",
-        "threads=1",
-    ),
-    *("--set", "model.config={base_width=8}", "--set", "preprocess.resize=32", "--set", "preprocess.crop=32"),
+ASSIGNMENTS = (
+    *("procedure.kind=few_shot", "model.name=resnet8", "model.config={base_width=8}", "threads=1"),
+    *("preprocess.resize=32", "preprocess.crop=32"),
 )
-SERVE = (
-    *("serve", "bundles/live", "--port", "0"),
-    *("--setting", "keep=kept", "--setting", "keep_sample=0.5", "--setting", "follow=true"),
-)
+SMALL = ("--weights", "none", *(f"--set={assignment}" for assignment in ASSIGNMENTS))
+SETTINGS = (f"keep={KEPT}", "keep_sample=0.5", "follow=true")
+SERVE = ("serve", "bundles/live", "--port", "0", *(f"--setting={setting}" for setting in SETTINGS))
 pytestmark = [pytest.mark.slow, pytest.mark.browser, pytest.mark.timeout(900)]
 
 
@@ -68,26 +72,29 @@ def decoded(body: bytes) -> bytes:
 CLASSES = {decoded(draw(label, number)): label for label in COLOURS for number in TRAFFIC}
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with twenty photographs of three classes."""
-    for label in list(COLOURS)[:3]:
-        (tmp_path / "photos" / label).mkdir(parents=True)
+@pytest.fixture(params=LOCALES)
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with twenty photographs of three classes; commands run in each locale."""
+    for label in OLD:
+        (tmp_path / PHOTOS / label).mkdir(parents=True)
         for number in FIRST:
-            (tmp_path / "photos" / label / f"{number}.png").write_bytes(draw(label, number))
+            name = FILES[number % len(FILES)].format(number)
+            (tmp_path / PHOTOS / label / name).write_bytes(draw(label, number))
+    (tmp_path / PICTURE).write_bytes(draw(OLD[0], 99))
     monkeypatch.chdir(tmp_path)
+    for name, value in LOCALES[request.param].items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
 
 
-def sopdeploy(*arguments: str) -> str:
-    """Run a command, which must succeed; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "sopdeploy", *arguments], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def sopdeploy(*arguments: str, status: int = 0) -> str:
+    """Run a command that exits with *status*; return what it prints, of an error on stderr."""
+    command = [sys.executable, "-m", "sopdeploy", *arguments]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stderr if status else done.stdout
 
 
 def label_all(open_page, url: str) -> None:  # noqa: F811
@@ -113,7 +120,7 @@ def label_all(open_page, url: str) -> None:  # noqa: F811
 
 
 def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request(home, open_page) -> None:  # noqa: F811
-    sopdeploy("train", "--data", "photos", *SMALL)
+    sopdeploy("train", "--data", PHOTOS, *SMALL)
     sopdeploy("export", "runs/latest/best.pt")
     first = Path("bundles/latest").readlink().name
     sopdeploy("promote", "bundles/latest", "--over", "bundles/live")
@@ -123,7 +130,7 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
     with announcing(r"ready: (\S+)  ", *SERVE, stderr=stderr) as url:
         bodies = [draw(label, number) for number in TRAFFIC for label in COLOURS]
         replies += [httpx.post(f"{url}/v1/classify", content=body, timeout=60) for body in bodies]
-        body = next(filter(is_not_kept, (draw("red", number) for number in TRAFFIC)))
+        body = next(filter(is_not_kept, (draw(OLD[2], number) for number in TRAFFIC)))
 
         def send() -> None:
             while not stopped.wait(0.05):
@@ -132,14 +139,14 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
         sending = threading.Thread(target=send)
         sending.start()
         try:
-            with announcing(r"page +(\S+)", "label", "kept", "--photos", "photos", "--port", "0") as page_url:
+            with announcing(r"page +(\S+)", "label", KEPT, "--photos", PHOTOS, "--port", "0") as page_url:
                 label_all(open_page, page_url)
             os.close(stderr)
             os.close(terminal)  # of the server
-            printed = sopdeploy("train", "--data", "photos", "--from", "bundles/live")
-            assert re.search(r"before, runs/photos-1: .* since then \+\d+ photographs, new: жёлтый", printed)
+            printed = sopdeploy("train", "--data", PHOTOS, "--from", "bundles/live")
+            assert re.search(rf"before, \S+-1: .* since then \+\d+ photographs, new: {NEW}", printed)
             sopdeploy("export", "runs/latest/best.pt")
-            evidence = ("--data", "photos-held-out", "--tolerance", "10")
+            evidence = ("--data", f"{PHOTOS}-held-out", "--tolerance", "10")
             compared = json.loads(sopdeploy("compare", "bundles/live", "bundles/latest", *evidence, "--json"))
             sopdeploy("promote", "bundles/latest", "--over", "bundles/live", *evidence)
             second = Path("bundles/latest").resolve().name
@@ -154,14 +161,58 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
     assert {reply.status_code for reply in replies} == {200}
     assert {reply.headers["x-model-digest"] for reply in replies} == {first.rpartition("-")[2], digest}
     assert compared["verdict"] in {"better", "not worse"}
-    assert [entry["label"] for entry in compared["new"]] == ["жёлтый"]
+    assert [entry["label"] for entry in compared["new"]] == [NEW]
     assert compared["num_images"] + compared["num_copies"] + sum(
         entry["num_images"] for entry in compared["new"]
-    ) == sum(len(files) for _, _, files in os.walk("photos-held-out"))
+    ) == sum(len(files) for _, _, files in os.walk(f"{PHOTOS}-held-out"))
     *_, move, _ = [json.loads(line) for line in Path("bundles/promotions.jsonl").read_text().splitlines()]
     assert (move["before"], move["after"], move["comparison"]["verdict"]) == (
         first,
         second,
         compared["verdict"],
     )
-    shutil.rmtree(home / "kept")
+    other_commands(home)
+
+
+def other_commands(home: Path) -> None:
+    """Run the other commands that read photographs."""
+    answer_and_check()
+    train_with_a_table()
+    name_without_utf8(home)
+
+
+def answer_and_check() -> None:
+    """Answer for one photograph, and for the folder, whose classes are all."""
+    (answer,) = json.loads(sopdeploy("predict", "bundles/latest", PICTURE, "--json"))
+    assert answer["classes"][0]["label"] in COLOURS
+    checked = json.loads(sopdeploy("data", "check", PHOTOS, "--json"))
+    assert {*checked["parts"][0]["classes"]} == {*COLOURS}
+    sopdeploy("classify", "bundles/latest", PHOTOS, "--out", "answers")
+    rows = pyarrow.parquet.read_table("answers").to_pylist()
+    assert len(rows) == sum(len(files) for _, _, files in os.walk(PHOTOS))
+    assert {row["error"] for row in rows} == {None}
+
+
+def train_with_a_table() -> None:
+    """Train on the same files, whose classes are in `labels.csv`."""
+    table = Path("Tabelle é")
+    shutil.copytree(PHOTOS, table / "Bilder")
+    with (table / "labels.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = [(str(path.relative_to(table)), path.parent.name) for path in (table / "Bilder").glob("*/*")]
+        csv.writer(file).writerows([("file", "classes"), *rows])
+    sopdeploy("train", "--data", table.name, *SMALL)
+    checked = json.loads(sopdeploy("data", "check", table.name, "--json"))
+    assert {*checked["parts"][0]["classes"]} == {*COLOURS}
+
+
+def name_without_utf8(home: Path) -> None:
+    """A name that is no UTF-8 gives one line."""
+    shutil.copy(PICTURE, os.fsencode(home / PHOTOS / OLD[1]) + b"/b\xff.png")
+    for command in (
+        ("train", "--data", PHOTOS),
+        ("data", "check", PHOTOS),
+        ("classify", "bundles/latest", PHOTOS, "--out", "more"),
+    ):
+        message = sopdeploy(*command, status=2)
+        assert len(message.splitlines()) == 1, message
+        assert "is not UTF-8; rename it" in message
