@@ -527,8 +527,7 @@ def _simplify(model: ir.Model) -> None:
 def check_graph(proto: onnx.ModelProto) -> None:
     """Check that every runtime can execute *proto*; raises `LoweringError`.
 
-    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow and no fixed
-    batch size other than 1.
+    The graph must be valid, use only opset 18 of the standard domain, and hold no control flow.
     """
     try:
         onnx.checker.check_model(proto, full_check=True)
@@ -541,9 +540,6 @@ def check_graph(proto: onnx.ModelProto) -> None:
     rejected = sorted({node.op_type for node in proto.graph.node} & REJECTED)
     if rejected:
         raise LoweringError(f"the graph contains {rejected[0]}; control flow is not allowed")
-    batch = proto.graph.input[0].type.tensor_type.shape.dim[0]
-    if batch.HasField("dim_value") and batch.dim_value != 1:
-        raise LoweringError(f"the graph fixes the batch size to {batch.dim_value}")
 
 
 def generated_images(side: int) -> NDArray[np.uint8]:

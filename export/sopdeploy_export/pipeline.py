@@ -240,12 +240,12 @@ def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: Pari
 
     If drift was allowed, the tolerance of an output is at least twice its observed drift.
     """
-    compared, drift_factor = parity.compared_images, 2 if parity.drift_allowed else 0
+    compared, factor = parity.compared_images, 2 if parity.drift_allowed else 0
     return Probes(
         images=images[compared],
         expected={name: values[compared].astype(np.float32) for name, values in expected.outputs.items()},
         tolerance={
-            name: max(output.tolerance, drift_factor * output.largest_difference)
+            name: max(output.tolerance, factor * output.largest_drift, factor * output.batch_difference)
             for name, output in parity.outputs.items()
         },
     )

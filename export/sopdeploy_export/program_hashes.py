@@ -162,7 +162,7 @@ def _hash_nodes(
         if node.op == "placeholder":
             hashes[node] = leaves[node.name]
         elif node.op == "get_attr":
-            hashes[node] = _attribute_hash(node)
+            hashes[node] = tensor_hash(_constant(node))
         else:
             operation = _operation(node)
             arguments = (_encode(value, hashes.__getitem__) for value in _arguments(node))
@@ -186,7 +186,7 @@ def _operation(node: fx.Node) -> str:
             f"{module_of(node)} reads memory with as_strided, whose result depends on the layout of its "
             "operand; use reshape, permute, unfold or slices"
         )
-    if isinstance(target, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+    if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return f"python {getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
 
@@ -242,11 +242,7 @@ class _ValueHasher:
             else:
                 self.known[node] = self.program.state_dict.get(target, self.program.constants.get(target))
         elif node.op == "get_attr":
-            value = getattr(node.graph.owning_module, str(node.target), None)
-            if isinstance(value, Tensor):
-                self.known[node] = value
-            else:
-                self.hashes[node] = _attribute_hash(node)
+            self.known[node] = _constant(node)
         elif node.op == "output":
             self.root = _encode(node.args[0], self._hash)
         else:
@@ -328,21 +324,14 @@ def _is_random(node: fx.Node) -> bool:
     return not off and all(arguments.get(name) is not False for name in ("train", "training"))
 
 
-def _attribute_hash(node: fx.Node) -> str:
-    """Hash the constant, or the subgraph of a higher-order operation, that *node* refers to."""
+def _constant(node: fx.Node) -> Tensor:
+    """Return the constant that *node* refers to; raises `CertificateError` for a subgraph of control flow."""
     value: Any = node.graph.owning_module
     for part in str(node.target).split("."):
         value = getattr(value, part)
-    if isinstance(value, Tensor):
-        return tensor_hash(value)
-    if not isinstance(value, fx.GraphModule):
+    if not isinstance(value, Tensor):
         raise CertificateError(f"{node.name}: the graph depends on an object that is not a tensor")
-    # inputs of a subgraph are hashed by position
-    placeholders = [inner for inner in value.graph.nodes if inner.op == "placeholder"]
-    leaves = {inner.name: hash_parts("argument", str(i)) for i, inner in enumerate(placeholders)}
-    outputs = next(inner for inner in value.graph.nodes if inner.op == "output")
-    hashes, _ = _hash_nodes(value.graph, leaves, outputs.all_input_nodes)
-    return hash_parts("graph", _encode(outputs.args[0], hashes.__getitem__))
+    return value
 
 
 def _arguments(node: fx.Node) -> list[Any]:

@@ -62,11 +62,6 @@ class OutputParity(StrictModel):
         return max(self.drift.values())
 
     @property
-    def largest_difference(self) -> float:
-        """The larger of the maximum drift and the change caused by batching."""
-        return max(self.largest_drift, self.batch_difference)
-
-    @property
     def drift_in_floors(self) -> float:
         """The maximum drift in multiples of the noise floor."""
         if self.noise_floor == 0:  # the output does not depend on the image
@@ -180,8 +175,6 @@ class Accuracy(StrictModel):
         before: Top-1 of the float32 graph as a fraction; `None` without labels.
         after: Top-1 of the exported graph as a fraction; `None` without labels.
         num_agreeing: Number of images with the same top class.
-        low: Lower end of the 95 % confidence interval of the fraction that agrees.
-        high: Upper end of that interval.
         drop: Lost points of top-1; without labels the percentage of images that disagree, an upper bound.
     """
 
@@ -189,8 +182,6 @@ class Accuracy(StrictModel):
     before: float | None
     after: float | None
     num_agreeing: int
-    low: float
-    high: float
     drop: float
 
 
@@ -312,29 +303,26 @@ def _agreement(parity: ParityReport) -> str:
 
 
 def _precision_facts(precision: PrecisionReport) -> dict[str, str]:
-    """Describe the measured accuracy loss and the attempts to keep it small."""
+    """Describe the measured accuracy loss and the quantization."""
     rows = {}
     if (accuracy := precision.accuracy) is not None:
-        top1 = ""
+        top1, images = "", accuracy.num_images
         if accuracy.before is not None and accuracy.after is not None:
-            before, after = (_top1(share, accuracy.num_images) for share in (accuracy.before, accuracy.after))
+            before, after = (_share(round(top * images), images) for top in (accuracy.before, accuracy.after))
             top1 = f"top-1 {before} before, {after} after; "
-        rows["images"] = (
-            f"{top1}same class as float32 on {accuracy.num_agreeing} of {accuracy.num_images} images "
-            f"({accuracy.low:.1%} to {accuracy.high:.1%})"
-        )
-        if accuracy.num_images < SHOWS_ONE_POINT:
+        rows["images"] = f"{top1}same class as float32 on {_share(accuracy.num_agreeing, images)}"
+        if images < SHOWS_ONE_POINT:
             rows["images"] += f"; too few to show a loss of one point, which needs {SHOWS_ONE_POINT}"
     if (int8 := precision.quantisation) is not None:
         rows["int8"] = f"{int8.num_layers} layers {TARGETS[int8.runtime]}, ranges of {int8.num_images} images"
     return rows
 
 
-def _top1(share: float, images: int) -> str:
-    from sopdeploy.evaluation.statistics import wilson  # noqa: PLC0415 # only with --evaluate
+def _share(count: int, images: int) -> str:
+    from sopdeploy.evaluation.statistics import wilson  # noqa: PLC0415 # only with photographs
 
-    low, high = wilson(round(share * images), images)
-    return f"{100 * share:.2f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+    low, high = wilson(count, images)
+    return f"{count} of {images} images (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
 
 
 def _decision_facts(decision: Decision | None) -> dict[str, str]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sopdeploy_export.engine_builder.engine import Engine
     from sopdeploy_export.results import Exported
-    from sopdeploy_export.user_network.weights import LoadedWeights
+    from sopdeploy_export.user_network.loading import LoadedWeights
 
 EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
 
@@ -115,8 +115,8 @@ def _export_weights(
 ) -> "Exported":
     """Export the network that *source* names with the weights of the file *weights*."""
     from sopdeploy.user_files import read_class_names
-    from sopdeploy_export.user_network.builder import network_builder
     from sopdeploy_export.user_network.export_network import export_network
+    from sopdeploy_export.user_network.loading import network_builder
 
     if options.detach:
         raise ConfigError(
@@ -197,8 +197,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> dict[str, Any]:
 
 def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, LoadedWeights]":
     """Build the network of *options* and load its weights from the file *weights*."""
-    from sopdeploy_export.user_network.builder import network_builder
-    from sopdeploy_export.user_network.weights import load_weights
+    from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     if options.network is None:
         raise ConfigError("missing; give package.module:callable", setting="network")

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,27 +54,13 @@ GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class InFloat64(TorchDispatchMode):
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute in float64 also where the code of a network names another type, as `.float()` does.
 
     Constants that `.double()` does not reach, such as tensors made in `forward`, are converted where an
     operation combines them with float64. The code of a network reads float32 as the `dtype` of float64, so
     that it takes the same path.
     """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._dtypes = ReportsFloat32()
-
-    def __enter__(self) -> Self:
-        """Enter both modes."""
-        self._dtypes.__enter__()  # type: ignore[no-untyped-call]
-        return super().__enter__()  # type: ignore[no-untyped-call]
-
-    def __exit__(self, *error: Any) -> None:
-        """Leave both modes."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._dtypes.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation in float64 if an argument names a smaller type or an operand is float64."""
@@ -195,11 +181,6 @@ class ParityReference:
     precision: Precision = "fp32"
     routing: RoutingParity | None = None
 
-    @property
-    def floors(self) -> float:
-        """The allowed drift as a multiple of the noise floor."""
-        return FLOORS_BY_PRECISION[self.precision]
-
 
 def compute_reference(
     deployed: Deployed,
@@ -217,7 +198,7 @@ def compute_reference(
     """
     run = run or deployed
     names, network64 = output_names(deployed.network), copy_module(deployed).double()
-    with InFloat64():
+    with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         exact = _network_outputs(network64, names, images, BATCH_IN_FLOAT64)
     batched = _network_outputs(run, names, images, BATCH)
     single = _network_outputs(run, names, images[:SINGLE_IMAGES], 1)
@@ -290,7 +271,7 @@ def compare_file(
         runtime=f"onnxruntime {ort.__version__}",
         provider=PROVIDER,
         num_images=len(images),
-        floors_allowed=expected.floors,
+        floors_allowed=FLOORS_BY_PRECISION[expected.precision],
         outputs=outputs,
         spread=logit_spread(logits[compared]),
         flips=count_flips(by_size[1][LOGITS], logits, outputs[LOGITS].tolerance, ~compared),
@@ -316,7 +297,7 @@ def _compare_output(
     exact, alone = expected.outputs[name], by_size[1][name]
     return OutputParity(
         noise_floor=expected.noise_floor[name],
-        tolerance=expected.floors * expected.noise_floor[name],
+        tolerance=FLOORS_BY_PRECISION[expected.precision] * expected.noise_floor[name],
         drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
         batch_difference=max(max_drift(name, file[name], alone, compared) for file in by_size.values()),
     )

@@ -12,7 +12,6 @@ from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_ima
 from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.data.near import connect
 from sopdeploy.errors import ConfigError, DataError, ParityError
-from sopdeploy.evaluation.statistics import wilson
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.graph import INPUT, evenly_spread
@@ -113,7 +112,6 @@ def accuracy(
     differs, which is an upper bound of this loss.
     """
     agree = int((float32 == exported).sum())
-    low, high = wilson(agree, len(float32))
     before = None if truth is None else float((float32 == truth).mean())
     after = None if truth is None else float((exported == truth).mean())
     lost = 1 - agree / len(float32) if before is None or after is None else before - after
@@ -122,8 +120,6 @@ def accuracy(
         before=before,
         after=after,
         num_agreeing=agree,
-        low=low,
-        high=high,
         drop=round(100 * lost, 6),
     )
 

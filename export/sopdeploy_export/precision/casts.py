@@ -25,7 +25,7 @@ from torch.export import ExportedProgram
 from sopdeploy.errors import LoweringError
 from sopdeploy.layers.export_hints import export_hints
 from sopdeploy_export.graph import NETWORK_PREFIX, compute_outputs
-from sopdeploy_export.parity.compare import InFloat64
+from sopdeploy_export.parity.compare import InFloat64, ReportsFloat32
 from sopdeploy_export.proof.networks import copy_module
 
 _Part = TypeVar("_Part", bound=nn.Module)
@@ -42,7 +42,7 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
     The comparison of the file cannot detect such an error, because it raises the noise floor as well.
     """
     exact = copy_module(network).double().eval()
-    with torch.no_grad(), InFloat64():
+    with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         expected = compute_outputs(exact, pixels.double())[0]
         fold_batch_norms(exact, program)
         logits = compute_outputs(exact, pixels.double())[0]
@@ -81,9 +81,8 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
     where squares of activations could overflow, and where a hint requests it.
     """
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    if any(isinstance(child, nn.ParameterList) for child in part.children()):
-        return weight_dtype
-    if any(tensor.is_floating_point() for tensor in tensors):
+    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())
+    if has_lists or any(tensor.is_floating_point() for tensor in tensors):
         return weight_dtype
     hints = export_hints(part)
     mixed = any(hasattr(part, child) for child in hints.low_precision_children)

@@ -38,9 +38,9 @@ from sopdeploy_export.parity.compare import (
     gate_logits,
     open_session,
 )
-from sopdeploy_export.precision.casts import in_float16, weight_dtypes
+from sopdeploy_export.precision.casts import float32_parts, in_float16, weight_dtypes
 from sopdeploy_export.program_hashes import module_of
-from sopdeploy_export.results import PrecisionReport
+from sopdeploy_export.results import PrecisionReport, Quantization
 
 if TYPE_CHECKING:
     from sopdeploy_export.precision.accuracy_gate import AccuracyCheck
@@ -166,17 +166,20 @@ def convert_precision(
     if options.precision == "fp16":
         source = cast_types(certified, preprocess, options)
         photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
-        images = [*photographs, *generated_images(preprocess.crop)]
-        check_headroom(source.program, images, options.max_batch)
+        probes = [*photographs, *generated_images(preprocess.crop)]
+        check_headroom(source.program, probes, options.max_batch)
     for node in source.model.graph.node:
         del node.metadata_props[:]  # the parts, which only messages name
     run: BatchRun
     gate: GateRun | None
     quantization = None
     if options.precision == "int8" and accuracy is not None:
-        from sopdeploy_export.precision.int8 import quantize  # noqa: PLC0415 # takes half a second
+        from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
 
-        model, quantization = quantize(detached, source.model, options.int8_for, accuracy.calibration)
+        runtime, images = options.int8_for, accuracy.calibration
+        quantizer = Int8Quantizer(source.model, images, float32_parts(detached), runtime)
+        model, layers = quantizer.quantize(), len(quantizer.chosen)
+        quantization = Quantization(runtime=runtime, num_images=len(images), num_layers=layers)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
     else:
         model = source.model

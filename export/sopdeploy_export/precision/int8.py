@@ -36,28 +36,16 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationMethod, QuantType
 from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-from torch import nn
 
 from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.base import is_in
 from sopdeploy_export.graph import INPUT, evenly_spread
 from sopdeploy_export.parity.compare import file_outputs, open_session
-from sopdeploy_export.precision.casts import float32_parts
-from sopdeploy_export.results import Quantization
 
 ACTIVATIONS = ("Clip", "Relu")  # become part of the convolution before them
 IMAGE_CHANNELS = 3
 CORRECTION_IMAGES = 64
-
-
-def quantize(
-    network: nn.Module, model: onnx.ModelProto, runtime: Int8For, images: NDArray[np.uint8]
-) -> tuple[onnx.ModelProto, Quantization]:
-    """Quantize *model*, the float32 graph of *network*, with ranges of uint8 *images* (P, H, W, 3)."""
-    quantizer = Int8Quantizer(model, images, float32_parts(network), runtime)
-    layers = len(quantizer.chosen)
-    return quantizer.quantize(), Quantization(runtime=runtime, num_images=len(images), num_layers=layers)
 
 
 class Form(NamedTuple):

@@ -14,8 +14,7 @@ from sopdeploy.commands.export import read_preprocess
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.user_files import read_class_names
-from sopdeploy_export.user_network.builder import network_builder
-from sopdeploy_export.user_network.weights import load_weights
+from sopdeploy_export.user_network.loading import load_weights, network_builder
 from tests.export.user_network.networks import Small, trained
 
 MODULE = "tests.export.user_network.networks"

@@ -1,17 +1,56 @@
-"""Read the weights of a user's network: state dicts and training checkpoints, without running code."""
+"""Build a network that the user names as `module:callable`, and read its weights without running their code.
 
-from collections.abc import Mapping
+`network_builder` imports and runs the user's code. Only the command line calls it, and only for names that
+the user typed: never because of a checkpoint or a bundle.
+"""
+
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from sopdeploy.checkpoint import is_state_dict
-from sopdeploy.errors import WeightsError
+from sopdeploy.errors import ConfigError, WeightsError, first_line
+from sopdeploy.training.recipe_files import parse_override
 from sopdeploy.user_files import ADVICE, check_tensors, read_pytorch
 
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DataParallel, torch.compile and Lightning
 AVERAGING_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+
+
+def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> Callable[[], nn.Module]:
+    """Create a function that builds the network *import_path*, `package.module:callable`, with *settings*.
+
+    Messages say that *import_path* is the value of *setting*. Raises `ConfigError` if it cannot be imported;
+    the created function raises `ConfigError` if the network cannot be built.
+    """
+    invalid = partial(ConfigError, setting=setting, value=import_path)
+    if not all(import_path.partition(":")):
+        raise invalid("write package.module:callable, as in torchvision.models:googlenet")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does
+    try:
+        builder = pkgutil.resolve_name(import_path)
+    except (Exception, SystemExit) as error:  # importing runs the user's code
+        raise invalid(f"cannot be imported ({first_line(error)}); check its name") from error
+    if not callable(builder):
+        raise invalid(f"is a {type(builder).__name__}, not a function or a class; name one of these")
+    options = dict(map(parse_override, settings))
+
+    def build() -> nn.Module:
+        try:
+            network = builder(**options)
+        except (Exception, SystemExit) as error:  # the user's code
+            raise invalid(f"cannot be built ({first_line(error)}); check its options") from error
+        if not isinstance(network, nn.Module):
+            raise invalid(f"returned a {type(network).__name__}, not a torch.nn.Module")
+        return network
+
+    return build
 
 
 class LoadedWeights(NamedTuple):
