@@ -406,9 +406,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
             results = infer(node, inputs, opsets)
             if not mixed and not all(len(result.contents) for result in results):
                 results = locate(node, inputs, results)
-        except (
-            Exception
-        ) as error:  # without a rule, or what onnx raises for an operator that it does not know
+        except Exception as error:  # no rule, or an operator that onnx does not know
             part = next((item.value for item in node.metadata_props if item.key == "part"), "")
             operator = f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}"
             mixed = mixed or (operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}",)

@@ -205,20 +205,20 @@ def _assert_equal_graphs(
     `CertificateError` with the removed weights that an output depends on, or with the first operation that
     differs from the first network.
     """
-    reference = next(iter(networks))
     captured = _capture_networks(networks, preprocess, batch, captured_trained)
-    computed: dict[int, dict[str, ProgramRoot]] = {}  # by identity of the programs, which networks can share
-    expected: dict[str, ProgramRoot] = {}
-    for role, programs in captured.items():
-        roots = computed.get(id(programs)) or {
+    reference, first = next(iter(captured.items()))
+    distinct = {id(programs): programs for programs in captured.values()}  # networks can share programs
+    computed = {
+        key: {
             "any batch size": program_root(programs.any_batch),
             "a batch of one": program_root(programs.batch_of_one),
         }
-        computed[id(programs)] = roots
-        if not expected:
-            _assert_equal_sizes(programs)
-            expected = roots
-        for size, root in roots.items():
+        for key, programs in distinct.items()
+    }
+    _assert_equal_sizes(first)
+    expected = computed[id(first)]
+    for role, programs in captured.items():
+        for size, root in computed[id(programs)].items():
             reached = sorted({name.removeprefix(NETWORK_PREFIX) for name in root.state} & removed)
             if reached:
                 more = f" and {len(reached) - 3} more" if len(reached) > 3 else ""

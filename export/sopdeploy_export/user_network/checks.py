@@ -47,9 +47,8 @@ SUM_TOLERANCE = 1e-3  # of probabilities
 MAX_CONSTANT = 16  # numbers of a tensor that is no parameter or buffer, such as a mean and a deviation
 LAYOUT_TOLERANCE = 1e-4  # of the largest logit, because rounding depends on the layout of weights
 GPU_TOLERANCE = 1e-2  # of the largest logit, because a GPU may use TF32
-CONTROL_FLOW = re.compile(
-    r"(?:HOP|HigherOrderOperator) (\w+) and mode"
-)  # what torch says of `cond`, `while_loop`, `scan` and `map`
+# What torch says of `cond`, `while_loop`, `scan` and `map`.
+CONTROL_FLOW = re.compile(r"(?:HOP|HigherOrderOperator) (\w+) and mode")
 OTHER_COPY = (
     "a copy of the network with contiguous weights computes something else than the network: its code must "
     "not depend on the memory layout, and its classes must not define how they are copied"
