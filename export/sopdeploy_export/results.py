@@ -28,11 +28,7 @@ PROVIDER = "CPUExecutionProvider"
 LOGITS = "logits"
 FlipCause = Literal["noise", "routing", "error"]
 FLOORS = 16.0
-FLOORS_BY_PRECISION: Mapping[Precision, float] = {
-    "fp32": FLOORS,
-    "fp16": 4.0,
-    "int8": 4.0,
-}
+FLOORS_BY_PRECISION: Mapping[Precision, float] = {"fp32": FLOORS, "fp16": 4.0, "int8": 4.0}
 SHOWS_ONE_POINT = 381  # images: if all agree, the 95 % interval of the agreement begins at 99 %
 WEAKER_PROOFS = {
     "trained-detached": "no plain network was given; the detached network was compared with the trained one",
@@ -222,7 +218,7 @@ class ExportResults:
             "drift": drift,
             "answers": _agreement(parity),
             **_precision_facts(self.precision),
-            **_decision_facts(self.decision),
+            **dict(() if self.decision is None else self.decision.rows()),
             "costs": f"{self.shipped.parameters:,} of {self.trained.parameters:,} parameters, "
             f"{self.shipped.macs:,} of {self.trained.macs:,} multiply-adds per image",
             "onnx": f"{parity.file_bytes:,} bytes, {sum(parity.operators.values())} operators",
@@ -321,19 +317,3 @@ def _share(count: int, images: int) -> str:
 
     low, high = wilson(count, images)
     return f"{count} of {images} images (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
-
-
-def _decision_facts(decision: Decision | None) -> dict[str, str]:
-    """Describe the folded temperature and the thresholds; empty without a fitted decision."""
-    rows, facts = dict(decision.rows() if decision is not None else ()), {}
-    if "temperature" in rows:
-        facts["scale"] = f"temperature {rows['temperature']}, folded into the last layer"
-    elif "log loss" in rows:
-        facts["scale"] = f"log loss {rows['log loss']}"
-    if "unknown images" in rows:
-        facts["unknown"] = "; rejects ".join(
-            rows[name] for name in ("unknown images", "rejects") if name in rows
-        )
-    if "thresholds" in rows:
-        facts["present"] = f"probability of at least {rows['thresholds']}"
-    return facts

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from sopdeploy_export.engine_builder.engine import Engine
     from sopdeploy_export.results import Exported
-    from sopdeploy_export.user_network.loading import LoadedWeights
 
 EXAMPLE = "timm:resnet18, torchvision:ResNet18_Weights.IMAGENET1K_V1 or FILE.json"
 
@@ -130,7 +129,7 @@ def _export_weights(
     plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
     attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
     on_step("building the network")
-    network, loaded = _load_network(weights, source)
+    network, table, sha256 = _load_network(weights, source)
     return export_network(
         network,
         plain=plain,
@@ -150,18 +149,16 @@ def _export_weights(
             "training_only": list(source.training_only),
             "logits": source.logits_key,
             "allow_constants": source.allow_constants,
-            "table": loaded.table,
-            "prefixes_removed": list(loaded.removed),
+            "table": table,
         },
-        sha256=loaded.sha256,
+        sha256=sha256,
         on_step=on_step,
     )
 
 
 def _show_unused(inspected: dict[str, Any]) -> None:
     """Print which tensors fit, the unused parts, and the next command."""
-    removed = ", ".join(inspected["prefixes_removed"]) or "nothing"
-    print_field("weights", f"{inspected['num_tensors']} tensors fit; removed from the names: {removed}")
+    print_field("weights", f"{inspected['num_tensors']} tensors fit")
     unused = inspected["unused"]
     print_field("unused", ", ".join(unused) if unused else "nothing; the output depends on every part")
     if unused:
@@ -183,26 +180,25 @@ def inspect(file: Path, *, options: NetworkOptions) -> dict[str, Any]:
     """
     from sopdeploy_export.user_network.export_network import unused_modules
 
-    network, loaded = _load_network(file, options)
+    network, table, _ = _load_network(file, options)
     logits_key = _index_or_name(options.logits_key)
     unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
     return {
         "network": options.network,
         "num_tensors": len(network.state_dict()),
-        "table": loaded.table,
-        "prefixes_removed": list(loaded.removed),
+        "table": table,
         "unused": list(unused),
     }
 
 
-def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, LoadedWeights]":
-    """Build the network of *options* and load its weights from the file *weights*."""
+def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, str, str]":
+    """Build the network of *options* and load its weights; return it, the table and the hash of the file."""
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     if options.network is None:
         raise ConfigError("missing; give package.module:callable", setting="network")
     network = network_builder("network", options.network, options.option)()
-    return network, load_weights(network, weights, options.weights_key)
+    return network, *load_weights(network, weights, options.weights_key)
 
 
 def read_preprocess(text: str | None) -> Preprocess:

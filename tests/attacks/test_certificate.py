@@ -147,7 +147,7 @@ def adds_a_copied_weight(found: Any, images: Tensor) -> Tensor:
 LEAKS: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "a branch times zero": (
         lambda n, x: plain_logits(n, x) + 0 * branch_logits(n, x),
-        r"training-only weights.*branches\.layer1_0\.\S+ and 1 more",
+        r"training-only weights.*branches\.layer1_0\.\S+",
     ),
     "a branch chosen never": (
         lambda n, x: torch.where(x.mean() > 1e9, branch_logits(n, x), plain_logits(n, x)),

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import CertificateError, LoweringError
+from sopdeploy.errors import CertificateError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy_export.graph import EXPORT_EMBEDDING, NETWORK_PREFIX, Captured, Deployed, capture
@@ -221,10 +221,9 @@ def _assert_equal_graphs(
         for size, root in computed[id(programs)].items():
             reached = sorted({name.removeprefix(NETWORK_PREFIX) for name in root.state} & removed)
             if reached:
-                more = f" and {len(reached) - 3} more" if len(reached) > 3 else ""
                 raise CertificateError(
                     f"the output still depends on training-only weights, for {size}: "
-                    f"{', '.join(reached[:3])}{more}; a branch affects the main output"
+                    f"{shorten(reached)}; a branch affects the main output"
                 )
             if root.sha256 != expected[size].sha256:
                 difference = _first_difference(root, expected[size], reference)

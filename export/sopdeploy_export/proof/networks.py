@@ -32,7 +32,6 @@ from sopdeploy_export.graph import Captured
 from sopdeploy_export.state import modules, tensors
 
 LOCKS = {type(make()): make for make in (threading.Lock, threading.RLock)}
-AUTOCAST_DEVICES = ("cpu", "cuda")
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -166,7 +165,7 @@ def check_torch_state() -> None:
         raise CertificateError(
             f"torch.set_default_dtype({torch.get_default_dtype()}) is active; set it back to torch.float32"
         )
-    for device in AUTOCAST_DEVICES:
+    for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
             raise CertificateError(f"torch.autocast is active for {device}; export outside of it")
     for kind, modes in (

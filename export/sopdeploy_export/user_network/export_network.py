@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sopdeploy.bundle.manifest import BatchRange
-from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError
+from sopdeploy.errors import CertificateError, ConfigError, DetachError, LoweringError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import is_in
 from sopdeploy.project import check_project_name
@@ -38,8 +38,6 @@ from sopdeploy_export.user_network.checks import (
     prepared,
     unwrap,
 )
-
-SHOWN = 3  # tensors in a message
 
 
 def export_network(
@@ -228,11 +226,8 @@ def _check_usage(
     used, unused = find_usage(network, captured)
     reached = sorted(name for name in used if is_in(name, *parts))
     if reached:
-        reached_parts = [part for part in parts if any(is_in(name, part) for name in reached)]
-        more = f" and {len(reached) - SHOWN} more" if len(reached) > SHOWN else ""
         raise CertificateError(
-            f"the output of the trained network depends on {', '.join(reached[:SHOWN])}{more}, so "
-            f"{', '.join(reached_parts)} cannot be detached; omit it",
+            f"the output of the trained network depends on {shorten(reached)}; omit what holds them",
             setting="training_only",
         )
     if parts:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -53,32 +53,21 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
     return build
 
 
-class LoadedWeights(NamedTuple):
-    """Result of loading: the hash of the file, the chosen table, and prefixes removed from names."""
-
-    sha256: str
-    table: str
-    removed: tuple[str, ...]
-
-
-def load_weights(network: nn.Module, path: Path, table: str | None = None) -> LoadedWeights:
+def load_weights(network: nn.Module, path: Path, table: str | None = None) -> tuple[str, str]:
     """Load the file at *path* into *network*; the names and shapes of all tensors must match.
 
     *table* names one of several tables of tensors, such as `model_ema`. Prefixes that all names share
-    (`module.`, `_orig_mod.`, `model.`) are removed unless the network has them too. Raises `WeightsError`
-    for a file that cannot be read or does not fit.
+    (`module.`, `_orig_mod.`, `model.`) are removed unless the network has them too. Returns the table and the
+    sha256 of the file. Raises `WeightsError` for a file that cannot be read or does not fit.
     """
     content, digest = read_pytorch(path)
     name, tensors = _choose_table(path, content, table)
     check_tensors(path, tensors)
     expected = network.state_dict()
-    removed: list[str] = []
     if AVERAGING_COUNTER in tensors and AVERAGING_COUNTER not in expected:
         tensors = {key: tensor for key, tensor in tensors.items() if key != AVERAGING_COUNTER}
-        removed.append(AVERAGING_COUNTER)
     while prefix := _shared_prefix(tensors, expected):
         tensors = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-        removed.append(prefix)
     for key in expected:
         if key not in tensors:
             raise WeightsError(f"{path}: {key} is missing; {_other_settings(tensors, expected)}")
@@ -91,7 +80,7 @@ def load_weights(network: nn.Module, path: Path, table: str | None = None) -> Lo
     if unknown is not None:
         raise WeightsError(f"{path}: the network has no {unknown}; {_other_settings(tensors, expected)}")
     network.load_state_dict(tensors)
-    return LoadedWeights(digest, name, tuple(removed))
+    return name, digest
 
 
 def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Mapping[str, Tensor]]:
