@@ -229,8 +229,10 @@ def configure(
     the caller has set, and the weight file if it was opened. Raises `ConfigError` if there are no data and no
     recipe, or if a value is invalid.
     """
+    from sopdeploy.importers.conversion import WeightFile
+    from sopdeploy.importers.import_weights import choose_network
+    from sopdeploy.importers.weight_files import open_weights
     from sopdeploy.training.recipe import change_recipe, flatten
-    from sopdeploy.training.start_weights import network_of_file
 
     if recipe is None and data is None:
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
@@ -249,8 +251,11 @@ def configure(
     loaded, keys = change_recipe(source, changes, recorded), [key for key, _ in changes]
     weights, opened = None if loaded.start is None else loaded.start.weights, None
     if recipe is None and recorded is None and "model.name" not in keys and isinstance(weights, Path):
-        network, opened = network_of_file(weights, loaded.model.name)
-        loaded = change_recipe(source, [*changes, ("model.name", network)])
+        file = expand_user(weights)
+        opened = open_weights(file) if file.is_file() else None
+        if isinstance(opened, WeightFile):
+            network = choose_network(opened, loaded.model.name)
+            loaded = change_recipe(source, [*changes, ("model.name", network)])
     if loaded.project is None:
         path = getattr(loaded.data, "path", None)
         name = path and folder_project(path)

@@ -9,7 +9,7 @@ import operator
 import platform
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import pydantic
 import torch
@@ -34,7 +34,7 @@ from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
 from sopdeploy.training.losses import Loss, Teacher
-from sopdeploy.training.recipe import Recipe
+from sopdeploy.training.recipe import LoopConfig, Recipe
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import InitialModel, StartReport
 from sopdeploy.version import __version__
@@ -82,26 +82,6 @@ class Run:
     decision: Decision | None = None
     image_hashes: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     origin: Origin | None = None
-
-    @classmethod
-    def create(cls, images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Self:
-        """Create a run that trains *initial* on *images*.
-
-        Raises `DataError` for a single image, `ConfigError` for settings that do not fit the images or the
-        network.
-        """
-        if len(images) < 2:
-            raise DataError("there is only one training image; add another, a step needs two")
-        return cls(
-            recipe=initial.recipe,
-            labels=images.labels,
-            activation="sigmoid" if images.targets.ndim == 2 else "softmax",
-            train_count=len(images),
-            strategy=strategy,
-            name=initial.recipe.model.name,
-            model=initial.model,
-            start=initial.start,
-        )
 
     def __post_init__(self) -> None:
         self.replace_model(self.name, self.model)
@@ -336,6 +316,27 @@ class LoopRun(Run):
         """Build a checkpoint with synchronized running statistics."""
         self.synchronize_buffers()
         return super().checkpoint(resumable=resumable)
+
+
+def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:
+    """Create a run that trains *initial* on *images*, of the class that the procedure of its recipe needs.
+
+    Raises `DataError` for a single image, `ConfigError` for settings that do not fit the images or the
+    network.
+    """
+    if len(images) < 2:
+        raise DataError("there is only one training image; add another, a step needs two")
+    of_procedure = LoopRun if isinstance(initial.recipe.procedure, LoopConfig) else Run
+    return of_procedure(
+        recipe=initial.recipe,
+        labels=images.labels,
+        activation="sigmoid" if images.targets.ndim == 2 else "softmax",
+        train_count=len(images),
+        strategy=strategy,
+        name=initial.recipe.model.name,
+        model=initial.model,
+        start=initial.start,
+    )
 
 
 @torch.no_grad()

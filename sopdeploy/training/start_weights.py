@@ -22,7 +22,7 @@ from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.import_weights import CIFAR10, choose_network, convert_weights
+from sopdeploy.importers.import_weights import CIFAR10, convert_weights
 from sopdeploy.importers.published import fetch_imagenet_weights
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.base import Classifier, is_in
@@ -131,16 +131,6 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     )
 
 
-def network_of_file(weights: Path, default: str) -> tuple[str, WeightSource | None]:
-    """Open the file *weights* and choose its network: *default* unless it is that of another one.
-
-    Without such a file, no file is returned.
-    """
-    path = expand_user(weights)
-    source = open_weights(path) if path.is_file() else None
-    return choose_network(source, default) if isinstance(source, WeightFile) else default, source
-
-
 def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
     """Add the values of *base* that the `[preprocess]` of *recipe* does not set.
 
@@ -166,7 +156,9 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     shape, is not finite or does not exist in *model*.
     """
     own, last_layer = model.state_dict(), classifier_name(model)
-    class_layers = (*_layers_per_class(model), last_layer)
+    linear = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear)]
+    per_class = [name for name, part in linear if part.out_features == model.num_classes]
+    class_layers = (*per_class, last_layer)
     training_only = (*model.training_only, *weights.training_only)
     other_classes: list[str] = []  # the layers that would predict the classes of the file
     if weights.labels not in (None, labels):
@@ -247,15 +239,6 @@ def create_initial_model(
     start = None if weights is None else load_start_weights(weights, model, labels)
     completed = complete_preprocess(recipe, Preprocess() if weights is None else weights.preprocess)
     return InitialModel(model, completed, start)
-
-
-def _layers_per_class(model: Classifier) -> list[str]:
-    """List the linear layers of *model* with one output per class."""
-    return [
-        name
-        for name, part in model.named_modules()
-        if isinstance(part, nn.Linear) and part.out_features == model.num_classes
-    ]
 
 
 def _added_part(name: str, parts: tuple[str, ...]) -> str | None:

@@ -40,7 +40,7 @@ from sopdeploy.training.recipe import (
     validate_recipe,
 )
 from sopdeploy.training.results import AnyProcedureResult, read_result
-from sopdeploy.training.run import LoopRun, Run
+from sopdeploy.training.run import LoopRun, Run, create_run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     InitialModel,
@@ -279,12 +279,6 @@ def check_same_step(run: Run, folder: Path) -> None:
         raise ConfigError(
             f"{folder}: the processes find different checkpoints; use a disk that all machines share"
         )
-
-
-def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:
-    """Create a run of the class that the procedure of its recipe needs; raises the errors of `Run.create`."""
-    of_procedure = LoopRun if isinstance(initial.recipe.procedure, LoopConfig) else Run
-    return of_procedure.create(images, strategy, initial)
 
 
 def resume_run(

@@ -24,7 +24,7 @@ from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import LoopRun
+from sopdeploy.training.run import LoopRun, create_run
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.start_weights import create_initial_model
 from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run
@@ -41,7 +41,9 @@ SHORT = [
 
 def start_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> LoopRun:
     """Create a run of the training loop with the initial weights of *recipe*."""
-    return LoopRun.create(images, strategy, create_initial_model(recipe, images.labels, strategy))
+    run = create_run(images, strategy, create_initial_model(recipe, images.labels, strategy))
+    assert isinstance(run, LoopRun)
+    return run
 
 
 @contextmanager

@@ -34,29 +34,6 @@ from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
 pytestmark = pytest.mark.usefixtures("few_digits")
 
 
-def check_run(folder, *overrides: str) -> None:
-    """Train one epoch; both checkpoints must hold plain float32 weights that can be loaded."""
-    result = train_recipe(short_recipe("epochs=1", *overrides), folder)
-    for path in (result.best, result.last):
-        checkpoint = read_checkpoint(path)
-        names = [*checkpoint.weights, *(checkpoint.resume or {}).get("weights", {})]
-        assert not [name for name in names if "module." in name or "_orig_mod." in name]
-        assert {str(t.dtype) for t in checkpoint.weights.values()} <= {"torch.float32", "torch.int64"}
-        build_classifier(checkpoint, path)
-
-
-def test_any_combination_ends_with_plain_float32_weights(tmp_path) -> None:
-    check_run(tmp_path / "run", "channels_last=true", "precision='bf16'", "accumulate=2", "ema={}")
-
-
-def test_a_run_in_half_precision_is_resumed_bit_for_bit(tmp_path) -> None:
-    recipe = short_recipe("precision='bf16'", "epochs=2")
-    train_recipe(recipe, tmp_path / "whole")
-    interrupt(recipe, tmp_path / "stopped", "step", 1, 2)
-    train_recipe(recipe, tmp_path / "stopped", resume=True)
-    assert same_run(tmp_path / "stopped", tmp_path / "whole")
-
-
 @pytest.mark.parametrize("optimizer", ["sgd", "adahessian"])
 def test_micro_batches_of_unequal_size_give_the_step_of_the_whole_batch(optimizer) -> None:
     same = "model.config.aux_dropout=0.0"
@@ -96,11 +73,12 @@ STUDENT = ["model.name=resnet8", "model.config={base_width=4}", "epochs=2", "acc
 TEACHER = 'teacher={model={name="dsop-resnet8", config={base_width=4, aux_widths=[4, 4, 4]}}, temperature=2}'
 STARRED = 'augment={kind="pad-crop", pad=4, doubled=true, held_out=true}'
 COLOR = "color={lighting=0.1}"
+FORMAT = ["precision='bf16'", "channels_last=true", "ema={decay=0.5}"]
 ARRAY = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
 
 
 def all_options(*more: str) -> Recipe:
-    return short_recipe(*STUDENT, TEACHER, STARRED, COLOR, *more)
+    return short_recipe(*STUDENT, TEACHER, STARRED, COLOR, *FORMAT, *more)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +93,14 @@ def test_a_run_with_all_options_resumes_bit_by_bit(finished: Path, tmp_path: Pat
     train_recipe(all_options(), tmp_path / "run", resume=True)
     assert same_run(finished, tmp_path / "run")
     assert read_checkpoint(finished / "last.pt").resume["teacher"].keys() >= {"conv1.weight", "fc.weight"}
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt"])
+def test_a_checkpoint_has_plain_float32_weights(finished: Path, name: str) -> None:
+    checkpoint = read_checkpoint(finished / name)
+    weights = {**checkpoint.weights, **(checkpoint.resume or {}).get("weights", {})}
+    assert {str(tensor.dtype) for tensor in weights.values()} <= {"torch.float32", "torch.int64"}
+    build_classifier(checkpoint, finished / name)
 
 
 def test_a_joint_teacher_learns_and_is_not_exported(finished: Path) -> None:
