@@ -1,6 +1,7 @@
 """The page of a reproduced table: printed figures beside measured ones, curves, commands."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from sopdeploy.html.plots import Points, bars, component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
@@ -39,7 +40,9 @@ def render_page(results: Reproduction) -> str:
     sections = [
         _describe_results(results, finished),
         Section(title="Curves", figures=list(curve_charts(finished))),
-        Section(title="Figures", figures=[*table_charts(table, results.rows), *row_charts(finished)]),
+        Section(
+            title="Figures", figures=[*table_charts(table, results.rows), *chain(*map(row_charts, finished))]
+        ),
         Section(title="Counts and times", tables=[fact_table(results.rows), _run_table(finished)]),
         Section(title="Commands", tables=[commands]),
         Section(title="Environment", tables=[machine]),
@@ -202,29 +205,22 @@ def table_charts(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator
         yield Figure(image=chart, caption=f"{name}, measured here.")
 
 
-def row_charts(rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Draw the heads and the components of the first run of each row that has them."""
-    for row in rows:
-        yield from _head_charts(row)
-        if row.runs[0].usage:
-            yield component_chart(row.runs[0].usage, f"Images per component, {row.printed.name}")
-
-
-def _head_charts(row: ReproducedRow) -> Iterator[Figure]:
-    """Plot the errors of the heads over the epochs, and the share of each head in the weighted loss."""
+def row_charts(row: ReproducedRow) -> Iterator[Figure]:
+    """Plot the errors of the heads and their shares in the weighted loss; draw the use of the components."""
     run = row.runs[0]
     heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
-    if not heads:
-        return
     diagnostics = run.history[-1].diagnostics
-    subset = diagnostics.num_images if diagnostics is not None else 0
+    subset = diagnostics.num_images if heads and diagnostics is not None else 0
     for metric, label in _ERRORS.items() if subset else ():
         curves = {head: _error_curve(run.history, f"{head}_{metric}") for head in heads}
         caption = f"Heads of {row.printed.name}: {label} on a fixed subset of {subset} held-out images."
         yield Figure(image=plot(curves, "epoch", label), caption=caption)
-    shares = {head: run.heads[head].share for head in heads}
-    caption = f"Shares of the heads of {row.printed.name} in the weighted loss, last epoch."
-    yield Figure(image=bars(shares, "share"), caption=caption)
+    if heads:
+        shares = {head: run.heads[head].share for head in heads}
+        caption = f"Shares of the heads of {row.printed.name} in the weighted loss, last epoch."
+        yield Figure(image=bars(shares, "share"), caption=caption)
+    if run.usage:
+        yield component_chart(run.usage, f"Images per component, {row.printed.name}")
 
 
 def _error_curve(history: Sequence[EpochRow], accuracy: str) -> Points:
