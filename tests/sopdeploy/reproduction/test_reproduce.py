@@ -62,7 +62,7 @@ def _few_images(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def results(finished: Reproduction) -> list[list[dict[str, object]]]:
     """Return the runs without what depends on the clock and the folder."""
-    timed = {"seconds", "speed"}
+    timed = {"seconds", "images_per_second"}
     return [
         [
             {
