@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
-from sopdeploy_service.http.api_keys import CreateBucketState, load_keys, local_state
+from sopdeploy_service.http.api_keys import CreateBucketState, load_keys
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
@@ -20,7 +20,7 @@ from sopdeploy_service.http.middleware import (
     RequestContextMiddleware,
 )
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.inference.service import CollectMetrics, CreateRegistry, Service
+from sopdeploy_service.inference.service import CreateRegistry, Service
 from sopdeploy_service.keep import Keeper
 from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.settings import Settings, is_loopback
@@ -33,19 +33,17 @@ def create_app(
     settings: Settings,
     *,
     create_registry: CreateRegistry | None = None,
-    create_bucket_state: CreateBucketState = local_state,
-    collect_metrics: CollectMetrics | None = None,
+    create_bucket_state: CreateBucketState = lambda _key: [0.0, 0.0],
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`.
 
     *create_registry* replaces the registry of models in this process, and *create_bucket_state* creates the
-    state of a key's token bucket. *collect_metrics* replaces the metrics of this process by those of several,
-    unless they are empty.
+    state of a key's token bucket.
     `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
     Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
     keys = None if settings.keys is None else load_keys(settings.keys)
-    service = Service(models, settings, create_registry, collect_metrics)
+    service = Service(models, settings, create_registry)
     keeper: Keeper | None = None
     if settings.keep is not None:
         folder = KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days)

@@ -95,8 +95,8 @@ def run_device_server(config: LaunchConfig) -> int:
             config.sources,
             settings,
             create_bucket_state=control.SharedBucketStates(config.buckets),
-            collect_metrics=partial(control.request_metrics, supervisor),
         )
+        app.state.service.metrics_of_all = partial(control.request_metrics, supervisor)
         server = DeviceServer(app, settings, supervisor, config.sources)
         share_memory(app.state.service, settings, config.num_processes)
         return server.serve_until_end()

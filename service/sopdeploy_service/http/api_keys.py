@@ -114,11 +114,6 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         return secret
 
 
-def local_state(_key: int) -> BucketState:
-    """Create the state of a bucket that no other process uses."""
-    return [0.0, 0.0]
-
-
 class TokenBucket:
     """Holds up to *burst* tokens and gains *rate* per second; an image takes one. For one event loop."""
 

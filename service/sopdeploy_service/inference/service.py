@@ -200,12 +200,8 @@ class Service:
         loaded: Mapping[str, LoadedModel],
         settings: Settings,
         create_registry: CreateRegistry | None = None,
-        collect_metrics: CollectMetrics | None = None,
     ) -> None:
-        """Serve *loaded* or, with *create_registry*, the models of another registry.
-
-        *collect_metrics* formats the metrics of all processes of the server; empty if they are not known.
-        """
+        """Serve *loaded* or, with *create_registry*, the models of another registry."""
         self.settings = settings
         self.metrics = Metrics()
         self.active_requests = 0  # counted by the middleware
@@ -214,7 +210,7 @@ class Service:
             self.registry = ModelRegistry(loaded, settings, self.metrics)
         else:
             self.registry = create_registry(settings, self.metrics)
-        self._collect_metrics = collect_metrics
+        self.metrics_of_all: CollectMetrics | None = None  # processes, empty if they are not known
         self.keep: KeepImage | None = None
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
@@ -240,7 +236,7 @@ class Service:
 
     async def collect_metrics(self) -> bytes:
         """Format the metrics of all processes of this server for Prometheus, or those of this process."""
-        page = b"" if self._collect_metrics is None else await self._collect_metrics()
+        page = b"" if self.metrics_of_all is None else await self.metrics_of_all()
         return page or generate_latest(self.metrics.registry)
 
     async def start(self) -> None:

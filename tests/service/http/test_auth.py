@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.http import api_keys
-from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, load_keys, local_state, new_key
+from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, load_keys, new_key
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import load_settings
 from tests.service.conftest import open_files
@@ -203,7 +203,7 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
     with pytest.MonkeyPatch.context() as patch:
         now = 1000.0
         patch.setattr(api_keys, "time", SimpleNamespace(monotonic=lambda: now))
-        bucket, taken, began = TokenBucket(rate, 8, local_state(0)), 0, now
+        bucket, taken, began = TokenBucket(rate, 8, [0.0, 0.0]), 0, now
         for images, pause in steps:
             try:
                 bucket.spend(images)
