@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import httpx
 import pytest
 import uvicorn
 
-from sopdeploy.kept import KeptRecord
 from sopdeploy_service.labelling.app import COOKIE, create_label_app
 from sopdeploy_service.labelling.folders import LabelFolders
 from sopdeploy_service.server.sockets import bind, url
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
 from tests.service.conftest import picture_bytes, wait_for
+from tests.sopdeploy.test_kept import record_of
 
 KEY = "c2VjcmV0LWtleQ"
 LABELS = ("hat", "shoes", "t-shirt")
@@ -31,28 +32,15 @@ def keep(tmp_path: Path) -> Callable[..., str]:
     folder = tmp_path / "kept"
     folder.mkdir()
 
-    def write(
-        number: int,
-        logits: Sequence[float] = (0.0, 0.0, 0.0),
-        *,
-        labels: Sequence[str] = LABELS,
-        known: bool | None = None,
-        reasons: Sequence[str] = ("low_margin",),
-        near_hash: str = "",
-    ) -> str:
+    def write(number: int, logits: Sequence[float] = (0.0, 0.0, 0.0), **changes: object) -> str:
         name = identity(number)
         (folder / f"{name}.jpg").write_bytes(picture_bytes((number % 256, 100, 200)))
-        record = KeptRecord.model_validate(
-            {
-                **{"image": f"{name}.jpg", "bundle": "photos-3f6c01d2a4b7", "model": "photos"},
-                **{"time": f"2026-11-22T10:00:{number % 60:02}Z", "reasons": reasons, "labels": labels},
-                **{
-                    "logits": logits,
-                    "known": known,
-                    "near_hash": near_hash or sha256(name.encode()).hexdigest()[:16],
-                },
-            }
-        )
+        given = {
+            "time": datetime(2026, 11, 22, 10, 0, number % 60, tzinfo=UTC),
+            "labels": LABELS,
+            "near_hash": sha256(name.encode()).hexdigest()[:16],
+        }
+        record = record_of(name, **given | changes, logits=logits)
         (folder / f"{name}.json").write_text(record.model_dump_json())
         return name
 
