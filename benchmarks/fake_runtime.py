@@ -25,14 +25,12 @@ class FakeRuntime:
         fixed_ms: float = 0.0,
         per_image_ms: float = 0.0,
         largest_batch: int = 8,
-        output: str = "logits",
         device: str = "fake",
     ) -> None:
         self.device = device
         self.largest_batch = largest_batch
         self.batches: list[int] = []  # sizes of all batches so far, for tests
         self._classes = num_classes
-        self._output = output
         self._fixed = fixed_ms / 1000
         self._per_image = per_image_ms / 1000
 
@@ -51,7 +49,7 @@ class FakeRuntime:
         grid = images[:, ::STRIDE, ::STRIDE].astype(np.float32)
         means = grid.mean(axis=(1, 2)) / 32
         logits = np.resize(means.T, (self._classes, len(images))).T.copy()
-        return {self._output: logits}, self._fixed + self._per_image * len(images)
+        return {"logits": logits}, self._fixed + self._per_image * len(images)
 
 
 class FakeOverlappingRuntime(FakeRuntime):

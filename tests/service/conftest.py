@@ -4,7 +4,7 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -214,35 +214,43 @@ class Client(httpx.Client):
 
 
 @contextmanager
+def in_a_thread(config: uvicorn.Config) -> Iterator[tuple[uvicorn.Server, str]]:
+    """Run a server on a free loopback port in a thread of this process; yield it and its URL."""
+    server = uvicorn.Server(config)
+    with bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        wait_for(lambda: server.started)
+        try:
+            yield server, url(listener)
+        finally:
+            server.should_exit = True
+            thread.join(60)
+        assert not thread.is_alive()
+
+
+@contextmanager
 def running(
     runtime: Runtime,
     bundle: Bundle,
     settings: Settings,
     *,
     names: Iterable[str] = ("tiny",),
-    beside: Mapping[str, LoadedModel] | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
 
-    It also has the models *beside* by name. *options* go to `create_app`.
+    *options* go to `create_app`.
     """
     inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, card_files=read_card_files(bundle))
-    app = create_app({**dict.fromkeys(names, inference), **(beside or {})}, settings, **options)
-    server = uvicorn.Server(http_config(app, settings))
-    with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        wait_for(lambda: server.started)
-        limits = httpx.Limits(max_connections=200)
-        try:
-            with Client(base_url=url(listener), timeout=60, limits=limits) as client:
-                client.app, client.loop = app, server.servers[0].get_loop()
-                yield client
-        finally:
-            server.should_exit = True
-            thread.join(60)
-        assert not thread.is_alive()
+    app = create_app(dict.fromkeys(names, inference), settings, **options)
+    limits = httpx.Limits(max_connections=200)
+    with (
+        in_a_thread(http_config(app, settings)) as (server, address),
+        Client(base_url=address, timeout=60, limits=limits) as client,
+    ):
+        client.app, client.loop = app, server.servers[0].get_loop()
+        yield client
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:

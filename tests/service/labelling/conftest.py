@@ -1,6 +1,5 @@
 """A folder of kept photographs, and a label server for it in a thread of this process."""
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,9 +12,8 @@ import uvicorn
 
 from sopdeploy_service.labelling.app import COOKIE, create_label_app
 from sopdeploy_service.labelling.folders import LabelFolders
-from sopdeploy_service.server.sockets import bind, url
 from tests.service.api.pages.conftest import chromium, open_page  # noqa: F401  # fixtures
-from tests.service.conftest import picture_bytes, wait_for
+from tests.service.conftest import in_a_thread, picture_bytes
 from tests.sopdeploy.test_kept import record_of
 
 KEY = "c2VjcmV0LWtleQ"
@@ -56,19 +54,12 @@ def open_folders(tmp_path: Path) -> Callable[[], LabelFolders]:
 def label_server(folders: LabelFolders, *, cookies: dict[str, str] | None = None) -> Iterator[httpx.Client]:
     """A client of a label server, with the cookie of the key unless other *cookies* are given."""
     app = create_label_app(folders, {"localhost", "desk"}, KEY)
-    config = uvicorn.Config(app, log_config=None, access_log=False)
-    server = uvicorn.Server(config)
-    with bind("127.0.0.1", 0) as listener:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        wait_for(lambda: server.started)
-        try:
-            cookies = {COOKIE: KEY} if cookies is None else cookies
-            with httpx.Client(base_url=url(listener), timeout=60, cookies=cookies) as client:
-                yield client
-        finally:
-            server.should_exit = True
-            thread.join(60)
+    cookies = {COOKIE: KEY} if cookies is None else cookies
+    with (
+        in_a_thread(uvicorn.Config(app, log_config=None, access_log=False)) as (_, address),
+        httpx.Client(base_url=address, timeout=60, cookies=cookies) as client,
+    ):
+        yield client
 
 
 def files_below(folder: Path) -> set[str]:
