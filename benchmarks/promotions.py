@@ -10,7 +10,7 @@ right, and the second one is right more or less often by the true difference. Th
 import numpy as np
 from measure import Result, make_parser, report
 
-from sopdeploy.evaluation.mcnemar import decide
+from sopdeploy.evaluation.statistics import decide
 from sopdeploy_service.commands.compare import compare_classes
 
 PAIRS = 1000

@@ -21,15 +21,9 @@ _COLUMNS = {
 
 
 def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "project": "",
-        **dict.fromkeys(_COLUMNS, ""),
-        "num_images": None,
-        "num_classes": None,
-    }
+    row = {"project": "", "date": "", "run": "", "num_images": None, "num_classes": None, "estimate": ""}
     if origin is not None:
-        row |= {"run": origin.run, "date": origin.started}
-        row |= {"num_images": origin.num_images, "num_classes": origin.num_classes}
+        row |= {"date": origin.started, **origin.model_dump(include={"run", "num_images", "num_classes"})}
     return {**row, "bundle": "", "newest": False, "problem": "", **fields}
 
 

@@ -185,9 +185,7 @@ def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> f
     """
     if not true.any():
         return None
-    hits, ranks, _ = _hits_by_rank(true, scores)
-    gained = np.diff(hits, prepend=0)
-    return float(min(1.0, (gained * hits / ranks).sum() / hits[-1]))
+    return float(min(1.0, resampled_precision(true, scores, np.ones((1, len(true)), np.int64))[0]))
 
 
 def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> tuple[float, ...]:

@@ -1,12 +1,15 @@
-"""Confidence intervals and significance tests for comparing classifiers.
+"""Confidence intervals, and tests that compare two classifiers by the images on which only one is right.
 
-scipy is imported inside the functions that need it, because installations without it use Wilson's interval.
+`wins` counts the images on which only the second classifier is right, `losses` those on which only the first
+is; the difference of the accuracies is (wins - losses) / images. The images must be independent.
+
+scipy is imported in the function that needs it, because installations without it use all others.
 """
 
 import math
 from collections.abc import Sequence
-from statistics import fmean, stdev
-from typing import NamedTuple
+from statistics import NormalDist, fmean, stdev
+from typing import Literal, NamedTuple
 
 Z_95 = 1.959964  # 97.5 % quantile of the normal distribution
 LEVEL = 0.95
@@ -36,3 +39,99 @@ def student(values: Sequence[float]) -> Interval:
 
     half = float(t.ppf(0.5 + LEVEL / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
     return Interval(fmean(values) - half, fmean(values) + half)
+
+
+ALPHA = 0.05
+# With this quantile (4 % for many images), a classifier that is worse by the tolerance is "not worse" with a
+# probability of at most 5 % for any number of images: the tests enumerate it.
+Z_NOT_WORSE = 1.75
+Z_POWER = 0.8416  # 80 % quantile of the normal distribution
+
+Verdict = Literal["better", "not worse", "worse", "undecided"]
+
+
+def mcnemar(wins: int, losses: int) -> float:
+    """Compute the exact two-sided p-value of equal accuracies (McNemar, Psychometrika 1947)."""
+    trials, count = wins + losses, max(wins, losses)
+    term, tail = math.comb(trials, count), 0
+    for successes in range(count, trials + 1):
+        tail += term
+        term = term * (trials - successes) // (successes + 1)
+    return min(1.0, tail / 2 ** (trials - 1)) if trials else 1.0
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Correct p-values for their number (Holm, "A Simple Sequentially Rejective Procedure", 1979)."""
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def score_statistic(wins: int, losses: int, images: int, difference: float) -> float:
+    """Compute the standardized deviation of the observed difference from *difference*, in (-1, 1).
+
+    The variance is that of the most likely shares with this difference (Tango, "Equivalence Test and
+    Confidence Interval for the Difference in Proportions for the Paired-Sample Design", 1998, Eq. 6 and 7).
+    """
+    linear = (2 * images - wins + losses) * difference - wins - losses
+    constant = -losses * difference * (1 - difference)
+    share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
+    variance = images * (2 * share + difference * (1 - difference))
+    return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))
+
+
+def difference_interval(wins: int, losses: int, images: int) -> Interval:
+    """Compute the 95 % interval of the difference: what `score_statistic` does not reject."""
+    bounds = []
+    for side in (1, -1):
+        inside, outside = (wins - losses) / images, -float(side)
+        for _ in range(50):
+            middle = (inside + outside) / 2
+            if side * score_statistic(wins, losses, images, middle) < Z_95:
+                inside = middle
+            else:
+                outside = middle
+        bounds.append(inside)
+    return Interval(*bounds)
+
+
+def share_of_level(attempt: int) -> float:
+    """Return the share of the level that attempt 1, 2, ... may use; the shares from 2 on sum to 1.
+
+    By Bonferroni's inequality, the first attempt errs with 5 % and all others together with at most 5 %,
+    however many there are and whatever images and classifiers they compare.
+    """
+    return 1.0 if attempt == 1 else 1 / (attempt * (attempt - 1))
+
+
+def _quantile_not_worse(attempt: int) -> float:
+    normal = NormalDist()
+    return -normal.inv_cdf(normal.cdf(-Z_NOT_WORSE) * share_of_level(attempt))
+
+
+def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> Verdict:
+    """Compare the second classifier with the first; "not worse" means by less than *tolerance*.
+
+    If it is worse by at least *tolerance*, the result is "better" or "not worse" in at most 5 % of cases. A
+    caller that compares again after a refusal gives the number of this *attempt*: see `share_of_level`.
+    """
+    p = mcnemar(wins, losses)
+    if wins > losses and p <= ALPHA * share_of_level(attempt):
+        return "better"
+    if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(attempt):
+        return "not worse"
+    return "worse" if losses > wins and p <= ALPHA else "undecided"
+
+
+def images_to_decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> int | None:
+    """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
+    difference, differing = (wins - losses) / images, (wins + losses + 1) / (images + 2)
+    needed = []
+    if difference > -tolerance:
+        quantile = _quantile_not_worse(attempt)
+        needed.append(differing * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
+    if difference < 0:
+        needed.append(differing * ((Z_95 + Z_POWER) / difference) ** 2)
+    return max(1, math.ceil(min(needed)) - images) if needed else None

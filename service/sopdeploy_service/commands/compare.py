@@ -24,7 +24,8 @@ from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_ima
 from sopdeploy.data.image_files import ImageFiles, hash_images, map_threaded
 from sopdeploy.data.near import MAX_COMPARED_PIXELS, group_by_signatures, signature
 from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.evaluation.mcnemar import (
+from sopdeploy.evaluation.metrics import Rate, log_loss
+from sopdeploy.evaluation.statistics import (
     ALPHA,
     Verdict,
     decide,
@@ -33,7 +34,6 @@ from sopdeploy.evaluation.mcnemar import (
     images_to_decide,
     mcnemar,
 )
-from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.project import SAMPLED, Time
 from sopdeploy_service.commands.evaluate import image_logits
 from sopdeploy_service.inference.loader import LoadedModel, load_model

@@ -16,7 +16,7 @@ from sopdeploy.data.datasets.layouts import open_any_images
 from sopdeploy.data.image_files import hash_images
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, PromotionError
-from sopdeploy.evaluation.mcnemar import decide
+from sopdeploy.evaluation.statistics import decide
 from sopdeploy.files import sha256
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_service.commands.compare import LOG, compare

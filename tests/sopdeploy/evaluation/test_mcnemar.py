@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 from sopdeploy.evaluation.drift import SIGNIFICANCE, PredictionCounts, compare
-from sopdeploy.evaluation.mcnemar import (
+from sopdeploy.evaluation.statistics import (
     ALPHA,
+    Z_95,
     Z_NOT_WORSE,
     decide,
     difference_interval,
@@ -19,8 +20,9 @@ from sopdeploy.evaluation.mcnemar import (
     mcnemar,
     score_statistic,
     share_of_level,
+    student,
+    wilson,
 )
-from sopdeploy.evaluation.statistics import Z_95, student, wilson
 
 
 def table_probabilities(images: int, wins: float, losses: float) -> np.ndarray:
