@@ -14,7 +14,7 @@ PROCESS_CGROUP = Path("/proc/self/cgroup")
 # settings, the memory of a server would be the sum of the peaks of all threads and look like a leak.
 _MIB = 1 << 20
 # (environment variable that takes precedence, mallopt parameter number of malloc.h, value). A lower mmap
-# threshold would cost 5 to 8 % of the CPU time of an image; an idle server returns those blocks instead.
+# threshold would cost 5 to 8 % of the CPU time of an image.
 MALLOPT = (
     ("MALLOC_ARENA_MAX", -8, 2),  # heaps
     ("MALLOC_MMAP_THRESHOLD_", -3, _MIB),  # bytes from which a block is mapped on its own
@@ -32,13 +32,6 @@ def limit_heaps() -> None:
         for name, option, value in MALLOPT:
             if name not in os.environ:
                 mallopt(option, value)
-
-
-def trim_heaps() -> None:
-    """Return all free pages of all heaps to the system; takes milliseconds and releases the GIL."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def memory_limit() -> int:

@@ -21,7 +21,6 @@ from fastapi import FastAPI
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.bundle_store import moves_of
 from sopdeploy_service.inference.service import Service
-from sopdeploy_service.runtime.device_memory import trim_heaps
 from sopdeploy_service.server.http_protocol import Connections, LimitedHttpProtocol
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import accept_pending, url
@@ -30,7 +29,6 @@ from sopdeploy_service.settings import Settings
 CLOSING_SECONDS = 2  # for sending the last responses after the drain
 LAST_SECONDS = 1.0  # for connections that are open without a request when the port closes
 _POLL_SECONDS = 0.02
-IDLE_SECONDS = 1.0
 EXIT_RUNTIME_DEAD = 70  # EX_SOFTWARE; a supervisor should restart the process
 BEATS = 100  # the last ten seconds
 _YOUNG_OBJECTS = 10_000  # threshold of the youngest garbage collector generation; Python's default is 700
@@ -87,7 +85,6 @@ class DrainingServer(uvicorn.Server):
         self._reloads: set[asyncio.Task[None]] = set()  # the end of the server does not wait for them
         self._drain_until: float | None = None
         self._is_draining = False
-        self._last_busy: float | None = None  # None after heaps were trimmed
         self._last_beat = time.monotonic()
         self._lags: deque[float] = deque([0.0], maxlen=BEATS)  # seconds by which ticks of uvicorn were late
         self._service.metrics.loop_lag.set_function(lambda: max(self._lags))
@@ -161,7 +158,6 @@ class DrainingServer(uvicorn.Server):
         now = time.monotonic()
         self._lags.append(max(0.0, now - self._last_beat - BEAT_SECONDS))
         self._last_beat = now
-        self._trim_idle_heaps(now)
         if self._service.state == "runtime_dead":
             return True
         if self._drain_until is not None:
@@ -175,14 +171,6 @@ class DrainingServer(uvicorn.Server):
             if expired or self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)
-
-    def _trim_idle_heaps(self, now: float) -> None:
-        """Call `trim_heaps` in a thread after each `IDLE_SECONDS` without requests."""
-        if self._service.active_requests:
-            self._last_busy = now
-        elif self._last_busy is not None and now - self._last_busy >= IDLE_SECONDS:
-            self._last_busy = None
-            asyncio.get_running_loop().run_in_executor(None, trim_heaps)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port and respond to the connections that were pending, unless a runtime has died."""

@@ -25,7 +25,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import move_link
 from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.promote import promote
-from sopdeploy_service.runtime.device_memory import limit_heaps, trim_heaps
+from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server import draining_server, lifetime
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
@@ -397,15 +397,6 @@ def test_allocator_settings_of_the_environment_take_precedence(environment, expe
         monkeypatch.setenv(name, value)
     limit_heaps()
     assert calls == expected
-
-
-def test_free_pages_are_returned_where_the_c_library_can(monkeypatch):
-    calls = []
-    for library in (SimpleNamespace(malloc_trim=calls.append), SimpleNamespace()):
-        monkeypatch.setattr(ctypes, "CDLL", lambda _, library=library: library)
-        trim_heaps()
-        limit_heaps()
-    assert calls == [0]
 
 
 @pytest.mark.slow  # needs an idle machine
