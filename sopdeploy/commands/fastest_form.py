@@ -39,7 +39,7 @@ class Form(NamedTuple):
 
 def describe_fastest_form(bundle: Bundle) -> str:
     """Measure the forms of *bundle*, float32 or int8 for CPUs, and say which is fastest and how to get it."""
-    seconds = measure_forms(bundle)
+    seconds = {form: statistics.median(times) for form, times in measure_forms(bundle).items()}
     shipped = Form(bundle.manifest.precision, DEFAULT)
     best = min(seconds, key=lambda form: seconds[form])
     gain, options = seconds[shipped] / seconds[best], []
@@ -57,8 +57,8 @@ def describe_fastest_form(bundle: Bundle) -> str:
     return text
 
 
-def measure_forms(bundle: Bundle) -> dict[Form, float]:
-    """Measure the processor seconds of one image in each form of *bundle* that works here, alternately.
+def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
+    """Measure the processor seconds of runs of each form of *bundle* that works here, alternately.
 
     Each form runs on one thread, in processor time: other load affects this least. A float32 graph is also
     quantized, with ranges of a noise image; these affect the answers, but not the time.
@@ -85,7 +85,7 @@ def measure_forms(bundle: Bundle) -> dict[Form, float]:
             runtime.run(images)
             times[form].append(time.process_time() - began)
         rounds += 1
-    return {form: statistics.median(taken[1:]) / len(images) for form, taken in times.items()}
+    return {form: taken[1:] for form, taken in times.items()}
 
 
 def _quantize(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> Bundle:

@@ -54,7 +54,9 @@ VINO, VINO8 = Form("fp32", "OpenVINO"), Form("int8", "OpenVINO")
 def test_the_fastest_form_is_named_with_the_options_that_give_it(
     bundle: Bundle, monkeypatch, precision, milliseconds, expected
 ) -> None:
-    monkeypatch.setattr(fastest_form, "measure_forms", lambda _: milliseconds)
+    monkeypatch.setattr(
+        fastest_form, "measure_forms", lambda _: {form: [value] for form, value in milliseconds.items()}
+    )
     monkeypatch.setattr(fastest_form, "find_spec", lambda _: True)
     shipped = replace(bundle, manifest=bundle.manifest.model_copy(update={"precision": precision}))
     assert describe_fastest_form(shipped) == expected
