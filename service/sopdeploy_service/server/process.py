@@ -4,7 +4,6 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from sopdeploy_service.runtime.device_memory import limit_heaps
 from sopdeploy_service.server.sockets import allow_files, bind
 from sopdeploy_service.settings import Settings
 
-if TYPE_CHECKING:  # imported while the bundles are loaded
+if TYPE_CHECKING:  # a supervisor does not import it
     from fastapi import FastAPI
 
 
@@ -60,20 +59,14 @@ def configured_process(settings: Settings) -> Iterator[None]:
 
 
 def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) -> "FastAPI":
-    """Load the bundles at *sources*; return the app that serves them.
-
-    The modules of the app and its server are imported while a thread loads the bundles.
-    """
+    """Load the bundles at *sources*; return the app that serves them."""
     bundles = find_bundles(sources)
     if settings.memory_budget is not None:
         from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
 
         options["create_registry"] = partial(BudgetedRegistry, bundles)
         bundles = {}  # the registry loads them
-    with ThreadPoolExecutor(1, thread_name_prefix="loader") as loader:
-        loaded = loader.map(lambda path: load_model(path, settings), bundles.values())
-        import sopdeploy_service.server.draining_server  # noqa: F401, PLC0415
-        from sopdeploy_service.app import create_app  # noqa: PLC0415
+    models = {name: load_model(path, settings) for name, path in bundles.items()}
+    from sopdeploy_service.app import create_app  # noqa: PLC0415
 
-        models = dict(zip(bundles, loaded, strict=True))
     return create_app(models, settings, **options)
