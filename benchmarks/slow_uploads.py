@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from measure import Result, report
+from measure import Result, make_parser, report
 from PIL import Image
 
 HEAD = "POST /v1/classify HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n"
@@ -27,9 +27,8 @@ PIECE_SECONDS = 0.1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--clients", type=int, default=100)
     parser.add_argument("--megabytes", type=float, default=19)
     parser.add_argument("--seconds", type=float, default=20, help="duration of one upload")
@@ -66,7 +65,9 @@ def measure(given: argparse.Namespace, limit: int) -> dict[str, float]:
 
 async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) -> dict[str, float]:
     """Upload from all clients while posting a small image repeatedly; return the measurements by name."""
-    small = small_image()
+    file = io.BytesIO()
+    Image.linear_gradient("L").convert("RGB").save(file, "JPEG")
+    small = file.getvalue()
     for _ in range(5):
         await post(address, small, 1, 0)
     before = resident(pid)
@@ -85,8 +86,8 @@ async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) ->
     return {
         "resident memory before": before,
         "peak resident memory": peak,
-        "small image, median": ms(statistics.median(seconds)),
-        "small image, slowest": ms(max(seconds)),
+        "small image, median": 1000 * statistics.median(seconds),
+        "small image, slowest": 1000 * max(seconds),
         **{f"uploads with result {status}": count for status, count in ended.items()},
         **{f"small images with result {status}": count for status, count in small_results.items()},
     }
@@ -111,20 +112,10 @@ async def post(address: tuple[str, int], body: bytes, pieces: int, pause: float)
         writer.close()
 
 
-def small_image() -> bytes:
-    file = io.BytesIO()
-    Image.linear_gradient("L").convert("RGB").save(file, "JPEG")
-    return file.getvalue()
-
-
 def resident(pid: int) -> int:
     """Return the resident memory of a process in MB."""
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return round(pages * resource.getpagesize() / 1e6)
-
-
-def ms(seconds: float) -> float:
-    return round(seconds * 1000, 1)
 
 
 if __name__ == "__main__":

@@ -24,18 +24,13 @@ BATCH = "20,2,8"
 METRIC = "sopdeploy_requests_total"
 
 
-def p99(server: Server, folder: Path, connections: int, seconds: float) -> float:
-    """Put load on *server*; return the 99th percentile of the latencies in ms."""
-    return put_load(f"{server.url}/v1/classify", folder, seconds, "--connections", connections).p99_ms
-
-
 def share(server: Server, folder: Path, connections: int, seconds: float) -> tuple[float, float]:
     """Measure one run: the smallest share of the requests that a device got, and the p99 in ms."""
     before = server.samples(METRIC)
-    latency = p99(server, folder, connections, seconds)
+    load = put_load(f"{server.url}/v1/classify", folder, seconds, "--connections", connections)
     after = server.samples(METRIC)
     counts = [after[process] - before.get(process, 0.0) for process in after]
-    return min(counts) / sum(counts) if len(counts) == 2 else 0.0, latency
+    return min(counts) / sum(counts) if len(counts) == 2 else 0.0, load.p99_ms
 
 
 def measure(connections: int, runs: int, seconds: float, folder: Path) -> list[Result]:
@@ -46,7 +41,7 @@ def measure(connections: int, runs: int, seconds: float, folder: Path) -> list[R
             smallest, latency = share(two, folder, connections, seconds)
             shares.append(smallest)
             ours.append(latency)
-            other.append(p99(one, folder, connections // 2, seconds))
+            other.append(share(one, folder, connections // 2, seconds)[1])
     return [
         Result(
             case=f"smallest share of a device, {connections} connections",

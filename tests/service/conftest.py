@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,6 @@ def wrong_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def make_bundle() -> Callable[..., Path]:
-    return write_bundle
-
-
-@pytest.fixture(scope="session")
 def bundle(bundle_path: Path) -> Bundle:
     return open_bundle(bundle_path)
 
@@ -192,11 +187,6 @@ def picture_bytes(
 
 
 @pytest.fixture(scope="session")
-def make_picture() -> Callable[..., bytes]:
-    return picture_bytes
-
-
-@pytest.fixture(scope="session")
 def jpeg() -> bytes:
     return picture_bytes()
 
@@ -271,16 +261,6 @@ def open_files() -> int:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(24) as pool:
         yield pool
-
-
-@pytest.fixture(scope="session")
-def until() -> Callable[..., None]:
-    return wait_for
-
-
-@pytest.fixture(scope="session")
-def run_server() -> Callable[..., AbstractContextManager[httpx.Client]]:
-    return running
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.pictures import encoded
-from tests.service.conftest import LABELS
+from tests.service.conftest import LABELS, running, wait_for
 from tests.sopdeploy.test_kept import record_of
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
@@ -110,24 +110,24 @@ def test_the_sample_is_a_share_of_all_files_whatever_they_show(bundle, share: fl
 
 
 def test_nothing_is_on_disk_without_the_setting(
-    bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, tmp_path: Path, monkeypatch
+    bundle, onnx_runtime: OnnxRuntime, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with run_server(onnx_runtime, rejecting_all(bundle), Settings()) as client:
+    with running(onnx_runtime, rejecting_all(bundle), Settings()) as client:
         for body in photos(3):
             assert client.post("/v1/classify", content=body).json()["known"] is False
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_photograph_is_kept_without_its_place(
-    bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, tmp_path: Path, until
+    bundle, onnx_runtime: OnnxRuntime, tmp_path: Path
 ) -> None:
     (body,) = photos(1)
     unknown = rejecting_all(bundle)
     settings = Settings(keep=tmp_path / "kept", keep_sample=0)
-    with run_server(onnx_runtime, unknown, settings) as client:
+    with running(onnx_runtime, unknown, settings) as client:
         response = client.post("/v1/classify?top_k=7", content=body).json()
-        until(lambda: results(client) == {"kept": 1})
+        wait_for(lambda: results(client) == {"kept": 1})
     ((path, record),) = read_kept(tmp_path / "kept")
     kept = path.read_bytes()
     assert b"SECRET" in body
@@ -155,20 +155,18 @@ def test_many_classes_are_recorded_best_first(bundle) -> None:
     assert record.logits == pytest.approx(logits[order].tolist())
 
 
-def test_only_files_that_are_classified_are_kept(
-    bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, tmp_path: Path, until
-) -> None:
+def test_only_files_that_are_classified_are_kept(bundle, onnx_runtime: OnnxRuntime, tmp_path: Path) -> None:
     first, second, third = photos(3)
     settings = Settings(keep=tmp_path, keep_sample=1)
     tensor = {"name": "images", "shape": [1, 32, 32, 3], "datatype": "UINT8", "data": [0] * 3072}
-    with run_server(onnx_runtime, bundle, settings) as client:
+    with running(onnx_runtime, bundle, settings) as client:
         assert client.post("/v2/models/tiny/infer", json={"inputs": [tensor]}).status_code == 200
         assert client.post("/v1/classify", content=b"no image").status_code == 415
         files = [("image", first), ("image", b"no image"), ("image", second)]
         assert client.post("/v1/classify", files=files).status_code == 200
         text = {"image": base64.b64encode(third).decode()}
         assert client.post("/v1/classify", json=text).status_code == 200
-        until(lambda: sum(results(client).values()) >= 3)
+        wait_for(lambda: sum(results(client).values()) >= 3)
         assert results(client) == {"kept": 3}
     names = {f"{hashlib.sha256(body).hexdigest()[:32]}.jpg" for body in (first, second, third)}
     assert {record.image for _, record in read_kept(tmp_path)} == names

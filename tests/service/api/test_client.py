@@ -13,7 +13,7 @@ from PIL import Image
 
 from sopdeploy.client import Client
 from sopdeploy_service.images.decode import decode
-from tests.service.conftest import LABELS
+from tests.service.conftest import LABELS, picture_bytes
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def triton(client) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def images(make_picture) -> list[bytes]:
-    return [make_picture(), make_picture((10, 200, 30), kind="PNG"), make_picture((0, 0, 250), (90, 33))]
+def images() -> list[bytes]:
+    return [picture_bytes(), picture_bytes((10, 200, 30), kind="PNG"), picture_bytes((0, 0, 250), (90, 33))]
 
 
 @pytest.fixture(scope="module")

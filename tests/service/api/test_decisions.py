@@ -29,7 +29,7 @@ from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
-from tests.service.conftest import LABELS, running, write_bundle
+from tests.service.conftest import LABELS, picture_bytes, running, write_bundle
 from tests.sopdeploy.training.runs import few_digits, short_recipe
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
@@ -41,15 +41,15 @@ def rejecting(bundle: Bundle, score: Score, threshold: float) -> Bundle:
 
 
 def test_an_image_is_known_if_its_score_reaches_the_threshold(
-    bundle: Bundle, onnx_runtime: OnnxRuntime, run_server: RunServer, make_picture
+    bundle: Bundle, onnx_runtime: OnnxRuntime
 ) -> None:
     score: Score = "energy"
-    pictures = [make_picture(color, size=(64, 64), kind="PNG") for color in ((250, 20, 20), (90, 90, 90))]
-    with run_server(onnx_runtime, rejecting(bundle, score, -1e9), Settings()) as client:
+    pictures = [picture_bytes(color, size=(64, 64), kind="PNG") for color in ((250, 20, 20), (90, 90, 90))]
+    with running(onnx_runtime, rejecting(bundle, score, -1e9), Settings()) as client:
         scores = [client.post("/v1/classify", content=picture).json()["score"] for picture in pictures]
     assert scores[0] != scores[1]
     between = rejecting(bundle, score, (scores[0] + scores[1]) / 2)
-    with run_server(onnx_runtime, between, Settings()) as client:
+    with running(onnx_runtime, between, Settings()) as client:
         found = [client.post("/v1/classify", content=picture).json() for picture in pictures]
         files = [("image", ("x.png", picture)) for picture in pictures]
         several = client.post("/v1/classify", files=files).json()["results"]
@@ -154,7 +154,7 @@ def test_the_response_lists_the_classes_that_reach_their_threshold(many, jpeg, e
 
 
 def test_info_the_client_and_predict_show_the_same_decision(
-    many, multi_label_path, jpeg, expected, run_server, tmp_path
+    many, multi_label_path, jpeg, expected, tmp_path
 ) -> None:
     bundle = open_bundle(multi_label_path)
     reached = [label for label, value in expected if value >= THRESHOLDS[LABELS.index(label)]]
@@ -166,18 +166,18 @@ def test_info_the_client_and_predict_show_the_same_decision(
     for settings, listed in ((Settings(threads=1), reached), (Settings(threads=1, top_k=1), reached[:1])):
         (found,) = predict_files(multi_label_path, [tmp_path / "a.jpg"], settings)
         assert [one.label for one in found.classes] == listed
-        with run_server(OnnxRuntime(bundle, threads=1), bundle, settings) as server:
+        with running(OnnxRuntime(bundle, threads=1), bundle, settings) as server:
             answer = server.post("/v1/classify", content=jpeg).json()
         assert [one["label"] for one in answer["classes"]] == listed
 
 
 def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(
-    many, multi_label_path, make_picture, tmp_path
+    many, multi_label_path, tmp_path
 ) -> None:
     colors = {"ant|bee": (200, 30, 60), "": (90, 160, 30), "cat": (10, 90, 220), "gnu|cat": (200, 200, 20)}
     lines = ["file,classes"]
     for number, (shown, color) in enumerate(colors.items()):
-        (tmp_path / f"{number}.jpg").write_bytes(make_picture(color))
+        (tmp_path / f"{number}.jpg").write_bytes(picture_bytes(color))
         lines.append(f"{number}.jpg,{shown}")
     (tmp_path / "labels.csv").write_text("\n".join(lines))
     settings = Settings(threads=1)

@@ -18,6 +18,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability.metrics import DriftWindow
 from sopdeploy_service.settings import Settings
+from tests.service.conftest import picture_bytes, running, wait_for
 from tests.service.raw import count
 from tests.service.runtimes import Held
 
@@ -44,9 +45,9 @@ def test_http_client_and_predict_return_the_same_map(
     assert f"without row {row + 1}, column {column + 1} of 7 x 7" in text
 
 
-def test_of_several_images_each_has_its_own_map_or_error(serve_with, onnx_runtime, make_picture) -> None:
+def test_of_several_images_each_has_its_own_map_or_error(serve_with, onnx_runtime) -> None:
     client = serve_with(onnx_runtime, max_images=200)
-    pictures = [make_picture((200, 30, 60)), b"no picture", make_picture((30, 200, 60))]
+    pictures = [picture_bytes((200, 30, 60)), b"no picture", picture_bytes((30, 200, 60))]
     alone = [client.post(URL, content=picture).json() for picture in pictures]
     files = [("image", ("a.jpg", picture)) for picture in pictures]
     results = client.post(URL, files=files).json()["results"]
@@ -56,7 +57,7 @@ def test_of_several_images_each_has_its_own_map_or_error(serve_with, onnx_runtim
         assert np.array(results[number]["explanation"]) == pytest.approx(expected, abs=1e-6)
 
 
-def test_an_image_counts_as_fifty(serve_with, onnx_runtime, jpeg, tmp_path, until) -> None:
+def test_an_image_counts_as_fifty(serve_with, onnx_runtime, jpeg, tmp_path) -> None:
     small = serve_with(onnx_runtime, max_images=IMAGES_PER_MAP - 1).post(URL, content=jpeg)
     assert (small.status_code, small.json()["code"]) == (422, "too_many_explained")
     keys = tmp_path / "keys.toml"
@@ -75,7 +76,7 @@ def test_an_image_counts_as_fifty(serve_with, onnx_runtime, jpeg, tmp_path, unti
         runtime.gate.set()
         assert first.result().status_code == 200
     assert (full.status_code, full.json()["code"]) == (429, "queue_full")
-    until(lambda: count(client, "queue_depth") == 0)
+    wait_for(lambda: count(client, "queue_depth") == 0)
     assert sum(runtime.batches) == IMAGES_PER_MAP
 
 
@@ -96,11 +97,11 @@ def test_a_copy_that_fails_is_the_error_of_its_image(serve_with, jpeg) -> None:
     assert (failed.status_code, failed.json()["code"]) == (500, "nonfinite_output")
 
 
-def test_copies_do_not_count_for_the_drift(run_server, onnx_runtime, bundle, jpeg, monkeypatch) -> None:
+def test_copies_do_not_count_for_the_drift(onnx_runtime, bundle, jpeg, monkeypatch) -> None:
     added: list[int] = []
     monkeypatch.setattr(DriftWindow, "add", lambda _, logits: added.append(len(logits)))
     decision = Decision(reference=PredictionCounts(7).reference())
     compared = replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
-    with run_server(onnx_runtime, compared, Settings()) as client:
+    with running(onnx_runtime, compared, Settings()) as client:
         assert client.post(URL, content=jpeg).status_code == 200
     assert sum(added) == 1

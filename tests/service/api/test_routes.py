@@ -16,6 +16,7 @@ from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 from tests.pictures import encoded
+from tests.service.conftest import picture_bytes, running
 
 
 def test_a_raw_image_gives_its_classes_best_first(client, jpeg):
@@ -49,8 +50,8 @@ def test_a_form_may_have_text_before_and_after_its_parts(client, jpeg, preamble)
     assert (reply.status_code, reply.json()) == (200, client.post("/v1/classify", content=jpeg).json())
 
 
-def test_a_form_with_several_images_gives_results_in_order(client, make_picture):
-    images = [make_picture(color) for color in [(255, 0, 0), (0, 255, 0), (0, 0, 255)]]
+def test_a_form_with_several_images_gives_results_in_order(client):
+    images = [picture_bytes(color) for color in [(255, 0, 0), (0, 255, 0), (0, 0, 255)]]
     alone = [client.post("/v1/classify", content=image).json() for image in images]
     results = client.post("/v1/classify", files=[("image", image) for image in images]).json()["results"]
     assert [labels(result) for result in results] == [labels(result) for result in alone]
@@ -107,10 +108,10 @@ def test_health_and_info(client, bundle):
     assert info["preprocess"]["crop"] == 32
 
 
-def test_a_server_says_that_its_bundle_was_deleted_and_serves_on(run_server, bundle_path, tmp_path, jpeg):
+def test_a_server_says_that_its_bundle_was_deleted_and_serves_on(bundle_path, tmp_path, jpeg):
     copy = shutil.copytree(bundle_path, tmp_path / bundle_path.name)
     loaded = load_model(copy, Settings(threads=1))
-    with run_server(loaded.runtime, loaded.bundle, Settings()) as client:
+    with running(loaded.runtime, loaded.bundle, Settings()) as client:
         assert client.get("/readyz").json() == {"status": "ok"}
         shutil.rmtree(copy)
         for path in ("/v1/card", "/info", "/v2/models/tiny"):

@@ -23,6 +23,7 @@ from sopdeploy_service.commands.compare import LOG, compare
 from sopdeploy_service.commands.predict import predict_files
 from sopdeploy_service.commands.promote import promote
 from sopdeploy_service.settings import Settings
+from tests.service.conftest import write_bundle
 
 ONE_THREAD = Settings(threads=1)
 
@@ -40,11 +41,11 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundles(make_bundle, tmp_path_factory) -> tuple[Path, Path]:
+def bundles(tmp_path_factory) -> tuple[Path, Path]:
     """Two bundles of different networks with the same classes."""
     folder = tmp_path_factory.mktemp("bundles")
     rule = Decision(rejection=Rejection(score="max_probability", threshold=0.5))
-    return make_bundle(folder, seed=0), make_bundle(folder, seed=1, decision=rule)
+    return write_bundle(folder, seed=0), write_bundle(folder, seed=1, decision=rule)
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +190,7 @@ def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_pa
     assert [note for note in more.notes if "cow" in note] == [f"{photos}: left out, of no class: cow"]
 
 
-def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(
-    bundles, labelled, tmp_path, make_bundle
-) -> None:
+def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(bundles, labelled, tmp_path) -> None:
     first, second = bundles
     unknown = labelled(first, count=12, first=500)
     strict, loose = (

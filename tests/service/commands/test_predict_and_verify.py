@@ -28,6 +28,7 @@ from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings, load_settings
 from tests.forged import forge
+from tests.service.conftest import picture_bytes, write_bundle
 
 ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")
 
@@ -111,12 +112,12 @@ def test_without_onnx_verify_checks_the_hashes_and_says_that_the_root_was_not_re
         verify(copy, ONE_THREAD)
 
 
-def test_verify_rejects_other_outputs_and_probes_that_prove_nothing(wrong_bundle_path, make_bundle, tmp_path):
+def test_verify_rejects_other_outputs_and_probes_that_prove_nothing(wrong_bundle_path, tmp_path):
     with pytest.raises(ParityError, match=r"deviates by 0\.01"):
         verify(wrong_bundle_path, ONE_THREAD)
     for number, options in enumerate(({"probes": 0}, {"output": "gate"})):
         with pytest.raises(BundleError, match=r"probes\.npz: does not probe every output"):
-            verify(make_bundle(tmp_path / str(number), **options), ONE_THREAD)
+            verify(write_bundle(tmp_path / str(number), **options), ONE_THREAD)
 
 
 def test_without_onnxruntime_the_error_says_how_to_install_it(bundle_path, monkeypatch):
@@ -125,8 +126,8 @@ def test_without_onnxruntime_the_error_says_how_to_install_it(bundle_path, monke
         verify(bundle_path, ONE_THREAD)
 
 
-def test_a_start_replays_one_probe_alone_and_verify_all_of_them(make_bundle, tmp_path):
-    path = make_bundle(tmp_path, probes=6)
+def test_a_start_replays_one_probe_alone_and_verify_all_of_them(tmp_path):
+    path = write_bundle(tmp_path, probes=6)
     for settings, expected in ((ONE_THREAD, {1: 1, 4: 5}), (Settings(threads=1, max_batch=1), {1: 6})):
         loaded = load_model(path, settings)
         assert {batch: found.num_images for batch, found in loaded.replays.items()} == expected
@@ -136,8 +137,8 @@ def test_a_start_replays_one_probe_alone_and_verify_all_of_them(make_bundle, tmp
     ]
 
 
-def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path, make_bundle: Callable[..., Path]) -> None:
-    bundle, key = make_bundle(tmp_path), tmp_path / "release.key"
+def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path) -> None:
+    bundle, key = write_bundle(tmp_path), tmp_path / "release.key"
     make_key(key)
     settings = Settings(threads=1, require_signature=key.with_name("release.key.pub"))
     with pytest.raises(BundleError, match="no signature at"):
@@ -159,13 +160,13 @@ def silent(_done: int, _all: int) -> None: ...
 
 
 @pytest.fixture
-def folder(tmp_path, make_picture):
+def folder(tmp_path):
     """Two images of each of the tiny bundle's seven classes, in two formats."""
     for label in (*COLORS, *REST):
         (tmp_path / label).mkdir()
         for number, kind in enumerate(("JPEG", "PNG")):
             color = COLORS.get(label, (40 * number, 120, 200))
-            body = make_picture(color, size=(50 + 7 * number, 40), kind=kind)
+            body = picture_bytes(color, size=(50 + 7 * number, 40), kind=kind)
             (tmp_path / label / f"{number}.{kind.lower()}").write_bytes(body)
     (tmp_path / ".ipynb_checkpoints").mkdir()
     return tmp_path

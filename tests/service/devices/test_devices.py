@@ -30,6 +30,7 @@ from tests.service.children import (
     serving,
     spawn,
 )
+from tests.service.conftest import wait_for, write_bundle
 from tests.service.devices import gated_device
 from tests.service.raw import GET, connect, post_of, read
 from tests.service.test_keep import photos, results
@@ -48,9 +49,7 @@ def resources_of(process: int) -> tuple[int, int]:
     return tuple(len(list(Path(f"/proc/{process}/{name}").iterdir())) for name in ("fd", "task"))
 
 
-def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
-    bundle_path: Path, jpeg, until
-) -> None:
+def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bundle_path: Path, jpeg) -> None:
     with spawn(str(bundle_path), *WAYS[TWO_DEVICES], "--threads", "1") as child, ExitStack() as stack:
         stack.callback(child.kill)
         found = re.fullmatch(r"ready: http://(\S+)  (\S+)\n", line_of(child))
@@ -74,9 +73,9 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
         def send_to_the_oldest(number: signal.Signals) -> None:
             before = children_of(child.pid)
             os.kill(before[0], number)
-            until(lambda: not is_alive(before[0]))
+            wait_for(lambda: not is_alive(before[0]))
             # A connection that the supervisor passes on before it notices the death is reset.
-            until(lambda: len(set(children_of(child.pid)) - set(before)) == 1)
+            wait_for(lambda: len(set(children_of(child.pid)) - set(before)) == 1)
             codes = {httpx.post(f"{url}/v1/classify", content=jpeg).status_code for _ in range(5)}
             assert codes == {200}
 
@@ -87,12 +86,12 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(
                 kept.append(classify_on(jpeg, connection))
         assert kept == [200] * 4  # the others were connected to the killed process
         up = re.compile(r"^sopdeploy_worker_up\{.*\} 1\.0$", re.MULTILINE)
-        until(lambda: len(up.findall(httpx.get(f"{url}/metrics").text)) == 2)
-        until(lambda: resources_of(child.pid) == resources)
+        wait_for(lambda: len(up.findall(httpx.get(f"{url}/metrics").text)) == 2)
+        wait_for(lambda: resources_of(child.pid) == resources)
         send_to_the_oldest(signal.SIGSTOP)
         orphans = children_of(child.pid)
         child.kill()
-        until(lambda: not any(is_alive(process) for process in orphans))
+        wait_for(lambda: not any(is_alive(process) for process in orphans))
 
 
 def test_a_rate_limit_counts_the_images_of_both_processes(bundle_path: Path, tmp_path: Path, jpeg) -> None:
@@ -107,9 +106,7 @@ def test_a_rate_limit_counts_the_images_of_both_processes(bundle_path: Path, tmp
         assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
 
 
-def test_a_drain_completes_the_requests_of_both_processes(
-    bundle_path, tmp_path, jpeg, monkeypatch, until
-) -> None:
+def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path, jpeg, monkeypatch) -> None:
     gate = tmp_path / "gate"
     monkeypatch.setenv("GATE", str(gate))
     options = (*WAYS[TWO_DEVICES], "--setting", "batch_timeout_seconds=60", "--setting", "drain_seconds=60")
@@ -124,9 +121,9 @@ def test_a_drain_completes_the_requests_of_both_processes(
             assert read(wire, to_the_end=False).status == 200
         sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
         depth = r"^sopdeploy_queue_depth{.*} (\S+)"
-        until(lambda: sum(map(float, re.findall(depth, client.get("/metrics").text, re.M))) == 16)
+        wait_for(lambda: sum(map(float, re.findall(depth, client.get("/metrics").text, re.M))) == 16)
         client.child.send_signal(signal.SIGTERM)
-        until(lambda: client.get("/readyz").status_code == 503)
+        wait_for(lambda: client.get("/readyz").status_code == 503)
         late.append(stack.enter_context(connect(client)))
         for wire in late:
             wire.sendall(post_of(jpeg))
@@ -204,11 +201,9 @@ def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None
     assert text.count("# TYPE a_total counter") == 1
 
 
-def test_each_process_keeps_in_a_folder_of_its_own_within_its_share(
-    tmp_path: Path, make_bundle, until
-) -> None:
+def test_each_process_keeps_in_a_folder_of_its_own_within_its_share(tmp_path: Path) -> None:
     decision = Decision(rejection=Rejection(score="energy", threshold=1e9))
-    bundle = make_bundle(tmp_path / "bundle", decision=decision)
+    bundle = write_bundle(tmp_path / "bundle", decision=decision)
     kept = tmp_path / "kept"
     bodies = photos(12)
     options = ["--setting", f"keep={kept}", "--setting", "keep_bytes=65536", "--setting", "keep_sample=1"]
@@ -216,7 +211,7 @@ def test_each_process_keeps_in_a_folder_of_its_own_within_its_share(
         for body in bodies:
             with httpx.Client(base_url=client.base_url) as other:  # a connection to either process
                 assert other.post("/v1/classify", content=body).status_code == 200
-        until(lambda: sum(results(client).values()) == 12)
+        wait_for(lambda: sum(results(client).values()) == 12)
         assert results(client) == {"kept": 12}
         assert sorted(path.name for path in kept.iterdir()) == ["cpu-0", "cpu-1"]
         for folder in kept.iterdir():

@@ -21,7 +21,7 @@ from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, load_keys, new_key
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import load_settings
-from tests.service.conftest import open_files
+from tests.service.conftest import open_files, wait_for
 from tests.service.raw import EXPECT, POST, connect, count, post_of, read
 from tests.service.runtimes import Held
 
@@ -217,7 +217,7 @@ def test_no_sequence_of_requests_gets_more_than_burst_plus_rate_times_time(steps
             assert 0 <= int(bucket.headers()["RateLimit-Remaining"]) <= 8
 
 
-def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, jpeg, until):
+def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, jpeg):
     client = serve_with(
         FakeRuntime(num_classes=7),
         max_body_bytes=2_000_000,
@@ -237,7 +237,7 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
                     uploads.remove(wire)
             assert count(client, "upload_bytes") <= 7_000_000
             assert client.post("/v1/classify", content=jpeg).status_code == 200
-        until(lambda: count(client, 'rejected_total{reason="uploads_full"}') >= 8)
+        wait_for(lambda: count(client, 'rejected_total{reason="uploads_full"}') >= 8)
         for wire in uploads:
             wire.settimeout(1)
             try:
@@ -245,10 +245,10 @@ def test_many_slow_and_large_uploads_leave_budget_for_small_images(serve_with, j
             except TimeoutError:
                 codes.append("waiting")
     assert 2 <= codes.count("waiting") <= 4
-    until(lambda: count(client, "upload_bytes") == 0)
+    wait_for(lambda: count(client, "upload_bytes") == 0)
 
 
-def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with, until):
+def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with):
     client = serve_with(
         FakeRuntime(num_classes=7),
         max_body_bytes=2_000_000,
@@ -257,7 +257,7 @@ def test_an_upload_without_budget_is_429_before_the_body_is_sent(serve_with, unt
     )
     with connect(client) as first, connect(client) as second:
         first.sendall(POST + b"Content-Length: 1900000\r\n\r\n" + bytes(1_800_000))
-        until(lambda: count(client, "upload_bytes") >= 1_800_000)
+        wait_for(lambda: count(client, "upload_bytes") >= 1_800_000)
         second.sendall(POST + b"Content-Length: 1900000\r\n" + EXPECT + b"\r\n")
         reply = read(second, to_the_end=False)
     assert (reply.status, reply.code, reply.headers["retry-after"]) == (429, "uploads_full", "2")
@@ -271,20 +271,20 @@ def test_a_body_limit_above_the_budget_is_an_invalid_setting():
 GONE = 'requests_total{code="499",model="tiny",route="/v1/classify"}'
 
 
-def test_a_disconnect_after_some_bytes_of_the_body_is_counted(serve_with, jpeg, until):
+def test_a_disconnect_after_some_bytes_of_the_body_is_counted(serve_with, jpeg):
     runtime = FakeRuntime(num_classes=7)
     client = serve_with(runtime)
     for sent in (0, 0, 1, 1, 100):
         with connect(client) as wire:
             wire.sendall(post_of(jpeg)[: len(post_of(jpeg)) - len(jpeg) + sent])
-            until(lambda sent=sent: count(client, "upload_bytes") == sent)
-    until(lambda: count(client, GONE) == 5)
+            wait_for(lambda sent=sent: count(client, "upload_bytes") == sent)
+    wait_for(lambda: count(client, GONE) == 5)
     assert (count(client, "cancelled_total"), count(client, "upload_bytes")) == (5, 0)
     assert runtime.batches == []
     assert client.post("/v1/classify", content=jpeg).status_code == 200
 
 
-def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg, until):
+def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg):
     runtime = Held(largest_batch=1)
     client = serve_with(runtime)
     running = connect(client)
@@ -293,18 +293,18 @@ def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg, 
     queued = [connect(client) for _ in range(6)]
     for wire in queued:
         wire.sendall(post_of(jpeg))
-    until(lambda: count(client, "queue_depth") == 7)
+    wait_for(lambda: count(client, "queue_depth") == 7)
     assert count(client, "upload_bytes") == 7 * len(jpeg)
     for wire in [running, *queued]:
         wire.close()
-    until(lambda: count(client, GONE) == 7)
+    wait_for(lambda: count(client, GONE) == 7)
     assert count(client, "queue_depth") == count(client, "upload_bytes") == 0
     runtime.gate.set()
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     assert runtime.batches == [1, 1]
 
 
-def test_disconnects_at_every_position_leave_no_file_and_no_thread(serve_with, jpeg, until):
+def test_disconnects_at_every_position_leave_no_file_and_no_thread(serve_with, jpeg):
     client = serve_with(FakeRuntime(num_classes=7, fixed_ms=1))
     request = post_of(jpeg)
     assert client.post("/v1/classify", content=jpeg).status_code == 200
@@ -312,9 +312,9 @@ def test_disconnects_at_every_position_leave_no_file_and_no_thread(serve_with, j
     for cut in range(1, len(request) + 1, 29):
         with connect(client) as wire:
             wire.sendall(request[:cut])
-    until(lambda: count(client, "connections") == 1)
-    until(lambda: open_files() <= files)
+    wait_for(lambda: count(client, "connections") == 1)
+    wait_for(lambda: open_files() <= files)
     assert threading.active_count() <= threads + 2  # decoder threads start on demand
     for name in ("queue_depth", "upload_bytes"):
-        until(lambda name=name: count(client, name) == 0)
+        wait_for(lambda name=name: count(client, name) == 0)
     assert client.post("/v1/classify", content=jpeg).status_code == 200

@@ -31,6 +31,7 @@ from sopdeploy_service.inference.decoders import (
     plan_children,
 )
 from sopdeploy_service.runtime import device_memory
+from tests.service.conftest import picture_bytes
 from tests.service.raw import count
 
 MIB = 1 << 20
@@ -70,8 +71,8 @@ def test_children_for_light_images_then_those_for_large_ones_share_the_budget(
 
 
 @pytest.mark.parametrize("kind", ["GIF", "BMP"])
-def test_a_format_that_is_not_in_the_settings_is_415(serve_with, make_picture, kind: str) -> None:
-    body = make_picture(kind=kind)
+def test_a_format_that_is_not_in_the_settings_is_415(serve_with, kind: str) -> None:
+    body = picture_bytes(kind=kind)
     client = serve_with(FakeRuntime(num_classes=7), formats="jpeg,png")
     refused = client.post("/v1/classify", content=body)
     assert (refused.status_code, refused.json()["code"]) == (415, "unsupported_format")

@@ -26,6 +26,7 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
+from tests.service.conftest import running, wait_for
 from tests.service.raw import connect, count, read
 from tests.service.runtimes import Failing, Held
 
@@ -34,16 +35,14 @@ def post(client: httpx.Client, body: bytes) -> httpx.Response:
     return client.post("/v1/classify", content=body)
 
 
-def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(
-    serve_with, pool, jpeg, until
-):
+def test_a_full_queue_is_429_with_a_retry_time_and_every_image_of_a_form_counts(serve_with, pool, jpeg):
     runtime, files = Held(), [("image", jpeg)] * 2
     client = serve_with(runtime, queue_size=3, max_images=3)
     replies = [pool.submit(post, client, jpeg) for _ in range(2)]
-    until(lambda: count(client, "queue_depth") == 2)
+    wait_for(lambda: count(client, "queue_depth") == 2)
     rejected = [client.post("/v1/classify", files=files)]
     replies.append(pool.submit(post, client, jpeg))
-    until(lambda: count(client, "queue_depth") == 3)
+    wait_for(lambda: count(client, "queue_depth") == 3)
     rejected.append(post(client, jpeg))
     for reply in rejected:
         assert (reply.status_code, reply.json()["code"]) == (429, "queue_full")
@@ -96,14 +95,14 @@ def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
     assert 'requests_total{code="500"' in client.get("/metrics").text
 
 
-def test_a_stopped_server_leaves_no_threads(run_server, bundle, jpeg, until):
+def test_a_stopped_server_leaves_no_threads(bundle, jpeg):
     def names() -> set[str]:
         return {thread.name.partition("_")[0] for thread in threading.enumerate()}
 
-    with run_server(FakeRuntime(num_classes=7), bundle, Settings()) as client:
+    with running(FakeRuntime(num_classes=7), bundle, Settings()) as client:
         assert post(client, jpeg).status_code == 200
         assert {"model", "decoder"} <= names()
-    until(lambda: not {"model", "decoder"} & names())
+    wait_for(lambda: not {"model", "decoder"} & names())
 
 
 class Broken(FakeRuntime):
@@ -117,10 +116,10 @@ class Broken(FakeRuntime):
         return super().run(images)
 
 
-def test_a_device_that_fails_every_batch_ends_the_server_whatever_its_error_is(serve_with, jpeg, until):
+def test_a_device_that_fails_every_batch_ends_the_server_whatever_its_error_is(serve_with, jpeg):
     client = serve_with(Broken(num_classes=7))
     assert post(client, jpeg).json()["code"] == "inference_failed"
-    until(lambda: client.app.state.service.state == "runtime_dead")
+    wait_for(lambda: client.app.state.service.state == "runtime_dead")
 
 
 def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg):
@@ -168,11 +167,11 @@ REQUESTS = {"/v1/classify": {"image": "AAAA"}, "/v2/models/tiny/infer": {"inputs
 
 
 @pytest.mark.parametrize("path", REQUESTS)
-def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, until, path):
+def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, path):
     client = serve_with(FakeRuntime(num_classes=7), queue_size=4, max_images=1)
     with ThreadPoolExecutor(4) as pool:
         sent = [pool.submit(client.post, path, json=REQUESTS[path]) for _ in range(4)]
-        until(lambda: count(client, "queue_depth") == 4)
+        wait_for(lambda: count(client, "queue_depth") == 4)
         late = client.post(path, json=REQUESTS[path])
         assert blocked.at_work == 1
         blocked.set()
@@ -180,7 +179,7 @@ def test_requests_waiting_for_a_parser_count_in_the_queue(serve_with, blocked, u
     assert late.status_code == 429
     assert late.headers.get("x-error-code", "queue_full") == "queue_full"
     assert statuses == {415 if path == "/v1/classify" else 200}
-    until(lambda: count(client, "queue_depth") == 0)
+    wait_for(lambda: count(client, "queue_depth") == 0)
 
 
 @pytest.mark.usefixtures("blocked")
@@ -338,7 +337,7 @@ def test_softmax_of_any_logits_is_the_distribution_of_its_definition(logits):
     np.testing.assert_allclose(found, exponentials / exponentials.sum(), rtol=1e-12)
 
 
-def test_requests_in_one_batch_get_as_many_classes_as_they_want(serve_with, jpeg, until):
+def test_requests_in_one_batch_get_as_many_classes_as_they_want(serve_with, jpeg):
     runtime = Held()
     client = serve_with(runtime)
     with ThreadPoolExecutor(4) as pool:
@@ -346,8 +345,8 @@ def test_requests_in_one_batch_get_as_many_classes_as_they_want(serve_with, jpeg
         assert runtime.entered.wait(60)
         paths = [f"/v1/classify?top_k={top_k}" for top_k in (1, 99, 3)]
         futures += [pool.submit(client.post, path, content=jpeg) for path in paths]
-        until(lambda: count(client, "queue_depth") == 4)
-        until(lambda: count(client, 'stage_duration_seconds_count{stage="decode"}') == 4)
+        wait_for(lambda: count(client, "queue_depth") == 4)
+        wait_for(lambda: count(client, 'stage_duration_seconds_count{stage="decode"}') == 4)
         runtime.gate.set()
         classes = [future.result(60).json()["classes"] for future in futures]
     assert runtime.batches == [1, 3]

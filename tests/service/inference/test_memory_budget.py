@@ -20,6 +20,7 @@ from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings, load_settings
+from tests.service.conftest import running, wait_for
 
 MB = 1_000_000
 SIZE = 65 * MB  # more than a model with a tiny file is assumed to need
@@ -122,15 +123,13 @@ def test_models_in_use_stay_and_are_waited_for(bundle_path, monkeypatch) -> None
     run_with_registry(dict.fromkeys(("used", "a", "b"), bundle_path), device, scenario)
 
 
-def test_requests_wait_for_one_load_and_see_its_time(run_server, bundle, jpeg, until) -> None:
+def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg) -> None:
     device = Device(budget=70 * MB)
     bundles = {"a": bundle.path, "b": bundle.path}
     registry = partial(BudgetedRegistry, bundles, load=device.load)
     settings = Settings.model_validate({"memory_budget": device.budget})
     with (
-        run_server(
-            FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry
-        ) as client,
+        running(FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry) as client,
         ThreadPoolExecutor() as threads,
     ):
         assert client.get("/readyz").status_code == client.get("/v2/models/a/ready").status_code == 200
@@ -138,7 +137,7 @@ def test_requests_wait_for_one_load_and_see_its_time(run_server, bundle, jpeg, u
         device.gate.clear()
         post = partial(client.post, "/v1/classify?model=a", content=jpeg)
         answers = [threads.submit(post) for _ in range(4)]
-        until(lambda: client.app.state.service.admitted == 4)
+        wait_for(lambda: client.app.state.service.admitted == 4)
         device.gate.set()
         assert [answer.result().status_code for answer in answers] == [200] * 4
         assert all("load;dur=" in answer.result().headers["server-timing"] for answer in answers)
@@ -159,16 +158,12 @@ def test_requests_wait_for_one_load_and_see_its_time(run_server, bundle, jpeg, u
     assert device.loaded == 0
 
 
-def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_at_every_request(
-    run_server, bundle, jpeg
-) -> None:
+def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_at_every_request(bundle, jpeg) -> None:
     device = Device(budget=150 * MB)
     bundles = {"a": bundle.path, "b": bundle.path}
     registry = partial(BudgetedRegistry, bundles, load=device.load)
     settings = Settings.model_validate({"memory_budget": device.budget})
-    with run_server(
-        FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry
-    ) as client:
+    with running(FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry) as client:
         device.errors.append(BundleError("damaged"))
         codes = [client.post("/v1/classify?model=a", content=jpeg).json()["code"]]
         device.errors.clear()

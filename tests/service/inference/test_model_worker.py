@@ -15,6 +15,7 @@ from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected, settle
 from sopdeploy_service.inference.results import DEADLINE, DRAINING, INFERENCE_FAILED, NONFINITE
 from sopdeploy_service.runtime.base import DeviceLostError
+from tests.service.conftest import picture_bytes, wait_for
 from tests.service.raw import connect, count, post_of
 from tests.service.runtimes import Held
 
@@ -160,7 +161,7 @@ class Scripted(FakeOverlappingRuntime):
 
 
 @pytest.fixture
-def classify(serve_with, make_picture, pool, until):
+def classify(serve_with, pool):
     """`classify(runtime, 5)` sends one image, then four while it runs; returns responses and client."""
 
     def post(client, image):
@@ -168,13 +169,13 @@ def classify(serve_with, make_picture, pool, until):
 
     def send(runtime, count):
         client = serve_with(runtime, decoders=1)
-        images = [make_picture(color) for color in COLORS[:count]]
+        images = [picture_bytes(color) for color in COLORS[:count]]
         futures = [pool.submit(post, client, images[0])]
-        until(lambda: "wait 1" in runtime.calls)
+        wait_for(lambda: "wait 1" in runtime.calls)
         for number, image in enumerate(images[1:], 2):  # keeps the order
             futures.append(pool.submit(post, client, image))
             decoded = f'stage_duration_seconds_count{{stage="decode"}} {number}.0'
-            until(lambda decoded=decoded: decoded in client.get("/metrics").text)
+            wait_for(lambda decoded=decoded: decoded in client.get("/metrics").text)
         runtime.gate.set()
         return [future.result(60) for future in futures], client
 
@@ -225,12 +226,10 @@ def test_a_runtime_that_mixes_up_batches_is_rejected_by_the_probes():
         replay_overlapping(probes, Leaking(), 2)
 
 
-def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(
-    serve_with, make_picture, pool, until
-):
+def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its_neighbours(serve_with, pool):
     runtime = Held()  # reads its images when the gate opens
     client = serve_with(runtime, decoders=1)
-    images = [make_picture(color) for color in COLORS]
+    images = [picture_bytes(color) for color in COLORS]
 
     def post(image):
         return client.post("/v1/classify", content=image).json()["classes"]
@@ -245,9 +244,9 @@ def test_an_image_keeps_its_pixels_until_its_batch_ended_whatever_becomes_of_its
     for wire, image in zip(gone, images, strict=True):
         wire.sendall(post_of(image))
     others = [pool.submit(post, image) for image in images[1:]]
-    until(lambda: count(client, "queue_depth") == 12)
+    wait_for(lambda: count(client, "queue_depth") == 12)
     for wire in gone:
         wire.close()
-    until(lambda: count(client, "queue_depth") == 6)
+    wait_for(lambda: count(client, "queue_depth") == 6)
     runtime.gate.set()
     assert [future.result(60) for future in (first, *others)] == expected

@@ -26,6 +26,7 @@ from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.forged import flip
+from tests.service.conftest import running, wait_for, write_bundle
 from tests.service.raw import connect, post_of, read
 from tests.service.runtimes import Failing
 
@@ -33,9 +34,9 @@ SETTINGS = Settings(threads=1)
 
 
 @pytest.fixture
-def versions(tmp_path: Path, make_bundle: Callable[..., Path]) -> list[Path]:
+def versions(tmp_path: Path) -> list[Path]:
     """Two versions of the tiny network; they differ in their probes."""
-    return sorted(make_bundle(tmp_path, probes=probes) for probes in (3, 4))
+    return sorted(write_bundle(tmp_path, probes=probes) for probes in (3, 4))
 
 
 def load(path: Path) -> LoadedModel:
@@ -54,7 +55,7 @@ def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable
     asyncio.run(run())
 
 
-def test_exactly_the_bundles_of_the_last_reload_are_served(versions, until) -> None:
+def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
         await registry.follow({"tiny": versions[1], "second": versions[0]}, load)
@@ -71,7 +72,7 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions, until) -> N
             registry.find("second")
 
     run_with_registry(versions[0], scenario)
-    until(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))
+    wait_for(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))
 
 
 def test_a_bundle_is_recognized_by_its_id_and_not_by_its_path(versions, monkeypatch) -> None:
@@ -111,8 +112,8 @@ def test_a_replaced_version_waits_for_its_last_request(versions, monkeypatch) ->
     run_with_registry(versions[0], scenario)
 
 
-def test_if_one_bundle_has_wrong_outputs_none_of_them_is_served(versions, make_bundle) -> None:
-    wrong = make_bundle(versions[0].parent, wrong_by=0.01)
+def test_if_one_bundle_has_wrong_outputs_none_of_them_is_served(versions) -> None:
+    wrong = write_bundle(versions[0].parent, wrong_by=0.01)
 
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
@@ -135,8 +136,8 @@ def test_a_version_whose_first_batch_fails_is_never_served(versions, monkeypatch
 
 
 @pytest.fixture
-def two(versions, run_server, onnx_runtime) -> Iterator[httpx.Client]:
-    with run_server(onnx_runtime, open_bundle(versions[0]), SETTINGS, names=("ants", "bees")) as client:
+def two(versions, onnx_runtime) -> Iterator[httpx.Client]:
+    with running(onnx_runtime, open_bundle(versions[0]), SETTINGS, names=("ants", "bees")) as client:
         yield client
 
 
@@ -171,12 +172,10 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return found
 
 
-def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
-    tmp_path, make_bundle, caplog
-) -> None:
+def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(tmp_path, caplog) -> None:
     folder = tmp_path / "models"
     made = {
-        (project, day): make_bundle(folder, project=project, exported_at=TIMES[day], probes=probes)
+        (project, day): write_bundle(folder, project=project, exported_at=TIMES[day], probes=probes)
         for project, day, probes in (("hats", 2, 3), ("hats", 1, 4), ("shoes", 0, 3), ("shoes", 3, 4))
     }
     last = {"hats": made["hats", 2], "shoes": made["shoes", 3]}
@@ -199,9 +198,9 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(
     assert find_bundles([tmp_path / "copied" / "latest"]) == {"hats": tmp_path / "copied" / "latest"}
 
 
-def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, make_bundle, caplog) -> None:
+def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, caplog) -> None:
     caplog.set_level("INFO")
-    first, folder = make_bundle(tmp_path / "a"), tmp_path / "models"
+    first, folder = write_bundle(tmp_path / "a"), tmp_path / "models"
     for name in ("flowers", first.name, "zoo"):
         shutil.copytree(first, folder / name)
     (folder / ".bundle-x.partial").mkdir()
@@ -213,10 +212,10 @@ def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, make_bun
     assert lines(caplog) == []
 
 
-def test_of_bundles_exported_at_the_same_time_the_greater_id_is_served(tmp_path, make_bundle, caplog) -> None:
+def test_of_bundles_exported_at_the_same_time_the_greater_id_is_served(tmp_path, caplog) -> None:
     caplog.set_level("INFO")
     folder = tmp_path / "models"
-    smaller, greater = sorted(make_bundle(folder, probes=count, exported_at=TIMES[0]) for count in (3, 4))
+    smaller, greater = sorted(write_bundle(folder, probes=count, exported_at=TIMES[0]) for count in (3, 4))
     assert find_bundles([folder]) == {"tiny": greater}
     assert lines(caplog)[0].endswith(f"not {smaller.name}, exported at the same time")
 
@@ -235,10 +234,10 @@ def shorten(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, make_bundle, caplog) -> None:
+def test_a_damaged_bundle_is_named_and_the_others_are_served(damage, tmp_path, caplog) -> None:
     folder, (change, reason) = tmp_path / "models", DAMAGE[damage]
-    older = make_bundle(folder, exported_at=TIMES[0])
-    newer = make_bundle(folder, exported_at=TIMES[1], probes=4)
+    older = write_bundle(folder, exported_at=TIMES[0])
+    newer = write_bundle(folder, exported_at=TIMES[1], probes=4)
     change(newer)
     assert find_bundles([folder]) == {"tiny": older}
     assert [record.levelname for record in caplog.records if reason in record.getMessage()] == ["WARNING"]
@@ -264,9 +263,9 @@ Running = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 @pytest.fixture
-def two_versions(tmp_path: Path, make_bundle: Callable[..., Path]) -> list[Path]:
+def two_versions(tmp_path: Path) -> list[Path]:
     """Two two_versions of the tiny network."""
-    return [make_bundle(tmp_path, probes=number) for number in (3, 4)]
+    return [write_bundle(tmp_path, probes=number) for number in (3, 4)]
 
 
 def send_every_kind_of_request(client: httpx.Client, jpeg: bytes) -> None:
@@ -292,7 +291,7 @@ def no_collector() -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_collector")
 def test_a_replaced_model_is_released_though_idle_connections_stay(
-    two_versions: list[Path], run_server: Running, jpeg: bytes, until: Any, monkeypatch: pytest.MonkeyPatch
+    two_versions: list[Path], jpeg: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = OnnxRuntime.run
 
@@ -302,7 +301,7 @@ def test_a_replaced_model_is_released_though_idle_connections_stay(
 
     monkeypatch.setattr(OnnxRuntime, "run", slow)
     first = load_model(two_versions[0], SETTINGS)
-    with run_server(first.runtime, first.bundle, SETTINGS) as client:
+    with running(first.runtime, first.bundle, SETTINGS) as client:
         registry = client.app.state.service.registry
         models = [weakref.ref(registry.find())]
         idle = []
@@ -313,7 +312,7 @@ def test_a_replaced_model_is_released_though_idle_connections_stay(
             send_every_kind_of_request(client, jpeg)
             client.reload(two_versions[number % 2])
             models.append(weakref.ref(registry.find()))
-        until(lambda: sum(model() is not None for model in models) == 1)
-        until(lambda: client.get("/metrics").text.count("bundle_info{") == 1)
+        wait_for(lambda: sum(model() is not None for model in models) == 1)
+        wait_for(lambda: client.get("/metrics").text.count("bundle_info{") == 1)
         for wire in idle:
             wire.close()

@@ -20,6 +20,7 @@ from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs, metrics
 from sopdeploy_service.settings import Settings
+from tests.service.conftest import running, wait_for, write_bundle
 
 
 @pytest.fixture
@@ -42,13 +43,13 @@ def requests(stream: Path) -> list[dict]:
     return [event for event in events if event["event"] == "request"]
 
 
-def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jpeg, until):
+def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jpeg):
     stream = logged(log="json")
     key = new_key(tmp_path / "keys.toml", "phone", rate=100)
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     sent = {"x-api-key": key, "x-request-id": "trip-7"}
     client.post("/v1/classify", files=[("image", jpeg)] * 2, headers=sent)
-    until(lambda: len(requests(stream)) == 1)
+    wait_for(lambda: len(requests(stream)) == 1)
     (line,) = requests(stream)
     expected = {"request": "trip-7", "key": "phone", "method": "POST", "route": "/v1/classify"}
     assert line.items() >= {**expected, "status": 200, "code": "ok", "num_images": 2, "level": "info"}.items()
@@ -60,28 +61,28 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     assert key not in stream.read_text()
 
 
-def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serve_with, tmp_path, until):
+def test_a_rejection_is_logged_with_its_code_and_without_a_key_name(logged, serve_with, tmp_path):
     stream = logged(log="json")
     new_key(tmp_path / "keys.toml", "phone", rate=None)
     client = serve_with(FakeRuntime(num_classes=7), keys=tmp_path / "keys.toml")
     client.post("/v1/classify", content=b"x", headers={"x-api-key": "guess"})
-    until(lambda: len(requests(stream)) == 1)
+    wait_for(lambda: len(requests(stream)) == 1)
     (line,) = requests(stream)
     assert (line["status"], line["code"], line["route"]) == (401, "unauthenticated", "other")
     assert "key" not in line
     assert "guess" not in stream.read_text()
 
 
-def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until):
+def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with):
     stream = logged(log="json")
     client = serve_with(FakeRuntime(num_classes=7))
     for path in ("/readyz", "/livez", "/metrics", "/info"):
         client.get(path)
-    until(lambda: len(requests(stream)) > 0)
+    wait_for(lambda: len(requests(stream)) > 0)
     assert [line["route"] for line in requests(stream)] == ["/info"]
     logging.getLogger(logs.ROOT).setLevel(logging.DEBUG)
     client.get("/readyz")
-    until(lambda: len(requests(stream)) == 2)
+    wait_for(lambda: len(requests(stream)) == 2)
     assert requests(stream)[1]["level"] == "debug"
 
 
@@ -94,10 +95,10 @@ def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with, until)
         ("/v1/classify?model=%0aforged%1b[2J", {}),
     ],
 )
-def test_clients_cannot_forge_lines_or_control_a_terminal(logged, serve_with, until, form, path, headers):
+def test_clients_cannot_forge_lines_or_control_a_terminal(logged, serve_with, form, path, headers):
     stream = logged(log=form)
     serve_with(FakeRuntime(num_classes=7)).post(path, content=b"x", headers=headers)
-    until(lambda: stream.read_text().count("\n") == 1)
+    wait_for(lambda: stream.read_text().count("\n") == 1)
     assert "forged" not in stream.read_text()
     assert "\x1b" not in stream.read_text()
 
@@ -181,13 +182,13 @@ def reference(classes: int) -> Reference:
 
 
 def test_a_full_window_that_differs_from_the_held_out_images_shows_drift(
-    bundle, onnx_runtime, run_server, jpeg, monkeypatch
+    bundle, onnx_runtime, jpeg, monkeypatch
 ):
     monkeypatch.setattr(metrics, "WINDOW_IMAGES", 20)
     decision = Decision(reference=reference(7))
     compared = replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
     files = [("image", ("x.jpg", jpeg))] * 10
-    with run_server(onnx_runtime, compared, Settings()) as client:
+    with running(onnx_runtime, compared, Settings()) as client:
         client.post("/v1/classify", files=files)
         before = client.get("/metrics").text
         client.post("/v1/classify", files=files)
@@ -203,6 +204,6 @@ def test_a_bundle_without_held_out_predictions_counts_none_for_drift(client):
     assert "sopdeploy_drift_images{" not in client.get("/metrics").text
 
 
-def test_a_bundle_whose_held_out_predictions_have_other_classes_is_rejected(make_bundle, tmp_path):
+def test_a_bundle_whose_held_out_predictions_have_other_classes_is_rejected(tmp_path):
     with pytest.raises(BundleError, match="predictions of 3 classes, not 7; export it again"):
-        open_bundle(make_bundle(tmp_path, decision=Decision(reference=reference(3))))
+        open_bundle(write_bundle(tmp_path, decision=Decision(reference=reference(3))))

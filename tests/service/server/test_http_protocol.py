@@ -17,21 +17,22 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.server import http_protocol
 from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
+from tests.service.conftest import running, wait_for
 from tests.service.raw import EXPECT, GET, POST, connect, count, read
 
 SHORT = {"header_timeout": 1.0, "body_grace_seconds": 1.0, "write_timeout": 1.0}  # seconds
 
 
 @pytest.fixture(scope="module")
-def client(run_server, bundle):
-    with run_server(FakeRuntime(num_classes=7), bundle, Settings(max_body_bytes=1_000_000)) as client:
+def client(bundle):
+    with running(FakeRuntime(num_classes=7), bundle, Settings(max_body_bytes=1_000_000)) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
-def impatient(run_server, bundle):
+def impatient(bundle):
     """A client of a server with short timeouts, which requests of a paused process would also exceed."""
-    with run_server(FakeRuntime(num_classes=7), bundle, Settings(**SHORT)) as client:
+    with running(FakeRuntime(num_classes=7), bundle, Settings(**SHORT)) as client:
         yield client
 
 
@@ -194,7 +195,7 @@ def test_an_idle_connection_is_closed_after_the_keep_alive_time(serve_with):
     assert time.monotonic() > started + 1
 
 
-def test_a_client_that_does_not_read_is_disconnected(impatient, until):
+def test_a_client_that_does_not_read_is_disconnected(impatient):
     bad = connect(impatient)
     bad.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     bad.setblocking(False)
@@ -210,7 +211,7 @@ def test_a_client_that_does_not_read_is_disconnected(impatient, until):
         return False
 
     with bad:
-        until(is_disconnected, 60)
+        wait_for(is_disconnected, 60)
     assert count(impatient, 'rejected_total{reason="slow_reader"}') == 1
 
 
@@ -385,7 +386,7 @@ def test_an_address_with_many_connections_in_their_headers_loses_the_oldest(serv
             assert read(wire, to_the_end=False).status == 200
 
 
-def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until, monkeypatch):
+def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, monkeypatch):
     monkeypatch.setattr(http_protocol, "HEADER_GRACE", float("inf"))
     client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
     with ExitStack() as stack:
@@ -398,7 +399,7 @@ def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, until, m
         for wire in wires:
             wire.sendall(b"\r\n")
             assert read(wire, to_the_end=False).status == 200
-    until(lambda: count(client, "connections") == 1)
+    wait_for(lambda: count(client, "connections") == 1)
 
 
 @pytest.mark.parametrize(
@@ -443,8 +444,8 @@ def test_any_bytes_get_a_response_or_a_closed_connection(
 
 
 @pytest.fixture(scope="module")
-def fuzzed(run_server, bundle):
-    with run_server(
+def fuzzed(bundle):
+    with running(
         FakeRuntime(num_classes=7), bundle, Settings(header_timeout=0.05, body_grace_seconds=0.05)
     ) as client:
         yield client

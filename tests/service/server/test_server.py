@@ -32,7 +32,7 @@ from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
 from tests.service import children
 from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, line_of, serving
-from tests.service.conftest import wait_for
+from tests.service.conftest import wait_for, write_bundle
 from tests.service.raw import GET, POST, connect, post_of, read
 
 PATIENCE = 90  # seconds; usually a few are enough
@@ -246,19 +246,17 @@ def wait_for_refusals(child: subprocess.Popen[str], way: str, reason: str) -> No
 
 
 @pytest.mark.parametrize("way", BOTH_WAYS)
-def test_sighup_serves_the_latest_bundles_and_loses_no_request(
-    make_bundle, tmp_path, jpeg, until, way
-) -> None:
+def test_sighup_serves_the_latest_bundles_and_loses_no_request(tmp_path, jpeg, way) -> None:
     folder = tmp_path / "bundles"
-    first = make_bundle(folder)
+    first = write_bundle(folder)
     with serving(str(folder), *WAYS[way]) as client:
         with traffic(client, jpeg) as serves:
             client.child.send_signal(signal.SIGUSR1)  # of a program that rotates logs
-            until(lambda: serves(first))
-            second = make_bundle(folder, seed=1)
+            wait_for(lambda: serves(first))
+            second = write_bundle(folder, seed=1)
             client.child.send_signal(signal.SIGHUP)
-            until(lambda: serves(second))
-            make_bundle(folder, seed=2, wrong_by=1.0)
+            wait_for(lambda: serves(second))
+            write_bundle(folder, seed=2, wrong_by=1.0)
             client.child.send_signal(signal.SIGHUP)
             wait_for_refusals(client.child, way, "probes")
         shutil.rmtree(folder)
@@ -269,32 +267,30 @@ def test_sighup_serves_the_latest_bundles_and_loses_no_request(
 
 @pytest.mark.parametrize("way", BOTH_WAYS)
 def test_a_server_that_follows_a_link_serves_each_promoted_bundle_and_loses_no_request(
-    make_bundle, tmp_path, jpeg, until, way
+    tmp_path, jpeg, way
 ) -> None:
     live = tmp_path / "live"
-    first, second = (make_bundle(tmp_path, seed=seed) for seed in (0, 1))
-    wrong = make_bundle(tmp_path, seed=2, wrong_by=1.0)
+    first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
+    wrong = write_bundle(tmp_path, seed=2, wrong_by=1.0)
     promote(first, live, None)
     with (
         serving(str(live), *WAYS[way], "--setting", "follow=true") as client,
         traffic(client, jpeg) as serves,
     ):
-        until(lambda: serves(first))
+        wait_for(lambda: serves(first))
         promote(second, live, None, force="newer")
-        until(lambda: serves(second))
+        wait_for(lambda: serves(second))
         move_link(live, wrong.name)  # `promote` would refuse it
         wait_for_refusals(client.child, way, "probes")
         move_link(live, second.name)
         promote(back=live)
-        until(lambda: serves(first))
+        wait_for(lambda: serves(first))
 
 
 @pytest.mark.parametrize("way", BOTH_WAYS)
-def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(
-    make_bundle, tmp_path, jpeg, until, way
-) -> None:
+def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(tmp_path, jpeg, way) -> None:
     live = tmp_path / "live"
-    first, second = (make_bundle(tmp_path, seed=seed) for seed in (0, 1))
+    first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
     promote(first, live, None)
     terminal, stderr = os.openpty()
     command = (*children.SERVE, "--port", "0", "--threads", "1", "--setting", "follow=true", *WAYS[way])
@@ -317,7 +313,7 @@ def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(
 
             assert serves(first)
             promote(second, live, None, force="newer")
-            until(lambda: serves(second))
+            wait_for(lambda: serves(second))
             child.send_signal(signal.SIGHUP)  # the kernel's, of the closed terminal
             assert child.wait(PATIENCE) == 0
         finally:
@@ -400,10 +396,8 @@ def test_allocator_settings_of_the_environment_take_precedence(environment, expe
 
 
 @pytest.mark.slow  # needs an idle machine
-def test_eight_seconds_of_soak_meet_every_bound(
-    bundle_path: Path, make_bundle: Callable[..., Path], tmp_path: Path
-) -> None:
-    bundles = [bundle_path, make_bundle(tmp_path / "other", seed=1)]
+def test_eight_seconds_of_soak_meet_every_bound(bundle_path: Path, tmp_path: Path) -> None:
+    bundles = [bundle_path, write_bundle(tmp_path / "other", seed=1)]
     tally, _, exceeded = soak.soak(bundles, tmp_path, seconds=8, warm_up=4)
     assert exceeded == [], tally.failures
     kinds = {kind for kind, _ in tally.outcomes}

@@ -16,7 +16,7 @@ from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
 from tests.service.api.pages.conftest import done, expected, give, operate, shown
-from tests.service.conftest import picture_bytes, running
+from tests.service.conftest import picture_bytes, running, write_bundle
 
 pytestmark = pytest.mark.browser
 
@@ -74,10 +74,8 @@ def test_the_page_is_accessible_to_screen_readers(page, client, jpeg):
     assert page.get_by_label("Drop another image").count() == 1
 
 
-def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(
-    open_page, serve_with, onnx_runtime, make_picture
-):
-    client, picture = serve_with(onnx_runtime), make_picture((30, 200, 60))
+def test_the_map_is_drawn_over_the_parts_on_which_the_class_depends(open_page, serve_with, onnx_runtime):
+    client, picture = serve_with(onnx_runtime), picture_bytes((30, 200, 60))
     page = open_page(client.base_url)
     page.locator("#explain").check()
     give(page, picture)
@@ -112,8 +110,8 @@ def test_an_unreachable_server_is_reported(page, jpeg):
     assert "cannot be reached" in page.get_by_role("alert").text_content()
 
 
-def test_several_images_are_classified_and_listed(page, client, jpeg, make_picture):
-    others = [make_picture((40 * number, 90, 200)) for number in range(7)]
+def test_several_images_are_classified_and_listed(page, client, jpeg):
+    others = [picture_bytes((40 * number, 90, 200)) for number in range(7)]
     bodies = [jpeg, b"no picture", *others]
     chosen = [{"name": f"{n}.jpg", "mimeType": "image/jpeg", "buffer": body} for n, body in enumerate(bodies)]
     page.locator("#file").set_input_files(chosen)
@@ -167,8 +165,8 @@ def test_card_and_certificate_are_text_and_never_markup(open_page, gated_client)
     assert page.locator("#proof details code").first.is_visible()
 
 
-def test_of_several_models_one_is_chosen_and_asked(open_page, run_server, onnx_runtime, bundle, jpeg):
-    with run_server(onnx_runtime, bundle, Settings(), names=("first", "second")) as client:
+def test_of_several_models_one_is_chosen_and_asked(open_page, onnx_runtime, bundle, jpeg):
+    with running(onnx_runtime, bundle, Settings(), names=("first", "second")) as client:
         page = open_page(client.base_url)
         give(page, jpeg)
         assert shown(page) == expected(client, jpeg, "?model=first")
@@ -236,11 +234,9 @@ def test_the_docs_request_the_key_too(open_page, locked, key):
     assert response.value.status == 200
 
 
-def test_a_swapped_model_is_detected_and_shown(
-    open_page, run_server, onnx_runtime, make_bundle, tmp_path, jpeg
-):
-    first, second = make_bundle(tmp_path, probes=3), make_bundle(tmp_path, probes=4)
-    with run_server(onnx_runtime, open_bundle(first), Settings(threads=1)) as client:
+def test_a_swapped_model_is_detected_and_shown(open_page, onnx_runtime, tmp_path, jpeg):
+    first, second = write_bundle(tmp_path, probes=3), write_bundle(tmp_path, probes=4)
+    with running(onnx_runtime, open_bundle(first), Settings(threads=1)) as client:
         page = open_page(client.base_url)
         page.locator("#bundle", has_text=first.name).wait_for()
         give(page, jpeg)

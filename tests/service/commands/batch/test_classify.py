@@ -38,7 +38,7 @@ from tests.service.commands.batch.conftest import (
     rows_of,
     stop_at,
 )
-from tests.service.conftest import LABELS, RULES, picture_bytes
+from tests.service.conftest import LABELS, RULES, picture_bytes, write_bundle
 
 BODY = picture_bytes()
 
@@ -109,10 +109,8 @@ def test_a_folder_of_a_run_with_other_options_is_rejected(complete, bundle_path,
             classify(bundle_path, [str(photos)], complete, settings, options)
 
 
-def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(
-    complete, bundle_path, make_bundle, photos, tmp_path
-):
-    other = make_bundle(tmp_path, seed=1)
+def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(complete, bundle_path, photos, tmp_path):
+    other = write_bundle(tmp_path, seed=1)
     with pytest.raises(ConfigError, match=r"was begun with bundle \w+, not \w+; continue"):
         classify(other, [str(photos)], complete, SETTINGS, OPTIONS)
     with pytest.raises(
