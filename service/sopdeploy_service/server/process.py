@@ -38,7 +38,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     with bind(settings.host, settings.port) as listener, configured_process(settings):
         links = links_among(sources) if settings.follow else {}  # before the bundles are found
         app = load_app(sources, settings)
-        from prometheus_client import ProcessCollector  # noqa: PLC0415 - see `load_app`
+        from prometheus_client import ProcessCollector  # noqa: PLC0415
 
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
 
