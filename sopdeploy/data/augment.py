@@ -3,7 +3,6 @@
 The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample) only. With
 `preprocess.fit` "pad" or "squash", random boxes are drawn in the square that evaluation sees: the padded
 image, or the image with both sides of equal length.
-torchvision computes the color jitter.
 """
 
 import math

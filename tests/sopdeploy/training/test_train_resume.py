@@ -155,7 +155,7 @@ SMALL_GATE = "{components=4, chosen=2, component_widths=[16, 8], gate_widths=[16
 REMOVED_BRANCHES = "dsop with removed branches and ema"
 
 CASES = {
-    "dsop with ema, color jitter and accumulation": (
+    "dsop with ema, lighting and accumulation": (
         "ema={decay=0.9}",
         "accumulate=2",
         "color={lighting=0.1}",
