@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_runtime import FakeRuntime
+from PIL import Image
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
+from tests.pictures import encoded
 from tests.service.api.pages.conftest import done, expected, give, operate, shown
 from tests.service.conftest import picture_bytes, running, write_bundle
 
@@ -60,12 +62,15 @@ def test_the_page_works_by_keyboard_alone(page, client, jpeg):
     assert page.locator("#code-Python").is_visible()
 
 
-def test_the_page_is_accessible_to_screen_readers(page, client, jpeg):
-    give(page, jpeg, type="image/png")
-    assert page.locator("#warnings li").text_content().startswith("The content type names another format")
+def test_the_page_is_accessible_to_screen_readers(page, client):
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    body = encoded(Image.new("RGB", (40, 50), (200, 30, 60)), "JPEG", exif=turned)
+    give(page, body)
+    assert page.locator("#warnings li").text_content() == "The image was rotated by its EXIF orientation."
     rows = page.locator("#waterfall li > span:first-child").all_text_contents()
     assert rows == ["receive", "decode", "queue", "infer", "connection"]
-    label, percent = expected(client, jpeg)[0]
+    label, percent = expected(client, body)[0]
     assert page.get_by_role("status").text_content().startswith(f"Prediction: {label} {percent}, ")
     nameless = page.locator("button, a, input, select").evaluate_all(
         "all => all.filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length)).length"
