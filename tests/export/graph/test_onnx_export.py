@@ -19,13 +19,7 @@ from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy_export import operators
-from sopdeploy_export.graph import (
-    OPSET,
-    capture,
-    capture_any_batch,
-    generated_images,
-    lower,
-)
+from sopdeploy_export.graph import OPSET, capture, capture_any_batch, generated_images, lower
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
@@ -234,19 +228,8 @@ def test_only_pooling_to_one_position_becomes_a_mean(size: tuple[int, int], mean
     assert (torch.ops.aten.adaptive_avg_pool2d.default in targets) == (not mean)
 
 
-class Part(nn.Module):
-    """A function as a part of a network."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.function(pixels)
-
-
 def check(function: Callable[[Tensor], Tensor], preprocess: Preprocess) -> None:
-    network = nn.Sequential(nn.Identity(), Part(function)).eval()
+    network = nn.Sequential(nn.Identity(), Minimal(function)).eval()
     check_operators(capture_any_batch(network, preprocess, ALONE), generated_images(preprocess.crop)[:1])
 
 
