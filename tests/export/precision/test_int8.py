@@ -115,8 +115,10 @@ def convolution(values: NDArray[np.float32], *after: str) -> onnx.ModelProto:
     nodes[-1].attribute.append(helper.make_attribute("group", groups))
     tensors = {"conv.weight": values, "conv.bias": np.zeros(len(values), np.float32)}
     tensors |= {"low": np.float32(0), "high": np.float32(6), "axes": np.array([2, 3])}
+    if "Conv" in after:
+        tensors["second.weight"] = np.eye(len(values), dtype=np.float32)[:, :, None, None]
     for kind in after:
-        bounds = ["low", "high"] if kind == "Clip" else []
+        bounds = {"Clip": ["low", "high"], "Conv": ["second.weight"]}.get(kind, [])
         nodes.append(helper.make_node(kind, [last, *bounds], [f"{last}_{kind}"]))
         last = f"{last}_{kind}"
     nodes.append(helper.make_node("ReduceMean", [last, "axes"], ["logits"], keepdims=0))
@@ -128,6 +130,14 @@ def convolution(values: NDArray[np.float32], *after: str) -> onnx.ModelProto:
         [numpy_helper.from_array(np.asarray(value), name) for name, value in tensors.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def test_a_part_in_float32_directly_behind_a_quantized_convolution_is_not_quantized() -> None:
+    model = convolution(np.full((6, 6, 3, 3), 0.01, np.float32), "Conv")
+    quantized = Int8Quantizer(model, generated_images(16), ("second",)).quantize()
+    types = {tensor.name: tensor.data_type for tensor in quantized.graph.initializer}
+    assert types["second.weight"] == onnx.TensorProto.FLOAT
+    assert types["conv.weight_quantized"] == onnx.TensorProto.INT8
 
 
 @pytest.mark.parametrize("kind", ["Clip", "Relu"])
