@@ -83,7 +83,7 @@ def test_a_killed_process_ends_the_other_one_with_one_line(tmp_path) -> None:
     )
     assert (code, killed, out, silent) == (2, -signal.SIGKILL, "", "")
     (error,) = [line for line in err.splitlines() if not line.startswith("epoch ")]
-    assert error.startswith("error: another process of the run ended, see its message; continue with ")
+    assert error.startswith("error: another process of the run ended, see its message and resume it")
     assert read_checkpoint(tmp_path / "run" / "last.pt").resume is not None
 
 
