@@ -103,10 +103,10 @@ def test_fp32_that_is_not_pixels_is_rejected_with_what_to_send(case):
 @pytest.mark.parametrize("shape", [[2], [2, 1]])
 def test_encoded_images_may_be_binary_or_base64(shape):
     body = files(b"one", b"")
-    assert read(encoded(shape, len(body)), body).images == [(b"one", ""), (b"", "")]
+    assert read(encoded(shape, len(body)), body).images == [b"one", b""]
     data = ["b25l", ""] if len(shape) == 1 else [["b25l"], [""]]
     asked = {"inputs": [{"name": "IMAGE", "datatype": "BYTES", "shape": shape, "data": data}]}
-    assert read(asked).images == [(b"one", ""), (b"", "")]
+    assert read(asked).images == [b"one", b""]
 
 
 HUGE = 2**40
