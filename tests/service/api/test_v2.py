@@ -10,24 +10,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sopdeploy_service.api.v2.request import InferRequest, RequestedOutput, Signature, Tensor, parse_body
+from sopdeploy.bundle.manifest import Manifest, TensorRecord
+from sopdeploy_service.api.v2.request import InferRequest, parse_body
 from sopdeploy_service.api.v2.response import format_response, stack_outputs
 from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
 
 LIMIT = 100_000
 
-PIXELS = Signature(
-    Tensor("images", "UINT8", (-1, 2, 2, 3)),
-    (Tensor("logits", "FP32", (-1, 7)), Tensor("gate", "FP32", (-1, 4))),
-    max_images=4,
+MANIFEST = Manifest.model_construct(
+    inputs=(TensorRecord(name="images", dtype="uint8", shape=(None, 2, 2, 3)),),
+    outputs=tuple(TensorRecord(name=name, dtype="float32", shape=(None, 7)) for name in ("logits", "gate")),
 )
+MAX_IMAGES = 4
 
 
 def read(text: Any, binary: bytes = b"", header: str | None = None) -> InferRequest:
     raw = text if isinstance(text, bytes) else orjson.dumps(text)
     if binary and header is None:
         header = str(len(raw))
-    return parse_body(raw + binary, header, PIXELS, LIMIT)
+    return parse_body(raw + binary, header, MANIFEST, MAX_IMAGES, LIMIT)
 
 
 def rejected(*args: Any, **options: Any) -> tuple[str, int, str]:
@@ -206,14 +207,14 @@ BAD_JSON = {
 def test_malformed_or_ambiguous_json_is_rejected(case):
     text, expected = BAD_JSON[case]
     with pytest.raises(RejectedError) as caught:
-        parse_body(text, None, PIXELS, 99_999)
+        parse_body(text, None, MANIFEST, MAX_IMAGES, 99_999)
     reason = caught.value.reason
     assert (reason.code, reason.status) == (expected, 413 if expected == "json_too_large" else 400)
 
 
 def test_a_document_of_too_many_lists_is_rejected():
     with pytest.raises(RejectedError) as caught:
-        parse_body(b"[" + b"[]," * 1_000_000 + b"[]]", None, PIXELS, 10_000_000)
+        parse_body(b"[" + b"[]," * 1_000_000 + b"[]]", None, MANIFEST, MAX_IMAGES, 10_000_000)
     assert caught.value.reason.code == "json_too_complex"
 
 
@@ -248,11 +249,11 @@ def test_bytes_elements_with_wrong_lengths_are_rejected(raw):
 
 
 def test_all_outputs_are_the_default_and_parameters_apply_to_each():
-    assert [(w.tensor.name, w.binary) for w in read(tensor()).outputs] == [("logits", False), ("gate", False)]
+    assert list(read(tensor()).outputs.items()) == [("logits", False), ("gate", False)]
     outputs = [{"name": "gate"}, {**LOGITS, "parameters": {"binary_data": False}}]
     parameters = {"binary_data_output": True, "timeout": 5000}
     found = read({**tensor(), "id": "a", "outputs": outputs, "parameters": parameters})
-    assert [(w.tensor.name, w.binary) for w in found.outputs] == [("gate", True), ("logits", False)]
+    assert list(found.outputs.items()) == [("gate", True), ("logits", False)]
     assert (found.id, found.timeout_seconds) == ("a", 0.005)
 
 
@@ -272,14 +273,11 @@ def test_a_damaged_request_is_a_request_or_a_400(edits, binary, header):
         text = text[:start] + new + text[start + length :]
     status, images = 200, 1
     try:
-        images = len(parse_body(text.encode() + binary, header, PIXELS, LIMIT).images)
+        images = len(parse_body(text.encode() + binary, header, MANIFEST, MAX_IMAGES, LIMIT).images)
     except RejectedError as problem:
         status = problem.reason.status
     assert (status in {200, 400}, images) == (True, 1)
 
-
-LOGITS_TENSOR = Tensor("logits", "FP32", (-1, 3))
-GATE = Tensor("gate", "FP32", (-1, 2))
 
 OUTPUT_VALUES = {
     "logits": np.array([[0.1, 1e-7, -3.4e38], [2, 2, 5]], dtype=np.float32),
@@ -290,7 +288,7 @@ HEAD = {"model_name": "tiny", "model_version": "abc"}
 
 
 def test_json_numbers_are_the_same_float32_when_parsed():
-    body, headers = format_response(HEAD, OUTPUT_VALUES, [RequestedOutput(LOGITS_TENSOR, False)])
+    body, headers = format_response(HEAD, OUTPUT_VALUES, {"logits": False})
     text = orjson.loads(body)
     assert headers == {"Content-Type": "application/json"}
     (output,) = text.pop("outputs")

@@ -14,7 +14,7 @@ from sopdeploy_service.api.admission import (
     service_of,
 )
 from sopdeploy_service.api.v2 import response
-from sopdeploy_service.api.v2.request import parse_body, signature_of
+from sopdeploy_service.api.v2.request import parse_body
 from sopdeploy_service.api.v2.response import HEADER_LENGTH, format_response, stack_outputs
 
 _ERROR: dict[str, Any] = {
@@ -94,16 +94,15 @@ async def model_infer(
 ) -> Response:
     """Return the outputs of 1..n images, sent as a tensor or as encoded files."""
     async with admit(request, name, version) as admitted:
-        service, model = admitted.service, admitted.model
-        signature = signature_of(model.bundle, service.settings.max_images)
-        body = await read_body(admitted, service.settings.max_body_bytes)
+        settings, model = admitted.service.settings, admitted.model
+        body = await read_body(admitted, settings.max_body_bytes)
         parsed = await admitted.parse(
-            parse_body, body, header_length, signature, service.settings.max_json_bytes
-        )
+            parse_body, body, header_length, model.bundle.manifest, settings.max_images,
+            settings.max_json_bytes,
+        )  # fmt: skip
         if parsed.timeout_seconds is not None:
             admitted.deadline = min(admitted.deadline, admitted.started + parsed.timeout_seconds)
-        features = any(output.tensor.name == EMBEDDING for output in parsed.outputs)
-        outcomes = await admitted.infer(parsed.images, features=features, may_keep=True)
+        outcomes = await admitted.infer(parsed.images, features=EMBEDDING in parsed.outputs, may_keep=True)
     head = {"model_name": model.name, "model_version": model.version}
     if parsed.id is not None:
         head = {"id": parsed.id, **head}
