@@ -47,29 +47,6 @@ class FilePrediction(Classes):
         return {key: value for key, value in fields.items() if value is not None or key == "error"}
 
 
-def predict_files(
-    bundle_path: Path,
-    images: Sequence[Path | Image.Image],
-    settings: Settings | None = None,
-    *,
-    explain: bool = False,
-) -> list[FilePrediction]:
-    """Classify files and images in memory one by one; a file that is not a valid image gets an `error`.
-
-    Images run in batches of one, so that a prediction does not depend on the other images. An image in memory
-    gives the same result as a file with the same pixels. *explain* adds the explanation. Raises `DataError`
-    for a file that cannot be read, and the errors of `load_model`.
-    """
-    settings = settings or load_settings()
-    loaded = load_model(bundle_path, settings)
-    predictions = []
-    for number, image in enumerate(images):
-        name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
-        opened = read_image(image, settings.max_body_bytes) if isinstance(image, Path) else image
-        predictions.append(_predict_image(loaded, opened, name, settings, explain=explain))
-    return predictions
-
-
 def _predict_image(
     loaded: LoadedModel, image: bytes | Image.Image, name: str, settings: Settings, *, explain: bool
 ) -> FilePrediction:
@@ -161,6 +138,8 @@ def predict(
 ) -> tuple[FilePrediction, ...]:
     """Classify image files without a server; the results equal those of the service.
 
+    Images run in batches of one, so that a prediction does not depend on the other images.
+
     Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg
 
     Args:
@@ -184,7 +163,13 @@ def predict(
     items: Iterable[Any] = [images] if single else images  # type: ignore[assignment]
     opened = [_open(image, number) for number, image in enumerate(items)]
     loaded_settings = load_settings(top_k=top_k, **settings)
-    return tuple(predict_files(Path(bundle), opened, loaded_settings, explain=explain))
+    loaded = load_model(Path(bundle), loaded_settings)
+    predictions = []
+    for number, image in enumerate(opened):
+        name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
+        source = read_image(image, loaded_settings.max_body_bytes) if isinstance(image, Path) else image
+        predictions.append(_predict_image(loaded, source, name, loaded_settings, explain=explain))
+    return tuple(predictions)
 
 
 def _open(image: object, number: int) -> Path | Image.Image:

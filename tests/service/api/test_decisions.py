@@ -24,7 +24,7 @@ from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_checkpoint
 from sopdeploy_service.commands.evaluate import scores_of_bundle
-from sopdeploy_service.commands.predict import predict_files
+from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -163,9 +163,10 @@ def test_info_the_client_and_predict_show_the_same_decision(
         assert asking.info().models[0].thresholds == dict(zip(LABELS, THRESHOLDS, strict=True))
         assert [one.label for one in asking.classify(jpeg).classes] == reached
         assert len(asking.classify(jpeg, threshold=0.0).classes) == len(LABELS)
-    for settings, listed in ((Settings(threads=1), reached), (Settings(threads=1, top_k=1), reached[:1])):
-        (found,) = predict_files(multi_label_path, [tmp_path / "a.jpg"], settings)
+    for top_k, listed in ((None, reached), (1, reached[:1])):
+        (found,) = predict(multi_label_path, tmp_path / "a.jpg", top_k=top_k, threads=1)
         assert [one.label for one in found.classes] == listed
+        settings = Settings(threads=1, top_k=top_k)
         with running(OnnxRuntime(bundle, threads=1), bundle, settings) as server:
             answer = server.post("/v1/classify", content=jpeg).json()
         assert [one["label"] for one in answer["classes"]] == listed

@@ -12,7 +12,7 @@ from PIL import Image
 from sopdeploy.images.limits import describe_formats
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
-from sopdeploy_service.commands.predict import predict_files
+from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 from tests.pictures import encoded
@@ -175,7 +175,7 @@ def test_warnings_name_the_changes_to_the_image(client, bundle_path, tmp_path, n
     body, expected = CASES[name]
     assert client.post("/v1/classify", content=body).json()["warnings"] == expected
     (tmp_path / "x").write_bytes(body)
-    assert list(predict_files(bundle_path, [tmp_path / "x"], Settings(threads=1))[0].warnings) == expected
+    assert list(predict(bundle_path, tmp_path / "x", threads=1)[0].warnings) == expected
 
 
 def test_each_image_of_a_form_has_its_own_warnings(client, jpeg):

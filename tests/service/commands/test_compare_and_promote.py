@@ -20,12 +20,9 @@ from sopdeploy.evaluation.statistics import decide
 from sopdeploy.files import sha256
 from sopdeploy.project import Origin, utc_now
 from sopdeploy_service.commands.compare import LOG, compare
-from sopdeploy_service.commands.predict import predict_files
+from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.promote import promote
-from sopdeploy_service.settings import Settings
 from tests.service.conftest import write_bundle
-
-ONE_THREAD = Settings(threads=1)
 
 
 def photograph(number: int) -> Image.Image:
@@ -55,7 +52,7 @@ def labelled(bundles, tmp_path_factory):
     def make(by: Path, count: int = 40, first: int = 0) -> Path:
         folder = tmp_path_factory.mktemp("photos")
         for number in range(first, first + count):
-            (prediction,) = predict_files(by, [photograph(number)], ONE_THREAD)
+            (prediction,) = predict(by, photograph(number), threads=1)
             path = folder / prediction.classes[0].label / f"{number}.png"
             path.parent.mkdir(exist_ok=True)
             photograph(number).save(path)
@@ -94,9 +91,7 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     done: list[tuple[int, int]] = []
     found = compare(first, second, photos, unknown=strangers, on_image=lambda *counts: done.append(counts))
     paths = sorted(photos.rglob("*.png"))
-    answers = [
-        [one.classes[0].label for one in predict_files(bundle, paths, ONE_THREAD)] for bundle in bundles
-    ]
+    answers = [[one.classes[0].label for one in predict(bundle, paths, threads=1)] for bundle in bundles]
     right = sum(one == path.parent.name for one, path in zip(answers[0], paths, strict=True))
     assert (found.num_images, found.first.top1.right, found.second.top1.right) == (40, right, 40)
     assert (found.wins, found.losses, found.difference) == (40 - right, 0, (40 - right) / 40)
@@ -105,8 +100,8 @@ def test_the_figures_are_those_of_the_predictions(bundles, labelled) -> None:
     assert [one.label for one in found.classes] == sorted(set(answers[1]))
     assert sum(one.num_images for one in found.classes) == 40
     assert found.first.accepted is None
-    known = [one.known for one in predict_files(second, paths, ONE_THREAD)]
-    unknown = [one.known for one in predict_files(second, sorted(strangers.rglob("*.png")), ONE_THREAD)]
+    known = [one.known for one in predict(second, paths, threads=1)]
+    unknown = [one.known for one in predict(second, sorted(strangers.rglob("*.png")), threads=1)]
     assert (found.second.accepted.right, found.second.rejected.right) == (sum(known), 6 - sum(unknown))
     assert done[-1] == (92, 92)
     assert all("not recorded" in note or "no images of" in note for note in found.notes)

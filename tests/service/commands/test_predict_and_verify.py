@@ -22,7 +22,7 @@ from sopdeploy.evaluation.metrics import classification_report
 from sopdeploy_service.commands import bench as timing
 from sopdeploy_service.commands.bench import batch_sizes
 from sopdeploy_service.commands.evaluate import scores_of_bundle
-from sopdeploy_service.commands.predict import predict_files
+from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.server.sockets import bind
@@ -37,7 +37,7 @@ def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, t
     paths = [tmp_path / name for name in ("a.jpg", "b.txt", "c.jpg")]
     for path, body in zip(paths, (jpeg, b"text", jpeg), strict=True):
         path.write_bytes(body)
-    first, bad, last = predict_files(bundle_path, paths, Settings(threads=1, top_k=2))
+    first, bad, last = predict(bundle_path, paths, threads=1, top_k=2)
     assert [entry.image for entry in (first, bad, last)] == [str(path) for path in paths]
     assert first.classes == last.classes
     assert len(first.classes) == 2
@@ -47,9 +47,9 @@ def test_predict_returns_every_path_in_order_with_its_error(bundle_path, jpeg, t
 
 def test_a_file_that_cannot_be_read_or_is_too_large_is_named(bundle_path, tmp_path):
     with pytest.raises(DataError, match=r"nothing\.jpg: cannot be read"):
-        predict_files(bundle_path, [tmp_path / "nothing.jpg"], ONE_THREAD)
+        predict(bundle_path, tmp_path / "nothing.jpg", threads=1)
     (tmp_path / "big").write_bytes(bytes(3000))
-    (found,) = predict_files(bundle_path, [tmp_path / "big"], Settings(threads=1, max_body_bytes=2000))
+    (found,) = predict(bundle_path, tmp_path / "big", threads=1, max_body_bytes=2000)
     assert found.error.code == "too_large"
 
 
@@ -180,7 +180,7 @@ def test_a_bundle_and_predict_agree_exactly(bundle_path, folder) -> None:
     assert facts["bundle"] == bundle_path.name
     assert progress == [(done, 14) for done in range(1, 15)]
     paths = [path for label in labels for path in sorted((folder / label).iterdir())]
-    predictions = predict_files(bundle_path, paths, Settings(threads=1, top_k=7))
+    predictions = predict(bundle_path, paths, threads=1, top_k=7)
     for one, prediction in zip(scores, predictions, strict=True):
         assert one.confidence == prediction.classes[0].probability
         assert [labels[index] for index in one.top5] == [c.label for c in prediction.classes[:5]]

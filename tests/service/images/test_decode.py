@@ -229,7 +229,7 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
     recorder = Recorder()
     loaded = LoadedModel(bundle=changed, runtime=recorder, replays={})
     monkeypatch.setattr(predict_command, "load_model", lambda *_: loaded)
-    predict_command.predict_files(bundle.path, paths, settings)
+    predict_command.predict(bundle.path, paths, threads=1)
     found["predict"], recorder.seen = recorder.seen, []
     with running(recorder, changed, settings) as client:
         shown = client.get("/info").json()["models"][0]["preprocess"]

@@ -20,7 +20,7 @@ from sopdeploy.errors import ConfigError, DataError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch import classifier
 from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
-from sopdeploy_service.commands.predict import predict_files
+from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.decoding import pool
 from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference import decoders
@@ -47,7 +47,7 @@ def test_every_image_gets_one_row_that_equals_its_prediction(complete, photos, b
     rows, paths = rows_of(complete), sorted(photos.glob("*.jpg"))
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert len(part_bytes(complete)) == 4
-    for row, path, one in zip(rows, paths, predict_files(bundle_path, paths, SETTINGS), strict=True):
+    for row, path, one in zip(rows, paths, predict(bundle_path, paths, threads=1), strict=True):
         assert row["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
         assert row["bundle"] == bundle_path.name.rpartition("-")[2]
         assert row["error"] == (one.error.code if one.error else None)
