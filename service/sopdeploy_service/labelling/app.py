@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs
@@ -32,6 +33,7 @@ from sopdeploy_service.server.sockets import bind, url
 
 COOKIE = "sopdeploy-label"
 MAX_BODY_BYTES = 10_000
+MAX_THUMBNAILS = 24  # photographs that the page offers to label at once
 MEDIA_TYPES = {".jpg": "image/jpeg", ".png": "image/png"}
 IMAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
@@ -133,7 +135,10 @@ def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAP
 
 
 def describe_next(folders: LabelFolders) -> dict[str, Any]:
-    """Describe the next photograph of *folders*, the classes, most probable first, and the progress."""
+    """Describe the next photograph of *folders*, the classes, most probable first, and the progress.
+
+    `next` has the IDs of the photographs that the page shows as thumbnails, that photograph first.
+    """
     if not folders.waiting:
         folders.read()  # the server may have kept others
     photograph, probabilities = None, dict[str, float]()
@@ -144,6 +149,7 @@ def describe_next(folders: LabelFolders) -> dict[str, Any]:
     names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))
     return {
         "photograph": photograph,
+        "next": list(islice(folders.waiting, MAX_THUMBNAILS)),
         "classes": [{"name": name, "probability": probabilities.get(name)} for name in names],
         "done": len(folders.steps),
         "left": len(folders.waiting),

@@ -87,6 +87,62 @@ def test_a_new_class_is_typed_after_its_key_and_offered_from_then_on(keep, open_
     assert page.locator("#name").input_value() == "../hat"  # to correct it
 
 
+def pressed(page) -> list[bool]:
+    shown = page.locator("#next button").evaluate_all("all => all.map((one) => one.ariaPressed)")
+    return [value == "true" for value in shown]
+
+
+def test_several_photographs_get_one_label_by_mouse_and_by_keyboard(keep, open_label_page, tmp_path):
+    for number in range(30):
+        keep(number, [float(number), 1.0, 2.5])
+    page = open_label_page(viewport={"width": 390, "height": 844}, has_touch=True)
+    order = page.evaluate("state.next")
+    thumbnails = page.locator("#next button")
+    assert thumbnails.count() == len(order) == 24
+    fits = "document.scrollingElement.scrollHeight <= 844 && document.scrollingElement.scrollWidth <= 390"
+    assert page.evaluate(fits)
+    thumbnails.nth(3).tap()
+    thumbnails.nth(1).click(modifiers=["Shift"])  # 1 to 3
+    thumbnails.nth(2).click()  # no longer
+    thumbnails.nth(0).focus()
+    for key in ("Tab", "Tab", "Tab", "Tab", "Space"):
+        page.keyboard.press(key)
+    assert [place for place, value in enumerate(pressed(page)) if value] == [1, 3, 4]
+    assert page.locator("#selection").text_content().startswith("3 selected")
+    assert page.evaluate(fits)
+    assert page.locator("#photo").evaluate("image => image.clientHeight") > 0
+    best = page.locator("#classes .name").first.text_content()
+    press(page, "1", 27)
+    labelled = {f"{best}/{order[place]}.jpg" for place in (1, 3, 4)}
+    assert files_below(tmp_path / "photos") == labelled
+    assert not any(pressed(page))
+    assert page.evaluate("state.photograph.id") == order[0]
+    press(page, "u", 28)
+    press(page, "s", 27)  # without a selection, one
+    thumbnails.nth(0).tap()
+    page.keyboard.press("Escape")
+    assert not any(pressed(page))
+
+
+def test_of_several_labels_one_that_another_tab_took_leaves_the_others_selected(
+    keep, open_label_page, tmp_path
+):
+    for number in range(4):
+        keep(number)
+    page, other = open_label_page(), open_label_page()
+    taken = page.evaluate("state.next[1]")
+    other.locator("#next button").nth(1).click()
+    press(other, "1", 3)
+    for place in range(3):
+        page.locator("#next button").nth(place).click()
+    press(page, "2", 2)
+    assert "has a label already" in page.locator("#error").text_content()
+    assert pressed(page) == [True, False]
+    press(page, "2", 1)
+    assert len(files_below(tmp_path / "photos")) == 3
+    assert f"{LABELS[0]}/{taken}.jpg" in files_below(tmp_path / "photos")
+
+
 def test_names_with_markup_are_shown_as_text(keep, open_label_page, tmp_path):
     name = "<img src=x onerror=alert(1)>"
     keep(1, [3.0, 0.0], labels=[name, "hat"])

@@ -36,7 +36,7 @@ def test_the_state_has_the_photograph_and_the_classes_by_probability(client, tmp
         *(pytest.approx(value, abs=1e-3) for value in (0.665, 0.245, 0.090)),
         None,
     ]
-    assert (state["done"], state["left"]) == (0, 1)
+    assert (state["done"], state["left"], state["next"]) == (0, 1, [ONE])
     image = client.get(f"/images/{ONE}")
     assert image.content == (tmp_path / "kept" / f"{ONE}.jpg").read_bytes()
     assert image.headers["content-type"] == "image/jpeg"

@@ -1,9 +1,10 @@
 "use strict";
-// The label page: shows one photograph, sends its label, and shows the next one.
+// The label page: shows one photograph, sends its label or that of all selected thumbnails, and shows the next one.
 
 const RESERVED = "nsux"; // keys of the other buttons
 const KEYS = [..."123456789", ..."abcdefghijklmnopqrstuvwxyz"].filter((key) => !RESERVED.includes(key));
-const state = { photograph: null, classes: [], busy: false, url: "" };
+const state = { photograph: null, classes: [], next: [], selected: new Set(), from: 0, busy: false };
+const urls = new Map(); // promises of the URLs of loaded photographs, by their IDs
 
 /** Fetch JSON from `path`, with `body` as a POST; throws an Error with the message of the server. */
 async function ask(path, body) {
@@ -16,21 +17,21 @@ async function ask(path, body) {
   throw Object.assign(new Error(typeof detail === "string" ? detail : "the server refuses this label"), { status: reply.status });
 }
 
-/** Send `body` to `path` and show what the server returns; keys have no effect before it is shown. */
-async function send(path, body) {
+/** Send `bodies` to `path` in turn and show what the server returns last; keys have no effect before it is shown. */
+async function send(path, bodies = [undefined]) {
   if (state.busy) return;
   setBusy(true);
-  let problem = "";
+  let problem = "", last = null;
   try {
-    await show(await ask(path, body));
+    for (const body of bodies) last = await ask(path, body);
   } catch (error) {
     problem = error.message;
-    if (error.status === 409) await show(await ask("state")); // labelled in another tab
-  } finally {
-    byId("error").textContent = sentence(problem);
-    byId("error").hidden = !problem;
-    setBusy(false);
+    if (error.status === 409) last = await ask("state").catch(() => last); // labelled in another tab
   }
+  if (last) await show(last);
+  byId("error").textContent = sentence(problem);
+  byId("error").hidden = !problem;
+  setBusy(false);
 }
 
 /** Say that a request is under way, or that keys have an effect. */
@@ -39,16 +40,40 @@ function setBusy(busy) {
   byId("main").setAttribute("aria-busy", String(busy));
 }
 
-/** Label the photograph that is shown. */
-const label = (kind, name = "") => state.photograph && send("label", { id: state.photograph.id, kind, name });
+/** Label the selected photographs, or without any the one that is shown. */
+function label(kind, name = "") {
+  const shown = state.photograph ? [state.photograph.id] : [];
+  const ids = state.selected.size ? [...state.selected] : shown;
+  if (ids.length) void send("label", ids.map((id) => ({ id, kind, name })));
+}
+
+/** Select the photographs with `ids`, and say how many they are. */
+function select(ids) {
+  state.selected = new Set(ids);
+  state.next.forEach((id, place) => byId("next").children[place].setAttribute("aria-pressed", String(state.selected.has(id))));
+  byId("selection").textContent = ids.length ? `${ids.length} selected: the label is that of all. Esc selects none.` : "";
+}
+
+/** Select the thumbnail at `place` or not any more; with `range`, also those from the last one up to it. */
+function toggle(place, range) {
+  const [first, last] = [place, range ? state.from : place].sort((one, other) => one - other);
+  const ids = state.next.slice(first, last + 1);
+  const isSelected = !range && state.selected.has(state.next[place]);
+  state.from = place;
+  select(isSelected ? [...state.selected].filter((id) => !ids.includes(id)) : [...new Set([...state.selected, ...ids])]);
+}
 
 /** Show the photograph, classes and progress of `next`, a response of the server. */
 async function show(next) {
   const { photograph, classes, done, left } = next;
-  Object.assign(state, { photograph, classes });
-  const url = photograph ? await load(photograph.id) : "";
-  URL.revokeObjectURL(state.url);
-  state.url = byId("photo").src = url;
+  Object.assign(state, { photograph, classes, next: next.next, from: 0 });
+  byId("photo").src = photograph ? await load(photograph.id) : "";
+  byId("next").replaceChildren(...state.next.map(thumbnail));
+  select([...state.selected].filter((id) => state.next.includes(id)));
+  for (const id of [...urls.keys()].filter((one) => !state.next.includes(one))) {
+    void load(id).then(URL.revokeObjectURL);
+    urls.delete(id);
+  }
   byId("photo").hidden = !photograph;
   byId("empty").hidden = Boolean(photograph);
   byId("sampled").hidden = !photograph?.sampled;
@@ -61,10 +86,20 @@ async function show(next) {
   byId("name").value = "";
 }
 
-/** URL of the bytes of the photograph `id`. */
-async function load(id) {
-  const reply = await fetch(`images/${id}`);
-  return reply.ok ? URL.createObjectURL(await reply.blob()) : "";
+/** URL of the bytes of the photograph `id`, which is loaded once; empty if it cannot be loaded. */
+function load(id) {
+  const url = async (reply) => (reply.ok ? URL.createObjectURL(await reply.blob()) : "");
+  if (!urls.has(id)) urls.set(id, fetch(`images/${id}`).then(url).catch(() => ""));
+  return urls.get(id);
+}
+
+/** Button that selects the photograph `id`. */
+function thumbnail(id, place) {
+  const image = make("img", { alt: "" });
+  void load(id).then((url) => { image.src = url; });
+  const button = make("button", { type: "button", "aria-label": `Photograph ${place + 1}`, "aria-pressed": "false" }, image);
+  button.addEventListener("click", (event) => toggle(place, event.shiftKey));
+  return button;
 }
 
 /** List entry of one class; the first ones have keys. */
@@ -82,21 +117,22 @@ function classButton({ name, probability }, place) {
 byId("new").addEventListener("submit", (event) => {
   event.preventDefault();
   byId("name").blur(); // so that the next key is a label
-  void label("class", byId("name").value);
+  label("class", byId("name").value);
 });
 byId("not-ours").addEventListener("click", () => label("unknown"));
 byId("skip").addEventListener("click", () => label("skip"));
-byId("undo").addEventListener("click", () => send("undo", {}));
+byId("undo").addEventListener("click", () => send("undo", [{}]));
 document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && event.target !== byId("name")) select([]);
   if (event.key === "Escape") byId("name").blur();
   if (event.target === byId("name") || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
   const key = event.key.toLowerCase();
   const place = KEYS.indexOf(key);
   if (key === "n") byId("name").focus();
-  else if (key === "x") void label("unknown");
-  else if (key === "s") void label("skip");
-  else if (key === "u") void send("undo", {});
-  else if (place >= 0 && place < state.classes.length) void label("class", state.classes[place].name);
+  else if (key === "x") label("unknown");
+  else if (key === "s") label("skip");
+  else if (key === "u") void send("undo", [{}]);
+  else if (place >= 0 && place < state.classes.length) label("class", state.classes[place].name);
   else return;
   event.preventDefault();
 });
