@@ -22,8 +22,7 @@ from typing import Any, TextIO, cast
 import httpx
 from serving_ours import fake_model, skip_decoding
 
-from sopdeploy_service.devices.device_server import run_device_server
-from sopdeploy_service.devices.processes import run_program
+from sopdeploy_service.devices import device_server
 from sopdeploy_service.server import process
 
 HERE = Path(__file__).resolve().parent
@@ -86,7 +85,7 @@ def main() -> int:
     model = fake_model(fixed, each, int(largest))
     process.load_model = lambda *_: model  # type: ignore[attr-defined]
     skip_decoding()
-    return run_program(run_device_server)
+    return device_server.main()
 
 
 if __name__ == "__main__":

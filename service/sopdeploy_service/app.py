@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
-from sopdeploy_service.http.api_keys import CreateBucketState, load_keys
+from sopdeploy_service.http.api_keys import load_keys
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
@@ -33,12 +33,12 @@ def create_app(
     settings: Settings,
     *,
     create_registry: CreateRegistry | None = None,
-    create_bucket_state: CreateBucketState = lambda _key: [0.0, 0.0],
+    limits: "memoryview[float] | None" = None,
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`.
 
-    *create_registry* replaces the registry of models in this process, and *create_bucket_state* creates the
-    state of a key's token bucket.
+    *create_registry* replaces the registry of models in this process, and *limits* is the memory of the keys'
+    rate limits, if processes share it.
     `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
     Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
@@ -79,7 +79,7 @@ def create_app(
     guard: Guard | None = None
     if keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
-        guard = KeyGuard(keys, open_paths, create_bucket_state)
+        guard = KeyGuard(keys, open_paths, limits)
     elif is_loopback(settings.host):
         guard = OriginGuard({"localhost", settings.host})
     app.add_middleware(RequestContextMiddleware, service=service, guard=guard)

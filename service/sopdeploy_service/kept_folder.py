@@ -155,7 +155,9 @@ class KeptFolder:
             sample = [entry for entry in self._entries.values() if "sample" in entry.reasons]
             others = [entry for entry in self._entries.values() if "sample" not in entry.reasons]
             from_sample = sum(entry.bytes for entry in sample) > SAMPLE_SHARE * self._max_bytes
-            self._delete(sample[0] if from_sample or not others else min(others, key=_num_reasons))
+            self._delete(
+                sample[0] if from_sample or not others else min(others, key=lambda entry: len(entry.reasons))
+            )
         return True
 
     def _delete(self, entry: _Entry) -> None:
@@ -163,10 +165,6 @@ class KeptFolder:
         for file in (entry.path.with_suffix(".json"), entry.path):
             file.unlink(missing_ok=True)
         del self._entries[entry.path.name]
-
-
-def _num_reasons(entry: _Entry) -> int:
-    return len(entry.reasons)
 
 
 def _size_on_disk(size: int) -> int:

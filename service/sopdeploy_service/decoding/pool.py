@@ -91,7 +91,11 @@ class Template:
             for is_last in (False, True):
                 control = self._control or self._start()
                 try:
-                    return _exchange(control, message, descriptors)
+                    socket.send_fds(control, [message], descriptors)
+                    reply = control.recv(TEMPLATE_REPLY.size, socket.MSG_WAITALL)
+                    if len(reply) == TEMPLATE_REPLY.size:
+                        return int(TEMPLATE_REPLY.unpack(reply)[0])
+                    raise BrokenPipeError
                 except OSError:
                     self._close()
                     if is_last or not descriptors:
@@ -124,15 +128,6 @@ class Template:
             self._process.kill()
             self._process.wait()
         self._control = self._process = None
-
-
-def _exchange(control: socket.socket, message: bytes, descriptors: list[int]) -> int:
-    """Send *message* to a template; return the process id in its reply. Raises `OSError` if it has ended."""
-    socket.send_fds(control, [message], descriptors)
-    reply = control.recv(TEMPLATE_REPLY.size, socket.MSG_WAITALL)
-    if len(reply) < TEMPLATE_REPLY.size:
-        raise BrokenPipeError
-    return int(TEMPLATE_REPLY.unpack(reply)[0])
 
 
 def _log_errors(process: "subprocess.Popen[bytes]") -> None:

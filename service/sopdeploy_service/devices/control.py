@@ -9,7 +9,6 @@ in the same microsecond, one of the charges is lost.
 
 import asyncio
 import contextlib
-import mmap
 import os
 import socket
 import struct
@@ -21,20 +20,12 @@ from typing import cast
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from sopdeploy.errors import ConfigError
-
 # Messages with a file
 CLIENT, SEND_METRICS = b"client", b"metrics"
 RELOAD = b"reload"  # the bundles
 STATUS = struct.Struct("=QI")  # connections received and open ones; then names of bundles
-MAX_KEYS = 4096
-_LIMIT_BYTES = 16 * MAX_KEYS  # two numbers of 8 bytes for each key
+_LIMIT_BYTES = 16 * 4096  # of the rate limits of so many keys
 _METRICS_SECONDS = 2.0  # a process that takes longer counts as down
-
-
-def pair() -> tuple[socket.socket, socket.socket]:
-    """Create a control socket; return the supervisor's end and the process's end."""
-    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
 
 def receive_files(control: socket.socket) -> tuple[bytes, list[int]]:
@@ -110,16 +101,3 @@ def create_memory() -> int:
     file = os.memfd_create("sopdeploy-limits", os.MFD_CLOEXEC)
     os.ftruncate(file, _LIMIT_BYTES)
     return file
-
-
-class SharedBucketStates:
-    """Creates states of buckets in the memory *file*, which may be closed afterwards."""
-
-    def __init__(self, file: int) -> None:
-        self._values = memoryview(mmap.mmap(file, _LIMIT_BYTES)).cast("d")
-
-    def __call__(self, key: int) -> "memoryview[float]":
-        """Return the state of the key number *key*; raises `ConfigError` if there are too many keys."""
-        if key >= MAX_KEYS:
-            raise ConfigError(f"more than {MAX_KEYS} keys, the limit with several devices; remove some")
-        return self._values[2 * key : 2 * key + 2]

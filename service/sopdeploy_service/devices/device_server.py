@@ -1,22 +1,26 @@
 """The server process of one device; its connections come from the supervisor, which starts this module."""
 
 import asyncio
+import mmap
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from functools import partial
 
 from fastapi import FastAPI
 from prometheus_client import generate_latest
 
+from sopdeploy.errors import SopdeployError
 from sopdeploy_service.devices import control
-from sopdeploy_service.devices.processes import LaunchConfig, run_program
+from sopdeploy_service.devices.processes import CONFIG_VARIABLE, LaunchConfig
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer
-from sopdeploy_service.server.lifetime import start_task
+from sopdeploy_service.server.lifetime import USER_ERROR, start_task
 from sopdeploy_service.server.process import configured_process, load_app
 from sopdeploy_service.settings import Settings
 
@@ -91,16 +95,33 @@ def run_device_server(config: LaunchConfig) -> int:
     settings = config.settings
     supervisor = socket.socket(fileno=config.control)
     with configured_process(settings):
-        app = load_app(
-            config.sources,
-            settings,
-            create_bucket_state=control.SharedBucketStates(config.buckets),
-        )
+        limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")
+        app = load_app(config.sources, settings, limits=limits)
         app.state.service.metrics_of_all = partial(control.request_metrics, supervisor)
         server = DeviceServer(app, settings, supervisor, config.sources)
         share_memory(app.state.service, settings, config.num_processes)
         return server.serve_until_end()
 
 
+def main() -> int:
+    """Run the server that the supervisor has described in the environment; return the exit code.
+
+    The process gets SIGTERM when the supervisor ends. An error is printed as one line.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
+    config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
+
+    def stop_with_supervisor() -> None:
+        os.read(config.lifeline, 1)  # returns when the supervisor closes the pipe, or dies
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_with_supervisor, name="lifeline", daemon=True).start()
+    try:
+        return run_device_server(config)
+    except SopdeployError as problem:
+        sys.stderr.write(f"error: device {config.name}: {problem} [{problem.code}]\n")
+        return USER_ERROR
+
+
 if __name__ == "__main__":
-    sys.exit(run_program(run_device_server))
+    sys.exit(main())

@@ -2,19 +2,17 @@
 
 import itertools
 import os
-import signal
 import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pydantic
 
-from sopdeploy.errors import ConfigError, SopdeployError
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
-from sopdeploy_service.server.lifetime import STDERR, USER_ERROR
+from sopdeploy_service.server.lifetime import STDERR
 from sopdeploy_service.settings import Settings, cores_within_quota, decoders_per_process
 
 MAX_ON_THE_WAY = 16  # connections that a process has not received
@@ -48,26 +46,6 @@ def start_process(module: str, config: LaunchConfig, variables: Mapping[str, str
         pass_fds=(config.lifeline, config.control, config.buckets),
         env={**os.environ, **variables, CONFIG_VARIABLE: config.model_dump_json()},
     )
-
-
-def run_program(serve: Callable[[LaunchConfig], int]) -> int:
-    """Call *serve* with the launch config of this process; return the exit code.
-
-    The process gets SIGTERM when the supervisor ends. An error is printed as one line.
-    """
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
-    config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
-
-    def stop_with_supervisor() -> None:
-        os.read(config.lifeline, 1)  # returns when the supervisor closes the pipe, or dies
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_with_supervisor, name="lifeline", daemon=True).start()
-    try:
-        return serve(config)
-    except SopdeployError as problem:
-        sys.stderr.write(f"error: device {config.name}: {problem} [{problem.code}]\n")
-        return USER_ERROR
 
 
 @dataclass(eq=False)

@@ -131,7 +131,7 @@ class Supervisor:
                 await asyncio.wait_for(self._stopping.wait(), delay)
 
     def _start(self, process: Process) -> subprocess.Popen[str]:
-        ours, theirs = control.pair()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
         with theirs:
             config = LaunchConfig(
                 name=process.name,

@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 import tomllib
-from collections.abc import Callable, MutableSequence, Sequence
+from collections.abc import MutableSequence, Sequence
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -28,7 +28,6 @@ _ROUNDING = 1e-6  # tokens that may be missing after the announced time
 
 # Tokens, and the time of the last fill; 0 before the first one.
 BucketState: TypeAlias = "MutableSequence[float] | memoryview[float]"
-CreateBucketState: TypeAlias = Callable[[int], BucketState]  # for the number of a key
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 KeyName = Annotated[str, pydantic.Field(pattern=f"^{NAME.pattern}$")]
 

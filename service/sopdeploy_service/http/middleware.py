@@ -17,8 +17,9 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sopdeploy.errors import ConfigError
 from sopdeploy.images.formats import too_large_error
-from sopdeploy_service.http.api_keys import CreateBucketState, Key, TokenBucket, find_key
+from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key
 from sopdeploy_service.http.problems import INTERNAL, reject
 from sopdeploy_service.inference.results import CLIENT_GONE, HttpError, RejectedError
 from sopdeploy_service.inference.service import Service
@@ -211,11 +212,16 @@ class KeyGuard:
     """Refuses requests without one of *keys* with 401, except those for *open_paths*."""
 
     def __init__(
-        self, keys: Sequence[Key], open_paths: Collection[str], create_bucket_state: CreateBucketState
+        self, keys: Sequence[Key], open_paths: Collection[str], limits: "memoryview[float] | None"
     ) -> None:
+        """Keep two numbers per key in *limits*; raises `ConfigError` if these have too few."""
+        states = memoryview(bytearray(16 * len(keys))).cast("d") if limits is None else limits
+        if 2 * len(keys) > len(states):
+            most = len(states) // 2
+            raise ConfigError(f"more than {most} keys, the limit with several devices; remove some")
         self._keys, self._open_paths = keys, open_paths
         self._buckets = {
-            key.name: TokenBucket(key.rate, key.burst, create_bucket_state(number))
+            key.name: TokenBucket(key.rate, key.burst, states[2 * number : 2 * number + 2])
             for number, key in enumerate(keys)
             if key.rate is not None
         }

@@ -353,22 +353,15 @@ class Model:
         self._failed = all(row is INFERENCE_FAILED or row is OUT_OF_MEMORY for row in rows)
         del self._in_flight[0]
         self._batch_started = ended if self._in_flight else None
-        outcomes = self._outcomes_of(batch.items, rows, started, ended)
-        call_soon(loop, self._settle, batch.items, outcomes, started, ended)
-
-    def _outcomes_of(
-        self, items: Sequence[QueuedImage], rows: Sequence[ImageOutputs], started: float, ended: float
-    ) -> list[Outcome]:
-        """Create the outcomes of a batch."""
         outcomes: list[Outcome] = []
-        for item, row in zip(items, rows, strict=True):
+        for item, row in zip(batch.items, rows, strict=True):
             if isinstance(row, HttpError):
                 outcomes.append(row)
                 continue
             stages = {} if item.decode_seconds is None else {"decode": item.decode_seconds}
             stages |= {"queue": started - item.arrived, "infer": ended - started}
             outcomes.append(Prediction(row, stages, item.image, item.warnings))
-        return outcomes
+        call_soon(loop, self._settle, batch.items, outcomes, started, ended)
 
     def _names_of(self, items: Sequence[QueuedImage]) -> Sequence[str]:
         """Return the outputs that *items* need."""

@@ -87,7 +87,11 @@ class ModelRegistry:
         Raises `RejectedError` if there is none.
         """
         if name is None:
-            name = self._only_name()
+            if len(self._by_name) > 1:
+                names = shorten(sorted(self._by_name))
+                message = f"the server has several models; choose one with ?model= ({names})"
+                raise RejectedError(HttpError("model_needed", 400, message))
+            name = next(iter(self._by_name))
         if name not in self._by_name:
             listed = shorten(sorted(self._by_name)) or "none"
             message = f"no model {name[:100]!r}; available: {listed}"
@@ -113,13 +117,6 @@ class ModelRegistry:
     async def wait_until_loaded(self, model: Model) -> Model:
         """Return *model*, which is loaded already."""
         return model
-
-    def _only_name(self) -> str:
-        if len(self._by_name) > 1:
-            names = shorten(sorted(self._by_name))
-            message = f"the server has several models; choose one with ?model= ({names})"
-            raise RejectedError(HttpError("model_needed", 400, message))
-        return next(iter(self._by_name))
 
     async def follow(self, bundles: Mapping[str, Path], load: Callable[[Path], LoadedModel]) -> None:
         """Serve exactly *bundles*, by name; those that are already served are not loaded again.
@@ -315,7 +312,12 @@ class Service:
         self.admitted += len(images)
         try:
             for item, image in zip(items, images, strict=True):
-                self._submit(model, item, image)
+                if isinstance(image, bytes):
+                    self.decoders.put(model, item, image)
+                    continue
+                item.image = image
+                if (reason := model.queue.put(item)) is not None:
+                    item.settle(reason)
             outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
             model.queue.reject(items, CLIENT_GONE)
@@ -366,13 +368,3 @@ class Service:
     def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:
         for item in items:
             model.queue.reject([item], item.late)
-
-    def _submit(self, model: Model, item: QueuedImage, image: bytes | NDArray[np.uint8]) -> None:
-        """Queue a decoded *image* at *model*, or decode it first in a child process."""
-        if isinstance(image, bytes):
-            self.decoders.put(model, item, image)
-            return
-        item.image = image
-        reason = model.queue.put(item)
-        if reason is not None:
-            item.settle(reason)

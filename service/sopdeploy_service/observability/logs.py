@@ -15,7 +15,6 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from logging.handlers import QueueHandler
 from typing import TextIO
 
 import structlog
@@ -31,26 +30,24 @@ CLOSE_SECONDS = 1.0  # for writing the last lines
 DROPPED = Counter("sopdeploy_dropped_log_lines", "Log lines that could not be written in time", registry=None)
 
 
-class LineQueue(QueueHandler):
+class LineQueue(logging.Handler):
     """Formats log records and writes them, as lines, to the file descriptor *file* in a thread of its own."""
 
     def __init__(self, file: int) -> None:
+        super().__init__()
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING_LINES)
-        super().__init__(self._lines)
         self._file = file
         self._writer = threading.Thread(target=self._write_lines, name="log", daemon=True)
         self._writer.start()
 
-    def prepare(self, record: logging.LogRecord) -> str:
-        """Return the line of *record*."""
-        return self.format(record)
-
-    def enqueue(self, record: logging.LogRecord | str) -> None:
-        """Pass a line to the writer, or drop it if too many wait."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass the line of *record* to the writer, or drop it if too many wait."""
         try:
-            self._lines.put_nowait(str(record))
+            self._lines.put_nowait(self.format(record))
         except queue.Full:
             DROPPED.inc()
+        except Exception:  # as of the library's handlers
+            self.handleError(record)
 
     def close(self) -> None:
         """Give the writer `CLOSE_SECONDS` for the lines that wait; a reader that has stopped loses them."""

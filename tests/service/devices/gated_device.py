@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy_service.devices.device_server import run_device_server
-from sopdeploy_service.devices.processes import run_program
+from sopdeploy_service.devices.device_server import main
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.server import process
@@ -46,4 +45,4 @@ def load_gated(path: Path, settings: Settings) -> LoadedModel:
 
 if __name__ == "__main__":
     process.load_model = load_gated
-    sys.exit(run_program(run_device_server))
+    sys.exit(main())
