@@ -6,7 +6,7 @@ after a warm-up, in wall-clock time, on decoded images.
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +95,7 @@ def bench(
     latencies = []
     for size in batches:
         on_step(f"timing batches of {size}")
-        latencies.append(_summarize(size, _time_runs(loaded, size)))
+        latencies.append(_measure(loaded, size))
     return Benchmark(
         bundle=opened.name,
         id=opened.manifest.id,
@@ -117,7 +117,7 @@ def batch_sizes(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(word) for word in words))
 
 
-def _time_runs(loaded: LoadedModel, batch: int) -> list[float]:
+def _measure(loaded: LoadedModel, batch: int) -> Latency:
     """Time runs on noise images within the budget."""
     shape = (batch, *loaded.bundle.manifest.image_shape)
     images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
@@ -128,11 +128,6 @@ def _time_runs(loaded: LoadedModel, batch: int) -> list[float]:
         start = time.perf_counter()
         loaded.runtime.run(images)
         seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _summarize(batch: int, seconds: Sequence[float]) -> Latency:
-    """Compute the percentiles of *seconds*."""
     median, p95, p99 = (float(value) * 1e3 for value in np.percentile(seconds, (50, 95, 99)))
     return Latency(
         batch=batch,

@@ -50,6 +50,7 @@ class FilePrediction(Classes):
 def _predict_image(
     loaded: LoadedModel, image: bytes | Image.Image, name: str, settings: Settings, *, explain: bool
 ) -> FilePrediction:
+    """Run an image in batches of one, so that its prediction does not depend on the other images."""
     manifest = loaded.bundle.manifest
     try:
         decoded = _decode(image, loaded, settings)
@@ -137,8 +138,6 @@ def predict(
     **settings: Any,
 ) -> tuple[FilePrediction, ...]:
     """Classify image files without a server; the results equal those of the service.
-
-    Images run in batches of one, so that a prediction does not depend on the other images.
 
     Example: sopdeploy predict bundles/photos-3f6c01d2a4b7 photo.jpg
 

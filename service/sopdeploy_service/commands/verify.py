@@ -94,13 +94,10 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
         return logits
 
     for example in examples:
-        image = example.jpeg
-        rules, size = manifest.preprocess, len(example.jpeg)
-        decoded = decode(image, rules, max_bytes=size, max_pixels=PILLOW_PIXELS)
+        jpeg = example.jpeg
+        decoded = decode(jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS)
         with must_run(loaded.runtime):
-            exporter = manifest.versions.get("pillow")
-            difference = check_golden(example, decoded.pixels, run, exporter)
-        differences.append(difference)
+            differences.append(check_golden(example, decoded.pixels, run, manifest.versions.get("pillow")))
     return Verification(
         bundle=loaded.bundle.name,
         id=manifest.id,

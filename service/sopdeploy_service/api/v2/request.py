@@ -188,7 +188,8 @@ def _describe(size: Sequence[int | None]) -> str:
 
 def _check_shape(item: InputTensor, size: tuple[int | None, ...], max_images: int) -> tuple[int, ...]:
     """Return the shape of *item*, n images of *size*; `IMAGE` may be [n] or [n, 1]."""
-    shape, rule = item.shape, f"the shape must be {_describe(size)} with n from 1 to {max_images}"
+    shape = item.shape
+    rule = f"the shape must be {_describe(size)} with n from 1 to {max_images}"
     allowed = {size, ()} if item.name == IMAGE else {size}
     if not shape or shape[0] < 1 or tuple(shape[1:]) not in allowed:
         raise _invalid("wrong_shape", item, f"{rule}, not {str(shape)[:100]}")
