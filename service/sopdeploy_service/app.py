@@ -20,7 +20,7 @@ from sopdeploy_service.http.middleware import (
     RequestContextMiddleware,
 )
 from sopdeploy_service.inference.loader import LoadedModel
-from sopdeploy_service.inference.service import CreateRegistry, Service
+from sopdeploy_service.inference.service import ModelRegistry, Service
 from sopdeploy_service.keep import Keeper
 from sopdeploy_service.kept_folder import KeptFolder
 from sopdeploy_service.settings import Settings, is_loopback
@@ -29,21 +29,20 @@ ROUTERS = v1.router, status.router, v2.router, web.router
 
 
 def create_app(
-    models: Mapping[str, LoadedModel],
+    models: Mapping[str, LoadedModel] | ModelRegistry,
     settings: Settings,
     *,
-    create_registry: CreateRegistry | None = None,
     limits: "memoryview[float] | None" = None,
 ) -> FastAPI:
-    """Create the app that serves *models* by name, each loaded by `load_model`.
+    """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *create_registry* replaces the registry of models in this process, and *limits* is the memory of the keys'
-    rate limits, if processes share it.
+    *limits* is the memory of the keys' rate limits, if processes share it.
     `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
     Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
     keys = None if settings.keys is None else load_keys(settings.keys)
-    service = Service(models, settings, create_registry)
+    registry = models if isinstance(models, ModelRegistry) else ModelRegistry(models, settings)
+    service = Service(registry, settings)
     keeper: Keeper | None = None
     if settings.keep is not None:
         folder = KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days)

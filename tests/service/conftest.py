@@ -30,6 +30,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
 from sopdeploy_service.inference.loader import LoadedModel, read_card_files
+from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.draining_server import http_config
@@ -226,14 +227,15 @@ def running(
     settings: Settings,
     *,
     names: Iterable[str] = ("tiny",),
+    registry: ModelRegistry | None = None,
     **options: Any,
 ) -> Iterator[Client]:
     """A real server for *runtime*, under each of *names*, on a free loopback port; gives a client for it.
 
-    *options* go to `create_app`.
+    With *registry*, it serves the models of this one instead. *options* go to `create_app`.
     """
     inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, card_files=read_card_files(bundle))
-    app = create_app(dict.fromkeys(names, inference), settings, **options)
+    app = create_app(registry or dict.fromkeys(names, inference), settings, **options)
     limits = httpx.Limits(max_connections=200)
     with (
         in_a_thread(http_config(app, settings)) as (server, address),

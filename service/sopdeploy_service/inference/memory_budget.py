@@ -21,7 +21,6 @@ from sopdeploy_service.inference.loader import LoadedModel, load_model, open_che
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings
 
 # Measured in ONNX Runtime on a CPU: a load needs at most twice the graph's file and 64 MB. Afterwards, at
@@ -51,13 +50,12 @@ class NoRuntime:
 
 @dataclass(eq=False, slots=True)
 class BudgetEntry:
-    """The bundle at *path*; *unloaded* takes the place of its model while it is not loaded.
+    """*unloaded* takes the place of the model of a bundle while it is not loaded.
 
     *unloaded* is in use by every request that uses the model or waits for it. Until the time in *failed*, no
     load is tried again, and requests get its error.
     """
 
-    path: Path
     unloaded: Model
     loading: asyncio.Task[HttpError | None] | None = None
     failed: tuple[float, HttpError] | None = None
@@ -75,14 +73,13 @@ class BudgetedRegistry(ModelRegistry):
         self,
         bundles: Mapping[str, Path],
         settings: Settings,
-        metrics: Metrics,
         load: Callable[[Path, Settings], LoadedModel] = load_model,
     ) -> None:
         """Check all *bundles* by name.
 
         Raises the errors of `open_checked`, and `ConfigError` for a bundle that does not fit into the budget.
         """
-        super().__init__({}, settings, metrics)
+        super().__init__({}, settings)
         self._load, self._budget = load, settings.memory_budget or 0
         # The model that was used longest ago comes first.
         self._entries = OrderedDict((name, self._make_entry(name, path)) for name, path in bundles.items())
@@ -125,10 +122,10 @@ class BudgetedRegistry(ModelRegistry):
         bundle = open_checked(path, self._settings)
         card_files = read_card_files(bundle)
         unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={}, card_files=card_files)
-        model = self._by_name[name] = Model(name, unloaded, self._settings, self._metrics)
+        model = self._by_name[name] = Model(name, unloaded, self._settings, self.metrics)
         model.is_loaded = False
-        self._metrics.model_memory.labels(name).set(0)
-        return BudgetEntry(path, model)
+        self.metrics.model_memory.labels(name).set(0)
+        return BudgetEntry(model)
 
     async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
         """Load *entry* after earlier loads; return the error for waiting requests if it fails."""
@@ -138,12 +135,12 @@ class BudgetedRegistry(ModelRegistry):
                 if entry.failed is not None and time.monotonic() < entry.failed[0]:
                     return entry.failed[1]
                 await self._make_room(entry.bytes)
-                loaded = await asyncio.to_thread(self._load, entry.path, self._settings)
+                loaded = await asyncio.to_thread(self._load, entry.unloaded.bundle.path, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
                 model.continue_drift_of(entry.unloaded)
                 model.start()
-                self._metrics.model_memory.labels(name).set(entry.bytes)
-                self._metrics.model_loads.labels(name).inc()
+                self.metrics.model_memory.labels(name).set(entry.bytes)
+                self.metrics.model_loads.labels(name).inc()
                 log.info("%s: loaded", name)
             return None
         except RejectedError as error:
@@ -163,21 +160,21 @@ class BudgetedRegistry(ModelRegistry):
         """Release models until *needed* bytes are free; raises `RejectedError` if too many are in use."""
         end = time.monotonic() + ROOM_SECONDS
         while True:
-            loaded = {name: entry for name, entry in self._entries.items() if self._by_name[name].is_loaded}
-            if sum(entry.bytes for entry in loaded.values()) + needed <= self._budget:
+            loaded = [entry for name, entry in self._entries.items() if self._by_name[name].is_loaded]
+            if sum(entry.bytes for entry in loaded) + needed <= self._budget:
                 return
-            unused = [name for name, entry in loaded.items() if entry.unloaded.unused.is_set()]
-            if unused:
+            if unused := [entry.unloaded for entry in loaded if entry.unloaded.unused.is_set()]:
                 await self._release(unused[0])
             elif time.monotonic() >= end:
                 raise RejectedError(MEMORY_FULL)
             else:
                 await asyncio.sleep(_POLL_SECONDS)
 
-    async def _release(self, name: str) -> None:
-        """Stop the model *name*; requests for it wait until it can be loaded again."""
-        model, self._by_name[name] = self._by_name[name], self._entries[name].unloaded
+    async def _release(self, unloaded: Model) -> None:
+        """Stop the model that *unloaded* replaces; requests for it wait until it can be loaded again."""
+        name = unloaded.name
+        model, self._by_name[name] = self._by_name[name], unloaded
         await model.stop()
-        self._metrics.count_bundle(name, model.bundle, model.loaded.runtime, -1)
-        self._metrics.model_memory.labels(name).set(0)
+        self.metrics.count_bundle(name, model.bundle, model.loaded.runtime, -1)
+        self.metrics.model_memory.labels(name).set(0)
         log.info("%s: released", name)

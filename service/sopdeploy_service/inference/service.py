@@ -64,10 +64,10 @@ class ModelRegistry:
     new one, in one step. The replaced one is stopped when its last request has its response.
     """
 
-    def __init__(self, loaded: Mapping[str, LoadedModel], settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, loaded: Mapping[str, LoadedModel], settings: Settings) -> None:
         """Register *loaded* by name."""
         self._settings = settings
-        self._metrics = metrics
+        self.metrics = Metrics()
         self.changing = asyncio.Lock()  # held while models are loaded or replaced
         self._retiring: dict[Model, asyncio.Task[None]] = {}
         self._by_name = {name: self._make_model(name, model) for name, model in loaded.items()}
@@ -166,8 +166,8 @@ class ModelRegistry:
         await asyncio.gather(*(model.stop() for model in (*self.models(), *self._retiring)))
 
     def _make_model(self, name: str, loaded: LoadedModel) -> Model:
-        self._metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
-        return Model(name, loaded, self._settings, self._metrics)
+        self.metrics.count_bundle(name, loaded.bundle, loaded.runtime, 1)
+        return Model(name, loaded, self._settings, self.metrics)
 
     def _retire(self, model: Model) -> None:
         self._retiring[model] = asyncio.create_task(self._stop_unused(model))
@@ -181,32 +181,21 @@ class ModelRegistry:
             models_log.exception("%s: a replaced version did not stop cleanly", model.name)
         finally:
             del self._retiring[model]
-            self._metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)
+            self.metrics.count_bundle(model.name, model.bundle, model.loaded.runtime, -1)
 
 
 # Keeps an image if it is worth a label.
 KeepImage: TypeAlias = Callable[[Model, bytes, Prediction], None]
-CreateRegistry: TypeAlias = Callable[[Settings, Metrics], ModelRegistry]
 
 
 class Service:
     """Runs inference from `start` to `stop`, once. Every method is called on the event loop."""
 
-    def __init__(
-        self,
-        loaded: Mapping[str, LoadedModel],
-        settings: Settings,
-        create_registry: CreateRegistry | None = None,
-    ) -> None:
-        """Serve *loaded* or, with *create_registry*, the models of another registry."""
-        self.settings = settings
-        self.metrics = Metrics()
+    def __init__(self, registry: ModelRegistry, settings: Settings) -> None:
+        """Serve the models of *registry*."""
+        self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
-        if create_registry is None:
-            self.registry = ModelRegistry(loaded, settings, self.metrics)
-        else:
-            self.registry = create_registry(settings, self.metrics)
         self.metrics_of_all: CollectMetrics | None = None  # processes, empty if they are not known
         self.keep: KeepImage | None = None
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")

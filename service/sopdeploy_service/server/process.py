@@ -5,7 +5,6 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +60,11 @@ def configured_process(settings: Settings) -> Iterator[None]:
 def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) -> "FastAPI":
     """Load the bundles at *sources*; return the app that serves them."""
     bundles = find_bundles(sources)
+    from sopdeploy_service.app import create_app  # noqa: PLC0415
+
     if settings.memory_budget is not None:
         from sopdeploy_service.inference.memory_budget import BudgetedRegistry  # noqa: PLC0415
 
-        options["create_registry"] = partial(BudgetedRegistry, bundles)
-        bundles = {}  # the registry loads them
+        return create_app(BudgetedRegistry(bundles, settings), settings, **options)
     models = {name: load_model(path, settings) for name, path in bundles.items()}
-    from sopdeploy_service.app import create_app  # noqa: PLC0415
-
     return create_app(models, settings, **options)

@@ -18,7 +18,6 @@ from sopdeploy_service.inference import memory_budget
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.results import DRAINING, RejectedError
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import Settings, load_settings
 from tests.service.conftest import running, wait_for
 
@@ -61,7 +60,7 @@ def run_with_registry(
 
     async def run() -> None:
         given = Settings.model_validate({"memory_budget": device.budget})
-        registry = BudgetedRegistry(bundles, given, Metrics(), device.load)
+        registry = BudgetedRegistry(bundles, given, device.load)
         await registry.start()
         await scenario(registry)
         await registry.stop()
@@ -126,10 +125,10 @@ def test_models_in_use_stay_and_are_waited_for(bundle_path, monkeypatch) -> None
 def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg) -> None:
     device = Device(budget=70 * MB)
     bundles = {"a": bundle.path, "b": bundle.path}
-    registry = partial(BudgetedRegistry, bundles, load=device.load)
     settings = Settings.model_validate({"memory_budget": device.budget})
+    registry = BudgetedRegistry(bundles, settings, device.load)
     with (
-        running(FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry) as client,
+        running(FakeRuntime(num_classes=7), bundle, settings, registry=registry) as client,
         ThreadPoolExecutor() as threads,
     ):
         assert client.get("/readyz").status_code == client.get("/v2/models/a/ready").status_code == 200
@@ -161,9 +160,9 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg) -> None:
 def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_at_every_request(bundle, jpeg) -> None:
     device = Device(budget=150 * MB)
     bundles = {"a": bundle.path, "b": bundle.path}
-    registry = partial(BudgetedRegistry, bundles, load=device.load)
     settings = Settings.model_validate({"memory_budget": device.budget})
-    with running(FakeRuntime(num_classes=7), bundle, settings, names=(), create_registry=registry) as client:
+    registry = BudgetedRegistry(bundles, settings, device.load)
+    with running(FakeRuntime(num_classes=7), bundle, settings, registry=registry) as client:
         device.errors.append(BundleError("damaged"))
         codes = [client.post("/v1/classify?model=a", content=jpeg).json()["code"]]
         device.errors.clear()
@@ -192,7 +191,7 @@ def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path) -
 
 def test_budgets_that_cannot_work_are_refused_at_the_start(bundle_path) -> None:
     with pytest.raises(ConfigError, match=r"a needs 0\.06 GB, the budget is 0\.02 GB; raise it"):
-        BudgetedRegistry({"a": bundle_path}, load_settings(memory_budget="20MB"), Metrics(), Device(0).load)
+        BudgetedRegistry({"a": bundle_path}, load_settings(memory_budget="20MB"), Device(0).load)
     with pytest.raises(ConfigError, match="memory_budget needs a single process"):
         load_settings(memory_budget="20GB", devices="cpu")
     for budget in ("much", "0GB"):

@@ -21,7 +21,6 @@ from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
-from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -47,7 +46,7 @@ def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable
     """Run *scenario* with a started registry of the bundle *first*, named `tiny`."""
 
     async def run() -> None:
-        registry = ModelRegistry({"tiny": load(first)}, SETTINGS, Metrics())
+        registry = ModelRegistry({"tiny": load(first)}, SETTINGS)
         await registry.start()
         await scenario(registry)
         await registry.stop()
