@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
@@ -16,8 +17,8 @@ from sopdeploy_service.http.middleware import (
     OPEN,
     Guard,
     KeyGuard,
-    OriginGuard,
     RequestContextMiddleware,
+    refuse_foreign,
 )
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import ModelRegistry, Service
@@ -80,6 +81,6 @@ def create_app(
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
         guard = KeyGuard(keys, open_paths, limits)
     elif is_loopback(settings.host):
-        guard = OriginGuard({"localhost", settings.host})
+        guard = partial(refuse_foreign, {"localhost", settings.host})
     app.add_middleware(RequestContextMiddleware, service=service, guard=guard)
     return app

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
@@ -57,16 +55,12 @@ async def readyz(request: Request) -> Response:
     folder was deleted: a restarted process cannot load it.
     """
     service, reason = service_of(request), None
-    if deleted := await asyncio.to_thread(list_deleted, service.registry.models()):
-        reason = f"{deleted[0]}: the bundle was deleted; it is served until this process ends"
+    paths = [model.bundle.path for model in service.registry.models()]
+    exist = await asyncio.to_thread(lambda: [(path / MANIFEST).is_file() for path in paths])
+    if not all(exist):
+        reason = f"{paths[exist.index(False)]}: the bundle was deleted; it is served until this process ends"
     health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
-
-
-def list_deleted(models: Sequence[Model]) -> list[Path]:
-    """List the folders of the bundles of *models* that do not exist any more."""
-    paths = (model.bundle.path for model in models)
-    return [path for path in paths if not (path / MANIFEST).is_file()]
 
 
 @router.get("/metrics", summary="Prometheus metrics", include_in_schema=False)

@@ -9,7 +9,6 @@ in the same microsecond, one of the charges is lost.
 
 import asyncio
 import contextlib
-import os
 import socket
 import struct
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 CLIENT, SEND_METRICS = b"client", b"metrics"
 RELOAD = b"reload"  # the bundles
 STATUS = struct.Struct("=QI")  # connections received and open ones; then names of bundles
-_LIMIT_BYTES = 16 * 4096  # of the rate limits of so many keys
+LIMIT_BYTES = 16 * 4096  # of the rate limits of so many keys
 _METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 
@@ -94,10 +93,3 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
             ]
     pages_merged = SimpleNamespace(collect=lambda: [up, *families.values()])
     return generate_latest(cast(CollectorRegistry, pages_merged))  # which calls only `collect`
-
-
-def create_memory() -> int:
-    """Create a memory file for the rate limits of all processes."""
-    file = os.memfd_create("sopdeploy-limits", os.MFD_CLOEXEC)
-    os.ftruncate(file, _LIMIT_BYTES)
-    return file

@@ -83,30 +83,11 @@ class DeviceServer(DrainingServer):
         await super().shutdown(sockets)
 
 
-def share_memory(service: Service, settings: Settings, processes: int) -> None:
-    """Give *service* its share of the memory for uploads and decoded images of the whole server."""
-    at_rest = resident_bytes(os.getppid()) + processes * resident_bytes()
-    service.max_upload_bytes = upload_budget(settings, processes)
-    service.decoders.budget = decode_budget(settings, at_rest, processes)
-
-
-def run_device_server(config: LaunchConfig) -> int:
-    """Serve until SIGTERM, or until a runtime of this process is dead; return the exit code."""
-    settings = config.settings
-    supervisor = socket.socket(fileno=config.control)
-    with configured_process(settings):
-        limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")
-        app = load_app(config.sources, settings, limits=limits)
-        app.state.service.metrics_of_all = partial(control.request_metrics, supervisor)
-        server = DeviceServer(app, settings, supervisor, config.sources)
-        share_memory(app.state.service, settings, config.num_processes)
-        return server.serve_until_end()
-
-
 def main() -> int:
-    """Run the server that the supervisor has described in the environment; return the exit code.
+    """Serve as the supervisor says in the environment until SIGTERM or a dead runtime; return the exit code.
 
-    The process gets SIGTERM when the supervisor ends. An error is printed as one line.
+    This process gets SIGTERM when the supervisor ends, and its share of the memory for uploads and decoded
+    images of the whole server. An error is printed as one line.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))
@@ -117,7 +98,18 @@ def main() -> int:
 
     threading.Thread(target=stop_with_supervisor, name="lifeline", daemon=True).start()
     try:
-        return run_device_server(config)
+        settings = config.settings
+        supervisor = socket.socket(fileno=config.control)
+        with configured_process(settings):
+            limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")
+            app = load_app(config.sources, settings, limits=limits)
+            service: Service = app.state.service
+            service.metrics_of_all = partial(control.request_metrics, supervisor)
+            server = DeviceServer(app, settings, supervisor, config.sources)
+            at_rest = resident_bytes(os.getppid()) + config.num_processes * resident_bytes()
+            service.max_upload_bytes = upload_budget(settings, config.num_processes)
+            service.decoders.budget = decode_budget(settings, at_rest, config.num_processes)
+            return server.serve_until_end()
     except SopdeployError as problem:
         sys.stderr.write(f"error: device {config.name}: {problem} [{problem.code}]\n")
         return USER_ERROR

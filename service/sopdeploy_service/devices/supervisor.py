@@ -76,7 +76,8 @@ class Supervisor:
         self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         with ExitStack() as stack:
             self._lifeline, writing = os.pipe()  # closed when this process ends, however it ends
-            self._buckets = control.create_memory()
+            self._buckets = os.memfd_create("sopdeploy-limits", os.MFD_CLOEXEC)
+            os.ftruncate(self._buckets, control.LIMIT_BYTES)
             for file in (self._lifeline, writing, self._buckets):
                 stack.callback(os.close, file)
             start_task(self._tasks, self._kill_hanging())

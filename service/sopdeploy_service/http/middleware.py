@@ -196,16 +196,10 @@ def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: b
     )
 
 
-@dataclass(frozen=True)
-class OriginGuard:
-    """Refuses requests of foreign pages with 403, except those for `OPEN`; *names* are those of this host."""
-
-    names: Collection[str]
-
-    def __call__(self, path: str, context: RequestContext) -> None:
-        """Raise `RejectedError` unless the request for *path* is allowed."""
-        if path not in OPEN and is_foreign(context.headers, self.names):
-            raise RejectedError(FOREIGN)
+def refuse_foreign(names: Collection[str], path: str, context: RequestContext) -> None:
+    """Refuse requests of foreign pages with 403, except those for `OPEN`; *names* are those of this host."""
+    if path not in OPEN and is_foreign(context.headers, names):
+        raise RejectedError(FOREIGN)
 
 
 class KeyGuard:

@@ -152,7 +152,14 @@ class Decoders:
         """Return the result of a child for light images or, if it ends or refuses, of one for large ones."""
         for jobs in (self.light, self.large)[len(image) > LIGHT_BODY :]:
             result: Future[_Result] = Future()
-            jobs.put(partial(_set_result, result, request))
+
+            def run(child: DecoderProcess, result: Future[_Result] = result) -> None:
+                try:
+                    result.set_result(request(child))
+                except Exception as error:  # is raised by the thread that waits
+                    result.set_exception(error)
+
+            jobs.put(run)
             with suppress(LargerImageError, DecoderEndedError):
                 return result.result()
         raise ImageError(DAMAGED.message, code=DAMAGED.code, status=DAMAGED.status)
@@ -214,12 +221,3 @@ def _run(jobs: "SimpleQueue[Job | None]", child: DecoderProcess) -> None:
         job(child)
         del job  # an idle thread must not keep an image or a model alive
     child.close()
-
-
-def _set_result(
-    result: "Future[_Result]", request: Callable[[DecoderProcess], _Result], child: DecoderProcess
-) -> None:
-    try:
-        result.set_result(request(child))
-    except Exception as error:  # is raised by the thread that waits
-        result.set_exception(error)
