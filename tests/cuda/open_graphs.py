@@ -14,7 +14,6 @@ import onnxruntime
 from sopdeploy_service.runtime.cuda_libraries import load_cuda_libraries
 from sopdeploy_service.runtime.onnxruntime import (
     CUDA,
-    cuda_options,
     open_graph,
     operators_on_cpu,
     session_options,
@@ -26,7 +25,7 @@ for line in sys.stdin:
     options = session_options(onnxruntime, 1, CUDA)
     options.optimized_model_filepath = f"{path}.optimized"
     try:
-        session = open_graph(onnxruntime, path, options, CUDA, cuda_options(precision))
+        session = open_graph(onnxruntime, path, options, CUDA, precision)
         optimized = onnx.load(options.optimized_model_filepath).graph
         copies = Counter(node.op_type for node in optimized.node if node.op_type.startswith("Memcpy"))
         found = [*operators_on_cpu(session), *(f"{copies[name]} {name}" for name in sorted(copies))]

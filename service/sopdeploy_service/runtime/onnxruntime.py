@@ -2,8 +2,9 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,15 +26,8 @@ CUDA_OPTIONS = {
 }
 # onnxruntime runs these on the CPU if they compute a shape, and only then: all have CUDA kernels.
 SHAPE_OPERATORS = {"Shape", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Cast", "Add", "Mul"}
-PREFER_NHWC = {
-    "prefer_nhwc": "1"
-}  # the layout of tensor cores: otherwise cuDNN transposes around convolutions
+PREFER_NHWC = {"prefer_nhwc": "1"}
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
-
-
-def cuda_options(precision: str) -> dict[str, str]:
-    """Return the options of the CUDA provider for a graph in *precision*."""
-    return CUDA_OPTIONS | PREFER_NHWC if precision == "fp16" else CUDA_OPTIONS
 
 
 class OnnxRuntime:
@@ -129,29 +123,24 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
     return options
 
 
-def open_graph(
-    onnxruntime: Any, path: str, options: Any, provider: str, provider_options: Mapping[str, str]
-) -> Any:
-    """Open the graph at *path* on *provider*; *options* are `session_options`.
+def open_graph(onnxruntime: Any, path: str, options: Any, provider: str, precision: str) -> Any:
+    """Open the graph at *path*, in *precision*, on *provider*; *options* are `session_options`.
 
-    With `prefer_nhwc`, onnxruntime moves the operators that compute shapes to the GPU, and copies shapes
+    On a GPU, a graph in fp16 has the layout of tensor cores, NHWC: otherwise cuDNN transposes around
+    convolutions. But onnxruntime then moves the operators that compute shapes to the GPU, and copies shapes
     between GPU and CPU in every run. A graph with more operators Shape than Conv, such as that of a
     transformer, is therefore opened without it.
     """
-    session = onnxruntime.InferenceSession(
-        path,
-        options,
-        providers=[(provider, dict(provider_options))],
-        enable_fallback=0,  # otherwise it falls back to the CPU after errors
-    )
-    if not PREFER_NHWC.items() <= provider_options.items():
-        return session
-    assigned = session.get_provider_graph_assignment_info()
-    operators = Counter(node.op_type for subgraph in assigned for node in subgraph.get_nodes())
-    if operators["Shape"] <= operators["Conv"]:
-        return session
-    del session  # its weights are on the GPU
-    return open_graph(onnxruntime, path, options, provider, CUDA_OPTIONS)
+    # With `enable_fallback`, onnxruntime runs on the CPU after errors.
+    open_session = partial(onnxruntime.InferenceSession, path, options, enable_fallback=0)
+    if provider == CUDA and precision == "fp16":
+        session = open_session(providers=[(CUDA, CUDA_OPTIONS | PREFER_NHWC)])
+        assigned = session.get_provider_graph_assignment_info()
+        operators = Counter(node.op_type for subgraph in assigned for node in subgraph.get_nodes())
+        if operators["Shape"] <= operators["Conv"]:
+            return session
+        del session  # its weights are on the GPU
+    return open_session(providers=[(provider, CUDA_OPTIONS if provider == CUDA else {})])
 
 
 def operators_on_cpu(session: Any) -> list[str]:
@@ -184,8 +173,7 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str)
             'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
         )
     try:
-        provider_options = cuda_options(bundle.manifest.precision) if provider == CUDA else {}
-        session = open_graph(onnxruntime, str(bundle.onnx), options, provider, provider_options)
+        session = open_graph(onnxruntime, str(bundle.onnx), options, provider, bundle.manifest.precision)
     except Exception as error:  # onnxruntime's errors share no base class
         reason = f"cannot load the graph: {reason_of(error)}"
         raise RuntimeUnavailableError(f"{bundle.onnx}: onnxruntime {version} {reason}") from error
