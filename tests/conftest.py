@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
@@ -34,6 +35,10 @@ os.environ.setdefault("SOPDEPLOY_RUNTIME", "onnxruntime-cpu")
 
 # The plug-ins of the machine must not change a test. Those of plug-ins switch them on.
 os.environ["SOPDEPLOY_PLUGINS"] = "off"
+
+# The features of photographs are not kept in the user's cache folder.
+CACHE = tempfile.TemporaryDirectory(prefix="sopdeploy-tests-")
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 # Garbage collection took half of the time of importing the test modules, and of the exit of the process.
 gc.disable()

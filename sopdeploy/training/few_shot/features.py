@@ -17,6 +17,7 @@ from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import with_head
 from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead
+from sopdeploy.training.few_shot.cache import Entry, FeatureCache
 from sopdeploy.training.few_shot.classifier import Indices, LinearHead, Problem
 from sopdeploy.training.recipe import Recipe
 
@@ -113,24 +114,64 @@ def compute_features(
     size = BATCHES[device.type]
     batches = [shuffled[start : start + size].tolist() for start in range(0, count, size)]
     network = network.eval().to(memory_format=torch.channels_last)
-    normalize, head = Normalize(recipe.preprocess).to(device), network.pooled_head
-    dataset, hashes = PreprocessedDataset(images, recipe.preprocess), [""] * count
+    head, hashes = network.pooled_head, [""] * count
 
-    def compute_inputs() -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
-        loader = load_batches(dataset, batches, recipe.workers, torch.device("cpu"))
-        for number, (indices, (pixels, _)) in enumerate(zip(batches, loader, strict=True)):
-            for index, image in zip(indices, pixels, strict=True):
-                hashes[index] = hashlib.sha256(image.numpy().tobytes()).hexdigest()
-            yield indices, *network.head_inputs(normalize(pixels.to(device)))
+    def batched_inputs() -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
+        entries = _compute_entries(network, images, recipe, shuffled.tolist())
+        for number, indices in enumerate(batches):
+            columns = zip(*islice(entries, len(indices)), strict=True)
+            pixel_hashes, own, *maps = (np.ascontiguousarray(np.stack(column)) for column in columns)
+            for index, pixel_hash in zip(indices, pixel_hashes, strict=True):
+                hashes[index] = pixel_hash.tobytes().hex()
+            tensors = [torch.from_numpy(one).to(device, memory_format=torch.channels_last) for one in maps]
+            yield indices, torch.from_numpy(own).to(device), dict(zip(network.maps, tensors, strict=True))
             on_image(number * size + len(indices), count)
 
-    inputs = compute_inputs()
+    inputs = batched_inputs()
     projection_inputs = list(islice(inputs, PROJECTION_IMAGES // size))
     head.fit_projection([maps for _, _, maps in projection_inputs])
     vectors = np.zeros((count, network.num_features()), np.float32)
     for indices, own, maps in chain(projection_inputs, inputs):
         vectors[indices] = head.vector(own, maps).float().cpu().numpy()
     return vectors, hashes
+
+
+def _compute_entries(
+    network: SecondOrderHead, images: LabeledImages, recipe: Recipe, indices: list[int]
+) -> Iterator[Entry]:
+    """Yield the entries of the images at *indices*: hash of the pixels, the network's own vector, the maps.
+
+    The network computes those that the cache does not have, in batches of one size, because the kernels and
+    thereby the last bits depend on it.
+    """
+    device = next(network.parameters()).device
+    size, cache = BATCHES[device.type], FeatureCache(network, recipe)
+    normalize, dataset = (
+        Normalize(recipe.preprocess).to(device),
+        PreprocessedDataset(images, recipe.preprocess),
+    )
+    paths = {index: cache.find(images.read(index)) for index in indices}
+
+    def compute(missing: list[int]) -> Iterator[Entry]:
+        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+        loader = load_batches(dataset, batches, recipe.workers, torch.device("cpu"))
+        for batch, (pixels, _) in zip(batches, loader, strict=True):
+            filled = pixels[torch.arange(size).clamp(max=len(batch) - 1)]
+            own, maps = network.head_inputs(normalize(filled.to(device)))
+            outputs = [output.cpu().numpy() for output in (own, *maps.values())]
+            for position, index in enumerate(batch):
+                digest = hashlib.sha256(pixels[position].numpy().tobytes()).digest()
+                entry = [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
+                cache.write(paths[index], entry)
+                yield entry
+
+    missing = [index for index in indices if not paths[index].exists()]
+    unknown, computed = set(missing), compute(missing)
+    for index in indices:
+        if index in unknown:
+            yield next(computed)
+        else:
+            yield cache.read(paths[index]) or next(compute([index]))
 
 
 def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:

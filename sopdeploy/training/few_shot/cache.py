@@ -1,0 +1,123 @@
+"""Features of photographs, kept between runs in the user's cache folder.
+
+An entry is an .npz file without pickle, whose name is the sha256 of the photograph and of everything else
+that determines its features. A damaged entry is computed again. An unusable folder turns the cache off.
+"""
+
+import hashlib
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sopdeploy.files import atomic_write, expand_user
+from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
+from sopdeploy.training.recipe import Recipe
+
+Entry = list[NDArray[Any]]
+LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
+_PACKAGES = ("sopdeploy", "torch", "PIL", "timm")
+
+
+class FeatureCache:
+    """Entries by photograph for one network, in `sopdeploy/features` below XDG_CACHE_HOME or `~/.cache`.
+
+    The entries that this run did not use for the longest time are deleted when all exceed *limit* bytes.
+    """
+
+    def __init__(self, network: SecondOrderHead, recipe: Recipe, limit: int = LIMIT_BYTES) -> None:
+        root = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        self.folder, self.limit, self.used = root / "sopdeploy" / "features", limit, set[str]()
+        self.identity = hash_network(network, recipe)
+        self.writable = root.is_absolute()
+        self.bytes = sum(size for _, size, _ in self._entries())
+
+    def find(self, photograph: bytes) -> Path:
+        """Return the path of the entry of an encoded *photograph*, and mark an existing entry as used."""
+        path = self.folder / f"{hashlib.sha256(self.identity + photograph).hexdigest()}.npz"
+        self.used.add(path.name)
+        with suppress(OSError):
+            os.utime(path)
+        return path
+
+    def read(self, path: Path) -> Entry | None:
+        """Read an entry; None if there is none or it is damaged."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:  # checks the CRC of every array
+                return [arrays[name] for name in arrays.files]
+        except Exception:  # numpy and zipfile raise many types for damaged files
+            return None
+
+    def write(self, path: Path, entry: Entry) -> None:
+        """Write an entry, unless the folder is not writable or full of entries of this run."""
+        size = sum(array.nbytes for array in entry)
+        if self.writable and self.bytes + size > self.limit:
+            self._shrink(self.limit * 9 // 10 - size)
+            self.writable = self.bytes + size <= self.limit
+        if not self.writable:
+            return
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic_write(path, shared=True) as partial, partial.open("wb") as file:
+                np.savez(file, *entry)
+            self.bytes += path.stat().st_size
+        except OSError:
+            self.writable = False
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """List (time of the last use, bytes, path) of all files in the folder, without those that vanish."""
+        entries = []
+        with suppress(OSError):
+            for path in self.folder.iterdir():
+                with suppress(OSError):
+                    status = path.stat()
+                    entries.append((status.st_mtime, status.st_size, path))
+        return sorted(entries)
+
+    def _shrink(self, limit: int) -> None:
+        """Delete the entries that were not used for the longest time, and keep those of this run."""
+        entries = self._entries()
+        self.bytes = sum(size for _, size, _ in entries)
+        for _, size, path in entries:
+            if self.bytes <= limit:
+                return
+            if path.name not in self.used:
+                with suppress(OSError):
+                    path.unlink()
+                    self.bytes -= size
+
+
+def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
+    """Hash all that determines the features of a photograph: network, preprocessing, versions, processor.
+
+    The parameters of the head are left out, because the maps do not depend on them.
+    """
+    device = next(network.parameters()).device
+    processor = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    )
+    versions = [getattr(sys.modules.get(package), "__version__", "") for package in _PACKAGES]
+    text = [recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor, *versions]
+    text += list(network.maps)
+    digest = hashlib.sha256(repr(text).encode())
+    sources = set()  # of networks of users, too, whose code may change while their weights stay
+    for name, module in network.named_modules():
+        if name.split(".")[0] != POOLED_HEAD:
+            digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
+            sources |= {
+                getattr(sys.modules[base.__module__], "__file__", None) for base in type(module).__mro__
+            }
+    for source in sorted(filter(None, sources)):
+        digest.update(Path(source).read_bytes())
+    for name, tensor in network.state_dict().items():
+        if name.split(".")[0] != POOLED_HEAD:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.digest()

@@ -1,0 +1,166 @@
+"""The cache of photographs' features: what is found again, what is computed anew, and its limit."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sopdeploy.data.base import derive_seed
+from sopdeploy.data.sources import open_data
+from sopdeploy.models.registry import build_model
+from sopdeploy.training.few_shot import features
+from sopdeploy.training.few_shot.cache import FeatureCache
+from sopdeploy.training.recipe import read_recipe
+from tests.sopdeploy.training.runs import SMALL, paint
+
+EACH, CLASSES = 3, 3
+
+
+class Folder:
+    """Computes the features of a folder of photographs; `computed` counts the photographs without entry."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch) -> None:
+        self.cache, self.patch, self.seed = root / "cache", patch, 0
+        self.photos = paint(root / "photos", EACH)
+        self.settings: list[str] = []
+        self.computed = 0
+        patch.setenv("XDG_CACHE_HOME", str(self.cache))
+        load = features.load_batches
+
+        def counted(dataset: Any, batches: list[list[int]], *rest: Any) -> Any:
+            self.computed += sum(map(len, batches))
+            return load(dataset, batches, *rest)
+
+        patch.setattr(features, "load_batches", counted)
+
+    def compute(self) -> tuple[np.ndarray, list[str]]:
+        """Compute the vectors of the photographs and the hashes of their pixels."""
+        recipe = read_recipe("photos", [*SMALL, f"data.path={self.photos}", *self.settings])
+        images = open_data(recipe.data).train
+        torch.manual_seed(derive_seed(self.seed))
+        model = build_model(recipe.model, len(images.labels))
+        self.computed = 0
+        return features.compute_features(
+            features.full_head(recipe, model), images, recipe, lambda done, total: None
+        )
+
+    def entries(self) -> list[Path]:
+        """List the files of the cache."""
+        return sorted((self.cache / "sopdeploy" / "features").iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
+    return Folder(tmp_path, monkeypatch)
+
+
+def add_photographs(folder: Folder) -> None:
+    paint(folder.photos / "more", 1, seed=1)
+    for photo in (folder.photos / "more").glob("*/*.png"):
+        photo.rename(folder.photos / photo.parent.name / "new.png")
+        photo.parent.rmdir()
+    (folder.photos / "more").rmdir()
+
+
+def add_class(folder: Folder) -> None:
+    added = folder.photos / "gray"
+    added.mkdir()
+    for photo in (paint(folder.photos.parent / "other", 1, seed=2)).glob("*/*.png"):
+        photo.rename(added / f"{photo.parent.name}.png")
+
+
+def replace_photograph(folder: Folder) -> None:
+    other = next(paint(folder.photos.parent / "other", 1, seed=2).glob("*/*.png"))
+    other.rename(next(folder.photos.glob("*/*.png")))
+
+
+def truncate_entry(folder: Folder) -> None:
+    entry = folder.entries()[0]
+    entry.write_bytes(entry.read_bytes()[:-100])
+
+
+def flip_bit(folder: Folder) -> None:
+    entry = folder.entries()[0]
+    content = bytearray(entry.read_bytes())
+    content[len(content) // 2] ^= 1
+    entry.write_bytes(content)
+
+
+def pickle_entry(folder: Folder) -> None:
+    with folder.entries()[0].open("wb") as file:
+        np.savez(file, np.asarray([{"a": 1}], object))
+
+
+CHANGES: dict[str, tuple[Callable[[Folder], Any], int]] = {
+    "nothing": (lambda folder: None, 0),
+    "added photographs": (add_photographs, CLASSES),
+    "an added class": (add_class, CLASSES),
+    "a replaced photograph": (replace_photograph, 1),
+    "another preprocessing": (lambda folder: folder.settings.append("preprocess.fit=pad"), EACH * CLASSES),
+    "other weights": (lambda folder: setattr(folder, "seed", 1), EACH * CLASSES),
+    "a truncated entry": (truncate_entry, 1),
+    "an entry with a flipped bit": (flip_bit, 1),
+    "an entry with a pickle": (pickle_entry, 1),
+    "a deleted entry": (lambda folder: folder.entries()[0].unlink(), 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_only_what_changed_is_computed_and_the_result_is_that_without_a_cache(change: str, folder: Folder):
+    folder.compute()
+    assert folder.computed == EACH * CLASSES
+    apply, expected = CHANGES[change]
+    apply(folder)
+    cached, cached_hashes = folder.compute()
+    assert folder.computed == expected
+    folder.compute()
+    assert folder.computed == 0
+    folder.patch.setenv("XDG_CACHE_HOME", str(folder.cache / "empty"))
+    vectors, hashes = folder.compute()
+    assert folder.computed == len(hashes) == len(set(hashes))
+    assert (cached.tobytes(), cached_hashes) == (vectors.tobytes(), hashes)
+
+
+@pytest.mark.parametrize("place", ["a-file", "relative"])
+def test_without_a_usable_folder_nothing_is_written_and_the_features_are_the_same(
+    place: str, folder: Folder, tmp_path: Path
+):
+    expected = folder.compute()[0]
+    (tmp_path / "a-file").touch()
+    folder.patch.chdir(tmp_path)
+    folder.patch.setenv("XDG_CACHE_HOME", str(tmp_path / place) if place == "a-file" else place)
+    assert np.array_equal(folder.compute()[0], expected)
+    assert folder.computed == EACH * CLASSES
+    assert not (tmp_path / "relative").exists()
+
+
+def test_the_limit_deletes_the_entries_that_were_not_used_for_the_longest_time(folder: Folder):
+    folder.compute()
+    recipe = read_recipe("photos", [*SMALL, f"data.path={folder.photos}"])
+    network = features.full_head(recipe, build_model(recipe.model, 2))
+    array = [np.zeros(1000, np.uint8)]
+    for age, path in enumerate(folder.entries()):
+        os.utime(path, (age, age))  # the first is the oldest
+    oldest, *rest = folder.entries()
+    total = sum(path.stat().st_size for path in folder.entries())
+    cache = FeatureCache(network, recipe, limit=total)
+    written = cache.find(b"new photograph")
+    cache.write(written, array)
+    assert written.exists()
+    assert not oldest.exists()
+    assert rest[-1].exists()
+    assert sum(path.stat().st_size for path in folder.entries()) <= total
+
+
+def test_entries_of_this_run_stay_when_the_folder_is_full(folder: Folder):
+    recipe = read_recipe("photos", [*SMALL, f"data.path={folder.photos}"])
+    network = features.full_head(recipe, build_model(recipe.model, 2))
+    cache = FeatureCache(network, recipe, limit=2500)
+    paths = [cache.find(bytes([number])) for number in range(4)]
+    for path in paths:
+        cache.write(path, [np.zeros(1000, np.uint8)])
+    assert [path.exists() for path in paths] == [True, True, False, False]
