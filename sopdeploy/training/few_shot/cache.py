@@ -48,7 +48,8 @@ class FeatureCache:
     def read(self, path: Path) -> Entry | None:
         """Read an entry; None if there is none or it is damaged."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:  # checks the CRC of every array
+            # Reading compares the CRC of every array.
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return [arrays[name] for name in arrays.files]
         except Exception:  # numpy and zipfile raise many types for damaged files
             return None

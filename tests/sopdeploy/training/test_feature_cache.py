@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sopdeploy.data.base import derive_seed
 from sopdeploy.data.sources import open_data
-from sopdeploy.models.registry import build_model
+from sopdeploy.models.registry import create_model
 from sopdeploy.training.few_shot import features
 from sopdeploy.training.few_shot.cache import FeatureCache
 from sopdeploy.training.recipe import read_recipe
@@ -41,8 +40,13 @@ class Folder:
         """Compute the vectors of the photographs and the hashes of their pixels."""
         recipe = read_recipe("photos", [*SMALL, f"data.path={self.photos}", *self.settings])
         images = open_data(recipe.data).train
-        torch.manual_seed(derive_seed(self.seed))
-        model = build_model(recipe.model, len(images.labels))
+        torch.manual_seed(self.seed)
+        name, config = recipe.model.name, recipe.model.config
+        state = create_model(name, num_classes=CLASSES, **config).state_dict()
+        model = create_model(name, num_classes=len(images.labels), **config)
+        own = model.state_dict()
+        fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
+        model.load_state_dict(fitting, strict=False)
         self.computed = 0
         return features.compute_features(
             features.full_head(recipe, model), images, recipe, lambda done, total: None
@@ -141,7 +145,9 @@ def test_without_a_usable_folder_nothing_is_written_and_the_features_are_the_sam
 def test_the_limit_deletes_the_entries_that_were_not_used_for_the_longest_time(folder: Folder):
     folder.compute()
     recipe = read_recipe("photos", [*SMALL, f"data.path={folder.photos}"])
-    network = features.full_head(recipe, build_model(recipe.model, 2))
+    network = features.full_head(
+        recipe, create_model(recipe.model.name, num_classes=2, **recipe.model.config)
+    )
     array = [np.zeros(1000, np.uint8)]
     for age, path in enumerate(folder.entries()):
         os.utime(path, (age, age))  # the first is the oldest
@@ -158,7 +164,9 @@ def test_the_limit_deletes_the_entries_that_were_not_used_for_the_longest_time(f
 
 def test_entries_of_this_run_stay_when_the_folder_is_full(folder: Folder):
     recipe = read_recipe("photos", [*SMALL, f"data.path={folder.photos}"])
-    network = features.full_head(recipe, build_model(recipe.model, 2))
+    network = features.full_head(
+        recipe, create_model(recipe.model.name, num_classes=2, **recipe.model.config)
+    )
     cache = FeatureCache(network, recipe, limit=2500)
     paths = [cache.find(bytes([number])) for number in range(4)]
     for path in paths:
