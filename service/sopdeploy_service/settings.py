@@ -240,6 +240,6 @@ def cores_within_quota() -> int:
         return usable_cores()
 
 
-def decoders_per_process(cores: int, processes: int) -> int:
-    """Return the decoding threads of each of *processes* that share *cores* with no other work."""
-    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores // processes))
+def decoders_per_process(processes: int) -> int:
+    """Return the decoding threads of each of *processes* that share the cores with no other work."""
+    return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores_within_quota() // processes))

@@ -117,13 +117,6 @@ class AdmittedRequest:
         async with self.preparing():
             return await asyncio.get_running_loop().run_in_executor(self.service.parsers, parse_body, *given)
 
-    async def load_model(self) -> None:
-        """Wait until the model is loaded."""
-        began = time.monotonic()
-        async with self.preparing():
-            self.model = await self.service.registry.wait_until_loaded(self.model)
-        self.context.stage_seconds["load"] = time.monotonic() - began
-
     async def infer(
         self, images: Images, *, features: bool = False, may_keep: bool = False, explain: bool = False
     ) -> list[Outcome]:
@@ -178,7 +171,10 @@ async def admit(
         with service.registry.use(model):
             admitted = AdmittedRequest(request, service, context, model, started, deadline)
             if not model.is_loaded:
-                await admitted.load_model()
+                began = time.monotonic()
+                async with admitted.preparing():
+                    admitted.model = await service.registry.wait_until_loaded(model)
+                context.stage_seconds["load"] = time.monotonic() - began
             yield admitted
         result = "success"
     finally:

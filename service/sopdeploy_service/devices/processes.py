@@ -4,7 +4,6 @@ import itertools
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,8 +11,7 @@ import pydantic
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.devices import control
-from sopdeploy_service.server.lifetime import STDERR
-from sopdeploy_service.settings import Settings, cores_within_quota, decoders_per_process
+from sopdeploy_service.settings import Settings, decoders_per_process
 
 MAX_ON_THE_WAY = 16  # connections that a process has not received
 CONFIG_VARIABLE = "SOPDEPLOY_WORKER"  # has the launch config of a process
@@ -34,18 +32,6 @@ class LaunchConfig(pydantic.BaseModel):
     control: int
     buckets: int
     num_processes: int
-
-
-def start_process(module: str, config: LaunchConfig, variables: Mapping[str, str]) -> subprocess.Popen[str]:
-    """Start *module* with *config* and additional environment *variables*."""
-    return subprocess.Popen(
-        [sys.executable, "-m", module],
-        text=True,
-        stdout=STDERR,  # stdout has the `ready` line only
-        start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
-        pass_fds=(config.lifeline, config.control, config.buckets),
-        env={**os.environ, **variables, CONFIG_VARIABLE: config.model_dump_json()},
-    )
 
 
 @dataclass(eq=False)
@@ -96,7 +82,7 @@ class Process:
 def list_processes(settings: Settings) -> list[Process]:
     """List the processes of all devices; raises `ConfigError` for a device that this process cannot use."""
     devices = settings.devices
-    decoders = decoders_per_process(cores_within_quota(), len(devices))
+    decoders = decoders_per_process(len(devices))
     processes: list[Process] = []
     for position, device in enumerate(devices):
         name = f"{device}-{position}" if devices.count(device) > 1 else device

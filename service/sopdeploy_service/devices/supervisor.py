@@ -20,10 +20,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from sopdeploy_service.devices import control
-from sopdeploy_service.devices.processes import LaunchConfig, Process, list_processes, start_process
+from sopdeploy_service.devices.processes import CONFIG_VARIABLE, LaunchConfig, Process, list_processes
 from sopdeploy_service.inference.bundle_store import links_among, moves_of
 from sopdeploy_service.observability import logs
-from sopdeploy_service.server.lifetime import BEAT_SECONDS, USER_ERROR, start_task, terminal_is_closed
+from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
 from sopdeploy_service.settings import Settings
 
@@ -143,7 +143,15 @@ class Supervisor:
                 buckets=self._buckets,
                 num_processes=len(self._processes),
             )
-            child = start_process(MODULE, config, process.variables)
+            variables = {**process.variables, CONFIG_VARIABLE: config.model_dump_json()}
+            child = subprocess.Popen(
+                [sys.executable, "-m", MODULE],
+                text=True,
+                stdout=STDERR,  # stdout has the `ready` line only
+                start_new_session=True,  # Ctrl-C reaches the supervisor only, which forwards it
+                pass_fds=(config.lifeline, config.control, config.buckets),
+                env={**os.environ, **variables},
+            )
         process.reset(ours)
         self._loop.add_reader(ours, self._receive, process)
         return child

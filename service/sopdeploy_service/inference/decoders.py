@@ -123,10 +123,8 @@ class Decoders:
 
     def stop(self) -> None:
         """End the threads and their children."""
-        for _ in range(self._plan.light):
-            self.light.put(None)
-        for _ in range(self._plan.large):
-            self.large.put(None)
+        for jobs in [self.light] * self._plan.light + [self.large] * self._plan.large:
+            jobs.put(None)
 
     def put(self, model: Model, item: QueuedImage, image: bytes) -> None:
         """Queue *image* for decoding; *item* then joins the queue of *model*. Call it on the event loop."""

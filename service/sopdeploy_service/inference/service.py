@@ -40,12 +40,7 @@ from sopdeploy_service.inference.results import (
     RejectedError,
 )
 from sopdeploy_service.observability.metrics import Metrics
-from sopdeploy_service.settings import (
-    DECODERS_BESIDE_CPU_INFERENCE,
-    Settings,
-    cores_within_quota,
-    decoders_per_process,
-)
+from sopdeploy_service.settings import DECODERS_BESIDE_CPU_INFERENCE, Settings, decoders_per_process
 
 MAX_RETRY_SECONDS = 60
 PARSERS = 2  # threads; a JSON parser holds the interpreter lock
@@ -211,7 +206,7 @@ class Service:
             return self.settings.decoders
         if all(model.loaded.runtime.device == "cpu" for model in self.registry.models()):
             return DECODERS_BESIDE_CPU_INFERENCE
-        return decoders_per_process(cores_within_quota(), 1)
+        return decoders_per_process(1)
 
     @property
     def state(self) -> State:

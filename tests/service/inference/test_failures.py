@@ -136,7 +136,7 @@ def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg
     ("device", "cores", "expected"), [("cpu", 16, 2), ("cuda:0", 6, 6), ("cuda:0", 32, 8)]
 )
 def test_a_process_with_a_gpu_has_a_decoder_per_core(serve_with, monkeypatch, device, cores, expected):
-    monkeypatch.setattr(service, "cores_within_quota", lambda: cores)
+    monkeypatch.setattr("sopdeploy_service.settings.cores_within_quota", lambda: cores)
     client = serve_with(FakeRuntime(num_classes=7, device=device))
     assert f"sopdeploy_decoders {expected}.0" in client.get("/metrics").text
 
