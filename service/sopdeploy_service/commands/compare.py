@@ -35,7 +35,7 @@ from sopdeploy.evaluation.statistics import (
     mcnemar,
 )
 from sopdeploy.project import SAMPLED, Time
-from sopdeploy_service.commands.evaluate import image_logits
+from sopdeploy_service.commands.evaluate import logits_of_images
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings, load_settings
 
@@ -366,12 +366,8 @@ def _answer(
     loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the logits (N, C) of *images*, and which are known (N,): all without a threshold."""
-    rows = []
-    for index in range(len(images)):
-        rows.append(image_logits(loaded, images, index, settings))
-        on_image()
-    answer = loaded.bundle.manifest.answer
-    return np.stack(rows), np.array([answer(row, top_k=1).known is not False for row in rows])
+    logits, answer = logits_of_images(loaded, images, settings, on_image), loaded.bundle.manifest.answer
+    return logits, np.array([answer(row, top_k=1).known is not False for row in logits])
 
 
 def _compare_rejections(first: NDArray[np.bool_] | None, second: NDArray[np.bool_] | None) -> Change | None:

@@ -3,6 +3,7 @@
 Images run one by one, as in `predict`, so that a prediction does not depend on other images.
 """
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,29 +43,28 @@ def scores_of_bundle(
     images = open_evaluation_images(
         data, labels if multi_label else sorted_labels, multi_label=multi_label, log=log
     )
-    logits = []
-    for index in range(len(images)):
-        logits.append(image_logits(loaded, images, index, settings))
-        on_image(index + 1, len(images))
+    done = itertools.count(1)
+    logits = logits_of_images(loaded, images, settings, lambda: on_image(next(done), len(images)))
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}
     return sorted_labels, make_predictions(logits, images, labels, decision), facts
 
 
-def image_logits(
-    loaded: LoadedModel, images: ImageFiles, index: int, settings: Settings
+def logits_of_images(
+    loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
 ) -> NDArray[np.float32]:
-    """Compute the logits (C,) of image *index*."""
-    manifest, path = loaded.bundle.manifest, images.path(index)
-    try:
-        pixels = decode(
-            images.read(index),
-            manifest.preprocess,
-            max_bytes=settings.max_body_bytes,
-            max_pixels=settings.max_pixels,
-        ).pixels
-    except ImageError as error:
-        raise DataError(f"{path}: {error}; repair or remove it") from error
-    logits: NDArray[np.float32] = loaded.runtime.run(pixels[None])[manifest.outputs[0].name][0]
-    if not np.isfinite(logits).all():
-        raise DataError(f"{path}: the network's output is not finite; verify the bundle")
-    return logits
+    """Compute the logits (N, C) of *images*; raise `DataError` for one that the server would reject."""
+    manifest = loaded.bundle.manifest
+    max_bytes, max_pixels = settings.max_body_bytes, settings.max_pixels
+    rows: list[NDArray[np.float32]] = []
+    for index in range(len(images)):
+        path = images.path(index)
+        try:
+            image = images.read(index)
+            pixels = decode(image, manifest.preprocess, max_bytes=max_bytes, max_pixels=max_pixels).pixels
+        except ImageError as error:
+            raise DataError(f"{path}: {error}; repair or remove it") from error
+        rows.append(loaded.runtime.run(pixels[None])[manifest.outputs[0].name][0])
+        if not np.isfinite(rows[-1]).all():
+            raise DataError(f"{path}: the network's output is not finite; verify the bundle")
+        on_image()
+    return np.stack(rows)
