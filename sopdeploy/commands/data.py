@@ -1,5 +1,8 @@
 """`sopdeploy data check`: inspect a folder of images before training."""
 
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +33,11 @@ def _show(report: "DataReport | list[WrongLabel]", *, as_json: bool) -> None:
 
 @command(_show)
 def check(
-    path: Path, *, near: bool = False, wrong_labels: Path | None = None
+    path: Path,
+    *,
+    near: bool = False,
+    wrong_labels: Path | None = None,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> "DataReport | list[WrongLabel]":
     """Decode every image and report sizes, formats, classes, duplicates and unreadable files.
 
@@ -44,11 +51,18 @@ def check(
         path: Folder with one subfolder per class.
         near: Also list near-duplicates, such as bursts.
         wrong_labels: Only list labels that are probably wrong, by this run of the folder.
+        on_image: Called with the numbers of images compared by a network, and in total.
     """
     if wrong_labels is None:
         from sopdeploy.data.check import check_data
 
-        return check_data(path, near=near)
+        group_by_features = None
+        if near and find_spec("torch") is not None:
+            from sopdeploy.training.few_shot import copies
+
+            if copies.has_default_weights():
+                group_by_features = partial(copies.group_by_features, on_image=on_image)
+        return check_data(path, near=near, group_by_features=group_by_features)
     from sopdeploy.report.wrong_labels import find_wrong_labels
 
     data_folder(path)

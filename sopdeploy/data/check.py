@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,13 +18,18 @@ from sopdeploy.data.datasets.label_table import LABELS_FILE, SEPARATOR, VAL, has
 from sopdeploy.data.datasets.libraries import detect_kind, open_part
 from sopdeploy.data.folders import TRAIN, data_folder, list_images
 from sopdeploy.data.image_files import ImageFiles, map_threaded
-from sopdeploy.data.near import group_by_signatures, signature
+from sopdeploy.data.near import Groups, group_by_signatures, signature
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 _RULES = Preprocess()  # for the conversion to upright RGB
+MAX_FEATURES = 10_000  # images whose features are computed, which takes about four minutes on a CPU
+EDGES_MISS = (
+    "near-duplicates were found by edges, which miss mirrored copies and most crops; up to 10,000 images are "
+    "compared by a network if sopdeploy[train] is installed and a `train` has downloaded its weights"
+)
 
 
 class PartReport(StrictModel):
@@ -100,8 +105,12 @@ class _FileInfo:
     signature: NDArray[np.float32] | None = None
 
 
-def check_data(path: Path, *, near: bool = False) -> DataReport:
+def check_data(
+    path: Path, *, near: bool = False, group_by_features: Callable[[ImageFiles], Groups] | None = None
+) -> DataReport:
     """Decode every image below *path* and report contents and problems; with *near*, also near-duplicates.
+
+    *group_by_features* finds these by a network among up to `MAX_FEATURES` images; otherwise edges do.
 
     *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
     (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
@@ -117,6 +126,10 @@ def check_data(path: Path, *, near: bool = False) -> DataReport:
     notes = [*folders.notes]
     if unlisted:
         notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {shorten(unlisted)}")
+    if len(readable) > MAX_FEATURES:
+        group_by_features = None
+    if near and group_by_features is None:
+        notes.append(EDGES_MISS)
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
     return DataReport(
         path=path,
@@ -128,7 +141,7 @@ def check_data(path: Path, *, near: bool = False) -> DataReport:
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=tuple(single_images(*parts.values())) if len(parts) == 1 else (),
         duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
-        near=tuple(_find_near(readable)) if near else None,
+        near=tuple(_find_near(readable, group_by_features)) if near else None,
         passed_over=dict(folders.ignored),
         notes=tuple(notes),
     )
@@ -179,14 +192,20 @@ def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _Fil
     )
 
 
-def _find_near(infos: Sequence[_FileInfo]) -> Iterator[Duplicates]:
+def _find_near(
+    infos: Sequence[_FileInfo], group_by_features: Callable[[ImageFiles], Groups] | None
+) -> Iterator[Duplicates]:
     """Yield the groups of near-duplicates whose files do not all have the same pixels."""
     if len(infos) < 2:
         return
     _, label_N = np.unique([info.label for info in infos], return_inverse=True)
     paths = np.asarray([os.fsencode(info.file) for info in infos], dtype=np.bytes_)
-    signatures = np.stack([info.signature for info in infos if info.signature is not None])
-    groups = group_by_signatures(ImageFiles(Path(), ("",), paths, label_N.astype(np.int64)), signatures)
+    images = ImageFiles(Path(), ("",), paths, label_N.astype(np.int64))
+    if group_by_features is not None:
+        groups = group_by_features(images)
+    else:
+        signatures = np.stack([info.signature for info in infos if info.signature is not None])
+        groups = group_by_signatures(images, signatures)
     hashes = {info.file: info.pixel_hash for info in infos}
     for group in _describe_groups(infos, groups.tolist()):
         if len({hashes[file] for file in group.files}) > 1:

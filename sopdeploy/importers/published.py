@@ -157,13 +157,24 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     hash; such a file is removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
-        return _fetch_from_hub(f"timm/tf_{model.replace('-', '_')}.in1k"), model
+        return _fetch_from_hub(_lite_repository(model)), model
     published = _published_network(model, config)
     family, _, name = published.rpartition(":")
     if family == "timm":
         return _fetch_timm(name), published
     weights = importlib.import_module("torchvision.models").get_model_weights(name)[TORCHVISION_VERSION]
     return _fetch_url(weights.url), name.replace("_", "-")
+
+
+def find_lite_weights(model: str) -> Path | None:
+    """Find the ImageNet weights of the EfficientNet-Lite *model* in the cache; None if they are not there."""
+    hub = importlib.import_module("huggingface_hub")
+    cached = hub.try_to_load_from_cache(_lite_repository(model), HUB_FILE)
+    return Path(cached) if isinstance(cached, str) else None
+
+
+def _lite_repository(model: str) -> str:
+    return f"timm/tf_{model.replace('-', '_')}.in1k"
 
 
 def _published_network(model: str, config: StrictModel) -> str:
