@@ -1,4 +1,4 @@
-"""Groups of copies without a run: by the features of the default network, if its weights are on this machine."""
+"""Groups of copies without a run, by features of the default network whose weights are on this machine."""
 
 from collections.abc import Callable
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageEnhance
+import safetensors.torch
+import torch
+from huggingface_hub import constants
+from PIL import Image, ImageEnhance, ImageOps
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import ArrayImages, Split
-from sopdeploy.data.check import check_data
+from sopdeploy.data.check import EDGES_MISS, check_data
 from sopdeploy.data.datasets.folder import list_classes, open_folder
 from sopdeploy.data.datasets.label_table import read_label_table
 from sopdeploy.data.near import (
@@ -24,6 +27,7 @@ from sopdeploy.data.near import (
     signature,
 )
 from sopdeploy.errors import DataError
+from sopdeploy.models.registry import create_model
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.train import select_procedure, train_recipe
@@ -199,6 +203,40 @@ def test_data_check_names_copies_across_parts_and_classes(tmp_path: Path):
     assert "copies of one photograph" in shown.stdout
     listed = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--near", "--json"])
     assert len(json.loads(listed.stdout)["near"]) == len(found.near)
+
+
+def near_by_command(root: Path) -> tuple[list[set[str]], list[str]]:
+    """Run `data check --near` on *root*; return the names of the files of each group, and the notes."""
+    shown = CliRunner().invoke(app, ["data", "check", str(root), "--near", "--json"])
+    report = json.loads(shown.stdout)
+    return [{Path(file).name for file in group["files"]} for group in report["near"]], report["notes"]
+
+
+def test_data_check_compares_features_of_the_default_network_once_its_weights_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    root, cache = write_scenes(tmp_path / "photos"), tmp_path / "hub"
+    ImageOps.mirror(scene(3)).save(root / "cat" / "mirror.png")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    assert near_by_command(root) == ([], [EDGES_MISS])
+    repository = cache / "models--timm--tf_efficientnet_lite0.in1k"
+    weights = repository / "snapshots" / ("0" * 40) / "model.safetensors"
+    for folder in (repository / "refs", weights.parent):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    torch.manual_seed(0)
+    network = create_model("efficientnet-lite0", num_classes=1000)
+    safetensors.torch.save_file(network.state_dict(), weights)
+
+    def compare(parts: list[np.ndarray], originals: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        assert [len(part) for part in parts] == [len(targets) + len(originals)] * 3  # two maps, their average
+        assert all(np.ptp(part, axis=0).max() > 0 for part in parts)
+        return np.asarray([[5], [12]])  # features of random weights do not show which images are copies
+
+    monkeypatch.setattr("sopdeploy.training.few_shot.features.find_pairs", compare)
+    assert near_by_command(root) == ([{"3.png", "mirror.png"}], [])
+    monkeypatch.setattr("sopdeploy.data.check.MAX_FEATURES", 24)
+    assert near_by_command(root) == ([], [EDGES_MISS])
 
 
 @pytest.fixture
