@@ -6,6 +6,7 @@ precision and the devices of loss and gradients as JSON, a line for each step.
 
 import json
 import sys
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def devices_of_a_step(small: Small, precision: str) -> list[str]:
         images = fake(mode, torch.empty(TRAINED_ON, 3, small.side, small.side))
         labels = fake(mode, torch.empty(TRAINED_ON, dtype=torch.long))
         network = on_gpu(mode, small.build().train())
-    with mode:
+    with mode, patch.object(torch, "tensor", copied_tensor):
         with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
             loss = training_loss(network(images), labels, network.loss_weights()).total
         torch.autograd.backward(loss)
@@ -54,6 +55,14 @@ def devices_of_a_step(small: Small, precision: str) -> list[str]:
 def every_row(weights: Tensor) -> Tensor:
     """Replace `nonzero`: how many images a component gets depends on the gate, here it gets all."""
     return torch.arange(len(weights), device=weights.device)[:, None]
+
+
+def copied_tensor(data: object, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Replace `torch.tensor`, which would copy to the GPU although tensors are fake."""
+    return _tensor(data, dtype=dtype).to(device)
+
+
+_tensor = torch.tensor
 
 
 def main(names: list[str]) -> None:

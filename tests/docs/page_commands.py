@@ -56,7 +56,7 @@ def draw(folder: Path, photos: str = "photos", seed: int = 0) -> None:
 
 
 def write_official_files(folder: Path) -> None:
-    """Write the files of CUB-200-2011 and 64-pixel ImageNet that docs/data.md sorts: one image per part."""
+    """Write the files of CUB-200-2011, ImageNet and 64-pixel ImageNet that docs/data.md sorts."""
     photo = (folder / "photos" / "rings" / "0.jpg").read_bytes()
     birds = folder / "CUB_200_2011"
     (birds / "images" / "001.Albatross").mkdir(parents=True)
@@ -66,6 +66,10 @@ def write_official_files(folder: Path) -> None:
     (birds / "train_test_split.txt").write_text("1 1\n2 0\n", encoding="utf-8")
     for name in (*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"):
         np.savez(folder / name, data=np.zeros((1, 3 * 64 * 64), np.uint8), labels=[1])
+    (folder / "imagenet" / "val").mkdir(parents=True)
+    (folder / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(photo)
+    listed = "ImageId,PredictionString\nILSVRC2012_val_00000001,n01751748 111 108 365 298\n"
+    (folder / "imagenet" / "LOC_val_solution.csv").write_text(listed, encoding="utf-8")
 
 
 class Workspace:
