@@ -112,11 +112,11 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     for name, module in network.named_modules():
         if name.split(".")[0] != POOLED_HEAD:
             digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
-            sources |= {
-                getattr(sys.modules[base.__module__], "__file__", None) for base in type(module).__mro__
-            }
+            defined_in = (sys.modules.get(base.__module__) for base in type(module).__mro__)
+            sources |= {getattr(found, "__file__", None) for found in defined_in}
     for source in sorted(filter(None, sources)):
-        digest.update(Path(source).read_bytes())
+        with suppress(OSError):  # in an archive
+            digest.update(Path(source).read_bytes())
     for name, tensor in network.state_dict().items():
         if name.split(".")[0] != POOLED_HEAD:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
