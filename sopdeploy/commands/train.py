@@ -64,7 +64,7 @@ def _show(result: "TrainingResult") -> None:
         say(result.previous)
     if result.decision is not None:
         say(*(f"{name}: {text}" for name, text in result.decision.rows()))
-    say(f"next: sopdeploy export {result.best}{' --detach' * bool(result.training_only)}")
+    say(f"next: sopdeploy export {result.best} --detach")
 
 
 @command(_show, options={"data", "recipe", "out"})

@@ -61,7 +61,7 @@ def test_three_rounds_with_other_classes_work_and_the_container_serves_the_last(
         images = len(classes) * count
         trained = workspace.run(command("sopdeploy train").replace("train --data", own))
         assert re.search(rf"95 % interval \d+ to \d+ %.* of {images} images", trained)
-        assert f"next: sopdeploy export runs/photos-{number}/best.pt" in trained
+        assert f"next: sopdeploy export runs/photos-{number}/best.pt --detach" in trained
         exported = workspace.run(command("sopdeploy export"))
         assert "removed  nothing: the network has no training-only parts" in exported
         assert "verified photos-" in workspace.run(command("sopdeploy verify"))
