@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from load import put_load
+from load import put_load, serving
 
 BATCHES = "1,8,32,64"
 WARM_UPS, SECONDS = 3, 2.0  # for each batch size
@@ -77,26 +77,12 @@ def speed(bundle: Bundle, provider: str) -> Iterator[Row]:
 
 def server(bundle: Bundle, provider: str) -> Iterator[Row]:
     """`sopdeploy serve` under load: JPEGs of 500 x 375 pixels; client and server share the cores."""
-
-    runtime, images = f"onnxruntime-{provider}", bundle["path"].parents[1] / "images"
-    command = [
-        sys.executable,
-        "-m",
-        "sopdeploy",
-        "serve",
-        str(bundle["path"]),
-        "--port",
-        "0",
-        "--runtime",
-        runtime,
-    ]
-    with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True) as server:
-        url = next(iter(server.stdout or ())).split()[1]
+    images, runtime = bundle["path"].parents[1] / "images", f"onnxruntime-{provider}"
+    with serving(str(bundle["path"]), "--runtime", runtime) as (_, url):
         for connections in (1, 64):
             load = put_load(f"{url}/v1/classify", images, 6, "--connections", connections)
             row = {"bundle": bundle["name"], "runtime": runtime, "connections": connections}
             yield row | {key: f"{getattr(load, key):.1f}" for key in ("images_per_s", "p50_ms", "p99_ms")}
-        server.terminate()
 
 
 def tensorrt(bundle: Bundle, _: str) -> Iterator[Row]:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -40,6 +41,20 @@ def put_load(url: str, folder: Path, seconds: float, *options: object) -> Load:
     command = [sys.executable, __file__, url, str(folder), "--seconds", str(seconds), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return Load(**json.loads(done.stdout))
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Run `sopdeploy serve` with *arguments* on a free port; yield the process and its URL, and end it."""
+    command = [sys.executable, "-m", "sopdeploy", "serve", *arguments, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            if not line.startswith("ready: "):
+                raise RuntimeError(f"the server ended with exit code {process.wait()}; stderr says why")
+            yield process, line.split()[1]
+        finally:
+            process.kill()
 
 
 def requests(url: str, folder: Path, form: bool) -> list[bytes]:

@@ -11,14 +11,13 @@ import argparse
 import asyncio
 import collections
 import io
-import re
 import resource
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from load import serving
 from measure import Result, make_parser, report
 from PIL import Image
 
@@ -51,16 +50,10 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, limit: int) -> dict[str, float]:
     """Start a server whose `max_upload_bytes` is *limit* and measure it under load."""
-    command = [sys.executable, "-m", "sopdeploy", "serve", str(given.bundle), "--port", "0"]
-    command += ["--setting", f"max_upload_bytes={limit}", "--setting", "request_timeout=120"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            ready = re.match(r"ready: http://(\S+):(\d+)", server.stdout.readline() if server.stdout else "")
-            if ready is None:
-                raise SystemExit("the server did not start")
-            return asyncio.run(load(given, (ready[1], int(ready[2])), server.pid))
-        finally:
-            server.terminate()
+    settings = ("--setting", f"max_upload_bytes={limit}", "--setting", "request_timeout=120")
+    with serving(str(given.bundle), *settings) as (process, url):
+        parts = urlsplit(url)
+        return asyncio.run(load(given, (str(parts.hostname), parts.port or 0), process.pid))
 
 
 async def load(given: argparse.Namespace, address: tuple[str, int], pid: int) -> dict[str, float]:

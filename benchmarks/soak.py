@@ -24,8 +24,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -33,6 +33,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+from load import serving
 from measure import Result, make_parser, report
 from PIL import Image
 
@@ -417,21 +418,6 @@ def digits_bundle(folder: Path, seed: int) -> Path:
     return (out / "latest").resolve()
 
 
-@contextmanager
-def server(link: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Serve the bundle of *link* in another process; yield the process and the URL."""
-    command = [sys.executable, "-m", "sopdeploy", "serve", f"{NAME}={link}", "--port", "0"]
-    options = ["--setting", "queue_size=64", "--threads", "1", "--setting", "follow=true"]
-    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            line = process.stdout.readline() if process.stdout else ""
-            if not line.startswith("ready: "):
-                raise SystemExit(f"the server stopped before it was ready (exit code {process.wait()})")
-            yield process, line.split()[1]
-        finally:
-            process.kill()
-
-
 def soak(
     bundles: Sequence[Path], folder: Path, seconds: float, warm_up: float
 ) -> tuple[Tally, list[Result], list[str]]:
@@ -442,7 +428,8 @@ def soak(
     expected = {read_manifest(one).id: predicted(one, bodies, folder, classes) for one in bundles}
     link = folder / "live"
     move_link(link, str(bundles[0]))
-    with server(link) as (process, url):
+    options = ("--setting", "queue_size=64", "--threads", "1", "--setting", "follow=true")
+    with serving(f"{NAME}={link}", *options) as (process, url):
 
         def scenario(tally: Tally) -> Scenario:
             return Scenario(
