@@ -1,11 +1,14 @@
 """onnxruntime on the CPU, or on a GPU with CUDA."""
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +31,7 @@ CUDA_OPTIONS = {
 SHAPE_OPERATORS = {"Shape", "Gather", "Slice", "Squeeze", "Unsqueeze", "Concat", "Cast", "Add", "Mul"}
 PREFER_NHWC = {"prefer_nhwc": "1"}
 DEVICES = {CPU: "cpu", CUDA: "cuda:0"}
+_Job: TypeAlias = tuple[Callable[[], list[NDArray[np.float32]]], Future[list[NDArray[np.float32]]]]
 
 
 class OnnxRuntime:
@@ -77,7 +81,11 @@ class CudaOnnxRuntime(OnnxRuntime):
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         super().__init__(bundle, threads=threads)
-        self._thread = ThreadPoolExecutor(1, "onnxruntime")
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._end_thread = weakref.finalize(self, self._jobs.put, None)
+        # A daemon, unlike the threads of an executor: a device that hangs must not delay the exit.
+        self._thread = Thread(target=_run_jobs, args=(self._jobs,), name="onnxruntime", daemon=True)
+        self._thread.start()
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name."""
@@ -91,13 +99,26 @@ class CudaOnnxRuntime(OnnxRuntime):
         size = next((size for size in padded_sizes(self.largest_batch) if size >= count), count)
         padded = np.zeros((size, *images[0].shape), np.uint8)
         np.stack(images, out=padded[:count])
-        values = self._thread.submit(self._session.run, names, {self._input: padded})
+        values: Future[list[NDArray[np.float32]]] = Future()
+        self._jobs.put((partial(self._session.run, names, {self._input: padded}), values))
         return lambda: {name: value[:count] for name, value in zip(names, values.result(), strict=True)}
 
     def close(self) -> None:
         """End the thread and release the session."""
-        self._thread.shutdown()
+        self._end_thread()
+        self._thread.join()
         super().close()
+
+
+def _run_jobs(jobs: "SimpleQueue[_Job | None]") -> None:
+    """Run the batches in *jobs* until None is queued."""
+    while (job := jobs.get()) is not None:
+        run, values = job
+        try:
+            values.set_result(run())
+        except Exception as error:  # raised where the outputs are due
+            values.set_exception(error)
+        del job, run, values  # the idle thread must not keep a session or the memory of a batch alive
 
 
 def import_onnxruntime() -> Any:
