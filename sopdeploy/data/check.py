@@ -118,18 +118,19 @@ def check_data(
     """
     folders, unlisted = _open_parts(data_folder(path))
     parts = folders.parts
+    if sum(len(images) for images in parts.values()) > MAX_FEATURES:
+        group_by_features = None
+    by_edges = near and group_by_features is None
     infos = [
         info
         for name, images in parts.items()
-        for info in map_threaded(partial(_inspect_file, images, name, near), len(images))
+        for info in map_threaded(partial(_inspect_file, images, name, by_edges), len(images))
     ]
     readable = [info for info in infos if not info.error]
     notes = [*folders.notes]
     if unlisted:
         notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {shorten(unlisted)}")
-    if len(readable) > MAX_FEATURES:
-        group_by_features = None
-    if near and group_by_features is None:
+    if by_edges:
         notes.append(EDGES_MISS)
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
     return DataReport(
@@ -170,7 +171,7 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
     return PartReport(name=name, count=len(images), bytes=size, classes=counts)
 
 
-def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _FileInfo:
+def _inspect_file(images: ImageFiles, part: str, by_edges: bool, index: int) -> _FileInfo:
     path, label = images.path(index), SEPARATOR.join(images.class_names(index))
     data = b""
     try:
@@ -189,7 +190,7 @@ def _inspect_file(images: ImageFiles, part: str, near: bool, index: int) -> _Fil
         format=image_format,
         size=pixels.size,
         pixel_hash=hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest()[:16],
-        signature=signature(pixels) if near else None,
+        signature=signature(pixels) if by_edges else None,
     )
 
 
