@@ -1,0 +1,382 @@
+"""Client of `sopdeploy serve`, which imports neither torch nor the server.
+
+Keys of newer servers are ignored in responses.
+"""
+
+import base64
+import io
+import random
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, TypeAlias, TypedDict, TypeVar, Unpack, overload
+
+import httpx
+import numpy as np
+import pydantic
+from numpy.typing import NDArray
+from PIL import Image
+
+from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
+from sopdeploy.http_api import Classes, ClassifyQuery, ClassProbability, EmbedQuery, Problem, ServerInfo
+
+ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
+Result = TypeVar("Result", bound="ImageResult")
+
+CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
+MAX_TIMEOUT = 86_400  # seconds
+READY_INTERVAL = 0.2
+READY_REQUEST_TIMEOUT = 5.0
+FIRST_DELAY = 0.2
+MAX_DELAY = 5.0
+DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
+RETRY_STATUSES = {429, 503}  # the server did not process the request
+# Errors of a connection that broke before a response.
+BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
+
+
+class ImageResult(StrictModel):
+    """What every result for one image has.
+
+    Attributes:
+        error: set if the server has no result for this image of a list.
+        model_digest: id of the bundle that computed the result.
+        timing_ms: server time per stage (receive, decode, queue, infer); for a list, of its slowest image.
+    """
+
+    error: Problem | None = None
+    model_digest: str = ""
+    timing_ms: dict[str, float] = pydantic.Field(default_factory=dict)
+
+    @pydantic.model_validator(mode="after")
+    def _has_result(self) -> Self:
+        if not self.model_fields_set & {"classes", "values", "error"}:
+            raise ValueError("neither a result nor an error")
+        return self
+
+
+class Embedding(ImageResult):
+    """The features of one image in front of the classifier.
+
+    Attributes:
+        values: (D,) float32, read-only; empty if `error` is set.
+        warnings: codes of the changes made while decoding, such as first_frame_only.
+    """
+
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+
+    values: NDArray[np.float32] = pydantic.Field(np.zeros(0, np.float32), validation_alias="embedding")
+    warnings: tuple[str, ...] = ()
+
+    @pydantic.field_validator("values", mode="before")
+    @classmethod
+    def _decode(cls, text: str) -> NDArray[np.float32]:
+        return np.frombuffer(base64.b64decode(text), "<f4")
+
+
+class Classification(ImageResult, Classes):
+    """The result for one image, with the attributes of `ImageResult` and `Classes`.
+
+    Attributes:
+        classes: most probable classes, best first; empty if `error` is set.
+    """
+
+    classes: tuple[ClassProbability, ...] = ()
+
+
+class CallArguments(TypedDict, total=False):
+    """The arguments of every call with images; `Client.classify` describes them."""
+
+    model: str | None
+    timeout: float | None
+
+
+class ClassifyArguments(CallArguments, total=False):
+    """The arguments of `Client.classify`."""
+
+    top_k: int | None
+    threshold: float | None
+    explain: bool
+
+
+class Client:
+    """Blocking client of the server at *url*. Thread-safe; connections stay open until `close`.
+
+    *timeout* is the total time of a call in seconds, including retries. *retries* is how often a request is
+    repeated after 429, 503 or a connection that broke before a response. Raises `ConfigError` for a value out
+    of range.
+
+        with Client("http://127.0.0.1:8000") as client:
+            print(client.classify("photo.jpg").classes[0].label)
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 4,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ConfigError("the API key has characters that no header may have; copy the key again")
+        headers = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        try:
+            self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
+        if self._http.base_url.scheme not in {"http", "https"} or not self._http.base_url.host:
+            raise ConfigError(f"{url!r}: not the URL of a server; write it as http://host:8000")
+        self._timeout, self._retries = timeout, retries
+        if retries < 0:
+            raise ConfigError(f"retries={retries}: use 0 or more")
+        self._seconds(None)
+
+    @overload
+    def classify(
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[ClassifyArguments]
+    ) -> list[Classification]: ...
+    @overload
+    def classify(self, image: ImageLike, **options: Unpack[ClassifyArguments]) -> Classification: ...
+    def classify(
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[ClassifyArguments]
+    ) -> Classification | list[Classification]:
+        """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
+
+        A list is sent as one request; an image of the list that cannot be classified has `error` set. *top_k*
+        is the number of classes, *model* the model to use if the server has several. *threshold*
+        replaces the thresholds of a multi-label network.
+        *explain* requests the `explanation` of the first class; an image then counts as 50 for the server.
+        *timeout* replaces that of the client. Raises `ServiceError` if the server rejects the request,
+        `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and `DataError`
+        or `ConfigError` for an image that cannot be sent.
+
+        Example:
+            best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]
+            for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
+                print(result.error.detail if result.error else result.classes[0].label)
+        """
+        return self._post("/v1/classify", image, Classification, ClassifyQuery, {**options})
+
+    @overload
+    def embed(
+        self, image: list[Any] | tuple[Any, ...], **options: Unpack[CallArguments]
+    ) -> list[Embedding]: ...
+    @overload
+    def embed(self, image: ImageLike, **options: Unpack[CallArguments]) -> Embedding: ...
+    def embed(
+        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CallArguments]
+    ) -> Embedding | list[Embedding]:
+        """Compute the features of *image*, or of a list of images, in front of the classifier.
+
+        Arguments and errors are those of `classify`. The bundle must have been exported with
+        `--with-features`.
+
+        Example:
+            first, second = (result.values for result in client.embed(["a.jpg", "b.jpg"]))
+            cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
+        """
+        query = {**options, "encoding_format": "base64"}
+        return self._post("/v1/embed", image, Embedding, EmbedQuery, query)
+
+    def info(self, *, timeout: float | None = None) -> ServerInfo:
+        """Request the server version and its models.
+
+        Example:
+            print([model.name for model in client.info().models])
+        """
+        response = self._send("GET", "/info", self._seconds(timeout))
+        try:
+            return ServerInfo.model_validate_json(response.content, extra="ignore")
+        except pydantic.ValidationError as error:
+            raise _foreign_answer(response) from error
+
+    def wait_ready(self, *, timeout: float = 60.0) -> None:
+        """Wait until the server is ready; raise `UnreachableError` with its last response after *timeout* s.
+
+        Example:
+            client.wait_ready(timeout=10)
+        """
+        end, last = time.monotonic() + self._seconds(timeout), "no request was sent"
+        while (left := end - time.monotonic()) > 0:
+            try:
+                self._send("GET", "/readyz", min(READY_REQUEST_TIMEOUT, left), retries=0)
+            except ServiceError as error:
+                last = str(error)
+            else:
+                return
+            time.sleep(max(0.0, min(READY_INTERVAL, end - time.monotonic())))
+        raise UnreachableError(f"not ready after {timeout:.3g} s: {last}", code="not_ready", status=0)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _post(
+        self,
+        path: str,
+        image: ImageLike | Sequence[ImageLike],
+        kind: type[Result],
+        query: type[ClassifyQuery | EmbedQuery],
+        options: dict[str, Any],
+    ) -> Result | list[Result]:
+        """Send one image as the body, or several as a form; return the results."""
+        several = isinstance(image, list | tuple)
+        images: Any = image if several else [image]
+        bodies = [encode_image(each) for each in images]
+        seconds = self._seconds(options.pop("timeout", None))
+        if not bodies:
+            return []
+        content: dict[str, Any] = {"content": bodies[0], "headers": {"Content-Type": CONTENT_TYPE}}
+        if several:
+            content = {"files": [("image", ("image", body, CONTENT_TYPE)) for body in bodies]}
+        try:
+            params = query.model_validate(options, extra="forbid").model_dump(exclude_defaults=True)
+        except pydantic.ValidationError as error:
+            raise ConfigError(first_problem(error)) from error
+        response = self._send("POST", path, seconds, params=params, **content)
+        results = _parse_results(response, kind, len(bodies))
+        return results if several else results[0]
+
+    def _seconds(self, timeout: float | None) -> float:
+        """Return the time of a call, *timeout* or that of the client; raises `ConfigError`."""
+        seconds = self._timeout if timeout is None else timeout
+        if not 0 < seconds <= MAX_TIMEOUT:
+            raise ConfigError(f"timeout={seconds}: use more than 0 and at most {MAX_TIMEOUT} seconds")
+        return seconds
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        seconds: float,
+        retries: int | None = None,
+        headers: dict[str, str] | None = None,
+        **content: Any,
+    ) -> httpx.Response:
+        """Send a request and return its successful response, with retries during *seconds*.
+
+        Each request tells the server the remaining time. Retries follow 429, 503 and connections that broke
+        before a response, after a delay of at least `Retry-After`. Raises `OverloadedError` or
+        `UnreachableError` when time or attempts are used up, and `ServiceError` for responses that a retry
+        would not change.
+        """
+        end, attempt = time.monotonic() + seconds, 0
+        retries = self._retries if retries is None else retries
+        while True:
+            left = max(0.001, end - time.monotonic())
+            all_headers = {**(headers or {}), "X-Request-Timeout-Ms": str(int(left * 1000))}
+            request = self._http.build_request(method, path, timeout=left, headers=all_headers, **content)
+            error: ServiceError
+            try:
+                response = self._http.send(request)
+            except httpx.RequestError as failure:
+                error, may_retry = _unreachable(request, failure, seconds), isinstance(failure, BROKEN)
+                delay = backoff(attempt)
+            else:
+                if response.is_success:
+                    return response
+                error, may_retry = _response_error(response), response.status_code in RETRY_STATUSES
+                delay = backoff(attempt) + retry_after(response)
+            if not may_retry or attempt == retries or delay >= end - time.monotonic():
+                raise error
+            time.sleep(delay)
+            attempt += 1
+
+
+def encode_image(image: Any) -> bytes:
+    """Encode *image* as the bytes of an image file.
+
+    Files and bytes are sent unchanged. PIL images and uint8 arrays (H, W, 3) or (H, W) are encoded as PNG,
+    without loss. Raises `DataError` for an unreadable file and `ConfigError` for other values.
+    """
+    if isinstance(image, bytes):
+        return image
+    if isinstance(image, str | Path):
+        try:
+            return Path(image).read_bytes()
+        except OSError as error:
+            raise DataError(f"{image}: cannot be read ({error.strerror}); check the path") from error
+    file = io.BytesIO()
+    try:
+        if not isinstance(image, Image.Image):
+            if image.dtype != np.uint8:
+                raise TypeError(f"an array of {image.dtype}")
+            image = Image.fromarray(np.ascontiguousarray(image))
+        image.save(file, "PNG", compress_level=1)  # speed matters more than size
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{type(image).__name__} is not an image that can be sent ({error}); use a path, bytes, an RGB "
+            "image of PIL, or a uint8 array (H, W, 3) or (H, W)"
+        ) from error
+    return file.getvalue()
+
+
+def backoff(attempt: int) -> float:
+    """Compute the delay in seconds before the next attempt: exponential with jitter."""
+    longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))
+    return random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
+
+
+def retry_after(response: httpx.Response) -> float:
+    """Parse `Retry-After` in seconds, as the server writes it; 0 without a valid value."""
+    text = response.headers.get("Retry-After", "")
+    return float(text[:9]) if text.isascii() and text.isdecimal() else 0.0
+
+
+def _response_error(response: httpx.Response) -> ServiceError:
+    """Convert an error response to an exception; its body may be anything, such as a proxy's HTML page."""
+    status = response.status_code
+    try:
+        problem = Problem.model_validate_json(response.content, extra="ignore")
+    except pydantic.ValidationError:
+        problem = Problem(code="http_error", status=status, detail=response.reason_phrase or "no explanation")
+    message = f"{response.request.url}: {status} {problem.code}: {problem.detail}"
+    if status in RETRY_STATUSES:
+        return OverloadedError(message, code=problem.code, status=status, retry_after=retry_after(response))
+    return ServiceError(message, code=problem.code, status=status)
+
+
+def _unreachable(request: httpx.Request, failure: Exception, seconds: float) -> UnreachableError:
+    """Convert the *failure* of a request without a response in *seconds* to an exception."""
+    code, reason = "unreachable", f"({str(failure) or type(failure).__name__}); is a server running there?"
+    if isinstance(failure, httpx.TimeoutException):
+        code, reason = "timeout", f"within {seconds:.3g} s"
+    error = UnreachableError(f"{request.url}: no response {reason}", code=code, status=0)
+    error.__cause__ = failure
+    return error
+
+
+def _parse_results(response: httpx.Response, kind: type[Result], count: int) -> list[Result]:
+    """Parse the *count* results in *response*, in the order of the images; raises `ServiceError`."""
+    shared = {
+        "model_digest": response.headers.get("X-Model-Digest", ""),
+        "timing_ms": dict(DURATION.findall(response.headers.get("Server-Timing", ""))),
+    }
+    try:
+        body = response.json()
+        rows = body.get("results", [body])
+        results = [kind.model_validate({**row, **shared}, extra="ignore") for row in rows]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _foreign_answer(response) from error
+    if len(results) != count:
+        raise _foreign_answer(response)
+    return results
+
+
+def _foreign_answer(response: httpx.Response) -> ServiceError:
+    status = response.status_code
+    return ServiceError(
+        f"{response.request.url}: status {status}, but not a sopdeploy response; check the URL",
+        code="foreign_answer",
+        status=status,
+    )
