@@ -86,7 +86,7 @@ class Checkpoint:
         """Say how many of *images* are training images, by the hashes of their files; empty if none are."""
         if not len(self.image_hashes) or not len(images):
             return ""
-        from sopdeploy.data.image_files import hash_images  # noqa: PLC0415 # an export reads no images
+        from sopdeploy.data.base import hash_images  # noqa: PLC0415 # an export reads no images
 
         seen = int(np.isin(hash_images(images), self.image_hashes.numpy()).sum())
         if not seen:

@@ -348,10 +348,13 @@ def _response_error(response: httpx.Response) -> ServiceError:
 
 def _unreachable(request: httpx.Request, failure: Exception, seconds: float) -> UnreachableError:
     """Convert the *failure* of a request without a response in *seconds* to an exception."""
-    code, reason = "unreachable", f"({str(failure) or type(failure).__name__}); is a server running there?"
     if isinstance(failure, httpx.TimeoutException):
-        code, reason = "timeout", f"within {seconds:.3g} s"
-    error = UnreachableError(f"{request.url}: no response {reason}", code=code, status=0)
+        message = f"{request.url}: no response within {seconds:.3g} s"
+        error = UnreachableError(message, code="timeout", status=0)
+    else:
+        reason = str(failure) or type(failure).__name__
+        message = f"{request.url}: no response ({reason}); is a server running there?"
+        error = UnreachableError(message, code="unreachable", status=0)
     error.__cause__ = failure
     return error
 

@@ -22,7 +22,7 @@ from sopdeploy.config import StrictModel
 from sopdeploy.data.augment import AugmentedDataset, RandomResizedCrop
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
 from sopdeploy.data.batches import sequential_batches
-from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
@@ -95,7 +95,7 @@ def write_maps(folder: Path, weights: Path, target: Path) -> None:
 
     Position 0 is the center crop. Parts of *folder*, such as train/ and validation/, are put together.
     """
-    split = open_folder(FolderConfig(kind="folder", path=folder))
+    split = open_folder(folder)
     network = TimmBackbone(LastStagesConfig(), len(split.train.labels))
     load_weights(network, weights)
     frozen = first_stages(network)

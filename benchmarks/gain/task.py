@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import ArrayImages, derive_seed
-from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.data.datasets.libraries import open_digits
 
 UNUSED = 5000  # of CIFAR's training images
@@ -70,7 +70,7 @@ def normalize(images_BHWC: Tensor) -> Tensor:
 
 def write_arrays(folder: Path, target: Path) -> None:
     """Decode the images in *folder* (train/ and test/, one subfolder per class) into one NPZ file."""
-    split = open_folder(FolderConfig(kind="folder", path=folder))
+    split = open_folder(folder)
     arrays = {}
     for part, images, labels in (("train", "train", "labels"), ("held_out", "test", "test_labels")):
         pairs = [getattr(split, part)[index] for index in range(len(getattr(split, part)))]

@@ -12,9 +12,8 @@ from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options, expand_options
-from sopdeploy.data.datasets.folder import FolderConfig
+from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.data.folders import data_folder
-from sopdeploy.data.sources import open_data
 from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_weights, expand_user
@@ -165,7 +164,7 @@ def _check(
     if recipe is not None:
         read_values(recipe)
     elif data is not None and not changed:
-        open_data(FolderConfig(kind="folder", path=data))
+        open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
     if options.from_ is not None and not Path(options.from_).exists():

@@ -1,4 +1,4 @@
-"""Dataset types (labeled images of any size, labeled uint8 arrays of one size) and random seeds.
+"""Labeled images, network inputs (uint8 arrays of one size), and random seeds.
 
 Every random choice of a run uses `derive_seed(seed, purpose, epoch, step or sample)` instead of a generator
 state that must be saved. A resumed run therefore makes the same choices as an uninterrupted one, with any
@@ -7,27 +7,30 @@ number of loader processes.
 
 import copy
 import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Annotated, Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeVar
 
 import numpy as np
-import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel
-from sopdeploy.data.folders import Log
-from sopdeploy.errors import ConfigError, DataError, ImageError
+from sopdeploy.environment import usable_cores
+from sopdeploy.errors import DataError, ImageError, shorten
+from sopdeploy.files import open_regular
 from sopdeploy.images.formats import load_pixels, open_image
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 
-_SUBSET_SEED = 0  # not the seed of the run: the same number gives the same classes in every run
+CHUNK = 64  # images per task of a thread; decoding releases the GIL
 Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
+_Result = TypeVar("_Result")
 
 
 class LabeledImages(ABC):
@@ -110,9 +113,154 @@ def image_errors(name: str) -> Iterator[None]:
         raise DataError(f"{name}: {error}; repair, convert or delete it") from error
 
 
+@dataclass(frozen=True, slots=True)
+class ArrayImages(LabeledImages):
+    """Images in memory: (N, H, W) gray or (N, H, W, 3) RGB, uint8."""
+
+    labels: tuple[str, ...]
+    images: NDArray[np.uint8]
+    targets: NDArray[Any]
+    groups: NDArray[Any] | None = None
+
+    def read(self, index: int) -> bytes:
+        """Encode an image as BMP, which loses no pixel."""
+        file = BytesIO()
+        self.open(index).save(file, "BMP")
+        return file.getvalue()
+
+    def identity(self, index: int) -> str:
+        """Return the position of an image."""
+        return str(index)
+
+    def open(self, index: int) -> Image.Image:
+        """Return an image."""
+        return Image.fromarray(self.images[index])
+
+    def select(self, mask: NDArray[np.bool_]) -> "ArrayImages":
+        """Keep the images where *mask* (N,) is true."""
+        groups = None if self.groups is None else self.groups[mask]
+        return replace(self, images=self.images[mask], targets=self.targets[mask], groups=groups)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFiles(LabeledImages):
+    """Image files below `root`; `paths` is one array of bytes, which loader processes can share."""
+
+    root: Path
+    labels: tuple[str, ...]
+    paths: NDArray[np.bytes_]
+    targets: NDArray[Any]
+    groups: NDArray[Any] | None = None
+
+    def read(self, index: int) -> bytes:
+        """Read the bytes of a file; raises `DataError` naming it."""
+        path = self.path(index)
+        try:
+            with open_regular(path) as file:
+                return file.read()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); repair or delete it") from error
+
+    def identity(self, index: int) -> str:
+        """Return the path of a file relative to `root`."""
+        path: bytes = self.paths[index]
+        return path.decode("utf-8", "surrogateescape")
+
+    def describe(self, index: int) -> str:
+        """Return the path of a file as text."""
+        return str(self.path(index))
+
+    def path(self, index: int) -> Path:
+        """Return the path of a file."""
+        return self.root / os.fsdecode(self.paths[index])
+
+    def select(self, mask: NDArray[np.bool_]) -> "ImageFiles":
+        """Keep the images where *mask* (N,) is true."""
+        groups = None if self.groups is None else self.groups[mask]
+        return replace(self, paths=self.paths[mask], targets=self.targets[mask], groups=groups)
+
+
+def select_classes(images: LabeledImages, labels: tuple[str, ...]) -> LabeledImages:
+    """Keep the classes *labels* of *images* in this order, and the images (N,) of these classes.
+
+    An image (N, C) of other classes remains, without a class.
+    """
+    if images.targets.ndim == 2:
+        columns = [images.labels.index(label) for label in labels]
+        return images.replaced(labels=labels, targets=images.targets[:, columns])
+    position = {label: index for index, label in enumerate(labels)}
+    new = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
+    targets = new[images.targets.astype(np.int64)]
+    return images.select(targets >= 0).replaced(labels=labels, targets=targets[targets >= 0])
+
+
+def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Result]:
+    """Yield *function*(0) to *function*(count - 1) in order, computed by one thread per core."""
+    chunks = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for results in pool.map(lambda chunk: [function(index) for index in chunk], chunks):
+            yield from results
+
+
+def hash_images(images: LabeledImages) -> NDArray[np.int64]:
+    """Hash the bytes of each of *images* to 64 bits, (N,); an unreadable image has the hash 0."""
+
+    def hash_image(index: int) -> int:
+        try:
+            digest = hashlib.blake2b(images.read(index), digest_size=8).digest()
+        except DataError:
+            return 0
+        return int.from_bytes(digest, "big", signed=True)
+
+    return np.fromiter(map_threaded(hash_image, len(images)), dtype=np.int64, count=len(images))
+
+
+def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) -> str:
+    """Name the images with equal *hashes* (N,), those of `hash_images`, and different labels; "" if none."""
+    _, indices, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    first = indices[inverse].tolist()  # for each image, the index of the first one with its hash
+    same = images.targets[first] == images.targets
+    same_labels = same if same.ndim == 1 else same.all(axis=1)
+    readable = hashes != 0
+    contradictions = np.flatnonzero(readable & ~same_labels).tolist()
+    pairs = [f"{images.describe(first[index])} = {images.describe(index)}" for index in contradictions]
+    return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
+
+
+def find_unreadable(images: LabeledImages) -> dict[int, str]:
+    """Find the images that cannot be decoded; returns error messages by index.
+
+    JPEGs are decoded at an eighth of their size, which still reads every byte.
+    """
+
+    def check(index: int) -> str:
+        try:
+            with image_errors(images.describe(index)):
+                image = images.open(index)
+                image.draft(None, (1, 1))
+                load_pixels(image)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    return {index: error for index, error in enumerate(map_threaded(check, len(images))) if error}
+
+
+def unreadable_images_error(first: DataError, *parts: LabeledImages) -> DataError:
+    """Build an error with every unreadable image of *parts*; return *first* if there is only one."""
+    errors = [error for part in parts for error in find_unreadable(part).values()]
+    if len(errors) < 2:
+        return first
+    return DataError(
+        f"{len(errors)} images cannot be used (`sopdeploy data check --json` lists all): "
+        f"{shorten(errors, '; ')}",
+        lists={"images": errors},
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Split:
-    """Training and held-out images with the same labels; `skipped` lists unreadable files left out.
+    """Training and held-out images with the same labels.
 
     `held_out` is empty if the source has no such images. The procedure that trains then decides whether it
     holds out some of the training images (`near.hold_out_images`).
@@ -120,7 +268,6 @@ class Split:
 
     train: LabeledImages
     held_out: LabeledImages
-    skipped: tuple[str, ...] = ()
 
     @classmethod
     def undivided(cls, images: LabeledImages) -> "Split":
@@ -167,35 +314,6 @@ class PreprocessedDataset(Dataset):
         return array, target
 
 
-@dataclass(frozen=True, slots=True)
-class ArrayImages(LabeledImages):
-    """Images in memory: (N, H, W) gray or (N, H, W, 3) RGB, uint8."""
-
-    labels: tuple[str, ...]
-    images: NDArray[np.uint8]
-    targets: NDArray[Any]
-    groups: NDArray[Any] | None = None
-
-    def read(self, index: int) -> bytes:
-        """Encode an image as BMP, which loses no pixel."""
-        file = BytesIO()
-        self.open(index).save(file, "BMP")
-        return file.getvalue()
-
-    def identity(self, index: int) -> str:
-        """Return the position of an image."""
-        return str(index)
-
-    def open(self, index: int) -> Image.Image:
-        """Return an image."""
-        return Image.fromarray(self.images[index])
-
-    def select(self, mask: NDArray[np.bool_]) -> "ArrayImages":
-        """Keep the images where *mask* (N,) is true."""
-        groups = None if self.groups is None else self.groups[mask]
-        return replace(self, images=self.images[mask], targets=self.targets[mask], groups=groups)
-
-
 def derive_seed(*keys: int | str) -> int:
     """Hash *keys* to a 63-bit seed that is the same on every machine and in every version."""
     text = "\x1f".join(str(key) for key in keys)
@@ -233,66 +351,3 @@ def hold_out(
         held_out[undecided[np.argsort(rank[undecided])][:needed]] = True
         decided[members] = True
     return held_out
-
-
-class ClassSubset(StrictModel):
-    """Base class of data configs; `classes` is the number of classes to draw. They keep their order.
-
-    GSoP's Tables 3 and 4 draw 250 classes of ImageNet.
-    """
-
-    classes: Annotated[int, pydantic.Field(ge=2)] | None = None
-
-
-class HoldOut(ClassSubset):
-    """Selection of the held-out images of a source that has none of its own.
-
-    The training loop holds out the fraction `hold_out` of every class, selected by `hold_out_seed`. It is not
-    the seed of the run, so all runs are evaluated on the same images.
-    """
-
-    hold_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
-    hold_out_seed: int = 0
-
-
-class DataSource(HoldOut):
-    """Base class of the options of a data source that a plug-in adds; the field `kind` is its name."""
-
-    def open(self, log: Log) -> Split:
-        """Open the training and held-out images (`Split.undivided` if there are none of these).
-
-        *log* receives warnings. Raises `DataError` if the images cannot be used.
-        """
-        raise NotImplementedError
-
-
-def select_subset(split: Split, classes: int) -> Split:
-    """Keep the images of *classes* drawn classes.
-
-    Raises `DataError` for more classes than the data have, `ConfigError` if images have several classes.
-    """
-    if split.train.targets.ndim == 2:
-        raise ConfigError("data.classes: not for several classes per image; remove it")
-    labels = split.train.labels
-    if classes > len(labels):
-        raise DataError(
-            f"data.classes: {classes}, but the data have {len(labels)} classes; give a smaller number"
-        )
-    names = sorted(labels, key=lambda label: (derive_seed(_SUBSET_SEED, "classes", label), label))[:classes]
-    kept = tuple(label for label in labels if label in names)
-    train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))
-    return replace(split, train=train, held_out=held_out)
-
-
-def select_classes(images: LabeledImages, labels: tuple[str, ...]) -> LabeledImages:
-    """Keep the classes *labels* of *images* in this order, and the images (N,) of these classes.
-
-    An image (N, C) of other classes remains, without a class.
-    """
-    if images.targets.ndim == 2:
-        columns = [images.labels.index(label) for label in labels]
-        return images.replaced(labels=labels, targets=images.targets[:, columns])
-    position = {label: index for index, label in enumerate(labels)}
-    new = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
-    targets = new[images.targets.astype(np.int64)]
-    return images.select(targets >= 0).replaced(labels=labels, targets=targets[targets >= 0])

@@ -12,12 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import image_errors
-from sopdeploy.data.datasets.folder import UNSPLIT, ClassFolders, open_class_folders, single_images
-from sopdeploy.data.datasets.label_table import LABELS_FILE, SEPARATOR, VAL, has_label_table, read_label_table
-from sopdeploy.data.datasets.libraries import detect_kind, open_part
-from sopdeploy.data.folders import TRAIN, data_folder, list_images
-from sopdeploy.data.image_files import ImageFiles, map_threaded
+from sopdeploy.data.base import ImageFiles, image_errors, map_threaded
+from sopdeploy.data.datasets.folder import open_parts, single_images
+from sopdeploy.data.datasets.label_table import SEPARATOR
+from sopdeploy.data.folders import data_folder
 from sopdeploy.data.near import Groups, group_by_signatures, signature
 from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.formats import load_pixels, open_image
@@ -116,8 +114,8 @@ def check_data(
     *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
     (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.
     """
-    folders, unlisted = _open_parts(data_folder(path))
-    parts = folders.parts
+    opened = open_parts(data_folder(path))
+    parts = opened.parts
     if sum(len(images) for images in parts.values()) > MAX_FEATURES:
         group_by_features = None
     by_edges = near and group_by_features is None
@@ -127,9 +125,7 @@ def check_data(
         for info in map_threaded(partial(_inspect_file, images, name, by_edges), len(images))
     ]
     readable = [info for info in infos if not info.error]
-    notes = [*folders.notes]
-    if unlisted:
-        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {shorten(unlisted)}")
+    notes = [*opened.notes]
     if by_edges:
         notes.append(EDGES_MISS)
     shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
@@ -139,30 +135,14 @@ def check_data(
         formats=dict(Counter(info.format for info in readable).most_common()),
         shorter_side=(int(shorter.min()), int(np.median(shorter)), int(shorter.max())),
         longer_side=(int(longer.min()), int(np.median(longer)), int(longer.max())),
-        classes=tuple(folders.problems),
+        classes=tuple(opened.problems),
         unreadable=tuple(info.error for info in infos if info.error),
         too_few=tuple(single_images(*parts.values())) if len(parts) == 1 else (),
         duplicates=tuple(_describe_groups(readable, [info.pixel_hash for info in readable])),
         near=tuple(_find_near(readable, group_by_features)) if near else None,
-        passed_over=dict(folders.ignored),
+        passed_over=dict(opened.ignored),
         notes=tuple(notes),
     )
-
-
-def _open_parts(root: Path) -> tuple[ClassFolders, list[str]]:
-    """Detect the layout of *root* and open its parts; also return the images that `labels.csv` lacks."""
-    kind = detect_kind(root)
-    if kind is not None:
-        train = open_part(kind, "train", root)
-        test = open_part(kind, "held_out", root)
-        return ClassFolders({"train": train, "test": test}), []
-    if not has_label_table(root):
-        return open_class_folders(root), []
-    table = read_label_table(root)
-    listed = set(table.images.paths.tolist())
-    unlisted = [str(root / os.fsdecode(path)) for path in list_images(root)[0] if path not in listed]
-    parts = {name: table.part(name) for name in (TRAIN, VAL)} if table.is_split else {UNSPLIT: table.images}
-    return ClassFolders(parts), unlisted
 
 
 def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) -> PartReport:

@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 
-from sopdeploy.data.base import LabeledImages, Split, hold_out
-from sopdeploy.data.image_files import map_threaded
+from sopdeploy.data.base import LabeledImages, Split, hold_out, map_threaded
 from sopdeploy.errors import DataError
 from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess

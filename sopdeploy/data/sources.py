@@ -1,32 +1,80 @@
-"""The data sources that a recipe can name, and the function that opens them.
-
-Unreadable images are left out (`skip_corrupt`) before the first step, so that the order of every epoch
-depends on (seed, epoch) only, also after a resume and for any number of processes.
-"""
+"""The data sources that a recipe can name, and the function that opens them."""
 
 from dataclasses import replace
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
-import numpy as np
 import pydantic
 
-from sopdeploy.config import with_registered
-from sopdeploy.data.base import DataSource, LabeledImages, Split, select_subset
-from sopdeploy.data.datasets.folder import FolderConfig, open_folder
-from sopdeploy.data.datasets.libraries import (
-    CifarConfig,
-    DigitsConfig,
-    OfficialConfig,
-    detect_kind,
-    open_cifar,
-    open_digits,
-    open_official,
-)
+from sopdeploy.config import StrictModel, with_registered
+from sopdeploy.data.base import Split, derive_seed, select_classes
+from sopdeploy.data.datasets.folder import open_folder
+from sopdeploy.data.datasets.libraries import open_cifar, open_digits, open_official
 from sopdeploy.data.folders import Log, ignore
-from sopdeploy.data.image_files import find_unreadable
-from sopdeploy.errors import DataError, shorten
+from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
 from sopdeploy.plugins import DATA_SOURCES
+
+SUBSET_SEED = 0  # not the seed of the run: the same number gives the same classes in every run
+
+
+class DataOptions(StrictModel):
+    """Base class of the options of data sources; `classes` is the number of classes to draw.
+
+    They keep their order. GSoP's Tables 3 and 4 draw 250 classes of ImageNet.
+    """
+
+    classes: Annotated[int, pydantic.Field(ge=2)] | None = None
+
+
+class HoldOut(DataOptions):
+    """Selection of the held-out images of a source that has none of its own.
+
+    The training loop holds out the fraction `hold_out` of every class, selected by `hold_out_seed`. It is not
+    the seed of the run, so all runs are evaluated on the same images.
+    """
+
+    hold_out: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.2
+    hold_out_seed: int = 0
+
+
+class DataSource(HoldOut):
+    """Base class of the options of a data source that a plug-in adds; the field `kind` is its name."""
+
+    def open(self, log: Log) -> Split:
+        """Open the training and held-out images (`Split.undivided` if there are none of these).
+
+        *log* receives warnings. Raises `DataError` if the images cannot be used.
+        """
+        raise NotImplementedError
+
+
+class FolderConfig(HoldOut):
+    """Location of the images, and of the held-out ones if there is a folder; see `HoldOut`."""
+
+    kind: Literal["folder"]
+    path: Path | None = None
+
+
+class CifarConfig(DataOptions):
+    """`path` is the folder that holds `cifar-10-batches-py` or `cifar-100-python`."""
+
+    kind: Literal["cifar10", "cifar100"]
+    path: Path | None = None
+
+
+class DigitsConfig(DataOptions):
+    """The digits of scikit-learn; only the subset of classes can be set."""
+
+    kind: Literal["digits"]
+
+
+class OfficialConfig(DataOptions):
+    """`path` is the `root` of the class in `torchvision.datasets`."""
+
+    kind: Literal["aircraft", "cars", "places365"]
+    path: Path | None = None
+
 
 DataConfig = Annotated[
     DigitsConfig | FolderConfig | CifarConfig | OfficialConfig,
@@ -47,48 +95,36 @@ def register_data_source(config: type[DataSource]) -> None:
 def open_data(config: DataConfig | DataSource, log: Log = ignore) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
-    Slow steps and skipped files are reported to *log*. Raises `ConfigError` if no path is set and `DataError`
-    if the data cannot be used.
+    *log* receives a line about every file and folder that is not used. Raises `ConfigError` if no path is set
+    and `DataError` if the data cannot be used.
     """
-    match config:
-        case DigitsConfig():
-            split = open_digits()
-        case CifarConfig():
-            split = open_cifar(config)
-        case DataSource():
-            split = config.open(log)
-        case OfficialConfig():
-            split = open_official(config.kind, config.path)
-        case FolderConfig():
-            kind = None if config.path is None else detect_kind(expand_user(config.path))
-            split = open_folder(config, log) if kind is None else open_official(kind, config.path)
-    if config.classes is not None:
-        split = select_subset(split, config.classes)
-    skip_corrupt = isinstance(config, FolderConfig | OfficialConfig) and config.skip_corrupt
-    return _drop_unreadable(split, log) if skip_corrupt else split
+    if isinstance(config, DataSource):
+        split = config.open(log)
+    elif isinstance(config, DigitsConfig):
+        split = open_digits()
+    elif config.path is None:
+        raise ConfigError("data.path: not set; give the folder of the data", remedies={"data": None})
+    elif isinstance(config, FolderConfig):
+        split = open_folder(config.path, log)
+    else:
+        open_kind = open_cifar if isinstance(config, CifarConfig) else open_official
+        split = open_kind(config.kind, expand_user(config.path))
+    return split if config.classes is None else _select_subset(split, config.classes)
 
 
-def _drop_unreadable(split: Split, log: Log) -> Split:
-    """Remove unreadable images from *split* and list their files in `skipped`.
+def _select_subset(split: Split, classes: int) -> Split:
+    """Keep the images of *classes* drawn classes.
 
-    Raises `DataError` if a class has no readable image.
+    Raises `DataError` for more classes than the data have, `ConfigError` if images have several classes.
     """
-    readable_sets: list[LabeledImages] = []  # train, held out
-    skipped: list[str] = []
-    for images in (split.train, split.held_out):
-        unreadable = list(find_unreadable(images))
-        mask = np.ones(len(images), dtype=np.bool_)
-        mask[unreadable] = False
-        readable = images.select(mask)
-        empty = np.flatnonzero((images.class_counts() > 0) & (readable.class_counts() == 0))
-        if empty.size:
-            names = [images.labels[target] for target in empty]
-            raise DataError(
-                f"data: no readable image in the classes {shorten(names)}; repair the files",
-                lists={"classes": names},
-            )
-        readable_sets.append(readable)
-        skipped += [images.describe(index) for index in unreadable]
-    if skipped:
-        log(f"{len(skipped)} unreadable images are left out: {shorten(skipped)}")
-    return replace(split, train=readable_sets[0], held_out=readable_sets[1], skipped=tuple(skipped))
+    if split.train.targets.ndim == 2:
+        raise ConfigError("data.classes: not for several classes per image; remove it")
+    labels = split.train.labels
+    if classes > len(labels):
+        raise DataError(
+            f"data.classes: {classes}, but the data have {len(labels)} classes; give a smaller number"
+        )
+    names = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))[:classes]
+    kept = tuple(label for label in labels if label in names)
+    train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))
+    return replace(split, train=train, held_out=held_out)

@@ -9,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.base import LabeledImages, unreadable_images_error
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folders import Log, ignore
-from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision

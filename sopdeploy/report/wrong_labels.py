@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import LabeledImages
-from sopdeploy.data.image_files import hash_images
+from sopdeploy.data.base import LabeledImages, hash_images
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import ConfigError, DataError

@@ -15,10 +15,9 @@ from sopdeploy.backbones.alexnet_vgg import AlexNetConfig, VGGConfig
 from sopdeploy.backbones.efficientnet import EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.bundle.folder import staging
-from sopdeploy.data.datasets.folder import FolderConfig
 from sopdeploy.data.datasets.libraries import open_digits
 from sopdeploy.data.near import hold_out_images
-from sopdeploy.data.sources import open_data
+from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.reproduction.tables import DataSet

@@ -9,9 +9,8 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.augment import AugmentedDataset, PadCrop
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, unreadable_images_error
 from sopdeploy.data.batches import load_batches, shuffled_batches
-from sopdeploy.data.image_files import unreadable_images_error
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
 from sopdeploy.evaluation.metrics import Rate

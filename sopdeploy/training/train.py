@@ -16,11 +16,10 @@ import torch
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.data.base import HoldOut, LabeledImages, Split
+from sopdeploy.data.base import LabeledImages, Split, describe_contradictions, hash_images
 from sopdeploy.data.datasets.layouts import open_any_images
-from sopdeploy.data.image_files import describe_contradictions, hash_images
 from sopdeploy.data.near import hold_out_images
-from sopdeploy.data.sources import open_data
+from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Decision
 from sopdeploy.errors import CheckpointError, ConfigError, DataError, shorten
 from sopdeploy.models.registry import entry
@@ -62,7 +61,6 @@ class TrainingResult(StrictModel):
     """The files and metrics of a finished run.
 
     Attributes:
-        skipped: Images that could not be read.
         best_top1: Accuracy on the images that select the epoch; with several classes per image, `best_map`
             is set instead.
         seconds: Time of the run with all its resumptions.
@@ -84,7 +82,6 @@ class TrainingResult(StrictModel):
     num_classes: int
     train_count: int
     held_out_count: int
-    skipped: tuple[str, ...]
     num_epochs: int
     best_epoch: int
     best_top1: float | None = None
@@ -335,7 +332,6 @@ def summarize_run(run: Run, data: Split, out_dir: Path) -> TrainingResult:
         num_classes=len(run.labels),
         train_count=run.train_count,
         held_out_count=len(data.held_out),
-        skipped=data.skipped,
         num_epochs=run.position.epoch,
         best_epoch=best.epoch,
         seconds=run.position.seconds,

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import sopdeploy
 from sopdeploy import plugins
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import DataSource
+from sopdeploy.data.sources import DataSource
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.pooling.base import PoolingConfig
 from sopdeploy.models.registry import entry

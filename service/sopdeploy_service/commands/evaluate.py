@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sopdeploy.data.base import ImageFiles
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folders import Log, ignore
-from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy_service.images.decode import decode

@@ -1,19 +1,20 @@
 """Images with one folder per class: `DIR/<class>/*.jpg`, or the same under train/ and val/ (`folders`).
 
-A folder with `labels.csv` holds images that this table lists with their classes (`label_table`).
+A folder with `labels.csv` holds images that this table lists with their classes (`label_table`), and official
+layouts are read by torchvision (`libraries`).
 """
 
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from sopdeploy.data.base import HoldOut, LabeledImages, Split, select_classes
-from sopdeploy.data.datasets.label_table import LABELS_FILE, has_label_table, read_label_table, split_table
+from sopdeploy.data.base import ImageFiles, LabeledImages, Split, find_unreadable, select_classes
+from sopdeploy.data.datasets.label_table import LABELS_FILE, VAL, has_label_table, read_label_table
+from sopdeploy.data.datasets.libraries import detect_kind, open_part
 from sopdeploy.data.folders import (
     TRAIN,
     Log,
@@ -25,52 +26,30 @@ from sopdeploy.data.folders import (
     list_subfolders,
     part_folder,
 )
-from sopdeploy.data.image_files import ImageFiles, find_unreadable
-from sopdeploy.errors import ConfigError, DataError, shorten
+from sopdeploy.errors import DataError, shorten
 from sopdeploy.images.limits import SUFFIXES, describe_formats
 
-UNSPLIT = "all"  # the name of the only part if there are no folders train and val
+UNSPLIT = "all"  # the name of the only part if the images are not split
 
 
-class FolderConfig(HoldOut):
-    """Location of the images, and of the held-out ones if there is a folder; see `HoldOut`.
-
-    `skip_corrupt` leaves out unreadable images.
-    """
-
-    kind: Literal["folder"]
-    path: Path | None = None
-    skip_corrupt: bool = False
-
-
-def open_folder(config: FolderConfig, log: Log = ignore) -> Split:
+def open_folder(path: Path, log: Log = ignore) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
     Hidden files are ignored. *log* receives a line about every other file and folder that is not used. Raises
     `DataError` if the images cannot be used.
     """
-    if config.path is None:
-        raise ConfigError(
-            "data.path: not set; give the folder with one subfolder per class", remedies={"data": None}
-        )
-    root = data_folder(config.path)
-    if has_label_table(root):
-        split = split_table(read_label_table(root))
-        if split.train.targets.ndim == 1:
-            log(f"{root / LABELS_FILE}: every image has one class, so the network predicts one")
-        return split if len(split.held_out) else leave_out_small_classes(split.train, root, log)
-    folders = open_class_folders(root, held_out=1)
-    for line in folders.notes:
+    root = data_folder(path)
+    opened = open_parts(root, held_out=1)
+    for line in opened.notes:
         log(line)
-    if folders.ignored:
-        log(f"{root}: {describe_skipped(folders.ignored)}")
-    train, *held_out = folders.parts.values()
-    problems = [*folders.problems]
-    if problems:  # only then, because training finds unreadable images itself
-        parts = () if config.skip_corrupt else folders.parts.values()
-        problems += [error for part in parts for error in find_unreadable(part).values()]
+    if opened.ignored:
+        log(f"{root}: {describe_skipped(opened.ignored)}")
+    if opened.problems:  # only then, because training finds unreadable images itself
+        unreadable = (error for part in opened.parts.values() for error in find_unreadable(part).values())
+        problems = [*opened.problems, *unreadable]
         raise DataError(shorten(problems, "; "), lists={"problems": problems})
+    train, *held_out = opened.parts.values()
     if held_out:
         return Split(train=train, held_out=held_out[0])
     return leave_out_small_classes(train, root, log)
@@ -94,8 +73,8 @@ def leave_out_small_classes(images: LabeledImages, root: Path, log: Log) -> Spli
     return Split.undivided(images)
 
 
-class ClassFolders(NamedTuple):
-    """The images of class folders by part, the training images first.
+class OpenedParts(NamedTuple):
+    """The images of a data set by part, the training images first.
 
     Attributes:
         problems: Why a network cannot be trained on them.
@@ -109,12 +88,38 @@ class ClassFolders(NamedTuple):
     ignored: Mapping[str, int] = {}
 
 
-def open_class_folders(root: Path, held_out: int | None = None) -> ClassFolders:
-    """Open the class folders in *root*, or in its training folder and its first *held_out* held-out folders.
+def open_parts(root: Path, held_out: int | None = None) -> OpenedParts:
+    """Open the parts of *root*: an official layout, the images in `labels.csv`, or class folders.
 
-    By default, all held-out folders are opened. Raises `DataError` if there are fewer than two classes, or
-    held-out images only.
+    Of the folders with held-out images, it opens the first *held_out*, by default all. Raises `DataError` for
+    fewer than two classes, and for files that cannot be read.
     """
+    if (kind := detect_kind(root)) is not None:
+        train, test = open_part(kind, "train", root), open_part(kind, "held_out", root)
+        return OpenedParts({"train": train, "test": test})
+    return _open_table(root) if has_label_table(root) else _open_class_folders(root, held_out)
+
+
+def _open_table(root: Path) -> OpenedParts:
+    """Open the images that `labels.csv` in *root* lists."""
+    file, table = root / LABELS_FILE, read_label_table(root)
+    parts = {name: table.part(name) for name in (TRAIN, VAL)} if table.is_split else {UNSPLIT: table.images}
+    train = next(iter(parts.values()))
+    problems = [
+        f"{file}: no training image of {train.labels[target]}; set the split of one of its images to {TRAIN}"
+        for target in np.flatnonzero(train.class_counts() == 0)
+    ]
+    listed, notes = set(table.images.paths.tolist()), []
+    unlisted = [str(root / os.fsdecode(path)) for path in list_images(root)[0] if path not in listed]
+    if unlisted:
+        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {shorten(unlisted)}")
+    if train.targets.ndim == 1:
+        notes.append(f"{file}: every image has one class, so the network predicts one")
+    return OpenedParts(parts, problems, notes)
+
+
+def _open_class_folders(root: Path, held_out: int | None) -> OpenedParts:
+    """Open the class folders of the parts in *root*, or those in *root* itself."""
     parts = find_parts(root)
     if parts.held_out and not parts.train and not parts.others:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
@@ -128,11 +133,10 @@ def open_class_folders(root: Path, held_out: int | None = None) -> ClassFolders:
     notes = [*_describe_parts(root, parts), *filter(None, map(_describe_nested, listings.values()))]
     others = [name for listing in listings.values() for names in listing.others.values() for name in names]
     opened = {name: listing.images for name, listing in listings.items()}
-    return ClassFolders(opened, problems, notes, _count_suffixes(others))
+    return OpenedParts(opened, problems, notes, _count_suffixes(others))
 
 
-@dataclass(frozen=True, slots=True)
-class ClassListing:
+class ClassListing(NamedTuple):
     """What class folders hold.
 
     `others` are the files without an image suffix by class, `nested` the folders with images in class

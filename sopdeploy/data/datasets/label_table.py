@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.data.base import Split
+from sopdeploy.data.base import ImageFiles
 from sopdeploy.data.folders import TRAIN, is_image, list_subfolders
-from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, shorten
 
 LABELS_FILE = "labels.csv"
@@ -130,21 +129,6 @@ def _targets(
             f"{table}: line {line}: has no class or several, but the network predicts one; keep one class"
         )
     return targets if multi_label or not_single.size else targets.argmax(axis=1)
-
-
-def split_table(table: LabelTable) -> Split:
-    """Split *table* by its column `split`; without this column, no image is held out.
-
-    Raises `DataError` naming a class without a training image.
-    """
-    if not table.is_split:
-        return Split.undivided(table.images)
-    train, held_out = table.part(TRAIN), table.part(VAL)
-    missing = np.flatnonzero(train.class_counts() == 0)
-    if missing.size:
-        path, name = table.images.root / LABELS_FILE, table.images.labels[missing[0]]
-        raise DataError(f"{path}: no training image of {name}; set the split of one of its images to {TRAIN}")
-    return Split(train=train, held_out=held_out)
 
 
 class _Row(NamedTuple):

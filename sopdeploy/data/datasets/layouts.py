@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sopdeploy.data.base import ImageFiles
 from sopdeploy.data.datasets.folder import list_classes, no_classes
 from sopdeploy.data.datasets.label_table import LABELS_FILE, has_label_table, read_label_table
 from sopdeploy.data.datasets.libraries import detect_kind, open_part
@@ -18,7 +19,6 @@ from sopdeploy.data.folders import (
     list_subfolders,
     part_folder,
 )
-from sopdeploy.data.image_files import ImageFiles
 from sopdeploy.errors import DataError, shorten
 
 

@@ -16,27 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from sopdeploy.data.base import ArrayImages, ClassSubset, Split, hold_out
-from sopdeploy.data.image_files import ImageFiles
-from sopdeploy.errors import ConfigError, DataError
-from sopdeploy.files import expand_user
+from sopdeploy.data.base import ArrayImages, ImageFiles, Split, hold_out
+from sopdeploy.errors import DataError
 
 MAX_DIGIT_VALUE = 16.0  # of a pixel in scikit-learn's digits
 DIGITS_HELD_OUT = 0.2
 DIGITS_SEED = 0  # not the seed of the run: all runs are evaluated on the same images
-
-
-class CifarConfig(ClassSubset):
-    """`path` is the folder that holds `cifar-10-batches-py` or `cifar-100-python`."""
-
-    kind: Literal["cifar10", "cifar100"]
-    path: Path | None = None
-
-
-class DigitsConfig(ClassSubset):
-    """The digits of scikit-learn; only the subset of classes can be set."""
-
-    kind: Literal["digits"]
 
 
 def cifar_class(kind: str) -> Any:
@@ -44,12 +29,9 @@ def cifar_class(kind: str) -> Any:
     return getattr(importlib.import_module("torchvision.datasets"), kind.upper())
 
 
-def open_cifar(config: CifarConfig) -> Split:
+def open_cifar(kind: str, root: Path) -> Split:
     """Open the official training and test images; raises `DataError` if the files are not complete."""
-    dataset = cifar_class(config.kind)
-    if config.path is None:
-        raise ConfigError(f"data.path: not set; give the folder that holds {dataset.base_folder}")
-    root = expand_user(config.path)
+    dataset = cifar_class(kind)
     try:
         parts = [dataset(root=str(root), train=train, download=False) for train in (True, False)]
     except (RuntimeError, OSError) as error:
@@ -73,18 +55,6 @@ def open_digits() -> Split:
     mask = hold_out(keys, targets, DIGITS_HELD_OUT, DIGITS_SEED)
     digits = ArrayImages(labels, images, targets)
     return Split(train=digits.select(~mask), held_out=digits.select(mask))
-
-
-class OfficialConfig(ClassSubset):
-    """`path` is the `root` of the class in `torchvision.datasets`.
-
-    The held-out images are the official test images, for Places365 the validation images. `skip_corrupt`
-    is that of `FolderConfig`.
-    """
-
-    kind: Literal["aircraft", "cars", "places365"]
-    path: Path | None = None
-    skip_corrupt: bool = False
 
 
 class _Layout(NamedTuple):
@@ -111,11 +81,8 @@ def detect_kind(root: Path) -> str | None:
     return next((kind for kind, layout in LAYOUTS.items() if (root / layout.content).exists()), None)
 
 
-def open_official(kind: str, path: Path | None) -> Split:
-    """Open the official training and held-out images at *path*; raises `DataError` if torchvision cannot."""
-    if path is None:
-        raise ConfigError(f"data.path: not set; give the folder that holds {LAYOUTS[kind].content}")
-    root = expand_user(path)
+def open_official(kind: str, root: Path) -> Split:
+    """Open the official training and test images, of Places365 the validation images; raises `DataError`."""
     return Split(train=open_part(kind, "train", root), held_out=open_part(kind, "held_out", root))
 
 

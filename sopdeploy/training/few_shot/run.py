@@ -15,8 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, derive_seed
-from sopdeploy.data.image_files import unreadable_images_error
+from sopdeploy.data.base import (
+    LabeledImages,
+    PreprocessedDataset,
+    Split,
+    derive_seed,
+    unreadable_images_error,
+)
 from sopdeploy.data.near import connect
 from sopdeploy.decision import Decision, known_score, sigmoid
 from sopdeploy.errors import DataError

@@ -5,8 +5,9 @@ from typing import Literal
 import numpy as np
 import pydantic
 
-from sopdeploy.data.base import ArrayImages, DataSource, Split
+from sopdeploy.data.base import ArrayImages, Split
 from sopdeploy.data.folders import Log
+from sopdeploy.data.sources import DataSource
 
 
 class StripesConfig(DataSource):

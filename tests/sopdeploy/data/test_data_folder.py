@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.data.near import hold_out_images
+from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from tests.sopdeploy.data.small_data import jpeg
 
@@ -32,9 +33,8 @@ def names(images) -> list[str]:
     return [os.fsdecode(path) for path in images.paths]
 
 
-def open_at(path: Path, **settings: object):
-    config = FolderConfig(kind="folder", path=path, **settings)
-    return hold_out_images(open_folder(config), config.hold_out, config.hold_out_seed)
+def open_at(path: Path, hold_out: float = 0.2, seed: int = 0):
+    return hold_out_images(open_folder(path), hold_out, seed)
 
 
 def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None:
@@ -45,7 +45,7 @@ def test_classes_are_sorted_and_hidden_and_other_files_ignored(tmp_path) -> None
     (tmp_path / "Bee" / "scan.TIF").write_bytes(b"II*")
     (tmp_path / "README").write_text("mine")
     split, lines = open_at(tmp_path), []
-    open_folder(FolderConfig(kind="folder", path=tmp_path), lines.append)
+    open_folder(tmp_path, lines.append)
     formats = "JPEG, PNG, WebP, GIF, BMP and HEIC"
     assert lines[-1] == f"{tmp_path}: 2 files skipped, not {formats}: .tif 1, .txt 1"
     assert split.train.labels == split.held_out.labels == ("Bee", "ant", "zebra")
@@ -89,8 +89,8 @@ def test_a_name_that_is_not_utf8_is_named_in_one_line(tmp_path, name) -> None:
 
 
 def test_a_class_of_one_image_is_left_out_with_a_line(tmp_path) -> None:
-    config, lines = FolderConfig(kind="folder", path=make(tmp_path, a=3, b=1, c=3)), []
-    split = open_folder(config, lines.append)
+    lines: list[str] = []
+    split = open_folder(make(tmp_path, a=3, b=1, c=3), lines.append)
     assert split.train.labels == ("a", "c")
     assert names(split.train) == [f"{label}/00{number}.jpg" for label in "ac" for number in range(3)]
     assert lines == [f"{tmp_path}: left out, because there are fewer than two images: b; add some"]
@@ -101,7 +101,7 @@ def test_a_split_depends_on_the_names_and_its_own_seed_only(tmp_path) -> None:
     held = names(split.held_out)
     assert names(open_at(tmp_path / "x").held_out) == held
     assert names(open_at(make(tmp_path / "y", b=20, a=20)).held_out) == held
-    assert names(open_at(tmp_path / "x", hold_out_seed=1).held_out) != held
+    assert names(open_at(tmp_path / "x", seed=1).held_out) != held
     assert len(open_at(tmp_path / "x", hold_out=0.5).held_out) > 2 * len(held)
     assert not set(held) & set(names(split.train))
 
@@ -139,10 +139,8 @@ def test_an_unusable_folder_is_named_with_advice(tmp_path, counts, message) -> N
 def test_a_missing_or_unreadable_folder_is_named(tmp_path, monkeypatch) -> None:
     with pytest.raises(DataError, match="nowhere: no such folder; give a folder with one subfolder"):
         open_at(tmp_path / "nowhere")
-    with pytest.raises(
-        ConfigError, match=r"data\.path: not set; give the folder with one subfolder per class; try data"
-    ):
-        open_folder(FolderConfig(kind="folder"))
+    with pytest.raises(ConfigError, match=r"data\.path: not set; give the folder of the data; try data"):
+        open_data(FolderConfig(kind="folder"))
 
     def refuse(_path):
         raise PermissionError(13, "Permission denied")

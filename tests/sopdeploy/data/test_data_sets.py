@@ -13,8 +13,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import Split
 from sopdeploy.data.datasets.layouts import class_aliases, open_evaluation_images
-from sopdeploy.data.datasets.libraries import DigitsConfig
-from sopdeploy.data.sources import DataConfig, open_data
+from sopdeploy.data.sources import DataConfig, DigitsConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.training.recipe import read_recipe
 from tests.sopdeploy.data.small_data import (
@@ -93,7 +92,7 @@ def test_a_missing_or_damaged_official_file_is_one_line(tmp_path) -> None:
         with pytest.raises(DataError, match=message) as caught:
             open_at(kind, tmp_path / path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match=r"data\.path: not set; give the folder that holds fgvc-aircraft"):
+    with pytest.raises(ConfigError, match=r"data\.path: not set; give the folder of the data"):
         open_at("aircraft", None)
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.near import hold_out_images
 from sopdeploy.errors import DataError
@@ -70,7 +70,7 @@ PROBLEMS = {
 def test_an_invalid_table_is_rejected_in_one_line(folder: Path, text: str) -> None:
     path = write(folder, text)
     with pytest.raises(DataError, match=f"{path}(/labels.csv)?: {PROBLEMS[text]}") as caught:
-        open_folder(FolderConfig(kind="folder", path=path))
+        open_folder(path)
     assert "\n" not in str(caught.value)
 
 
@@ -78,7 +78,7 @@ def test_bytes_that_are_not_utf8_and_open_quotes_are_rejected(folder: Path) -> N
     for content in (b"file,classes\n\xff.png,a\n", b'file,classes\n"a.png,cat\n'):
         (folder / "labels.csv").write_bytes(content)
         with pytest.raises(DataError, match=r"labels\.csv: cannot be read .*; write a CSV file in UTF-8"):
-            open_folder(FolderConfig(kind="folder", path=folder))
+            open_folder(folder)
 
 
 def test_networks_reject_tables_of_other_classes_and_the_other_kind_of_data(folder: Path) -> None:
@@ -96,15 +96,14 @@ def test_a_table_of_other_columns_next_to_class_folders_is_ignored(folder: Path)
         for name in ("a.png", "d.png"):
             shutil.copy(folder / name, folder / label / name)
     shutil.rmtree(folder / "sub")
-    split = open_folder(FolderConfig(kind="folder", path=write(folder, "name,breed\na,b\n")))
+    split = open_folder(write(folder, "name,breed\na,b\n"))
     assert split.train.labels == ("cat", "dog")
     assert split.train.targets.shape == (4,)
 
 
 def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> None:
     scenes = draw_scenes(tmp_path / "scenes", count=60)
-    config = FolderConfig(kind="folder", path=scenes)
-    split, again = (hold_out_images(open_folder(config), 0.2, 0) for _ in range(2))
+    split, again = (hold_out_images(open_folder(scenes), 0.2, 0) for _ in range(2))
     assert split.train.labels == CLASSES
     assert len(split.train) + len(split.held_out) == 60
     held = split.held_out.targets.sum(axis=0)
@@ -114,7 +113,7 @@ def test_every_class_is_split_and_a_column_chooses_the_split(tmp_path: Path) -> 
     lines = (scenes / "labels.csv").read_text().splitlines()
     parts = ["split", *["val"] * 20, *["train"] * 40]
     write(scenes, "\n".join(f"{line},{part}" for line, part in zip(lines, parts, strict=True)))
-    split = open_folder(FolderConfig(kind="folder", path=scenes))
+    split = open_folder(scenes)
     assert [len(split.train), len(split.held_out)] == [40, 20]
     assert len(open_evaluation_images(scenes, CLASSES, multi_label=True)) == 20
 

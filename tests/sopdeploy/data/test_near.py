@@ -156,7 +156,7 @@ def test_a_class_of_one_group_is_named_and_not_held_out(tmp_path: Path):
 
     settings = [f"data.path={tmp_path}", *TINY]
     recipe = read_recipe("photos-dsop", settings)
-    split = select_procedure(recipe, open_folder(recipe.data)).data
+    split = select_procedure(recipe, open_folder(recipe.data.path)).data
     assert split.held_out.class_counts().tolist() == [0, 1]
     train_recipe(recipe, tmp_path / "run", callback=Warnings())
     assert any(line.startswith("cat: all images are one group") for line in warnings)
@@ -165,7 +165,7 @@ def test_a_class_of_one_group_is_named_and_not_held_out(tmp_path: Path):
 def test_the_loop_holds_out_no_copies_of_training_images(tmp_path: Path):
     root = write_scenes(tmp_path, copies=1)
     recipe = read_recipe("photos-dsop", [f"data.path={root}"])
-    before = open_folder(recipe.data)
+    before = open_folder(recipe.data.path)
     split = select_procedure(recipe, before).data
     parts = [set(true_groups(part.paths)) for part in (split.train, split.held_out)]
     assert not parts[0] & parts[1]

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import Split
 from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import FolderConfig, open_folder
+from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.data.datasets.layouts import class_aliases, open_evaluation_images
 from sopdeploy.errors import DataError
 from tests.sopdeploy.data.small_data import write_classes
@@ -25,7 +25,7 @@ def below(*parts: str) -> dict[str, int]:
 
 def open_logged(path: Path) -> tuple[Split, str]:
     lines: list[str] = []
-    split = open_folder(FolderConfig(kind="folder", path=path), lines.append)
+    split = open_folder(path, lines.append)
     return split, "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
-from sopdeploy.data.image_files import image_errors
+from sopdeploy.data.base import image_errors
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.images import formats, pixels
 from sopdeploy.images.formats import open_image

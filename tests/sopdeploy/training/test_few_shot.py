@@ -15,8 +15,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
-from sopdeploy.data.base import ArrayImages
-from sopdeploy.data.image_files import ImageFiles
+from sopdeploy.data.base import ArrayImages, ImageFiles
 from sopdeploy.data.sources import open_data
 from sopdeploy.decision import softmax
 from sopdeploy.errors import DataError
