@@ -57,8 +57,7 @@ from sopdeploy.decision import known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import student
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy.models.registry import with_head
-from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
+from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead, with_head
 
 
 class Case(NamedTuple):

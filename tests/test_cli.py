@@ -23,7 +23,7 @@ import sopdeploy
 from sopdeploy.cli.app import QUICK_START, app
 from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field
 from sopdeploy.commands import env
-from sopdeploy.models.registry import CATALOG, FAMILIES, title
+from sopdeploy.models.catalog import CATALOG, FAMILIES
 from sopdeploy.training.recipe_files import list_recipes
 
 ROOT = Path(sopdeploy.__file__).parents[1]
@@ -111,8 +111,8 @@ def test_models_lists_the_catalog_by_family() -> None:
     lines = sopdeploy_cli("models").stdout.splitlines()
     assert max(map(len, lines)) <= 160
     assert set(CATALOG) <= {line.split()[0] for line in lines if line}
-    for family in FAMILIES:
-        assert lines[lines.index(title(family)) + 1].split()[0] == next(iter(family.ENTRIES))
+    for title, entries in FAMILIES:
+        assert lines[lines.index(title) + 1].split()[0] == next(iter(entries))
 
 
 def test_models_describes_a_network_with_a_pooling_an_image_size_and_a_number_of_classes() -> None:

@@ -26,7 +26,8 @@ from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.errors import DataError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.dsop import DSoPConfig
-from sopdeploy.models.timm_networks import DSoPTimm, TimmBackbone, TimmConfig
+from sopdeploy.models.dsop_networks import DSoPTimm
+from sopdeploy.models.timm_networks import TimmBackbone, TimmConfig
 from sopdeploy.user_files import read_pytorch
 
 BACKBONE, FROZEN_BLOCKS = "tf_efficientnet_lite0", 4

@@ -37,14 +37,13 @@ from gain.photos import (
 from gain.task import CifarConfig, DigitsConfig, Task, cifar, digits
 from gain.textures import TextureConfig, textures
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.backbones.cifar_resnet import SmallResNetConfig
+from sopdeploy.backbones.cifar_resnet import SmallResNet, SmallResNetConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import sequential_batches, shuffled_batches
 from sopdeploy.layers.residual import PaddedShortcut
-from sopdeploy.models.base import Classifier
-from sopdeploy.models.dsop import DSoPSmallResNet, DSoPSmallResNetConfig
-from sopdeploy.models.pooled import PlainSmallResNet
+from sopdeploy.models.base import Classifier, as_classifier
+from sopdeploy.models.dsop_networks import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
 from sopdeploy.training.losses import training_loss
 from sopdeploy.training.schedule import OneCycle
@@ -56,7 +55,7 @@ TRUNK = {"filters", "stride", "hidden", "depth", "base_width", "shortcut", "back
 NETWORKS: dict[str, tuple[type[Classifier], type[StrictModel]]] = {
     "textures": (PlainTextureNet, TextureNetConfig),
     "dsop-textures": (DSoPTextureNet, DSoPTextureNetConfig),
-    "resnet": (PlainSmallResNet, SmallResNetConfig),
+    "resnet": (as_classifier(SmallResNet), SmallResNetConfig),
     "dsop-resnet": (DSoPSmallResNet, DSoPSmallResNetConfig),
     "wide-resnet": (ExtraConvSmallResNet, ExtraConvSmallResNetConfig),
     "photos": (PlainTimm, LastStagesConfig),

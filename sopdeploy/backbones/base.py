@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.pooling.base import GlobalAverage, GlobalPooling, PoolingConfig
-from sopdeploy.layers.pooling.bilinear import LowRankClassifier
 
 
 class Backbone(nn.Module):
@@ -75,8 +74,8 @@ class Backbone(nn.Module):
     def num_features(self) -> int:
         """Return the length of the vector that the classifier reads."""
         classifier = self.get_submodule(self.classifier_parts[-1])
-        kinds = nn.Linear | LowRankClassifier
-        return next(part.in_features for part in classifier.modules() if isinstance(part, kinds))
+        lengths = (getattr(part, "in_features", None) for part in classifier.modules())
+        return next(length for length in lengths if isinstance(length, int))
 
     def add_stages(
         self, channels: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]

@@ -27,12 +27,11 @@ def _show(result: "list[dict[str, str]] | Description") -> None:
 
 def _show_catalog(models: list[dict[str, str]]) -> None:
     """Print a table per family, with image size and number of classes."""
-    from sopdeploy.models.registry import CATALOG, FAMILIES, entry, title
+    from sopdeploy.models.catalog import CATALOG, FAMILIES
+    from sopdeploy.models.registry import entry
 
-    families = {title(family): family.ENTRIES for family in FAMILIES}
     registered = {model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG}
-    groups = {**families, "Networks of plug-ins": registered} if registered else families
-    for heading, entries in groups.items():
+    for heading, entries in (*FAMILIES, *([("Networks of plug-ins", registered)] if registered else [])):
         table = Table(box=None, pad_edge=False, show_header=False)
         table.add_column(min_width=max(map(len, CATALOG)), no_wrap=True)
         for name, item in entries.items():

@@ -19,7 +19,7 @@ from sopdeploy.backbones.resnet import ResNet, ResNetConfig
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import MissingPackageError
-from sopdeploy.models.base import Classifier, Entry
+from sopdeploy.models.base import Classifier
 
 
 def bottleneck_mlp(channels: int, reduction: int) -> nn.Sequential:
@@ -142,25 +142,3 @@ class SEPreActResNet(Attended, PreActResNet):
     """PreAct-ResNet-164 with Squeeze-and-Excitation in every block (GSoP, Table 6)."""
 
     config: SEPreActResNetConfig
-
-
-ENTRIES = {
-    **{
-        f"{kind}-resnet50": Entry(
-            AttendedResNet, config, {"depth": 50}, f"ResNet-50 with {title} in every block"
-        )
-        for kind, config, title in (
-            ("se", SEResNetConfig, "Squeeze-and-Excitation"),
-            ("cbam", CBAMResNetConfig, "CBAM"),
-            ("ge", GEResNetConfig, "Gather-Excite"),
-        )
-    },
-    "se-preact-resnet164": Entry(
-        SEPreActResNet,
-        SEPreActResNetConfig,
-        {},
-        "PreAct-ResNet-164 for 32-pixel images with Squeeze-and-Excitation in every block",
-        image_size=32,
-        num_classes=100,
-    ),
-}

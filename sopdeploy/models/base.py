@@ -1,13 +1,12 @@
 """Base class of catalog networks: a backbone with training-only parts and an inference model."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import Backbone
-from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, shorten
 
 
@@ -77,6 +76,10 @@ class Classifier(Backbone):
         """Compute the (B, classes) logits of every head: `main` and the training-only ones."""
         return {"main": self(images)}
 
+    def without_branches(self) -> "Classifier":
+        """Build the network without branches, or return this one if it has none; all other weights stay."""
+        return self
+
     def loss_weights(self) -> dict[str, float]:
         """Return the weight of each head's loss: `main` and the names in `branches`."""
         return {"main": 1.0}
@@ -123,21 +126,10 @@ class Classifier(Backbone):
         return layer.in_features
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of the catalog; `image_size` is the side in pixels of the images in the network's paper."""
-
-    network: type[Classifier]
-    config: type[StrictModel]
-    defaults: Mapping[str, Any]
-    summary: str
-    image_size: int = 224
-    num_classes: int = 1000
-
-    @classmethod
-    def at_32(
-        cls, network: type[Classifier], config: type[StrictModel], defaults: Mapping[str, Any], title: str
-    ) -> "Entry":
-        """Build the entry of a network for the 32-pixel images of CIFAR-10."""
-        summary = f"{title} for 32-pixel images"
-        return cls(network, config, defaults, summary, image_size=32, num_classes=10)
+@cache
+def as_classifier(network: type[Backbone]) -> type[Classifier]:
+    """Return the class of the catalog's network that is the backbone *network* alone, or *network* itself."""
+    if issubclass(network, Classifier):
+        return network
+    parts = {"inference_class": network, "__doc__": network.__doc__}
+    return type(f"Plain{network.__name__}", (Classifier, network), parts)

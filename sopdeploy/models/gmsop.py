@@ -35,7 +35,7 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.resnet import LowResolutionResNet, LowResolutionResNetConfig, initialize_by_fan_in
-from sopdeploy.config import Count, FractionBelowOne, NonNegative, StrictModel
+from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
@@ -53,10 +53,12 @@ from sopdeploy.layers.mixture import (
 )
 from sopdeploy.layers.pooling.codebook import NetVLADConfig
 from sopdeploy.layers.residual import dimension_reduction
-from sopdeploy.models.base import Classifier, Entry, TrainingOutput
+from sopdeploy.models.base import Classifier, TrainingOutput
+
+RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # of networks other than WRN
 
 
-class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
+class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The ResNet for 64-pixel images and the mixture: `chosen` of `components` poolings per image (K of N).
 
     `component_widths` are the channels of a component's 1x1 convolutions. `component_activation` follows each
@@ -90,7 +92,7 @@ class GMSOPConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     balance_weight: NonNegative = 100.0
 
     @pydantic.model_validator(mode="after")
-    def _chosen_among_components(self) -> "GMSOPConfig":
+    def _chosen_among_components(self) -> "GMSOPResNetConfig":
         if self.chosen > self.components:
             raise ValueError(f"chosen ({self.chosen}) is more than components ({self.components})")
         return self
@@ -101,9 +103,9 @@ class GatedResNet(LowResolutionResNet, ExportHints):
 
     outputs = ("logits", "gates")
     classifier_parts = ("gate", "mixture", "head")
-    config: GMSOPConfig
+    config: GMSOPResNetConfig
 
-    def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
+    def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         self.gate = make_gate(config, self.channels)
         self.mixture = Components(
@@ -141,7 +143,7 @@ class GMSOPResNet(Classifier, GatedResNet):
     training_only = ("gate.noise",)
     inference_class = GatedResNet
 
-    def __init__(self, config: GMSOPConfig, num_classes: int) -> None:
+    def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
         components, features = self.gate.weight.shape
         self.gate.add_module("noise", GateNoise(features, components, self.config.noise_per))
@@ -173,7 +175,7 @@ class GMSOPResNet(Classifier, GatedResNet):
         return features, keep_largest(self.gate.logits(feature_BD) + noise, self.config.chosen)
 
 
-def make_gate(config: GMSOPConfig, channels: int) -> SparseGate:
+def make_gate(config: GMSOPResNetConfig, channels: int) -> SparseGate:
     """Build the gate: prediction layers, the components' kind of pooling, Wg, top K."""
     widths = (channels, *(config.component_widths if config.gate_widths is None else config.gate_widths))
     layers: list[nn.Module] = []
@@ -253,58 +255,3 @@ class NetVLADResNet(Classifier, LowResolutionResNet):
         # centers with small weights in the assignment (assumption: the paper does not say)
         self.pooling = NetVLADConfig(words=config.words, alpha=0.5, centres="normal").build(self.channels)
         self.head = FusionHead(self.pooling.out_features, num_classes, norm=False, dropout=0.0)
-
-
-WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2, "project_first_stage": True}
-GAP: dict[str, Any] = {"component": "gap", "component_widths": (512,)}
-WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128)}
-SGMOE: dict[str, Any] = {
-    "component": "linear",
-    "component_widths": (512,),
-    "component_bias": True,
-    "gate_widths": (),
-    "fusion_norm": False,
-    "dropout": 0.0,
-}
-RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # of networks other than WRN
-RESNET_50: dict[str, Any] = {"blocks_per_stage": 6}
-PARAMETRIC: dict[str, Any] = {"component": "sop", "component_widths": (256, 128)}
-AVERAGE_OF_16: dict[str, Any] = {"components": 16, "fusion_norm": True, "dropout": 0.2}
-
-
-def _entry(
-    network: type[Classifier], config: type[StrictModel], title: str, defaults: dict[str, Any]
-) -> Entry:
-    return Entry(network, config, defaults, f"{title} for 64-pixel images", image_size=64)
-
-
-ENTRIES = {
-    **{
-        name: _entry(GMSOPResNet, GMSOPConfig, title, defaults)
-        for name, title, defaults in (
-            ("gmsop-16-8-resnet18", "GM-SOP (8 of 16 poolings) on ResNet-18", {}),
-            ("gmsop-16-8-resnet50", "GM-SOP (8 of 16 poolings) on ResNet-50", RESNET_50),
-            ("gmsop-16-8-wrn36-2", "GM-SOP (8 of 16 poolings) on WRN-36-2", WRN_SOP),
-            ("gmgap-16-8-resnet18", "GM-GAP (8 of 16 poolings) on ResNet-18", GAP),
-            ("gmgap-16-8-wrn36-2", "GM-GAP (8 of 16 poolings) on WRN-36-2", {**WRN_36_2, **GAP}),
-            ("sgmoe-16-8-resnet18", "one-layer SG-MoE on ResNet-18", SGMOE),
-        )
-    },
-    **{
-        name: _entry(AveragedResNet, AveragedResNetConfig, title, defaults)
-        for name, title, defaults in (
-            ("resnet18-64px", "plain ResNet-18", {}),
-            ("resnet50-64px", "plain ResNet-50", RESNET_50),
-            *((f"wrn36-{k}", f"plain WRN-36-{k}", {"blocks_per_stage": 4, "widen": k}) for k in (1, 2, 5)),
-            ("resnet18-512d", "ResNet-18-512d", {"component_widths": (512,)}),
-            ("resnet18-8256d", "ResNet-18-8256d", {"component_widths": (8256,)}),
-            ("resnet50-512d", "ResNet-50-512d", {**RESNET_50, "component_widths": (512,)}),
-            ("resnet50-8256d", "ResNet-50-8256d", {**RESNET_50, "component_widths": (8256,)}),
-            ("srsop-resnet18", "SR-SOP on ResNet-18", {"component": "sop"}),
-            ("parametric-srsop-resnet18", "parametric SR-SOP on ResNet-18", PARAMETRIC),
-            ("avegap-16-resnet18", "Ave-GAP-16 on ResNet-18", {**AVERAGE_OF_16, "component_widths": (512,)}),
-            ("avesop-16-resnet18", "Ave-SOP-16 on ResNet-18", {**AVERAGE_OF_16, **PARAMETRIC}),
-        )
-    },
-    "netvlad-64-resnet18": _entry(NetVLADResNet, NetVLADResNetConfig, "NetVLAD of 64 words on ResNet-18", {}),
-}

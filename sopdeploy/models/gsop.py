@@ -29,10 +29,9 @@ from sopdeploy.layers.gsop_block import RELEASED_BLOCK, GSoPBlock, GSoPBlockConf
 from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
-from sopdeploy.models.base import Classifier, Entry
+from sopdeploy.models.base import Classifier
 
 Stage = Literal["layer1", "layer2", "layer3", "layer4"]  # conv2_x .. conv5_x
-FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
 RELEASED: dict[str, Any] = {
     **RELEASED_BLOCK,
     "block_place": "inside",
@@ -144,28 +143,3 @@ class GSoPPreActResNet(GSoP, PreActResNet):
 
     block_spacing = 3  # 18 bottlenecks per stage, 6 of them with a block
     config: GSoPPreActResNetConfig
-
-
-ENTRIES = {
-    **{
-        f"gsop-net{net}-resnet{depth}": Entry(
-            GSoPResNet,
-            GSoPResNetConfig,
-            {"depth": depth, "final_pooling": FINAL_POOLING[net]},
-            f"GSoP-Net{net} on ResNet-{depth}: covariances scale the channels of every stage",
-        )
-        for net in FINAL_POOLING
-        for depth in (26, 50)
-    },
-    **{
-        f"gsop-net{net}-preact-resnet164": Entry(
-            GSoPPreActResNet,
-            GSoPPreActResNetConfig,
-            {"blocks": 18, "final_pooling": FINAL_POOLING[net]},
-            f"GSoP-Net{net} on PreAct-ResNet-164 for 32-pixel images",
-            image_size=32,
-            num_classes=100,
-        )
-        for net in FINAL_POOLING
-    },
-}

@@ -22,7 +22,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import GapConfig, GlobalPooling
 from sopdeploy.layers.residual import dimension_reduction
-from sopdeploy.models.base import Classifier, Entry
+from sopdeploy.models.base import Classifier
 
 
 class PSDRConfig(ResNetConfig, NewtonSchulzOptions):
@@ -119,19 +119,3 @@ class SupervisedPSDRResNet(PSDRResNet):
         """Return lambda as `main` and gamma of every head."""
         weights = {f"step{n}": self.config.aux_weight for n in range(1, len(self.pooling.widths) + 1)}
         return {"main": self.config.main_weight, **weights}
-
-
-ENTRIES = {
-    "psdr-resnet50": Entry(
-        SupervisedPSDRResNet,
-        PSDRConfig,
-        {"depth": 50},
-        "ResNet-50 before PSDR and iSQRT-COV; its auxiliary heads are detached",
-    ),
-    "psdr-resnet50-no-aux": Entry(
-        PSDRResNet,
-        PSDRConfig,
-        {"depth": 50},
-        "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
-    ),
-}

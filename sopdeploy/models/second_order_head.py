@@ -26,7 +26,9 @@ from sopdeploy.layers.covariance import at_least_float32
 from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import Iterations, NewtonSchulzOptions
 from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
-from sopdeploy.models.base import Classifier, Entry
+from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.models.catalog import Entry
+from sopdeploy.models.registry import create_model, entry
 
 POOLED_HEAD = "pooled_head"
 _SMALLEST_SQUARE = 1e-12  # of a distance, whose gradient would otherwise be infinite at 0
@@ -175,12 +177,13 @@ class SecondOrderHead(Classifier):
         return self.pooled_head(*self.head_inputs(images))
 
 
-def head_entry(name: str, base: Entry) -> Entry:
-    """Build the entry of `head:NAME` for the network *name* with the entry *base*.
+def head_entry(_prefix: str, name: str) -> Entry:
+    """Build the entry of `head:NAME` for the network *name*.
 
     Its config has the options of the network, and `head`. Raises `ConfigError` for a network with
     training-only parts.
     """
+    base = entry(name)
     if base.network.training_only:
         raise ConfigError(
             f"head:{name}: {name} has training-only parts; use the network without them, such as "
@@ -203,6 +206,27 @@ def head_entry(name: str, base: Entry) -> Entry:
 def head_name(name: str) -> str:
     """Return the name of the network *name*, without the branches of `dsop-NAME`, with a head."""
     return f"head:{name.removeprefix('head:').removeprefix('dsop-')}"
+
+
+def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead:
+    """Build `head:NAME` with *head* for *model*, the network *name* of the catalog with any weights.
+
+    The result is a new network on the same device and in the same mode, with copies of the tensors of *model*
+    except those of its classifier and its training-only parts. The weights of the head are random. Raises
+    `ConfigError` if the network cannot have this head.
+    """
+    with_head_name = head_name(name)
+    fields = entry(with_head_name).config.model_fields
+    options = {key: value for key, value in model.config.model_dump().items() if key in fields}
+    options["head"] = head.model_dump()
+    network = cast(SecondOrderHead, create_model(with_head_name, num_classes=model.num_classes, **options))
+    state = network.state_dict()
+    for tensor_name, tensor in model.state_dict().items():
+        if tensor_name in state and not is_in(tensor_name, POOLED_HEAD):
+            state[tensor_name] = tensor
+    network.load_state_dict(state)
+    device = next(model.parameters()).device
+    return network.to(device).train(model.training)
 
 
 @torch.no_grad()

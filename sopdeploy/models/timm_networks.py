@@ -1,4 +1,4 @@
-"""Networks of timm, plain (`timm:NAME`) and with DSoP's branches (`dsop-timm:NAME`).
+"""Networks of timm: `timm:NAME`; `dsop-timm:NAME` has DSoP's branches (`dsop_networks`).
 
 NAME is timm's own, with or without a tag (`resnet18.a1_in1k`). The network is built by
 `timm.create_model(pretrained=False)`; timm is imported only when such a network is requested. The inference
@@ -23,8 +23,8 @@ from sopdeploy.config import StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, MissingPackageError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, mbconv
-from sopdeploy.models.base import Classifier, Entry
-from sopdeploy.models.dsop import DSoP, DSoPConfig, PaperBranches
+from sopdeploy.models.base import Classifier
+from sopdeploy.models.catalog import Entry
 
 FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 
@@ -169,33 +169,6 @@ class PlainTimm(Classifier, TimmBackbone):
         return self.head_channels
 
 
-class DSoPTimmConfig(TimmConfig, DSoPConfig):
-    """A network of timm with branches."""
-
-
-class DSoPTimm(DSoP, TimmBackbone):
-    """DSoP on a network of timm: a branch after every stage from stride 4 on, as on ResNet-18.
-
-    Assumptions, because the paper does not cover these networks: a branch has two blocks of the kind that
-    `nearest_block` selects, then batch norm and ReLU, because many of timm's stages end without either;
-    covariances have at most 256 channels; all losses have the same weight.
-    """
-
-    inference_class = TimmBackbone
-    taps_are_stages = True
-    normalize_branches = True
-    config: DSoPTimmConfig
-
-    def paper_branches(self) -> PaperBranches:
-        """Return two blocks and at most 256 channels for every stage; raise `ConfigError` without stages."""
-        if not self.tap_channels:
-            raise ConfigError(
-                f"timm:{self.config.backbone} has no feature maps (batch, channels, height, width) for "
-                "branches; choose a network with named stages"
-            )
-        return super().paper_branches()
-
-
 def timm_entry(family: str, name: str) -> Entry:
     """Build the entry of `timm:NAME` or `dsop-timm:NAME`, with the image size of timm's weights.
 
@@ -204,4 +177,5 @@ def timm_entry(family: str, name: str) -> Entry:
     side = timm_image_size(name)
     if family == "timm":
         return Entry(PlainTimm, TimmConfig, {"backbone": name}, f"timm's {name}", side)
-    return Entry(DSoPTimm, DSoPTimmConfig, {"backbone": name}, f"DSoP on timm's {name}", side)
+    network = "models.dsop_networks:DSoPTimm"
+    return Entry(network, f"{network}Config", {"backbone": name}, f"DSoP on timm's {name}", side)

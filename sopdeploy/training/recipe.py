@@ -18,7 +18,6 @@ from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import CatalogModel, entry, make_config
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
@@ -121,8 +120,7 @@ class ModelConfig(CatalogModel):
 
     @pydantic.model_validator(mode="after")
     def _check_branches(self) -> "ModelConfig":
-        removable = issubclass(entry(self.name).network, DSoP)
-        if self.remove_branches_at is not None and not removable:
+        if self.remove_branches_at is not None and "branches" not in entry(self.name).network.training_only:
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
 
@@ -130,7 +128,7 @@ class ModelConfig(CatalogModel):
         """Return the network to train in *epoch*, from 0; *network* is that of the epoch before."""
         if self.remove_branches_at is None or epoch < self.remove_branches_at:
             return network
-        return network.without_branches() if isinstance(network, DSoP) else network
+        return network.without_branches()
 
     def full_config(self) -> dict[str, Any]:
         """Return the complete config, with defaults, as checkpoints store it."""

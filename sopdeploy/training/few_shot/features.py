@@ -15,8 +15,7 @@ from sopdeploy.data.near import Copies, find_pairs
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.registry import with_head
-from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead
+from sopdeploy.models.second_order_head import HeadConfig, HeadKind, SecondOrderHead, with_head
 from sopdeploy.training.few_shot.cache import Entry, FeatureCache
 from sopdeploy.training.few_shot.classifier import Indices, LinearHead, Problem
 from sopdeploy.training.recipe import Recipe

@@ -12,8 +12,8 @@ from sopdeploy.errors import CheckpointError, ConfigError, DataError
 from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
-from sopdeploy.models.registry import create_model, with_head
-from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead
+from sopdeploy.models.registry import create_model
+from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead, with_head
 from sopdeploy.models.user_network import register_model
 from sopdeploy.plugins import MODELS
 from tests.sopdeploy.layers.numerics.all_poolings import textbook_root

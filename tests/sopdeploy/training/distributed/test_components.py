@@ -15,7 +15,8 @@ from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers import mixture
 from sopdeploy.models import gmsop
-from sopdeploy.models.registry import CATALOG, create_model
+from sopdeploy.models.catalog import CATALOG
+from sopdeploy.models.registry import create_model
 from sopdeploy.training import train
 from sopdeploy.training.distributed import Strategy, check_divisible, shard_step
 from sopdeploy.training.gradient import train_step
