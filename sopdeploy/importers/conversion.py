@@ -31,9 +31,8 @@ class WeightFile:
     """Content of a weight file; tensor names have no data-parallel prefixes.
 
     `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store.
-    MatConvNet files also have `layers` by name, the `average_color` (0 to 255) that is subtracted from
-    images, and `image_size`; their tensors have MATLAB's axes. `other_keys` lists content that is not
-    imported.
+    MatConvNet files also have `layers` by name and `normalization`, the size of images and the color that is
+    subtracted from them; their tensors have MATLAB's axes. `other_keys` lists content that is not imported.
     """
 
     path: Path
@@ -41,8 +40,7 @@ class WeightFile:
     tensors: Mapping[str, Tensor]
     arch: str | None = None
     layers: Mapping[str, Layer] = field(default_factory=dict)
-    average_color: tuple[float, float, float] | None = None
-    image_size: float | None = None
+    normalization: Mapping[str, Any] = field(default_factory=dict)
     other_keys: tuple[str, ...] = ()
     used: set[str] = field(default_factory=set)
 

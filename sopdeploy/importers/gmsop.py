@@ -89,13 +89,12 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
 
 
 def _preprocess(file: WeightFile) -> Preprocess:
-    """Build the preprocessing: pixels of 0 to 255 minus the mean color, not divided."""
-    if file.average_color is None:
-        raise WeightsError(
-            f"{file.path}: meta.normalization.averageImage is not a color; save the network with meta"
-        )
-    side = SIDE if file.image_size is None else file.image_size
-    mean = tuple(channel / 255.0 for channel in file.average_color)
+    """Build the preprocessing: pixels of 0 to 255 minus a color, or the mean color of an image (H, W, 3)."""
+    color, sides = (np.ravel(file.normalization.get(key, ())) for key in ("averageImage", "imageSize"))
+    if not color.size:
+        raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
+    side = float(sides[0]) if len(sides) else SIDE
+    mean = tuple(color.reshape(-1, 3).mean(axis=0) / 255.0)
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": (1 / 255,) * 3})
 
 
@@ -178,19 +177,21 @@ def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile
     """Read the network in the *variables* of a MATLAB file with sha256 *digest*; raises `WeightsError`."""
     net = variables.get("net", variables)
     try:
-        normalization = (net.get("meta") or {}).get("normalization") or {}
-        side, color = normalization.get("imageSize"), normalization.get("averageImage")
+        tensors = {record["name"]: _tensor(record["value"]) for record in _records(net["params"])}
         return WeightFile(
             path=path,
             sha256=digest,
-            layers={record["name"]: _read_layer(record) for record in _records(net["layers"])},
-            tensors=check_tensors(path, _read_parameters(path, _records(net["params"]))),
-            average_color=average_color(color),
-            image_size=float(side.flat[0]) if isinstance(side, np.ndarray) and side.size >= 2 else None,
+            layers={
+                record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))
+                for record in _records(net["layers"])
+            },
+            tensors=check_tensors(path, tensors),
+            normalization=net.get("meta", {}).get("normalization", {}),
         )
-    except (AttributeError, LookupError, TypeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(
-            f"{path}: holds no MatConvNet network (`net` with `params` and `layers`); save the whole network"
+            f"{path}: holds no MatConvNet network (`net` with `params` and `layers`, on the CPU); save the "
+            "whole network"
         ) from error
 
 
@@ -199,36 +200,14 @@ def _records(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _read_layer(record: Any) -> Layer:
-    block = record.get("block")
-    return Layer(record["type"].removeprefix("dagnn."), block if isinstance(block, dict) else {})
-
-
-def _read_parameters(path: Path, records: list[Any]) -> dict[str, Tensor]:
-    tensors = {}
-    for record in records:
-        name, value = record["name"], record["value"]
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu" or not value.size:
-            raise WeightsError(
-                f"{path}: parameter {name} holds no numbers; move the network to the CPU and save it"
-            )
-        tensors[name] = torch.from_numpy(np.ascontiguousarray(value, dtype=np.float64))
-    return tensors
-
-
-def average_color(value: Any) -> tuple[float, float, float] | None:
-    """Compute the mean RGB color (0 to 255) of a 3 x 1 color or an (H, W, 3) image."""
-    if not isinstance(value, np.ndarray) or value.size % 3 or not value.size:
-        return None
-    channels = value.reshape(-1, 3) if value.ndim == 3 else value.reshape(3, -1).T
-    red, green, blue = (float(channel) for channel in channels.astype(np.float64).mean(axis=0))
-    return red, green, blue
+def _tensor(value: Any) -> Tensor:
+    return torch.from_numpy(np.asarray(value).astype(np.float64, casting="same_kind"))
 
 
 def conv_kernel(file: WeightFile, name: str) -> Tensor:
-    """Get the kernel of convolution *name* as (out, in, height, width)."""
+    """Get convolution *name* as (out, in, height, width); in the file, a 1x1 kernel has two axes."""
     kernel = file.tensor(name)
-    return kernel.reshape(*kernel.shape, *(1,) * (4 - kernel.dim())).permute(3, 2, 0, 1)
+    return (kernel[None, None] if kernel.dim() == 2 else kernel).permute(3, 2, 0, 1)
 
 
 def pointwise_kernel(file: WeightFile, name: str) -> Tensor:
@@ -267,35 +246,23 @@ def reorder(values: Tensor, order: Tensor | None, axis: int) -> Tensor:
 
 
 def layer_number(file: WeightFile, name: str, key: str) -> float:
-    """Get the number *key* of the layer *name*; several values, such as strides, must be equal.
-
-    Raises `WeightsError` if the layer or the number is missing.
-    """
-    value = file.layers[name].block.get(key) if name in file.layers else None
-    if not isinstance(value, np.ndarray) or not value.size or value.dtype.kind not in "fiu":
-        raise WeightsError(f"{file.path}: layer {name} has no {key}; save the whole network")
-    if not bool((value == value.flat[0]).all()):
-        raise WeightsError(f"{file.path}: layer {name} has {key} {value.ravel().tolist()}, need one number")
-    return float(value.flat[0])
+    """Get the number *key* of the layer *name*; several values, such as strides, must be equal."""
+    (value,) = set(np.ravel(file.layers[name].block[key]).tolist())
+    return float(value)
 
 
 def read_settings(file: WeightFile) -> dict[str, Any]:
     """Read the stride of the fifth stage, and iterations and pre-normalization of the matrix square roots.
 
-    Raises `WeightsError` if a layer is not supported, or if the square roots have different settings.
+    Raises `WeightsError` if a layer is not supported.
     """
     for name, layer in file.layers.items():
         if layer.kind not in LAYER_KINDS:
             raise WeightsError(f"{file.path}: layer {name} has the type {layer.kind}, not supported")
     settings: dict[str, Any] = {"conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride"))}
     roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
-    if not roots:
-        return settings
-    iterations = {int(layer_number(file, name, "iterNum")) for name in roots}
-    norms = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
-    if len(iterations) != 1 or len(norms) != 1:
-        raise WeightsError(
-            f"{file.path}: its matrix roots use iterations {sorted(iterations)} and norms {sorted(norms)}; "
-            "supported is one of each"
-        )
-    return settings | {"iterations": iterations.pop(), "prenorm": norms.pop()}
+    if roots:
+        (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}
+        (norm,) = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
+        settings |= {"iterations": iterations, "prenorm": norm}
+    return settings

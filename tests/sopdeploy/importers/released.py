@@ -6,13 +6,11 @@ They were written by networks after the code of fast-MPN-COV, GSoP, pytorch_resn
 `norms` have the tensors of a batch norm. Weights and images depend on their names and shapes only.
 """
 
-import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import scipy.io
 import torch
@@ -28,7 +26,6 @@ SHORT = (2, 1, 1, 1)  # blocks per stage; their weights have every kind of name
 VGG_WIDTHS, VGG_HIDDEN = (8, 8, 16, 16, 16), 32  # with B-CNN, the last stage has 512 channels
 COUNTER = "num_batches_tracked"
 AVERAGE, SIDE = (121.5, 117.25, 103.75), 16  # of MatConvNet's images
-INDICES = itertools.count()
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
@@ -169,47 +166,3 @@ def as_scipy(value: Any) -> Any:
     for index, item in enumerate(value):
         cells[0, index] = tuple(map(as_scipy, item.values())) if records else as_scipy(item)
     return cells
-
-
-def save_v73(path: Path, net: Net, dtype: str = "f8") -> Path:
-    with h5py.File(path, "w", userblock_size=512) as file:
-        refs = file.create_group("#refs#")
-        for name, value in tree(net, dtype).items():
-            write(refs, file, name, value)
-    with path.open("r+b") as raw:
-        raw.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64".ljust(124) + b"\x00\x02IM")
-    return path
-
-
-def write(refs: Any, group: Any, name: str, value: Any) -> None:
-    """Write *value* the way MATLAB does: axes reversed, text as uint16, arrays of structs as references."""
-    if isinstance(value, dict):
-        part, kind = group.create_group(name), "struct"
-        for key, item in value.items():
-            write(refs, part, key, item)
-    elif isinstance(value, list) and value and isinstance(value[0], dict):
-        part, kind = group.create_group(name), "struct"
-        for key in value[0]:
-            part.create_dataset(key, data=referred(refs, [item[key] for item in value]), dtype=h5py.ref_dtype)
-    elif isinstance(value, list | tuple) and value:
-        part, kind = group.create_dataset(name, data=referred(refs, value), dtype=h5py.ref_dtype), "cell"
-    elif isinstance(value, list | tuple):
-        part, kind = group.create_dataset(name, data=np.zeros(2, "u8")), "cell"
-        part.attrs["MATLAB_empty"] = np.uint8(1)
-    elif isinstance(value, str):
-        codes = np.frombuffer(value.encode("utf-16-le"), "<u2")[:, None]
-        part, kind = group.create_dataset(name, data=codes), "char"
-    else:
-        array = np.atleast_2d(np.asarray(value))
-        kind = {"f8": "double", "f4": "single", "u1": "logical"}[array.dtype.str[1:]]
-        part = group.create_dataset(name, data=array.T)
-    part.attrs["MATLAB_class"] = np.bytes_(kind)
-
-
-def referred(refs: Any, values: Any) -> Array:
-    found = np.empty((len(values), 1), dtype=h5py.ref_dtype)
-    for index, value in enumerate(values):
-        name = f"r{next(INDICES)}"
-        write(refs, refs, name, value)
-        found[index, 0] = refs[name].ref
-    return found

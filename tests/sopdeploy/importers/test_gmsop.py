@@ -1,7 +1,6 @@
-"""Imports of GM-SOP's MatConvNet files, in both MATLAB formats; released networks computed the logits."""
+"""Imports of GM-SOP's MatConvNet files; released networks computed the logits."""
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,21 @@ import torch
 
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.importers.conversion import WeightFile, choose_config, fit_tensors
-from sopdeploy.importers.gmsop import batch_norm, convert_gmsop, read_dagnn
-from sopdeploy.importers.weight_files import open_weights, read_matlab
+from sopdeploy.importers.gmsop import batch_norm, convert_gmsop
+from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.registry import create_model
 from tests.sopdeploy.importers.released import (
     AVERAGE,
     RELEASED,
     Net,
+    as_scipy,
     assert_logits,
     imported,
     matconvnet,
     pixels,
     save_v7,
-    save_v73,
+    tree,
 )
 
 NETWORKS = (
@@ -61,8 +61,7 @@ def logits_of(released: str) -> torch.Tensor:
 )
 @torch.no_grad()
 def test_logits_are_equal_in_float64_and_close_in_float32(tmp_path: Path, name: str) -> None:
-    save = save_v73 if name == "gmsop-16-8-resnet18" else partial(save_v7, compressed=True)
-    file = save(tmp_path / "net.mat", matconvnet(name), dtype="f4")
+    file = save_v7(tmp_path / "net.mat", matconvnet(name), "f4", compressed="sop" in name)
     assert_logits(in_float64(file, name), logits_of(name), pixels())
     _, report = imported(file, name)
     second_order, wrn = "sop" in name, "wrn" in name
@@ -96,7 +95,6 @@ def test_the_number_of_iterations_is_read_from_the_file(tmp_path: Path) -> None:
 
 def test_the_network_input_is_raw_pixels_less_the_mean(tmp_path: Path) -> None:
     file = save_v7(tmp_path / "net.mat", matconvnet("resnet18-64px"))
-    assert open_weights(file).average_color == pytest.approx(AVERAGE)
     _, report = imported(file, "resnet18-64px")
     image = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
     seen = Normalize(report.preprocess)(image)
@@ -131,7 +129,7 @@ def array(name: str, value: Any) -> Callable[[Net], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (setting("Cov_Sqrtm", "iterNum", "3"), "has no iterNum"),
+        (setting("Cov_Sqrtm", "iterNum", "three"), "differs from the networks of GM-SOP"),
         (lambda net: net.layers.append(("x", "dagnn.LRN", {})), "layer x has the type LRN"),
         (lambda net: net.params.pop("conv3_2b_bn_m"), "has no conv3_2b_bn_m"),
         (array("conv1_bn_m", np.ones(16)), "differs from the networks of GM-SOP"),
@@ -166,46 +164,6 @@ def test_another_network_or_a_contradicting_setting_is_refused(
         imported(file, name, settings={"iterations": 5} if contradiction else {})
 
 
-DATA = Path(scipy.io.matlab.__file__).parent / "tests" / "data"
-needs_samples = pytest.mark.skipif(not DATA.is_dir(), reason="scipy was installed without its sample files")
-
-
-@needs_samples
-@pytest.mark.parametrize("kind", ["double", "matrix", "minus", "onechar", "string", "unicode"])
-@pytest.mark.parametrize("version", ["7.1", "7.4"])
-def test_arrays_and_text_of_matlab_are_read(kind: str, version: str) -> None:
-    sample = DATA / f"test{kind}_{version}_GLNX86.mat"
-    expected = scipy.io.loadmat(sample)[f"test{kind}"]
-    found = read_matlab(sample, {f"test{kind}"})[f"test{kind}"]
-    assert found == expected[0] if isinstance(found, str) else np.array_equal(found, expected)
-
-
-@pytest.mark.parametrize("compressed", [True, False])
-def test_structs_cells_and_text(tmp_path: Path, compressed: bool) -> None:
-    records = np.empty((1, 2), dtype=[("name", object), ("value", object)])
-    records["name"][0] = "first", "zweite, ü"
-    records["value"][0] = np.float32([[1, 2]]), np.uint8([[3]])
-    cells = np.empty((1, 2), dtype=object)
-    cells[0] = "x", np.zeros((0, 0))
-    net = {
-        "records": records,
-        "cells": cells,
-        "one": {"two": 2.0},
-        "none": {},
-        "complex": np.array([[1 + 2j]]),
-    }
-    values = {"net": net, "other": 1.0}
-    scipy.io.savemat(tmp_path / "a.mat", values, do_compression=compressed)
-    found = read_matlab(tmp_path / "a.mat")
-    assert found.keys() == {"net"}
-    net = found["net"]
-    assert [record["name"] for record in net["records"]] == ["first", "zweite, ü"]
-    assert net["records"][0]["value"].tolist() == [[1, 2]]
-    assert net["records"][0]["value"].dtype == np.float32
-    assert (net["cells"][0], net["cells"][1].size, net["one"]["two"].tolist()) == ("x", 0, [[2.0]])
-    assert net["complex"] is None
-
-
 def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     scipy.io.savemat(tmp_path / "a.mat", {"net": {"params": np.ones((40, 40))}})
     whole = (tmp_path / "a.mat").read_bytes()
@@ -215,15 +173,22 @@ def test_a_damaged_file_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
-PARAM = {"name": "a", "value": np.ones((2, 2))}
-LAYER: dict[str, Any] = {"name": "l", "type": "dagnn.Conv", "block": {}}
-COLOR = np.array([10.0, 20.0, 30.0])
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (1, 1, 3), (2, 2, 3)])
+def test_a_network_without_net_has_the_mean_color_of_a_color_or_an_image(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    net = tree(matconvnet("resnet18-64px"), "f8")["net"]
+    color = np.ones(shape) * (np.array(AVERAGE).reshape(-1, 1) if shape == (3, 1) else AVERAGE)
+    net["meta"]["normalization"] = {"averageImage": color}
+    scipy.io.savemat(tmp_path / "net.mat", as_scipy(net))
+    rules = imported(tmp_path / "net.mat", "resnet18-64px")[1].preprocess
+    assert rules.mean == pytest.approx(np.array(AVERAGE) / 255)
+    assert (rules.resize, rules.crop) == (64, 64)
 
 
-@pytest.mark.parametrize("value", [COLOR[:, None], COLOR[None], COLOR[None, None], np.full((2, 2, 3), COLOR)])
-def test_a_network_without_net_has_the_average_color_of_a_color_or_an_image(value: Any) -> None:
-    variables = {"params": PARAM, "layers": LAYER, "meta": {"normalization": {"averageImage": value}}}
-    file = read_dagnn(Path("a.mat"), "", variables)
-    assert (list(file.tensors), file.layers["l"].kind) == (["a"], "Conv")
-    assert (file.average_color, file.image_size) == ((10, 20, 30), None)
-    assert read_dagnn(Path("a.mat"), "", variables | {"meta": {}}).average_color is None
+def test_a_network_without_a_mean_color_is_refused(tmp_path: Path) -> None:
+    net = tree(matconvnet("resnet18-64px"), "f8")
+    net["net"]["meta"] = {}
+    scipy.io.savemat(tmp_path / "net.mat", as_scipy(net))
+    with pytest.raises(WeightsError, match=r"no meta\.normalization\.averageImage"):
+        imported(tmp_path / "net.mat", "resnet18-64px")

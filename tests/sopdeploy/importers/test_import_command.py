@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -17,7 +15,7 @@ from typer.testing import CliRunner
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
 from tests.attacks.test_checkpoints import checkpoint
-from tests.sopdeploy.importers.released import matconvnet, prefixed, save_v73, state_of
+from tests.sopdeploy.importers.released import prefixed, state_of
 
 
 def run(*arguments: str) -> Any:
@@ -50,7 +48,6 @@ def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) ->
 
 
 MARKER = "pwned"
-HEADER = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
 
 
 class RunsACommand:
@@ -66,41 +63,6 @@ def written(data: bytes) -> Callable[[Path], None]:
     return lambda file: file.write_bytes(data)
 
 
-def hdf5(change: Callable[[Any, Path], None]) -> Callable[[Path], None]:
-    """Write a whole file and let *change* modify its groups, given the folder."""
-
-    def write(file: Path) -> None:
-        save_v73(file, matconvnet("srsop-resnet18"))
-        with h5py.File(file, "r+") as opened:
-            change(opened, file.parent)
-        with file.open("r+b") as raw:
-            raw.write(HEADER)
-
-    return write
-
-
-def linked(name: str, link: Any) -> Callable[[Path], None]:
-    def change(opened: Any, folder: Path) -> None:
-        with h5py.File(folder / "secret.h5", "w") as other:
-            other["x"] = np.ones(3)
-        del opened[name]
-        opened[name] = link
-
-    return hdf5(change)
-
-
-def external_storage(opened: Any, folder: Path) -> None:
-    (folder / "secret").write_bytes(bytes(64))
-    del opened["net/meta/normalization/averageImage"]
-    where = [(str(folder / "secret"), 0, 64)]
-    opened["net/meta/normalization"].create_dataset("averageImage", (1, 8), "f8", external=where)
-
-
-def bomb(opened: Any, _folder: Path) -> None:
-    where = opened["net/meta/normalization"]
-    where.create_dataset("huge", (1 << 20, 1 << 12), "f8", chunks=(1 << 10, 1 << 10), compression="gzip")
-
-
 CODE = {"conv1.weight": torch.zeros(1), "x": RunsACommand()}
 
 ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -108,12 +70,7 @@ ATTACKS: dict[str, tuple[Callable[[Path], None], str]] = {
     "code in the state dict": (saved({"state_dict": CODE}), "refused"),
     "our checkpoint": (lambda file: write_checkpoint(file, checkpoint()), "already a sopdeploy checkpoint"),
     "unknown names": (saved({"encoder.weight": torch.zeros(2, 2)}), "encoder.weight"),
-    "external link": (
-        linked("net/params", h5py.ExternalLink("secret.h5", "/x")),
-        "params is a link to another",
-    ),
-    "numbers in another file": (hdf5(external_storage), "stores its values in another file"),
-    "a decompression bomb": (hdf5(bomb), "GiB after decompression"),
+    "MATLAB 7.3": (written(b"MATLAB 7.3 MAT-file".ljust(512)), "save it in MATLAB with the option -v7"),
     "a huge header": (written(struct.pack("<Q", 1 << 62) + b"{" + bytes(64)), "damaged safetensors file"),
 }
 
