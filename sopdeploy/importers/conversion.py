@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,10 +59,11 @@ class ConvertedWeights:
     `model` is the catalog name (with settings), None if the catalog has no such network. `detected` are
     config values read from the file, by dotted key, `defaults` those fixed by the project's code.
     `undetermined` maps keys that the user must set, because neither the file nor the code determines them, to
-    the reason. `labels` names the class order if it is a known one. `num_classes` is 0 for a file without a
-    classifier.
+    the reason. `num_classes` is 0 for a file without a classifier. `class_names` are those of the project's
+    data, if the file has as many; 1000 classes without names are those of ImageNet if `imagenet` is set.
     """
 
+    project: str
     description: str
     model: str | None
     tensors: Mapping[str, Tensor]
@@ -71,7 +72,8 @@ class ConvertedWeights:
     detected: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     undetermined: Mapping[str, str] = field(default_factory=dict)
-    labels: Literal["imagenet", "cifar10"] | None = "imagenet"
+    class_names: tuple[str, ...] = ()
+    imagenet: bool = True
     notes: tuple[str, ...] = ()
 
 

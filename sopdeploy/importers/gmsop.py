@@ -77,13 +77,14 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         tensors |= _gate(file, config, component == "sop")
     tensors |= {name: tensor for name, tensor in file.tensors.items() if name not in file.used}
     return ConvertedWeights(
+        project="GM-SOP",
         description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
         model=_MODELS.get((gated, component, blocks, widen)),
         tensors=tensors,
         num_classes=len(pointwise_kernel(file, "prediction_f")),
         preprocess=_preprocess(file),
         detected=config,
-        labels=None,
+        imagenet=False,
         notes=NOTES,
     )
 

@@ -23,29 +23,24 @@ from sopdeploy.importers.published import (
 from sopdeploy.importers.pytorch_projects import (
     convert_cifar_resnet,
     convert_gsop,
-    convert_mpncov_resnet,
-    convert_mpncov_vgg,
-    convert_torchvision_resnet,
-    convert_torchvision_vgg,
+    convert_resnet,
+    convert_vgg,
 )
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.registry import list_models
 from sopdeploy.user_files import read_class_names
 from sopdeploy.version import __version__
 
-Converter = Callable[[WeightFile, str], ConvertedWeights | None]  # None if the file is of another project
-CONVERTERS: tuple[tuple[str, Converter], ...] = (  # (project, function); the first result is used
-    ("timm", convert_timm),
-    ("timm", convert_efficientnet_lite),
-    ("GSoP", convert_gsop),
-    ("fast-MPN-COV", convert_mpncov_resnet),
-    ("torchvision", convert_torchvision_vgg),
-    ("fast-MPN-COV", convert_mpncov_vgg),
-    ("pytorch_resnet_cifar10", convert_cifar_resnet),
-    ("GM-SOP", convert_gmsop),
-    ("torchvision", convert_torchvision_resnet),
+# The first result is used; None if the file is of another project.
+CONVERTERS: tuple[Callable[[WeightFile, str], ConvertedWeights | None], ...] = (
+    convert_timm,
+    convert_efficientnet_lite,
+    convert_gsop,
+    convert_resnet,
+    convert_vgg,
+    convert_cifar_resnet,
+    convert_gmsop,
 )
-CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 class ImportReport(StrictModel):
@@ -91,7 +86,7 @@ def import_weights(
     file = open_weights(source)
     if isinstance(file, Checkpoint):
         raise WeightsError(f"{source}: already a sopdeploy checkpoint; use it without importing it")
-    project, converted = convert_weights(file, model)
+    converted = convert_weights(file, model)
     if converted.num_classes == 0:
         raise WeightsError(
             f"{source}: has no classifier, so it cannot classify; train one: sopdeploy train "
@@ -113,7 +108,7 @@ def import_weights(
         training={
             "imported_from": source.name,
             "imported_sha256": file.sha256,
-            "imported_project": project,
+            "imported_project": converted.project,
             "versions": {"sopdeploy": __version__},
         },
     )
@@ -121,7 +116,7 @@ def import_weights(
     return ImportReport(
         file=str(source),
         sha256=file.sha256,
-        project=project,
+        project=converted.project,
         looks_like=converted.description,
         model=model,
         config=checkpoint.config,
@@ -135,8 +130,8 @@ def import_weights(
     )
 
 
-def convert_weights(file: WeightFile, model: str) -> tuple[str, ConvertedWeights]:
-    """Convert *file* for catalog *model*; returns the name of the file's project and the result.
+def convert_weights(file: WeightFile, model: str) -> ConvertedWeights:
+    """Convert *file* for catalog *model*.
 
     Raises `WeightsError` if no importer recognizes the file; the message names the networks of timm that fit.
     """
@@ -147,34 +142,33 @@ def convert_weights(file: WeightFile, model: str) -> tuple[str, ConvertedWeights
             f"{file.path}: does not fit {model}; its tensors are those of {shorten(found)}; name that network"
         )
     first_names = ", ".join(list(file.tensors)[:3])
-    known = ", ".join(sorted({project for project, _ in CONVERTERS}))
     raise WeightsError(
-        f"{file.path}: its tensors ({first_names} ..) are not from a known project ({known}), nor those of a "
-        "network of timm with a name like that of the file; name its network as timm:NAME, or export it as a "
-        "network of your own with `sopdeploy export --network`"
+        f"{file.path}: its tensors ({first_names} ..) are not from a project that `sopdeploy import --help` "
+        "lists, nor those of a network of timm with a name like that of the file; name its network as "
+        "timm:NAME, or export it as a network of your own with `sopdeploy export --network`"
     )
 
 
 def choose_network(file: WeightFile, default: str) -> str:
     """Choose the network for the weights in *file*: *default* unless they are those of another one."""
     recognized = _recognize(file, "")
-    found = find_networks(file) if recognized is None else [str(recognized[1].model)]
+    found = find_networks(file) if recognized is None else [str(recognized.model)]
     is_default = default.removeprefix("head:").removeprefix("dsop-") in found
     others = [name for name in found if name.startswith(TIMM_PREFIX) or name in list_models()]
     return others[0] if len(others) == 1 and not is_default else default
 
 
-def _recognize(file: WeightFile, model: str) -> tuple[str, ConvertedWeights] | None:
-    for project, converter in CONVERTERS:
+def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
+    for converter in CONVERTERS:
         try:
             converted = converter(file, model)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of tensors with other axes
             reason = str(error).partition("\n")[0]
             raise WeightsError(
-                f"{file.path}: differs from the networks of {project} ({reason}); give a released network"
+                f"{file.path}: differs from the released networks ({reason}); give a released network"
             ) from error
         if converted is not None:
-            return project, converted
+            return converted
     return None
 
 
@@ -195,9 +189,9 @@ def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[
         if duplicate is not None:
             raise ConfigError(f"{file}: {duplicate!r} occurs twice; names must be unique", setting="labels")
         return names, str(file)
-    if converted.labels == "cifar10" and count == len(CIFAR10):
-        return CIFAR10, "CIFAR-10"
-    if converted.labels == "imagenet" and count == 1000:
+    if converted.class_names and count == len(converted.class_names):
+        return converted.class_names, f"those of {converted.project}"
+    if converted.imagenet and count == 1000:
         weights = importlib.import_module("torchvision.models").ResNet18_Weights.IMAGENET1K_V1
         return tuple(weights.meta["categories"]), "ImageNet, as torchvision names them"
     width = len(str(count - 1))

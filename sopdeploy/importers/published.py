@@ -77,6 +77,7 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     # A distilled network has two classifiers of the same classes; DINOv2's and SigLIP's files have none.
     weight = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
     return ConvertedWeights(
+        project="timm",
         description=f"timm's {backbone}",
         model=model,
         tensors=file.tensors,
@@ -124,6 +125,7 @@ def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights 
         return None
     config = read_hub_config(file.path)
     return ConvertedWeights(
+        project="timm",
         description=f"timm's tf_{model.replace('-', '_')}",
         model=model,
         tensors=file.tensors,

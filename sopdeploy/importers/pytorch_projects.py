@@ -61,7 +61,8 @@ RENAMES: dict[str, dict[str, str]] = {  # by project: a part of a tensor's name,
     },
     "pytorch_resnet_cifar10": {"linear.": "fc.", ".shortcut.": ".downsample."},
 }
-_TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN", "gap": "average pooling"}
+_TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN"}
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_SIDE = 32
 VGG_CONVOLUTIONS, VGG_CHANNELS = 13, 512
 VGG_FLATTENED = 512 * 7 * 7
@@ -105,53 +106,47 @@ def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple
     return (Preprocess.from_timm(config), (FROM_HUB_CONFIG,)) if config else (Preprocess(), ())
 
 
-def convert_torchvision_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert a ResNet of torchvision, whose names timm's plain ResNets have; None for other files."""
-    if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= file.tensors.keys():
-        return None
-    depth = resnet_depth(file.path, file.tensors)
-    preprocess, notes = published_preprocess(f"resnet{depth}", file)
-    return ConvertedWeights(
-        description=f"ResNet-{depth} of torchvision",
-        model=name_network("resnet", depth, 50),
-        tensors=file.tensors,
-        num_classes=len(file.tensor("fc.weight")),
-        preprocess=preprocess,
-        detected={"depth": depth, "pooling.kind": "gap", "base_width": len(file.tensor("conv1.weight"))},
-        notes=notes,
-    )
+def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert a ResNet of torchvision, or one of fast-MPN-COV with any of its poolings; None for other files.
 
-
-def convert_mpncov_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert a ResNet of fast-MPN-COV with iSQRT-COV, B-CNN or average pooling; None for other files.
-
-    Such a file has `layer_reduce` or numbered parts. The stride of conv5_x is 1 with a reduction, or follows
-    from `arch`: 1 for `mpncovresnet50`, 2 for a `resnet50` trained with the pooling; else the user sets it.
+    Files of fast-MPN-COV have `layer_reduce` or numbered parts. Their stride of conv5_x is 1 with `layer_reduce`
+    or `features.8`. Else it follows from `arch`: 1 for `mpncovresnet50`, 2 for a `resnet50` trained with the
+    pooling; of other files the user sets it.
     """
-    published = {"layer4.0.conv1.weight", "layer_reduce.weight"} <= file.tensors.keys()
-    if not published and "features.4.0.conv1.weight" not in file.tensors:
-        return None
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
+    if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():
+        return None
     depth = resnet_depth(file.path, renamed.tensors)
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     classes, length = renamed.tensor("fc.weight").shape
     pooling = detect_pooling(renamed, channels, length)
     kind = str(pooling["pooling.kind"])
-    reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
-    stride = 1 if reduced else {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
-    reason = (
-        f"its arch ({file.arch or 'missing'}) does not determine the stride of conv5_x, which is 1 for "
-        f"mpncovresnet{depth} and 2 for resnet{depth}"
-    )
+    is_torchvisions = kind == "gap" and "conv1.weight" in file.tensors
+    preprocess, notes = published_preprocess(f"resnet{depth}", file)
+    detected = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
+    undetermined = {}
+    if not is_torchvisions:
+        reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
+        stride = 1 if reduced else {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
+        if stride is not None:
+            detected["conv5_stride"] = stride
+        else:
+            undetermined["conv5_stride"] = (
+                f"its arch ({file.arch or 'missing'}) does not determine the stride of conv5_x, which is 1 "
+                f"for mpncovresnet{depth} and 2 for resnet{depth}"
+            )
     option = " --option pooling=bcnn" if kind == "bcnn" else ""
+    project = "torchvision" if is_torchvisions else "fast-MPN-COV"
     return ConvertedWeights(
-        description=f"{_TITLES[kind]} on ResNet-{depth} of fast-MPN-COV",
+        project=project,
+        description=f"{'' if kind == 'gap' else f'{_TITLES[kind]} on '}ResNet-{depth} of {project}",
         model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, 50) + option,
         tensors=renamed.tensors,
         num_classes=classes,
-        detected={"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
-        | ({} if stride is None else {"conv5_stride": stride}),
-        undetermined={"conv5_stride": reason} if stride is None else {},
+        preprocess=preprocess,
+        detected=detected,
+        undetermined=undetermined,
+        notes=notes,
     )
 
 
@@ -169,43 +164,37 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str,
     )
 
 
-def convert_torchvision_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert VGG-16 of torchvision, whose classifier reads a flattened map; None for other files."""
-    batch_norm = "features.1.running_mean" in file.tensors
-    if _linear_inputs(file) != VGG_FLATTENED or "features.0.weight" not in file.tensors:
-        return None
-    convolutions = [name for name, tensor in file.tensors.items() if tensor.dim() == 4]
-    if len(convolutions) != VGG_CONVOLUTIONS:
-        raise WeightsError(
-            f"{file.path}: a VGG with {len(convolutions)} convolutions; the catalog has only VGG-16, with 13"
-        )
-    preprocess, notes = published_preprocess("vgg16_bn" if batch_norm else "vgg16", file)
-    return ConvertedWeights(
-        description=f"VGG-16 of torchvision, {'with' if batch_norm else 'without'} batch norm",
-        model="vgg16-bn" if batch_norm else "vgg16",
-        tensors=rename_tensors(file, RENAMES["VGG-16"]),
-        num_classes=len(file.tensor("classifier.6.weight")),
-        preprocess=preprocess,
-        detected={"pooling.kind": "flatten", "classifier": "mlp", "batch_norm": batch_norm},
-        notes=notes,
-    )
+def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
+    """Convert VGG-16 of torchvision or, with iSQRT-COV or B-CNN, of fast-MPN-COV; None for other files.
 
-
-def convert_mpncov_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert VGG-16 of fast-MPN-COV, with batch norm and iSQRT-COV or B-CNN; None for other files."""
-    length = _linear_inputs(file)
-    if not length or not {"features.1.running_mean", "features.3.weight"} <= file.tensors.keys():
+    The classifier of torchvision's network reads a flattened map.
+    """
+    inputs = _linear_inputs(file)
+    if not inputs or "features.0.weight" not in file.tensors:
         return None
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
-    linear = "classifier.weight" in file.tensors
-    pooling = detect_pooling(renamed, VGG_CHANNELS, length)
-    kind = str(pooling["pooling.kind"])
+    convolutions = sum(name.startswith("layers.") and t.dim() == 4 for name, t in renamed.tensors.items())
+    if convolutions != VGG_CONVOLUTIONS:
+        raise WeightsError(
+            f"{file.path}: a VGG with {convolutions} convolutions; the catalog has only VGG-16, with 13"
+        )
+    batch_norm, linear = "features.1.running_mean" in file.tensors, "classifier.weight" in file.tensors
+    name = "vgg16-bn" if batch_norm else "vgg16"
+    is_torchvisions = inputs == VGG_FLATTENED
+    pooling = (
+        {"pooling.kind": "flatten"} if is_torchvisions else detect_pooling(renamed, VGG_CHANNELS, inputs)
+    )
+    preprocess, notes = published_preprocess(name.replace("-", "_"), file)
+    project = "torchvision" if is_torchvisions else "fast-MPN-COV"
     return ConvertedWeights(
-        description=f"{_TITLES[kind]} on VGG-16 of fast-MPN-COV",
-        model=f"vgg16-bn --option pooling={kind}",
+        project=project,
+        description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
+        model=name if is_torchvisions else f"{name} --option pooling={pooling['pooling.kind']}",
         tensors=renamed.tensors,
         num_classes=len(file.tensor("classifier.weight" if linear else "classifier.6.weight")),
-        detected=pooling | {"classifier": "linear" if linear else "mlp"},
+        preprocess=preprocess,
+        detected=pooling | {"classifier": "linear" if linear else "mlp", "batch_norm": batch_norm},
+        notes=notes,
     )
 
 
@@ -224,6 +213,7 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
     depth = 6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")}) + 2
     projects = any(".shortcut." in source for source in sources)
     return ConvertedWeights(
+        project="pytorch_resnet_cifar10",
         description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
         model=name_network("resnet", depth, 20),
         tensors=rename_tensors(file, RENAMES["pytorch_resnet_cifar10"]),
@@ -235,7 +225,7 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
             "base_width": len(file.tensor("conv1.weight")),
             "shortcut": "projection" if projects else "pad",
         },
-        labels="cifar10",
+        class_names=CIFAR10,
     )
 
 
@@ -260,6 +250,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         tensors["fc.weight"] = tensors["fc.weight"].index_select(1, row_wise_order(width))
     net, attention = 1 if reduction is None else 2, detected.get("attention")
     return ConvertedWeights(
+        project="GSoP",
         description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
         model=name_network(f"gsop-net{net}-resnet", depth, 50),
         tensors=tensors,
@@ -273,7 +264,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
 def _block_config(file: WeightFile) -> dict[str, Any]:
     """Determine the options of the blocks (d, stages, kind, side of the position map) from the tensors.
 
-    Without a key `attention`, the kind is the sum or the maximum.
+    Without a key `attention`, the kind is the sum or the maximum, which have the same tensors.
     """
     reductions = [name for name in file.tensors if ".conv_for_DR" in name and name.endswith(".weight")]
     parts = {name.split(".")[2] for name in file.tensors if name.startswith("layer") and name.count(".") > 2}
@@ -284,10 +275,10 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
     for name in file.tensors:
         if name.endswith(".row_bn_for_spatial.weight"):
             config["position_side"] = math.isqrt(len(file.tensor(name)))
-    halves = {"conv_for_DR": "channel", "conv_for_DR_spatial": "position"}
-    found = [kind for part, kind in halves.items() if part in parts]
     if "dilate_conv_for_concat1" in parts:
         config["attention"] = "concatenation"
-    elif len(found) == 1:  # with both halves, the sum or the maximum: the tensors do not tell
-        config["attention"] = found[0]
+    elif "conv_for_DR_spatial" not in parts:
+        config["attention"] = "channel"
+    elif "conv_for_DR" not in parts:
+        config["attention"] = "position"
     return config

@@ -22,7 +22,7 @@ from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.import_weights import CIFAR10, convert_weights
+from sopdeploy.importers.import_weights import convert_weights
 from sopdeploy.importers.published import fetch_imagenet_weights
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.base import Classifier, is_in
@@ -111,14 +111,14 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
         load_plain(path)  # raises the error for missing files, folders and bundles
     source = source or open_weights(path)
     if isinstance(source, WeightFile):
-        converted = convert_weights(source, source_model)[1]
+        converted = convert_weights(source, source_model)
         return StartWeights(
             file=path.name,
             sha256=source.sha256,
             network=converted.description,
             tensors=converted.tensors,
             preprocess=converted.preprocess,
-            labels=CIFAR10 if converted.labels == "cifar10" else None,
+            labels=converted.class_names or None,
         )
     return StartWeights(
         file=path.name,

@@ -129,10 +129,10 @@ def array(name: str, value: Any) -> Callable[[Net], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (setting("Cov_Sqrtm", "iterNum", "three"), "differs from the networks of GM-SOP"),
+        (setting("Cov_Sqrtm", "iterNum", "three"), "differs from the released networks"),
         (lambda net: net.layers.append(("x", "dagnn.LRN", {})), "layer x has the type LRN"),
         (lambda net: net.params.pop("conv3_2b_bn_m"), "has no conv3_2b_bn_m"),
-        (array("conv1_bn_m", np.ones(16)), "differs from the networks of GM-SOP"),
+        (array("conv1_bn_m", np.ones(16)), "differs from the released networks"),
         (array("extra", np.ones((2, 2))), "no tensor for extra"),
         (array("conv1_b", np.full((16, 1), np.nan)), "not finite"),
     ],

@@ -136,7 +136,11 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model
     torch.save({"state_dict": prefixed(state_of(released)), "best_prec1": 91.7}, tmp_path / "a.th")
     ours, report = imported(tmp_path / "a.th", model)
     assert_released_logits(ours, released)
-    assert (report.preprocess.resize, report.preprocess.crop, report.labels) == (32, 32, "CIFAR-10")
+    assert (report.preprocess.resize, report.preprocess.crop, report.labels) == (
+        32,
+        32,
+        "pytorch_resnet_cifar10",
+    )
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
     assert report.config["shortcut"] == ("projection" if released == "cifar B" else "pad")
 
@@ -215,10 +219,10 @@ def vgg_file(tmp_path: Path, name: str) -> WeightFile:
 
 @pytest.mark.parametrize(("name", "model"), NETWORKS)
 def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, model: str) -> None:
-    project, converted = convert_weights(vgg_file(tmp_path, name), model)
+    converted = convert_weights(vgg_file(tmp_path, name), model)
     with torch.device("meta"):
         expected = create_model(model, num_classes=5).state_dict()
-    assert (project, converted.model, converted.num_classes) == ("torchvision", model, 5)
+    assert (converted.project, converted.model, converted.num_classes) == ("torchvision", model, 5)
     found = {name: tensor.shape for name, tensor in converted.tensors.items()}
     assert found == {name: tensor.shape for name, tensor in expected.items()}
 
@@ -251,7 +255,7 @@ def test_vgg_weights_give_the_same_logits(tmp_path: Path, name: str, model: str)
 def test_the_convolutions_start_a_network_with_another_pooling(
     tmp_path: Path, model: str, config: dict[str, Any], new: set[str]
 ) -> None:
-    _, converted = convert_weights(vgg_file(tmp_path, "vgg16_bn"), "vgg16-bn")
+    converted = convert_weights(vgg_file(tmp_path, "vgg16_bn"), "vgg16-bn")
     values = {  # ones without memory of their own
         name: torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
         for name, tensor in converted.tensors.items()
