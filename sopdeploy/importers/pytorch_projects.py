@@ -109,9 +109,9 @@ def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple
 def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a ResNet of torchvision, or one of fast-MPN-COV with any of its poolings; None for other files.
 
-    Files of fast-MPN-COV have `layer_reduce` or numbered parts. Their stride of conv5_x is 1 with `layer_reduce`
-    or `features.8`. Else it follows from `arch`: 1 for `mpncovresnet50`, 2 for a `resnet50` trained with the
-    pooling; of other files the user sets it.
+    Files of fast-MPN-COV have `layer_reduce` or numbered parts. The stride of conv5_x is 1 in files with
+    `layer_reduce` or `features.8`. Else it follows from `arch`: 1 for `mpncovresnet50`, 2 for a `resnet50`
+    trained with the pooling; of other files the user sets it.
     """
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():

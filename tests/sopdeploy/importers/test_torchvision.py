@@ -136,11 +136,8 @@ def test_cifar_weights_give_the_same_logits(tmp_path: Path, released: str, model
     torch.save({"state_dict": prefixed(state_of(released)), "best_prec1": 91.7}, tmp_path / "a.th")
     ours, report = imported(tmp_path / "a.th", model)
     assert_released_logits(ours, released)
-    assert (report.preprocess.resize, report.preprocess.crop, report.labels) == (
-        32,
-        32,
-        "pytorch_resnet_cifar10",
-    )
+    assert (report.preprocess.resize, report.preprocess.crop) == (32, 32)
+    assert report.labels == "those of pytorch_resnet_cifar10"
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
     assert report.config["shortcut"] == ("projection" if released == "cifar B" else "pad")
 
