@@ -13,24 +13,21 @@ if TYPE_CHECKING:
     from sopdeploy.reproduction.plan import Reproduction
 
 
-def _show(result: "list[PrintedTable] | dict[str, Any] | Reproduction") -> None:
+def _show(result: "list[PrintedTable] | Reproduction") -> None:
     """Print the list of tables, or the plan or the results of one."""
     if isinstance(result, list):
         _print_tables(result)
-    elif isinstance(result, dict):
+    elif result.dry_run:
         _print_plan(result)
     else:
         _print_results(result)
 
 
-@command(
-    _show,
-    summarize=lambda found: found if isinstance(found, list | dict) else found.summary(),
-)
+@command(_show, summarize=lambda found: found if isinstance(found, list) else found.summary())
 @expand_options
 def reproduce(
     table: str, *, options: ReproduceOptions, dry_run: bool = False, progress: bool = False
-) -> "list[PrintedTable] | dict[str, Any] | Reproduction":
+) -> "list[PrintedTable] | Reproduction":
     """Train the rows of a paper's table, and write a page with printed and measured figures.
 
     Finished runs are kept: repeat the command to continue an interrupted table.
@@ -50,7 +47,9 @@ def reproduce(
         return list(load_tables().values())
     printed = find_table(table)
     if dry_run:
-        return _describe_plan(printed, options)
+        from sopdeploy.reproduction.plan import plan
+
+        return plan(printed, options, dry_run=True)
     from sopdeploy.reproduction import run
     from sopdeploy.training.distributed import join_processes
     from sopdeploy.training.signals import TrainingStoppedError
@@ -74,72 +73,37 @@ def reproduce(
 def _print_tables(tables: list[PrintedTable]) -> None:
     for table in tables:
         say(f"{table.id}  {table.source}: {table.title}", style="bold")
-        lines = []
+        rows = []
         for row in table.rows:
             errors = ("" if error is None else f"{error:.2f}" for error in (row.top1, row.top5))
-            kinds = ["cited"] if row.cited else []
-            if row.teacher:
-                kinds = ["teacher"]
-            elif table.measures != "errors":
-                kinds.append({"counts": "counted", "times": "timed"}[table.measures])
-            elif table.recipe_of(row) is None:
-                kinds.append("not run")
-            lines.append((row.id, row.name, *errors, ", ".join(kinds)))
-        print_table(("row", "printed as", "top-1", "top-5", ""), lines)
+            rows.append((row.id, f"{row.name}{' (cited)' if row.cited else ''}", *errors))
+        print_table(("row", "printed as", "top-1", "top-5"), rows)
         out.print()
     out.print("errors in percent; no table has been run at the scale of its paper")
     out.print("sopdeploy reproduce TABLE --dry-run prints commands and estimated times")
 
 
-def _describe_plan(table: PrintedTable, options: ReproduceOptions) -> dict[str, Any]:
-    """List the rows of *table* with their commands and estimated times."""
-    from sopdeploy.reproduction.plan import plan
-
-    planned = plan(table, options)
-    rows: list[dict[str, Any]] = []
-    for row in planned.rows:
-        commands = [row.command(planned.folder, seed) for seed in range(planned.seeds) if row.recipe]
-        rows.append(
-            {
-                "row": row.printed.id,
-                "runs": row.recipe is not None,
-                "reason": row.reason,
-                "gpu_hours": row.gpu_hours,
-                "commands": commands,
-                "torchrun": [f"torchrun --nproc-per-node 8 -m {command}" for command in commands],
-            }
-        )
-    return {
-        "table": table.id,
-        "title": f"{table.source}: {table.title}",
-        "statement": planned.statement,
-        "paper_scale": planned.paper_scale,
-        "seeds": planned.seeds,
-        "gpu_hours": sum(row.gpu_hours for row in planned.rows) * planned.seeds,
-        "rows": rows,
-    }
-
-
-def _print_plan(plan: dict[str, Any]) -> None:
+def _print_plan(planned: "Reproduction") -> None:
     from sopdeploy.reproduction.plan import ASSUMPTION, format_hours
 
-    say(plan["title"], style="bold")
-    say(*filter(None, (plan["statement"], plan["paper_scale"])))
-    for row in plan["rows"]:
-        time = f"{format_hours(row['gpu_hours'])} per seed"
-        say(f"{row['row']}: {time if row['runs'] else row['reason']}", *row["commands"])
-    say(f"in total {format_hours(plan['gpu_hours'])} for {plan['seeds']} seeds ({ASSUMPTION})")
-    for row in [row for row in plan["rows"] if row["torchrun"]][:1]:
-        say("on several GPUs, start every command with torchrun, such as", row["torchrun"][0])
+    say(f"{planned.table.source}: {planned.table.title}", style="bold")
+    say(*filter(None, (planned.statement, planned.paper_scale)))
+    for row in planned.rows:
+        time = f"{format_hours(row.gpu_hours)} per seed"
+        say(f"{row.printed.id}: {time if row.recipe else row.reason}", *planned.commands(row))
+    say(f"in total {format_hours(planned.gpu_hours)} for {planned.seeds} seeds ({ASSUMPTION})")
+    for command_line in [line for row in planned.rows for line in planned.commands(row)][:1]:
+        say("on several GPUs, start every command with torchrun, such as")
+        say(f"torchrun --nproc-per-node 8 -m {command_line}")
 
 
 def _print_results(results: "Reproduction") -> None:
-    from sopdeploy.reproduction.page import error_table, fact_table
+    from sopdeploy.reproduction.page import error_table, fact_table, notes
 
     trained = results.table.measures == "errors"
     table = error_table(results.rows) if trained else fact_table(results.rows)
     print_table(table.columns, (map(str, row) for row in table.rows))
-    for text in filter(None, (results.statement, results.paper_scale)):
-        say(text)
+    say(*(f"{name}: {note}" for name, note in notes(results.rows)))
+    say(*filter(None, (results.table.note, results.statement, results.paper_scale)))
     unit = "errors in percent with 95 % intervals; " if trained else ""
     say(f"{unit}page: {results.page}")

@@ -8,15 +8,8 @@ from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction
 from sopdeploy.reproduction.results import MeanError
 from sopdeploy.reproduction.tables import PrintedTable
-from sopdeploy.training.diagnostics import EpochRow, history_curve, median_throughput
+from sopdeploy.training.diagnostics import EpochRow, history_curve
 
-COUNTS = {  # names of the counts of a row
-    "params": "parameters (M)",
-    "train_params": "parameters in training (M)",
-    "gflops": "GFLOPs",
-    "train_gflops": "GFLOPs in training",
-    "dim": "classified vector",
-}
 _ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
 _TIMES = (
     "Milliseconds of this machine, the median of nine runs: per image for layers, on 8 maps of 256 channels "
@@ -43,7 +36,7 @@ def render_page(results: Reproduction) -> str:
         Section(
             title="Figures", figures=[*table_charts(table, results.rows), *chain(*map(row_charts, finished))]
         ),
-        Section(title="Counts and times", tables=[fact_table(results.rows), _run_table(finished)]),
+        Section(title="Counts and times", tables=[fact_table(results.rows)]),
         Section(title="Commands", tables=[commands]),
         Section(title="Environment", tables=[machine]),
     ]
@@ -69,18 +62,18 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
             )
     if table.note:
         text.append(f"{table.note[0].upper()}{table.note[1:]}.")
-    notes = list(_notes(results.rows))
-    tables.append(Table(caption="Notes on the printed figures", columns=("row", "note"), rows=notes))
+    explained = list(notes(results.rows))
+    tables.append(Table(caption="Notes on the printed figures", columns=("row", "note"), rows=explained))
     return Section(title="Results", text=text, tables=tables)
 
 
-def _notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
+def notes(rows: Sequence[ReproducedRow]) -> Iterator[tuple[str, str]]:
     """Yield the notes on *rows* and on their counts, each with the name of what it explains."""
     for row in rows:
         if row.printed.note:
             yield row.printed.name, row.printed.note
-        for note in dict.fromkeys(row.notes.values()):
-            names = ", ".join(COUNTS[key] for key, other in row.notes.items() if other == note)
+        for note in dict.fromkeys(figure.note for figure in row.figures.values() if figure.note):
+            names = ", ".join(name for name, figure in row.figures.items() if figure.note == note)
             yield f"{row.printed.name}: {names}", note
 
 
@@ -104,17 +97,12 @@ def error_table(rows: Sequence[ReproducedRow]) -> Table:
 
 def fact_table(rows: Sequence[ReproducedRow]) -> Table:
     """Format the printed counts and facts of *rows*, each beside the one that was counted or measured."""
-    lines: list[tuple[str, ...]] = []
+    lines = []
     for row in rows:
-        unit = " x ResNet-50" if row.times else ""  # some papers print multiples
-        for key, name in COUNTS.items():
-            if key in row.figures:
-                cells = f"{number(row.figures[key])}{unit}", number(row.counts[key]), row.marks.get(key, "")
-                lines.append((row.printed.name, name, *cells))
-        for name in dict.fromkeys((*row.printed.facts, *row.facts)):
-            figures = (facts.get(name) for facts in (row.printed.facts, row.facts))
-            known = ("" if figure is None else number(figure) for figure in figures)
-            lines.append((row.printed.name, name, *known, row.marks.get(name, "")))
+        for name, figure in row.figures.items():
+            unit = " x ResNet-50" if figure.unit else ""  # some papers print multiples
+            cells = _number(figure.printed, unit), _number(figure.found), figure.mark
+            lines.append((row.printed.name, name, *cells))
     caption = (
         "Counts of the paper's networks at its image size and number of classes. GFLOPs are multiply-adds, "
         "or operations by the paper's convention where it is known. A cross marks a count that differs from "
@@ -132,32 +120,14 @@ def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
                 continue
             stage = name.partition("_")[0]  # a branch is named after its stage and block
             printed_top1, printed_top5 = row.printed.heads.get(stage, (None, None))
-            heads = [run.heads[name] for run in row.runs]
-            top1 = 100 * sum(head.top1 for head in heads) / len(heads)
-            top5 = 100 * sum(head.top5 for head in heads) / len(heads)
+            top1, top5 = (
+                sum(100 * (1 - getattr(run.heads[name], metric)) for run in row.runs) / len(row.runs)
+                for metric in _ERRORS
+            )
             cells = _printed_error(printed_top1), f"{top1:.2f}", _printed_error(printed_top5), f"{top5:.2f}"
-            constant = " (the same logits for every image)" if any(head.constant for head in heads) else ""
-            lines.append((f"{row.printed.name}, {name}{constant}", *cells))
+            lines.append((f"{row.printed.name}, {name}", *cells))
     columns = ("branch", "top-1 printed", "measured", "top-5 printed", "measured")
     return Table(caption="Branches, on all held-out images", columns=columns, rows=lines)
-
-
-def _run_table(rows: Sequence[ReproducedRow]) -> Table:
-    """Format the networks that were trained, and the speed of their training."""
-    lines = []
-    for row in rows:
-        run, printed_speed = row.runs[0], row.printed.images_per_second
-        counts = run.deployed.parameters, run.training.parameters, run.deployed.macs
-        cells = (
-            *(f"{count:,}" for count in counts),
-            "" if printed_speed is None else f"{printed_speed:g}",
-            f"{median_throughput(run.history):.0f}",
-            f"{sum(other.history[-1].seconds for other in row.runs):.0f}",
-        )
-        lines.append((row.printed.name, row.recipe.model.name if row.recipe else "", *cells))
-    counted = "parameters", "in training", "multiply-adds"
-    columns = ("row", "network", *counted, "images/s, printed", "measured", "seconds")
-    return Table(caption="The networks that were trained", columns=columns, rows=lines)
 
 
 def _printed_error(error: float | None) -> str:
@@ -168,9 +138,11 @@ def _measured_error(error: MeanError | None) -> str:
     return "" if error is None else f"{error.mean:.2f} ({error.low:.2f} to {error.high:.2f})"
 
 
-def number(value: float) -> str:
+def _number(value: float | None, unit: str = "") -> str:
     """Format *value* with four significant digits, or as an integer if it is at least 1000."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    if value is None:
+        return ""
+    return f"{value:,.0f}{unit}" if value >= 1000 else f"{value:.4g}{unit}"
 
 
 def curve_charts(rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
@@ -199,14 +171,16 @@ def table_charts(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator
         curves = {name: sorted(points) for name, points in values.items()}
         chart = plot(curves, table.over, _ERRORS["top1"], logarithmic=max(used) > 100 * min(used))
         yield Figure(image=chart, caption=f"Top-1 error over {table.over}, {table.title}.")
-    timed = [row for row in rows if row.printed.layer is not None and row.facts]
-    for name in timed[0].facts if timed else ():
-        chart = bars({row.printed.name: row.facts[name] for row in timed}, name)
-        yield Figure(image=chart, caption=f"{name}, measured here.")
+    timed = [row for row in rows if row.printed.layer is not None]
+    for name in dict.fromkeys(name for row in timed for name in row.figures):
+        times = {row.printed.name: row.figures[name].found for row in timed if name in row.figures}
+        measured = {row: time for row, time in times.items() if time is not None}
+        if measured:
+            yield Figure(image=bars(measured, name), caption=f"{name}, measured here.")
 
 
 def row_charts(row: ReproducedRow) -> Iterator[Figure]:
-    """Plot the errors of the heads and their shares in the weighted loss; draw the use of the components."""
+    """Plot the errors of the heads, and draw the use of the components."""
     run = row.runs[0]
     heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
     diagnostics = run.history[-1].diagnostics
@@ -215,10 +189,6 @@ def row_charts(row: ReproducedRow) -> Iterator[Figure]:
         curves = {head: _error_curve(run.history, f"{head}_{metric}") for head in heads}
         caption = f"Heads of {row.printed.name}: {label} on a fixed subset of {subset} held-out images."
         yield Figure(image=plot(curves, "epoch", label), caption=caption)
-    if heads:
-        shares = {head: run.heads[head].share for head in heads}
-        caption = f"Shares of the heads of {row.printed.name} in the weighted loss, last epoch."
-        yield Figure(image=bars(shares, "share"), caption=caption)
     if run.usage:
         yield component_chart(run.usage, f"Images per component, {row.printed.name}")
 

@@ -2,10 +2,10 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from sopdeploy.reproduction.results import MeanError, SeedResult, mean_error
 from sopdeploy.reproduction.small import SMALL_DATA, STATEMENT, small_data, small_overrides
 from sopdeploy.reproduction.tables import (
     DATA_SETS,
+    Column,
     DataSet,
     PrintedRow,
     PrintedTable,
@@ -37,12 +38,13 @@ ASSUMPTION = (
     "estimate: a step costs three forward passes, and a GPU sustains 20e12 operations per second; reading "
     "images and evaluation are not counted"
 )
-QUANTITIES = {  # of `describe`'s published figures, by column of a table
-    "params": "shipped parameters",
-    "gflops": "shipped operations",
-    "train_params": "training parameters",
-    "train_gflops": "training operations",
-    "dim": "representation",
+# The counts of a network by column of a table: name, and quantity of `describe`'s published figures.
+COUNTS: dict[Column, tuple[str, str]] = {
+    "params": ("parameters (M)", "shipped parameters"),
+    "train_params": ("parameters in training (M)", "training parameters"),
+    "gflops": ("GFLOPs", "shipped operations"),
+    "train_gflops": ("GFLOPs in training", "training operations"),
+    "dim": ("classified vector", "representation"),
 }
 CONVOLUTION = re.compile(r"conv\d$")  # of a block, not of its shortcut or a reduction of channels
 LAYERS = {  # a layer as a paper names it, and the module that computes it; for a stage, its last block
@@ -55,16 +57,28 @@ LAYERS = {  # a layer as a paper names it, and the module that computes it; for 
 }
 
 
+class RowFigure(NamedTuple):
+    """A printed figure of a row, and the one that was counted or measured; None if there is none.
+
+    `unit` is "x" for multiples of ResNet-50's count, `note` that of `published.toml`. `mark` is a cross if
+    the count is not the printed one.
+    """
+
+    printed: float | None = None
+    found: float | None = None
+    note: str = ""
+    unit: str = ""
+    mark: str = ""
+
+
 @dataclass(kw_only=True)
 class ReproducedRow:
     """What is printed in a row, how it is trained, and its results so far.
 
     `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
-    recipe `source`, without the seed and the checkpoints of other rows. `figures` are the printed counts by
-    column, multiples of ResNet-50's with `times`; `counts` are those of the network, and `facts` what was
-    counted or measured of `PrintedRow.facts`. `notes` are those of `published.toml`, by column, and `marks`
-    has a cross for every count and counted fact that is not the printed one. `gpu_hours` is the estimated
-    time of one run, `paper_hours` that of one run at the scale of the paper.
+    recipe `source`, without the seed and the checkpoints of other rows. `figures` are those of the table's
+    columns and of `PrintedRow.facts`, by name. `gpu_hours` is the estimated time of one run, `paper_hours`
+    that of one run at the scale of the paper.
     """
 
     printed: PrintedRow
@@ -72,14 +86,9 @@ class ReproducedRow:
     overrides: tuple[str, ...] = ()
     recipe: Recipe | None = None
     reason: str = ""
-    figures: dict[str, float] = field(default_factory=dict)
-    times: bool = False
-    counts: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    marks: dict[str, str] = field(default_factory=dict)
+    figures: dict[str, RowFigure] = field(default_factory=dict)
     gpu_hours: float = 0.0
     paper_hours: float = 0.0
-    facts: dict[str, float] = field(default_factory=dict)
     runs: list[SeedResult] = field(default_factory=list)
 
     @property
@@ -96,6 +105,11 @@ class ReproducedRow:
     def top5(self) -> MeanError | None:
         """The mean top-5 error in percent."""
         return mean_error(self.runs, "top5")
+
+    def measure(self, values: Mapping[str, float]) -> None:
+        """Set the figures *values*, which were measured."""
+        for name, value in values.items():
+            self.figures[name] = self.figures.get(name, RowFigure())._replace(found=value)
 
     def overrides_of(self, folder: Path, seed: int) -> tuple[str, ...]:
         """Return `overrides` with *seed* and the checkpoints of other rows; *folder* holds all runs."""
@@ -117,12 +131,14 @@ class ReproducedRow:
 class Reproduction:
     """A table, the options, and the selected rows with the results so far.
 
-    `folder` is that of the runs, `page` the path of the page, `seeds` the number of runs per row.
+    `folder` is that of the runs, `page` the path of the page, `seeds` the number of runs per row. After a
+    dry run there are no results.
     """
 
     table: PrintedTable
     options: ReproduceOptions
     rows: tuple[ReproducedRow, ...]
+    dry_run: bool = False
 
     def __post_init__(self) -> None:
         self.folder = self.options.folder(self.table)
@@ -175,6 +191,15 @@ class Reproduction:
                 if used != stated:
                     yield f"{used:,} {name} instead of {stated:,}"
 
+    @property
+    def gpu_hours(self) -> float:
+        """The estimated time of all runs."""
+        return self.seeds * sum(row.gpu_hours for row in self.rows)
+
+    def commands(self, row: ReproducedRow) -> list[str]:
+        """Format the commands that train *row*, one for each seed."""
+        return [row.command(self.folder, seed) for seed in range(self.seeds) if row.recipe is not None]
+
     def summary(self) -> dict[str, Any]:
         """Return the results without the epochs of the runs and their recipes, for `--json`."""
         hidden = {"recipe", "network", "history", "machine"}
@@ -182,12 +207,9 @@ class Reproduction:
             {
                 "printed": row.printed.model_dump(mode="json"),
                 "status": row.status,
-                "command": row.command(self.folder, 0),
-                "figures": row.figures,
-                "counted": row.counts or None,
-                "facts": row.facts,
-                "notes": row.notes,
-                "marks": row.marks,
+                "commands": self.commands(row),
+                "gpu_hours": row.gpu_hours,
+                "figures": {name: figure._asdict() for name, figure in row.figures.items()},
                 "network": "" if row.recipe is None else row.recipe.model.name,
                 "top1": None if row.top1 is None else row.top1.model_dump(),
                 "top5": None if row.top5 is None else row.top5.model_dump(),
@@ -202,6 +224,7 @@ class Reproduction:
             "statement": self.statement,
             "paper_scale": self.paper_scale,
             "seeds": self.seeds,
+            "gpu_hours": self.gpu_hours,
             "data": None if self.options.data is None else str(self.options.data),
             "page": str(self.page),
             "rows": rows,
@@ -218,43 +241,44 @@ def run_path(folder: Path, row: str, seed: int) -> Path:
     return folder / row / f"seed-{seed}"
 
 
-def plan(table: PrintedTable, options: ReproduceOptions) -> Reproduction:
+def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False) -> Reproduction:
     """Plan the selected rows of *table*; raise `ConfigError` for unknown rows."""
     rows = (_plan_row(table, printed, options) for printed in table.select(options.rows))
-    return Reproduction(table, options, tuple(rows))
+    return Reproduction(table, options, tuple(rows), dry_run)
 
 
 def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOptions) -> ReproducedRow:
-    row, data = ReproducedRow(printed=printed), DATA_SETS[table.data]
+    figures = {name: RowFigure(printed=value) for name, value in printed.facts.items()}
+    row, trained = ReproducedRow(printed=printed, figures=figures), table.recipe_of(printed)
     if table.measures == "times":
         row.reason = "timed, not trained"
-        return row
-    trained = table.recipe_of(printed)
-    if trained is None:
+    elif trained is None:
         row.reason = "cited: no network of the catalog"
-        return row
-    row.source, row.overrides = trained
-    try:
-        recipe = read_recipe(row.source, row.overrides)
-        _count_network(row, recipe, table)
-        row.facts = _count_facts(row, recipe, table)
-        row.marks = _mark_differences(row)
-        if table.measures == "counts":
-            row.reason = "counted, not trained"
-            return row
-        row.overrides += (
-            *_scale_overrides(row, table, options),
-            *_start_weights(printed, options),
-            *options.set,
-        )
-        row.recipe = read_recipe(row.source, row.overrides)
-    except ConfigError as error:
-        row.reason = f"not available: {error}"
-        return row
+    else:
+        row.source, row.overrides = trained
+        try:
+            _plan_training(row, table, options)
+        except ConfigError as error:
+            row.reason = f"not available: {error}"
+    return row
+
+
+def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
+    """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
+    recipe, data = read_recipe(row.source, row.overrides), DATA_SETS[table.data]
+    row.figures = _count_row(row.printed, recipe, table)
+    if table.measures == "counts":
+        row.reason = "counted, not trained"
+        return
+    row.overrides += (
+        *_scale_overrides(row, table, options),
+        *_start_weights(row.printed, options),
+        *options.set,
+    )
+    row.recipe = read_recipe(row.source, row.overrides)
     row.gpu_hours = row.paper_hours = estimate_hours(recipe, data)
     if options.scale == "small" or options.set:
         row.gpu_hours = estimate_hours(row.recipe, data if options.scale == "paper" else SMALL_DATA)
-    return row
 
 
 def _scale_overrides(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> list[str]:
@@ -301,60 +325,69 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
     return macs * _STEP_COST * images / GPU_OPERATIONS / 3600
 
 
-def _count_network(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> None:
-    """Set the printed figures, counts and notes of *row*, whose network *recipe* trains.
+def _count_row(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
+    """Compare the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
+    counts = _count_network(printed, recipe, table)
+    figures = {name: figure for name, figure in counts.items() if figure.printed is not None}
+    facts = _count_facts(printed, recipe, table, counts)
+    figures |= {name: RowFigure(value, facts.get(name)) for name, value in printed.facts.items()}
+    vector, _ = COUNTS["dim"]  # printed in thousands
+    return {
+        name: figure._replace(mark="" if name == vector else compare_figures(figure.printed, figure.found))
+        for name, figure in figures.items()
+    }
+
+
+def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
+    """Count the network that *recipe* trains, by name, each beside the figure that *table* prints.
 
     A figure that the row itself does not hold is the one that the paper prints for this network, here or in
     another table; it is counted by the paper's convention, as `published.toml` records.
     """
     model, side, num_classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
     described = describe(model.name, image_size=side, num_classes=num_classes, **model.config)
-    row.counts = {
+    counts: dict[Column, float] = {
         "params": described.shipped.parameters / 1e6,
-        "gflops": described.shipped.macs / 1e9,
         "train_params": described.training.parameters / 1e6,
+        "gflops": described.shipped.macs / 1e9,
         "train_gflops": described.training.macs / 1e9,
         "dim": described.representation,
     }
     has_branches = described.training != described.shipped
-    figures = sorted(described.published, key=lambda figure: figure.source != table.source)
-    for column in table.columns:
-        if column in row.printed.counts:
-            row.figures[column] = row.printed.counts[column]
+    published = sorted(described.published, key=lambda figure: figure.source != table.source)
+    figures = {}
+    for column, (name, quantity) in COUNTS.items():
+        figures[name] = RowFigure(printed.counts.get(column), counts[column])
+        if column in printed.counts or column not in table.columns:
             continue
-        quantity = QUANTITIES[column]
         quantities = {quantity} if has_branches else {quantity, quantity.replace("training", "shipped")}
-        for figure in figures:
+        for figure in published:
             if figure.quantity in quantities and figure.source.startswith(table.paper):
                 unit = 1000 if column == "dim" else 1  # printed in thousands there
-                row.figures[column], row.counts[column] = figure.printed * unit, figure.ours * unit
-                row.notes |= {column: figure.note} if figure.note else {}
-                row.times |= figure.unit == "x"
+                multiple = "x" if figure.unit == "x" else ""
+                figures[name] = RowFigure(figure.printed * unit, figure.ours * unit, figure.note, multiple)
                 break
+    return figures
 
 
-def _mark_differences(row: ReproducedRow) -> dict[str, str]:
-    """Mark the counts and counted facts of *row* that are not the printed ones to the last printed digit."""
-    printed, counted = row.figures | row.printed.facts, row.counts | row.facts
-    compared = {key: (printed[key], counted[key]) for key in counted if key in printed and key != "dim"}
-    marks = {key: compare_figures(*figures) for key, figures in compared.items()}
-    return {key: mark for key, mark in marks.items() if mark}
-
-
-def compare_figures(printed: float, counted: float) -> str:
+def compare_figures(printed: float | None, counted: float | None) -> str:
     """Return "✗" if *counted* is not *printed* to its last digit; empty if it is, rounded or cut off."""
+    if printed is None or counted is None:
+        return ""
     digits = len(f"{printed:.10f}".rstrip("0").partition(".")[2]) or 1
     step = 10**-digits
     reached = abs(counted - printed) <= step / 2 * (1 + 1e-9) or 0 <= counted - printed < step
     return "" if reached else "✗"
 
 
-def _count_facts(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> dict[str, float]:
-    """Compute the quantities that the paper prints for *row*, except those that only training measures.
+def _count_facts(
+    printed: PrintedRow, recipe: Recipe, table: PrintedTable, counts: Mapping[str, RowFigure]
+) -> dict[str, float]:
+    """Compute the quantities that the paper prints for a row, except those that only training measures.
 
     Those "per stage" are counted in the first stage, because all stages of these networks are equal.
     """
-    printed, model, num_classes = row.printed, recipe.model, DATA_SETS[table.data].classes
+    model, num_classes = recipe.model, DATA_SETS[table.data].classes
     if not printed.facts:
         return {}
     with torch.device("meta"):
@@ -374,13 +407,13 @@ def _count_facts(row: ReproducedRow, recipe: Recipe, table: PrintedTable) -> dic
     if any(" after " in name for name in printed.facts):
         facts |= _map_sizes(network, recipe.preprocess.crop)
     baseline = next((other for other in table.rows if other.id == printed.baseline), None)
-    baseline_recipe = None if baseline is None else table.recipe_of(baseline)
-    if baseline is not None and baseline_recipe is not None:
-        reference = ReproducedRow(printed=baseline)
-        _count_network(reference, read_recipe(*baseline_recipe), table)
-        facts["extra GFLOPs"] = row.counts["gflops"] - reference.counts["gflops"]
-        facts["extra parameters (M)"] = row.counts["params"] - reference.counts["params"]
-    return {name: facts[name] for name in printed.facts if name in facts}
+    of_baseline = None if baseline is None else table.recipe_of(baseline)
+    if baseline is not None and of_baseline is not None:
+        reference = _count_network(baseline, read_recipe(*of_baseline), table)
+        for column in ("gflops", "params"):
+            name, _ = COUNTS[column]
+            facts[f"extra {name}"] = (counts[name].found or 0) - (reference[name].found or 0)
+    return facts
 
 
 def _map_sizes(network: Classifier, side: int) -> dict[str, float]:

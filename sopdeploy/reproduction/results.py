@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.config import Fraction, StrictModel
+from sopdeploy.config import StrictModel
 from sopdeploy.data.sources import open_data
-from sopdeploy.evaluation.prediction import AllHeads, loss_shares, measure_heads, score_images
+from sopdeploy.evaluation.prediction import AllHeads, HeldOutMetrics, held_out_metrics, score_images
 from sopdeploy.evaluation.statistics import student, wilson
 from sopdeploy.layers.isqrt_cov import newton_schulz
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.describe import Counts, describe
-from sopdeploy.training.diagnostics import EpochRow
+from sopdeploy.training.diagnostics import EpochRow, median_throughput
 from sopdeploy.training.distributed import select_device
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.run import Position
 from sopdeploy.training.train import TrainingResult, select_procedure
 
-HOURS, MILLISECONDS = "training, hours", "inference, ms per image"  # facts of tables
+# Facts of tables that runs measure.
+HOURS, SPEED, MILLISECONDS = "training, hours", "training, images per second", "inference, ms per image"
 _CHANNELS, _SIDE, _IMAGES = 256, 13, 8  # of timed layers
 _SECONDS = 0.1  # of a measurement, at least
 _FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
@@ -37,25 +37,13 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-class HeadError(StrictModel):
-    """Errors of one head on the held-out images, and its share of the sum of weighted losses.
-
-    A head is `constant` if it gives every image the same logits.
-    """
-
-    top1: Fraction
-    top5: Fraction
-    share: Fraction
-    constant: bool = False
-
-
 class SeedResult(StrictModel):
     """One finished run.
 
-    `recipe` is the complete recipe and `network` the complete config of its network; `training` and
-    `deployed` count this network. `heads` holds the errors of all heads if there are several. `usage` counts,
-    for a gated network, the training images that each component received in the last epoch. `milliseconds` is
-    the time of the deployed network per image, where the paper prints one.
+    `recipe` is the complete recipe and `network` the complete config of its network. `heads` holds the
+    metrics of all heads if there are several. `usage` counts, for a gated network, the training images that
+    each component received in the last epoch. `milliseconds` is the time of the deployed network per image,
+    where the paper prints one.
     """
 
     seed: int
@@ -65,9 +53,7 @@ class SeedResult(StrictModel):
     train_count: int
     held_out_count: int
     num_classes: int
-    training: Counts
-    deployed: Counts
-    heads: dict[str, HeadError]
+    heads: dict[str, HeldOutMetrics]
     usage: tuple[int, ...]
     milliseconds: float | None = None
     machine: dict[str, Any]
@@ -85,12 +71,6 @@ def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> Seed
     """Collect the results of a finished run for the table and the charts; *timed* adds the inference time."""
     checkpoint = read_checkpoint(trained.last)
     history = Position.model_validate((checkpoint.resume or {})["position"]).history
-    counts = describe(
-        checkpoint.model,
-        image_size=recipe.preprocess.crop,
-        num_classes=len(checkpoint.labels),
-        **checkpoint.config,
-    )
     model = build_classifier(checkpoint, trained.last)
     return SeedResult(
         seed=recipe.seed,
@@ -100,38 +80,21 @@ def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> Seed
         train_count=trained.train_count,
         held_out_count=trained.held_out_count,
         num_classes=len(checkpoint.labels),
-        training=counts.training,
-        deployed=counts.shipped,
-        heads=_head_errors(model, checkpoint, recipe, history[-1].losses),
+        heads=_measure_heads(model, checkpoint, recipe),
         usage=history[-1].component_counts,
         milliseconds=_milliseconds_per_image(model, recipe) if timed else None,
         machine=checkpoint.training.get("machine", {}),
     )
 
 
-def _head_errors(
-    model: Classifier, checkpoint: Checkpoint, recipe: Recipe, losses: dict[str, float]
-) -> dict[str, HeadError]:
-    """Compute the errors of all heads of *model* on all held-out images; empty for a single head.
-
-    *losses* are the training losses of the last epoch, by head.
-    """
-    weights = model.loss_weights()
-    if len(weights) < 2:
+def _measure_heads(model: Classifier, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, HeldOutMetrics]:
+    """Evaluate all heads of *model* on all held-out images; empty for a single head."""
+    if len(model.loss_weights()) < 2:
         return {}
     images = select_procedure(recipe, open_data(recipe.data)).data.held_out
     network = AllHeads(model.to(select_device(recipe.device)))
     logits = network.split(score_images(network, checkpoint.preprocess, images, workers=recipe.workers))
-    shares = loss_shares(weights, {name: losses[name] for name in logits})
-    return {
-        head.name: HeadError(
-            top1=1 - head.top1.share,
-            top5=1 - head.top5.share,
-            share=shares[head.name],
-            constant=head.constant,
-        )
-        for head in measure_heads(model, logits, images.targets)
-    }
+    return {name: held_out_metrics((), logits_NC, images.targets) for name, logits_NC in logits.items()}
 
 
 @torch.no_grad()
@@ -156,8 +119,11 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
 def measured_facts(
     runs: Sequence[SeedResult], baseline: Sequence[SeedResult], names: Collection[str]
 ) -> dict[str, float]:
-    """Compute the facts *names* that runs measure: times, and increments over the runs *baseline*."""
-    facts = {HOURS: mean(run.history[-1].seconds for run in runs) / 3600}
+    """Compute the facts *names* that runs measure: times, speed, and increments over the runs *baseline*."""
+    facts = {
+        HOURS: mean(run.history[-1].seconds for run in runs) / 3600,
+        SPEED: mean(median_throughput(run.history) for run in runs),
+    }
     times = [run.milliseconds for run in runs if run.milliseconds is not None]
     if times:
         facts[MILLISECONDS] = mean(times)

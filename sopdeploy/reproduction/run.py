@@ -47,7 +47,7 @@ def reproduce(
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
         if row.printed.layer is not None:
-            row.facts = time_layer(row.printed.layer, read_recipe(table.recipe, options.set))
+            row.measure(time_layer(row.printed.layer, read_recipe(table.recipe, options.set)))
         if row.recipe is None:
             continue
         timed = MILLISECONDS in row.printed.facts
@@ -62,7 +62,7 @@ def reproduce(
                 _write(path / _RESULT, stored.model_dump_json() + "\n")
             row.runs.append(stored)
         baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
-        row.facts |= measured_facts(row.runs, baseline, row.printed.facts)
+        row.measure(measured_facts(row.runs, baseline, row.printed.facts))
         _write_page(results)
     _write_page(results)
     return results

@@ -1,6 +1,7 @@
 """The tables of the papers as data: printed figures, and the recipe that trains each row; options of a run.
 
-`tables/*.toml` hold one entry per printed table or figure; `[named]` has values that several of them share.
+`tables/*.toml` hold one entry per printed table or figure; `[named]` has values that several of them share,
+also those of other files. A list as `note` is joined to one.
 The counts that papers print for networks are in `sopdeploy/models/published.toml`.
 """
 
@@ -9,6 +10,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.resources import files
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -73,7 +75,6 @@ class PrintedRow(StrictModel):
     heads: dict[str, tuple[Percent, Percent]] = pydantic.Field(default_factory=dict)
     counts: dict[Column, Positive] = pydantic.Field(default_factory=dict)
     facts: dict[str, float] = pydantic.Field(default_factory=dict)
-    images_per_second: Positive | None = None
     note: str = ""
 
 
@@ -105,6 +106,11 @@ class PrintedTable(StrictModel):
     columns: tuple[Column, ...] = ()
     note: str = ""
     rows: tuple[PrintedRow, ...]
+
+    @pydantic.field_validator("note", mode="before")
+    @classmethod
+    def _join_notes(cls, note: str | list[str]) -> str:
+        return note if isinstance(note, str) else "; ".join(note)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -154,12 +160,13 @@ class PrintedTable(StrictModel):
 def load_tables() -> dict[str, PrintedTable]:
     """Read all tables, by id."""
     folder = files("sopdeploy.reproduction") / "tables"
+    names = "dsop", "gsop", "gmsop", "slides"
+    contents = [tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8")) for name in names]
+    named = {name: value for content in contents for name, value in content.get("named", {}).items()}
     tables: dict[str, PrintedTable] = {}
-    for name in ("dsop", "gsop", "gmsop", "slides"):
-        content = tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8"))
-        for values in content["tables"]:
-            for variant in _variants(_with_named(values, content.get("named", {}))):
-                tables[variant["id"]] = PrintedTable.model_validate(variant)
+    for values in chain.from_iterable(content["tables"] for content in contents):
+        for variant in _variants(_with_named(values, named)):
+            tables[variant["id"]] = PrintedTable.model_validate(variant)
     return tables
 
 
@@ -171,9 +178,11 @@ def _with_named(value: Any, named: Mapping[str, Any]) -> Any:
         return {key: _with_named(inner, named) for key, inner in value.items()}
     if not isinstance(value, list):
         return value
-    parts = [(item, _with_named(item, named)) for item in value]
+    parts = ((item, _with_named(item, named)) for item in value)
     return [
-        one for item, part in parts for one in (part if item != part and isinstance(item, str) else [part])
+        element
+        for item, part in parts
+        for element in (part if isinstance(item, str) and isinstance(part, list) else [part])
     ]
 
 

@@ -1,6 +1,5 @@
 """Running a table: interruption, resumption, the page, and every table at the small scale."""
 
-import html
 import json
 import re
 from collections.abc import Iterator
@@ -15,9 +14,8 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import create_model
 from sopdeploy.reproduction import results as measured
 from sopdeploy.reproduction import small
-from sopdeploy.reproduction.page import number
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction, plan
-from sopdeploy.reproduction.results import HOURS, MILLISECONDS
+from sopdeploy.reproduction.results import HOURS, MILLISECONDS, SPEED
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
 from sopdeploy.reproduction.tables import PrintedRow, PrintedTable, ReproduceOptions, load_tables
@@ -46,7 +44,7 @@ TINY = PrintedTable(
             top5=0.5,
             heads={"layer2": (45.67, 8.9)},
             baseline="plain",
-            facts={HOURS: 3.5, MILLISECONDS: 2.5, "top-1 increment": 0.36},
+            facts={HOURS: 3.5, SPEED: 80.5, MILLISECONDS: 2.5, "top-1 increment": 0.36},
         ),
         PrintedRow(id="other", name="Other", cited=True, top1=10.5, counts={"params": 2.0}),
     ),
@@ -101,12 +99,12 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     branches = resumed.rows[1].runs[0].heads
     assert set(branches) == {"main", "layer1_0", "layer2_0", "layer3_0"}
     assert re.search(r"With DSoP, layer2_0 45\.67 \d+\.\d\d 8\.90 \d+\.\d\d ", text)
-    assert sum(head.share for head in branches.values()) == pytest.approx(1)
     plain, dsop = (row.top1.mean for row in resumed.rows[:2] if row.top1 is not None)
-    assert resumed.rows[1].facts["top-1 increment"] == pytest.approx(plain - dsop)
+    figures = resumed.rows[1].figures
+    assert figures["top-1 increment"].found == pytest.approx(plain - dsop)
     for fact, printed in TINY.rows[1].facts.items():
-        assert f"With DSoP {fact} {printed} {number(resumed.rows[1].facts[fact])} " in text
-    assert resumed.rows[1].facts[HOURS] > 0 < resumed.rows[1].facts[MILLISECONDS]
+        assert f"With DSoP {fact} {printed} {figures[fact].found:.4g} " in text
+    assert min(figures[fact].found for fact in (HOURS, SPEED, MILLISECONDS)) > 0
     for error in ("top-1", "top-5"):
         assert f"Heads of With DSoP: {error} error in % on a fixed subset of 30 held-out images." in text
     assert json.loads((resumed.page.parent / "result.json").read_text()) == resumed.summary()
@@ -146,37 +144,21 @@ def test_no_head_of_a_row_at_the_small_scale_is_constant(name: str) -> None:
         } == dict.fromkeys(heads, True), row.printed.id
 
 
-def test_the_page_says_which_head_gives_every_image_the_same_logits(tmp_path) -> None:
-    small_images = ("preprocess.resize=4", "preprocess.crop=4")
-    table = TINY.model_copy(update={"small": (*TINY.small[:2], *small_images)})
-    finished = reproduce(table, ReproduceOptions(out=tmp_path, scale="small"))
-    heads = finished.rows[1].runs[0].heads
-    assert [head for head in heads if heads[head].constant] == ["layer3_0"]
-    page = finished.page.read_text(encoding="utf-8")
-    assert "With DSoP, layer3_0 (the same logits for every image)" in page
-    assert page.count("the same logits for every image") == 1
-
-
-def test_table_i_of_dsop_is_counted_without_data(tmp_path) -> None:
-    done = CliRunner().invoke(app, ["reproduce", "dsop-1", "--out", str(tmp_path), "--json"])
-    assert done.exit_code == 0, done.output
-    rows = json.loads(done.stdout)["rows"]
-    assert [round(row["counted"]["train_params"], 1) for row in rows] == [100.6, 110.7, 181.9, 44.5]
-    assert {row["status"] for row in rows} == {"counted, not trained"}
-    assert [row["marks"] for row in rows] == [{"train_gflops": "✗"}, {"train_gflops": "✗"}, {}, {}]
-    page = (tmp_path / "dsop-1-paper/index.html").read_text(encoding="utf-8")
-    for note in ("only 3, 4, 7, 3 blocks and four heads of 256", "2.8 G of the operations", "✗"):
-        assert note in page
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_every_table_has_a_page_without_a_run(name: str, tmp_path: Path) -> None:
-    data = write_imagenet(tmp_path / "imagenet", 2, 1, 1)
-    found = reproduce(TABLES[name], ReproduceOptions(out=tmp_path / "out", data=data, rows="none"))
-    assert (found.rows, TABLES[name].title in html.unescape(found.page.read_text(encoding="utf-8"))) == (
-        (),
-        True,
+def test_table_i_of_dsop_is_counted_without_data_and_explains_its_figures(tmp_path) -> None:
+    command = ["reproduce", "dsop-1", "--out", str(tmp_path)]
+    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["rows"]
+    params, operations = (
+        [row["figures"][name] for row in found]
+        for name in ("parameters in training (M)", "GFLOPs in training")
     )
+    assert [round(one["found"], 1) for one in params] == [100.6, 110.7, 181.9, 44.5]
+    assert [one["mark"] for one in operations] == ["✗", "✗", "", ""]
+    assert {row["status"] for row in found} == {"counted, not trained"}
+    shown = re.sub(r"\s+", " ", CliRunner().invoke(app, command).stdout)
+    page = (tmp_path / "dsop-1-paper/index.html").read_text(encoding="utf-8")
+    for note in ("only 3, 4, 7, 3 blocks and four heads of 256", "2.8 G of the operations", "7.229", "✗"):
+        assert note in page
+        assert note in shown
 
 
 IMAGENET_TABLES = [
@@ -218,7 +200,7 @@ def test_every_table_runs_at_the_small_scale(name, tmp_path, monkeypatch) -> Non
     for row in found["rows"]:
         assert (row["status"] == "measured") == bool(row["runs"])
         assert row["status"] == "measured" or row["printed"]["cited"] or not trained
-        assert trained or row["facts"] or row["counted"]
+        assert trained or row["figures"]
         for run in row["runs"]:
             assert bool(run["usage"]) == row["network"].startswith(("gm", "sgmoe"))
             assert sum(run["usage"]) % run["train_count"] == 0  # every image selects equally many components
@@ -248,24 +230,14 @@ def test_errors_over_an_option_of_the_networks_are_a_chart(tmp_path) -> None:
 def test_layers_of_the_slides_are_timed_on_the_device_that_is_set(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(measured, "_CHANNELS", 8)
     command = ["reproduce", "slides-layers", "--out", str(tmp_path / "out"), "--set", "device=cpu", "--json"]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
+    found = json.loads(CliRunner().invoke(app, command).stdout)
     assert {row["status"] for row in found["rows"]} == {"timed, not trained"}
-    for row in found["rows"]:
-        assert row["facts"].keys() == {"FP+BP, ms", "BP, ms"}
-        assert min(row["facts"].values()) > 0
-    page = Path(found["page"]).read_text(encoding="utf-8")
-    drawn = charts(page)
+    assert min(row["figures"][name]["found"] for row in found["rows"] for name in ("FP+BP, ms", "BP, ms")) > 0
+    drawn = charts(Path(found["page"]).read_text(encoding="utf-8"))
     assert list(drawn) == ["FP+BP, ms, measured here.", "BP, ms, measured here."]
-    assert all(">iSQRT-COV (N = 5)<" in chart for chart in drawn.values())
     with pytest.raises(ConfigError, match="devic: unknown key"):
         reproduce(TABLES["slides-layers"], ReproduceOptions(out=tmp_path / "no", set=("devic=cpu",)))
     assert not (tmp_path / "no").exists()
-
-
-@pytest.mark.parametrize("kind", ["eig", "svd", "newton-schulz"])
-def test_matrix_functions_are_timed_forward_and_backward(kind: str, monkeypatch) -> None:
-    monkeypatch.setattr(measured, "_CHANNELS", 8)
     recipe = read_recipe(TABLES["slides-decomposition"].recipe, ("device=cpu",))
-    assert min(measured.time_layer({"kind": kind}, recipe).values()) > 0
+    for kind in ("eig", "svd", "newton-schulz"):
+        assert min(measured.time_layer({"kind": kind}, recipe).values()) > 0
