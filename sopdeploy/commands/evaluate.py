@@ -1,9 +1,9 @@
 """`sopdeploy.evaluate` and `sopdeploy eval`: measure a network, and fit its temperature and thresholds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -18,9 +18,6 @@ from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelRe
 from sopdeploy.files import check_is_checkpoint
 from sopdeploy.report.predictions import describe_predictions
 
-if TYPE_CHECKING:
-    from sopdeploy.evaluation.prediction import HeadAccuracy
-
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
 MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix
 
@@ -28,8 +25,6 @@ MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix
 class EvaluateOptions(Options):
     """Options of `sopdeploy.evaluate` and `sopdeploy eval`."""
 
-    heads: bool = False
-    """Also evaluate every branch of a checkpoint."""
     runtime: str | None = None
     """Runtime of a bundle, as for `serve`; tensorrt uses the engine."""
     fit_decision: Path | None = None
@@ -54,7 +49,6 @@ class Evaluation:
         labels: The sorted class names, to which the indices in *scores* refer.
         scores: One prediction per image, sorted by class name and then by file name. With several classes
             per image, all probabilities.
-        heads: The accuracy of every head of a checkpoint, if `evaluate` was called with `heads=True`.
         decision: Temperature and thresholds that `fit_decision` fitted to the images; the metrics are those
             of the checkpoint before.
         notes: Lines about the images that are not as expected, such as classes without images.
@@ -66,19 +60,16 @@ class Evaluation:
     metrics: ClassificationReport | MultiLabelReport
     labels: tuple[str, ...]
     scores: tuple[ImageScore, ...] | MultiLabelPredictions = field(repr=False)
-    heads: "tuple[HeadAccuracy, ...]" = ()
     decision: Decision | None = None
     notes: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Return the output of `sopdeploy eval --json`."""
-        heads = [head.model_dump(mode="json") for head in self.heads]
         return {
             "source": self.source,
             "kind": self.kind,
             **self.facts,
             "notes": list(self.notes),
-            **({"heads": heads} if heads else {}),
             **({} if self.decision is None else {"decision": self.decision.model_dump(mode="json")}),
             **self.metrics.model_dump(mode="json"),
         }
@@ -94,7 +85,6 @@ def _show(evaluation: Evaluation) -> None:
         if table.rows and len(table.columns) <= MAX_COLUMNS:
             say("", table.caption)
             print_table(table.columns, (map(str, row) for row in table.rows[:_MAX_ROWS]))
-    _print_heads(evaluation.heads)
     if evaluation.decision is not None:
         say(*(f"{name}: {text}" for name, text in evaluation.decision.rows()))
 
@@ -111,11 +101,9 @@ def evaluate(
     """Evaluate a checkpoint or a bundle on a folder of images.
 
     Classes are matched by name; classes without images are named and left out. Accuracies have Wilson 95 %
-    intervals. If a rejection threshold was fitted, the output includes
-    the fraction of accepted images.
-    --heads adds top-1, top-5 and loss of every branch, and its share of the weighted training loss. A network
-    with several classes per image needs a folder with `labels.csv`; its metrics are mAP, and F1 of each class
-    at its threshold.
+    intervals. If a rejection threshold was fitted, the output includes the fraction of accepted images. A
+    network with several classes per image needs a folder with `labels.csv`; its metrics are mAP, and F1 of
+    each class at its threshold.
     --fit-decision is for imported checkpoints, and for other images than those of a run, which fits both at
     its end. The metrics are those before the fit.
 
@@ -140,7 +128,6 @@ def evaluate(
     _check_options(name, kind, options)
     notes: list[str] = []
     facts: dict[str, str] = {}
-    heads: tuple[HeadAccuracy, ...] = ()
     decision = None
     shared: Any = {"on_image": on_image, "log": notes.append}
     if kind == "bundle":
@@ -155,8 +142,8 @@ def evaluate(
         from sopdeploy.checkpoint import write_checkpoint
         from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 
-        found = score_checkpoint(Path(name), data, heads=options.heads, workers=options.workers, **shared)
-        labels, scores, heads = found.labels, found.predictions, found.heads
+        found = score_checkpoint(Path(name), data, workers=options.workers, **shared)
+        labels, scores = found.labels, found.predictions
         if options.fit_decision is not None:
             decision = found.fit(options.accepts)
             write_checkpoint(options.fit_decision, replace(found.checkpoint, decision=decision))
@@ -167,7 +154,6 @@ def evaluate(
         metrics=classification_report(labels, scores) if isinstance(scores, list) else scores.report(),
         labels=labels,
         scores=tuple(scores) if isinstance(scores, list) else scores,
-        heads=heads,
         decision=decision,
         notes=tuple(notes),
     )
@@ -187,7 +173,7 @@ def detect_source(source: str) -> Literal["checkpoint", "bundle"]:
 
 def _check_options(source: str, kind: str, options: EvaluateOptions) -> None:
     """Raise `ConfigError` for an option that *source* of this *kind* does not have."""
-    kinds = {"runtime": "bundle", "heads": "checkpoint", "fit_decision": "checkpoint"}
+    kinds = {"runtime": "bundle", "fit_decision": "checkpoint"}
     for setting, needed in kinds.items():
         if getattr(options, setting) and kind != needed:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
@@ -196,13 +182,3 @@ def _check_options(source: str, kind: str, options: EvaluateOptions) -> None:
         raise ConfigError(
             "is the evaluated checkpoint; give another file", setting="fit_decision", value=fitted
         )
-
-
-def _print_heads(heads: "Sequence[HeadAccuracy]") -> None:
-    rows = []
-    for head in heads:
-        interval = f"{head.top1.low:.1%} to {head.top1.high:.1%}"
-        rates = (f"{head.top1.share:.2%}", interval, f"{head.top5.share:.2%}", f"{head.loss:.4f}")
-        rows.append((head.name, *rates, f"{head.weight:g}", f"{head.share:.1%}"))
-    if rows:
-        print_table(("head", "top-1", "95 %", "top-5", "loss", "weight", "share"), rows)

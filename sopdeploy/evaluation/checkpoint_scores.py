@@ -13,20 +13,20 @@ from sopdeploy.data.base import LabeledImages, unreadable_images_error
 from sopdeploy.data.datasets.layouts import open_evaluation_images
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.errors import ConfigError, DataError
+from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.multi_label import fit_thresholds
-from sopdeploy.evaluation.prediction import AllHeads, HeadAccuracy, measure_heads, score_images
+from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.models.base import Classifier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointScores:
-    """The predictions of a checkpoint for *images*, and the accuracy of its heads, if asked for.
+    """The predictions of a checkpoint for *images*.
 
-    The predictions are one score per image, with the sorted `labels`, or, for a multi-label network, the
-    probabilities of all classes in output order. `logits` (N, C) are those of the network.
+    They are one score per image, with the sorted `labels`, or, for a multi-label network, the probabilities
+    of all classes in output order. `logits` (N, C) are those of the network.
     """
 
     checkpoint: Checkpoint
@@ -34,7 +34,6 @@ class CheckpointScores:
     images: LabeledImages
     logits: NDArray[np.float64]
     predictions: Predictions
-    heads: tuple[HeadAccuracy, ...]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -53,9 +52,10 @@ class CheckpointScores:
             raise DataError(
                 f"there are {len(self.images)} images; give at least {MIN_IMAGES}", setting="fit_decision"
             )
+        columns = np.array([self.checkpoint.labels.index(label) for label in self.images.labels])
         return fit_decision(
             self.logits,
-            _output_targets(self.checkpoint, self.images),
+            columns[self.images.targets.astype(np.int64)],
             estimated_on="held-out",
             accepts=accepts,
             scalable=self.model.logits_layer() is not None,
@@ -66,46 +66,31 @@ def score_checkpoint(
     path: Path,
     data: Path,
     *,
-    heads: bool = False,
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
     log: Log = ignore,
 ) -> CheckpointScores:
     """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 
-    *heads* adds the accuracy of every head. *on_image* receives the numbers of images done and in total,
-    *log* lines about the folder, also about images that the network was trained on. Raises `ConfigError` for
-    *heads* of a multi-label network.
+    *on_image* receives the numbers of images done and in total, *log* lines about the folder, also about
+    images that the network was trained on.
     """
     checkpoint = read_checkpoint(path)
     several = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
-    if heads and several:
-        raise ConfigError(f"{path} predicts several classes per image; omit it", setting="heads")
     labels = checkpoint.labels if several else tuple(sorted(checkpoint.labels))
     images = open_evaluation_images(data, labels, multi_label=several, log=log)
     if warning := checkpoint.trained_on(images):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    network = AllHeads(model) if heads else model
     try:
-        logits_NC = score_images(network, checkpoint.preprocess, images, workers=workers, on_image=on_image)
+        logits_NC = score_images(model, checkpoint.preprocess, images, workers=workers, on_image=on_image)
     except DataError as error:
         raise unreadable_images_error(error, images) from None
-    of_heads = network.split(logits_NC) if isinstance(network, AllHeads) else {}
-    logits_NC = of_heads.get("main", logits_NC)
     decision = checkpoint.decision or Decision()
-    calibrated_NC = logits_NC / decision.temperature
     return CheckpointScores(
         checkpoint=checkpoint,
         model=model,
         images=images,
         logits=logits_NC,
-        predictions=make_predictions(calibrated_NC, images, checkpoint.labels, decision),
-        heads=measure_heads(model, of_heads, _output_targets(checkpoint, images)) if heads else (),
+        predictions=make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision),
     )
-
-
-def _output_targets(checkpoint: Checkpoint, images: LabeledImages) -> NDArray[np.int64]:
-    """Return the output of the network for the class of each image (N,)."""
-    columns = np.array([checkpoint.labels.index(label) for label in images.labels])
-    return columns[images.targets.astype(np.int64)]

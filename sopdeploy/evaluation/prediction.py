@@ -1,12 +1,12 @@
 """Evaluation of networks: metrics during training, and per-image scores.
 
-`AllHeads` computes every head of a network, as in DSoP's Tables III and V, Figures 4 and 5. The heads are
-the network's own classifier, `main`, and the training-only ones: the branches of DSoP, the auxiliary heads of
-PSDR. Export removes the training-only heads, so only a checkpoint has them.
+`AllHeads` computes every head of a network, as in DSoP's Table III and Figure 5. The heads are the network's
+own classifier, `main`, and the training-only ones: the branches of DSoP, the auxiliary heads of PSDR. Export
+removes the training-only heads, so only a checkpoint has them.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any, ClassVar
 
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from sopdeploy.config import Fraction, NonNegative, StrictModel
+from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.decision import Activation, sigmoid
 from sopdeploy.errors import DataError, TrainingError
-from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K, Rate
+from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K
 from sopdeploy.evaluation.multi_label import (
     DEFAULT_THRESHOLD,
     MultiLabelMetrics,
@@ -190,54 +190,6 @@ class AllHeads(nn.Module):
     def split(self, logits: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         """Divide *logits* (N, H * C) of this network into those of its heads, (N, C)."""
         return dict(zip(self.names, np.split(logits, len(self.names), axis=1), strict=True))
-
-
-class HeadAccuracy(StrictModel):
-    """Accuracy and loss of one head.
-
-    `loss` is the mean cross entropy without the fitted temperature, `weight` its weight in the training loss
-    (alpha of `main`, beta of a branch), `share` the head's share of the sum of weighted losses. A head is
-    `constant` if it gives every image the same logits.
-    """
-
-    name: str
-    top1: Rate
-    top5: Rate
-    loss: NonNegative
-    weight: NonNegative
-    share: Fraction
-    constant: bool = False
-
-
-def loss_shares(weights: dict[str, float], losses: dict[str, float]) -> dict[str, float]:
-    """Compute the share of each head in the sum of weighted losses; 0 for all if the sum is 0."""
-    weighted = {name: weights[name] * loss for name, loss in losses.items()}
-    total = sum(weighted.values())
-    return {name: value / total if total else 0.0 for name, value in weighted.items()}
-
-
-def measure_heads(
-    model: Classifier,
-    logits: Mapping[str, NDArray[np.float64]],
-    targets: NDArray[np.int64],
-) -> tuple[HeadAccuracy, ...]:
-    """Measure the heads of *model* by their *logits* (N, C) for images of the classes *targets* (N,)."""
-    weights = model.loss_weights()
-    metrics = {name: held_out_metrics((), logits_NC, targets) for name, logits_NC in logits.items()}
-    shares = loss_shares(weights, {name: found.loss for name, found in metrics.items()})
-    return tuple(
-        HeadAccuracy(
-            name=name,
-            top1=Rate.of(round(found.top1 * found.count), found.count),
-            top5=Rate.of(round(found.top5 * found.count), found.count),
-            loss=found.loss,
-            weight=weights[name],
-            share=shares[name],
-            constant=bool(np.allclose(logits[name], logits[name][0])),
-        )
-        for name, found in metrics.items()
-        if isinstance(found, EvalMetrics)
-    )
 
 
 def score_images(

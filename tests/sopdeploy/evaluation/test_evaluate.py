@@ -1,7 +1,6 @@
 """Evaluation of networks and checkpoints; metrics by hand and by definition; several classes per image."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
-import sopdeploy
 from sopdeploy import create_model
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.cli.app import app
 from sopdeploy.commands.evaluate import detect_source
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.decision import sigmoid
@@ -124,36 +120,6 @@ def test_classes_are_matched_by_name(stored, tmp_path) -> None:
     assert [(one.label, one.count) for one in figures.classes] == [("a", 3), ("b", 4)]
     assert figures == measured(stored, tmp_path / "val", workers=2)
     assert figures.log_loss == pytest.approx(np.mean(losses), abs=1e-6)
-
-
-def test_heads_are_evaluated_on_every_image(stored, tmp_path) -> None:
-    make(tmp_path / "val", a=30, b=37)
-    model, normalize = build_classifier(read_checkpoint(stored), stored), Normalize(RULES)
-    files = [
-        (target, path) for target, name in enumerate("ba") for path in (tmp_path / "val" / name).iterdir()
-    ]
-    targets = torch.tensor([target for target, _ in files])
-    pixels = torch.from_numpy(np.stack([preprocess_image(Image.open(path), RULES) for _, path in files]))
-    with torch.no_grad():
-        heads = model.heads(normalize(pixels))
-    found = sopdeploy.evaluate(stored, tmp_path / "val", heads=True)
-    assert [one.name for one in found.heads] == ["layer1_0", "layer2_0", "layer3_0", "main"]
-    assert found.metrics == sopdeploy.evaluate(stored, tmp_path / "val").metrics
-    assert found.heads[-1].top1 == found.metrics.top1
-    losses = {name: float(nn.functional.cross_entropy(logits, targets)) for name, logits in heads.items()}
-    total = sum(model.loss_weights()[name] * loss for name, loss in losses.items())
-    for one in found.heads:
-        right = int((heads[one.name].argmax(dim=1) == targets).sum())
-        assert (one.top1.right, one.top5.right, one.top1.count) == (right, 67, 67)
-        assert one.loss == pytest.approx(losses[one.name], rel=1e-5)
-        assert one.weight == {"layer1_0": 0.1, "layer2_0": 0.2, "layer3_0": 0.3, "main": 1.0}[one.name]
-        assert one.share == pytest.approx(one.weight * losses[one.name] / total, rel=1e-5)
-    command = ["eval", str(stored), "--data", str(tmp_path / "val"), "--heads"]
-    shown = CliRunner().invoke(app, [*command, "--json"])
-    assert json.loads(shown.stdout)["heads"] == [one.model_dump(mode="json") for one in found.heads]
-    (tmp_path / "manifest.json").touch()
-    with pytest.raises(ConfigError, match="heads: only for a checkpoint, this is a bundle"):
-        sopdeploy.evaluate(tmp_path, tmp_path, heads=True)
 
 
 LABELS = ("a", "b", "c")
