@@ -1,10 +1,9 @@
-"""Encode images for tests; programs of `benchmarks/hostile_images.py` make hostile ones."""
+"""Encode images for tests; `tests.hostile_images` makes hostile ones."""
 
 import io
 import struct
 import zlib
 
-from hostile_images import chunk
 from PIL import Image
 
 from sopdeploy.images.formats import prepare_decoders
@@ -17,6 +16,11 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, kind, **options)
     return file.getvalue()
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    """Make a chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png(width: int, height: int, *, depth: int = 1, data: bytes = bytes(1000), extra: bytes = b"") -> bytes:

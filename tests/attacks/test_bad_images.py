@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hostile_images import chunk
-from hostile_images import png as zeros_png
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
@@ -26,7 +24,7 @@ from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, 
 from sopdeploy_service.commands.predict import read_image
 from sopdeploy_service.images.decode import decode
 from tests.counted import counted, record_images
-from tests.pictures import encoded, png
+from tests.pictures import chunk, encoded, png
 from tests.sopdeploy.data.small_data import jpeg, write_classes
 
 RULES = Preprocess(resize=36, crop=32)
@@ -114,8 +112,8 @@ def test_a_pixel_bomb_is_refused_by_its_header(name: str, monkeypatch: pytest.Mo
 
 
 def test_a_large_transparent_image_is_converted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rgba = encoded(Image.new("RGBA", (4000, 4000)))
     sizes = record_images(monkeypatch)
-    rgba = zeros_png(4000, 4000, color=6)
     decode(rgba, Preprocess(), max_bytes=10**6, max_pixels=10**8)
     large = [size for size in sizes if size[0] * size[1] > TILE]
     assert large == [(4000, 4000)]  # the RGB image

@@ -16,7 +16,6 @@ import numpy as np
 import onnx.parser
 import pytest
 import uvicorn
-from fake_runtime import FakeRuntime
 from fastapi import FastAPI
 from numpy.typing import NDArray
 from onnx import numpy_helper
@@ -36,6 +35,7 @@ from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.forged import write_computed
 from tests.pictures import encoded
 

@@ -3,10 +3,10 @@
 import threading
 
 import numpy as np
-from fake_runtime import FakeRuntime
 from numpy.typing import NDArray
 
 from sopdeploy_service.runtime.base import OutOfMemoryError
+from tests.fake_runtime import FakeRuntime
 
 
 class Held(FakeRuntime):

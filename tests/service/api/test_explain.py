@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_runtime import FakeRuntime
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
@@ -18,6 +17,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability.metrics import DriftWindow
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import picture_bytes, running, wait_for
 from tests.service.raw import count
 from tests.service.runtimes import Held

@@ -6,7 +6,6 @@ import re
 import shutil
 
 import pytest
-from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.images.limits import describe_formats
@@ -15,6 +14,7 @@ from sopdeploy_service.api.web import DOCS, INDEX
 from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.pictures import encoded
 from tests.service.conftest import picture_bytes, running
 

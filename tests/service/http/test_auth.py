@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
-from fake_runtime import FakeRuntime
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -21,6 +20,7 @@ from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, load_keys, new_key
 from sopdeploy_service.inference.results import RejectedError
 from sopdeploy_service.settings import load_settings
+from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import open_files, wait_for
 from tests.service.raw import EXPECT, POST, connect, count, post_of, read
 from tests.service.runtimes import Held

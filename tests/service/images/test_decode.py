@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_runtime import FakeRuntime
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from sopdeploy_service.commands import predict as predict_command
 from sopdeploy_service.images.decode import decode, is_truncated
 from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.pictures import encoded
 from tests.service.conftest import running
 

@@ -10,7 +10,6 @@ import httpx
 import numpy as np
 import orjson
 import pytest
-from fake_runtime import FakeRuntime
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -26,6 +25,7 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import running, wait_for
 from tests.service.raw import connect, count, read
 from tests.service.runtimes import Failing, Held

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_runtime import FakeRuntime
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, ConfigError, SopdeployError
@@ -19,6 +18,7 @@ from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.memory_budget import BudgetedRegistry
 from sopdeploy_service.inference.results import DRAINING, RejectedError
 from sopdeploy_service.settings import Settings, load_settings
+from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import running, wait_for
 
 MB = 1_000_000

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
-from fake_runtime import FakeOverlappingRuntime
 
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
@@ -15,6 +14,7 @@ from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected, settle
 from sopdeploy_service.inference.results import DEADLINE, DRAINING, INFERENCE_FAILED, NONFINITE
 from sopdeploy_service.runtime.base import DeviceLostError
+from tests.fake_runtime import FakeOverlappingRuntime
 from tests.service.conftest import picture_bytes, wait_for
 from tests.service.raw import connect, count, post_of
 from tests.service.runtimes import Held

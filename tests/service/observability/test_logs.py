@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_runtime import FakeRuntime
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Reference
@@ -20,6 +19,7 @@ from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs, metrics
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import running, wait_for, write_bundle
 
 

@@ -9,7 +9,6 @@ from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
-from fake_runtime import FakeRuntime
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy_service.server import http_protocol
 from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import running, wait_for
 from tests.service.raw import EXPECT, GET, POST, connect, count, read
 

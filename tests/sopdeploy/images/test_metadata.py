@@ -3,7 +3,6 @@
 import io
 from collections.abc import Callable
 
-import hostile_images as hostile
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
@@ -12,6 +11,7 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.images.pixels import exif_orientation, to_rgb
 from sopdeploy.images.preprocess import Preprocess
+from tests import hostile_images as hostile
 
 SECRET = b"SECRET"
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_runtime import FakeRuntime
 from PIL import Image
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.pictures import encoded
 from tests.service.api.pages.conftest import done, expected, give, operate, shown
 from tests.service.conftest import picture_bytes, running, write_bundle

@@ -11,7 +11,6 @@ import numpy as np
 import onnx.parser
 import pyarrow.parquet as pq
 import pytest
-from fake_runtime import FakeRuntime
 from onnx import numpy_helper
 
 from sopdeploy.bundle.manifest import EMBEDDING
@@ -26,6 +25,7 @@ from sopdeploy_service.images.decode import decode
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
+from tests.fake_runtime import FakeRuntime
 from tests.forged import write_computed
 from tests.service.commands.batch.conftest import (
     BAD,

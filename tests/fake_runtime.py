@@ -60,7 +60,7 @@ class FakeOverlappingRuntime(FakeRuntime):
     def begin(
         self,
         images: Sequence[NDArray[np.uint8]],
-        names: Sequence[str] | None = None,  # noqa: ARG002
+        names: Sequence[str] | None = None,
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that sleeps until it is done."""
         outputs, seconds = self._compute(np.stack(images))
