@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
-from sopdeploy_service.http.api_keys import load_keys
+from sopdeploy_service.http.api_keys import read_keys
 from sopdeploy_service.http.middleware import (
     METRICS_PATH,
     OPEN,
@@ -41,7 +41,7 @@ def create_app(
     `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
     Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
-    keys = None if settings.keys is None else load_keys(settings.keys)
+    keys = None if settings.keys is None else read_keys(settings.keys)
     registry = models if isinstance(models, ModelRegistry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
     keeper: Keeper | None = None

@@ -2,8 +2,8 @@
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
 process copy them without metadata, and stores them. Photographs that find the queue full are dropped, and so
-are those outside of the uniform sample whose copies would take more than `COPY_SHARE` of the time;
-near-duplicates take none of it.
+are those outside of the uniform sample whose copies would take more than `COPY_SHARE` of the time, with the
+time that they wait for a process; near-duplicates take none of it.
 """
 
 import hashlib
@@ -23,7 +23,6 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.decision import sigmoid, top_indices
 from sopdeploy.errors import ImageError
 from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
-from sopdeploy_service.inference.decoders import StrippedCopy
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.kept_folder import KeptResult
@@ -37,7 +36,7 @@ _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
 StoreKept: TypeAlias = Callable[[bytes, KeptRecord], KeptResult]  # `KeptFolder.add`
-CopyImage: TypeAlias = Callable[[bytes], StrippedCopy]  # `Decoders.copy`
+CopyImage: TypeAlias = Callable[[bytes], tuple[bytes, str]]  # `Decoders.copy`
 
 
 class PredictedPhoto(NamedTuple):
@@ -159,11 +158,10 @@ class Keeper:
                 return "dropped"
             self._recent.append(near)
         try:
-            copy = self._copy(photo.image)
+            copy, suffix = self._copy(photo.image)
         except ImageError:
-            copy = StrippedCopy(b"", "", time.monotonic() - now)
-        if not is_sample:
-            self._budget = max(-COPY_BURST, self._budget - copy.seconds)
-        if not copy.body:
             return "dropped"
-        return self._store(copy.body, make_record(photo, reasons, f"{sha256[:32]}{copy.suffix}"))
+        finally:
+            if not is_sample:
+                self._budget = max(-COPY_BURST, self._budget - (time.monotonic() - now))
+        return self._store(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))

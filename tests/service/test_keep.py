@@ -30,7 +30,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.images.metadata import copy_without_metadata
 from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy_service import keep, kept_folder
-from sopdeploy_service.inference.decoders import StrippedCopy
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.keep import Keeper, reasons_to_keep
 from sopdeploy_service.kept_folder import FILE_BLOCK, KeptFolder
@@ -172,13 +171,8 @@ def test_only_files_that_are_classified_are_kept(bundle, onnx_runtime: OnnxRunti
     assert {record.image for _, record in read_kept(tmp_path)} == names
 
 
-def copied(image: bytes) -> StrippedCopy:
-    """Stands for a decoder process."""
-    return StrippedCopy(*copy_without_metadata(image), 1.0)
-
-
 def make_keeper(
-    store: keep.StoreKept, share: float = 0.0, copy: keep.CopyImage = copied
+    store: keep.StoreKept, share: float = 0.0, copy: keep.CopyImage = copy_without_metadata
 ) -> tuple[Keeper, Metrics]:
     metrics = Metrics()
     return Keeper(store, share, metrics, copy), metrics
@@ -239,9 +233,10 @@ def test_near_duplicates_are_not_read_and_a_costly_photograph_delays_others_by_a
 ) -> None:
     clock, read = [0.0], list[bytes]()
 
-    def copy(image: bytes) -> StrippedCopy:
+    def copy(image: bytes) -> tuple[bytes, str]:
         read.append(image)
-        return StrippedCopy(image, ".jpg", seconds=100.0)
+        clock[0] += 10.0
+        return image, ".jpg"
 
     monkeypatch.setattr(keep, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(keep, "COPY_BURST", 0.25)

@@ -178,11 +178,9 @@ def _open(image: object, number: int) -> Path | Image.Image:
         if 0 in image.size:
             raise DataError(f"image {number}: a PIL image without pixels {image.size}; give another")
         return image
-    if not isinstance(image, np.ndarray):
-        raise DataError(f"image {number}: a {type(image).__name__}; give a path, a PIL image or an array")
-    has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-    if image.dtype != np.uint8 or not has_image_shape or 0 in image.shape:
-        raise DataError(
-            f"image {number}: {image.dtype} array {image.shape}; give uint8 (H, W), (H, W, 3) or (H, W, 4)"
-        )
-    return Image.fromarray(image)
+    is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8 and 0 not in image.shape
+    if is_array and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+        return Image.fromarray(image)
+    given = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    expected = "a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4)"
+    raise DataError(f"image {number}: {given}; give {expected}")

@@ -41,7 +41,7 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
         )
     except FormParserError as problem:
         raise RejectedError(NO_BOUNDARY) from problem
-    start = (b"\r\n" + body).find(b"\r\n--" + boundary)
+    start = 0 if body.startswith(b"--" + boundary) else body.find(b"\r\n--" + boundary)
     try:
         parser.write(body[max(start, 0) :])
     except FormParserError as problem:

@@ -44,14 +44,6 @@ _Result = TypeVar("_Result")
 Job: TypeAlias = Callable[[DecoderProcess], None]  # is called on the thread of a child
 
 
-class StrippedCopy(NamedTuple):
-    """A copy of an image file without metadata, its suffix, and the seconds that it took a child."""
-
-    body: bytes
-    suffix: str
-    seconds: float
-
-
 class Plan(NamedTuple):
     """Number of children for light and for large images, and bytes of memory of one for large images."""
 
@@ -137,14 +129,12 @@ class Decoders:
         """Decode *image* while this thread waits; raises `ImageError`."""
         return self._wait_for(image, lambda child: child.decode(image, preprocess))
 
-    def copy(self, image: bytes) -> StrippedCopy:
-        """Copy *image* without metadata while this thread waits; raises `ImageError`."""
+    def copy(self, image: bytes) -> tuple[bytes, str]:
+        """Copy *image* without metadata while this thread waits; return the copy and its suffix.
 
-        def copy(child: DecoderProcess) -> StrippedCopy:
-            started = time.monotonic()
-            return StrippedCopy(*child.copy(image), time.monotonic() - started)
-
-        return self._wait_for(image, copy)
+        Raises `ImageError`.
+        """
+        return self._wait_for(image, lambda child: child.copy(image))
 
     def _wait_for(self, image: bytes, request: Callable[[DecoderProcess], _Result]) -> _Result:
         """Return the result of a child for light images or, if it ends or refuses, of one for large ones."""

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,46 +50,34 @@ class NoRuntime:
 
 @dataclass(eq=False, slots=True)
 class BudgetEntry:
-    """*unloaded* takes the place of the model of a bundle while it is not loaded.
+    """*unloaded* takes the place of the model of a bundle, assumed to need *bytes*, while it is not loaded.
 
     *unloaded* is in use by every request that uses the model or waits for it. Until the time in *failed*, no
     load is tried again, and requests get its error.
     """
 
     unloaded: Model
+    bytes: int
     loading: asyncio.Task[HttpError | None] | None = None
     failed: tuple[float, HttpError] | None = None
-
-    @property
-    def bytes(self) -> int:
-        """The memory that the model is assumed to need."""
-        return FILE_FACTOR * self.unloaded.bundle.manifest.files["model.onnx"].bytes + ACTIVATION_BYTES
 
 
 class BudgetedRegistry(ModelRegistry):
     """Models by name, of which only as many are loaded as the memory budget of the settings allows."""
 
-    def __init__(
-        self,
-        bundles: Mapping[str, Path],
-        settings: Settings,
-        load: Callable[[Path, Settings], LoadedModel] = load_model,
-    ) -> None:
+    def __init__(self, bundles: Mapping[str, Path], settings: Settings) -> None:
         """Check all *bundles* by name.
 
         Raises the errors of `open_checked`, and `ConfigError` for a bundle that does not fit into the budget.
         """
         super().__init__({}, settings)
-        self._load, self._budget = load, settings.memory_budget or 0
+        self._budget = settings.memory_budget or 0
         # The model that was used longest ago comes first.
         self._entries = OrderedDict((name, self._make_entry(name, path)) for name, path in bundles.items())
         for name, entry in self._entries.items():
             if entry.bytes > self._budget:
                 sizes = f"{name} needs {entry.bytes / 1e9:.2f} GB, the budget is {self._budget / 1e9:.2f} GB"
                 raise ConfigError(f"memory_budget: {sizes}; raise it")
-
-    async def start(self) -> None:
-        """Start nothing: no model is loaded yet."""
 
     @contextmanager
     def use(self, model: Model) -> Iterator[None]:
@@ -125,7 +113,8 @@ class BudgetedRegistry(ModelRegistry):
         model = self._by_name[name] = Model(name, unloaded, self._settings, self.metrics)
         model.is_loaded = False
         self.metrics.model_memory.labels(name).set(0)
-        return BudgetEntry(model)
+        size = FILE_FACTOR * bundle.manifest.files["model.onnx"].bytes + ACTIVATION_BYTES
+        return BudgetEntry(model, size)
 
     async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
         """Load *entry* after earlier loads; return the error for waiting requests if it fails."""
@@ -135,7 +124,7 @@ class BudgetedRegistry(ModelRegistry):
                 if entry.failed is not None and time.monotonic() < entry.failed[0]:
                     return entry.failed[1]
                 await self._make_room(entry.bytes)
-                loaded = await asyncio.to_thread(self._load, entry.unloaded.bundle.path, self._settings)
+                loaded = await asyncio.to_thread(load_model, entry.unloaded.bundle.path, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
                 model.continue_drift_of(entry.unloaded)
                 model.start()

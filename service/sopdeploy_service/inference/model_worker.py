@@ -187,12 +187,10 @@ class LatencyTable:
 
         A size without measurement takes the value of the next larger size, or scales the largest one.
         """
-        if num_images in self._seconds or not self._seconds:
-            return self._seconds.get(num_images, 0.0)
-        largest = max(self._seconds)
-        if num_images > largest:
-            return self._seconds[largest] * num_images / largest
-        return self._seconds[min(size for size in self._seconds if size > num_images)]
+        if larger := [size for size in self._seconds if size >= num_images]:
+            return self._seconds[min(larger)]
+        largest = max(self._seconds, default=1)
+        return self._seconds.get(largest, 0.0) * num_images / largest
 
     def total_seconds(self, num_images: int, max_batch: int) -> float:
         """Estimate the seconds of *num_images* in batches of at most *max_batch*."""
@@ -202,11 +200,10 @@ class LatencyTable:
 
 @dataclass(slots=True)
 class _Batch:
-    """A batch in flight: *wait* returns its outputs, *error* is why it did not begin."""
+    """A batch in flight; *wait* returns its outputs if it has begun."""
 
     items: list[QueuedImage]
     wait: Callable[[], Outputs] | None = None
-    error: Exception | None = None
 
 
 class Model:
@@ -246,7 +243,6 @@ class Model:
         self._batch_limit = self.largest_batch
         self._limited_until = 0.0
         self._failed = False  # every image of the last batch
-        self._pixels = np.empty((0,), np.uint8)  # reused: to clear new pages for each batch takes longer
         self._in_flight: list[_Batch] = []  # oldest first
         self._batch_started: float | None = None  # when the oldest batch got the device to itself
 
@@ -335,12 +331,9 @@ class Model:
             self._batch_started = self._batch_started or time.monotonic()
             self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
             if self._overlapping is not None:
-                try:
-                    batch.wait = self._overlapping.begin(
-                        [item.image for item in items], self._names_of(items)
-                    )
-                except Exception as error:  # handled when this batch is the oldest; an earlier one may run
-                    batch.error = error
+                with contextlib.suppress(Exception):  # it begins again, alone, when it is the oldest
+                    images = [item.image for item in items]
+                    batch.wait = self._overlapping.begin(images, self._names_of(items))
         return bool(items)
 
     def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -372,18 +365,13 @@ class Model:
 
         The first call is for all images of *batch*, which may have begun already; later ones are for parts.
         """
-        wait, error, batch.wait, batch.error = batch.wait, batch.error, None, None
+        wait, batch.wait = batch.wait, None
         try:
-            if error is not None:
-                raise error
             if wait is not None:
                 return wait()
             if self._overlapping is not None:
                 return self._overlapping.begin(images, names)()
-            if self._pixels.shape[1:] != images[0].shape:
-                self._pixels = np.empty((self.largest_batch, *images[0].shape), np.uint8)
-            batch_pixels = np.stack(images, out=self._pixels[: len(images)])
-            return self._runtime.run(batch_pixels)
+            return self._runtime.run(np.stack(images))
         except Exception as failure:
             if is_out_of_memory(failure):
                 self._batch_limit = max(1, len(images) // 2)

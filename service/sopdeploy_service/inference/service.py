@@ -68,9 +68,10 @@ class ModelRegistry:
         self._by_name = {name: self._make_model(name, model) for name, model in loaded.items()}
 
     async def start(self) -> None:
-        """Start the worker threads of every model."""
+        """Start the worker threads of the models that are loaded."""
         for model in self.models():
-            model.start()
+            if model.is_loaded:
+                model.start()
 
     def models(self) -> list[Model]:
         """Return every model that requests can choose, by name."""
@@ -338,15 +339,13 @@ class Service:
         seconds, rest = time.monotonic() - started, iter(results)
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, Prediction):
-                logits = []
-                for result in itertools.islice(rest, num_copies):
-                    if isinstance(result, HttpError):
-                        outcomes[number] = result
-                    else:
-                        logits.append(result.outputs[model.logits])
-                if len(logits) == num_copies:
-                    stages = {**outcome.stage_seconds, "explain": seconds}
-                    outcomes[number] = outcome._replace(stage_seconds=stages, occluded=np.stack(logits))
+                found = list(itertools.islice(rest, num_copies))
+                logits = [one.outputs[model.logits] for one in found if isinstance(one, Prediction)]
+                stages = {**outcome.stage_seconds, "explain": seconds}
+                outcomes[number] = next(
+                    (one for one in found if isinstance(one, HttpError)),
+                    outcome._replace(stage_seconds=stages, occluded=np.array(logits)),
+                )
         return outcomes
 
     def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:

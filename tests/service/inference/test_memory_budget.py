@@ -28,9 +28,10 @@ open_once = cache(open_bundle)
 
 
 class Device:
-    """Counts the models that `load` has loaded and that are not released; they must fit into *budget*."""
+    """Counts the models that the registry has loaded and not released; they must fit into *budget*."""
 
-    def __init__(self, budget: int) -> None:
+    def __init__(self, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(memory_budget, "load_model", self.load)
         self.budget, self.loaded, self.loads = budget, 0, 0
         self.errors = list[SopdeployError]()
         self.gate = threading.Event()
@@ -60,7 +61,7 @@ def run_with_registry(
 
     async def run() -> None:
         given = Settings.model_validate({"memory_budget": device.budget})
-        registry = BudgetedRegistry(bundles, given, device.load)
+        registry = BudgetedRegistry(bundles, given)
         await registry.start()
         await scenario(registry)
         await registry.stop()
@@ -77,8 +78,8 @@ async def request(registry: BudgetedRegistry, name: str) -> bool:
         return model.is_loaded
 
 
-def test_a_hundred_models_share_the_memory_of_ten_like_an_ideal_cache(bundle_path) -> None:
-    device = Device(budget=10 * SIZE)
+def test_a_hundred_models_share_the_memory_of_ten_like_an_ideal_cache(bundle_path, monkeypatch) -> None:
+    device = Device(10 * SIZE, monkeypatch)
     names = [f"model{number}" for number in range(100)]
     popularity = 1 / np.arange(1, 101)
     drawn = np.random.default_rng(0).choice(100, 500, p=popularity / popularity.sum())
@@ -100,19 +101,19 @@ def test_a_hundred_models_share_the_memory_of_ten_like_an_ideal_cache(bundle_pat
 
 
 def test_models_in_use_stay_and_are_waited_for(bundle_path, monkeypatch) -> None:
-    device = Device(budget=2 * SIZE)
+    device = Device(2 * SIZE, monkeypatch)
 
     async def scenario(registry: BudgetedRegistry) -> None:
         used, model = registry.find("used"), registry.find("a")
         with registry.use(used), registry.use(model):
             await registry.wait_until_loaded(used)
             await registry.wait_until_loaded(model)
-            monkeypatch.setattr(memory_budget, "ROOM_SECONDS", 0.0)
-            with pytest.raises(RejectedError) as error:
-                await request(registry, "b")
+            with monkeypatch.context() as patch:
+                patch.setattr(memory_budget, "ROOM_SECONDS", 0.0)
+                with pytest.raises(RejectedError) as error:
+                    await request(registry, "b")
             assert (error.value.reason.status, error.value.reason.code) == (503, "memory_full")
             assert error.value.reason.retry_after
-            monkeypatch.undo()
             waiting = asyncio.create_task(request(registry, "b"))
             await asyncio.sleep(0)
         await waiting
@@ -122,11 +123,11 @@ def test_models_in_use_stay_and_are_waited_for(bundle_path, monkeypatch) -> None
     run_with_registry(dict.fromkeys(("used", "a", "b"), bundle_path), device, scenario)
 
 
-def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg) -> None:
-    device = Device(budget=70 * MB)
+def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg, monkeypatch) -> None:
+    device = Device(70 * MB, monkeypatch)
     bundles = {"a": bundle.path, "b": bundle.path}
     settings = Settings.model_validate({"memory_budget": device.budget})
-    registry = BudgetedRegistry(bundles, settings, device.load)
+    registry = BudgetedRegistry(bundles, settings)
     with (
         running(FakeRuntime(num_classes=7), bundle, settings, registry=registry) as client,
         ThreadPoolExecutor() as threads,
@@ -157,11 +158,11 @@ def test_requests_wait_for_one_load_and_see_its_time(bundle, jpeg) -> None:
     assert device.loaded == 0
 
 
-def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_at_every_request(bundle, jpeg) -> None:
-    device = Device(budget=150 * MB)
+def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_again(bundle, jpeg, monkeypatch) -> None:
+    device = Device(150 * MB, monkeypatch)
     bundles = {"a": bundle.path, "b": bundle.path}
     settings = Settings.model_validate({"memory_budget": device.budget})
-    registry = BudgetedRegistry(bundles, settings, device.load)
+    registry = BudgetedRegistry(bundles, settings)
     with running(FakeRuntime(num_classes=7), bundle, settings, registry=registry) as client:
         device.errors.append(BundleError("damaged"))
         codes = [client.post("/v1/classify?model=a", content=jpeg).json()["code"]]
@@ -172,8 +173,8 @@ def test_a_model_that_cannot_be_loaded_fails_alone_and_is_not_tried_at_every_req
         assert client.get("/readyz").status_code == 200
 
 
-def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path) -> None:
-    device = Device(budget=70 * MB)
+def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path, monkeypatch) -> None:
+    device = Device(70 * MB, monkeypatch)
 
     async def scenario(registry: BudgetedRegistry) -> None:
         device.gate.clear()
@@ -191,7 +192,7 @@ def test_the_end_of_a_drain_rejects_requests_that_wait_for_a_load(bundle_path) -
 
 def test_budgets_that_cannot_work_are_refused_at_the_start(bundle_path) -> None:
     with pytest.raises(ConfigError, match=r"a needs 0\.06 GB, the budget is 0\.02 GB; raise it"):
-        BudgetedRegistry({"a": bundle_path}, load_settings(memory_budget="20MB"), Device(0).load)
+        BudgetedRegistry({"a": bundle_path}, load_settings(memory_budget="20MB"))
     with pytest.raises(ConfigError, match="memory_budget needs a single process"):
         load_settings(memory_budget="20GB", devices="cpu")
     for budget in ("much", "0GB"):

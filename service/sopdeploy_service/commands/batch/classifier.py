@@ -22,8 +22,8 @@ from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy.images.formats import too_large_error
-from sopdeploy_service.commands.batch.options import ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.run import ClassifyOptions
 from sopdeploy_service.commands.batch.sources import ListedImage, read_listed
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model

@@ -21,8 +21,8 @@ from sopdeploy import errors
 from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
 from sopdeploy_service.commands.batch.classifier import MAX_WORKERS, BatchClassifier, OnImages
-from sopdeploy_service.commands.batch.options import NEW_CLUSTER, ClassifyOptions
 from sopdeploy_service.commands.batch.output import OutputFolder
+from sopdeploy_service.commands.batch.run import NEW_CLUSTER, ClassifyOptions
 from sopdeploy_service.settings import Settings
 
 CONNECT_SECONDS = 5.0

@@ -16,7 +16,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.commands.batch.classifier import BatchClassifier
-from sopdeploy_service.commands.batch.options import ClassifyOptions
+from sopdeploy_service.commands.batch.run import ClassifyOptions
 from tests.service.children import below, listening
 from tests.service.commands.batch.conftest import (
     BAD,
