@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import re
-import time
 import weakref
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +19,6 @@ from sopdeploy.kept import LOCK, NEAR_BITS, KeptRecord, read_kept
 
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 FILE_BLOCK = 4096  # bytes
-PAUSE_SECONDS = 60.0  # after a write that failed
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
 _OWN = re.compile(rf"[0-9a-f]{{32}}\.(jpg|png|json)(?:{re.escape(PARTIAL)})?")
 
@@ -51,7 +49,7 @@ class KeptFolder:
         """
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
         self._entries: dict[str, _Entry] = {}  # by name, the oldest first
-        self._failed_at: float | None = None
+        self._failed = False
         self._other_bytes = 0
         with writing(path, ConfigError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,22 +87,20 @@ class KeptFolder:
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* unless it is a near-duplicate; of a copy, only new reasons are added.
 
-        Images of the uniform sample may be near-duplicates. After a write has failed, none is tried for
-        `PAUSE_SECONDS`.
+        Images of the uniform sample may be near-duplicates. The first write that fails is logged, and the
+        next one that succeeds.
         """
-        if self._failed_at is not None and time.monotonic() < self._failed_at + PAUSE_SECONDS:
-            return "failed"
         try:
             self._expire()
             result = self._add(image, record)
         except OSError as error:
-            if self._failed_at is None:
+            if not self._failed:
                 log.warning("%s: cannot be written (%s); no photograph is kept", self.path, error.strerror)
-            self._failed_at = time.monotonic()
+            self._failed = True
             return "failed"
-        if self._failed_at is not None:
+        if self._failed:
             log.warning("%s: can be written again", self.path)
-            self._failed_at = None
+        self._failed = False
         return result
 
     def _expire(self) -> None:

@@ -28,7 +28,7 @@ from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
 from sopdeploy_service.app import create_app
-from sopdeploy_service.inference.loader import LoadedModel, read_card_files
+from sopdeploy_service.inference.loader import LoadedModel
 from sopdeploy_service.inference.service import ModelRegistry
 from sopdeploy_service.runtime.base import Runtime
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
@@ -234,7 +234,7 @@ def running(
 
     With *registry*, it serves the models of this one instead. *options* go to `create_app`.
     """
-    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={}, card_files=read_card_files(bundle))
+    inference = LoadedModel(bundle=bundle, runtime=runtime, replays={})
     app = create_app(registry or dict.fromkeys(names, inference), settings, **options)
     limits = httpx.Limits(max_connections=200)
     with (

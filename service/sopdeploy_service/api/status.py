@@ -7,13 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from sopdeploy.bundle.folder import MANIFEST
+from sopdeploy.bundle.folder import MANIFEST, Bundle
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.config import StrictModel
 from sopdeploy.http_api import ModelInfo, ServerInfo
 from sopdeploy_service.api.admission import json_response, service_of
 from sopdeploy_service.http.problems import problem_responses
-from sopdeploy_service.inference.loader import CERTIFICATE, README, LoadedModel
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.service import State
 
@@ -109,13 +108,14 @@ def model_info(model: Model) -> ModelInfo:
 )
 async def card(request: Request, model_name: ModelName = None) -> Response:
     """Return the model card of `model` (required if several are loaded) and a summary of its certificate."""
-    return json_response(read_card(service_of(request).registry.find(model_name).loaded))
+    bundle = service_of(request).registry.find(model_name).bundle
+    return json_response(await asyncio.to_thread(read_card, bundle))
 
 
-def read_card(loaded: LoadedModel) -> Card:
-    """Read the model card and summarize the certificate of a loaded bundle."""
+def read_card(bundle: Bundle) -> Card:
+    """Read the model card and summarize the certificate of *bundle*."""
     try:
-        certificate = json.loads(loaded.card_files[CERTIFICATE])
+        certificate = json.loads((bundle.path / "certificate.json").read_bytes())
         roots = certificate["roots"]
         same = ("proof", "compared", "detached", "num_images", "largest_difference")
         summary = {
@@ -127,7 +127,8 @@ def read_card(loaded: LoadedModel) -> Card:
             "onnx_root": roots["onnx"],
             "num_operations": roots["num_operations"],
         }
-    except (KeyError, TypeError, ValueError):  # it has another structure
+    except (OSError, KeyError, TypeError, ValueError):  # it was deleted, or has another structure
         summary = None
-    text = loaded.card_files.get(README, b"").decode("utf-8", "replace")
-    return Card(bundle=loaded.bundle.name, text=text, certificate=summary)
+    card = bundle.path / "README.md"
+    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    return Card(bundle=bundle.name, text=text, certificate=summary)

@@ -178,9 +178,11 @@ def _open(image: object, number: int) -> Path | Image.Image:
         if 0 in image.size:
             raise DataError(f"image {number}: a PIL image without pixels {image.size}; give another")
         return image
-    is_array = isinstance(image, np.ndarray) and image.dtype == np.uint8 and 0 not in image.shape
-    if is_array and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
-        return Image.fromarray(image)
-    given = f"{image.dtype} array {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+    given = type(image).__name__
+    if isinstance(image, np.ndarray):
+        has_image_shape = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+        if image.dtype == np.uint8 and has_image_shape and 0 not in image.shape:
+            return Image.fromarray(image)
+        given = f"{image.dtype} array {image.shape}"
     expected = "a path, a PIL image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4)"
     raise DataError(f"image {number}: {given}; give {expected}")

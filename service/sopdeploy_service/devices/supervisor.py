@@ -64,7 +64,6 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._announced = False
         self._code = 0
-        self._output_error: OSError | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
@@ -84,8 +83,6 @@ class Supervisor:
             if self._links is not None:
                 start_task(self._tasks, self._follow(self._links))
             await asyncio.gather(*(self._supervise(process) for process in self._processes))
-        if self._output_error is not None:
-            raise self._output_error
         return self._code
 
     def _stop(self) -> None:
@@ -199,12 +196,9 @@ class Supervisor:
         """Open the port, and print that the server is ready."""
         self._announced = True
         self._listener.listen(MAX_PENDING)
-        try:
+        with contextlib.suppress(OSError):  # nobody reads it
             sys.stdout.write(f"ready: {url(self._listener)}  {bundles}\n")
             sys.stdout.flush()
-        except OSError as problem:  # raised by `run`
-            self._output_error = problem
-            self._stop()
 
     def _accept(self) -> None:
         """Pass a waiting connection to the process with the fewest open connections."""

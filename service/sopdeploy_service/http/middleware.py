@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sopdeploy.errors import ConfigError
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key
 from sopdeploy_service.http.problems import INTERNAL, reject
@@ -208,11 +207,8 @@ class KeyGuard:
     def __init__(
         self, keys: Sequence[Key], open_paths: Collection[str], limits: "memoryview[float] | None"
     ) -> None:
-        """Keep two numbers per key in *limits*; raises `ConfigError` if these have too few."""
+        """Keep two numbers per key in *limits*, by default in memory of this process."""
         states = memoryview(bytearray(16 * len(keys))).cast("d") if limits is None else limits
-        if 2 * len(keys) > len(states):
-            most = len(states) // 2
-            raise ConfigError(f"more than {most} keys, the limit with several devices; remove some")
         self._keys, self._open_paths = keys, open_paths
         self._buckets = {
             key.name: TokenBucket(key.rate, key.burst, states[2 * number : 2 * number + 2])

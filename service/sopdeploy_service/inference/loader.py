@@ -7,9 +7,8 @@ meant and does not work, the server ends with an error instead of silently using
 
 import logging
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,6 @@ from sopdeploy_service.runtime.openvino import OpenVINORuntime
 from sopdeploy_service.runtime.tensorrt import TensorRTRuntime
 from sopdeploy_service.settings import Settings
 
-README, CERTIFICATE = "README.md", "certificate.json"
 LARGEST_ON_CPU = 4  # larger batches gain nothing on a CPU and delay the first image of the batch
 
 log = logging.getLogger("sopdeploy.inference")
@@ -42,17 +40,15 @@ log = logging.getLogger("sopdeploy.inference")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadedModel:
-    """A verified bundle and its runtime; the files of the bundle may be deleted.
+    """A verified bundle and its runtime, which does not need the files of the bundle any more.
 
-    `card_files` has the model card and the certificate, whose names are above. `replays` maps batch sizes to
-    replays of the probes. `timings` has (images, seconds) of each run. `onnx_root` is the root of the graph,
-    if it was recomputed.
+    `replays` maps batch sizes to replays of the probes. `timings` has (images, seconds) of each run.
+    `onnx_root` is the root of the graph, if it was recomputed.
     """
 
     bundle: Bundle
     runtime: Runtime
     replays: dict[int, Replay]
-    card_files: Mapping[str, bytes] = field(default_factory=dict)
     timings: tuple[tuple[int, float], ...] = ()
     onnx_root: str | None = None
 
@@ -82,22 +78,14 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
             probes = read_probes(bundle.probes, bundle.manifest)
             timings = warm_up(probes, runtime, max_batch)
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
-        card_files = read_card_files(bundle)
         stack.pop_all()
     return LoadedModel(
         bundle=bundle,
         runtime=runtime,
         replays=replays,
-        card_files=card_files,
         timings=tuple(timings),
         onnx_root=root,
     )
-
-
-def read_card_files(bundle: Bundle) -> dict[str, bytes]:
-    """Read the model card and the certificate of *bundle* by name."""
-    names = bundle.manifest.files.keys() & {README, CERTIFICATE}
-    return {name: (bundle.path / name).read_bytes() for name in names}
 
 
 def open_checked(path: Path, settings: Settings) -> Bundle:

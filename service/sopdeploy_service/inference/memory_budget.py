@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.errors import ConfigError, SopdeployError
-from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked, read_card_files
+from sopdeploy_service.inference.loader import LoadedModel, load_model, open_checked
 from sopdeploy_service.inference.model_worker import Model
 from sopdeploy_service.inference.results import DRAINING, HttpError, RejectedError
 from sopdeploy_service.inference.service import ModelRegistry
@@ -108,8 +108,7 @@ class BudgetedRegistry(ModelRegistry):
 
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
         bundle = open_checked(path, self._settings)
-        card_files = read_card_files(bundle)
-        unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={}, card_files=card_files)
+        unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
         model = self._by_name[name] = Model(name, unloaded, self._settings, self.metrics)
         model.is_loaded = False
         self.metrics.model_memory.labels(name).set(0)
@@ -126,7 +125,7 @@ class BudgetedRegistry(ModelRegistry):
                 await self._make_room(entry.bytes)
                 loaded = await asyncio.to_thread(load_model, entry.unloaded.bundle.path, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
-                model.continue_drift_of(entry.unloaded)
+                model.drift = entry.unloaded.drift  # since the start
                 model.start()
                 self.metrics.model_memory.labels(name).set(entry.bytes)
                 self.metrics.model_loads.labels(name).inc()

@@ -126,7 +126,10 @@ class RequestQueue:
         with self._changed:
             while True:
                 now = time.monotonic()
-                self._drop_over(now)
+                # A generator, because local variables would keep images alive while this waits.
+                self._items = deque(
+                    item for item in self._items if not item.outcome.done() and item.deadline > now
+                )
                 if len(self._items) >= max_size:
                     return [self._items.popleft() for _ in range(max_size)]
                 if only_full or (not self._items and self.closed_with is not None):
@@ -135,14 +138,6 @@ class RequestQueue:
                 if wait is not None and wait <= 0:
                     return [self._items.popleft() for _ in range(len(self._items))]
                 self._changed.wait(wait)
-
-    def _drop_over(self, now: float) -> None:
-        """Remove the images whose request has ended or whose deadline has passed at *now*.
-
-        This is not a part of `take`, because its local variables would keep the images alive while it waits.
-        """
-        if over := [item for item in self._items if item.outcome.done() or item.deadline <= now]:
-            self._items = deque(item for item in self._items if item not in over)
 
     def close(self, reason: HttpError) -> list[QueuedImage]:
         """Give *reason* to every image from now on; return those that are still queued."""
@@ -261,12 +256,6 @@ class Model:
             batches = tuple(self._in_flight)
             items = [*self.queue.close(reason), *(item for batch in batches for item in batch.items)]
             settle(items, [reason] * len(items))
-
-    def continue_drift_of(self, previous: "Model") -> None:
-        """Take over the drift window of *previous*, which has the same bundle."""
-        self.drift = previous.drift
-        if self.drift is not None:
-            self.drift.show()
 
     async def stop(self) -> None:
         """Close the model, end its thread and release its runtime."""

@@ -12,9 +12,8 @@ from sopdeploy.images.limits import describe_formats
 from sopdeploy_service.api.status import read_card
 from sopdeploy_service.api.web import DOCS, INDEX
 from sopdeploy_service.commands.predict import predict
-from sopdeploy_service.inference.loader import LoadedModel, load_model
+from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
-from tests.fake_runtime import FakeRuntime
 from tests.pictures import encoded
 from tests.service.conftest import picture_bytes, running
 
@@ -207,7 +206,7 @@ def test_the_card_has_readme_and_certificate(gated_client, gated_bundle):
 
 
 def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_model_404(client, bundle):
-    card = read_card(LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7), replays={}))
+    card = read_card(bundle)
     assert (card.text, card.certificate) == ("", None)
     reply = client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")

@@ -11,7 +11,6 @@ is a fixed range of the list, so a resumed run writes the same parts as an unint
 import fcntl
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -39,11 +38,7 @@ class OutputFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Create the folder and reserve it for this process; raise `ConfigError` if another one uses it.
-
-        A new folder is removed if the run ends before it has a list of images.
-        """
-        is_new = not self.path.exists()
+        """Create the folder and reserve it for this process; raise `ConfigError` if another one uses it."""
         with writing(str(self.path), ConfigError):
             (self.path / ROWS_FOLDER).mkdir(parents=True, exist_ok=True)
             lock = (self.path / ".lock").open("w")
@@ -55,11 +50,7 @@ class OutputFolder:
                 raise ConfigError(message, setting="out") from error
             with writing(str(self.path), StorageError):  # errors of sources are no `OSError`
                 self._remove_partial()  # of a run that was killed
-                try:
-                    yield
-                finally:
-                    if is_new and not (self.path / STATE).exists():
-                        shutil.rmtree(self.path)
+                yield
                 self._remove_partial()  # of machines of a Ray cluster that were lost
 
     def _remove_partial(self) -> None:

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
-from sopdeploy.errors import ConfigError, DataError, RuntimeUnavailableError
+from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy_service.commands.batch import classifier
 from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.run import ClassifyOptions
@@ -190,12 +190,6 @@ def test_rows_follow_the_decision_of_the_bundle(case, bundle, photos, tmp_path, 
     assert (first["classes"], second["classes"]) == classes
     assert [first["known"], second["known"]] == known
     assert (bad["error"], bad["classes"]) == ("nonfinite_output", None)
-
-
-def test_nothing_is_left_of_a_run_that_could_not_list_its_images(bundle_path, tmp_path):
-    with pytest.raises(DataError, match=r"nowhere: not found, or no image"):
-        classify(bundle_path, ["nowhere"], tmp_path / "out", SETTINGS)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
