@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
@@ -90,8 +89,7 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
     differences = []
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = loaded.runtime.run(pixels[None])[output][0]
-        return logits
+        return loaded.runtime.run(pixels[None])[output][0]
 
     for example in examples:
         jpeg = example.jpeg

@@ -50,12 +50,7 @@ ERRORS = (  # codes and statuses of `ImageError`; the kind of a reply is FIRST_E
     ("damaged_image", 422),
     ("decoder_failed", 500),
 )
-WARNINGS = (
-    "alpha_flattened",
-    "exif_rotated",
-    "first_frame_only",
-    "sixteen_bit_scaled",
-)
+WARNINGS = ("alpha_flattened", "exif_rotated", "first_frame_only", "sixteen_bit_scaled")
 PIXEL_BYTES = 20  # that the decoder of an ordinary file needs at most, lossless WebP with a rotation
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 

@@ -75,21 +75,18 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     A page is empty if its process is down. The `process_*` metrics are those of the process *ids*.
     """
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
-    found: dict[str, list[Metric]] = {}
+    found: list[tuple[str, Metric]] = []  # with the process
     families: dict[str, Metric] = {}
     for name, page in pages.items():
         up.add_sample(up.name, {"process": name}, float(bool(page)))
-        found[name] = list(text_string_to_metric_families(page.decode()))
+        found += [(name, family) for family in text_string_to_metric_families(page.decode())]
     for name, number in ids.items():
-        found[name] = [
-            *found.get(name, ()),
-            *ProcessCollector(pid=partial(str, number), registry=None).collect(),
+        own = ProcessCollector(pid=partial(str, number), registry=None)
+        found += [(name, family) for family in own.collect()]
+    for name, family in found:
+        merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        merged.samples += [
+            sample._replace(labels={**sample.labels, "process": name}) for sample in family.samples
         ]
-    for name, collected in found.items():
-        for family in collected:
-            merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-            merged.samples += [
-                sample._replace(labels={**sample.labels, "process": name}) for sample in family.samples
-            ]
     pages_merged = SimpleNamespace(collect=lambda: [up, *families.values()])
     return generate_latest(cast(CollectorRegistry, pages_merged))  # which calls only `collect`

@@ -9,29 +9,27 @@ import sys
 import threading
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-from fastapi import FastAPI
 from prometheus_client import generate_latest
 
 from sopdeploy.errors import SopdeployError
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.processes import CONFIG_VARIABLE, LaunchConfig
+from sopdeploy_service.inference.bundle_store import links_among
 from sopdeploy_service.inference.decoders import decode_budget, upload_budget
 from sopdeploy_service.inference.service import Service
 from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.lifetime import USER_ERROR, start_task
 from sopdeploy_service.server.process import configured_process, load_app
-from sopdeploy_service.settings import Settings
 
 
 class DeviceServer(DrainingServer):
     """A server whose connections come from the *supervisor*."""
 
-    def __init__(
-        self, app: FastAPI, settings: Settings, supervisor: socket.socket, sources: Sequence[str]
-    ) -> None:
-        super().__init__(app, settings, sources)
+    def __init__(self, supervisor: socket.socket, *server: Any) -> None:
+        super().__init__(*server)
         self._supervisor = supervisor
         self._received = 0  # connections
         self._supervisor_left = asyncio.Event()
@@ -102,10 +100,11 @@ def main() -> int:
         supervisor = socket.socket(fileno=config.control)
         with configured_process(settings):
             limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")
+            links = links_among(config.sources) if settings.follow else {}  # before the bundles are found
             app = load_app(config.sources, settings, limits=limits)
             service: Service = app.state.service
             service.metrics_of_all = partial(control.request_metrics, supervisor)
-            server = DeviceServer(app, settings, supervisor, config.sources)
+            server = DeviceServer(supervisor, app, settings, config.sources, links)
             at_rest = resident_bytes(os.getppid()) + config.num_processes * resident_bytes()
             service.max_upload_bytes = upload_budget(settings, config.num_processes)
             service.decoders.budget = decode_budget(settings, at_rest, config.num_processes)

@@ -86,7 +86,7 @@ def list_processes(settings: Settings) -> list[Process]:
     processes: list[Process] = []
     for position, device in enumerate(devices):
         name = f"{device}-{position}" if devices.count(device) > 1 else device
-        changed: dict[str, object] = {"devices": (), "follow": False}
+        changed: dict[str, object] = {"devices": ()}
         if device == "cpu" and settings.runtime == "auto":
             changed["runtime"] = "onnxruntime-cpu"
         if device != "cpu" and settings.decoders == "auto":

@@ -14,14 +14,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 from sopdeploy_service.devices import control
 from sopdeploy_service.devices.processes import CONFIG_VARIABLE, LaunchConfig, Process, list_processes
-from sopdeploy_service.inference.bundle_store import links_among, moves_of
 from sopdeploy_service.observability import logs
 from sopdeploy_service.server.lifetime import BEAT_SECONDS, STDERR, USER_ERROR, start_task, terminal_is_closed
 from sopdeploy_service.server.sockets import MAX_PENDING, accept_pending, bind, url
@@ -44,21 +43,16 @@ def run_supervisor(sources: Sequence[str | Path], settings: Settings) -> int:
     with logs.configured(settings), bind(settings.host, settings.port) as listener:
         processes = list_processes(settings)
         listener.setblocking(False)
-        return asyncio.run(Supervisor(sources, settings, processes, listener).run())
+        return asyncio.run(Supervisor(sources, processes, listener).run())
 
 
 class Supervisor:
     """Runs *processes*, which serve the bundles at *sources* on *listener*, until a signal arrives."""
 
     def __init__(
-        self,
-        sources: Sequence[str | Path],
-        settings: Settings,
-        processes: Sequence[Process],
-        listener: socket.socket,
+        self, sources: Sequence[str | Path], processes: Sequence[Process], listener: socket.socket
     ) -> None:
         self._sources = tuple(str(source) for source in sources)
-        self._links = links_among(sources) if settings.follow else None
         self._processes = processes
         self._listener = listener
         self._stopping = asyncio.Event()
@@ -80,8 +74,6 @@ class Supervisor:
             for file in (self._lifeline, writing, self._buckets):
                 stack.callback(os.close, file)
             start_task(self._tasks, self._kill_hanging())
-            if self._links is not None:
-                start_task(self._tasks, self._follow(self._links))
             await asyncio.gather(*(self._supervise(process) for process in self._processes))
         return self._code
 
@@ -96,17 +88,9 @@ class Supervisor:
         """Stop if the terminal was closed; a SIGHUP that a program sends reloads the bundles."""
         if terminal_is_closed():
             self._stop()
-        else:
-            self._reload()
-
-    def _reload(self) -> None:
-        """Let every process reload its bundles."""
+            return
         for process in self._processes:
             process.send(control.RELOAD)
-
-    async def _follow(self, links: Mapping[Path, Path]) -> None:
-        async for _ in moves_of(links):
-            self._reload()
 
     async def _supervise(self, process: Process) -> None:
         """Start *process* whenever it has ended, until the server stops."""

@@ -84,11 +84,7 @@ def new_key(path: Path, name: str, rate: float | None = None) -> str:
         secret = _PREFIX + secrets.token_urlsafe(BITS // 8)
         if path.exists() and any(key.name == name for key in read_keys(path)):
             raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
-        fields = {
-            "name": name,
-            "sha256": hashlib.sha256(secret.encode()).hexdigest(),
-            "rate": rate,
-        }
+        fields = {"name": name, "sha256": hashlib.sha256(secret.encode()).hexdigest(), "rate": rate}
         try:
             key = Key.model_validate(fields)
         except pydantic.ValidationError as problem:

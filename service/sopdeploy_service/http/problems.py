@@ -27,11 +27,7 @@ def describe_error(error: HttpError) -> Problem:
     """Create the response body of *error*."""
     title = "Client Closed Request" if error.status == 499 else HTTPStatus(error.status).phrase
     return Problem(
-        type=f"/errors#{error.code}",
-        title=title,
-        status=error.status,
-        code=error.code,
-        detail=error.message,
+        type=f"/errors#{error.code}", title=title, status=error.status, code=error.code, detail=error.message
     )
 
 

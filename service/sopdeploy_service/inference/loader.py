@@ -80,11 +80,7 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
             replays = _replay_all(probes, runtime, max_batch, timings, thorough=thorough)
         stack.pop_all()
     return LoadedModel(
-        bundle=bundle,
-        runtime=runtime,
-        replays=replays,
-        timings=tuple(timings),
-        onnx_root=root,
+        bundle=bundle, runtime=runtime, replays=replays, timings=tuple(timings), onnx_root=root
     )
 
 
@@ -177,12 +173,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
 
 
 def _replay_all(
-    probes: Probes,
-    runtime: Runtime,
-    max_batch: int,
-    timings: list[tuple[int, float]],
-    *,
-    thorough: bool,
+    probes: Probes, runtime: Runtime, max_batch: int, timings: list[tuple[int, float]], *, thorough: bool
 ) -> dict[int, Replay]:
     """Replay *probes* alone and in batches; append (images, seconds) of each run to *timings*."""
 

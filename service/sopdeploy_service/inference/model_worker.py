@@ -41,18 +41,12 @@ from sopdeploy_service.inference.results import (
     Prediction,
 )
 from sopdeploy_service.observability.metrics import DriftWindow, Metrics
-from sopdeploy_service.runtime.base import (
-    DeviceLostError,
-    OverlappingRuntime,
-    Runtime,
-    is_out_of_memory,
-)
+from sopdeploy_service.runtime.base import DeviceLostError, OverlappingRuntime, Runtime, is_out_of_memory
 from sopdeploy_service.settings import Settings
 
 MIN_HANG_SECONDS = 4.0  # tolerates a clock that jumps and a machine that stalls
 HANG_FACTOR = 20  # a batch counts as hung after this many times its usual seconds
 SMOOTHING = 0.2  # weight of the newest batch in the moving average
-SMALLER_SECONDS = 60.0  # how long batches stay halved after the device ran out of memory
 _JOIN_SECONDS = 2.0  # how long a running batch may take to end after the queue was closed
 WATCH_SECONDS = 1.0  # longest time between two checks of the thread
 
@@ -235,8 +229,6 @@ class Model:
         self._outputs = tuple(output.name for output in manifest.outputs)
         self.logits = self._outputs[0]
         self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
-        self._batch_limit = self.largest_batch
-        self._limited_until = 0.0
         self._failed = False  # every image of the last batch
         self._in_flight: list[_Batch] = []  # oldest first
         self._batch_started: float | None = None  # when the oldest batch got the device to itself
@@ -296,17 +288,14 @@ class Model:
         """Run batches until the queue is closed or the thread fails."""
         try:
             while True:
-                if self._batch_limit < self.largest_batch and time.monotonic() >= self._limited_until:
-                    self._batch_limit = min(self.largest_batch, self._batch_limit * 2)
-                    self._limited_until = time.monotonic() + SMALLER_SECONDS
                 if self._failed and not self._in_flight:
                     self._batch_started = time.monotonic()
                     check_device(self._runtime, self.bundle.manifest.image_shape)
                     self._batch_started, self._failed = None, False
-                if not self._in_flight and not self._begin(self.queue.take(self._batch_limit)):
+                if not self._in_flight and not self._begin(self.queue.take(self.largest_batch)):
                     break
                 if self._overlapping is not None and not self._failed:
-                    self._begin(self.queue.take(self._batch_limit, only_full=True))
+                    self._begin(self.queue.take(self.largest_batch, only_full=True))
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
             log.critical("the model worker ends", exc_info=True)
@@ -355,17 +344,11 @@ class Model:
         The first call is for all images of *batch*, which may have begun already; later ones are for parts.
         """
         wait, batch.wait = batch.wait, None
-        try:
-            if wait is not None:
-                return wait()
-            if self._overlapping is not None:
-                return self._overlapping.begin(images, names)()
-            return self._runtime.run(np.stack(images))
-        except Exception as failure:
-            if is_out_of_memory(failure):
-                self._batch_limit = max(1, len(images) // 2)
-                self._limited_until = time.monotonic() + SMALLER_SECONDS
-            raise
+        if wait is not None:
+            return wait()
+        if self._overlapping is not None:
+            return self._overlapping.begin(images, names)()
+        return self._runtime.run(np.stack(images))
 
     def _settle(
         self, items: Sequence[QueuedImage], outcomes: Sequence[Outcome], started: float, ended: float

@@ -114,11 +114,11 @@ class ModelRegistry:
         """Return *model*, which is loaded already."""
         return model
 
-    async def follow(self, bundles: Mapping[str, Path], load: Callable[[Path], LoadedModel]) -> None:
+    async def follow(self, bundles: Mapping[str, Path]) -> None:
         """Serve exactly *bundles*, by name; those that are already served are not loaded again.
 
-        New bundles are loaded by *load*, in a thread, before any of them is served. Its errors, and
-        `BundleError` for a path without a bundle, are raised here and change nothing.
+        New bundles are loaded before any of them is served. The errors of `load_model`, and `BundleError` for
+        a path without a bundle, change nothing.
         """
         async with self.changing:
             loaded: dict[str, LoadedModel] = {}
@@ -127,7 +127,7 @@ class ModelRegistry:
                     manifest = await asyncio.to_thread(read_manifest, path)
                     # By its id: a folder may have got another bundle.
                     if name not in self._by_name or self._by_name[name].version != manifest.id:
-                        loaded[name] = await asyncio.to_thread(load, path)
+                        loaded[name] = await asyncio.to_thread(load_model, path, self._settings)
                         stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded
                 stack.pop_all()
             for name in set(self._by_name) - set(bundles):
@@ -142,8 +142,7 @@ class ModelRegistry:
     async def reload(self, sources: Iterable[str | Path]) -> None:
         """Find the bundles of *sources* again and `follow` them, or log why this is not possible."""
         try:
-            bundles = await asyncio.to_thread(find_bundles, sources)
-            await self.follow(bundles, lambda path: load_model(path, self._settings))
+            await self.follow(await asyncio.to_thread(find_bundles, sources))
         except Exception as error:  # nothing awaits the task of a reload
             is_bug = not isinstance(error, SopdeployError)
             models_log.error("not reloaded, the bundles in use stay: %s", str(error), exc_info=is_bug)
@@ -286,10 +285,7 @@ class Service:
         started, loop = time.monotonic(), asyncio.get_running_loop()
         items = [
             QueuedImage(
-                outcome=loop.create_future(),
-                deadline=deadline,
-                features=features,
-                is_occluded=are_occluded,
+                outcome=loop.create_future(), deadline=deadline, features=features, is_occluded=are_occluded
             )
             for _ in images
         ]

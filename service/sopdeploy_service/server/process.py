@@ -30,12 +30,12 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
+    links = links_among(sources) if settings.follow else {}  # before the bundles are found
     if settings.devices:
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
         return run_supervisor(sources, settings)
     with bind(settings.host, settings.port) as listener, configured_process(settings):
-        links = links_among(sources) if settings.follow else {}  # before the bundles are found
         app = load_app(sources, settings)
         from prometheus_client import ProcessCollector  # noqa: PLC0415
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy_service.api.v2.request import InferRequest, parse_body
-from sopdeploy_service.api.v2.response import format_response, stack_outputs
+from sopdeploy_service.api.v2.routes import format_response, stack_outputs
 from sopdeploy_service.inference.results import INFERENCE_FAILED, NONFINITE, Prediction, RejectedError
 
 LIMIT = 100_000

@@ -57,7 +57,7 @@ def run_with_registry(first: Path, scenario: Callable[[ModelRegistry], Awaitable
 def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        await registry.follow({"tiny": versions[1], "second": versions[0]}, load)
+        await registry.follow({"tiny": versions[1], "second": versions[0]})
         assert [(model.name, model.bundle.name) for model in registry.models()] == [
             ("second", versions[0].name),
             ("tiny", versions[1].name),
@@ -65,7 +65,7 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
         after = registry.find("tiny")
         with pytest.raises(RejectedError, match=f"no version .*; the current one is {after.version}"):
             registry.find("tiny", before.version)
-        await registry.follow({"tiny": versions[1]}, load)
+        await registry.follow({"tiny": versions[1]})
         assert registry.find("tiny", after.version) is after  # it was not loaded again
         with pytest.raises(RejectedError, match="no model 'second'"):
             registry.find("second")
@@ -81,11 +81,11 @@ def test_a_bundle_is_recognized_by_its_id_and_not_by_its_path(versions, monkeypa
 
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
-        await registry.follow({"tiny": folder.resolve()}, load)
+        await registry.follow({"tiny": folder.resolve()})
         assert registry.find() is before  # it was given as a relative path
         folder.rename("old")
         versions[1].rename(folder)
-        await registry.follow({"tiny": Path("current")}, load)
+        await registry.follow({"tiny": Path("current")})
         assert registry.find().version == open_bundle(folder).manifest.id != before.version
 
     run_with_registry(Path("current"), scenario)
@@ -102,7 +102,7 @@ def test_a_replaced_version_waits_for_its_last_request(versions, monkeypatch) ->
 
         monkeypatch.setattr(oldest, "stop", observed_stop)
         with registry.use(oldest):
-            await registry.follow({"tiny": versions[1]}, load)
+            await registry.follow({"tiny": versions[1]})
             for _ in range(100):  # every other task runs until it waits
                 await asyncio.sleep(0)
             assert not stopped.is_set()
@@ -117,7 +117,7 @@ def test_if_one_bundle_has_wrong_outputs_none_of_them_is_served(versions) -> Non
     async def scenario(registry: ModelRegistry) -> None:
         before = registry.find()
         with pytest.raises(ParityError, match="deviates"):
-            await registry.follow({"tiny": versions[1], "wrong": wrong}, load)
+            await registry.follow({"tiny": versions[1], "wrong": wrong})
         assert registry.models() == [before]
 
     run_with_registry(versions[0], scenario)
@@ -128,7 +128,7 @@ def test_a_version_whose_first_batch_fails_is_never_served(versions, monkeypatch
         before, runtime = registry.find(), Failing(dict.fromkeys(range(99), DeviceLostError("CUDA 719")))
         monkeypatch.setattr("sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime)
         with pytest.raises(RuntimeUnavailableError):
-            await registry.follow({"tiny": versions[1]}, load)
+            await registry.follow({"tiny": versions[1]})
         assert registry.find() is before
 
     run_with_registry(versions[0], scenario)
