@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden

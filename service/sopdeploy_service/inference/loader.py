@@ -64,12 +64,6 @@ def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> Loa
     """
     bundle = open_checked(path, settings)
     root = check_roots(bundle) if thorough else None
-    smallest = bundle.manifest.batch.minimum
-    if smallest > 1:
-        raise RuntimeUnavailableError(
-            f"{path}: was verified for batches of {smallest} and more, not for a single image; "
-            "export it with a minimum batch of 1"
-        )
     with ExitStack() as stack:
         runtime = open_runtime(bundle, settings)
         stack.callback(runtime.close)  # unless everything below succeeds
