@@ -31,37 +31,38 @@ SIZE_FIELD = slice(124, 136)  # of a tar header, an octal number
 
 def write_archive(bundle: Bundle, file: BinaryIO) -> None:
     """Write the archive of *bundle* to *file*; raise `BundleError` for a name that does not fit a header."""
-    raw = bundle.manifest.to_bytes()
-    file.write(header(MANIFEST, len(raw)) + raw + padding(len(raw)))
-    for name, record in sorted(bundle.manifest.files.items()):
-        file.write(header(name, record.bytes))
-        with (bundle.path / name).open("rb") as content:
-            shutil.copyfileobj(content, file, BLOCK_BYTES)
-        file.write(padding(record.bytes))
-    file.write(END)
+    for piece in archive_layout(bundle.manifest):
+        if isinstance(piece, bytes):
+            file.write(piece)
+        else:
+            with (bundle.path / piece).open("rb") as content:
+                shutil.copyfileobj(content, file, BLOCK_BYTES)
+
+
+def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
+    """Yield what an archive contains: bytes, and the names of files where their contents follow."""
+    raw = manifest.to_bytes()
+    yield header(MANIFEST, len(raw)) + raw + padding(len(raw))
+    for name, record in sorted(manifest.files.items()):
+        yield header(name, record.bytes)
+        yield name
+        yield padding(record.bytes)
+    yield END
 
 
 def archived_manifest(archive: Path) -> Manifest:
-    """Read the manifest at the start of *archive*.
-
-    Raises `BundleError` if the file is not a bundle archive.
-    """
+    """Read the manifest at the start of *archive*; raise `BundleError` if that is no archive of a bundle."""
     try:
         with archive.open("rb") as file:
             first = file.read(BLOCK)
-            digits = first[SIZE_FIELD].rstrip(b"\0 ")
-            if not digits or digits.strip(b"01234567"):
-                raise ValueError("does not begin with a tar header")
-            size = int(digits, 8)
-            if size > MAX_MANIFEST_BYTES or first != header(MANIFEST, size):
+            size = int(first[SIZE_FIELD].rstrip(b"\0 "), 8)
+            if not 0 <= size <= MAX_MANIFEST_BYTES or first != header(MANIFEST, size):
                 raise ValueError("does not begin with a manifest")
-            raw = file.read(size)
-        manifest = Manifest.from_bytes(raw)
+            return Manifest.from_bytes(file.read(size))
     except (ValueError, RecursionError) as error:
         raise BundleError(
             f"{archive.name}: not an archive of `sopdeploy push` ({error}); give the .tar file that it wrote"
         ) from error
-    return manifest
 
 
 def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
@@ -70,35 +71,21 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
     Raises `BundleError` if anything but file contents differs from what `write_archive` writes. File contents
     are checked later by `open_bundle`.
     """
-    raw = manifest.to_bytes()
-    (folder / MANIFEST).write_bytes(raw)
+    for name in manifest.files:
+        check_file_name(Path(archive.name), name)
+    (folder / MANIFEST).write_bytes(manifest.to_bytes())
     with archive.open("rb") as file:
-
-        def expect(expected: bytes, name: str) -> None:
-            if file.read(len(expected)) != expected:
+        for piece in (*archive_layout(manifest), b""):
+            if isinstance(piece, str):
+                size = manifest.files[piece].bytes
+                with writing(piece, BundleError), (folder / piece).open("xb") as target:
+                    while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
+                        target.write(block)
+                        size -= len(block)
+            elif file.read(len(piece) or 1) != piece:  # nothing may follow the last piece
                 raise BundleError(
-                    f"{archive.name}: {name!r} is not packed as `sopdeploy push` packs it"
-                    "; push the bundle again"
+                    f"{archive.name}: is not packed as `sopdeploy push` packs it; push the bundle again"
                 )
-
-        file.seek(BLOCK + len(raw))
-        expect(padding(len(raw)), MANIFEST)
-        for name, record in sorted(manifest.files.items()):
-            check_file_name(Path(archive.name), name)
-            if name.casefold() == MANIFEST:
-                raise BundleError(
-                    f"{archive.name}: its manifest lists {name!r}, the manifest itself; push the bundle again"
-                )
-            expect(header(name, record.bytes), name)
-            size = record.bytes
-            with writing(name, BundleError), (folder / name).open("xb") as target:
-                while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
-                    target.write(block)
-                    size -= len(block)
-            expect(padding(record.bytes), name)
-        expect(END, "end of archive")
-        if file.read(1):
-            raise BundleError(f"{archive.name}: has data after its end; push the bundle again")
 
 
 def header(name: str, size: int) -> bytes:

@@ -219,9 +219,9 @@ def _check_size(file: Path, record: FileRecord) -> None:
 
 
 def check_file_name(bundle: Path, name: str) -> None:
-    """Raise `BundleError` unless *name* from the manifest of *bundle* is a plain file name."""
+    """Raise `BundleError` unless *name* from the manifest of *bundle* is a plain file name, not its own."""
     plain = PurePosixPath(name).parts == (name,) and len(name.encode()) <= MAX_NAME_BYTES
-    if not plain or name in {"/", ".."} or "\\" in name or "\0" in name:
+    if not plain or name.casefold() in {"/", "..", MANIFEST} or "\\" in name or "\0" in name:
         raise BundleError(
             f"{bundle}: the manifest names {name!r}, which is not a plain file name; export the bundle again"
         )
