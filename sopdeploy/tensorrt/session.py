@@ -80,8 +80,8 @@ def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
         ) from error
 
 
-def deserialize(trt: Any, plan: bytes, logger: Any) -> tuple[Any, Any]:
-    """Deserialize *plan*; return the TensorRT runtime and the engine. The runtime must outlive the engine.
+def deserialize(trt: Any, plan: bytes, logger: Any) -> list[Any]:
+    """Deserialize *plan*; return the TensorRT runtime and the engine, which the runtime must outlive.
 
     The caller must have verified *plan*. Host code in plans stays disabled.
     """
@@ -92,7 +92,7 @@ def deserialize(trt: Any, plan: bytes, logger: Any) -> tuple[Any, Any]:
             f"TensorRT {trt.__version__} cannot load the plan: {last_error(logger)}; "
             "build it again with `sopdeploy engine`"
         )
-    return runtime, engine
+    return [runtime, engine]
 
 
 class Cuda:
@@ -213,46 +213,6 @@ class BatchBuffer:
         self.uploaded, self.done = resources.event(), resources.event()
 
 
-class LoadedEngine:
-    """A deserialized engine and one execution context per profile.
-
-    The contexts share one block of device memory of the size that the largest profile needs, because their
-    kernels never run at the same time.
-    """
-
-    def __init__(self, trt: Any, plan: bytes) -> None:
-        self._trt, self.logger = trt, make_logger(trt)
-        self._runtime, self.engine = deserialize(trt, plan, self.logger)
-        self.contexts: list[Any] = []
-
-    def add_contexts(
-        self, cuda: Cuda, resources: CudaResources, profiles: Sequence[Profile], stream: Any
-    ) -> None:
-        """Create the contexts; raise `RuntimeUnavailableError` if TensorRT cannot run one of *profiles*."""
-        size = int(self.engine.device_memory_size_v2)
-        shared = resources.device_memory(max(1, size))
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        for index, profile in enumerate(profiles):
-            try:
-                # No local variable: a traceback would keep the context alive.
-                self.contexts.append(self.engine.create_execution_context(strategy))
-                if self.contexts[-1] is None:
-                    raise RuntimeError(last_error(self.logger))
-                self.contexts[-1].set_device_memory(shared, size)
-                if not self.contexts[-1].set_optimization_profile_async(index, int(stream)):
-                    raise RuntimeError(last_error(self.logger))
-                cuda.call("cudaStreamSynchronize", stream)
-            except RuntimeError as error:  # TensorRT raises it without the reason
-                reason = self.logger.errors[-1] if self.logger.errors else error
-                raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
-
-    def close(self) -> None:
-        """Destroy the contexts, then the engine, then the TensorRT runtime."""
-        self.contexts.clear()
-        self.engine = None
-        self._runtime = None
-
-
 class EngineSession:
     """A loaded engine with buffers and streams. Not thread-safe.
 
@@ -266,10 +226,11 @@ class EngineSession:
         Raises `RuntimeUnavailableError` if TensorRT cannot load it or if the GPU has too little memory. On
         error, nothing stays allocated.
         """
-        self._cuda, self._profiles = cuda, key.profiles
+        self._cuda, self._profiles, self._logger = cuda, key.profiles, make_logger(trt)
+        self._engine = deserialize(trt, plan, self._logger)
+        self._contexts: list[Any] = []  # one per profile
         self._resources = CudaResources(cuda)
-        self._loaded = LoadedEngine(trt, plan)
-        self._finalizer = weakref.finalize(self, _release, self._loaded, self._resources)
+        self._finalizer = weakref.finalize(self, _release, self._resources, self._contexts, self._engine)
         self._finalizer.atexit = False
         self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
@@ -278,10 +239,32 @@ class EngineSession:
             self._stream, self._upload_stream = self._resources.stream(), self._resources.stream()
             tensors = (*manifest.inputs, *manifest.outputs)
             self._free = [BatchBuffer(self._resources, tensors, self.largest_batch) for _ in range(BUFFERS)]
-            self._loaded.add_contexts(cuda, self._resources, self._profiles, self._stream)
+            self._add_contexts(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         except BaseException:
             self.close()
             raise
+
+    def _add_contexts(self, strategy: Any) -> None:
+        """Create a context per profile; raise `RuntimeUnavailableError` if TensorRT cannot run one.
+
+        The contexts share one block of device memory of the size that the largest profile needs, because
+        their kernels never run at the same time.
+        """
+        size = int(self._engine[-1].device_memory_size_v2)
+        shared = self._resources.device_memory(max(1, size))
+        for index, profile in enumerate(self._profiles):
+            try:
+                # No local variable: a traceback would keep the context alive.
+                self._contexts.append(self._engine[-1].create_execution_context(strategy))
+                if self._contexts[-1] is None:
+                    raise RuntimeError(last_error(self._logger))
+                self._contexts[-1].set_device_memory(shared, size)
+                if not self._contexts[-1].set_optimization_profile_async(index, int(self._stream)):
+                    raise RuntimeError(last_error(self._logger))
+                self._cuda.call("cudaStreamSynchronize", self._stream)
+            except RuntimeError as error:  # TensorRT raises it without the reason
+                reason = self._logger.errors[-1] if self._logger.errors else error
+                raise RuntimeUnavailableError(f"TensorRT cannot run profile {profile}: {reason}") from error
 
     def close(self) -> None:
         """Destroy contexts and engine, and free all memory; later calls do nothing."""
@@ -326,17 +309,15 @@ class EngineSession:
 
     def _compute(self, index: int, buffer: BatchBuffer, count: int) -> None:
         """Enqueue the kernels of the profile *index* for *count* images in *buffer*."""
-        context, shape = self._loaded.contexts[index], (count, *buffer.host[self._input].shape[1:])
+        context, shape = self._contexts[index], (count, *buffer.host[self._input].shape[1:])
         for name, address in buffer.device.items():
             if not context.set_tensor_address(name, address):
-                raise RuntimeError(
-                    f"TensorRT rejects the memory of {name}: {last_error(self._loaded.logger)}"
-                )
+                raise RuntimeError(f"TensorRT rejects the memory of {name}: {last_error(self._logger)}")
         if not context.set_input_shape(self._input, shape):
-            raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._loaded.logger)}")
+            raise RuntimeError(f"TensorRT rejects images of shape {shape}: {last_error(self._logger)}")
         if not context.execute_async_v3(int(self._stream)):
             self._cuda.call("cudaStreamSynchronize", self._stream)  # raises if the device failed
-            raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._loaded.logger)}")
+            raise RuntimeError(f"TensorRT cannot run the batch: {last_error(self._logger)}")
 
     def _end(self, buffer: BatchBuffer, count: int, names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         """Wait for a batch and copy its outputs."""
@@ -347,8 +328,10 @@ class EngineSession:
             self._free.append(buffer)
 
 
-def _release(loaded: LoadedEngine, resources: CudaResources) -> None:
+def _release(resources: CudaResources, contexts: list[Any], engine: list[Any]) -> None:
     """Release what a session held; not a method, because the session may be deleted already."""
     resources.synchronize()
-    loaded.close()
+    contexts.clear()
+    while engine:  # the engine, then its runtime
+        engine.pop()
     resources.close()
