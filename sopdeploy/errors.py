@@ -33,6 +33,7 @@ class SopdeployError(Exception):
         remedies: settings that may help, with the values to try; None stands for a value of the user.
         reported: whether another process of the same run has already printed the error.
         lists: all names, by what they are, of lists that the message shortens; `--json` prints them.
+        status: the matching HTTP status; 0 if there is none.
     """
 
     code: str = "failed"
@@ -43,12 +44,15 @@ class SopdeployError(Exception):
         self,
         message: str = "",
         *,
+        code: str | None = None,
+        status: int = 0,
         setting: str | None = None,
         value: object = None,
         remedies: Mapping[str, object] | None = None,
         lists: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         super().__init__(message)
+        self.code, self.status = code or self.code, status
         self.message, self.setting, self.value, self.remedies = message, setting, value, dict(remedies or {})
         self.lists = {name: list(values) for name, values in (lists or {}).items() if values}
 
@@ -159,25 +163,15 @@ class NoMemoryError(SopdeployError):
 
 
 class ImageError(SopdeployError):
-    """An image cannot be used; *status* is the matching HTTP status."""
+    """An image cannot be used; `status` is the matching HTTP status."""
 
     code = "unusable_image"
 
-    def __init__(self, message: str, *, code: str, status: int) -> None:
-        super().__init__(message)
-        self.code = code
-        self.status = status
-
 
 class ServiceError(SopdeployError):
-    """Error response of a server: its problem *code* and HTTP *status* (0 without a response)."""
+    """Error response of a server: its problem `code` and HTTP `status` (0 without a response)."""
 
     code = "service_error"
-
-    def __init__(self, message: str, *, code: str, status: int) -> None:
-        super().__init__(message)
-        self.code = code
-        self.status = status
 
 
 class OverloadedError(ServiceError):

@@ -8,6 +8,7 @@ import sys
 from contextlib import chdir
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ def run_here(command: list[str], *, check: bool) -> CompletedProcess[str]:
 def test_the_demo_trains_exports_verifies_serves_and_classifies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo.subprocess, "run", run_here)
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(**{**vars(subprocess), "run": run_here}))
     done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)])
     assert done.exit_code == 0, done.output
     assert "held-out digits classified correctly over HTTP" in done.stdout

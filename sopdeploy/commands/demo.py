@@ -1,6 +1,5 @@
 """`sopdeploy demo`: train, export, verify and serve a small network with the commands a user would type."""
 
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TextIO, cast
 from sopdeploy.bundle.folder import read_bundles
 from sopdeploy.cli.app import QUICK_START
 from sopdeploy.cli.command import command
-from sopdeploy.cli.console import err, plain_text, print_table, say
+from sopdeploy.cli.console import print_table, say
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import writing
 
@@ -71,30 +70,19 @@ def _new_folder(parent: Path) -> Path:
 
 
 def _classify_digits(url: str) -> float:
-    """Classify every held-out digit over HTTP as PNG, print the first predictions and return the accuracy."""
-    import httpx
-
+    """Classify every held-out digit over HTTP, print the first predictions and return the accuracy."""
+    from sopdeploy.client import Client
     from sopdeploy.data.datasets.libraries import open_digits
     from sopdeploy.evaluation.metrics import Rate
 
     digits = open_digits().held_out
     rows, correct = [], 0
-    with httpx.Client(base_url=url, timeout=_TIMEOUT) as client:
-        for index in range(len(digits)):
-            image, target = digits[index]
-            body = io.BytesIO()
-            image.save(body, "PNG")
-            headers = {"Content-Type": "image/png"}
-            response = client.post("/v1/classify", content=body.getvalue(), headers=headers)
-            if response.status_code != 200:
-                err.print(plain_text(response.text))
-                raise SopdeployError(
-                    f"{url}: status {response.status_code} for a digit; see the response above"
-                )
-            best, truth = response.json()["classes"][0], digits.labels[target]
-            correct += best["label"] == truth
-            mark = "correct" if best["label"] == truth else "wrong"
-            rows.append((truth, best["label"], f"{best['probability']:.4f}", mark))
+    with Client(url, timeout=_TIMEOUT) as client:
+        for image, target in (digits[index] for index in range(len(digits))):
+            best, truth = client.classify(image).classes[0], digits.labels[target]
+            correct += best.label == truth
+            mark = "correct" if best.label == truth else "wrong"
+            rows.append((truth, best.label, f"{best.probability:.4f}", mark))
     print_table(("digit", "prediction", "probability", ""), rows[:_ROWS])
     rate = Rate.of(correct, len(digits))
     right = f"{correct} of {len(digits)} held-out digits classified correctly over HTTP"

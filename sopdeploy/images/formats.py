@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Collection, Iterator
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sopdeploy.errors import ImageError
 from sopdeploy.images.limits import FORMATS, MAX_BYTES, MAX_PIXELS, describe_formats
@@ -43,8 +43,6 @@ BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys(
 )
 
 _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
-# Pillow, unlike libjpeg, fails on Adobe segments shorter than 12 bytes: make them segments that it skips.
-SHORT_ADOBE, SKIPPED_SEGMENT = re.compile(rb"\xff\xee(\0[\x07\x08]Adobe)"), b"\xff\xef\\1"
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 # Segments of JPEG files:
@@ -71,7 +69,9 @@ def open_image(
     kind = image_format(body, formats)
     try:
         _check_size(webp_size(body), max_pixels)
-        image = _open(body, kind)
+        if kind == "HEIF":
+            _use_heif()
+        image = Image.open(io.BytesIO(body), formats=(kind,))
         _check_size(image.size, max_pixels)
         for size in ITEM_SIZE.findall(body) if kind == "HEIF" else ():  # its decoder allocates all images
             width, height = (int.from_bytes(side, "big") for side in size)
@@ -172,19 +172,6 @@ def _use_heif() -> None:
         ) from error
     options = {"decode_threads": 1, "thumbnails": False, "depth_images": False, "aux_images": False}
     pillow_heif.register_heif_opener(**options)
-
-
-def _open(body: bytes, kind: str) -> Image.Image:
-    """Read the header with Pillow; skip short Adobe segments, which libjpeg accepts and Pillow rejects."""
-    if kind == "HEIF":
-        _use_heif()
-    try:
-        return Image.open(io.BytesIO(body), formats=(kind,))
-    except UnidentifiedImageError:
-        plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, body)
-        if kind != "JPEG" or plain == body:
-            raise
-        return _open(plain, kind)
 
 
 def webp_size(body: bytes) -> tuple[int, int]:

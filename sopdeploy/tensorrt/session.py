@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sopdeploy.bundle.manifest import Manifest, TensorRecord
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import EngineKey, Gpu, Profile, index_for
+from sopdeploy.tensorrt.cache import EngineKey, Gpu, index_for
 
 OLDEST = 11  # major version of TensorRT; earlier ones parse, type and build graphs otherwise
 BUFFERS = 2  # batches in flight

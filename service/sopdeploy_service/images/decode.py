@@ -19,8 +19,6 @@ from sopdeploy.errors import ImageError
 from sopdeploy.images.formats import (
     MARKER_BYTES,
     SCAN,
-    SHORT_ADOBE,
-    SKIPPED_SEGMENT,
     check_decoded_size,
     image_error,
     jpeg_segments,
@@ -94,8 +92,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     noise = NOISE + b"".join(b"\xff%c" % (0xD0 | (due + count) & 7) + NOISE for count in range(8))
     thumbnails = []
     for data in (body, body[:end] + noise + body[end:]):
-        plain = SHORT_ADOBE.sub(SKIPPED_SEGMENT, data)
-        thumbnail = Image.open(io.BytesIO(plain), formats=("JPEG",))
+        thumbnail = Image.open(io.BytesIO(data), formats=("JPEG",))
         thumbnail.draft(thumbnail.mode, (1, 1))
         thumbnails.append(thumbnail.tobytes())
     return thumbnails[0] != thumbnails[1]

@@ -149,16 +149,6 @@ def test_a_complete_jpeg_may_have_any_gray_area(
     assert not truncated(encode_jpeg(image, variant, quality) + trailing)
 
 
-@pytest.mark.parametrize("segment", [b"Adobe", b"Adob"])
-def test_a_short_adobe_segment_is_ignored(segment: bytes) -> None:
-    body = encode_jpeg(noise_image(), "CMYK")
-    changed = body[:2] + b"\xff\xee" + struct.pack(">H", 2 + len(segment)) + segment + body[2:]
-    found, plain = decode(changed, RULES, **LIMITS), decode(body, RULES, **LIMITS)
-    assert found.pixels.tobytes() == plain.pixels.tobytes()
-    with pytest.raises(ImageError, match="truncated"):
-        decode(with_size(changed, 160, 400), RULES, **LIMITS)
-
-
 BACKGROUND = (10, 200, 30)
 FITS = ("crop", "pad", "squash")
 
