@@ -13,10 +13,10 @@ from sopdeploy.config import Options, expand_options
 from sopdeploy.data.datasets.layouts import check_holds_classes
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
-from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
+from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, MultiLabelReport
 from sopdeploy.files import check_is_checkpoint
-from sopdeploy.report.predictions import describe_predictions
+from sopdeploy.report.predictions import describe_predictions, measure_predictions
 
 _MAX_ROWS = 50  # of a table; the page of a run and --json have all
 MAX_COLUMNS = 13  # with more, the terminal shows no confusion matrix
@@ -142,16 +142,17 @@ def evaluate(
         from sopdeploy.checkpoint import write_checkpoint
         from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 
-        found = score_checkpoint(Path(name), data, workers=options.workers, **shared)
-        labels, scores = found.labels, found.predictions
+        accepts = None if options.fit_decision is None else options.accepts
+        checkpoint, labels, scores, decision = score_checkpoint(
+            Path(name), data, accepts=accepts, workers=options.workers, **shared
+        )
         if options.fit_decision is not None:
-            decision = found.fit(options.accepts)
-            write_checkpoint(options.fit_decision, replace(found.checkpoint, decision=decision))
+            write_checkpoint(options.fit_decision, replace(checkpoint, decision=decision))
     return Evaluation(
         source=name,
         kind=kind,
         facts=facts,
-        metrics=classification_report(labels, scores) if isinstance(scores, list) else scores.report(),
+        metrics=measure_predictions(scores, labels),
         labels=labels,
         scores=tuple(scores) if isinstance(scores, list) else scores,
         decision=decision,

@@ -84,14 +84,14 @@ def _print_tables(tables: list[PrintedTable]) -> None:
 
 
 def _print_plan(planned: "Reproduction") -> None:
-    from sopdeploy.reproduction.plan import ASSUMPTION, format_hours
+    from sopdeploy.reproduction.plan import format_hours
 
     say(f"{planned.table.source}: {planned.table.title}", style="bold")
     say(*filter(None, (planned.statement, planned.paper_scale)))
     for row in planned.rows:
-        time = f"{format_hours(row.gpu_hours)} per seed"
+        time = f"{format_hours(row.gpu_hours)} per seed at paper scale"
         say(f"{row.printed.id}: {time if row.recipe else row.reason}", *planned.commands(row))
-    say(f"in total {format_hours(planned.gpu_hours)} for {planned.seeds} seeds ({ASSUMPTION})")
+    say(f"in total {format_hours(planned.gpu_hours)} for {planned.seeds} seeds at paper scale")
     for command_line in [line for row in planned.rows for line in planned.commands(row)][:1]:
         say("on several GPUs, start every command with torchrun, such as")
         say(f"torchrun --nproc-per-node 8 -m {command_line}")

@@ -1,8 +1,8 @@
 """Evaluate a checkpoint on a folder of images, and fit its decision to them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,59 +21,33 @@ from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.models.base import Classifier
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointScores:
-    """The predictions of a checkpoint for *images*.
+class CheckpointScores(NamedTuple):
+    """The predictions of a checkpoint, and the decision that was fitted to them, if any.
 
     They are one score per image, with the sorted `labels`, or, for a multi-label network, the probabilities
-    of all classes in output order. `logits` (N, C) are those of the network.
+    of all classes in output order.
     """
 
     checkpoint: Checkpoint
-    model: Classifier
-    images: LabeledImages
-    logits: NDArray[np.float64]
+    labels: tuple[str, ...]
     predictions: Predictions
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The classes of the images."""
-        return self.images.labels
-
-    def fit(self, accepts: float) -> Decision:
-        """Fit a decision that accepts the fraction *accepts* of known images.
-
-        Raises `DataError` for too few images.
-        """
-        if self.images.targets.ndim == 2:
-            thresholds = fit_thresholds(self.images.targets, sigmoid(self.logits))
-            return Decision(activation="sigmoid", thresholds=thresholds)
-        if len(self.images) < MIN_IMAGES:
-            raise DataError(
-                f"there are {len(self.images)} images; give at least {MIN_IMAGES}", setting="fit_decision"
-            )
-        columns = np.array([self.checkpoint.labels.index(label) for label in self.images.labels])
-        return fit_decision(
-            self.logits,
-            columns[self.images.targets.astype(np.int64)],
-            estimated_on="held-out",
-            accepts=accepts,
-            scalable=self.model.logits_layer() is not None,
-        )
+    decision: Decision | None
 
 
 def score_checkpoint(
     path: Path,
     data: Path,
     *,
+    accepts: float | None = None,
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
     log: Log = ignore,
 ) -> CheckpointScores:
     """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 
-    *on_image* receives the numbers of images done and in total, *log* lines about the folder, also about
-    images that the network was trained on.
+    With *accepts*, a decision that accepts this fraction of known images is fitted, too. *on_image* receives
+    the numbers of images done and in total, *log* lines about the folder, also about images that the network
+    was trained on. Raises `DataError` for too few images to fit to.
     """
     checkpoint = read_checkpoint(path)
     several = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
@@ -87,10 +61,29 @@ def score_checkpoint(
     except DataError as error:
         raise unreadable_images_error(error, images) from None
     decision = checkpoint.decision or Decision()
-    return CheckpointScores(
-        checkpoint=checkpoint,
-        model=model,
-        images=images,
-        logits=logits_NC,
-        predictions=make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision),
+    predictions = make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
+    fitted = None if accepts is None else _fit(model, checkpoint.labels, images, logits_NC, accepts)
+    return CheckpointScores(checkpoint, images.labels, predictions, fitted)
+
+
+def _fit(
+    model: Classifier,
+    outputs: tuple[str, ...],
+    images: LabeledImages,
+    logits_NC: NDArray[np.float64],
+    accepts: float,
+) -> Decision:
+    """Fit a decision to the logits of *images*; *outputs* are the classes in output order."""
+    if images.targets.ndim == 2:
+        thresholds = fit_thresholds(images.targets, sigmoid(logits_NC))
+        return Decision(activation="sigmoid", thresholds=thresholds)
+    if len(images) < MIN_IMAGES:
+        raise DataError(f"there are {len(images)} images; give at least {MIN_IMAGES}", setting="fit_decision")
+    columns = np.array([outputs.index(label) for label in images.labels])
+    return fit_decision(
+        logits_NC,
+        columns[images.targets.astype(np.int64)],
+        estimated_on="held-out",
+        accepts=accepts,
+        scalable=model.logits_layer() is not None,
     )

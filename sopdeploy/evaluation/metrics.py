@@ -1,9 +1,8 @@
 """Classification metrics: accuracy with intervals, log loss, metrics per class, confusion matrix.
 
-This module does not import torch. The reliability curve groups images into 15 bins of equal width by the
-confidence of their prediction (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, Figure 1).
-Their expected calibration error is not reported: on 100 images, most of it is noise of the bins. The log loss
-measures the same probabilities without bins.
+This module does not import torch. No expected calibration error is reported (Guo et al., "On Calibration of
+Modern Neural Networks", ICML 2017): on 100 images, most of it is noise of its bins. The log loss measures the
+same probabilities without bins.
 """
 
 import math
@@ -21,7 +20,6 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import wilson
 
 TOP_K = 5
-BINS = 15
 MIN_PROBABILITY = 2.2250738585072014e-308  # lower bound of probabilities, which limits the loss to 708
 NO_IMAGES = "there are no images to evaluate on; give a folder with images"
 
@@ -95,30 +93,19 @@ class ClassMetrics(StrictModel):
     recall: Rate | None
 
 
-class Bin(StrictModel):
-    """Images with confidence in (`low`, `high`]; the means are None for an empty bin."""
-
-    low: float
-    high: float
-    count: int
-    confidence: Fraction | None
-    accuracy: Fraction | None
-
-
 class ClassificationReport(StrictModel):
     """Metrics over `count` images.
 
-    `log_loss` is the mean negative log-likelihood, `curve` the reliability curve. `classes` are those with an
-    image or a prediction, sorted by name; the rows of `confusion` are true classes and its columns predicted
-    classes, in the same order. With fewer than five classes `top5` covers all of them. `accepted` is the
-    fraction of images that are accepted as known; `None` if no threshold was fitted.
+    `log_loss` is the mean negative log-likelihood. `classes` are those with an image or a prediction, sorted
+    by name; the rows of `confusion` are true classes and its columns predicted classes, in the same order.
+    With fewer than five classes `top5` covers all of them. `accepted` is the fraction of images that are
+    accepted as known; `None` if no threshold was fitted.
     """
 
     count: int
     top1: Rate
     top5: Rate
     log_loss: Annotated[float, pydantic.Field(ge=0)]
-    curve: tuple[Bin, ...]
     classes: tuple[ClassMetrics, ...]
     confusion: tuple[tuple[int, ...], ...]
     accepted: Rate | None = None
@@ -161,9 +148,6 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
         top1=Rate.of(sum(score.correct for score in scores), count),
         top5=Rate.of(sum(score.target in score.top5 for score in scores), count),
         log_loss=math.fsum(-math.log(max(score.likelihood, MIN_PROBABILITY)) for score in scores) / count,
-        curve=_reliability_curve(
-            np.array([score.confidence for score in scores]), np.array([score.correct for score in scores])
-        ),
         classes=tuple(classes),
         confusion=tuple(map(tuple, confusion)),
         accepted=Rate.of(sum(known), count) if len(known) == count else None,
@@ -173,19 +157,3 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
 def log_loss(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
     """Compute the mean negative log-likelihood of the classes *targets* (N,) under *logits* (N, C)."""
     return float((known_score(logits, "energy") - logits[np.arange(len(targets)), targets]).mean())
-
-
-def _reliability_curve(confidences: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[Bin, ...]:
-    bins = np.clip(np.ceil(confidences * BINS).astype(int) - 1, 0, BINS - 1)
-    counts = np.bincount(bins, minlength=BINS)
-    expected, right = (np.bincount(bins, values, BINS) for values in (confidences, correct))
-    return tuple(
-        Bin(
-            low=index / BINS,
-            high=(index + 1) / BINS,
-            count=count,
-            confidence=min(1.0, float(expected[index]) / count) if count else None,
-            accuracy=float(right[index]) / count if count else None,
-        )
-        for index, count in enumerate(counts.tolist())
-    )

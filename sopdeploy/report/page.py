@@ -12,8 +12,8 @@ from torch import Tensor
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.base import LabeledImages, Split
 from sopdeploy.errors import CheckpointError
-from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore
-from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelReport
+from sopdeploy.evaluation.metrics import ClassificationReport
+from sopdeploy.evaluation.multi_label import MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.files import atomic_write, writing
@@ -23,13 +23,16 @@ from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.report.predictions import describe_predictions, measure_predictions
 from sopdeploy.report.wrong_labels import list_wrong_labels
-from sopdeploy.training.diagnostics import EpochRow, history_curve, history_table
+from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.recipe import flatten
 from sopdeploy.training.results import AnyProcedureResult, LoopResult, read_result
 from sopdeploy.training.run import Run
 
 PAGE = "report.html"
 _MAX_LABELS = 20
+_MAX_SHOWN, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # images, groups, and images of a group
+_SIDE = 128  # pixels of the longer side
+_JPEG_QUALITY = 75
 _DECISION = (
     "Fitted to predictions of images that were not used for training. The export divides the last layer by "
     "the temperature. An image counts as unknown if its score is below the threshold."
@@ -80,11 +83,11 @@ def write_run_page(
         sections=[
             _describe_learning(run.position.history, result),
             describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."),
-            *_describe_calibration(metrics),
             *_describe_decision(checkpoint),
-            *_describe_mistakes(predicted, images, checkpoint),
-            *_describe_images(run, data, checkpoint),
-            *_describe_course(run, checkpoint),
+            *_show_mistakes(predicted, images, checkpoint.preprocess),
+            *_show_wrong_labels(data.train, run.state, checkpoint.preprocess),
+            *_show_copies(data.train, run.state, checkpoint.preprocess),
+            *_describe_run(run, checkpoint),
         ],
     )
     with writing(page, CheckpointError), atomic_write(page) as partial:
@@ -148,23 +151,6 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     return Section(title="Learning", text=text, figures=charts)
 
 
-def _describe_calibration(metrics: ClassificationReport | MultiLabelReport) -> Iterator[Section]:
-    """Plot the accuracy over the confidence."""
-    if isinstance(metrics, MultiLabelReport):
-        return
-    measured = [
-        (row.confidence, row.accuracy)
-        for row in metrics.curve
-        if row.confidence is not None and row.accuracy is not None
-    ]
-    curves = {"this network": measured, "perfect calibration": [(0.0, 0.0), (1.0, 1.0)]}
-    chart = Figure(
-        image=plot(curves, "confidence", "accuracy"),
-        caption="Below the line of perfect calibration, the network is overconfident.",
-    )
-    yield Section(title="Calibration", figures=[chart])
-
-
 def _describe_decision(best: Checkpoint) -> Iterator[Section]:
     """List temperature and thresholds."""
     if best.decision is not None:
@@ -176,35 +162,72 @@ def _describe_decision(best: Checkpoint) -> Iterator[Section]:
         )
 
 
-def _describe_mistakes(predicted: Predictions, images: LabeledImages, best: Checkpoint) -> Iterator[Section]:
+def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Iterator[Section]:
     """Show the *images* that are predicted wrongly with the greatest confidence."""
-    if isinstance(predicted, list) and (mistakes := show_mistakes(predicted, images, best.preprocess)):
-        yield Section(
-            title="Worst mistakes",
-            text=["Sorted by confidence. Check for wrong labels before you look for a better network."],
-            figures=mistakes,
-        )
+    scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
+    wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
+    captions = []
+    for _, index in wrong[:_MAX_SHOWN]:
+        score = scores[index]
+        true, answer = images.labels[score.target], images.labels[score.top5[0]]
+        text = f"{true} ({percent(score.likelihood)}), predicted as {answer} ({percent(score.confidence)})"
+        captions.append((index, text))
+    text = "Sorted by confidence. Check for wrong labels before you look for a better network."
+    if captions:
+        yield Section(title="Worst mistakes", text=[text], figures=_show(images, captions, rules))
 
 
-def _describe_images(run: Run, data: Split, best: Checkpoint) -> Iterator[Section]:
-    """Show the training images with probably wrong labels, and groups of copies."""
-    if wrong := show_wrong_labels(data.train, run.state, best.preprocess):
-        text = (
-            "Training images whose label contradicts the other images most, predicted by classifiers that "
-            "were fitted without them and their copies; `data check DIR --wrong-labels RUN` lists all."
-        )
-        yield Section(title="Probably wrong labels", text=[text], figures=wrong)
-    if copies := show_copies(data.train, run.state, best.preprocess):
-        text = "Training images that show one photograph, the largest groups. A group is never divided."
-        yield Section(title="Copies", text=[text], figures=copies)
+def _show_wrong_labels(
+    images: LabeledImages, state: dict[str, Tensor], rules: Preprocess
+) -> Iterator[Section]:
+    """Show the training *images* whose label is probably wrong by the *state* of a procedure."""
+    if "label_logits" not in state:
+        return
+    captions = []
+    for index, found in list_wrong_labels(state["label_logits"].double().numpy(), images)[:_MAX_SHOWN]:
+        shares = percent(found.probability), percent(found.probability_suggested)
+        captions.append((index, f"{found.label} ({shares[0]}), suggested: {found.suggested} ({shares[1]})"))
+    text = (
+        "Training images whose label contradicts the other images most, predicted by classifiers that were "
+        "fitted without them and their copies; `data check DIR --wrong-labels RUN` lists all."
+    )
+    if captions:
+        yield Section(title="Probably wrong labels", text=[text], figures=_show(images, captions, rules))
 
 
-def _describe_course(run: Run, best: Checkpoint) -> Iterator[Section]:
-    """List the metrics of all epochs, the recipe, and the environment of the run."""
-    columns, rows = history_table(run.position.history)
-    numbers = [[f"{row[name]:.5g}" if name in row else "" for name in columns] for row in rows]
-    epochs = Table(caption="All metrics by epoch", columns=columns, rows=numbers, folded=True)
-    yield Section(title="Course of the run", tables=[epochs])
+def _show_copies(images: LabeledImages, state: dict[str, Tensor], rules: Preprocess) -> Iterator[Section]:
+    """Show the largest groups of copies among the training *images* by the *state* of a procedure."""
+    if "groups" not in state:
+        return
+    group_N = state["groups"].numpy()
+    sizes = np.bincount(group_N)
+    largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
+    captions = [
+        (index, f"group {number}: {', '.join(images.class_names(index))}")
+        for number, group in enumerate(largest, 1)
+        for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist()
+    ]
+    text = "Training images that show one photograph, the largest groups. A group is never divided."
+    if captions:
+        yield Section(title="Copies", text=[text], figures=_show(images, captions, rules))
+
+
+def _show(images: LabeledImages, captions: list[tuple[int, str]], rules: Preprocess) -> list[Figure]:
+    """Show images by index as small JPEGs, each with its file, if it is one, and its caption."""
+    figures = []
+    for index, caption in captions:
+        small = to_rgb(images[index][0], rules).copy()  # without metadata such as time and place
+        small.thumbnail((_SIDE, _SIDE))
+        encoded = io.BytesIO()
+        small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
+        jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
+        shown = f"{images.identity(index)}: {caption}"
+        figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=shown))
+    return figures
+
+
+def _describe_run(run: Run, best: Checkpoint) -> Iterator[Section]:
+    """List the recipe and the environment of the run."""
     recipe = run.recipe.model_dump(mode="json")
     values = [
         (key, value)
@@ -218,62 +241,3 @@ def _describe_course(run: Run, best: Checkpoint) -> Iterator[Section]:
     facts["weights in best.pt"] = f"{record['weights']}, of epoch {record['epoch']}"
     machine = Table(caption="Versions and machine", columns=["what", "value"], rows=list(facts.items()))
     yield Section(title="Environment", tables=[machine])
-
-
-_MAX_SHOWN, _MAX_GROUPS, _MAX_COPIES = 24, 12, 4  # images, groups, and images of a group
-_SIDE = 128  # pixels of the longer side
-_JPEG_QUALITY = 75
-
-
-def show_mistakes(
-    scores: Sequence[ImageScore], images: LabeledImages, preprocess: Preprocess
-) -> list[Figure]:
-    """Show the wrong predictions with the highest confidence."""
-    wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
-    figures = []
-    for _, index in wrong[:_MAX_SHOWN]:
-        score = scores[index]
-        true, predicted = images.labels[score.target], images.labels[score.top5[0]]
-        shares = percent(score.likelihood), percent(score.confidence)
-        caption = f"{true} ({shares[0]}), predicted as {predicted} ({shares[1]})"
-        figures.append(_show(images, index, caption, preprocess))
-    return figures
-
-
-def show_wrong_labels(
-    images: LabeledImages, state: dict[str, Tensor], preprocess: Preprocess
-) -> list[Figure]:
-    """Show the training *images* whose label is probably wrong by the *state* of a procedure."""
-    if "label_logits" not in state:
-        return []
-    figures = []
-    for index, found in list_wrong_labels(state["label_logits"].double().numpy(), images)[:_MAX_SHOWN]:
-        shares = percent(found.probability), percent(found.probability_suggested)
-        caption = f"{found.label} ({shares[0]}), suggested: {found.suggested} ({shares[1]})"
-        figures.append(_show(images, index, caption, preprocess))
-    return figures
-
-
-def show_copies(images: LabeledImages, state: dict[str, Tensor], preprocess: Preprocess) -> list[Figure]:
-    """Show the largest groups of copies among the training *images* by the *state* of a procedure."""
-    if "groups" not in state:
-        return []
-    group_N = state["groups"].numpy()
-    sizes = np.bincount(group_N)
-    figures = []
-    for number, group in enumerate(np.argsort(-sizes, kind="stable")[:_MAX_GROUPS], 1):
-        if sizes[group] > 1:
-            for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist():
-                caption = f"group {number}: {', '.join(images.class_names(index))}"
-                figures.append(_show(images, index, caption, preprocess))
-    return figures
-
-
-def _show(images: LabeledImages, index: int, caption: str, preprocess: Preprocess) -> Figure:
-    """Show an image as a small JPEG with its file, if it is one, and *caption*."""
-    small = to_rgb(images[index][0], preprocess).copy()  # without metadata such as time and place
-    small.thumbnail((_SIDE, _SIDE))
-    encoded = io.BytesIO()
-    small.save(encoded, "JPEG", quality=_JPEG_QUALITY)
-    jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
-    return Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=f"{images.identity(index)}: {caption}")

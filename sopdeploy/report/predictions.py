@@ -12,7 +12,7 @@ _MAX_CONFUSIONS = 15
 
 
 def measure_predictions(
-    predicted: Predictions, labels: Sequence[str], score: Rate | MeanPrecision | float
+    predicted: Predictions, labels: Sequence[str], score: Rate | MeanPrecision | float | None = None
 ) -> ClassificationReport | MultiLabelReport:
     """Compute the metrics of *predicted* for the sorted *labels*.
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import chain
 
-from sopdeploy.html.plots import Points, bars, component_chart, plot
+from sopdeploy.html.plots import Points, component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction
 from sopdeploy.reproduction.results import MeanError
@@ -146,20 +146,14 @@ def _number(value: float | None, unit: str = "") -> str:
 
 
 def curve_charts(rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Plot training loss, top-1 and top-5 error over the epochs: one curve per row, for the first seed."""
-    curves: dict[str, dict[str, Points]] = {"training loss": {}, **{label: {} for label in _ERRORS.values()}}
-    for row in rows:
-        history, name = row.runs[0].history, row.printed.name
-        curves["training loss"][name] = history_curve(history, "train_loss")
-        for metric, label in _ERRORS.items():
-            curves[label][name] = _error_curve(history, metric)
-    for label, drawn in curves.items() if rows else ():
-        title = f"{label.capitalize()} over the epochs, seed 0."
-        yield Figure(image=plot(drawn, "epoch", label), caption=title)
+    """Plot top-1 and top-5 error over the epochs: one curve per row, for the first seed."""
+    for metric, label in _ERRORS.items() if rows else ():
+        curves = {row.printed.name: _error_curve(row.runs[0].history, metric) for row in rows}
+        yield Figure(image=plot(curves, "epoch", label), caption=f"{label} over the epochs, seed 0.")
 
 
 def table_charts(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Draw *table* as the paper's chart: errors over an option of the networks, or the times of layers."""
+    """Draw *table* as the paper's chart: errors over an option of the networks."""
     values: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         options = row.runs[0].network if row.runs else {}
@@ -171,12 +165,6 @@ def table_charts(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator
         curves = {name: sorted(points) for name, points in values.items()}
         chart = plot(curves, table.over, _ERRORS["top1"], logarithmic=max(used) > 100 * min(used))
         yield Figure(image=chart, caption=f"Top-1 error over {table.over}, {table.title}.")
-    timed = [row for row in rows if row.printed.layer is not None]
-    for name in dict.fromkeys(name for row in timed for name in row.figures):
-        times = {row.printed.name: row.figures[name].found for row in timed if name in row.figures}
-        measured = {row: time for row, time in times.items() if time is not None}
-        if measured:
-            yield Figure(image=bars(measured, name), caption=f"{name}, measured here.")
 
 
 def row_charts(row: ReproducedRow) -> Iterator[Figure]:

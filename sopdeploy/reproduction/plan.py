@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.results import MeanError, SeedResult, mean_error
-from sopdeploy.reproduction.small import SMALL_DATA, STATEMENT, small_data, small_overrides
+from sopdeploy.reproduction.small import STATEMENT, small_data, small_overrides
 from sopdeploy.reproduction.tables import (
     DATA_SETS,
     Column,
@@ -77,8 +77,8 @@ class ReproducedRow:
 
     `recipe` is None for a row that is not trained, and `reason` says why. `overrides` are the changes to the
     recipe `source`, without the seed and the checkpoints of other rows. `figures` are those of the table's
-    columns and of `PrintedRow.facts`, by name. `gpu_hours` is the estimated time of one run, `paper_hours`
-    that of one run at the scale of the paper.
+    columns and of `PrintedRow.facts`, by name. `gpu_hours` is the estimated time of one run at the scale of
+    the paper.
     """
 
     printed: PrintedRow
@@ -88,7 +88,6 @@ class ReproducedRow:
     reason: str = ""
     figures: dict[str, RowFigure] = field(default_factory=dict)
     gpu_hours: float = 0.0
-    paper_hours: float = 0.0
     runs: list[SeedResult] = field(default_factory=list)
 
     @property
@@ -155,7 +154,12 @@ class Reproduction:
             return ""
         if self.options.scale == "small":
             return STATEMENT
-        differences = list(dict.fromkeys(self._differences()))
+        printed = DATA_SETS[self.table.data].images
+        counts = sorted({run.train_count for row in self.rows for run in row.runs} - {printed})
+        differences = [f"--set {override}" for override in self.options.set]
+        differences += [f"{count:,} training images instead of {printed:,}" for count in counts]
+        if self.seeds != self.table.seeds:
+            differences.append(f"{self.seeds} runs per row instead of {self.table.seeds}")
         return f"Not the conditions of the paper: {'; '.join(differences)}." if differences else ""
 
     @property
@@ -165,31 +169,9 @@ class Reproduction:
         if not rows:
             return ""
         measured = sum(bool(row.runs) for row in rows) if self.options.scale == "paper" else 0
-        hours = sum(row.paper_hours for row in rows)
+        hours = format_hours(sum(row.gpu_hours for row in rows))
         done = f"{measured} of {len(rows)} rows" if measured else "no"
-        return (
-            f"Run at paper scale: {done}. All rows take about {format_hours(hours)} per seed ({ASSUMPTION})."
-        )
-
-    def _differences(self) -> Iterator[str]:
-        """Yield what the options, and then the finished runs, change in the paper's conditions."""
-        data = DATA_SETS[self.table.data]
-        yield from (f"--set {override}" for override in self.options.set)
-        if self.seeds != self.table.seeds:
-            yield f"{self.seeds} runs per row instead of {self.table.seeds}"
-        for row in self.rows:
-            trained = self.table.recipe_of(row.printed)
-            if not row.runs or trained is None:
-                continue
-            run, printed = row.runs[0], read_recipe(*trained)
-            for name, used, stated in (
-                ("training images", run.train_count, data.images),
-                ("classes", run.num_classes, data.classes),
-                ("epochs", run.recipe["epochs"], printed.epochs),
-                ("images per step", run.recipe["batch_size"], printed.batch_size),
-            ):
-                if used != stated:
-                    yield f"{used:,} {name} instead of {stated:,}"
+        return f"Run at paper scale: {done}. All rows take about {hours} per seed ({ASSUMPTION})."
 
     @property
     def gpu_hours(self) -> float:
@@ -265,7 +247,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
 
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
     """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
-    recipe, data = read_recipe(row.source, row.overrides), DATA_SETS[table.data]
+    recipe = read_recipe(row.source, row.overrides)
     row.figures = _count_row(row.printed, recipe, table)
     if table.measures == "counts":
         row.reason = "counted, not trained"
@@ -276,9 +258,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         *options.set,
     )
     row.recipe = read_recipe(row.source, row.overrides)
-    row.gpu_hours = row.paper_hours = estimate_hours(recipe, data)
-    if options.scale == "small" or options.set:
-        row.gpu_hours = estimate_hours(row.recipe, data if options.scale == "paper" else SMALL_DATA)
+    row.gpu_hours = estimate_hours(recipe, DATA_SETS[table.data])
 
 
 def _scale_overrides(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> list[str]:

@@ -20,7 +20,6 @@ from sopdeploy.data.near import hold_out_images
 from sopdeploy.data.sources import FolderConfig, open_data
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import entry, make_config
-from sopdeploy.reproduction.tables import DataSet
 from sopdeploy.training.recipe import Recipe, format_toml
 
 EPOCHS, BATCH_SIZE = 4, 32
@@ -31,7 +30,7 @@ STATEMENT = (
 )
 _IMAGES = "small-images"  # folder of the images
 IMAGES_PER_CLASS = {"train": 40, "val": 20}
-SMALL_DATA = DataSet(400, 10)
+CLASSES = 10
 POOLING_SIZES = {"width": 32, "dim": 256, "words": 8, "rank": 4}
 CHANNELS = 16  # channels of a branch's covariance
 
@@ -125,7 +124,7 @@ def write_small_images(source: Path | None, folder: Path) -> None:
         raise DataError(f"{source}: lists several classes per image; give a folder with one class each")
     with staging(folder.parent) as partial:
         for part, images in (("train", split.train), ("val", split.held_out)):
-            for target, label in enumerate(images.labels[: SMALL_DATA.classes]):
+            for target, label in enumerate(images.labels[:CLASSES]):
                 (partial / part / label).mkdir(parents=True)
                 for index in np.flatnonzero(images.targets == target)[: IMAGES_PER_CLASS[part]].tolist():
                     images[index][0].convert("RGB").save(partial / part / label / f"{index:06}.png")

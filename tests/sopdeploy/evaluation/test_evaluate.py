@@ -20,7 +20,7 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
-from sopdeploy.evaluation.metrics import BINS, ClassificationReport, ImageScore, classification_report
+from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision, fit_thresholds
 from sopdeploy.evaluation.prediction import classification_loss, evaluate_network
 from sopdeploy.images.pixels import preprocess_image
@@ -143,11 +143,6 @@ def test_a_report_on_four_images_computed_by_hand() -> None:
     assert [one.recall.share for one in found.classes] == [0.5, 1.0, 0.0]
     assert found.log_loss == pytest.approx(-np.mean(np.log([0.7, 0.3, 0.8, 0.2])))
     assert found.top1.low < 0.5 < found.top1.high
-    # Calibration bins include their upper edge.
-    scores = [ImageScore(0, (0, 1), confidence, 0.5) for confidence in (1 / 15, 1 / 15 + 1e-9, 0.6, 1.0)]
-    counts = [one.count for one in classification_report(("a", "b"), scores).curve]
-    assert (len(counts), sum(counts)) == (BINS, 4)
-    assert [place for place, count in enumerate(counts) if count] == [0, 1, 8, 14]
 
 
 def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> None:

@@ -233,8 +233,7 @@ def test_layers_of_the_slides_are_timed_on_the_device_that_is_set(tmp_path, monk
     found = json.loads(CliRunner().invoke(app, command).stdout)
     assert {row["status"] for row in found["rows"]} == {"timed, not trained"}
     assert min(row["figures"][name]["found"] for row in found["rows"] for name in ("FP+BP, ms", "BP, ms")) > 0
-    drawn = charts(Path(found["page"]).read_text(encoding="utf-8"))
-    assert list(drawn) == ["FP+BP, ms, measured here.", "BP, ms, measured here."]
+    assert "iSQRT-COV (N = 5)" in Path(found["page"]).read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match="devic: unknown key"):
         reproduce(TABLES["slides-layers"], ReproduceOptions(out=tmp_path / "no", set=("devic=cpu",)))
     assert not (tmp_path / "no").exists()
