@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.bundle.folder import MANIFEST, read_manifest
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
 from sopdeploy.config import Options, expand_options
@@ -185,6 +184,7 @@ def read_previous(source: Path) -> "Checkpoint":
 
     Raises `ConfigError` if the run of a bundle is not there, and the errors of `read_checkpoint`.
     """
+    from sopdeploy.bundle.folder import MANIFEST, read_manifest
     from sopdeploy.checkpoint import read_checkpoint
     from sopdeploy.training.run_folder import RUNS
 
