@@ -29,9 +29,8 @@ from sopdeploy.images.preprocess import Preprocess
 
 GOLDEN = "golden.json"
 NUM_EXAMPLES = 3  # of an export; that of a mixture leaves out those whose route rounding can change
-TOLERANCES = (
-    2  # of the probes: one limits the difference of a runtime from the network, an example compares two
-)
+# Of the probes: one limits the difference of a runtime from the network, an example compares two.
+TOLERANCES = 2
 _MAX_LEVELS = 1  # gray levels between decoders
 _LOGIT_DRIFT = 0.1  # root mean square difference of the logits, relative to their spread, with another Pillow
 _SEED = 11
@@ -53,28 +52,6 @@ class GoldenIndex(StrictModel):
 
     tolerance: Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
     examples: Annotated[tuple[GoldenExample, ...], pydantic.Field(max_length=NUM_EXAMPLES)]
-
-
-class PixelDifference(StrictModel):
-    """How the pixels of a golden example differ from those of the export, made by Pillow *pillow*.
-
-    Of `num_values` values, `num_different` differ by more than `_MAX_LEVELS` gray levels; `largest` is the
-    largest difference. `drift` is the root mean square difference of the logits, relative to their spread.
-    """
-
-    pillow: str
-    num_values: int
-    num_different: int
-    largest: int
-    drift: float
-
-    def describe(self) -> str:
-        """Describe the difference in one line."""
-        return (
-            f"another Pillow ({PIL.__version__} here, {self.pillow} at the export): {self.num_different:,} "
-            f"of {self.num_values:,} pixel values differ, by at most {self.largest} gray levels; the logits "
-            f"drift by {100 * self.drift:.2g} % of their spread"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +129,8 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
         if len(examples) < NUM_EXAMPLES and all(output.name != GATES for output in bundle.manifest.outputs):
             raise ValueError("an example is missing")
-        if (
-            index.tolerance
-            > TOLERANCES * read_probes(bundle.probes).tolerance[bundle.manifest.outputs[0].name]
-        ):
+        tolerance = read_probes(bundle.probes).tolerance[bundle.manifest.outputs[0].name]
+        if index.tolerance > TOLERANCES * tolerance:
             raise ValueError("a larger tolerance than that of the probes")
     except (KeyError, ValueError) as error:
         raise BundleError(f"{path / GOLDEN}: does not fit the bundle; export the bundle again") from error
@@ -164,7 +139,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
 
 def check_golden(
     example: Golden, pixels: NDArray[np.uint8], run: RunOne, exporter: str | None = None
-) -> PixelDifference | None:
+) -> str | None:
     """Compare *pixels* that were decoded here, and the logits of *run*, with *example*.
 
     *exporter* is the version of Pillow that computed the pixels of *example*. Versions of Pillow resize
@@ -181,24 +156,22 @@ def check_golden(
     levels = np.abs(pixels.astype(np.int16) - example.pixels)
     if levels.max() <= _MAX_LEVELS:
         return None
-    logits = example.logits.astype(np.float64)
-    spread = max(float(logits.std()), example.tolerance)
-    difference = PixelDifference(
-        pillow=exporter or "an unknown version",
-        num_values=levels.size,
-        num_different=int((levels > _MAX_LEVELS).sum()),
-        largest=int(levels.max()),
-        drift=float(np.sqrt(np.square(run(pixels) - logits).mean())) / spread,
-    )
     if exporter == PIL.__version__:
         raise ParityError(
-            f"{example.name}: its pixels differ by {difference.largest} gray levels, although Pillow is that "
-            "of the export; this machine decodes or resizes differently; install Pillow from its wheel on "
-            "PyPI"
+            f"{example.name}: its pixels differ by {levels.max()} gray levels, although Pillow is that of "
+            "the export; this machine decodes or resizes differently; install Pillow from its wheel on PyPI"
         )
-    if not difference.drift <= _LOGIT_DRIFT:
+    logits = example.logits.astype(np.float64)
+    spread = max(float(logits.std()), example.tolerance)
+    drift = float(np.sqrt(np.square(run(pixels) - logits).mean())) / spread
+    difference = (
+        f"{example.name}: another Pillow ({PIL.__version__} here, {exporter or 'an unknown version'} at the "
+        f"export): {(levels > _MAX_LEVELS).sum():,} of {levels.size:,} pixel values differ, by at most "
+        f"{levels.max()} gray levels; the logits drift by {100 * drift:.2g} % of their spread"
+    )
+    if not drift <= _LOGIT_DRIFT:
         raise ParityError(
-            f"{example.name}: {difference.describe()} (at most {100 * _LOGIT_DRIFT:g} %); install that "
-            "version or export the bundle again"
+            f"{difference} (at most {100 * _LOGIT_DRIFT:g} %); install that version, or export "
+            "the bundle again"
         )
     return difference

@@ -12,9 +12,10 @@ profile, and single images run without a dynamic dimension.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 
@@ -102,18 +103,6 @@ class EngineKey(StrictModel):
         """Largest batch of all profiles."""
         return max(profile.maximum for profile in self.profiles)
 
-    def differences(self, other: "EngineKey") -> list[str]:
-        """Describe each field in which *other* differs from this key; hashes are shortened."""
-        texts = []
-        for field in EngineKey.model_fields:
-            theirs, own = getattr(other, field), getattr(self, field)
-            if field == "profiles":
-                theirs, own = (",".join(map(str, profiles)) for profiles in (theirs, own))
-            if theirs != own:
-                length = NAME_LENGTH if field == "bundle_onnx" else None
-                texts.append(f"{field.replace('_', ' ')} {str(theirs)[:length]}, not {str(own)[:length]}")
-        return texts
-
 
 class EngineRecord(StrictModel):
     """Content of `<name>.json`."""
@@ -167,49 +156,47 @@ def store_engine(folder: Path, plan: bytes, record: EngineRecord) -> Path:
     return path
 
 
-def load_engine(folder: Path, key: EngineKey) -> StoredEngine | str:
-    """Read the plan of *key* in *folder* and verify it; return the reason if there is none."""
-    path = folder / f"{key.name}.plan"
-    if not path.with_suffix(".json").is_file():
-        return _describe_nearest(folder, key)
-    record = _read_record(path.with_suffix(".json"))
-    if record is None or not path.is_file():
-        return f"{path.stem} has no valid record or no plan"
-    if record.key != key:
-        return f"{path.name} is an engine of another key: {'; '.join(key.differences(record.key))}"
-    plan = path.read_bytes()
-    if hashlib.sha256(plan).hexdigest() != record.plan_sha256:
-        return f"{path.name} does not have the sha256 of its record: it was damaged or replaced"
-    return StoredEngine(plan, record)
+def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
+    """Load the engine in *folder* with the largest batch size whose key has *fields*, and verify its hash.
 
-
-def load_best_engine(folder: Path, fields: Mapping[str, str]) -> StoredEngine | str:
-    """Load the engine in *folder* with the largest batch size whose key has *fields*, see `key_fields`.
-
-    A miss returns its reason.
+    *fields* are those of `key_fields`, or all of a key. Returns the reason if there is none.
     """
-    keys = [record.key for record in records(folder)]
-    matching = [key for key in keys if key.model_copy(update=fields) == key]
-    if matching:
-        best = max(matching, key=lambda key: (key.largest_batch, len(key.profiles), key.name))
-        return load_engine(folder, best)
-    return _describe_nearest(folder, keys[0].model_copy(update=fields)) if keys else EMPTY
+    found = records(folder)
+    if not found:
+        return EMPTY
+    differences = [_differences(record.key, fields) for record in found]
+    matching = [record for record, others in zip(found, differences, strict=True) if not others]
+    if not matching:
+        return f"the nearest engine here was built for {'; '.join(sorted(differences, key=len)[0])}"
+    best = max(matching, key=lambda record: (record.key.largest_batch, record.key.name))
+    path = folder / f"{best.key.name}.plan"
+    if not path.is_file():
+        return f"{path.name} is missing"
+    plan = path.read_bytes()
+    if hashlib.sha256(plan).hexdigest() != best.plan_sha256:
+        return f"{path.name} does not have the sha256 of its record: it was damaged or replaced"
+    return StoredEngine(plan, best)
+
+
+def _differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
+    """Describe each field of *key* that is not as *wanted*; hashes are shortened."""
+    texts = []
+    for field, expected in wanted.items():
+        found = getattr(key, field)
+        if field == "profiles":
+            found, expected = (",".join(map(str, profiles)) for profiles in (found, expected))
+        if found != expected:
+            length = NAME_LENGTH if field == "bundle_onnx" else None
+            texts.append(f"{field.replace('_', ' ')} {str(found)[:length]}, not {str(expected)[:length]}")
+    return texts
 
 
 def records(folder: Path) -> list[EngineRecord]:
-    """Read every valid record in *folder*, sorted by file name."""
-    results = (_read_record(path) for path in sorted(folder.glob("*.json")))
-    return [record for record in results if record is not None]
-
-
-def _read_record(path: Path) -> EngineRecord | None:
-    try:
-        return EngineRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _describe_nearest(folder: Path, key: EngineKey) -> str:
-    """Describe how the cached engine that is most similar to *key* differs from it."""
-    differences = sorted((key.differences(record.key) for record in records(folder)), key=len)
-    return f"the nearest engine here was built for {'; '.join(differences[0])}" if differences else EMPTY
+    """Read every valid record in *folder* that has the name of its key, sorted by file name."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        with suppress(OSError, ValueError):
+            record = EngineRecord.model_validate_json(path.read_bytes())
+            if record.key.name == path.stem:
+                found.append(record)
+    return found

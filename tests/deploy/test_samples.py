@@ -96,9 +96,8 @@ def test_the_drift_of_the_logits_decides_about_the_pixels_of_another_pillow(
     with nullcontext() if message is None else pytest.raises(ParityError, match=message):
         found = check_golden(example, pixels.astype(np.uint8), shown, exporter)
         assert found is not None
-        assert (found.num_different, found.num_values) == (pixels[:, ::2, 0].size, pixels.size)
-        assert found.largest == 2
-        assert 0 < found.drift < 0.1
+        counts = f"{pixels[:, ::2, 0].size:,} of {pixels.size:,} pixel values differ, by at most 2 gray"
+        assert counts in found
 
 
 def run_sample(command: list[str | Path], bundle: Path, photo: Path) -> None:

@@ -25,7 +25,7 @@ from sopdeploy.tensorrt.cache import (
     cache_folder,
     index_for,
     key_fields,
-    load_best_engine,
+    load_engine,
     parse_profiles,
 )
 from sopdeploy_export.engine_builder.engine import Engine, get_engine
@@ -145,11 +145,11 @@ def use_engine_of_another_bundle(built: Engine, folder: Path) -> None:
 
 CHANGES: dict[str, tuple[Callable[[Engine, Path], object], str]] = {
     "damaged": (lambda built, _: built.path.write_bytes(b"x"), "does not have the sha256 of its record"),
-    "missing": (lambda built, _: built.path.unlink(), "has no valid record or no plan"),
-    "of another bundle": (use_engine_of_another_bundle, "is an engine of another key: bundle tiny-"),
+    "missing": (lambda built, _: built.path.unlink(), "is missing"),
+    "of another bundle": (use_engine_of_another_bundle, "no engine of this bundle was built here yet"),
     "with an invalid record": (
         lambda built, _: built.path.with_suffix(".json").write_bytes(b"{}"),
-        "has no valid record or no plan",
+        "no engine of this bundle was built here yet",
     ),
 }
 
@@ -195,7 +195,7 @@ def test_another_machine_or_other_profiles_get_their_own_engine(
 def test_the_server_uses_the_engine_with_the_largest_batch(built: Engine, bundle: Bundle) -> None:
     get_engine(bundle, EngineOptions(profiles="1,8"))
     gpu = Gpu(name="Fake H200", architecture="sm_90", memory=0)
-    found = load_best_engine(built.path.parent, key_fields(bundle, "11.1.0", gpu))
+    found = load_engine(built.path.parent, key_fields(bundle, "11.1.0", gpu))
     assert isinstance(found, StoredEngine)
     assert found.record == built.record
 

@@ -62,7 +62,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     fields: dict[str, Any] = {**key_fields(bundle, str(trt.__version__), gpu)}
     key = EngineKey(**fields, profiles=profiles, via=options.via)
     folder = cache_folder(bundle, options.cache)
-    cached = "--rebuild was given" if options.rebuild else load_engine(folder, key)
+    cached = "--rebuild was given" if options.rebuild else load_engine(folder, dict(key))
     if isinstance(cached, StoredEngine):
         report("replaying the probes on the cached engine")
         replay_probes(trt, cuda, bundle, cached.plan, key)

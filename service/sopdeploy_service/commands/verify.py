@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.bundle.golden import PixelDifference, check_golden, read_golden
+from sopdeploy.bundle.golden import check_golden, read_golden
 from sopdeploy.bundle.probes import Replay, read_probes
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
@@ -30,8 +30,8 @@ class Verification(StrictModel):
     `replays` has the deviation and the tolerance of each output by batch size.
 
     `onnx_root` is the root that was recomputed from `model.onnx`; None if `onnx` is not installed. `pixels`
-    is the largest difference of the pixels of golden examples; None if they are those of the export. `notes`
-    say what the checks of this bundle cannot show.
+    says how the pixels of golden examples differ from those of the export. `notes` say what the checks of
+    this bundle cannot show.
     """
 
     bundle: str
@@ -44,7 +44,7 @@ class Verification(StrictModel):
     device: str
     replays: tuple[Replay, ...]
     golden: int
-    pixels: PixelDifference | None = None
+    pixels: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -59,10 +59,9 @@ def _show(result: Verification) -> None:
         for text in replay.lines():
             print_field("probes", f"{text} on {result.runtime}")
     if result.golden:
-        same = "pixels and logits" if result.pixels is None else "logits"
+        same = "logits" if result.pixels else "pixels and logits"
         print_field("golden", f"{result.golden} JPEG files give the exporter's {same}")
-    pixels = () if result.pixels is None else (result.pixels.describe(),)
-    for note in (*pixels, *result.notes):
+    for note in (*result.pixels, *result.notes):
         print_field("note", note, style="bold yellow")
     print_field("verified", str(result.bundle), style="bold green")
 
@@ -108,7 +107,7 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
         device=loaded.runtime.device,
         replays=tuple(loaded.replays.values()),
         golden=len(examples),
-        pixels=max(filter(None, differences), key=lambda difference: difference.drift, default=None),
+        pixels=tuple(filter(None, differences)),
         notes=_notes(loaded.bundle),
     )
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_best_engine, records
+from sopdeploy.tensorrt.cache import EMPTY, cache_folder, key_fields, load_engine, records
 from sopdeploy.tensorrt.session import EngineSession, import_tensorrt, open_cuda
 from sopdeploy_service.settings import Settings
 
@@ -32,7 +32,7 @@ class TensorRTRuntime:
         fields = key_fields(bundle, str(trt.__version__), cuda.gpu())
         reasons = []
         for folder in engine_folders(bundle, settings):
-            engine = load_best_engine(folder, fields)
+            engine = load_engine(folder, fields)
             if not isinstance(engine, str):
                 break
             reasons.append(engine)
