@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkpoint
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import sequential_batches
-from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.decision import Decision, known_score
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import log_loss

@@ -52,7 +52,7 @@ from sklearn.svm import SVC
 from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, write_plain
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
-from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.decision import known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import student

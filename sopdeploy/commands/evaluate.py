@@ -10,7 +10,7 @@ import pydantic
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import Options, expand_options
-from sopdeploy.data.datasets.layouts import check_holds_classes
+from sopdeploy.data.datasets.folder import check_holds_classes
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore

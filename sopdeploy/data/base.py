@@ -31,6 +31,7 @@ from sopdeploy.images.preprocess import Preprocess
 CHUNK = 64  # images per task of a thread; decoding releases the GIL
 Target = int | NDArray[np.float32]  # a class index, or (C,) with 1 for every class of the image
 _Result = TypeVar("_Result")
+_Images = TypeVar("_Images", bound="LabeledImages")
 
 
 class LabeledImages(ABC):
@@ -180,7 +181,7 @@ class ImageFiles(LabeledImages):
         return replace(self, paths=self.paths[mask], targets=self.targets[mask], groups=groups)
 
 
-def select_classes(images: LabeledImages, labels: tuple[str, ...]) -> LabeledImages:
+def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
     """Keep the classes *labels* of *images* in this order, and the images (N,) of these classes.
 
     An image (N, C) of other classes remains, without a class.

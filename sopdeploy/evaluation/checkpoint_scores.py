@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.base import LabeledImages, unreadable_images_error
-from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError

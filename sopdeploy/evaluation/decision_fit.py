@@ -23,7 +23,7 @@ from scipy.optimize import minimize_scalar
 from torch import nn
 
 from sopdeploy.data.base import PreprocessedDataset, unreadable_images_error
-from sopdeploy.data.datasets.layouts import open_any_images
+from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.drift import PredictionCounts

@@ -17,7 +17,7 @@ import torch
 from sopdeploy.checkpoint import Checkpoint, build_classifier, is_state_dict
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import LabeledImages, Split, describe_contradictions, hash_images
-from sopdeploy.data.datasets.layouts import open_any_images
+from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.data.near import hold_out_images
 from sopdeploy.data.sources import HoldOut, open_data
 from sopdeploy.decision import Decision

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.data.base import ImageFiles
-from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
+from sopdeploy.data.datasets.folder import open_any_images, open_evaluation_images
 from sopdeploy.data.near import connect
 from sopdeploy.errors import ConfigError, DataError, ParityError
 from sopdeploy.images.pixels import preprocess_image

@@ -21,7 +21,7 @@ from sopdeploy.cli.command import command
 from sopdeploy.cli.console import err, plain_text, print_table, say
 from sopdeploy.config import StrictModel
 from sopdeploy.data.base import ImageFiles, hash_images, map_threaded
-from sopdeploy.data.datasets.layouts import open_any_images, open_evaluation_images
+from sopdeploy.data.datasets.folder import open_any_images, open_evaluation_images
 from sopdeploy.data.near import MAX_COMPARED_PIXELS, group_by_signatures, signature
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.evaluation.metrics import Rate, log_loss

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.data.base import ImageFiles
-from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions

@@ -13,7 +13,7 @@ from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.bundle.manifest import FileRecord
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import hash_images
-from sopdeploy.data.datasets.layouts import open_any_images
+from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError, DataError, PromotionError
 from sopdeploy.evaluation.statistics import decide

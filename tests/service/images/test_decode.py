@@ -13,7 +13,7 @@ from PIL import Image
 
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
 from sopdeploy.data.base import PreprocessedDataset
-from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.errors import ImageError
 from sopdeploy.images.pixels import preprocess_image, visible_box
 from sopdeploy.images.preprocess import Preprocess

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import Split
-from sopdeploy.data.datasets.layouts import class_aliases, open_evaluation_images
+from sopdeploy.data.datasets.folder import class_aliases, open_evaluation_images
 from sopdeploy.data.sources import DataConfig, DigitsConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.training.recipe import read_recipe

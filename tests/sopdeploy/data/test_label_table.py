@@ -9,8 +9,7 @@ import pytest
 from PIL import Image
 
 from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import open_folder
-from sopdeploy.data.datasets.layouts import open_evaluation_images
+from sopdeploy.data.datasets.folder import open_evaluation_images, open_folder
 from sopdeploy.data.near import hold_out_images
 from sopdeploy.errors import DataError
 from tests.two_objects import CLASSES, draw_scenes

@@ -9,8 +9,7 @@ from typer.testing import CliRunner
 from sopdeploy.cli.app import app
 from sopdeploy.data.base import Split
 from sopdeploy.data.check import check_data
-from sopdeploy.data.datasets.folder import open_folder
-from sopdeploy.data.datasets.layouts import class_aliases, open_evaluation_images
+from sopdeploy.data.datasets.folder import class_aliases, open_evaluation_images, open_folder
 from sopdeploy.errors import DataError
 from tests.sopdeploy.data.small_data import write_classes
 from tests.sopdeploy.data.test_data_folder import make
