@@ -25,7 +25,7 @@ from sopdeploy.images.preprocess import Preprocess
 _RULES = Preprocess()  # for the conversion to upright RGB
 MAX_FEATURES = 10_000  # images whose features are computed, which takes about four minutes on a CPU
 EDGES_MISS = (
-    "near-duplicates were found by edges, which miss mirrored copies and most crops; up to "
+    "near-duplicates were found by edges, which miss mirrored copies and strong crops; up to "
     f"{MAX_FEATURES:,} images are compared by a network if sopdeploy[train] is installed and a `train` has "
     "downloaded its weights"
 )

@@ -2,17 +2,19 @@
 
 The vectors of all images are centered, their parts scaled to equal norms, and the principal components
 divided by the root of their variance plus the mean variance. This removes what the images of a class have in
-common: the cosine of two copies stays large, that of two similar objects becomes small. Images whose cosine
-reaches a threshold are connected, and a group is a connected component.
+common: the cosine of two copies stays large, that of two similar objects becomes small. An image has several
+views: the vector of the whole image, and those of parts of it, which find its crops. Two images are connected
+if the whole of one and a view of the other reach a threshold, and a group is a connected component.
 
-The threshold is measured on the given images and vectors. Four fifths of `Copies` of a sample of the images
-reach it, unless different images reach that, too: it is at least four standard deviations above the median
-cosine of the images of a class, and above the median of the largest cosine with images of other classes.
+The threshold is measured on the given images and vectors. It is halfway between what different images reach
+and what four fifths of `Copies` of a sample of the images reach. Different images reach four standard
+deviations above the median cosine of the images of a class, or above the median of the largest cosine with
+images of other classes.
 
-Letters: N images, M copies, D components of a vector.
+Letters: N images, M copies, V views, D components of a vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
@@ -29,7 +31,7 @@ from sopdeploy.images.preprocess import Preprocess
 Groups = NDArray[np.int64]  # a number per image
 _RULES = Preprocess()  # for the conversion to upright RGB
 CROPS = (0.85, 0.7)  # shares of each side of copies, in turn; 0.7 is half of the photograph
-MISSED = 0.2  # share of the copies below the threshold
+MISSED = 0.2  # share of the copies that may have a lower cosine
 DEVIATIONS, QUARTILE = 4.0, 0.6745  # standard deviations, of which the upper quartile of a Gaussian is 0.6745
 MAX_COMPARED = 500  # images that are compared with those of other classes
 _BLOCK = 1024  # images whose similarities are computed at once
@@ -79,29 +81,43 @@ class Copies(LabeledImages):
 
 
 def find_pairs(
-    parts: Sequence[NDArray[np.float32]], originals: NDArray[np.intp], targets: NDArray[Any]
+    views: Sequence[NDArray[np.float32]],
+    copies: Sequence[NDArray[np.float32]],
+    originals: NDArray[np.intp],
+    targets: NDArray[Any],
 ) -> NDArray[np.intp]:
     """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C).
 
-    *parts* (N + M, D) of the vectors are those of the images, then those of copies of *originals* (M,).
+    Each part of the vectors has *views* (N, V, D) of the images, the first one of the whole image, and
+    *copies* (M, D) of the images *originals* (M,).
     """
     count = len(targets)
     classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)
-    rows = _whiten(parts)
-    images, copies = rows[:count], rows[count:]
+    whole = [view[:, 0] for view in views]
+    whiten = _fit_whitening([np.concatenate(parts) for parts in zip(whole, copies, strict=True)])
+    images = whiten(whole)
+
+    def largest_cosines(some: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Compare the views of *some* images with *others* (L, D); returns the largest cosines (K, L)."""
+        each = (whiten([view[some, number] for view in views]) for number in range(views[0].shape[1]))
+        largest: NDArray[np.float32] = np.maximum.reduce([view @ others.T for view in each])
+        return largest
+
     compared = np.arange(0, count, -(-count // MAX_COMPARED))
-    cosines = images[compared] @ images.T
+    cosines = largest_cosines(compared, images)
     same_class = classes[compared, None] == classes
     nearest_other = np.where(same_class, -1.0, cosines).max(axis=1)
     in_class = cosines[same_class & (compared[:, None] != np.arange(count))]
-    levels = [np.quantile((images[originals] * copies).sum(axis=1), MISSED)]
-    for different in filter(len, (nearest_other, in_class)):
-        median, upper = np.quantile(different, [0.5, 0.75])  # a few copies or wrong labels do not change them
-        levels.append(median + DEVIATIONS * (upper - median) / QUARTILE)
-    threshold = max(levels)
+    different = -1.0
+    for values in filter(len, (nearest_other, in_class)):
+        median, upper = np.quantile(values, [0.5, 0.75])  # a few copies or wrong labels do not change them
+        different = max(different, float(median + DEVIATIONS * (upper - median) / QUARTILE))
+    found = float(np.quantile(np.diagonal(largest_cosines(originals, whiten(copies))), MISSED))
+    threshold = max(different, (different + found) / 2)
     pairs = []
     for start in range(0, count, _BLOCK):
-        first, second = np.nonzero(images[start : start + _BLOCK] @ images.T >= threshold)
+        block = slice(start, start + _BLOCK)
+        first, second = np.nonzero(largest_cosines(block, images) >= threshold)
         pairs.append(np.stack([first + start, second]))
     return np.concatenate(pairs, axis=1)
 
@@ -122,24 +138,35 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
     return np.unique(lowest, return_inverse=True)[1].astype(np.int64)
 
 
-def _whiten(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Join *parts* (N, D) to rows of norm 1, with equal norms of the parts and damped variances."""
-    scaled = []
-    for part in parts:
-        centered = part - part.mean(axis=0)
-        norm = float(np.sqrt(np.square(centered).sum(axis=1).mean()))
-        scaled.append(centered / max(norm, 1e-12))
-    rows = np.concatenate(scaled, axis=1)
+def _fit_whitening(
+    parts: Sequence[NDArray[np.float32]],
+) -> Callable[[Sequence[NDArray[np.float32]]], NDArray[np.float32]]:
+    """Fit a function that joins parts to rows of norm 1, with equal norms of *parts* and damped variances."""
+    means = [part.mean(axis=0) for part in parts]
+    squares = [np.square(part - mean).sum(axis=1).mean() for part, mean in zip(parts, means, strict=True)]
+    norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]
+
+    def join(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        scaled = [(part - mean) / norm for part, mean, norm in zip(parts, means, norms, strict=True)]
+        return np.concatenate(scaled, axis=1)
+
+    rows = join(parts)
     # Both products have the same eigenvalues above 0; with fewer rows than columns, (N, N) is smaller.
     wide = rows.shape[0] <= rows.shape[1]
-    product = rows @ rows.T if wide else rows.T @ rows
-    variances, vectors = np.linalg.eigh(product.astype(np.float64))
-    variances = np.maximum(variances, 0)
-    damped = variances + max(float(variances.mean()), 1e-12)
-    whitened = vectors * np.sqrt(variances / damped) if wide else rows @ (vectors / np.sqrt(damped))
-    norms = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
-    unit: NDArray[np.float32] = (whitened / norms).astype(np.float32)
-    return unit
+    variances, vectors = np.linalg.eigh((rows @ rows.T if wide else rows.T @ rows).astype(np.float64))
+    damping = max(float(variances.mean()), 1e-12)
+    kept = variances > 1e-6 * damping  # the others are rounding errors
+    variances, vectors = variances[kept], vectors[:, kept]
+    directions = rows.T @ (vectors / np.sqrt(variances)) if wide else vectors
+    projection = (directions / np.sqrt(variances + damping)).astype(np.float32)
+
+    def whiten(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        whitened = join(parts) @ projection
+        length = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
+        unit: NDArray[np.float32] = (whitened / length).astype(np.float32)
+        return unit
+
+    return whiten
 
 
 def _first_equal(keys: Sequence[Any]) -> NDArray[np.intp]:
@@ -160,7 +187,7 @@ def effective_count(groups: NDArray[np.integer]) -> float:
 def signature(image: Image.Image) -> NDArray[np.float32]:
     """Compute a histogram of the directions of edges in 8 x 8 cells of *image*, (512,), without a network.
 
-    It finds re-encoded, resized and slightly shifted copies, but hardly any that are cropped by a tenth.
+    It finds re-encoded, resized and slightly cropped copies, and about half of those cropped to 90 %.
     """
     small = to_rgb(image, _RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     down, right = np.gradient(np.asarray(small, np.float32))
@@ -182,7 +209,7 @@ def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) 
     """Group *images* by their *signatures* (N, 512) and by the groups that are known."""
     copies = Copies.of(images, crops=(0.95,))
     of_copies = np.stack([signature(copies[index][0]) for index in range(len(copies))])
-    pairs = find_pairs([np.concatenate([signatures, of_copies])], copies.originals, images.targets)
+    pairs = find_pairs([signatures[:, None]], [of_copies], copies.originals, images.targets)
     return connect(len(images), pairs, images.groups)
 
 

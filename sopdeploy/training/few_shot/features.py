@@ -1,7 +1,7 @@
 """The frozen network with the features of all images, and the network with a fitted classifier."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 
 import numpy as np
@@ -22,6 +22,7 @@ from sopdeploy.training.recipe import Recipe
 
 WIDTH, TAPS = 64, 2  # channels of the covariances, and number of feature maps
 BATCHES = {"cpu": 4, "cuda": 64}  # images; the maps of four stay in a CPU's cache, which halves the time
+CORNER = 0.7  # share of each side of a map that a corner covers; its average finds crops
 PROJECTION_IMAGES = 128  # for the projections: with 49 positions per image, 6,272 rows
 
 
@@ -29,8 +30,8 @@ class Features:
     """The network of *recipe* with the features of *images*.
 
     `full` is a copy of the network with the head that reads all statistics, `vectors` (N, D) are the inputs
-    of this head and `hashes` the hashes of the pixels. `head` is the head to fit, of the
-    configured *kind*.
+    of this head, `views` those of `average_views`, and `hashes` the hashes of the pixels. `head` is the head
+    to fit, of the configured *kind*.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Features:
         on_image: Callable[[int, int], None],
     ) -> None:
         self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
-        self.vectors, self.hashes = compute_features(self.full, images, recipe, on_image)
+        self.vectors, self.views, self.hashes = compute_features(self.full, images, recipe, on_image)
         taps = tuple(self.full.pooled_head.channels)
         self.head = HeadConfig(kind="gap")  # the only one of a network without feature maps
         if taps and kind != "gap":
@@ -66,17 +67,14 @@ class Features:
     @torch.no_grad()
     def find_copies(self, images: LabeledImages) -> Indices:
         """Find the pairs (2, P) of near-duplicates among *images* by the averages of the feature maps."""
-        head, device = self.full.pooled_head, next(self.full.parameters()).device
-        taps = tuple(head.channels) or None
-        columns = self.columns(HeadConfig(kind="gap+mean" if taps else "gap", taps=taps))
+        device = next(self.full.parameters()).device
         normalize, copies = Normalize(self.recipe.preprocess).to(device), Copies.of(images)
         dataset = PreprocessedDataset(copies, self.recipe.preprocess)
         batches = sequential_batches(len(copies), BATCHES[device.type])
         loader = load_batches(dataset, batches, self.recipe.workers, device)
-        inputs = (self.full.head_inputs(normalize(pixels)) for pixels, _ in loader)
-        of_copies = np.concatenate([head.vector(own, maps).float().cpu().numpy() for own, maps in inputs])
-        parts = [np.concatenate([self.vectors[:, part], of_copies[:, part]]) for part in columns]
-        return find_pairs(parts, copies.originals, images.targets)
+        views = [average_views(*self.full.head_inputs(normalize(pixels))) for pixels, _ in loader]
+        of_copies = [np.concatenate(part)[:, 0] for part in zip(*views, strict=True)]
+        return find_pairs(self.views, of_copies, copies.originals, images.targets)
 
     @torch.no_grad()
     def build(self, problem: Problem, fitted: LinearHead, distance_weight: float) -> SecondOrderHead:
@@ -102,11 +100,11 @@ class Features:
 @torch.no_grad()
 def compute_features(
     network: SecondOrderHead, images: LabeledImages, recipe: Recipe, on_image: Callable[[int, int], None]
-) -> tuple[NDArray[np.float32], list[str]]:
+) -> tuple[NDArray[np.float32], list[NDArray[np.float32]], list[str]]:
     """Fit the projections of *network* to its feature maps, and compute the vectors that its head reads.
 
-    Returns the vectors (N, D) of all images, and the hashes of their pixels. *on_image* receives the numbers
-    of images done and in total.
+    Returns the vectors (N, D) of all images, their `average_views`, and the hashes of their pixels.
+    *on_image* receives the numbers of images done and in total.
     """
     device, count = next(network.parameters()).device, len(images)
     shuffled = np.random.default_rng(0).permutation(count)  # so that the first batches show many classes
@@ -129,10 +127,31 @@ def compute_features(
     inputs = batched_inputs()
     projection_inputs = list(islice(inputs, PROJECTION_IMAGES // size))
     head.fit_projection([maps for _, _, maps in projection_inputs])
-    vectors = np.zeros((count, network.num_features()), np.float32)
+    vectors, views = np.zeros((count, network.num_features()), np.float32), list[NDArray[np.float32]]()
     for indices, own, maps in chain(projection_inputs, inputs):
         vectors[indices] = head.vector(own, maps).float().cpu().numpy()
-    return vectors, hashes
+        computed = average_views(own, maps)
+        views = views or [np.zeros((count, *part.shape[1:]), np.float32) for part in computed]
+        for view, part in zip(views, computed, strict=True):
+            view[indices] = part
+    return vectors, views, hashes
+
+
+def average_views(own: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
+    """Average each of *maps* (B, C, H, W) as a whole and in its four corners, (B, 5, C).
+
+    Without maps, the only view is the network's *own* vector, (B, 1, D).
+    """
+    if not maps:
+        return [own.float().cpu().numpy()[:, None]]
+    averages = []
+    for features in maps.values():
+        high, wide = (max(1, round(CORNER * side)) for side in features.shape[2:])
+        rows, columns = (slice(high), slice(-high, None)), (slice(wide), slice(-wide, None))
+        corners = [features[:, :, row, column] for row in rows for column in columns]
+        views = [part.float().mean(dim=(2, 3)) for part in (features, *corners)]
+        averages.append(torch.stack(views, dim=1).cpu().numpy())
+    return averages
 
 
 def _compute_entries(

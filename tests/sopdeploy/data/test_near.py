@@ -101,7 +101,7 @@ def test_vectors_that_do_not_tell_copies_from_other_images_group_nothing():
     vectors = np.eye(4, 16)[classes] + 0.01 * random.normal(size=(40, 16))
     originals = np.arange(8)
     copies = random.normal(size=(8, 16))
-    pairs = find_pairs([np.concatenate([vectors, copies]).astype(np.float32)], originals, classes)
+    pairs = find_pairs([vectors[:, None]], [copies], originals, classes)
     assert (pairs[0] == pairs[1]).all()
 
 
@@ -111,8 +111,18 @@ def test_a_few_copies_under_other_labels_do_not_raise_the_threshold():
     vectors[1:25:8] = vectors[:24:8] + 0.05 * random.normal(size=(3, 64))  # 3 photographs in two classes
     originals = np.arange(30, 38)
     copies = vectors[originals] + 0.3 * random.normal(size=(8, 64))
-    pairs = find_pairs([np.concatenate([vectors, copies]).astype(np.float32)], originals, classes)
+    pairs = find_pairs([vectors[:, None]], [copies], originals, classes)
     assert sorted(first for first, second in pairs.T.tolist() if second == first + 1) == [0, 8, 16]
+
+
+def test_an_image_that_equals_a_corner_of_another_one_is_its_crop():
+    random, classes = np.random.default_rng(0), np.arange(60) % 4
+    views = random.normal(size=(60, 5, 64))
+    views[24, 0] = views[3, 4] + 0.3 * random.normal(size=64)
+    originals = np.arange(30, 38)
+    copies = views[originals, 2] + 0.3 * random.normal(size=(8, 64))
+    pairs = find_pairs([views], [copies], originals, classes)
+    assert [pair for pair in pairs.T.tolist() if pair[0] != pair[1]] == [[3, 24]]
 
 
 def test_pairs_and_equal_keys_are_connected_and_groups_count_by_their_size():
@@ -228,9 +238,10 @@ def test_data_check_compares_features_of_the_default_network_once_its_weights_ar
     network = create_model("efficientnet-lite0", num_classes=1000)
     safetensors.torch.save_file(network.state_dict(), weights)
 
-    def compare(parts: list[np.ndarray], originals: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        assert [len(part) for part in parts] == [len(targets) + len(originals)] * 3  # two maps, their average
-        assert all(np.ptp(part, axis=0).max() > 0 for part in parts)
+    def compare(views: list[np.ndarray], copies: list[np.ndarray], *_: np.ndarray) -> np.ndarray:
+        assert [view.shape[:2] for view in views] == [(25, 5)] * 2  # of two maps: whole, corners
+        assert [len(part) for part in copies] == [8] * 2
+        assert all(np.ptp(part, axis=0).max() > 0 for part in (*views, *copies))
         return np.asarray([[5], [12]])  # features of random weights do not show which images are copies
 
     monkeypatch.setattr("sopdeploy.training.few_shot.features.find_pairs", compare)

@@ -48,9 +48,10 @@ class Folder:
         fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
         model.load_state_dict(fitting, strict=False)
         self.computed = 0
-        return features.compute_features(
+        vectors, _, hashes = features.compute_features(
             features.full_head(recipe, model), images, recipe, lambda done, total: None
         )
+        return vectors, hashes
 
     def entries(self) -> list[Path]:
         """List the files of the cache."""
