@@ -1,7 +1,7 @@
 """`sopdeploy import`: turn a published weight file into a checkpoint."""
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,33 +13,23 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError, shorten
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
-from sopdeploy.importers.gmsop import convert_gmsop
-from sopdeploy.importers.published import (
-    TIMM_PREFIX,
-    convert_efficientnet_lite,
-    convert_timm,
-    find_networks,
-)
-from sopdeploy.importers.pytorch_projects import (
-    convert_cifar_resnet,
-    convert_gsop,
-    convert_resnet,
-    convert_vgg,
-)
+from sopdeploy.importers.timm_files import TIMM_PREFIX, find_networks
 from sopdeploy.importers.weight_files import open_weights
+from sopdeploy.models.catalog import load
 from sopdeploy.models.registry import list_models
 from sopdeploy.user_files import read_class_names
 from sopdeploy.version import __version__
 
-# The first result is used; None if the file is of another project.
-CONVERTERS: tuple[Callable[[WeightFile, str], ConvertedWeights | None], ...] = (
-    convert_timm,
-    convert_efficientnet_lite,
-    convert_gsop,
-    convert_resnet,
-    convert_vgg,
-    convert_cifar_resnet,
-    convert_gmsop,
+# Parts of tensor names that the files of a project have, and its function (file, model), which returns None
+# for other files; the first one that returns weights is used.
+CONVERTERS = (
+    (("",), "timm_files:convert_timm"),
+    (("conv_stem.",), "timm_files:convert_efficientnet_lite"),
+    ((".conv_for_DR",), "pytorch_projects:convert_gsop"),
+    (("layer4.", "features.7."), "pytorch_projects:convert_resnet"),
+    (("features.0.",), "pytorch_projects:convert_vgg"),
+    (("linear.",), "pytorch_projects:convert_cifar_resnet"),
+    (("prediction_f",), "gmsop:convert_gmsop"),
 )
 
 
@@ -159,9 +149,11 @@ def choose_network(file: WeightFile, default: str) -> str:
 
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
-    for converter in CONVERTERS:
+    for marks, function in CONVERTERS:
+        if not any(mark in name for mark in marks for name in file.tensors):
+            continue
         try:
-            converted = converter(file, model)
+            converted: ConvertedWeights | None = load(f"importers.{function}")(file, model)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:  # of tensors with other axes
             reason = str(error).partition("\n")[0]
             raise WeightsError(

@@ -1,20 +1,15 @@
-"""Networks of timm (`timm:NAME`), EfficientNet-Lite, and the download of published ImageNet weights.
-
-Files of timm's hub lie next to a `config.json` with their preprocessing. Without it, the preprocessing of
-timm's default weights is used.
+"""The download of published ImageNet weights.
 
 Downloads are stored in the caches of torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging Face hub,
 `HF_HOME`). Before a file is parsed, its SHA-256 is compared: with a pinned one, with the digits in the file
 name that torchvision publishes, or with the hash that is the file name in the hub's cache.
 """
 
-import difflib
 import importlib
-import json
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,22 +22,11 @@ from sopdeploy.backbones.alexnet_vgg import VGGConfig
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetLite
 from sopdeploy.backbones.resnet import ResNet
 from sopdeploy.config import StrictModel
-from sopdeploy.errors import ConfigError, WeightsError, shorten
+from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
-from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
 from sopdeploy.models.registry import entry
 from sopdeploy.models.timm_networks import import_timm
 
-TIMM_PREFIX = "timm:"
-MAX_TRIED = 8  # networks are built without memory for their weights, which takes about 0.1 s for each
-HUB_CONFIG = "config.json"
-FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
-LITE = {  # preprocessing of EfficientNet-Lite, which needs no timm
-    model: Preprocess(resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
-    for model, resize, crop in (("efficientnet-lite0", 256, 224), ("efficientnet-lite2", 292, 260))
-}
-NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 PINNED = {  # complete hashes; of other files the digits in the name are compared
     "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
     "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
@@ -56,98 +40,6 @@ STALLED_SECONDS = 60  # without a byte from the server
 UNREACHABLE_SECONDS = 10  # without an answer to a request for headers
 _ADVICE = "or train from scratch with the weights none"
 OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
-
-
-def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`.
-
-    Raises `WeightsError` if the tensors are those of another network.
-    """
-    if not model.startswith(TIMM_PREFIX) or file.layers:
-        return None
-    backbone = model.removeprefix(TIMM_PREFIX)
-    import_timm(backbone)
-    if not _has_tensors_of(backbone, file) and (found := find_networks(file)):
-        raise WeightsError(
-            f"{file.path}: does not fit {model}; its tensors are those of {shorten(found)}; name that network"
-        )
-    pretrained = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
-    config = read_hub_config(file.path)
-    classifier = pretrained.get("classifier") or ""
-    # A distilled network has two classifiers of the same classes; DINOv2's and SigLIP's files have none.
-    weight = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
-    return ConvertedWeights(
-        project="timm",
-        description=f"timm's {backbone}",
-        model=model,
-        tensors=file.tensors,
-        num_classes=len(file.tensor(weight)) if weight in file.tensors else 0,
-        preprocess=Preprocess.from_timm({**pretrained, **config}),
-        notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
-    )
-
-
-def find_networks(file: WeightFile) -> list[str]:
-    """Find the networks of timm that have the tensors of *file*, as `timm:NAME`.
-
-    Compares the network with the name of the file, or with the architecture in the config.json next to it. If
-    there is none or it differs, compares the `MAX_TRIED` networks with the most similar names.
-    """
-    name = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name.partition(".")[0])
-    models = importlib.import_module("timm").list_models()
-    if name in models and _has_tensors_of(name, file):
-        return [f"{TIMM_PREFIX}{name}"]
-    nearest = difflib.get_close_matches(name, models, MAX_TRIED, cutoff=0.3)
-    return [f"{TIMM_PREFIX}{near}" for near in nearest if _has_tensors_of(near, file)]
-
-
-def _has_tensors_of(backbone: str, file: WeightFile) -> bool:
-    """Check that *file* has the names and shapes of timm's network *backbone*, except for its classifier."""
-    timm = importlib.import_module("timm")
-    with torch.device("meta"):
-        expected = timm.create_model(backbone).state_dict()
-    heads = timm.get_pretrained_cfg(backbone).to_dict().get("classifier") or ()
-    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-    shapes = [
-        {
-            name: tensor.shape
-            for name, tensor in tensors.items()
-            if not name.startswith(prefixes) and not name.endswith("num_batches_tracked")
-        }
-        for tensors in (expected, file.tensors)
-    ]
-    return shapes[0] == shapes[1]
-
-
-def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert an EfficientNet-Lite with timm's names; None for other files and other networks."""
-    if model not in LITE or not {"conv_stem.weight", "blocks.0.0.conv_dw.weight"} <= file.tensors.keys():
-        return None
-    config = read_hub_config(file.path)
-    return ConvertedWeights(
-        project="timm",
-        description=f"timm's tf_{model.replace('-', '_')}",
-        model=model,
-        tensors=file.tensors,
-        num_classes=len(file.tensor("classifier.weight")),
-        preprocess=Preprocess.from_timm(config) if config else LITE[model],
-        detected={"pooling.kind": "gap"},
-        notes=(FROM_HUB_CONFIG,) if config else (),
-    )
-
-
-def read_hub_config(weights: Path) -> Mapping[str, Any]:
-    """Read `pretrained_cfg` of the config.json next to *weights*; empty if there is none."""
-    config = _read_hub_json(weights).get("pretrained_cfg")
-    return config if isinstance(config, dict) else {}
-
-
-def _read_hub_json(weights: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(weights.with_name(HUB_CONFIG).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:

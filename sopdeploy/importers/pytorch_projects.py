@@ -22,7 +22,7 @@ from sopdeploy.importers.conversion import (
     row_wise_order,
     triangle_side,
 )
-from sopdeploy.importers.published import FROM_HUB_CONFIG, read_hub_config
+from sopdeploy.importers.timm_files import FROM_HUB_CONFIG, read_hub_config
 from sopdeploy.models.catalog import CATALOG
 from sopdeploy.models.gsop import RELEASED
 
@@ -234,8 +234,6 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
 
     Fusion by sum and by maximum have the same tensors, so the user must choose.
     """
-    if not any(".conv_for_DR" in name for name in file.tensors):
-        return None
     depth = resnet_depth(file.path, file.tensors)
     reduction = file.tensors.get("layer_reduce.weight")
     detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_block_config(file)}

@@ -6,23 +6,13 @@ Source: Polyak and Juditsky (1992). The warm-up of the decay is that of TensorFl
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
-import pydantic
 import torch
 from torch import nn
 
-from sopdeploy.config import StrictModel
 from sopdeploy.models.base import Classifier
-
-
-class EmaConfig(StrictModel):
-    """The decay of the averaged weights, which are evaluated and exported.
-
-    In update n the decay is at most (1 + n) / (10 + n).
-    """
-
-    decay: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
+from sopdeploy.training.loop_settings import EmaConfig
 
 
 class ExponentialMovingAverage:

@@ -10,10 +10,9 @@ from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
 from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of_memory
 from sopdeploy.training.distributed import MicroBatch, shard_step
-from sopdeploy.training.fine_tuning import LR_FACTOR
+from sopdeploy.training.loop_run import LR_FACTOR, LoopRun
 from sopdeploy.training.losses import Loss, training_loss
 from sopdeploy.training.optimizers import AdaHessian
-from sopdeploy.training.run import LoopRun
 
 
 def train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:

@@ -18,11 +18,10 @@ from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import shard_step
-from sopdeploy.training.fine_tuning import set_train_mode
 from sopdeploy.training.gradient import train_step
+from sopdeploy.training.loop_run import LoopRun, set_train_mode
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
-from sopdeploy.training.run import LoopRun
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import SignalState, TrainingStoppedError, handle_signals
 

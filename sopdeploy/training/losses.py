@@ -7,15 +7,13 @@ DSoP's Table II trains both jointly.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
-import pydantic
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.config import Positive, StrictModel
 from sopdeploy.data.base import derive_seed
 from sopdeploy.decision import Activation
 from sopdeploy.errors import ConfigError
@@ -23,8 +21,8 @@ from sopdeploy.evaluation.prediction import classification_loss
 from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.models.gmsop import GMSOPResNet
-from sopdeploy.models.registry import CatalogModel, create_model
+from sopdeploy.models.registry import create_model
+from sopdeploy.training.loop_settings import TeacherConfig
 
 
 class Loss(NamedTuple):
@@ -61,22 +59,6 @@ def training_loss(
     return Loss(total, parts, output.component_counts)
 
 
-class TeacherConfig(StrictModel):
-    """The teacher of knowledge distillation.
-
-    `weights` is the checkpoint of a trained teacher, which does not change. Without it, the network `model`
-    starts from random weights and is trained jointly: its own loss is added, and the student follows the
-    outputs of each step. `share` is the weight of the divergence from the teacher's outputs in the loss of
-    the student, 1 - share that of the student's own loss. `temperature` softens both outputs, and its square
-    scales the divergence.
-    """
-
-    weights: Path | None = None
-    model: CatalogModel | None = None
-    share: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
-    temperature: Positive = 1.0
-
-
 class Teacher:
     """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
 
@@ -102,7 +84,7 @@ class Teacher:
             raise ConfigError(
                 "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
             )
-        if self.learns and isinstance(self.model, GMSOPResNet):
+        if self.learns and hasattr(self.model.config, "balance_weight"):
             raise ConfigError(
                 "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
                 "teacher.weights"

@@ -1,22 +1,16 @@
-"""Optimizers and their configs; a recipe without `optimizer.kind` uses SGD.
-
-Weight decay applies to every parameter, as in the papers. `clip_norm` limits the norm of the whole gradient;
-0 disables clipping.
-"""
+"""The optimizers that a recipe can select, and AdaHessian."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-import pydantic
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sopdeploy.config import FractionBelowOne, NonNegative, Positive, PositiveRate, StrictModel
 from sopdeploy.data.base import derive_seed
+from sopdeploy.training.loop_settings import OptimizerConfig
 
-Betas = tuple[FractionBelowOne, FractionBelowOne]
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parameter groups
 
 
@@ -114,82 +108,15 @@ def random_signs(seed: int, number: int, like: Tensor) -> Tensor:
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
-class _OptimizerConfig(StrictModel):
-    """Common settings; subclasses add the other arguments of their optimizer."""
-
-    optimizer_class: ClassVar[Callable[..., Optimizer]]
-
-    lr: PositiveRate
-    weight_decay: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.0
-    clip_norm: NonNegative = 0.0
-
-    def create(self, parameters: Parameters) -> Optimizer:
-        """Create the optimizer for *parameters*."""
-        arguments = self.model_dump(exclude={"kind", "clip_norm"})
-        return type(self).optimizer_class(parameters, **arguments)
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+    "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
+    "rmsprop": torch.optim.RMSprop,
+    "adahessian": AdaHessian,
+}
 
 
-class Sgd(_OptimizerConfig):
-    """Stochastic gradient descent with momentum; weight decay is part of the gradient."""
-
-    optimizer_class = torch.optim.SGD
-
-    kind: Literal["sgd"] = "sgd"
-    momentum: FractionBelowOne = 0.9
-    nesterov: bool = False
-
-    @pydantic.model_validator(mode="after")
-    def _check_nesterov(self) -> "Sgd":
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs a momentum above 0")
-        return self
-
-
-class AdamW(_OptimizerConfig):
-    """Adam with decoupled weight decay. Source: Loshchilov and Hutter (ICLR 2019)."""
-
-    optimizer_class = torch.optim.AdamW
-
-    kind: Literal["adamw"]
-    betas: Betas = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, pydantic.Field(ge=0, le=1e6)] = 0.01
-
-
-class RAdam(_OptimizerConfig):
-    """Rectified Adam with decoupled weight decay. Source: Liu et al. (ICLR 2020)."""
-
-    optimizer_class = partial(torch.optim.RAdam, decoupled_weight_decay=True)
-
-    kind: Literal["radam"]
-    betas: Betas = (0.9, 0.999)
-    eps: Positive = 1e-8
-
-
-class RMSProp(_OptimizerConfig):
-    """RMSProp with momentum, as in EfficientNet; weight decay is part of the gradient."""
-
-    optimizer_class = torch.optim.RMSprop
-
-    kind: Literal["rmsprop"]
-    alpha: FractionBelowOne = 0.9
-    momentum: FractionBelowOne = 0.9
-    eps: Positive = 1e-3
-
-
-class AdaHessianConfig(_OptimizerConfig):
-    """AdaHessian, with the defaults of its paper."""
-
-    optimizer_class = AdaHessian
-
-    kind: Literal["adahessian"]
-    betas: Betas = (0.9, 0.999)
-    eps: Positive = 1e-4
-    power: Annotated[float, pydantic.Field(gt=0, le=1)] = 1.0
-
-
-OptimizerConfig = Annotated[
-    Sgd | AdamW | RAdam | RMSProp | AdaHessianConfig,
-    pydantic.Field(discriminator="kind"),
-    pydantic.BeforeValidator(lambda value: {"kind": "sgd", **value} if isinstance(value, dict) else value),
-]
+def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimizer:
+    """Create the optimizer of *config* for *parameters*."""
+    return OPTIMIZERS[config.kind](parameters, **config.model_dump(exclude={"kind", "clip_norm"}))

@@ -8,25 +8,23 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import pydantic
 
-from sopdeploy.config import Count, FractionBelowOne, NonNegative, StrictModel, first_problem
-from sopdeploy.data.augment import Augmentation, BoxCrop, ColorConfig
+from sopdeploy.config import Count, PositiveRate, StrictModel, first_problem
+from sopdeploy.data.augment import BoxCrop
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import CatalogModel, entry, make_config
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
-from sopdeploy.training.ema import EmaConfig
-from sopdeploy.training.fine_tuning import StartConfig
-from sopdeploy.training.losses import TeacherConfig
-from sopdeploy.training.optimizers import OptimizerConfig
+from sopdeploy.training.loop_settings import LoopSettings
 from sopdeploy.training.recipe_files import parse_override, read_values
-from sopdeploy.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from sopdeploy.models.base import Classifier
 
 CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "summary",
@@ -39,39 +37,6 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "rejection.accepts",
     "rejection.unknown",
 }
-
-
-class LossConfig(StrictModel):
-    """Loss settings that do not depend on the model."""
-
-    label_smoothing: FractionBelowOne = 0.0
-
-
-class SaveConfig(StrictModel):
-    """Minutes after which `last.pt` is also written within an epoch; 0 for only at its end."""
-
-    every_minutes: NonNegative = 15.0
-
-
-class LoopSettings(StrictModel):
-    """The settings of the training loop; they are keys of the recipe itself, not of a table.
-
-    `batch_size` is the number of samples of a step, over all processes; `accumulate` splits a step into that
-    many micro-batches. Each process computes the statistics of batch norm for its own part of a micro-batch.
-    """
-
-    epochs: Count
-    batch_size: Annotated[int, pydantic.Field(ge=2)]
-    accumulate: Count = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
-    augment: Augmentation
-    color: ColorConfig = ColorConfig()
-    optimizer: OptimizerConfig
-    schedule: Schedule
-    loss: LossConfig = LossConfig()
-    ema: EmaConfig | None = None
-    teacher: TeacherConfig | None = None
-    save: SaveConfig = SaveConfig()
 
 
 LOOP_KEYS = (*LoopSettings.model_fields, "start.learn", "start.head_factor", "model.remove_branches_at")
@@ -109,6 +74,20 @@ PROCEDURES = (AutoConfig, LoopConfig, FewShotConfig)
 AnyProcedureConfig = Annotated[AutoConfig | LoopConfig | FewShotConfig, pydantic.Field(discriminator="kind")]
 
 
+class StartConfig(StrictModel):
+    """The weights to start from, and which parameters are trained.
+
+    `weights` is a checkpoint, a weight file that `sopdeploy import` reads, "imagenet" for the published
+    weights of the backbone, or "none" for random ones (see `start_weights`). `learn = "branches"` freezes
+    everything but the branches, including batch norm statistics. `head_factor` multiplies the learning rate
+    of the classifier.
+    """
+
+    weights: Literal["imagenet", "none"] | Path | None = None
+    learn: Literal["all", "branches"] = "all"
+    head_factor: PositiveRate = 1.0
+
+
 class ModelConfig(CatalogModel):
     """The network to train: a model of the catalog, and the fields of its config that are not defaults.
 
@@ -124,7 +103,7 @@ class ModelConfig(CatalogModel):
             raise ValueError(f"remove_branches_at: {self.name} has no branches")
         return self
 
-    def network_of(self, epoch: int, network: Classifier) -> Classifier:
+    def network_of(self, epoch: int, network: "Classifier") -> "Classifier":
         """Return the network to train in *epoch*, from 0; *network* is that of the epoch before."""
         if self.remove_branches_at is None or epoch < self.remove_branches_at:
             return network

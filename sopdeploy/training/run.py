@@ -4,17 +4,13 @@ Sample order, augmentation, dropout and learning rate are functions of (seed, ep
 state and position are therefore enough to resume a run bit for bit.
 """
 
-import copy
-import operator
 import platform
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import pydantic
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from sopdeploy.checkpoint import Checkpoint
@@ -24,16 +20,11 @@ from sopdeploy.decision import Activation, Decision
 from sopdeploy.environment import machine
 from sopdeploy.errors import ConfigError, DataError, TrainingError, first_line, is_out_of_memory
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
-from sopdeploy.evaluation.prediction import HeldOutMetrics
-from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
-from sopdeploy.training.diagnostics import Diagnostics, EpochRow
+from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.ema import ExponentialMovingAverage
-from sopdeploy.training.fine_tuning import parameter_groups, set_train_mode
-from sopdeploy.training.losses import Loss, Teacher
 from sopdeploy.training.recipe import LoopConfig, Recipe
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import InitialModel, StartReport
@@ -171,153 +162,6 @@ class Run:
         }
 
 
-@dataclass(kw_only=True)
-class LoopRun(Run):
-    """A run of the training loop; `groups` are the optimizer's parameters.
-
-    Raises `ConfigError` for a teacher if images have several classes.
-    """
-
-    normalize: Normalize = field(init=False)
-    groups: list[dict[str, Any]] = field(init=False)
-    ema: ExponentialMovingAverage | None = None
-    teacher: Teacher | None = None
-
-    def __post_init__(self) -> None:
-        recipe, device = self.recipe, self.strategy.device
-        if self.activation == "sigmoid" and recipe.teacher is not None:
-            raise ConfigError("teacher: distillation needs one class per image; remove the table")
-        self.normalize = Normalize(recipe.preprocess).to(device)
-        if recipe.teacher is not None:
-            smoothing = recipe.loss.label_smoothing
-            self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
-        self.replace_model(self.name, self.model)
-        self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
-
-    @cached_property
-    def optimizer(self) -> Optimizer:
-        """The optimizer; it is created on first use, because this imports torch's compiler."""
-        return self.recipe.optimizer.create(self.groups)
-
-    @property
-    def exported(self) -> Classifier:
-        """The model with the weights that are evaluated and exported: their average, if there is one."""
-        return self.model if self.ema is None else self.ema.model
-
-    def trained(self) -> nn.Module:
-        """Return the module that learns: the model, together with its teacher if both are trained jointly."""
-        if self.teacher is None or not self.teacher.learns:
-            return self.model
-        return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
-
-    def after_step(self, loss: Loss, gradient_norm: float, count: int, *, seconds: float) -> None:
-        """Add a step of *count* images, which took *seconds*, to the position."""
-        position = self.position
-        for name, part in {"loss": loss.total, **loss.parts}.items():
-            position.sums[name] = position.sums.get(name, 0.0) + float(part) * count
-        if loss.component_counts is not None:
-            before = position.component_counts or (0,) * len(loss.component_counts)
-            position.component_counts = tuple(map(operator.add, before, loss.component_counts.tolist()))
-        position.step += 1
-        position.seen += count
-        position.gradient += gradient_norm * count
-        position.train_seconds += seconds
-        position.seconds += seconds
-
-    def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
-        """Record the metrics of an epoch, whose evaluation took *seconds*."""
-        done = self.position
-        row = EpochRow(
-            epoch=done.epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],
-            losses={name: total / done.seen for name, total in done.sums.items()},
-            metrics=metrics,
-            gradient=done.gradient / done.seen,
-            component_counts=done.component_counts,
-            images_per_second=done.seen / max(done.train_seconds, 1e-9),
-            diagnostics=diagnostics,
-            seconds=done.seconds + seconds,
-        )
-        self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*done.history, row))
-
-    def synchronize_buffers(self) -> None:
-        """Average the running statistics of batch norms over processes.
-
-        The running statistics are linear in those of the batches, so averaging once gives the same result
-        as averaging in every step.
-        """
-        if self.strategy.world == 1:
-            return
-        for model in [self.trained(), *([self.ema.model] if self.ema else [])]:
-            for buffer in filter(torch.is_floating_point, model.buffers()):
-                buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
-
-    def replace_model(self, name: str, model: Classifier) -> None:
-        """Replace the model by *model*, named *name*; parts that both have keep their optimizer state.
-
-        The averages of such parts are kept, too.
-        """
-        states = {}
-        if "optimizer" in self.__dict__:
-            states = {
-                part: self.optimizer.state[parameter]
-                for part, parameter in self.trained().named_parameters()
-                if parameter in self.optimizer.state
-            }
-            del self.optimizer
-        super().replace_model(name, model)
-        self._prepare_training()
-        for part, parameter in self.trained().named_parameters():
-            if part in states:
-                self.optimizer.state[parameter] = states[part]
-        if self.ema is not None:
-            averages = self.ema.model.state_dict()
-            self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
-            self.ema.model.load_state_dict({part: averages[part] for part in self.model.state_dict()})
-
-    def _prepare_training(self) -> None:
-        """Set what learns; move the teacher to the device."""
-        recipe = self.recipe
-        set_train_mode(self.model, recipe.start)
-        self.groups = parameter_groups(self.model, recipe.start)
-        if self.teacher is not None:
-            layout = torch.channels_last if recipe.channels_last else torch.preserve_format
-            self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
-            if self.teacher.learns:
-                self.groups.append({"params": list(self.teacher.model.parameters())})
-
-    def start_epoch(self) -> None:
-        """Replace the model if this epoch trains another one (`model.remove_branches_at`)."""
-        model = self.recipe.model.network_of(self.position.epoch, self.model)
-        if model is not self.model:
-            self.replace_model(self.name, model)
-
-    def resume_state(self) -> dict[str, Any]:
-        """Add the optimizer, the average and a teacher that learns."""
-        state = {
-            **super().resume_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.ema is None else self.ema.state_dict(),
-        }
-        if self.teacher is not None and self.teacher.learns:
-            state["teacher"] = self.teacher.model.state_dict()
-        return state
-
-    def load_resume_state(self, state: dict[str, Any]) -> None:
-        """Restore *state* but its `weights`; raises many types of error if it is damaged."""
-        super().load_resume_state(state)
-        if self.ema is not None:
-            self.ema.load_state_dict(state["average"])
-        if self.teacher is not None and self.teacher.learns:
-            self.teacher.model.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def checkpoint(self, *, resumable: bool) -> Checkpoint:
-        """Build a checkpoint with synchronized running statistics."""
-        self.synchronize_buffers()
-        return super().checkpoint(resumable=resumable)
-
-
 def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:
     """Create a run that trains *initial* on *images*, of the class that the procedure of its recipe needs.
 
@@ -326,8 +170,12 @@ def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel)
     """
     if len(images) < 2:
         raise DataError("there is only one training image; add another, a step needs two")
-    of_procedure = LoopRun if isinstance(initial.recipe.procedure, LoopConfig) else Run
-    return of_procedure(
+    run_class = Run
+    if isinstance(initial.recipe.procedure, LoopConfig):
+        from sopdeploy.training.loop_run import LoopRun  # noqa: PLC0415 # other procedures do not need it
+
+        run_class = LoopRun
+    return run_class(
         recipe=initial.recipe,
         labels=images.labels,
         activation="sigmoid" if images.targets.ndim == 2 else "softmax",

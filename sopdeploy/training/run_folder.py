@@ -23,7 +23,7 @@ from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
 from sopdeploy.training.diagnostics import best_epoch, history_csv
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.recipe import SaveConfig
+from sopdeploy.training.loop_settings import SaveConfig
 from sopdeploy.training.run import Run
 
 LOCK_FILE = ".lock"  # remains after a run was killed, without a lock

@@ -23,13 +23,11 @@ from sopdeploy.files import expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert_weights
-from sopdeploy.importers.published import fetch_imagenet_weights
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.models.registry import create_model, entry, make_config
 from sopdeploy.models.second_order_head import POOLED_HEAD
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.fine_tuning import classifier_name
 from sopdeploy.training.recipe import Recipe
 
 WeightSource = WeightFile | Checkpoint  # an opened file of weights
@@ -105,6 +103,8 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     if isinstance(weights, Path):
         path = expand_user(weights)
     else:
+        from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
+
         config = make_config(recipe.model.name, recipe.model.config)
         path, source_model = fetch_imagenet_weights(model, config)
     if not path.is_file():
@@ -239,6 +239,12 @@ def create_initial_model(
     start = None if weights is None else load_start_weights(weights, model, labels)
     completed = complete_preprocess(recipe, Preprocess() if weights is None else weights.preprocess)
     return InitialModel(model, completed, start)
+
+
+def classifier_name(model: Classifier) -> str:
+    """Return the name of the last linear layer of the deployed network."""
+    linear: list[str] = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if not is_in(name, *model.training_only)][-1]
 
 
 def _added_part(name: str, parts: tuple[str, ...]) -> str | None:

@@ -4,7 +4,7 @@ A run that is stopped or killed at any time and then resumed on the same machine
 uninterrupted one: bit for bit on a CPU with the same number of threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
@@ -28,7 +28,6 @@ from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch
 from sopdeploy.training.distributed import Strategy, check_divisible, select_device
-from sopdeploy.training.loop import fit_loop
 from sopdeploy.training.recipe import (
     AnyProcedureConfig,
     AutoConfig,
@@ -39,7 +38,7 @@ from sopdeploy.training.recipe import (
     validate_recipe,
 )
 from sopdeploy.training.results import AnyProcedureResult, read_result
-from sopdeploy.training.run import LoopRun, Run, create_run
+from sopdeploy.training.run import Run, create_run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     InitialModel,
@@ -68,7 +67,6 @@ class TrainingResult(StrictModel):
         decision: Temperature and rejection threshold in `best`, if there were enough images, or the
             thresholds of a multi-label network.
         start: The report on the start weights; None for random weights.
-        training_only: The parts that the export detaches.
         report: The page about the run, if one is written.
         previous: The run that it started from, and what was added since.
         mistakes: The two most frequent ones: true class, predicted class, number of images.
@@ -90,7 +88,6 @@ class TrainingResult(StrictModel):
     procedure: AnyProcedureResult
     decision: Decision | None = None
     start: StartReport | None = None
-    training_only: tuple[str, ...] = ()
     report: Path | None = None
     previous: str = ""
     mistakes: tuple[tuple[str, str, int], ...] = ()
@@ -132,12 +129,12 @@ def train_run(
         run, data = start_or_resume(
             recipe, folder, strategy, callback, resume=continued, given=given, weights=weights
         )
-        if isinstance(run, LoopRun):
-            fit_loop(run, data, folder, callback)
+        fit: Callable[[Any, Split, RunFolder, Callback], None]
+        if isinstance(run.recipe.procedure, LoopConfig):
+            from sopdeploy.training.loop import fit_loop as fit  # noqa: PLC0415
         else:
-            from sopdeploy.training.few_shot.run import fit_few_shot  # noqa: PLC0415  # scikit-learn is slow
-
-            fit_few_shot(run, data, folder, callback)
+            from sopdeploy.training.few_shot.run import fit_few_shot as fit  # noqa: PLC0415
+        fit(run, data, folder, callback)
         return run, data
     finally:
         folder.unlock()
@@ -337,7 +334,6 @@ def summarize_run(run: Run, data: Split, out_dir: Path) -> TrainingResult:
         seconds=run.position.seconds,
         procedure=run.result,
         start=run.start,
-        training_only=run.model.training_only,
         **{"best_map" if run.activation == "sigmoid" else "best_top1": best.metrics.score},
         decision=run.decision,
     )

@@ -23,8 +23,9 @@ from sopdeploy.report.page import write_run_page
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
+from sopdeploy.training.loop_run import LoopRun
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import LoopRun, create_run
+from sopdeploy.training.run import create_run
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.start_weights import create_initial_model
 from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run

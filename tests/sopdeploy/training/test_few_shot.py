@@ -190,7 +190,6 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     checkpoint = read_checkpoint(result.best)
     assert checkpoint.training["procedure"]["top1"]["count"] == 51
     assert checkpoint.model == result.model == "head:resnet8"
-    assert result.training_only == ()
     test = paint(tmp_path / "test", 5, seed=1)
     scores = score_checkpoint(result.best, test).predictions
     assert np.mean([score.correct for score in scores]) > 0.8

@@ -15,12 +15,12 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
-from sopdeploy.training.ema import EmaConfig, ExponentialMovingAverage
+from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.loop import epoch_data
+from sopdeploy.training.loop_settings import Cosine, EmaConfig, Milestones, OneCycle
 from sopdeploy.training.losses import training_loss
 from sopdeploy.training.optimizers import AdaHessian, random_signs
 from sopdeploy.training.recipe import Recipe
-from sopdeploy.training.schedule import Cosine, Milestones, OneCycle
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import SHORT, same_bits, short_recipe
 

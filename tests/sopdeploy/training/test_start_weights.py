@@ -27,7 +27,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
-from sopdeploy.importers.published import LITE
+from sopdeploy.importers.timm_files import LITE
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe

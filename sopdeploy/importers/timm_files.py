@@ -1,0 +1,121 @@
+"""Weight files of timm's networks (`timm:NAME`), and of EfficientNet-Lite with timm's names.
+
+Files of timm's hub lie next to a `config.json` with their preprocessing. Without it, the preprocessing of
+timm's default weights is used.
+"""
+
+import difflib
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sopdeploy.errors import WeightsError, shorten
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
+from sopdeploy.models.timm_networks import import_timm
+
+TIMM_PREFIX = "timm:"
+MAX_TRIED = 8  # networks are built without memory for their weights, which takes about 0.1 s for each
+HUB_CONFIG = "config.json"
+FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
+LITE = {  # preprocessing of EfficientNet-Lite, which needs no timm
+    model: Preprocess(resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    for model, resize, crop in (("efficientnet-lite0", 256, 224), ("efficientnet-lite2", 292, 260))
+}
+NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
+
+
+def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
+    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`.
+
+    Raises `WeightsError` if the tensors are those of another network.
+    """
+    if not model.startswith(TIMM_PREFIX) or file.layers:
+        return None
+    backbone = model.removeprefix(TIMM_PREFIX)
+    import_timm(backbone)
+    if not _has_tensors_of(backbone, file) and (found := find_networks(file)):
+        raise WeightsError(
+            f"{file.path}: does not fit {model}; its tensors are those of {shorten(found)}; name that network"
+        )
+    pretrained = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
+    config = read_hub_config(file.path)
+    classifier = pretrained.get("classifier") or ""
+    # A distilled network has two classifiers of the same classes; DINOv2's and SigLIP's files have none.
+    weight = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+    return ConvertedWeights(
+        project="timm",
+        description=f"timm's {backbone}",
+        model=model,
+        tensors=file.tensors,
+        num_classes=len(file.tensor(weight)) if weight in file.tensors else 0,
+        preprocess=Preprocess.from_timm({**pretrained, **config}),
+        notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
+    )
+
+
+def find_networks(file: WeightFile) -> list[str]:
+    """Find the networks of timm that have the tensors of *file*, as `timm:NAME`.
+
+    Compares the network with the name of the file, or with the architecture in the config.json next to it. If
+    there is none or it differs, compares the `MAX_TRIED` networks with the most similar names.
+    """
+    name = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name.partition(".")[0])
+    models = importlib.import_module("timm").list_models()
+    if name in models and _has_tensors_of(name, file):
+        return [f"{TIMM_PREFIX}{name}"]
+    nearest = difflib.get_close_matches(name, models, MAX_TRIED, cutoff=0.3)
+    return [f"{TIMM_PREFIX}{near}" for near in nearest if _has_tensors_of(near, file)]
+
+
+def _has_tensors_of(backbone: str, file: WeightFile) -> bool:
+    """Check that *file* has the names and shapes of timm's network *backbone*, except for its classifier."""
+    timm = importlib.import_module("timm")
+    with torch.device("meta"):
+        expected = timm.create_model(backbone).state_dict()
+    heads = timm.get_pretrained_cfg(backbone).to_dict().get("classifier") or ()
+    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
+    shapes = [
+        {
+            name: tensor.shape
+            for name, tensor in tensors.items()
+            if not name.startswith(prefixes) and not name.endswith("num_batches_tracked")
+        }
+        for tensors in (expected, file.tensors)
+    ]
+    return shapes[0] == shapes[1]
+
+
+def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
+    """Convert an EfficientNet-Lite with timm's names; None for other files and other networks."""
+    if model not in LITE or not {"conv_stem.weight", "blocks.0.0.conv_dw.weight"} <= file.tensors.keys():
+        return None
+    config = read_hub_config(file.path)
+    return ConvertedWeights(
+        project="timm",
+        description=f"timm's tf_{model.replace('-', '_')}",
+        model=model,
+        tensors=file.tensors,
+        num_classes=len(file.tensor("classifier.weight")),
+        preprocess=Preprocess.from_timm(config) if config else LITE[model],
+        detected={"pooling.kind": "gap"},
+        notes=(FROM_HUB_CONFIG,) if config else (),
+    )
+
+
+def read_hub_config(weights: Path) -> Mapping[str, Any]:
+    """Read `pretrained_cfg` of the config.json next to *weights*; empty if there is none."""
+    config = _read_hub_json(weights).get("pretrained_cfg")
+    return config if isinstance(config, dict) else {}
+
+
+def _read_hub_json(weights: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(weights.with_name(HUB_CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

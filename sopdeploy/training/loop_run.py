@@ -1,0 +1,208 @@
+"""The run of the training loop: what learns, its optimizer, average and teacher."""
+
+import copy
+import operator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from sopdeploy.checkpoint import Checkpoint
+from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.prediction import HeldOutMetrics
+from sopdeploy.layers.normalize import Normalize
+from sopdeploy.models.base import Classifier, is_in
+from sopdeploy.training.diagnostics import Diagnostics, EpochRow
+from sopdeploy.training.ema import ExponentialMovingAverage
+from sopdeploy.training.losses import Loss, Teacher
+from sopdeploy.training.optimizers import create_optimizer
+from sopdeploy.training.recipe import StartConfig
+from sopdeploy.training.run import Position, Run
+from sopdeploy.training.start_weights import classifier_name
+
+# Key of a factor on the learning rate in the optimizer's parameter groups; checkpoints contain it.
+LR_FACTOR = "times"
+
+
+@dataclass(kw_only=True)
+class LoopRun(Run):
+    """A run of the training loop; `groups` are the optimizer's parameters.
+
+    Raises `ConfigError` for a teacher if images have several classes.
+    """
+
+    normalize: Normalize = field(init=False)
+    groups: list[dict[str, Any]] = field(init=False)
+    ema: ExponentialMovingAverage | None = None
+    teacher: Teacher | None = None
+
+    def __post_init__(self) -> None:
+        recipe, device = self.recipe, self.strategy.device
+        if self.activation == "sigmoid" and recipe.teacher is not None:
+            raise ConfigError("teacher: distillation needs one class per image; remove the table")
+        self.normalize = Normalize(recipe.preprocess).to(device)
+        if recipe.teacher is not None:
+            smoothing = recipe.loss.label_smoothing
+            self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
+        self.replace_model(self.name, self.model)
+        self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
+
+    @cached_property
+    def optimizer(self) -> Optimizer:
+        """The optimizer; it is created on first use, because this imports torch's compiler."""
+        return create_optimizer(self.recipe.optimizer, self.groups)
+
+    @property
+    def exported(self) -> Classifier:
+        """The model with the weights that are evaluated and exported: their average, if there is one."""
+        return self.model if self.ema is None else self.ema.model
+
+    def trained(self) -> nn.Module:
+        """Return the module that learns: the model, together with its teacher if both are trained jointly."""
+        if self.teacher is None or not self.teacher.learns:
+            return self.model
+        return nn.ModuleDict({"model": self.model, "teacher": self.teacher.model})
+
+    def after_step(self, loss: Loss, gradient_norm: float, count: int, *, seconds: float) -> None:
+        """Add a step of *count* images, which took *seconds*, to the position."""
+        position = self.position
+        for name, part in {"loss": loss.total, **loss.parts}.items():
+            position.sums[name] = position.sums.get(name, 0.0) + float(part) * count
+        if loss.component_counts is not None:
+            before = position.component_counts or (0,) * len(loss.component_counts)
+            position.component_counts = tuple(map(operator.add, before, loss.component_counts.tolist()))
+        position.step += 1
+        position.seen += count
+        position.gradient += gradient_norm * count
+        position.train_seconds += seconds
+        position.seconds += seconds
+
+    def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
+        """Record the metrics of an epoch, whose evaluation took *seconds*."""
+        done = self.position
+        row = EpochRow(
+            epoch=done.epoch + 1,
+            lr=self.optimizer.param_groups[0]["lr"],
+            losses={name: total / done.seen for name, total in done.sums.items()},
+            metrics=metrics,
+            gradient=done.gradient / done.seen,
+            component_counts=done.component_counts,
+            images_per_second=done.seen / max(done.train_seconds, 1e-9),
+            diagnostics=diagnostics,
+            seconds=done.seconds + seconds,
+        )
+        self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*done.history, row))
+
+    def synchronize_buffers(self) -> None:
+        """Average the running statistics of batch norms over processes.
+
+        The running statistics are linear in those of the batches, so averaging once gives the same result
+        as averaging in every step.
+        """
+        if self.strategy.world == 1:
+            return
+        for model in [self.trained(), *([self.ema.model] if self.ema else [])]:
+            for buffer in filter(torch.is_floating_point, model.buffers()):
+                buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
+
+    def replace_model(self, name: str, model: Classifier) -> None:
+        """Replace the model by *model*, named *name*; parts that both have keep their optimizer state.
+
+        The averages of such parts are kept, too.
+        """
+        states = {}
+        if "optimizer" in self.__dict__:
+            states = {
+                part: self.optimizer.state[parameter]
+                for part, parameter in self.trained().named_parameters()
+                if parameter in self.optimizer.state
+            }
+            del self.optimizer
+        super().replace_model(name, model)
+        self._prepare_training()
+        for part, parameter in self.trained().named_parameters():
+            if part in states:
+                self.optimizer.state[parameter] = states[part]
+        if self.ema is not None:
+            averages = self.ema.model.state_dict()
+            self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
+            self.ema.model.load_state_dict({part: averages[part] for part in self.model.state_dict()})
+
+    def _prepare_training(self) -> None:
+        """Set what learns; move the teacher to the device."""
+        recipe = self.recipe
+        set_train_mode(self.model, recipe.start)
+        self.groups = parameter_groups(self.model, recipe.start)
+        if self.teacher is not None:
+            layout = torch.channels_last if recipe.channels_last else torch.preserve_format
+            self.teacher.model.to(self.strategy.device, memory_format=layout)  # type: ignore[call-overload]
+            if self.teacher.learns:
+                self.groups.append({"params": list(self.teacher.model.parameters())})
+
+    def start_epoch(self) -> None:
+        """Replace the model if this epoch trains another one (`model.remove_branches_at`)."""
+        model = self.recipe.model.network_of(self.position.epoch, self.model)
+        if model is not self.model:
+            self.replace_model(self.name, model)
+
+    def resume_state(self) -> dict[str, Any]:
+        """Add the optimizer, the average and a teacher that learns."""
+        state = {
+            **super().resume_state(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.ema is None else self.ema.state_dict(),
+        }
+        if self.teacher is not None and self.teacher.learns:
+            state["teacher"] = self.teacher.model.state_dict()
+        return state
+
+    def load_resume_state(self, state: dict[str, Any]) -> None:
+        """Restore *state* but its `weights`; raises many types of error if it is damaged."""
+        super().load_resume_state(state)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["average"])
+        if self.teacher is not None and self.teacher.learns:
+            self.teacher.model.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def checkpoint(self, *, resumable: bool) -> Checkpoint:
+        """Build a checkpoint with synchronized running statistics."""
+        self.synchronize_buffers()
+        return super().checkpoint(resumable=resumable)
+
+
+def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
+    """Put *model*, or with `learn = "branches"` only its branches, into train mode."""
+    model.train()
+    if start is not None and start.learn == "branches":
+        branches = model.training_only
+        for name, module in model.named_modules():
+            contains_branch = any(branch.startswith(f"{name}.") for branch in branches)
+            module.training = name == "" or contains_branch or is_in(name, *branches)
+
+
+def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
+    """Build the optimizer's parameter groups and freeze what `start.learn` excludes.
+
+    The classifier gets its own group if `head_factor` is not 1. Raises `ConfigError` if there are no
+    branches to train.
+    """
+    if start is not None and start.learn == "branches":
+        if not model.training_only:
+            raise ConfigError('start.learn: this network has no branches; use learn = "all"')
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(is_in(name, *model.training_only))
+    if start is None or start.head_factor == 1:
+        return [{"params": list(model.parameters())}]
+    head = classifier_name(model)
+    named = list(model.named_parameters())
+    return [
+        {"params": [parameter for name, parameter in named if not is_in(name, head)], LR_FACTOR: 1.0},
+        {
+            "params": [parameter for name, parameter in named if is_in(name, head)],
+            LR_FACTOR: start.head_factor,
+        },
+    ]
