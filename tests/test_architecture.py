@@ -143,7 +143,7 @@ WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing t
         *("sopdeploy_service.server.process", "sopdeploy_service.app"),
     ): HEAVY,
     ("sopdeploy.cli.app",): ("importlib.metadata", "rich", "pydantic", "numpy", "fastapi"),
-    ("sopdeploy.models.registry",): ("timm",),
+    ("sopdeploy.models.registry", "sopdeploy.training.recipe"): ("torch", "timm"),
 }
 
 

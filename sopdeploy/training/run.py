@@ -15,19 +15,18 @@ from torch.utils._pytree import tree_leaves
 
 from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel
-from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Activation, Decision
 from sopdeploy.environment import machine
-from sopdeploy.errors import ConfigError, DataError, TrainingError, first_line, is_out_of_memory
+from sopdeploy.errors import ConfigError, TrainingError, first_line, is_out_of_memory
 from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics
 from sopdeploy.models.base import Classifier
 from sopdeploy.plugins import makers
 from sopdeploy.project import Origin
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.recipe import LoopConfig, Recipe
+from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult
-from sopdeploy.training.start_weights import InitialModel, StartReport
+from sopdeploy.training.start_weights import StartReport
 from sopdeploy.version import __version__
 
 
@@ -160,31 +159,6 @@ class Run:
                 "processes": self.strategy.world,
             },
         }
-
-
-def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:
-    """Create a run that trains *initial* on *images*, of the class that the procedure of its recipe needs.
-
-    Raises `DataError` for a single image, `ConfigError` for settings that do not fit the images or the
-    network.
-    """
-    if len(images) < 2:
-        raise DataError("there is only one training image; add another, a step needs two")
-    run_class = Run
-    if isinstance(initial.recipe.procedure, LoopConfig):
-        from sopdeploy.training.loop_run import LoopRun  # noqa: PLC0415 # other procedures do not need it
-
-        run_class = LoopRun
-    return run_class(
-        recipe=initial.recipe,
-        labels=images.labels,
-        activation="sigmoid" if images.targets.ndim == 2 else "softmax",
-        train_count=len(images),
-        strategy=strategy,
-        name=initial.recipe.model.name,
-        model=initial.model,
-        start=initial.start,
-    )
 
 
 @torch.no_grad()

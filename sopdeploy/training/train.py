@@ -38,7 +38,7 @@ from sopdeploy.training.recipe import (
     validate_recipe,
 )
 from sopdeploy.training.results import AnyProcedureResult, read_result
-from sopdeploy.training.run import Run, create_run
+from sopdeploy.training.run import Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     InitialModel,
@@ -264,6 +264,31 @@ def _check_unknown(recipe: Recipe, data: Split) -> None:
     if data.train.targets.ndim == 2:
         raise ConfigError("rejection.unknown: without effect where images have several classes; remove it")
     open_any_images(recipe.rejection.unknown)
+
+
+def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:
+    """Create a run that trains *initial* on *images*, of the class that the procedure of its recipe needs.
+
+    Raises `DataError` for a single image, `ConfigError` for settings that do not fit the images or the
+    network.
+    """
+    if len(images) < 2:
+        raise DataError("there is only one training image; add another, a step needs two")
+    run_class = Run
+    if isinstance(initial.recipe.procedure, LoopConfig):
+        from sopdeploy.training.loop_run import LoopRun  # noqa: PLC0415 # other procedures do not need it
+
+        run_class = LoopRun
+    return run_class(
+        recipe=initial.recipe,
+        labels=images.labels,
+        activation="sigmoid" if images.targets.ndim == 2 else "softmax",
+        train_count=len(images),
+        strategy=strategy,
+        name=initial.recipe.model.name,
+        model=initial.model,
+        start=initial.start,
+    )
 
 
 def check_same_step(run: Run, folder: Path) -> None:

@@ -25,10 +25,9 @@ from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.loop_run import LoopRun
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.run import create_run
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.start_weights import create_initial_model
-from sopdeploy.training.train import TrainingResult, summarize_run, train_recipe, train_run
+from sopdeploy.training.train import TrainingResult, create_run, summarize_run, train_recipe, train_run
 
 SHORT = [
     "epochs=3",
