@@ -44,23 +44,17 @@ def plot(curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmi
         return _as_url(drawing)
 
 
-def bars(values: Mapping[str, float], label: str) -> str:
-    """Draw *values* by name as horizontal bars, on an axis with *label*; return a `data:` URL."""
+def component_chart(counts: Sequence[int], caption: str) -> Figure:
+    """Draw how many training images each component of a gated network received in the last epoch, as bars."""
     with mpl.rc_context(_STYLE):
-        drawing = Drawing(figsize=(_WIDTH, 0.7 + _BAR_HEIGHT * len(values)), layout="constrained")
+        drawing = Drawing(figsize=(_WIDTH, 0.7 + _BAR_HEIGHT * len(counts)), layout="constrained")
         axes = drawing.subplots()
-        drawn = axes.barh(list(map(sanitize, values)), list(values.values()))
+        drawn = axes.barh([f"component {number}" for number in range(len(counts))], counts)
         axes.bar_label(drawn, fmt="{:,.4g}", padding=3)
         axes.invert_yaxis()
         axes.margins(x=0.15)
-        axes.set(xlabel=sanitize(label))
-        return _as_url(drawing)
-
-
-def component_chart(counts: Sequence[int], caption: str) -> Figure:
-    """Draw how many training images each component of a gated network received in the last epoch."""
-    values = {f"component {number}": float(count) for number, count in enumerate(counts)}
-    return Figure(image=bars(values, "images"), caption=f"{caption}, last epoch.")
+        axes.set(xlabel="images")
+        return Figure(image=_as_url(drawing), caption=f"{caption}, last epoch.")
 
 
 def _as_url(drawing: Drawing) -> str:

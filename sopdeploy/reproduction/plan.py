@@ -17,7 +17,7 @@ from sopdeploy.models.describe import describe
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.results import MeanError, SeedResult, mean_error
-from sopdeploy.reproduction.small import STATEMENT, small_data, small_overrides
+from sopdeploy.reproduction.small import IMAGES, STATEMENT, small_overrides
 from sopdeploy.reproduction.tables import (
     DATA_SETS,
     Column,
@@ -28,7 +28,6 @@ from sopdeploy.reproduction.tables import (
     find_table,
 )
 from sopdeploy.training.recipe import Recipe, format_toml, read_recipe
-from sopdeploy.training.recipe_files import parse_override
 
 # Operations of a training step per multiply-add of its forward pass: the backward pass costs twice as much as
 # the forward pass, and a multiply-add is two operations.
@@ -225,6 +224,8 @@ def run_path(folder: Path, row: str, seed: int) -> Path:
 
 def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False) -> Reproduction:
     """Plan the selected rows of *table*; raise `ConfigError` for unknown rows."""
+    if options.scale == "small" and options.data is not None:
+        raise ConfigError("the small scale has its own images; omit it", setting="data")
     rows = (_plan_row(table, printed, options) for printed in table.select(options.rows))
     return Reproduction(table, options, tuple(rows), dry_run)
 
@@ -269,12 +270,8 @@ def _scale_overrides(row: ReproducedRow, table: PrintedTable, options: Reproduce
     if options.scale == "small":
         of_table = [*table.small, *row.printed.small]
         recipe = read_recipe(row.source, [*row.overrides, *of_table])
-        replaced = {parse_override(override)[0] for override in of_table}
-        return of_table + [
-            override
-            for override in small_overrides(recipe, small_data(options.out, options.data))
-            if override.startswith(("model.", "teacher.")) or parse_override(override)[0] not in replaced
-        ]
+        general = small_overrides(recipe, options.out.absolute() / IMAGES)
+        return of_table + general + [one for one in of_table if not one.startswith(("model.", "teacher."))]
     return [] if options.data is None else [f"data.path={format_toml(str(options.data))}"]
 
 

@@ -13,7 +13,7 @@ from sopdeploy.files import atomic_write
 from sopdeploy.reproduction.page import render_page
 from sopdeploy.reproduction.plan import Reproduction, plan, run_path
 from sopdeploy.reproduction.results import MILLISECONDS, SeedResult, measure_run, measured_facts, time_layer
-from sopdeploy.reproduction.small import small_data, write_small_images
+from sopdeploy.reproduction.small import IMAGES, write_small_images
 from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
@@ -43,7 +43,7 @@ def reproduce(
                     f"cannot be run ({row.reason}); leave it out", setting="rows", value=row.printed.id
                 )
         if options.scale == "small":
-            write_small_images(options.data, small_data(options.out, options.data))
+            write_small_images(options.out.absolute() / IMAGES)
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
         if row.printed.layer is not None:

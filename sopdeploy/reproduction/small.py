@@ -1,10 +1,8 @@
-"""The small scale: train every row on few small images, with a reduced network, in minutes on a CPU.
+"""The small scale: train every row on a few digits, with a reduced network, in minutes on a CPU.
 
 The result is not the experiment of the paper. It shows that a row runs from its recipe to its figures.
 """
 
-import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,6 @@ from sopdeploy.backbones.efficientnet import EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.bundle.folder import staging
 from sopdeploy.data.datasets.libraries import open_digits
-from sopdeploy.data.near import hold_out_images
-from sopdeploy.data.sources import FolderConfig, open_data
-from sopdeploy.errors import DataError
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.training.recipe import Recipe, format_toml
 
@@ -28,9 +23,8 @@ STATEMENT = (
     "Small scale: not the experiment of the paper. Few small images, narrow networks and a few epochs; the "
     "measured errors say nothing about the printed ones."
 )
-_IMAGES = "small-images"  # folder of the images
+IMAGES = "small-images/digits"  # folder of the images
 IMAGES_PER_CLASS = {"train": 40, "val": 20}
-CLASSES = 10
 POOLING_SIZES = {"width": 32, "dim": 256, "words": 8, "rank": 4}
 CHANNELS = 16  # channels of a branch's covariance
 
@@ -96,35 +90,14 @@ def small_overrides(recipe: Recipe, images: Path) -> list[str]:
     return overrides
 
 
-def small_data(out: Path, data: Path | None) -> Path:
-    """Return the folder in *out* for the small images from *data*, by default from the bundled digits.
-
-    The name ends in a hash of the path, because another folder may have the same name.
-    """
-    if data is None:
-        return out.absolute() / _IMAGES / "digits"
-    path = data.resolve()
-    return out.absolute() / _IMAGES / f"{path.name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-
-
-def write_small_images(source: Path | None, folder: Path) -> None:
-    """Write a few images of the first ten classes of *source*, by default the bundled digits, to *folder*.
-
-    *source* has class folders or an official layout. An existing folder is not changed. Raises `DataError` if
-    *source* cannot be read or an image may have several classes, and the errors of `staging`.
-    """
+def write_small_images(folder: Path) -> None:
+    """Write a few of the bundled digits to *folder* as images; an existing folder is not changed."""
     if folder.exists():
         return
-    if source is None:
-        split = open_digits()
-    else:
-        config = FolderConfig(kind="folder", path=source)
-        split = hold_out_images(open_data(config), config.hold_out, config.hold_out_seed)
-    if split.train.targets.ndim == 2:
-        raise DataError(f"{source}: lists several classes per image; give a folder with one class each")
+    split = open_digits()
     with staging(folder.parent) as partial:
         for part, images in (("train", split.train), ("val", split.held_out)):
-            for target, label in enumerate(images.labels[:CLASSES]):
+            for target, label in enumerate(images.labels):
                 (partial / part / label).mkdir(parents=True)
                 for index in np.flatnonzero(images.targets == target)[: IMAGES_PER_CLASS[part]].tolist():
                     images[index][0].convert("RGB").save(partial / part / label / f"{index:06}.png")

@@ -215,10 +215,9 @@ class ReproduceOptions(Options):
     seeds: Annotated[int | None, pydantic.Field(ge=1)] = None
     """Runs per row: seeds 0, 1 and so on; by default as many as in the paper."""
     scale: ReproductionScale = "paper"
-    """small trains narrow networks on few small images, in minutes on a CPU."""
+    """small trains narrow networks on a few digits, in minutes on a CPU."""
     data: Path | None = None
-    """Images: class folders or an official layout. At the small scale any images, by default the bundled
-    digits."""
+    """Images: class folders or an official layout; not for the small scale."""
     set: tuple[str, ...] = ()
     """Override a value of all recipes, such as threads=4; repeatable."""
     out: Path = Path("runs/reproduce")

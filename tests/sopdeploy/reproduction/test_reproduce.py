@@ -161,21 +161,23 @@ def test_table_i_of_dsop_is_counted_without_data_and_explains_its_figures(tmp_pa
         assert note in shown
 
 
-IMAGENET_TABLES = [
-    name for name, table in TABLES.items() if table.measures == "errors" and table.data.startswith("imagenet")
-]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [name if name == "dsop-7" else pytest.param(name, marks=pytest.mark.slow) for name in IMAGENET_TABLES],
-)
-def test_a_row_of_an_imagenet_table_runs_on_the_official_layout(name: str, tmp_path: Path) -> None:
-    data, table = write_imagenet(tmp_path / "imagenet", 11, 8, 3), TABLES[name]
-    row = next(row.id for row in table.rows if table.recipe_of(row) is not None)
-    options = ReproduceOptions(out=tmp_path / "out", scale="small", data=data, rows=row, set=("epochs=2",))
-    (run,) = reproduce(table, options).rows[0].runs
-    assert (run.train_count, run.held_out_count, len(run.history)) == (60, 30, 2)
+def test_a_row_at_the_scale_of_the_paper_runs_on_the_images_that_are_given(tmp_path) -> None:
+    data = write_imagenet(tmp_path / "imagenet", 3, 8, 3)
+    changes = ("epochs=1", "model.config.depth=18", "model.config.base_width=8", "preprocess.resize=32")
+    options = ReproduceOptions(
+        out=tmp_path / "out",
+        data=data,
+        rows="without",
+        set=(*changes, "preprocess.crop=32", "workers=0", "batch_size=8", "threads=1"),
+    )
+    found = reproduce(TABLES["dsop-7"], options)
+    (run,) = found.rows[0].runs
+    assert (run.train_count, run.held_out_count, len(run.history)) == (24, 9, 1)
+    assert "--set epochs=1; " in found.statement
+    assert "24 training images instead of 1,281,167" in found.statement
+    assert found.paper_scale.startswith("Run at paper scale: 1 of 1 rows. ")
+    with pytest.raises(ConfigError, match="data: the small scale has its own images"):
+        plan(TABLES["dsop-7"], ReproduceOptions(data=data, scale="small"))
 
 
 def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:
