@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.pooling.base import GlobalAverage, GlobalPooling, PoolingConfig
+from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig
 
 
 class Backbone(nn.Module):
@@ -64,12 +64,6 @@ class Backbone(nn.Module):
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute the exported outputs in eval mode, one tensor per name in `outputs`."""
         return (self(images),)
-
-    def averages_last_map(self) -> bool:
-        """Tell whether the classifier is a linear layer on the mean of the last feature map."""
-        pooling, *others, last = (getattr(self, part, None) for part in self.classifier_parts)
-        only_dropout = all(isinstance(part, nn.Dropout | nn.Identity) for part in others)
-        return type(pooling) is GlobalAverage and only_dropout and isinstance(last, nn.Linear)
 
     def num_features(self) -> int:
         """Return the length of the vector that the classifier reads."""

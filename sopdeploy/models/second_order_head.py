@@ -151,7 +151,6 @@ class SecondOrderHead(Classifier):
         self.maps: dict[str, int] = {}
         if head.parts != ("gap",):
             self.maps = self.map_channels(head.taps, self.base.image_size)
-        self.own_vector_is_mean = self.averages_last_map()
         own_length = self.remove_classifier(self.base.image_size)
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 

@@ -149,13 +149,6 @@ class TimmBackbone(Backbone):
         """Return the length of the vector that timm's classifier reads."""
         return self.head_channels
 
-    def averages_last_map(self) -> bool:
-        """Tell whether timm's head is only average pooling and a linear layer."""
-        network = self.wrapped[0]
-        averages = getattr(getattr(network, "global_pool", None), "pool_type", "") == "avg"
-        exact = averages and network.num_features == network.head_hidden_size
-        return exact and isinstance(network.get_classifier(), nn.Linear)
-
 
 class PlainTimm(Classifier, TimmBackbone):
     """A network of timm without changes."""

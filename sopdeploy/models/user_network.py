@@ -5,8 +5,7 @@ training, evaluation and export of this package accept it as one of the catalog.
 registers a network knows it: reading a checkpoint never imports code.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -63,7 +62,7 @@ class UserNetwork(Classifier):
 
         The logits take the place of the last feature map, because the network contains its classifier.
         """
-        logits, outputs = run_tapped(self.network, self.network, images, taps)
+        logits, outputs = run_tapped(self.network, images, taps)
         if not isinstance(logits, Tensor):
             mode = "train" if self.training else "eval"
             raise ConfigError(
@@ -89,8 +88,7 @@ class UserNetwork(Classifier):
         layer = Classifier.logits_layer(self)
         if layer is not None:
             name = next(name for name, module in self.network.named_modules() if module is layer)
-            with evaluated(self.network, image_size) as images:
-                logits, outputs = run_tapped(self.network, self.network, images, [name])
+            logits, outputs = run_once(self.network, image_size)
             if not logits.is_meta and not torch.equal(logits, outputs[name]):
                 raise ConfigError(
                     f"head: the network computes its logits after its last linear layer {name}; build it so "
@@ -148,7 +146,7 @@ class PooledNetwork(UserNetwork):
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the map (B, C, h, w) and the outputs of *taps*."""
-        _, outputs = run_tapped(self.network, self.network, images, {self.tap, *taps})
+        _, outputs = run_tapped(self.network, images, {self.tap, *taps})
         return outputs[self.tap], [output for tap, output in outputs.items() if tap in taps]
 
 
@@ -271,71 +269,34 @@ def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn
         raise ConfigError(f"{name}: cannot be built ({first_line(error)}); correct the builder") from error
 
 
-@contextmanager
-def hooked(network: nn.Module, hooks: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Add forward hooks to modules of *network*, by name, and remove them afterwards."""
-    handles = [network.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def run_tapped(
-    network: nn.Module, run: Callable[[Tensor], Any], images: Tensor, taps: Collection[str]
-) -> tuple[Any, dict[str, Any]]:
-    """Return `run(images)` and the outputs of the modules *taps* of *network*, in order of computation."""
+def run_tapped(network: nn.Module, images: Tensor, taps: Collection[str]) -> tuple[Any, dict[str, Any]]:
+    """Return the output of *network* and those of its modules *taps*, in the order of computation."""
     outputs: dict[str, Any] = {}
 
     def store(tap: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         outputs[tap] = output
 
-    with hooked(network, {tap: partial(store, tap) for tap in taps}):
-        return run(images), outputs
+    handles = [network.get_submodule(tap).register_forward_hook(partial(store, tap)) for tap in taps]
+    try:
+        return network(images), outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
-    """Run *network* on one black image to find the channels at *taps* and the number of classes.
+def run_once(network: nn.Module, image_size: int) -> tuple[Any, dict[str, Any]]:
+    """Run *network* in eval mode on one black image; return its output and those of all its modules by name.
 
-    The taps are returned in the order of computation. Train and eval modes are restored afterwards. Raises
-    `ConfigError` as `dsop` does.
-    """
-    names = dict(network.named_modules())
-    parts = ", ".join(name for name, _ in network.named_children())
-    for tap in taps:
-        if tap not in names:
-            raise ConfigError(f"taps: the network has no module {tap!r}; it has {parts}")
-    with evaluated(network, image_size) as images:
-        logits, outputs = run_tapped(network, network, images, taps)
-    for tap in taps:
-        shape = _shape(outputs.get(tap))
-        if len(shape) != 4 or shape[2] != shape[3]:
-            raise ConfigError(
-                f"taps: {tap} gives {shape or 'no tensor'}, not a feature map (batch, channels, side, side)"
-                "; choose another module"
-            )
-    if len(_shape(logits)) != 2:
-        raise ConfigError(f"taps: the network returns {_shape(logits)} for one image, not (1, classes)")
-    return {tap: outputs[tap].shape[1] for tap in outputs}, logits.shape[1]
-
-
-def _shape(output: Any) -> tuple[int, ...]:
-    return tuple(output.shape) if isinstance(output, Tensor) else ()
-
-
-@contextmanager
-def evaluated(network: nn.Module, image_size: int) -> Iterator[Tensor]:
-    """Put *network* into eval mode and yield one black image (1, 3, side, side) on its device.
-
-    Train and eval modes are restored afterwards. Raises `ConfigError` if the network cannot run.
+    The outputs are in the order of computation. Train and eval modes are restored afterwards. Raises
+    `ConfigError` if the network cannot run.
     """
     modes = {part: part.training for part in network.modules()}
     device = next((parameter.device for parameter in network.parameters()), None)
+    names = [name for name, _ in network.named_modules() if name]
     network.eval()
     try:
         with torch.no_grad():
-            yield torch.zeros(1, 3, image_size, image_size, device=device)
+            return run_tapped(network, torch.zeros(1, 3, image_size, image_size, device=device), names)
     except Exception as error:  # the user's code
         raise ConfigError(
             f"taps: the network fails for an image of 3 x {image_size} x {image_size} "
@@ -346,15 +307,40 @@ def evaluated(network: nn.Module, image_size: int) -> Iterator[Tensor]:
             part.training = mode
 
 
+def find_taps(network: nn.Module, taps: Sequence[str], image_size: int) -> tuple[dict[str, int], int]:
+    """Run *network* on one black image to find the channels at *taps* and the number of classes.
+
+    The taps are returned in the order of computation. Raises `ConfigError` as `dsop` does.
+    """
+    names = dict(network.named_modules())
+    parts = ", ".join(name for name, _ in network.named_children())
+    for tap in taps:
+        if tap not in names:
+            raise ConfigError(f"taps: the network has no module {tap!r}; it has {parts}")
+    logits, outputs = run_once(network, image_size)
+    for tap in taps:
+        shape = _shape(outputs.get(tap))
+        if len(shape) != 4 or shape[2] != shape[3]:
+            raise ConfigError(
+                f"taps: {tap} gives {shape or 'no tensor'}, not a feature map (batch, channels, side, side)"
+                "; choose another module"
+            )
+    if len(_shape(logits)) != 2:
+        raise ConfigError(f"taps: the network returns {_shape(logits)} for one image, not (1, classes)")
+    return {tap: output.shape[1] for tap, output in outputs.items() if tap in taps}, logits.shape[1]
+
+
+def _shape(output: Any) -> tuple[int, ...]:
+    return tuple(output.shape) if isinstance(output, Tensor) else ()
+
+
 def last_map(network: nn.Module, image_size: int) -> str:
     """Find the module of *network* that computes the last feature map (1, C, side, side), side > 1.
 
     Of modules that return the same tensor, it is the outermost one. Raises `ConfigError` if there is none, or
     if tokens (1, N, C) follow: the map may then be the weights of an attention.
     """
-    names = [name for name, _ in network.named_modules() if name]
-    with evaluated(network, image_size) as images:
-        _, outputs = run_tapped(network, network, images, names)
+    _, outputs = run_once(network, image_size)
     for name, output in reversed(outputs.items()):
         shape = _shape(output)
         if len(shape) == 4 and shape[2] == shape[3] > 1:
@@ -372,26 +358,11 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
 
     Raises `ConfigError` if the network cannot run without them.
     """
-    started: list[str] = []  # names of modules in the order in which they start, and "" where *tap* ends
-    handles = [
-        module.register_forward_pre_hook(lambda *_, name=name: started.append(name))
-        for name, module in network.named_modules()
-        if name
-    ]
-    try:
-        with evaluated(network, image_size) as images, hooked(network, {tap: lambda *_: started.append("")}):
-            network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    end = started.index("")
-    before, after = set(started[:end]), dict.fromkeys(started[end + 1 :])
-    removed = [
-        name for name in after if name not in before and list(network.get_submodule(name).parameters())
-    ]
+    run = list(run_once(network, image_size)[1])  # the modules that contain the tap end after it, too
+    after = [name for name in run[run.index(tap) + 1 :] if not is_in(tap, name)]
+    removed = [name for name in after if list(network.get_submodule(name).parameters())]
     for name in removed:
         parent = name.rpartition(".")[0]
         if not is_in(parent, *removed):
             network.set_submodule(name, nn.Identity())
-    with evaluated(network, image_size) as images:
-        network(images)
+    run_once(network, image_size)

@@ -1,4 +1,4 @@
-"""Goldens: counts and outputs of each family's small models, which detect changes of either.
+"""Goldens: counts and outputs of each family's small models and of training-only heads.
 
 Weights depend only on their names and shapes, not on a random number generator; logits are computed in
 float64 on the CPU.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sopdeploy.models.catalog import CATALOG, FAMILIES
 from sopdeploy.models.describe import describe
-from tests.sweep.smallest import ALL
+from tests.sweep.smallest import ALL, VARIANTS
 from tests.sweep.steps import Small
 
 FOLDER = Path(__file__).parents[1] / "goldens"
@@ -40,7 +40,12 @@ def small_models(family: str) -> list[Small]:
     """List the small models of *family*; networks with a head are those of the catalog with one."""
     if family == HEADS:
         return [small for small in ALL if small.name.removeprefix("head:") in CATALOG and ":" in small.name]
-    return [small for small in ALL if small.name in GOLDENS[family]]
+    return [small for small in (*ALL, *VARIANTS) if small.name in GOLDENS[family]]
+
+
+def label(small: Small) -> str:
+    """Return the key of a golden: the name, for other forms with the options."""
+    return small.name if small in ALL else f"{small.name} {json.dumps(dict(small.config))}"
 
 
 def golden(small: Small) -> dict[str, Any]:
@@ -48,15 +53,17 @@ def golden(small: Small) -> dict[str, Any]:
     described = describe(small.name, image_size=small.side, num_classes=small.classes, **small.config)
     network = small.build().eval().double()
     fill(network)
+    images = numbers("images", (IMAGES, 3, small.side, small.side))
     with torch.no_grad():
-        outputs = network.outputs_tuple(numbers("images", (IMAGES, 3, small.side, small.side)))
+        outputs = dict(zip(network.outputs, network.outputs_tuple(images), strict=True))
+        outputs |= {name: logits for name, logits in network.heads(images).items() if name != "main"}
     return {
         "config": json.loads(json.dumps(dict(small.config))),
         "image_size": small.side,
         "training": described.training.model_dump(),
         "shipped": described.shipped.model_dump(),
         "representation": described.representation,
-        "outputs": {name: rounded(found) for name, found in zip(network.outputs, outputs, strict=True)},
+        "outputs": {name: rounded(found) for name, found in outputs.items()},
     }
 
 

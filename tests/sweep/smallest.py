@@ -3,6 +3,7 @@
 from typing import Any
 
 from sopdeploy.backbones.efficientnet import EfficientNet
+from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.pooled import SecondOrderEfficientNet
 from tests.sweep.steps import Small
 
@@ -74,3 +75,57 @@ DETACHED = (  # compared with plain networks: their inference class is above, or
     Small("dsop-timm:regnety_002", 64),
 )
 ALL = (*LOWERED, *WALKED, *DETACHED)
+POOLINGS: tuple[dict[str, Any], ...] = (  # every pooling, and every form of one that computes something else
+    {"kind": "gap"},
+    {"kind": "flatten", "side": 2},
+    {"kind": "flatten", "side": 1},
+    {"kind": "isqrt"},
+    {"kind": "isqrt", "width": 5, "iterations": 3, "prenorm": "frobenius", "compensation": "batch_norm"},
+    {"kind": "isqrt", "compensation": "none"},
+    {"kind": "isqrt", "width": 3, "reduction": "linear"},
+    {"kind": "isqrt", "centered": False},
+    {"kind": "mpncov"},
+    {"kind": "mpncov", "width": 5, "power": 0.7},
+    {"kind": "deepo2p"},
+    {"kind": "deepo2p", "centered": False, "width": None},
+    {"kind": "bcnn"},
+    {"kind": "improved-bcnn"},
+    {"kind": "improved-bcnn", "root": "newton-schulz"},
+    {"kind": "g2denet"},
+    {"kind": "g2denet", "root": "newton-schulz"},
+    {"kind": "cbp", "dim": 32, "seed": 7},
+    {"kind": "kernel", "dim": 16, "seed": 3},
+    {"kind": "low-rank-bilinear", "width": 5, "rank": 4},
+    {"kind": "netvlad", "words": 3},
+    {"kind": "netvlad", "words": 3, "centres": "normal"},
+    {"kind": "netfv", "words": 3},
+)
+GSOP: dict[str, Any] = {"blocks": 2, "cov_width": 32}
+BRANCHES: dict[str, Any] = {"base_width": 8, "aux_widths": (8,) * 4, "aux_blocks": (1,) * 4}
+EQUATION_6: dict[str, Any] = {"component_activation": "none", "component_centered": False}
+NORMS: dict[str, Any] = {
+    "component_norm": True,
+    "component_bias": True,
+    "gate_widths": (6,),
+    "gate_norm": True,
+}
+VARIANTS = (  # other forms of the same classes, whose counts and outputs have goldens, too
+    *(Small("resnet8", 16, {"base_width": 2, "pooling": pooling}) for pooling in POOLINGS),
+    Small("resnet8", 8, {"base_width": 8, "pooling": "isqrt"}),  # fewer positions than channels
+    Small("resnet18", 32, {"depth": 26, "base_width": 8, "bottleneck_stride": "v1"}),
+    Small("drn-a-50", 32, {"depth": 26, "base_width": 8, "bottleneck_stride": "v1"}),
+    Small("dsop-resnet18", 64, {**BRANCHES, "conv5_stride": 2, "aux_pooling": "gap"}),
+    *(Small("dsop-resnet18", 32, {**BRANCHES, "aux_pooling": kind}) for kind in ("power", "logarithm")),
+    Small("dsop-resnet50", 32, {**BRANCHES, "bottleneck_stride": "v1"}),
+    Small("dsop-resnet20", 16, {"shortcut": "projection"}),
+    *(
+        Small("gsop-net1-preact-resnet164", 32, {**GSOP, "attention": kind})
+        for kind in ("channel", "position", "sum", "maximum", "concatenation")
+    ),
+    Small("gsop-net2-preact-resnet164", 32, {**GSOP, **RELEASED}),
+    Small("gsop-net1-preact-resnet164", 32, {**GSOP, **RELEASED, "attention": "concatenation"}),
+    Small("gsop-net1-resnet26", 32, {"base_width": 16, **RELEASED, "attention": "sum"}),
+    Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **EQUATION_6}),
+    Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **NORMS, "noise_per": "image"}),
+    Small("resnet18-64px", 8, {**ONE_EACH, "project_first_stage": True, "input_scaling": "raw"}),
+)

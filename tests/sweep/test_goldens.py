@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from tests.sweep.goldens import FOLDER, GOLDENS, HEADS, golden, path_of, small_models
+from tests.sweep.goldens import FOLDER, GOLDENS, HEADS, golden, label, path_of, small_models
 
 TOLERANCE = 1e-9  # kernels of other processors change the outputs in float64 by up to 5e-13
 
 
 @pytest.mark.parametrize("family", [*GOLDENS, HEADS])
 def test_counts_and_outputs_match_the_golden(family: str, pytestconfig: pytest.Config) -> None:
-    found: dict[str, Any] = {small.name: golden(small) for small in small_models(family)}
+    found: dict[str, Any] = {label(small): golden(small) for small in small_models(family)}
     if pytestconfig.getoption("--rewrite-goldens"):
         path_of(family).parent.mkdir(exist_ok=True)
         path_of(family).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

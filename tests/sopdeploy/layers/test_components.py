@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig
+from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.layers.mixture import (
     ComponentKind,
     Components,
@@ -34,46 +33,6 @@ def maps(images: int = 3) -> Tensor:
 def weights(images: int, count: int = 4, kept: int = 2) -> Tensor:
     torch.manual_seed(2)
     return keep_largest(torch.randn(images, count, dtype=torch.float64), kept)
-
-
-def one_by_one(bank: Components, kind: ComponentKind, features: Tensor, component: int) -> Tensor:
-    """What the paper says of one component, written without packing."""
-    x = features.mean(dim=(2, 3), keepdim=True) if kind == "linear" else features
-    for weight in bank.weights:
-        x = F.conv2d(x, weight[component][:, :, None, None])
-        x = x if kind == "linear" else F.relu(x)
-    return ISqrtCov(4, NewtonSchulzConfig(iterations=3))(x) if kind == "sop" else x.mean(dim=(2, 3))
-
-
-@pytest.mark.parametrize(("kind", "widths"), KINDS)
-def test_packed_components_equal_single_ones(kind: ComponentKind, widths: tuple[int, ...]) -> None:
-    bank = components(kind, widths)
-    expected = torch.stack([one_by_one(bank, kind, maps(), n) for n in range(4)], dim=1)
-    torch.testing.assert_close(bank(maps()), expected, rtol=0, atol=1e-12)
-
-
-def test_equation_6_is_the_root_of_the_second_moments_without_relu_or_mean() -> None:
-    root = NewtonSchulzConfig(iterations=5, prenorm="frobenius", centered=False)
-    convolutions = Convolutions((6, 4), rectified=False)
-    bank = Components("sop", 5, convolutions, components=2, counted=2, root=root).double()
-    x = (maps() + 1.0).requires_grad_()
-    expected = []
-    for first, second in zip(*bank.weights, strict=True):
-        q = first.T @ second.T @ second @ first  # (C, C); the component is P^T X X^T P with Q = P P^T
-        z = (second @ first) @ x.flatten(2)
-        sigma = z @ z.transpose(1, 2) / 9
-        torch.testing.assert_close(  # X^T Q X (M, M) has the same eigenvalues but for zeros
-            torch.linalg.eigvalsh(x.flatten(2).transpose(1, 2) @ q @ x.flatten(2) / 9)[:, -4:],
-            torch.linalg.eigvalsh(sigma),
-        )
-        norm = sigma.norm(dim=(1, 2), keepdim=True)
-        y, inverse = sigma / norm, torch.eye(4, dtype=torch.float64)
-        for _ in range(5):
-            t = (3 * torch.eye(4, dtype=torch.float64) - inverse @ y) / 2
-            y, inverse = y @ t, t @ inverse
-        rows, columns = torch.triu_indices(4, 4)
-        expected.append((y * norm.sqrt())[:, rows, columns])
-    torch.testing.assert_close(bank(x), torch.stack(expected, dim=1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("images", [1, 2, 9])

@@ -4,14 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck, ResNet
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.gsop_block import GSoPBlock
-from sopdeploy.layers.pooling.covariance import Logarithm, Power
-from sopdeploy.models.attention import CBAM
 from sopdeploy.models.describe import describe
 from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.models.psdr import intermediate_widths
@@ -52,23 +48,6 @@ def test_alexnet_has_the_maps_of_its_paper_and_normalizes_across_channels(norm: 
     norms = [layer for layer in network.layers if isinstance(layer, torch.nn.LocalResponseNorm)]
     rules = [(layer.size, layer.alpha / layer.size, layer.beta, layer.k) for layer in norms]
     assert rules == ([(5, 1e-4, 0.75, 2.0)] * 2 if norm == "response" else [])  # section 3.3
-
-
-@pytest.mark.parametrize("stride_on", ["v1", "v1.5"])
-def test_drn_a_dilates_what_follows_a_removed_stride(stride_on: str) -> None:
-    torch.manual_seed(0)
-    config = {"depth": 26, "bottleneck_stride": stride_on}
-    dilated = create_model("drn-a-50", num_classes=3, **config).eval()
-    expected = ResNet(Bottleneck, [2, 2, 2, 2], 3, replace_stride_with_dilation=[False, True, True]).eval()
-    if stride_on == "v1":  # the 3x3 convolution is already behind the stride
-        for stage, dilation in ((expected.layer3, 2), (expected.layer4, 4)):
-            stage[0].conv2.dilation = stage[0].conv2.padding = (dilation, dilation)
-        first = expected.layer2[0]
-        first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
-    expected.load_state_dict(dilated.state_dict())
-    images = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        torch.testing.assert_close(dilated(images), expected(images), rtol=1e-4, atol=1e-5)
 
 
 SMALL = "gsop-net1-preact-resnet164"
@@ -128,15 +107,6 @@ def test_convolutions_start_with_kaimings_deviation() -> None:
 
 
 FEATURES = torch.randn(2, 32, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-def test_cbam_scales_channels_then_positions() -> None:
-    block = CBAM(32, 16).double().eval()
-    averaged, largest = F.adaptive_avg_pool2d(FEATURES, 1), F.adaptive_max_pool2d(FEATURES, 1)
-    by_channel = FEATURES * torch.sigmoid(block.mlp(averaged) + block.mlp(largest))
-    two = torch.stack([by_channel.max(dim=1).values, by_channel.mean(dim=1)], dim=1)
-    by_position = torch.sigmoid(block.bn(block.conv(two)))
-    torch.testing.assert_close(block(FEATURES), by_channel * by_position)
 
 
 @pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
@@ -246,20 +216,6 @@ def test_the_gate_has_the_architecture_of_a_component_or_that_of_the_released_co
     assert [type(layer) for layer in released.feature[1]] == expected
 
 
-def test_batch_norms_and_biases_of_components_are_those_of_single_layers() -> None:
-    switches = {"component_norm": True, "component_bias": True, "dropout": 0.0}
-    network = untied(tiny(**switches)).double()
-    network(images().double())  # moves the running statistics
-    mixture, x = network.eval().mixture, torch.randn(2, 128, 3, 3, dtype=torch.float64)
-    expected = x
-    for step, weight in enumerate(mixture.weights):
-        norm, rows = mixture.norms[step], slice(2 * weight.shape[1], 3 * weight.shape[1])  # component 2
-        y = torch.nn.functional.conv2d(expected, weight[2, :, :, None, None], mixture.biases[step][rows])
-        statistics = (norm.running_mean[rows], norm.running_var[rows])
-        expected = torch.nn.functional.batch_norm(y, *statistics, norm.weight[rows], norm.bias[rows]).relu()
-    torch.testing.assert_close(mixture(x)[:, 2], mixture.after(expected))
-
-
 def test_no_more_components_are_chosen_than_there_are() -> None:
     with pytest.raises(ConfigError, match=r"chosen \(5\) is more than components \(4\)"):
         make_config("gmsop-16-8-resnet18", {"components": 4, "chosen": 5})
@@ -367,16 +323,6 @@ def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeyp
     branch = network.branches["conv_head"]
     own = 1280 * 64 + 2 * 64 + 2080 * 3 + 3  # DR, its batch norm, the classifier
     assert sum(parameter.numel() for parameter in branch.parameters()) == own
-
-
-@pytest.mark.parametrize(
-    ("pooling", "function"),
-    [("power", Power(0.5)), ("logarithm", Logarithm(1e-3))],
-)
-def test_branches_pool_by_the_matrix_functions_of_section_iii_a(pooling: str, function: object) -> None:
-    network = create_model("dsop-resnet18", num_classes=3, **NARROW, aux_pooling=pooling)
-    pooling_layer = network.branches["layer2_1"].pooling
-    assert (pooling_layer.function, pooling_layer.channels) == (function, 8)
 
 
 def test_unused_branches_can_be_kept_but_do_not_compute() -> None:

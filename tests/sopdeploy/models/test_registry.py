@@ -9,10 +9,9 @@ from torch import Tensor
 from sopdeploy.backbones import resnet
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier, TrainingOutput
-from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import create_model, entry, list_models, make_config
 from tests.sopdeploy.training.small_recipes import few_blocks
-from tests.sweep.smallest import ALL
+from tests.sweep.smallest import ALL, VARIANTS
 from tests.sweep.steps import Small
 
 
@@ -70,18 +69,7 @@ def test_an_invalid_value_is_a_one_line_error(name: str, config: dict, says: str
     assert "\n" not in str(caught.value)
 
 
-GSOP, TWO = "gsop-net1-preact-resnet164", {"blocks": 2}
-BRANCHES = {"base_width": 16, "aux_widths": (8,) * 4, "aux_blocks": (1,) * 4}
-NETWORKS = [  # every class of network, and other forms of blocks and branches
-    *ALL,
-    Small("dsop-resnet18", 64, {**BRANCHES, "conv5_stride": 2, "aux_pooling": "gap"}),
-    Small("dsop-resnet50", 32, {**BRANCHES, "bottleneck_stride": "v1"}),
-    Small("dsop-resnet20", 16, {"shortcut": "projection"}),
-    *(Small(GSOP, 32, {**TWO, "attention": kind}) for kind in ("position", "maximum", "concatenation")),
-    Small("gsop-net2-preact-resnet164", 32, {**TWO, **RELEASED}),
-    Small(GSOP, 32, {**TWO, **RELEASED, "attention": "concatenation"}),
-    Small("gsop-net1-resnet26", 32, {"base_width": 16, **RELEASED, "attention": "sum"}),
-]
+NETWORKS = [*ALL, *VARIANTS]
 
 
 @pytest.mark.parametrize("small", NETWORKS, ids=[f"{s.name}-{n}" for n, s in enumerate(NETWORKS)])

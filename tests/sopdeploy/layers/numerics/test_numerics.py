@@ -18,7 +18,6 @@ from sopdeploy.layers.isqrt_cov import (
 )
 from sopdeploy.layers.pooling.covariance import Logarithm, LogEuclideanConfig, MpnCovConfig, Power, spectral
 from tests.sopdeploy.layers.numerics.all_poolings import (
-    CHOICES,
     EACH_POOLING,
     build,
     name,
@@ -26,6 +25,7 @@ from tests.sopdeploy.layers.numerics.all_poolings import (
     relu_features,
     textbook_root,
 )
+from tests.sweep.smallest import POOLINGS
 
 PRENORMS = pytest.mark.parametrize("prenorm", ["trace", "frobenius"])
 
@@ -171,7 +171,7 @@ def test_second_derivatives_are_rejected() -> None:
 HALVES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
 
-@pytest.mark.parametrize("choice", [c for c in CHOICES if "width" not in c], ids=name)
+@pytest.mark.parametrize("choice", [c for c in POOLINGS if "width" not in c], ids=name)
 @HALVES
 def test_half_precision_maps_equal_float32_maps(choice, dtype) -> None:
     torch.manual_seed(0)
