@@ -137,14 +137,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
     The file is read only once, so `sha256` matches the content even if another process replaces the file.
     Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy checkpoint, or would run code.
     """
+    raw = _read_file(path)
+    return parse_checkpoint(path, load_plain(path, raw=raw), hashlib.sha256(raw).hexdigest())
+
+
+def _read_file(path: Path) -> bytes:
     check_is_file(path)
     try:
-        raw = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}); check its permissions"
         ) from error
-    return parse_checkpoint(path, load_plain(path, raw=raw), hashlib.sha256(raw).hexdigest())
 
 
 def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
@@ -173,14 +177,9 @@ def load_plain(
     *raw* is the content, if it was already read. Raises `CheckpointError` if the file is missing or damaged,
     or if it would run code; *advice* is the last part of that message.
     """
-    check_is_file(path)
+    source = io.BytesIO(_read_file(path) if raw is None else raw)
     try:
-        source = path if raw is None else io.BytesIO(raw)
         return torch.load(source, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
-        ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"

@@ -1,6 +1,7 @@
 """Engines: built by the real builder, verified on a simulated GPU, cached, served."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -231,6 +232,12 @@ def test_engines_are_built_in_the_configured_cache_and_found_next_to_the_bundle_
     (tmp_path / "file").write_text("")
     with pytest.raises(EngineError, match="cannot be written"):
         get_engine(bundle, EngineOptions(cache=tmp_path / "file"))
+
+
+def test_the_container_image_keeps_engines_in_its_volume() -> None:
+    text = (Path(__file__).parents[2] / "Dockerfile").read_text(encoding="utf-8")
+    (volume,) = re.findall(r"^VOLUME (\S+)$", text, re.MULTILINE)
+    assert f"SOPDEPLOY_ENGINE_CACHE={volume}/" in text
 
 
 def test_auto_uses_an_existing_engine_and_never_falls_back_to_the_cpu(
