@@ -38,16 +38,14 @@ def write_photos(root: Path) -> Path:
     return root
 
 
-def write_pickle(path: Path, content: Any, protocol: int = 4) -> str:
-    """Write a pickle; return its md5."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = pickle.dumps(content, protocol=protocol)
-    path.write_bytes(data)
-    return hashlib.md5(data, usedforsecurity=False).hexdigest()
-
-
 def write_cifar(root: Path, kind: str, monkeypatch: Any) -> Path:
     """Write CIFAR's official layout below *root* and let torchvision accept its checksums."""
+
+    def write_pickle(path: Path, content: Any) -> str:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(content, protocol=4))
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+
     official, rng = cifar_class(kind), np.random.default_rng(0)
     classes = 10 if kind == "cifar10" else 100
     base, key = root / official.base_folder, "labels" if classes == 10 else "fine_labels"
@@ -104,39 +102,4 @@ def write_aircraft(root: Path) -> Path:
     }
     images = [f"images/{number}.jpg" for number in numbers]
     write_lists(root / "fgvc-aircraft-2013b" / "data", texts, images, (24, 20))
-    return root
-
-
-def write_imagenet(root: Path, classes: int, train: int, held_out: int) -> Path:
-    """Write images in folders `train/<WordNet ID>/` and `val/<WordNet ID>/`."""
-    counts = {"train": train, "val": held_out}
-    images = [
-        f"{part}/n{number:08}/{index}.JPEG"
-        for part, count in counts.items()
-        for number in range(classes)
-        for index in range(count)
-    ]
-    write_lists(root, {}, images, (32, 32))
-    return root
-
-
-CARS = ("AM General Hummer SUV 2000", "Acura RL Sedan 2012", "Acura TL Sedan 2012")
-
-
-def write_cars(root: Path) -> Path:
-    """Write six training and three test images of three classes in the layout of Stanford Cars."""
-    import scipy.io
-
-    folder = root / "stanford_cars"
-    (folder / "devkit").mkdir(parents=True)
-    names = np.empty((1, len(CARS)), dtype=object)
-    names[0] = CARS
-    scipy.io.savemat(folder / "devkit" / "cars_meta.mat", {"class_names": names})
-    parts = {"cars_train": ("devkit/cars_train_annos", 6), "cars_test": ("cars_test_annos_withlabels", 3)}
-    for part, (list_name, count) in parts.items():
-        annotations = np.empty((1, count), dtype=[("class", object), ("fname", object)])
-        for index in range(count):
-            annotations[0, index] = (1 + index % 3, f"{index:05}.jpg")
-        scipy.io.savemat(folder / f"{list_name}.mat", {"annotations": annotations})
-        write_lists(folder, {}, [f"{part}/{index:05}.jpg" for index in range(count)], (24, 20))
     return root

@@ -16,13 +16,7 @@ from sopdeploy.data.datasets.folder import class_aliases, open_evaluation_images
 from sopdeploy.data.sources import DataConfig, DigitsConfig, open_data
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.training.recipe import read_recipe
-from tests.sopdeploy.data.small_data import (
-    CARS,
-    write_aircraft,
-    write_cars,
-    write_cifar,
-    write_places,
-)
+from tests.sopdeploy.data.small_data import write_aircraft, write_cifar, write_places
 
 
 def open_at(kind, path, **settings):
@@ -53,17 +47,13 @@ def test_the_official_cifar_layout_is_read_and_a_changed_file_is_not_unpickled(
 OFFICIAL = {
     # kind: labels, training images of each class, size of an image
     "aircraft": (("707-320", "Cessna 172", "F-16A/B"), 2, (24, 20)),
-    "cars": (CARS, 2, (24, 20)),
     "places365": (("abbey", "apartment-outdoor", "bar"), 4, (64, 64)),
 }
 
 
 @pytest.mark.parametrize("kind", OFFICIAL)
 def test_an_official_layout_is_read_and_recognized(tmp_path, monkeypatch, kind) -> None:
-    if kind == "places365":
-        write_places(tmp_path, monkeypatch)
-    else:
-        {"aircraft": write_aircraft, "cars": write_cars}[kind](tmp_path)
+    write_places(tmp_path, monkeypatch) if kind == "places365" else write_aircraft(tmp_path)
     labels, each, size = OFFICIAL[kind]
     split = open_at(kind, tmp_path)
     assert split.train.labels == split.held_out.labels == labels
