@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,27 +44,34 @@ THUMBNAIL, CELLS, DIRECTIONS = 64, 8, 8  # pixels, cells of 8 x 8 pixels, and di
 class Copies(LabeledImages):
     """Re-encoded, smaller, brighter copies of the `images` at `originals` (M,), cropped.
 
-    The shares of each side that remain are `crops`, in turn.
+    `seeds` (M,) determine how: one of `crops`, the shares of each side that remain, and where.
     """
 
     labels: tuple[str, ...]
     targets: NDArray[Any]
     images: LabeledImages
     originals: NDArray[np.intp]
+    seeds: NDArray[np.int64]
     crops: tuple[float, ...] = CROPS
 
     @classmethod
-    def of(cls, images: LabeledImages, crops: tuple[float, ...] = CROPS) -> "Copies":
-        """Copy an eighth of *images*, at least 8 and at most 32."""
-        count = int(np.clip(len(images) // 8, 8, 32))
-        originals = np.random.default_rng(0).permutation(len(images))[:count]
-        return cls(images.labels, images.targets[originals], images, originals, crops)
+    def of(cls, images: LabeledImages, keys: Sequence[str], crops: tuple[float, ...] = CROPS) -> "Copies":
+        """Copy an eighth of *images*, at least 8 and at most 32, equally often with each of *crops*.
+
+        The hashes of the *keys* of the images choose them, so that added images change few copies.
+        """
+        per_crop = int(np.clip(len(images) // 8, 8, 32)) // len(crops)
+        seeds = np.asarray([crc32(key.encode()) for key in keys], np.int64)
+        order = np.argsort(seeds, kind="stable")
+        of_crops = [order[seeds[order] % len(crops) == number] for number in range(len(crops))]
+        originals = np.concatenate([found[:per_crop] for found in of_crops])
+        return cls(images.labels, images.targets[originals], images, originals, seeds[originals], crops)
 
     def read(self, index: int) -> bytes:
         """Copy an image and encode it as JPEG."""
-        pixels = to_rgb(self.images[int(self.originals[index])][0], _RULES)
-        sides, crop = np.asarray(pixels.size, np.float64), self.crops[index % len(self.crops)]
-        corner = np.random.default_rng(index).random(2) * (1 - crop) * sides
+        pixels, seed = to_rgb(self.images[int(self.originals[index])][0], _RULES), int(self.seeds[index])
+        sides, crop = np.asarray(pixels.size, np.float64), self.crops[seed % len(self.crops)]
+        corner = np.random.default_rng(seed).random(2) * (1 - crop) * sides
         box = (*corner.tolist(), *(corner + crop * sides).tolist())
         width, height = np.maximum(0.6 * sides, 1).astype(int).tolist()
         small = pixels.resize((width, height), Image.Resampling.BILINEAR, box)
@@ -77,7 +85,8 @@ class Copies(LabeledImages):
 
     def select(self, mask: NDArray[np.bool_]) -> "Copies":
         """Keep the copies where *mask* (M,) is true."""
-        return replace(self, targets=self.targets[mask], originals=self.originals[mask])
+        chosen = {name: getattr(self, name)[mask] for name in ("targets", "originals", "seeds")}
+        return replace(self, **chosen)
 
 
 def find_pairs(
@@ -207,7 +216,8 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
 
 def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) -> Groups:
     """Group *images* by their *signatures* (N, 512) and by the groups that are known."""
-    copies = Copies.of(images, crops=(0.95,))
+    identities = [images.identity(index) for index in range(len(images))]
+    copies = Copies.of(images, identities, crops=(0.95,))
     of_copies = np.stack([signature(copies[index][0]) for index in range(len(copies))])
     pairs = find_pairs([signatures[:, None]], [of_copies], copies.originals, images.targets)
     return connect(len(images), pairs, images.groups)

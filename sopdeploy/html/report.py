@@ -73,6 +73,8 @@ def _template() -> Any:
 
 def sanitize(text: str) -> str:
     """Replace control and text direction characters by U+FFFD."""
+    if text.isprintable():  # fast for photographs
+        return text
     shown = "\n" + _NO_BREAK_SPACE
     return "".join(c if c.isprintable() or c in shown else "\N{REPLACEMENT CHARACTER}" for c in text)
 

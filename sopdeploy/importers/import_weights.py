@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -141,6 +142,10 @@ def convert_weights(file: WeightFile, model: str) -> ConvertedWeights:
 
 def choose_network(file: WeightFile, default: str) -> str:
     """Choose the network for the weights in *file*: *default* unless they are those of another one."""
+    with suppress(ConfigError, WeightsError):
+        if of_default := _recognize(file, default):
+            fit_tensors(file, of_default[1], default, choose_config(file, of_default[1], default, {}))
+            return default
     recognized = _recognize(file, "")
     found = find_networks(file) if recognized is None else [str(recognized.model)]
     is_default = default.removeprefix("head:").removeprefix("dsop-") in found

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, derive_seed
-from sopdeploy.data.batches import load_batches, sequential_batches
+from sopdeploy.data.batches import load_batches
 from sopdeploy.data.near import Copies, find_pairs
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.normalize import Normalize
@@ -43,7 +44,8 @@ class Features:
         on_image: Callable[[int, int], None],
     ) -> None:
         self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
-        self.vectors, self.views, self.hashes = compute_features(self.full, images, recipe, on_image)
+        self.outputs = CachedNetwork(self.full, recipe)
+        self.vectors, self.views, self.hashes = compute_features(self.outputs, images, on_image)
         taps = tuple(self.full.pooled_head.channels)
         self.head = HeadConfig(kind="gap")  # the only one of a network without feature maps
         if taps and kind != "gap":
@@ -67,12 +69,9 @@ class Features:
     @torch.no_grad()
     def find_copies(self, images: LabeledImages) -> Indices:
         """Find the pairs (2, P) of near-duplicates among *images* by the averages of the feature maps."""
-        device = next(self.full.parameters()).device
-        normalize, copies = Normalize(self.recipe.preprocess).to(device), Copies.of(images)
-        dataset = PreprocessedDataset(copies, self.recipe.preprocess)
-        batches = sequential_batches(len(copies), BATCHES[device.type])
-        loader = load_batches(dataset, batches, self.recipe.workers, device)
-        views = [average_views(*self.full.head_inputs(normalize(pixels))) for pixels, _ in loader]
+        copies = Copies.of(images, self.hashes)
+        batches = self.outputs.batches(copies, list(range(len(copies))))
+        views = [average_views(batch.own, batch.maps) for batch in batches]
         of_copies = [np.concatenate(part)[:, 0] for part in zip(*views, strict=True)]
         return find_pairs(self.views, of_copies, copies.originals, images.targets)
 
@@ -97,44 +96,98 @@ class Features:
         return model.eval()
 
 
+class Batch(NamedTuple):
+    """Images at `indices`: hashes of the pixels, the network's own vectors, and its maps by tap."""
+
+    indices: list[int]
+    hashes: list[str]
+    own: Tensor
+    maps: dict[str, Tensor]
+
+
+class CachedNetwork:
+    """The frozen `network` of *recipe*, whose outputs for photographs are kept in the cache."""
+
+    def __init__(self, network: SecondOrderHead, recipe: Recipe) -> None:
+        self.network, self.recipe = network.eval().to(memory_format=torch.channels_last), recipe
+        self.device, self.cache = next(network.parameters()).device, FeatureCache(network, recipe)
+        self.batch_size = BATCHES[self.device.type]
+
+    def batches(self, images: LabeledImages, indices: list[int]) -> Iterator[Batch]:
+        """Yield the outputs for the images at *indices*, in batches on the device of the network."""
+        entries = self._entries(images, indices)
+        for start in range(0, len(indices), self.batch_size):
+            chosen = indices[start : start + self.batch_size]
+            columns = zip(*islice(entries, len(chosen)), strict=True)
+            digests, own, *maps = (np.ascontiguousarray(np.stack(column)) for column in columns)
+            hashes = [digest.tobytes().hex() for digest in digests]
+            tensors = [
+                torch.from_numpy(one).to(self.device, memory_format=torch.channels_last) for one in maps
+            ]
+            of_tap = dict(zip(self.network.maps, tensors, strict=True))
+            yield Batch(chosen, hashes, torch.from_numpy(own).to(self.device), of_tap)
+
+    def vectors(self, batch: Batch) -> NDArray[np.float32]:
+        """Compute the vectors that the head reads."""
+        return self.network.pooled_head.vector(batch.own, batch.maps).float().cpu().numpy()
+
+    def _entries(self, images: LabeledImages, indices: list[int]) -> Iterator[Entry]:
+        """Yield the entries of the images at *indices*: hash of the pixels, own vector, the maps.
+
+        The network computes those that the cache does not have, in batches of one size, because the kernels
+        and thereby the last bits depend on it.
+        """
+        normalize = Normalize(self.recipe.preprocess).to(self.device)
+        dataset = PreprocessedDataset(images, self.recipe.preprocess)
+        paths = {index: self.cache.find(images.read(index)) for index in indices}
+
+        def compute(missing: list[int]) -> Iterator[Entry]:
+            size = self.batch_size
+            batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+            loader = load_batches(dataset, batches, self.recipe.workers, torch.device("cpu"))
+            for batch, (pixels, _) in zip(batches, loader, strict=True):
+                filled = pixels[torch.arange(size).clamp(max=len(batch) - 1)]
+                own, maps = self.network.head_inputs(normalize(filled.to(self.device)))
+                outputs = [output.cpu().numpy() for output in (own, *maps.values())]
+                for position, index in enumerate(batch):
+                    digest = hashlib.sha256(pixels[position].numpy().tobytes()).digest()
+                    entry = [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
+                    self.cache.write(paths[index], entry)
+                    yield entry
+
+        missing = [index for index in indices if not paths[index].exists()]
+        unknown, computed = set(missing), compute(missing)
+        for index in indices:
+            if index in unknown:
+                yield next(computed)
+            else:
+                yield self.cache.read(paths[index]) or next(compute([index]))
+
+
 @torch.no_grad()
 def compute_features(
-    network: SecondOrderHead, images: LabeledImages, recipe: Recipe, on_image: Callable[[int, int], None]
+    outputs: CachedNetwork, images: LabeledImages, on_image: Callable[[int, int], None]
 ) -> tuple[NDArray[np.float32], list[NDArray[np.float32]], list[str]]:
-    """Fit the projections of *network* to its feature maps, and compute the vectors that its head reads.
+    """Fit the projections of the network to its feature maps, and compute the vectors that its head reads.
 
     Returns the vectors (N, D) of all images, their `average_views`, and the hashes of their pixels.
     *on_image* receives the numbers of images done and in total.
     """
-    device, count = next(network.parameters()).device, len(images)
-    shuffled = np.random.default_rng(0).permutation(count)  # so that the first batches show many classes
-    size = BATCHES[device.type]
-    batches = [shuffled[start : start + size].tolist() for start in range(0, count, size)]
-    network = network.eval().to(memory_format=torch.channels_last)
-    head, hashes = network.pooled_head, [""] * count
-
-    def batched_inputs() -> Iterator[tuple[list[int], Tensor, dict[str, Tensor]]]:
-        entries = _compute_entries(network, images, recipe, shuffled.tolist())
-        for number, indices in enumerate(batches):
-            columns = zip(*islice(entries, len(indices)), strict=True)
-            pixel_hashes, own, *maps = (np.ascontiguousarray(np.stack(column)) for column in columns)
-            for index, pixel_hash in zip(indices, pixel_hashes, strict=True):
-                hashes[index] = pixel_hash.tobytes().hex()
-            tensors = [torch.from_numpy(one).to(device, memory_format=torch.channels_last) for one in maps]
-            yield indices, torch.from_numpy(own).to(device), dict(zip(network.maps, tensors, strict=True))
-            on_image(number * size + len(indices), count)
-
-    inputs = batched_inputs()
-    projection_inputs = list(islice(inputs, PROJECTION_IMAGES // size))
-    head.fit_projection([maps for _, _, maps in projection_inputs])
-    vectors, views = np.zeros((count, network.num_features()), np.float32), list[NDArray[np.float32]]()
-    for indices, own, maps in chain(projection_inputs, inputs):
-        vectors[indices] = head.vector(own, maps).float().cpu().numpy()
-        computed = average_views(own, maps)
-        views = views or [np.zeros((count, *part.shape[1:]), np.float32) for part in computed]
+    shuffled = np.random.default_rng(0).permutation(len(images))  # so that the first show many classes
+    batches = outputs.batches(images, shuffled.tolist())
+    first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
+    outputs.network.pooled_head.fit_projection([batch.maps for batch in first])
+    vectors = np.zeros((len(images), outputs.network.num_features()), np.float32)
+    views, hashes = list[NDArray[np.float32]](), dict[int, str]()
+    for batch in chain(first, batches):
+        vectors[batch.indices] = outputs.vectors(batch)
+        computed = average_views(batch.own, batch.maps)
+        views = views or [np.zeros((len(images), *part.shape[1:]), np.float32) for part in computed]
         for view, part in zip(views, computed, strict=True):
-            view[indices] = part
-    return vectors, views, hashes
+            view[batch.indices] = part
+        hashes |= zip(batch.indices, batch.hashes, strict=True)
+        on_image(len(hashes), len(images))
+    return vectors, views, [hashes[index] for index in range(len(images))]
 
 
 def average_views(own: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
@@ -152,44 +205,6 @@ def average_views(own: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.fl
         views = [part.float().mean(dim=(2, 3)) for part in (features, *corners)]
         averages.append(torch.stack(views, dim=1).cpu().numpy())
     return averages
-
-
-def _compute_entries(
-    network: SecondOrderHead, images: LabeledImages, recipe: Recipe, indices: list[int]
-) -> Iterator[Entry]:
-    """Yield the entries of the images at *indices*: hash of the pixels, the network's own vector, the maps.
-
-    The network computes those that the cache does not have, in batches of one size, because the kernels and
-    thereby the last bits depend on it.
-    """
-    device = next(network.parameters()).device
-    size, cache = BATCHES[device.type], FeatureCache(network, recipe)
-    normalize, dataset = (
-        Normalize(recipe.preprocess).to(device),
-        PreprocessedDataset(images, recipe.preprocess),
-    )
-    paths = {index: cache.find(images.read(index)) for index in indices}
-
-    def compute(missing: list[int]) -> Iterator[Entry]:
-        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-        loader = load_batches(dataset, batches, recipe.workers, torch.device("cpu"))
-        for batch, (pixels, _) in zip(batches, loader, strict=True):
-            filled = pixels[torch.arange(size).clamp(max=len(batch) - 1)]
-            own, maps = network.head_inputs(normalize(filled.to(device)))
-            outputs = [output.cpu().numpy() for output in (own, *maps.values())]
-            for position, index in enumerate(batch):
-                digest = hashlib.sha256(pixels[position].numpy().tobytes()).digest()
-                entry = [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
-                cache.write(paths[index], entry)
-                yield entry
-
-    missing = [index for index in indices if not paths[index].exists()]
-    unknown, computed = set(missing), compute(missing)
-    for index in indices:
-        if index in unknown:
-            yield next(computed)
-        else:
-            yield cache.read(paths[index]) or next(compute([index]))
 
 
 def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:

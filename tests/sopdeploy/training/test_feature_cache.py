@@ -48,9 +48,8 @@ class Folder:
         fitting = {key: value for key, value in state.items() if value.shape == own[key].shape}
         model.load_state_dict(fitting, strict=False)
         self.computed = 0
-        vectors, _, hashes = features.compute_features(
-            features.full_head(recipe, model), images, recipe, lambda done, total: None
-        )
+        outputs = features.CachedNetwork(features.full_head(recipe, model), recipe)
+        vectors, _, hashes = features.compute_features(outputs, images, lambda done, total: None)
         return vectors, hashes
 
     def entries(self) -> list[Path]:
