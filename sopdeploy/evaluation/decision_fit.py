@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from scipy.special import betaln
 from torch import nn
 
 from sopdeploy.data.base import PreprocessedDataset, unreadable_images_error
@@ -132,9 +133,10 @@ def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
     then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the threshold and
     the share of a finite number of new images vary.
     """
-    from scipy.stats import betabinom  # noqa: PLC0415  # its import takes half a second
-
-    ends = betabinom.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2], images, images - rejected + 1, rejected)
+    accepted, a, b = np.arange(images + 1), images - rejected + 1, rejected
+    of_count = betaln(accepted + a, images - accepted + b) - betaln(a, b)
+    ways = -np.log(images + 1) - betaln(images - accepted + 1, accepted + 1)
+    ends = np.searchsorted(np.cumsum(np.exp(of_count + ways)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = (ends / images).tolist()
     return low, high
 

@@ -11,7 +11,7 @@ from sopdeploy.html.report import Figure, sanitize
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT, _BAR_HEIGHT = 4.6, 3.0, 0.3  # inches; the height of a bar with its distance to the next
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text remains text
     "svg.hashsalt": "sopdeploy",  # equal charts are equal files
     "text.parse_math": False,

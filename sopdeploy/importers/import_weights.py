@@ -144,7 +144,7 @@ def choose_network(file: WeightFile, default: str) -> str:
     """Choose the network for the weights in *file*: *default* unless they are those of another one."""
     with suppress(ConfigError, WeightsError):
         if of_default := _recognize(file, default):
-            fit_tensors(file, of_default[1], default, choose_config(file, of_default[1], default, {}))
+            fit_tensors(file, of_default, default, choose_config(file, of_default, default, {}))
             return default
     recognized = _recognize(file, "")
     found = find_networks(file) if recognized is None else [str(recognized.model)]

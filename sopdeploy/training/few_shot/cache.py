@@ -1,7 +1,7 @@
 """Features of photographs, kept between runs in the user's cache folder.
 
-An entry is an .npz file without pickle, whose name is the sha256 of the photograph and of everything else
-that determines its features. A damaged entry is computed again. An unusable folder turns the cache off.
+An entry is a checksum and a safetensors file, and its name the sha256 of the photograph and of everything
+else that determines its features. A damaged entry is computed again. An unusable folder turns the cache off.
 """
 
 import hashlib
@@ -10,18 +10,23 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
+from sopdeploy.environment import installed
 from sopdeploy.files import atomic_write, expand_user
 from sopdeploy.models.second_order_head import POOLED_HEAD, SecondOrderHead
 from sopdeploy.training.recipe import Recipe
 
 Entry = list[NDArray[Any]]
 LIMIT_BYTES = 10**9  # about 6,000 photographs of EfficientNet-Lite0
-_PACKAGES = ("sopdeploy", "torch", "PIL", "timm")
+CHECKSUM_BYTES = 4
+_PACKAGES = ("sopdeploy", "torch", "pillow", "timm")
 
 
 class FeatureCache:
@@ -39,7 +44,7 @@ class FeatureCache:
 
     def find(self, photograph: bytes) -> Path:
         """Return the path of the entry of an encoded *photograph*, and mark an existing entry as used."""
-        path = self.folder / f"{hashlib.sha256(self.identity + photograph).hexdigest()}.npz"
+        path = self.folder / f"{hashlib.sha256(self.identity + photograph).hexdigest()}.features"
         self.used.add(path.name)
         with suppress(OSError):
             os.utime(path)
@@ -48,11 +53,13 @@ class FeatureCache:
     def read(self, path: Path) -> Entry | None:
         """Read an entry; None if there is none or it is damaged."""
         try:
-            # Reading compares the CRC of every array.
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                return [arrays[name] for name in arrays.files]
-        except Exception:  # numpy and zipfile raise many types for damaged files
+            content = path.read_bytes()
+            if int.from_bytes(content[:CHECKSUM_BYTES]) != crc32(content[CHECKSUM_BYTES:]):
+                return None
+            arrays = load(content[CHECKSUM_BYTES:])
+        except (OSError, SafetensorError):
             return None
+        return [arrays[str(number)] for number in range(len(arrays))]
 
     def write(self, path: Path, entry: Entry) -> None:
         """Write an entry, unless the folder is not writable or full of entries of this run."""
@@ -64,8 +71,10 @@ class FeatureCache:
             return
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with atomic_write(path, shared=True) as partial, partial.open("wb") as file:
-                np.savez(file, *entry)
+            # safetensors writes the bytes of an array in the order in which they are in memory.
+            content = save({str(number): np.ascontiguousarray(array) for number, array in enumerate(entry)})
+            with atomic_write(path, shared=True) as partial:
+                partial.write_bytes(crc32(content).to_bytes(CHECKSUM_BYTES) + content)
             self.bytes += path.stat().st_size
         except OSError:
             self.writable = False
@@ -104,8 +113,8 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
         if device.type == "cuda"
         else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
-    versions = [getattr(sys.modules.get(package), "__version__", "") for package in _PACKAGES]
-    text = [recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor, *versions]
+    text = [recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
+    text += installed(_PACKAGES).values()
     text += list(network.maps)
     digest = hashlib.sha256(repr(text).encode())
     sources = set()  # of networks of users, too, whose code may change while their weights stay

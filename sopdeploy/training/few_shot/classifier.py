@@ -1,6 +1,7 @@
-"""Linear classifiers by scikit-learn: targets, folds, cross-validation, and its score.
+"""Linear classifiers: targets, folds, cross-validation, and its score.
 
-The objective is scikit-learn's: C times the weighted sum of the losses plus half the squared norm of the
+Objective, solver, and folds are those of scikit-learn (`LogisticRegression`, `StratifiedGroupKFold`), whose
+import takes a second: C times the weighted sum of the losses plus half the squared norm of the
 weights; the bias is not regularized. The optimum lies in the span of the inputs, so it is found in an
 orthonormal basis of this span, with at most as many dimensions as there are images. Of more than `MAX_RANK`
 images, a random choice of that many spans the space, so that time and memory grow linearly with the images.
@@ -8,17 +9,14 @@ images, a random choice of that many spans the space, so that time and memory gr
 Letters: N images, D features, R dimensions of the basis, K classes, G values of C.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from scipy.special import log_softmax
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.near import effective_count
@@ -35,7 +33,7 @@ BALANCE_ABOVE = 1.5  # ratio of the largest class to the smallest
 DISTANCE_WEIGHT = 0.5  # standard deviations of the energy for one of the distance
 IMPLAUSIBLE = 0.1  # probability of a label
 ROWS = 1024  # images that are centered and scaled at once
-_OPTIONS = {"tol": 1e-4, "max_iter": 2000, "warm_start": True}  # each C starts from the previous one
+_OPTIONS = {"gtol": 1e-4, "ftol": 64 * np.finfo(float).eps, "maxiter": 2000, "maxls": 50}  # scikit-learn's
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +99,7 @@ class Targets:
             )
         largest = np.unique(self.strata, return_counts=True)[1].max()
         strata = self.strata if largest >= count else np.zeros_like(self.strata)
-        split = StratifiedGroupKFold(count, shuffle=True, random_state=seed % 2**32)
-        fold_N = np.zeros(len(groups_N), np.intp)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # a class with fewer images than folds
-            for fold, (_, tested) in enumerate(split.split(fold_N, strata, groups_N)):
-                fold_N[tested] = fold
-        return np.unique(fold_N, return_inverse=True)[1].astype(np.intp)
+        return _spread(strata, groups_N, count, seed % 2**32)
 
 
 class LinearHead(NamedTuple):
@@ -168,15 +160,11 @@ class Problem:
         inputs, classes = self.reduced[images], self.targets.classes[images]
         weights = self.targets.weights[images]
         if self.targets.activation == "softmax":
-            model = LogisticRegression(**_OPTIONS)
-            yield from (_fit_softmax(model.set_params(C=c), inputs, classes, weights) for c in grid)
+            yield from _fit_softmax(inputs, classes, weights, grid)
             return
-        models = [LogisticRegression(**_OPTIONS) for _ in classes.T]
-        for strength in grid:
-            pairs = [  # absent and present, for each class
-                _fit_softmax(model.set_params(C=strength), inputs, np.stack([1 - y, y], axis=1), weights)
-                for model, y in zip(models, classes.T, strict=True)
-            ]
+        absent_and_present = (np.stack([1 - column, column], axis=1) for column in classes.T)
+        of_classes = [_fit_softmax(inputs, two, weights, grid) for two in absent_and_present]
+        for pairs in zip(*of_classes, strict=True):
             yield LinearHead(
                 np.stack([pair.weight[1] - pair.weight[0] for pair in pairs]),
                 np.stack([pair.bias[1] - pair.bias[0] for pair in pairs]),
@@ -248,21 +236,69 @@ class Problem:
         return DISTANCE_WEIGHT * float(known_score(logits_NK, "energy").std() / max(distances_N.std(), 1e-12))
 
 
-def _fit_softmax(model: Any, inputs: Array, classes: Array, weights: Array) -> LinearHead:
-    """Fit *model* to one-hot *classes* (N, K); classes without images get constant logits."""
+def _fit_softmax(
+    inputs: Array, classes: Array, weights: Array, grid: Sequence[float]
+) -> Iterator[LinearHead]:
+    """Fit heads to one-hot *classes* (N, K); each C of *grid* starts from the head of the previous one.
+
+    Classes without images get constant logits.
+    """
     present = np.flatnonzero(classes.any(axis=0))
-    weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.zeros(classes.shape[1])
-    if len(present) > 1:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(inputs, classes.argmax(axis=1), sample_weight=weights)
-        weight[present], bias[present] = model.coef_, model.intercept_
-    if len(present) == 2:  # scikit-learn returns the difference of the two logits
-        weight[present[0]], bias[present[0]] = -model.coef_[0], -model.intercept_[0]
-        weight, bias = weight / 2, bias / 2
-    absent = np.setdiff1d(np.arange(classes.shape[1]), present)
-    bias[absent] = bias[present].min(initial=0.0) - np.log(len(inputs) + 1.0)  # the log-odds of 1 in N + 2
-    return LinearHead(weight, bias)
+    targets, shares = classes[:, present], weights / weights.sum()
+    parameters = np.zeros((len(present), inputs.shape[1] + 1))  # the last column is the bias
+    for strength in grid:
+        # With two classes, scikit-learn regularizes the difference of the logits, with half the squared norm.
+        regularization = (2 if len(present) == 2 else 1) / (strength * weights.sum())
+        if len(present) > 1:
+            arguments = (inputs, targets, shares, regularization)
+            found = minimize(
+                _softmax_loss, parameters.ravel(), arguments, "L-BFGS-B", jac=True, options=_OPTIONS
+            )
+            parameters = found.x.reshape(parameters.shape)
+        weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.zeros(classes.shape[1])
+        weight[present], bias[present] = parameters[:, :-1], parameters[:, -1]
+        absent = np.setdiff1d(np.arange(classes.shape[1]), present)
+        bias[absent] = bias[present].min(initial=0.0) - np.log(len(inputs) + 1.0)  # log-odds of 1 in N + 2
+        yield LinearHead(weight, bias)
+
+
+def _softmax_loss(
+    parameters: Array, inputs: Array, targets: Array, shares: Array, regularization: float
+) -> tuple[float, Array]:
+    """Compute the loss of a linear classifier and its gradient by all *parameters*, weights and biases.
+
+    *shares* (N,) are the weights of the images, with the sum 1.
+    """
+    weight, bias = np.split(parameters.reshape(targets.shape[1], -1), [-1], axis=1)
+    logs = log_softmax(inputs @ weight.T + bias[:, 0], axis=1)
+    loss = regularization / 2 * np.square(weight).sum() - shares @ (targets * logs).sum(axis=1)
+    errors = shares[:, None] * (np.exp(logs) - targets)
+    of_weight = errors.T @ inputs + regularization * weight
+    return float(loss), np.concatenate([of_weight, errors.sum(axis=0)[:, None]], axis=1).ravel()
+
+
+def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: int) -> Indices:
+    """Assign the images of each group one of *count* folds (N,), so that the folds have equal strata.
+
+    The groups that are most uneven come first; each goes to the fold that makes the shares of the strata most
+    even, with equal shares to the one with fewest images.
+    """
+    stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)[1:]
+    images_GS = np.zeros((int(groups_N.max()) + 1, len(sizes_S)))
+    np.add.at(images_GS, (groups_N, stratum_N), 1)
+    order = np.random.RandomState(seed).permutation(len(images_GS))  # as scikit-learn
+    fold_G, images_FS = np.zeros(len(images_GS), np.intp), np.zeros((count, len(sizes_S)))
+    for group in order[np.argsort(-images_GS[order].std(axis=1), kind="stable")]:
+        with_group = images_FS + np.eye(count)[:, :, None] * images_GS[group]
+        uneven_F = (with_group / sizes_S).std(axis=1).mean(axis=1)
+        best = 0
+        for fold in range(1, count):
+            fewer = images_FS[fold].sum() < images_FS[best].sum()
+            if uneven_F[fold] < uneven_F[best] or (fewer and np.isclose(uneven_F[fold], uneven_F[best])):
+                best = fold
+        fold_G[group] = best
+        images_FS[best] += images_GS[group]
+    return np.unique(fold_G[groups_N], return_inverse=True)[1].astype(np.intp)
 
 
 def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:

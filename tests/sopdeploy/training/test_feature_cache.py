@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -94,9 +95,9 @@ def flip_bit(folder: Folder) -> None:
     entry.write_bytes(content)
 
 
-def pickle_entry(folder: Folder) -> None:
-    with folder.entries()[0].open("wb") as file:
-        np.savez(file, np.asarray([{"a": 1}], object))
+def replace_content(folder: Folder) -> None:
+    content = b"not a safetensors file"
+    folder.entries()[0].write_bytes(crc32(content).to_bytes(4) + content)
 
 
 CHANGES: dict[str, tuple[Callable[[Folder], Any], int]] = {
@@ -108,7 +109,7 @@ CHANGES: dict[str, tuple[Callable[[Folder], Any], int]] = {
     "other weights": (lambda folder: setattr(folder, "seed", 1), EACH * CLASSES),
     "a truncated entry": (truncate_entry, 1),
     "an entry with a flipped bit": (flip_bit, 1),
-    "an entry with a pickle": (pickle_entry, 1),
+    "an entry with other content and its checksum": (replace_content, 1),
     "a deleted entry": (lambda folder: folder.entries()[0].unlink(), 1),
 }
 
