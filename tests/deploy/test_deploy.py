@@ -18,7 +18,6 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 from typer.main import get_command
 
-import sopdeploy
 from sopdeploy.cli.app import app
 from sopdeploy_service.inference import decoders
 from sopdeploy_service.observability.metrics import Metrics
@@ -30,7 +29,6 @@ DEPLOY = ROOT / "deploy"
 CHART = DEPLOY / "helm" / "sopdeploy"
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
 KUBERNETES = "1.33"
-ALL_INTERFACES = "0.0.0.0"  # noqa: S104 - a container's port is published, or not
 COMMANDS: Any = get_command(app)
 SCALED_OBJECT = json.loads((Path(__file__).parent / "scaled_object.json").read_text(encoding="utf-8"))
 KEDA = {"prometheus": "http://prometheus:9090", "requestsPerSecond": "50", "requestsQuery": ""}
@@ -142,22 +140,12 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-OPTIONAL_KINDS = {"ServiceAccount", "Ingress", "NetworkPolicy", "ServiceMonitor"}
-OPTIONAL_FIELDS = {"serviceAccountName", "imagePullSecrets", "affinity", "topologySpreadConstraints"}
-
-
-@needs_helm
-def test_the_chart_adds_the_optional_parts_only_when_asked() -> None:
-    for case, wanted in (("with everything", True), *((case, False) for case in VALUES)):
-        if wanted == (case == "with everything"):
-            kinds, pod = {document["kind"] for document in chart(case)}, PODS[f"the chart {case}"]
-            assert kinds & OPTIONAL_KINDS == (OPTIONAL_KINDS if wanted else set()), case
-            assert pod.keys() & OPTIONAL_FIELDS == (OPTIONAL_FIELDS if wanted else set()), case
-
-
 @needs_helm
 def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
     found = {document["kind"]: document for document in chart("with everything")}
+    optional = {"ServiceAccount", "Ingress", "NetworkPolicy", "ServiceMonitor"}
+    assert found.keys() & optional == optional
+    assert {document["kind"] for document in chart("with defaults")} & optional == set()
     pod = found["Deployment"]["spec"]["template"]
     pod_ports = {port["name"] for port in pod["spec"]["containers"][0]["ports"]}
     service_ports = {port["name"]: port["targetPort"] for port in found["Service"]["spec"]["ports"]}
@@ -182,16 +170,13 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
 
 
 @needs_helm
-@pytest.mark.parametrize(
-    ("case", "requests"),
-    [("with KEDA", "sopdeploy_requests_total"), ("with KEDA and a proxy's requests", "sum(proxy)")],
-)
-def test_keda_scales_by_queue_depth_and_requests(case: str, requests: str) -> None:
-    (found,) = [document for document in chart(case) if document["kind"] == "ScaledObject"]
-    queue, rate = (trigger["metadata"] for trigger in found["spec"]["triggers"])
-    assert "sopdeploy_queue_depth" in queue["query"]
-    assert requests in rate["query"]
-    assert (queue["threshold"], rate["threshold"]) == ("8", "50")
+def test_keda_scales_by_queue_depth_and_requests() -> None:
+    for case, requests in {"": "sopdeploy_requests_total", " and a proxy's requests": "sum(proxy)"}.items():
+        (found,) = [one for one in chart(f"with KEDA{case}") if one["kind"] == "ScaledObject"]
+        queue, rate = (trigger["metadata"] for trigger in found["spec"]["triggers"])
+        assert "sopdeploy_queue_depth" in queue["query"]
+        assert requests in rate["query"]
+        assert (queue["threshold"], rate["threshold"]) == ("8", "50")
 
 
 def kserve_pod() -> dict[str, Any]:
@@ -214,6 +199,12 @@ SERVERS = [*(pod["containers"][0] for pod in PODS.values()), kserve_pod()["conta
 CONTAINERS = [*SERVERS, *(c for pod in PODS.values() for c in pod.get("initContainers", []))]
 
 
+PROBES = {
+    "livenessProbe": {"/livez", "/v2/health/live"},
+    "readinessProbe": {"/readyz", "/v2/health/ready"},
+}
+
+
 @pytest.mark.parametrize("container", CONTAINERS)
 def test_containers_have_valid_arguments_and_settings_and_no_privileges(container: dict[str, Any]) -> None:
     command, *arguments = container["args"]
@@ -226,6 +217,12 @@ def test_containers_have_valid_arguments_and_settings_and_no_privileges(containe
     rules = container["securityContext"]
     assert (rules["readOnlyRootFilesystem"], rules["allowPrivilegeEscalation"]) == (True, False)
     assert rules["capabilities"] == {"drop": ["ALL"]}
+    ports = {port.get("name"): port["containerPort"] for port in container.get("ports", ())}
+    for kind, paths in PROBES.items():
+        assert (kind in container) == (container in SERVERS)
+        for probe in [container[kind]["httpGet"]] if kind in container else []:
+            assert probe["path"] in paths
+            assert probe["port"] in {*ports, *ports.values()}
 
 
 @pytest.mark.parametrize("name", PODS)
@@ -240,29 +237,13 @@ def test_pods_run_as_non_root_without_service_links_and_roll_out_and_stop_cleanl
 
 
 @needs_helm
-def test_pods_with_a_gpu_have_its_runtime_class_and_time_to_start() -> None:
-    (deployment,) = [found for found in chart("on GPUs") if found["kind"] == "Deployment"]
-    pod = deployment["spec"]["template"]["spec"]
+def test_pods_with_a_gpu_have_its_runtime_class_and_a_core_for_each_decoder() -> None:
+    pod = PODS["the chart on GPUs"]
     (server,) = pod["containers"]
-    assert pod["runtimeClassName"] == "nvidia"
-    assert server["resources"]["limits"]["nvidia.com/gpu"] == 1
-    assert server["startupProbe"]["failureThreshold"] * server["startupProbe"]["periodSeconds"] == 600
+    assert (pod["runtimeClassName"], server["resources"]["limits"]["nvidia.com/gpu"]) == ("nvidia", 1)
     env = {variable["name"]: variable["value"] for variable in server["env"]}
     assert int(env["SOPDEPLOY_DECODERS"]) + 1 == int(server["resources"]["requests"]["cpu"])
-    (on_cpus,) = [found for found in chart("with defaults") if found["kind"] == "Deployment"]
-    assert "runtimeClassName" not in on_cpus["spec"]["template"]["spec"]
-
-
-@pytest.mark.parametrize("container", SERVERS)
-def test_probes_use_existing_paths_and_ports(container: dict[str, Any]) -> None:
-    probes = {kind: container[kind]["httpGet"] for kind in ("livenessProbe", "readinessProbe")}
-    assert {p["path"] for p in probes.values()} in (
-        {"/livez", "/readyz"},
-        {"/v2/health/live", "/v2/health/ready"},
-    )
-    ports = {port.get("name"): port["containerPort"] for port in container["ports"]}
-    for probe in probes.values():
-        assert probe["port"] in {*ports, *ports.values()}
+    assert "runtimeClassName" not in PODS["the chart with defaults"]
 
 
 def metric_names() -> set[str]:
@@ -299,19 +280,10 @@ def test_the_dashboard_is_generated_and_shows_every_metric() -> None:
     assert [name for name in sorted(families) if name not in text] == []
 
 
-def test_compose_mounts_existing_files_and_scrapes_the_server() -> None:
+def test_compose_mounts_existing_files() -> None:
     services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
     mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
-    files = [mount for mount in mounts if mount.startswith("./")]
-    assert len(files) == 4
-    assert all((ROOT / file).is_file() for file in files)
-    scraped = yaml.safe_load((DEPLOY / "compose" / "prometheus.yml").read_text())["scrape_configs"][0]
-    assert scraped["static_configs"] == [{"targets": ["sopdeploy:8000"]}]
-    assert services["sopdeploy"]["read_only"] is True
-    on_gpu = yaml.safe_load((DEPLOY / "compose" / "gpu.yaml").read_text())["services"]["sopdeploy"]
-    assert on_gpu["build"]["target"] == "gpu"
-    (device,) = on_gpu["deploy"]["resources"]["reservations"]["devices"]
-    assert device["capabilities"] == ["gpu"]
+    assert [mount for mount in mounts if mount.startswith("./") and not (ROOT / mount).is_file()] == []
 
 
 LOCKS = {"cpu": ("cpu", "openvino", "sign", "s3"), "gpu": ("gpu", "sign", "s3")}
@@ -332,31 +304,6 @@ def test_lock_files_pin_all_server_packages_by_hash_without_an_index(name: str) 
     assert [entry for entry in entries if "--hash=sha256:" not in entry] == []
     assert "://" not in text
     assert not {"torch", "onnx", "timm", "scikit-learn"} & set(pinned)
-
-
-def stage(name: str) -> tuple[str, str]:
-    """Return the base and the instructions of the stage *name* of the Dockerfile."""
-    found = re.search(rf"^FROM (\S+) AS {name}$(.*?)(?=^FROM|\Z)", DOCKERFILE, re.M | re.S)
-    assert found is not None
-    return found[1], found[2]
-
-
-def test_the_images_serve_as_a_non_root_user_with_a_health_check() -> None:
-    base, text = stage("server")
-    words = {
-        name: json.loads(value) for name, value in re.findall(r"^(ENTRYPOINT|CMD) (\[.*\])$", text, re.M)
-    }
-    assert words == {"ENTRYPOINT": ["sopdeploy"], "CMD": ["serve", "/models", "--host", ALL_INTERFACES]}
-    assert re.search(r'^HEALTHCHECK .* CMD \["sopdeploy", "health"\]$', text, re.M)
-    for line in ("USER 10001:10001", "STOPSIGNAL SIGTERM", "VOLUME /var/cache/sopdeploy"):
-        assert line in text.splitlines()
-    assert f"ARG VERSION={sopdeploy.__version__}" in text
-    assert (base, stage("build")[0]) == ("${PYTHON_IMAGE}", "${PYTHON_IMAGE}")
-    for target in ("cpu", "gpu"):
-        own = re.findall(r"^(?!ENV NVIDIA_)([A-Z]+) (.*)$", stage(target)[1], re.M)
-        assert own == [("COPY", f"--from={target}-build /opt/sopdeploy /opt/sopdeploy")]
-        assert (stage(target)[0], stage(f"{target}-build")[0]) == ("server", "build")
-        assert f"install_image.sh {target}" in stage(f"{target}-build")[1]
 
 
 @needs_helm
@@ -387,24 +334,18 @@ def test_further_packages_of_an_image_get_the_locked_versions_without_hashes(tmp
     assert "hash" not in constraints
 
 
-# (file, bytes of the server at rest as docs/limits.md gives them; with a GPU, CUDA and its libraries)
-LIMITED = [
-    ("kubernetes/sopdeploy.yaml", 150),
-    ("kserve/runtime.yaml", 150),
-    ("helm/sopdeploy/values.yaml", 150),
-]
-LIMITED += [("helm/sopdeploy/values-gpu.yaml", 3000)]
+# Megabytes of the server at rest, as docs/limits.md gives them; with a GPU, CUDA and its libraries.
+LIMITED = {"kubernetes/sopdeploy.yaml": 150, "kserve/runtime.yaml": 150, "helm/sopdeploy/values.yaml": 150}
+LIMITED |= {"helm/sopdeploy/values-gpu.yaml": 3000}
 
 
-@pytest.mark.parametrize(("name", "at_rest_mb"), LIMITED)
+@pytest.mark.parametrize("name", LIMITED)
 def test_the_memory_limits_suffice_for_photographs_of_64_megapixels(
-    name: str, at_rest_mb: int, monkeypatch: pytest.MonkeyPatch
+    name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (amount, unit) = re.findall(
-        r"limits:\s*(?:\{|\n\s*).*?memory: (\d+)([MG])i", (DEPLOY / name).read_text(), re.S
-    )[0]
-    limit = int(amount) << {"M": 20, "G": 30}[unit]
-    monkeypatch.setattr(decoders, "memory_limit", lambda: limit)
-    budget = decoders.decode_budget(Settings(), at_rest_mb * 10**6)
-    needed = 290 * 10**6  # measured
-    assert decoders.plan_children(budget, 2, Settings().max_pixels).large_memory >= needed
+    text = (DEPLOY / name).read_text()
+    amount, unit = re.findall(r"limits:\s*(?:\{|\n\s*).*?memory: (\d+)([MG])i", text, re.S)[0]
+    monkeypatch.setattr(decoders, "memory_limit", lambda: int(amount) << {"M": 20, "G": 30}[unit])
+    budget = decoders.decode_budget(Settings(), LIMITED[name] * 10**6)
+    measured = 290 * 10**6
+    assert decoders.plan_children(budget, 2, Settings().max_pixels).large_memory >= measured

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from tests.docs.reading import ROOT, blocks
@@ -55,23 +54,6 @@ def draw(folder: Path, photos: str = "photos", seed: int = 0) -> None:
     subprocess.run([sys.executable, "make_photos.py"], cwd=folder, check=True)
 
 
-def write_official_files(folder: Path) -> None:
-    """Write the files of CUB-200-2011, ImageNet and 64-pixel ImageNet that docs/data.md sorts."""
-    photo = (folder / "photos" / "rings" / "0.jpg").read_bytes()
-    birds = folder / "CUB_200_2011"
-    (birds / "images" / "001.Albatross").mkdir(parents=True)
-    for name in ("1.jpg", "2.jpg"):
-        (birds / "images" / "001.Albatross" / name).write_bytes(photo)
-    (birds / "images.txt").write_text("1 001.Albatross/1.jpg\n2 001.Albatross/2.jpg\n", encoding="utf-8")
-    (birds / "train_test_split.txt").write_text("1 1\n2 0\n", encoding="utf-8")
-    for name in (*(f"train_data_batch_{number}" for number in range(1, 11)), "val_data"):
-        np.savez(folder / name, data=np.zeros((1, 3 * 64 * 64), np.uint8), labels=[1])
-    (folder / "imagenet" / "val").mkdir(parents=True)
-    (folder / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(photo)
-    listed = "ImageId,PredictionString\nILSVRC2012_val_00000001,n01751748 111 108 365 298\n"
-    (folder / "imagenet" / "LOC_val_solution.csv").write_text(listed, encoding="utf-8")
-
-
 class Workspace:
     """A folder with images in which `sopdeploy` is this checkout and ports of the pages are free ports."""
 
@@ -88,7 +70,6 @@ class Workspace:
             image.save(folder / "other.png")
         with tarfile.open(folder / "photos.tar", "w") as archive:
             archive.add(folder / "photos", "photos")
-        write_official_files(folder)
         self.port = str(free_port())
 
     def environment(self) -> dict[str, str]:

@@ -4,9 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,61 +13,15 @@ from typer.testing import CliRunner
 
 import sopdeploy
 from sopdeploy.cli.app import app
-from sopdeploy.client import Client
 from sopdeploy.commands.train import TrainOptions, configure
-from sopdeploy.errors import (
-    ConfigError,
-    DataError,
-    SopdeployError,
-    command_line_option,
-)
+from sopdeploy.errors import ConfigError, DataError, command_line_option
 from sopdeploy.training.recipe import change_recipe, flatten
-from sopdeploy.training.train import TrainingResult
-from sopdeploy_export.results import Exported
-from tests.export.once import proving_once
-from tests.service.children import serving
-
-SETTINGS: dict[str, Any] = {
-    "epochs": 1,
-    "batch_size": 4,
-    "preprocess": {"resize": 9, "crop": 8},
-    "model": {"name": "dsop-resnet8", "config": {"base_width": 2}},
-}
-
-
-def command(*arguments: object) -> Any:
-    """Run a command with --json and return its output."""
-    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
-    assert (done.exit_code, done.stderr) == (0, ""), done.stderr
-    return json.loads(done.stdout)
+from tests.service.conftest import picture_bytes, write_bundle
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write four images of each of two classes."""
-    root, rng = tmp_path_factory.mktemp("data") / "photos", np.random.default_rng(0)
-    for label in ("ant", "bee"):
-        (root / label).mkdir(parents=True)
-        for number in range(4):
-            pixels = rng.integers(0, 256, (12, 14, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / label / f"{number}.png")
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainingResult:
-    return sopdeploy.train(photos, "photos-dsop", tmp_path_factory.mktemp("api") / "run", **SETTINGS)
-
-
-@pytest.fixture(scope="module")
-def exported(run: TrainingResult, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    with proving_once():
-        return sopdeploy.export(run.best, tmp_path_factory.mktemp("bundles"), detach=True, max_batch=1)
-
-
-@pytest.fixture(scope="module")
-def bundle(exported: Exported) -> Path:
-    return exported.path
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundles"))
 
 
 def test_the_same_error_names_arguments_in_python_and_options_on_the_command_line() -> None:
@@ -98,26 +50,21 @@ def test_an_error_writes_settings_as_python_or_as_the_command_line(message: str)
     assert (str(error), error.describe(command_line_option)) == (message, on_the_command_line)
 
 
-def test_settings_can_be_lists() -> None:
-    recipe = change_recipe("photos", list(flatten({"augment": {"scale": [0.5, 1.0]}})))
-    assert recipe.augment.scale == (0.5, 1.0)
+def test_settings_can_be_lists_and_an_empty_table_enables_what_is_optional() -> None:
+    given = {"augment": {"scale": [0.5, 1.0]}, "ema": {}, "optimizer": {}, "model": {"config": {}}}
+    recipe = change_recipe("photos", list(flatten(given)))
+    assert (recipe.augment.scale, recipe.ema is None) == ((0.5, 1.0), False)
 
 
-def test_an_empty_table_enables_what_is_optional() -> None:
-    given = list(flatten({"ema": {}, "optimizer": {}, "model": {"config": {}}}))
-    assert given == [("ema", {})]
-    assert change_recipe("digits-dsop", given).ema is not None
-
-
-def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_server(
-    bundle: Path, photos: Path
-) -> None:
-    paths = sorted(photos.rglob("*.png"))[::3]
+def test_paths_images_and_arrays_give_the_predictions_of_the_command(bundle: Path, tmp_path: Path) -> None:
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, color in zip(paths, ((200, 30, 60), (10, 90, 30)), strict=True):
+        path.write_bytes(picture_bytes(color, kind="PNG"))
     images = [Image.open(path) for path in paths]
-    arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
-    expected = command("predict", bundle, *paths)
+    arrays = np.stack([np.asarray(image) for image in images])
+    shown = CliRunner().invoke(app, ["predict", str(bundle), *map(str, paths), "--json"])
     found = sopdeploy.predict(bundle, paths)
-    assert [one.model_dump(mode="json") for one in found] == expected
+    assert [one.model_dump(mode="json") for one in found] == json.loads(shown.stdout)
     classes = [one.classes for one in found]
     for several in (map(str, paths), images, arrays, list(arrays)):
         assert [one.classes for one in sopdeploy.predict(bundle, several)] == classes
@@ -125,11 +72,6 @@ def test_paths_images_and_arrays_give_the_predictions_of_the_command_and_of_a_se
         assert [one.classes for one in sopdeploy.predict(bundle, single)] == classes[:1]
     (best,) = sopdeploy.predict(bundle, arrays[0], top_k=1)
     assert (best.image, len(best.classes)) == ("image 0", 1)
-    with serving(str(bundle), "--threads", "1") as http, Client(str(http.base_url)) as client:
-        answer = client.classify(paths[0])
-    assert [(one.label, one.probability) for one in answer.classes] == [
-        (one.label, pytest.approx(one.probability, abs=1e-6)) for one in classes[0]
-    ]
 
 
 BAD_IMAGES = {
@@ -154,16 +96,11 @@ def test_a_folder_or_weight_file_is_a_name_and_never_a_toml_value(name: str) -> 
     assert str(recipe.start.weights) == name
 
 
-def test_user_errors_are_sopdeploy_errors(bundle: Path, photos: Path, tmp_path: Path) -> None:
-    calls: dict[str, tuple[type[SopdeployError], Callable[[], Any]]] = {
-        "no training data": (ConfigError, sopdeploy.train),
-        "epoch: unknown key; did you mean epochs": (
-            ConfigError, lambda: sopdeploy.train(recipe="digits-plain", epoch=3),
-        ),
-    }  # fmt: skip
-    for message, (kind, call) in calls.items():
-        with pytest.raises(kind, match=message):
-            call()
+def test_user_errors_are_sopdeploy_errors(bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="no training data"):
+        sopdeploy.train()
+    with pytest.raises(ConfigError, match="epoch: unknown key; did you mean epochs"):
+        sopdeploy.train(recipe="digits-plain", epoch=3)
 
     async def serve_in_a_loop() -> None:
         sopdeploy.serve(bundle)
