@@ -74,15 +74,6 @@ def test_a_resumed_run_writes_an_equal_page(run: Path, page: str, few_digits: No
     assert (run / "report.html").read_text(encoding="utf-8") == page
 
 
-def test_a_gated_run_shows_the_images_per_component(tmp_path: Path) -> None:
-    small = "{blocks_per_stage=1, components=4, chosen=2, component_widths=[8], gate_widths=[8]}"
-    gated = ["model.name=gmsop-16-8-resnet18", f"model.config={small}", "epochs=1", "batch_size=120"]
-    recipe = read_recipe("digits-plain", [*gated, "preprocess.resize=8", "preprocess.crop=8"])
-    drawn = charts(page_of(recipe, tmp_path / "run"))
-    components = drawn["Training images that the gate sent to each component, last epoch."]
-    assert all(f">component {number}<" in components for number in range(4))
-
-
 def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path: Path) -> None:
     data, rng = tmp_path / "photos", np.random.default_rng(0)
     for part in ("train", "val"):

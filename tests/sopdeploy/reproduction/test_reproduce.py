@@ -2,19 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.registry import create_model
 from sopdeploy.reproduction import results as measured
 from sopdeploy.reproduction import small
-from sopdeploy.reproduction.plan import ReproducedRow, Reproduction, plan
+from sopdeploy.reproduction.plan import Reproduction, plan
 from sopdeploy.reproduction.results import HOURS, MILLISECONDS, SPEED
 from sopdeploy.reproduction.run import reproduce
 from sopdeploy.reproduction.small import STATEMENT
@@ -50,7 +47,6 @@ TINY = PrintedTable(
     ),
 )
 QUICK = ("gsop-2",)
-BRANCHED = ("dsop-2", "dsop-7", "dsop-9a", "dsop-efficientnet")  # the others are slow
 
 
 @pytest.fixture(autouse=True)
@@ -111,37 +107,6 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
 
     with pytest.raises(ConfigError, match=r"result\.json: the row was trained with another recipe"):
         reproduce(TINY.model_copy(update={"set": ("optimizer.momentum=0.8",)}), options)
-
-
-def branched_rows(table: PrintedTable) -> Iterator[ReproducedRow]:
-    """The rows of *table* whose networks have several heads, once per network."""
-    seen = set()
-    for row in plan(table, ReproduceOptions(scale="small")).rows:
-        model = None if row.recipe is None else row.recipe.model
-        if model is not None and (model.name, str(model.config)) not in seen:
-            seen.add((model.name, str(model.config)))
-            yield row
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in BRANCHED else pytest.param(name, marks=pytest.mark.slow)
-        for name, table in TABLES.items()
-        if table.measures == "errors"
-    ],
-)
-def test_no_head_of_a_row_at_the_small_scale_is_constant(name: str) -> None:
-    for row in branched_rows(TABLES[name]):
-        assert row.recipe is not None
-        torch.manual_seed(0)
-        network = create_model(row.recipe.model.name, num_classes=10, **row.recipe.model.config)
-        side = row.recipe.preprocess.crop
-        with torch.no_grad():
-            heads = network.train().heads(torch.randn(4, 3, side, side))
-        assert {
-            head: bool(logits.std(dim=0).max() > 1e-4) for head, logits in heads.items()
-        } == dict.fromkeys(heads, True), row.printed.id
 
 
 def test_table_i_of_dsop_is_counted_without_data_and_explains_its_figures(tmp_path) -> None:
@@ -214,21 +179,12 @@ def test_every_table_runs_at_the_small_scale(name, tmp_path, monkeypatch) -> Non
 def test_errors_over_an_option_of_the_networks_are_a_chart(tmp_path) -> None:
     """Fig. 2 and Fig. 3 of GM-SOP are charts over alpha, and over K with one curve for each N."""
     assert (TABLES["gmsop-fig2"].over, TABLES["gmsop-fig3"].over) == ("balance_weight", "chosen")
-    table = TINY.model_copy(
-        update={
-            "small": ("epochs=1", *TINY.small[1:]),
-            "over": "aux_dropout",
-            "curve": "iterations",
-            "rows": tuple(
-                PrintedRow(id=f"d{share}", name=f"{share}", set=(f"model.config.aux_dropout={share}",))
-                for share in (0.0, 0.5)
-            ),
-        }
-    )
+    rows = [PrintedRow(id=f"d{n}", name="", set=(f"model.config.aux_dropout={n}",)) for n in (0.0, 0.5)]
+    chart = {"over": "aux_dropout", "curve": "iterations", "small": ("epochs=1", *TINY.small[1:])}
+    table = TINY.model_copy(update={**chart, "rows": tuple(rows)})
     finished = reproduce(table, ReproduceOptions(out=tmp_path, scale="small"))
-    page = finished.page.read_text(encoding="utf-8")
-    drawn = charts(page)["Top-1 error over aux_dropout, two networks."]
-    assert all(f">{text}<" in drawn for text in ("iterations = 5", "aux_dropout", "top-1 error in %"))
+    drawn = charts(finished.page.read_text(encoding="utf-8"))
+    assert ">iterations = 5<" in drawn["Top-1 error over aux_dropout, two networks."]
 
 
 def test_layers_of_the_slides_are_timed_on_the_device_that_is_set(tmp_path, monkeypatch) -> None:
