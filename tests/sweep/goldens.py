@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from sopdeploy.models.catalog import CATALOG, FAMILIES
 from sopdeploy.models.describe import describe
+from sopdeploy.models.dsop import DSoP
+from sopdeploy.models.gsop import GSoP
+from sopdeploy.models.psdr import PSDRResNet
+from sopdeploy.models.registry import create_model
 from tests.sweep.smallest import ALL, VARIANTS
 from tests.sweep.steps import Small
 
@@ -65,6 +69,22 @@ def golden(small: Small) -> dict[str, Any]:
         "representation": described.representation,
         "outputs": {name: rounded(found) for name, found in outputs.items()},
     }
+
+
+def structure(small: Small) -> Any:
+    """Describe the branches, the blocks with attention, or the steps of one model in its full size."""
+    with torch.device("meta"):
+        network: Any = create_model(small.name, num_classes=small.classes, **small.config)
+    if isinstance(network, DSoP):
+        plans = (plan._asdict() for plan in network.plan())
+        branches = [", ".join(f"{key} {value}" for key, value in plan.items()) for plan in plans]
+        return [f"main weight {network.loss_weights()['main']}", *branches]
+    if isinstance(network, GSoP):
+        return network.attended_taps()
+    if isinstance(network, PSDRResNet):
+        return network.pooling.widths
+    gathers = {tap: network.get_submodule(f"{tap}.attention.gather.0") for tap in network.tap_channels}
+    return {tap: conv.kernel_size[0] for tap, conv in gathers.items()}
 
 
 def rounded(values: Tensor) -> list[list[float]]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sopdeploy.backbones.efficientnet import EfficientNet
+from sopdeploy.models.catalog import CATALOG
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.pooled import SecondOrderEfficientNet
 from tests.sweep.steps import Small
@@ -128,4 +129,27 @@ VARIANTS = (  # other forms of the same classes, whose counts and outputs have g
     Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **EQUATION_6}),
     Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **NORMS, "noise_per": "image"}),
     Small("resnet18-64px", 8, {**ONE_EACH, "project_first_stage": True, "input_scaling": "raw"}),
+)
+STRUCTURES = (  # in full size, whose branches, blocks with attention or steps have a golden
+    *(Small(name, 224) for name in CATALOG if name.startswith(("dsop-", "gsop-", "psdr-", "ge-"))),
+    Small("dsop-resnet18", 224, {"aux_blocks": (0, 1, (2, 0), (0, 3))}),
+    Small("dsop-resnet18", 224, {"aux_widths": (128,) * 4}),
+    Small("dsop-resnet50", 224, {"aux_stride": "table"}),
+    Small("dsop-resnet20", 32, {"depth": 32}),
+    Small("dsop-resnet20", 32, {"depth": 32, "base_width": 64}),
+    Small("dsop-resnet20", 32, {"depth": 32, "base_width": 64, "aux_dropout": 0.2}),
+    Small("dsop-resnet20", 32, {"depth": 32, "main_weight": 0.5, "aux_weights": (1, 0, 2)}),
+    Small("dsop-preact-resnet164", 32, {"blocks": 5}),
+    Small("dsop-efficientnet-b0", 224, {"aux_widths": (512,) * 7}),
+    Small("gsop-net2-resnet50", 224, {"depth": 101}),
+    Small("gsop-net1-resnet26", 224, {"block_stages": ("layer3",)}),
+    Small("gsop-net2-resnet26", 224, {"block_stages": ()}),
+    Small("gsop-net2-resnet26", 224, {"block_stages": ("layer4",)}),
+    Small("gsop-net2-preact-resnet164", 32, {"blocks": 3}),
+    Small("gsop-net1-preact-resnet164", 32, {"blocks": 1}),
+    *(
+        Small("psdr-resnet50", 224, {"width": width, "decay": decay})
+        for width, decay in ((128, 0.25), (64, 0.5), (128, 0.5), (256, 0.5), (100, 0.3), (1024, 0.5))
+    ),
+    Small("ge-resnet50", 224, {"conv5_stride": 1}),
 )

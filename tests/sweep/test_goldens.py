@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.sweep.goldens import FOLDER, GOLDENS, HEADS, golden, label, path_of, small_models
+from tests.sweep.goldens import FOLDER, GOLDENS, HEADS, golden, label, path_of, small_models, structure
+from tests.sweep.smallest import STRUCTURES
 
 TOLERANCE = 1e-9  # kernels of other processors change the outputs in float64 by up to 5e-13
 
@@ -26,5 +27,14 @@ def test_counts_and_outputs_match_the_golden(family: str, pytestconfig: pytest.C
         assert figures == expected[model]
 
 
+def test_structures_match_the_golden(pytestconfig: pytest.Config) -> None:
+    """Sections III to V of DSoP, 4 of GSoP and Eq. (4) of PSDR."""
+    full_size = {f"{small.name} {json.dumps(dict(small.config))}": structure(small) for small in STRUCTURES}
+    found = json.loads(json.dumps(full_size))
+    if pytestconfig.getoption("--rewrite-goldens"):
+        path_of("structures").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    assert found == json.loads(path_of("structures").read_text(encoding="utf-8"))
+
+
 def test_every_family_has_a_golden() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == {*GOLDENS, HEADS}
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*GOLDENS, HEADS, "structures"}

@@ -87,16 +87,6 @@ def test_batch_norm_all_components_and_maps_of_one_position_are_not_gathered() -
     assert [chosen.can_gather(features) for features in (x, x[:, :, :1, :1])] == [True, False]
 
 
-def test_unselected_components_have_zero_gradients() -> None:
-    bank = components("sop", (6, 4))
-    omega = torch.tensor([[0.5, 0.0, 0.5, 0.0]] * 2, dtype=torch.float64)
-    bank.routed_sum(maps(2), omega).sum().backward()
-    for weight in bank.weights:
-        assert weight.grad is not None
-        moved = weight.grad.flatten(start_dim=1).abs().sum(dim=1) > 0
-        assert moved.tolist() == [True, False, True, False]
-
-
 F64 = torch.float64
 
 

@@ -10,7 +10,6 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.layers.gsop_block import GSoPBlock
 from sopdeploy.models.describe import describe
 from sopdeploy.models.gmsop import GMSOPResNet
-from sopdeploy.models.psdr import intermediate_widths
 from sopdeploy.models.registry import create_model, make_config
 from tests.sopdeploy.training.small_recipes import few_blocks
 
@@ -65,22 +64,6 @@ def places(network: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "expected"),
-    [
-        ("gsop-net1-resnet50", {}, ["layer1.2", "layer2.3", "layer3.5", "layer4.2"]),
-        ("gsop-net2-resnet50", {"depth": 101}, ["layer1.2", "layer2.3", "layer3.22"]),
-        ("gsop-net1-resnet26", {"block_stages": ["layer3"]}, ["layer3.1"]),
-        ("gsop-net2-resnet26", {"block_stages": []}, []),
-        ("gsop-net2-resnet26", {"block_stages": ["layer4"]}, ["layer4.1"]),
-        ("gsop-net2-preact-resnet164", {"blocks": 3}, ["layer1.2", "layer2.2"]),
-        ("gsop-net1-preact-resnet164", {"blocks": 1}, ["layer1.0", "layer2.0", "layer3.0"]),
-    ],
-)
-def test_blocks_are_where_the_paper_has_them(name: str, config: dict, expected: list[str]) -> None:
-    assert places(on_meta(name, **config)) == expected
-
-
-@pytest.mark.parametrize(
     ("name", "config", "says"),
     [
         (SMALL, {"block_stages": ["layer4"]}, "no layer4; stages are layer1, layer2, layer3"),
@@ -118,30 +101,6 @@ def test_every_block_has_an_attention_and_torchvisions_keys(kind: str) -> None:
     extra = ours.state_dict().keys() - plain.state_dict().keys()
     assert plain.state_dict().keys() <= ours.state_dict().keys()
     assert all(".attention." in key for key in extra)
-
-
-@pytest.mark.parametrize("conv5_stride", [1, 2])
-def test_global_gathering_is_as_large_as_the_maps(conv5_stride: int) -> None:
-    with torch.device("meta"):
-        network = create_model("ge-resnet50", conv5_stride=conv5_stride)
-        sides = [network.get_submodule(f"layer{s}.0.attention.gather.0").kernel_size[0] for s in (1, 2, 3, 4)]
-    assert sides == [56, 28, 14, 7 if conv5_stride == 2 else 14]
-
-
-@pytest.mark.parametrize(
-    ("target", "decay", "widths"),
-    [
-        (64, 0.25, [1024, 256]),
-        (128, 0.25, [1024, 256]),
-        (64, 0.5, [1024, 512, 256, 128]),  # Fig. 3
-        (128, 0.5, [1024, 512, 256]),
-        (256, 0.5, [1024, 512]),
-        (100, 0.3, [1024, 307]),
-        (1024, 0.5, []),
-    ],
-)
-def test_intermediate_widths_follow_eq_4(target: int, decay: float, widths: list[int]) -> None:
-    assert intermediate_widths(2048, target, decay) == widths
 
 
 def test_a_target_width_without_reduction_is_rejected() -> None:
@@ -229,82 +188,6 @@ def branches_of(name: str, **config: object) -> dict[str, nn.Module]:
     with torch.device("meta"):
         network = create_model(name, **config)
     return dict(network.branches.items())
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "expected"),
-    [
-        ("dsop-resnet18", {}, FOUR),
-        ("dsop-resnet50", {}, ["layer1_2", "layer2_3", "layer3_5", "layer4_2"]),
-        ("dsop-resnet20", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
-        ("dsop-resnet20", {"depth": 32}, ["layer1_4", "layer2_4", "layer3_4"]),
-        ("dsop-resnet8", {}, ["layer1_0", "layer2_0", "layer3_0"]),
-        ("dsop-preact-resnet110", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in range(2, 18, 3)]),
-        ("dsop-preact-resnet164", {"blocks": 5}, ["layer1_4", "layer2_4", "layer3_4"]),
-        ("dsop-wrn-22-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
-        ("dsop-wrn-28-10", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (1, 3)]),
-        ("dsop-resnext29-8x64d", {}, [f"layer{s}_{p}" for s in (1, 2, 3) for p in (0, 2)]),
-        ("dsop-efficientnet-b0", {}, ["blocks_4_2", "conv_head"]),
-        ("dsop-resnet18", {"aux_blocks": (0, 1, (2, 0), (0, 3))}, ["layer2_1", "layer3_0", "layer4_1"]),
-    ],
-)
-def test_branches_start_where_the_paper_says(name: str, config: dict, expected: list[str]) -> None:
-    assert list(branches_of(name, **config)) == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "blocks", "widths"),
-    [
-        ("dsop-resnet18", {}, [2, 2, 2, 2], [64, 128, 256, 256]),
-        ("dsop-resnet50", {}, [3, 4, 6, 3], [64, 256, 256, 256]),
-        ("dsop-resnet50", {"aux_stride": "table"}, [3, 4, 7, 3], [256, 256, 256, 256]),
-        ("dsop-resnet18", {"aux_widths": (128,) * 4}, [2, 2, 2, 2], [64, 128, 128, 128]),
-        ("dsop-resnet20", {}, [1, 2, 1, 2, 1, 2], [16, 16, 32, 32, 64, 64]),
-        ("dsop-resnet20", {"depth": 32, "base_width": 64}, [2, 2, 2], [64, 128, 128]),
-        ("dsop-preact-resnet110", {}, [3] * 18, [16] * 6 + [32] * 6 + [64] * 6),
-        ("dsop-preact-resnet164", {}, [3] * 18, [64] * 6 + [128] * 12),
-        ("dsop-wrn-22-10", {}, [1, 2] * 3, [128] * 6),
-        ("dsop-wrn-28-10", {}, [2] * 6, [128] * 6),
-        ("dsop-resnext29-8x64d", {}, [1, 2] * 3, [128] * 6),
-        ("dsop-efficientnet-b0", {}, [3, 0], [64, 64]),
-        ("dsop-efficientnet-b0", {"aux_widths": (512,) * 7}, [3, 0], [112, 512]),
-    ],
-)
-def test_branches_are_made_of_what_the_paper_says(name, config, blocks, widths) -> None:
-    branches = branches_of(name, **config).values()
-    assert [len(branch.blocks) for branch in branches] == blocks
-    assert [branch.pooling.width for branch in branches] == widths
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        ({"base_width": 64}, [0.0, 0.5, 0.5]),
-        ({}, [0.0, 0.0, 0.0]),
-        ({"base_width": 64, "aux_dropout": 0.2}, [0.2, 0.2, 0.2]),
-    ],
-)
-def test_dropout_follows_only_covariances_of_128_channels(config: dict, expected: list[float]) -> None:
-    """Section V-D; "4K-d" is half of the 8256 values that the classifier sees."""
-    branches = branches_of("dsop-resnet20", depth=32, **config).values()
-    assert [branch.dropout.p for branch in branches] == expected
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "expected"),
-    [
-        ("dsop-resnet18", {}, {"main": 1.0, **dict.fromkeys(FOUR, 1.0)}),
-        ("dsop-resnet20", {"depth": 32}, {"main": 1.0, "layer1_4": 0.1, "layer2_4": 0.2, "layer3_4": 0.3}),
-        (
-            "dsop-resnet20",
-            {"depth": 32, "main_weight": 0.5, "aux_weights": (1, 0, 2)},
-            {"main": 0.5, "layer1_4": 1.0, "layer2_4": 0.0, "layer3_4": 2.0},
-        ),
-    ],
-)
-def test_loss_weights_default_to_the_paper(name, config, expected) -> None:
-    with torch.device("meta"):
-        assert create_model(name, **config).loss_weights() == expected
 
 
 def test_stages_without_activation_get_one_before_the_pooling_of_their_branches() -> None:
