@@ -132,26 +132,27 @@ def put(file: Path, destination: str, name: str) -> str:
 
 def get(source: str, file: Path, limit: int) -> None:
     """Copy *source*, a path or URL, to *file*; raise `BundleError` if it is larger than *limit* bytes."""
+    size = 0
+    with _opened(source) as content, file.open("wb") as target:
+        while block := content.read(BLOCK_BYTES):
+            size += len(block)
+            if size > limit:
+                raise BundleError(f"{source}: larger than {limit} bytes, the limit; check the address")
+            target.write(block)
+
+
+@contextmanager
+def _opened(source: str) -> Iterator[IO[bytes]]:
+    """Open *source*, a path or URL, for reading; raises `BundleError`."""
     if "://" in source:
         with _filesystem(source) as (store, path), store.open(path, "rb") as remote:
-            _copy(remote, file, source, limit)
+            yield remote
         return
     if not Path(source).is_file():
         problem = "a folder" if Path(source).is_dir() else "no such file"
         raise BundleError(f"{source}: {problem}; give the path of the .tar file that `push` wrote")
     with Path(source).open("rb") as local:
-        _copy(local, file, source, limit)
-
-
-def _copy(source: IO[bytes] | BinaryIO, file: Path, name: str, limit: int) -> None:
-    """Copy *source* to *file*; raise `BundleError` naming *name* if it exceeds *limit* bytes."""
-    size = 0
-    with file.open("wb") as target:
-        while block := source.read(BLOCK_BYTES):
-            size += len(block)
-            if size > limit:
-                raise BundleError(f"{name}: larger than {limit} bytes, the limit; check the address")
-            target.write(block)
+        yield local
 
 
 @contextmanager

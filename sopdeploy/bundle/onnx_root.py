@@ -8,6 +8,7 @@ the graph defines each name once. `verify` recomputes the root where `onnx` is i
 need it.
 """
 
+import hashlib
 import json
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,6 @@ from sopdeploy.errors import BundleError, CertificateError
 
 if TYPE_CHECKING:
     import onnx
-
-import hashlib
 
 _NUMBERS = {"raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"}
 SUBGRAPHS = {"g", "graphs"}

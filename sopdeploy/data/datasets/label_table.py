@@ -67,19 +67,12 @@ def has_label_table(root: Path) -> bool:
     path = root / LABELS_FILE
     if not path.is_file():
         return False
-    header = _read(path)[:1000].partition(b"\n")[0].decode("utf-8-sig", "replace")
+    header = path.read_bytes()[:1000].partition(b"\n")[0].decode("utf-8-sig", "replace")
     columns = header.replace(";", ",").replace("\t", ",").split(",")
     if {column.strip(' "\r') for column in columns} & set(_REQUIRED):
         return True
     folders = list_subfolders(root)
     return len(folders) < 2 and TRAIN not in folders
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
 
 
 def read_label_table(
@@ -144,7 +137,7 @@ class _Row(NamedTuple):
 def _read_rows(table: Path) -> list[_Row]:
     """Read the rows of *table*; raises `DataError` for an invalid line."""
     try:
-        reader = csv.DictReader(io.StringIO(_read(table).decode("utf-8-sig"), newline=""), strict=True)
+        reader = csv.DictReader(io.StringIO(table.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
         records = [(reader.line_num, record) for record in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: cannot be read ({error}); write a CSV file in UTF-8") from error
