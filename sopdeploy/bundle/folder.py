@@ -120,15 +120,13 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
         except OSError as error:
             if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # another process wrote it meanwhile
                 raise
-        else:
-            link_latest(target)
-            return target
-    existing = open_bundle(target).manifest
-    if existing.model_copy(update={"exported_at": manifest.exported_at}) != manifest:
-        raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
-    if existing != manifest:
-        with writing(target / MANIFEST, BundleError), atomic_write(target / MANIFEST) as partial:
-            partial.write_bytes(manifest.to_bytes())
+    if folder.exists():  # it was not renamed
+        existing = open_bundle(target).manifest
+        if existing.model_copy(update={"exported_at": manifest.exported_at}) != manifest:
+            raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
+        if existing != manifest:
+            with writing(target / MANIFEST, BundleError), atomic_write(target / MANIFEST) as partial:
+                partial.write_bytes(manifest.to_bytes())
     link_latest(target)
     return target
 

@@ -333,22 +333,21 @@ def hold_out(
     are processed from the rarest to the most frequent one, then the images without a class, as in the
     iterative stratification of Sechidis et al. (ECML 2011), section 4.
     """
-    shuffled = sorted(
-        range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])
+    order = np.asarray(
+        sorted(range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])),
+        dtype=np.int64,
     )
-    rank = np.argsort(shuffled)  # position of each image in `shuffled`
     if targets.ndim == 1:
-        by_class = np.argsort(targets, kind="stable")
+        by_class = order[np.argsort(targets[order], kind="stable")]
         groups = np.split(by_class, np.flatnonzero(np.diff(targets[by_class])) + 1)
     else:
         by_count = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
-        groups = [np.flatnonzero(targets[:, target]) for target in by_count]
-        groups.append(np.flatnonzero(~targets.any(axis=1)))
-    held_out, decided = np.zeros((2, len(keys)), dtype=np.bool_)  # an image can be in several groups
-    for members in groups:
+        groups = [order[targets[order, target] > 0] for target in by_count]
+        groups.append(order[~targets[order].any(axis=1)])
+    held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
+    for members in groups:  # each in the order of `order`; an image can be in several groups
         quota = min(max(1, round(fraction * len(members))), len(members) - 1)
         needed = max(0, quota - held_out[members].sum())
-        undecided = members[~decided[members]]
-        held_out[undecided[np.argsort(rank[undecided])][:needed]] = True
+        held_out[members[~decided[members]][:needed]] = True
         decided[members] = True
     return held_out

@@ -127,14 +127,17 @@ def _open_class_folders(root: Path, held_out: int | None) -> OpenedParts:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
     names = (parts.train, *parts.held_out[:held_out]) if parts.train else ()
     folders = {name: part_folder(root, name) for name in names} or {UNSPLIT: root}
-    listings = {name: list_classes(folder) for name, folder in folders.items()}
-    train = next(iter(listings.values())).images
-    if len(train.labels) < 2:
-        raise _too_few_classes(train)
-    problems = [problem for listing in listings.values() for problem in class_problems(listing, train.labels)]
-    notes = [*_describe_parts(root, parts), *filter(None, map(_describe_nested, listings.values()))]
-    others = [name for listing in listings.values() for names in listing.others.values() for name in names]
-    opened = {name: listing.images for name, listing in listings.items()}
+    opened: dict[str, ImageFiles] = {}
+    problems, notes, others = list[str](), [*_describe_parts(root, parts)], list[str]()
+    for name, folder in folders.items():
+        listing = list_classes(folder)
+        opened[name] = listing.images
+        train = next(iter(opened.values()))
+        if len(train.labels) < 2:
+            raise _too_few_classes(train)
+        problems += class_problems(listing, train.labels)
+        notes += _describe_nested(listing)
+        others += [file for files in listing.others.values() for file in files]
     return OpenedParts(opened, problems, notes, _count_suffixes(others))
 
 
@@ -241,15 +244,14 @@ def _describe_parts(root: Path, parts: Parts) -> Iterator[str]:
         yield f"{root}: {shorten(parts.held_out)} counts as a class, because there is no folder {TRAIN}"
 
 
-def _describe_nested(listing: ClassListing) -> str:
-    """Name the folders with images inside the class folders of *listing*; empty if there are none."""
-    if not listing.nested:
-        return ""
-    return (
-        f"{listing.images.root}: images of folders in a class folder count as images of that class, those of "
-        f"each of several folders as one group: {shorten(listing.nested)}; move these folders up if they are "
-        "classes"
-    )
+def _describe_nested(listing: ClassListing) -> Iterator[str]:
+    """Name the folders with images inside the class folders of *listing*."""
+    if listing.nested:
+        yield (
+            f"{listing.images.root}: images of folders in a class folder count as images of that class, "
+            f"those of each of several folders as one group: {shorten(listing.nested)}; move these folders up "
+            "if they are classes"
+        )
 
 
 def open_evaluation_images(

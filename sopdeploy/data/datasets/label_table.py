@@ -101,12 +101,9 @@ def read_label_table(
     targets = _targets(table, rows, labels, multi_label)
     paths = np.asarray([os.fsencode(row.file) for row in rows], dtype=np.bytes_)
     parts = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)
-    # An image without a group is alone.
-    groups = (
-        np.asarray([row.group or f"file {row.file}" for row in rows])
-        if any(row.group for row in rows)
-        else None
-    )
+    groups = None
+    if any(row.group for row in rows):  # an image without a group is alone
+        groups = np.asarray([row.group or f"file {row.file}" for row in rows])
     return LabelTable(ImageFiles(root, labels, paths, targets, groups), parts)
 
 
