@@ -204,7 +204,7 @@ UNCLEAR = [
     (
         {"animals__cats": 3, "animals__dogs": 2, "plants": 3},
         (8, 0),
-        "of several folders as one group: animals/cats, animals/dogs; move these folders up if they are",
+        "of several folders as a group each: animals/cats, animals/dogs; move these folders up if they are",
     ),
 ]
 
