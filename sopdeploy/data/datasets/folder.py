@@ -249,8 +249,8 @@ def _describe_nested(listing: ClassListing) -> Iterator[str]:
     if listing.nested:
         yield (
             f"{listing.images.root}: images of folders in a class folder count as images of that class, "
-            f"those of several folders as a group each: {shorten(listing.nested)}; move these folders up if they "
-            "are classes"
+            f"those of several folders as a group each: {shorten(listing.nested)}; move these folders up if "
+            "they are classes"
         )
 
 
