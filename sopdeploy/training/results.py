@@ -146,8 +146,8 @@ class FewShotResult(StrictModel):
         """Describe the copies among the training images, and what they make impossible."""
         if self.num_groups < self.num_images:
             yield (
-                f"{self.num_images} photographs, {self.num_groups} different ones: copies are kept in the "
-                "same fold"
+                f"{self.num_images} photographs, {self.num_groups} different ones: copies share a fold, and "
+                "the largest one is judged"
             )
         if self.one_group:
             yield (

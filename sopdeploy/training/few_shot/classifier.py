@@ -316,15 +316,15 @@ def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:
 
 
 def estimate(
-    targets: Targets, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
+    classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval; *groups_N* are the units.
 
     The heads of different folds share most of their training images. With *folds*, the variance of top-1 is
     therefore that of Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3.
     """
-    if targets.activation == "softmax":
-        right = logits_NK.argmax(axis=1) == targets.classes.argmax(axis=1)
+    if activation == "softmax":
+        right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
         variance_factor = 1 + folds / (folds - 1) if folds else 1.0
         return Rate.of(int(right.sum()), len(right), effective_count(groups_N) / variance_factor)
-    return MeanPrecision.of(targets.classes > 0, logits_NK, seed, groups_N)
+    return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

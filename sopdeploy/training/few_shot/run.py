@@ -117,7 +117,15 @@ def _fit(run: Run, images: LabeledImages, on_progress: Callable[[str, int, int],
     distance_weight = float(np.mean(weights))
     since.append(time.monotonic())
     taps = f" of {', '.join(features.head.taps)}" if features.head.taps else ""
-    score = estimate(targets, logits_NK, run.recipe.seed, groups_N, int(folds[0].max()) + 1)
+    judged = _largest_copies(images, connect(count, pairs, features.hashes))
+    score = estimate(
+        targets.classes[judged],
+        targets.activation,
+        logits_NK[judged],
+        run.recipe.seed,
+        groups_N[judged],
+        int(folds[0].max()) + 1,
+    )
     result = FewShotResult(
         **{"top1" if isinstance(score, Rate) else "map": score},
         estimated_on="cross-validation",
@@ -138,11 +146,25 @@ def _fit(run: Run, images: LabeledImages, on_progress: Callable[[str, int, int],
     energies = [known_score(one.logits, "energy") - distance_weight * one.distances for one in validations]
     shifts_N = np.mean(energies, axis=0) - known_score(logits_NK, "energy")  # probabilities stay
     reduced_NK = logits_NK + shifts_N[:, None]
-    run.state = {"out_of_fold": torch.from_numpy(reduced_NK), "groups": torch.from_numpy(groups_N)}
+    run.state = {
+        "out_of_fold": torch.from_numpy(reduced_NK),
+        "groups": torch.from_numpy(groups_N),
+        "judged": torch.from_numpy(judged),
+    }
     if targets.activation == "softmax":
         doubted_NK = problem.doubt_labels(logits_NK, folds[0], strength)
         run.state["label_logits"] = torch.from_numpy(doubted_NK)
     return result
+
+
+def _largest_copies(images: LabeledImages, copies_N: Indices) -> Indices:
+    """Find the image of each group of *copies_N* (N,) with the most pixels, which is cropped the least."""
+    several_N = np.bincount(copies_N)[copies_N] > 1
+    pixels_N = np.zeros(len(copies_N))
+    for index in np.flatnonzero(several_N).tolist():
+        pixels_N[index] = np.prod(images[index][0].size)
+    largest_first = np.lexsort((-pixels_N, copies_N))
+    return largest_first[np.unique(copies_N[largest_first], return_index=True)[1]]
 
 
 def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices) -> dict[str, Any]:
@@ -163,7 +185,9 @@ def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResu
     """
     recipe, images = run.recipe, data.held_out
     if not len(images):
-        return result, held_out_metrics(run.labels, run.state["out_of_fold"].numpy(), data.train.targets)
+        judged = run.state["judged"].numpy()
+        logits_NK = run.state["out_of_fold"].numpy()[judged]
+        return result, held_out_metrics(run.labels, logits_NK, data.train.targets[judged])
     logits_NK, targets = predict_logits(
         run.model,
         PreprocessedDataset(images, recipe.preprocess),
@@ -172,7 +196,8 @@ def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResu
         workers=recipe.workers,
     )
     groups_N = np.arange(len(images)) if images.groups is None else images.groups
-    score = estimate(Targets.of(images), logits_NK, recipe.seed, groups_N)
+    wanted = Targets.of(images)
+    score = estimate(wanted.classes, wanted.activation, logits_NK, recipe.seed, groups_N)
     field = "top1" if isinstance(score, Rate) else "map"
     result = result.model_copy(update={field: score, "estimated_on": "held-out"})
     return result, held_out_metrics(run.labels, logits_NK, targets)

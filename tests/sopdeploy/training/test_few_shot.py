@@ -26,6 +26,7 @@ from sopdeploy.report.wrong_labels import LISTED_BELOW, list_wrong_labels
 from sopdeploy.training import train
 from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, OutOfFold, Problem, Targets, compose, estimate
+from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
 from tests.sopdeploy.training.runs import COLORS, SMALL, paint, train_with_page
@@ -218,12 +219,11 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
 def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds():
     random, classes = np.random.default_rng(0), np.arange(60) % 3
     logits = 2 * np.eye(3)[classes] + random.normal(size=(60, 3))
-    targets = softmax_targets(classes, 3)
-    groups = np.tile(np.arange(60), 3)
     copied = softmax_targets(np.tile(classes, 3), 3)
+    groups, one_hot = np.tile(np.arange(60), 3), np.eye(3)[classes]
     single, several = (
-        estimate(targets, logits, 0, np.arange(60)),
-        estimate(copied, np.tile(logits, (3, 1)), 0, groups),
+        estimate(one_hot, "softmax", logits, 0, np.arange(60)),
+        estimate(np.tile(one_hot, (3, 1)), "softmax", np.tile(logits, (3, 1)), 0, groups),
     )
     assert (several.low, several.high) == pytest.approx((single.low, single.high))
     assert several.count == 180
@@ -237,6 +237,18 @@ def test_copies_share_a_fold_and_count_as_one_image_in_intervals_and_thresholds(
     mean = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0, groups)
     narrower = MeanPrecision.of(copied.classes > 0, np.stack([copies] * 3, axis=1), 0)
     assert mean.high - mean.low > narrower.high - narrower.low
+
+
+def test_the_accuracy_is_that_of_the_largest_copy_of_each_photograph(tmp_path: Path, monkeypatch):
+    root, each = paint(tmp_path / "photos", 6), 7
+    for color in COLORS:
+        Image.open(root / color / "0.png").resize((48, 40)).save(root / color / "copy.png")
+    first = each * np.arange(len(COLORS))
+    monkeypatch.setattr(Features, "find_copies", lambda *_: np.stack([first, first + each - 1]))
+    result = train_recipe(read_recipe("photos", [*SMALL, *FEW_SHOT, f"data.path={root}"]), tmp_path / "run")
+    judged = read_checkpoint(result.last).resume["procedure"]["judged"].tolist()
+    assert set(range(each * len(COLORS))) - set(judged) == set(first.tolist())
+    assert result.procedure.top1.count == len(judged)
 
 
 def test_images_in_val_are_held_out_and_unequal_classes_are_balanced(tmp_path: Path):
