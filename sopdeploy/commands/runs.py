@@ -11,14 +11,6 @@ from sopdeploy.cli.console import out, plain_text, say
 from sopdeploy.errors import CheckpointError
 from sopdeploy.project import Origin
 
-_COLUMNS = {
-    "date": "date (UTC)",
-    "run": "run",
-    "num_images": "images",
-    "num_classes": "classes",
-    "estimate": "estimate",
-}
-
 
 def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
     row = {"project": "", "date": "", "run": "", "num_images": None, "num_classes": None, "estimate": ""}
@@ -32,18 +24,15 @@ def _show(rows: list[dict[str, Any]]) -> None:
     if not rows:
         say("no runs and no bundles here; start with: sopdeploy train --data photos")
         return
-    table = [[*_COLUMNS.values(), "bundle", ""]]
+    table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
     for row in rows:
-        shown = {**row, "date": row["date"][:19], "estimate": row["estimate"].partition(" (")[0]}
-        cells = [
-            *(shown[name] for name in _COLUMNS),
-            row["bundle"],
-            "newest" if row["newest"] else row["problem"],
-        ]
+        estimate, state = row["estimate"].partition(" (")[0], "newest" if row["newest"] else row["problem"]
+        counts = row["num_images"], row["num_classes"]
+        cells = row["date"][:19], row["run"], *counts, estimate, row["bundle"], state
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for cells in table:
-        out.print(Text("  ".join(map(str.ljust, cells, widths)).rstrip()))
+    for line in table:
+        out.print(Text("  ".join(map(str.ljust, line, widths)).rstrip()))
 
 
 @command(_show)

@@ -39,15 +39,6 @@ class ImageScore:
     likelihood: float
     known: bool | None = None
 
-    @classmethod
-    def from_ranking(
-        cls, target: int, ranked: Sequence[tuple[int, float]], *, known: bool | None = None
-    ) -> "ImageScore":
-        """Score an image of class *target* from all (class, probability) pairs, most probable first."""
-        likelihood = next(probability for index, probability in ranked if index == target)
-        top5 = tuple(index for index, _ in ranked[:TOP_K])
-        return cls(target, top5, ranked[0][1], likelihood, known)
-
     @property
     def correct(self) -> bool:
         """Whether the most probable class is the target."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.decision import Decision, sigmoid
-from sopdeploy.evaluation.metrics import ImageScore
+from sopdeploy.evaluation.metrics import TOP_K, ImageScore
 from sopdeploy.evaluation.multi_label import MultiLabelPredictions
 
 Predictions = list[ImageScore] | MultiLabelPredictions
@@ -39,6 +39,7 @@ def make_predictions(
     scores = []
     for target, row in zip(images.targets.tolist(), logits, strict=True):
         answer = decision.answer(row)
-        ranked = [(columns[index], probability) for index, probability in answer.ranked]
-        scores.append(ImageScore.from_ranking(target, ranked, known=answer.known))
+        order, probabilities = [columns[index] for index, _ in answer.ranked], [p for _, p in answer.ranked]
+        likelihood = probabilities[order.index(target)]
+        scores.append(ImageScore(target, tuple(order[:TOP_K]), probabilities[0], likelihood, answer.known))
     return scores

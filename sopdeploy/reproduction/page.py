@@ -25,11 +25,6 @@ def render_page(results: Reproduction) -> str:
         columns=("row", "command"),
         rows=[(row.printed.name, row.command(results.folder, 0)) for row in results.rows if row.recipe],
     )
-    machine = Table(
-        caption="Machine",
-        columns=("what", "value"),
-        rows=list(finished[0].runs[0].machine.items()) if finished else [],
-    )
     sections = [
         _describe_results(results, finished),
         Section(title="Curves", figures=list(curve_charts(finished))),
@@ -38,7 +33,6 @@ def render_page(results: Reproduction) -> str:
         ),
         Section(title="Counts and times", tables=[fact_table(results.rows)]),
         Section(title="Commands", tables=[commands]),
-        Section(title="Environment", tables=[machine]),
     ]
     text = [table.title, *filter(None, [results.statement, results.paper_scale])]
     return render(HtmlReport(title=table.source, text=text, sections=sections))

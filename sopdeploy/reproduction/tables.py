@@ -137,14 +137,10 @@ class PrintedTable(StrictModel):
     def select(self, names: str | None) -> tuple[PrintedRow, ...]:
         """Select the rows *names*, ids separated by commas, and the rows that they need.
 
-        None selects all rows, "none" no row.
-
-        Raises `ConfigError` for an unknown id.
+        None selects all rows. Raises `ConfigError` for an unknown id.
         """
         if names is None:
             return self.rows
-        if names == "none":
-            return ()
         by_id = {row.id: row for row in self.rows}
         wanted: set[str] = set()
         for name in (part.strip() for part in names.split(",")):
@@ -211,7 +207,7 @@ class ReproduceOptions(Options):
     """Which rows of a table are run, how often, at which scale and on which images."""
 
     rows: str | None = None
-    """Run only these rows, ids separated by commas, and those they need; none writes the page alone."""
+    """Run only these rows, ids separated by commas, and those they need."""
     seeds: Annotated[int | None, pydantic.Field(ge=1)] = None
     """Runs per row: seeds 0, 1 and so on; by default as many as in the paper."""
     scale: ReproductionScale = "paper"

@@ -126,8 +126,8 @@ LABELS = ("a", "b", "c")
 
 
 def score(target: int, *probabilities: float) -> ImageScore:
-    ranked = sorted(enumerate(probabilities), key=lambda pair: -pair[1])
-    return ImageScore.from_ranking(target, ranked)
+    order = sorted(range(len(probabilities)), key=lambda index: -probabilities[index])
+    return ImageScore(target, tuple(order), max(probabilities), probabilities[target])
 
 
 def test_a_report_on_four_images_computed_by_hand() -> None:
