@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
@@ -55,18 +56,7 @@ def write_run_page(
     best, page = folder / "best.pt", folder / PAGE
     checkpoint = read_checkpoint(best)
     result: Any = read_result(checkpoint.training)
-    images, description = data.held_out, "the held-out images"
-    if len(images):
-        if run.recipe.procedure.kind == "loop":
-            description += ", which also selected the epoch, so all scores of this section are too high"
-        model = build_classifier(checkpoint, best).to(run.strategy.device)
-        workers, rules = run.recipe.workers, checkpoint.preprocess
-        logits_NC = score_images(model, rules, images, workers=workers, on_image=on_image)
-        logits_NC /= 1.0 if checkpoint.decision is None else checkpoint.decision.temperature
-    else:
-        images = data.train
-        description = "the training images, each predicted by a network that was fitted without it"
-        logits_NC = run.state["out_of_fold"].double().numpy()
+    images, description, logits_NC = _predict(run, data, checkpoint, best, on_image)
     predicted = make_predictions(logits_NC, images, run.labels, checkpoint.decision)
     metrics = measure_predictions(predicted, images.labels, result.score)
     classes = ", ".join(run.labels[:_MAX_LABELS])
@@ -93,6 +83,23 @@ def write_run_page(
     with writing(page, CheckpointError), atomic_write(page) as partial:
         partial.write_text(render(content), encoding="utf-8")
     return metrics.mistakes() if isinstance(metrics, ClassificationReport) else []
+
+
+def _predict(
+    run: Run, data: Split, checkpoint: Checkpoint, best: Path, on_image: Callable[[int, int], None]
+) -> tuple[LabeledImages, str, NDArray[np.float64]]:
+    """Return the images that the page evaluates, what they are, and their calibrated logits (N, C)."""
+    if not len(data.held_out):
+        description = "the training images, each predicted by a network that was fitted without it"
+        return data.train, description, run.state["out_of_fold"].double().numpy()
+    description = "the held-out images"
+    if run.recipe.procedure.kind == "loop":
+        description += ", which also selected the epoch, so all scores of this section are too high"
+    model = build_classifier(checkpoint, best).to(run.strategy.device)
+    workers, rules = run.recipe.workers, checkpoint.preprocess
+    logits_NC = score_images(model, rules, data.held_out, workers=workers, on_image=on_image)
+    temperature = 1.0 if checkpoint.decision is None else checkpoint.decision.temperature
+    return data.held_out, description, logits_NC / temperature
 
 
 def _describe_training(run: Run, best: Checkpoint, result: AnyProcedureResult) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from sopdeploy.data.augment import PadCrop
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.describe import describe
+from sopdeploy.models.describe import Description, Published, describe
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.registry import CatalogModel, create_model
 from sopdeploy.reproduction.results import MeanError, SeedResult, mean_error
@@ -69,6 +69,15 @@ class RowFigure(NamedTuple):
     unit: str = ""
     mark: str = ""
 
+    def compare(self) -> "RowFigure":
+        """Mark the figure if the count is not the printed one to its last digit, rounded or cut off."""
+        if self.printed is None or self.found is None:
+            return self
+        digits = len(f"{self.printed:.10f}".rstrip("0").partition(".")[2]) or 1
+        step = 10**-digits
+        rounded = abs(self.found - self.printed) <= step / 2 * (1 + 1e-9)
+        return self._replace(mark="" if rounded or 0 <= self.found - self.printed < step else "✗")
+
 
 @dataclass(kw_only=True)
 class ReproducedRow:
@@ -117,9 +126,7 @@ class ReproducedRow:
         return (*self.overrides, *needed, f"seed={seed}")
 
     def command(self, folder: Path, seed: int) -> str:
-        """Format the command that trains the row alone; empty if it is not trained."""
-        if self.recipe is None:
-            return ""
+        """Format the command that trains the row alone."""
         settings = (word for override in self.overrides_of(folder, seed) for word in ("--set", override))
         out = str(run_path(folder, self.printed.id, seed))
         return shlex.join(["sopdeploy", "train", "--recipe", self.source, *settings, "--out", out])
@@ -305,14 +312,11 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
 def _count_row(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
     """Compare the printed figures of a row, whose network *recipe* trains, with counts where one is known."""
     counts = _count_network(printed, recipe, table)
-    figures = {name: figure for name, figure in counts.items() if figure.printed is not None}
     facts = _count_facts(printed, recipe, table, counts)
+    figures = {name: figure for name, figure in counts.items() if figure.printed is not None}
     figures |= {name: RowFigure(value, facts.get(name)) for name, value in printed.facts.items()}
     vector, _ = COUNTS["dim"]  # printed in thousands
-    return {
-        name: figure._replace(mark="" if name == vector else compare_figures(figure.printed, figure.found))
-        for name, figure in figures.items()
-    }
+    return {name: figure if name == vector else figure.compare() for name, figure in figures.items()}
 
 
 def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
@@ -330,31 +334,27 @@ def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> 
         "train_gflops": described.training.macs / 1e9,
         "dim": described.representation,
     }
-    has_branches = described.training != described.shipped
-    published = sorted(described.published, key=lambda figure: figure.source != table.source)
     figures = {}
-    for column, (name, quantity) in COUNTS.items():
+    for column, (name, _) in COUNTS.items():
         figures[name] = RowFigure(printed.counts.get(column), counts[column])
-        if column in printed.counts or column not in table.columns:
-            continue
-        quantities = {quantity} if has_branches else {quantity, quantity.replace("training", "shipped")}
-        for figure in published:
-            if figure.quantity in quantities and figure.source.startswith(table.paper):
-                unit = 1000 if column == "dim" else 1  # printed in thousands there
-                multiple = "x" if figure.unit == "x" else ""
-                figures[name] = RowFigure(figure.printed * unit, figure.ours * unit, figure.note, multiple)
-                break
+        wanted = column in table.columns and column not in printed.counts
+        found = _find_published(described, column, table) if wanted else None
+        if found is not None:
+            unit = 1000 if column == "dim" else 1  # printed in thousands there
+            multiple = "x" if found.unit == "x" else ""
+            figures[name] = RowFigure(found.printed * unit, found.ours * unit, found.note, multiple)
     return figures
 
 
-def compare_figures(printed: float | None, counted: float | None) -> str:
-    """Return "✗" if *counted* is not *printed* to its last digit; empty if it is, rounded or cut off."""
-    if printed is None or counted is None:
-        return ""
-    digits = len(f"{printed:.10f}".rstrip("0").partition(".")[2]) or 1
-    step = 10**-digits
-    reached = abs(counted - printed) <= step / 2 * (1 + 1e-9) or 0 <= counted - printed < step
-    return "" if reached else "✗"
+def _find_published(described: Description, column: Column, table: PrintedTable) -> Published | None:
+    """Find the figure that the paper prints for this network, in *table* or else in another table."""
+    _, quantity = COUNTS[column]
+    quantities = {quantity}
+    if described.training == described.shipped:
+        quantities.add(quantity.replace("training", "shipped"))
+    figures = sorted(described.published, key=lambda figure: figure.source != table.source)
+    of_paper = (figure for figure in figures if figure.source.startswith(table.paper))
+    return next((figure for figure in of_paper if figure.quantity in quantities), None)
 
 
 def _count_facts(

@@ -52,7 +52,6 @@ class SeedResult(StrictModel):
     history: tuple[EpochRow, ...]
     train_count: int
     held_out_count: int
-    num_classes: int
     heads: dict[str, HeldOutMetrics]
     usage: tuple[int, ...]
     milliseconds: float | None = None
@@ -79,7 +78,6 @@ def measure_run(recipe: Recipe, trained: TrainingResult, *, timed: bool) -> Seed
         history=history,
         train_count=trained.train_count,
         held_out_count=trained.held_out_count,
-        num_classes=len(checkpoint.labels),
         heads=_measure_heads(model, checkpoint, recipe),
         usage=history[-1].component_counts,
         milliseconds=_milliseconds_per_image(model, recipe) if timed else None,

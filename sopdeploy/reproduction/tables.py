@@ -174,12 +174,11 @@ def _with_named(value: Any, named: Mapping[str, Any]) -> Any:
         return {key: _with_named(inner, named) for key, inner in value.items()}
     if not isinstance(value, list):
         return value
-    parts = ((item, _with_named(item, named)) for item in value)
-    return [
-        element
-        for item, part in parts
-        for element in (part if isinstance(item, str) and isinstance(part, list) else [part])
-    ]
+    resolved = []
+    for item in value:
+        part = _with_named(item, named)
+        resolved += part if isinstance(item, str) and isinstance(part, list) else [part]
+    return resolved
 
 
 def _variants(table: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import describe
 from sopdeploy.reproduction.page import render_page
-from sopdeploy.reproduction.plan import compare_figures, plan
+from sopdeploy.reproduction.plan import RowFigure, plan
 from sopdeploy.reproduction.results import HOURS, MILLISECONDS, SPEED
 from sopdeploy.reproduction.tables import DATA_SETS, ReproduceOptions, find_table, load_tables
 from sopdeploy.training.recipe import read_recipe
@@ -97,7 +97,7 @@ def test_gm_sop_is_trained_as_the_paper_prints_and_its_released_models_as_the_co
     ],
 )
 def test_a_cross_marks_a_figure_that_is_neither_rounded_nor_cut_off(printed, counted, mark) -> None:
-    assert compare_figures(printed, counted) == mark
+    assert RowFigure(printed, counted).compare().mark == mark
 
 
 @pytest.mark.parametrize(
