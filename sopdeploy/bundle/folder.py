@@ -10,7 +10,6 @@ link `latest` have an effect, because copies of a folder may lack or change them
 """
 
 import errno
-import json
 import os
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 
 import pydantic
 
-from sopdeploy.bundle.manifest import FORMAT, FileRecord, Manifest
+from sopdeploy.bundle.manifest import FileRecord, Manifest
 from sopdeploy.errors import BundleError, StorageError
 from sopdeploy.files import FULL_ERRNOS, LATEST, atomic_write, link_latest, sha256, writing
 
@@ -137,15 +136,8 @@ def follow_link(path: Path) -> Path:
 
 
 def is_bundle(path: Path) -> bool:
-    """Check whether the folder *path* contains the manifest of a bundle."""
-    file = path / MANIFEST
-    try:
-        if file.stat().st_size > MAX_MANIFEST_BYTES:
-            return False
-        fields = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(fields, dict) and fields.get("format") == FORMAT
+    """Check whether the folder *path* looks like a bundle; reads no file."""
+    return all((path / name).is_file() for name in (MANIFEST, *REQUIRED))
 
 
 def read_manifest(path: Path) -> Manifest:

@@ -10,6 +10,7 @@ import fsspec
 import pytest
 from typer.testing import CliRunner
 
+from sopdeploy.bundle.folder import MANIFEST, REQUIRED
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError, DataError, ImageError, StorageError
 from sopdeploy_service.commands.batch import classifier
@@ -116,8 +117,8 @@ def test_a_source_without_images_is_a_one_line_error(source, tmp_path, monkeypat
     (tmp_path / "latin.txt").write_bytes(b"a.jpg\ncaf\xe9.jpg")
     (tmp_path / "latin\udce9.jpg").touch()
     (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "golden-0.jpg").touch()
-    (tmp_path / "bundle" / "manifest.json").write_text('{"format": "sopdeploy-bundle"}')
+    for name in ("golden-0.jpg", MANIFEST, *REQUIRED):
+        (tmp_path / "bundle" / name).touch()
     with pytest.raises(DataError, match=BAD_SOURCES[source]):
         list(list_sources([source]))
 
