@@ -22,7 +22,6 @@ Occurrences = Annotated[int, pydantic.Field(ge=0)]
 CONFIDENCE_BOUNDS = (
     0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9999,
 )  # fmt: skip
-FEW_CLASSES = 32  # above this, a sort of all classes is faster
 _MAX_LISTED = 20  # with more classes, a report shows only the range of the thresholds
 
 
@@ -159,13 +158,11 @@ class Decision(StrictModel):
         """
         activate = softmax if self.thresholds is None else sigmoid
         probabilities = activate(logits)
-        if self.thresholds is None:
-            indices = top_indices(logits, top_k or len(logits))
-        else:
+        indices = np.argsort(-logits, kind="stable").tolist()
+        if self.thresholds is not None:
             least = self.thresholds if threshold is None else [threshold] * len(logits)
-            ordered = top_indices(logits, len(logits))
-            indices = [index for index in ordered if probabilities[index] >= least[index]][:top_k]
-        ranked = tuple((index, float(probabilities[index])) for index in indices)
+            indices = [index for index in indices if probabilities[index] >= least[index]]
+        ranked = tuple((index, float(probabilities[index])) for index in indices[:top_k])
         explanation = None
         if occluded is not None and ranked:
             first, probability = ranked[0]
@@ -213,21 +210,6 @@ def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float6
     largest = values.max(axis=-1)
     energy: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
     return np.exp(largest - energy) if score == "max_probability" else energy
-
-
-def top_indices(values: NDArray[np.floating], k: int) -> list[int]:
-    """Return the indices of the *k* largest of finite *values* (C,), the largest first.
-
-    Ties keep their order. For a small *k*, *k* searches for the maximum are faster than a sort.
-    """
-    if k > FEW_CLASSES:
-        return list(np.argsort(-values, kind="stable")[:k].tolist())
-    rest = values.copy()
-    found: list[int] = []
-    for _ in range(min(k, len(values))):
-        found.append(int(rest.argmax()))
-        rest[found[-1]] = -np.inf
-    return found
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:

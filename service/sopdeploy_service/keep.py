@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.decision import sigmoid, top_indices
+from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ImageError
 from sopdeploy.kept import MAX_KEPT_LABELS, NEAR_BITS, KeptRecord, Reason, near_hash
 from sopdeploy_service.inference.model_worker import Model
@@ -78,7 +78,7 @@ def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) 
     manifest, labels = photo.bundle.manifest, photo.bundle.labels
     listed = list(range(len(labels)))
     if len(labels) > MAX_KEPT_LABELS:
-        listed = top_indices(photo.logits, MAX_KEPT_LABELS)
+        listed = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
     answer = manifest.answer(photo.logits, top_k=1)
     return KeptRecord(
         image=image,

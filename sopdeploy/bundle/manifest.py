@@ -13,7 +13,6 @@ from sopdeploy.decision import Answer, Decision, Rejection
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import PROJECT_NAME, Origin, Time
 
-FORMAT: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
 ID_LENGTH = 12
 GATES = "gates"  # (N,): the weights of the components of a mixture
 # (D,): the vector that the last linear layer receives, for requests that need it; `export --with-features`
@@ -71,7 +70,7 @@ class Manifest(StrictModel):
     of the batch; with none, the certified graph proves that it does not.
     """
 
-    format: Literal["sopdeploy-bundle"] = FORMAT
+    format: Literal["sopdeploy-bundle"] = "sopdeploy-bundle"
     version: Literal[1] = 1
     project: Annotated[str, pydantic.Field(pattern=PROJECT_NAME)]
     exported_at: Time

@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as arrays
 from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app
-from sopdeploy.decision import Decision, Rejection, softmax, top_indices
+from sopdeploy.decision import Decision, Rejection, softmax
 from sopdeploy.http_api import Classes
 from sopdeploy_service.api import admission
 from sopdeploy_service.api.v2 import routes
@@ -301,11 +301,6 @@ def test_a_finished_request_leaves_no_garbage(client, jpeg, request_of):
 
 
 SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
-
-
-@given(SMALL, st.integers(1, 50))
-def test_top_indices_equals_a_stable_sort(values, count):
-    assert top_indices(values, count) == np.argsort(-values, kind="stable")[:count].tolist()
 
 
 @given(SMALL, st.integers(1, 50), st.none() | st.just(Rejection(score="energy", threshold=2.0)))
