@@ -1,5 +1,6 @@
 """Make a function a command: its parameters become arguments and options, its docstring the help."""
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -9,12 +10,16 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Optional, TypeVar, Union, get_args, get_origin
 
+import pydantic
 import typer
 
 from sopdeploy.cli.console import err, image_progress, one_line_errors, print_json, show_steps
+from sopdeploy.config import Options
 from sopdeploy.environment import is_main_process
+from sopdeploy.errors import ConfigError
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+_Result = TypeVar("_Result")
 
 _SECTIONS = re.compile(r"\n\n(?:Args|Options|Returns|Raises):\n")
 _PARAMETER = re.compile(r"^ {4}(\w+): (.*(?:\n {6,}.*)*)", re.MULTILINE)
@@ -84,6 +89,60 @@ def command(
         return function
 
     return decorate
+
+
+def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
+    """Replace each parameter of *function* that is annotated with a model of `Options` by the model's fields.
+
+    The returned function takes the fields as keyword arguments, validates them and passes the models to
+    *function*. Its signature and docstring list the fields.
+    """
+    parameters: list[inspect.Parameter] = []
+    models: dict[str, type[Options]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        if isinstance(parameter.annotation, type) and issubclass(parameter.annotation, Options):
+            model = models[parameter.name] = parameter.annotation
+            parameters += [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=inspect.Parameter.empty if field.is_required() else field.default,
+                    annotation=field.annotation,
+                )
+                for name, field in model.model_fields.items()
+            ]
+        else:
+            parameters.append(parameter)
+    parameters.sort(key=lambda parameter: parameter.kind)  # `**settings` stays last
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> _Result:
+        for name, model in models.items():
+            if not isinstance(keywords.get(name), model):
+                given = {field: keywords.pop(field) for field in model.model_fields if field in keywords}
+                keywords[name] = _validate(model, given)
+        return function(*args, **keywords)
+
+    fields = [
+        f"    {name}: {' '.join((field.description or '').split())}"
+        for model in models.values()
+        for name, field in model.model_fields.items()
+    ]
+    call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *fields])
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del call.__wrapped__
+    return call
+
+
+def _validate(model: type[Options], given: Mapping[str, Any]) -> Options:
+    """Build *model* of the options *given*; raises `ConfigError` about the first invalid one."""
+    try:
+        return model(**given)
+    except pydantic.ValidationError as error:
+        problem: Any = error.errors(include_url=False)[0]
+        name = str(problem["loc"][0]) if problem["loc"] else None
+        raise ConfigError(f"{problem['msg']} (got {str(problem['input'])[:80]!r})", setting=name) from error
 
 
 def _describe(function: Callable[..., Any]) -> str:

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.cli.command import command
+from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import err, plain_text, print_table, say
-from sopdeploy.config import Options, expand_options
+from sopdeploy.config import Options
 from sopdeploy.data.datasets.folder import check_holds_classes
 from sopdeploy.decision import Decision
 from sopdeploy.errors import ConfigError

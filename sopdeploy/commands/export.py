@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
-from sopdeploy.cli.command import command
+from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
-from sopdeploy.config import expand_options, first_problem
+from sopdeploy.config import first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy.files import check_is_checkpoint

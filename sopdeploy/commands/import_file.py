@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import pydantic
 
-from sopdeploy.cli.command import command
+from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import print_field
-from sopdeploy.config import Options, expand_options
+from sopdeploy.config import Options
 from sopdeploy.files import check_is_weights
 from sopdeploy.training.recipe_files import parse_override
 

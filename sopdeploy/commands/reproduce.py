@@ -3,9 +3,8 @@
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from sopdeploy.cli.command import command
+from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, out, plain_text, print_table, say
-from sopdeploy.config import expand_options
 from sopdeploy.environment import is_main_process
 from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions, find_table, load_tables
 

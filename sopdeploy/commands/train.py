@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 
-from sopdeploy.cli.command import command
+from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import ProgressBars, err, print_table, say
-from sopdeploy.config import Options, expand_options
+from sopdeploy.config import Options
 from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import is_main_process
@@ -22,8 +22,8 @@ from sopdeploy.training.results import read_result
 
 if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
-    from sopdeploy.training.callbacks import Callback
     from sopdeploy.training.recipe import Recipe
+    from sopdeploy.training.run import Callback
     from sopdeploy.training.start_weights import WeightSource
     from sopdeploy.training.train import TrainingResult
 
@@ -114,8 +114,8 @@ def train(
     _check(data, recipe, out, options, changed=bool(options.set or settings))
     from sopdeploy.evaluation.decision_fit import describe_weakness
     from sopdeploy.report.page import PAGE, write_run_page
-    from sopdeploy.training.callbacks import Callback
     from sopdeploy.training.distributed import Strategy, join_processes, select_device
+    from sopdeploy.training.run import Callback
     from sopdeploy.training.run_folder import numbered_folder
     from sopdeploy.training.train import summarize_run, train_run
 

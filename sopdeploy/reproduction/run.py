@@ -15,8 +15,8 @@ from sopdeploy.reproduction.plan import Reproduction, plan, run_path
 from sopdeploy.reproduction.results import MILLISECONDS, SeedResult, measure_run, measured_facts, time_layer
 from sopdeploy.reproduction.small import IMAGES, write_small_images
 from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.run import Callback
 from sopdeploy.training.train import train_recipe
 
 _RESULT = "result.json"

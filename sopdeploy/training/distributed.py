@@ -13,7 +13,6 @@ import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
-from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.data.batches import count_batches
 from sopdeploy.environment import is_distributed
 from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
@@ -91,11 +89,6 @@ class Strategy(ProcessGroup):
         """Select this process' part of *samples*; the sizes differ by at most one."""
         first, end = (len(samples) * rank // self.world for rank in (self.rank, self.rank + 1))
         return list(samples[first:end])
-
-    def save(self, path: Path, checkpoint: Checkpoint) -> None:
-        """Write *checkpoint* atomically, in the first process only."""
-        if self.rank == 0:
-            write_checkpoint(path, checkpoint)
 
 
 def select_device(name: str) -> torch.device:

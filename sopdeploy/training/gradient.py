@@ -8,7 +8,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
-from sopdeploy.errors import NoMemoryError, TrainingError, first_line, is_out_of_memory
+from sopdeploy.errors import TrainingError
 from sopdeploy.training.distributed import MicroBatch, shard_step
 from sopdeploy.training.loop_run import LR_FACTOR, LoopRun
 from sopdeploy.training.losses import Loss, training_loss
@@ -19,23 +19,8 @@ def train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tu
     """Run one of the *steps* steps of an epoch on *batch*, the shard of *samples*.
 
     Returns the loss over all processes, and the gradient norm before clipping. Raises `TrainingError` if the
-    loss, the gradient or a buffer is not finite; the weights are then unchanged. Raises `NoMemoryError` if
-    the device has too little memory.
+    loss, the gradient or a buffer is not finite; the weights are then unchanged.
     """
-    try:
-        return _train_step(run, batch, samples, steps)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        recipe = run.recipe
-        images = -(-recipe.batch_size // (recipe.accumulate * run.strategy.world))
-        raise NoMemoryError(
-            f"{run.strategy.device}: out of memory for {images} images at once ({first_line(error)}); raise "
-            f"accumulate (now {recipe.accumulate}), which keeps the batch size, or lower batch_size"
-        ) from error
-
-
-def _train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:
     recipe, position = run.recipe, run.position
     of_process = (run.strategy.rank,) if run.strategy.rank else ()
     torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *of_process))

@@ -15,13 +15,13 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import shard_step
 from sopdeploy.training.gradient import train_step
 from sopdeploy.training.loop_run import LoopRun, set_train_mode
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
+from sopdeploy.training.run import Callback
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import SignalState, TrainingStoppedError, handle_signals
 

@@ -1,4 +1,4 @@
-"""The state of a run in memory, and its conversion to a checkpoint and back.
+"""The state of a run in memory, its conversion to a checkpoint and back, and the callbacks that observe it.
 
 Sample order, augmentation, dropout and learning rate are functions of (seed, epoch, step). Weights, optimizer
 state and position are therefore enough to resume a run bit for bit.
@@ -28,6 +28,31 @@ from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import AnyProcedureResult
 from sopdeploy.training.start_weights import StartReport
 from sopdeploy.version import __version__
+
+
+class Callback:
+    """Base class of callbacks; every method does nothing.
+
+    Epochs and steps count from 0. An exception raised by a callback ends the run.
+    """
+
+    def on_message(self, message: str) -> None:
+        """Receive a line about the start of the run: weights, procedure, images."""
+
+    def on_warning(self, warning: str) -> None:
+        """Receive a one-line warning; the run continues."""
+
+    def on_stage(self, *, name: str, done: int, total: int) -> None:
+        """Receive the progress of a procedure without epochs: *done* of *total* parts, in the step *name*."""
+
+    def on_step_end(self, *, epoch: int, epochs: int, step: int, steps: int, loss: float) -> None:
+        """Run after *step* of the *steps* steps of *epoch*; *loss* is the mean over its samples."""
+
+    def on_evaluation_batch(self, *, epoch: int, epochs: int, done: int) -> None:
+        """Run after each evaluation batch; *done* is the number of held-out images evaluated so far."""
+
+    def on_epoch_end(self, row: EpochRow) -> None:
+        """Run after each epoch with its metrics."""
 
 
 class Position(StrictModel, frozen=False):

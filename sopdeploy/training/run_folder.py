@@ -14,11 +14,11 @@ import re
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import torch
 
-from sopdeploy.checkpoint import Checkpoint, read_checkpoint
+from sopdeploy.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from sopdeploy.errors import CheckpointError, ConfigError
 from sopdeploy.files import PARTIAL, atomic_write, link_latest, writing
 from sopdeploy.training.diagnostics import best_epoch, history_csv
@@ -91,8 +91,16 @@ class RunFolder:
                 if self._created:
                     self.path.rmdir()
 
-    def check_free(self) -> None:
-        """Raise `ConfigError` unless a new run can be written here."""
+    def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
+        """Lock the folder and read `last.pt` to *resume*; otherwise check that a new run can be written here.
+
+        Raises `ConfigError` if the folder cannot be used.
+        """
+        if resume and (resume != "auto" or self.last.exists()):
+            if not self.last.exists():
+                raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
+            self.lock()
+            return read_checkpoint(self.last)
         if self.last.exists():
             raise ConfigError(
                 f"{self.path} holds a run; continue it or choose another folder",
@@ -106,13 +114,7 @@ class RunFolder:
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise ConfigError(f"{self.path} cannot be created in {nearest}; choose another", setting="out")
-
-    def read_last(self) -> Checkpoint:
-        """Lock the folder and read `last.pt`; raise `ConfigError` if there is none."""
-        if not self.last.exists():
-            raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
-        self.lock()
-        return read_checkpoint(self.last)
+        return None
 
     def is_save_due(self, config: SaveConfig) -> bool:
         """Check whether the last checkpoint is as old as the recipe allows."""
@@ -121,8 +123,16 @@ class RunFolder:
 
     def save_last(self, run: Run) -> None:
         """Write `last.pt`; the run may be between any two steps."""
-        self.strategy.save(self.last, run.checkpoint(resumable=True))
+        self._write(self.last, run.checkpoint(resumable=True))
         self.saved_at = time.monotonic()
+
+    def save_best(self, run: Run) -> None:
+        """Write `best.pt` with the exported weights of *run*."""
+        self._write(self.best, run.checkpoint(resumable=False))
+
+    def _write(self, path: Path, checkpoint: Checkpoint) -> None:
+        if self.strategy.rank == 0:
+            write_checkpoint(path, checkpoint)
 
     def save_derived_files(self, run: Run) -> None:
         """Write the history and, after an epoch, `best.pt`.
@@ -134,7 +144,7 @@ class RunFolder:
             return
         best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
         if position.step == 0 and best.epoch == position.epoch:
-            self.strategy.save(self.best, run.checkpoint(resumable=False))
+            self.save_best(run)
         if self.strategy.rank != 0:
             return
         with writing(self.history, CheckpointError), atomic_write(self.history) as partial:

@@ -25,7 +25,6 @@ from sopdeploy.errors import CheckpointError, ConfigError, DataError, shorten
 from sopdeploy.models.registry import entry
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.project import SAMPLED, Origin, folder_name, utc_now
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import best_epoch
 from sopdeploy.training.distributed import Strategy, check_divisible, select_device
 from sopdeploy.training.recipe import (
@@ -38,7 +37,7 @@ from sopdeploy.training.recipe import (
     validate_recipe,
 )
 from sopdeploy.training.results import AnyProcedureResult, read_result
-from sopdeploy.training.run import Run
+from sopdeploy.training.run import Callback, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
     InitialModel,
@@ -121,14 +120,12 @@ def train_run(
     strategy = strategy or Strategy(select_device(recipe.device))
     if callback is None or strategy.rank != 0:
         callback = Callback()
-    folder = RunFolder(out_dir, strategy)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
+    folder = RunFolder(out_dir, strategy)
     try:
-        continued = folder.last.exists() if resume == "auto" else resume
-        run, data = start_or_resume(
-            recipe, folder, strategy, callback, resume=continued, given=given, weights=weights
-        )
+        checkpoint = folder.open(resume=resume)
+        run, data = start_or_resume(recipe, folder, checkpoint, callback, given=given, weights=weights)
         fit: Callable[[Any, Split, RunFolder, Callback], None]
         if isinstance(run.recipe.procedure, LoopConfig):
             from sopdeploy.training.loop import fit_loop as fit  # noqa: PLC0415
@@ -143,56 +140,37 @@ def train_run(
 def start_or_resume(
     recipe: Recipe,
     folder: RunFolder,
-    strategy: Strategy,
+    checkpoint: Checkpoint | None,
     callback: Callback,
     *,
-    resume: bool,
     given: Sequence[str] = (),
     weights: WeightSource | None = None,
 ) -> tuple[Run, Split]:
-    """Create the run, or rebuild it from its checkpoint, and open its data.
+    """Create the run, or rebuild it from the *checkpoint* in *folder*, and open its data.
 
     All checks run before the folder is changed.
     """
-    if not resume:
-        folder.check_free()
-    checkpoint = folder.read_last() if resume else None
-    recorded = None
+    strategy, recorded = folder.strategy, None
     if checkpoint is not None:
         recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(folder.last)).procedure
     opened = open_data(recipe.data, callback.on_warning)
     recipe, data, reason = select_procedure(recipe, opened, recorded)
-    _warn_of_classes_without_held_out(opened, data, callback)
+    _check_data(recipe, opened, data, callback)
     recipe.check_effect(given)
-    _check_unknown(recipe, data)
     if isinstance(recipe.procedure, LoopConfig):
         check_divisible(recipe, len(data.train), strategy.world)
     if checkpoint is None:
         initial = create_initial_model(recipe, data.train.labels, strategy, weights)
         run = create_run(data.train, strategy, initial)
         folder.lock()
-        if run.start is not None:
-            callback.on_message(run.start.describe())
     else:
         run = resume_run(recipe, data.train, strategy, checkpoint, folder.last)
     check_same_step(run, folder.path)
-    if strategy.rank == 0 and len(data.train) <= MAX_HASHED:
-        hashes = hash_images(data.train)
-        run.image_hashes = torch.from_numpy(np.unique(hashes))
-        if warning := describe_contradictions(data.train, hashes):
-            callback.on_warning(warning)
-    before = None if checkpoint is None else checkpoint.origin
-    run.origin = Origin(
-        run=folder_name(folder.path),
-        run_id=token_hex(6) if before is None else before.run_id,
-        started=utc_now() if before is None else before.started,
-        data=folder_name(getattr(recipe.data, "path", None) or recipe.data.kind),
-        num_images=len(data.train) + len(data.held_out),
-        num_classes=len(run.labels),
-        sample=run.image_hashes[:SAMPLED].tolist(),
-    )
+    _record_origin(run, data, folder, checkpoint, callback)
     if checkpoint is not None:
         folder.save_derived_files(run)
+    elif run.start is not None:
+        callback.on_message(run.start.describe())
     if reason:
         callback.on_message(reason)
     first, side = run.position.epoch, run.recipe.preprocess.crop
@@ -247,23 +225,47 @@ def _has_head(recipe: Recipe) -> bool:
     return True
 
 
-def _warn_of_classes_without_held_out(opened: Split, data: Split, callback: Callback) -> None:
-    """Warn of the classes of which no image could be held out, if *data* has images held out of *opened*."""
-    if len(opened.held_out) or not len(data.held_out):
-        return
-    counts = data.held_out.class_counts().tolist()
-    alone = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
-    if alone:
-        callback.on_warning(f"{shorten(alone)}: {ONE_GROUP}")
+def _check_data(recipe: Recipe, opened: Split, data: Split, callback: Callback) -> None:
+    """Check the images before the training.
+
+    Warns of the classes of which no image could be held out, if *data* has images held out of *opened*.
+    Raises an error if the folder of unknown images could not be used after the training.
+    """
+    if len(data.held_out) and not len(opened.held_out):
+        counts = data.held_out.class_counts().tolist()
+        alone = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
+        if alone:
+            callback.on_warning(f"{shorten(alone)}: {ONE_GROUP}")
+    if recipe.rejection.unknown is not None:
+        if data.train.targets.ndim == 2:
+            raise ConfigError(
+                "rejection.unknown: without effect where images have several classes; remove it"
+            )
+        open_any_images(recipe.rejection.unknown)
 
 
-def _check_unknown(recipe: Recipe, data: Split) -> None:
-    """Raise an error before the training if the folder of unknown images cannot be used after it."""
-    if recipe.rejection.unknown is None:
-        return
-    if data.train.targets.ndim == 2:
-        raise ConfigError("rejection.unknown: without effect where images have several classes; remove it")
-    open_any_images(recipe.rejection.unknown)
+def _record_origin(
+    run: Run, data: Split, folder: RunFolder, checkpoint: Checkpoint | None, callback: Callback
+) -> None:
+    """Set the hashes of the training images, and the origin of the *run* that continues *checkpoint*.
+
+    Warns of files with different labels.
+    """
+    if run.strategy.rank == 0 and len(data.train) <= MAX_HASHED:
+        hashes = hash_images(data.train)
+        run.image_hashes = torch.from_numpy(np.unique(hashes))
+        if warning := describe_contradictions(data.train, hashes):
+            callback.on_warning(warning)
+    before = None if checkpoint is None else checkpoint.origin
+    run.origin = Origin(
+        run=folder_name(folder.path),
+        run_id=token_hex(6) if before is None else before.run_id,
+        started=utc_now() if before is None else before.started,
+        data=folder_name(getattr(run.recipe.data, "path", None) or run.recipe.data.kind),
+        num_images=len(data.train) + len(data.held_out),
+        num_classes=len(run.labels),
+        sample=run.image_hashes[:SAMPLED].tolist(),
+    )
 
 
 def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel) -> Run:

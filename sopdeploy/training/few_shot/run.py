@@ -30,12 +30,11 @@ from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import fit_thresholds
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
 from sopdeploy.models.second_order_head import head_name
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets, estimate
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.results import FewShotResult
-from sopdeploy.training.run import Position, Run
+from sopdeploy.training.run import Callback, Position, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.signals import TrainingStoppedError, handle_signals
 
@@ -54,7 +53,7 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
     """
     if isinstance(run.result, FewShotResult):
         _fit_decision(run, data.train, run.result)  # with another `rejection.accepts`
-        run.strategy.save(folder.best, run.checkpoint(resumable=False))
+        folder.save_best(run)
         return
     since = time.monotonic()
     with handle_signals(run.strategy) as signals:

@@ -28,8 +28,8 @@ from sopdeploy.data.near import (
 )
 from sopdeploy.errors import DataError
 from sopdeploy.models.registry import create_model
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.recipe import read_recipe
+from sopdeploy.training.run import Callback
 from sopdeploy.training.train import select_procedure, train_recipe
 from tests.sopdeploy.data.small_data import jpeg, write_classes, write_photos
 

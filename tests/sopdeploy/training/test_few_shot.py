@@ -24,10 +24,10 @@ from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.report.wrong_labels import LISTED_BELOW, list_wrong_labels
 from sopdeploy.training import train
-from sopdeploy.training.callbacks import Callback
 from sopdeploy.training.few_shot.classifier import GRID, OutOfFold, Problem, Targets, compose, estimate
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
+from sopdeploy.training.run import Callback
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
 from tests.sopdeploy.training.runs import COLORS, SMALL, paint, train_with_page
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.errors import ConfigError, DataError, NoMemoryError, TrainingError
+from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.training import gradient, train
 from sopdeploy.training.losses import Loss
 from sopdeploy.training.recipe import read_recipe
@@ -32,16 +32,6 @@ def test_a_folder_with_other_files_is_refused_and_not_changed(tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"cannot be created in .*; choose another"):
         train_recipe(short_recipe(), tmp_path / "notes.txt" / "run")
     assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "broken"}
-
-
-def test_exhausted_memory_names_the_settings_that_need_less(tmp_path, monkeypatch) -> None:
-    def exhaust(*_arguments) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.53 GiB.")
-
-    monkeypatch.setattr(gradient, "compute_gradient", exhaust)
-    advice = r"cpu: out of memory for 18 images at once .*raise accumulate \(now 2\).* or lower batch_size"
-    with pytest.raises(NoMemoryError, match=advice):
-        train_recipe(short_recipe("accumulate=2"), tmp_path / "run")
 
 
 def test_an_empty_folder_is_used_and_a_run_is_never_overwritten(tmp_path) -> None:

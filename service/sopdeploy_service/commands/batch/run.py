@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import pydantic
 
-from sopdeploy.cli.command import SettingOptions, command
+from sopdeploy.cli.command import SettingOptions, command, expand_options
 from sopdeploy.cli.console import print_field
-from sopdeploy.config import Count, Options, StrictModel, expand_options
+from sopdeploy.config import Count, Options, StrictModel
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, MissingPackageError
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments
