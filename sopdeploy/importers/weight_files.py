@@ -18,7 +18,6 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
 from sopdeploy.files import sha256
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.importers.gmsop import read_dagnn
 from sopdeploy.user_files import ADVICE, check_tensors, opened, read_pytorch
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
@@ -36,6 +35,8 @@ def open_weights(path: Path) -> WeightFile | Checkpoint:
     if start == HDF5_MAGIC:
         raise WeightsError(f"{path}: MATLAB's version 7.3 is not read; save it in MATLAB with the option -v7")
     if start.startswith(MATLAB_MAGIC):
+        from sopdeploy.importers.gmsop import read_dagnn  # noqa: PLC0415 # imports networks
+
         return read_dagnn(path, sha256(path), read_matlab(path))
     content, digest = read_pytorch(path)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
