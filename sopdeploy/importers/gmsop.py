@@ -74,7 +74,7 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     width = config["component_widths"][-1] if config.get("component_widths") else WIDTHS[-1] * widen
     tensors = _backbone_and_head(file, blocks, width if component == "sop" else None)
     if gated:
-        tensors |= _gate(file, config, component == "sop")
+        tensors |= _gate(file, config, component == "sop") | _components(file, config)
     tensors |= {name: tensor for name, tensor in file.tensors.items() if name not in file.used}
     return ConvertedWeights(
         project="GM-SOP",
@@ -99,22 +99,18 @@ def _preprocess(file: WeightFile) -> Preprocess:
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": (1 / 255,) * 3})
 
 
-def _component_kernels(file: WeightFile, component: int) -> list[str]:
-    """List the names of the convolutions of component 1, 2 and so on."""
-    return [name for letter in LETTERS if (name := f"CM_{component}_{letter}_f") in file.tensors]
-
-
 def _gate_config(file: WeightFile) -> dict[str, Any]:
     """Read the options of the gate and of the mixture."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
-    gate_layers = sum(name.startswith("gating") and name[6:-2].isdigit() for name in file.tensors)
+    components = [name for letter in LETTERS if (name := f"CM_1_{letter}_f") in file.tensors]
+    gates = [name for layer in range(1, 9) if (name := f"gating{layer}_f") in file.tensors]
     return {
         "components": file.tensor("gating_w").shape[1],
         "chosen": int(layer_number(file, "gating", "topk")),
-        "component_widths": [len(conv_kernel(file, name)) for name in _component_kernels(file, 1)],
+        "component_widths": [len(conv_kernel(file, name)) for name in components],
         "component_bias": "CM_1_a_b" in file.tensors,
         "component_norm": "CM_1_a_bn_w" in file.tensors,
-        "gate_widths": [len(conv_kernel(file, f"gating{layer}_f")) for layer in range(1, gate_layers + 1)],
+        "gate_widths": [len(conv_kernel(file, name)) for name in gates],
         "gate_norm": "gating1_bn_w" in file.tensors,
         "dropout": layer_number(file, dropouts[0], "rate") if dropouts else 0.0,
         "balance_weight": layer_number(file, "Balance_loss", "loss_weight"),
@@ -151,7 +147,7 @@ def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> dict
 
 
 def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> dict[str, Tensor]:
-    """Convert the gate and the components; the tensors of all components are joined."""
+    """Convert the gate; with *second_order* components it reads a triangle of the last of its widths."""
     found: dict[str, Tensor] = {}
     for layer in range(len(config["gate_widths"])):
         source, name = f"gating{layer + 1}", f"gate.feature.{layer}"
@@ -162,10 +158,16 @@ def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> dict[
     for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
         weight = file.tensor(source).T
         found[name] = reorder(weight, _triangle_order(width, weight), 1)
-    components = (_component_kernels(file, number) for number in range(1, config["components"] + 1))
-    for step, kernels in enumerate(zip(*components, strict=True)):
-        found[f"mixture.weights.{step}"] = torch.stack([pointwise_kernel(file, name) for name in kernels])
-        sources = [name.removesuffix("_f") for name in kernels]
+    return found
+
+
+def _components(file: WeightFile, config: dict[str, Any]) -> dict[str, Tensor]:
+    """Convert the convolutions of the components; the tensors of all components are joined."""
+    found: dict[str, Tensor] = {}
+    for step, letter in enumerate(LETTERS[: len(config["component_widths"])]):
+        sources = [f"CM_{number}_{letter}" for number in range(1, config["components"] + 1)]
+        kernels = [pointwise_kernel(file, f"{source}_f") for source in sources]
+        found[f"mixture.weights.{step}"] = torch.stack(kernels)
         if config["component_bias"]:
             found[f"mixture.biases.{step}"] = torch.cat([bias(file, source) for source in sources])
         if config["component_norm"]:

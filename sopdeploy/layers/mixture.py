@@ -149,17 +149,17 @@ class Components(nn.Module):
         The components must have no batch norm.
         """
         x_BCHW = self.before(features_BCHW)
-        kernels = list(zip(*(weight.unbind() for weight in self.weights), strict=True))
-        biases = list(zip(*(bias.chunk(self.components) for bias in self.biases), strict=True))
+        weights = [weight_Noi.unbind() for weight_Noi in self.weights]  # by step, then by component
+        biases = [bias.chunk(self.components) for bias in self.biases]
         weighted, indices = [], []
         for component in range(self.components):
             images = weights_BN[:, component].nonzero().squeeze(1)
             if len(images) == 0:
                 continue
             x = x_BCHW[images]
-            for step, weight_oi in enumerate(kernels[component]):
-                bias = biases[component][step] if biases else None
-                x = F.conv2d(x, weight_oi.unsqueeze(2).unsqueeze(3), bias)
+            for step in range(len(weights)):
+                bias = biases[step][component] if biases else None
+                x = F.conv2d(x, weights[step][component][:, :, None, None], bias)
                 x = F.relu(x) if self.rectified else x
             weighted.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             indices.append(images)

@@ -125,9 +125,9 @@ class GatedResNet(LowResolutionResNet, ExportHints):
             self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout
         )
 
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute (B, classes) logits from the last feature map (B, C, h, w)."""
-        return self.head(self.mixture(features, self.gate(features), gather=self.is_captured))
+    def forward(self, images: Tensor) -> Any:
+        """Compute (B, classes) logits of normalized (B, 3, H, W) images."""
+        return self.outputs_tuple(images)[0]
 
     def outputs_tuple(self, images: Tensor) -> tuple[Tensor, ...]:
         """Compute logits (B, classes) and the gate's weights (B, N), K of them not 0, without noise."""
