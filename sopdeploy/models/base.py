@@ -95,13 +95,11 @@ class Classifier(Backbone):
             return last_linear(part, self.num_classes)
         return last_linear(self, self.num_classes, self.training_only)
 
-    def map_channels(self, taps: Sequence[str] | None, image_size: int) -> dict[str, int]:
-        """Look up the channels of the feature maps at *taps*, in the order of computation.
+    def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
+        """Look up the channels of the feature maps at *taps*, in the order of computation; `None`: the last.
 
-        `None` is the last tap. *image_size* is the side in pixels of an image that the network accepts.
         Raises `ConfigError` for an unknown tap, or for a network without feature maps.
         """
-        del image_size
         names = list(self.tap_channels)
         if not names:
             raise ConfigError("head.taps: this network has no feature maps; set head.kind=gap")
@@ -111,13 +109,11 @@ class Classifier(Backbone):
                 raise ConfigError(f"head.taps: no feature map {tap!r}; choose from {shorten(names)}")
         return {tap: self.tap_channels[tap] for tap in names if tap in chosen}
 
-    def remove_classifier(self, image_size: int) -> int:
+    def remove_classifier(self) -> int:
         """Replace the linear layer that computes the logits by the identity; return the length of its input.
 
-        The network then returns this vector. *image_size* is the side in pixels of an image that the network
-        accepts. Raises `ConfigError` if the last layer is not linear.
+        The network then returns this vector. Raises `ConfigError` if the last layer is not linear.
         """
-        del image_size
         layer = Classifier.logits_layer(self)  # an override returns the layer of the new head
         if layer is None:
             raise ConfigError("head: the last layer of this network is not linear; choose another network")

@@ -14,7 +14,7 @@ Letters: B images, C channels, H height, W width, d channels after the projectio
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import pydantic
 import torch
@@ -138,11 +138,9 @@ class SecondOrderHead(Classifier):
     """Mixin that replaces the classifier of a network by a `PooledHead`; put it before the network's class.
 
     Attributes:
-        base: The catalog entry of the network.
         maps: Channels of the feature maps that the head reads, by tap.
     """
 
-    base: ClassVar[Entry]
     inference_class = None
 
     def __init__(self, config: Any, num_classes: int) -> None:
@@ -150,8 +148,8 @@ class SecondOrderHead(Classifier):
         head: HeadConfig = config.head
         self.maps: dict[str, int] = {}
         if head.parts != ("gap",):
-            self.maps = self.map_channels(head.taps, self.base.image_size)
-        own_length = self.remove_classifier(self.base.image_size)
+            self.maps = self.map_channels(head.taps)
+        own_length = self.remove_classifier()
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
 
     def num_features(self) -> int:
@@ -161,10 +159,6 @@ class SecondOrderHead(Classifier):
     def logits_layer(self) -> nn.Linear:
         """Return the linear layer of the head."""
         return self.pooled_head.fc
-
-    def classify(self, features: Tensor) -> Tensor:
-        """Compute (B, classes) logits from `feature_maps`; only the kind `gap` needs no taps."""
-        return self.pooled_head(super().classify(features), {})
 
     def head_inputs(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute what the head reads: the network's own vector (B, D_0), and maps (B, C, H, W) by tap."""
@@ -191,7 +185,7 @@ def head_entry(_prefix: str, name: str) -> Entry:
     config = pydantic.create_model(
         f"Head{base.config.__name__}", __base__=base.config, head=(HeadConfig, HeadConfig())
     )
-    network: Any = type(f"Head{base.network.__name__}", (SecondOrderHead, base.network), {"base": base})
+    network: Any = type(f"Head{base.network.__name__}", (SecondOrderHead, base.network), {})
     return Entry(
         network,
         config,  # type: ignore[arg-type]

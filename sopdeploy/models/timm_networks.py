@@ -155,9 +155,8 @@ class PlainTimm(Classifier, TimmBackbone):
 
     inference_class = TimmBackbone
 
-    def remove_classifier(self, image_size: int) -> int:
+    def remove_classifier(self) -> int:
         """Replace timm's classifiers, two in a distilled network; return the length of the vector."""
-        del image_size
         self.wrapped[0].reset_classifier(0)
         return self.head_channels
 

@@ -41,12 +41,13 @@ class UserNetwork(Classifier):
     def __init__(self, config: StrictModel, num_classes: int, source: Source) -> None:
         super().__init__(config, num_classes)
         self.network = source.build(num_classes)
-        self.find_maps(source)
+        self.source = source
+        self.find_maps()
 
-    def find_maps(self, source: Source) -> None:
+    def find_maps(self) -> None:
         """Set `tap_channels` to the channels of the taps; check the number of logits if there are taps."""
-        if source.taps:
-            self.tap_channels, logits = find_taps(self.network, source.taps, source.image_size)
+        if self.source.taps:
+            self.tap_channels, logits = find_taps(self.network, self.source.taps, self.source.image_size)
             if logits != self.num_classes:
                 raise ConfigError(
                     f"taps: the network returns {logits} logits for {self.num_classes} classes"
@@ -75,26 +76,27 @@ class UserNetwork(Classifier):
         """Return the logits, which `feature_maps` computes."""
         return features
 
-    def map_channels(self, taps: Sequence[str] | None, image_size: int) -> dict[str, int]:
+    def map_channels(self, taps: Sequence[str] | None) -> dict[str, int]:
         """Run one image to find the channels at the modules *taps*; `None` is the last feature map.
 
         Raises `ConfigError` for an unknown module, one without a feature map, or a network that cannot run.
         """
-        chosen = (last_map(self.network, image_size),) if taps is None else taps
-        return find_taps(self.network, chosen, image_size)[0]
+        side = self.source.image_size
+        chosen = (last_map(self.network, side),) if taps is None else taps
+        return find_taps(self.network, chosen, side)[0]
 
-    def remove_classifier(self, image_size: int) -> int:
+    def remove_classifier(self) -> int:
         """Replace the last linear layer; raise `ConfigError` if the network does not return its output."""
         layer = Classifier.logits_layer(self)
         if layer is not None:
             name = next(name for name, module in self.network.named_modules() if module is layer)
-            logits, outputs = run_once(self.network, image_size)
+            logits, outputs = run_once(self.network, self.source.image_size)
             if not logits.is_meta and not torch.equal(logits, outputs[name]):
                 raise ConfigError(
                     f"head: the network computes its logits after its last linear layer {name}; build it so "
                     "that this layer returns them"
                 )
-        return super().remove_classifier(image_size)
+        return super().remove_classifier()
 
     def num_features(self) -> int:
         """Return the length of the vector that the last linear layer reads; 0 without one."""
@@ -136,13 +138,14 @@ class PooledNetwork(UserNetwork):
         self.add_classifier(config.pooling)
         initialize(self.pooling)
 
-    def find_maps(self, source: Source) -> None:
+    def find_maps(self) -> None:
         """Find the map and remove what follows it."""
-        if len(source.taps) > 1:
-            raise ConfigError(f"taps: this method reads one feature map, not {len(source.taps)}")
-        self.tap_channels = self.map_channels(source.taps or None, source.image_size)
+        taps = self.source.taps
+        if len(taps) > 1:
+            raise ConfigError(f"taps: this method reads one feature map, not {len(taps)}")
+        self.tap_channels = self.map_channels(taps or None)
         (self.tap,) = self.tap_channels
-        remove_after(self.network, self.tap, source.image_size)
+        remove_after(self.network, self.tap, self.source.image_size)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
         """Compute the map (B, C, h, w) and the outputs of *taps*."""
