@@ -1,4 +1,4 @@
-"""Read the documentation pages: command lines, code blocks, mentions."""
+"""Read the documentation pages: command lines and code blocks."""
 
 import importlib.util
 import re
@@ -39,12 +39,6 @@ def command_lines(page: Path) -> list[list[str]]:
     code = "\n".join([*(block for _, block in fenced), *indented])
     typed = dict.fromkeys(line.strip() for line in RUN.findall(code))
     return [[word for word in shlex.split(line, comments=True)[1:] if word != "&"] for line in typed]
-
-
-def mentions(page: Path) -> list[list[str]]:
-    """List the arguments of each command in inline code such as `sopdeploy export --detach`."""
-    text = page.read_text(encoding="utf-8")
-    return [found.split() for found in re.findall(r"`sopdeploy ([^`\n]+)`", text)]
 
 
 def module_at(path: Path) -> Any:

@@ -1,19 +1,14 @@
-"""Commands, targets and extras on every page exist. `test_page_commands` runs the commands."""
+"""Commands on every page are valid. `test_page_commands` runs them."""
 
-import re
-import shlex
-import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.docs.page_commands import steps
-from tests.docs.reading import COMMANDS, PAGES, ROOT, command_lines, mentions, name
+from tests.docs.reading import COMMANDS, PAGES, command_lines, name
 
 ROOT_OPTIONS = {"--help", "-h", "--version", "--install-completion", "--show-completion"}
 SHOWN = [(page, words) for page in PAGES for words in command_lines(page)]
-MENTIONED = [(page, words) for page in PAGES for words in mentions(page)]
 
 
 def title(value: object) -> str:
@@ -30,11 +25,6 @@ def resolve(words: list[str]) -> tuple[Any, list[str]]:
     return command, rest
 
 
-def options_of(command: Any) -> set[str]:
-    parameters = command.params
-    return {"--help", "-h"} | {o for p in parameters for o in (*p.opts, *p.secondary_opts) if o[:1] == "-"}
-
-
 @pytest.mark.parametrize(("page", "words"), SHOWN, ids=title)
 def test_a_shown_command_line_parses(page: Path, words: list[str]) -> None:
     command = words[0] if words else "--help"
@@ -43,15 +33,6 @@ def test_a_shown_command_line_parses(page: Path, words: list[str]) -> None:
         return
     command, rest = resolve(words)
     assert command.make_context(command, rest).args == []
-
-
-@pytest.mark.parametrize(("page", "words"), MENTIONED, ids=title)
-def test_a_mentioned_command_exists_with_its_options(page: Path, words: list[str]) -> None:
-    if words[0] in ROOT_OPTIONS | {"VERB"}:
-        return
-    command, rest = resolve(words)
-    given = {word.partition("=")[0] for word in rest if word.startswith("-")}
-    assert given <= options_of(command)
 
 
 MEANINGS = {  # flag: how its description begins in every command that has it
@@ -70,17 +51,3 @@ def test_a_flag_means_the_same_in_every_command(flag: str) -> None:
     assert parameters
     assert [p.help for p in parameters if not p.help.startswith(MEANINGS[flag])] == []
     assert len({p.multiple for p in parameters}) == 1
-
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-
-def test_every_make_target_and_every_extra_exists() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    made = [step for page in PAGES for step in steps(page) if step.startswith("make ")]
-    targets = {word for step in made for word in shlex.split(step, comments=True)[1:] if "=" not in word}
-    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    extras = set(",".join(re.findall(r"sopdeploy\[([\w,-]+)\]", text)).split(","))
-    assert len(targets) > 3 < len(extras)
-    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
-    assert extras <= set(PROJECT["optional-dependencies"])
