@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,11 +38,16 @@ def sopdeploy_cli(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def in_process(*arguments: str, **environment: str) -> str:
-    """Run `sopdeploy` in a new Python process and return its stdout."""
-    command = [sys.executable, "-c", "from sopdeploy.cli.app import main; main()", *arguments]
-    variables = {**os.environ, **environment}
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=True).stdout
+def in_process(
+    *arguments: str, program: tuple[str, ...] = ("-m", "sopdeploy"), **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run `sopdeploy` in a new process with buffered stdout; *options* are those of `subprocess.run`."""
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    variables["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in (".", "export", "service"))
+    options = {"stdout": subprocess.PIPE, "env": variables, **options}
+    return subprocess.run(
+        [sys.executable, *program, *arguments], stderr=subprocess.PIPE, text=True, check=False, **options
+    )
 
 
 def as_json(*arguments: str) -> Any:
@@ -89,19 +93,17 @@ def test_the_commands_of_the_quick_start_are_valid() -> None:
         assert COMMANDS.commands[command].make_context(command, arguments).args == []
 
 
-def test_shell_completion_suggests_commands() -> None:
-    variables = {"COMP_WORDS": "sopdeploy ex", "COMP_CWORD": "1", "_SOPDEPLOY_COMPLETE": "complete_bash"}
-    suggestions = in_process(**variables)
+def test_shell_completion_suggests_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"COMP_WORDS": "sopdeploy ex", "COMP_CWORD": "1", "_SOPDEPLOY_COMPLETE": "complete_bash"}
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    suggestions = in_process(program=("-c", "from sopdeploy.cli.app import main; main()")).stdout
     assert "export" in suggestions
     assert not any(text in suggestions for text in ("train", "\x1b", "[bold]"))
 
 
-def test_the_module_and_the_script_print_the_package_version() -> None:
-    script = Path(sys.executable).with_name("sopdeploy")
-    commands = [[sys.executable, "-m", "sopdeploy"], *([[str(script)]] if script.exists() else [])]
-    for command in commands:
-        result = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
-        assert result.stdout == f"sopdeploy {sopdeploy.__version__}\n"
+def test_the_module_prints_the_package_version() -> None:
+    assert in_process("--version").stdout == f"sopdeploy {sopdeploy.__version__}\n"
 
 
 def test_models_lists_the_catalog_by_family() -> None:
@@ -159,33 +161,6 @@ def test_invalid_input_is_one_error_line(case: str) -> None:
     assert re.search(message, error_line(*arguments))
 
 
-# Text that is shorter than the buffer of stdout, and longer.
-PRINTED = {
-    "help": "--help",
-    "long TOML": f"serve x --print-config --setting engine_cache={'x' * 9000}",
-}
-
-
-def run_into(stdout: Any, case: str, before: Callable[[], object] | None = None) -> tuple[int, list[str]]:
-    """Run a case of `PRINTED`, or a command, with buffered *stdout*; return exit code and lines on stderr.
-
-    The new process calls *before* first.
-    """
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-m", "sopdeploy", *PRINTED.get(case, case).split()]
-    done = subprocess.run(
-        command,
-        stdout=stdout,
-        stderr=subprocess.PIPE,
-        text=True,
-        check=False,
-        env=variables,
-        cwd=ROOT,
-        preexec_fn=before,
-    )
-    return done.returncode, done.stderr.splitlines()
-
-
 def test_serve_says_from_how_many_photographs_the_sample_suffices_to_compare(tmp_path: Path) -> None:
     settings = ("--setting", f"keep={tmp_path / 'kept'}", "--setting", "keep_sample=0.2")
     shown = CliRunner().invoke(app, ["serve", str(tmp_path), *settings])
@@ -197,24 +172,28 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as closed:
-        assert run_into(closed, "help") == (1, [])
+        done = in_process("--help", stdout=closed)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
-@pytest.mark.parametrize("case", PRINTED)
-def test_output_to_a_full_disk_is_a_user_error(case: str) -> None:
+LONG = f"serve x --print-config --setting engine_cache={'x' * 9000}"  # more than the buffer of stdout
+
+
+@pytest.mark.parametrize("command", ["--help", LONG], ids=["short", "long"])
+def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
     with Path("/dev/full").open("wb") as full:
-        code, lines = run_into(full, case)
-    message = (
+        done = in_process(*command.split(), stdout=full)
+    assert (done.returncode, done.stderr) == (
+        2,
         "error: a file or stdout: cannot be read or written (No space left on device); "
-        "free disk space, or choose another file or folder [no_storage]"
+        "free disk space, or choose another file or folder [no_storage]\n",
     )
-    assert (code, lines) == (2, [message])
 
 
-@pytest.mark.parametrize(("case", "expected"), [("help", (0, 0)), ("verify nowhere", (2, 1))])
-def test_output_to_a_closed_stdout_is_discarded(case: str, expected: tuple[int, int]) -> None:
-    code, lines = run_into(None, case, before=lambda: os.close(1))
-    assert (code, len(lines)) == expected
+@pytest.mark.parametrize(("command", "expected"), [("--help", (0, 0)), ("verify nowhere", (2, 1))])
+def test_output_to_a_closed_stdout_is_discarded(command: str, expected: tuple[int, int]) -> None:
+    done = in_process(*command.split(), stdout=None, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr.count("\n")) == expected
 
 
 # A command and the function that Ctrl-C interrupts.
@@ -310,17 +289,7 @@ def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(command: st
         "try:\n    main()\n"
         "except SystemExit as stop:\n    sys.exit(9 if 'torch' in sys.modules else stop.code)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command.split()],
-        cwd=tmp_path,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "export", "service")),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = in_process(*command.split(), program=("-c", program), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert EARLY_MISTAKES[command] in done.stderr
     assert done.stderr.count("\n") == 1
@@ -330,34 +299,24 @@ SECRETS = [
     "SOPDEPLOY_API_KEY", "SOPDEPLOY_KEYS", "OTEL_EXPORTER_OTLP_HEADERS", "CUDA_TOKEN", "TORCH_PASSWORD",
     "ORT_client_secret", "SLURM_Auth", "NCCL_CREDENTIALS",
 ]  # fmt: skip
-
-WORD = st.text("abcdefghijklmnopqrstuvwxyz0123456789", min_size=8, max_size=20)
-
-
-@given(st.sampled_from(SECRETS), WORD)
-def test_values_of_secret_variables_are_hidden(name: str, secret: str) -> None:
-    assert env.relevant_variables({name: secret}) == {name: "(hidden)"}
-
-
-@given(WORD, WORD)
-def test_logins_in_urls_are_hidden(user: str, password: str) -> None:
-    for separator in ("", "@"):  # programs take the text before the last @ as the login
-        url = f"https://{user}:{separator}{password}@collector.example:4318/v1"
-        assert env.relevant_variables({"OTEL_EXPORTER_OTLP_ENDPOINT": url}) == {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": "https://(hidden)@collector.example:4318/v1"
-        }
+COLLECTOR = "OTEL_EXPORTER_OTLP_ENDPOINT"
+VARIABLES = [  # programs take the text before the last @ as the login
+    *[({name: "abc123"}, {name: "(hidden)"}) for name in SECRETS],
+    *[
+        ({COLLECTOR: f"https://{login}@x.example/v1"}, {COLLECTOR: "https://(hidden)@x.example/v1"})
+        for login in ("ada:abc123", "ada:@abc123", "abc123")
+    ],
+    ({"OMP_NUM_THREADS": "4", "AWS_REGION": "x"}, {"OMP_NUM_THREADS": "4"}),
+    ({"PYTHONPATH": "/people/ada/src"}, {"PYTHONPATH": "~/src"}),
+]
 
 
-def test_only_relevant_variables_are_shown_and_the_home_folder_is_shortened(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("variables", "shown"), VARIABLES, ids=str)
+def test_relevant_variables_are_shown_without_secrets_and_the_home_folder(
+    variables: dict[str, str], shown: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: Path("/people/ada"))
-    variables = {
-        **{"SOPDEPLOY_PORT": "1", "OMP_NUM_THREADS": "4"},
-        **{"AWS_REGION": "x", "PYTHONPATH": "/people/ada/src"},
-    }
-    expected = {"OMP_NUM_THREADS": "4", "PYTHONPATH": "~/src", "SOPDEPLOY_PORT": "1"}
-    assert env.relevant_variables(variables) == expected
+    assert env.relevant_variables(variables) == shown
 
 
 def test_all_sections_are_printed() -> None:

@@ -16,16 +16,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-import sopdeploy
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.cli.app import app
-from sopdeploy.client import Client
 from sopdeploy.commands import demo
 from tests import quick_torch
 from tests.export.once import proving_once
 from tests.service.children import PYTHONPATH, serving
 from tests.service.conftest import write_bundle
-from tests.two_objects import CLASSES, draw_scenes
 
 COLOURS = {"blue": (40, 60, 210), "green": (30, 190, 60), "red": (215, 40, 50)}
 PHOTOS = 12
@@ -136,46 +133,6 @@ def test_a_bundle_says_nothing_of_the_machine_it_was_made_on(home: Path, exporte
     told = {str(home), home.name, str(Path.home()) + "/", "photos/", "runs/", os.getcwd(), sys.prefix}  # noqa: PTH109
     for name, body in contents(home / exported["bundle"]).items():
         assert [secret for secret in told if secret.encode() in body] == [], name
-
-
-SETTINGS = {
-    "model.name": "dsop-resnet8",
-    "threads": 1,
-    "preprocess.resize": 32,
-    "preprocess.crop": 32,
-}
-
-RECIPES = {
-    "photos-dsop": {**SETTINGS, "epochs": 8, "loss.label_smoothing": 0.0},
-    "photos": {**SETTINGS, "start.weights": "none"},  # frozen features
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_two_objects_reach_a_map_of_95_percent_through_export_and_http(tmp_path: Path, recipe: str) -> None:
-    scenes = draw_scenes(tmp_path / "scenes")
-    unseen = draw_scenes(tmp_path / "unseen", seed=1)
-    run = sopdeploy.train(scenes, recipe, tmp_path / "run", **RECIPES[recipe])
-    assert (run.procedure.kind == "loop", len(run.decision.thresholds)) == (recipe == "photos-dsop", 4)
-    exported = sopdeploy.export(run.best, tmp_path / "bundles", detach=bool(run.training_only))
-    manifest = json.loads((exported.path / "manifest.json").read_bytes())
-    assert manifest["decision"]["activation"] == "sigmoid"
-    with serving(str(exported.path)) as http, Client(str(http.base_url)) as client:
-        best = client.classify(unseen / "images" / "0.png", threshold=0.0)
-        assert sorted(entry.label for entry in best.classes) == list(CLASSES)
-    found = [sopdeploy.evaluate(source, unseen) for source in (run.best, exported.path)]
-    maps = [one.metrics.map for one in found]
-    assert min(maps) >= 0.95
-    assert max(maps) - min(maps) < 1e-6
-    done = subprocess.run(
-        [sys.executable, "-m", "sopdeploy", "eval", run.best, "--data", unseen],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "\nmAP " in done.stdout
-    assert "top-1" not in done.stdout
 
 
 def run_here(command: list[str], *, check: bool) -> CompletedProcess[str]:

@@ -1,33 +1,22 @@
 """`sopdeploy engine --via torch-tensorrt`: real converters and a real build; loading a plan needs a GPU."""
 
-import ast
-import inspect
 import json
 import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import timm
-from torch import nn
-from torchvision.models import resnet18
 
 from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import EngineError, RuntimeUnavailableError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.tensorrt.cache import Profile
-from sopdeploy_export.engine_builder import from_program
 from sopdeploy_export.engine_builder.from_program import build_from_program
-from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.results import Exported
-from sopdeploy_export.user_network.export_network import export_network
 from tests.export.conftest import export_once
 from tests.service.children import PYTHONPATH
 
@@ -47,25 +36,6 @@ def converted(bundle: Path) -> dict[str, object]:
     assert done.returncode == 0, done.stderr[-2000:]
     answer: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
     return answer
-
-
-def calls(source: str, name: str) -> ast.Call:
-    """Find the call of the method *name* in *source*."""
-    found = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
-    return next(call for call in found if isinstance(call.func, ast.Attribute) and call.func.attr == name)
-
-
-@needs_converters
-def test_torch_tensorrt_has_every_option_that_we_pass() -> None:
-    """It accepts unknown keywords without effect."""
-    name = "convert_exported_program_to_serialized_trt_engine"
-    compiler = ast.parse((FOLDER / "torch_tensorrt/dynamo/_compiler.py").read_text(encoding="utf-8"))
-    definitions = (node for node in ast.walk(compiler) if isinstance(node, ast.FunctionDef))
-    arguments = next(node.args for node in definitions if node.name == name)
-    accepted = {argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)}
-    passed = {keyword.arg for keyword in calls(inspect.getsource(from_program), name).keywords}
-    assert "output_binding_names" in passed
-    assert passed <= accepted
 
 
 @needs_converters
@@ -90,29 +60,6 @@ def test_torch_tensorrt_converts_every_family(
 ) -> None:
     bundle = export_once(make(name, **config), name, tmp_path, max_batch=4, pt2=True).path
     assert converted(bundle)["tensors"] == ["images", *outputs]
-
-
-@needs_converters
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "build",
-    [partial(timm.create_model, "test_efficientnet", num_classes=4), partial(resnet18, num_classes=4)],
-    ids=["timm", "torchvision"],
-)
-def test_torch_tensorrt_converts_networks_of_timm_and_torchvision(
-    build: Callable[[], nn.Module], tmp_path: Path
-) -> None:
-    """Their pooling to one position, on maps in channels-last layout, has no converter in ATen's own form."""
-    exported = export_network(
-        build().eval(),
-        plain=build,
-        labels="abcd",
-        preprocess=Preprocess(resize=64, crop=64),
-        destination=tmp_path,
-        name="small",
-        options=ExportOptions(max_batch=4, pt2=True),
-    )
-    assert converted(exported.path)["tensors"] == ["images", "logits"]
 
 
 def test_what_is_missing_is_one_line(
@@ -141,9 +88,3 @@ def test_an_operator_without_a_converter_is_named(
     monkeypatch.setitem(sys.modules, "torch_tensorrt", library)
     with pytest.raises(EngineError, match=r"cannot build the engine: RuntimeError: .*aten::roll not .*!$"):
         build_from_program(open_bundle(branched.path), PROFILE, 1 << 30)
-
-
-def test_every_allowed_release_names_the_outputs_of_an_engine() -> None:
-    """Releases before 2.14 accept `output_binding_names` among other keywords and ignore it."""
-    extras = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert "torch-tensorrt>=2.14,<2.15" in extras["optional-dependencies"]["torch-tensorrt"]

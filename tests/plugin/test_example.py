@@ -66,12 +66,9 @@ def test_contributing_shows_the_code_of_the_example() -> None:
     assert [part for part in parts if part not in code] == []
 
 
-def test_models_lists_its_network_below_those_of_the_catalog() -> None:
+def test_models_and_env_list_its_network_and_its_modules() -> None:
     lines = sopdeploy("models").stdout.splitlines()
     assert lines[lines.index("Networks of plug-ins") + 1].startswith("std-resnet8 ")
-
-
-def test_env_names_the_package_and_its_modules() -> None:
     (line,) = [line for line in sopdeploy("env").stdout.splitlines() if "sopdeploy-example 1.2.0" in line]
     assert {"sopdeploy_example.training", "sopdeploy_example.serving"} <= {*line.replace(",", "").split()}
 

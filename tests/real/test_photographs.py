@@ -1,7 +1,6 @@
 """A network with ImageNet weights on real photographs: trained on few, exported, quantized and used."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -39,23 +38,6 @@ def test_int8_agrees_with_float32_on_all_but_one_photograph(
     assert found.precision.accuracy.num_images - found.precision.accuracy.num_agreeing <= 1
     assert found.precision.quantisation is not None
     assert verify(found.path, Settings(threads=1)).golden == 3
-
-
-@pytest.mark.slow
-def test_half_precision_classifies_a_folder(lite0_file: Path, photos: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {
-        "model.name": LITE0,
-        "procedure.kind": "few_shot",
-        "procedure.head": "gap",
-    }
-    run = sopdeploy.train(photos, out=tmp_path / "run", weights=lite0_file, **settings)
-    exported = sopdeploy.export(run.best, tmp_path / "bundles", precision="fp16")
-    assert verify(exported.path, Settings(threads=1)).golden == 3
-
-    found = sopdeploy.evaluate(exported.path, photos)
-    assert found.metrics.top1.share > 0.9
-    summary = sopdeploy.classify(exported.path, photos, tmp_path / "rows", workers=1)
-    assert (summary.num_images, summary.num_errors) == (32, 0)
 
 
 def test_eight_photographs_of_each_class_are_enough_for_clothes(

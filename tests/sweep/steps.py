@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.backbones.base import Backbone
 from sopdeploy.bundle.manifest import BatchRange, Precision
-from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
+from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
@@ -29,6 +29,7 @@ from sopdeploy_export.proof.certificate import (
 )
 from sopdeploy_export.proof.networks import detach
 from sopdeploy_export.results import Exported, ParityReport
+from tests.export.conftest import save
 
 TRAINED_ON = 4
 FEW = BatchRange(optimum=2, maximum=3)
@@ -51,7 +52,8 @@ class Small(NamedTuple):
         """Train one step and write the checkpoint *path*."""
         network = self.build()
         assert one_training_step(network, self.side)
-        return save(network, self.name, self.side, path)
+        labels = tuple(f"class {number}" for number in range(self.classes))
+        return save(network, self.name, path, Preprocess(resize=self.side, crop=self.side), labels)
 
 
 def one_training_step(network: Classifier, side: int) -> bool:
@@ -64,20 +66,6 @@ def one_training_step(network: Classifier, side: int) -> bool:
     optimizer.step()
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
     return bool(gradients) and all(bool(torch.isfinite(found).all()) for found in [loss, *gradients])
-
-
-def save(network: Classifier, name: str, side: int, path: Path) -> Path:
-    """Write *network* as a checkpoint that `sopdeploy export` reads."""
-    checkpoint = Checkpoint(
-        model=name,
-        config=network.config.model_dump(mode="json"),
-        weights=network.state_dict(),
-        labels=tuple(f"class {n}" for n in range(network.num_classes)),
-        preprocess=Preprocess(resize=side, crop=side),
-        training={"epoch": 1},
-    )
-    write_checkpoint(path, checkpoint)
-    return path
 
 
 def loaded(checkpoint: Path) -> Classifier:

@@ -209,14 +209,16 @@ def test_pooling_to_one_position_adds_no_operators_on_shapes(name: str) -> None:
     accepted(model, "fp32")
 
 
-def test_a_transformer_copies_no_shapes_between_gpu_and_cpu() -> None:
-    transformer = timm.create_model("test_vit", num_classes=4, depth=1).eval()
-    accepted(lowered(transformer, Preprocess(resize=160, crop=160)), "fp32")
+COPYING_NO_SHAPES: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "a transformer": (lambda: timm.create_model("test_vit", num_classes=4, depth=1), 160),
+    "a stable sort": (lambda: Minimal(lambda x: x.mean(dim=(2, 3)).sort(dim=1, stable=True)[0]), 16),
+}
 
 
-def test_a_stable_sort_copies_no_shapes_between_gpu_and_cpu(preprocess: Preprocess) -> None:
-    network = Minimal(lambda x: x.mean(dim=(2, 3)).sort(dim=1, stable=True)[0])
-    accepted(lowered(network.eval(), preprocess), "fp32")
+@pytest.mark.parametrize("case", COPYING_NO_SHAPES)
+def test_no_shapes_are_copied_between_gpu_and_cpu(case: str) -> None:
+    build, side = COPYING_NO_SHAPES[case]
+    accepted(lowered(build().eval(), Preprocess(resize=side, crop=side)), "fp32")
 
 
 @pytest.mark.parametrize(("size", "mean"), [((1, 1), True), ((1, 2), False)])

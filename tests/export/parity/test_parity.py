@@ -25,9 +25,9 @@ from sopdeploy_export.parity.compare import (
 )
 from sopdeploy_export.pipeline import as_probes
 from sopdeploy_export.results import FLOORS, ParityReport, RoutingParity, count_flips
-from tests.export.conftest import GMGAP, trained
+from tests.export.conftest import GMGAP, PREPROCESS, save, trained
 from tests.export.once import ALONE, BATCH, graph_of
-from tests.sweep.steps import measured, save
+from tests.sweep.steps import measured
 
 Make = Callable[..., Classifier]
 Exported = tuple[onnx.ModelProto, Deployed]
@@ -131,15 +131,6 @@ def test_outputs_that_are_not_finite_are_never_allowed(measure: Measure) -> None
         measure("fc.bias", lambda values: values * np.nan, allow_drift=True)
 
 
-def test_a_network_whose_own_outputs_are_not_finite_is_refused(
-    make: Make, preprocess: Preprocess, probes: Tensor
-) -> None:
-    network = make("resnet8")
-    network.get_parameter("fc.bias").data.fill_(float("inf"))
-    with pytest.raises(ParityError, match="network's own logits are not finite"):
-        compute_reference(Deployed(network, preprocess).eval(), probes.numpy())
-
-
 def test_the_spread_is_over_images_and_for_one_image_over_classes() -> None:
     assert logit_spread(np.array([[1.0, 5.0], [4.0, 5.5]])) == 3.0
     assert logit_spread(np.array([[1.0, 5.0]])) == 4.0
@@ -192,19 +183,21 @@ def test_every_changed_class_is_counted_by_its_cause() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "advice"),
+    ("weight", "value", "precision", "message"),
     [
-        ("fp16", "choose precision fp32"),
-        ("fp32", "train it again with weight decay"),
+        ("fc.bias", float("inf"), "fp32", "network's own logits are not finite"),
+        ("layer2.0.bn2.weight", 3e38, "fp16", "not finite in fp16 on the probe images: .*precision fp32"),
+        ("layer2.0.bn2.weight", 3e38, "fp32", "not finite in fp32 .*: .*train it again with weight decay"),
     ],
 )
-def test_logits_that_overflow_get_advice_that_helps(
-    make: Make, preprocess: Preprocess, probes: Tensor, precision: Precision, advice: str
-) -> None:
+def test_a_network_whose_own_logits_are_not_finite_is_refused_with_advice(
+    make: Make, preprocess: Preprocess, probes: Tensor, weight: str, value: float, precision: Precision,
+    message: str,
+) -> None:  # fmt: skip
     network = make("resnet8")
-    network.get_parameter("layer2.0.bn2.weight").data.fill_(3e38)  # finite, and the products in float64, too
+    network.get_parameter(weight).data.fill_(value)  # 3e38 is finite, and the products in float64, too
     deployed = Deployed(network, preprocess).eval()
-    with pytest.raises(ParityError, match=f"not finite in {precision} on the probe images: .*{advice}"):
+    with pytest.raises(ParityError, match=message):
         compute_reference(deployed, probes.numpy(), precision=precision)
 
 
@@ -246,21 +239,28 @@ def test_only_an_image_with_a_decided_gate_becomes_a_golden_example(
     assert (tmp_path / "golden-0.jpg").exists() == decided
 
 
-def test_undecided_images_are_left_out_if_others_are_decided() -> None:
-    found = routes_of([CLEAR, [3.0, 1.0001, 1.0, 0.0]], [CLEAR, [3.0, 1.0, 1.001, 0.0]])
-    assert (found.num_undecided, found.left_out) == (1, (1,))
+CLOSE, FLIPPED = [3.0, 1.001, 1.0, 0.0], [3.0, 1.0, 1.01, 0.0]
 
 
-def test_images_rerouted_by_rounding_are_left_out_if_none_is_decided() -> None:
-    close, flipped = [3.0, 1.001, 1.0, 0.0], [3.0, 1.0, 1.01, 0.0]
-    found = routes_of([close] * 3, [close, close, flipped])
-    assert (found.num_undecided, found.left_out) == (3, (2,))
+@pytest.mark.parametrize(
+    ("logits", "own", "undecided", "left_out"),
+    [
+        ([CLEAR, [3.0, 1.0001, 1.0, 0.0]], [CLEAR, [3.0, 1.0, 1.001, 0.0]], 1, (1,)),
+        ([CLOSE] * 3, [CLOSE, CLOSE, FLIPPED], 3, (2,)),
+    ],
+    ids=["others are decided", "none is decided, one is rerouted"],
+)
+def test_undecided_images_are_left_out(
+    logits: list[list[float]], own: list[list[float]], undecided: int, left_out: tuple[int, ...]
+) -> None:
+    found = routes_of(logits, own)
+    assert (found.num_undecided, found.left_out) == (undecided, left_out)
 
 
 def test_a_correct_file_with_underflowing_gate_weights_passes(tmp_path: Path) -> None:
     network = trained("gmgap-16-8-resnet18", **GMGAP)
     torch.nn.init.normal_(network.gate.weight, std=300)
-    checkpoint = save(network, "gmgap-16-8-resnet18", 16, tmp_path / "ckpt.pt")
+    checkpoint = save(network, "gmgap-16-8-resnet18", tmp_path / "ckpt.pt", PREPROCESS)
     expected, parity = measured(checkpoint, tmp_path / "model.onnx", batch=ALONE)
     assert parity.routing is not None
     assert not parity.drift_allowed

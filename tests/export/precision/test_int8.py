@@ -48,21 +48,6 @@ def painted(folder: Path, count: int, *, distinct: int = 40, seed: int = 0) -> P
     return folder
 
 
-def test_convolutions_become_int8_but_not_second_order_parts(preprocess: Preprocess) -> None:
-    network, _, plain = graph_of("resnet8", preprocess, pooling="isqrt")
-    model = Int8Quantizer(plain, generated_images(16), float32_parts(network)).quantize()
-    types = weight_types(model)
-    assert {types[part] for part in types if part.startswith("layer")} == {"int8"}
-    assert (types["conv1"], types["fc"]) == ("float32", "float32")  # conv1 reads the image
-    scales = [t.dims for t in model.graph.initializer if t.name.startswith("layer1.0.conv1.weight_scale")]
-    assert scales == [[16]]  # one per channel
-    zeros = [t for t in model.graph.initializer if t.name.endswith("_zero_point") and not t.dims]
-    assert {numpy_helper.to_array(zero).dtype for zero in zeros} == {np.dtype(np.uint8)}
-    assert [opset.version for opset in model.opset_import] == [18]
-    fed = {name for node in model.graph.node if node.op_type == "MatMul" for name in node.input}
-    assert not [name for name in fed if "Dequantize" in name]
-
-
 def test_network_without_convolutions_to_quantize_is_rejected(preprocess: Preprocess) -> None:
     with pytest.raises(LoweringError, match="no convolution to quantize"):
         Int8Quantizer(
@@ -86,9 +71,6 @@ def test_int8_bundle_records_its_accuracy(tmp_path: Path, images: Path) -> None:
     assert report.accuracy.drop == pytest.approx(100 * (report.accuracy.before - report.accuracy.after))
     assert report.quantisation.num_layers == 6
     assert found.manifest.int8_for == report.quantisation.runtime == "cpu"
-    card = (found.path / "README.md").read_text(encoding="utf-8")
-    assert "ranges of 30 images" in card
-    assert 'options.add_session_config_entry("session.x64quantprecision", "1")' in card
     assert found.parity.passed
 
 
@@ -232,10 +214,15 @@ def test_only_convolutions_and_operators_between_them_read_quantized_values(
     quantized = {node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
     made = {node.op_type for node in model.graph.node if quantized & set(node.output)}
     assert made <= {"Conv", "Relu", "Add"}
+    scales = [t.dims for t in model.graph.initializer if t.name.startswith("layer1.0.conv1.weight_scale")]
+    assert [len(shape) for shape in scales] == [1]  # one for each channel
+    assert weight_types(model)["conv1"] == "float32"  # reads the image
+    zeros = [tensor for tensor in model.graph.initializer if "zero_point" in tensor.name]
     if runtime == "tensorrt":  # whose parser reads uint8 as int8, and fails on a zero point
-        zeros = [tensor for tensor in model.graph.initializer if "zero_point" in tensor.name]
         assert {tensor.data_type for tensor in zeros} == {onnx.TensorProto.INT8}
         assert not any(numpy_helper.to_array(tensor).any() for tensor in zeros)
+    else:
+        assert {z.data_type for z in zeros if not z.dims} == {onnx.TensorProto.UINT8}
 
 
 def test_gpu_runtimes_accept_the_form_for_tensorrt(

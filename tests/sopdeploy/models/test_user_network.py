@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import sopdeploy
 from sopdeploy.errors import CheckpointError, ConfigError, DataError
+from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.describe import describe
@@ -16,8 +17,8 @@ from sopdeploy.models.registry import create_model
 from sopdeploy.models.second_order_head import HeadConfig, SecondOrderHead, with_head
 from sopdeploy.models.user_network import register_model
 from sopdeploy.plugins import MODELS
+from tests.export.conftest import save
 from tests.sopdeploy.layers.numerics.all_poolings import textbook_root
-from tests.sweep.steps import save
 
 THIN: dict[str, Any] = {"aux_blocks": (1, 1), "aux_widths": (3, 4)}
 
@@ -109,10 +110,11 @@ def test_a_registered_network_is_trained_and_exported_with_proof(
 
 
 def test_a_checkpoint_of_an_unregistered_network_is_one_line(registered: str, tmp_path: Path) -> None:
-    save(sopdeploy.create_model(registered), registered, 8, tmp_path / "ckpt.pt")
+    network, path = sopdeploy.create_model(registered), tmp_path / "ckpt.pt"
+    save(network, registered, path, Preprocess(resize=8, crop=8))
     del MODELS.registered[registered]
     with pytest.raises(CheckpointError, match=r"model 'stages' is not in the catalog"):
-        sopdeploy.export(tmp_path / "ckpt.pt", tmp_path / "again", detach=True)
+        sopdeploy.export(path, tmp_path / "again", detach=True)
 
 
 def test_isqrt_replaces_what_follows_the_last_feature_map() -> None:
