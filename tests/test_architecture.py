@@ -4,8 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Collection
-from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ PACKAGES = {
     "sopdeploy_export": ROOT / "export" / "sopdeploy_export",
     "sopdeploy_service": ROOT / "service" / "sopdeploy_service",
 }
-MODULES = sorted(path for package in PACKAGES.values() for path in package.rglob("*.py"))
 TEXT = {".py", ".md", ".toml", ".yml", ".yaml", ".sh", ".html", ".css", ".js", ".json", ".cfg", ""}
 
 
@@ -107,28 +104,6 @@ def test_every_link_and_every_file_that_a_page_names_exists(page: Path) -> None:
         assert not anchor or anchor in anchors(linked), target
     named = MENTION.findall(text) if page.name != "CHANGELOG.md" else []
     assert [path for path in named if not (ROOT / path).exists()] == []
-
-
-def imported_modules(path: Path, modules: Collection[str]) -> set[str]:
-    """Return those of *modules* that a file imports anywhere, also inside functions and for types only."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= names & modules or {node.module}
-    return found & modules
-
-
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    files = {}
-    for package, folder in PACKAGES.items():
-        for path in folder.rglob("*.py"):
-            parts = path.relative_to(folder).with_suffix("").parts
-            files[".".join((package, *parts)).removesuffix(".__init__")] = path
-    imports = {module: imported_modules(path, files.keys()) - {module} for module, path in files.items()}
-    list(TopologicalSorter(imports).static_order())  # a CycleError names the modules of a circle
 
 
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopdeploy_export")
