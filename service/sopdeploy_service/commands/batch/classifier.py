@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,6 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy.images.formats import too_large_error
 from sopdeploy_service.commands.batch.output import OutputFolder
-from sopdeploy_service.commands.batch.run import ClassifyOptions
 from sopdeploy_service.commands.batch.sources import ListedImage, read_listed
 from sopdeploy_service.inference.decoders import Decoders
 from sopdeploy_service.inference.loader import largest_batch, load_model
@@ -32,6 +31,9 @@ from sopdeploy_service.inference.results import INFERENCE_FAILED, OUT_OF_MEMORY,
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError
 from sopdeploy_service.settings import Settings
+
+if TYPE_CHECKING:
+    from sopdeploy_service.commands.batch.run import ClassifyOptions
 
 IMAGES_AHEAD = 16  # of each worker
 MAX_WORKERS = 16  # unless more are requested
@@ -60,7 +62,7 @@ class BatchClassifier:
     if the bundle does not have the requested features.
     """
 
-    def __init__(self, path: Path, settings: Settings, options: ClassifyOptions) -> None:
+    def __init__(self, path: Path, settings: Settings, options: "ClassifyOptions") -> None:
         loaded = load_model(path, settings)
         self._bundle, self._runtime, self._settings = loaded.bundle, loaded.runtime, settings
         manifest = loaded.bundle.manifest
