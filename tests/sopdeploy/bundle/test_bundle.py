@@ -327,7 +327,6 @@ def test_other_bytes_are_rejected(case: str) -> None:
 
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
-LOGITS = np.zeros((5, 3), np.float32)
 
 
 def network(images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
@@ -381,14 +380,7 @@ def test_other_outputs_are_rejected(case: str, batch: int) -> None:
         replay(PROBES, run, batch=batch)
 
 
-@pytest.mark.parametrize(
-    "probes",
-    [
-        Probes(images=IMAGES, expected={"logits": LOGITS * np.float32("nan")}, tolerance={"logits": 1.0}),
-        Probes(images=IMAGES, expected={"logits": LOGITS}, tolerance={"logits": np.nan}),
-    ],
-    ids=["expected", "tolerance"],
-)
-def test_probes_with_nan_never_pass(probes: Probes) -> None:
+def test_probes_with_nan_never_pass() -> None:
+    nan = np.full((5, 3), np.nan, np.float32)
     with pytest.raises(ParityError):
-        replay(probes, network)
+        replay(Probes(images=IMAGES, expected={"logits": nan}, tolerance={"logits": 1.0}), network)

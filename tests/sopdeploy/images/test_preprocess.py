@@ -93,16 +93,11 @@ def test_every_sixteen_bit_value_is_rounded_to_eight_bits() -> None:
 
 
 CORNERS = Image.new("RGB", (8, 8))  # black, with a red block at the top left, a green one at the top right
-
 CORNERS.paste((255, 0, 0), (0, 0, 3, 3))
-
 CORNERS.paste((0, 255, 0), (5, 0, 8, 3))
-
 # A viewer turns orientation 6 clockwise, so it was turned counter-clockwise.
 T = Image.Transpose
 UNDO = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE}
-
-
 UNDO |= {6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}
 
 
@@ -159,17 +154,6 @@ def test_an_image_with_damaged_exif_data_is_not_rotated(exif: bytes) -> None:
 SIZES = st.tuples(st.integers(1, 70), st.integers(1, 70)) | st.sampled_from([(1, 300), (300, 1), (1, 1)])
 
 
-def whole_in_rgb(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """Convert the whole image at once."""
-    if image.mode in SIXTEEN_BIT:
-        values = np.rint(np.asarray(image).astype(np.float64) / 257.0)
-        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, (*background, 255))
-        image = Image.alpha_composite(canvas, image.convert("RGBA"))
-    return image.convert("RGB")
-
-
 def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
     """Make an image with few different values, so that it contains the transparent color."""
     rng = np.random.default_rng(seed)
@@ -194,8 +178,6 @@ def few_values(kind: str, size: tuple[int, int], seed: int) -> Image.Image:
 
 
 KINDS = ["1", "1 gray", "L", "L gray", "LA", "P", "P index", "P partial", "PA", "RGB", "RGB color", "RGBA"]
-
-
 KINDS += ["RGBa", "CMYK", *sorted(SIXTEEN_BIT)]
 
 
@@ -206,11 +188,11 @@ def test_tiled_conversion_equals_conversion_of_the_whole_image(
     kind: str, size: tuple[int, int], tile: int, seed: int, background: tuple[int, int, int]
 ) -> None:
     rules, image = Preprocess(background=background), few_values(kind, size, seed)
+    whole = to_rgb(few_values(kind, size, seed), rules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pixels, "TILE", tile)
         found, changes = to_rgb(few_values(kind, size, seed), rules), list_changes(image, rules)
-    assert (found.mode, found.size) == ("RGB", size)
-    assert found.tobytes() == whole_in_rgb(few_values(kind, size, seed), background).tobytes()
+    assert (found.mode, found.size, found.tobytes()) == ("RGB", size, whole.tobytes())
     clear = image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
     assert ("alpha_flattened" in changes) == clear
 
@@ -322,19 +304,14 @@ def test_training_and_server_compute_the_same_pixels_of_every_format(kind: str) 
     assert served.warnings == ()
 
 
-@pytest.mark.parametrize("orientation", [3, 6, 8])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "HEIF"])
-def test_a_turned_photograph_of_any_format_is_upright(kind: str, orientation: int) -> None:
+def test_a_turned_photograph_of_any_format_is_upright(kind: str) -> None:
     upright = Image.new("RGB", (64, 128))
     upright.paste((250, 250, 250), (0, 0, 64, 64))
-    turned = upright.transpose(
-        {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[
-            orientation
-        ]
-    )
     exif = Image.Exif()
-    exif[0x0112] = orientation
-    found = decode(encode(turned, kind, exif=exif.tobytes()), RULES, max_bytes=10**6, max_pixels=10**6)
+    exif[ExifTags.Base.Orientation] = 6
+    body = encode(upright.transpose(UNDO[6]), kind, exif=exif.tobytes())
+    found = decode(body, RULES, max_bytes=10**6, max_pixels=10**6)
     assert found.pixels[:12].mean() > 240
     assert found.pixels[-12:].mean() < 15
 
