@@ -59,12 +59,12 @@ def reasons_to_keep(
     twice the distance of a probability from its threshold, for the closest class.
     """
     manifest = bundle.manifest
-    answer = manifest.answer(logits, top_k=2)
-    if manifest.thresholds is None:
+    answer = manifest.rules.answer(logits, top_k=2)
+    if manifest.rules.thresholds is None:
         first, second, *_ = [probability for _, probability in answer.ranked] + [0.0]
         margin = first - second
     else:
-        margin = 2 * np.abs(sigmoid(logits) - manifest.thresholds).min()
+        margin = 2 * np.abs(sigmoid(logits) - manifest.rules.thresholds).min()
     found: dict[Reason, bool] = {
         "unknown": answer.known is False,
         "low_margin": bool(margin < LOW_MARGIN),
@@ -79,7 +79,7 @@ def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) 
     listed = list(range(len(labels)))
     if len(labels) > MAX_KEPT_LABELS:
         listed = np.argsort(-photo.logits, kind="stable")[:MAX_KEPT_LABELS].tolist()
-    answer = manifest.answer(photo.logits, top_k=1)
+    answer = manifest.rules.answer(photo.logits, top_k=1)
     return KeptRecord(
         image=image,
         bundle=manifest.id,

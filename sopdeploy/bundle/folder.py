@@ -227,8 +227,7 @@ def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
         raise BundleError(f"{file}: {len(labels)} class names for {classes} outputs; export the bundle again")
     if wrong := label_problem(labels):
         raise BundleError(f"{file}: {wrong}; export the bundle again")
-    problem = None if manifest.decision is None else manifest.decision.problem_with(len(labels))
-    if problem is not None:
+    if problem := manifest.rules.problem_with(len(labels)):
         raise BundleError(f"{file.parent}: {problem}; export it again")
     return labels
 

@@ -4,12 +4,10 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import pydantic
-from numpy.typing import NDArray
 
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.decision import Answer, Decision, Rejection
+from sopdeploy.decision import Decision
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import PROJECT_NAME, Origin, Time
 
@@ -124,24 +122,9 @@ class Manifest(StrictModel):
         return manifest
 
     @property
-    def thresholds(self) -> tuple[float, ...] | None:
-        """Thresholds of the classes of a multi-label network; `None` if an image has one class."""
-        return None if self.decision is None else self.decision.thresholds
-
-    @property
-    def rejection(self) -> Rejection | None:
-        """Rule for images of unknown classes; `None` accepts every image."""
-        return None if self.decision is None else self.decision.rejection
-
-    def answer(
-        self,
-        logits: NDArray[np.float32],
-        top_k: int | None = None,
-        threshold: float | None = None,
-        occluded: NDArray[np.float32] | None = None,
-    ) -> Answer:
-        """Answer for one image with *logits* (C,) of the bundle; see `Decision.answer`."""
-        return (self.decision or Decision()).answer(logits, top_k, threshold, occluded)
+    def rules(self) -> Decision:
+        """Rules that turn logits into classes; without `decision`, the most probable classes."""
+        return self.decision or Decision()
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 import http.client
 import os
+from contextlib import closing
 from urllib.parse import urlsplit
 
 from rich.text import Text
@@ -38,21 +39,16 @@ def _check_ready(url: str) -> str | None:
     """
     try:
         parts = urlsplit(url)
-        host, port = parts.hostname, parts.port
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("it has no scheme or no host")
+        secure = parts.scheme == "https"
+        kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        with closing(kind(parts.hostname, parts.port, timeout=TIMEOUT)) as connection:
+            connection.request("GET", parts.path.rstrip("/") + "/readyz")
+            response = connection.getresponse()
+            body = response.read(200).decode(errors="replace")
     except ValueError as error:
-        raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error
-    if parts.scheme not in {"http", "https"} or not host:
-        raise ConfigError(f"{url}: not a server URL; write it as http://HOST:PORT")
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(host, port, timeout=TIMEOUT)
-    try:
-        connection.request("GET", parts.path.rstrip("/") + "/readyz")
-        response = connection.getresponse()
-        body = response.read(200).decode(errors="replace")
-    except UnicodeError as error:  # a host or path that cannot be sent
         raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error
     except (OSError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
-    finally:
-        connection.close()
     return None if response.status == http.HTTPStatus.OK else f"{response.status} {body}"

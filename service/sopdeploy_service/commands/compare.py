@@ -227,7 +227,7 @@ def compare(
     """
     settings = load_settings()
     pair = [load_model(path, settings) for path in (first, second)]
-    if several := [one.bundle.name for one in pair if one.bundle.manifest.thresholds is not None]:
+    if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.thresholds is not None]:
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
     notes: list[str] = []
     old, new = (set(one.bundle.labels) for one in pair)
@@ -350,7 +350,7 @@ def _evaluate(
     answers = np.array([labels.index(label) for label in bundle.labels])[logits.argmax(axis=1)]
     right, count = answers == images.targets, int(common.sum())
     own = np.array([bundle.labels.index(labels[target]) for target in images.targets[common]])
-    has_rule = bundle.manifest.rejection is not None
+    has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
         bundle=bundle.name,
         id=bundle.manifest.id,
@@ -366,7 +366,7 @@ def _answer(
     loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return the logits (N, C) of *images*, and which are known (N,): all without a threshold."""
-    logits, answer = logits_of_images(loaded, images, settings, on_image), loaded.bundle.manifest.answer
+    logits, answer = logits_of_images(loaded, images, settings, on_image), loaded.bundle.manifest.rules.answer
     return logits, np.array([answer(row, top_k=1).known is not False for row in logits])
 
 

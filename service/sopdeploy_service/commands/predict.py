@@ -65,8 +65,8 @@ def _predict_image(
             return FilePrediction(image=name, error=describe_error(NONFINITE))
         rows.append(outputs[manifest.outputs[0].name][0])
     occluded = np.stack(rows[1:]) if explain else None
-    limit = settings.classes_per_image(multi_label=manifest.thresholds is not None)
-    fields = manifest.answer(rows[0], limit, occluded=occluded).fields(loaded.bundle.labels)
+    limit = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
+    fields = manifest.rules.answer(rows[0], limit, occluded=occluded).fields(loaded.bundle.labels)
     return FilePrediction(image=name, warnings=decoded.warnings, **fields)
 
 

@@ -27,7 +27,6 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import Outputs
-from sopdeploy.decision import Decision
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
 from sopdeploy_service.inference.results import (
     DEADLINE,
@@ -206,7 +205,7 @@ class Model:
     def __init__(self, name: str, loaded: LoadedModel, settings: Settings, metrics: Metrics) -> None:
         self.name, self.loaded, self.bundle, self.labels = name, loaded, loaded.bundle, loaded.bundle.labels
         manifest = loaded.bundle.manifest
-        self.decision = manifest.decision or Decision()
+        self.decision = manifest.rules
         self.thresholds, self.rejection = self.decision.thresholds, self.decision.rejection
         self.top_k = settings.classes_per_image(multi_label=self.thresholds is not None)
         self.version = manifest.id

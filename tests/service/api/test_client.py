@@ -85,7 +85,7 @@ def infer_input(name: str, values: np.ndarray, datatype: str, binary: bool) -> A
 
 
 def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
-    answers = [bundle.manifest.answer(row) for row in logits]
+    answers = [bundle.manifest.rules.answer(row) for row in logits]
     return [answer.fields(bundle.labels)["classes"] for answer in answers] == classified
 
 

@@ -74,7 +74,7 @@ class BatchClassifier:
         self._optional = optional  # column: output
         self._workers = options.workers or min(usable_cores(), MAX_WORKERS)
         self._batch = largest_batch(loaded.runtime, settings)
-        self._top_k = settings.classes_per_image(multi_label=manifest.thresholds is not None)
+        self._top_k = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
         self.state: dict[str, Any] = {
             "bundle": manifest.id,
             "runtime": f"{self._runtime.name} on {self._runtime.device}",
@@ -164,7 +164,7 @@ class BatchClassifier:
             return row
         if isinstance(output, HttpError):
             return {**row, "error": output.code, "error_message": output.message}
-        answer = manifest.answer(output[manifest.outputs[0].name], self._top_k)
+        answer = manifest.rules.answer(output[manifest.outputs[0].name], self._top_k)
         return {
             **row,
             **answer.fields(labels),
