@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from sopdeploy.models.catalog import CATALOG
+from sopdeploy.models.describe import describe
 from tests.sweep.goldens import FOLDER, GOLDENS, HEADS, golden, label, path_of, small_models, structure
 from tests.sweep.smallest import STRUCTURES
 
@@ -36,5 +38,13 @@ def test_structures_match_the_golden(pytestconfig: pytest.Config) -> None:
     assert found == json.loads(path_of("structures").read_text(encoding="utf-8"))
 
 
+def test_counts_of_full_networks_match_the_golden(pytestconfig: pytest.Config) -> None:
+    """In training; `test_counts` compares with printed figures, which have fewer digits."""
+    found = {name: describe(name).training.model_dump() for name in CATALOG}
+    if pytestconfig.getoption("--rewrite-goldens"):
+        path_of("counts").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    assert found == json.loads(path_of("counts").read_text(encoding="utf-8"))
+
+
 def test_every_family_has_a_golden() -> None:
-    assert {path.stem for path in FOLDER.glob("*.json")} == {*GOLDENS, HEADS, "structures"}
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*GOLDENS, HEADS, "counts", "structures"}

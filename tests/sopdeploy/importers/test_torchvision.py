@@ -231,17 +231,6 @@ def test_a_vgg_of_another_depth_is_named(tmp_path: Path) -> None:
         convert_weights(vgg_file(tmp_path, "vgg19_bn"), "vgg16-bn")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "model"), NETWORKS)
-def test_vgg_weights_give_the_same_logits(tmp_path: Path, name: str, model: str) -> None:
-    network = settled(getattr(torchvision.models, name)(num_classes=5))
-    torch.save(network.state_dict(), tmp_path / "a.pth")
-    ours, report = imported(tmp_path / "a.pth", model)
-    with torch.no_grad():
-        assert_logits(ours, network.double()(images_of(64)), images_of(64))
-    assert report.config.get("batch_norm", True) == name.endswith("_bn")
-
-
 @pytest.mark.parametrize(
     ("model", "config", "new"),
     [
