@@ -61,7 +61,8 @@ RENAMES: dict[str, dict[str, str]] = {  # by project: a part of a tensor's name,
     },
     "pytorch_resnet_cifar10": {"linear.": "fc.", ".shortcut.": ".downsample."},
 }
-_TITLES = {"isqrt": "iSQRT-COV", "bcnn": "B-CNN"}
+_TITLES = {"isqrt": "iSQRT-COV on ", "bcnn": "B-CNN on ", "gap": ""}
+STRIDE_UNKNOWN = "its arch does not determine the stride of conv5_x: 1 for mpncovresnet50, 2 for resnet50"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_SIDE = 32
 VGG_CONVOLUTIONS, VGG_CHANNELS = 13, 512
@@ -109,9 +110,7 @@ def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple
 def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a ResNet of torchvision, or one of fast-MPN-COV with any of its poolings; None for other files.
 
-    Files of fast-MPN-COV have `layer_reduce` or numbered parts. The stride of conv5_x is 1 in files with
-    `layer_reduce` or `features.8`. Else it follows from `arch`: 1 for `mpncovresnet50`, 2 for a `resnet50`
-    trained with the pooling; of other files the user sets it.
+    Files of fast-MPN-COV have `layer_reduce` or numbered parts.
     """
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():
@@ -121,33 +120,34 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     classes, length = renamed.tensor("fc.weight").shape
     pooling = detect_pooling(renamed, channels, length)
     kind = str(pooling["pooling.kind"])
-    is_torchvisions = kind == "gap" and "conv1.weight" in file.tensors
+    torchvisions = kind == "gap" and "conv1.weight" in file.tensors
+    project = "torchvision" if torchvisions else "fast-MPN-COV"
     preprocess, notes = published_preprocess(f"resnet{depth}", file)
-    detected = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
-    undetermined = {}
-    if not is_torchvisions:
-        reduced = {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys()
-        stride = 1 if reduced else {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
-        if stride is not None:
-            detected["conv5_stride"] = stride
-        else:
-            undetermined["conv5_stride"] = (
-                f"its arch ({file.arch or 'missing'}) does not determine the stride of conv5_x, which is 1 "
-                f"for mpncovresnet{depth} and 2 for resnet{depth}"
-            )
+    stride = {} if torchvisions else conv5_stride(file, depth)
     option = " --option pooling=bcnn" if kind == "bcnn" else ""
-    project = "torchvision" if is_torchvisions else "fast-MPN-COV"
     return ConvertedWeights(
         project=project,
-        description=f"{'' if kind == 'gap' else f'{_TITLES[kind]} on '}ResNet-{depth} of {project}",
+        description=f"{_TITLES[kind]}ResNet-{depth} of {project}",
         model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, 50) + option,
         tensors=renamed.tensors,
         num_classes=classes,
         preprocess=preprocess,
-        detected=detected,
-        undetermined=undetermined,
+        detected={"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling, **stride},
+        undetermined={} if torchvisions or stride else {"conv5_stride": STRIDE_UNKNOWN},
         notes=notes,
     )
+
+
+def conv5_stride(file: WeightFile, depth: int) -> dict[str, int]:
+    """Find the stride of conv5_x in a file of fast-MPN-COV, as an option; the user sets it if there is none.
+
+    It is 1 if the file has `layer_reduce` or `features.8`. Else it follows from `arch`: 1 for
+    `mpncovresnet50`, 2 for a `resnet50` that was trained with the pooling.
+    """
+    if {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys():
+        return {"conv5_stride": 1}
+    strides = {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}
+    return {"conv5_stride": strides[file.arch]} if file.arch in strides else {}
 
 
 def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str, str | int]:

@@ -27,6 +27,7 @@ softmax weight. Where H ties, the lower index is kept; the released code draws a
 """
 
 import math
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -77,10 +78,9 @@ class Components(nn.Module):
         self.components, self.counted = components, counted
         self.rectified = convolutions.rectified and kind != "linear"
         widths = convolutions.widths
-        inputs = (channels, *widths)[: len(widths)]  # each convolution reads the output of the previous
-        self.weights = nn.ParameterList(
-            torch.randn(components, width, fan_in) * math.sqrt(2.0 / fan_in)
-            for width, fan_in in zip(widths, inputs, strict=True)
+        self.weights = nn.ParameterList(  # each convolution reads the output of the previous one
+            torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
+            for inputs, outputs in pairwise((channels, *widths))
         )
         sizes = [components * width for width in widths]
         self.biases = nn.ParameterList(torch.zeros(size) for size in sizes if convolutions.bias)
