@@ -48,47 +48,41 @@ def test_the_fit_finds_the_temperature_that_scaled_the_logits(temperature: float
     assert (fitted.num_images, fitted.estimated_on) == (4000, "held-out")
 
 
-def all_correct() -> Predictions:
-    logits, _ = calibrated(200)
-    return logits, logits.argmax(axis=1)
+LOGITS = calibrated(2000)[0]
+UNDETERMINED = {
+    "all correct": (LOGITS[:200], LOGITS[:200].argmax(axis=1)),
+    "chance": (LOGITS, calibrated(2000, seed=1)[1]),
+    "few": calibrated(60, seed=1),
+}
 
 
-def unrelated() -> Predictions:
-    logits, _ = calibrated(2000)
-    return logits, calibrated(2000, seed=1)[1]
+@pytest.mark.parametrize("case", UNDETERMINED)
+def test_the_temperature_stays_one_where_the_data_do_not_determine_it(case: str) -> None:
+    assert fit_temperature(*UNDETERMINED[case]) == 1.0
 
 
-@pytest.mark.parametrize(
-    "predictions",
-    [all_correct, unrelated, lambda: calibrated(60, seed=1)],
-    ids=["all correct", "chance", "few"],
-)
-def test_the_temperature_stays_one_where_the_data_do_not_determine_it(predictions: object) -> None:
-    assert callable(predictions)
-    assert fit_temperature(*predictions()) == 1.0
-
-
-@pytest.mark.parametrize(("images", "classes"), [(49, 10), (300, 1)])
-def test_nothing_is_fitted_to_few_images_or_to_one_class(images: int, classes: int) -> None:
-    assert fit_decision(*calibrated(images, classes), estimated_on="held-out") == Decision()
+def test_what_is_fitted_depends_on_the_number_of_images_and_classes() -> None:
+    """Fifty images and two classes for anything, enough images for the quantile of the threshold."""
+    fitted = {"temperature, threshold": (500, 10, 0.95), "temperature": (50, 10, 0.99)}
+    fitted |= {
+        "nothing": (49, 10, 0.95),
+        "nothing for one class": (300, 1, 0.95),
+        "accepts all": (500, 10, 1.0),
+    }
+    for name, (images, classes, accepts) in fitted.items():
+        found = fit_decision(*calibrated(images, classes), estimated_on="held-out", accepts=accepts)
+        assert (found.calibration is None) == ("nothing" in name), name
+        assert (found.rejection is not None) == ("threshold" in name), name
 
 
 def test_a_classifier_that_cannot_be_scaled_keeps_its_probabilities_and_gets_a_threshold() -> None:
     logits, targets = calibrated(500)
     decision = fit_decision(3 * logits, targets, estimated_on="held-out", scalable=False)
-    assert decision.calibration is not None
-    assert decision.rejection is not None
-    assert decision.calibration.temperature == 1.0
-
-
-@pytest.mark.parametrize(("images", "accepts"), [(50, 0.99), (5000, 1.0)])
-def test_a_threshold_needs_enough_images_for_its_quantile(images: int, accepts: float) -> None:
-    logits, targets = calibrated(images)
-    assert fit_decision(logits, targets, estimated_on="held-out", accepts=accepts).rejection is None
+    assert (decision.temperature, decision.rejection is None) == (1.0, False)
 
 
 def test_a_threshold_that_accepts_almost_nothing_is_the_largest_score() -> None:
-    logits, targets = all_correct()
+    logits, targets = UNDETERMINED["all correct"]
     rejection = fit_decision(logits, targets, estimated_on="held-out", accepts=1e-13).rejection
     assert rejection.threshold == known_score(logits, rejection.score).max()
 

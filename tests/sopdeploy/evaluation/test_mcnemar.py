@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import optimize, stats
+from scipy import stats
 
 from sopdeploy.evaluation.drift import SIGNIFICANCE, PredictionCounts, compare
 from sopdeploy.evaluation.statistics import (
@@ -53,30 +53,6 @@ def test_holm_equals_the_definition() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([]) == []
     assert holm([0.9, 0.8]) == [1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("wins", "losses", "images", "difference"),
-    [(10, 4, 100, -0.01), (0, 3, 60, 0.02), (25, 25, 300, -0.05), (2, 0, 40, 0.3)],
-)
-def test_the_variance_is_that_of_the_most_likely_shares(
-    wins: int, losses: int, images: int, difference: float
-) -> None:
-    def unlikely(share: float) -> float:
-        same = images - wins - losses
-        return -float(
-            stats.multinomial.logpmf(
-                [wins, losses, same], images, [share + difference, share, 1 - 2 * share - difference]
-            )
-        )
-
-    low, high = max(0.0, -difference), (1 - difference) / 2
-    share = optimize.minimize_scalar(
-        unlikely, bounds=(low, high), method="bounded", options={"xatol": 1e-9}
-    ).x
-    spread = math.sqrt(images * (2 * share + difference - difference**2))
-    expected = (wins - losses - images * difference) / spread
-    assert score_statistic(wins, losses, images, difference) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("wins", "losses", "images"), [(12, 5, 80), (0, 0, 50), (3, 30, 33), (1, 0, 1)])
