@@ -31,14 +31,12 @@ class SopdeployError(Exception):
         setting: the setting that the error is about, named as in Python, such as `max_batch`.
         value: the value of *setting*, if the message should show it.
         remedies: settings that may help, with the values to try; None stands for a value of the user.
-        reported: whether another process of the same run has already printed the error.
         lists: all names, by what they are, of lists that the message shortens; `--json` prints them.
         status: the matching HTTP status; 0 if there is none.
     """
 
     code: str = "failed"
     exit_code: int = 2
-    reported: bool = False
 
     def __init__(
         self,

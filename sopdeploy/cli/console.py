@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from rich.text import Text
 
-from sopdeploy.environment import missing_extras
+from sopdeploy.environment import is_main_process, missing_extras
 from sopdeploy.errors import (
     NoMemoryError,
     SopdeployError,
@@ -41,9 +41,9 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
     """Print a user error as one line on stderr and exit with code 2.
 
     With *as_json*, also print its code, message and complete lists as JSON on stdout. Errors of the operating
-    system in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are user errors. An error
-    that another process has already shown (`reported`) is not printed again. A signal that stopped a run has
-    an exit code of its own, and its line does not begin with `error:`.
+    system in `STORAGE_ERRNOS`, exhausted memory and missing packages of an extra are user errors. A
+    signal that stopped a run has an exit code of its own, and its line, which only the first process of the
+    run prints, does not begin with `error:`.
     """
     try:
         try:
@@ -66,9 +66,10 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
             ) from error
     except SopdeployError as error:
         message = error.describe(command_line_option)
-        if error.exit_code != SopdeployError.exit_code and not error.reported:
-            err.print(plain_text(message))
-        elif not error.reported:
+        if error.exit_code != SopdeployError.exit_code:
+            if is_main_process():
+                err.print(plain_text(message))
+        else:
             print_error(message, error.code)
             if as_json:
                 lists = {"lists": error.lists} if error.lists else {}

@@ -9,20 +9,19 @@ and the loss of a process is weighted by its number of samples. Layers that coup
 statistics over the processes themselves (balance loss), or not (batch norm).
 """
 
-import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]
 
 from sopdeploy.data.batches import count_batches
 from sopdeploy.environment import is_distributed
-from sopdeploy.errors import ConfigError, SopdeployError, TrainingError
+from sopdeploy.errors import ConfigError, TrainingError
 from sopdeploy.evaluation.prediction import ProcessGroup
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.signals import TrainingStoppedError
@@ -147,8 +146,8 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
 def join_processes() -> Iterator[None]:
     """Connect the processes of the run while the context is active.
 
-    Sets `reported` on errors that another process reports. Raises `TrainingError` if the connection to
-    another process is lost, `ConfigError` if a process has no GPU of its own.
+    Raises `TrainingError` if the connection to another process is lost, `ConfigError` if a process has no GPU
+    of its own.
     """
     if not is_distributed():
         yield
@@ -160,17 +159,13 @@ def join_processes() -> Iterator[None]:
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
     try:
         yield
-    except SopdeployError as error:
-        error.reported = _is_reported(PrefixStore("reported", store), str(error))
-        if isinstance(error, TrainingStoppedError):  # raised by all processes after the same step
-            dist.destroy_process_group()
+    except TrainingStoppedError:  # raised by all processes after the same step
+        dist.destroy_process_group()
         raise
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
-        lost = TrainingError("another process of the run ended, see its message and resume it")
-        lost.reported = _is_reported(PrefixStore("reported", store), str(lost))
-        raise lost from error
+        raise TrainingError("another process of the run ended, see its message and resume it") from error
     else:
         dist.destroy_process_group()
 
@@ -201,14 +196,3 @@ def _local_device() -> int:
             "process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES= to compute on the CPU"
         )
     return number
-
-
-def _is_reported(store: Store, message: str) -> bool:
-    """Check whether another process reports *message*, and mark it as reported.
-
-    If the store is gone, the process that hosted it ended and reported why.
-    """
-    with suppress(RuntimeError):
-        key = hashlib.blake2b(message.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-        return bool(store.add(key, 1) > 1)
-    return True

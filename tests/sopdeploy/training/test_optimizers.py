@@ -1,20 +1,16 @@
 """Optimizers, AdaHessian against its formulas, moving averages, and learning rate schedules."""
 
 import copy
-import json
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
-from typer.testing import CliRunner
 
 from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.cli.app import app
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import ConfigError
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.loop_settings import Cosine, EmaConfig, Milestones, OneCycle
@@ -22,23 +18,9 @@ from sopdeploy.training.losses import training_loss
 from sopdeploy.training.optimizers import AdaHessian, random_signs
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.training.runs import SHORT, same_bits, short_recipe
+from tests.sopdeploy.training.runs import same_bits, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
-
-
-def test_an_optimizer_without_kind_is_sgd_and_an_invalid_one_is_named() -> None:
-    recipe = short_recipe("optimizer={lr=0.2, momentum=0.5}")
-    assert (recipe.optimizer.kind, recipe.optimizer.lr, recipe.optimizer.momentum) == ("sgd", 0.2, 0.5)
-    invalid = {
-        "{kind='adam', lr=1}": "optimizer.kind: 'adam' is none of 'sgd', 'adamw', 'radam'",
-        "{kind='adamw', lr=1, momentum=0.9}": "optimizer.momentum: unknown key",
-        "{kind='adamw'}": "optimizer.lr: missing",
-        "3": "optimizer",
-    }
-    for optimizer, message in invalid.items():
-        with pytest.raises(ConfigError, match=message):
-            short_recipe(f"optimizer={optimizer}")
 
 
 def test_hessian_vector_products_match_finite_differences() -> None:
@@ -140,26 +122,11 @@ def test_a_run_evaluates_and_exports_the_average(tmp_path) -> None:
     assert last.training["metrics"] == last.resume["position"]["history"][-1]["metrics"]
 
 
-@pytest.fixture
-def command(tmp_path) -> list[str]:
-    settings = [word for override in SHORT for word in ("--set", override)]
-    return ["train", "--recipe", "digits-dsop", "--out", str(tmp_path / "run"), *settings]
-
-
 def test_training_crops_can_have_another_size_than_evaluation() -> None:
     recipe = short_recipe('augment={kind="random-side", sides=[12, 16], crop=12}')
     dataset, _ = epoch_data(recipe, open_data(recipe.data).train, 0)
     assert dataset[0][0].shape == (12, 12, 3)
     assert Recipe.model_validate(recipe.model_dump()) == recipe
-
-
-def test_resume_auto_starts_a_run_or_continues_it(command) -> None:
-    command += ["--set", "epochs=1", "--json"]
-    refused = CliRunner().invoke(app, [*command, "--resume", "always"])
-    assert refused.exit_code == 2
-    assert "holds no run; start one first" in refused.stderr
-    for _ in range(2):
-        assert json.loads(CliRunner().invoke(app, [*command, "--resume", "auto"]).stdout)["num_epochs"] == 1
 
 
 def test_milestones_multiply_after_a_linear_warm_up() -> None:

@@ -57,6 +57,7 @@ def test_the_imagenet_recipe_follows_the_paper() -> None:
 OVERRIDES = [
     (["epochs=3"], "epochs", 3),
     (["optimizer.lr = 0.5"], "optimizer.lr", 0.5),
+    (["optimizer={lr=0.2, momentum=0.5}"], "optimizer.kind", "sgd"),
     (["preprocess.mean=[0.1, 0.2, 0.3]"], "preprocess.mean", (0.1, 0.2, 0.3)),
     (["device=cpu"], "device", "cpu"),
     (["epochs=3", "epochs=4"], "epochs", 4),
@@ -74,6 +75,10 @@ INVALID_OVERRIDES = [
     ("optimiser.lr=1", "digits-dsop: optimiser: unknown key; did you mean optimizer?"),
     ("optimizer.momentun=1", "optimizer.momentun: unknown key; did you mean optimizer.momentum?"),
     ("zzz=1", "digits-dsop: zzz: unknown key"),
+    ("optimizer={kind='adam', lr=1}", "optimizer.kind: 'adam' is none of 'sgd', 'adamw', 'radam'"),
+    ("optimizer={kind='adamw', lr=1, momentum=0.9}", "optimizer.momentum: unknown key of this kind"),
+    ("optimizer={kind='adamw'}", "optimizer.lr: missing"),
+    ("optimizer=3", "optimizer"),
     (
         "data.kind=digit",
         "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100', 'aircraft'",

@@ -374,14 +374,6 @@ def test_without_network_train_on_photos_exits_with_2_and_says_what_to_do(
         assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.usefixtures("server", "eight_photos")
-def test_training_without_start_weights_needs_no_network() -> None:
-    smaller = ["--set", "model.name=dsop-resnet8", "--set", "preprocess.crop=16"]
-    done = CliRunner().invoke(app, ["train", "--data", "photos", "--weights", "none", *smaller, "--json"])
-    assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["start"] is None
-
-
 @pytest.mark.usefixtures("few_digits")
 def test_a_network_with_and_without_branches_starts_with_the_same_backbone() -> None:
     branched = short_recipe("model.config.aux_dropout=0.0")

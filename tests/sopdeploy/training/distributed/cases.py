@@ -101,13 +101,6 @@ def learn(
     return {**run.trained().state_dict(), **{f"average of {name}": mean for name, mean in average.items()}}
 
 
-# Rounding errors grow with the learning rate: those of GM-SOP reach 1.5e-9 after 100 steps at 0.05.
-LONG_CASES: dict[str, Case] = {
-    f"{network} {optimizer} float64 100 steps": partial(learn, build_recipe(network, optimizer, rate), 100)
-    for network in NETWORKS
-    for optimizer, rate in {"sgd": "optimizer.lr=0.01", "adamw": "optimizer.lr=1e-3"}.items()
-}
-
 SHORT_CASES: dict[str, Case] = {}
 for _network in NETWORKS:
     _pieces = 1 if _network == "gmsop" else 2

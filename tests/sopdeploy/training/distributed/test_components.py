@@ -23,7 +23,6 @@ from sopdeploy.training.gradient import train_step
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import list_recipes
 from tests.sopdeploy.training.distributed.cases import (
-    LONG_CASES,
     SHORT_CASES,
     build_recipe,
     dataset,
@@ -120,10 +119,6 @@ def run_short_cases(_folder: Path | None = None) -> Results:
     return {name: case() for name, case in SHORT_CASES.items()}
 
 
-def run_long_cases(_folder: Path | None = None) -> Results:
-    return {name: case() for name, case in LONG_CASES.items()}
-
-
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory) -> list[Results]:
     folder = tmp_path_factory.mktemp("two")
@@ -146,14 +141,6 @@ def test_two_processes_learn_the_same_as_one(name, one_process, two_processes) -
     bound = 1e-6 if "float32" in name else 1e-10
     assert largest_difference(one_process[name], two_processes[0][name]) <= bound
     assert largest_difference(two_processes[0][name], two_processes[1][name]) == 0
-
-
-@pytest.mark.slow
-def test_a_hundred_steps_are_the_same(tmp_path) -> None:
-    first, second = run_in_processes(f"{__name__}:run_long_cases", tmp_path, world=2)
-    found = {name: largest_difference(state, first[name]) for name, state in run_long_cases().items()}
-    assert max(found.values()) <= 1e-10, found
-    assert all(largest_difference(first[name], second[name]) == 0 for name in found)
 
 
 class ManyClasses:
