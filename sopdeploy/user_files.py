@@ -3,10 +3,9 @@
 import argparse
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from sopdeploy.checkpoint import load_plain
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import CheckpointError, ConfigError, WeightsError
+from sopdeploy.files import check_is_weights
 
 ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of a file; the largest published file has 0.7 GB
@@ -25,8 +25,8 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
 
     A safetensors file is one table of tensors. Raises `WeightsError`.
     """
-    with opened(path) as file:
-        raw = file.read()
+    check_is_weights(path)
+    raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
     if raw[8:9] == b"{":
         safetensors = import_optional(
@@ -41,20 +41,6 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
             return load_plain(path, ADVICE, raw=raw), digest
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open the file at *path*; raises `WeightsError` if it cannot be opened or read."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file; give a weight file")
-    try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise WeightsError(
-            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
-        ) from error
 
 
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from sopdeploy.checkpoint import CHECKPOINT_FORMAT, Checkpoint, is_state_dict, parse_checkpoint
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
-from sopdeploy.files import sha256
+from sopdeploy.files import check_is_weights, sha256
 from sopdeploy.importers.conversion import WeightFile
-from sopdeploy.user_files import ADVICE, check_tensors, opened, read_pytorch
+from sopdeploy.user_files import ADVICE, check_tensors, read_pytorch
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 MATLAB_MAGIC, HDF5_MAGIC = b"MATLAB ", b"MATLAB 7.3"
@@ -30,7 +30,8 @@ def open_weights(path: Path) -> WeightFile | Checkpoint:
 
     Raises `WeightsError`, and `CheckpointError` for a damaged checkpoint.
     """
-    with opened(path) as file:
+    check_is_weights(path)
+    with path.open("rb") as file:
         start = file.read(len(HDF5_MAGIC))
     if start == HDF5_MAGIC:
         raise WeightsError(f"{path}: MATLAB's version 7.3 is not read; save it in MATLAB with the option -v7")
