@@ -198,25 +198,20 @@ def _crop_box(
     random: Random,
 ) -> tuple[NDArray[np.uint8], Target]:
     """Crop a random box and resize it; with `draft`, the image is decoded no larger than needed."""
+    source = images.open(index)
+    width, height = upright_size(source, rules)
+    left, top, right, bottom = draw_box(augmentation, (width, height), rules, random)
     if augmentation.draft:
-        source, target = images.open(index), images.target(index)
-        width, height = source.size  # before the rotation by EXIF
-        upright = upright_size(source, rules)
-        left, top, right, bottom = draw_box(augmentation, upright, rules, random)
         factor = max(1, int(min(right - left, bottom - top) / rules.crop))
-        source.draft(None, (width // factor, height // factor))
-        with image_errors(images.describe(index)):
-            image = to_rgb(load_pixels(source), rules)
-        scale_x, scale_y = image.width / upright[0], image.height / upright[1]
-        box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-    else:
-        source, target = images[index]
-        image = to_rgb(source, rules)
-        box = draw_box(augmentation, image.size, rules, random)
+        source.draft(None, (source.width // factor, source.height // factor))
+    with image_errors(images.describe(index)):
+        image = to_rgb(load_pixels(source), rules)
+    scale_x, scale_y = image.width / width, image.height / height
+    box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
     if rules.fit == "pad":
-        return resize_box(image, box, rules), target
+        return resize_box(image, box, rules), images.target(index)
     resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
-    return np.asarray(resized, dtype=np.uint8), target
+    return np.asarray(resized, dtype=np.uint8), images.target(index)
 
 
 def draw_box(

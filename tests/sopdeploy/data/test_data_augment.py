@@ -58,10 +58,12 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(crop) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "I;16"])
 @pytest.mark.parametrize("augmentation", CROPS, ids=lambda augmentation: augmentation.kind)
 def test_images_of_any_size_and_mode_are_augmented(augmentation, mode, size) -> None:
-    class One(list):
-        labels = ("a",)
+    class One(ArrayImages):
+        def open(self, index: int) -> Image.Image:
+            return Image.new(mode, size)
 
-    array, _ = AugmentedDataset(One([(Image.new(mode, size), 0)]), augmentation, RULES, 0, 0)[0]
+    one = One(("a",), np.zeros((1, 1, 1), np.uint8), np.zeros(1, np.int64))
+    array, _ = AugmentedDataset(one, augmentation, RULES, 0, 0)[0]
     assert array.shape == (16, 16, 3)
 
 
