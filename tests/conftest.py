@@ -21,11 +21,7 @@ from hypothesis import HealthCheck, settings
 
 # The default run is reproducible: fixed examples, no example database, no limit of time. `make fuzz` draws
 # new examples.
-UNTIMED: dict[str, Any] = {
-    "database": None,
-    "deadline": None,
-    "suppress_health_check": [HealthCheck.too_slow],
-}
+UNTIMED: dict[str, Any] = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("reproducible", derandomize=True, **UNTIMED)
 settings.register_profile("fuzz", derandomize=False, print_blob=True, **UNTIMED)
 settings.load_profile("reproducible")

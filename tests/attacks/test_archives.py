@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -124,10 +124,7 @@ def test_a_manifest_with_an_unsafe_file_name_is_rejected(bundle: Path, tmp_path:
     rejection(body)
 
 
-FUZZ = settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-
-
-@FUZZ
+@settings(max_examples=30)
 @given(data=st.data())
 def test_every_changed_byte_is_detected(archive: bytes, bundle: Path, data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(archive) - 1))

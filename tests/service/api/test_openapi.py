@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 
 schemathesis = pytest.importorskip("schemathesis")
 
@@ -31,13 +31,7 @@ def test_no_valid_request_is_a_server_error(client, openapi):
     sent = 0
     for operation in schemathesis.openapi.from_dict(openapi).get_all_operations():
 
-        @settings(
-            max_examples=EXAMPLES,
-            deadline=None,
-            phases=[Phase.explicit, Phase.generate],
-            suppress_health_check=list(HealthCheck),
-            database=None,
-        )
+        @settings(max_examples=EXAMPLES, phases=[Phase.explicit, Phase.generate])
         @given(case=operation.ok().as_strategy())
         def send(case: Any) -> None:
             nonlocal sent

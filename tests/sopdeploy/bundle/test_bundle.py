@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -30,6 +30,7 @@ from sopdeploy.bundle.manifest import ID_LENGTH, BatchRange, FileRecord, Manifes
 from sopdeploy.bundle.probes import Probes, read_probes, replay, write_probes
 from sopdeploy.errors import BundleError, ParityError, StorageError
 from tests.forged import FIELDS, LABELS, fill, flip, forge, write_hollow
+from tests.strategies import json_values, texts
 
 FILES = (*REQUIRED, "README.md")
 
@@ -240,27 +241,18 @@ def test_invalid_labels_are_rejected_even_with_the_right_hash(bundle: Path, case
         open_bundle(bundle)
 
 
-FUZZ = settings(max_examples=20, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 MANIFEST_FILES = {"model.onnx": FileRecord(bytes=3, sha256="a" * 64)}
-INVALID_NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-FLOATS = st.floats(allow_nan=False, allow_infinity=False)
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | FLOATS | INVALID_NAMES,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(INVALID_NAMES, inner, max_size=3),
-    max_leaves=8,
-)
 
 
 def manifest(**fields: Any) -> Manifest:
     return Manifest(**{**FIELDS, "files": MANIFEST_FILES, **fields})
 
 
-@FUZZ
+@settings(max_examples=20)
 @given(
     model=st.from_regex(r"(head:)?(timm:)?[A-Za-z0-9._-]+", fullmatch=True),
-    config=st.dictionaries(INVALID_NAMES, VALUES, max_size=4),
-    detached=st.lists(INVALID_NAMES, max_size=3),
+    config=st.dictionaries(texts, json_values, max_size=4),
+    detached=st.lists(texts, max_size=3),
 )
 def test_a_manifest_is_read_as_it_was_written(
     model: str, config: dict[str, Any], detached: list[str]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pydantic
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
@@ -29,7 +29,7 @@ from sopdeploy_service.settings import Settings
 from tests.counted import record_images
 from tests.service.api.test_bad_inputs import BAD_BODIES
 
-FUZZ = settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=25)
 PILLOW_MAY_WARN = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 GREEN = (0, 200, 0)
