@@ -17,12 +17,11 @@ import onnx.parser
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
-from sopdeploy.bundle.manifest import TensorRecord, to_json
+from sopdeploy.bundle.manifest import to_json
 from sopdeploy.decision import Decision
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
@@ -126,44 +125,25 @@ A **linear** layer over the mean colour. <img src=x onerror=alert(1)>
 
 
 @pytest.fixture(scope="session")
-def gated_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tiny bundle with a model card, a certificate, and four components behind a gate."""
+def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The tiny bundle with a model card and a certificate."""
     from sopdeploy_export.proof.certificate import Certificate, Roots, TensorEntry  # imports torch
 
-    folder = tmp_path_factory.mktemp("gated")
+    folder = tmp_path_factory.mktemp("carded")
     entry = TensorEntry(name="x", shape=(2,), dtype="float32", bytes=8, sha256="3" * 64)
     roots = Roots(any_batch="4" * 64, batch_of_one="5" * 64, num_operations=3, onnx="6" * 64)
     certificate = Certificate(
-        model="tiny",
-        detached=("gate.noise",),
-        removed=(entry,),
-        kept=(entry, entry),
-        roots=roots,
-        batches=(1,),
-        num_images=12,
-    )
+        model="tiny", detached=("gate.noise",), removed=(entry,), kept=(entry, entry), roots=roots,
+        batches=(1,), num_images=12,
+    )  # fmt: skip
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "README.md").write_text(CARD)
-    manifest = bundle.manifest
-    gates = TensorRecord(name="gates", dtype="float32", shape=(None, 4))
-    files = {**manifest.files, "README.md": manifest.files["labels.json"]}
-    changed = manifest.model_copy(update={"outputs": (*manifest.outputs, gates), "files": files})
-    return replace(bundle, path=folder, manifest=changed)
-
-
-class GatedRuntime(FakeRuntime):
-    """Components 0 to 3 want red, green, blue and grey; those that an image gives nothing stay out."""
-
-    def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
-        colour = images.mean(axis=(1, 2)).astype(np.float32) / 255
-        differences = colour - colour.mean(axis=1, keepdims=True)
-        gates = np.maximum(np.concatenate([differences, colour.min(axis=1, keepdims=True)], axis=1), 0)
-        return {**super().run(images), "gates": gates}
+    return replace(bundle, path=folder)
 
 
 @pytest.fixture
-def gated_client(gated_bundle: Bundle) -> "Iterator[Client]":
-    with running(GatedRuntime(num_classes=7), gated_bundle, Settings()) as client:
+def carded_client(carded_bundle: Bundle) -> "Iterator[Client]":
+    with running(FakeRuntime(num_classes=7), carded_bundle, Settings()) as client:
         yield client
 
 

@@ -27,6 +27,14 @@ def test_openapi_has_every_endpoint_of_the_protocol(openapi):
     }
 
 
+def test_every_error_outside_of_the_protocol_is_described_as_a_problem(openapi):
+    assert "HTTPValidationError" not in openapi["components"]["schemas"]
+    paths = [verbs for path, verbs in openapi["paths"].items() if not path.startswith("/v2")]
+    answers = [about["responses"] for verbs in paths for about in verbs.values()]
+    errors = [body for found in answers for status, body in found.items() if status >= "400"]
+    assert {kind for body in errors for kind in body["content"]} == {"application/problem+json"}
+
+
 def test_no_valid_request_is_a_server_error(client, openapi):
     sent = 0
     for operation in schemathesis.openapi.from_dict(openapi).get_all_operations():

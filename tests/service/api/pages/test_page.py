@@ -157,8 +157,8 @@ def test_the_snippet_for_a_picture_gives_its_answer(page, client, jpeg, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == [HARMFUL]
 
 
-def test_card_and_certificate_are_text_and_never_markup(open_page, gated_client):
-    page = open_page(gated_client.base_url)
+def test_card_and_certificate_are_text_and_never_markup(open_page, carded_client):
+    page = open_page(carded_client.base_url)
     page.get_by_text("sopdeploy verify .").wait_for()
     assert page.locator("#card strong").text_content() == "linear"
     assert page.locator("#card li").all_text_contents() == ["one entry\n  that goes on\n", "two"]
