@@ -112,6 +112,11 @@ def bundle(bundle_path: Path) -> Bundle:
     return open_bundle(bundle_path)
 
 
+def deciding(bundle: Bundle, decision: Decision | None) -> Bundle:
+    """Return *bundle* with another *decision*."""
+    return replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
+
+
 CARD = """# tiny
 
 A **linear** layer over the mean colour. <img src=x onerror=alert(1)>

@@ -37,19 +37,15 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.pictures import encoded
-from tests.service.conftest import LABELS, running, wait_for
+from tests.service.conftest import LABELS, deciding, running, wait_for
 from tests.sopdeploy.test_kept import record_of
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
 NEVER = "f" * 64  # a hash outside of every sample below 1
 
 
-def deciding(bundle: Bundle, **decision: object) -> Bundle:
-    return replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": Decision(**decision)}))
-
-
 def rejecting_all(bundle: Bundle) -> Bundle:
-    return deciding(bundle, rejection=Rejection(score="energy", threshold=1e9))
+    return deciding(bundle, Decision(rejection=Rejection(score="energy", threshold=1e9)))
 
 
 def photos(count: int) -> list[bytes]:
@@ -95,7 +91,7 @@ MARGINS = {
 
 @pytest.mark.parametrize(("logits", "decision", "expected"), MARGINS.values(), ids=MARGINS)
 def test_unknown_and_uncertain_photographs_are_worth_a_label(bundle, logits, decision, expected) -> None:
-    found = reasons_to_keep(deciding(bundle, **decision), np.array(logits, np.float32), NEVER, 0.5)
+    found = reasons_to_keep(deciding(bundle, Decision(**decision)), np.array(logits, np.float32), NEVER, 0.5)
     assert found == expected
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -29,15 +28,14 @@ from sopdeploy_service.images.decode import decode
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
-from tests.service.conftest import LABELS, picture_bytes, running, write_bundle
+from tests.service.conftest import LABELS, deciding, picture_bytes, running, write_bundle
 from tests.sopdeploy.training.runs import few_digits, short_recipe
 
 RunServer = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 def rejecting(bundle: Bundle, score: Score, threshold: float) -> Bundle:
-    decision = Decision(rejection=Rejection(score=score, threshold=threshold))
-    return replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
+    return deciding(bundle, Decision(rejection=Rejection(score=score, threshold=threshold)))
 
 
 def test_an_image_is_known_if_its_score_reaches_the_threshold(

@@ -2,7 +2,6 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability.metrics import DriftWindow
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import picture_bytes, running, wait_for
+from tests.service.conftest import deciding, picture_bytes, running, wait_for
 from tests.service.raw import count
 from tests.service.runtimes import Held
 
@@ -101,7 +100,6 @@ def test_copies_do_not_count_for_the_drift(onnx_runtime, bundle, jpeg, monkeypat
     added: list[int] = []
     monkeypatch.setattr(DriftWindow, "add", lambda _, logits: added.append(len(logits)))
     decision = Decision(reference=PredictionCounts(7).reference())
-    compared = replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
-    with running(onnx_runtime, compared, Settings()) as client:
+    with running(onnx_runtime, deciding(bundle, decision), Settings()) as client:
         assert client.post(URL, content=jpeg).status_code == 200
     assert sum(added) == 1

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.observability import logs, metrics
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import running, wait_for, write_bundle
+from tests.service.conftest import deciding, running, wait_for, write_bundle
 
 
 @pytest.fixture
@@ -186,9 +185,8 @@ def test_a_full_window_that_differs_from_the_held_out_images_shows_drift(
 ):
     monkeypatch.setattr(metrics, "WINDOW_IMAGES", 20)
     decision = Decision(reference=reference(7))
-    compared = replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
     files = [("image", ("x.jpg", jpeg))] * 10
-    with running(onnx_runtime, compared, Settings()) as client:
+    with running(onnx_runtime, deciding(bundle, decision), Settings()) as client:
         client.post("/v1/classify", files=files)
         before = client.get("/metrics").text
         client.post("/v1/classify", files=files)

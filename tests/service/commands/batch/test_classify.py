@@ -4,7 +4,6 @@ import hashlib
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ from tests.service.commands.batch.conftest import (
     rows_of,
     stop_at,
 )
-from tests.service.conftest import LABELS, RULES, picture_bytes, write_bundle
+from tests.service.conftest import LABELS, RULES, deciding, picture_bytes, write_bundle
 
 BODY = picture_bytes()
 
@@ -181,8 +180,7 @@ def test_rows_follow_the_decision_of_the_bundle(case, bundle, photos, tmp_path, 
     logits = np.array([[0, 1, 5, 2, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1.0], [np.nan] * 7], np.float32)
     runtime = FakeRuntime(num_classes=7, largest_batch=3)
     monkeypatch.setattr(runtime, "run", lambda _images: {"logits": logits})
-    changed = replace(bundle, manifest=bundle.manifest.model_copy(update={"decision": decision}))
-    loaded = LoadedModel(bundle=changed, runtime=runtime, replays={})
+    loaded = LoadedModel(bundle=deciding(bundle, decision), runtime=runtime, replays={})
     monkeypatch.setattr(classifier, "load_model", lambda *_: loaded)
     sources = [str(photos / f"{number:03d}.jpg") for number in range(3)]
     classify(bundle.path, sources, tmp_path / "out", Settings(threads=1, **given))
