@@ -5,7 +5,8 @@ network is as short as possible, because each attack captures it again.
 """
 
 import types
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -267,15 +268,6 @@ def test_trained_network_that_differs_from_the_plain_one_is_rejected(attack: str
         prove(trained)
 
 
-def test_hook_on_all_modules_is_rejected() -> None:
-    handle = nn.modules.module.register_module_forward_hook(lambda _m, _i, output: output)
-    try:
-        with pytest.raises(CertificateError, match="on all modules"):
-            prove(network())
-    finally:
-        handle.remove()
-
-
 def stored_otherwise(found: Any) -> None:
     """Transpose weights, expand a buffer, and store a kept and a removed weight side by side."""
     found.to(memory_format=torch.channels_last)
@@ -369,7 +361,15 @@ class Silent(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextmanager
+def hook_on_all_modules() -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda _m, _i, output: output)
+    yield
+    handle.remove()
+
+
 ACTIVE: dict[str, tuple[Callable[[], Any], str]] = {
+    "a hook on all modules": (hook_on_all_modules, "on all modules"),
     "autocast": (lambda: torch.autocast("cpu", torch.bfloat16), "torch.autocast is active for cpu"),
     "a function mode": (Quiet, "the torch function mode Quiet is active"),
     "a dispatch mode": (Silent, "the torch dispatch mode Silent is active"),
@@ -381,8 +381,10 @@ def test_modes_that_change_every_operation_are_rejected_by_name(mode: str) -> No
     make, message = ACTIVE[mode]
     trained = network()
     detached = detach(trained)
-    with pytest.raises(CertificateError, match=message), make():
-        prove(trained, detached)
+    with ExitStack() as stack:
+        stack.enter_context(make())
+        with pytest.raises(CertificateError, match=message):
+            prove(trained, detached)
 
 
 class RandomHead(nn.Module):

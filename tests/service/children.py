@@ -23,10 +23,7 @@ SERVE = ("-m", "sopdeploy", "serve")
 
 # How a server runs -> flags. Tests with this table demand the same behavior of both.
 ONE_PROCESS, TWO_DEVICES = "one process", "two devices"
-WAYS: dict[str, tuple[str, ...]] = {
-    ONE_PROCESS: (),
-    TWO_DEVICES: ("--devices", "cpu,cpu"),
-}
+WAYS: dict[str, tuple[str, ...]] = {ONE_PROCESS: (), TWO_DEVICES: ("--devices", "cpu,cpu")}
 
 
 def spawn(*arguments: str, program: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:

@@ -12,12 +12,12 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial, partialmethod
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import httpx
 import numpy as np
@@ -32,7 +32,7 @@ from sopdeploy.kept import KeptRecord, read_kept
 from sopdeploy_service import keep
 from sopdeploy_service.inference.results import Prediction
 from sopdeploy_service.keep import Keeper, reasons_to_keep
-from sopdeploy_service.kept_folder import FILE_BLOCK, KeptFolder
+from sopdeploy_service.kept_folder import FILE_BLOCK, KeptFolder, KeptResult
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -40,7 +40,6 @@ from tests.pictures import encoded
 from tests.service.conftest import LABELS, deciding, running, wait_for
 from tests.sopdeploy.test_kept import record_of
 
-RunServer = Callable[..., AbstractContextManager[httpx.Client]]
 NEVER = "f" * 64  # a hash outside of every sample below 1
 
 
@@ -81,11 +80,7 @@ MARGINS = {
     "unknown": ([4.0, 0.0], {"rejection": Rejection(score="energy", threshold=5.0)}, ("unknown",)),
     "known": ([4.0, 0.0], {"rejection": Rejection(score="energy", threshold=3.0)}, ()),
     "several classes": ([4.0, -4.0], {"activation": "sigmoid", "thresholds": (0.5, 0.5)}, ()),
-    "close to a threshold": (
-        [4.0, -4.0],
-        {"activation": "sigmoid", "thresholds": (0.5, 0.1)},
-        ("low_margin",),
-    ),
+    "close to one": ([4.0, -4.0], {"activation": "sigmoid", "thresholds": (0.5, 0.1)}, ("low_margin",)),
 }
 
 
@@ -138,12 +133,10 @@ def test_an_unknown_photograph_is_kept_without_its_place(
 
 
 def test_many_classes_are_recorded_best_first(bundle) -> None:
-    labels = tuple(f"class {number}" for number in range(300))
+    labels, pixels = tuple(f"class {number}" for number in range(300)), np.zeros((32, 32, 3), np.uint8)
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
-    photo = keep.PredictedPhoto(
-        b"", np.zeros((32, 32, 3), np.uint8), logits, replace(bundle, labels=labels), "many",
-        record_of().time,
-    )  # fmt: skip
+    many = replace(bundle, labels=labels)
+    photo = keep.PredictedPhoto(b"", pixels, logits, many, "many", record_of().time)
     record = keep.make_record(photo, ("sample",), record_of().image)
     order = np.argsort(-logits)[:100]
     assert record.labels == tuple(labels[index] for index in order)
@@ -167,65 +160,47 @@ def test_only_files_that_are_classified_are_kept(bundle, onnx_runtime: OnnxRunti
     assert {record.image for _, record in read_kept(tmp_path)} == names
 
 
-def make_keeper(
-    store: keep.StoreKept, share: float = 0.0, copy: keep.CopyImage = copy_without_metadata
-) -> tuple[Keeper, Metrics]:
-    metrics = Metrics()
-    return Keeper(store, share, metrics, copy), metrics
+class KeeperOfTests(Keeper):
+    """A keeper without decoder processes, to which a test offers unknown photographs."""
+
+    def __init__(self, bundle: Bundle, store: keep.StoreKept, share=0.0, copy=copy_without_metadata) -> None:
+        self.metrics, self._served = Metrics(), SimpleNamespace(name="tiny", bundle=rejecting_all(bundle))
+        super().__init__(store, share, self.metrics, copy)
+
+    def take(self, *bodies: bytes) -> None:
+        for body in bodies:
+            pixels = np.random.default_rng([*body]).integers(0, 256, (32, 32, 3), np.uint8)
+            prediction = Prediction({"logits": np.arange(7, dtype=np.float32)}, {}, pixels)
+            self.offer(self._served, body, prediction)  # type: ignore[arg-type]
+
+    def counts(self) -> dict[str, float]:
+        """Work until the queue is empty; return the results that occurred."""
+        self.start()
+        self.stop()
+        found = {name: self.metrics.kept_images.labels(name)._value.get() for name in get_args(KeptResult)}
+        return {name: count for name, count in found.items() if count}
 
 
-def count(metrics: Metrics, result: str) -> float:
-    return metrics.kept_images.labels(result)._value.get()
-
-
-@pytest.fixture
-def offered(bundle: Bundle) -> Callable[[Keeper, bytes], None]:
-    """`offered(keeper, body)` passes an unknown photograph to *keeper*."""
-
-    class Served:
-        name, labels = "tiny", bundle.labels
-
-    Served.bundle = rejecting_all(bundle)  # type: ignore[attr-defined]
-    logits = {"logits": np.arange(7, dtype=np.float32)}
-
-    def offer(keeper: Keeper, body: bytes) -> None:
-        pixels = np.random.default_rng([*body]).integers(0, 256, (32, 32, 3), np.uint8)
-        prediction = Prediction(logits, {}, pixels)
-        keeper.offer(Served, body, prediction)  # type: ignore[arg-type]
-
-    return offer
-
-
-def test_a_full_queue_drops_and_counts(offered, monkeypatch) -> None:
-    kept: list[bytes] = []
-    keeper, metrics = make_keeper(lambda image, _: kept.append(image) or "kept")
+def test_a_full_queue_drops_and_counts(bundle, monkeypatch) -> None:
+    keeper, bodies = KeeperOfTests(bundle, lambda *_: "kept"), photos(6)
     monkeypatch.setattr(keep, "MAX_QUEUED_PHOTOS", 3)
-    bodies = photos(6)
-    for body in bodies[:5]:
-        offered(keeper, body)
-    assert count(metrics, "dropped") == 2
+    keeper.take(*bodies[:5])
     monkeypatch.setattr(keep, "MAX_QUEUED_PHOTOS", 100)
     monkeypatch.setattr(keep, "MAX_QUEUED_PHOTO_BYTES", 3 * (len(bodies[0]) + 3072))
-    offered(keeper, bodies[5])
-    assert count(metrics, "dropped") == 3
-    keeper.start()
-    keeper.stop()
-    assert (len(kept), count(metrics, "kept")) == (3, 3)
+    keeper.take(bodies[5])
+    assert keeper.counts() == {"kept": 3, "dropped": 3}
 
 
-@pytest.mark.parametrize(("share", "stored"), [(0.0, 0), (1.0, 4)])
-def test_only_the_sample_is_written_without_a_rest_of_time(offered, monkeypatch, share, stored) -> None:
+@pytest.mark.parametrize(("share", "expected"), [(0.0, {"dropped": 4}), (1.0, {"kept": 4})])
+def test_only_the_sample_is_written_without_a_rest_of_time(bundle, monkeypatch, share, expected) -> None:
     monkeypatch.setattr(keep, "COPY_BURST", 0.0)
-    keeper, metrics = make_keeper(lambda *_: "kept", share)
-    for body in photos(4):
-        offered(keeper, body)
-    keeper.start()
-    keeper.stop()
-    assert (count(metrics, "kept"), count(metrics, "dropped")) == (stored, 4 - stored)
+    keeper = KeeperOfTests(bundle, lambda *_: "kept", share)
+    keeper.take(*photos(4))
+    assert keeper.counts() == expected
 
 
 def test_near_duplicates_are_not_read_and_a_costly_photograph_delays_others_by_a_limited_time(
-    offered, monkeypatch
+    bundle, monkeypatch
 ) -> None:
     clock, read = [0.0], list[bytes]()
 
@@ -236,10 +211,9 @@ def test_near_duplicates_are_not_read_and_a_costly_photograph_delays_others_by_a
 
     monkeypatch.setattr(keep, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(keep, "COPY_BURST", 0.25)
-    keeper, _ = make_keeper(lambda *_: "kept", copy=copy)
+    keeper = KeeperOfTests(bundle, lambda *_: "kept", copy=copy)
     first, second = photos(2)
-    for body in (first, first, second):
-        offered(keeper, body)
+    keeper.take(first, first, second)
     queued = [keeper._photos.get() for _ in range(3)]
     assert [keeper._keep(photo) for photo in queued] == ["kept", "near_duplicate", "dropped"]
     clock[0] += 0.26 / keep.COPY_SHARE
@@ -247,7 +221,7 @@ def test_near_duplicates_are_not_read_and_a_costly_photograph_delays_others_by_a
     assert read == [first, second]
 
 
-def test_a_damaged_file_and_a_bug_do_not_end_keeping(offered, caplog) -> None:
+def test_a_damaged_file_and_a_bug_do_not_end_keeping(bundle, caplog) -> None:
     good, bug, last = photos(3)
 
     def store(image: bytes, _: KeptRecord) -> str:
@@ -255,16 +229,9 @@ def test_a_damaged_file_and_a_bug_do_not_end_keeping(offered, caplog) -> None:
             raise RuntimeError("bug")
         return "kept"
 
-    keeper, metrics = make_keeper(store)  # type: ignore[arg-type]
-    for body in (b"no image", good, bug, last):
-        offered(keeper, body)
-    keeper.start()
-    keeper.stop()
-    assert {result: count(metrics, result) for result in ("kept", "dropped", "failed")} == {
-        "kept": 2,
-        "dropped": 1,
-        "failed": 1,
-    }
+    keeper = KeeperOfTests(bundle, store)  # type: ignore[arg-type]
+    keeper.take(b"no image", good, bug, last)
+    assert keeper.counts() == {"kept": 2, "dropped": 1, "failed": 1}
     assert "is not kept" in caplog.text
 
 
@@ -292,13 +259,10 @@ def size_of(folder: Path) -> int:
 # Reasons of the photographs in the order in which they arrive, and which of them remain of room for three.
 EVICTIONS = {
     "oldest first": ([["unknown"]] * 5, [2, 3, 4]),
-    "fewest reasons first": ([["unknown", "low_margin"], ["unknown"], ["unknown"], ["unknown"]], [0, 2, 3]),
+    "fewest reasons first": ([["unknown", "low_margin"], *[["unknown"]] * 3], [0, 2, 3]),
     "a small sample stays": ([["sample"], *[["unknown", "low_margin"]] * 5], [0, 4, 5]),
     "a large sample makes room": ([["sample"], ["sample"], ["unknown"], ["unknown"]], [1, 2, 3]),
-    "of the sample only age counts": (
-        [["sample", "unknown", "low_margin"], ["sample"], ["sample"], ["sample"]],
-        [1, 2, 3],
-    ),
+    "in the sample only age counts": ([["sample", "unknown", "low_margin"], *[["sample"]] * 3], [1, 2, 3]),
 }
 
 
@@ -331,7 +295,9 @@ def test_the_limit_holds_before_and_after_every_step(tmp_path: Path, monkeypatch
     assert kept.used == size_of(tmp_path)
 
 
-def test_near_duplicates_are_skipped_unless_they_belong_to_the_sample(tmp_path: Path) -> None:
+def test_near_duplicates_are_skipped_but_for_the_sample_and_copies_add_reasons(
+    tmp_path: Path,
+) -> None:
     kept = KeptFolder(tmp_path, 100 * PAIR, 30)
     near, far = "0" * 15 + "f", "0" * 14 + "1f"  # four and five bits
     assert kept.add(PHOTO, photo(0)) == "kept"
@@ -339,16 +305,10 @@ def test_near_duplicates_are_skipped_unless_they_belong_to_the_sample(tmp_path: 
     assert kept.add(PHOTO, photo(2, near_hash=far)) == "kept"
     assert kept.add(PHOTO, photo(3, "sample", near_hash=near)) == "kept"
     assert kept.add(PHOTO, photo(3, "sample", near_hash=near)) == "near_duplicate"
+    assert kept.add(PHOTO, photo(3, "sample", "unknown", bundle="new", near_hash=near)) == "kept"
     assert numbers(tmp_path) == [0, 2, 3]
-
-
-def test_a_copy_adds_its_reasons(tmp_path: Path) -> None:
-    kept = KeptFolder(tmp_path, 100 * PAIR, 30)
-    kept.add(PHOTO, photo(0, "low_margin"))
-    assert kept.add(PHOTO, photo(0, "low_margin", "unknown", bundle="new")) == "kept"
-    ((_, record),) = read_kept(tmp_path)
-    assert (set(record.reasons), record.bundle) == ({"low_margin", "unknown"}, "new")
-    assert kept.used == PAIR
+    record = {record.image: record for _, record in read_kept(tmp_path)}[f"{3:032x}.jpg"]
+    assert (set(record.reasons), record.bundle, kept.used) == ({"sample", "unknown"}, "new", 3 * PAIR)
 
 
 def test_old_photographs_are_deleted_at_the_start_and_with_the_next_one(tmp_path: Path) -> None:
@@ -388,34 +348,21 @@ def test_a_start_counts_what_exists_and_deletes_only_what_is_incomplete(tmp_path
     assert numbers(tmp_path) == [2, 3, 4]
 
 
-def test_other_files_that_fill_the_folder_stay(tmp_path: Path) -> None:
-    (tmp_path / "film.mov").write_bytes(PHOTO * 4)
-    kept = KeptFolder(tmp_path, 4 * FILE_BLOCK, 30)
-    assert kept.add(PHOTO, photo(0)) == "dropped"
-    assert [file.name for file in tmp_path.iterdir() if file.name != ".lock"] == ["film.mov"]
-
-
-def test_only_the_owner_can_read(tmp_path: Path) -> None:
+def test_a_folder_has_one_writer_and_one_reader_and_other_files_stay(tmp_path: Path) -> None:
     folder, mask = tmp_path / "new" / "kept", os.umask(0)
     try:
-        KeptFolder(folder, 100 * PAIR, 30).add(PHOTO, photo(0))
+        first = KeptFolder(folder, 2 * PAIR, 30)
+        assert first.add(PHOTO, photo(0)) == "kept"
     finally:
         os.umask(mask)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
-
-
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    first = KeptFolder(tmp_path, PAIR, 30)
     with pytest.raises(ConfigError, match="another process keeps photographs there; name another folder"):
-        KeptFolder(tmp_path, PAIR, 30)
-    assert first.add(PHOTO, photo(0)) == "kept"
-
-
-def test_a_folder_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+        KeptFolder(folder, PAIR, 30)
+    (tmp_path / "film.mov").write_bytes(PHOTO * 4)
+    assert KeptFolder(tmp_path, 4 * FILE_BLOCK, 30).add(PHOTO, photo(0)) == "dropped"
     with pytest.raises(ConfigError, match="cannot be written"):
-        KeptFolder(tmp_path / "file" / "kept", PAIR, 30)
+        KeptFolder(tmp_path / "film.mov" / "kept", PAIR, 30)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])

@@ -28,9 +28,10 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
         ({"max_pixels": 10**9}, "max_pixels"),
         ({"max_images": 20, "queue_size": 10}, "max_images"),
         ({"devices": "gpu"}, "devices"),
-        pytest.param(
-            {"devices": "0,cpu", "runtime": "tensorrt"},
-            "needs a GPU; remove cpu from devices",
+        ({"devices": "0,cpu", "runtime": "tensorrt"}, "needs a GPU; remove cpu from devices"),
+        (
+            {"max_body_bytes": 900, "max_upload_bytes": 1000},
+            "is larger than 7/8 of max_upload_bytes",
         ),
         ({"follow": True, "memory_budget": "1GB"}, "follow excludes memory_budget; remove one of them"),
     ],

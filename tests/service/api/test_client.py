@@ -92,30 +92,22 @@ def equal(logits: np.ndarray, bundle: Any, classified: Any) -> bool:
 @pytest.mark.parametrize(("binary_in", "binary_out"), [(True, True), (False, False), (True, None)])
 def test_tensors_get_the_predictions_of_v1(triton, pixels, classified, bundle, binary_in, binary_out):
     outputs = None if binary_out is None else [http.InferRequestedOutput("logits", binary_data=binary_out)]
-    sent = [infer_input("images", pixels, "UINT8", binary_in)]
-    found = triton.infer("tiny", sent, outputs=outputs, request_id="r1")
-    logits = found.as_numpy("logits")
-    assert (logits.dtype, logits.shape) == (np.float32, (3, 7))
-    assert equal(logits, bundle, classified)
-    response = found.get_response()
-    assert (response["id"], response["model_name"]) == ("r1", "tiny")
-    assert response["model_version"] == bundle.manifest.id
+    for datatype, values in (("UINT8", pixels), ("FP32", pixels.astype(np.float32))):
+        sent = [infer_input("images", values, datatype, binary_in)]
+        found = triton.infer("tiny", sent, outputs=outputs, request_id="r1")
+        logits = found.as_numpy("logits")
+        assert (logits.dtype, logits.shape) == (np.float32, (3, 7))
+        assert equal(logits, bundle, classified)
+        about = {name: found.get_response()[name] for name in ("id", "model_name", "model_version")}
+        assert about == {"id": "r1", "model_name": "tiny", "model_version": bundle.manifest.id}
 
 
-@pytest.mark.parametrize("binary", [True, False])
-def test_pixels_may_be_fp32(triton, pixels, classified, bundle, binary):
-    sent = [infer_input("images", pixels.astype(np.float32), "FP32", binary)]
-    assert equal(triton.infer("tiny", sent).as_numpy("logits"), bundle, classified)
-
-
-@pytest.mark.parametrize(("shape", "binary"), [((3,), True), ((3, 1), False)])
-def test_encoded_images_get_the_predictions_of_v1(triton, images, classified, bundle, shape, binary):
-    sent = images if binary else [base64.b64encode(image) for image in images]
-    values = np.array(sent, dtype=object).reshape(shape)
-    found = triton.infer(
-        "tiny", [infer_input("IMAGE", values, "BYTES", binary)], model_version=bundle.manifest.id
-    )
-    assert equal(found.as_numpy("logits"), bundle, classified)
+def test_encoded_images_get_the_predictions_of_v1(triton, images, classified, bundle):
+    texts = [base64.b64encode(image) for image in images]
+    for shape, binary, sent in (((3,), True, images), ((3, 1), False, texts)):
+        inputs = [infer_input("IMAGE", np.array(sent, dtype=object).reshape(shape), "BYTES", binary)]
+        found = triton.infer("tiny", inputs, model_version=bundle.manifest.id)
+        assert equal(found.as_numpy("logits"), bundle, classified)
 
 
 def test_server_and_model_metadata(triton, bundle):

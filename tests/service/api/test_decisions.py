@@ -1,8 +1,7 @@
 """Unknown images and several classes per image: over HTTP, in commands, metrics and the client."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -30,8 +29,6 @@ from sopdeploy_service.settings import Settings
 from tests.export.once import proving_once
 from tests.service.conftest import LABELS, deciding, picture_bytes, running, write_bundle
 from tests.sopdeploy.training.runs import few_digits, short_recipe
-
-RunServer = Callable[..., AbstractContextManager[httpx.Client]]
 
 
 def rejecting(bundle: Bundle, score: Score, threshold: float) -> Bundle:
@@ -154,7 +151,6 @@ def test_the_response_lists_the_classes_that_reach_their_threshold(many, jpeg, e
 def test_info_the_client_and_predict_show_the_same_decision(
     many, multi_label_path, jpeg, expected, tmp_path
 ) -> None:
-    bundle = open_bundle(multi_label_path)
     reached = [label for label, value in expected if value >= THRESHOLDS[LABELS.index(label)]]
     (tmp_path / "a.jpg").write_bytes(jpeg)
     with Client(str(many.base_url)) as asking:
@@ -164,10 +160,6 @@ def test_info_the_client_and_predict_show_the_same_decision(
     for top_k, listed in ((None, reached), (1, reached[:1])):
         (found,) = predict(multi_label_path, tmp_path / "a.jpg", top_k=top_k, threads=1)
         assert [one.label for one in found.classes] == listed
-        settings = Settings(threads=1, top_k=top_k)
-        with running(OnnxRuntime(bundle, threads=1), bundle, settings) as server:
-            answer = server.post("/v1/classify", content=jpeg).json()
-        assert [one["label"] for one in answer["classes"]] == listed
 
 
 def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(

@@ -89,9 +89,8 @@ CALLS: dict[str, tuple[str, int, list[int], int]] = {
 }
 
 
-@pytest.mark.parametrize("case", CALLS)
-def test_the_filter_decides_by_number_and_arguments(case: str) -> None:
-    machine, number, arguments, expected = CALLS[case]
+@pytest.mark.parametrize(("machine", "number", "arguments", "expected"), CALLS.values(), ids=CALLS)
+def test_the_filter_decides_by_number_and_arguments(machine, number, arguments, expected) -> None:
     code = list(struct.iter_unpack("HBBI", sandbox.build_filter(machine, SELF)))
     padded = [*arguments, *[0] * (6 - len(arguments))]
     data = struct.pack("<IIQ6Q", number, sandbox.ARCHITECTURES[machine][1], 0, *padded)

@@ -134,18 +134,15 @@ def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path,
         assert client.child.wait(START_SECONDS) == 0
 
 
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
+def test_devices_divide_the_cores_among_their_decoders(monkeypatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
+    for given, expected in (
         ({"devices": "0,1,2,3"}, [4, 4, 4, 4]),
         ({"devices": "0,1", "decoders": 3}, [3, 3]),
         ({"devices": "0,cpu"}, [8, "auto"]),
-    ],
-)
-def test_devices_divide_the_cores_among_their_decoders(given, expected, monkeypatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    processes = list_processes(load_settings(**given))
-    assert [process.settings.decoders for process in processes] == expected
+    ):
+        processes = list_processes(load_settings(**given))
+        assert [process.settings.decoders for process in processes] == expected
 
 
 IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
@@ -162,9 +159,10 @@ VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
 }
 
 
-@pytest.mark.parametrize("case", VISIBLE)
-def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(case: str) -> None:
-    device, inherited, expected = VISIBLE[case]
+@pytest.mark.parametrize(("device", "inherited", "expected"), VISIBLE.values(), ids=VISIBLE)
+def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
+    device, inherited, expected
+) -> None:
     assert load_settings(devices=device).devices == (device,)
     environment = {} if inherited is None else {"CUDA_VISIBLE_DEVICES": inherited}
     if expected is not None:

@@ -37,23 +37,11 @@ def pixels_of(body: bytes) -> NDArray[np.uint8]:
     return decode(body, RULES, max_bytes=1_000_000, max_pixels=1_000_000).pixels
 
 
-@pytest.mark.parametrize(
-    ("kind", "options", "difference"),
-    [
-        ("PNG", {}, 0),
-        ("BMP", {}, 0),
-        ("JPEG", {"quality": 95}, 8),
-        ("JPEG", {"quality": 95, "progressive": True}, 8),
-        ("WEBP", {"quality": 95}, 8),
-        ("GIF", {}, 8),
-        ("HEIF", {"quality": 95}, 8),
-    ],
-)
-def test_every_accepted_format_gives_the_same_image(
-    kind: str, options: dict[str, int], difference: int
-) -> None:
-    found = pixels_of(encoded(GRADIENT, kind, **options)).astype(int)
-    assert np.abs(found - preprocess_image(GRADIENT, RULES)).mean() <= difference
+def test_every_accepted_format_gives_the_same_image() -> None:
+    for kind in ("PNG", "BMP", "JPEG", "WEBP", "GIF", "HEIF"):
+        found = pixels_of(encoded(GRADIENT, kind, quality=95)).astype(int)
+        difference = np.abs(found - preprocess_image(GRADIENT, RULES)).mean()
+        assert difference <= (0 if kind in {"PNG", "BMP"} else 8), kind
 
 
 FAR_EXIF = b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12\0\3\xff\xff\xff\xff"  # points nowhere
@@ -121,15 +109,10 @@ def test_a_jpeg_with_fewer_pixels_than_declared_is_truncated(variant: str) -> No
         with pytest.raises(ImageError, match="truncated") as caught:
             decode(with_size(body, *size), RULES, **LIMITS)
         assert (caught.value.code, caught.value.status) == ("truncated_image", 422)
-
-
-@pytest.mark.parametrize("fraction", [0.3, 0.9])
-def test_a_jpeg_cut_and_closed_with_an_end_marker_is_rejected(fraction: float) -> None:
-    body = encode_jpeg(noise_image((320, 240)), "baseline")
-    with pytest.raises(ImageError) as caught:
-        decode(body[: int(fraction * len(body))] + END, RULES, **LIMITS)
-    assert caught.value.status == 422
-    assert caught.value.code in {"truncated_image", "damaged_image"}  # damaged if half a marker is left
+    for fraction in (0.3, 0.9) if variant == "baseline" else ():  # closed by an end marker
+        with pytest.raises(ImageError) as caught:
+            decode(body[: int(fraction * len(body))] + END, RULES, **LIMITS)
+        assert caught.value.code in {"truncated_image", "damaged_image"}  # damaged if half a marker is left
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -156,26 +139,21 @@ def rules_for(fit):
     return Preprocess(resize=36, crop=32, fit=fit, background=BACKGROUND)
 
 
-def picture(size=(90, 60), kind="JPEG", mode="RGB", orientation=1):
-    values = np.random.default_rng(sum(size)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    image = Image.fromarray(values).resize(size, Image.Resampling.BICUBIC)
-    if mode == "I;16":
-        image = Image.fromarray(values[..., 0].astype(np.uint16) * 250)
-    elif mode == "RGBA":
-        image.putalpha(Image.fromarray(values[..., 1]))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(image, kind, **({"exif": exif.tobytes()} if orientation > 1 else {}))
+def noise(width, height, channels=3):
+    values = np.random.default_rng(width + height).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(values)
 
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 IMAGES = {
-    "portrait.jpg": picture((61, 93)),
-    "square.png": picture((32, 32), "PNG"),
-    "strip.png": picture((1, 900), "PNG"),
-    "rotated.jpg": picture((91, 60), orientation=6),
-    "sixteen bit.png": picture((70, 41), "PNG", "I;16"),
-    "transparent.png": picture((50, 80), "PNG", "RGBA"),
-    "large.jpg": picture((700, 500)),
+    "portrait.jpg": encoded(noise(61, 93), "JPEG"),
+    "square.png": encoded(noise(32, 32)),
+    "strip.png": encoded(noise(1, 900)),
+    "rotated.jpg": encoded(noise(91, 60), "JPEG", exif=TURNED),
+    "sixteen bit.png": encoded(Image.fromarray(np.asarray(noise(70, 41))[..., 0].astype(np.uint16) * 250)),
+    "transparent.png": encoded(noise(50, 80, 4)),
+    "large.jpg": encoded(noise(700, 500), "JPEG"),
 }
 
 
@@ -239,35 +217,26 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
             assert np.array_equal(values, expected[path.name]), (where, path.name)
 
 
-@pytest.mark.parametrize(
-    ("size", "inside"),
-    [
-        ((64, 32), (0, 8, 32, 16)),
-        ((32, 64), (8, 0, 16, 32)),
-        ((5, 5), (0, 0, 32, 32)),
-        ((1, 900), (16, 0, 1, 32)),
-    ],
-)
-def test_pad_shows_the_whole_image_centered_on_the_background(size, inside):
-    pixels = preprocess_image(Image.new("RGB", size, (200, 100, 50)), rules_for("pad"))
-    left, top, width, height = inside
-    expected = np.full((32, 32, 3), BACKGROUND, np.uint8)
-    expected[top : top + height, left : left + width] = (200, 100, 50)
-    assert np.array_equal(pixels, expected)
+PADDED = {  # size of the image: its box in the padded one
+    (64, 32): (0, 8, 32, 16), (32, 64): (8, 0, 16, 32), (5, 5): (0, 0, 32, 32), (1, 900): (16, 0, 1, 32),
+}  # fmt: skip
+BOXES = {
+    ("crop", (72, 36)): (20, 2, 52, 34),
+    ("crop", (36, 144)): (2, 56, 34, 88),
+    ("pad", (64, 32)): (0, -16, 64, 48),
+    ("pad", (8, 16)): (-4, 0, 12, 16),
+    ("squash", (100, 40)): (0, 0, 100, 40),
+}
 
 
-@pytest.mark.parametrize(
-    ("fit", "size", "box"),
-    [
-        ("crop", (72, 36), (20, 2, 52, 34)),
-        ("crop", (36, 144), (2, 56, 34, 88)),
-        ("pad", (64, 32), (0, -16, 64, 48)),
-        ("pad", (8, 16), (-4, 0, 12, 16)),
-        ("squash", (100, 40), (0, 0, 100, 40)),
-    ],
-)
-def test_the_box_is_the_part_of_the_image_that_the_network_sees(fit, size, box):
-    assert visible_box(size, rules_for(fit)) == pytest.approx(box)
+def test_the_network_sees_the_box_and_pad_centers_the_whole_image_on_the_background():
+    for size, (left, top, width, height) in PADDED.items():
+        pixels = preprocess_image(Image.new("RGB", size, (200, 100, 50)), rules_for("pad"))
+        expected = np.full((32, 32, 3), BACKGROUND, np.uint8)
+        expected[top : top + height, left : left + width] = (200, 100, 50)
+        assert np.array_equal(pixels, expected)
+    for (fit, size), box in BOXES.items():
+        assert visible_box(size, rules_for(fit)) == pytest.approx(box)
 
 
 @pytest.mark.parametrize("fit", ["pad", "squash"])
@@ -279,9 +248,6 @@ def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(
     for augmentation in (whole, kept, whole.model_copy(update={"draft": True})):
         training = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0)
         for index in range(len(images)):
-            pixels, expected = (
-                training[index][0].astype(int),
-                preprocess_image(images[index][0], rules).astype(int),
-            )
+            pixels, expected = training[index][0], preprocess_image(images[index][0], rules)
             allowed = 8 if augmentation.draft else 0
-            assert np.median(np.abs(pixels - expected)) <= allowed, images.path(index).name
+            assert np.median(np.abs(pixels - expected.astype(int))) <= allowed, images.path(index).name

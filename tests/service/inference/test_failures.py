@@ -68,20 +68,14 @@ def test_an_image_that_misses_its_deadline_is_504_and_never_runs(serve_with, poo
     assert runtime.batches == [1, 1]
 
 
-def test_a_dead_worker_rejects_everything_and_fails_the_health_checks(serve_with, jpeg):
-    client = serve_with(Failing({2: SystemExit("the device is gone")}))
-    codes = [post(client, jpeg).json().get("code") for _ in range(3)]
-    assert codes == [None, "runtime_dead", "runtime_dead"]
-    assert [client.get(path).status_code for path in ("/readyz", "/livez")] == [503, 503]
-
-
-def test_a_hung_runtime_is_detected_and_queued_images_are_rejected(serve_with, pool, jpeg):
-    runtime = Held(largest_batch=1)
-    client = serve_with(runtime, batch_timeout_seconds=0.4)
-    replies = pool.map(lambda _: post(client, jpeg), range(3))
-    assert [reply.json()["code"] for reply in replies] == ["runtime_dead"] * 3
-    assert client.get("/readyz").json() == {"status": "runtime_dead"}
-    runtime.gate.set()
+def test_a_dead_or_hung_runtime_rejects_everything_and_fails_the_health_checks(serve_with, pool, jpeg):
+    hung = Held(largest_batch=1)
+    for runtime in (Failing({1: SystemExit("the device is gone")}), hung):
+        client = serve_with(runtime, batch_timeout_seconds=0.4)
+        replies = pool.map(lambda _, client=client: post(client, jpeg), range(3))
+        assert [reply.json()["code"] for reply in replies] == ["runtime_dead"] * 3
+        assert [client.get(path).status_code for path in ("/readyz", "/livez")] == [503, 503]
+    hung.gate.set()
 
 
 def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
@@ -116,13 +110,12 @@ class Broken(FakeRuntime):
         return super().run(images)
 
 
-def test_a_device_that_fails_every_batch_ends_the_server_whatever_its_error_is(serve_with, jpeg):
+def test_a_device_that_fails_every_batch_ends_the_server_and_images_that_fail_in_a_row_do_not(
+    serve_with, jpeg
+):
     client = serve_with(Broken(num_classes=7))
     assert post(client, jpeg).json()["code"] == "inference_failed"
     wait_for(lambda: client.app.state.service.state == "runtime_dead")
-
-
-def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg):
     runtime = Broken(num_classes=7)
     runtime.everywhere = False
     client = serve_with(runtime)
@@ -135,10 +128,11 @@ def test_images_that_fail_in_a_row_do_not_stop_a_working_device(serve_with, jpeg
 @pytest.mark.parametrize(
     ("device", "cores", "expected"), [("cpu", 16, 2), ("cuda:0", 6, 6), ("cuda:0", 32, 8)]
 )
-def test_a_process_with_a_gpu_has_a_decoder_per_core(serve_with, monkeypatch, device, cores, expected):
+def test_a_process_with_a_gpu_has_a_decoder_per_core(bundle, monkeypatch, device, cores, expected):
     monkeypatch.setattr("sopdeploy_service.settings.cores_within_quota", lambda: cores)
-    client = serve_with(FakeRuntime(num_classes=7, device=device))
-    assert f"sopdeploy_decoders {expected}.0" in client.get("/metrics").text
+    loaded = LoadedModel(bundle=bundle, runtime=FakeRuntime(num_classes=7, device=device), replays={})
+    registry = service.ModelRegistry({"tiny": loaded}, Settings())
+    assert service.Service(registry, Settings())._count_decoders() == expected
 
 
 @pytest.fixture
@@ -190,19 +184,13 @@ def test_a_request_without_a_free_parser_ends_at_the_deadline(serve_with):
         assert (reply.status_code, count(client, "queue_depth")) == (504, 0)
 
 
-def test_a_run_out_of_memory_fails_only_its_image(serve_with, jpeg):
-    client = serve_with(Failing({2: "oom"}))
-    responses = [client.post("/v1/classify", content=jpeg) for _ in range(3)]
-    assert [response.status_code for response in responses] == [200, 503, 200]
-    assert responses[1].json()["code"] == "out_of_memory"
-
-
-def test_a_batch_that_is_out_of_memory_is_halved(serve_with, jpeg):
-    runtime = Failing({1: "oom", 2: "oom"})
+def test_a_batch_that_is_out_of_memory_is_halved_until_one_image_fails(serve_with, jpeg):
+    runtime = Failing({1: "oom", 2: "oom", 3: "oom", 4: "oom"})
     client = serve_with(runtime, max_batch=8, max_queue_delay_ms=5000)
-    reply = client.post("/v1/classify", files=[("image", jpeg)] * 8)
-    assert all("classes" in result for result in reply.json()["results"])
-    assert runtime.batches == [2, 2, 4]
+    results = client.post("/v1/classify", files=[("image", jpeg)] * 8).json()["results"]
+    (failed,) = (result["error"] for result in results if "error" in result)
+    assert (failed["code"], failed["status"]) == ("out_of_memory", 503)
+    assert runtime.batches == [1, 2, 4]
 
 
 def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
@@ -213,24 +201,23 @@ def test_a_batch_counts_as_hung_after_twenty_times_its_usual_time(bundle):
         assert served.hang_seconds(images) == seconds
 
 
-@pytest.mark.parametrize("command", [["serve", "--port", "0"], ["verify"], ["predict"]])
-@pytest.mark.parametrize(
-    "error",
-    [
-        OutOfMemoryError("Failed to allocate memory for a buffer of size 9"),
-        DeviceLostError("CUDA 719, cudaErrorLaunchFailure: unspecified launch failure"),
-        RuntimeError("CUDNN failure 8: CUDNN_STATUS_EXECUTION_FAILED\nfile=cudnn.cc"),
-    ],
-)
+FIRST_BATCHES = {
+    "serve": OutOfMemoryError("Failed to allocate memory for a buffer of size 9"),
+    "verify": DeviceLostError("CUDA 719, cudaErrorLaunchFailure: unspecified launch failure"),
+    "predict": RuntimeError("CUDNN failure 8: CUDNN_STATUS_EXECUTION_FAILED\nfile=cudnn.cc"),
+}
+
+
+@pytest.mark.parametrize("command", FIRST_BATCHES)
 def test_a_first_batch_that_fails_ends_every_command_in_one_line(
-    bundle_path, jpeg, tmp_path, monkeypatch, command, error
+    bundle_path, jpeg, tmp_path, monkeypatch, command
 ):
+    error = FIRST_BATCHES[command]
     runtime = Failing(dict.fromkeys(range(99), error))
     monkeypatch.setattr("sopdeploy_service.inference.loader.open_runtime", lambda *_: runtime)
     (tmp_path / "image.jpg").write_bytes(jpeg)
-    name, *options = command
-    images = [str(tmp_path / "image.jpg")] if name == "predict" else []
-    result = CliRunner().invoke(app, [name, str(bundle_path), *images, *options])
+    more = {"serve": ["--port", "0"], "predict": [str(tmp_path / "image.jpg")]}.get(command, [])
+    result = CliRunner().invoke(app, [command, str(bundle_path), *more])
     assert result.exit_code == 2
     reason = " ".join(str(error).split())
     assert result.stderr.splitlines() == [

@@ -53,9 +53,7 @@ class Device:
 
 
 def run_with_registry(
-    bundles: Mapping[str, Path],
-    device: Device,
-    scenario: Callable[[BudgetedRegistry], Awaitable[None]],
+    bundles: Mapping[str, Path], device: Device, scenario: Callable[[BudgetedRegistry], Awaitable[None]]
 ) -> None:
     """Run *scenario* with a started registry of *bundles* on *device*."""
 

@@ -1,7 +1,6 @@
 """Labels as moves between folders, and the order in which photographs are shown."""
 
 import errno
-import json
 from pathlib import Path
 
 import numpy as np
@@ -62,28 +61,16 @@ def test_undo_restores_photographs_records_and_folders_in_reverse_order(tmp_path
     folders.label(order[0], "hat")
     folders.skip(order[1])
     folders.label(order[2], None)
+    assert list(open_folders().waiting) == order[3:]  # after a restart
     folders.label(order[3], "hat")
     for left in (order[3:], order[2:], order[1:], order):
         folders.undo()
         assert list(folders.waiting) == left
-    after = {path: (tmp_path / path).read_bytes() for path in files_below(tmp_path)}
-    assert set(after) == set(before)
-    for path, content in before.items():
-        same = after[path] == content or json.loads(after[path]) == json.loads(content)
-        assert same, path
+    assert {path: (tmp_path / path).read_bytes() for path in files_below(tmp_path)} == before
     assert not list((tmp_path / "photos").iterdir())
     assert not (tmp_path / "photos-unknown").exists()
     with pytest.raises(GoneError, match="nothing to undo"):
         folders.undo()
-
-
-def test_after_a_restart_only_photographs_without_a_label_wait(keep, open_folders):
-    names = [keep(number) for number in range(5)]
-    folders = open_folders()
-    folders.label(names[0], "hat")
-    folders.label(names[1], None)
-    folders.skip(names[2])
-    assert set(open_folders().waiting) == set(names[3:])
 
 
 @pytest.mark.parametrize("stop", ["before the record is deleted", "after a copy to another file system"])
@@ -131,18 +118,14 @@ def test_labels_and_undo_work_between_file_systems(tmp_path, keep, open_folders,
     assert files_below(tmp_path) == {f"kept/{one}.jpg", f"kept/{one}.json"}
 
 
-@pytest.mark.parametrize("first", ["label", "delete"])
-def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(
-    tmp_path, keep, open_folders, first
-):
-    one, other = keep(1), keep(2)
-    folders, second = open_folders(), open_folders()
-    if first == "label":
-        second.label(one, "hat")
-    else:
-        (tmp_path / "kept" / f"{one}.jpg").unlink()
-    with pytest.raises(GoneError, match="has a label already or is no longer kept"):
-        folders.label(one, "shoes")
+def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(tmp_path, keep, open_folders):
+    labelled, deleted, other = (keep(number) for number in range(3))
+    folders = open_folders()
+    open_folders().label(labelled, "hat")
+    (tmp_path / "kept" / f"{deleted}.jpg").unlink()
+    for one in (labelled, deleted):
+        with pytest.raises(GoneError, match="has a label already or is no longer kept"):
+            folders.label(one, "shoes")
     assert not (tmp_path / "photos" / "shoes").exists()
     assert list(folders.waiting) == [other]
 
@@ -167,10 +150,8 @@ def test_classes_are_those_of_the_bundles_and_of_the_folders(tmp_path, keep, ope
 
 INVALID = {
     **dict.fromkeys(("", "  ", "a" * 101, "é" * 51), "1 to 100 bytes"),
-    **dict.fromkeys(
-        ("a/b", "../hat", "a\\b", "/etc", "a\nb", "a\x00b", "C:", "\u202etah", "a\x7f"), "leave out"
-    ),
-    **dict.fromkeys(("<img src=x>", "a|b", "a\ue000"), "leave out"),
+    **dict.fromkeys(("a/b", "../hat", "a\\b", "/etc", "a\nb", "a\x00b", "C:", "\u202etah"), "leave out"),
+    **dict.fromkeys(("a\x7f", "<img src=x>", "a|b", "a\ue000"), "leave out"),
     **dict.fromkeys((".", "..", ".hat", "hat.", "__MACOSX", "@eaDir"), "hidden"),
     **dict.fromkeys(("train", "Test", "val", "validation_set"), "a part of the data"),
     **dict.fromkeys(("Hat", "HAT", "\N{FULLWIDTH LATIN SMALL LETTER H}at"), "use the class 'hat'"),
@@ -186,15 +167,15 @@ def test_names_that_can_name_a_class_are_normalized():
     assert [check_class_name(name, existing, existing) for name in existing] == existing
 
 
-@pytest.mark.parametrize("name", INVALID)
-def test_names_that_cannot_name_a_class_are_refused_and_change_nothing(tmp_path, keep, open_folders, name):
+def test_names_that_cannot_name_a_class_are_refused_and_change_nothing(tmp_path, keep, open_folders):
     one = keep(1)
-    before = files_below(tmp_path)
-    with pytest.raises(ConfigError, match=INVALID[name]) as caught:
-        open_folders().label(one, name)
+    before, folders = files_below(tmp_path), open_folders()
+    for name, message in INVALID.items():
+        with pytest.raises(ConfigError, match=message) as caught:
+            folders.label(one, name)
+        assert "\n" not in str(caught.value)
     assert files_below(tmp_path) == before
     assert not (tmp_path / "photos").exists()
-    assert "\n" not in str(caught.value)
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
@@ -211,11 +192,8 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
 
 def test_links_and_foreign_files_in_the_kept_folder_are_not_shown(tmp_path, keep, open_folders):
     one, link = keep(1), keep(2)
-    secret = tmp_path / "secret.jpg"
-    secret.write_bytes(b"secret")
-    image = tmp_path / "kept" / f"{link}.jpg"
-    image.unlink()
-    image.symlink_to(secret)
+    image = (tmp_path / "kept" / f"{link}.jpg").rename(tmp_path / "secret.jpg")
+    (tmp_path / "kept" / f"{link}.jpg").symlink_to(image)
     (tmp_path / "kept" / "notes.json").write_text("{}")
     assert list(open_folders().waiting) == [one]
 

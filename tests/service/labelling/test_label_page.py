@@ -143,21 +143,10 @@ def test_of_several_labels_one_that_another_tab_took_leaves_the_others_selected(
     assert f"{LABELS[0]}/{taken}.jpg" in files_below(tmp_path / "photos")
 
 
-def test_names_with_markup_are_shown_as_text(keep, open_label_page, tmp_path):
+def test_the_sample_is_marked_and_held_out_and_names_with_markup_are_text(keep, open_label_page, tmp_path):
     name = "<img src=x onerror=alert(1)>"
-    keep(1, [3.0, 0.0], labels=[name, "hat"])
-    page = open_label_page()
-    assert page.locator("#classes .name").first.text_content() == name
-    assert page.locator("#classes img").count() == 0
-    page.keyboard.press("1")
-    page.wait_for_selector("#error:not([hidden])")  # it cannot name a folder
-    assert page.locator("#error img").count() == 0
-    assert not (tmp_path / "photos").exists()
-
-
-def test_the_uniform_sample_is_marked_and_held_out(keep, open_label_page, tmp_path):
     keep(1, reasons=("sample",))
-    keep(2, known=False)
+    keep(2, [3.0, 0.0], labels=[name, "hat"], known=False)
     page = open_label_page()
     assert page.locator("#sampled").is_visible()
     assert page.locator("#unknown").is_hidden()
@@ -165,3 +154,8 @@ def test_the_uniform_sample_is_marked_and_held_out(keep, open_label_page, tmp_pa
     assert files_below(tmp_path / "photos-held-out") == {f"hat/{identity(1)}.jpg"}
     assert page.locator("#sampled").is_hidden()
     assert page.locator("#unknown").is_visible()
+    assert page.locator("#classes .name").first.text_content() == name
+    page.keyboard.press("1")
+    page.wait_for_selector("#error:not([hidden])")  # it cannot name a folder
+    assert page.locator("#classes img, #error img").count() == 0
+    assert not (tmp_path / "photos").exists()

@@ -59,23 +59,18 @@ def test_the_slow_exact_form_is_used_only_without_vnni(
     assert (EXACT_INT8 in entries) == lacks_vnni
 
 
-@pytest.mark.parametrize(
-    ("machine", "flags", "expected"),
-    [
-        ("x86_64", "avx2 avx512f", True),
-        ("x86_64", "avx2 avx_vnni", False),
-        ("x86_64", "avx512f avx512_vnni", False),
-        ("x86_64", None, True),
-        ("aarch64", "asimd", False),
-        ("arm64", None, False),
-    ],
-)
-def test_vnni_counts_only_if_the_system_lists_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, flags: str | None, expected: bool
-) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    if flags is not None:
-        cpuinfo.write_text(f"flags : {flags}\n")
-    monkeypatch.setattr(environment.platform, "machine", lambda: machine)
-    monkeypatch.setattr(environment, "CPUINFO", cpuinfo)
-    assert environment.lacks_vnni() == expected
+PROCESSORS = {  # machine, flags: lacks VNNI
+    ("x86_64", "avx2 avx512f"): True, ("x86_64", "avx2 avx_vnni"): False,
+    ("x86_64", "avx512f avx512_vnni"): False, ("x86_64", None): True,
+    ("aarch64", "asimd"): False, ("arm64", None): False,
+}  # fmt: skip
+
+
+def test_vnni_counts_only_if_the_system_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for (machine, flags), expected in PROCESSORS.items():
+        cpuinfo = tmp_path / f"{machine} {flags}"
+        if flags is not None:
+            cpuinfo.write_text(f"flags : {flags}\n")
+        monkeypatch.setattr(environment.platform, "machine", lambda machine=machine: machine)
+        monkeypatch.setattr(environment, "CPUINFO", cpuinfo)
+        assert environment.lacks_vnni() == expected

@@ -11,7 +11,6 @@ READ = [
     *(MODEL, f"{MODEL}/ready"),
     *("/v1/card?model=other", "/v2/models/other", "/nothing"),
 ]
-WRITTEN = ["/v1/classify", "/v1/classify?top_k=%31", f"{MODEL}/infer"]
 
 
 @pytest.mark.parametrize("path", READ)
@@ -35,10 +34,10 @@ def test_metrics_support_head_and_count_it(client):
     assert int(head.headers["content-length"]) > 1000
 
 
-@pytest.mark.parametrize("path", WRITTEN)
-def test_post_endpoints_reject_head(client, path):
-    head = client.head(path)
-    assert (head.status_code, head.headers["allow"], head.content) == (405, "POST", b"")
+def test_post_endpoints_reject_head(client):
+    for path in ("/v1/classify", "/v1/classify?top_k=%31", f"{MODEL}/infer"):
+        head = client.head(path)
+        assert (head.status_code, head.headers["allow"], head.content) == (405, "POST", b"")
 
 
 def test_no_body_precedes_the_next_response(client):
@@ -55,20 +54,15 @@ def test_no_body_precedes_the_next_response(client):
             assert rest.startswith(b"HTTP/1.1 200 ")
 
 
-@pytest.mark.parametrize(
-    ("lines", "status"),
-    [
-        (b"HTTP/1.1\r\n\r\n", b"400"),
-        (b"HTTP/1.1\r\nHost: localhost\r\nA: " + b"b" * 40_000 + b"\r\n\r\n", b"431"),
-    ],
-)
-def test_a_rejected_head_request_has_no_body(client, lines, status):
-    with connect(client) as wire:
-        wire.sendall(b"HEAD /livez " + lines)
-        data = b"".join(iter(lambda: wire.recv(65_536), b""))
-    assert data.startswith(b"HTTP/1.1 " + status)
-    assert data.endswith(b"\r\n\r\n")
-    assert data.count(b"\r\n\r\n") == 1
+def test_a_rejected_head_request_has_no_body(client):
+    long = b"Host: localhost\r\nA: " + b"b" * 40_000 + b"\r\n"
+    for lines, status in ((b"", b"400"), (long, b"431")):
+        with connect(client) as wire:
+            wire.sendall(b"HEAD /livez HTTP/1.1\r\n" + lines + b"\r\n")
+            data = b"".join(iter(lambda wire=wire: wire.recv(65_536), b""))
+        assert data.startswith(b"HTTP/1.1 " + status)
+        assert data.endswith(b"\r\n\r\n")
+        assert data.count(b"\r\n\r\n") == 1
 
 
 def test_openapi_has_no_head(client):

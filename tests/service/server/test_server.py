@@ -119,48 +119,28 @@ def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
     assert [json.loads(line)["event"] for line in err.splitlines()] == logged
 
 
-@pytest.fixture
-def gate(tmp_path: Path) -> Path:
-    """A file for which the first batch of a `loaded` server waits."""
-    return tmp_path / "gate"
-
-
-@pytest.fixture
-def loaded(start, jpeg, gate) -> Iterator[Callable[..., tuple[subprocess.Popen[str], httpx.Client, list]]]:
-    """`loaded(settings)` starts a server with 16 requests, of which the first waits for `gate`."""
+@pytest.mark.parametrize("end", ["all complete", "time", "a second signal"])
+def test_sigterm_completes_admitted_requests_unless_the_drain_ends(start, jpeg, tmp_path, end) -> None:
+    gate = tmp_path / "gate"  # the first batch waits for this file
+    waits = BATCH.format(before=WAITS.format(gate=str(gate)))
+    seconds = ", drain_seconds=0.5" if end == "time" else ""
+    child, client = start(waits, f"max_batch=1, batch_timeout_seconds=60{seconds}")
     with ThreadPoolExecutor(16) as pool:
-
-        def started(settings: str = "") -> tuple[subprocess.Popen[str], httpx.Client, list]:
-            waits = BATCH.format(before=WAITS.format(gate=str(gate)))
-            child, client = start(waits, f"max_batch=1, batch_timeout_seconds=60, {settings}")
-            sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
-            wait_for(lambda: "sopdeploy_queue_depth 16.0" in client.get("/metrics").text, PATIENCE)
-            child.send_signal(signal.SIGTERM)
-            return child, client, sent
-
-        yield started
-
-
-def test_sigterm_under_load_completes_all_admitted_requests(loaded, jpeg, gate) -> None:
-    child, client, sent = loaded()
-    wait_for(lambda: client.get("/readyz").status_code == 503, PATIENCE)
-    late = client.post("/v1/classify", content=jpeg)
-    gate.touch()
-    assert [reply.result().status_code for reply in sent] == [200] * 16
-    assert (late.status_code, late.json()["code"]) == (503, "draining")
-    assert late.headers["connection"] == "close"
-    assert child.wait(PATIENCE) == 0
-
-
-@pytest.mark.parametrize("ends_by", ["time", "a second signal"])
-def test_requests_unfinished_after_the_drain_get_503(loaded, gate, ends_by) -> None:
-    child, client, sent = loaded("drain_seconds=0.5" if ends_by == "time" else "")
-    if ends_by == "a second signal":
-        wait_for(lambda: client.get("/readyz").status_code == 503, PATIENCE)
+        sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
+        wait_for(lambda: "sopdeploy_queue_depth 16.0" in client.get("/metrics").text, PATIENCE)
         child.send_signal(signal.SIGTERM)
-    found = {(reply.status_code, reply.json()["code"]) for reply in [one.result() for one in sent]}
+        if end != "time":
+            wait_for(lambda: client.get("/readyz").status_code == 503, PATIENCE)
+        if end == "a second signal":
+            child.send_signal(signal.SIGTERM)
+        if end == "all complete":
+            late = client.post("/v1/classify", content=jpeg)
+            assert (late.status_code, late.json()["code"]) == (503, "draining")
+            assert late.headers["connection"] == "close"
+            gate.touch()
+        codes = {reply.result().json().get("code") for reply in sent}
+        assert codes == {None if end == "all complete" else "draining"}
     gate.touch()
-    assert found == {(503, "draining")}
     assert child.wait(PATIENCE) == 0
 
 
@@ -319,12 +299,6 @@ def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(tmp_path,
             child.kill()
 
 
-@pytest.mark.parametrize("devices", [(), ("cpu",)])
-def test_a_server_cannot_follow_what_is_no_link(bundle_path: Path, devices: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError, match="no BUNDLE is a link; name one, such as bundles/live"):
-        run_server([bundle_path], Settings(port=0, follow=True, devices=devices))
-
-
 def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypatch) -> None:
     monkeypatch.setattr(os, "isatty", {lifetime.STDERR}.__contains__)
     assert not lifetime.terminal_is_closed()
@@ -358,15 +332,20 @@ def test_a_reader_of_the_log_that_stops_stops_no_request_and_no_shutdown(bundle_
         assert client.child.wait(60) == 0
 
 
-def test_a_port_in_use_and_an_unknown_host_are_one_line_errors(bundle_path: Path) -> None:
+def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_no_link_are_errors(bundle_path: Path) -> None:
+    no_link = "no BUNDLE is a link; name one, such as bundles/live"
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port}: cannot listen .*another"):
-            run_server([bundle_path], Settings(port=port))
-    for host in ("host.invalid", "a..b"):
-        with pytest.raises(ConfigError, match="cannot listen"):
-            run_server([bundle_path], Settings(host=host, port=0))
+        for settings, message in (
+            ({"port": port}, f"127.0.0.1:{port}: cannot listen .*another"),
+            ({"port": 0, "host": "host.invalid"}, "cannot listen"),
+            ({"port": 0, "host": "a..b"}, "cannot listen"),
+            ({"port": 0, "follow": True}, no_link),
+            ({"port": 0, "follow": True, "devices": "cpu"}, no_link),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                run_server([bundle_path], Settings(**settings))
 
 
 MIB = 1 << 20

@@ -65,11 +65,15 @@ def test_an_interrupted_run_continues_with_the_same_bytes(complete, bundle_path,
         with pytest.raises(StopError):
             classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(done))
     shown: list[tuple[int, int]] = []
-    found = classify(
-        bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, lambda *numbers: shown.append(numbers)
-    )
+
+    def lose_a_machine(*numbers: int) -> None:
+        shown.append(numbers)
+        (tmp_path / "rows" / f"part-00009.parquet.host.{len(shown)}.partial").touch()
+
+    lose_a_machine(0, 0)  # incomplete files of killed processes are removed before and after the rows
+    found = classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, lose_a_machine)
     assert part_bytes(tmp_path) == part_bytes(complete)
-    assert (shown[0], shown[-1]) == ((96, COUNT), (COUNT, COUNT))
+    assert (shown[1], shown[-1]) == ((96, COUNT), (COUNT, COUNT))
     assert (found.num_images, found.num_errors) == (COUNT, len(BAD))
 
 
@@ -84,20 +88,7 @@ def test_a_finished_run_is_not_repeated_and_a_damaged_part_is(complete, bundle_p
     assert part_bytes(out) == part_bytes(complete)
 
 
-def test_incomplete_files_of_killed_processes_are_removed_before_and_after_the_rows(
-    complete, bundle_path, photos, tmp_path
-):
-    def lose_a_machine(done: int, _total: int) -> None:
-        (tmp_path / "rows" / f"part-00009.parquet.host.{done}.partial").touch()
-
-    with pytest.raises(StopError):
-        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, stop_at(33))
-    lose_a_machine(0, 0)
-    classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS, lose_a_machine)
-    assert part_bytes(tmp_path) == part_bytes(complete)
-
-
-def test_a_folder_of_a_run_with_other_options_is_rejected(complete, bundle_path, photos):
+def test_a_folder_of_a_run_with_another_state_is_rejected(complete, bundle_path, photos, tmp_path):
     for settings, logits, message in (
         (Settings(threads=1, top_k=2), False, r"was begun with top_k 5, not 2; continue with"),
         (SETTINGS, True, r"was begun with columns \[\], not \['logits'\]"),
@@ -106,15 +97,10 @@ def test_a_folder_of_a_run_with_other_options_is_rejected(complete, bundle_path,
         options = OPTIONS.model_copy(update={"logits": logits})
         with pytest.raises(ConfigError, match=message):
             classify(bundle_path, [str(photos)], complete, settings, options)
-
-
-def test_a_folder_of_another_bundle_or_of_other_images_is_rejected(complete, bundle_path, photos, tmp_path):
     other = write_bundle(tmp_path, seed=1)
     with pytest.raises(ConfigError, match=r"was begun with bundle \w+, not \w+; continue"):
         classify(other, [str(photos)], complete, SETTINGS, OPTIONS)
-    with pytest.raises(
-        ConfigError, match=r"was begun with images 100 \(\w+\), not 1 \(\w+\); continue with the same"
-    ):
+    with pytest.raises(ConfigError, match=r"was begun with images 100 \(\w+\), not 1 \(\w+\); continue"):
         classify(bundle_path, [str(photos / "001.jpg")], complete, SETTINGS, OPTIONS)
     with pytest.raises(ConfigError, match="another run is writing"), OutputFolder(complete).locked():
         classify(bundle_path, [str(photos)], complete, SETTINGS, OPTIONS)
@@ -153,24 +139,17 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
     template.close()
     errors = {Path(row["path"]).stem: row["error"] for row in rows_of(tmp_path / "out")}
     assert errors == dict.fromkeys(bodies) | {"bad": "damaged_image"}
-
-
-def test_decoder_processes_that_do_not_start_are_one_line(bundle_path, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(decoders, "shared_template", lambda: pool.Template("sopdeploy_service.absent"))
     with pytest.raises(RuntimeUnavailableError, match="the decoder processes do not start"):
-        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
+        classify(bundle_path, [str(tmp_path)], tmp_path / "more", SETTINGS, OPTIONS)
 
 
 RULE = Rejection(score="max_probability", threshold=0.5)
+SEVERAL = Decision(activation="sigmoid", thresholds=(0.6,) * 7)
 DECISIONS = {  # decision, setting, classes of two images, known
     "classes": (None, {"top_k": 2}, (["cat", "dog"], ["ant", "bee"]), [None, None]),
     "rejection": (Decision(rejection=RULE), {"top_k": 1}, (["cat"], ["ant"]), [True, False]),
-    "several classes": (
-        Decision(activation="sigmoid", thresholds=(0.6,) * 7),
-        {},
-        (["cat", "dog", "bee"], list(LABELS)),
-        [None, None],
-    ),
+    "several classes": (SEVERAL, {}, (["cat", "dog", "bee"], list(LABELS)), [None, None]),
 }
 
 
