@@ -162,12 +162,15 @@ def test_from_an_empty_folder_to_the_second_bundle_live_without_a_failed_request
     assert {reply.headers["x-model-digest"] for reply in replies} == {first.rpartition("-")[2], digest}
     assert compared["verdict"] in {"better", "not worse"}
     assert [entry["label"] for entry in compared["new"]] == [NEW]
-    counted = compared["num_images"] + compared["num_copies"]
-    counted += sum(entry["num_images"] for entry in compared["new"])
-    assert counted == sum(len(files) for _, _, files in os.walk(f"{PHOTOS}-held-out"))
+    assert compared["num_images"] + compared["num_copies"] + sum(
+        entry["num_images"] for entry in compared["new"]
+    ) == sum(len(files) for _, _, files in os.walk(f"{PHOTOS}-held-out"))
     *_, move, _ = [json.loads(line) for line in Path("bundles/promotions.jsonl").read_text().splitlines()]
-    assert (move["before"], move["after"]) == (first, second)
-    assert move["comparison"]["verdict"] == compared["verdict"]
+    assert (move["before"], move["after"], move["comparison"]["verdict"]) == (
+        first,
+        second,
+        compared["verdict"],
+    )
     other_commands(home)
 
 
