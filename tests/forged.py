@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED, publish, seal, staging
 from sopdeploy.bundle.golden import write_golden
@@ -50,6 +52,13 @@ def fill(folder: Path) -> None:
         (folder / name).write_bytes(name.encode() * 20)
     (folder / "labels.json").write_bytes(to_json(LABELS))
     (folder / "README.md").write_text("# tiny\n")
+
+
+def graph(text: str, **weights: NDArray[Any]) -> onnx.ModelProto:
+    """Parse the ONNX *text* of a graph whose initializers are *weights*."""
+    model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": 18]> {text}')
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in weights.items())
+    return model
 
 
 def write_hollow(destination: Path, change: Callable[[Path], None] = lambda _: None, **fields: Any) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx.parser
+import onnx
 import pytest
 from click.testing import Result
 from onnx import TensorProto
@@ -21,17 +21,16 @@ from sopdeploy.bundle.manifest import to_json
 from sopdeploy.bundle.onnx_root import onnx_file_root
 from sopdeploy.cli.app import app
 from sopdeploy.errors import CertificateError
-from tests.forged import FIELDS, LABELS, forge, proof_files, write_computed
+from tests.forged import FIELDS, LABELS, forge, graph, proof_files, write_computed
 
 SIDE = 16
 PROBES = np.random.default_rng(0).integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8)
 
 
-def graph(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") -> bytes:
+def colors(factor: float = 1.0, *, output: str = "logits", cast: str = "Cast") -> bytes:
     """Build a graph from images (n, 16, 16, 3) uint8 to *factor* times their mean colors (n, 3)."""
-    model = onnx.parser.parse_model(
+    model = graph(
         f"""
-        <ir_version: 10, opset_import: ["": 18]>
         colors (uint8[n, {SIDE}, {SIDE}, 3] images) => (float[n, 3] {output})
         <int64[2] axes = {{1, 2}}, float factor = {{{factor}}}>
         {{
@@ -53,7 +52,7 @@ def probes(**changes: Any) -> bytes:
 
 
 def write_bundle(destination: Path, factor: float) -> Path:
-    model = onnx.load_model_from_string(graph(factor))
+    model = onnx.load_model_from_string(colors(factor))
     return write_computed(destination, model, PROBES, 1e-3, preprocess=FIELDS["preprocess"])
 
 
@@ -197,15 +196,15 @@ def test_missing_and_worthless_golden_examples_are_rejected(bundle: Path, monkey
 
 GRAPHS: dict[str, Callable[[], bytes]] = {
     "random bytes": lambda: bytes(range(256)),
-    "half a graph": lambda: graph()[:100],
-    "an operator that does not exist": lambda: graph(cast="RunShell"),
-    "another output": lambda: graph(output="other"),
+    "half a graph": lambda: colors()[:100],
+    "an operator that does not exist": lambda: colors(cast="RunShell"),
+    "another output": lambda: colors(output="other"),
     "weights in a file elsewhere": lambda: with_outside_weights("/etc/passwd"),
 }
 
 
 def with_outside_weights(location: str) -> bytes:
-    model = onnx.load_model_from_string(graph())
+    model = onnx.load_model_from_string(colors())
     tensor = model.graph.initializer[1]
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL

@@ -26,15 +26,13 @@ ONE_PROCESS, TWO_DEVICES = "one process", "two devices"
 WAYS: dict[str, tuple[str, ...]] = {ONE_PROCESS: (), TWO_DEVICES: ("--devices", "cpu,cpu")}
 
 
-def spawn(*arguments: str, program: tuple[str, ...] = SERVE) -> subprocess.Popen[str]:
+def spawn(
+    *arguments: str, program: tuple[str, ...] = SERVE, stderr: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """Start a server, or another *program* with its arguments, on any free port."""
-    return subprocess.Popen(
-        [sys.executable, *program, "--port", "0", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": PYTHONPATH},
-    )
+    command = [sys.executable, *program, "--port", "0", *arguments]
+    variables = {**os.environ, "PYTHONPATH": PYTHONPATH}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=variables)
 
 
 class ServerClient(httpx.Client):
@@ -47,9 +45,9 @@ class ServerClient(httpx.Client):
 
 
 @contextmanager
-def serving(*arguments: str, program: tuple[str, ...] = SERVE) -> Iterator[ServerClient]:
-    """Start a server and wait until it is ready; kill it at the end."""
-    with spawn(*arguments, "--threads", "1", program=program) as child:
+def serving(*arguments: str, **options: Any) -> Iterator[ServerClient]:
+    """Start a server, as `spawn` does, and wait until it is ready; kill it at the end."""
+    with spawn(*arguments, "--threads", "1", **options) as child:
         try:
             ready = re.match(r"ready: (\S+)  ", line_of(child))
             assert ready, child.communicate(timeout=20)

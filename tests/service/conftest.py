@@ -13,11 +13,10 @@ from typing import Any
 
 import httpx
 import numpy as np
-import onnx.parser
+import onnx
 import pytest
 import uvicorn
 from fastapi import FastAPI
-from onnx import numpy_helper
 from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
@@ -35,7 +34,7 @@ from sopdeploy_service.server.draining_server import http_config
 from sopdeploy_service.server.sockets import bind, url
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
-from tests.forged import write_computed
+from tests.forged import graph, write_computed
 from tests.pictures import encoded
 
 LABELS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu"]
@@ -43,7 +42,6 @@ RULES = Preprocess(resize=36, crop=32)
 
 
 TINY = """
-<ir_version: 10, opset_import: ["": 18]>
 tiny (uint8[n, 32, 32, 3] images) => (float[n, 7] logits)
 <float[3, 7] weights, int64[2] axes = {1, 2}>
 {
@@ -56,10 +54,8 @@ tiny (uint8[n, 32, 32, 3] images) => (float[n, 7] logits)
 
 def tiny_graph(seed: int = 0) -> onnx.ModelProto:
     """uint8 images (n, 32, 32, 3) to logits (n, 7): a linear layer over the mean colour, by *seed*."""
-    model = onnx.parser.parse_model(TINY)
     weights = np.random.default_rng(seed).normal(size=(3, len(LABELS))).astype(np.float32) / 40
-    model.graph.initializer.append(numpy_helper.from_array(weights, "weights"))
-    return model
+    return graph(TINY, weights=weights)
 
 
 def write_bundle(
@@ -79,32 +75,16 @@ def write_bundle(
     It is exported now or at *exported_at*.
     """
     images = np.random.default_rng(1).integers(0, 256, (probes, 32, 32, 3), dtype=np.uint8)
+    fields = {"project": project, "exported_at": exported_at or utc_now(), "decision": decision}
     return write_computed(
-        folder,
-        tiny_graph(seed),
-        images,
-        1e-4,
-        preprocess=preprocess,
-        labels=LABELS,
-        wrong_by=wrong_by,
-        renamed={"logits": output},
-        project=project,
-        exported_at=exported_at or utc_now(),
-        config={},
-        detached=(),
-        decision=decision,
-    )
+        folder, tiny_graph(seed), images, 1e-4, preprocess=preprocess, labels=LABELS, wrong_by=wrong_by,
+        renamed={"logits": output}, config={}, detached=(), **fields,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("bundles"))
-
-
-@pytest.fixture(scope="session")
-def wrong_bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole bundle whose network does not give the numbers it promises."""
-    return write_bundle(tmp_path_factory.mktemp("wrong"), wrong_by=0.01)
 
 
 @pytest.fixture(scope="session")

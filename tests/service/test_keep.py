@@ -5,11 +5,12 @@ import errno
 import gc
 import hashlib
 import io
+import itertools
 import logging
 import os
+import shutil
+import signal
 import stat
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -235,7 +236,7 @@ def test_a_damaged_file_and_a_bug_do_not_end_keeping(bundle, caplog) -> None:
     assert "is not kept" in caplog.text
 
 
-ROOT = Path(__file__).parents[2]
+STEPS = ("touch", "write_bytes", "replace", "unlink")  # of `Path`
 PHOTO = b"x" * FILE_BLOCK  # one block, and one for its record
 PAIR = 2 * FILE_BLOCK
 
@@ -282,7 +283,7 @@ def test_the_limit_holds_before_and_after_every_step(tmp_path: Path, monkeypatch
         sizes.append(size_of(tmp_path))
         return result
 
-    for name in ("touch", "write_bytes", "replace", "unlink"):
+    for name in STEPS:
         monkeypatch.setattr(Path, name, partialmethod(partial(checked, getattr(Path, name))))
     kept = KeptFolder(tmp_path, limit, 30)
     for number in range(16):
@@ -389,9 +390,42 @@ def test_a_full_disk_stops_keeping_with_one_warning_until_it_works_again(
     assert numbers(tmp_path) == [0, 4]
 
 
+def kill_at(last: int) -> None:
+    """Kill this process at its step number *last* on a file; a step that writes a file writes half of it."""
+    steps = itertools.count(1)
+
+    def stop(
+        name: str, original: Callable[..., object], path: Path, *values: bytes, **given: object
+    ) -> object:
+        if next(steps) == last:
+            if name == "write_bytes":
+                original(path, values[0][: len(values[0]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, *values, **given)
+
+    for name in STEPS:
+        setattr(Path, name, partialmethod(partial(stop, name, getattr(Path, name))))
+
+
 def test_a_process_killed_at_any_step_leaves_no_half_photograph(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.service.killed_while_keeping", str(tmp_path)]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    lines = [line.split() for line in printed.splitlines()]
-    assert [line for line in lines if line[1] != "True"] == []
-    assert int(lines[-1][0]) > 15  # steps
+    """It adds a second photograph, for which the first one makes room, and a reason to it."""
+    limit, bodies = 20_000, {1: b"1" * 7000, 2: b"2" * 7000}
+    KeptFolder(tmp_path / "start", limit, 30).add(bodies[1], photo(1))
+    for last in range(1, 1000):
+        folder = shutil.copytree(tmp_path / "start", tmp_path / str(last))
+        process = os.fork()
+        if not process:
+            kill_at(last)
+            kept = KeptFolder(folder, limit, 30)
+            kept.add(bodies[2], photo(2))
+            kept.add(bodies[2], photo(2, "unknown"))
+            os._exit(0)
+        _, status = os.waitpid(process, 0)
+        for path, record in read_kept(folder):
+            assert (path.name, path.read_bytes()) == (record.image, bodies[int(path.stem, 16)]), last
+        kept = KeptFolder(folder, limit, 30)
+        files = [file for file in folder.iterdir() if file.name != ".lock"]
+        assert (len(files), kept.used <= limit) == (2 * len(read_kept(folder)), True), last
+        if status == 0:
+            break
+    assert last > 15  # steps

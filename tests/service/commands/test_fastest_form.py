@@ -6,14 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.commands import export, fastest_form
 from sopdeploy.commands.fastest_form import Form, describe_fastest_form, measure_forms
+from tests.forged import graph
 
 ORT, ORT8 = Form("fp32", "ONNX Runtime"), Form("int8", "ONNX Runtime")
 VINO, VINO8 = Form("fp32", "OpenVINO"), Form("int8", "OpenVINO")
@@ -46,30 +45,20 @@ def test_the_fastest_form_is_named_with_the_options_that_give_it(
     assert describe_fastest_form(shipped) == f"{expected} {hint}"
 
 
-def convolution_graph() -> onnx.ModelProto:
-    """Two convolutions, of which the one that reads the image stays in float32, and average pooling."""
-    rng = np.random.default_rng(0)
-    weights = {
-        name: numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name)
-        for name, shape in {"a.weight": (8, 3, 3, 3), "b.weight": (7, 8, 3, 3)}.items()
-    }
-    nodes = [
-        helper.make_node("Cast", ["images"], ["wide"], to=TensorProto.FLOAT),
-        helper.make_node("Transpose", ["wide"], ["planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("Conv", ["planes", "a.weight"], ["a"]),
-        helper.make_node("Relu", ["a"], ["r"]),
-        helper.make_node("Conv", ["r", "b.weight"], ["b"]),
-        helper.make_node("GlobalAveragePool", ["b"], ["pooled"]),
-        helper.make_node("Flatten", ["pooled"], ["logits"]),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "convolutions",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 32, 32, 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["n", 7])],
-        list(weights.values()),
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+# Of the two convolutions, the one that reads the image stays in float32.
+CONVOLUTIONS = """
+convolutions (uint8[n, 32, 32, 3] images) => (float[n, 7] logits)
+<float[8, 3, 3, 3] first, float[7, 8, 3, 3] second>
+{
+    wide = Cast <to = 1> (images)
+    planes = Transpose <perm = [0, 3, 1, 2]> (wide)
+    a = Conv (planes, first)
+    r = Relu (a)
+    b = Conv (r, second)
+    pooled = GlobalAveragePool (b)
+    logits = Flatten (pooled)
+}
+"""
 
 
 def test_float32_and_int8_are_measured_in_both_runtimes_and_the_bundle_stays(
@@ -78,8 +67,10 @@ def test_float32_and_int8_are_measured_in_both_runtimes_and_the_bundle_stays(
     pytest.importorskip("openvino")
     monkeypatch.setattr(fastest_form, "ROUND_SECONDS", 0.0)
     with_convolutions = replace(bundle, path=tmp_path)
-    with_convolutions.onnx.write_bytes(convolution_graph().SerializeToString())
-    before = with_convolutions.onnx.read_bytes()
+    shapes, random = {"first": (8, 3, 3, 3), "second": (7, 8, 3, 3)}, np.random.default_rng(0)
+    weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    before = graph(CONVOLUTIONS, **weights).SerializeToString()
+    with_convolutions.onnx.write_bytes(before)
     assert measure_forms(with_convolutions).keys() == {ORT, VINO, ORT8, VINO8}
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
     assert measure_forms(bundle).keys() == {ORT, VINO}, "without a convolution there is no int8"

@@ -26,7 +26,6 @@ from tests.service.children import (
     WAYS,
     children_of,
     is_alive,
-    line_of,
     serving,
     spawn,
 )
@@ -50,20 +49,17 @@ def resources_of(process: int) -> tuple[int, int]:
 
 
 def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bundle_path: Path, jpeg) -> None:
-    with spawn(str(bundle_path), *WAYS[TWO_DEVICES], "--threads", "1") as child, ExitStack() as stack:
-        stack.callback(child.kill)
-        found = re.fullmatch(r"ready: http://(\S+)  (\S+)\n", line_of(child))
-        assert found, child.communicate(timeout=20)
-        url = f"http://{found[1]}"
+    with serving(str(bundle_path), *WAYS[TWO_DEVICES]) as client, ExitStack() as stack:
+        child, host = client.child, client.base_url.netloc.decode()
         for pid in children_of(child.pid):
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             assert b"CUDA_VISIBLE_DEVICES=" in variables  # no GPU
         connections = [
-            stack.enter_context(contextlib.closing(http.client.HTTPConnection(found[1], timeout=60)))
+            stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, timeout=60)))
             for _ in range(8)
         ]
         assert [classify_on(jpeg, connection) for connection in connections] == [200] * 8
-        page = httpx.get(f"{url}/metrics").text
+        page = client.get("/metrics").text
         answered = r'sopdeploy_requests_total\{code="200",.*process="\S+",route="/v1/classify"\} (\S+)'
         assert re.findall(answered, page) == ["4.0", "4.0"]
         names = {"cpu-0", "cpu-1", "supervisor"}
@@ -76,7 +72,7 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
             wait_for(lambda: not is_alive(before[0]))
             # A connection that the supervisor passes on before it notices the death is reset.
             wait_for(lambda: len(set(children_of(child.pid)) - set(before)) == 1)
-            codes = {httpx.post(f"{url}/v1/classify", content=jpeg).status_code for _ in range(5)}
+            codes = {client.post("/v1/classify", content=jpeg).status_code for _ in range(5)}
             assert codes == {200}
 
         send_to_the_oldest(signal.SIGKILL)
@@ -86,7 +82,7 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
                 kept.append(classify_on(jpeg, connection))
         assert kept == [200] * 4  # the others were connected to the killed process
         up = re.compile(r"^sopdeploy_worker_up\{.*\} 1\.0$", re.MULTILINE)
-        wait_for(lambda: len(up.findall(httpx.get(f"{url}/metrics").text)) == 2)
+        wait_for(lambda: len(up.findall(client.get("/metrics").text)) == 2)
         wait_for(lambda: resources_of(child.pid) == resources)
         send_to_the_oldest(signal.SIGSTOP)
         orphans = children_of(child.pid)

@@ -37,10 +37,14 @@ def fill() -> Iterator[Fill]:
     loop.close()
 
 
-def test_an_idle_worker_takes_what_is_queued_up_to_the_batch_size_in_order(fill: Fill) -> None:
+def test_an_idle_worker_takes_what_is_queued_in_order_until_the_queue_is_closed(fill: Fill) -> None:
     queue = RequestQueue()
     items = fill(queue, 10)
     assert [queue.take(4), queue.take(4), queue.take(4)] == [items[:4], items[4:8], items[8:]]
+    items = fill(queue, 2)
+    assert queue.close(DRAINING) == items
+    assert queue.put(items[0]) is DRAINING
+    assert queue.take(8) == []
 
 
 def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image(fill: Fill) -> None:
@@ -53,14 +57,10 @@ def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image(fill: Fill
     items = fill(queue, 2)
     items[0].arrived -= 1000
     assert queue.take(8) == items
-
-
-def test_images_that_arrive_during_the_delay_join_the_batch(fill: Fill) -> None:
-    queue = RequestQueue(max_delay=1000)
     fill(queue, 1)
     late = threading.Timer(0.05, fill, (queue, 2))
     late.start()
-    assert len(queue.take(3)) == 3
+    assert len(queue.take(3)) == 3  # those that arrive during the delay join the batch
     late.join()
 
 
@@ -77,29 +77,7 @@ def test_settled_cancelled_rejected_and_expired_images_never_enter_a_batch(fill:
     assert (settled.outcome.result(), rejected.outcome.result()) == (DRAINING, DEADLINE)
 
 
-def test_a_closed_queue_accepts_nothing_and_returns_the_remaining_images(fill: Fill) -> None:
-    queue = RequestQueue()
-    items = fill(queue, 2)
-    assert queue.close(DRAINING) == items
-    assert queue.put(items[0]) is DRAINING
-    assert queue.take(8) == []
-
-
 RAISES = 13
-
-
-class Network:
-    """Logits are the first pixel; a batch with RAISES raises."""
-
-    def __init__(self) -> None:
-        self.runs = 0
-
-    def __call__(self, images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-        self.runs += 1
-        first = np.array([image[0, 0] for image in images], np.float32)
-        if (first == RAISES).any():
-            raise RuntimeError("a bad image")
-        return {"logits": first}
 
 
 def images(*first: int) -> list[np.ndarray]:
@@ -110,13 +88,21 @@ def images(*first: int) -> list[np.ndarray]:
     ("size", "bad"), [(1, []), (33, []), (1, [0]), (2, [1]), (7, [3]), (64, [32]), (64, [3, 60])]
 )
 def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: list[int]) -> None:
-    network = Network()
+    runs: list[int] = []
+
+    def network(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+        runs.append(len(images))
+        first = np.array([image[0, 0] for image in images], np.float32)
+        if (first == RAISES).any():
+            raise RuntimeError("a bad image")
+        return {"logits": first}
+
     values = [RAISES if index in bad else 20 + index for index in range(size)]
     found = run_bisected(network, images(*values), ["logits"])
     assert [index for index, row in enumerate(found) if row is INFERENCE_FAILED] == bad
     good = [index for index in range(size) if index not in bad]
     assert [found[index]["logits"][0] for index in good] == [values[index] for index in good]
-    assert (network.runs == 1) == (size == 1 or not bad)
+    assert (runs == [size]) == (size == 1 or not bad)
 
 
 @pytest.mark.parametrize("output", ["logits", "gate"])

@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from sopdeploy import environment
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.environment import EXACT_INT8
 from sopdeploy_service.runtime import onnxruntime as runtime
 from sopdeploy_service.runtime.onnxruntime import CPU, OnnxRuntime, session_options
+from tests.forged import graph
 
 TENSORS = {
     "weights": np.full((8, 3, 5, 5), 127, np.int8),
@@ -24,22 +24,19 @@ TENSORS = {
 }
 
 
+PRODUCTS = """
+products (uint8[n, 32, 32, 3] images) => (float[n, 8, 28, 28] logits)
+<int8[8, 3, 5, 5] weights, float scale, uint8 zero, int8[8] no_shift, float[8] one_each, float wide>
+{
+    planes = Transpose <perm = [0, 3, 1, 2]> (images)
+    codes = QLinearConv (planes, scale, zero, weights, one_each, no_shift, wide, zero)
+    logits = Cast <to = 1> (codes)
+}
+"""
+
+
 def test_the_largest_products_do_not_saturate(bundle: Bundle, tmp_path: Path) -> None:
-    inputs = ["planes", "scale", "zero", "weights", "one_each", "no_shift", "wide", "zero"]
-    nodes = [
-        helper.make_node("Transpose", ["images"], ["planes"], perm=[0, 3, 1, 2]),
-        helper.make_node("QLinearConv", inputs, ["codes"]),
-        helper.make_node("Cast", ["codes"], ["logits"], to=TensorProto.FLOAT),
-    ]
-    graph = helper.make_graph(
-        nodes,
-        "largest products",
-        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["n", 32, 32, 3])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, name) for name, value in TENSORS.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    (tmp_path / "model.onnx").write_bytes(graph(PRODUCTS, **TENSORS).SerializeToString())
     opened = OnnxRuntime(replace(bundle, path=tmp_path), threads=1)
     outputs = opened.run(np.full((1, 32, 32, 3), 255, np.uint8))
     assert np.unique(outputs["logits"]).tolist() == [200.0]

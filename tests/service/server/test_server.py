@@ -5,7 +5,6 @@ import ctypes
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import pytest
 
 from sopdeploy.errors import ConfigError
@@ -29,31 +27,16 @@ from sopdeploy_service.server import draining_server, lifetime
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
-from tests.service import children
-from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, line_of, serving
+from tests.service.children import ONE_PROCESS, TWO_DEVICES, WAYS, ServerClient, serving
 from tests.service.conftest import wait_for, write_bundle
 from tests.service.raw import GET, POST, connect, post_of, read
 
 PATIENCE = 90  # seconds; usually a few are enough
 
-SERVE = """
-import sys
-from pathlib import Path
-from sopdeploy.errors import (SopdeployError)
-from sopdeploy_service.server import process as server
-from sopdeploy_service.settings import (load_settings)
-
-{faults}
-
-try:
-    sys.exit(server.run_server([sys.argv[1]], load_settings(port=0, threads=1, {settings})))
-except SopdeployError as problem:
-    sys.exit(f"error: {{problem}}")
-"""
-
 # `{before}` runs before each batch.
 BATCH = """
 import threading, time
+from pathlib import Path
 from sopdeploy_service.runtime.onnxruntime import (OnnxRuntime)
 original = OnnxRuntime.run
 def changed(self, images):
@@ -80,59 +63,45 @@ DrainingServer.on_tick = halt
 """
 
 
-@pytest.fixture
-def start(bundle_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], httpx.Client]]]:
-    """`start(faults, settings)` starts a server process after the code *faults*; gives it and a client."""
-    with ExitStack() as stack:
-
-        def started(faults: str = "", settings: str = "") -> tuple[subprocess.Popen[str], httpx.Client]:
-            code = SERVE.format(faults=faults, settings=settings)
-            child = stack.enter_context(
-                subprocess.Popen(
-                    [sys.executable, "-W", "error", "-c", code, str(bundle_path)],
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )  # `Popen.__exit__` waits for the process
-            stack.callback(child.kill)
-            found = re.fullmatch(r"ready: (\S+)  (\S+)\n", line_of(child))
-            assert found, child.communicate(timeout=PATIENCE)
-            assert found[2] == bundle_path.name
-            return child, stack.enter_context(httpx.Client(base_url=found[1], timeout=PATIENCE))
-
-        yield started
+def faulty(code: str) -> tuple[str, ...]:
+    """A program that runs `serve` after *code*; warnings are errors."""
+    run = "import sys; from sopdeploy.cli.app import main; sys.argv.insert(1, 'serve'); main()"
+    return "-W", "error", "-c", f"{code}\n{run}"
 
 
 @pytest.mark.parametrize(
-    ("settings", "number", "logged"),
-    [("", signal.SIGINT, []), ("log='json'", signal.SIGTERM, ["started", "request", "draining", "stopped"])],
+    ("options", "number", "logged"),
+    [
+        ((), signal.SIGINT, []),
+        (("--log", "json"), signal.SIGTERM, ["started", "request", "draining", "stopped"]),
+    ],
 )
 def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
-    start, jpeg, settings, number, logged
+    bundle_path, jpeg, options, number, logged
 ) -> None:
-    child, client = start(settings=settings)
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
-    child.send_signal(number)
-    out, err = child.communicate(timeout=PATIENCE)
-    assert (child.returncode, out) == (0, "")
+    with serving(str(bundle_path), *options, program=faulty("")) as client:
+        assert client.post("/v1/classify", content=jpeg).status_code == 200
+        client.child.send_signal(number)
+        out, err = client.child.communicate(timeout=PATIENCE)
+    assert (client.child.returncode, out) == (0, "")
     assert [json.loads(line)["event"] for line in err.splitlines()] == logged
 
 
 @pytest.mark.parametrize("end", ["all complete", "time", "a second signal"])
-def test_sigterm_completes_admitted_requests_unless_the_drain_ends(start, jpeg, tmp_path, end) -> None:
+def test_sigterm_completes_admitted_requests_unless_the_drain_ends(bundle_path, jpeg, tmp_path, end) -> None:
     gate = tmp_path / "gate"  # the first batch waits for this file
-    waits = BATCH.format(before=WAITS.format(gate=str(gate)))
-    seconds = ", drain_seconds=0.5" if end == "time" else ""
-    child, client = start(waits, f"max_batch=1, batch_timeout_seconds=60{seconds}")
-    with ThreadPoolExecutor(16) as pool:
+    program = faulty(BATCH.format(before=WAITS.format(gate=str(gate))))
+    seconds = 0.5 if end == "time" else 60
+    settings = f"max_batch=1 batch_timeout_seconds=60 drain_seconds={seconds}".split()
+    options = [f"--setting={setting}" for setting in settings]
+    with serving(str(bundle_path), *options, program=program) as client, ThreadPoolExecutor(16) as pool:
         sent = [pool.submit(client.post, "/v1/classify", content=jpeg) for _ in range(16)]
         wait_for(lambda: "sopdeploy_queue_depth 16.0" in client.get("/metrics").text, PATIENCE)
-        child.send_signal(signal.SIGTERM)
+        client.child.send_signal(signal.SIGTERM)
         if end != "time":
             wait_for(lambda: client.get("/readyz").status_code == 503, PATIENCE)
         if end == "a second signal":
-            child.send_signal(signal.SIGTERM)
+            client.child.send_signal(signal.SIGTERM)
         if end == "all complete":
             late = client.post("/v1/classify", content=jpeg)
             assert (late.status_code, late.json()["code"]) == (503, "draining")
@@ -140,49 +109,50 @@ def test_sigterm_completes_admitted_requests_unless_the_drain_ends(start, jpeg, 
             gate.touch()
         codes = {reply.result().json().get("code") for reply in sent}
         assert codes == {None if end == "all complete" else "draining"}
-    gate.touch()
-    assert child.wait(PATIENCE) == 0
+        gate.touch()
+        assert client.child.wait(PATIENCE) == 0
 
 
-def test_connections_opened_before_the_port_closes_get_a_response(start, jpeg) -> None:
-    child, client = start(faults=HALTS)
+def test_connections_opened_before_the_port_closes_get_a_response(bundle_path, jpeg) -> None:
     request = post_of(jpeg)
-    with ExitStack() as stack:
+    with serving(str(bundle_path), program=faulty(HALTS)) as client, ExitStack() as stack:
         known = [(stack.enter_context(connect(client)), said) for said in (b"", POST[:11], POST) * 7]
         for wire, said in known:
             wire.sendall(request)
             assert read(wire, to_the_end=False).status == 200
             wire.sendall(said)
-        child.send_signal(signal.SIGTERM)
-        wait_for(lambda: os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOHANG) is not None, PATIENCE)
+        client.child.send_signal(signal.SIGTERM)
+        stopped = os.P_PID, client.child.pid, os.WSTOPPED | os.WNOHANG
+        wait_for(lambda: os.waitid(*stopped) is not None, PATIENCE)
         pending = [stack.enter_context(connect(client)) for _ in range(40)]
         for wire in pending:
             wire.sendall(request)
         for wire, said in known:
             wire.sendall(request.removeprefix(said))
-        child.send_signal(signal.SIGCONT)
+        client.child.send_signal(signal.SIGCONT)
         replies = [read(wire) for wire in [*(wire for wire, _ in known), *pending]]
-    assert [(reply.status, reply.code) for reply in replies] == [(503, "draining")] * 61
-    assert child.wait(PATIENCE) == 0
+        assert [(reply.status, reply.code) for reply in replies] == [(503, "draining")] * 61
+        assert client.child.wait(PATIENCE) == 0
 
 
-def test_silent_connections_do_not_delay_the_shutdown(start) -> None:
+def test_silent_connections_do_not_delay_the_shutdown(bundle_path) -> None:
     patient = ("keep_alive_seconds", "header_timeout", "drain_seconds", "request_timeout")
-    child, client = start(settings=", ".join(f"{name}=3600" for name in patient))
-    with ExitStack() as stack:
+    options = [f"--setting={name}=3600" for name in patient]
+    with serving(str(bundle_path), *options) as client, ExitStack() as stack:
         for said in (b"", b"GET /li", GET, GET + b"\r\n") * 5:
             stack.enter_context(connect(client)).sendall(said)
         assert client.get("/livez").status_code == 200
-        child.send_signal(signal.SIGTERM)
-        assert child.wait(PATIENCE) == 0
+        client.child.send_signal(signal.SIGTERM)
+        assert client.child.wait(PATIENCE) == 0
 
 
-def test_a_hanging_runtime_exits_with_70(start, jpeg) -> None:
-    child, client = start(HANGS, "batch_timeout_seconds=0.5")
-    reply = client.post("/v1/classify", content=jpeg)
-    assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
-    err = child.communicate(timeout=PATIENCE)[1]
-    assert child.returncode == 70
+def test_a_hanging_runtime_exits_with_70(bundle_path, jpeg) -> None:
+    options = "--setting=batch_timeout_seconds=0.5"
+    with serving(str(bundle_path), options, program=faulty(HANGS)) as client:
+        reply = client.post("/v1/classify", content=jpeg)
+        assert (reply.status_code, reply.json()["code"]) == (503, "runtime_dead")
+        err = client.child.communicate(timeout=PATIENCE)[1]
+    assert client.child.returncode == 70
     assert [json.loads(line)["level"] for line in err.splitlines()] == ["critical"]
 
 
@@ -272,31 +242,20 @@ def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(tmp_path,
     first, second = (write_bundle(tmp_path, seed=seed) for seed in (0, 1))
     promote(first, live, None)
     terminal, stderr = os.openpty()
-    command = (*children.SERVE, "--port", "0", "--threads", "1", "--setting", "follow=true", *WAYS[way])
-    with subprocess.Popen(
-        [sys.executable, *command, str(live)],
-        stdout=subprocess.PIPE,
-        stderr=stderr,
-        text=True,
-        env={**os.environ, "PYTHONPATH": children.PYTHONPATH},
-    ) as child:
-        try:
-            os.close(stderr)
-            address = line_of(child).split()[1]
-            os.close(terminal)
+    with serving(str(live), "--setting", "follow=true", *WAYS[way], stderr=stderr) as client:
+        os.close(stderr)
+        os.close(terminal)
 
-            def serves(bundle: Path) -> bool:
-                reply = httpx.post(f"{address}/v1/classify", content=jpeg)
-                assert reply.status_code == 200
-                return reply.headers["x-model-digest"] == bundle.name.rpartition("-")[2]
+        def serves(bundle: Path) -> bool:
+            reply = client.post("/v1/classify", content=jpeg)
+            assert reply.status_code == 200
+            return reply.headers["x-model-digest"] == bundle.name.rpartition("-")[2]
 
-            assert serves(first)
-            promote(second, live, None, force="newer")
-            wait_for(lambda: serves(second))
-            child.send_signal(signal.SIGHUP)  # the kernel's, of the closed terminal
-            assert child.wait(PATIENCE) == 0
-        finally:
-            child.kill()
+        assert serves(first)
+        promote(second, live, None, force="newer")
+        wait_for(lambda: serves(second))
+        client.child.send_signal(signal.SIGHUP)  # the kernel's, of the closed terminal
+        assert client.child.wait(PATIENCE) == 0
 
 
 def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypatch) -> None:

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx.parser
 import pyarrow.parquet as pq
 import pytest
-from onnx import numpy_helper
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.decision import Decision, Rejection
@@ -25,7 +23,7 @@ from sopdeploy_service.inference import decoders
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
-from tests.forged import write_computed
+from tests.forged import graph, write_computed
 from tests.service.commands.batch.conftest import (
     BAD,
     COUNT,
@@ -179,7 +177,6 @@ def test_a_script_without_a_main_guard_runs_once(bundle_path, photos, tmp_path):
 
 
 GRAPH = """
-<ir_version: 10, opset_import: ["": 18]>
 maps (uint8[n, 32, 32, 3] images)
 => (float[n, 7] logits, float[n, 4] gates, float[n, 3] embedding)
 <float[3, 7] weight, float[7] bias, float[7, 4] mixing, int64[2] axes = {2, 3}>
@@ -199,8 +196,6 @@ def write_bundle_with_outputs(folder: Path) -> Path:
     """Write it into *folder*."""
     rng = np.random.default_rng(3)
     weight, bias, mixing = (rng.normal(size=size).astype(np.float32) for size in ((7, 3), 7, (7, 4)))
-    model = onnx.parser.parse_model(GRAPH)
-    values = {"weight": (weight / np.float32(40)).T.copy(), "bias": bias, "mixing": mixing}
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    model = graph(GRAPH, weight=(weight / np.float32(40)).T.copy(), bias=bias, mixing=mixing)
     images = rng.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     return write_computed(folder, model, images, 1e-2, preprocess=RULES, labels=LABELS)
