@@ -50,7 +50,6 @@ class KeptFolder:
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
         self._entries: dict[str, _Entry] = {}  # by name, the oldest first
         self._failed = False
-        self._other_bytes = 0
         with writing(path, ConfigError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
@@ -66,11 +65,11 @@ class KeptFolder:
 
     @property
     def used(self) -> int:
-        """Bytes of all files in the folder, also of those that are being written."""
-        return sum(entry.bytes for entry in self._entries.values()) + self._other_bytes
+        """Bytes of the kept photographs, also of one that is being written."""
+        return sum(entry.bytes for entry in self._entries.values())
 
     def _read(self) -> None:
-        """Read the records; delete photographs without one, and the reverse. Other files count, but stay."""
+        """Read the records; delete photographs without one, and the reverse. Other files stay."""
         own: set[Path] = set()
         for path, record in read_kept(self.path):
             files = path, path.with_suffix(".json")
@@ -81,8 +80,6 @@ class KeptFolder:
             others = (".jpg", ".png") if name and name[1] == "json" else (".json",)
             if name and not any(file.with_suffix(suffix).exists() for suffix in others):
                 file.unlink()
-            elif file.is_file():
-                self._other_bytes += _size_on_disk(file.stat().st_size)
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
         """Keep *image* unless it is a near-duplicate; of a copy, only new reasons are added.
@@ -145,7 +142,7 @@ class KeptFolder:
 
     def _make_room(self, size: int) -> bool:
         """Delete photographs until *size* more bytes are within the limit; tell whether that is possible."""
-        if self._other_bytes + size > self._max_bytes:
+        if size > self._max_bytes:
             return False
         while self.used + size > self._max_bytes:
             sample = [entry for entry in self._entries.values() if "sample" in entry.reasons]

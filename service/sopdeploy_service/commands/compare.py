@@ -174,12 +174,8 @@ def _show(result: BundleComparison) -> None:
         for one in result.classes
     ]  # fmt: skip
     print_table(("class", "images", "first", "second", "better, worse", "p, Holm"), rows)
-    say(
-        *(
-            f"new class {one.label}: {one.second} of {one.num_images} correct, not counted"
-            for one in result.new
-        )
-    )
+    for one in result.new:
+        say(f"new class {one.label}: {one.second} of {one.num_images} correct, not counted")
     if result.removed:
         say(f"only in the first bundle, not counted: {', '.join(result.removed)}")
     say(

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.text import Text
 
-from sopdeploy.bundle.folder import MANIFEST
 from sopdeploy.cli.command import as_data, command
 from sopdeploy.cli.console import out, plain_text, print_error, print_json
 from sopdeploy.data.folders import is_image
@@ -90,9 +89,7 @@ def read_image(path: Path, max_bytes: int) -> bytes:
             return read_at_most(file, max_bytes + 1)
     except OSError as error:
         reason = f"cannot be read ({error.strerror}); name an image file"
-        if (path / MANIFEST).is_file():
-            reason = "a second bundle; name one bundle, then image files"
-        elif path.is_dir():
+        if path.is_dir():
             reason = f"a folder; name its images: {path}/*"
         raise DataError(f"{path}: {reason}") from error
 

@@ -6,7 +6,6 @@ than stated, so each further comparison with one live bundle needs stronger evid
 """
 
 import fcntl
-import getpass
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -146,10 +145,7 @@ def _record(
     refused: bool = False,
 ) -> Promotion:
     """Record the move and make it unless it is *refused*. Raises `ConfigError` if *link* is not *before*."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container without a name for its user
-        user = str(os.getuid())
+    user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for it
     move = Promotion(
         time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
         refused=refused, comparison=comparison,

@@ -109,7 +109,8 @@ class RequestQueue:
             for item in items:
                 if item in self._items:
                     self._items.remove(item)
-        settle(items, [reason] * len(items))
+        for item in items:
+            item.settle(reason)
 
     def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
         """Wait for 1 to *max_size* images; an empty list means a closed queue.
@@ -140,12 +141,6 @@ class RequestQueue:
             self._items.clear()
             self._changed.notify_all()
             return remaining
-
-
-def settle(items: Sequence[QueuedImage], outcomes: Sequence[Outcome]) -> None:
-    """Set the outcome of each of *items* that has none yet. Call it on the event loop."""
-    for item, outcome in zip(items, outcomes, strict=True):
-        item.settle(outcome)
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *values: object) -> None:
@@ -246,7 +241,8 @@ class Model:
         if self.queue.closed_with is None:
             batches = tuple(self._in_flight)
             items = [*self.queue.close(reason), *(item for batch in batches for item in batch.items)]
-            settle(items, [reason] * len(items))
+            for item in items:
+                item.settle(reason)
 
     async def stop(self) -> None:
         """Close the model, end its thread and release its runtime."""
@@ -353,7 +349,8 @@ class Model:
         self, items: Sequence[QueuedImage], outcomes: Sequence[Outcome], started: float, ended: float
     ) -> None:
         """Settle and count a batch. Runs on the event loop while the thread runs the next batch."""
-        settle(items, outcomes)
+        for item, outcome in zip(items, outcomes, strict=True):
+            item.settle(outcome)
         if self.drift is not None:
             self.drift.add(
                 [

@@ -180,8 +180,9 @@ def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bo
     those chosen before, in the space of probabilities (k-center: Sener and Savarese, ICLR 2018). After
     `MAX_SPREAD`, the uncertainty decides alone.
     """
-    largest = np.sort(np.pad(probabilities_NC, ((0, 0), (2, 0))), axis=1)[:, -2:]
-    uncertainties_N = 1 - (largest[:, 1] - largest[:, 0])
+    padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))  # there may be fewer than two classes
+    second_N, first_N = np.sort(padded, axis=1)[:, -2:].T
+    uncertainties_N = 1 - (first_N - second_N)
     order: list[int] = []
     for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
         left = group[np.argsort(-uncertainties_N[group], kind="stable")]

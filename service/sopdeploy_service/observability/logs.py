@@ -95,8 +95,8 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     handler = LineQueue(file)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
-    level = settings.log_level.upper()
-    logging.getLogger(ROOT).setLevel("WARNING" if quiet and level != "ERROR" else level)
+    level = "warning" if quiet and settings.log_level != "error" else settings.log_level
+    logging.getLogger(ROOT).setLevel(level.upper())
     try:
         yield
     finally:

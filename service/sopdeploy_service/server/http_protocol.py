@@ -27,7 +27,6 @@ from sopdeploy_service.settings import Settings
 MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
-LINGER_BYTES = 100_000_000
 HEADER_GRACE = 1.0  # seconds; whoever takes longer for the headers makes room for another connection
 MAX_WAITING = 64  # connections of an address in their headers, or a quarter of all; more make room at once
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
@@ -127,7 +126,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._overhead_bytes = 0  # of incomplete headers, or of chunk extensions and trailers
         self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = self._closed = False
-        self._ignored_bytes = 0
         # Of the headers, then of the rest of the body, then of closing.
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -158,9 +156,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse *data* and reject the request if it exceeds a limit."""
         if self._ignores_input:
-            self._ignored_bytes += len(data)
-            if self._ignored_bytes > LINGER_BYTES:
-                self.abort()
             return
         if self.pipeline or self._held:
             self.flow.pause_reading()
@@ -186,9 +181,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
             if not self._ignores_input:  # else it is what follows the last request
                 self._error = self._error or _MALFORMED
-        limit = MAX_HEADER_BYTES + (0 if self._in_body else MAX_URL_BYTES)
-        self._overhead_bytes = max(0, self._overhead_bytes) if self._in_headers or self._in_body else 0
-        if self._overhead_bytes > limit:
+        in_request = self._in_headers or self._in_body
+        self._overhead_bytes = max(0, self._overhead_bytes) if in_request else 0
+        if self._overhead_bytes > MAX_HEADER_BYTES + (0 if self._in_body else MAX_URL_BYTES):
             self._error = self._error or LARGE_HEADERS
         responding = self.cycle is not None and not self.cycle.response_complete
         if self._error is not None:
@@ -366,7 +361,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.metrics.rejected.labels(reason.code).inc()
         self._restart_timer(None)
         self._ignores_input = True
-        if self.cycle is None or self.cycle.response_complete:
+        has_response = self.cycle is None or self.cycle.response_complete
+        if has_response:
             self._shared.metrics.request("other", reason.status, 0.0)
         elif self.pipeline or self.cycle.response_started or not self._in_body:
             self.cycle.keep_alive = False
@@ -374,7 +370,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         else:
             self.cycle.disconnected = True  # the body is invalid: the app sees a client that disconnected
             self.cycle.message_event.set()
-        if not (self._in_body and self.cycle.response_complete):  # else the request has its response already
+        if not (has_response and self._in_body):  # a body whose request was answered gets no other response
             self._write_error(reason)
         self._in_headers = True  # so that `close` waits for input in transit
         self.close()

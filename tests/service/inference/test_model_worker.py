@@ -11,7 +11,7 @@ import pytest
 from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference.loader import replay_overlapping
-from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected, settle
+from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected
 from sopdeploy_service.inference.results import DEADLINE, DRAINING, INFERENCE_FAILED, NONFINITE
 from sopdeploy_service.runtime.base import DeviceLostError
 from tests.fake_runtime import FakeOverlappingRuntime
@@ -70,7 +70,8 @@ def test_settled_cancelled_rejected_and_expired_images_never_enter_a_batch(fill:
     fill(queue, 1, seconds=-1)
     (last,) = fill(queue, 1)
     cancelled.outcome.cancel()
-    settle([settled, settled], [DRAINING, DEADLINE])
+    for outcome in (DRAINING, DEADLINE):
+        settled.settle(outcome)
     for _ in range(2):
         queue.reject([rejected, settled], DEADLINE)
     assert queue.take(8) == [first, last]

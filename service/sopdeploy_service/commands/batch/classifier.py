@@ -167,7 +167,8 @@ class BatchClassifier:
         answer = manifest.rules.answer(output[manifest.outputs[0].name], self._top_k)
         return {
             **row,
-            **answer.fields(labels),
+            "known": answer.known,
+            "score": answer.score,
             "classes": [labels[index] for index, _ in answer.ranked],
             "probabilities": [probability for _, probability in answer.ranked],
             **{column: output[name] for column, name in self._optional.items()},
