@@ -16,14 +16,8 @@ import sopdeploy
 PROGRAM = Path(sopdeploy.__file__).parents[1] / "deploy" / "every_command.py"
 # Commands, and functions of the Python API, that need the extra `train`.
 COMMANDS = {"export", "import", "inspect", "models", "reproduce", "train"}
-FUNCTIONS = {
-    f"sopdeploy.{name}"
-    for names in (
-        ("create_model", "describe", "dsop", "export_network", "isqrt"),
-        ("list_models", "register_model", "register_pooling", "unused_modules"),
-    )
-    for name in names
-}
+NAMES = "describe dsop export_network isqrt register_model register_pooling unused_modules"
+FUNCTIONS = {f"sopdeploy.{name}" for name in NAMES.split()}
 # Hides packages as if they were not installed.
 HIDE = """
 import sys
