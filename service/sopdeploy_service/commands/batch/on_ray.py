@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
@@ -22,8 +22,10 @@ from sopdeploy.environment import usable_cores
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError, first_line
 from sopdeploy_service.commands.batch.classifier import MAX_WORKERS, BatchClassifier, OnImages
 from sopdeploy_service.commands.batch.output import OutputFolder
-from sopdeploy_service.commands.batch.run import NEW_CLUSTER, ClassifyOptions
 from sopdeploy_service.settings import Settings
+
+if TYPE_CHECKING:
+    from sopdeploy_service.commands.batch.run import ClassifyOptions
 
 CONNECT_SECONDS = 5.0
 ERROR_OF_ACTOR = re.compile(r"sopdeploy\.errors\.(\w+): (.+)")  # in the traceback that Ray raises
@@ -36,7 +38,7 @@ class PartActor:
     """
 
     def __init__(
-        self, bundle: Path, settings: Settings, options: ClassifyOptions, out: Path, state: dict[str, Any]
+        self, bundle: Path, settings: Settings, options: "ClassifyOptions", out: Path, state: dict[str, Any]
     ) -> None:
         self._folder, self._classifier = OutputFolder(out), BatchClassifier(bundle, settings, options)
         states = (self._classifier.state, state)
@@ -59,7 +61,7 @@ class RayClassifier:
     Raises `ConfigError` if there is no cluster, and what a `BatchClassifier` raises on one of its machines.
     """
 
-    def __init__(self, bundle: Path, settings: Settings, options: ClassifyOptions) -> None:
+    def __init__(self, bundle: Path, settings: Settings, options: "ClassifyOptions") -> None:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
         _connect(options)
@@ -95,11 +97,11 @@ class RayClassifier:
                 on_images(row["images"])
 
 
-def _connect(options: ClassifyOptions) -> None:
+def _connect(options: "ClassifyOptions") -> None:
     """Connect to the Ray cluster of *options*, or start one here; raises `ConfigError`."""
     address, new = str(options.ray), {}
     try:
-        if address == NEW_CLUSTER:
+        if options.starts_cluster:
             requested = (options.actors or 1) * (options.workers or 1)
             new = {"num_cpus": max(usable_cores(), requested), "include_dashboard": False}
         elif address != "auto":  # Ray would try for minutes, then end the process

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from sopdeploy_service.commands.batch.on_ray import RayClassifier
 
 
-NEW_CLUSTER = "local"  # the address of a Ray cluster that starts and ends with the command
-
-
 class ClassifyOptions(Options):
     """What a run writes, and how."""
 
@@ -40,6 +37,11 @@ class ClassifyOptions(Options):
     """GPUs of a copy on the Ray cluster: 1, 0.5 lets two share one, 0 uses the CPU."""
     part_images: Annotated[int, pydantic.Field(ge=1, le=2**31 - 1)] = 4096
     """Images per parquet file."""
+
+    @property
+    def starts_cluster(self) -> bool:
+        """Whether a Ray cluster starts and ends with the command."""
+        return self.ray == "local"
 
 
 class Classified(StrictModel):
@@ -140,7 +142,7 @@ def _open_classifier(
     if options.ray is None:
         return BatchClassifier(bundle, settings, options)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if options.ray == NEW_CLUSTER:  # its ports are on loopback only, on every system
+    if options.starts_cluster:  # its ports are on loopback only, on every system
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     on_ray = import_optional(
         "sopdeploy_service.commands.batch.on_ray",
