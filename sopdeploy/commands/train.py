@@ -230,7 +230,6 @@ def configure(
     """
     from sopdeploy.importers.conversion import WeightFile
     from sopdeploy.importers.import_weights import choose_network
-    from sopdeploy.importers.weight_files import open_weights
     from sopdeploy.training.recipe import change_recipe, flatten
 
     if recipe is None and data is None:
@@ -247,20 +246,33 @@ def configure(
     }
     changes = [*map(parse_override, options.set), *flatten(settings)]
     changes += [(key, value) for key, value in of_options.items() if value is not None]
-    loaded, keys = change_recipe(source, changes, recorded), [key for key, _ in changes]
-    weights, opened = None if loaded.start is None else loaded.start.weights, None
-    if recipe is None and recorded is None and "model.name" not in keys and isinstance(weights, Path):
-        file = expand_user(weights)
-        opened = open_weights(file) if file.is_file() else None
+    loaded = change_recipe(source, changes, recorded)
+    keys = [key for key, _ in changes]
+    opened = None
+    if recipe is None and recorded is None and "model.name" not in keys:
+        opened = _open_start_weights(loaded)
         if isinstance(opened, WeightFile):
             network = choose_network(opened, loaded.model.name)
             loaded = change_recipe(source, [*changes, ("model.name", network)])
     if loaded.project is None:
-        path = getattr(loaded.data, "path", None)
-        name = path and folder_project(path)
-        name = name or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
-        loaded = loaded.model_copy(update={"project": name})
+        loaded = loaded.model_copy(update={"project": _name_project(loaded, source)})
     return loaded, keys, opened
+
+
+def _open_start_weights(recipe: "Recipe") -> "WeightSource | None":
+    """Open the file of `start.weights`; None if it is no file."""
+    from sopdeploy.importers.weight_files import open_weights
+
+    weights = None if recipe.start is None else recipe.start.weights
+    path = expand_user(weights) if isinstance(weights, Path) else None
+    return open_weights(path) if path is not None and path.is_file() else None
+
+
+def _name_project(recipe: "Recipe", source: str | Path) -> str:
+    """Name the project by the folder of the data, or else by the recipe *source*."""
+    folder = getattr(recipe.data, "path", None)
+    of_data = "" if folder is None else folder_project(folder)
+    return of_data or folder_project(Path(source).with_suffix("")) or FOLDER_RECIPE
 
 
 @command()

@@ -9,6 +9,7 @@ and the loss of a process is weighted by its number of samples. Layers that coup
 statistics over the processes themselves (balance loss), or not (batch norm).
 """
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -114,12 +115,16 @@ class StepShard(NamedTuple):
 
 
 def shard_step(samples: Sequence[int], recipe: Recipe, strategy: Strategy) -> StepShard:
-    """Select the samples and micro-batches of this process in a step with *samples*."""
+    """Select the samples and micro-batches of this process in a step with *samples*.
+
+    The sizes of micro-batches differ by at most one. There are fewer than `accumulate` if one had less than
+    two samples, or than one for each process.
+    """
     count = min(recipe.accumulate, max(1, len(samples) // max(2, strategy.world)))
+    bounds = [-(-len(samples) * number // count) for number in range(count + 1)]  # rounded up
     loaded: list[int] = []
     micro_batches = []
-    for number in range(count):
-        start, end = (-(-len(samples) * index // count) for index in (number, number + 1))
+    for start, end in itertools.pairwise(bounds):
         indices = strategy.shard(range(start, end))
         micro_batches.append(MicroBatch(len(loaded), len(loaded) + len(indices), end - start))
         loaded += [samples[index] for index in indices]

@@ -280,26 +280,37 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
     problem: Any = error.errors(include_url=False)[0]
     if not problem["loc"]:  # several values that do not fit together; the message names them
         return str(problem["msg"]).removeprefix("Value error, ")
-    *parents, last = problem["loc"]
+    key = _name_key(problem["loc"], values)
+    match problem["type"]:
+        case "union_tag_not_found":
+            return f"{key}.kind: missing"
+        case "union_tag_invalid":
+            return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
+        case "extra_forbidden":
+            return f"{key}: unknown key{_suggest_key(key)}"
+    path_with_tags = ".".join(map(str, problem["loc"]))
+    return key + first_problem(error).removeprefix(path_with_tags)
+
+
+def _name_key(path: Sequence[str | int], values: Any) -> str:
+    """Return the dotted key of *path* in *values*, without the tags of unions, which *values* do not have."""
+    *parents, last = path
     keys = []
-    for parent in parents:  # a tag of a union is no key of the values
+    for parent in parents:
         if isinstance(values, dict) and parent in values:
             values = values[parent]
             keys.append(str(parent))
-    key = ".".join([*keys, str(last)])
-    if problem["type"] == "union_tag_not_found":
-        return f"{key}.kind: missing"
-    if problem["type"] == "union_tag_invalid":
-        return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
-    if problem["type"] != "extra_forbidden":
-        path_with_tags = ".".join(map(str, problem["loc"]))
-        return key + first_problem(error).removeprefix(path_with_tags)
+    return ".".join([*keys, str(last)])
+
+
+def _suggest_key(key: str) -> str:
+    """Say what the unknown *key* may mean: one of another kind, one in a table, or a similar one."""
     known = sorted(set(_list_keys(Recipe)))
     if key in known:
-        return f"{key}: unknown key of this kind"
+        return " of this kind"
     same_name = [name for name in known if name.endswith(f".{key}")]
     close = same_name or difflib.get_close_matches(key, known, n=1)
-    return f"{key}: unknown key" + (f"; did you mean {close[0]}?" if close else "")
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:

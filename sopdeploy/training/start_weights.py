@@ -15,11 +15,11 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.checkpoint import Checkpoint, load_plain
+from sopdeploy.checkpoint import Checkpoint
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.data.base import derive_seed
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.files import expand_user
+from sopdeploy.files import check_is_file, expand_user
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert_weights
@@ -97,7 +97,8 @@ def read_start_weights(
 
 def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
-    model = recipe.model.name.removeprefix("head:")  # the tensors of a network keep their names under a head
+    # Under a head, and under the branches of `dsop-timm:`, the tensors of a network keep their names.
+    model = recipe.model.name.removeprefix("head:")
     source_model = model.removeprefix("dsop-") if ":" in model else model
     weights = recipe.start.weights if recipe.start is not None else None
     if isinstance(weights, Path):
@@ -107,8 +108,7 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
 
         config = make_config(recipe.model.name, recipe.model.config)
         path, source_model = fetch_imagenet_weights(model, config)
-    if not path.is_file():
-        load_plain(path)  # raises the error for missing files, folders and bundles
+    check_is_file(path)
     source = source or open_weights(path)
     if isinstance(source, WeightFile):
         converted = convert_weights(source, source_model)

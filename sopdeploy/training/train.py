@@ -150,7 +150,8 @@ def start_or_resume(
 
     All checks run before the folder is changed.
     """
-    strategy, recorded = folder.strategy, None
+    strategy = folder.strategy
+    recorded = None
     if checkpoint is not None:
         recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(folder.last)).procedure
     opened = open_data(recipe.data, callback.on_warning)
@@ -198,7 +199,8 @@ def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig |
     Cross-validation replaces a hold-out, so `few_shot` gets all images. Raises `ConfigError` if it has no
     head for the network.
     """
-    config, reason = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure, ""
+    config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
+    reason = ""
     if config is None:
         config = LoopConfig()
         if len(data.train) <= FEW_IMAGES and not torch.distributed.is_initialized() and _has_head(recipe):
@@ -312,23 +314,15 @@ def resume_run(
     """
     recipe = complete_preprocess(recipe, checkpoint.preprocess)
     check_same_recipe(recipe, checkpoint.training.get("recipe", {}), source)
-    if checkpoint.labels != images.labels:
-        raise DataError(
-            f"{source}: the run started with the classes {shorten(checkpoint.labels)}; give the same data"
-        )
     state = checkpoint.resume
     if state is None:
         raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
-    if state.get("train_count") != len(images):
-        raise DataError(
-            f"{source}: the run started with {state.get('train_count')} training images, now there are "
-            f"{len(images)}; give the same data or start a new run"
-        )
-    raw: Any = state.get("weights")
+    _check_same_images(checkpoint.labels, state.get("train_count"), images, source)
+    weights: Any = state.get("weights")  # the raw ones; those of the checkpoint may be averages
     damaged = f"{source}: its state to resume from is damaged; start a new run"
-    if not is_state_dict(raw):
+    if not is_state_dict(weights):
         raise CheckpointError(damaged)
-    model = build_classifier(replace(checkpoint, weights=raw), source)
+    model = build_classifier(replace(checkpoint, weights=weights), source)
     try:
         start = checkpoint.training.get("start")
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
@@ -341,6 +335,17 @@ def resume_run(
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(damaged) from error
     return run
+
+
+def _check_same_images(labels: tuple[str, ...], count: Any, images: LabeledImages, source: Path) -> None:
+    """Raise `DataError` unless *images* have the *labels* and the *count* of the run in *source*."""
+    if labels != images.labels:
+        raise DataError(f"{source}: the run started with the classes {shorten(labels)}; give the same data")
+    if count != len(images):
+        raise DataError(
+            f"{source}: the run started with {count} training images, now there are {len(images)}; give the "
+            "same data or start a new run"
+        )
 
 
 def summarize_run(run: Run, data: Split, out_dir: Path) -> TrainingResult:
