@@ -1,8 +1,8 @@
 """The download of published ImageNet weights.
 
 Downloads are stored in the caches of torchvision (`torch.hub`, `TORCH_HOME`) and timm (Hugging Face hub,
-`HF_HOME`). Before a file is parsed, its SHA-256 is compared: with a pinned one, with the digits in the file
-name that torchvision publishes, or with the hash that is the file name in the hub's cache.
+`HF_HOME`). Before a file is parsed, its SHA-256 is compared: with the digits in the file name that
+torchvision publishes, or with the hash that is the file name in the hub's cache.
 """
 
 import importlib
@@ -27,10 +27,6 @@ from sopdeploy.files import sha256
 from sopdeploy.models.registry import entry
 from sopdeploy.models.timm_networks import import_timm
 
-PINNED = {  # complete hashes; of other files the digits in the name are compared
-    "resnet18-f37072fd.pth": "f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
-    "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
-}
 TORCHVISION_VERSION = "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
 PUBLISHED_DEPTHS = {18, 26, 34, 50, 101}  # of ResNets
 HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z.]+$")
@@ -99,7 +95,7 @@ def _fetch_url(url: str) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
     match = HASH_IN_NAME.search(name)
-    _check_hash(path, PINNED.get(name, match[1] if match else ""))
+    _check_hash(path, match[1] if match else "")
     return path
 
 

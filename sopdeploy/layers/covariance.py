@@ -17,33 +17,25 @@ from torch import Tensor
 _SMALLEST_SQUARE = 1e-30  # keeps the gradient of the square root finite at 0
 
 
-def centered(features_BCHW: Tensor) -> Tensor:
-    """Flatten a map to (B, C, M) and subtract its mean over positions."""
+def deviations(features_BCHW: Tensor, *, centered: bool = True) -> Tensor:
+    """Flatten a map to (B, C, M) and subtract its mean over positions, if it is to be *centered*."""
     x_BCM = features_BCHW.flatten(start_dim=2)
-    return x_BCM - x_BCM.mean(dim=2, keepdim=True)
+    return x_BCM - x_BCM.mean(dim=2, keepdim=True) if centered else x_BCM
 
 
-def centered_and_scaled(features_BCHW: Tensor) -> Tensor:
-    """Center a map over positions and divide it by sqrt(M), as (B, C, M).
+def covariance_factor(features_BCHW: Tensor, *, centered: bool = True) -> Tensor:
+    """Compute the deviations (B, C, M) of a map divided by sqrt(M).
 
     Scaling the operand instead of the product keeps the product in range in half precision.
     """
-    x_BCM = centered(features_BCHW)
-    return x_BCM.mul_(1.0 / math.sqrt(x_BCM.shape[2]))
+    x_BCM = deviations(features_BCHW, centered=centered)
+    scale = 1.0 / math.sqrt(x_BCM.shape[2])
+    return x_BCM.mul_(scale) if centered else x_BCM * scale
 
 
-def scaled(features_BCHW: Tensor) -> Tensor:
-    """Divide a map by sqrt(M) without centering it, as (B, C, M)."""
-    x_BCM = features_BCHW.flatten(start_dim=2)
-    return x_BCM * (1.0 / math.sqrt(x_BCM.shape[2]))
-
-
-def covariance(centered_BCM: Tensor) -> Tensor:
-    """Compute the covariance (B, C, C) of the output of `centered_and_scaled`.
-
-    That of the output of `scaled` is the matrix of second moments, X X^T / M.
-    """
-    return centered_BCM @ centered_BCM.transpose(1, 2)
+def covariance(factor_BCM: Tensor) -> Tensor:
+    """Compute the covariance (B, C, C) from its factor, or from one that is not centered, second moments."""
+    return factor_BCM @ factor_BCM.transpose(1, 2)
 
 
 def covariance_trace(cov_BCC: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError
-from sopdeploy.layers.covariance import at_least_float32, centered_and_scaled, covariance, without_autocast
+from sopdeploy.layers.covariance import at_least_float32, covariance, covariance_factor, without_autocast
 from sopdeploy.layers.export_hints import ExportHints
 
 BlockActivation = Literal["none", "relu", "lrelu"]
@@ -134,7 +134,7 @@ class ChannelAttention(nn.Module, ExportHints):
         """Compute the weights; the covariance is float32 or float64."""
         reduced_BdHW = self.reduction(F.relu(features_BCHW) if self.config.pre_relu else features_BCHW)
         with without_autocast(reduced_BdHW):
-            cov_Bdd = covariance(centered_and_scaled(at_least_float32(reduced_BdHW)))
+            cov_Bdd = covariance(covariance_factor(at_least_float32(reduced_BdHW)))
         return self.excitation(cov_Bdd)
 
 
@@ -190,7 +190,7 @@ class PositionAttention(nn.Module, ExportHints):
             if config.position_covariance == "uncentred":
                 cov_BPP = released_covariance(small_BdP)
             else:
-                cov_BPP = covariance(centered_and_scaled(small_BdP.transpose(1, 2)))
+                cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
         return resample(weights_B1ss, height, width, rows)

@@ -16,6 +16,7 @@ polynomial, not an approximation. Where M < d it takes fewer products: 7 x 7 and
 8 x 8 maps of 128. Both run in float32 or float64: in half precision the Gram matrix has negative eigenvalues.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -26,12 +27,11 @@ from torch import Tensor, nn
 from sopdeploy.config import StrictModel
 from sopdeploy.layers.covariance import (
     at_least_float32,
-    centered,
-    centered_and_scaled,
     covariance,
+    covariance_factor,
     covariance_trace,
+    deviations,
     frobenius_norm,
-    scaled,
     upper_triangle_indices,
     without_autocast,
 )
@@ -99,9 +99,7 @@ def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
 
 def last_step(a_BCC: Tensor, iterations: int) -> Step:
     """Compute the last of the N `steps`."""
-    for step in steps(a_BCC, iterations):  # noqa: B007 - the last one
-        pass
-    return step
+    return deque(steps(a_BCC, iterations), maxlen=1).pop()
 
 
 def newton_schulz(a_BCC: Tensor, iterations: int) -> Tensor:
@@ -178,12 +176,6 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
 
 
-def deviations(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Tensor:
-    """Flatten a map to (B, d, M) and subtract its mean, if *config* says so."""
-    map_BdHW = at_least_float32(features_BdHW)
-    return centered(map_BdHW) if config.centered else map_BdHW.flatten(start_dim=2)
-
-
 class Prenormalized(NamedTuple):
     """Input of the Newton-Schulz iteration: X (B, d, M), its norm n (B, 1, 1), and A or G as `matrix`.
 
@@ -201,8 +193,7 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
 
     Both products have the same trace and the same Frobenius norm.
     """
-    map_BdHW = at_least_float32(features_BdHW)
-    x_BdM = centered_and_scaled(map_BdHW) if config.centered else scaled(map_BdHW)
+    x_BdM = covariance_factor(at_least_float32(features_BdHW), centered=config.centered)
     use_gram = gram_is_cheaper(x_BdM.shape[1], x_BdM.shape[2], config.iterations)
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if use_gram else x_BdM)
     norm_B11 = covariance_trace(matrix_Bnn) if config.prenorm == "trace" else frobenius_norm(matrix_Bnn)
@@ -267,7 +258,8 @@ class ISqrtVector(torch.autograd.Function):
         root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)
         root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]
 
-        x_BdM = deviations(features_BdHW, config)  # not saved: it is as large as the map
+        # not saved, because it is as large as the map
+        x_BdM = deviations(at_least_float32(features_BdHW), centered=config.centered)
         positions = x_BdM.shape[2]
         if ctx.use_gram:
             power = -0.5 if config.compensate else -1.0

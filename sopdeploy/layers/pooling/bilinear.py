@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from sopdeploy.config import Count
-from sopdeploy.layers.covariance import covariance, scaled
+from sopdeploy.layers.covariance import covariance, covariance_factor
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_length, unit_signed_root
 from sopdeploy.layers.pooling.covariance import NO_ROOT_FORM, MatrixRootConfig, square_root
 
@@ -39,7 +39,7 @@ class Bilinear(GlobalPooling):
 
     def matrix(self, features: Tensor) -> Tensor:
         """Compute X X^T / M (B, C, C) of *features* (B, C, H, W)."""
-        return covariance(scaled(features))
+        return covariance(covariance_factor(features, centered=False))
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the (B, C^2) vector of *features* (B, C, H, W)."""
@@ -88,7 +88,7 @@ class GaussianEmbedding(GlobalPooling):
         Sigma + mu mu^T is X X^T / M.
         """
         mean_B1C = features.mean(dim=(2, 3))[:, None, :]
-        left_BDC = torch.cat([covariance(scaled(features)), mean_B1C], dim=1)
+        left_BDC = torch.cat([covariance(covariance_factor(features, centered=False)), mean_B1C], dim=1)
         right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)
         embedded_BDD = torch.cat([left_BDC, right_BD1], dim=2)
         return square_root(embedded_BDD, self.config).flatten(start_dim=1)

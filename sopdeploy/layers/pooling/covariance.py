@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from sopdeploy.config import Count, Positive, StrictModel
 from sopdeploy.errors import TrainingError
 from sopdeploy.layers.covariance import (
-    centered_and_scaled,
     covariance,
+    covariance_factor,
     frobenius_norm,
-    scaled,
     upper_triangle_indices,
 )
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, Iterations, NewtonSchulzOptions, newton_schulz
@@ -219,8 +218,8 @@ class EigenPooling(ReducedPooling):
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
-        x_BdM = centered_and_scaled(features) if self.config.centered else scaled(features)
-        value_Bdd = spectral(covariance(x_BdM), self.function)
+        factor_BdM = covariance_factor(features, centered=self.config.centered)
+        value_Bdd = spectral(covariance(factor_BdM), self.function)
         return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
 
 

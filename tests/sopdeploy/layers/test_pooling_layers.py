@@ -19,8 +19,8 @@ from torchvision.transforms import Normalize as TorchvisionNormalize
 from sopdeploy.backbones.base import initialize
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.covariance import (
-    centered_and_scaled,
     covariance,
+    covariance_factor,
     covariance_trace,
 )
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig
@@ -176,7 +176,7 @@ def test_output_scales_with_the_features_and_ignores_their_mean(scale, shift, se
 
 @pytest.mark.parametrize("level", [0.0, 0.1, 1e4, -3.3])
 def test_trace_of_a_constant_map_is_never_negative(level: float) -> None:
-    x = centered_and_scaled(torch.full((1, 64, 14, 14), level))
+    x = covariance_factor(torch.full((1, 64, 14, 14), level))
     assert 0 <= covariance_trace(covariance(x)).item() <= (abs(level) * 1e-5) ** 2 * 64
 
 
