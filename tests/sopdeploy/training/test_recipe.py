@@ -54,6 +54,12 @@ def test_the_imagenet_recipe_follows_the_paper() -> None:
     assert recipe.optimizer.model_dump() == {**sgd, "weight_decay": 1e-4, "clip_norm": 0.0}
 
 
+def test_gated_recipes_weight_the_balance_loss_as_the_paper() -> None:
+    gated = [read_recipe("imagenet64-gmsop-resnet18"), read_recipe("places365-gmsop-resnet18")]
+    assert [recipe.model.full_config()["balance_weight"] for recipe in gated] == [100.0, 100.0]
+    assert [recipe.batch_size for recipe in gated] == [256, 256]  # which divides the weight
+
+
 OVERRIDES = [
     (["epochs=3"], "epochs", 3),
     (["optimizer.lr = 0.5"], "optimizer.lr", 0.5),

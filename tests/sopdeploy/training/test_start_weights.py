@@ -6,7 +6,6 @@ import json
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -37,65 +36,42 @@ from tests.sopdeploy.training.runs import short_recipe
 
 
 class WeightServer(ThreadingHTTPServer):
-    """Serves `content` at every path; `requests` lists method and path.
+    """Serves `content` with the hub's headers at every path of a loopback address; `requests` lists them.
 
     An "interrupted" response ends in the middle, a "changed" one has one other byte.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.content, self.fault = b"", "none"
+        self.content, self.fault, self.address = b"", "none", f"http://127.0.0.1:{self.server_port}"
         self.requests: list[str] = []
-
-    @property
-    def address(self) -> str:
-        """The address without a path."""
-        return f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET and HEAD with the headers of the hub."""
-
     server: WeightServer
 
     def log_message(self, *_: Any) -> None:
-        """Print nothing."""
+        pass
 
-    def _start(self, method: str) -> None:
-        self.server.requests.append(f"{method} {self.path}")
-        content = self.server.content
-        self.send_response(404 if self.server.fault == "not found" else 200)
+    def do_HEAD(self) -> None:
+        content, fault = self.server.content, self.server.fault
+        self.server.requests.append(f"{self.command} {self.path}")
+        self.send_response(404 if fault == "not found" else 200)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", "1" * 40)
         self.end_headers()
-
-    def do_HEAD(self) -> None:
-        """Answer with the headers."""
-        self._start("HEAD")
+        sent = {
+            "interrupted": content[: len(content) // 2],
+            "changed": content[:-1] + bytes([content[-1] ^ 1]) if content else b"",
+            "not found": b"",
+        }
+        if self.command == "GET":
+            self.wfile.write(sent.get(fault, content))
+            self.close_connection = True
 
     def do_GET(self) -> None:
-        """Answer with the content."""
-        self._start("GET")
-        content = self.server.content
-        if self.server.fault == "interrupted":
-            content = content[: len(content) // 2]
-        if self.server.fault == "changed":
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        if self.server.fault != "not found":
-            self.wfile.write(content)
-        self.close_connection = True
-
-
-@contextmanager
-def weight_server() -> Iterator[WeightServer]:
-    """Run a server on a free port until the block ends."""
-    with WeightServer() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        self.do_HEAD()
 
 
 BASE = 16  # channels of the first stage
@@ -123,12 +99,16 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WeightSe
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with weight_server() as running:
+    with WeightServer() as running:
+        thread = threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
         monkeypatch.setattr(constants, "ENDPOINT", running.address)
         template = f"{running.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         yield running
         close_session()
+        running.shutdown()
+        thread.join()
 
 
 def publish(server: WeightServer, content: bytes, monkeypatch: pytest.MonkeyPatch) -> str:

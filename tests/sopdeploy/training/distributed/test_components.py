@@ -13,15 +13,9 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import ProcessGroup, evaluate_network
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.layers import mixture
-from sopdeploy.models import gmsop
-from sopdeploy.models.catalog import CATALOG
 from sopdeploy.models.registry import create_model
 from sopdeploy.training import train
 from sopdeploy.training.distributed import Strategy, check_divisible, shard_step
-from sopdeploy.training.gradient import train_step
-from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.recipe_files import list_recipes
 from tests.sopdeploy.training.distributed.cases import (
     SHORT_CASES,
     build_recipe,
@@ -191,53 +185,3 @@ def test_any_number_of_processes_evaluates_103_images_equally(tmp_path, world) -
     for name in ("loss", "several loss", "thresholds"):
         assert found[name] == pytest.approx(single[name], rel=1e-9)
     assert (found["reports"], found["last"]) == (2 * -(-COUNT // (BATCH_SIZE * world)), COUNT)
-
-
-GATED = [
-    name
-    for name in list_recipes()
-    if issubclass(CATALOG[read_recipe(name).model.name].network, gmsop.GMSOPResNet)
-]
-
-SMALL = ["blocks_per_stage=1", "conv5_stride=1", "component_widths=[5]", "gate_widths=[]", "iterations=2"]
-SIDE = 8
-
-
-def random_images(count: int) -> ArrayImages:
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
-    return ArrayImages(tuple("abcd"), images, np.arange(count) % 4)
-
-
-def effective_weight(name: str) -> float:
-    """Divide what the first step of a recipe adds to its cross entropy by (std / mean)^2 of the loads."""
-    settings = [f"model.config.{setting}" for setting in SMALL]
-    recipe = read_recipe(name, [*settings, "workers=0", "device=cpu"])
-    data = random_images(recipe.batch_size)
-    run = start_run(recipe, data, Strategy(CPU))
-    run.model.double()
-    run.normalize.double()
-    samples = list(range(recipe.batch_size))
-    shard = shard_step(samples, recipe, run.strategy)
-    images, targets = data.images[shard.samples], data.targets[shard.samples]
-    loads: list[Tensor] = []
-
-    def keep_largest(logits: Tensor, chosen: int) -> Tensor:
-        weights = mixture.keep_largest(logits, chosen)
-        loads.append(weights.detach().sum(dim=0))
-        return weights
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gmsop, "keep_largest", keep_largest)
-        loss, _ = train_step(run, (torch.from_numpy(images), torch.from_numpy(targets)), samples, 1)
-    (load,) = loads
-    assert float(load.sum()) == pytest.approx(recipe.batch_size)
-    added = float(loss.parts["balance"])
-    assert float(loss.total) - float(loss.parts["main"]) == pytest.approx(added, abs=1e-6)
-    return added / float(load.var(correction=1) / load.mean().square())
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_recipes_weight_the_balance_loss_as_the_paper(name: str) -> None:
-    assert read_recipe(name).batch_size == 256
-    assert effective_weight(name) == pytest.approx(0.390625, rel=1e-4)
