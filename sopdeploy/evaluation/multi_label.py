@@ -173,8 +173,8 @@ def resampled_precision(
     hits = np.cumsum(weights * true[best_first], axis=1)[:, last_of_rank]
     ranks = np.maximum(np.cumsum(weights, axis=1)[:, last_of_rank], 1)
     with np.errstate(invalid="ignore"):
-        gained = np.diff(hits, axis=1, prepend=0)
-        precisions: NDArray[np.float64] = (gained * hits / ranks).sum(axis=1) / hits[:, -1]
+        new_hits = np.diff(hits, axis=1, prepend=0)  # images of the class that have exactly this rank
+        precisions: NDArray[np.float64] = (new_hits * hits / ranks).sum(axis=1) / hits[:, -1]
     return precisions
 
 

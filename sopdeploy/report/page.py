@@ -126,34 +126,31 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     """Describe the result; of the training loop, plot losses and scores of all heads over the epochs."""
     if not isinstance(result, LoopResult):
         return Section(title="Learning", text=result.lines())
+    last, text = history[-1], list(result.lines())
+    score, name = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1", last.metrics.score_name
     parts = dict.fromkeys(part for row in history for part in row.losses)
-    losses = {part: history_curve(history, f"train_{part}") for part in parts}
-    score = "map" if isinstance(history[-1].metrics, MultiLabelMetrics) else "top1"
-    scores, held_out = ({"deployed": history_curve(history, column)} for column in (score, "loss"))
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
-    for head in heads if len(heads) > 1 else ():
-        scores[head] = history_curve(history, f"{head}_{score}")
-        held_out[head] = history_curve(history, f"{head}_loss")
-    name = history[-1].metrics.score_name
-    captions = {
-        "Losses of the heads, the penalties, and their weighted sum.": (losses, "training loss"),
-        f"{name} on held-out images.": (scores, name),
-        f"If the loss rises and {name} does not fall, the network is overconfident.": (
-            held_out,
-            "loss on held-out images",
-        ),
+    shown = heads if len(heads) > 1 else ()
+    columns = {  # of the history, by chart and curve
+        "training loss": {part: f"train_{part}" for part in parts},
+        name: {"deployed": score, **{head: f"{head}_{score}" for head in shown}},
+        "loss on held-out images": {"deployed": "loss", **{head: f"{head}_loss" for head in shown}},
     }
-    text = list(result.lines())
-    if len(heads) > 1 and (diagnostics := history[-1].diagnostics) is not None:
+    captions = (
+        "Losses of the heads, the penalties, and their weighted sum.",
+        f"{name} on held-out images.",
+        f"If the loss rises and {name} does not fall, the network is overconfident.",
+    )
+    if shown and last.diagnostics is not None:
         text.append(
-            f"The deployed network is evaluated on all {history[-1].metrics.count} held-out images, the "
-            f"heads on a fixed subset of {diagnostics.num_images} with the raw weights."
+            f"The deployed network is evaluated on all {last.metrics.count} held-out images, the heads on a "
+            f"fixed subset of {last.diagnostics.num_images} with the raw weights."
         )
-    charts = [
-        Figure(image=plot(curves, "epoch", label), caption=caption)
-        for caption, (curves, label) in captions.items()
-    ]
-    if counts := history[-1].component_counts:
+    charts = []
+    for (label, curves), caption in zip(columns.items(), captions, strict=True):
+        drawn = {curve: history_curve(history, column) for curve, column in curves.items()}
+        charts.append(Figure(image=plot(drawn, "epoch", label), caption=caption))
+    if counts := last.component_counts:
         charts.append(component_chart(counts, "Training images that the gate sent to each component"))
     return Section(title="Learning", text=text, figures=charts)
 

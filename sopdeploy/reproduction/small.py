@@ -13,6 +13,7 @@ from sopdeploy.backbones.alexnet_vgg import AlexNetConfig, VGGConfig
 from sopdeploy.backbones.efficientnet import EfficientNetConfig
 from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.bundle.folder import staging
+from sopdeploy.config import StrictModel
 from sopdeploy.data.datasets.libraries import open_digits
 from sopdeploy.models.registry import entry, make_config
 from sopdeploy.training.recipe import Recipe, format_toml
@@ -110,25 +111,27 @@ def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
 
     VGG-16, which has no narrow form, is replaced by ResNet-8 with the same pooling.
     """
-    name, given = recipe.model.name, dict(recipe.model.config)
-    full = make_config(name, given)
+    name, config = recipe.model.name, dict(recipe.model.config)
+    full = make_config(name, config)
     values: dict[str, Any] = {key: getattr(full, key) for key in type(full).model_fields}
-    pooling = values["pooling"].model_dump(mode="json") if "pooling" in values else None
-    if pooling is not None:
-        pooling |= {key: min(pooling[key], size) for key, size in POOLING_SIZES.items() if key in pooling}
+    pooling = _small_pooling(values["pooling"]) if "pooling" in values else {"kind": "gap"}
     if isinstance(full, VGGConfig):
         return "resnet8", {"base_width": 8, "pooling": pooling}
-    config = dict(given)
-    for key, reduce in _REDUCTIONS.items():
-        if values.get(key) is not None:
-            config[key] = reduce(values[key])
-    by_default = {key for key, value in values.items() if value is None}
-    if "aux_blocks" in by_default and isinstance(full, ResNetConfig):
-        config["aux_blocks"] = [1, 1, 1, 1]
-    if "aux_widths" in by_default and not isinstance(full, EfficientNetConfig):
-        config["aux_widths"] = [CHANNELS] * {224: 4, 32: 3}[entry(name).image_size]
+    for key, value in values.items():
+        if value is not None and key in _REDUCTIONS:
+            config[key] = _REDUCTIONS[key](value)
+        elif key == "aux_blocks" and isinstance(full, ResNetConfig):
+            config[key] = [1, 1, 1, 1]
+        elif key == "aux_widths" and not isinstance(full, EfficientNetConfig):
+            config[key] = [CHANNELS] * {224: 4, 32: 3}[entry(name).image_size]
     if isinstance(full, AlexNetConfig):
         config["classifier"] = "linear"
-    if pooling is not None and pooling["kind"] != "gap":
+    if pooling["kind"] != "gap":
         config["pooling"] = pooling
     return name, config
+
+
+def _small_pooling(pooling: StrictModel) -> dict[str, Any]:
+    """Limit the sizes of *pooling*."""
+    values = pooling.model_dump(mode="json")
+    return values | {key: min(values[key], size) for key, size in POOLING_SIZES.items() if key in values}
