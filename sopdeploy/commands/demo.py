@@ -5,13 +5,18 @@ import sys
 from pathlib import Path
 from typing import TextIO, cast
 
-from sopdeploy.bundle.folder import read_bundles
 from sopdeploy.cli.app import QUICK_START
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_table, say
 from sopdeploy.errors import SopdeployError
 from sopdeploy.files import writing
 
+COMMANDS = (
+    "train --recipe digits-dsop",
+    "export runs/latest/best.pt --detach",
+    "verify bundles/latest",
+)
+SERVE = "serve bundles/latest --port 0"
 _ROWS = 10  # predictions to print
 MIN_ACCURACY = 0.98
 _TIMEOUT = 60  # seconds
@@ -24,24 +29,19 @@ def demo(*, out: Path = Path("demo")) -> int | None:
     Example: sopdeploy demo
 
     Args:
-        out: Parent folder; each demo creates a new numbered folder in it.
+        out: Folder of the run and the bundle; created if it is missing.
     """
-    folder = _new_folder(out)
-    run = folder / "run"
-    commands = (
-        ("train", "--recipe", "digits-dsop", "--out", str(run)),
-        ("export", str(run / "best.pt"), "--detach", "--out", str(folder)),
-        ("verify", str(folder / "latest")),
-    )
-    for words in commands:
-        say(f"\n$ sopdeploy {' '.join(words)}", style="bold cyan")
-        code = subprocess.run([sys.executable, "-m", "sopdeploy", *words], check=False).returncode
+    with writing(out, SopdeployError):
+        out.mkdir(parents=True, exist_ok=True)
+    for words in COMMANDS:
+        say(f"\n$ sopdeploy {words}", style="bold cyan")
+        command = [sys.executable, "-m", "sopdeploy", *words.split()]
+        code = subprocess.run(command, cwd=out, check=False).returncode
         if code:
             return code
-    bundle = next(read_bundles(folder)).path
-    say(f"\n$ sopdeploy serve {bundle} --port 0", style="bold cyan")
-    command = [sys.executable, "-m", "sopdeploy", "serve", str(bundle), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    say(f"\n$ sopdeploy {SERVE}", style="bold cyan")
+    command = [sys.executable, "-m", "sopdeploy", *SERVE.split()]
+    with subprocess.Popen(command, cwd=out, stdout=subprocess.PIPE, text=True) as server:
         try:
             ready = cast(TextIO, server.stdout).readline().strip()
             if not ready:
@@ -58,15 +58,6 @@ def demo(*, out: Path = Path("demo")) -> int | None:
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
     say(*(f"  {line}" for line in QUICK_START if "verify" not in line and "predict" not in line))
     return None
-
-
-def _new_folder(parent: Path) -> Path:
-    with writing(parent, SopdeployError):
-        parent.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(path.name) for path in parent.iterdir() if path.name.isdecimal()), default=0)
-        folder = parent / str(number)
-        folder.mkdir()
-    return folder
 
 
 def _classify_digits(url: str) -> float:
