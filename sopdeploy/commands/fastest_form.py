@@ -3,11 +3,13 @@
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import onnx
@@ -28,6 +30,7 @@ RUNTIMES: dict[str, type[OnnxRuntime | OpenVINORuntime]] = {
 DEFAULT = "ONNX Runtime"  # of `serve` on a CPU
 MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # the first round is not counted
 SMALLEST_GAIN = 1.1
+Side = TypeVar("Side", bound=Hashable)
 
 
 class Form(NamedTuple):
@@ -77,15 +80,20 @@ def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
                     continue  # its sums saturate there
                 with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
                     forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
-    times: dict[Form, list[float]] = {form: [] for form in forms}
+    return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
+
+
+def measure_alternately(runs: Mapping[Side, Callable[[], object]]) -> dict[Side, list[float]]:
+    """Measure the processor seconds of each of *runs*, in turn; the first time is not counted."""
+    times: dict[Side, list[float]] = {side: [] for side in runs}
     end, rounds = time.process_time() + ROUND_SECONDS, 0
     while rounds < MIN_ROUNDS or time.process_time() < end:
-        for form, runtime in forms.items():
+        for side, run in runs.items():
             began = time.process_time()
-            runtime.run(images)
-            times[form].append(time.process_time() - began)
+            run()
+            times[side].append(time.process_time() - began)
         rounds += 1
-    return {form: taken[1:] for form, taken in times.items()}
+    return {side: taken[1:] for side, taken in times.items()}
 
 
 def _quantize(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> Bundle:

@@ -1,5 +1,6 @@
 """`sopdeploy.train`, `sopdeploy train` and `sopdeploy recipes`."""
 
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import check_is_weights, expand_user
 from sopdeploy.project import Name, folder_project
 from sopdeploy.training.recipe_files import list_recipes, parse_override, read_values, recipe_text
-from sopdeploy.training.results import read_result
+from sopdeploy.training.results import NetworkScore, read_result
 
 if TYPE_CHECKING:
     from sopdeploy.checkpoint import Checkpoint
@@ -39,9 +40,13 @@ class TrainOptions(Options):
     from_: Text = None
     """A run, or a bundle whose run is in runs: start from its recipe, and print its accuracy and what was
     added since."""
+    models: Text = None
+    """Networks, separated by commas: train the most accurate one by cross-validation."""
+    within: Text = None
+    """Of `--models`, only those that need at most this time for an image on one thread here, such as 20ms."""
     weights: Text = None
     """Start weights: imagenet, none (random), a checkpoint or a weight file; sets `start.weights`. By default
-    imagenet for a folder of images without a recipe."""
+    imagenet for a folder of images without a recipe. With `--models`, one for each, separated by commas."""
     name: Name = None
     """Name of the project, by default that of the data folder or of the recipe; sets `project`."""
     unknown: Text = None
@@ -52,9 +57,41 @@ class TrainOptions(Options):
     set: tuple[str, ...] = ()
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
+    def per_network(self) -> "dict[str, TrainOptions]":
+        """Return the options with each of `models`, by name; without `models`, these options.
+
+        Raises `ConfigError` if there are not as many `weights`, or for an option that needs `models`.
+        """
+        if self.models is None:
+            if self.within is not None:
+                raise ConfigError("not without models to choose from", setting="within")
+            return {"": self}
+        if self.resume != "never":
+            raise ConfigError(
+                "not with resume, which continues with the network of the run", setting="models"
+            )
+        if self.within is not None:
+            _milliseconds(self.within)
+        names = [name.strip() for name in self.models.split(",")]
+        weights = [None] if self.weights is None else self.weights.split(",")
+        if len(weights) == 1 and weights[0] in {None, *PUBLISHED}:
+            weights *= len(names)
+        if len(weights) != len(names):
+            raise ConfigError(
+                f"{len(weights)} for {len(names)} networks; give one for each, separated by commas",
+                setting="weights",
+            )
+        changes = [
+            {"models": None, "within": None, "weights": file, "set": (*self.set, f"model.name={name}")}
+            for name, file in zip(names, weights, strict=True)
+        ]
+        return {name: self.model_copy(update=change) for name, change in zip(names, changes, strict=True)}
+
 
 def _show(result: "TrainingResult") -> None:
     """Print the result of the procedure, the frequent mistakes and the next command."""
+    if result.networks:
+        print_table(NetworkScore.COLUMNS, (network.row() for network in result.networks))
     mistakes = [f"{count} x {true} predicted as {predicted}" for true, predicted, count in result.mistakes]
     worst = [f"most frequent mistakes: {', '.join(mistakes)}"] if mistakes else []
     say(*result.procedure.lines(), *worst, f"{result.seconds:.0f} s in total", f"page: {result.report}")
@@ -122,14 +159,24 @@ def train(
     previous = None if options.from_ is None else read_previous(Path(options.from_))
     with ExitStack() as stack:
         stack.enter_context(join_processes())
-        loaded, keys, weights = configure(data, recipe, options, settings, previous)
-        strategy = Strategy(select_device(loaded.device))
-        resuming = options.resume != "never"
-        folder = out or numbered_folder(str(loaded.project), strategy, resume=resuming)
         observer: Any = callback or Callback()
         shown = (err.is_terminal or err.is_jupyter) if progress is None else progress
         if callback is None and shown and is_main_process():
             observer = stack.enter_context(ProgressBars(err))
+        configured = {
+            name: configure(data, recipe, of_network, settings, previous)
+            for name, of_network in options.per_network().items()
+        }
+        networks: tuple[NetworkScore, ...] = ()
+        if options.models is not None:
+            from sopdeploy.commands.network_choice import choose_network
+
+            within = None if options.within is None else _milliseconds(options.within)
+            networks = choose_network(configured, within, observer)
+        loaded, keys, weights = configured[next((one.name for one in networks if one.chosen), "")]
+        strategy = Strategy(select_device(loaded.device))
+        resuming = options.resume != "never"
+        folder = out or numbered_folder(str(loaded.project), strategy, resume=resuming)
         run, images = train_run(
             loaded,
             folder,
@@ -143,13 +190,17 @@ def train(
         if not is_main_process():
             return result
         mistakes = write_run_page(
-            run, images, folder, lambda done, total: observer.on_stage(name="report", done=done, total=total)
+            run,
+            images,
+            folder,
+            lambda done, total: observer.on_stage(name="report", done=done, total=total),
+            networks,
         )
         decisions = [run.decision, None if previous is None else previous.decision]
         rules = [None if decision is None else decision.rejection for decision in decisions]
         if weakness := describe_weakness(*rules):
             observer.on_warning(weakness)
-    found = {"report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
+    found = {"networks": networks, "report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
     changes = "" if previous is None else _describe_changes(previous, result, run.labels)
     return result.model_copy(update={**found, "previous": changes})
 
@@ -170,13 +221,27 @@ def _check(
         raise ConfigError(
             f"{options.from_}: no such run or bundle; `sopdeploy runs` lists them", setting="from"
         )
-    if options.weights is not None and options.weights not in PUBLISHED:
-        try:
-            check_is_weights(expand_user(options.weights))
-        except WeightsError as error:
-            raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
+    for of_network in options.per_network().values():
+        _check_weights(of_network.weights)
     if options.unknown is not None:
         data_folder(Path(options.unknown))
+
+
+def _check_weights(text: str | None) -> None:
+    """Raise the error of start weights that are neither published nor a file of weights."""
+    if text is not None and text not in PUBLISHED:
+        try:
+            check_is_weights(expand_user(text))
+        except WeightsError as error:
+            raise WeightsError(f"{error}, or {' or '.join(PUBLISHED)}", setting="weights") from error
+
+
+def _milliseconds(text: str) -> float:
+    """Convert a time such as "20ms" to a number; raise `ConfigError` for another text."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?ms", text)
+    if found is None:
+        raise ConfigError(f"{text!r} is no time; give milliseconds, such as 20ms", setting="within")
+    return float(found[1])
 
 
 def read_previous(source: Path) -> "Checkpoint":

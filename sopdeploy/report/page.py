@@ -26,7 +26,7 @@ from sopdeploy.report.predictions import describe_predictions, measure_predictio
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training.diagnostics import EpochRow, history_curve
 from sopdeploy.training.recipe import flatten
-from sopdeploy.training.results import AnyProcedureResult, LoopResult, read_result
+from sopdeploy.training.results import AnyProcedureResult, LoopResult, NetworkScore, read_result
 from sopdeploy.training.run import Run
 
 PAGE = "report.html"
@@ -45,11 +45,13 @@ def write_run_page(
     data: Split,
     folder: Path,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
+    networks: Sequence[NetworkScore] = (),
 ) -> list[tuple[str, str, int]]:
     """Write `report.html` about the finished *run* on *data* to *folder*, which holds its `best.pt`.
 
     The network is evaluated on the held-out images; without such images, the page shows the out-of-fold
     predictions of the training images. *on_image* receives the numbers of images evaluated and in total.
+    *networks* are those that were compared before.
 
     Returns the mistakes: true class, predicted class and number of images, the most frequent one first.
     """
@@ -71,6 +73,7 @@ def write_run_page(
             "time": f"{run.position.seconds:.0f} s",
         },
         sections=[
+            *_describe_networks(networks),
             _describe_learning(run.position.history, result),
             describe_predictions(metrics, f"best.pt on {metrics.count} images: {description}."),
             *_describe_decision(checkpoint),
@@ -120,6 +123,17 @@ def _describe_score(result: AnyProcedureResult) -> dict[str, str]:
         return {**epoch, result.score_name: percent(score)}
     interval = f"{100 * score.low:.0f} to {100 * score.high:.0f}"
     return {**epoch, result.score_name: f"{percent(score.value)} ({interval})"}
+
+
+def _describe_networks(networks: Sequence[NetworkScore]) -> Iterator[Section]:
+    """List the networks that were compared."""
+    if networks:
+        rows = [network.row() for network in networks]
+        caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
+        yield Section(
+            title="Choice of the network",
+            tables=[Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)],
+        )
 
 
 def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) -> Section:

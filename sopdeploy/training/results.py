@@ -1,7 +1,7 @@
 """The result of the training loop and of the few-shot procedure, part of the checkpoint `best.pt`."""
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
@@ -13,6 +13,31 @@ from sopdeploy.evaluation.multi_label import MeanPrecision
 
 _FEW_IMAGES = 5  # the result names classes with fewer images, because each fold tests hardly any of them
 SelectedBy = Literal["nothing", "other images", "same images"]
+
+
+class NetworkScore(StrictModel):
+    """A network that `train --models` compares.
+
+    Attributes:
+        milliseconds: Processor time of an image with ONNX Runtime on one thread.
+        megabytes: Size of the exported graph.
+        score: Cross-validated accuracy or mAP; None if the network takes too long.
+    """
+
+    COLUMNS: ClassVar = ("network", "accuracy", "ms", "MB", "")  # of `row`
+    name: str
+    milliseconds: float
+    megabytes: float
+    score: Rate | MeanPrecision | None = None
+    chosen: bool = False
+
+    def row(self) -> tuple[str, ...]:
+        """Return the cells of a table."""
+        score = "too slow"
+        if self.score is not None:
+            interval = f"{100 * self.score.low:.0f} to {100 * self.score.high:.0f}"
+            score = f"{100 * self.score.value:.1f} % ({interval})"
+        return (self.name, score, f"{self.milliseconds:.1f}", f"{self.megabytes:.1f}", "chosen" * self.chosen)
 
 
 class LoopResult(StrictModel):

@@ -36,7 +36,7 @@ from sopdeploy.training.recipe import (
     check_same_recipe,
     validate_recipe,
 )
-from sopdeploy.training.results import AnyProcedureResult, read_result
+from sopdeploy.training.results import AnyProcedureResult, NetworkScore, read_result
 from sopdeploy.training.run import Callback, Run
 from sopdeploy.training.run_folder import RunFolder
 from sopdeploy.training.start_weights import (
@@ -69,6 +69,7 @@ class TrainingResult(StrictModel):
         report: The page about the run, if one is written.
         previous: The run that it started from, and what was added since.
         mistakes: The two most frequent ones: true class, predicted class, number of images.
+        networks: Those that were compared, if there was a choice.
     """
 
     out: Path
@@ -90,6 +91,7 @@ class TrainingResult(StrictModel):
     report: Path | None = None
     previous: str = ""
     mistakes: tuple[tuple[str, str, int], ...] = ()
+    networks: tuple[NetworkScore, ...] = ()
 
 
 def train_recipe(recipe: Recipe, out_dir: Path, **options: Any) -> TrainingResult:

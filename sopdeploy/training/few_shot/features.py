@@ -46,10 +46,7 @@ class Features:
         self.recipe, self.model, self.full = recipe, model, full_head(recipe, model)
         self.outputs = CachedNetwork(self.full, recipe)
         self.vectors, self.views, self.hashes = compute_features(self.outputs, images, on_image)
-        taps = tuple(self.full.pooled_head.channels)
-        self.head = HeadConfig(kind="gap")  # the only one of a network without feature maps
-        if taps and kind != "gap":
-            self.head = HeadConfig(kind=kind, taps=taps, width=WIDTH)
+        self.head = head_to_fit(self.full, kind)
 
     def columns(self, head: HeadConfig) -> list[slice]:
         """Find the columns of `vectors` that *head* reads: one slice per statistic and tap."""
@@ -218,3 +215,15 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
         if not str(error).startswith("head.taps"):
             raise
         return with_head(recipe.model.name, model, HeadConfig(kind="gap")).eval()
+
+
+def head_to_fit(full: SecondOrderHead, kind: HeadKind) -> HeadConfig:
+    """Configure the head of *kind* on the taps of *full*; without feature maps, "gap" is the only one."""
+    taps = tuple(full.pooled_head.channels)
+    return HeadConfig(kind=kind, taps=taps, width=WIDTH) if taps and kind != "gap" else HeadConfig(kind="gap")
+
+
+def unfitted_network(recipe: Recipe, kind: HeadKind, model: Classifier) -> SecondOrderHead:
+    """Build the network that a run would deploy, with a random head."""
+    head = head_to_fit(full_head(recipe, model), kind).model_copy(update={"distance": True})
+    return with_head(recipe.model.name, model, head).eval()

@@ -63,7 +63,7 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
             signals.exchange()
 
         try:
-            result = _fit(run, data.train, on_progress)
+            result = fit_classifier(run, data.train, on_progress)
             result, metrics = _evaluate(run, data, result)
         except TrainingStoppedError as stop:
             stop.message = "stopped before the first checkpoint; start the same command again"
@@ -82,7 +82,9 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
     callback.on_epoch_end(row)
 
 
-def _fit(run: Run, images: LabeledImages, on_progress: Callable[[str, int, int], None]) -> FewShotResult:
+def fit_classifier(
+    run: Run, images: LabeledImages, on_progress: Callable[[str, int, int], None]
+) -> FewShotResult:
     """Fit the classifier to *images*, and give *run* the network and the out-of-fold logits (N, K).
 
     *on_progress* receives (step, done, total). Raises `DataError` if all images have the same pixels.

@@ -1,0 +1,156 @@
+"""Choose among networks by accuracy and time: `sopdeploy train --models A,B --within 20ms`.
+
+Each network is built with random weights and the head that the few-shot procedure fits, exported, and
+measured on one thread. Those that are fast enough are cross-validated with their start weights. Of the most
+accurate one and those that do not differ from it significantly, the fastest is chosen.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.commands.fastest_form import measure_alternately
+from sopdeploy.data.base import LabeledImages
+from sopdeploy.data.sources import open_data
+from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.evaluation.statistics import difference_interval
+from sopdeploy.images.preprocess import Preprocess
+from sopdeploy.models.registry import create_model, entry
+from sopdeploy.training.distributed import Strategy, select_device
+from sopdeploy.training.few_shot.features import unfitted_network
+from sopdeploy.training.few_shot.run import fit_classifier
+from sopdeploy.training.recipe import FewShotConfig, Recipe
+from sopdeploy.training.results import NetworkScore
+from sopdeploy.training.run import Callback
+from sopdeploy.training.start_weights import WeightSource, complete_preprocess, create_initial_model
+from sopdeploy.training.train import create_run, select_procedure
+from sopdeploy_export.graph import INPUT, capture_any_batch, lower, output_names
+from sopdeploy_service.runtime.onnxruntime import CPU, session_options
+
+
+class Speed(NamedTuple):
+    """Processor time of an image, and size of the graph."""
+
+    milliseconds: float
+    megabytes: float
+
+
+class Validated(NamedTuple):
+    """A cross-validation: its score, which of N images are right (N,), and their groups (N,).
+
+    With several classes per image, `right` is None.
+    """
+
+    score: Rate | MeanPrecision
+    right: NDArray[np.bool_] | None
+    groups: NDArray[np.int64]
+
+
+def choose_network(
+    configured: Mapping[str, tuple[Recipe, list[str], WeightSource | None]],
+    within: float | None,
+    callback: Callback,
+) -> tuple[NetworkScore, ...]:
+    """Compare networks by name; one of them is `chosen`. *within* is the largest time in milliseconds.
+
+    *configured* are their recipes, the keys that the user has set, and the opened start weights. Raises
+    `ConfigError` if all networks take longer, or if one would not be trained by the few-shot procedure.
+    """
+    recipe = next(iter(configured.values()))[0]
+    data, strategy = open_data(recipe.data), Strategy(select_device(recipe.device))
+    recipes = {name: select_procedure(one[0], data).recipe for name, one in configured.items()}
+    for name, recipe in recipes.items():
+        if not isinstance(recipe.procedure, FewShotConfig):
+            raise ConfigError(
+                f"{name}: the procedure {recipe.procedure.kind} trains it, without cross-validation; "
+                "choose a network with --set model.name",
+                setting="models",
+            )
+    speeds = measure_networks(recipes, len(data.train.labels), callback)
+    fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
+    if not fast:
+        name, speed = min(speeds.items(), key=lambda item: item[1])
+        raise ConfigError(
+            f"no network needs at most {within:g} ms; the fastest is {name} with {speed.milliseconds:.1f} ms",
+            setting="within",
+        )
+    validated = {
+        name: cross_validate(recipes[name], data.train, configured[name][2], strategy, callback)
+        for name in fast
+    }
+    best = max(fast, key=lambda name: validated[name].score.value)
+    equal = [name for name in fast if not is_better(validated[best], validated[name])]
+    chosen = min(equal, key=lambda name: speeds[name])
+    return tuple(
+        NetworkScore(
+            name=name,
+            **speed._asdict(),
+            score=validated[name].score if name in validated else None,
+            chosen=name == chosen,
+        )
+        for name, speed in speeds.items()
+    )
+
+
+def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Callback) -> dict[str, Speed]:
+    """Export the network of each of *recipes*, with random weights, and measure it on an image of noise."""
+    runs: dict[str, Callable[[], object]] = {}
+    sizes, generator = dict[str, int](), np.random.default_rng(0)
+    options = session_options(onnxruntime, 1, CPU)
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")  # which random weights can give
+    for number, (name, recipe) in enumerate(recipes.items()):
+        callback.on_stage(name=f"time of {name}", done=number, total=len(recipes))
+        procedure: Any = recipe.procedure
+        side = entry(recipe.model.name).image_size
+        preprocess = complete_preprocess(recipe, Preprocess(resize=side, crop=side)).preprocess
+        model = create_model(recipe.model.name, num_classes=classes, **recipe.model.config)
+        network = unfitted_network(recipe, procedure.head, model)
+        program = capture_any_batch(network, preprocess, BatchRange())
+        graph = lower(program, output_names(network)).SerializeToString()
+        image = generator.integers(0, 256, (1, preprocess.crop, preprocess.crop, 3), dtype=np.uint8)
+        session = onnxruntime.InferenceSession(graph, options, providers=[CPU])
+        runs[name], sizes[name] = partial(session.run, None, {INPUT: image}), len(graph)
+    seconds = {name: statistics.median(times) for name, times in measure_alternately(runs).items()}
+    return {name: Speed(1000 * seconds[name], sizes[name] / 1e6) for name in recipes}
+
+
+def cross_validate(
+    recipe: Recipe,
+    images: LabeledImages,
+    weights: WeightSource | None,
+    strategy: Strategy,
+    callback: Callback,
+) -> Validated:
+    """Cross-validate the network of *recipe* on *images*; its features stay in the cache for the run."""
+    initial = create_initial_model(recipe, images.labels, strategy, weights)
+    run = create_run(images, strategy, initial)
+
+    def on_progress(step: str, done: int, total: int) -> None:
+        callback.on_stage(name=step, done=done, total=total)
+
+    result = fit_classifier(run, images, on_progress)
+    right = None
+    if images.targets.ndim == 1:
+        right = run.state["out_of_fold"].numpy().argmax(axis=1) == images.targets
+    return Validated(result.score, right, run.state["groups"].numpy())
+
+
+def is_better(best: Validated, other: Validated) -> bool:
+    """Tell whether the 95 % interval of the difference, from one image per group, is above 0.
+
+    With several classes per image, *other* must be below the interval of *best*.
+    """
+    if best.right is None or other.right is None:
+        return other.score.value < best.score.low
+    first = np.unique(best.groups, return_index=True)[1]
+    of_best, of_other = best.right[first], other.right[first]
+    wins, losses = int((of_best & ~of_other).sum()), int((of_other & ~of_best).sum())
+    return difference_interval(wins, losses, len(first)).low > 0

@@ -1,0 +1,156 @@
+"""The choice among networks by cross-validation and time, with times that the tests set."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sopdeploy.commands import network_choice
+from sopdeploy.commands.network_choice import Speed, Validated, measure_networks
+from sopdeploy.commands.train import train
+from sopdeploy.errors import ConfigError
+from sopdeploy.evaluation.metrics import Rate
+from sopdeploy.evaluation.multi_label import MeanPrecision
+from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.run import Callback
+from tests.sopdeploy.training.runs import paint
+
+IMAGES = 100
+NAMES = ("resnet8", "resnet20", "preact-resnet18")
+
+
+def validated(right: Sequence[int]) -> Validated:
+    """A cross-validation in which the images whose numbers are in *right* are right."""
+    mask = np.isin(np.arange(IMAGES), right)
+    return Validated(Rate.of(int(mask.sum()), IMAGES), mask, np.arange(IMAGES))
+
+
+def of_several_classes(value: float, low: float) -> Validated:
+    """A cross-validation with several classes per image."""
+    return Validated(MeanPrecision(value=value, low=low, high=1.0, count=IMAGES), None, np.arange(IMAGES))
+
+
+CHOICES: dict[str, tuple[dict[str, tuple[float, Validated]], float | None, str]] = {
+    "the most accurate": ({"a": (9, validated(range(60))), "b": (1, validated(range(40)))}, None, "a"),
+    "the fastest of equal ones": (
+        {"a": (9, validated(range(60))), "b": (1, validated(range(60)))},
+        None,
+        "b",
+    ),
+    "the fastest of a few images' difference": (
+        {"a": (9, validated(range(60))), "b": (1, validated(range(58)))},
+        None,
+        "b",
+    ),
+    "the most accurate one that is fast enough": (
+        {"a": (9, validated(range(60))), "b": (5, validated(range(40))), "c": (1, validated([]))},
+        5,
+        "b",
+    ),
+    "by the interval of a mean precision": (
+        {"a": (9, of_several_classes(0.9, 0.8)), "b": (5, of_several_classes(0.81, 0.7))},
+        None,
+        "b",
+    ),
+}
+
+
+def set_results(patch: pytest.MonkeyPatch, found: dict[str, tuple[float, Validated]]) -> list[str]:
+    """Replace measurements and cross-validations by *found*; return the names that are cross-validated."""
+    names: list[str] = []
+
+    def cross_validate(recipe: Recipe, *_: Any) -> Validated:
+        names.append(recipe.project or "")
+        return found[names[-1]][1]
+
+    speeds = {name: Speed(time, 1.0) for name, (time, _) in found.items()}
+    patch.setattr(network_choice, "measure_networks", lambda *_: speeds)
+    patch.setattr(network_choice, "cross_validate", cross_validate)
+    return names
+
+
+@pytest.fixture
+def photos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return paint(tmp_path / "photos", 4)
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_the_choice_is(case: str, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, within, expected = CHOICES[case]
+    names = set_results(monkeypatch, found)
+    recipes = {name: read_recipe("photos", [f"data.path={photos}", f"project={name}"]) for name in found}
+    configured: Any = {name: (recipe, [], None) for name, recipe in recipes.items()}
+    scores = network_choice.choose_network(configured, within, Callback())
+    assert [score.name for score in scores if score.chosen] == [expected]
+    assert [score.name for score in scores if score.score is not None] == names
+    assert names == [name for name, (time, _) in found.items() if within is None or time <= within]
+
+
+def test_the_error_names_the_fastest_network_if_none_is_fast_enough(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_results(monkeypatch, {"a": (9.04, validated([])), "b": (11, validated([]))})
+    recipe = read_recipe("photos", [f"data.path={photos}"])
+    message = "no network needs at most 5 ms; the fastest is a with 9.0 ms"
+    with pytest.raises(ConfigError, match=message):
+        network_choice.choose_network({"a": (recipe, [], None), "b": (recipe, [], None)}, 5, Callback())
+
+
+def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = dict(zip(NAMES, (7.0, 3.0, 90.0), strict=True))
+    monkeypatch.setattr(
+        network_choice, "measure_networks", lambda *_: {name: Speed(ms, 1.5) for name, ms in times.items()}
+    )
+    result = train(
+        photos,
+        models=",".join(NAMES),
+        within="10.5ms",
+        weights="none",
+        out=photos.parent / "run",
+        set=("preprocess.resize=16", "preprocess.crop=16"),
+    )
+    assert [(one.name, one.score is None) for one in result.networks] == list(
+        zip(NAMES, (0, 0, 1), strict=True)
+    )
+    assert result.model in {f"head:{one.name}" for one in result.networks if one.chosen}
+    page = (photos.parent / "run" / "report.html").read_text(encoding="utf-8")
+    assert page.count("too slow") == 1
+    assert all(name in page for name in NAMES)
+
+
+def test_networks_are_measured_without_weights_on_images_of_their_size(photos: Path) -> None:
+    settings = ["model.name=resnet8", "model.config.base_width=2", "procedure.kind=few_shot"]
+    recipe = read_recipe("photos", [f"data.path={photos}", *settings])
+    assert recipe.start is not None  # its file is not read
+    speed = measure_networks({"a": recipe}, 3, Callback())["a"]
+    assert speed.milliseconds > 0
+    assert 0 < speed.megabytes < 1
+
+
+ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "a time without networks": ({"within": "20ms"}, "within: not without models to choose from"),
+    "a time without unit": ({"models": "resnet8", "within": "20"}, "'20' is no time; give milliseconds"),
+    "fewer files than networks": (
+        {"models": "resnet8,resnet20,resnet18", "weights": "a.pth,b.pth"},
+        "weights: 2 for 3 networks; give one for each",
+    ),
+    "a file for two networks": ({"models": "resnet8,resnet20", "weights": "a.pth"}, "1 for 2 networks"),
+    "a run to resume": ({"models": "resnet8", "resume": "auto"}, "models: not with resume"),
+    "an unknown network": ({"models": "resnet8,resnet9"}, "model 'resnet9' is not in the catalog"),
+    "a procedure without cross-validation": (
+        {"models": "resnet8", "set": ("procedure.kind=loop",)},
+        "models: resnet8: the procedure loop trains it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_options_are_refused(case: str, photos: Path) -> None:
+    options, message = ERRORS[case]
+    with pytest.raises(ConfigError, match=message):
+        train(photos, out=photos.parent / "run", **options)
