@@ -3,9 +3,9 @@
     python benchmarks/train_again.py --data DIR --weights FILE [--per-class 20] [--added 1] [--runs 5]
 
 DIR contains train/<class>/*.jpg. Each round starts with an empty cache, trains on --per-class photographs of
-each class, and again with --added more. Every training is a process of one thread. At the end, the second training
-is repeated without a cache. Exit status 1 if its weights are not equal bit for bit, or if the second training
-takes more than 40 % of the processor time of the first.
+each class, and again with --added more. Every training is a process of one thread. At the end, the second
+training is repeated without a cache. Exit status 1 if its weights are not equal bit for bit, or if the second
+training takes more than 40 % of the processor time of the first.
 """
 
 import os

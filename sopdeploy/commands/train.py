@@ -116,7 +116,7 @@ def train(
 ) -> "TrainingResult":
     """Train a network; Ctrl-C and SIGTERM save and stop, `--resume always` continues bit for bit.
 
-    The run's report.html shows curves, confusions, calibration and the worst mistakes.
+    The run's report.html shows curves, confusions and the worst mistakes.
 
     Example: sopdeploy train --data photos/
 

@@ -18,7 +18,7 @@ from sopdeploy.training.run import Callback
 from tests.sopdeploy.training.runs import paint
 
 IMAGES = 100
-NAMES = ("resnet8", "resnet20", "preact-resnet18")
+NAMES = ("resnet8", "resnet20", "preact-resnet110")
 
 
 def validated(right: Sequence[int]) -> Validated:
