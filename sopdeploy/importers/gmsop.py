@@ -21,6 +21,7 @@ from sopdeploy.backbones.resnet import RAW_SCALE
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, row_wise_order, triangle_side
+from sopdeploy.models.catalog import CATALOG
 from sopdeploy.user_files import check_tensors
 
 _STAGES = (2, 3, 4, 5)
@@ -33,17 +34,6 @@ LAYER_KINDS = {
     *("Conv", "BatchNorm", "ReLU", "Sum", "Pooling", "DropOut", "Loss"),
     *("H_x", "gating", "CM_out", "Balance_loss"),
     *(MATRIX_ROOT, *PRENORMS, "OBJ_ConvNet_COV_Pool", "OBJ_ConvNet_COV_ScaleTr", "OBJ_ConvNet_COV_ScaleFro"),
-}
-_MODELS = {  # by (with a gate, component, blocks per stage, widening)
-    (True, "gap", 2, 1): "gmgap-16-8-resnet18",
-    (True, "sop", 2, 1): "gmsop-16-8-resnet18",
-    (True, "sop", 6, 1): "gmsop-16-8-resnet50",
-    (True, "gap", 4, 2): "gmgap-16-8-wrn36-2",
-    (True, "sop", 4, 2): "gmsop-16-8-wrn36-2",
-    (False, "gap", 2, 1): "resnet18-64px",
-    (False, "gap", 6, 1): "resnet50-64px",
-    (False, "sop", 2, 1): "srsop-resnet18",
-    **{(False, "gap", 4, widen): f"wrn36-{widen}" for widen in (1, 2, 5)},
 }
 _TITLES = {(True, "gap"): "GM-GAP", (True, "sop"): "GM-SOP", (False, "gap"): "GAP", (False, "sop"): "SR-SOP"}
 NOTES = (
@@ -79,7 +69,7 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     return ConvertedWeights(
         project="GM-SOP",
         description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
-        model=_MODELS.get((gated, component, blocks, widen)),
+        model=_catalog_name(gated, component, blocks, widen),
         tensors=tensors,
         num_classes=len(pointwise_kernel(file, "prediction_f")),
         preprocess=_preprocess(file),
@@ -87,6 +77,15 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         imagenet=False,
         notes=NOTES,
     )
+
+
+def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str | None:
+    """Name the network of the catalog with this gate, component, blocks per stage and widening, if any."""
+    backbone = {2: "resnet18", 6: "resnet50"}.get(blocks, f"wrn36-{widen}")
+    plain = backbone if backbone.startswith("wrn") else f"{backbone}-64px"
+    single = {"gap": plain, "sop": f"srsop-{backbone}"}
+    name = f"gm{component}-16-8-{backbone}" if gated else single[component]
+    return name if name in CATALOG else None
 
 
 def _preprocess(file: WeightFile) -> Preprocess:
