@@ -94,15 +94,16 @@ class DilatedResNet(ResNet):
         """Build a ResNet, then replace the strides of its last two stages by dilations of 2 and 4."""
         super().__init__(config, num_classes)
         strided_1x1 = self.bottlenecks and config.bottleneck_stride == "v1"
-        for stage, before in (("layer3", 1), ("layer4", 2)):  # `before`: the dilation of the previous stage
+        for stage, dilation in (("layer3", 2), ("layer4", 4)):
             modules = self.get_submodule(stage).modules()
             convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
             for conv in convolutions:
                 conv.stride = (1, 1)
             wide = [conv for conv in convolutions if conv.kernel_size == (3, 3)]
-            for position, conv in enumerate(wide):
-                dilation = before if position == 0 and not strided_1x1 else 2 * before
+            for conv in wide:
                 conv.dilation = conv.padding = (dilation, dilation)
+            if not strided_1x1:  # the first one had the stride itself, so it keeps the dilation before it
+                wide[0].dilation = wide[0].padding = (dilation // 2, dilation // 2)
 
 
 class LowResolutionResNetConfig(StrictModel):

@@ -41,9 +41,6 @@ class ImportReport(StrictModel):
     lists content of the file that was not imported.
     """
 
-    file: str
-    sha256: str
-    project: str
     looks_like: str
     model: str
     config: dict[str, Any]
@@ -105,9 +102,6 @@ def import_weights(
     )
     write_checkpoint(destination, checkpoint)
     return ImportReport(
-        file=str(source),
-        sha256=file.sha256,
-        project=converted.project,
         looks_like=converted.description,
         model=model,
         config=checkpoint.config,

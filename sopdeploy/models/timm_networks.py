@@ -70,11 +70,12 @@ def timm_taps(name: str) -> dict[str, int]:
             maps = network.forward_intermediates(torch.empty(1, 3, side, side), intermediates_only=True)
         except RuntimeError:  # it reads values, which `meta` does not have
             return {}
-    channels = [stage["num_chs"] for stage in stages]
-    if [(4, count) for count in channels] != [(found.dim(), found.shape[1]) for found in maps]:
+    are_maps = [
+        m.dim() == 4 and m.shape[1] == stage["num_chs"] for stage, m in zip(stages, maps, strict=False)
+    ]
+    if len(maps) != len(stages) or not all(are_maps):
         return {}
-    taps = zip(stages, channels, strict=True)
-    return {stage["module"]: count for stage, count in taps if stage["reduction"] >= FIRST_STRIDE}
+    return {stage["module"]: stage["num_chs"] for stage in stages if stage["reduction"] >= FIRST_STRIDE}
 
 
 def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, int, int], nn.Module]:

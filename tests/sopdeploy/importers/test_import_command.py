@@ -36,7 +36,7 @@ def test_the_command_reports_what_it_found_mapped_and_ignored(tmp_path: Path) ->
     stored = read_checkpoint(tmp_path / "c.pt")
     assert report["num_tensors"] == len(stored.weights)
     assert report["model"] == stored.model == "resnet8"
-    assert report["sha256"] == stored.training["imported_sha256"]
+    assert stored.training["imported_project"] == "pytorch_resnet_cifar10"
     assert report["beside"] == ["best_prec1"]
     for change, message in {
         ("--out-file", arguments[1]): "is the file to import",

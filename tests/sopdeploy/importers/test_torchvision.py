@@ -75,7 +75,8 @@ def test_torchvision_weights_give_the_same_logits(
     ours, report = imported(file, "resnet18")
     with torch.no_grad():
         assert_logits(ours, network.double()(images_of(64)), images_of(64))
-    assert (report.project, report.preprocess.resize, report.preprocess.crop) == ("torchvision", 256, 224)
+    assert report.looks_like == "ResNet-18 of torchvision"
+    assert (report.preprocess.resize, report.preprocess.crop) == (256, 224)
     assert (report.preprocess.mean, report.preprocess.std) == IMAGENET
 
 
