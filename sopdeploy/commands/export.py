@@ -1,7 +1,6 @@
 """`sopdeploy export`, `inspect`, `engine` and `triton`: from a network to a bundle, and from that onwards."""
 
 import importlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -209,29 +208,19 @@ def read_preprocess(text: str | None) -> Preprocess:
     if not text:
         raise ConfigError(f"missing; give {EXAMPLE}", setting="preprocess")
     kind, _, name = text.partition(":")
-    if kind == "timm":
-        from sopdeploy.models.timm_networks import import_timm
-
-        config = import_timm(name).get_pretrained_cfg(name)
-        if config is None:
-            raise ConfigError(
-                "timm publishes no preprocessing for it; give FILE.json", setting="preprocess", value=text
-            )
-        return Preprocess.from_timm(config.to_dict())
-    if kind == "torchvision":
-        try:
-            weights = importlib.import_module("torchvision.models").get_weight(name)
-        except (ValueError, AttributeError, KeyError) as error:
-            raise ConfigError(
-                f"torchvision has no weights {name}; write for example "
-                "torchvision:ResNet18_Weights.IMAGENET1K_V1",
-                setting="preprocess",
-                value=text,
-            ) from error
-        return Preprocess.from_torchvision(weights.transforms())
     try:
-        return Preprocess.model_validate(json.loads(Path(text).read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError) as error:
+        if kind == "timm":
+            from sopdeploy.models.timm_networks import import_timm
+
+            config = import_timm(name).get_pretrained_cfg(name)
+            if config is None:
+                raise ValueError("timm publishes no preprocessing for it")
+            return Preprocess.from_timm(config.to_dict())
+        if kind == "torchvision":
+            weights = importlib.import_module("torchvision.models").get_weight(name)
+            return Preprocess.from_torchvision(weights.transforms())
+        return Preprocess.model_validate_json(Path(text).read_bytes())
+    except (AttributeError, KeyError, OSError, ValueError) as error:
         reason = first_problem(error) if isinstance(error, pydantic.ValidationError) else str(error)
         raise ConfigError(
             f"cannot be read ({reason}); give {EXAMPLE}", setting="preprocess", value=text
