@@ -17,7 +17,6 @@ from sopdeploy.files import check_is_weights
 
 ADVICE = "save the network's state_dict() alone with torch.save, or as safetensors"
 _MAX_BYTES = 4 << 30  # of all tensors of a file; the largest published file has 0.7 GB
-MAX_LABEL_BYTES = 1 << 22
 
 
 def read_pytorch(path: Path) -> tuple[Any, str]:
@@ -64,18 +63,12 @@ def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor
 def read_class_names(file: Path) -> tuple[str, ...]:
     """Read class names from *file*, one per line or as a JSON list; raises `ConfigError`."""
     try:
-        if file.stat().st_size > MAX_LABEL_BYTES:
-            raise ConfigError(
-                f"{file} is larger than {MAX_LABEL_BYTES >> 20} MiB; give one name per line", setting="labels"
-            )
         content = file.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
         names = json.loads(content) if file.suffix == ".json" else content.split("\n")
-    except (OSError, ValueError) as error:
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError('no list of names such as ["cat", "dog"]')
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{file} cannot be read ({error}); give one name per line", setting="labels"
         ) from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ConfigError(
-            f'{file} holds no list of names; write for example ["cat", "dog"]', setting="labels"
-        )
     return tuple(name.strip() for name in names if name.strip())

@@ -179,7 +179,7 @@ def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, A
         ({"preprocess": {"resize": 20}}, r"crop \(32\) is larger than resize \(20\)"),
         ({"settings": {"depht": 18}}, "depht: unknown key"),
         ({"n.txt": "a\nb\n"}, "2 names for 5 classes"),
-        ({"n.json": "{}"}, "holds no list of names"),
+        ({"n.json": "{}"}, "no list of names"),
     ],
 )
 def test_an_invalid_option_or_file_of_labels_is_refused(
