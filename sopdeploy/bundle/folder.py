@@ -303,9 +303,9 @@ def list_bundles(folder: Path) -> list[Listed]:
 def _age(bundle: Listed) -> tuple[str, str, bool, Path]:
     """Return the key by which the bundle to serve is the greatest; of copies, one with its own name."""
     path, manifest, *_ = bundle
-    return ("", "", False, path) if manifest is None else (
-        manifest.exported_at, manifest.id, path.name == manifest.name, path
-    )  # fmt: skip
+    if manifest is None:
+        return "", "", False, path
+    return manifest.exported_at, manifest.id, path.name == manifest.name, path
 
 
 def describe_projects(listed: Iterable[Listed]) -> Iterator[tuple[str, bool]]:

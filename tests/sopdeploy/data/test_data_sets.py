@@ -93,8 +93,12 @@ def test_imagenet_names_of_torchvision_match_wordnet_ids_in_their_order(tmp_path
     for wordnet_id in ids:
         (tmp_path / wordnet_id).mkdir()
         (tmp_path / wordnet_id / "1.JPEG").touch()
-    in_folders = open_evaluation_images(tmp_path, names)
-    assert [in_folders.labels[target] for target in in_folders.targets] == list(names)
+    (tmp_path / ids[0]).rename(tmp_path / names[0])  # names and IDs may be mixed
+    lines: list[str] = []
+    in_folders = open_evaluation_images(tmp_path, (*names, "unicorn"), log=lines.append)
+    assert sorted(in_folders.labels[target] for target in in_folders.targets) == sorted(names)
+    assert lines == [f"{tmp_path}: no images of 1 of 1001 classes: unicorn"]
+    (tmp_path / names[0]).rename(tmp_path / ids[0])
     assert open_evaluation_images(tmp_path, tuple(ids)).labels == tuple(ids)
 
 
