@@ -14,9 +14,10 @@ from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.training.recipe import validate_recipe
 from sopdeploy.training.train import select_procedure
 
-# Probability of a listed label. Most labels between it and the probability of the suggested class are right
+# A label is listed if another class is so many times as probable, both relative to the average probability of
+# the class for its own images. Labels that are contradicted less are mostly right
 # (docs/benchmarks/copied_photos.md).
-LISTED_BELOW = 0.1
+LISTED_RATIO = 6
 
 
 class WrongLabel(StrictModel):
@@ -58,13 +59,21 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
-    """List the images whose label has a probability below `LISTED_BELOW`, and a more probable class.
+    """List the images with a class that is `LISTED_RATIO` times as probable as the label, relatively.
 
-    The image with the least probable label is first ("self-confidence" in Northcutt et al., JAIR 2021).
+    A probability is divided by the average one that images of the class have for it, because similar classes
+    are never certain ("confident learning", Northcutt et al., JAIR 2021). The image with the least probable
+    label is first ("self-confidence" there).
     """
-    probabilities_NC, suggested_N = softmax(logits_NC), logits_NC.argmax(axis=1)
-    labels = images.targets.astype(np.int64)
+    probabilities_NC, labels = softmax(logits_NC), images.targets.astype(np.int64)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
+    sums_C = np.bincount(labels, of_label_N, probabilities_NC.shape[1])
+    average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)
+    relative_NC = probabilities_NC / np.maximum(
+        average_C, of_label_N.mean() / 2
+    )  # few images may all be wrong
+    suggested_N = relative_NC.argmax(axis=1)
+    relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
     return [
         (
             index,
@@ -77,5 +86,5 @@ def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> 
             ),
         )
         for index in np.argsort(of_label_N, kind="stable").tolist()
-        if of_label_N[index] < LISTED_BELOW and suggested_N[index] != labels[index]
+        if relative_NC[index, suggested_N[index]] > LISTED_RATIO * relative_of_label_N[index]
     ]

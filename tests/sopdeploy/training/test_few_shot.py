@@ -22,7 +22,7 @@ from sopdeploy.errors import DataError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
-from sopdeploy.report.wrong_labels import LISTED_BELOW, list_wrong_labels
+from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import train
 from sopdeploy.training.few_shot.classifier import GRID, OutOfFold, Problem, Targets, compose, estimate
 from sopdeploy.training.few_shot.features import Features
@@ -112,12 +112,12 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
 
 
 def test_improbable_labels_are_listed_the_least_probable_first():
-    probabilities = np.asarray(
-        [[0.95, 0.03, 0.02], [0.4, 0.11, 0.49], [0.02, 0.97, 0.01], [0.93, 0.01, 0.06]]
-    )
-    images = ArrayImages(("a", "b", "c"), np.zeros((4, 2, 2, 3), np.uint8), np.asarray([0, 1, 0, 2]))
+    wrong = [[0.02, 0.97, 0.01], [0.93, 0.01, 0.06]]
+    right = [[0.95, 0.03, 0.02], [0.4, 0.11, 0.49], [0.05, 0.9, 0.05], [0.05, 0.05, 0.9], [0.9, 0.05, 0.05]]
+    probabilities, classes = np.asarray(wrong + right), np.asarray([0, 2, 0, 1, 1, 2, 0])
+    images = ArrayImages(("a", "b", "c"), np.zeros((7, 2, 2, 3), np.uint8), classes)
     listed = list_wrong_labels(np.log(probabilities), images)
-    assert [(index, one.label, one.suggested) for index, one in listed] == [(2, "a", "b"), (3, "c", "a")]
+    assert [(index, one.label, one.suggested) for index, one in listed] == [(0, "a", "b"), (1, "c", "a")]
     assert [one.probability for _, one in listed] == pytest.approx([0.02, 0.06])
 
 
@@ -203,7 +203,7 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     shown = CliRunner().invoke(app, [*command, "--json"])
     listed = json.loads(shown.stdout)
     assert ("Probably wrong labels" in page) == bool(listed)
-    assert all(one["probability"] < LISTED_BELOW < one["probability_suggested"] for one in listed)
+    assert all(one["probability_suggested"] > one["probability"] for one in listed)
     assert CliRunner().invoke(app, command).exit_code == 0
     again = train_recipe(recipe, tmp_path / "run", resume=True)
     assert again.procedure == found
