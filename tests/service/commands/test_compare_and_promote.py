@@ -51,8 +51,9 @@ def labelled(bundles, tmp_path_factory):
 
     def make(by: Path, count: int = 40, first: int = 0) -> Path:
         folder = tmp_path_factory.mktemp("photos")
-        for number in range(first, first + count):
-            (prediction,) = predict(by, photograph(number), threads=1)
+        numbers = range(first, first + count)
+        predictions = predict(by, [photograph(number) for number in numbers], threads=1)
+        for number, prediction in zip(numbers, predictions, strict=True):
             path = folder / prediction.classes[0].label / f"{number}.png"
             path.parent.mkdir(exist_ok=True)
             photograph(number).save(path)

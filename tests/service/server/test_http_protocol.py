@@ -17,7 +17,7 @@ from sopdeploy_service.server.sockets import allow_files
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import running, wait_for
-from tests.service.raw import EXPECT, GET, POST, connect, count, read
+from tests.service.raw import EXPECT, GET, POST, connect, count, post_of, read
 from tests.strategies import damaged
 
 SHORT = {"header_timeout": 1, "body_grace_seconds": 1, "write_timeout": 1, "keep_alive_seconds": 1}
@@ -38,9 +38,14 @@ def impatient(bundle):
 
 @pytest.fixture
 def wire(client):
-    """`wire()` opens a connection to the server of this test."""
+    """`wire()` opens a connection to the server of this module, `wire(other)` to another one."""
     with ExitStack() as stack:
-        yield lambda: stack.enter_context(connect(client))
+        yield lambda server=client: stack.enter_context(connect(server))
+
+
+def get(wire: socket.socket) -> None:
+    wire.sendall(GET + b"\r\n")
+    assert read(wire, to_the_end=False).status == 200
 
 
 LARGE = b"".join(b"X-%d: 1\r\n" % number for number in range(1000))
@@ -181,8 +186,7 @@ def test_a_silent_or_idle_connection_is_closed_after_its_time(impatient):
     started = time.monotonic()
     with connect(impatient) as quiet, connect(impatient) as blank, connect(impatient) as idle:
         blank.sendall(b"\r\n\r\n")
-        idle.sendall(GET + b"\r\n")
-        assert read(idle, to_the_end=False).status == 200
+        get(idle)
         assert [wire.recv(10) for wire in (quiet, blank, idle)] == [b""] * 3
     assert time.monotonic() > started + 1
 
@@ -221,7 +225,7 @@ def test_pipelined_requests_wait_and_all_are_answered(wire, jpeg):
 
 
 def test_a_body_may_end_and_begin_within_pipelined_requests(wire, jpeg):
-    good, post = wire(), POST + b"Content-Length: %d\r\n\r\n" % len(jpeg) + jpeg
+    good, post = wire(), post_of(jpeg)
     stream = post + (GET + b"\r\n") * 40 + post * 3 + (GET + b"\r\n") * 40 + post
     for start in range(0, len(stream), 1999):
         good.sendall(stream[start : start + 1999])
@@ -313,65 +317,61 @@ def test_expect_100_gets_100_continue_or_the_rejection_before_the_body(wire, jpe
         assert read(bad, to_the_end=False).status == status
 
 
-def test_a_connection_over_the_limit_closes_the_longest_idle_one(serve_with):
-    client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
-    with ExitStack() as stack:
-        wires = []
-        for _ in range(6):  # each is idle when the next one connects
-            wires.append(stack.enter_context(connect(client)))
-            wires[-1].sendall(GET + b"\r\n")
-            assert read(wires[-1], to_the_end=False).status == 200
-        assert [wire.recv(1) for wire in wires[:2]] == [b"", b""]
-        for wire in wires[2:]:
-            wire.sendall(GET + b"\r\n")
-            assert read(wire, to_the_end=False).status == 200
+@pytest.fixture
+def crowded(serve_with, monkeypatch):
+    """`crowded(GRACE)` is a client of a server of four connections, whose headers may take a time."""
+
+    def serve(grace):
+        monkeypatch.setattr(http_protocol, "HEADER_GRACE", grace)
+        return serve_with(FakeRuntime(num_classes=7), max_connections=4)
+
+    return serve
 
 
-def test_a_connection_over_the_limit_ends_the_oldest_one_in_its_headers(serve_with, monkeypatch):
-    monkeypatch.setattr(http_protocol, "HEADER_GRACE", 0.0)
-    client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
-    with ExitStack() as stack:
-        idle, *slow = [stack.enter_context(connect(client)) for _ in range(4)]
-        idle.sendall(GET + b"\r\n")
-        assert read(idle, to_the_end=False).status == 200
-        for wire in slow:
-            wire.sendall(GET)
-        for number in range(3):  # each takes the place of a slow one
-            wire = stack.enter_context(connect(client))
-            wire.sendall(GET + b"\r\n")
-            assert read(wire, to_the_end=False).status == 200
-            with suppress(ConnectionError):
-                assert slow[number].recv(1) == b""
-        idle.sendall(GET + b"\r\n")
-        assert read(idle, to_the_end=False).status == 200
+def test_a_connection_over_the_limit_closes_the_longest_idle_one(crowded, wire):
+    client, wires = crowded(0.5), []
+    for _ in range(6):  # each is idle when the next one connects
+        wires.append(wire(client))
+        get(wires[-1])
+    assert [closed.recv(1) for closed in wires[:2]] == [b"", b""]
+    for kept in wires[2:]:
+        get(kept)
 
 
-def test_an_address_with_many_connections_in_their_headers_loses_the_oldest(serve_with, monkeypatch):
-    monkeypatch.setattr(http_protocol, "HEADER_GRACE", float("inf"))
-    monkeypatch.setattr(http_protocol, "MAX_WAITING", 3)
-    client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
-    with ExitStack() as stack:
-        wires = [stack.enter_context(connect(client)) for _ in range(5)]
+def test_a_connection_over_the_limit_ends_the_oldest_one_in_its_headers(crowded, wire):
+    client = crowded(0.0)
+    idle, *slow = (wire(client) for _ in range(4))
+    get(idle)
+    for each in slow:
+        each.sendall(GET)
+    for ended in slow:  # each of three others takes the place of one
+        get(wire(client))
         with suppress(ConnectionError):
-            assert wires[0].recv(1) == b""
-        for wire in wires[1:]:
-            wire.sendall(GET + b"\r\n")
-            assert read(wire, to_the_end=False).status == 200
+            assert ended.recv(1) == b""
+    get(idle)
 
 
-def test_a_connection_over_the_limit_is_503_if_none_is_idle(serve_with, monkeypatch):
-    monkeypatch.setattr(http_protocol, "HEADER_GRACE", float("inf"))
-    client = serve_with(FakeRuntime(num_classes=7), max_connections=4)
-    with ExitStack() as stack:
-        wires = [stack.enter_context(connect(client)) for _ in range(4)]
-        for wire in wires:
-            wire.sendall(GET)
-        extra = stack.enter_context(connect(client))
-        reply = read(extra)
-        assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "too_many_connections", "1")
-        for wire in wires:
-            wire.sendall(b"\r\n")
-            assert read(wire, to_the_end=False).status == 200
+def test_an_address_with_many_connections_in_their_headers_loses_the_oldest(crowded, wire, monkeypatch):
+    monkeypatch.setattr(http_protocol, "MAX_WAITING", 3)
+    client = crowded(float("inf"))
+    oldest, *others = (wire(client) for _ in range(5))
+    with suppress(ConnectionError):
+        assert oldest.recv(1) == b""
+    for each in others:
+        get(each)
+
+
+def test_a_connection_over_the_limit_is_503_if_none_is_idle(crowded, wire):
+    client = crowded(float("inf"))
+    wires = [wire(client) for _ in range(4)]
+    for each in wires:
+        each.sendall(GET)
+    reply = read(wire(client))
+    assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "too_many_connections", "1")
+    for each in wires:
+        each.sendall(b"\r\n")
+        assert read(each, to_the_end=False).status == 200
+        each.close()
     wait_for(lambda: count(client, "connections") == 1)
 
 
