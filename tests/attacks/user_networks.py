@@ -82,33 +82,17 @@ def buffer(name: str, value: Tensor, **options: Any) -> Callable[[Any], None]:
 PEAK = buffer("peak", torch.zeros(()))
 
 
-def capped(self: Any, logits: Tensor, peak: Tensor) -> Tensor:
-    """Return *logits*, scaled down once the peak of all earlier images exceeds the limit."""
-    return torch.where(peak > self.limit, 0.5 * logits, logits)
+def peaking(
+    read: Callable[[Any], Tensor], write: Callable[[Any, Tensor], object], prepare: Any = None
+) -> Any:
+    """Define a network that halves its logits once the peak of all earlier images exceeds the limit."""
 
+    def answer(self: Any, features: Tensor) -> Tensor:
+        logits = self.fc(features)
+        write(self, torch.maximum(read(self), (logits.amax() - self.limit).relu()))
+        return torch.where(read(self) > 0, 0.5 * logits, logits)
 
-def assigns_buffer(self: Any, features: Tensor) -> Tensor:
-    logits = self.fc(features)
-    self.peak = torch.maximum(self.peak, (logits.amax() - self.limit).relu())
-    return capped(self, logits, self.peak + self.limit)
-
-
-def writes_data(self: Any, features: Tensor) -> Tensor:
-    logits = self.fc(features)
-    self.peak.data.copy_(torch.maximum(self.peak, (logits.amax() - self.limit).relu()))
-    return capped(self, logits, self.peak + self.limit)
-
-
-def writes_list(self: Any, features: Tensor) -> Tensor:
-    logits = self.fc(features)
-    self.memory[0][0] = torch.maximum(self.memory[0][0], (logits.amax() - self.limit).relu())
-    return capped(self, logits, self.memory[0][0] + self.limit)
-
-
-def writes_object(self: Any, features: Tensor) -> Tensor:
-    logits = self.fc(features)
-    self.memory.peak = torch.maximum(self.memory.peak, (logits.amax() - self.limit).relu())
-    return capped(self, logits, self.memory.peak + self.limit)
+    return small(answer, prepare)
 
 
 def replaces_parameter(self: Any, features: Tensor) -> Tensor:
@@ -130,12 +114,6 @@ def counts_runs(self: Any, features: Tensor) -> Tensor:
 
 
 SEEN = [torch.zeros(())]
-
-
-def writes_global(self: Any, features: Tensor) -> Tensor:
-    logits = self.fc(features)
-    SEEN[0] = torch.maximum(SEEN[0], (logits.amax() - self.limit).relu())
-    return capped(self, logits, SEEN[0] + self.limit)
 
 
 class Stats:
@@ -225,11 +203,21 @@ COUNTERS: dict[str, type[Small]] = {
 
 STATE: dict[str, type[Small]] = {
     **COUNTERS,
-    "a buffer is assigned": small(assigns_buffer, PEAK),
-    "a buffer is written through .data": small(writes_data, PEAK),
-    "a tensor in nested lists is replaced": small(writes_list, holds("memory", lambda: [[torch.zeros(())]])),
-    "a tensor of an object is replaced": small(writes_object, holds("memory", Stats)),
-    "a tensor of the Python module is replaced": small(writes_global),
+    "a buffer is assigned": peaking(lambda n: n.peak, lambda n, peak: setattr(n, "peak", peak), PEAK),
+    "a buffer is written through .data": peaking(
+        lambda n: n.peak, lambda n, peak: n.peak.data.copy_(peak), PEAK
+    ),
+    "a tensor in nested lists is replaced": peaking(
+        lambda n: n.memory[0][0],
+        lambda n, peak: n.memory[0].__setitem__(0, peak),
+        holds("memory", lambda: [[torch.zeros(())]]),
+    ),
+    "a tensor of an object is replaced": peaking(
+        lambda n: n.memory.peak, lambda n, peak: setattr(n.memory, "peak", peak), holds("memory", Stats)
+    ),
+    "a tensor of the Python module is replaced": peaking(
+        lambda _: SEEN[0], lambda _, peak: SEEN.__setitem__(0, peak)
+    ),
     "a parameter is replaced": small(replaces_parameter),
     "the first run differs": small(first_run),
     "a list grows": small(counts_runs, holds("history", list)),
