@@ -167,37 +167,30 @@ def change_payload(text: str) -> str:
     return json.dumps(signature)
 
 
-SIGNATURES: dict[str, Callable[[str], str]] = {
-    "nothing": lambda _: "",
-    "no signature": lambda _: "{}",
-    "another payload": change_payload,
-    "deep JSON": lambda _: "[" * 100_000,
+SIGNATURES: dict[str, tuple[Callable[[str], str], str]] = {
+    "nothing": (lambda _: "", "is not valid"),
+    "no signature": (lambda _: "{}", "is not valid"),
+    "another payload": (change_payload, "is not valid"),
+    "deep JSON": (lambda _: "[" * 100_000, "is not valid"),
+    "no text": (lambda _: "\udcff" * 100, "is not valid"),
+    "a megabyte": (lambda _: "x" * 1_000_001, "larger than"),
 }
 
 
-@pytest.mark.parametrize("attack", SIGNATURES)
-def test_invalid_signatures_are_rejected(signed: tuple[Path, Path], attack: str) -> None:
-    archive, public = signed
-    text = signature_of(archive).read_text()
-    body = archive.read_bytes()
-    Path(ARCHIVE + ".sig").write_text(SIGNATURES[attack](text))
-    assert "is not valid" in rejection(body, "--require-signature", str(public))
-
-
-def test_missing_and_foreign_signatures_are_rejected_and_the_original_is_accepted(
+def test_invalid_missing_and_foreign_signatures_are_rejected_and_the_original_is_accepted(
     signed: tuple[Path, Path], bundle: Path, tmp_path: Path
 ) -> None:
     archive, public = signed
     body = archive.read_bytes()
     assert "no signature beside it" in rejection(body, "--require-signature", str(public))
+    for change, message in SIGNATURES.values():
+        changed = change(signature_of(archive).read_text())
+        Path(ARCHIVE + ".sig").write_text(changed, errors="surrogateescape")
+        assert message in rejection(body, "--require-signature", str(public))
     other = write_hollow(tmp_path / "others", config={"width": 5})
     Path(ARCHIVE + ".sig").write_text(sign(other, tmp_path / "release.key").read_text())
     assert "Signature mismatch" in rejection(body, "--require-signature", str(public))
     Path(ARCHIVE + ".sig").write_bytes(signature_of(archive).read_bytes())
     assert "Key mismatch" in rejection(body, "--require-signature", str(make_key(tmp_path / "second.key")))
-    Path(ARCHIVE + ".sig").write_bytes(b"\xff" * 100)
-    assert "is not valid" in rejection(body, "--require-signature", str(public))
-    Path(ARCHIVE + ".sig").write_bytes(b"x" * 1_000_001)
-    assert "larger than" in rejection(body, "--require-signature", str(public))
     pulled = pull(str(archive), Path("out"), require_signature=public)
     assert open_bundle(pulled.path).name == pulled.path.name

@@ -113,23 +113,11 @@ def free_port() -> int:
 
 def below(process: int) -> dict[int, str]:
     """List the command lines of the running descendants of *process* by process ID (Linux)."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
     found: dict[int, str] = {}
-    waiting = [process]
-    while waiting:
-        one = waiting.pop()
-        children = [child for child, parent in parents.items() if parent == one]
-        waiting += children
-        for child in children:
-            try:
-                found[child] = (Path("/proc") / str(child) / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue
+    with contextlib.suppress(OSError):  # it has ended
+        for child in children_of(process):
+            found[child] = Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+            found |= below(child)
     return found
 
 

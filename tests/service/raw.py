@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from typing import NamedTuple
 
 import httpx
@@ -16,7 +15,6 @@ class Reply(NamedTuple):
     status: int
     headers: dict[str, str]
     body: bytes
-    seconds: float
 
     @property
     def code(self) -> str:
@@ -35,7 +33,6 @@ def connect(client: httpx.Client) -> socket.socket:
 
 def read(wire: socket.socket, *, to_the_end: bool = True) -> Reply:
     """Read a response from *wire*; with *to_the_end* the server must close the connection after it."""
-    started = time.monotonic()
     data = b""
     while b"\r\n\r\n" not in data:
         piece = wire.recv(65_536)
@@ -46,11 +43,10 @@ def read(wire: socket.socket, *, to_the_end: bool = True) -> Reply:
     headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
     while len(body) < int(headers["content-length"]):
         body += wire.recv(65_536)
-    seconds = time.monotonic() - started
     if to_the_end:
         assert headers["connection"] == "close"
         assert wire.recv(10) == b""
-    return Reply(int(first.split()[1]), headers, body, seconds)
+    return Reply(int(first.split()[1]), headers, body)
 
 
 def count(client: httpx.Client, line: str) -> float:

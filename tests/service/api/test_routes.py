@@ -18,9 +18,14 @@ from tests.pictures import encoded
 from tests.service.conftest import picture_bytes, running
 
 
-def test_a_raw_image_gives_its_classes_best_first(client, jpeg):
-    reply = client.post("/v1/classify", content=jpeg, headers={"Content-Type": "image/jpeg"})
+def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timing(client, jpeg, bundle):
+    headers = {"Content-Type": "image/jpeg", "X-Request-ID": "abc-1"}
+    reply = client.post("/v1/classify", content=jpeg, headers=headers)
     assert (reply.status_code, reply.headers["content-type"]) == (200, "application/json")
+    assert reply.headers["x-model-digest"] == bundle.manifest.id
+    assert reply.headers["x-request-id"] == "abc-1"
+    stages = [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")]
+    assert stages == ["receive", "decode", "queue", "infer"]
     found = probabilities(reply.json())
     assert len(found) == 5
     assert found == sorted(found, reverse=True)
@@ -76,14 +81,6 @@ def test_invalid_parameters_and_unknown_models_and_versions_are_rejected(client,
     assert (reply.status_code, reply.json()["code"]) == REJECTED[query]
     if reply.status_code == 422:
         assert reply.json()["detail"].startswith(f"query.{query.partition('=')[0]}: Input should be")
-
-
-def test_response_headers_have_bundle_request_id_and_timing(client, jpeg, bundle):
-    reply = client.post("/v1/classify", content=jpeg, headers={"X-Request-ID": "abc-1"})
-    assert reply.headers["x-model-digest"] == bundle.manifest.id
-    assert reply.headers["x-request-id"] == "abc-1"
-    stages = [part.split(";")[0].strip() for part in reply.headers["server-timing"].split(",")]
-    assert stages == ["receive", "decode", "queue", "infer"]
 
 
 def test_an_invalid_request_id_is_replaced_by_a_unique_one(client):
@@ -158,7 +155,7 @@ def test_each_image_has_its_own_warnings(client, jpeg, bundle_path, tmp_path):
     assert [list(entry.warnings) for entry in found] == list(expected.values())
 
 
-def test_the_card_has_readme_and_certificate(carded_client, carded_bundle):
+def test_the_card_has_readme_and_certificate_if_the_bundle_has_them(carded_client, carded_bundle, bundle):
     card = carded_client.get("/v1/card").json()
     assert card["text"].startswith("# tiny\n")
     assert card["bundle"] == carded_bundle.name
@@ -168,12 +165,9 @@ def test_the_card_has_readme_and_certificate(carded_client, carded_bundle):
         "proof": "three-way", "compared": compared, "detached": ["gate.noise"], "root": "4" * 64,
         "onnx_root": "6" * 64, "largest_difference": 0.0, **counts,
     }  # fmt: skip
-
-
-def test_the_card_of_a_bundle_without_readme_is_empty_and_that_of_an_unknown_model_404(client, bundle):
-    card = read_card(bundle)
-    assert (card.text, card.certificate) == ("", None)
-    reply = client.get("/v1/card?model=other")
+    empty = read_card(bundle)
+    assert (empty.text, empty.certificate) == ("", None)
+    reply = carded_client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
 
 
