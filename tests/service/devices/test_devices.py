@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-import httpx
 import pytest
 
 from sopdeploy.decision import Decision, Rejection
@@ -88,18 +87,6 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         orphans = children_of(child.pid)
         child.kill()
         wait_for(lambda: not any(is_alive(process) for process in orphans))
-
-
-def test_a_rate_limit_counts_the_images_of_both_processes(bundle_path: Path, tmp_path: Path, jpeg) -> None:
-    file = tmp_path / "keys.toml"
-    key = new_key(file, "limited", 1e-6)
-    file.write_text(file.read_text().replace("burst = 64", "burst = 5"))
-    with serving(str(bundle_path), "--keys", str(file), *WAYS[TWO_DEVICES]) as client:
-        client.headers["x-api-key"] = key
-        replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]
-        remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
-        assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
-        assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
 
 
 def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path, jpeg, monkeypatch) -> None:
@@ -195,22 +182,31 @@ def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None
     assert text.count("# TYPE a_total counter") == 1
 
 
-def test_each_process_keeps_in_a_folder_of_its_own_within_its_share(tmp_path: Path) -> None:
+def test_processes_share_a_rate_limit_and_each_keeps_in_its_own_folder_within_its_share(
+    tmp_path, jpeg
+) -> None:
     decision = Decision(rejection=Rejection(score="energy", threshold=1e9))
     bundle = write_bundle(tmp_path / "bundle", decision=decision)
     kept = tmp_path / "kept"
-    bodies = photos(12)
-    options = ["--setting", f"keep={kept}", "--setting", "keep_bytes=65536", "--setting", "keep_sample=1"]
-    with serving(str(bundle), *options, *WAYS[TWO_DEVICES]) as client:
-        for body in bodies:
-            with httpx.Client(base_url=client.base_url) as other:  # a connection to either process
-                assert other.post("/v1/classify", content=body).status_code == 200
+    file = tmp_path / "keys.toml"
+    free, limited = new_key(file, "free"), new_key(file, "limited", 1e-6)
+    file.write_text(file.read_text().replace("burst = 64", "burst = 5"))
+    options = [f"--setting={setting}" for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")]
+    with serving(str(bundle), "--keys", str(file), *options, *WAYS[TWO_DEVICES]) as client:
+        client.headers["x-api-key"] = free
+        for body in photos(12):  # each by a connection to either process
+            assert client.post("/v1/classify", content=body).status_code == 200
         wait_for(lambda: sum(results(client).values()) == 12)
         assert results(client) == {"kept": 12}
         assert sorted(path.name for path in kept.iterdir()) == ["cpu-0", "cpu-1"]
         for folder in kept.iterdir():
             assert sum(4096 for file in folder.iterdir() if file.name != ".lock") == 32_768
         assert len({record.image for _, record in read_kept(kept)}) == 8
+        client.headers["x-api-key"] = limited
+        replies = [client.post("/v1/classify", content=jpeg) for _ in range(7)]
+        assert [reply.status_code for reply in replies] == [200] * 5 + [429] * 2
+        remaining = [reply.headers["ratelimit-remaining"] for reply in replies]
+        assert remaining == ["4", "3", "2", "1", "0", "0", "0"]
     assert LabelFolders(kept, tmp_path / "photos").waiting.keys() == {
         path.stem for path, _ in read_kept(kept)
     }

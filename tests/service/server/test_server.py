@@ -69,17 +69,23 @@ def faulty(code: str) -> tuple[str, ...]:
     return "-W", "error", "-c", f"{code}\n{run}"
 
 
+PATIENT = ("keep_alive_seconds", "header_timeout", "drain_seconds", "request_timeout")
+
+
 @pytest.mark.parametrize(
-    ("options", "number", "logged"),
+    ("options", "number", "silent", "logged"),
     [
-        ((), signal.SIGINT, []),
-        (("--log", "json"), signal.SIGTERM, ["started", "request", "draining", "stopped"]),
+        ([f"--setting={name}=3600" for name in PATIENT], signal.SIGINT, (b"", b"GET /li", GET), []),
+        (["--log", "json"], signal.SIGTERM, (), ["started", "request", "draining", "stopped"]),
     ],
 )
 def test_an_idle_server_prints_ready_exits_with_0_and_logs_on_demand(
-    bundle_path, jpeg, options, number, logged
+    bundle_path, jpeg, options, number, silent, logged
 ) -> None:
-    with serving(str(bundle_path), *options, program=faulty("")) as client:
+    """Clients that send nothing more do not delay the end."""
+    with serving(str(bundle_path), *options, program=faulty("")) as client, ExitStack() as stack:
+        for said in (*silent, GET + b"\r\n") * 5:
+            stack.enter_context(connect(client)).sendall(said)
         assert client.post("/v1/classify", content=jpeg).status_code == 200
         client.child.send_signal(number)
         out, err = client.child.communicate(timeout=PATIENCE)
@@ -132,17 +138,6 @@ def test_connections_opened_before_the_port_closes_get_a_response(bundle_path, j
         client.child.send_signal(signal.SIGCONT)
         replies = [read(wire) for wire in [*(wire for wire, _ in known), *pending]]
         assert [(reply.status, reply.code) for reply in replies] == [(503, "draining")] * 61
-        assert client.child.wait(PATIENCE) == 0
-
-
-def test_silent_connections_do_not_delay_the_shutdown(bundle_path) -> None:
-    patient = ("keep_alive_seconds", "header_timeout", "drain_seconds", "request_timeout")
-    options = [f"--setting={name}=3600" for name in patient]
-    with serving(str(bundle_path), *options) as client, ExitStack() as stack:
-        for said in (b"", b"GET /li", GET, GET + b"\r\n") * 5:
-            stack.enter_context(connect(client)).sendall(said)
-        assert client.get("/livez").status_code == 200
-        client.child.send_signal(signal.SIGTERM)
         assert client.child.wait(PATIENCE) == 0
 
 
