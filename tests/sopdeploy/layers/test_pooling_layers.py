@@ -44,6 +44,11 @@ def test_sketches_depend_only_on_the_seed() -> None:
     assert sketch.signs == [-1.0, 1.0, 1.0, -1.0, -1.0, -1.0]
 
 
+def test_the_orders_of_kernel_pooling_start_as_those_of_the_exponential() -> None:
+    weights = build({"kind": "kernel", "dim": 16}, 4).order_weights
+    torch.testing.assert_close(weights.detach().square(), 1 / torch.tensor([1.0, 1.0, 2.0, 6.0, 24.0]))
+
+
 @pytest.mark.parametrize("kind", ["netvlad", "netfv"])
 def test_words_are_assigned_by_distance_at_first(kind: str) -> None:
     maps = torch.randn(2, 4, 2, 5, dtype=torch.float64)
