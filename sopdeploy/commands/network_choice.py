@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnxruntime
+import torch
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
@@ -33,7 +33,7 @@ from sopdeploy.training.run import Callback
 from sopdeploy.training.start_weights import WeightSource, complete_preprocess, create_initial_model
 from sopdeploy.training.train import create_run, select_procedure
 from sopdeploy_export.graph import INPUT, capture_any_batch, lower, output_names
-from sopdeploy_service.runtime.onnxruntime import CPU, session_options
+from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
 
 
 class Speed(NamedTuple):
@@ -66,6 +66,8 @@ def choose_network(
     """
     recipe = next(iter(configured.values()))[0]
     data, strategy = open_data(recipe.data), Strategy(select_device(recipe.device))
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)  # as the run, whose features are then in the cache
     recipes = {name: select_procedure(one[0], data).recipe for name, one in configured.items()}
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, FewShotConfig):
@@ -104,6 +106,7 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
     """Export the network of each of *recipes*, with random weights, and measure it on an image of noise."""
     runs: dict[str, Callable[[], object]] = {}
     sizes, generator = dict[str, int](), np.random.default_rng(0)
+    onnxruntime = import_onnxruntime()
     options = session_options(onnxruntime, 1, CPU)
     options.add_session_config_entry("session.set_denormal_as_zero", "1")  # which random weights can give
     for number, (name, recipe) in enumerate(recipes.items()):
