@@ -304,23 +304,15 @@ def _select(
         signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
         groups = group_by_signatures(images, np.stack(list(signatures)))
     else:
-        notes.append(
-            f"{images.root}: more than {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out"
-        )
+        notes.append(f"{images.root}: over {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out")
     seen = np.isin(groups, groups[seen])
     kept = np.zeros(len(images), np.bool_)
     kept[np.unique(groups, return_index=True)[1]] = True
     kept &= ~seen
     if not kept.any():
-        raise DataError(
-            f"{images.root}: one of the bundles was trained on all of these photographs; give others"
-        )
-    num_copies = int((~kept & ~seen).sum())
-    return images.select(kept), {
-        "num_copies": num_copies,
-        "trained_on": int(seen.sum()),
-        "suspects": suspects,
-    }
+        raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
+    counts = {"num_copies": int((~kept & ~seen).sum()), "trained_on": int(seen.sum())}
+    return images.select(kept), {**counts, "suspects": suspects}
 
 
 class Evaluated(NamedTuple):
