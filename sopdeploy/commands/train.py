@@ -275,7 +275,7 @@ def _describe_changes(before: "Checkpoint", result: "TrainingResult", labels: Se
         return ""
     names = [name for name in labels if name not in before.labels]
     added = result.train_count + result.held_out_count - origin.num_images
-    new = f", new: {', '.join(names)}" * bool(names)
+    new = f", new: {', '.join(names)}" if names else ""
     accuracy = dict(procedure.rows())["accuracy"]
     return f"before, {origin.run}: {accuracy}; since then {added:+,} photographs{new}"
 

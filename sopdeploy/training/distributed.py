@@ -73,17 +73,18 @@ class Strategy(ProcessGroup):
         if not self.joined or not parameters:
             return list(tensors)
         counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
-        used = [index for index, count in enumerate(counts.tolist()) if count]
-        flat = []
-        for index in used:
-            tensor, parameter = tensors[index], parameters[index]
-            flat.append(parameter.new_zeros(parameter.numel()) if tensor is None else tensor.reshape(-1))
-        total = torch.cat(flat)
+        dense = [
+            torch.zeros_like(parameter) if tensor is None else tensor
+            for tensor, parameter, count in zip(tensors, parameters, counts.tolist(), strict=True)
+            if count
+        ]
+        total = torch.cat([tensor.reshape(-1) for tensor in dense])
         dist.all_reduce(total)
-        sums: list[Tensor | None] = [None] * len(parameters)
-        for index, part in zip(used, torch.split(total, [part.numel() for part in flat]), strict=True):
-            sums[index] = torch.empty_like(parameters[index]).copy_(part.view_as(parameters[index]))
-        return sums
+        parts = iter(torch.split(total, [tensor.numel() for tensor in dense]))
+        return [  # each with the memory layout of its parameter
+            torch.empty_like(parameter).copy_(next(parts).view_as(parameter)) if count else None
+            for parameter, count in zip(parameters, counts.tolist(), strict=True)
+        ]
 
     def shard(self, samples: Sequence[int]) -> list[int]:
         """Select this process' part of *samples*; the sizes differ by at most one."""

@@ -67,9 +67,8 @@ class LoopResult(StrictModel):
     @property
     def score_name(self) -> str:
         """The name of the score, which says if it is too high."""
-        return (
-            f"{'mAP' if self.top1 is None else 'top-1'}{', too high' * (self.selected_by == 'same images')}"
-        )
+        name = "mAP" if self.top1 is None else "top-1"
+        return f"{name}, too high" if self.selected_by == "same images" else name
 
     def describe(self) -> str:
         """Describe the score, its interval and its bias in one line."""
@@ -159,7 +158,8 @@ class FewShotResult(StrictModel):
         score = self.score
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         label, largest = max(self.class_counts.items(), key=lambda count: count[1])
-        majority, comparison = largest / max(1, sum(self.class_counts.values())), ""
+        majority = largest / max(1, sum(self.class_counts.values()))
+        comparison = ""
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
         return (
@@ -193,7 +193,7 @@ class FewShotResult(StrictModel):
         if few:
             text += f"; fewer than {_FEW_IMAGES} images of {', '.join(few)}: add more"
         if self.num_duplicates:
-            text += f"; {self.num_duplicates} duplicate{'s' * (self.num_duplicates > 1)}"
+            text += f"; {self.num_duplicates} duplicate{'s' if self.num_duplicates > 1 else ''}"
         return text
 
 
