@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from typing import get_args
 
 from sopdeploy.layers.pooling.registry import AnyPoolingConfig
-from sopdeploy.models.catalog import CATALOG, Entry
 from sopdeploy.models.describe import PUBLISHED_ROWS, describe
+from sopdeploy.models.registry import CATALOG, Entry
 
 PAGE = """# Networks
 

@@ -22,7 +22,7 @@ import sopdeploy
 from sopdeploy.cli.app import QUICK_START, app
 from sopdeploy.cli.console import one_line_errors, plain_text, print_error, print_field
 from sopdeploy.commands import env
-from sopdeploy.models.catalog import CATALOG, FAMILIES
+from sopdeploy.models.registry import CATALOG, FAMILIES
 from sopdeploy.training.recipe_files import list_recipes
 
 ROOT = Path(sopdeploy.__file__).parents[1]

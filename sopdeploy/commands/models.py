@@ -27,8 +27,7 @@ def _show(result: "list[dict[str, str]] | Description") -> None:
 
 def _show_catalog(models: list[dict[str, str]]) -> None:
     """Print a table per family, with image size and number of classes."""
-    from sopdeploy.models.catalog import CATALOG, FAMILIES
-    from sopdeploy.models.registry import entry
+    from sopdeploy.models.registry import CATALOG, FAMILIES, entry
 
     registered = {model["name"]: entry(model["name"]) for model in models if model["name"] not in CATALOG}
     for heading, entries in (*FAMILIES, *([("Networks of plug-ins", registered)] if registered else [])):

@@ -21,7 +21,7 @@ from sopdeploy.backbones.resnet import RAW_SCALE
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, row_wise_order, triangle_side
-from sopdeploy.models.catalog import CATALOG
+from sopdeploy.models.registry import CATALOG
 from sopdeploy.user_files import check_tensors
 
 _STAGES = (2, 3, 4, 5)

@@ -16,8 +16,7 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
 from sopdeploy.importers.timm_files import TIMM_PREFIX, find_networks
 from sopdeploy.importers.weight_files import open_weights
-from sopdeploy.models.catalog import load
-from sopdeploy.models.registry import list_models
+from sopdeploy.models.registry import list_models, load
 from sopdeploy.user_files import read_class_names
 from sopdeploy.version import __version__
 

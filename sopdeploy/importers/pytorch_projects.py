@@ -23,8 +23,8 @@ from sopdeploy.importers.conversion import (
     triangle_side,
 )
 from sopdeploy.importers.timm_files import FROM_HUB_CONFIG, read_hub_config
-from sopdeploy.models.catalog import CATALOG
 from sopdeploy.models.gsop import RELEASED
+from sopdeploy.models.registry import CATALOG
 
 RENAMES: dict[str, dict[str, str]] = {  # by project: a part of a tensor's name, and ours
     "fast-MPN-COV": {

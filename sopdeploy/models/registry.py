@@ -1,18 +1,281 @@
-"""Look up the networks of the catalog, of timm and of plug-ins by name, and build them."""
+"""The networks of the catalog by family: their defaults, summaries and image sizes, and what builds them.
+
+The module of a network is imported when its class is used, so this module does not import torch.
+"""
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 
 from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError
-from sopdeploy.models.catalog import CATALOG, PREFIXES, Entry, load
 from sopdeploy.plugins import MODELS
 
 if TYPE_CHECKING:
     from sopdeploy.models.base import Classifier
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A network and its config, each as a class or as `module:Class` in `sopdeploy`.
+
+    A backbone is also a network. `image_size` is the side in pixels of the images in the network's paper.
+    """
+
+    network_source: "str | type[Classifier]"
+    config_source: str | type[StrictModel]
+    defaults: Mapping[str, Any]
+    summary: str
+    image_size: int = 224
+    num_classes: int = 1000
+
+    @property
+    def network(self) -> "type[Classifier]":
+        """The class of the network."""
+        from sopdeploy.models.base import as_classifier  # noqa: PLC0415 # imports torch
+
+        return as_classifier(load(self.network_source))
+
+    @property
+    def config(self) -> type[StrictModel]:
+        """The class of the network's config."""
+        found: type[StrictModel] = load(self.config_source)
+        return found
+
+
+def load(source: str | type) -> Any:
+    """Import what *source* names, `module:name`; a class is returned as it is."""
+    if not isinstance(source, str):
+        return source
+    module, _, name = source.partition(":")
+    return getattr(import_module(f"sopdeploy.{module}"), name)
+
+
+def with_config(network: str, defaults: Mapping[str, Any], summary: str, **sizes: int) -> Entry:
+    """Build the entry of a *network* whose config has its name and `Config`."""
+    return Entry(network, f"{network}Config", defaults, summary, **sizes)
+
+
+def at_32(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
+    """Build the entry of a network for the 32-pixel images of CIFAR-10."""
+    return with_config(network, defaults, f"{title} for 32-pixel images", image_size=32, num_classes=10)
+
+
+def at_64(network: str, defaults: Mapping[str, Any], title: str) -> Entry:
+    """Build the entry of a network of GM-SOP's paper, for the 64-pixel images of ImageNet."""
+    return with_config(f"models.gmsop:{network}", defaults, f"{title} for 64-pixel images", image_size=64)
+
+
+RESNET, VGG = "backbones.resnet:ResNet", "backbones.alexnet_vgg:VGG"
+LITE = "backbones.efficientnet:EfficientNetLite"
+PREACT_NETWORKS: dict[str, tuple[dict[str, int | str], str]] = {
+    "preact-resnet110": ({"blocks": 18, "block": "basic"}, "pre-activation ResNet-110"),
+    "preact-resnet164": ({"blocks": 18, "block": "bottleneck"}, "pre-activation ResNet-164"),
+    "wrn-22-10": ({"blocks": 3, "block": "basic", "widen": 10}, "WRN-22-10"),
+    "wrn-28-10": ({"blocks": 4, "block": "basic", "widen": 10}, "WRN-28-10"),
+}
+ISQRT = "iSQRT-COV (iterated square root of the covariance)"
+MPNCOV = "MPN-COV (square root by eigenvalues; cannot be exported)"
+POOLED = {
+    **{
+        f"resnet{depth}": with_config(RESNET, {"depth": depth}, f"plain ResNet-{depth}")
+        for depth in (18, 34, 50, 101)
+    },
+    "drn-a-50": with_config(
+        "backbones.resnet:DilatedResNet", {"depth": 50}, "DRN-A-50: dilated ResNet-50, stride 8"
+    ),
+    "alexnet": with_config("backbones.alexnet_vgg:AlexNet", {}, "plain AlexNet"),
+    **{
+        name: with_config(VGG, {"pooling": "flatten", "batch_norm": norm}, f"plain {title}")
+        for name, norm, title in (("vgg16", False, "VGG-16"), ("vgg16-bn", True, "VGG-16 with batch norm"))
+    },
+    "efficientnet-b0": with_config("backbones.efficientnet:EfficientNet", {}, "plain EfficientNet-b0"),
+    "efficientnet-lite0": with_config(LITE, {}, "plain EfficientNet-Lite0"),
+    "efficientnet-lite2": with_config(
+        LITE, {"width": 1.1, "depth": 1.2, "dropout": 0.3}, "plain EfficientNet-Lite2", image_size=260
+    ),
+    **{
+        f"resnet{depth}": at_32(
+            "backbones.cifar_resnet:SmallResNet", {"depth": depth}, f"plain ResNet-{depth}"
+        )
+        for depth in (8, 20)
+    },
+    **{
+        name: at_32("backbones.cifar_resnet:PreActResNet", defaults, f"plain {title}")
+        for name, (defaults, title) in PREACT_NETWORKS.items()
+    },
+    **{
+        f"resnext29-{n}x64d": at_32(
+            "backbones.cifar_resnet:ResNeXt", {"cardinality": n}, f"plain ResNeXt-29 {n}x64d"
+        )
+        for n in (8, 16)
+    },
+    **{
+        f"{pooling}-resnet{depth}": with_config(
+            RESNET, {"depth": depth, "conv5_stride": 1, "pooling": pooling}, f"{title} on ResNet-{depth}"
+        )
+        for pooling, title, depths in (("isqrt", ISQRT, (50, 101)), ("mpncov", MPNCOV, (50,)))
+        for depth in depths
+    },
+    "isqrt-efficientnet-b0": with_config(
+        "models.pooled:SecondOrderEfficientNet",
+        {},
+        "EfficientNet-b0 with iSQRT-COV in place of its global average",
+    ),
+}
+DSOP = {
+    **{
+        f"dsop-resnet{depth}": with_config(
+            "models.dsop_networks:DSoPResNet",
+            {"depth": depth},
+            f"DSoP on ResNet-{depth}: four second-order branches, detached before export",
+        )
+        for depth in (18, 34, 50)
+    },
+    "dsop-efficientnet-b0": with_config(
+        "models.dsop_networks:DSoPEfficientNet",
+        {},
+        "DSoP on EfficientNet-b0: two second-order branches, detached before export",
+    ),
+    **{
+        f"dsop-resnet{depth}": at_32(
+            "models.dsop_networks:DSoPSmallResNet", {"depth": depth}, f"DSoP on ResNet-{depth}"
+        )
+        for depth in (8, 20)
+    },
+    **{
+        f"dsop-{name}": at_32("models.dsop_networks:DSoPPreActResNet", defaults, f"DSoP on {title}")
+        for name, (defaults, title) in PREACT_NETWORKS.items()
+    },
+    **{
+        f"dsop-resnext29-{n}x64d": at_32(
+            "models.dsop_networks:DSoPResNeXt", {"cardinality": n}, f"DSoP on ResNeXt-29 {n}x64d"
+        )
+        for n in (8, 16)
+    },
+}
+PSDR = {
+    "psdr-resnet50": Entry(
+        "models.psdr:SupervisedPSDRResNet",
+        "models.psdr:PSDRConfig",
+        {"depth": 50},
+        "ResNet-50 before PSDR and iSQRT-COV; its auxiliary heads are detached",
+    ),
+    "psdr-resnet50-no-aux": Entry(
+        "models.psdr:PSDRResNet",
+        "models.psdr:PSDRConfig",
+        {"depth": 50},
+        "ResNet-50 before progressive reduction and iSQRT-COV, without auxiliary heads",
+    ),
+}
+FINAL_POOLING = {1: "gap", 2: "isqrt"}  # of GSoP-Net1 and GSoP-Net2
+GSOP = {
+    **{
+        f"gsop-net{net}-resnet{depth}": with_config(
+            "models.gsop:GSoPResNet",
+            {"depth": depth, "final_pooling": final},
+            f"GSoP-Net{net} on ResNet-{depth}: covariances scale the channels of every stage",
+        )
+        for net, final in FINAL_POOLING.items()
+        for depth in (26, 50)
+    },
+    **{
+        f"gsop-net{net}-preact-resnet164": with_config(
+            "models.gsop:GSoPPreActResNet",
+            {"blocks": 18, "final_pooling": final},
+            f"GSoP-Net{net} on PreAct-ResNet-164 for 32-pixel images",
+            image_size=32,
+            num_classes=100,
+        )
+        for net, final in FINAL_POOLING.items()
+    },
+}
+ATTENTION = {
+    **{
+        f"{kind.lower()}-resnet50": Entry(
+            "models.attention:AttendedResNet",
+            f"models.attention:{kind}ResNetConfig",
+            {"depth": 50},
+            f"ResNet-50 with {title} in every block",
+        )
+        for kind, title in (("SE", "Squeeze-and-Excitation"), ("CBAM", "CBAM"), ("GE", "Gather-Excite"))
+    },
+    "se-preact-resnet164": with_config(
+        "models.attention:SEPreActResNet",
+        {},
+        "PreAct-ResNet-164 for 32-pixel images with Squeeze-and-Excitation in every block",
+        image_size=32,
+        num_classes=100,
+    ),
+}
+WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2, "project_first_stage": True}
+GAP: dict[str, Any] = {"component": "gap", "component_widths": (512,)}
+WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128)}
+SGMOE: dict[str, Any] = {
+    "component": "linear",
+    "component_widths": (512,),
+    "component_bias": True,
+    "gate_widths": (),
+    "fusion_norm": False,
+    "dropout": 0.0,
+}
+RESNET_50: dict[str, Any] = {"blocks_per_stage": 6}
+PARAMETRIC: dict[str, Any] = {"component": "sop", "component_widths": (256, 128)}
+AVERAGE_OF_16: dict[str, Any] = {"components": 16, "fusion_norm": True, "dropout": 0.2}
+GMSOP = {
+    **{
+        name: at_64("GMSOPResNet", defaults, title)
+        for name, title, defaults in (
+            ("gmsop-16-8-resnet18", "GM-SOP (8 of 16 poolings) on ResNet-18", {}),
+            ("gmsop-16-8-resnet50", "GM-SOP (8 of 16 poolings) on ResNet-50", RESNET_50),
+            ("gmsop-16-8-wrn36-2", "GM-SOP (8 of 16 poolings) on WRN-36-2", WRN_SOP),
+            ("gmgap-16-8-resnet18", "GM-GAP (8 of 16 poolings) on ResNet-18", GAP),
+            ("gmgap-16-8-wrn36-2", "GM-GAP (8 of 16 poolings) on WRN-36-2", {**WRN_36_2, **GAP}),
+            ("sgmoe-16-8-resnet18", "one-layer SG-MoE on ResNet-18", SGMOE),
+        )
+    },
+    **{
+        name: at_64("AveragedResNet", defaults, title)
+        for name, title, defaults in (
+            ("resnet18-64px", "plain ResNet-18", {}),
+            ("resnet50-64px", "plain ResNet-50", RESNET_50),
+            *((f"wrn36-{k}", f"plain WRN-36-{k}", {"blocks_per_stage": 4, "widen": k}) for k in (1, 2, 5)),
+            ("resnet18-512d", "ResNet-18-512d", {"component_widths": (512,)}),
+            ("resnet18-8256d", "ResNet-18-8256d", {"component_widths": (8256,)}),
+            ("resnet50-512d", "ResNet-50-512d", {**RESNET_50, "component_widths": (512,)}),
+            ("resnet50-8256d", "ResNet-50-8256d", {**RESNET_50, "component_widths": (8256,)}),
+            ("srsop-resnet18", "SR-SOP on ResNet-18", {"component": "sop"}),
+            ("parametric-srsop-resnet18", "parametric SR-SOP on ResNet-18", PARAMETRIC),
+            ("avegap-16-resnet18", "Ave-GAP-16 on ResNet-18", {**AVERAGE_OF_16, "component_widths": (512,)}),
+            ("avesop-16-resnet18", "Ave-SOP-16 on ResNet-18", {**AVERAGE_OF_16, **PARAMETRIC}),
+        )
+    },
+    "netvlad-64-resnet18": at_64("NetVLADResNet", {}, "NetVLAD of 64 words on ResNet-18"),
+}
+FAMILIES = (  # title and networks, in display order
+    ("Backbone, global pooling and classifier: first-order networks, iSQRT-COV and MPN-COV", POOLED),
+    (
+        "DSoP: detachable second-order pooling. Branches train a first-order network and are then removed",
+        DSOP,
+    ),
+    ("PSDR: progressive supervised dimensionality reduction before second-order pooling", PSDR),
+    ("GSoP-Net: second-order blocks that scale maps; GSoP-Net2 also pools by covariance", GSOP),
+    (
+        "First-order attention in every residual block: SE, CBAM and Gather-Excite, baselines of GSoP",
+        ATTENTION,
+    ),
+    ("GM-SOP: a gate selects K of N second-order poolings for each image, and their weights", GMSOP),
+)
+CATALOG: dict[str, Entry] = {name: item for _, entries in FAMILIES for name, item in entries.items()}
+PREFIXES = {  # functions (prefix, name) that build the entry of PREFIX:NAME
+    "head": "models.second_order_head:head_entry",
+    "timm": "models.timm_networks:timm_entry",
+    "dsop-timm": "models.timm_networks:timm_entry",
+}
 
 
 def entry(name: str) -> Entry:

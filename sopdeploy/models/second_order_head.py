@@ -27,8 +27,7 @@ from sopdeploy.layers.export_hints import ExportHints
 from sopdeploy.layers.isqrt_cov import Iterations, NewtonSchulzOptions
 from sopdeploy.layers.pooling.covariance import ISqrtPooling, ISqrtPoolingConfig
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.models.catalog import Entry
-from sopdeploy.models.registry import create_model, entry
+from sopdeploy.models.registry import Entry, create_model, entry
 
 POOLED_HEAD = "pooled_head"
 _SMALLEST_SQUARE = 1e-12  # of a distance, whose gradient would otherwise be infinite at 0

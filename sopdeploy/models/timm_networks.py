@@ -24,7 +24,7 @@ from sopdeploy.environment import import_optional
 from sopdeploy.errors import ConfigError, MissingPackageError
 from sopdeploy.layers.residual import BasicBlock, Bottleneck, mbconv
 from sopdeploy.models.base import Classifier
-from sopdeploy.models.catalog import Entry
+from sopdeploy.models.registry import Entry
 
 FIRST_STRIDE = 4  # stages of smaller stride belong to the stem
 

@@ -18,9 +18,8 @@ from sopdeploy.errors import ConfigError, first_line
 from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig
 from sopdeploy.layers.pooling.registry import Pooling
 from sopdeploy.models.base import Classifier, is_in
-from sopdeploy.models.catalog import CATALOG, Entry
 from sopdeploy.models.dsop import DSoP, DSoPConfig
-from sopdeploy.models.registry import parse_options
+from sopdeploy.models.registry import CATALOG, Entry, parse_options
 from sopdeploy.models.timm_networks import nearest_block
 from sopdeploy.plugins import MODELS
 

@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.models.catalog import CATALOG, FAMILIES
 from sopdeploy.models.describe import describe
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.gsop import GSoP
 from sopdeploy.models.psdr import PSDRResNet
-from sopdeploy.models.registry import create_model
+from sopdeploy.models.registry import CATALOG, FAMILIES, create_model
 from tests.sweep.smallest import ALL, VARIANTS
 from tests.sweep.steps import Small
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 from sopdeploy.backbones.efficientnet import EfficientNet
-from sopdeploy.models.catalog import CATALOG
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.pooled import SecondOrderEfficientNet
+from sopdeploy.models.registry import CATALOG
 from tests.sweep.steps import Small
 
 NARROW: dict[str, Any] = {"width": 8, "iterations": 2}

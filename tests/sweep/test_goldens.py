@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from sopdeploy.models.catalog import CATALOG
 from sopdeploy.models.describe import describe
+from sopdeploy.models.registry import CATALOG
 from tests.sweep.goldens import FOLDER, GOLDENS, HEADS, golden, label, path_of, small_models, structure
 from tests.sweep.smallest import STRUCTURES
 
