@@ -20,8 +20,9 @@ from fastapi import FastAPI
 from PIL import Image
 
 from sopdeploy.bundle.folder import Bundle, open_bundle
-from sopdeploy.bundle.manifest import to_json
+from sopdeploy.bundle.manifest import FileRecord, to_json
 from sopdeploy.decision import Decision
+from sopdeploy.files import sha256
 from sopdeploy.images.limits import FORMATS
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.project import utc_now
@@ -123,7 +124,11 @@ def carded_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> B
     )  # fmt: skip
     (folder / "certificate.json").write_bytes(to_json(certificate.model_dump(mode="json")))
     (folder / "README.md").write_text(CARD)
-    return replace(bundle, path=folder)
+    files = {
+        file.name: FileRecord(bytes=file.stat().st_size, sha256=sha256(file)) for file in folder.iterdir()
+    }
+    manifest = bundle.manifest.model_copy(update={"files": {**bundle.manifest.files, **files}})
+    return replace(bundle, path=folder, manifest=manifest)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Health, metrics and model information."""
 
 import asyncio
+import hashlib
 import json
 from typing import Annotated, Any
 
@@ -115,7 +116,7 @@ async def card(request: Request, model_name: ModelName = None) -> Response:
 def read_card(bundle: Bundle) -> Card:
     """Read the model card and summarize the certificate of *bundle*."""
     try:
-        certificate = json.loads((bundle.path / "certificate.json").read_bytes())
+        certificate = json.loads(read_unchanged(bundle, "certificate.json"))
         roots = certificate["roots"]
         same = ("proof", "compared", "detached", "num_images", "largest_difference")
         summary = {
@@ -127,8 +128,16 @@ def read_card(bundle: Bundle) -> Card:
             "onnx_root": roots["onnx"],
             "num_operations": roots["num_operations"],
         }
-    except (OSError, KeyError, TypeError, ValueError):  # it was deleted, or has another structure
+    except (KeyError, TypeError, ValueError):  # it was deleted or changed, or has another structure
         summary = None
-    card = bundle.path / "README.md"
-    text = card.read_text("utf-8", "replace") if card.is_file() else ""
+    text = read_unchanged(bundle, "README.md").decode("utf-8", "replace")
     return Card(bundle=bundle.name, text=text, certificate=summary)
+
+
+def read_unchanged(bundle: Bundle, name: str) -> bytes:
+    """Read the file *name* of *bundle*; nothing if it was deleted or changed after the bundle was loaded."""
+    record, file = bundle.manifest.files.get(name), bundle.path / name
+    if record is None or not file.is_file() or file.stat().st_size != record.bytes:
+        return b""
+    content = file.read_bytes()
+    return content if hashlib.sha256(content).hexdigest() == record.sha256 else b""

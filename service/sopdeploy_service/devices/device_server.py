@@ -7,10 +7,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
 
+from fastapi import FastAPI
 from prometheus_client import generate_latest
 
 from sopdeploy.errors import SopdeployError
@@ -23,13 +24,21 @@ from sopdeploy_service.runtime.device_memory import resident_bytes
 from sopdeploy_service.server.draining_server import DrainingServer
 from sopdeploy_service.server.lifetime import USER_ERROR, start_task
 from sopdeploy_service.server.process import configured_process, load_app
+from sopdeploy_service.settings import Settings
 
 
 class DeviceServer(DrainingServer):
     """A server whose connections come from the *supervisor*."""
 
-    def __init__(self, supervisor: socket.socket, *server: Any) -> None:
-        super().__init__(*server)
+    def __init__(
+        self,
+        app: FastAPI,
+        settings: Settings,
+        supervisor: socket.socket,
+        sources: Sequence[str | Path],
+        links: Mapping[Path, Path],
+    ) -> None:
+        super().__init__(app, settings, sources, links)
         self._supervisor = supervisor
         self._received = 0  # connections
         self._supervisor_left = asyncio.Event()
@@ -104,7 +113,7 @@ def main() -> int:
             app = load_app(config.sources, settings, limits=limits)
             service: Service = app.state.service
             service.metrics_of_all = partial(control.request_metrics, supervisor)
-            server = DeviceServer(supervisor, app, settings, config.sources, links)
+            server = DeviceServer(app, settings, supervisor, config.sources, links)
             at_rest = resident_bytes(os.getppid()) + config.num_processes * resident_bytes()
             service.max_upload_bytes = upload_budget(settings, config.num_processes)
             service.decoders.budget = decode_budget(settings, at_rest, config.num_processes)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -155,7 +156,7 @@ def test_each_image_has_its_own_warnings(client, jpeg, bundle_path, tmp_path):
     assert [list(entry.warnings) for entry in found] == list(expected.values())
 
 
-def test_the_card_has_readme_and_certificate_if_the_bundle_has_them(carded_client, carded_bundle, bundle):
+def test_the_card_has_readme_and_certificate_of_the_bundle(carded_client, carded_bundle):
     card = carded_client.get("/v1/card").json()
     assert card["text"].startswith("# tiny\n")
     assert card["bundle"] == carded_bundle.name
@@ -165,10 +166,17 @@ def test_the_card_has_readme_and_certificate_if_the_bundle_has_them(carded_clien
         "proof": "three-way", "compared": compared, "detached": ["gate.noise"], "root": "4" * 64,
         "onnx_root": "6" * 64, "largest_difference": 0.0, **counts,
     }  # fmt: skip
-    empty = read_card(bundle)
-    assert (empty.text, empty.certificate) == ("", None)
     reply = carded_client.get("/v1/card?model=other")
     assert (reply.status_code, reply.json()["code"]) == (404, "unknown_model")
+
+
+def test_the_card_has_nothing_of_files_that_are_missing_or_changed(carded_bundle, tmp_path):
+    for name in ("certificate.json", "README.md"):
+        content = (carded_bundle.path / name).read_bytes()
+        (tmp_path / name).write_bytes(content.replace(b"t", b"T"))
+    for folder in (tmp_path, tmp_path / "deleted"):
+        card = read_card(replace(carded_bundle, path=folder))
+        assert (card.text, card.certificate) == ("", None)
 
 
 @pytest.mark.parametrize(("path", "page"), [("/", INDEX), ("/docs", DOCS)])
