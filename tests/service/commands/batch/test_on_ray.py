@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,8 @@ def cluster() -> Iterator[Any]:
         tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder,
     ):
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_TMPDIR", folder)  # `Cluster` writes its address to a folder `ray` there
+        (Path(folder) / "ray").mkdir()
         patch.setenv("RAY_AUTH_MODE", "disabled")  # otherwise Ray writes a token to the home directory
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
         head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder}
