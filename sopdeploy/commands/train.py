@@ -153,7 +153,7 @@ def train(
     from sopdeploy.report.page import PAGE, write_run_page
     from sopdeploy.training.distributed import Strategy, join_processes, select_device
     from sopdeploy.training.run import Callback
-    from sopdeploy.training.run_folder import numbered_folder
+    from sopdeploy.training.run_folder import RunFolder, numbered_folder
     from sopdeploy.training.train import summarize_run, train_run
 
     previous = None if options.from_ is None else read_previous(Path(options.from_))
@@ -172,6 +172,8 @@ def train(
             from sopdeploy.commands.network_choice import choose_network
 
             within = None if options.within is None else _milliseconds(options.within)
+            if out is not None:  # refused before minutes of measurements
+                RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             networks = choose_network(configured, within, observer)
         loaded, keys, weights = configured[next((one.name for one in networks if one.chosen), "")]
         strategy = Strategy(select_device(loaded.device))

@@ -121,6 +121,9 @@ def test_a_run_trains_the_chosen_network_and_its_page_lists_all(
     page = (photos.parent / "run" / "report.html").read_text(encoding="utf-8")
     assert page.count("too slow") == 1
     assert all(name in page for name in NAMES)
+    monkeypatch.setattr(network_choice, "choose_network", None)  # nothing is measured for a folder in use
+    with pytest.raises(ConfigError, match="holds a run"):
+        train(photos, models=",".join(NAMES), out=photos.parent / "run")
 
 
 def test_networks_are_measured_without_weights_on_images_of_their_size(photos: Path) -> None:
