@@ -216,6 +216,8 @@ INDEPENDENT = {
     "an expert of each image": """i = ArgMax<axis = 1, keepdims = 0>(v)  e = Gather<axis = 0>(W, i)
         logits = Mul(e, v)""",
     "the own row by its number": """n = Unsqueeze(number, one)  logits = GatherND(v, n)""",
+    "numbers of a table within an image": """k = Transpose(v)  n = Unsqueeze(offsets, back)
+        g = GatherND(k, n)  logits = Transpose(g)""",
     "halves of a batch that was joined": """a = Concat<axis = 0>(v, v)  b, c = Split<num_outputs = 2>(a)
         logits = Add(b, c)""",
     "slices of a batch that was joined": """a = Concat<axis = 0>(v, v)  b = Slice(a, zero, size, zero)
