@@ -21,12 +21,7 @@ def installed() -> bool:
     return (FOLDER / ".built").is_file()
 
 
-def runtime_library() -> str:
-    """Return the path of the stand-in for the CUDA runtime."""
-    return str(FOLDER / "nvidia/cu13/lib/libcudart.so.13")
-
-
-def start(*command: str, stderr: int | None = None) -> subprocess.Popen[str]:
+def start(*command: str) -> subprocess.Popen[str]:
     """Start Python with *command*, so that it finds the provider and the stand-in."""
     paths = [FOLDER, ROOT, ROOT / "export", ROOT / "service"]
     environment = {
@@ -41,7 +36,6 @@ def start(*command: str, stderr: int | None = None) -> subprocess.Popen[str]:
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=stderr,
         text=True,
     )
 

@@ -169,16 +169,6 @@ def test_the_optional_parts_name_ports_labels_and_accounts_that_exist() -> None:
         assert selector["matchLabels"].items() <= labels.items()
 
 
-@needs_helm
-def test_keda_scales_by_queue_depth_and_requests() -> None:
-    for case, requests in {"": "sopdeploy_requests_total", " and a proxy's requests": "sum(proxy)"}.items():
-        (found,) = [one for one in chart(f"with KEDA{case}") if one["kind"] == "ScaledObject"]
-        queue, rate = (trigger["metadata"] for trigger in found["spec"]["triggers"])
-        assert "sopdeploy_queue_depth" in queue["query"]
-        assert requests in rate["query"]
-        assert (queue["threshold"], rate["threshold"]) == ("8", "50")
-
-
 def kserve_pod() -> dict[str, Any]:
     runtime = documents("kserve/runtime.yaml")[0]
     return {name: runtime["spec"][name] for name in ("containers", "volumes")}

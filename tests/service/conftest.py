@@ -1,7 +1,6 @@
 """A tiny bundle, pictures in every format, and real servers in threads of this process."""
 
 import asyncio
-import gc
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -221,12 +220,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.005)
-
-
-def open_files() -> int:
-    """Collect garbage, which may hold descriptors, then count the open descriptors of this process."""
-    gc.collect()
-    return sum(1 for _ in Path("/dev/fd").iterdir())
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import signal
 import stat
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial, partialmethod
 from pathlib import Path
@@ -133,17 +132,6 @@ def test_an_unknown_photograph_is_kept_without_its_place(
     assert (best, "unknown" in record.reasons) == (response["classes"][0]["label"], True)
 
 
-def test_many_classes_are_recorded_best_first(bundle) -> None:
-    labels, pixels = tuple(f"class {number}" for number in range(300)), np.zeros((32, 32, 3), np.uint8)
-    logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
-    many = replace(bundle, labels=labels)
-    photo = keep.PredictedPhoto(b"", pixels, logits, many, "many", record_of().time)
-    record = keep.make_record(photo, ("sample",), record_of().image)
-    order = np.argsort(-logits)[:100]
-    assert record.labels == tuple(labels[index] for index in order)
-    assert record.logits == pytest.approx(logits[order].tolist())
-
-
 def test_only_files_that_are_classified_are_kept(bundle, onnx_runtime: OnnxRuntime, tmp_path: Path) -> None:
     first, second, third = photos(3)
     settings = Settings(keep=tmp_path, keep_sample=1)
@@ -198,28 +186,6 @@ def test_only_the_sample_is_written_without_a_rest_of_time(bundle, monkeypatch, 
     keeper = KeeperOfTests(bundle, lambda *_: "kept", share)
     keeper.take(*photos(4))
     assert keeper.counts() == expected
-
-
-def test_near_duplicates_are_not_read_and_a_costly_photograph_delays_others_by_a_limited_time(
-    bundle, monkeypatch
-) -> None:
-    clock, read = [0.0], list[bytes]()
-
-    def copy(image: bytes) -> tuple[bytes, str]:
-        read.append(image)
-        clock[0] += 10.0
-        return image, ".jpg"
-
-    monkeypatch.setattr(keep, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(keep, "COPY_BURST", 0.25)
-    keeper = KeeperOfTests(bundle, lambda *_: "kept", copy=copy)
-    first, second = photos(2)
-    keeper.take(first, first, second)
-    queued = [keeper._photos.get() for _ in range(3)]
-    assert [keeper._keep(photo) for photo in queued] == ["kept", "near_duplicate", "dropped"]
-    clock[0] += 0.26 / keep.COPY_SHARE
-    assert keeper._keep(queued[2]) == "kept"
-    assert read == [first, second]
 
 
 def test_a_damaged_file_and_a_bug_do_not_end_keeping(bundle, caplog) -> None:

@@ -1,11 +1,10 @@
-"""Settings and their sources; batch limits, the fake runtime and small measurements."""
+"""Settings and their sources; batch limits."""
 
 import re
 
 import pytest
 
 from sopdeploy.errors import ConfigError
-from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.inference.loader import largest_batch
 from sopdeploy_service.settings import Settings, load_settings, parse_assignments
 from tests.fake_runtime import FakeRuntime
@@ -58,8 +57,3 @@ def test_an_invalid_environment_variable_or_assignment_is_named(monkeypatch):
 def test_the_largest_batch_is_small_on_a_cpu_and_never_above_the_verified_one(device, wanted, expected):
     runtime = FakeRuntime(num_classes=2, largest_batch=64, device=device)
     assert largest_batch(runtime, Settings(max_batch=wanted)) == expected
-
-
-def test_server_timing_has_the_slowest_image_of_a_request():
-    context = RequestContext("id", stage_seconds={"decode": 0.003, "infer": 0.0125})
-    assert context.server_timing() == "decode;dur=3.00, infer;dur=12.50"

@@ -23,7 +23,6 @@ from sopdeploy_service.runtime.cuda_libraries import (
     DRIVER,
     SHARED,
     load_cuda_libraries,
-    package_folders,
 )
 from sopdeploy_service.runtime.onnxruntime import CPU, CUDA, OnnxRuntime
 from sopdeploy_service.settings import Settings
@@ -150,16 +149,3 @@ def test_another_provider_than_cuda_is_rejected(bundle: Bundle, monkeypatch: pyt
 def test_cuda_without_a_cuda_onnxruntime_says_what_to_install(bundle: Bundle) -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"has no CUDAExecutionProvider here; run: pip install"):
         open_runtime(bundle, ON_CUDA)
-
-
-def test_a_folder_with_one_library_does_not_hide_the_others_of_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    libraries = {"inner": ["libnvjpeg.so.13"], "outer": ["libcublasLt.so.13", "libnvjpeg.so.13"]}
-    for place, names in {**libraries, "again": ["libcublasLt.so.13"]}.items():
-        folder = tmp_path / place / "nvidia" / "cu13" / "lib"
-        folder.mkdir(parents=True)
-        for name in names:
-            (folder / name).touch()
-    monkeypatch.setattr(sys, "path", [str(tmp_path / place) for place in ("inner", "outer", "again")])
-    assert package_folders() == [tmp_path / place / "nvidia/cu13/lib" for place in ("inner", "outer")]

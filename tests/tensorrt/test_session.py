@@ -6,7 +6,6 @@ The simulated GPU runs everything as late as possible.
 import asyncio
 import gc
 import sys
-from typing import Any
 
 import numpy as np
 import pytest
@@ -72,32 +71,6 @@ def test_overlapping_batches_give_their_own_outputs(runtime: TensorRTRuntime) ->
         if number:
             check_outputs(ends[number - 1](), batch(number - 1, SIZES[number - 1]))
     check_outputs(ends[-1](), batch(len(SIZES) - 1, SIZES[-1]))
-
-
-def test_outputs_that_are_not_requested_are_not_copied(
-    runtime: TensorRTRuntime, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    kinds: list[int] = []
-    copy = cuda.cudaMemcpyAsync
-
-    def counted(target: int, source: int, size: int, kind: int, stream: int) -> Any:
-        kinds.append(int(kind))
-        return copy(target, source, size, kind, stream)
-
-    monkeypatch.setattr(cuda, "cudaMemcpyAsync", counted)
-    assert runtime.begin(list(batch(0, 2)), [])() == {}
-    assert len(kinds) == 1  # the upload
-    assert list(runtime.begin(list(batch(0, 2)), ["logits"])()) == ["logits"]
-    assert len(kinds) == 3
-
-
-def test_a_third_batch_is_rejected_until_the_first_has_ended(runtime: TensorRTRuntime) -> None:
-    ends = [runtime.begin(list(batch(number, 2))) for number in range(2)]
-    with pytest.raises(RuntimeError, match="2 batches are in flight"):
-        runtime.begin(list(batch(2, 2)))
-    for number, end in enumerate(ends):
-        check_outputs(end(), batch(number, 2))
-    check_outputs(runtime.run(batch(3, 2)), batch(3, 2))
 
 
 def test_a_batch_that_fails_to_begin_does_not_affect_the_other(

@@ -90,14 +90,6 @@ def test_a_bad_image_has_its_own_code(body, expected):
     assert (caught.value.status, caught.value.code) == (expected[0], expected[1] or caught.value.code)
 
 
-@pytest.mark.parametrize("expected", [key for key in BAD_BODIES if key[1]], ids=lambda key: key[1])
-def test_a_bad_body_is_rejected_and_the_next_request_succeeds(client, jpeg, expected):
-    reply = client.post("/v1/classify", content=next(iter(BAD_BODIES[expected].values())))
-    assert (reply.status_code, reply.json()["code"]) == expected
-    assert reply.headers["content-type"] == "application/problem+json"
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
-
-
 @pytest.mark.parametrize("kind", ["ICO", "EPS", "JPEG2000", "TGA", "TIFF", "PPM"])
 def test_an_unsupported_format_never_reaches_pillow(kind, monkeypatch):
     body = saved(kind)
@@ -186,24 +178,6 @@ def test_an_image_that_curl_sent_without_its_line_breaks_names_the_right_option(
         assert "--data-binary @FILE" in reply.json()["detail"]
 
 
-BYTES = bytes(range(256)) + b"\xfb\xff"
-TEXT = base64.b64encode(BYTES).decode()
-
-SPELLINGS = {
-    "plain": TEXT,
-    "data URI": f"data:image/jpeg;base64,{TEXT}",
-    "data URI in capitals": f"DATA:image/png;charset=x;BASE64,{TEXT}",
-    "lines of 76": base64.encodebytes(BYTES).decode(),
-    "URL-safe": base64.urlsafe_b64encode(BYTES).decode(),
-    "URL-safe without padding": base64.urlsafe_b64encode(BYTES).decode().rstrip("="),
-}
-
-
-@pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_of_base64_is_decoded(spelling):
-    assert decode_text(SPELLINGS[spelling], "image") == BYTES
-
-
 BAD_TEXTS = ["abc$", "a", "YQ==YQ==", "YQ===", "é", "data:image/png,abc", "data:image/png;base64", "YR=\0="]
 
 
@@ -248,7 +222,8 @@ def text(jpeg) -> str:
 
 def test_images_in_json_have_the_same_response_as_raw_images(client, jpeg, text):
     plain = client.post("/v1/classify", content=jpeg).json()
-    for image in (text, f"data:image/jpeg;base64,{text}", text.replace("+", "-").replace("/", "_")):
+    url_safe = text.replace("+", "-").replace("/", "_").rstrip("=")
+    for image in (text, f"data:image/jpeg;base64,{text}", url_safe, base64.encodebytes(jpeg).decode()):
         assert client.post("/v1/classify", json={"image": image}).json() == plain
     assert client.post("/v1/classify", json={"images": [text]}).json() == {"results": [plain]}
     two = client.post("/v1/classify", json={"images": [text, "aGVsbG8="]}).json()["results"]

@@ -16,7 +16,7 @@ from sopdeploy_service.commands.predict import predict
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.settings import Settings
 from tests.pictures import encoded
-from tests.service.conftest import picture_bytes, running
+from tests.service.conftest import running
 
 
 def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timing(client, jpeg, bundle):
@@ -33,10 +33,6 @@ def test_a_raw_image_gives_its_classes_best_first_and_bundle_request_id_and_timi
     assert set(reply.json()["classes"][0]) == {"label", "probability"}
 
 
-def labels(result):
-    return [entry["label"] for entry in result["classes"]]
-
-
 def probabilities(result):
     return [entry["probability"] for entry in result["classes"]]
 
@@ -49,15 +45,6 @@ def test_a_form_with_one_image_equals_the_raw_image_whatever_surrounds_its_part(
     headers = {"Content-Type": "multipart/form-data; boundary=XX"}
     for preamble in (b"", b"\r\n", b"text of RFC 2046\r\n", b"--X\r\n-" * 2000 + b"\r\n"):
         assert client.post("/v1/classify", content=preamble + part, headers=headers).json() == raw
-
-
-def test_a_form_with_several_images_gives_results_in_order(client):
-    images = [picture_bytes(color) for color in [(255, 0, 0), (0, 255, 0), (0, 0, 255)]]
-    alone = [client.post("/v1/classify", content=image).json() for image in images]
-    results = client.post("/v1/classify", files=[("image", image) for image in images]).json()["results"]
-    assert [labels(result) for result in results] == [labels(result) for result in alone]
-    for together, single in zip(results, alone, strict=True):
-        assert probabilities(together) == pytest.approx(probabilities(single), abs=1e-6)
 
 
 @pytest.mark.parametrize(

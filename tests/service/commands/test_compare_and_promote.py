@@ -7,11 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.bundle.manifest import FileRecord
-from sopdeploy.cli.app import app
 from sopdeploy.data.base import hash_images
 from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.decision import Decision, Rejection
@@ -315,20 +313,3 @@ def test_a_torn_line_of_the_log_is_skipped(bundles, shelf) -> None:
         log.write('{"time": "2026-')
     assert promote(back=shelf / "live").after == bundles[0].name
     assert promote(back=shelf / "live").after == bundles[1].name
-
-
-def test_the_commands_print_the_verdict_and_json(bundles, labelled, shelf) -> None:
-    photos = str(labelled(bundles[1]))
-    names = [str(shelf / bundle.name) for bundle in bundles]
-    shown = CliRunner().invoke(app, ["compare", *names, "--data", photos])
-    assert (shown.exit_code, shown.stdout.splitlines()[-1][:9]) == (0, "better: +")
-    parsed = json.loads(CliRunner().invoke(app, ["compare", *names, "--data", photos, "--json"]).stdout)
-    assert (parsed["verdict"], parsed["tolerance"]) == ("better", 0.01)
-    live = ["--over", str(shelf / "live")]
-    refused = CliRunner().invoke(app, ["promote", names[1], *live, "--data", photos, "--tolerance", "60"])
-    assert refused.exit_code == 2
-    assert CliRunner().invoke(app, ["promote", names[1]]).exit_code == 2
-    done = CliRunner().invoke(app, ["promote", names[1], *live, "--data", photos])
-    assert (done.exit_code, done.stdout.splitlines()[1][:9]) == (0, "better: +")
-    assert CliRunner().invoke(app, ["promote", "--back", str(shelf / "live")]).exit_code == 0
-    assert (shelf / "live").readlink().name == bundles[0].name

@@ -1,16 +1,13 @@
-"""The fastest form of a bundle on this processor: what is measured, what is said, and when."""
+"""The fastest form of a bundle on this processor: what is measured, and what is said."""
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from sopdeploy.bundle.folder import Bundle
-from sopdeploy.commands import export, fastest_form
+from sopdeploy.commands import fastest_form
 from sopdeploy.commands.fastest_form import Form, describe_fastest_form, measure_forms
 from tests.forged import graph
 
@@ -74,18 +71,3 @@ def test_float32_and_int8_are_measured_in_both_runtimes_and_the_bundle_stays(
     assert measure_forms(with_convolutions).keys() == {ORT, VINO, ORT8, VINO8}
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
     assert measure_forms(bundle).keys() == {ORT, VINO}, "without a convolution there is no int8"
-
-
-def test_an_export_measures_on_a_terminal_only(bundle: Bundle, monkeypatch, capsys) -> None:
-    exported: Any = SimpleNamespace(
-        path=bundle.path,
-        manifest=bundle.manifest,
-        parity=SimpleNamespace(drift_allowed=False),
-        warnings=(),
-        lines=lambda: {"bundle": "written"},
-    )
-    monkeypatch.setattr(fastest_form, "describe_fastest_form", lambda _: "int8 is faster")
-    for on_terminal in (False, True):
-        monkeypatch.setattr(export, "console", Console(force_terminal=on_terminal))
-        export.show_export(exported)
-        assert ("int8 is faster" in capsys.readouterr().out) == on_terminal

@@ -121,17 +121,6 @@ def test_verify_and_bench_reject_other_outputs_and_probes_that_prove_nothing(tmp
             verify(write_bundle(tmp_path / str(number), **options), ONE_THREAD)
 
 
-def test_a_start_replays_one_probe_alone_and_verify_all_of_them(tmp_path):
-    path = write_bundle(tmp_path, probes=6)
-    for settings, expected in ((ONE_THREAD, {1: 1, 4: 5}), (Settings(threads=1, max_batch=1), {1: 6})):
-        loaded = load_model(path, settings)
-        assert {batch: found.num_images for batch, found in loaded.replays.items()} == expected
-    assert [(entry.batch, entry.num_images) for entry in verify(path, ONE_THREAD).replays] == [
-        (1, 6),
-        (4, 6),
-    ]
-
-
 def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path) -> None:
     bundle, key = write_bundle(tmp_path), tmp_path / "release.key"
     make_key(key)

@@ -14,8 +14,7 @@ import pytest
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy.kept import read_kept
-from sopdeploy_service.devices.control import merge_metrics
-from sopdeploy_service.devices.processes import list_processes, visible_devices
+from sopdeploy_service.devices.processes import visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.labelling.folders import LabelFolders
 from sopdeploy_service.settings import load_settings
@@ -26,7 +25,6 @@ from tests.service.children import (
     children_of,
     is_alive,
     serving,
-    spawn,
 )
 from tests.service.conftest import wait_for, write_bundle
 from tests.service.devices import gated_device
@@ -117,17 +115,6 @@ def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path,
         assert client.child.wait(START_SECONDS) == 0
 
 
-def test_devices_divide_the_cores_among_their_decoders(monkeypatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)))
-    for given, expected in (
-        ({"devices": "0,1,2,3"}, [4, 4, 4, 4]),
-        ({"devices": "0,1", "decoders": 3}, [3, 3]),
-        ({"devices": "0,cpu"}, [8, "auto"]),
-    ):
-        processes = list_processes(load_settings(**given))
-        assert [process.settings.decoders for process in processes] == expected
-
-
 IDS = "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", "MIG-b5a4e0c9-1c2d-5a30-9b0a-3a3b8a3f5c11"
 
 VISIBLE: dict[str, tuple[str, str | None, dict[str, str] | None]] = {
@@ -153,33 +140,6 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
         return
     with pytest.raises(ConfigError, match=rf"devices: {device} is not among the \d GPUs of CUDA_VISIBLE_DEV"):
         visible_devices(device, environment)
-
-
-def test_a_missing_bundle_is_a_one_line_error_with_exit_code_2(tmp_path) -> None:
-    child = spawn(str(tmp_path), "--setting", "devices=cpu")
-    out, err = child.communicate(timeout=60)
-    assert (child.returncode, out) == (2, "")
-    assert err.count("no bundle here") >= 1
-    assert "Traceback" not in err
-
-
-def test_joint_metrics_have_every_sample_and_the_workers_that_are_down() -> None:
-    page = (
-        b"# HELP a_total x\n# TYPE a_total counter\n"
-        b'a_total{route="/"} 2.0\n# TYPE b histogram\n# HELP b y\nb_bucket{le="1.0"} 1.0\n'
-        b'b_bucket{le="+Inf"} 3.0\nb_count 3.0\nb_sum 4.5\n'
-    )
-    text = merge_metrics({"0": page, "1": page, "2": b""}, {}).decode()
-    for line in (
-        'a_total{process="0",route="/"} 2.0',
-        'a_total{process="1",route="/"} 2.0',
-        'b_bucket{le="+Inf",process="1"} 3.0',
-        'b_sum{process="0"} 4.5',
-        'sopdeploy_worker_up{process="1"} 1.0',
-        'sopdeploy_worker_up{process="2"} 0.0',
-    ):
-        assert line in text, text
-    assert text.count("# TYPE a_total counter") == 1
 
 
 def test_processes_share_a_rate_limit_and_each_keeps_in_its_own_folder_within_its_share(

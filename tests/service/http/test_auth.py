@@ -2,7 +2,6 @@
 
 import hashlib
 import stat
-import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, new_key, read_keys
 from sopdeploy_service.inference.results import RejectedError
 from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import open_files, wait_for
+from tests.service.conftest import wait_for
 from tests.service.raw import EXPECT, POST, connect, count, post_of, read
 from tests.service.runtimes import Held
 
@@ -268,19 +267,3 @@ def test_a_disconnect_while_queued_or_running_frees_the_queue(serve_with, jpeg):
     runtime.gate.set()
     assert client.post("/v1/classify", content=jpeg).status_code == 200
     assert runtime.batches == [1, 1]
-
-
-def test_disconnects_at_every_position_leave_no_file_and_no_thread(serve_with, jpeg):
-    client = serve_with(FakeRuntime(num_classes=7, fixed_ms=1))
-    request = post_of(jpeg)
-    assert client.post("/v1/classify", content=jpeg).status_code == 200
-    files, threads = open_files(), threading.active_count()
-    for cut in range(1, len(request) + 1, 29):
-        with connect(client) as wire:
-            wire.sendall(request[:cut])
-    wait_for(lambda: count(client, "connections") == 1)
-    wait_for(lambda: open_files() <= files)
-    assert threading.active_count() <= threads + 2  # decoder threads start on demand
-    for name in ("queue_depth", "upload_bytes"):
-        wait_for(lambda name=name: count(client, name) == 0)
-    assert client.post("/v1/classify", content=jpeg).status_code == 200

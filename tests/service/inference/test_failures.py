@@ -1,8 +1,6 @@
-"""Full queues, missed deadlines, runtimes that fail or hang, JSON that waits, and answers without garbage."""
+"""Full queues, missed deadlines, runtimes that fail or hang, JSON that waits, and answers."""
 
-import gc
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -25,8 +23,8 @@ from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OutOfMemoryError
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
-from tests.service.conftest import picture_bytes, running, wait_for
-from tests.service.raw import connect, count, post_of, read
+from tests.service.conftest import wait_for
+from tests.service.raw import count
 from tests.service.runtimes import Failing, Held
 
 
@@ -86,16 +84,6 @@ def test_an_internal_error_is_a_problem_response(serve_with, jpeg, monkeypatch):
     monkeypatch.undo()
     assert post(client, jpeg).status_code == 200
     assert 'requests_total{code="500"' in client.get("/metrics").text
-
-
-def test_a_stopped_server_leaves_no_threads(bundle, jpeg):
-    def names() -> set[str]:
-        return {thread.name.partition("_")[0] for thread in threading.enumerate()}
-
-    with running(FakeRuntime(num_classes=7), bundle, Settings()) as client:
-        assert post(client, jpeg).status_code == 200
-        assert {"model", "decoder"} <= names()
-    wait_for(lambda: not {"model", "decoder"} & names())
 
 
 class Broken(FakeRuntime):
@@ -218,50 +206,7 @@ def test_a_first_batch_that_fails_ends_every_command_in_one_line(
     ]
 
 
-TIMES = 30
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _without_what_other_tests_left() -> None:
-    """Exclude the objects of other tests from the many collections here."""
-    gc.collect()
-    gc.freeze()
-
-
-FIELD = (
-    b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n\r\n%b\r\n' % picture_bytes()
-)
 JSON, TENSORS = "application/json", orjson.dumps({"inputs": [TENSOR]})
-EVERY_KIND = {
-    "an image": post_of(picture_bytes()),
-    "a form": post_of(FIELD * 2 + b"--x--\r\n", kind="multipart/form-data; boundary=x"),
-    "JSON": post_of(b'{"image": "AAAA"}', kind=JSON),
-    "a tensor": post_of(TENSORS, path="/v2/models/tiny/infer", kind=JSON),
-    "an unknown model": post_of(picture_bytes(), path="/v1/classify?model=x"),
-}
-
-
-@pytest.mark.parametrize("request_of", EVERY_KIND)
-def test_a_finished_request_leaves_no_garbage(client, request_of):
-    def send(times: int) -> None:
-        with connect(client) as wire:
-            for _ in range(times):
-                wire.sendall(EVERY_KIND[request_of])
-                read(wire, to_the_end=False)
-
-    send(3)
-    gc.collect()
-    gc.disable()
-    try:
-        send(TIMES)
-        gc.set_debug(gc.DEBUG_SAVEALL)
-        gc.collect()
-        left = Counter(type(one).__name__ for one in gc.garbage)
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()
-    assert sum(left.values()) < TIMES, left
 
 
 SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
@@ -280,20 +225,3 @@ def test_softmax_of_any_logits_is_the_distribution_of_its_definition():
         values = np.array(logits, np.float32)
         exponentials = np.exp(values.astype(np.float64) - values.max())
         np.testing.assert_allclose(softmax(values), exponentials / exponentials.sum(), rtol=1e-12)
-
-
-def test_requests_in_one_batch_get_as_many_classes_as_they_want(serve_with, jpeg):
-    runtime = Held()
-    client = serve_with(runtime)
-    with ThreadPoolExecutor(4) as pool:
-        futures = [pool.submit(client.post, "/v1/classify", content=jpeg)]
-        assert runtime.entered.wait(60)
-        paths = [f"/v1/classify?top_k={top_k}" for top_k in (1, 99, 3)]
-        futures += [pool.submit(client.post, path, content=jpeg) for path in paths]
-        wait_for(lambda: count(client, "queue_depth") == 4)
-        wait_for(lambda: count(client, 'stage_duration_seconds_count{stage="decode"}') == 4)
-        runtime.gate.set()
-        classes = [future.result(60).json()["classes"] for future in futures]
-    assert runtime.batches == [1, 3]
-    assert [len(listed) for listed in classes] == [5, 1, 7, 3]
-    assert all(listed == classes[2][: len(listed)] for listed in classes)

@@ -1,4 +1,4 @@
-"""The request queue, isolation of images that make a batch fail, and two batches on a device."""
+"""The delay of the request queue, isolation of images that make a batch fail, and two batches on a device."""
 
 import asyncio
 import threading
@@ -12,7 +12,7 @@ from sopdeploy.bundle.probes import Probes
 from sopdeploy.errors import ParityError
 from sopdeploy_service.inference.loader import replay_overlapping
 from sopdeploy_service.inference.model_worker import QueuedImage, RequestQueue, run_bisected
-from sopdeploy_service.inference.results import DEADLINE, DRAINING, INFERENCE_FAILED, NONFINITE
+from sopdeploy_service.inference.results import INFERENCE_FAILED
 from sopdeploy_service.runtime.base import DeviceLostError
 from tests.fake_runtime import FakeOverlappingRuntime
 from tests.service.conftest import picture_bytes, wait_for
@@ -37,16 +37,6 @@ def fill() -> Iterator[Fill]:
     loop.close()
 
 
-def test_an_idle_worker_takes_what_is_queued_in_order_until_the_queue_is_closed(fill: Fill) -> None:
-    queue = RequestQueue()
-    items = fill(queue, 10)
-    assert [queue.take(4), queue.take(4), queue.take(4)] == [items[:4], items[4:8], items[8:]]
-    items = fill(queue, 2)
-    assert queue.close(DRAINING) == items
-    assert queue.put(items[0]) is DRAINING
-    assert queue.take(8) == []
-
-
 def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image(fill: Fill) -> None:
     queue = RequestQueue(max_delay=1000)
     assert queue.take(4, only_full=True) == []
@@ -62,20 +52,6 @@ def test_a_full_batch_does_not_wait_for_the_delay_of_the_oldest_image(fill: Fill
     late.start()
     assert len(queue.take(3)) == 3  # those that arrive during the delay join the batch
     late.join()
-
-
-def test_settled_cancelled_rejected_and_expired_images_never_enter_a_batch(fill: Fill) -> None:
-    queue = RequestQueue()
-    first, cancelled, settled, rejected = fill(queue, 4)
-    fill(queue, 1, seconds=-1)
-    (last,) = fill(queue, 1)
-    cancelled.outcome.cancel()
-    for outcome in (DRAINING, DEADLINE):
-        settled.settle(outcome)
-    for _ in range(2):
-        queue.reject([rejected, settled], DEADLINE)
-    assert queue.take(8) == [first, last]
-    assert (settled.outcome.result(), rejected.outcome.result()) == (DRAINING, DEADLINE)
 
 
 RAISES = 13
@@ -104,14 +80,6 @@ def test_bad_images_fail_alone_and_a_good_batch_takes_one_run(size: int, bad: li
     good = [index for index in range(size) if index not in bad]
     assert [found[index]["logits"][0] for index in good] == [values[index] for index in good]
     assert (runs == [size]) == (size == 1 or not bad)
-
-
-@pytest.mark.parametrize("output", ["logits", "gate"])
-def test_an_output_that_is_not_finite_fails_only_its_own_image(output: str) -> None:
-    values = {"logits": np.zeros((3, 3), np.float32), "gate": np.zeros((3, 4), np.float32)}
-    values[output][1, 2] = np.inf if output == "gate" else np.nan
-    found = run_bisected(lambda _: values, images(1, 2, 3), list(values))
-    assert [row is NONFINITE for row in found] == [False, True, False]
 
 
 MAX_BATCH = 2

@@ -86,26 +86,6 @@ def test_a_bundle_is_recognized_by_its_id_and_not_by_its_path(versions, monkeypa
     run_with_registry(Path("current"), scenario)
 
 
-def test_a_replaced_version_waits_for_its_last_request(versions, monkeypatch) -> None:
-    async def scenario(registry: ModelRegistry) -> None:
-        oldest = registry.find()
-        stopped, stop = asyncio.Event(), oldest.stop
-
-        async def observed_stop() -> None:
-            await stop()
-            stopped.set()
-
-        monkeypatch.setattr(oldest, "stop", observed_stop)
-        with registry.use(oldest):
-            await registry.follow({"tiny": versions[1]})
-            for _ in range(100):  # every other task runs until it waits
-                await asyncio.sleep(0)
-            assert not stopped.is_set()
-        await asyncio.wait_for(stopped.wait(), 60)
-
-    run_with_registry(versions[0], scenario)
-
-
 def test_if_one_bundle_has_wrong_outputs_or_fails_none_of_them_is_served(versions, monkeypatch) -> None:
     wrong = write_bundle(versions[0].parent, wrong_by=0.01)
 
@@ -174,24 +154,6 @@ def test_of_every_project_in_a_folder_the_bundle_exported_last_is_served(tmp_pat
     copied = find_bundles([tmp_path / "copied"])
     assert copied == {name: tmp_path / "copied" / path.name for name, path in last.items()}
     assert find_bundles([tmp_path / "copied" / "latest"]) == {"hats": tmp_path / "copied" / "latest"}
-
-
-def test_names_of_folders_and_identical_copies_have_no_effect(tmp_path, caplog) -> None:
-    caplog.set_level("INFO")
-    first, folder = write_bundle(tmp_path / "a"), tmp_path / "models"
-    for name in ("flowers", first.name, "zoo"):
-        shutil.copytree(first, folder / name)
-    (folder / ".bundle-x.partial").mkdir()
-    (folder / "engines").mkdir()
-    assert find_bundles([folder]) == {"tiny": folder / first.name}
-    (line,) = lines(caplog)
-    assert line.endswith(f"not zoo, a copy of {first.name}; not flowers, a copy of {first.name}")
-    assert find_bundles([first, f"two={first}"]) == {"tiny": first, "two": first}
-    assert lines(caplog) == []
-    same = tmp_path / "same time"
-    smaller, greater = sorted(write_bundle(same, probes=count, exported_at=TIMES[0]) for count in (3, 4))
-    assert find_bundles([same]) == {"tiny": greater}
-    assert lines(caplog)[0].endswith(f"not {smaller.name}, exported at the same time")
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -63,19 +63,6 @@ def test_a_request_is_one_line_with_every_field(logged, serve_with, tmp_path, jp
     assert all(secret not in stream.read_text() for secret in (key, "guess"))
 
 
-def test_probes_and_scrapes_are_logged_at_debug_level(logged, serve_with):
-    stream = logged(log="json")
-    client = serve_with(FakeRuntime(num_classes=7))
-    for path in ("/readyz", "/livez", "/metrics", "/info"):
-        client.get(path)
-    wait_for(lambda: len(requests(stream)) > 0)
-    assert [line["route"] for line in requests(stream)] == ["/info"]
-    logging.getLogger(logs.ROOT).setLevel(logging.DEBUG)
-    client.get("/readyz")
-    wait_for(lambda: len(requests(stream)) == 2)
-    assert requests(stream)[1]["level"] == "debug"
-
-
 FORGED = {  # path: headers
     "/nothing%0a%7B%22event%22:%22request%22%7D": {},
     "/nothing": {"x-request-id": 'a" "status": 200'},
@@ -129,34 +116,11 @@ def test_which_events_are_logged_by_default_and_with_settings(logged, settings, 
     assert found.read_text().count("\n") == len(expected)
 
 
-def test_a_reader_that_stops_delays_nothing_and_dropped_lines_are_counted(monkeypatch):
-    monkeypatch.setattr(logs, "MAX_WAITING_LINES", 10)
-    reading, writing = os.pipe()
-    before, log = logs.DROPPED._value.get(), logging.getLogger("sopdeploy.access")
-    with logs.configured(Settings(log="json"), writing):
-        while logs.DROPPED._value.get() < before + 5:
-            log.info("x" * 1000)
-        text = os.read(reading, 65_536).decode()
-        while "the end" not in text:
-            log.info("the end")
-            text += os.read(reading, 65_536).decode()
-        while logs.DROPPED._value.get() < before + 10:
-            log.info("x" * 1000)
-    os.close(reading)  # the end does not wait for the reader
-    os.close(writing)
-
-
 def test_lines_that_a_full_disk_refuses_are_counted(logged):
     before = logs.DROPPED._value.get()
     with Path("/dev/full").open("w") as full, logs.configured(Settings(log="json"), full.fileno()):
         logging.getLogger("sopdeploy.access").info("lost")
     assert logs.DROPPED._value.get() == before + 1
-
-
-def test_a_process_without_stderr_writes_no_log(monkeypatch):
-    monkeypatch.setattr("sys.stderr", None)
-    with logs.configured(Settings(log="json")):
-        logging.getLogger("sopdeploy.access").info("nowhere")
 
 
 def values(page: str, metric: str) -> dict[str, float]:

@@ -211,19 +211,6 @@ def test_a_client_that_does_not_read_is_disconnected(impatient):
     assert count(impatient, 'rejected_total{reason="slow_reader"}') == 1
 
 
-def test_pipelined_requests_wait_and_all_are_answered(wire, jpeg):
-    good = wire()
-    paths = [b"livez", b"nowhere", b"readyz", b"v1/none"] * 250
-    last = POST + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg
-    good.sendall(b"".join(b"GET /%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % path for path in paths) + last)
-    data = b""
-    while piece := good.recv(65_536):
-        data += piece
-    statuses = re.findall(rb"HTTP/1\.1 (\d+)", data)
-    assert statuses == [b"404" if b"n" in path else b"200" for path in paths] + [b"200"]
-    assert b'"classes"' in data
-
-
 def test_a_body_may_end_and_begin_within_pipelined_requests(wire, jpeg):
     good, post = wire(), post_of(jpeg)
     stream = post + (GET + b"\r\n") * 40 + post * 3 + (GET + b"\r\n") * 40 + post

@@ -1,7 +1,6 @@
 """The server process: startup, graceful shutdown, logs, exit codes, and freed memory."""
 
 import asyncio
-import ctypes
 import fcntl
 import json
 import os
@@ -22,8 +21,7 @@ from sopdeploy.errors import ConfigError
 from sopdeploy.files import move_link
 from sopdeploy_service.app import create_app
 from sopdeploy_service.commands.promote import promote
-from sopdeploy_service.runtime.device_memory import limit_heaps
-from sopdeploy_service.server import draining_server, lifetime
+from sopdeploy_service.server import draining_server
 from sopdeploy_service.server.process import run_server
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings
@@ -253,15 +251,6 @@ def test_a_server_whose_terminal_was_closed_serves_the_promoted_bundle(tmp_path,
         assert client.child.wait(PATIENCE) == 0
 
 
-def test_a_closed_terminal_ends_the_server_and_another_sighup_does_not(monkeypatch) -> None:
-    monkeypatch.setattr(os, "isatty", {lifetime.STDERR}.__contains__)
-    assert not lifetime.terminal_is_closed()
-    monkeypatch.setattr(os, "isatty", {}.__contains__)
-    for had_terminal in (False, True):
-        monkeypatch.setattr(lifetime, "HAS_TERMINAL", had_terminal)
-        assert lifetime.terminal_is_closed() == had_terminal
-
-
 def test_a_lag_of_the_event_loop_expires_after_ten_seconds_of_beats(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr(draining_server, "time", SimpleNamespace(monotonic=lambda: now[0]))
@@ -300,31 +289,6 @@ def test_a_port_in_use_an_unknown_host_and_a_bundle_that_is_no_link_are_errors(b
         ):
             with pytest.raises(ConfigError, match=message):
                 run_server([bundle_path], Settings(**settings))
-
-
-MIB = 1 << 20
-ARENAS, MAPPED, TRIMMED = (-8, 2), (-3, MIB), (-1, 4 * MIB)  # parameters of malloc.h, and values
-
-
-@pytest.mark.parametrize(
-    ("environment", "expected"),
-    [
-        ({}, [ARENAS, MAPPED, TRIMMED]),
-        ({"MALLOC_ARENA_MAX": "4"}, [MAPPED, TRIMMED]),
-        ({"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, []),
-        ({"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=off"}, [ARENAS, MAPPED, TRIMMED]),
-    ],
-)
-def test_allocator_settings_of_the_environment_take_precedence(environment, expected, monkeypatch):
-    calls = []
-    library = SimpleNamespace(mallopt=lambda *given: calls.append(given))
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
-    for name in ("GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    limit_heaps()
-    assert calls == expected
 
 
 @pytest.mark.slow  # needs an idle machine

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
 from tests.pictures import encoded
 from tests.service.api.pages.conftest import done, expected, give, operate, shown
-from tests.service.conftest import deciding, picture_bytes, running, write_bundle
+from tests.service.conftest import deciding, picture_bytes, running
 
 pytestmark = pytest.mark.browser
 
@@ -218,21 +217,6 @@ def test_the_page_requests_a_key_which_survives_a_reload_but_not_the_tab(open_pa
     other = page.context.new_page()
     other.goto(str(locked.base_url))
     other.get_by_role("alert").wait_for()
-
-
-def test_a_swapped_model_is_detected_and_shown(open_page, onnx_runtime, tmp_path, jpeg):
-    first, second = write_bundle(tmp_path, probes=3), write_bundle(tmp_path, probes=4)
-    with running(onnx_runtime, open_bundle(first), Settings(threads=1)) as client:
-        page = open_page(client.base_url)
-        page.locator("#bundle", has_text=first.name).wait_for()
-        give(page, jpeg)
-        before = shown(page)
-        client.reload(second)
-        page.evaluate("void askAll()")
-        page.locator("#bundle", has_text=second.name).wait_for()
-        done(page)
-        assert shown(page) == before
-        assert page.get_by_role("alert").is_hidden()
 
 
 def test_the_docs_request_the_key_show_every_operation_and_send_requests(open_page, locked, key):

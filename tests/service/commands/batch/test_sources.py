@@ -1,10 +1,8 @@
 """Lists of images: kinds of sources, their order, hostile names and archives, and their errors."""
 
-import errno
 import io
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
@@ -12,15 +10,13 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED
 from sopdeploy.cli.app import app
-from sopdeploy.errors import ConfigError, DataError, ImageError, StorageError
+from sopdeploy.errors import DataError, ImageError
 from sopdeploy_service.commands.batch import classifier
-from sopdeploy_service.commands.batch.output import OutputFolder
 from sopdeploy_service.commands.batch.sources import ListedImage, list_sources, read_listed
 from tests.service.commands.batch.conftest import (
     OPTIONS,
     SETTINGS,
     classify,
-    part_bytes,
     rows_of,
 )
 from tests.service.conftest import picture_bytes
@@ -126,26 +122,6 @@ def test_a_source_without_images_is_a_one_line_error(tmp_path, monkeypatch):
     assert raised.value.code == "unusable_data"
 
 
-def test_the_list_is_read_in_parts_and_a_run_continues_only_with_the_same_names_and_sizes(tmp_path):
-    images = [
-        ListedImage("caf\xe9", "/caf\xe9", size=3),
-        ListedImage("b", "/b", 512, 7),
-        ListedImage("c", "s3://x/c"),
-    ]
-    folder = OutputFolder(tmp_path)
-    with folder.locked():
-        folder.begin(iter(images), 2, {})
-        assert folder.sizes() == [2, 1]
-        assert [image for part in range(2) for image in folder.images(part)] == images
-        folder.begin(images, 2, {})
-        for changed in images[:2], images[::-1], [*images[:2], ListedImage("c", "s3://x/c", size=1)]:
-            with pytest.raises(ConfigError, match=r"was begun with images 3 \(\w+\), not [23] \("):
-                folder.begin(changed, 2, {})
-        with pytest.raises(ConfigError, match="was begun with part_images 2, not 3"):
-            folder.begin(images, 3, {})
-        assert folder.sizes() == [2, 1]
-
-
 BODY = picture_bytes()
 MISSING = "cannot be read (No such file or directory)"
 IN_FOLDER = {"broken.jpg": MISSING, "escape\x1b[31m.jpg": None, "new\nline.jpg": None}  # name: error
@@ -196,24 +172,6 @@ def test_members_of_an_archive_stay_below_its_name(tmp_path):
         tar.addfile(link)
     with pytest.raises(DataError, match=r"twin\.jpg is a hard link; pack with `tar --hard-dereference`"):
         list(list_sources([str(archive)]))
-
-
-def test_a_full_disk_is_a_one_line_error_and_the_run_continues(
-    complete, bundle_path, photos, tmp_path, monkeypatch
-):
-    write = OutputFolder.write
-
-    def full(folder: OutputFolder, part: int, rows: Any, schema: Any) -> None:
-        if part == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(folder, part, rows, schema)
-
-    monkeypatch.setattr(OutputFolder, "write", full)
-    with pytest.raises(StorageError, match=r": cannot be written \(No space left on device\); check"):
-        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
-    monkeypatch.undo()
-    classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
-    assert part_bytes(tmp_path) == part_bytes(complete)
 
 
 def test_ctrl_c_says_in_one_line_how_to_continue(bundle_path, photos, tmp_path, monkeypatch):
