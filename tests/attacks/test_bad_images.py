@@ -155,11 +155,6 @@ def test_classify_gives_the_file_a_row_with_an_error_and_rejects_it_as_a_source(
         source.rename(special)
 
 
-def test_a_folder_with_an_image_suffix_is_no_image(tmp_path: Path) -> None:
-    (write_classes(tmp_path, ("cat",), each=3) / "cat" / "9.jpg").mkdir()
-    assert len(calibration_images(tmp_path, SMALL_RULES)) == 3
-
-
 def test_an_image_may_still_come_from_a_pipe_without_an_image_suffix() -> None:
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as file:

@@ -18,7 +18,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy classify .*--ray ",  # `tests/service/commands/batch/test_on_ray.py` runs it
     r".*(--profiles|--runtime tensorrt)",
     r"sopdeploy (import|\w+ ckpt\.pt)",
-    r"sopdeploy promote ",  # needs two networks; `tests/service/commands/test_compare_and_promote.py` runs it
+    r"sopdeploy promote ",  # needs two networks; `tests/test_loop.py` runs it
     r"sopdeploy reproduce .*--data",
     r".* --weights ",
     r"sopdeploy label |.* --unknown ",  # `tests/service/labelling` labels; these folders come from it

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 
-from sopdeploy.bundle.folder import open_bundle
 from sopdeploy.errors import BundleError, ConfigError, ParityError, RuntimeUnavailableError
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.loader import load_model
@@ -67,23 +66,6 @@ def test_exactly_the_bundles_of_the_last_reload_are_served(versions) -> None:
 
     run_with_registry(versions[0], scenario)
     wait_for(lambda: not any(thread.name == "model_worker" for thread in threading.enumerate()))
-
-
-def test_a_bundle_is_recognized_by_its_id_and_not_by_its_path(versions, monkeypatch) -> None:
-    folder = versions[0].parent / "current"
-    versions[0].rename(folder)
-    monkeypatch.chdir(folder.parent)
-
-    async def scenario(registry: ModelRegistry) -> None:
-        before = registry.find()
-        await registry.follow({"tiny": folder.resolve()})
-        assert registry.find() is before  # it was given as a relative path
-        folder.rename("old")
-        versions[1].rename(folder)
-        await registry.follow({"tiny": Path("current")})
-        assert registry.find().version == open_bundle(folder).manifest.id != before.version
-
-    run_with_registry(Path("current"), scenario)
 
 
 def test_if_one_bundle_has_wrong_outputs_or_fails_none_of_them_is_served(versions, monkeypatch) -> None:
