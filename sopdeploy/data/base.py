@@ -282,11 +282,6 @@ class Dataset(ABC):
 
     images: LabeledImages
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Class names in output order."""
-        return self.images.labels
-
     def __len__(self) -> int:
         return len(self.images)
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
-from sopdeploy.data.base import LabeledImages, unreadable_images_error
+from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.data.folders import Log, ignore
 from sopdeploy.decision import Decision, sigmoid
@@ -56,10 +56,7 @@ def score_checkpoint(
     if warning := checkpoint.trained_on(images):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        logits_NC = score_images(model, checkpoint.preprocess, images, workers=workers, on_image=on_image)
-    except DataError as error:
-        raise unreadable_images_error(error, images) from None
+    logits_NC = score_images(model, checkpoint.preprocess, images, workers=workers, on_image=on_image)
     decision = checkpoint.decision or Decision()
     predictions = make_predictions(logits_NC / decision.temperature, images, checkpoint.labels, decision)
     fitted = None if accepts is None else _fit(model, checkpoint.labels, images, logits_NC, accepts)

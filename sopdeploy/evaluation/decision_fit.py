@@ -23,13 +23,11 @@ from scipy.optimize import minimize_scalar
 from scipy.special import betaln
 from torch import nn
 
-from sopdeploy.data.base import PreprocessedDataset, unreadable_images_error
 from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
-from sopdeploy.errors import DataError
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy.evaluation.metrics import Rate, log_loss
-from sopdeploy.evaluation.prediction import predict_logits
+from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.statistics import LEVEL
 from sopdeploy.images.preprocess import Preprocess
 
@@ -210,18 +208,9 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
 
 
 def predict_unknown(
-    model: nn.Module, folder: Path | None, preprocess: Preprocess, *, batch_size: int, workers: int
+    model: nn.Module, folder: Path | None, preprocess: Preprocess, workers: int
 ) -> Logits | None:
-    """Compute the logits (M, C) of *model* on the images in *folder*; None without a folder.
-
-    Raises `DataError` if an image cannot be read.
-    """
-    if folder is None:
-        return None
-    images = open_any_images(folder)
-    try:
-        dataset = PreprocessedDataset(images, preprocess)
-        logits, _ = predict_logits(model.eval(), dataset, preprocess, batch_size=batch_size, workers=workers)
-    except DataError as error:
-        raise unreadable_images_error(error, images) from None
-    return logits
+    """Compute the logits (M, C) of *model* on the images in *folder*; None without a folder."""
+    return (
+        None if folder is None else score_images(model, preprocess, open_any_images(folder), workers=workers)
+    )

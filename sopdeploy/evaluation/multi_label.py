@@ -195,33 +195,22 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.floa
     taken. Its logit is then multiplied by n / (n + PRIOR_IMAGES), where n images show the class: few images
     determine it only roughly, so it moves towards 0.5. It is 0.5 if no image or every image shows the class.
     """
+    from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # not part of the base installation
+
     thresholds = []
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
         logit, count = 0.0, int(true.sum())
         if 0 < count < len(true):
-            hits, ranks, distinct = _hits_by_rank(true, scores)
+            precision, recall, distinct = precision_recall_curve(true, scores)
             with np.errstate(divide="ignore"):
                 logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
-            between = (logits + np.append(logits[1:], logits[-1])) / 2
-            f1 = 2 * hits / (ranks + count)
-            best = between[f1 >= f1.max() - 1e-12]
+            between = (logits + np.append(logits[0], logits[:-1])) / 2
+            f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-12))[:-1]
+            best = between[f1 >= f1.max() - 1e-12][::-1]  # of equally near ones, the larger
             nearest_to_half = best[np.abs(best).argmin()]
             logit = float(nearest_to_half) * count / (count + PRIOR_IMAGES)
         thresholds.append(1 / (1 + float(np.exp(-logit))))
     return tuple(thresholds)
-
-
-def _hits_by_rank(
-    true: NDArray[np.bool_], scores: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Count the true images and all images with at least each distinct score.
-
-    Returns both counts and the scores, which are in descending order.
-    """
-    distinct, rank = np.unique(-scores, return_inverse=True)
-    ranks = np.cumsum(np.bincount(rank, minlength=len(distinct)))
-    hits = np.cumsum(np.bincount(rank[true], minlength=len(distinct)))
-    return hits, ranks, -distinct
 
 
 def _ratio(part: np.int64, whole: np.int64) -> float | None:

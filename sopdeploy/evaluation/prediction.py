@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import LabeledImages, PreprocessedDataset
+from sopdeploy.data.base import LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.decision import Activation, sigmoid
 from sopdeploy.errors import DataError, TrainingError
@@ -100,7 +100,7 @@ def evaluate_network(
     if not len(dataset):
         raise DataError(NO_IMAGES)
     logits, targets = predict_logits(model, dataset, preprocess, **options)
-    return held_out_metrics(dataset.labels, logits, targets)
+    return held_out_metrics(dataset.images.labels, logits, targets)
 
 
 def held_out_metrics(
@@ -165,7 +165,7 @@ def predict_logits(
             on_batch(min(len(dataset), done * batch_size * processes.world))
     finally:
         model.train(was_training)
-    classes = computed[0].shape[1] if computed else len(dataset.labels)
+    classes = computed[0].shape[1] if computed else len(dataset.images.labels)
     logits = torch.zeros(len(dataset), classes, dtype=torch.float64)
     if computed:
         logits[processes.rank :: processes.world] = torch.cat(computed)
@@ -202,16 +202,20 @@ def score_images(
 ) -> NDArray[np.float64]:
     """Compute the logits (N, C) of *model* on *images*; raise `TrainingError` if one is not finite.
 
-    *on_image* receives the numbers of images done and in total.
+    *on_image* receives the numbers of images done and in total. Raises `DataError` that names all images
+    that cannot be read.
     """
-    logits_NC, _ = predict_logits(
-        model,
-        PreprocessedDataset(images, preprocess),
-        preprocess,
-        batch_size=SCORE_BATCH,
-        workers=workers,
-        on_batch=lambda done: on_image(done, len(images)),
-    )
+    try:
+        logits_NC, _ = predict_logits(
+            model,
+            PreprocessedDataset(images, preprocess),
+            preprocess,
+            batch_size=SCORE_BATCH,
+            workers=workers,
+            on_batch=lambda done: on_image(done, len(images)),
+        )
+    except DataError as error:
+        raise unreadable_images_error(error, images) from None
     if not np.isfinite(logits_NC).all():
         raise TrainingError("the logits are not finite; train again with a lower learning rate")
     return logits_NC

@@ -128,5 +128,7 @@ def diagnose(
     return Diagnostics(
         num_images=count,
         right="".join("01"[int(correct)] for correct in right),
-        heads={name: held_out_metrics(held_out.labels, found, targets) for name, found in logits.items()},
+        heads={
+            name: held_out_metrics(held_out.images.labels, found, targets) for name, found in logits.items()
+        },
     )

@@ -144,11 +144,7 @@ def fit_best(run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, cal
             scalable=model.logits_layer() is not None,
             groups=held_out.images.groups,
             unknown=predict_unknown(
-                model,
-                run.recipe.rejection.unknown,
-                run.recipe.preprocess,
-                batch_size=run.recipe.batch_size,
-                workers=run.recipe.workers,
+                model, run.recipe.rejection.unknown, run.recipe.preprocess, run.recipe.workers
             ),
         )
     record = {**checkpoint.training, "procedure": run.result.model_dump(mode="json")}

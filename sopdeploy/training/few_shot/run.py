@@ -226,11 +226,7 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Non
             score="energy",
             groups=groups,
             unknown=predict_unknown(
-                run.model,
-                run.recipe.rejection.unknown,
-                run.recipe.preprocess,
-                batch_size=run.recipe.batch_size,
-                workers=run.recipe.workers,
+                run.model, run.recipe.rejection.unknown, run.recipe.preprocess, run.recipe.workers
             ),
         )
         run.decision = None if decision == Decision() else decision

@@ -41,7 +41,6 @@ def test_augmentation_depends_on_seed_epoch_and_sample_only(crop) -> None:
 
     def arrays(seed: int, epoch: int, order=range(12)) -> np.ndarray:
         view = AugmentedDataset(images(), crop, RULES, seed, epoch)
-        assert view.labels == ("a", "b")
         return np.stack([view[index][0] for index in order])
 
     first = arrays(1, 2)
