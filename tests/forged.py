@@ -15,7 +15,7 @@ from onnx import numpy_helper
 from sopdeploy.bundle.folder import MANIFEST, REQUIRED, publish, seal, staging
 from sopdeploy.bundle.golden import write_golden
 from sopdeploy.bundle.manifest import BatchRange, Lineage, Manifest, TensorRecord, to_json
-from sopdeploy.bundle.onnx_root import onnx_file_root
+from sopdeploy.bundle.onnx_root import read_model
 from sopdeploy.bundle.probes import Probes, write_probes
 from sopdeploy.files import sha256
 from sopdeploy.images.preprocess import Preprocess
@@ -94,7 +94,7 @@ def write_computed(
         return {name: value + np.float32(wrong_by) for name, value in zip(names, values, strict=True)}
 
     expected = {(renamed or {}).get(name, name): value for name, value in compute(images).items()}
-    root = onnx_file_root(content)
+    _, root = read_model(content)
     with staging(destination) as folder:
         (folder / "model.onnx").write_bytes(content)
         (folder / "labels.json").write_bytes(to_json(list(labels)))

@@ -183,7 +183,7 @@ def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
 # A command and the function that Ctrl-C interrupts.
 INTERRUPTED = {
     "train": ("train --recipe digits-plain", "sopdeploy.training.train.train_run"),
-    "eval": ("eval x.pt --data photos", "sopdeploy.commands.evaluate.detect_source"),
+    "eval": ("eval x.pt --data photos", "sopdeploy.commands.evaluate.check_is_checkpoint"),
     "serve": ("serve x", "sopdeploy_service.server.process.run_server"),
 }
 

@@ -84,17 +84,11 @@ def staging(destination: Path) -> Iterator[Path]:
 
 
 def seal(folder: Path, manifest_without_files: Mapping[str, Any]) -> Manifest:
-    """Hash every file in *folder*, write the manifest and return it.
-
-    Raises `BundleError` if a file in `REQUIRED` is missing.
-    """
+    """Hash every file in *folder*, write the manifest and return it."""
     files = {
         path.name: FileRecord(bytes=path.stat().st_size, sha256=sha256(path))
         for path in sorted(folder.iterdir())
     }
-    missing = [name for name in REQUIRED if name not in files]
-    if missing:
-        raise BundleError(f"{folder}: the bundle is incomplete, {missing[0]} is missing")
     manifest = Manifest(**manifest_without_files, files=files)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     return manifest

@@ -36,17 +36,12 @@ def hash_parts(*parts: str | bytes | memoryview) -> str:
     return digest.hexdigest()
 
 
-def onnx_file_root(content: bytes) -> str:
-    """Compute the root of the ONNX model in *content*, as a hexadecimal sha256.
+def read_model(content: bytes) -> tuple["onnx.ModelProto", str]:
+    """Read the ONNX model in *content* and compute its root, a hexadecimal sha256.
 
     Raises `CertificateError` if *content* is not an ONNX model, can be read in two ways, keeps weights
     outside the file or holds a subgraph (control flow), and `ImportError` if `onnx` is not installed.
     """
-    return _read(content)[1]
-
-
-def _read(content: bytes) -> tuple["onnx.ModelProto", str]:
-    """Read the ONNX model in *content* and compute its root, as `onnx_file_root` does."""
     import onnx  # noqa: PLC0415 # a server runs without it
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped] # noqa: PLC0415
 
@@ -64,7 +59,7 @@ def _read(content: bytes) -> tuple["onnx.ModelProto", str]:
 
 
 def onnx_root(model: "onnx.ModelProto") -> str:
-    """Compute the root of the graph of *model*, as `onnx_file_root` does.
+    """Compute the root of the graph of *model*, as `read_model` does.
 
     Raises `CertificateError` if a runtime could read the graph in two ways, and `ValueError` or `KeyError` if
     it is not complete.
@@ -154,7 +149,7 @@ def check_roots(bundle: Bundle) -> str | None:
     certificate, advice = bundle.path / "certificate.json", "export the bundle again"
     root: str | None
     try:
-        model, root = _read(bundle.onnx.read_bytes())
+        model, root = read_model(bundle.onnx.read_bytes())
         _check_interface(bundle, model)
     except ImportError:
         root = None

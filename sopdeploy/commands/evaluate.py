@@ -119,12 +119,15 @@ def evaluate(
         on_image: Called with the numbers of images done and in total.
 
     Raises:
-        ConfigError: *source* cannot be evaluated, or an option does not apply to it.
+        CheckpointError: *source* is neither a checkpoint nor a bundle.
+        ConfigError: An option does not apply to *source*.
         DataError: The classes do not match, an image cannot be read, or `fit_decision` gets fewer than 50
             images.
     """
     name, data = str(source), Path(data)
-    kind = detect_source(name)
+    kind: Literal["checkpoint", "bundle"] = "checkpoint"
+    if (Path(name) / "manifest.json").is_file():
+        kind = "bundle"
     _check_options(name, kind, options)
     notes: list[str] = []
     facts: dict[str, str] = {}
@@ -158,18 +161,6 @@ def evaluate(
         decision=decision,
         notes=tuple(notes),
     )
-
-
-def detect_source(source: str) -> Literal["checkpoint", "bundle"]:
-    """Detect what *source* names; raises `ConfigError` if it cannot be evaluated."""
-    path = Path(source)
-    if not path.is_dir():
-        return "checkpoint"
-    if (path / "manifest.json").is_file():
-        return "bundle"
-    if (path / "best.pt").is_file():
-        raise ConfigError(f"{source}: is a run folder; give {path / 'best.pt'}")
-    raise ConfigError(f"{source}: not a bundle, it has no manifest.json; give a checkpoint or a bundle")
 
 
 def _check_options(source: str, kind: str, options: EvaluateOptions) -> None:

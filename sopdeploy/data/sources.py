@@ -113,12 +113,7 @@ def open_data(config: DataConfig | DataSource, log: Log = ignore) -> Split:
 
 
 def _select_subset(split: Split, classes: int) -> Split:
-    """Keep the images of *classes* drawn classes.
-
-    Raises `DataError` for more classes than the data have, `ConfigError` if images have several classes.
-    """
-    if split.train.targets.ndim == 2:
-        raise ConfigError("data.classes: not for several classes per image; remove it")
+    """Keep the images of *classes* drawn classes; raises `DataError` if the data have fewer."""
     labels = split.train.labels
     if classes > len(labels):
         raise DataError(

@@ -148,7 +148,7 @@ class Reproduction:
     def __post_init__(self) -> None:
         self.folder = self.options.folder(self.table)
         self.page = self.folder / "index.html"
-        self.seeds = self.options.runs_per_row(self.table)
+        self.seeds = self.options.seeds or (self.table.seeds if self.options.scale == "paper" else 1)
 
     @property
     def statement(self) -> str:
@@ -353,7 +353,8 @@ def _find_published(described: Description, column: Column, table: PrintedTable)
     if described.training == described.shipped:
         quantities.add(quantity.replace("training", "shipped"))
     figures = sorted(described.published, key=lambda figure: figure.source != table.source)
-    of_paper = (figure for figure in figures if figure.source.startswith(table.paper))
+    paper, _, _ = table.source.partition(",")
+    of_paper = (figure for figure in figures if figure.source.startswith(paper))
     return next((figure for figure in of_paper if figure.quantity in quantities), None)
 
 

@@ -123,11 +123,6 @@ class PrintedTable(StrictModel):
         ]
         return {**values, "rows": rows}
 
-    @property
-    def paper(self) -> str:
-        """The paper's name, with which its sources in `published.toml` start."""
-        return self.source.partition(",")[0]
-
     def recipe_of(self, row: PrintedRow) -> tuple[str, tuple[str, ...]] | None:
         """Return the recipe of *row* and its changes; None for a row that is only cited."""
         if row.cited and row.recipe is None and not row.set:
@@ -217,10 +212,6 @@ class ReproduceOptions(Options):
     """Override a value of all recipes, such as threads=4; repeatable."""
     out: Path = Path("runs/reproduce")
     """Folder of runs and pages."""
-
-    def runs_per_row(self, table: PrintedTable) -> int:
-        """Return `seeds`, or the number of runs that the paper of *table* averages; 1 at the small scale."""
-        return self.seeds or (table.seeds if self.scale == "paper" else 1)
 
     def folder(self, table: PrintedTable) -> Path:
         """Return the folder of the runs and the page of *table*."""

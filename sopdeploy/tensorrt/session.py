@@ -189,15 +189,13 @@ def open_cuda() -> Cuda:
         "cuda.bindings.runtime", "cuda-python", "sopdeploy[tensorrt]", RuntimeUnavailableError
     )
     cuda = Cuda(runtime)
-    reason = "CUDA sees 0 devices"
     try:
-        if cuda.call("cudaGetDeviceCount"):
-            return cuda
+        cuda.call("cudaGetDeviceCount")  # fails without a device
     except RuntimeUnavailableError as error:
-        reason = str(error)
-    raise RuntimeUnavailableError(
-        f"no NVIDIA GPU can be used here ({reason}); check the driver with nvidia-smi"
-    )
+        raise RuntimeUnavailableError(
+            f"no NVIDIA GPU can be used here ({error}); check the driver with nvidia-smi"
+        ) from error
+    return cuda
 
 
 class BatchBuffer:

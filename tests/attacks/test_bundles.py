@@ -18,7 +18,7 @@ from onnx import TensorProto
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
-from sopdeploy.bundle.onnx_root import onnx_file_root
+from sopdeploy.bundle.onnx_root import read_model
 from sopdeploy.cli.app import app
 from sopdeploy.errors import CertificateError
 from tests.forged import FIELDS, LABELS, forge, graph, proof_files, write_computed
@@ -64,7 +64,7 @@ def write_proof(folder: Path, root: str) -> None:
 def forge_with_root(bundle: Path) -> Path:
     """Forge *bundle* with a certificate and a lineage for its current graph, if that has a root."""
     with suppress(CertificateError):
-        root = onnx_file_root((bundle / "model.onnx").read_bytes())
+        _, root = read_model((bundle / "model.onnx").read_bytes())
         write_proof(bundle, root)
         return forge(bundle, lineage={**FIELDS["lineage"].model_dump(), "onnx_root": root})
     return forge(bundle)

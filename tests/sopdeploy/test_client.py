@@ -134,8 +134,6 @@ OPTIONS = [
     ({"url": "server:8000"}, "URL"),
     ({"url": "http://server:port"}, "URL"),
     ({"api_key": "a\r\nX: y"}, "API key"),
-    ({"timeout": 0}, "timeout"),
-    ({"retries": -1}, "retries"),
 ]
 
 

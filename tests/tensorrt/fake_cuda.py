@@ -37,7 +37,7 @@ class FakeCuda(ModuleType):
         self.broken: set[str] = set()  # functions that fail
 
     def cudaGetDeviceCount(self) -> Any:
-        return (FAILED, None) if self.gpus is None else (OK, self.gpus)
+        return (FAILED, None) if not self.gpus else (OK, self.gpus)
 
     def cudaGetDeviceProperties(self, device: int) -> Any:
         name = self.gpu_name.encode() + b"\0\0"

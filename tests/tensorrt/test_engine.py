@@ -116,7 +116,6 @@ MISSING: dict[str, tuple[dict[str, Any], str]] = {
     "TensorRT 10": ({"tensorrt": SimpleNamespace(__version__="10.16.0")}, "10.16.0 is too old"),
     "no cuda-python": ({"cuda.bindings.runtime": None}, "cuda-python is not installed"),
     "no driver": ({"gpus": None}, r"no NVIDIA GPU can be used here \(CUDA: cudaGetDeviceCount failed"),
-    "no GPU": ({"gpus": 0}, "no NVIDIA GPU can be used here"),
 }  # fmt: skip
 
 

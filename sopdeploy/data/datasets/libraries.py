@@ -24,14 +24,9 @@ DIGITS_HELD_OUT = 0.2
 DIGITS_SEED = 0  # not the seed of the run: all runs are evaluated on the same images
 
 
-def cifar_class(kind: str) -> Any:
-    """Import torchvision's class for *kind*: "cifar10" or "cifar100"."""
-    return getattr(importlib.import_module("torchvision.datasets"), kind.upper())
-
-
 def open_cifar(kind: str, root: Path) -> Split:
     """Open the official training and test images; raises `DataError` if the files are not complete."""
-    dataset = cifar_class(kind)
+    dataset: Any = getattr(importlib.import_module("torchvision.datasets"), kind.upper())
     try:
         parts = [dataset(root=str(root), train=train, download=False) for train in (True, False)]
     except (RuntimeError, OSError) as error:

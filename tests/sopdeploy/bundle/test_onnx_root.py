@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from sopdeploy.bundle.onnx_root import hash_parts, onnx_file_root
+from sopdeploy.bundle.onnx_root import hash_parts, read_model
 from sopdeploy.errors import CertificateError
 
 
@@ -36,7 +36,7 @@ def model_of(weight: onnx.TensorProto) -> onnx.ModelProto:
 
 
 def root(model: onnx.ModelProto) -> str:
-    return onnx_file_root(model.SerializeToString(deterministic=True))
+    return read_model(model.SerializeToString(deterministic=True))[1]
 
 
 @pytest.mark.parametrize("dtype", NUMBERS, ids=TensorProto.DataType.Name)
@@ -155,4 +155,4 @@ OTHER_BYTES = (field_set_twice, field_number_that_overflows)
 @pytest.mark.parametrize("content", OTHER_BYTES, ids=lambda function: function.__name__)
 def test_file_that_is_not_the_serialization_of_its_model_has_no_root(content: Callable[[], bytes]) -> None:
     with pytest.raises(CertificateError, match=r"not a complete ONNX model|unknown or repeated fields"):
-        onnx_file_root(content())
+        read_model(content())

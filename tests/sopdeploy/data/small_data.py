@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torchvision.datasets
 from PIL import Image
-
-from sopdeploy.data.datasets.libraries import cifar_class
 
 
 def jpeg(seed: int, size: tuple[int, int] = (40, 32), ending: str = "JPEG") -> bytes:
@@ -46,7 +45,8 @@ def write_cifar(root: Path, kind: str, monkeypatch: Any) -> Path:
         path.write_bytes(pickle.dumps(content, protocol=4))
         return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
 
-    official, rng = cifar_class(kind), np.random.default_rng(0)
+    official: Any = getattr(torchvision.datasets, kind.upper())
+    rng = np.random.default_rng(0)
     classes = 10 if kind == "cifar10" else 100
     base, key = root / official.base_folder, "labels" if classes == 10 else "fine_labels"
     for attribute in ("train_list", "test_list"):

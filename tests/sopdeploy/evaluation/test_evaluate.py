@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from sopdeploy import create_model
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.commands.evaluate import detect_source
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError, DataError, TrainingError
@@ -150,18 +149,6 @@ def test_a_probability_of_0_has_a_finite_loss_and_no_images_are_an_error() -> No
     assert report.log_loss == pytest.approx(708.4, abs=0.1)
     with pytest.raises(DataError, match="no images to evaluate on"):
         classification_report(LABELS, [])
-
-
-def test_sources_are_detected_or_refused(tmp_path) -> None:
-    (tmp_path / "bundle").mkdir()
-    (tmp_path / "bundle" / "manifest.json").write_text("{}")
-    assert detect_source(str(tmp_path / "bundle")) == "bundle"
-    assert detect_source("runs/a/best.pt") == "checkpoint"
-    with pytest.raises(ConfigError, match=r"it has no manifest\.json"):
-        detect_source(str(tmp_path))
-    (tmp_path / "best.pt").touch()
-    with pytest.raises(ConfigError, match=r"is a run folder; give .*best\.pt"):
-        detect_source(str(tmp_path))
 
 
 SHORT = ["epochs=2", "batch_size=16", "threads=1", "model.config.base_width=4", "preprocess.resize=16"]

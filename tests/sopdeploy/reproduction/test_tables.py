@@ -3,6 +3,7 @@
 import html
 import json
 import re
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +12,7 @@ from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import describe
 from sopdeploy.reproduction.page import render_page
-from sopdeploy.reproduction.plan import RowFigure, plan
+from sopdeploy.reproduction.plan import Reproduction, RowFigure, plan
 from sopdeploy.reproduction.results import HOURS, MILLISECONDS, SPEED
 from sopdeploy.reproduction.tables import DATA_SETS, ReproduceOptions, find_table, load_tables
 from sopdeploy.training.recipe import read_recipe
@@ -141,11 +142,11 @@ def test_fine_tuning_starts_from_the_second_order_network_of_another_table_once_
 
 
 def test_a_row_runs_as_often_as_the_paper_averages_unless_told_otherwise() -> None:
-    table = TABLES["gmsop-2"]
-    runs = [
-        ReproduceOptions(**values).runs_per_row(table) for values in ({}, {"seeds": 2}, {"scale": "small"})
-    ]
-    assert (*runs, ReproduceOptions().runs_per_row(TABLES["dsop-2"])) == (3, 2, 1, 1)
+    cases: list[tuple[str, Any]] = [
+        ("gmsop-2", {}), ("gmsop-2", {"seeds": 2}), ("gmsop-2", {"scale": "small"}), ("dsop-2", {}),
+    ]  # fmt: skip
+    runs = [Reproduction(TABLES[name], ReproduceOptions(**values), ()).seeds for name, values in cases]
+    assert runs == [3, 2, 1, 1]
 
 
 def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkeypatch) -> None:

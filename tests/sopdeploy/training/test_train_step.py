@@ -155,7 +155,6 @@ def test_lighting_adds_multiples_of_the_principal_colors() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ('augment={kind="pad-crop", doubled=true, flip=0.5}', "doubled: contains the mirror images"),
         ('teacher={model={name="resnet9"}}', "model 'resnet9' is not in the catalog"),
         ('teacher={model={name="gmgap-16-8-resnet18"}}', r"teacher\.model: a network with a gate"),
         ("color={lighting=-1}", r"color\.lighting"),
