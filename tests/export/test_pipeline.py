@@ -14,18 +14,15 @@ from sopdeploy.bundle.onnx_root import onnx_root
 from sopdeploy.bundle.probes import read_probes
 from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.errors import (
-    ConfigError,
     DataError,
     DetachError,
     LoweringError,
-    ParityError,
     SopdeployError,
     command_line_option,
 )
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import create_model
 from sopdeploy.project import Origin
-from sopdeploy_export import pipeline
 from sopdeploy_export.graph import Deployed, generated_images
 from sopdeploy_export.last_layer import fold_temperature
 from sopdeploy_export.options import ExportOptions
@@ -139,18 +136,6 @@ def test_exports_of_one_checkpoint_differ_in_their_time_only(
     assert (again.path / "manifest.json").read_bytes() == same_time.to_bytes()
 
 
-def test_failed_comparison_leaves_no_files(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise ParityError("the exported file drifts")
-
-    monkeypatch.setattr(pipeline, "compare_file", fail)
-    with proving_once(changes_program=True), pytest.raises(ParityError):
-        export_checkpoint(checkpoint, tmp_path / "out", options=DETACH)
-    assert not (tmp_path / "out").exists()
-
-
 def test_training_only_parts_without_detach_fail_in_one_line_and_write_nothing(
     checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -158,13 +143,6 @@ def test_training_only_parts_without_detach_fail_in_one_line_and_write_nothing(
         export_checkpoint(checkpoint, tmp_path / "out", options=ExportOptions(max_batch=4))
     assert "\n" not in str(problem.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_class_name_that_is_not_unicode_is_one_line(preprocess: Preprocess, tmp_path: Path) -> None:
-    labels = (*LABELS[:-1], "caf\udce9")  # how Python reads the folder name b"caf\xe9"
-    path = save(trained("resnet8"), "resnet8", tmp_path / "ckpt.pt", preprocess, labels)
-    with pytest.raises(ConfigError, match=r"class 'caf\\udce9': its name .* is not valid Unicode"):
-        export_checkpoint(path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["dsop-resnet8", "gmgap-16-8-resnet18"])

@@ -17,7 +17,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.base import Classifier
 from sopdeploy_export import operators
 from sopdeploy_export.graph import OPSET, capture, capture_any_batch, generated_images, lower
 from sopdeploy_export.operators import check_operators
@@ -27,8 +26,6 @@ from tests.export.once import ALONE, BATCH, graph_of
 from tests.export.user_network.networks import export_small, trained, variant
 from tests.gpu_graphs import accepted
 from tests.sweep.steps import Small, agreed
-
-Make = Callable[..., Classifier]
 
 
 def lowered(network: nn.Module, preprocess: Preprocess, batch: BatchRange = BATCH) -> onnx.ModelProto:
@@ -48,16 +45,9 @@ def test_graph_has_one_uint8_input_one_float_output_and_standard_operators(prepr
     assert "BatchNormalization" not in operators
     names = {tensor.name for tensor in model.graph.initializer}
     assert {"conv1.weight", "layer3.0.conv2.weight", "fc.weight", "fc.bias"} <= names
-
-
-def test_same_network_lowers_to_the_same_bytes_without_local_paths(
-    make: Make, preprocess: Preprocess
-) -> None:
-    models = graph_of("resnet8", preprocess).model, lowered(make("resnet8"), preprocess)
-    first, second = (model.SerializeToString(deterministic=True) for model in models)
-    assert first == second
+    content = model.SerializeToString()
     for trace in (b"/home", b"/usr", b"site-packages", b".py", b"stack_trace", b"pkg.torch"):
-        assert trace not in first
+        assert trace not in content
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 9])
@@ -207,27 +197,6 @@ def test_pooling_to_one_position_adds_no_operators_on_shapes(name: str) -> None:
     counts = Counter(node.op_type for node in model.graph.node)
     assert {kind: counts[kind] for kind in (*ON_SHAPES, *expected)} == dict.fromkeys(ON_SHAPES, 0) | expected
     accepted(model, "fp32")
-
-
-COPYING_NO_SHAPES: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "a transformer": (lambda: timm.create_model("test_vit", num_classes=4, depth=1), 160),
-    "a stable sort": (lambda: Minimal(lambda x: x.mean(dim=(2, 3)).sort(dim=1, stable=True)[0]), 16),
-}
-
-
-@pytest.mark.parametrize("case", COPYING_NO_SHAPES)
-def test_no_shapes_are_copied_between_gpu_and_cpu(case: str) -> None:
-    build, side = COPYING_NO_SHAPES[case]
-    accepted(lowered(build().eval(), Preprocess(resize=side, crop=side)), "fp32")
-
-
-@pytest.mark.parametrize(("size", "mean"), [((1, 1), True), ((1, 2), False)])
-def test_only_pooling_to_one_position_becomes_a_mean(size: tuple[int, int], mean: bool) -> None:
-    pooling = Minimal(lambda x: torch.nn.functional.adaptive_avg_pool2d(x, size).flatten(1))
-    program = capture_any_batch(pooling.eval(), Preprocess(resize=16, crop=16), BATCH)
-    targets = {node.target for node in program.graph.nodes}
-    assert (torch.ops.aten.mean.dim in targets) == mean
-    assert (torch.ops.aten.adaptive_avg_pool2d.default in targets) == (not mean)
 
 
 def check(function: Callable[[Tensor], Tensor], preprocess: Preprocess) -> None:

@@ -221,14 +221,3 @@ def test_a_part_without_headroom_in_float16_is_named_with_advice(
     message = r"^conv1 computes .* in float16 .*precision fp32$"
     with pytest.raises(LoweringError, match=message) if refused else nullcontext():
         convert.convert_precision(graph, preprocess, ExportOptions(precision="fp16", max_batch=1))
-
-
-@pytest.mark.slow
-def test_alexnet_exports_with_its_local_response_norms_in_float32(make: Make, tmp_path: Path) -> None:
-    config: dict[str, Any] = {"pooling": {"kind": "gap"}, "classifier": "linear"}
-    sizes, options = Preprocess(resize=64, crop=64), {"max_batch": 1, "precision": "fp16"}
-    exported = export_once(make("alexnet", **config), "alexnet", tmp_path, preprocess=sizes, **options)
-    assert exported.parity.passed
-    _, types = cast_graph(graph_of("alexnet", sizes, **config), sizes)
-    assert FLOAT in types["layers.2"]
-    assert FLOAT not in types["layers.4"]

@@ -14,7 +14,6 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision import models
 from torchvision.ops import roi_align
 
@@ -146,20 +145,9 @@ def test_the_full_size_is_exported_verified_and_served(architecture: str, tmp_pa
     classify_over_http(exported.path)
 
 
-def covariance(network: Any, images: Tensor) -> Tensor:
-    maps = F.pixel_unshuffle(network.stem(images), 4).flatten(2)
-    return maps @ maps.transpose(1, 2) / 9
-
-
 def both(network: Any, images: Tensor) -> Tensor:
     """Compute the features (2 B, 8) of the images, then of the mirrored images."""
     return network.features(torch.cat([images, images.flip(3)]))
-
-
-def at_largest(network: Any, images: Tensor) -> Tensor:
-    maps = network.stem(images).flatten(2)
-    ordered = maps.sum(1, keepdim=True).sort(dim=2, descending=True, stable=True).indices
-    return torch.take_along_dim(maps, ordered[:, :, :5], 2).mean(2)
 
 
 def by_number(network: Any, images: Tensor) -> Tensor:
@@ -175,31 +163,11 @@ def by_type(network: Any, images: Tensor) -> Tensor:
 
 
 FEATURES: dict[str, Callable[[Any, Tensor], Tensor]] = {
-    "a trace": lambda net, x: (
-        covariance(net, x).diagonal(dim1=1, dim2=2).sum(-1, keepdim=True) * net.features(x)
-    ),
     "a mean of views": lambda net, x: both(net, x).view(2, -1, 8).mean(0),
-    "chunks": lambda net, x: sum(both(net, x).chunk(2)),
-    "parts of the size of the batch": lambda net, x: sum(both(net, x).split(x.shape[0])),
     "slices of the size of the batch": lambda net, x: (
         (f := both(net, x))[: x.shape[0]] + f[x.shape[0] :] + f[-x.shape[0] :]
     ),
     "positions by the number of the image": by_number,
-    "einsum with an ellipsis": lambda net, x: (
-        torch.einsum("b...,b...->b", net.stem(x), net.stem(x))[:, None] * net.features(x)
-    ),
-    "einsum of matrices": lambda net, x: torch.einsum(
-        "...im,...jm->...ij", *[net.stem(x).flatten(2)] * 2
-    ).mean(2),
-    "a Fourier transform": lambda net, x: torch.fft.rfft2(net.stem(x)).abs().mean((2, 3)),
-    "a determinant": lambda net, x: (
-        torch.linalg.det(covariance(net, x)[:, :3, :3] + torch.eye(3))[:, None] * net.features(x)
-    ),
-    "pooling with ceil_mode": lambda net, x: (
-        F.max_pool2d(net.stem(x), 2, 4, ceil_mode=True).flatten(2).mean(2)
-    ),
-    "take_along_dim": lambda net, x: torch.take_along_dim(f := net.features(x), f.argsort(1), 1),
-    "take_along_dim of maps": at_largest,
     "code that reads the type": by_type,
 }
 

@@ -1,15 +1,12 @@
 """The networks of the papers: published counts and dimensions, names of weights, what ships."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.gsop_block import GSoPBlock
 from sopdeploy.models.describe import describe
-from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.models.registry import create_model, make_config
 from tests.sopdeploy.training.small_recipes import few_blocks
 
@@ -89,90 +86,30 @@ def test_convolutions_start_with_kaimings_deviation() -> None:
     assert conv.bias.abs().max() == 0
 
 
-FEATURES = torch.randn(2, 32, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("kind", ["se", "cbam", "ge"])
-def test_every_block_has_an_attention_and_torchvisions_keys(kind: str) -> None:
-    with torch.device("meta"):
-        plain, ours = create_model("resnet50"), create_model(f"{kind}-resnet50")
-    attended = [name for name, _ in ours.named_modules() if name.endswith(".attention")]
-    assert attended == [f"{place}.attention" for place in ours.tap_channels]
-    extra = ours.state_dict().keys() - plain.state_dict().keys()
-    assert plain.state_dict().keys() <= ours.state_dict().keys()
-    assert all(".attention." in key for key in extra)
-
-
 def test_a_target_width_without_reduction_is_rejected() -> None:
     with pytest.raises(ConfigError, match="width: 512 is not smaller than 512 channels"):
         create_model("psdr-resnet50", depth=18, width=512)
 
 
-TINY: dict[str, Any] = {
-    "blocks_per_stage": 1,
-    "components": 4,
-    "chosen": 2,
-    "component_widths": (12, 8),
-    "gate_widths": (8, 6),
-    "num_classes": 5,
-}
-
-GATED = ["gmsop-16-8-resnet18", "gmgap-16-8-resnet18", "sgmoe-16-8-resnet18"]
-
-
-def tiny(name: str = GATED[0], **switches: Any) -> GMSOPResNet:
-    torch.manual_seed(0)
-    if name.startswith("sgmoe"):
-        switches = {"gate_widths": (), **switches}
-    network = create_model(name, **{**TINY, **switches})
-    assert isinstance(network, GMSOPResNet)
-    return network
-
-
-def images(count: int = 4, side: int = 16) -> Tensor:
-    torch.manual_seed(1)
-    return torch.randn(count, 3, side, side)
-
-
-def untied(network: GMSOPResNet) -> GMSOPResNet:
-    torch.nn.init.normal_(network.gate.weight)
-    for bias in network.mixture.biases:
-        torch.nn.init.normal_(bias)
-    return network
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_eval_mode_returns_logits_and_outputs_tuple_the_gates(name: str) -> None:
-    network = untied(tiny(name)).eval()
-    logits, gates = network.outputs_tuple(images())
-    assert torch.equal(network(images()), logits)
-    assert gates.shape == (4, 4)
-    assert (gates > 0).sum(dim=1).tolist() == [2] * 4
-    torch.testing.assert_close(gates.sum(dim=1), torch.ones(4))
-
-
-def test_the_untrained_gate_selects_the_first_components() -> None:
-    _, gates = tiny().eval().outputs_tuple(images())
-    assert gates.tolist() == [[0.5, 0.5, 0.0, 0.0]] * 4
-
-
 def test_chosen_of_one_can_be_exported_but_not_trained() -> None:
-    network = tiny(chosen=1)
+    network = create_model("gmsop-16-8-resnet18", num_classes=5, chosen=1)
+    images = torch.randn(4, 3, 16, 16)
     with pytest.raises(ConfigError, match="chosen: must be at least 2 to train"):
-        network(images())
-    assert network.eval()(images()).shape == (4, 5)
+        network(images)
+    assert network.eval()(images).shape == (4, 5)
 
 
 def test_the_gate_has_the_architecture_of_a_component_or_that_of_the_released_code() -> None:
     """Section 2.3; the code has batch norm and other widths."""
-    paper = tiny("gmgap-16-8-resnet18", gate_widths=None).gate
-    assert [type(layer) for layer in paper.feature[0]] == [torch.nn.Conv2d, torch.nn.ReLU]
-    assert (paper.feature[0][0].weight.shape[0], paper.weight.shape[1]) == (12, 8)
-    linear = tiny(gate_widths=None, component_activation="none").gate
-    assert [type(layer) for layer in linear.feature[1]] == [torch.nn.Conv2d]
-    released = tiny("gmgap-16-8-resnet18", gate_norm=True).gate
-    expected = [torch.nn.Conv2d, torch.nn.BatchNorm2d, torch.nn.ReLU]
-    assert [type(layer) for layer in released.feature[1]] == expected
+
+    def layers(**config: object) -> list[list[type]]:
+        gate = on_meta("gmgap-16-8-resnet18", component_widths=(12, 8), **config).gate
+        return [[type(layer) for layer in gate.feature[place]] for place in (0, 1)]
+
+    convolution, norm, relu = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
+    assert layers() == [[convolution, relu]] * 2
+    assert layers(component_activation="none")[1] == [convolution]
+    assert layers(gate_widths=(8, 6), gate_norm=True)[1] == [convolution, norm, relu]
 
 
 def test_no_more_components_are_chosen_than_there_are() -> None:
@@ -182,19 +119,6 @@ def test_no_more_components_are_chosen_than_there_are() -> None:
 
 FOUR = ["layer1_1", "layer2_1", "layer3_1", "layer4_1"]
 NARROW = {"aux_widths": (8, 8, 8, 8), "aux_blocks": (1, 1, 1, 1)}
-
-
-def branches_of(name: str, **config: object) -> dict[str, nn.Module]:
-    with torch.device("meta"):
-        network = create_model(name, **config)
-    return dict(network.branches.items())
-
-
-def test_stages_without_activation_get_one_before_the_pooling_of_their_branches() -> None:
-    for branch in branches_of("dsop-preact-resnet164").values():
-        assert [type(module) for module in branch.ending] == [nn.BatchNorm2d, nn.ReLU]
-    for branch in branches_of("dsop-resnext29-8x64d").values():
-        assert isinstance(branch.ending, nn.Identity)
 
 
 def test_the_branch_at_the_end_of_efficientnet_trains_the_whole_backbone(monkeypatch) -> None:

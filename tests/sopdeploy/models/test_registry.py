@@ -16,20 +16,6 @@ from tests.sweep.steps import Small
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_every_name_builds_a_network_and_its_inference_model(name: str) -> None:
-    with torch.device("meta"):
-        network = create_model(name, num_classes=3)
-        plain = network.inference_model()
-    assert isinstance(network, Classifier)
-    assert network.num_classes == 3
-    assert network.num_features() > 0
-    removed = network.state_dict().keys() - plain.state_dict().keys()
-    assert all(key.startswith(network.training_only) for key in removed)
-    assert plain.state_dict().keys() <= network.state_dict().keys()
-    assert network.loss_weights()["main"] > 0
-
-
-@pytest.mark.parametrize("name", list_models())
 def test_every_entry_is_complete_and_its_config_survives_a_checkpoint(name: str) -> None:
     config, line = make_config(name, {}), entry(name)
     assert make_config(name, config.model_dump(mode="json")) == config
