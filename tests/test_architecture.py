@@ -110,6 +110,7 @@ HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "sklearn", "timm", "sopd
 WITHOUT: dict[tuple[str, ...], tuple[str, ...]] = {  # packages that importing these modules must not import
     (
         *("sopdeploy", "sopdeploy.bundle.manifest", "sopdeploy.bundle.probes", "sopdeploy.cli.app"),
+        "sopdeploy.client",
         *(
             "sopdeploy.images.preprocess",
             "sopdeploy_service.commands.predict",

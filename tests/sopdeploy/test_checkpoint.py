@@ -1,6 +1,5 @@
 """Checkpoints: round trips, atomic writes and rejected content."""
 
-import errno
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -61,40 +60,6 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path: Path, checkpoint: Chec
     assert same_bits(read_checkpoint(path).resume, resume)
     assert read_checkpoint(path).training == {"epoch": 2}
     assert [file.name for file in path.parent.iterdir()] == ["ckpt.pt"]
-
-
-def test_every_dtype_and_layout_is_restored(tmp_path: Path, checkpoint: Checkpoint) -> None:
-    weights = {
-        "half": torch.tensor([1.5, -0.0], dtype=torch.float16),
-        "bfloat": torch.tensor([1.5], dtype=torch.bfloat16),
-        "double": torch.tensor([1e-300], dtype=torch.float64),
-        "long": torch.tensor(5),
-        "bool": torch.tensor([True]),
-        "empty": torch.empty(0, 3),
-        "transposed": torch.arange(6.0).reshape(2, 3).t(),
-        "trained": torch.ones(2, requires_grad=True),
-    }
-    write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, weights=weights))
-    found = read_checkpoint(tmp_path / "ckpt.pt").weights
-    assert same_bits(found, {name: tensor.detach() for name, tensor in weights.items()})
-    assert not found["trained"].requires_grad
-
-
-@pytest.mark.parametrize("replaced", [False, True])
-def test_an_interrupted_write_keeps_the_previous_checkpoint_or_leaves_no_file(
-    tmp_path: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, replaced: bool
-) -> None:
-    def fail(_content: Any, file: Any) -> None:
-        file.write(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    if replaced:
-        write_checkpoint(tmp_path / "ckpt.pt", checkpoint)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    monkeypatch.setattr("sopdeploy.checkpoint.torch.save", fail)
-    with pytest.raises(CheckpointError, match=r"ckpt\.pt: cannot be written .*No space left"):
-        write_checkpoint(tmp_path / "ckpt.pt", replace(checkpoint, training={"epoch": 9}))
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -195,15 +160,6 @@ def test_an_error_keeps_the_old_file(tmp_path: Path, problem: BaseException) -> 
         raise problem
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("name", [".", "runs"])
-def test_a_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
-    with pytest.raises(IsADirectoryError), atomic_write(Path(name)) as partial:
-        partial.write_text("text")
-    assert list(tmp_path.iterdir()) == [tmp_path / "runs"]
 
 
 def test_the_home_of_an_unknown_user_is_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,14 +84,6 @@ def test_a_plug_in_that_cannot_be_imported_is_one_line(
     assert "resnet18" in result.stdout
 
 
-@pytest.mark.parametrize("key", ["model.config.pooling", "data.kind"])
-def test_a_recipe_with_a_broken_plug_in_is_an_error_in_one_line(key: str, install: Install) -> None:
-    install("broken = raises_plugin")
-    with pytest.raises(ConfigError, match=r"plug-in broken of acme 2\.0 cannot be imported") as caught:
-        read_recipe("digits-plain", [f"{key}=unknown"])
-    assert "\n" not in str(caught.value)
-
-
 def test_a_broken_plug_in_does_not_hide_another_one(install: Install) -> None:
     install("broken = raises_plugin\nworks = works_plugin")
     assert load_settings(runtime="acme").runtime == "acme"
@@ -125,24 +117,3 @@ def test_what_is_registered_does_not_replace_what_the_project_has() -> None:
     assert not isinstance(recipe.data, Digits)
     network = sopdeploy.create_model(recipe.model.name, **recipe.model.config)
     assert not isinstance(network.config.pooling, Isqrt)
-
-
-WRONG: dict[str, tuple[Callable[[], None], str]] = {
-    "no pooling": (lambda: sopdeploy.register_pooling(DataSource), "is no subclass of .*PoolingConfig"),
-    "no data source": (lambda: sopdeploy.register_data_source(3), "3 is no subclass of .*DataSource"),
-    "no runtime": (lambda: sopdeploy.register_runtime("a", "b"), "'b' cannot be called"),
-    "no name": (lambda: sopdeploy.register_runtime("a b", print), "runtime 'a b': a name has letters"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_object_is_an_error_in_one_line(case: str) -> None:
-    register, message = WRONG[case]
-    with pytest.raises(ConfigError, match=message):
-        register()
-
-
-def test_the_switch_has_two_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(plugins.VARIABLE, "none")
-    with pytest.raises(ConfigError, match="SOPDEPLOY_PLUGINS=none: write on or off"):
-        plugins.installed_plugins()

@@ -21,14 +21,11 @@ from sopdeploy.data.base import (
 from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.data.sources import DigitsConfig, open_data
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.training.recipe import read_recipe
-from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.small_data import jpeg, write_photos
-from tests.sopdeploy.training.runs import RecordingCallback
 
 CLASSES = st.lists(st.integers(0, 4), min_size=1, max_size=60)
 
@@ -130,15 +127,3 @@ def test_a_run_stops_and_names_all_unreadable_images(spoilt, tmp_path, workers) 
     assert "\n" not in text
     met = DataError("a/5.jpg: cannot be read")  # a single unreadable image keeps its own error
     assert unreadable_images_error(met, open_data(recipe_for(spoilt).data).held_out) is met
-
-
-def test_evaluation_names_all_unreadable_images_and_resume_needs_the_same_number(spoilt, tmp_path) -> None:
-    photos = write_photos(tmp_path / "whole")
-    recipe, run = recipe_for(photos), tmp_path / "run"
-    with pytest.raises(TrainingStoppedError):
-        train_recipe(recipe, run, callback=RecordingCallback(stop_at=("step", 1, 0)))
-    (photos / "train" / "cat" / "9.jpg").write_bytes(jpeg(1))
-    with pytest.raises(DataError, match="started with 8 training images, now there are 9"):
-        train_recipe(recipe, run, resume=True)
-    with pytest.raises(DataError, match="2 images cannot be used"):
-        score_checkpoint(run / "last.pt", spoilt / "train")

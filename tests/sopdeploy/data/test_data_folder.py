@@ -70,19 +70,6 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path) -> None:
     assert found == {"a", "a/more", "b", "c"}
 
 
-def test_every_image_suffix_is_read(tmp_path) -> None:
-    make(tmp_path, a=2, b=2)
-    files = set()
-    for ending in ("jpg", "JPEG", "png", "webp", "bmp", "gif"):
-        files |= {f"c/{ending}.{ending}", f"c/below/{ending}.{ending}"}
-    for file in files:
-        paint(tmp_path / file)
-    split = open_at(tmp_path)
-    assert {name for name in names(split.train) + names(split.held_out) if name.startswith("c")} == files
-    for part in (split.train, split.held_out):
-        assert {part[index][0].size for index in range(len(part))} == {(32, 24)}
-
-
 @pytest.mark.parametrize("name", ["a/Stra\udcdfe.jpg", "Stra\udcdfe/0.jpg"])
 def test_a_name_that_is_not_utf8_is_named_in_one_line(tmp_path, name) -> None:
     make(tmp_path, a=2, b=2)

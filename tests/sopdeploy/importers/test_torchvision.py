@@ -17,12 +17,10 @@ from torchvision.models.resnet import ResNet as TorchvisionResNet
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, WeightsError
-from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers import pytorch_projects
 from sopdeploy.importers.conversion import WeightFile
 from sopdeploy.importers.import_weights import convert_weights
 from sopdeploy.models.registry import create_model
-from sopdeploy.training.start_weights import StartWeights, load_start_weights
 from tests.sopdeploy.importers.released import (
     SHORT,
     assert_logits,
@@ -223,33 +221,3 @@ def test_every_tensor_of_torchvision_has_a_place(tmp_path: Path, name: str, mode
     assert (converted.project, converted.model, converted.num_classes) == ("torchvision", model, 5)
     found = {name: tensor.shape for name, tensor in converted.tensors.items()}
     assert found == {name: tensor.shape for name, tensor in expected.items()}
-
-
-def test_a_vgg_of_another_depth_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        WeightsError, match="a VGG with 16 convolutions; the catalog has only VGG-16, with 13"
-    ):
-        convert_weights(vgg_file(tmp_path, "vgg19_bn"), "vgg16-bn")
-
-
-@pytest.mark.parametrize(
-    ("model", "config", "new"),
-    [
-        ("vgg16-bn", {"pooling": {"kind": "isqrt", "width": 8}}, {"classifier.0", "classifier.6"}),
-        ("vgg16-bn", {"pooling": "bcnn", "classifier": "linear"}, {"classifier"}),
-    ],
-)
-def test_the_convolutions_start_a_network_with_another_pooling(
-    tmp_path: Path, model: str, config: dict[str, Any], new: set[str]
-) -> None:
-    converted = convert_weights(vgg_file(tmp_path, "vgg16_bn"), "vgg16-bn")
-    values = {  # ones without memory of their own
-        name: torch.ones((), dtype=tensor.dtype).expand(tensor.shape)
-        for name, tensor in converted.tensors.items()
-    }
-    weights = StartWeights(file="a.pth", sha256="", network="VGG-16", tensors=values, preprocess=Preprocess())
-    network = create_model(model, num_classes=3, **config)
-    report = load_start_weights(weights, network, ("a", "b", "c"))
-    assert {part for part in report.new if not part.startswith("pooling")} == new
-    convolutions = [tensor for name, tensor in network.state_dict().items() if name.startswith("layers.")]
-    assert all(bool((tensor == 1).all()) for tensor in convolutions)

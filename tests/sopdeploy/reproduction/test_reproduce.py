@@ -109,23 +109,6 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
         reproduce(TINY.model_copy(update={"set": ("optimizer.momentum=0.8",)}), options)
 
 
-def test_table_i_of_dsop_is_counted_without_data_and_explains_its_figures(tmp_path) -> None:
-    command = ["reproduce", "dsop-1", "--out", str(tmp_path)]
-    found = json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["rows"]
-    params, operations = (
-        [row["figures"][name] for row in found]
-        for name in ("parameters in training (M)", "GFLOPs in training")
-    )
-    assert [round(one["found"], 1) for one in params] == [100.6, 110.7, 181.9, 44.5]
-    assert [one["mark"] for one in operations] == ["✗", "✗", "", ""]
-    assert {row["status"] for row in found} == {"counted, not trained"}
-    shown = re.sub(r"\s+", " ", CliRunner().invoke(app, command).stdout)
-    page = (tmp_path / "dsop-1-paper/index.html").read_text(encoding="utf-8")
-    for note in ("only 3, 4, 7, 3 blocks and four heads of 256", "2.8 G of the operations", "7.229", "✗"):
-        assert note in page
-        assert note in shown
-
-
 def test_a_row_at_the_scale_of_the_paper_runs_on_the_images_that_are_given(tmp_path) -> None:
     data = tmp_path / "imagenet"
     for part, each in (("train", 8), ("val", 3)):
