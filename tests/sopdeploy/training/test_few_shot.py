@@ -24,7 +24,7 @@ from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.multi_label import MeanPrecision, average_precision, resampled_precision
 from sopdeploy.report.wrong_labels import list_wrong_labels
 from sopdeploy.training import train
-from sopdeploy.training.few_shot.classifier import GRID, OutOfFold, Problem, Targets, compose, estimate
+from sopdeploy.training.few_shot.classifier import OutOfFold, Problem, Targets, compose, estimate
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
 from sopdeploy.training.run import Callback
@@ -141,27 +141,6 @@ def test_the_energies_of_few_images_are_means_of_three_cross_validations(tmp_pat
     assert not np.array_equal(calls[1], calls[2])
     assert mean == pytest.approx(once + (0 + 3 + 3) / 3)
     assert softmax(found[1]) == pytest.approx(softmax(found[0]))
-
-
-def test_the_weight_of_the_distance_is_half_the_deviation_of_the_energy():
-    features, classes = blobs(60, 3)
-    problem = Problem.create([features], softmax_targets(classes, 3))
-    folds = problem.targets.folds([str(number) for number in range(60)], 5, 0)
-    logits, distances = problem.cross_validate(folds, [30.0])[0], problem.distances(folds)
-    weight = problem.distance_weight(logits, distances)
-    assert weight * distances.std() == pytest.approx(0.5 * np.logaddexp.reduce(logits, axis=1).std())
-    several = replace(problem, targets=replace(problem.targets, activation="sigmoid"))
-    assert several.distance_weight(logits, distances) == 0
-
-
-def test_the_final_head_stops_where_the_heads_of_the_cross_validation_stop():
-    features, classes = blobs(60, 3)
-    problem = Problem.create([features], softmax_targets(classes, 3))
-    *_, expected = problem.fit(np.arange(60), GRID)
-    found = problem.fit_all(GRID[-1])
-    inputs = (features - problem.center) * problem.scale @ problem.basis
-    found_logits = features @ found.weight.T + found.bias
-    assert found_logits == pytest.approx(inputs @ expected.weight.T + expected.bias, abs=1e-9)
 
 
 def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_path: Path):

@@ -16,11 +16,8 @@ import timm
 import torch
 import torchvision
 from huggingface_hub import close_session, constants
-from PIL import Image
-from typer.testing import CliRunner
 
 from sopdeploy.checkpoint import load_plain, read_checkpoint
-from sopdeploy.cli.app import app
 from sopdeploy.commands.train import TrainOptions, configure
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
@@ -249,18 +246,6 @@ def test_weights_that_are_published_without_a_classifier_start_a_run(tmp_path, n
         import_weights(tmp_path / "vit.pth", "timm:test_vit", tmp_path / "ckpt.pt")
 
 
-def test_both_classifiers_of_a_distilled_transformer_are_replaced(tmp_path) -> None:
-    name = "deit_tiny_distilled_patch16_224"
-    torch.save(timm.create_model(name).state_dict(), tmp_path / "deit.pth")
-    weights = "model.config={}", f"start.weights={tmp_path / 'deit.pth'}"
-    initial = start(f"model.name=head:timm:{name}", *weights)
-    assert initial.start is not None
-    assert initial.start.unused == ("head", "head_dist")
-    plain = start(f"model.name=timm:{name}", *weights)
-    assert plain.start is not None
-    assert plain.start.new == ("head", "head_dist")
-
-
 def test_a_classifier_is_loaded_only_for_the_same_classes(tmp_path) -> None:
     recipe = short_recipe("epochs=1")
     best = train_recipe(recipe, tmp_path / "run").best
@@ -324,34 +309,6 @@ def test_networks_without_published_weights_and_unsuitable_values_are_named() ->
     for setting, kind, message in cases:
         with pytest.raises(kind, match=message):
             start(setting)
-
-
-@pytest.fixture
-def eight_photos(tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for number in range(8):
-        folder = tmp_path / "photos" / LABELS[number % 2]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (24, 24), (30 * number, 0, 0)).save(folder / f"{number}.jpg")
-
-
-@pytest.mark.usefixtures("eight_photos")
-def test_without_network_train_on_photos_exits_with_2_and_says_what_to_do(
-    server, monkeypatch, tmp_path
-) -> None:
-    monkeypatch.setattr(RESNET18, "url", "http://127.0.0.1:1/resnet18-f37072fd.pth")
-    template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    for network, file, place in (
-        ("resnet18", "resnet18-f37072fd.pth", "and put it at "),
-        ("efficientnet-lite0", "timm/tf_efficientnet_lite0.in1k/model.safetensors", "try --weights FILE"),
-    ):
-        result = CliRunner().invoke(app, ["train", "--data", "photos", "--set", f"model.name={network}"])
-        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-        assert f"error: {file}: cannot be downloaded (" in result.stderr
-        assert f"/{file.rpartition('/')[2]} " in result.stderr
-        assert place in result.stderr
-        assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.usefixtures("few_digits")

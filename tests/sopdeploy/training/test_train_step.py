@@ -20,7 +20,6 @@ from sopdeploy.data.augment import (
 )
 from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.data.sources import open_data
-from sopdeploy.errors import ConfigError
 from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
@@ -150,17 +149,3 @@ def test_lighting_adds_multiples_of_the_principal_colors() -> None:
     shifts = np.array([lighting(gray, seed)[0, 0] - 128.0 for seed in range(400)]) / 255
     expected = COLOR_COMPONENTS @ np.diag(np.square(0.1 * COLOR_DEVIATIONS)) @ COLOR_COMPONENTS.T
     assert np.cov(shifts.T) == pytest.approx(expected, abs=0.15 * expected.max())
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ('teacher={model={name="resnet9"}}', "model 'resnet9' is not in the catalog"),
-        ('teacher={model={name="gmgap-16-8-resnet18"}}', r"teacher\.model: a network with a gate"),
-        ("color={lighting=-1}", r"color\.lighting"),
-    ],
-)
-def test_unusable_options_are_refused_with_one_line(tmp_path: Path, setting: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as error:
-        train_recipe(short_recipe(*STUDENT, setting), tmp_path / "run")
-    assert "\n" not in str(error.value)
