@@ -99,7 +99,9 @@ def test_an_interrupted_table_continues_and_its_page_shows_only_measured_values(
     figures = resumed.rows[1].figures
     assert figures["top-1 increment"].found == pytest.approx(plain - dsop)
     for fact, printed in TINY.rows[1].facts.items():
-        assert f"With DSoP {fact} {printed} {figures[fact].found:.4g} " in text
+        found = figures[fact].found
+        shown = f"{found:,.0f}" if found >= 1000 else f"{found:.4g}"
+        assert f"With DSoP {fact} {printed} {shown} " in text
     assert min(figures[fact].found for fact in (HOURS, SPEED, MILLISECONDS)) > 0
     for error in ("top-1", "top-5"):
         assert f"Heads of With DSoP: {error} error in % on a fixed subset of 30 held-out images." in text

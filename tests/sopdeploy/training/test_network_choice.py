@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sopdeploy.commands import network_choice
 from sopdeploy.commands.network_choice import Speed, Validated, measure_networks
@@ -133,6 +134,7 @@ def test_networks_are_measured_without_weights_on_images_of_their_size(photos: P
     speed = measure_networks({"a": recipe}, 3, Callback())["a"]
     assert speed.milliseconds > 0
     assert 0 < speed.megabytes < 1
+    assert torch.tensor(1e-40) * torch.ones(1) > 0  # training computes with denormal numbers as before
 
 
 ERRORS: dict[str, tuple[dict[str, Any], str]] = {
