@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.datasets.folder import open_evaluation_images
-from sopdeploy.data.folders import Log, ignore
+from sopdeploy.data.folders import Log
 from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
-from sopdeploy.evaluation.multi_label import fit_thresholds
+from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, fit_thresholds
 from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy.models.base import Classifier
@@ -41,7 +40,7 @@ def score_checkpoint(
     accepts: float | None = None,
     workers: int = 0,
     on_image: Callable[[int, int], None] = lambda _done, _total: None,
-    log: Log = ignore,
+    log: Log = lambda _line: None,
 ) -> CheckpointScores:
     """Predict the images below *data*, one subfolder per class or `labels.csv`, by the checkpoint at *path*.
 

@@ -7,7 +7,7 @@ fitted without a fifth of the images at a time lower the loss of these images.
 Rejection: an image whose score is below a threshold counts as unknown. The scores are the maximum softmax
 probability (Hendrycks and Gimpel, ICLR 2017) and the negative free energy (Liu et al., NeurIPS 2020, Eq. 4).
 The threshold is a quantile of the scores of known images with the correction of split conformal prediction
-(Angelopoulos and Bates, 2021, section 1).
+(Angelopoulos and Bates, 2021, section 1). With several classes per image, each class has a threshold.
 
 The score is chosen by leave-one-class-out AUROC: for each class, its logit is masked, its images are the
 unknown ones, and the images of all other classes the known ones. The few-shot procedure always uses the
@@ -15,21 +15,16 @@ energy, which it makes lower for images that are unlike the training images.
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import betaln
-from torch import nn
 
-from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy.evaluation.metrics import Rate, log_loss
-from sopdeploy.evaluation.prediction import score_images
 from sopdeploy.evaluation.statistics import LEVEL
-from sopdeploy.images.preprocess import Preprocess
 
 Logits = NDArray[np.float64]
 
@@ -38,6 +33,8 @@ MAX_TEMPERATURE = 20.0  # the smallest temperature is 1 / MAX_TEMPERATURE
 SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
 NESTED_FOLDS = 5
 MAX_LEFT_OUT = 100  # classes, evenly spaced
+PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
+MAX_LOGIT = 30.0  # larger absolute values are clipped
 SCORES: tuple[Score, ...] = ("max_probability", "energy")
 
 
@@ -187,6 +184,31 @@ def choose_score(logits: Logits, targets: NDArray[np.int64]) -> Score:
     return max(SCORES, key=aurocs.__getitem__)
 
 
+def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tuple[float, ...]:
+    """Choose the threshold of each class that maximizes F1 of *probabilities* (N, C) for *targets* (N, C).
+
+    A threshold lies half-way between two neighboring logits; of several best ones, the nearest to 0.5 is
+    taken. Its logit is then multiplied by n / (n + PRIOR_IMAGES), where n images show the class: few images
+    determine it only roughly, so it moves towards 0.5. It is 0.5 if no image or every image shows the class.
+    """
+    from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
+
+    thresholds = []
+    for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
+        logit, count = 0.0, int(true.sum())
+        if 0 < count < len(true):
+            precision, recall, distinct = precision_recall_curve(true, scores)
+            with np.errstate(divide="ignore"):
+                logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
+            between = (logits + np.append(logits[0], logits[:-1])) / 2
+            f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-12))[:-1]
+            best = between[f1 >= f1.max() - 1e-12][::-1]  # of equally near ones, the larger
+            nearest_to_half = best[np.abs(best).argmin()]
+            logit = float(nearest_to_half) * count / (count + PRIOR_IMAGES)
+        thresholds.append(1 / (1 + float(np.exp(-logit))))
+    return tuple(thresholds)
+
+
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     """Say that *rule* rejects few unknown images, or clearly fewer than *before*; empty if neither holds.
 
@@ -205,12 +227,3 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     if was is not None:
         text += f", {was.right} of {was.count} before"
     return f"{text}; add photographs of all classes and of unknown things, and compare before you promote"
-
-
-def predict_unknown(
-    model: nn.Module, folder: Path | None, preprocess: Preprocess, workers: int
-) -> Logits | None:
-    """Compute the logits (M, C) of *model* on the images in *folder*; None without a folder."""
-    return (
-        None if folder is None else score_images(model, preprocess, open_any_images(folder), workers=workers)
-    )

@@ -20,8 +20,6 @@ from sopdeploy.evaluation.statistics import LEVEL
 
 DEFAULT_THRESHOLD = 0.5
 _RESAMPLES = 500  # for the interval of an mAP
-PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
-MAX_LOGIT = 30.0  # larger absolute values are clipped
 
 
 class MeanPrecision(StrictModel):
@@ -65,7 +63,7 @@ class MeanPrecision(StrictModel):
 class MultiLabelMetrics(StrictModel):
     """Mean average precision, F1 at a threshold of 0.5, and mean loss over `count` images.
 
-    `thresholds` are those that maximize F1 on these images, one per class (`fit_thresholds`).
+    `thresholds` are those that maximize F1 on these images, one per class (`decision_fit.fit_thresholds`).
     """
 
     score_name: ClassVar[str] = "mAP"
@@ -186,31 +184,6 @@ def average_precision(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> f
     if not true.any():
         return None
     return float(min(1.0, resampled_precision(true, scores, np.ones((1, len(true)), np.int64))[0]))
-
-
-def fit_thresholds(targets: NDArray[np.floating], probabilities: NDArray[np.float64]) -> tuple[float, ...]:
-    """Choose the threshold of each class that maximizes F1 of *probabilities* (N, C) for *targets* (N, C).
-
-    A threshold lies half-way between two neighboring logits; of several best ones, the nearest to 0.5 is
-    taken. Its logit is then multiplied by n / (n + PRIOR_IMAGES), where n images show the class: few images
-    determine it only roughly, so it moves towards 0.5. It is 0.5 if no image or every image shows the class.
-    """
-    from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # not part of the base installation
-
-    thresholds = []
-    for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
-        logit, count = 0.0, int(true.sum())
-        if 0 < count < len(true):
-            precision, recall, distinct = precision_recall_curve(true, scores)
-            with np.errstate(divide="ignore"):
-                logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
-            between = (logits + np.append(logits[0], logits[:-1])) / 2
-            f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-12))[:-1]
-            best = between[f1 >= f1.max() - 1e-12][::-1]  # of equally near ones, the larger
-            nearest_to_half = best[np.abs(best).argmin()]
-            logit = float(nearest_to_half) * count / (count + PRIOR_IMAGES)
-        thresholds.append(1 / (1 + float(np.exp(-logit))))
-    return tuple(thresholds)
 
 
 def _ratio(part: np.int64, whole: np.int64) -> float | None:

@@ -8,6 +8,7 @@ removes the training-only heads, so only a checkpoint has them.
 import math
 from collections.abc import Callable
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,14 +20,15 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, unreadable_images_error
 from sopdeploy.data.batches import load_batches, sequential_batches
+from sopdeploy.data.datasets.folder import open_any_images
 from sopdeploy.decision import Activation, sigmoid
 from sopdeploy.errors import DataError, TrainingError
+from sopdeploy.evaluation.decision_fit import fit_thresholds
 from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K
 from sopdeploy.evaluation.multi_label import (
     DEFAULT_THRESHOLD,
     MultiLabelMetrics,
     MultiLabelPredictions,
-    fit_thresholds,
 )
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
@@ -219,3 +221,12 @@ def score_images(
     if not np.isfinite(logits_NC).all():
         raise TrainingError("the logits are not finite; train again with a lower learning rate")
     return logits_NC
+
+
+def predict_unknown(
+    model: nn.Module, folder: Path | None, preprocess: Preprocess, workers: int
+) -> NDArray[np.float64] | None:
+    """Compute the logits (M, C) of *model* on the images in *folder*; None without a folder."""
+    return (
+        None if folder is None else score_images(model, preprocess, open_any_images(folder), workers=workers)
+    )

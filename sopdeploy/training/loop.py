@@ -12,9 +12,9 @@ from sopdeploy.data.augment import AugmentedDataset, PadCrop
 from sopdeploy.data.base import LabeledImages, PreprocessedDataset, Split, unreadable_images_error
 from sopdeploy.data.batches import load_batches, shuffled_batches
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision, predict_unknown
+from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.prediction import evaluate_network, predict_logits
+from sopdeploy.evaluation.prediction import evaluate_network, predict_logits, predict_unknown
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
 from sopdeploy.training.distributed import shard_step
 from sopdeploy.training.gradient import train_step

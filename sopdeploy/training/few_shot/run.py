@@ -25,10 +25,9 @@ from sopdeploy.data.base import (
 from sopdeploy.data.near import connect
 from sopdeploy.decision import Decision, known_score, sigmoid
 from sopdeploy.errors import DataError
-from sopdeploy.evaluation.decision_fit import fit_decision, missing_threshold, predict_unknown
+from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
-from sopdeploy.evaluation.multi_label import fit_thresholds
-from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits
+from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets, estimate

@@ -19,8 +19,9 @@ from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.decision import sigmoid
 from sopdeploy.errors import ConfigError, DataError, TrainingError
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
+from sopdeploy.evaluation.decision_fit import fit_thresholds
 from sopdeploy.evaluation.metrics import ClassificationReport, ImageScore, classification_report
-from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision, fit_thresholds
+from sopdeploy.evaluation.multi_label import MultiLabelPredictions, average_precision
 from sopdeploy.evaluation.prediction import classification_loss, evaluate_network
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
