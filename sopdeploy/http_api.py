@@ -80,8 +80,7 @@ class ModelInfo(StrictModel):
 
     `thresholds` (by class) is set for a multi-label network, `embedding_size`, the length of a vector of
     `/v1/embed`, if the bundle has features, and `known_from`, the smallest score of a known image, if it has
-    a threshold for them. The last three fields are set with a memory budget; `memory_bytes` is an estimate
-    before the first load.
+    a threshold for them. `loaded` is false for a network that a memory budget keeps out.
     """
 
     name: str

@@ -37,7 +37,7 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
             raise WeightsError(f"{path}: damaged safetensors file ({error}); copy it again") from error
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, in many checkpoints
-            return load_plain(path, ADVICE, raw=raw), digest
+            return load_plain(path, raw, ADVICE), digest
     except CheckpointError as error:
         raise WeightsError(str(error)) from error
 

@@ -38,10 +38,6 @@ class Parts(NamedTuple):
     others: tuple[str, ...]
 
 
-def ignore(_line: str) -> None:
-    """Discard a log message."""
-
-
 def data_folder(path: Path) -> Path:
     """Replace `~` at the beginning of *path*; raise `DataError` if it is not a folder."""
     folder = expand_user(path)

@@ -10,7 +10,7 @@ from sopdeploy.config import StrictModel, with_registered
 from sopdeploy.data.base import Split, derive_seed, select_classes
 from sopdeploy.data.datasets.folder import open_folder
 from sopdeploy.data.datasets.libraries import open_cifar, open_digits, open_official
-from sopdeploy.data.folders import Log, ignore
+from sopdeploy.data.folders import Log
 from sopdeploy.errors import ConfigError, DataError
 from sopdeploy.files import expand_user
 from sopdeploy.plugins import DATA_SOURCES
@@ -92,7 +92,7 @@ def register_data_source(config: type[DataSource]) -> None:
     DATA_SOURCES.register_config(config, DataSource)
 
 
-def open_data(config: DataConfig | DataSource, log: Log = ignore) -> Split:
+def open_data(config: DataConfig | DataSource, log: Log = lambda _line: None) -> Split:
     """Open the training and held-out images of *config*, restricted to its subset of classes if it has one.
 
     *log* receives a line about every file and folder that is not used. Raises `ConfigError` if no path is set

@@ -99,22 +99,18 @@ class Cuda:
     """CUDA runtime calls that raise `RuntimeUnavailableError` on failure."""
 
     def __init__(self, runtime: Any) -> None:
-        self._runtime = runtime
+        self.runtime = runtime
 
     def call(self, name: str, *arguments: Any) -> Any:
         """Call the CUDA function *name* and return its result without the status.
 
         Raises `RuntimeUnavailableError` if the status is not success.
         """
-        status, *values = getattr(self._runtime, name)(*arguments)
+        status, *values = getattr(self.runtime, name)(*arguments)
         if int(status) != 0:
             reason = getattr(status, "name", str(status))
             raise RuntimeUnavailableError(f"CUDA: {name} failed with {reason}")
         return values[0] if values else None
-
-    def constant(self, name: str) -> Any:
-        """Look up the flag or enumeration *name*."""
-        return getattr(self._runtime, name)
 
     def gpu(self) -> Gpu:
         """Query the first GPU."""
@@ -128,7 +124,7 @@ class Cuda:
 
     def copy(self, pinned: NDArray[Any], address: int, stream: Any, *, upload: bool) -> None:
         """Copy *pinned* to the device *address*, or back if *upload* is false, without waiting."""
-        kinds = self._runtime.cudaMemcpyKind
+        kinds = self.runtime.cudaMemcpyKind
         if upload:
             arguments = (address, pinned.ctypes.data, pinned.nbytes, kinds.cudaMemcpyHostToDevice)
         else:
@@ -160,12 +156,12 @@ class CudaResources:
 
     def stream(self) -> Any:
         """Create a stream that does not synchronize with the default stream."""
-        flags = self._cuda.constant("cudaStreamNonBlocking")
+        flags = self._cuda.runtime.cudaStreamNonBlocking
         return self._keep("cudaStreamDestroy", self._cuda.call("cudaStreamCreateWithFlags", flags))
 
     def event(self) -> Any:
         """Create an event for which a thread waits without using CPU time, which the decoders need."""
-        flags = self._cuda.constant("cudaEventBlockingSync") | self._cuda.constant("cudaEventDisableTiming")
+        flags = self._cuda.runtime.cudaEventBlockingSync | self._cuda.runtime.cudaEventDisableTiming
         return self._keep("cudaEventDestroy", self._cuda.call("cudaEventCreateWithFlags", flags))
 
     def synchronize(self) -> None:

@@ -58,7 +58,7 @@ def checkpoint() -> Checkpoint:
 
 def content() -> dict[str, Any]:
     write_checkpoint(Path("whole.pt"), checkpoint())
-    found: dict[str, Any] = load_plain(Path("whole.pt"))
+    found: dict[str, Any] = load_plain(Path("whole.pt"), Path("whole.pt").read_bytes())
     return found
 
 

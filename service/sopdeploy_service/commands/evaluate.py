@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.data.base import ImageFiles
 from sopdeploy.data.datasets.folder import open_evaluation_images
-from sopdeploy.data.folders import Log, ignore
+from sopdeploy.data.folders import Log
 from sopdeploy.errors import DataError, ImageError
 from sopdeploy.evaluation.predictions import Predictions, make_predictions
 from sopdeploy_service.images.decode import decode
@@ -26,7 +26,7 @@ def scores_of_bundle(
     *,
     settings: Settings | None = None,
     on_image: Callable[[int, int], None],
-    log: Log = ignore,
+    log: Log = lambda _line: None,
 ) -> tuple[tuple[str, ...], Predictions, dict[str, str]]:
     """Score the bundle at *path* on the images below *data*, one subfolder per class or `labels.csv`.
 

@@ -23,7 +23,6 @@ from sopdeploy.data.folders import (
     Parts,
     data_folder,
     find_parts,
-    ignore,
     list_images,
     list_subfolders,
     part_folder,
@@ -34,7 +33,7 @@ from sopdeploy.images.limits import SUFFIXES, describe_formats
 UNSPLIT = "all"  # the name of the only part if the images are not split
 
 
-def open_folder(path: Path, log: Log = ignore) -> Split:
+def open_folder(path: Path, log: Log = lambda _line: None) -> Split:
     """Open the training and held-out images of a folder, with classes sorted by name.
 
     If `labels.csv` lists images with no class or several ones, targets are (N, C) instead of class indices.
@@ -260,7 +259,7 @@ def open_evaluation_images(
     *,
     multi_label: bool = False,
     other_classes: bool = False,
-    log: Log = ignore,
+    log: Log = lambda _line: None,
 ) -> ImageFiles:
     """Open the labeled images below *root* for a network with the classes *labels*, in their order.
 

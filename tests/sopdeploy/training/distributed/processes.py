@@ -83,7 +83,8 @@ def run_in_processes(function: str, folder: Path, *, world: int) -> list[Any]:
                 process.join()
     errors = "\n".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
     assert [process.exitcode for process in processes] == [0] * world, errors
-    return [load_plain(folder / f"rank{rank}.pt") for rank in range(world)]
+    results = [folder / f"rank{rank}.pt" for rank in range(world)]
+    return [load_plain(path, path.read_bytes()) for path in results]
 
 
 def call_joined(function: str, folder: Path, variables: dict[str, str]) -> None:
