@@ -1,6 +1,7 @@
 """Push, pull and sign with folders and object stores."""
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
@@ -182,3 +184,18 @@ def test_an_unusable_store_or_destination_is_one_error_line(bundle: Path, tmp_pa
     assert bundle.name in cli_error("pull", bundle, tmp_path / "x")
     for url in ("memory://models/none.tar", "nosuchstore://models/x.tar"):
         assert url in cli_error("pull", url, tmp_path / "x")
+
+
+def test_the_commands_print_what_they_did(bundle: Path, tmp_path: Path) -> None:
+    key = tmp_path / "my.key"
+    signed = cli("sign", bundle, "--key", key, "--new-key")
+    assert signed.exit_code == 0, signed.stderr
+    assert f"signed   {signature_path(bundle)}" in signed.stdout
+    pushed: Any = json.loads(cli("push", bundle, tmp_path / "a", "--json").stdout)
+    assert pushed["signed"] is True
+    text = cli("push", bundle, tmp_path / "a").stdout
+    assert pushed["sha256"] in text
+    assert "with its signature" in text
+    options = ("--require-signature", f"{key}.pub", "--sha256", pushed["sha256"])
+    pulled = cli("pull", pushed["url"], tmp_path / "here", *options)
+    assert "(signature and hashes checked)" in pulled.stdout
