@@ -50,6 +50,8 @@ def _show_description(description: "Description") -> None:
     rows = ((Text(name), f"{counts.parameters:,}", f"{counts.macs:,}") for name, counts in counted.items())
     print_table(("", "parameters", "multiply-adds"), rows)
     say(f"training only: {', '.join(description.training_only) or 'nothing'}")
+    if description.config.get("conv5_stride") == 1:
+        _explain_stride(description)
     options = ", ".join(f"{key}={_option_value(value)}" for key, value in description.config.items())
     say(f"features: {description.representation}", f"options: {options}")
     say(*(figure.sentence() for figure in description.published))
@@ -59,6 +61,22 @@ def _option_value(value: Any) -> str:
     """Format the value of an option: a pooling by its kind, text without quotes, anything else as JSON."""
     named = value.get("kind", value) if isinstance(value, dict) else value
     return named if isinstance(named, str) else json.dumps(named)
+
+
+def _explain_stride(description: "Description") -> None:
+    """Print the deployed multiply-adds beside those with the usual stride of conv5_x."""
+    from sopdeploy.models.describe import describe
+
+    usual = describe(
+        description.name,
+        image_size=description.image_size,
+        num_classes=description.num_classes,
+        **{**description.config, "conv5_stride": 2},
+    )
+    say(
+        f"conv5_x has stride 1: {description.shipped.macs / 1e9:.2f} G multiply-adds deployed, with the "
+        f"usual stride of 2 (--option conv5_stride=2) {usual.shipped.macs / 1e9:.2f} G"
+    )
 
 
 @command(_show)

@@ -1,8 +1,8 @@
 """Every model trains a step, is saved, loaded, detached, certified and exported.
 
 The default run lowers one of every inference class, builds its fp32 and int8 graphs with a real TensorRT
-parser, and detaches one of every class of network. `make test-models` also builds the half precisions
-and exports every class.
+parser, and detaches one of every class of network. `make test-models` also builds the half precisions,
+exports every class, and every name at its full width.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+from sopdeploy.bundle.manifest import Precision
 from sopdeploy.errors import LoweringError
 from sopdeploy.models.registry import CATALOG, entry
 from sopdeploy_export.graph import generated_images
@@ -24,6 +25,7 @@ from tests.sweep.smallest import ALL, DETACHED, LOWERED, TOO_LONG, WALKED
 from tests.sweep.steps import Small, agreed, detached, exported
 
 OUTPUTS = {"gmsop": {"logits", "gates"}, "gmgap": {"logits", "gates"}, "sgmoe": {"logits", "gates"}}
+BY_EIGENVALUES = ("mpncov-", "deepo2p-", "improved-bcnn-", "g2denet-")
 # Their operators are those of others here: `psdr-resnet50` and `gsop-net2` contain the root of the first, and
 # `export/precision/test_int8.py` builds both graphs of `gmsop`, whose mixture the next two have, for GPUs.
 # `gsop-net1` has the block of `gsop-net2`, CBAM and squeeze-and-excitation have gates as EfficientNet does.
@@ -38,6 +40,7 @@ COVERED = (
     "resnext29-8x64d",
 )
 OF_TIMM = (Small("timm:efficientnet_lite0", 64), Small("timm:vit_tiny_patch16_224", 224))
+NEEDS_EIGENVALUES = {name for name in CATALOG if name.startswith(BY_EIGENVALUES)}
 
 
 def name(small: Small) -> str:
@@ -129,3 +132,41 @@ def test_the_smallest_agrees_in_half_precision(small: Small, tmp_path: Path) -> 
     assert report.passed
     assert report.precision == "fp16"
     accepted(onnx.load(tmp_path / "model.onnx"), "fp16")
+
+
+@pytest.mark.parametrize(
+    "precision",
+    ["fp32", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fp16", "int8"))],
+)
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        "low-rank-bilinear",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gap", "bcnn", "netvlad", "netfv")),
+    ],
+)
+def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path: Path) -> None:
+    small = Small("resnet8", 16, {"pooling": pooling})
+    wanted: Precision = "fp32" if precision == "int8" else precision
+    assert agreed(small.trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx", wanted).passed
+    model = onnx.load(tmp_path / "model.onnx")
+    if precision == "int8":
+        images = generated_images(small.side)[:4]
+        kept = float32_parts(small.build())
+        model = Int8Quantizer(model, images, kept, "tensorrt").quantize()
+    accepted(model, precision)
+
+
+def full_width(model: str) -> Small:
+    """Return *model* with the catalog's options, on smaller images than its paper's."""
+    side = {224: 64, 64: 32}.get(CATALOG[model].image_size, 32)
+    return Small(model, side, {"side": side} if model.startswith("ge-") else {})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("model", [model for model in CATALOG if model not in NEEDS_EIGENVALUES])
+def test_every_name_agrees_at_full_width(model: str, tmp_path: Path) -> None:
+    report = agreed(full_width(model).trained(tmp_path / "ckpt.pt"), tmp_path / "model.onnx")
+    assert report.passed
+    assert set(report.outputs) == outputs_of(model)
