@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -90,6 +91,15 @@ def test_the_commands_of_the_quick_start_are_valid() -> None:
     for line in QUICK_START:
         _, command, *arguments = shlex.split(line)
         assert COMMANDS.commands[command].make_context(command, arguments).args == []
+
+
+def test_shell_completion_suggests_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"COMP_WORDS": "sopdeploy ex", "COMP_CWORD": "1", "_SOPDEPLOY_COMPLETE": "complete_bash"}
+    for name, value in words.items():
+        monkeypatch.setenv(name, value)
+    suggestions = in_process(program=("-c", "from sopdeploy.cli.app import main; main()")).stdout
+    assert "export" in suggestions
+    assert not any(text in suggestions for text in ("train", "\x1b", "[bold]"))
 
 
 def test_the_module_prints_the_package_version() -> None:
@@ -180,6 +190,12 @@ def test_output_to_a_full_disk_is_a_user_error(command: str) -> None:
         "error: a file or stdout: cannot be read or written (No space left on device); "
         "free disk space, or choose another file or folder [no_storage]\n",
     )
+
+
+@pytest.mark.parametrize(("command", "expected"), [("--help", (0, 0)), ("verify nowhere", (2, 1))])
+def test_output_to_a_closed_stdout_is_discarded(command: str, expected: tuple[int, int]) -> None:
+    done = in_process(*command.split(), stdout=None, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr.count("\n")) == expected
 
 
 # A command and the function that Ctrl-C interrupts.
@@ -317,3 +333,17 @@ def test_all_sections_are_printed() -> None:
     assert {"onnxruntime", "tensorrt"} <= set(values)
     assert values["SOPDEPLOY_TOKEN"] == "(hidden)"
     assert "abc123" not in found.stdout
+
+
+def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cuda:
+        def gpu(self) -> "Cuda":
+            return self
+
+        name = "NVIDIA H200"
+
+    trt = ModuleType("tensorrt")
+    trt.__version__ = "11.4.0"
+    monkeypatch.setattr("sopdeploy.tensorrt.session.import_tensorrt", lambda: trt)
+    monkeypatch.setattr("sopdeploy.tensorrt.session.open_cuda", Cuda)
+    assert env.accelerators()["tensorrt"] == "11.4.0 on NVIDIA H200"

@@ -1,5 +1,7 @@
-"""`benchmarks/first_contact.py` on the stand-in for CUDA."""
+"""`benchmarks/first_contact.py` on the CPU, and on the stand-in for CUDA."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import first_contact
@@ -22,6 +24,37 @@ def folder(tmp_path: Path) -> Path:
 def results(out: Path) -> dict[str, str]:
     """Return the result of each part."""
     return {part: first_contact.read_part(out, part)[1] for part in first_contact.PARTS}
+
+
+def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "machine.jsonl").write_text('{"what": "device", "value": "H100"}\n{"result": "ok (1.0 s)"}\n')
+    (out / "probes.jsonl").write_text('{"bundle": "tiny fp32"}\n{"bundle": "ti')
+    command = [sys.executable, PROGRAM, folder, "--out", out, "machine", "probes", "tensorrt"]
+    done = subprocess.run(
+        [*command, "--resume", "--provider", "cpu"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    found = results(out)
+    assert (found["machine"], found["probes"][:4], found["server"]) == ("ok (1.0 s)", "ok (", "")
+    assert found["tensorrt"].startswith("failed: tiny fp")
+    page = (out / "gpu.md").read_text()
+    assert "| device | H100 |" in page
+    assert page.count("| tiny fp") == 4  # probes, and the errors of tensorrt
+
+
+def test_a_wrong_result_is_named_and_the_other_bundles_are_compared(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong, right = (next(folder.glob(f"{name}/tiny-*")) for name in ("fp32", "fp16"))
+    (wrong / "model.onnx").write_bytes((right / "model.onnx").read_bytes()[:-1000])
+    first_contact.run_alone("probes", first_contact.read_bundles(folder), "cpu")
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 3
+    assert '{"result": "failed: tiny fp32: ' in rows[-1]
 
 
 @pytest.mark.skipif(not installed(), reason=ABSENT)
