@@ -228,9 +228,9 @@ class _ValueHasher:
         self.reshaped: dict[fx.Node, tuple[str, str]] = {}  # hash and shape of the operand of a reshape
         self.specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
         (images,) = program.graph_signature.user_inputs
-        first = next(node for node in program.graph.nodes if node.name == images).meta["val"].shape[0]
-        size = sympy.Symbol("batch") if batch is None else sympy.Integer(batch)
-        self.sizes = {} if isinstance(first, int) else {first.node.expr: size}
+        batch_size = next(node for node in program.graph.nodes if node.name == images).meta["val"].shape[0]
+        replacement = sympy.Symbol("batch") if batch is None else sympy.Integer(batch)
+        self.sizes = {} if isinstance(batch_size, int) else {batch_size.node.expr: replacement}
 
     def visit(self, node: fx.Node) -> None:
         """Compute the hash or the value of *node*, whose operands were visited before."""

@@ -118,7 +118,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> _Result:
         for name, model in models.items():
-            if not isinstance(keywords.get(name), model):
+            if not isinstance(keywords.get(name), model):  # the caller may give the model itself
                 given = {field: keywords.pop(field) for field in model.model_fields if field in keywords}
                 keywords[name] = _validate(model, given)
         return function(*args, **keywords)
@@ -131,7 +131,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *fields])
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del call.__wrapped__
+    del call.__wrapped__  # whose signature `inspect` would return
     return call
 
 

@@ -66,7 +66,8 @@ def one_line_errors(as_json: bool = False) -> Iterator[None]:
             ) from error
     except SopdeployError as error:
         message = error.describe(command_line_option)
-        if error.exit_code != SopdeployError.exit_code:
+        is_stop = error.exit_code != SopdeployError.exit_code  # by a signal
+        if is_stop:
             if is_main_process():
                 err.print(plain_text(message))
         else:

@@ -41,7 +41,7 @@ def runs() -> list[dict[str, Any]]:
 
     Example: sopdeploy runs
     """
-    trained, rows, exported = {}, [], set()
+    row_of_run, rows, exported = {}, [], set()  # runs by id; the result; the ids of runs with a bundle
     for best in (path for path in sorted(Path("runs").glob("*/best.pt")) if not path.parent.is_symlink()):
         from sopdeploy.checkpoint import read_checkpoint
         from sopdeploy_export.model_card import training_rows
@@ -54,14 +54,15 @@ def runs() -> list[dict[str, Any]]:
             continue
         origin, estimate = checkpoint.origin, dict(training_rows(checkpoint.training)).get("accuracy", "")
         key = name if origin is None else origin.run_id
-        trained[key] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
+        row_of_run[key] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
     for path, manifest, reason, *_ in list_bundles(Path("bundles")):
         row = _row(None)
         if manifest is not None:
             key = "" if manifest.origin is None else manifest.origin.run_id
-            row = trained.get(key, _row(manifest.origin)) | {"project": manifest.project}
+            row = row_of_run.get(key, _row(manifest.origin)) | {"project": manifest.project}
             row["date"] = manifest.exported_at
             exported.add(key)
+        # A bundle that is served has no reason why it is not.
         rows.append({**row, "bundle": path.name, "newest": not reason, "problem": reason})
-    rows += [row for key, row in trained.items() if key not in exported]
+    rows += [row for key, row in row_of_run.items() if key not in exported]
     return sorted(rows, key=lambda row: str(row["date"]), reverse=True)

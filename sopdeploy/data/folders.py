@@ -129,9 +129,9 @@ def find_parts(root: Path) -> Parts:
     """
     names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
-    only_parts = all(kinds.values())
+    are_parts = all(kinds.values())  # otherwise there are classes, and a part has folders
     training = [
-        name for name in names if kinds[name] in TRAINING and (only_parts or list_subfolders(root / name))
+        name for name in names if kinds[name] in TRAINING and (are_parts or list_subfolders(root / name))
     ]
     if len(training) > 1:
         raise DataError(f"{root}: {shorten(training)} may all hold the training images; rename all but one")

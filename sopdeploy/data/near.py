@@ -200,14 +200,19 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
     """
     small = to_rgb(image, _RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     down, right = np.gradient(np.asarray(small, np.float32))
-    position = np.arctan2(down, right) / (2 * np.pi) % 1 * DIRECTIONS
-    lower = position.astype(int)
-    share, cell = position - lower, np.arange(THUMBNAIL) * CELLS // THUMBNAIL
-    bins = (cell[:, None] * CELLS + cell) * DIRECTIONS
-    length, size = np.hypot(down, right), CELLS * CELLS * DIRECTIONS
+    length = np.hypot(down, right)
+    direction = np.arctan2(down, right) / (2 * np.pi) % 1 * DIRECTIONS
+    lower = direction.astype(int)
+    share_of_next = direction - lower  # each edge counts in the two bins next to its direction
+    cell = np.arange(THUMBNAIL) * CELLS // THUMBNAIL
+    first_bin = (cell[:, None] * CELLS + cell) * DIRECTIONS  # of the cell of each pixel
     histogram = sum(
-        np.bincount((bins + (lower + shift) % DIRECTIONS).ravel(), (length * weight).ravel(), size)
-        for shift, weight in ((0, 1 - share), (1, share))
+        np.bincount(
+            (first_bin + (lower + shift) % DIRECTIONS).ravel(),
+            (length * share).ravel(),
+            minlength=CELLS * CELLS * DIRECTIONS,
+        )
+        for shift, share in ((0, 1 - share_of_next), (1, share_of_next))
     )
     root = np.sqrt(histogram)
     found: NDArray[np.float32] = (root / max(float(np.linalg.norm(root)), 1e-12)).astype(np.float32)

@@ -135,15 +135,17 @@ def convert_weights(file: WeightFile, model: str) -> ConvertedWeights:
 
 def choose_network(file: WeightFile, default: str) -> str:
     """Choose the network for the weights in *file*: *default* unless they are those of another one."""
-    with suppress(ConfigError, WeightsError):
-        if of_default := _recognize(file, default):
+    with suppress(ConfigError, WeightsError):  # weights of another network
+        of_default = _recognize(file, default)
+        if of_default is not None:
             fit_tensors(file, of_default, default, choose_config(file, of_default, default, {}))
             return default
     recognized = _recognize(file, "")
     found = find_networks(file) if recognized is None else [str(recognized.model)]
-    is_default = default.removeprefix("head:").removeprefix("dsop-") in found
-    others = [name for name in found if name.startswith(TIMM_PREFIX) or name in list_models()]
-    return others[0] if len(others) == 1 and not is_default else default
+    if default.removeprefix("head:").removeprefix("dsop-") in found:
+        return default
+    usable = [name for name in found if name.startswith(TIMM_PREFIX) or name in list_models()]
+    return usable[0] if len(usable) == 1 else default
 
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:

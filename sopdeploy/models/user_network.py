@@ -143,7 +143,7 @@ class PooledNetwork(UserNetwork):
         if len(taps) > 1:
             raise ConfigError(f"taps: this method reads one feature map, not {len(taps)}")
         self.tap_channels = self.map_channels(taps or None)
-        (self.tap,) = self.tap_channels
+        self.tap = next(iter(self.tap_channels))
         remove_after(self.network, self.tap, self.source.image_size)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:

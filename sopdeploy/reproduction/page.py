@@ -166,11 +166,12 @@ def row_charts(row: ReproducedRow) -> Iterator[Figure]:
     run = row.runs[0]
     heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
     diagnostics = run.history[-1].diagnostics
-    subset = diagnostics.num_images if heads and diagnostics is not None else 0
-    for metric, label in _ERRORS.items() if subset else ():
-        curves = {head: _error_curve(run.history, f"{head}_{metric}") for head in heads}
-        caption = f"Heads of {row.printed.name}: {label} on a fixed subset of {subset} held-out images."
-        yield Figure(image=plot(curves, "epoch", label), caption=caption)
+    if heads and diagnostics is not None and diagnostics.num_images:
+        images = f"a fixed subset of {diagnostics.num_images} held-out images"
+        for metric, label in _ERRORS.items():
+            curves = {head: _error_curve(run.history, f"{head}_{metric}") for head in heads}
+            caption = f"Heads of {row.printed.name}: {label} on {images}."
+            yield Figure(image=plot(curves, "epoch", label), caption=caption)
     if run.usage:
         yield component_chart(run.usage, f"Images per component, {row.printed.name}")
 

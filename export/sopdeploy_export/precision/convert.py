@@ -125,7 +125,7 @@ class _Headroom(fx.Interpreter):
     """Runs a program, and raises `LoweringError` for a float16 value without headroom."""
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run one node; masks of attention may be negative infinity."""
+        """Run one node; refuse values close to float16's largest, but not infinite masks of attention."""
         value = super().run_node(n)
         if n.op != "call_function" or not isinstance(value, Tensor) or value.dtype != torch.float16:
             return value

@@ -155,7 +155,7 @@ class Int8Quantizer:
             return calibrator.compute_data()
 
     def _convolutions(self, in_float: Sequence[str]) -> set[str]:
-        """Return the names of the convolutions to quantize."""
+        """Return the names of the convolutions with constant weights that do not read the image itself."""
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
         for node in self.model.graph.node:
@@ -208,14 +208,14 @@ class Int8Quantizer:
         for convolution, missing in self._mean_outputs(errors).items():
             bias = inputs[convolution][2]
             if bias in codes_and_scale:
-                tensor, scale = (tensors[name] for name in codes_and_scale[bias])
+                stored, scale = (tensors[name] for name in codes_and_scale[bias])
                 steps = np.rint(missing / numpy_helper.to_array(scale).astype(np.float64))
-                int32 = np.iinfo(np.int32)
-                codes = np.clip(numpy_helper.to_array(tensor) + steps, int32.min, int32.max).astype(np.int32)
+                low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+                corrected = np.clip(numpy_helper.to_array(stored) + steps, low, high).astype(np.int32)
             else:
-                tensor = tensors[bias]
-                codes = (numpy_helper.to_array(tensor) + missing).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(codes, tensor.name))
+                stored = tensors[bias]
+                corrected = (numpy_helper.to_array(stored) + missing).astype(np.float32)
+            stored.CopyFrom(numpy_helper.from_array(corrected, stored.name))
 
     def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:
         """Compute the mean output per channel (C,) of the named convolutions, with *weights* in them."""

@@ -83,7 +83,7 @@ class Connections:
             del self.idle[longest_idle]
             longest_idle.close()
             return None
-        if excess > SPARE:
+        if excess > SPARE:  # too many even for a response
             connection.abort()
         return FULL
 
@@ -294,12 +294,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         if self._closed:
             self.server_state.total_requests += 1
             return
-        super().on_response_complete()
+        super().on_response_complete()  # begins with the next request if it was received
         if self.pipeline:
             self.flow.pause_reading()
         elif self._held:
             held, self._held = self._held, b""
-            self.data_received(held)
+            self.data_received(held)  # sets what the lines below test
         if self.transport.is_closing() or not self.cycle.response_complete:
             return
         if self._in_body:

@@ -237,18 +237,18 @@ class Problem:
 
 
 def _fit_softmax(
-    inputs: Array, classes: Array, weights: Array, grid: Sequence[float]
+    inputs: Array, classes: Array, image_weights: Array, grid: Sequence[float]
 ) -> Iterator[LinearHead]:
     """Fit heads to one-hot *classes* (N, K); each C of *grid* starts from the head of the previous one.
 
     Classes without images get constant logits.
     """
     present = np.flatnonzero(classes.any(axis=0))
-    targets, shares = classes[:, present], weights / weights.sum()
+    targets, shares = classes[:, present], image_weights / image_weights.sum()
     parameters = np.zeros((len(present), inputs.shape[1] + 1))  # the last column is the bias
     for strength in grid:
         # With two classes, scikit-learn regularizes the difference of the logits, with half the squared norm.
-        regularization = (2 if len(present) == 2 else 1) / (strength * weights.sum())
+        regularization = (2 if len(present) == 2 else 1) / (strength * image_weights.sum())
         if len(present) > 1:
             arguments = (inputs, targets, shares, regularization)
             found = minimize(
@@ -289,8 +289,9 @@ def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: in
     order = np.random.RandomState(seed).permutation(len(images_GS))  # as scikit-learn
     fold_G, images_FS = np.zeros(len(images_GS), np.intp), np.zeros((count, len(sizes_S)))
     for group in order[np.argsort(-images_GS[order].std(axis=1), kind="stable")]:
-        with_group = images_FS + np.eye(count)[:, :, None] * images_GS[group]
-        uneven_F = (with_group / sizes_S).std(axis=1).mean(axis=1)
+        # Entry f is the table of images by fold and stratum if the group goes to fold f.
+        with_group_FFS = images_FS + np.eye(count)[:, :, None] * images_GS[group]
+        uneven_F = (with_group_FFS / sizes_S).std(axis=1).mean(axis=1)
         best = 0
         for fold in range(1, count):
             fewer = images_FS[fold].sum() < images_FS[best].sum()
@@ -298,7 +299,7 @@ def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: in
                 best = fold
         fold_G[group] = best
         images_FS[best] += images_GS[group]
-    return np.unique(fold_G[groups_N], return_inverse=True)[1].astype(np.intp)
+    return np.unique(fold_G[groups_N], return_inverse=True)[1].astype(np.intp)  # without empty folds
 
 
 def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:
