@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
+from sopdeploy.errors import ConfigError
 from sopdeploy_service.api import status, v1, web
 from sopdeploy_service.api.v2 import routes as v2
 from sopdeploy_service.http import problems
@@ -42,6 +43,10 @@ def create_app(
     Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
     keys = None if settings.keys is None else read_keys(settings.keys)
+    if keys is not None and not keys:
+        raise ConfigError(
+            f"{settings.keys}: has no key, so no request would be accepted; see `sopdeploy key`"
+        )
     registry = models if isinstance(models, ModelRegistry) else ModelRegistry(models, settings)
     service = Service(registry, settings)
     keeper: Keeper | None = None

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 
 from sopdeploy.cli.app import app as cli
 from sopdeploy.errors import ConfigError
+from sopdeploy_service.app import create_app
 from sopdeploy_service.http import api_keys
 from sopdeploy_service.http.api_keys import Key, TokenBucket, find_key, new_key, read_keys
 from sopdeploy_service.inference.results import RejectedError
+from sopdeploy_service.settings import Settings
 from tests.fake_runtime import FakeRuntime
 from tests.service.conftest import wait_for
 from tests.service.raw import EXPECT, POST, connect, count, post_of, read
@@ -70,6 +72,12 @@ def test_an_invalid_key_file_is_a_one_line_error(tmp_path: Path, text: str, mess
     with pytest.raises(ConfigError, match=message) as caught:
         read_keys(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_server_does_not_start_without_a_key_in_its_file(tmp_path: Path) -> None:
+    (tmp_path / "keys.toml").touch()
+    with pytest.raises(ConfigError, match="has no key"):
+        create_app({}, Settings(keys=tmp_path / "keys.toml"))
 
 
 def test_the_command_prints_only_the_key_on_stdout(tmp_path: Path) -> None:
