@@ -69,9 +69,8 @@ def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> 
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
     sums_C = np.bincount(labels, of_label_N, probabilities_NC.shape[1])
     average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)
-    relative_NC = probabilities_NC / np.maximum(
-        average_C, of_label_N.mean() / 2
-    )  # few images may all be wrong
+    at_least = of_label_N.mean() / 2  # the few images of a class may all be wrong
+    relative_NC = probabilities_NC / np.maximum(average_C, at_least)
     suggested_N = relative_NC.argmax(axis=1)
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
     return [
