@@ -1,8 +1,8 @@
 """Training augmentation: the crop that replaces the center crop, mirroring and colors.
 
 The result is a uint8 array of the crop size. Random choices depend on (seed, epoch, sample) only. With
-`preprocess.fit` "pad" or "squash", random boxes are drawn in the square that evaluation sees: the padded
-image, or the image with both sides of equal length.
+`preprocess.fit` "pad" or "squash", random boxes are drawn in the square that evaluation sees, at twice its
+size: the padded image, or the image with both sides of equal length.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
+from PIL import Image
 
 from sopdeploy.config import Fraction, StrictModel
 from sopdeploy.data.base import (
@@ -23,7 +24,7 @@ from sopdeploy.data.base import (
     image_errors,
 )
 from sopdeploy.images.formats import load_pixels
-from sopdeploy.images.pixels import RESAMPLING, preprocess_image, resize_box, to_rgb, upright_size
+from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb, upright_size
 from sopdeploy.images.preprocess import Box, Preprocess, Side
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
@@ -31,6 +32,7 @@ COLOR_COMPONENTS = np.array(
     [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
 )
 COLOR_DEVIATIONS = np.array([0.2175, 0.0188, 0.0045])
+SQUARE = 2  # size of the squares in which boxes are drawn, relative to the crop
 PositiveFraction = Annotated[float, pydantic.Field(gt=0, le=1)]
 # Far beyond useful values, so that float32 can represent what is computed from them.
 Strength = Annotated[float, pydantic.Field(ge=0, le=1000)]
@@ -187,41 +189,20 @@ def _crop_box(
 ) -> tuple[NDArray[np.uint8], Target]:
     """Crop a random box and resize it; with `draft`, the image is decoded no larger than needed."""
     source = images.open(index)
-    width, height = upright_size(source, rules)
-    left, top, right, bottom = draw_box(augmentation, (width, height), rules, random)
-    if augmentation.draft:
-        factor = max(1, int(min(right - left, bottom - top) / rules.crop))
-        source.draft(None, (source.width // factor, source.height // factor))
-    with image_errors(images.describe(index)):
-        image = to_rgb(load_pixels(source), rules)
-    scale_x, scale_y = image.width / width, image.height / height
-    box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
-    if rules.fit == "pad":
-        return resize_box(image, box, rules), images.target(index)
+    if rules.fit == "crop":
+        width, height = upright_size(source, rules)
+        left, top, right, bottom = augmentation.box((width, height), rules.crop, random)
+        if augmentation.draft:
+            factor = max(1, int(min(right - left, bottom - top) / rules.crop))
+            source.draft(None, (source.width // factor, source.height // factor))
+        with image_errors(images.describe(index)):
+            image = to_rgb(load_pixels(source), rules)
+        scale_x, scale_y = image.width / width, image.height / height
+        box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+    else:
+        enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop})
+        with image_errors(images.describe(index)):
+            image = Image.fromarray(preprocess_image(load_pixels(source), enlarged))
+        box = augmentation.box(image.size, rules.crop, random)
     resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
     return np.asarray(resized, dtype=np.uint8), images.target(index)
-
-
-def draw_box(
-    augmentation: RandomResizedCrop | RandomSide, size: tuple[int, int], rules: Preprocess, random: Random
-) -> Box:
-    """Draw a box in pixels of an upright image of *size*; with "pad" it may extend beyond the image.
-
-    A box whose center is in the padding is drawn again, at most nine times. After that, the whole square is
-    returned.
-    """
-    if rules.fit == "crop":
-        return augmentation.box(size, rules.crop, random)
-    width, height = size
-    side = max(size)
-    if rules.fit == "squash":
-        left, top, right, bottom = augmentation.box((side, side), rules.crop, random)
-        scale_x, scale_y = width / side, height / side
-        return left * scale_x, top * scale_y, min(width, right * scale_x), min(height, bottom * scale_y)
-    margin_x, margin_y = (side - width) / 2, (side - height) / 2
-    for _ in range(10):
-        left, top, right, bottom = augmentation.box((side, side), rules.crop, random)
-        box = (left - margin_x, top - margin_y, right - margin_x, bottom - margin_y)
-        if 0 <= (box[0] + box[2]) / 2 <= width and 0 <= (box[1] + box[3]) / 2 <= height:
-            return box
-    return -margin_x, -margin_y, width + margin_x, height + margin_y

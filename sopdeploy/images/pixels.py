@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.images.preprocess import Box, Pixels, Preprocess
+from sopdeploy.images.preprocess import Pixels, Preprocess
 
 ORIENTATION, UPRIGHT = 0x0112, 1
 ROTATED = range(2, 9)  # orientations that are valid and not upright
@@ -103,17 +103,6 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
     return (short, long) if size[0] <= size[1] else (long, short)
 
 
-def visible_box(size: tuple[int, int], rules: Preprocess) -> Box:
-    """Compute the part of an upright image of *size* that the network sees.
-
-    With `fit` "pad" it is larger than the image, so it may begin at a negative coordinate.
-    """
-    resized = resized_size(size, rules)
-    left, top = (round((side - rules.crop) / 2.0) for side in resized)
-    scale_x, scale_y = size[0] / resized[0], size[1] / resized[1]
-    return left * scale_x, top * scale_y, (left + rules.crop) * scale_x, (top + rules.crop) * scale_y
-
-
 def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     """Rotate *image* upright, convert it to RGB and composite it onto the background.
 
@@ -182,22 +171,24 @@ def center_crop(image: Image.Image, rules: Preprocess) -> Pixels:
     with an aspect ratio above `MAX_ASPECT_RATIO` only the cropped part is computed (a few gray levels off):
     1 x 20000 pixels cost no more than a photograph.
     """
-    size = resized_size(image.size, rules)
+    width, height = resized_size(image.size, rules)
     resampling = RESAMPLING[rules.interpolation]
-    if max(size) <= MAX_ASPECT_RATIO * rules.resize:
-        left, top = (round((side - rules.crop) / 2.0) for side in size)
-        window = (left, top, left + rules.crop, top + rules.crop)
-        return np.asarray(image.resize(size, resampling).crop(window))
-    x, y, right, bottom = visible_box(image.size, rules)
-    box = (x, y, min(image.width, right), min(image.height, bottom))
+    left, top = (round((side - rules.crop) / 2.0) for side in (width, height))
+    window = (left, top, left + rules.crop, top + rules.crop)
+    if max(width, height) <= MAX_ASPECT_RATIO * rules.resize:
+        return np.asarray(image.resize((width, height), resampling).crop(window))
+    x, y = image.width / width, image.height / height  # source pixels per pixel of the resized image
+    box = (left * x, top * y, min(image.width, window[2] * x), min(image.height, window[3] * y))
     return np.asarray(image.resize((rules.crop, rules.crop), resampling, box=box))
 
 
 def pad_to_square(image: Image.Image, rules: Preprocess) -> Pixels:
     """Resize the longer side of an RGB *image* and center it on the background; returns (crop, crop, 3)."""
-    width, height = resized_size(image.size, rules)
-    left, top = -round((width - rules.crop) / 2.0), -round((height - rules.crop) / 2.0)
-    return _resize_onto_background(image, (0, 0, *image.size), (left, top, width, height), rules)
+    size = resized_size(image.size, rules)
+    canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
+    left, top = (-round((side - rules.crop) / 2.0) for side in size)
+    canvas.paste(image.resize(size, RESAMPLING[rules.interpolation]), (left, top))
+    return np.asarray(canvas)
 
 
 def squash(image: Image.Image, rules: Preprocess) -> Pixels:
@@ -206,37 +197,6 @@ def squash(image: Image.Image, rules: Preprocess) -> Pixels:
 
 
 _FITS = {"crop": center_crop, "pad": pad_to_square, "squash": squash}
-
-
-def resize_box(image: Image.Image, box: Box, rules: Preprocess) -> Pixels:
-    """Resize *box* of an RGB *image* to (crop, crop, 3) uint8; outside of the image it has the background.
-
-    The part of the box inside the image becomes a whole number of pixels, at least one per side.
-    """
-    ends, starts, lengths = [], [], []
-    for low, high, limit in zip(box[:2], box[2:], image.size, strict=True):
-        first, last = max(0.0, low), min(float(limit), high)
-        scale = rules.crop / (high - low)
-        length = min(rules.crop, max(1, round((last - first) * scale)))
-        start = round(((first + last) / 2 - low) * scale - length / 2)
-        ends.append((first, last))
-        starts.append(min(max(0, start), rules.crop - length))
-        lengths.append(length)
-    (left, right), (top, bottom) = ends
-    return _resize_onto_background(image, (left, top, right, bottom), (*starts, *lengths), rules)
-
-
-def _resize_onto_background(
-    image: Image.Image, source: Box, target: tuple[int, ...], rules: Preprocess
-) -> Pixels:
-    """Resize the box *source* of *image* to *target* (left, top, width, height) of the network's input."""
-    left, top, width, height = target
-    part = image.resize((width, height), RESAMPLING[rules.interpolation], box=source)
-    if (width, height) == (rules.crop, rules.crop):
-        return np.asarray(part)
-    canvas = Image.new("RGB", (rules.crop, rules.crop), rules.background)
-    canvas.paste(part, (left, top))
-    return np.asarray(canvas)
 
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.data.augment import AugmentedDataset, CenterCrop, RandomResizedCrop, RandomSide
-from sopdeploy.data.base import PreprocessedDataset
+from sopdeploy.data.base import ArrayImages, PreprocessedDataset
 from sopdeploy.data.datasets.folder import open_evaluation_images
 from sopdeploy.errors import ImageError
-from sopdeploy.images.pixels import preprocess_image, visible_box
+from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export.precision.accuracy_gate import calibration_images
 from sopdeploy_service.commands import predict as predict_command
@@ -220,34 +220,23 @@ def test_training_calibration_predict_service_and_client_see_the_same_pixels(
 PADDED = {  # size of the image: its box in the padded one
     (64, 32): (0, 8, 32, 16), (32, 64): (8, 0, 16, 32), (5, 5): (0, 0, 32, 32), (1, 900): (16, 0, 1, 32),
 }  # fmt: skip
-BOXES = {
-    ("crop", (72, 36)): (20, 2, 52, 34),
-    ("crop", (36, 144)): (2, 56, 34, 88),
-    ("pad", (64, 32)): (0, -16, 64, 48),
-    ("pad", (8, 16)): (-4, 0, 12, 16),
-    ("squash", (100, 40)): (0, 0, 100, 40),
-}
 
 
-def test_the_network_sees_the_box_and_pad_centers_the_whole_image_on_the_background():
+def test_pad_centers_the_whole_image_on_the_background():
     for size, (left, top, width, height) in PADDED.items():
         pixels = preprocess_image(Image.new("RGB", size, (200, 100, 50)), rules_for("pad"))
         expected = np.full((32, 32, 3), BACKGROUND, np.uint8)
         expected[top : top + height, left : left + width] = (200, 100, 50)
         assert np.array_equal(pixels, expected)
-    for (fit, size), box in BOXES.items():
-        assert visible_box(size, rules_for(fit)) == pytest.approx(box)
 
 
 @pytest.mark.parametrize("fit", ["pad", "squash"])
-def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(folder, fit):
+def test_boxes_of_the_augmentation_are_drawn_in_the_square_that_evaluation_sees(fit):
     rules = rules_for(fit)
     whole = RandomResizedCrop(kind="random-resized-crop", scale=(1.0, 1.0), ratio=(1.0, 1.0))
     kept = RandomSide(kind="random-side", sides=(32, 32))
-    images = open_evaluation_images(folder, ("a", "b"))
-    for augmentation in (whole, kept, whole.model_copy(update={"draft": True})):
-        training = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0)
-        for index in range(len(images)):
-            pixels, expected = training[index][0], preprocess_image(images[index][0], rules)
-            allowed = 8 if augmentation.draft else 0
-            assert np.median(np.abs(pixels - expected.astype(int))) <= allowed, images.path(index).name
+    images = ArrayImages(("a",), np.asarray(GRADIENT)[None], np.zeros(1, np.int64))
+    expected = preprocess_image(GRADIENT, rules).astype(int)
+    for augmentation in (whole, kept):
+        pixels, _ = AugmentedDataset(images, augmentation, rules, seed=0, epoch=0)[0]
+        assert np.median(np.abs(pixels - expected)) <= 2  # a box is resized twice
