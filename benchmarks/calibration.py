@@ -21,7 +21,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint, write_checkp
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import sequential_batches
 from sopdeploy.data.datasets.folder import open_evaluation_images
-from sopdeploy.decision import Decision, known_score
+from sopdeploy.decision import Decision, energy
 from sopdeploy.evaluation.decision_fit import fit_decision
 from sopdeploy.evaluation.metrics import log_loss
 from sopdeploy.evaluation.prediction import predict_logits
@@ -77,7 +77,7 @@ def results(measured: Measured) -> list[Result]:
     decision, raw, shipped, targets = measured
     if decision.rejection is None:
         raise SystemExit("too few images for a threshold; give more")
-    known = known_score(shipped, decision.rejection.score) >= decision.rejection.threshold
+    known = energy(shipped) >= decision.rejection.threshold
     difference = float(np.abs(shipped - raw / decision.temperature).max())
     return [
         Result(

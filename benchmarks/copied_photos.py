@@ -42,7 +42,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
 from sopdeploy.checkpoint import build_classifier, read_checkpoint
-from sopdeploy.decision import known_score
+from sopdeploy.decision import energy
 from sopdeploy.errors import DataError
 from sopdeploy.models.second_order_head import SecondOrderHead
 from sopdeploy.training.few_shot.features import TAPS
@@ -185,7 +185,7 @@ def run_draw(
         "estimate": 100 * score.share,
         "low": 100 * score.low,
         "high": 100 * score.high,
-        "accepted": 100 * float((known_score(logits.numpy(), rule.score) >= rule.threshold).mean()),
+        "accepted": 100 * float((energy(logits.numpy()) >= rule.threshold).mean()),
         "accepted, low": 100 * low,
         "accepted, high": 100 * high,
         "grouped wrongly": 100 * wrong,

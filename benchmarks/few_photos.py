@@ -53,7 +53,7 @@ from sopdeploy.checkpoint import build_classifier, load_plain, read_checkpoint, 
 from sopdeploy.data.base import PreprocessedDataset
 from sopdeploy.data.batches import load_batches, sequential_batches
 from sopdeploy.data.datasets.folder import open_evaluation_images
-from sopdeploy.decision import known_score
+from sopdeploy.decision import energy
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import student
 from sopdeploy.layers.normalize import Normalize
@@ -240,10 +240,7 @@ def run_draw(case: Case, size: int, seed: int) -> dict[str, Any]:
     if case.unknown is not None and rule is not None:
         inputs = head_inputs(best, case.unknown, case.model, case.cache / "unknown.pt", with_maps=True)
         others = model.pooled_head(inputs["own"], inputs["maps"])
-        shares = [
-            (known_score(rows.numpy(), rule["score"]) >= rule["threshold"]).mean()
-            for rows in (logits, others)
-        ]
+        shares = [(energy(rows.numpy()) >= rule["threshold"]).mean() for rows in (logits, others)]
         measured |= {"accepted": 100 * float(shares[0]), "rejected": 100 * float(1 - shares[1])}
     path.write_text(json.dumps(measured))
     print(f"{case.name}, {size} per class, draw {seed}: {measured}", file=sys.stderr, flush=True)

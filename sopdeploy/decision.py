@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from sopdeploy.config import Count, Fraction, Positive, StrictModel
 
 Activation = Literal["softmax", "sigmoid"]
-Score = Literal["max_probability", "energy"]
 Estimate = Literal["held-out", "cross-validation"]
 Occurrences = Annotated[int, pydantic.Field(ge=0)]
 # Bounds of the confidence histogram, closer together near 1, where most confidences are.
@@ -44,13 +43,12 @@ class Calibration(StrictModel):
 
 
 class Rejection(StrictModel):
-    """Rule that rejects images of unknown classes: their score is below `threshold`.
+    """Rule that rejects images of unknown classes: their energy is below `threshold`.
 
     A known image is one of a class of the network.
 
     Attributes:
-        score: `max_probability` is the largest softmax probability, `energy` the log-sum-exp of the logits.
-        threshold: Smallest score of a known image.
+        threshold: Smallest energy of a known image, the log-sum-exp of the logits.
         accepts: Fraction of known images that the threshold was chosen to accept.
         accepted: 95 % interval of the fraction that it accepts of as many new known images as it was fitted
             to.
@@ -58,7 +56,6 @@ class Rejection(StrictModel):
             such a folder.
     """
 
-    score: Score
     threshold: float
     accepts: Annotated[float, pydantic.Field(gt=0, lt=1)] = 0.95
     accepted: tuple[Fraction, Fraction] | None = None
@@ -171,7 +168,7 @@ class Decision(StrictModel):
             explanation = tuple(tuple(row) for row in losses.tolist())
         if self.rejection is None:
             return Answer(ranked, explanation=explanation)
-        score = float(known_score(logits, self.rejection.score))
+        score = float(energy(logits))
         return Answer(ranked, score >= self.rejection.threshold, score, explanation)
 
     def rows(self, labels: Sequence[str] = ()) -> list[tuple[str, str]]:
@@ -192,7 +189,7 @@ class Decision(StrictModel):
             if rule.accepted is not None:
                 low, high = (100 * share for share in rule.accepted)
                 accepted += f" (95 % interval {low:.0f} to {high:.0f} %)"
-            rows.append(("unknown images", f"{rule.score} below {rule.threshold:.4g}; {accepted}"))
+            rows.append(("unknown images", f"energy below {rule.threshold:.4g}; {accepted}"))
             if rule.recognized is not None:
                 rows.append(("rejects", "{} of {} photographs of other things".format(*rule.recognized)))
         if self.thresholds is not None:
@@ -204,12 +201,16 @@ class Decision(StrictModel):
         return rows
 
 
-def known_score(logits: NDArray[np.floating], score: Score) -> NDArray[np.float64]:
-    """Compute the scores (...) float64 that `Rejection.threshold` applies to, from *logits* (..., C)."""
+def energy(logits: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Compute the log-sum-exp (...) float64 of *logits* (..., C), without overflow.
+
+    It is the negative free energy of Liu et al., "Energy-based Out-of-distribution Detection" (NeurIPS 2020),
+    Eq. 4.
+    """
     values = logits.astype(np.float64)
     largest = values.max(axis=-1)
-    energy: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
-    return np.exp(largest - energy) if score == "max_probability" else energy
+    found: NDArray[np.float64] = largest + np.log(np.exp(values - largest[..., None]).sum(axis=-1))
+    return found
 
 
 def sigmoid(logits: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -4,14 +4,10 @@ Temperature: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017),
 logits, so it changes probabilities but never the order of the classes. It is kept if temperatures that are
 fitted without a fifth of the images at a time lower the loss of these images.
 
-Rejection: an image whose score is below a threshold counts as unknown. The scores are the maximum softmax
-probability (Hendrycks and Gimpel, ICLR 2017) and the negative free energy (Liu et al., NeurIPS 2020, Eq. 4).
-The threshold is a quantile of the scores of known images with the correction of split conformal prediction
-(Angelopoulos and Bates, 2021, section 1). With several classes per image, each class has a threshold.
-
-The score is chosen by leave-one-class-out AUROC: for each class, its logit is masked, its images are the
-unknown ones, and the images of all other classes the known ones. The few-shot procedure always uses the
-energy, which it makes lower for images that are unlike the training images.
+Rejection: an image whose energy is below a threshold counts as unknown. The threshold is a quantile of the
+energies of known images with the correction of split conformal prediction (Angelopoulos and Bates, 2021,
+section 1). With several classes per image, each class has a threshold. The few-shot procedure makes the
+energy lower for images that are unlike the training images.
 """
 
 import math
@@ -21,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import betaln
 
-from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, Score, known_score
+from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, energy
 from sopdeploy.evaluation.drift import PredictionCounts
 from sopdeploy.evaluation.metrics import Rate, log_loss
 from sopdeploy.evaluation.statistics import LEVEL
@@ -32,10 +28,8 @@ MIN_IMAGES = 50  # with fewer predictions, a temperature or a 5 % quantile is mo
 MAX_TEMPERATURE = 20.0  # the smallest temperature is 1 / MAX_TEMPERATURE
 SIGNIFICANT = 1.920729  # half the 95 % quantile of chi-square with one degree of freedom
 NESTED_FOLDS = 5
-MAX_LEFT_OUT = 100  # classes, evenly spaced
 PRIOR_IMAGES = 10  # with this many images of a class, the logit of its threshold is halved
 MAX_LOGIT = 30.0  # larger absolute values are clipped
-SCORES: tuple[Score, ...] = ("max_probability", "energy")
 
 
 def fit_decision(
@@ -45,7 +39,6 @@ def fit_decision(
     estimated_on: Estimate,
     accepts: float = 0.95,
     scalable: bool = True,
-    score: Score | None = None,
     groups: NDArray[np.integer] | None = None,
     unknown: Logits | None = None,
 ) -> Decision:
@@ -62,7 +55,6 @@ def fit_decision(
             is rejected; `missing_threshold` describes the reason.
         scalable: Whether the logits can be divided; otherwise the temperature is 1, as it is if
             `fit_temperature` or `lowers_loss` finds no evidence for another value.
-        score: The score to use; by default the one with the larger leave-one-class-out AUROC.
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
     """
@@ -85,21 +77,19 @@ def fit_decision(
     reference = predictions.reference()
     rejection = None
     if rejected := count_rejected(len(logits), accepts):
-        score = score or choose_score(scaled, targets)
-        threshold = float(np.sort(known_score(scaled, score))[rejected - 1])
+        threshold = float(np.sort(energy(scaled))[rejected - 1])
         rejection = Rejection(
-            score=score,
             threshold=threshold,
             accepts=accepts,
             accepted=accepted_interval(len(logits), rejected),
-            recognized=None if unknown is None else count_below(unknown / temperature, score, threshold),
+            recognized=None if unknown is None else count_below(unknown / temperature, threshold),
         )
     return Decision(calibration=calibration, rejection=rejection, reference=reference)
 
 
-def count_below(logits: Logits, score: Score, threshold: float) -> tuple[int, int]:
-    """Count the images with *logits* (M, C) whose score is below *threshold*, and all."""
-    below_M = known_score(logits, score) < threshold
+def count_below(logits: Logits, threshold: float) -> tuple[int, int]:
+    """Count the images with *logits* (M, C) whose energy is below *threshold*, and all."""
+    below_M = energy(logits) < threshold
     return int(below_M.sum()), len(below_M)
 
 
@@ -124,8 +114,8 @@ def count_rejected(images: int, accepts: float) -> int:
 def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
     """Compute the 95 % interval of the fraction that the threshold accepts of as many new known images.
 
-    The threshold is the score with rank *rejected* among *images* scores. The number of accepted new images
-    then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the threshold and
+    The threshold is the energy with rank *rejected* among those of *images*. The number of accepted new
+    images then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the threshold and
     the share of a finite number of new images vary.
     """
     accepted, a, b = np.arange(images + 1), images - rejected + 1, rejected
@@ -163,25 +153,6 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     at_bound = abs(optimum.x) > bound - 0.01
     significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT
     return math.exp(optimum.x) if significant and not at_bound else 1.0
-
-
-def choose_score(logits: Logits, targets: NDArray[np.int64]) -> Score:
-    """Choose the score with the larger AUROC when one of up to `MAX_LEFT_OUT` classes is left out.
-
-    The logit of the class is masked; its images count as unknown, all others as known. It is the probability
-    with fewer than three classes, where one logit would remain, or if only one class has images.
-    """
-    from sklearn.metrics import roc_auc_score  # noqa: PLC0415  # its import takes a second
-
-    classes = np.unique(targets)
-    if logits.shape[1] < 3 or len(classes) < 2:
-        return "max_probability"
-    aurocs = dict.fromkeys(SCORES, 0.0)
-    for left_out in classes[np.linspace(0, len(classes) - 1, min(len(classes), MAX_LEFT_OUT)).astype(int)]:
-        masked = np.delete(logits, left_out, axis=1)
-        for score in SCORES:
-            aurocs[score] += float(roc_auc_score(targets != left_out, known_score(masked, score)))
-    return max(SCORES, key=aurocs.__getitem__)
 
 
 def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference, known_score
+from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference, softmax
 
 TESTS = ("classes", "confidences")
 SIGNIFICANCE = 0.005  # of each test: without drift, at most 1 % of comparisons raise an alarm (Bonferroni)
@@ -50,7 +50,7 @@ class PredictionCounts:
 
     def add_logits(self, logits: NDArray[Any]) -> None:
         """Count predictions with finite *logits* (n, C)."""
-        self.add(logits.argmax(axis=1), known_score(logits, "max_probability"))
+        self.add(logits.argmax(axis=1), softmax(logits).max(axis=1))
 
     def add(self, classes: NDArray[np.integer], confidences: NDArray[np.floating]) -> None:
         """Count predictions of *classes* (n,) with the largest probabilities *confidences* (n,)."""

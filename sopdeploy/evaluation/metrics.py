@@ -15,7 +15,7 @@ import pydantic
 from numpy.typing import NDArray
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.decision import known_score
+from sopdeploy.decision import energy
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.statistics import wilson
 
@@ -147,4 +147,4 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
 
 def log_loss(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> float:
     """Compute the mean negative log-likelihood of the classes *targets* (N,) under *logits* (N, C)."""
-    return float((known_score(logits, "energy") - logits[np.arange(len(targets)), targets]).mean())
+    return float((energy(logits) - logits[np.arange(len(targets)), targets]).mean())

@@ -36,7 +36,7 @@ _SIDE = 128  # pixels of the longer side
 _JPEG_QUALITY = 75
 _DECISION = (
     "Fitted to predictions of images that were not used for training. The export divides the last layer by "
-    "the temperature. An image counts as unknown if its score is below the threshold."
+    "the temperature. An image counts as unknown if its energy is below the threshold."
 )
 
 

@@ -44,7 +44,7 @@ NEVER = "f" * 64  # a hash outside of every sample below 1
 
 
 def rejecting_all(bundle: Bundle) -> Bundle:
-    return deciding(bundle, Decision(rejection=Rejection(score="energy", threshold=1e9)))
+    return deciding(bundle, Decision(rejection=Rejection(threshold=1e9)))
 
 
 def photos(count: int) -> list[bytes]:
@@ -77,8 +77,8 @@ MARGINS = {
     "far": ([4.0, 0.0, 0.0], {}, ()),
     "close": ([1.0, 0.9, -5.0], {}, ("low_margin",)),
     "one class": ([1.0], {}, ()),
-    "unknown": ([4.0, 0.0], {"rejection": Rejection(score="energy", threshold=5.0)}, ("unknown",)),
-    "known": ([4.0, 0.0], {"rejection": Rejection(score="energy", threshold=3.0)}, ()),
+    "unknown": ([4.0, 0.0], {"rejection": Rejection(threshold=5.0)}, ("unknown",)),
+    "known": ([4.0, 0.0], {"rejection": Rejection(threshold=3.0)}, ()),
     "several classes": ([4.0, -4.0], {"activation": "sigmoid", "thresholds": (0.5, 0.5)}, ()),
     "close to one": ([4.0, -4.0], {"activation": "sigmoid", "thresholds": (0.5, 0.1)}, ("low_margin",)),
 }

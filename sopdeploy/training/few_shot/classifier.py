@@ -20,7 +20,7 @@ from scipy.special import log_softmax
 
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.near import effective_count
-from sopdeploy.decision import Activation, known_score
+from sopdeploy.decision import Activation, energy
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.multi_label import MeanPrecision
@@ -233,7 +233,7 @@ class Problem:
         """
         if self.targets.activation == "sigmoid":
             return 0.0
-        return DISTANCE_WEIGHT * float(known_score(logits_NK, "energy").std() / max(distances_N.std(), 1e-12))
+        return DISTANCE_WEIGHT * float(energy(logits_NK).std() / max(distances_N.std(), 1e-12))
 
 
 def _fit_softmax(

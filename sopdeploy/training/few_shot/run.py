@@ -23,7 +23,7 @@ from sopdeploy.data.base import (
     unreadable_images_error,
 )
 from sopdeploy.data.near import connect
-from sopdeploy.decision import Decision, known_score, sigmoid
+from sopdeploy.decision import Decision, energy, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
@@ -143,8 +143,8 @@ def fit_classifier(
         },
     )
     run.replace_model(head_name(name), features.build(problem, problem.fit_all(strength), distance_weight))
-    energies = [known_score(one.logits, "energy") - distance_weight * one.distances for one in validations]
-    shifts_N = np.mean(energies, axis=0) - known_score(logits_NK, "energy")  # probabilities stay
+    energies = [energy(one.logits) - distance_weight * one.distances for one in validations]
+    shifts_N = np.mean(energies, axis=0) - energy(logits_NK)  # probabilities stay
     reduced_NK = logits_NK + shifts_N[:, None]
     run.state = {
         "out_of_fold": torch.from_numpy(reduced_NK),
@@ -222,7 +222,6 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Non
             estimated_on="cross-validation",
             accepts=accepts,
             scalable=False,  # heads that saw fewer images are less certain than the final one
-            score="energy",
             groups=groups,
             unknown=predict_unknown(
                 run.model, run.recipe.rejection.unknown, run.recipe.preprocess, run.recipe.workers

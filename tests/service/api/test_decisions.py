@@ -15,7 +15,7 @@ from sopdeploy.bundle.probes import read_probes
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.client import Client
-from sopdeploy.decision import Decision, Rejection, Score, known_score
+from sopdeploy.decision import Decision, Rejection, energy
 from sopdeploy.errors import BundleError, DataError
 from sopdeploy.training.train import train_recipe
 from sopdeploy_export.graph import generated_images
@@ -31,19 +31,18 @@ from tests.service.conftest import LABELS, deciding, picture_bytes, running, wri
 from tests.sopdeploy.training.runs import few_digits, short_recipe
 
 
-def rejecting(bundle: Bundle, score: Score, threshold: float) -> Bundle:
-    return deciding(bundle, Decision(rejection=Rejection(score=score, threshold=threshold)))
+def rejecting(bundle: Bundle, threshold: float) -> Bundle:
+    return deciding(bundle, Decision(rejection=Rejection(threshold=threshold)))
 
 
 def test_an_image_is_known_if_its_score_reaches_the_threshold(
     bundle: Bundle, onnx_runtime: OnnxRuntime
 ) -> None:
-    score: Score = "energy"
     pictures = [picture_bytes(color, size=(64, 64), kind="PNG") for color in ((250, 20, 20), (90, 90, 90))]
-    with running(onnx_runtime, rejecting(bundle, score, -1e9), Settings()) as client:
+    with running(onnx_runtime, rejecting(bundle, -1e9), Settings()) as client:
         scores = [client.post("/v1/classify", content=picture).json()["score"] for picture in pictures]
     assert scores[0] != scores[1]
-    between = rejecting(bundle, score, (scores[0] + scores[1]) / 2)
+    between = rejecting(bundle, (scores[0] + scores[1]) / 2)
     with running(onnx_runtime, between, Settings()) as client:
         found = [client.post("/v1/classify", content=picture).json() for picture in pictures]
         files = [("image", ("x.png", picture)) for picture in pictures]
@@ -96,7 +95,7 @@ def test_training_export_and_predict_share_one_decision(
     arguments = ["predict", str(path), *map(str, images)]
     found = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     logits = read_probes(path / "probes.npz").expected["logits"]
-    scores = known_score(logits, decision.rejection.score)
+    scores = energy(logits)
     assert [one["score"] for one in found] == pytest.approx(scores.tolist(), rel=1e-3)
     assert [one["known"] for one in found] == [one["score"] >= decision.rejection.threshold for one in found]
     text = CliRunner().invoke(app, arguments).stdout

@@ -39,7 +39,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 def bundles(tmp_path_factory) -> tuple[Path, Path]:
     """Two bundles of different networks with the same classes."""
     folder = tmp_path_factory.mktemp("bundles")
-    rule = Decision(rejection=Rejection(score="max_probability", threshold=0.5))
+    rule = Decision(rejection=Rejection(threshold=0.5))
     return write_bundle(folder, seed=0), write_bundle(folder, seed=1, decision=rule)
 
 
@@ -171,7 +171,7 @@ def test_a_new_class_is_reported_beside_the_comparison(bundles, labelled, tmp_pa
 def test_a_bundle_that_rejects_fewer_unknown_images_is_worse(bundles, labelled, tmp_path) -> None:
     first, second = bundles
     unknown = labelled(first, count=12, first=500)
-    rules = (Rejection(score="max_probability", threshold=threshold) for threshold in (1.0, 0.0))
+    rules = (Rejection(threshold=threshold) for threshold in (1e9, -1e9))
     strict, loose = (
         with_manifest(second, tmp_path / name, decision=Decision(rejection=rule))
         for name, rule in zip(("strict", "loose"), rules, strict=True)

@@ -145,7 +145,7 @@ def test_a_process_sees_its_device_only_and_chooses_from_an_inherited_list(
 def test_processes_share_a_rate_limit_and_each_keeps_in_its_own_folder_within_its_share(
     tmp_path, jpeg
 ) -> None:
-    decision = Decision(rejection=Rejection(score="energy", threshold=1e9))
+    decision = Decision(rejection=Rejection(threshold=1e9))
     bundle = write_bundle(tmp_path / "bundle", decision=decision)
     kept = tmp_path / "kept"
     file = tmp_path / "keys.toml"

@@ -212,7 +212,7 @@ JSON, TENSORS = "application/json", orjson.dumps({"inputs": [TENSOR]})
 SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
 
 
-@given(SMALL, st.integers(1, 50), st.none() | st.just(Rejection(score="energy", threshold=2.0)))
+@given(SMALL, st.integers(1, 50), st.none() | st.just(Rejection(threshold=2.0)))
 def test_the_fields_of_an_answer_are_a_valid_response_model(logits, top_k, rejection):
     labels = [f"class {index}" for index in range(len(logits))]
     found = Decision(rejection=rejection).answer(logits, top_k).fields(labels)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sopdeploy
 from sopdeploy.checkpoint import Checkpoint, build_classifier, read_checkpoint, write_checkpoint
-from sopdeploy.decision import Decision, Rejection, known_score
+from sopdeploy.decision import Decision, Rejection, energy
 from sopdeploy.errors import SopdeployError
 from sopdeploy.evaluation.decision_fit import (
     describe_weakness,
@@ -87,31 +87,25 @@ def test_the_threshold_accepts_at_least_the_requested_fraction_of_other_known_im
 ) -> None:
     accepted = []
     for seed in range(40):
-        options = {"accepts": accepts, "scalable": False, "score": "max_probability"}
+        options = {"accepts": accepts, "scalable": False}
         rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
         assert rejection is not None
         others = calibrated(2000, seed=1000 + seed)[0]
-        accepted.append(float((known_score(others, rejection.score) >= rejection.threshold).mean()))
+        accepted.append(float((energy(others) >= rejection.threshold).mean()))
     assert accepts - 0.01 < float(np.mean(accepted)) < accepts + 1 / images + 0.01
 
 
 def test_the_interval_holds_the_accepted_share_of_as_many_new_images() -> None:
     inside, images = 0, 100
     for seed in range(200):
-        options = {"scalable": False, "score": "max_probability"}
-        rejection = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", **options).rejection
+        fitted = fit_decision(*calibrated(images, seed=seed), estimated_on="held-out", scalable=False)
+        rejection = fitted.rejection
         assert rejection is not None
         assert rejection.accepted is not None
         others = calibrated(images, seed=1000 + seed)[0]
-        share = float((known_score(others, rejection.score) >= rejection.threshold).mean())
+        share = float((energy(others) >= rejection.threshold).mean())
         inside += rejection.accepted[0] <= share <= rejection.accepted[1]
     assert 188 <= inside < 200
-
-
-def test_of_two_classes_the_score_is_the_probability() -> None:
-    rejection = fit_decision(*calibrated(200, classes=2), estimated_on="held-out").rejection
-    assert rejection is not None
-    assert rejection.score == "max_probability"
 
 
 LABELS = ("cat", "ant")  # not sorted, as in files of other projects
@@ -222,7 +216,7 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     found = fit_decision(logits, targets, estimated_on="held-out", unknown=others)
     rule = found.rejection
     assert rule.model_copy(update={"recognized": None}) == plain
-    rejected = known_score(others / found.temperature, rule.score) < rule.threshold
+    rejected = energy(others / found.temperature) < rule.threshold
     assert rule.recognized == (rejected.sum(), 40)
     assert rule.recognized[0] > 30
     assert dict(found.rows())["rejects"] == f"{rejected.sum()} of 40 photographs of other things"
@@ -241,7 +235,7 @@ def test_images_of_no_class_test_the_threshold_and_do_not_change_it():
     ],
 )
 def test_a_low_or_fallen_share_of_recognized_images_is_a_warning(before, now, found):
-    was, rule = (Rejection(score="energy", threshold=0.0, recognized=one) for one in (before, now))
+    was, rule = (Rejection(threshold=0.0, recognized=one) for one in (before, now))
     assert describe_weakness(rule, was).startswith(found)
     assert bool(describe_weakness(rule, was)) == bool(found)
 

@@ -249,7 +249,7 @@ class ContrastRuntime(FakeRuntime):
 
 
 def test_the_banner_with_the_score_is_shown_for_unknown_images_only(open_page, bundle) -> None:
-    rule = Decision(rejection=Rejection(score="max_probability", threshold=0.7))
+    rule = Decision(rejection=Rejection(threshold=15.0))
     with running(ContrastRuntime(num_classes=7), deciding(bundle, rule), Settings()) as client:
         found = [client.post("/v1/classify", content=body).json() for body in (BRIGHT, DARK)]
         assert [one["known"] for one in found] == [True, False]
@@ -259,7 +259,7 @@ def test_the_banner_with_the_score_is_shown_for_unknown_images_only(open_page, b
             give(page, body)
             assert banner.is_visible() is not answer["known"]
             assert page.locator("#score").inner_text().split() == [
-                *("Score", f"{answer['score']:.3f}", "unknown", "known", "from", "0.700")
+                *("Score", f"{answer['score']:.3f}", "unknown", "known", "from", "15.000")
             ]
             assert status.text_content().startswith("Probably none of the classes. ") is not answer["known"]
             if not answer["known"]:

@@ -142,7 +142,7 @@ def test_images_that_end_their_decoder_or_are_large_have_the_rows_of_others(
         classify(bundle_path, [str(tmp_path)], tmp_path / "more", SETTINGS, OPTIONS)
 
 
-RULE = Rejection(score="max_probability", threshold=0.5)
+RULE = Rejection(threshold=4.0)
 SEVERAL = Decision(activation="sigmoid", thresholds=(0.6,) * 7)
 DECISIONS = {  # decision, setting, classes of two images, known
     "classes": (None, {"top_k": 2}, (["cat", "dog"], ["ant", "bee"]), [None, None]),
