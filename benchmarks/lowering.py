@@ -23,7 +23,7 @@ from torch.export import Dim
 
 from sopdeploy.layers.covariance import covariance_trace
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, NewtonSchulzConfig
-from sopdeploy.layers.mixture import Components, Convolutions, keep_largest
+from sopdeploy.layers.mixture import Components, keep_largest
 from sopdeploy_export.graph import convert
 
 TOLERANCE = 2e-5  # relative to the largest value; both sides are float32
@@ -69,7 +69,7 @@ class Routed(nn.Module):
         torch.manual_seed(0)
         self.chosen, self.all_experts = chosen, all_experts
         self.experts = Components(
-            "sop", 256, Convolutions((256, 128)), components=16, counted=chosen, root=NewtonSchulzConfig()
+            "sop", 256, (256, 128), components=16, counted=chosen, root=NewtonSchulzConfig()
         )
 
     def forward(self, features_BCHW: Tensor, logits_BN: Tensor) -> Tensor:

@@ -41,9 +41,8 @@ No network is adapted to a figure. M: million parameters; G: billion operations;
 |---|---|---|---|---|---|
 {differing}
 
-Of other systems in the papers' tables, DRN-A-50 (GSoP, Table 5) is implemented, because the text defines
-it. HIHCA, FBN, SORT, CMPE-SE and DropBlock are only cited: neither the texts nor the printed counts define
-them.
+The catalog builds what the four papers trained. Methods that they only cite, such as SE-Net, CBAM and compact
+bilinear pooling, are listed by [`reproduce`](howto/reproduce.md) with their printed figures.
 """
 
 

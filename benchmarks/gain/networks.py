@@ -41,7 +41,7 @@ class TextureNet(Backbone):
         if config.layers == "two-layer":
             self.channels = self.tap_channels["layer2.0"] = config.hidden
         self.pooling = config.pooling.build(self.channels)
-        self.fc = self.pooling.classifier(num_classes)
+        self.fc = nn.Linear(self.pooling.out_features, num_classes)
         initialize(self)
 
     def second_layer(self, config: TextureNetConfig) -> list[nn.Module]:

@@ -51,14 +51,12 @@ class VGGConfig(StrictModel):
 class AlexNetConfig(StrictModel):
     """The default pooling is the paper's: max pooling, and the map of 6 x 6 positions as one vector.
 
-    `norm` is the local response normalization after the first two convolutions (section 3.3) or a batch norm
-    after each of the five. `classifier` and `dropout` have the same meaning as in `VGGConfig`.
+    `classifier` and `dropout` have the same meaning as in `VGGConfig`.
     """
 
     pooling: Pooling = FlattenConfig(window=3, side=6)
     classifier: Literal["mlp", "linear"] = "mlp"
     dropout: FractionBelowOne = 0.5
-    norm: Literal["response", "batch"] = "response"
 
 
 class SingleStage(Backbone):
@@ -79,8 +77,9 @@ class SingleStage(Backbone):
                 self.tap_channels[f"layers.{position}"] = channels
         self.layers = nn.Sequential(*layers)
         self.pooling: GlobalPooling = config.pooling.build(channels)
+        self.classifier: nn.Module
         if config.classifier == "linear":
-            self.classifier = self.pooling.classifier(num_classes)
+            self.classifier = nn.Linear(self.pooling.out_features, num_classes)
         else:
             self.classifier = nn.Sequential(
                 nn.Linear(self.pooling.out_features, HIDDEN),
@@ -135,12 +134,9 @@ class AlexNet(SingleStage):
         channels = 3
         for position, (width, kernel, stride, padding, groups) in enumerate(_CONVOLUTIONS):
             layers.append(nn.Conv2d(channels, width, kernel, stride, padding, groups=groups))
-            if self.config.norm == "batch":
-                layers.append(nn.BatchNorm2d(width))
             layers.append(nn.ReLU(inplace=True))
             if position in MAX_POOLED:
-                if self.config.norm == "response":
-                    layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0))
+                layers.append(nn.LocalResponseNorm(5, alpha=5e-4, beta=0.75, k=2.0))
                 layers.append(nn.MaxPool2d(3, stride=2))
             channels = width
         return layers

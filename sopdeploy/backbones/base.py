@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from sopdeploy.config import StrictModel
-from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig
+from sopdeploy.layers.pooling.base import PoolingConfig
 
 
 class Backbone(nn.Module):
@@ -90,7 +90,7 @@ class Backbone(nn.Module):
         """Add the global pooling of the last stage's map, and the classifier of its vector."""
         pooling = config.build(list(self.tap_channels.values())[-1])
         self.pooling: nn.Module = pooling
-        self.fc = pooling.classifier(self.num_classes)
+        self.fc = nn.Linear(pooling.out_features, self.num_classes)
 
 
 def initialize(network: nn.Module) -> None:
@@ -113,6 +113,3 @@ def initialize(network: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-    for module in network.modules():
-        if isinstance(module, GlobalPooling):
-            module.finish_initialization()

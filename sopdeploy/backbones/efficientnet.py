@@ -76,7 +76,7 @@ class EfficientNet(Backbone):
             self.tap_channels |= {f"{name}.{index}": stage.channels for index in range(stage.blocks)}
         self.dropout = nn.Dropout(config.dropout)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
-        self.classifier = self.pooling.classifier(num_classes)
+        self.classifier = nn.Linear(self.pooling.out_features, num_classes)
         initialize(self)
 
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
@@ -193,7 +193,7 @@ class EfficientNetLite(Backbone):
         self.act2 = nn.ReLU6(inplace=True)
         self.pooling = config.pooling.build(HEAD_CHANNELS)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = self.pooling.classifier(num_classes)
+        self.classifier = nn.Linear(self.pooling.out_features, num_classes)
         initialize(self)
 
     def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:

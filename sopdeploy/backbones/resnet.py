@@ -1,13 +1,12 @@
 """ResNets with four stages: for 224-pixel images with torchvision's state-dict keys, and for 64-pixel images.
 
 Paper: He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), Table 1.
-The second-order papers remove the last down-sampling: `conv5_stride=1` ("s1"). DRN-A removes the last two and
-dilates the convolutions behind them (Yu et al., "Dilated Residual Networks", CVPR 2017).
+The second-order papers remove the last down-sampling: `conv5_stride=1` ("s1").
 """
 
 import math
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.layers.pooling.base import GapConfig
 from sopdeploy.layers.pooling.registry import Pooling
-from sopdeploy.layers.residual import BasicBlock, Bottleneck, conv1x1
+from sopdeploy.layers.residual import BasicBlock, Bottleneck
 
 BLOCKS = {
     18: (2, 2, 2, 2),
@@ -75,50 +74,17 @@ class ResNet(Backbone):
         return Bottleneck(in_channels, out_channels, stride, stride_on)
 
 
-class DilatedResNetConfig(ResNetConfig):
-    """DRN-A: a ResNet whose conv4_x and conv5_x keep the size of conv3_x."""
-
-    conv5_stride: Literal[1] = 1
-
-
-class DilatedResNet(ResNet):
-    """DRN-A: ResNet whose conv4_x and conv5_x have no stride and dilated 3x3 convolutions instead.
-
-    Where a stride is removed, all later convolutions have twice the dilation, which keeps their receptive
-    fields ("to maintain the receptive size", GSoP, section 4.2.2).
-    """
-
-    config: DilatedResNetConfig
-
-    def __init__(self, config: DilatedResNetConfig, num_classes: int) -> None:
-        """Build a ResNet, then replace the strides of its last two stages by dilations of 2 and 4."""
-        super().__init__(config, num_classes)
-        strided_1x1 = self.bottlenecks and config.bottleneck_stride == "v1"
-        for stage, dilation in (("layer3", 2), ("layer4", 4)):
-            modules = self.get_submodule(stage).modules()
-            convolutions = [module for module in modules if isinstance(module, nn.Conv2d)]
-            for conv in convolutions:
-                conv.stride = (1, 1)
-            wide = [conv for conv in convolutions if conv.kernel_size == (3, 3)]
-            for conv in wide:
-                conv.dilation = conv.padding = (dilation, dilation)
-            if not strided_1x1:  # the first one had the stride itself, so it keeps the dilation before it
-                wide[0].dilation = wide[0].padding = (dilation // 2, dilation // 2)
-
-
 class LowResolutionResNetConfig(StrictModel):
     """Depth (`blocks_per_stage`), width (`widen`), and options on which the GM-SOP paper and its code differ.
 
-    `project_first_stage` adds a projection to conv2_x even where its channels do not change, as in the
-    released WRN (only WRN-36-1 is affected). `input_scaling="raw"` takes images of 0..255 minus the mean and
-    divides them by 60 before conv1. The released code does not divide: it initializes conv1 with 60 times
-    smaller weights and a 3600 times lower learning rate, which is equivalent except for the weight decay.
+    `input_scaling="raw"` takes images of 0..255 minus the mean and divides them by 60 before conv1. The
+    released code does not divide: it initializes conv1 with 60 times smaller weights and a 3600 times lower
+    learning rate, which is equivalent except for the weight decay.
     """
 
     blocks_per_stage: Count = 2
     widen: Count = 1
     conv5_stride: Literal[1, 2] = 2
-    project_first_stage: bool = False
     input_scaling: Literal["standardised", "raw"] = "standardised"
 
 
@@ -139,9 +105,6 @@ class LowResolutionResNet(Backbone):
         self.relu = nn.ReLU(inplace=True)
         widths = [base * config.widen for base in LOW_RESOLUTION_WIDTHS]
         self.add_stages(channels, widths, [config.blocks_per_stage] * 4, (1, 2, 2, config.conv5_stride))
-        first: Any = self.get_submodule("layer1.0")
-        if config.project_first_stage and first.downsample is None:
-            first.downsample = nn.Sequential(conv1x1(channels, channels), nn.BatchNorm2d(channels))
         self.channels = widths[-1]
         initialize_by_fan_in(self)
 

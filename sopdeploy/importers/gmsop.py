@@ -56,7 +56,6 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         "blocks_per_stage": blocks,
         "widen": widen,
         "components": 1,
-        "project_first_stage": "conv2_1_adapt_conv_f" in file.tensors,
         "input_scaling": "raw",
     }
     if gated:
@@ -107,8 +106,6 @@ def _gate_config(file: WeightFile) -> dict[str, Any]:
         "components": file.tensor("gating_w").shape[1],
         "chosen": int(layer_number(file, "gating", "topk")),
         "component_widths": [len(conv_kernel(file, name)) for name in components],
-        "component_bias": "CM_1_a_b" in file.tensors,
-        "component_norm": "CM_1_a_bn_w" in file.tensors,
         "gate_widths": [len(conv_kernel(file, name)) for name in gates],
         "gate_norm": "gating1_bn_w" in file.tensors,
         "dropout": layer_number(file, dropouts[0], "rate") if dropouts else 0.0,
@@ -167,11 +164,6 @@ def _components(file: WeightFile, config: dict[str, Any]) -> dict[str, Tensor]:
         sources = [f"CM_{number}_{letter}" for number in range(1, config["components"] + 1)]
         kernels = [pointwise_kernel(file, f"{source}_f") for source in sources]
         found[f"mixture.weights.{step}"] = torch.stack(kernels)
-        if config["component_bias"]:
-            found[f"mixture.biases.{step}"] = torch.cat([bias(file, source) for source in sources])
-        if config["component_norm"]:
-            norms = [batch_norm(file, f"{source}_bn", f"mixture.norms.{step}") for source in sources]
-            found |= {name: torch.cat([norm[name] for norm in norms]) for name in norms[0]}
     return found
 
 

@@ -17,24 +17,23 @@ from torch import Tensor
 _SMALLEST_SQUARE = 1e-30  # keeps the gradient of the square root finite at 0
 
 
-def deviations(features_BCHW: Tensor, *, centered: bool = True) -> Tensor:
-    """Flatten a map to (B, C, M) and subtract its mean over positions, if it is to be *centered*."""
+def deviations(features_BCHW: Tensor) -> Tensor:
+    """Flatten a map to (B, C, M) and subtract its mean over positions."""
     x_BCM = features_BCHW.flatten(start_dim=2)
-    return x_BCM - x_BCM.mean(dim=2, keepdim=True) if centered else x_BCM
+    return x_BCM - x_BCM.mean(dim=2, keepdim=True)
 
 
-def covariance_factor(features_BCHW: Tensor, *, centered: bool = True) -> Tensor:
+def covariance_factor(features_BCHW: Tensor) -> Tensor:
     """Compute the deviations (B, C, M) of a map divided by sqrt(M).
 
     Scaling the operand instead of the product keeps the product in range in half precision.
     """
-    x_BCM = deviations(features_BCHW, centered=centered)
-    scale = 1.0 / math.sqrt(x_BCM.shape[2])
-    return x_BCM.mul_(scale) if centered else x_BCM * scale
+    x_BCM = deviations(features_BCHW)
+    return x_BCM.mul_(1.0 / math.sqrt(x_BCM.shape[2]))
 
 
 def covariance(factor_BCM: Tensor) -> Tensor:
-    """Compute the covariance (B, C, C) from its factor, or from one that is not centered, second moments."""
+    """Compute the covariance (B, C, C) from its factor."""
     return factor_BCM @ factor_BCM.transpose(1, 2)
 
 

@@ -1,8 +1,8 @@
 """iSQRT-COV: covariance pooling with an iterative matrix square root ("fast MPN-COV", "SR-SOP").
 
 Paper: iSQRT-COV, section 3; DSoP section III-A uses it in every branch.
-Letters: B images, d channels, M positions, N iterations; X is the map, centered (by default) and divided by
-sqrt(M). In the iteration alone, B matrices have C rows and columns.
+Letters: B images, d channels, M positions, N iterations; X is the centered map divided by sqrt(M). In the
+iteration alone, B matrices have C rows and columns.
 
 The root is a fixed number of matrix products, the Newton-Schulz iteration of Eq. (4): Y_0 = A, Z_0 = I;
 T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z, for N steps. The first step uses Z = I and the last one needs only
@@ -52,22 +52,18 @@ class NewtonSchulzOptions(StrictModel):
     iterations: Iterations = 5
     prenorm: Prenorm = "trace"
 
-    def newton_schulz(self, *, compensate: bool = True, centered: bool = True) -> "NewtonSchulzConfig":
+    def newton_schulz(self, *, compensate: bool = True) -> "NewtonSchulzConfig":
         """Build the configuration of the matrix square root."""
-        return NewtonSchulzConfig(
-            iterations=self.iterations, prenorm=self.prenorm, compensate=compensate, centered=centered
-        )
+        return NewtonSchulzConfig(iterations=self.iterations, prenorm=self.prenorm, compensate=compensate)
 
 
 class NewtonSchulzConfig(NewtonSchulzOptions):
     """Options of the matrix square root of a covariance.
 
-    `compensate` multiplies the root by the square root of the norm after the iteration. Without `centered`
-    the root is that of X X^T / M.
+    `compensate` multiplies the root by the square root of the norm after the iteration.
     """
 
     compensate: bool = True
-    centered: bool = True
 
 
 class Step(NamedTuple):
@@ -193,7 +189,7 @@ def prenormalize(features_BdHW: Tensor, config: NewtonSchulzConfig) -> Prenormal
 
     Both products have the same trace and the same Frobenius norm.
     """
-    x_BdM = covariance_factor(at_least_float32(features_BdHW), centered=config.centered)
+    x_BdM = covariance_factor(at_least_float32(features_BdHW))
     use_gram = gram_is_cheaper(x_BdM.shape[1], x_BdM.shape[2], config.iterations)
     matrix_Bnn = covariance(x_BdM.transpose(1, 2) if use_gram else x_BdM)
     norm_B11 = covariance_trace(matrix_Bnn) if config.prenorm == "trace" else frobenius_norm(matrix_Bnn)
@@ -259,7 +255,7 @@ class ISqrtVector(torch.autograd.Function):
         root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]
 
         # not saved, because it is as large as the map
-        x_BdM = deviations(at_least_float32(features_BdHW), centered=config.centered)
+        x_BdM = deviations(at_least_float32(features_BdHW))
         positions = x_BdM.shape[2]
         if ctx.use_gram:
             power = -0.5 if config.compensate else -1.0

@@ -5,11 +5,10 @@ Papers: Wang et al., GM-SOP (NeurIPS 2018), Eqs. (1) to (4) and section 2.2, aft
 Letters: B images, C channels, H height, W width, N components, K kept, D length of a pooled vector; f is the
 gate's feature.
 
-Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering
-(`centered=False` in the configuration of the root); the paper's text and the released code run centered
-SR-SOP (Eq. 5) after the convolutions. The released code has a ReLU after each and neither bias nor batch
-norm; without it a component is linear in X, as in Eq. (6).
-The ReLU is the default, because Table 3 distinguishes GM-GAP from a mixture of linear experts (SG-MoE).
+Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering;
+the paper's text and the released code run centered SR-SOP (Eq. 5) after the convolutions. The released code
+has a ReLU after each and neither bias nor batch norm; Eq. (6) has no ReLU. The ReLU is right, because Table 3
+distinguishes GM-GAP from a mixture of linear experts (SG-MoE).
 
 All weights of a step are one (N, out, in) tensor. So every parameter has a gradient in every step, zero for a
 component that no image selected, which data-parallel training needs.
@@ -28,7 +27,7 @@ softmax weight. Where H ties, the lower index is kept; the released code draws a
 
 import math
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -44,31 +43,20 @@ ComponentKind = Literal["gap", "sop", "linear"]
 NoisePer = Literal["image", "component"]
 
 
-class Convolutions(NamedTuple):
-    """The 1x1 convolutions of a component: their output channels, and whether ReLU, bias or norm is added.
-
-    Components with batch norm cannot be routed in training, because its statistics are those of all images.
-    """
-
-    widths: tuple[int, ...]
-    rectified: bool = True
-    bias: bool = False
-    norm: bool = False
-
-
 class Components(nn.Module):
     """Map (B, C, H, W) features to every component's vector (B, N, D), or with weights (B, N) to their sum.
 
-    A component of the kind "gap" is convolutions, ReLU, global average; "sop" is parametric SR-SOP with the
-    configuration *root*; "linear" is a linear map of the averaged features, the expert of a one-layer SG-MoE.
-    *counted* is the number of components that a routed mixture evaluates per image; `macs` counts these.
+    A component of the kind "gap" is 1x1 convolutions to *widths* channels, each with ReLU, and global
+    average; "sop" is parametric SR-SOP with the configuration *root*; "linear" is linear layers with bias on
+    the averaged features, the expert of SG-MoE. *counted* is the number of components that a routed mixture
+    evaluates per image; `macs` counts these.
     """
 
     def __init__(
         self,
         kind: ComponentKind,
         channels: int,
-        convolutions: Convolutions,
+        widths: tuple[int, ...],
         *,
         components: int,
         counted: int,
@@ -76,16 +64,13 @@ class Components(nn.Module):
     ) -> None:
         super().__init__()
         self.components, self.counted = components, counted
-        self.rectified = convolutions.rectified and kind != "linear"
-        widths = convolutions.widths
+        self.is_linear = kind == "linear"
         self.weights = nn.ParameterList(  # each convolution reads the output of the previous one
             torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
             for inputs, outputs in pairwise((channels, *widths))
         )
-        sizes = [components * width for width in widths]
-        self.biases = nn.ParameterList(torch.zeros(size) for size in sizes if convolutions.bias)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in sizes if convolutions.norm)
-        self.before = nn.AdaptiveAvgPool2d(1) if kind == "linear" else nn.Identity()
+        self.biases = nn.ParameterList(torch.zeros(components * size) for size in widths if self.is_linear)
+        self.before = nn.AdaptiveAvgPool2d(1) if self.is_linear else nn.Identity()
         self.after, self.out_features = pooling(kind, (channels, *widths)[-1], root)
 
     def forward(
@@ -101,12 +86,9 @@ class Components(nn.Module):
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
             groups = 1 if step == 0 else self.components
-            bias = self.biases[step] if len(self.biases) else None
             kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)
-            x = F.conv2d(x, kernel, bias, groups=groups)
-            if len(self.norms):
-                x = self.norms[step](x)
-            x = F.relu(x) if self.rectified else x
+            x = F.conv2d(x, kernel, self.biases[step] if self.is_linear else None, groups=groups)
+            x = x if self.is_linear else F.relu(x)
         grouped = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)
         pooled_BND: Tensor = self.after(grouped).unflatten(0, (-1, self.components))
         return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
@@ -116,8 +98,8 @@ class Components(nn.Module):
 
         Gathering the weights of a map of one position takes longer than multiplying by all of them.
         """
-        has_positions = isinstance(self.before, nn.Identity) and features_BCHW[0, 0].numel() > 1
-        return self.counted < self.components and has_positions and not len(self.norms)
+        has_positions = not self.is_linear and features_BCHW[0, 0].numel() > 1
+        return self.counted < self.components and has_positions
 
     def gathered_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum of the `counted` components with the largest weights of each image.
@@ -130,12 +112,8 @@ class Components(nn.Module):
         largest_BK, index = sorted_BN[:, : self.counted], order_BN[:, : self.counted].flatten()
         shape = (-1, self.counted)
         x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
-        for step, weight_Noi in enumerate(self.weights):
-            x_BKcM = weight_Noi.index_select(0, index).unflatten(0, shape) @ x_BKcM
-            if len(self.biases):
-                bias_No1 = self.biases[step].view(self.components, -1, 1)
-                x_BKcM = x_BKcM + bias_No1.index_select(0, index).unflatten(0, shape)
-            x_BKcM = F.relu(x_BKcM) if self.rectified else x_BKcM
+        for weight_Noi in self.weights:
+            x_BKcM = F.relu(weight_Noi.index_select(0, index).unflatten(0, shape) @ x_BKcM)
         maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
         root = self.after if isinstance(self.after, ISqrtCov) else None
         pooled = self.after(maps) if root is None else covariance_root(maps, root.config).flatten(start_dim=1)
@@ -144,10 +122,7 @@ class Components(nn.Module):
         return sum_BD if root is None else sum_BD.index_select(1, root.triangle)
 
     def routed_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
-        """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0.
-
-        The components must have no batch norm.
-        """
+        """Compute the (B, D) weighted sum; run each component only on images where its weight is not 0."""
         x_BCHW = self.before(features_BCHW)
         weights = [weight_Noi.unbind() for weight_Noi in self.weights]  # by step, then by component
         biases = [bias.chunk(self.components) for bias in self.biases]
@@ -158,9 +133,9 @@ class Components(nn.Module):
                 continue
             x = x_BCHW[images]
             for step in range(len(weights)):
-                bias = biases[step][component] if biases else None
+                bias = biases[step][component] if self.is_linear else None
                 x = F.conv2d(x, weights[step][component][:, :, None, None], bias)
-                x = F.relu(x) if self.rectified else x
+                x = x if self.is_linear else F.relu(x)
             weighted.append(self.after(x) * weights_BN[images, component].unsqueeze(1))
             indices.append(images)
         vectors = torch.cat(weighted)  # one for each pair of an image and one of its components
@@ -169,7 +144,7 @@ class Components(nn.Module):
 
     def macs(self, features: torch.Size) -> int:
         """Count the multiply-adds per image of `counted` components, for a (B, C, H, W) feature map."""
-        positions = 1 if isinstance(self.before, nn.AdaptiveAvgPool2d) else features[2] * features[3]
+        positions = 1 if self.is_linear else features[2] * features[3]
         weights: int = sum(weight[0].numel() for weight in self.weights)
         return self.counted * positions * weights
 

@@ -26,13 +26,10 @@ from sopdeploy.backbones.base import initialize
 from sopdeploy.config import Count, FractionBelowOne, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
-from sopdeploy.layers.pooling.base import GlobalPooling
-from sopdeploy.layers.pooling.covariance import LogEuclideanConfig, MpnCovConfig
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier
 
 Blocks = Annotated[int, pydantic.Field(ge=0)]
-_SPECTRAL = {"power": MpnCovConfig(width=None), "logarithm": LogEuclideanConfig(width=None)}
 
 
 class DSoPConfig(NewtonSchulzOptions):
@@ -41,15 +38,14 @@ class DSoPConfig(NewtonSchulzOptions):
     `aux_blocks` gives for each stage either the number of blocks of a branch after its last block
     (0: no branch) or one such number per block of the stage (section V-D's patterns, "[1, 0, 2]").
     `aux_widths` are the target channels of the covariance, `aux_weights` the weights of the losses
-    (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is iSQRT-COV, a matrix power or
-    logarithm (section III-A), or "gap", Table VII's control. `keep_unused_branches` keeps one block and the
-    head of a branch of 0 blocks, as Table X counts.
+    (beta), `main_weight` that of the main loss (alpha). `aux_pooling` is iSQRT-COV or "gap", Table VII's
+    control. `keep_unused_branches` keeps one block and the head of a branch of 0 blocks, as Table X counts.
     """
 
     aux_blocks: tuple[Blocks | tuple[Blocks, ...], ...] | None = None
     aux_widths: tuple[Count, ...] | None = None
     aux_weights: tuple[NonNegative, ...] | None = None
-    aux_pooling: Literal["isqrt", "power", "logarithm", "gap"] = "isqrt"
+    aux_pooling: Literal["isqrt", "gap"] = "isqrt"
     aux_dropout: FractionBelowOne | None = None
     main_weight: NonNegative = 1.0
     keep_unused_branches: bool = False
@@ -196,13 +192,11 @@ class DSoP(Classifier):
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
-        if self.config.aux_pooling != "gap":
+        if self.config.aux_pooling == "isqrt":
             if channels > plan.width:
                 reduction = dimension_reduction(channels, plan.width, self.branch_activation)
-            second: ISqrtCov | GlobalPooling = ISqrtCov(plan.width, self.config.newton_schulz())
-            if self.config.aux_pooling != "isqrt":
-                second = _SPECTRAL[self.config.aux_pooling].build(plan.width)
-            pooling, length = second, second.out_features
+            root = ISqrtCov(plan.width, self.config.newton_schulz())
+            pooling, length = root, root.out_features
         layers = {
             "blocks": nn.Sequential(*blocks),
             "ending": ending,

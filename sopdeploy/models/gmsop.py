@@ -42,7 +42,6 @@ from sopdeploy.layers.isqrt_cov import NewtonSchulzOptions
 from sopdeploy.layers.mixture import (
     ComponentKind,
     Components,
-    Convolutions,
     FusionHead,
     GateNoise,
     NoisePer,
@@ -51,7 +50,7 @@ from sopdeploy.layers.mixture import (
     keep_largest,
     pooling,
 )
-from sopdeploy.layers.pooling.codebook import NetVLADConfig
+from sopdeploy.layers.netvlad import NetVLAD
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, TrainingOutput
 
@@ -61,18 +60,14 @@ RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  
 class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The ResNet for 64-pixel images and the mixture: `chosen` of `components` poolings per image (K of N).
 
-    `component_widths` are the channels of a component's 1x1 convolutions. `component_activation` follows each
-    of them: ReLU as in the released code, or "none" for the linear form of Eq. (6). `component_bias` and
-    `component_norm` add a bias and a batch norm to them.
-    `component_centered=false` pools X^T Q X without centering, as Eq. (6), instead of the covariance (Eq. 5).
+    `component_widths` are the channels of a component's 1x1 convolutions.
     `gate_widths` are the channels of the gate's prediction layers; `None` selects the architecture of a
     component, as in section 2.3. `gate_norm` adds a batch norm and a ReLU to each, as in the released code.
     `fusion_norm` is the batch norm of the mixed vector (section 2.3). `noise_per` selects how the gate's
     gamma is drawn: per component of an image, as in SG-MoE, or per image, as in the released code.
     `balance_weight` is alpha.
 
-    In training, each component is evaluated on its images only, except with `component_norm`, whose
-    statistics are those of all images; the results are equal. Eval mode evaluates all components on all
+    In training, each component is evaluated on its images only. Eval mode evaluates all components on all
     images, and an exported graph gathers the weights of K components per image: no shape depends on the data.
     """
 
@@ -80,10 +75,6 @@ class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     components: Annotated[int, pydantic.Field(ge=2)] = 16
     chosen: Count = 8
     component_widths: tuple[Count, ...] = pydantic.Field(default=(256, 128), min_length=1)
-    component_activation: Literal["relu", "none"] = "relu"
-    component_bias: bool = False
-    component_norm: bool = False
-    component_centered: bool = True
     gate_widths: tuple[Count, ...] | None = None
     gate_norm: bool = False
     fusion_norm: bool = True
@@ -111,15 +102,10 @@ class GatedResNet(LowResolutionResNet, ExportHints):
         self.mixture = Components(
             config.component,
             self.channels,
-            Convolutions(
-                config.component_widths,
-                rectified=config.component_activation == "relu",
-                bias=config.component_bias,
-                norm=config.component_norm,
-            ),
+            config.component_widths,
             components=config.components,
             counted=config.chosen,
-            root=config.newton_schulz(centered=config.component_centered),
+            root=config.newton_schulz(),
         )
         self.head = FusionHead(
             self.mixture.out_features, num_classes, norm=config.fusion_norm, dropout=config.dropout
@@ -159,7 +145,7 @@ class GMSOPResNet(Classifier, GatedResNet):
         if self.config.chosen == 1:
             raise ConfigError("chosen: must be at least 2 to train; with 1 the gate has no gradient")
         features, weights_BN = self.noisy_gate(images)
-        if self.config.component_norm or features.is_meta:  # `meta` has no weights to route by
+        if features.is_meta:  # `meta` has no weights to route by
             mixed = self.mixture(features, weights_BN)
         else:
             mixed = self.mixture.routed_sum(features, weights_BN)
@@ -181,14 +167,9 @@ def make_gate(config: GMSOPResNetConfig, channels: int) -> SparseGate:
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(widths):
         convolution, norm, relu = dimension_reduction(inputs, outputs)
-        if config.gate_norm:
-            layers.append(nn.Sequential(convolution, norm, relu))
-        elif config.component_activation == "relu":
-            layers.append(nn.Sequential(convolution, relu))
-        else:
-            layers.append(nn.Sequential(convolution))
-    root = config.newton_schulz(centered=config.component_centered)
-    pool, length = pooling(config.component, widths[-1], root)
+        step = (convolution, norm, relu) if config.gate_norm else (convolution, relu)
+        layers.append(nn.Sequential(*step))
+    pool, length = pooling(config.component, widths[-1], config.newton_schulz())
     gate = SparseGate(nn.Sequential(*layers, pool), length, config.components, config.chosen)
     initialize_by_fan_in(gate)
     return gate
@@ -224,7 +205,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
         self.mixture = Components(
             config.component,
             self.channels,
-            Convolutions(config.component_widths),
+            config.component_widths,
             components=config.components,
             counted=config.components,
             root=config.newton_schulz(),
@@ -252,6 +233,5 @@ class NetVLADResNet(Classifier, LowResolutionResNet):
 
     def __init__(self, config: NetVLADResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        # centers with small weights in the assignment (assumption: the paper does not say)
-        self.pooling = NetVLADConfig(words=config.words, alpha=0.5, centres="normal").build(self.channels)
+        self.pooling = NetVLAD(self.channels, config.words)
         self.head = FusionHead(self.pooling.out_features, num_classes, norm=False, dropout=0.0)

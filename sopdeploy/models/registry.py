@@ -85,9 +85,6 @@ POOLED = {
         f"resnet{depth}": with_config(RESNET, {"depth": depth}, f"plain ResNet-{depth}")
         for depth in (18, 34, 50, 101)
     },
-    "drn-a-50": with_config(
-        "backbones.resnet:DilatedResNet", {"depth": 50}, "DRN-A-50: dilated ResNet-50, stride 8"
-    ),
     "alexnet": with_config("backbones.alexnet_vgg:AlexNet", {}, "plain AlexNet"),
     **{
         name: with_config(VGG, {"pooling": "flatten", "batch_norm": norm}, f"plain {title}")
@@ -194,31 +191,12 @@ GSOP = {
         for net, final in FINAL_POOLING.items()
     },
 }
-ATTENTION = {
-    **{
-        f"{kind.lower()}-resnet50": Entry(
-            "models.attention:AttendedResNet",
-            f"models.attention:{kind}ResNetConfig",
-            {"depth": 50},
-            f"ResNet-50 with {title} in every block",
-        )
-        for kind, title in (("SE", "Squeeze-and-Excitation"), ("CBAM", "CBAM"), ("GE", "Gather-Excite"))
-    },
-    "se-preact-resnet164": with_config(
-        "models.attention:SEPreActResNet",
-        {},
-        "PreAct-ResNet-164 for 32-pixel images with Squeeze-and-Excitation in every block",
-        image_size=32,
-        num_classes=100,
-    ),
-}
-WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2, "project_first_stage": True}
+WRN_36_2: dict[str, Any] = {"blocks_per_stage": 4, "widen": 2}
 GAP: dict[str, Any] = {"component": "gap", "component_widths": (512,)}
 WRN_SOP: dict[str, Any] = {**WRN_36_2, "component_widths": (512, 128)}
 SGMOE: dict[str, Any] = {
     "component": "linear",
     "component_widths": (512,),
-    "component_bias": True,
     "gate_widths": (),
     "fusion_norm": False,
     "dropout": 0.0,
@@ -243,7 +221,7 @@ GMSOP = {
         for name, title, defaults in (
             ("resnet18-64px", "plain ResNet-18", {}),
             ("resnet50-64px", "plain ResNet-50", RESNET_50),
-            *((f"wrn36-{k}", f"plain WRN-36-{k}", {"blocks_per_stage": 4, "widen": k}) for k in (1, 2, 5)),
+            ("wrn36-2", "plain WRN-36-2", WRN_36_2),
             ("resnet18-512d", "ResNet-18-512d", {"component_widths": (512,)}),
             ("resnet18-8256d", "ResNet-18-8256d", {"component_widths": (8256,)}),
             ("resnet50-512d", "ResNet-50-512d", {**RESNET_50, "component_widths": (512,)}),
@@ -264,10 +242,6 @@ FAMILIES = (  # title and networks, in display order
     ),
     ("PSDR: progressive supervised dimensionality reduction before second-order pooling", PSDR),
     ("GSoP-Net: second-order blocks that scale maps; GSoP-Net2 also pools by covariance", GSOP),
-    (
-        "First-order attention in every residual block: SE, CBAM and Gather-Excite, baselines of GSoP",
-        ATTENTION,
-    ),
     ("GM-SOP: a gate selects K of N second-order poolings for each image, and their weights", GMSOP),
 )
 CATALOG: dict[str, Entry] = {name: item for _, entries in FAMILIES for name, item in entries.items()}

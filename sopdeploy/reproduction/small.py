@@ -26,7 +26,7 @@ STATEMENT = (
 )
 IMAGES = "small-images/digits"  # folder of the images
 IMAGES_PER_CLASS = {"train": 40, "val": 20}
-POOLING_SIZES = {"width": 32, "dim": 256, "words": 8, "rank": 4}
+POOLED_CHANNELS = 32
 CHANNELS = 16  # channels of a branch's covariance
 
 
@@ -132,6 +132,6 @@ def small_network(recipe: Recipe) -> tuple[str, dict[str, Any]]:
 
 
 def _small_pooling(pooling: StrictModel) -> dict[str, Any]:
-    """Limit the sizes of *pooling*."""
+    """Limit the channels of a covariance."""
     values = pooling.model_dump(mode="json")
-    return values | {key: min(values[key], size) for key, size in POOLING_SIZES.items() if key in values}
+    return values | ({"width": min(values["width"], POOLED_CHANNELS)} if "width" in values else {})

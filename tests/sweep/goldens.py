@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from sopdeploy.models.describe import describe
 from sopdeploy.models.dsop import DSoP
 from sopdeploy.models.gsop import GSoP
-from sopdeploy.models.psdr import PSDRResNet
 from sopdeploy.models.registry import CATALOG, FAMILIES, create_model
 from tests.sweep.smallest import ALL, VARIANTS
 from tests.sweep.steps import Small
@@ -25,7 +24,7 @@ FOLDER = Path(__file__).parents[1] / "goldens"
 HEADS = "second_order_head"
 GOLDENS = dict(
     zip(
-        ("pooled", "dsop", "psdr", "gsop", "attention", "gmsop"),
+        ("pooled", "dsop", "psdr", "gsop", "gmsop"),
         (entries for _, entries in FAMILIES),
         strict=True,
     )
@@ -71,7 +70,7 @@ def golden(small: Small) -> dict[str, Any]:
 
 
 def structure(small: Small) -> Any:
-    """Describe the branches, the blocks with attention, or the steps of one model in its full size."""
+    """Describe the branches, the blocks with attention, or the steps of PSDR of one model in full size."""
     with torch.device("meta"):
         network: Any = create_model(small.name, num_classes=small.classes, **small.config)
     if isinstance(network, DSoP):
@@ -80,10 +79,7 @@ def structure(small: Small) -> Any:
         return [f"main weight {network.loss_weights()['main']}", *branches]
     if isinstance(network, GSoP):
         return network.attended_taps()
-    if isinstance(network, PSDRResNet):
-        return network.pooling.widths
-    gathers = {tap: network.get_submodule(f"{tap}.attention.gather.0") for tap in network.tap_channels}
-    return {tap: conv.kernel_size[0] for tap, conv in gathers.items()}
+    return network.pooling.widths
 
 
 def rounded(values: Tensor) -> list[list[float]]:

@@ -42,14 +42,11 @@ WALKED = (  # classes in recipes, which `test_recipe_walks` exports, too
 LOWERED = (  # lowered to ONNX and compared: one for each other inference class
     Small("resnext29-8x64d", 8, FEW_GROUPS),
     Small("dsop-preact-resnet110", 8, {**ONE_BLOCK, **HEADS}),
-    Small("vgg16-bn", 32, {"pooling": {"kind": "cbp", "dim": 32}, "classifier": "linear"}),
+    Small("vgg16-bn", 32, {"pooling": "gap", "classifier": "linear"}),
     Small("efficientnet-lite0", 32, {"width": 0.1, "depth": 0.1}),
-    Small("drn-a-50", 32, {"depth": 18}),
     Small("alexnet", 64, {"pooling": {"kind": "flatten", "side": 1}, "classifier": "linear"}),
     Small("psdr-resnet50", 32, {"depth": 18, **NARROW}),
     Small("gsop-net1-resnet26", 32, {"cov_width": 32, "block_stages": ("layer4",)}),
-    Small("cbam-resnet50", 32, {"depth": 18}),
-    Small("se-preact-resnet164", 8, ONE_BLOCK),
     Small("avesop-16-resnet18", 8, {**ONE_EACH, "components": 3, "component_widths": (6,), "iterations": 2}),
     Small("netvlad-64-resnet18", 8, {**ONE_EACH, "words": 3}),
     Small("dsop-timm:test_resnet", 32, {"aux_widths": (8,) * 4, "aux_blocks": (1,) * 4, "iterations": 2}),
@@ -67,8 +64,6 @@ DETACHED = (  # compared with plain networks: their inference class is above, or
     Small("dsop-resnet8", 8, HEADS),
     Small("dsop-resnext29-8x64d", 8, {**FEW_GROUPS, **HEADS}),
     Small("psdr-resnet50-no-aux", 32, {"depth": 18, **NARROW}),
-    Small("se-resnet50", 32, {"depth": 18}),
-    Small("ge-resnet50", 32, {"depth": 18, "side": 32}),
     Small("sgmoe-16-8-resnet18", 8, TWO_OF_FOUR),
     Small("timm:resnet18", 32),
     Small("timm:convnext_atto", 32),
@@ -84,39 +79,23 @@ POOLINGS: tuple[dict[str, Any], ...] = (  # every pooling, and every form of one
     {"kind": "isqrt", "width": 5, "iterations": 3, "prenorm": "frobenius", "compensation": "batch_norm"},
     {"kind": "isqrt", "compensation": "none"},
     {"kind": "isqrt", "width": 3, "reduction": "linear"},
-    {"kind": "isqrt", "centered": False},
     {"kind": "mpncov"},
     {"kind": "mpncov", "width": 5, "power": 0.7},
     {"kind": "deepo2p"},
-    {"kind": "deepo2p", "centered": False, "width": None},
     {"kind": "bcnn"},
     {"kind": "improved-bcnn"},
     {"kind": "improved-bcnn", "root": "newton-schulz"},
     {"kind": "g2denet"},
     {"kind": "g2denet", "root": "newton-schulz"},
-    {"kind": "cbp", "dim": 32, "seed": 7},
-    {"kind": "kernel", "dim": 16, "seed": 3},
-    {"kind": "low-rank-bilinear", "width": 5, "rank": 4},
-    {"kind": "netvlad", "words": 3},
-    {"kind": "netvlad", "words": 3, "centres": "normal"},
-    {"kind": "netfv", "words": 3},
 )
 GSOP: dict[str, Any] = {"blocks": 2, "cov_width": 32}
 BRANCHES: dict[str, Any] = {"base_width": 8, "aux_widths": (8,) * 4, "aux_blocks": (1,) * 4}
-EQUATION_6: dict[str, Any] = {"component_activation": "none", "component_centered": False}
-NORMS: dict[str, Any] = {
-    "component_norm": True,
-    "component_bias": True,
-    "gate_widths": (6,),
-    "gate_norm": True,
-}
+RELEASED_MIXTURE: dict[str, Any] = {"gate_widths": (6,), "gate_norm": True, "noise_per": "image"}
 VARIANTS = (  # other forms of the same classes, whose counts and outputs have goldens, too
     *(Small("resnet8", 16, {"base_width": 2, "pooling": pooling}) for pooling in POOLINGS),
     Small("resnet8", 8, {"base_width": 8, "pooling": "isqrt"}),  # fewer positions than channels
     Small("resnet18", 32, {"depth": 26, "base_width": 8, "bottleneck_stride": "v1"}),
-    Small("drn-a-50", 32, {"depth": 26, "base_width": 8, "bottleneck_stride": "v1"}),
     Small("dsop-resnet18", 64, {**BRANCHES, "conv5_stride": 2, "aux_pooling": "gap"}),
-    *(Small("dsop-resnet18", 32, {**BRANCHES, "aux_pooling": kind}) for kind in ("power", "logarithm")),
     Small("dsop-resnet50", 32, {**BRANCHES, "bottleneck_stride": "v1"}),
     Small("dsop-resnet20", 16, {"shortcut": "projection"}),
     *(
@@ -126,12 +105,11 @@ VARIANTS = (  # other forms of the same classes, whose counts and outputs have g
     Small("gsop-net2-preact-resnet164", 32, {**GSOP, **RELEASED}),
     Small("gsop-net1-preact-resnet164", 32, {**GSOP, **RELEASED, "attention": "concatenation"}),
     Small("gsop-net1-resnet26", 32, {"base_width": 16, **RELEASED, "attention": "sum"}),
-    Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **EQUATION_6}),
-    Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **NORMS, "noise_per": "image"}),
-    Small("resnet18-64px", 8, {**ONE_EACH, "project_first_stage": True, "input_scaling": "raw"}),
+    Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **RELEASED_MIXTURE}),
+    Small("resnet18-64px", 8, {**ONE_EACH, "input_scaling": "raw"}),
 )
 STRUCTURES = (  # in full size, whose branches, blocks with attention or steps have a golden
-    *(Small(name, 224) for name in CATALOG if name.startswith(("dsop-", "gsop-", "psdr-", "ge-"))),
+    *(Small(name, 224) for name in CATALOG if name.startswith(("dsop-", "gsop-", "psdr-"))),
     Small("dsop-resnet18", 224, {"aux_blocks": (0, 1, (2, 0), (0, 3))}),
     Small("dsop-resnet18", 224, {"aux_widths": (128,) * 4}),
     Small("dsop-resnet50", 224, {"aux_stride": "table"}),
@@ -151,5 +129,4 @@ STRUCTURES = (  # in full size, whose branches, blocks with attention or steps h
         Small("psdr-resnet50", 224, {"width": width, "decay": decay})
         for width, decay in ((128, 0.25), (64, 0.5), (128, 0.5), (256, 0.5), (100, 0.3), (1024, 0.5))
     ),
-    Small("ge-resnet50", 224, {"conv5_stride": 1}),
 )

@@ -1,4 +1,4 @@
-"""Global pooling interface: a feature map in, one vector per image out, and the classifier of the vector."""
+"""Global pooling interface: a feature map in, one vector per image out."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -40,16 +40,9 @@ class GlobalPooling(nn.Module, ExportHints):
                 features = self.get_submodule(name)(features)
         return features
 
-    def finish_initialization(self) -> None:
-        """Set weights that depend on other weights, after `initialize` has set those of all layers."""
-
     def pool(self, features: Tensor) -> Tensor:
         """Compute the vectors (B, `out_features`) of a float32 or float64 map (B, d, H, W)."""
         raise NotImplementedError(f"{type(self).__name__}: pool of {tuple(features.shape)}")
-
-    def classifier(self, num_classes: int) -> nn.Module:
-        """Build a classifier of the vectors; it has `in_features`."""
-        return nn.Linear(self.out_features, num_classes)
 
 
 class ReducedPooling(GlobalPooling):

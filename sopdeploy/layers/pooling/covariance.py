@@ -12,7 +12,7 @@ dead channels and for fewer positions than channels. This module computes the sa
 U (K * U^T G U) U^T with K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), or f' if l_i and l_j are too close to divide.
 """
 
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 import torch
@@ -117,57 +117,19 @@ class MatrixRootConfig(StrictModel):
 
     Eigenvalues give the exact root and its exact gradient, but cannot be exported. N = `iterations` steps of
     Newton-Schulz start from the matrix divided by its Frobenius norm, with which they end nearer to the root
-    than with the trace. `backward` selects their gradient: that of the steps ("autograd"), or N steps for the
-    solution X of Lyapunov's equation R X + X R = G, where G is the gradient of R ("lyapunov", Lin and Maji
-    2017).
+    than with the trace.
     """
 
     root: Literal["eigen", "newton-schulz"] = "eigen"
     iterations: Iterations = 5
-    backward: Literal["autograd", "lyapunov"] = "autograd"
 
 
 def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
     """Compute the root (B, C, C) of positive semi-definite matrices."""
     if config.root == "eigen":
         return spectral(a_BCC, Power(0.5))
-    if config.backward == "lyapunov" and not torch.compiler.is_compiling():
-        return LyapunovRoot.apply(a_BCC, config.iterations)
-    return _iterated_root(a_BCC, config.iterations)
-
-
-def _iterated_root(a_BCC: Tensor, iterations: int) -> Tensor:
     norm_B11 = frobenius_norm(a_BCC).clamp_min(SMALLEST_NORM)
-    return newton_schulz(a_BCC / norm_B11, iterations) * norm_B11.sqrt()
-
-
-class LyapunovRoot(torch.autograd.Function):
-    """Autograd function: N Newton-Schulz steps forward, N steps for Lyapunov's equation backward.
-
-    The steps compute the sign of [[R, G], [0, -R]] / |R|, whose upper right block is 2 X, and converge if R
-    is positive definite. Paper: Lin and Maji, "Improved Bilinear Pooling with CNNs" (BMVC 2017), section 3.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, a_BCC: Tensor, iterations: int) -> Tensor:
-        """Compute the root (B, C, C)."""
-        root_BCC = _iterated_root(a_BCC, iterations)
-        ctx.iterations = iterations
-        ctx.save_for_backward(root_BCC)
-        return root_BCC
-
-    @staticmethod
-    def backward(ctx: Any, grad_BCC: Tensor) -> tuple[Tensor, None]:
-        """Compute X, the gradient of the matrix."""
-        (root_BCC,) = ctx.saved_tensors
-        norm_B11 = frobenius_norm(root_BCC).clamp_min(SMALLEST_NORM)
-        a_BCC, q_BCC = root_BCC / norm_B11, grad_BCC / norm_B11
-        triple_CC = 3.0 * torch.eye(a_BCC.shape[1], dtype=a_BCC.dtype, device=a_BCC.device)
-        for _ in range(ctx.iterations):
-            t_BCC = 0.5 * (triple_CC - a_BCC @ a_BCC)
-            q_BCC = q_BCC @ t_BCC - 0.5 * a_BCC @ (a_BCC @ q_BCC - q_BCC @ a_BCC)
-            a_BCC = a_BCC @ t_BCC
-        return 0.5 * q_BCC, None
+    return newton_schulz(a_BCC / norm_B11, config.iterations) * norm_B11.sqrt()
 
 
 class ISqrtPooling(ReducedPooling):
@@ -175,7 +137,7 @@ class ISqrtPooling(ReducedPooling):
 
     def __init__(self, config: "ISqrtPoolingConfig", channels: int) -> None:
         super().__init__(channels, config.width, linear=config.reduction == "linear")
-        options = config.newton_schulz(compensate=config.compensation == "norm", centered=config.centered)
+        options = config.newton_schulz(compensate=config.compensation == "norm")
         self.root = ISqrtCov(self.channels, options)
         self.out_features = self.root.out_features
         self.batch_norm: nn.Module = nn.Identity()
@@ -193,7 +155,6 @@ class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
     It multiplies by the root of the norm ("norm"), applies batch norm to the vector ("batch_norm", a percent
     worse in the paper), or does nothing ("none", which the paper could not train). `reduction` to d channels
     is the papers' convolution with batch norm and ReLU ("normalized"), or the convolution alone ("linear").
-    Without `centered` the root is that of the second moments X X^T / M.
     """
 
     layer = ISqrtPooling
@@ -201,7 +162,6 @@ class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
     width: Width = 256
     compensation: Literal["norm", "batch_norm", "none"] = "norm"
     reduction: Literal["normalized", "linear"] = "normalized"
-    centered: bool = True
 
 
 class EigenPooling(ReducedPooling):
@@ -212,14 +172,13 @@ class EigenPooling(ReducedPooling):
 
     def __init__(self, config: "MpnCovConfig | LogEuclideanConfig", channels: int) -> None:
         super().__init__(channels, config.width)
-        self.config, self.function = config, config.function()
+        self.function = config.function()
         self.out_features = self.channels * (self.channels + 1) // 2
         self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
 
     def pool(self, features: Tensor) -> Tensor:
         """Compute the triangle (B, d (d + 1) / 2) of f(covariance) of a map (B, d, H, W)."""
-        factor_BdM = covariance_factor(features, centered=self.config.centered)
-        value_Bdd = spectral(covariance(factor_BdM), self.function)
+        value_Bdd = spectral(covariance(covariance_factor(features)), self.function)
         return value_Bdd.flatten(start_dim=1).index_select(1, self.triangle)
 
 
@@ -230,7 +189,6 @@ class MpnCovConfig(PoolingConfig):
     kind: Literal["mpncov"] = "mpncov"
     width: Width = 256
     power: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
-    centered: ClassVar[bool] = True
 
     def function(self) -> Power:
         """Return f, the function of the eigenvalues."""
@@ -240,15 +198,14 @@ class MpnCovConfig(PoolingConfig):
 class LogEuclideanConfig(PoolingConfig):
     """DeepO2P; `eps` is added to the eigenvalues, because the logarithm requires positive ones.
 
-    DeepO2P neither centers nor reduces channels: `centered=false`, `width=null`. By default the covariance is
-    that of all other poolings, as in the MPN-COV paper's comparison with the log-Euclidean metric.
+    DeepO2P neither centers nor reduces channels. Here the covariance is that of all other poolings, as in the
+    MPN-COV paper's comparison with the log-Euclidean metric.
     """
 
     layer = EigenPooling
     kind: Literal["deepo2p"] = "deepo2p"
     width: Width = 256
     eps: Positive = 1e-3
-    centered: bool = True
 
     def function(self) -> Logarithm:
         """Return f, the function of the eigenvalues."""

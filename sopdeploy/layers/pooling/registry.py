@@ -11,13 +11,9 @@ from sopdeploy.config import with_registered
 from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig, PoolingConfig
 from sopdeploy.layers.pooling.bilinear import (
     BilinearConfig,
-    CompactBilinearConfig,
     GaussianConfig,
     ImprovedBilinearConfig,
-    KernelPoolingConfig,
-    LowRankBilinearConfig,
 )
-from sopdeploy.layers.pooling.codebook import NetFVConfig, NetVLADConfig
 from sopdeploy.layers.pooling.covariance import (
     ISqrtPoolingConfig,
     LogEuclideanConfig,
@@ -34,11 +30,6 @@ AnyPoolingConfig = (
     | BilinearConfig
     | ImprovedBilinearConfig
     | GaussianConfig
-    | CompactBilinearConfig
-    | KernelPoolingConfig
-    | LowRankBilinearConfig
-    | NetVLADConfig
-    | NetFVConfig
 )
 
 Pooling = Annotated[

@@ -73,9 +73,9 @@ CASTS: dict[str, tuple[str, dict[str, Any], dict[str, set[str]]]] = {
         GSOP,
         {"layer2.0.conv1": {HALF}, "layer4.0.conv1": {HALF}},
     ),
-    "compact bilinear pooling keeps its sketch": (
+    "bilinear pooling keeps its product": (
         "resnet8",
-        {"pooling": {"kind": "cbp", "dim": 32}},
+        {"pooling": "bcnn"},
         {"pooling": {FLOAT}, "layer1.0.conv1": {HALF}, "fc": {HALF}},
     ),
 }

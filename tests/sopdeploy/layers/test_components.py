@@ -8,7 +8,6 @@ from sopdeploy.layers.isqrt_cov import NewtonSchulzConfig
 from sopdeploy.layers.mixture import (
     ComponentKind,
     Components,
-    Convolutions,
     GateNoise,
     SparseGate,
     balance_loss,
@@ -22,7 +21,7 @@ KINDS: list[tuple[ComponentKind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6,
 def components(kind: ComponentKind, widths: tuple[int, ...], count: int = 4) -> Components:
     torch.manual_seed(0)
     root = NewtonSchulzConfig(iterations=3)
-    return Components(kind, 5, Convolutions(widths), components=count, counted=2, root=root).double()
+    return Components(kind, 5, widths, components=count, counted=2, root=root).double()
 
 
 def maps(images: int = 3) -> Tensor:
@@ -54,17 +53,14 @@ def test_routed_and_dense_evaluation_are_equal(
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize(("count", "chosen"), [(2, 1), (4, 2), (7, 6), (16, 8)])
 @pytest.mark.parametrize(("kind", "widths"), KINDS[:2])
 def test_the_gathered_form_of_k_of_n_components_equals_the_dense_one(
-    kind: ComponentKind, widths: tuple[int, ...], count: int, chosen: int, bias: bool
+    kind: ComponentKind, widths: tuple[int, ...], count: int, chosen: int
 ) -> None:
     torch.manual_seed(0)
-    root, convolutions = NewtonSchulzConfig(iterations=3), Convolutions(widths, bias=bias)
-    bank = Components(kind, 5, convolutions, components=count, counted=chosen, root=root).double()
-    for values in bank.biases:
-        torch.nn.init.normal_(values)
+    root = NewtonSchulzConfig(iterations=3)
+    bank = Components(kind, 5, widths, components=count, counted=chosen, root=root).double()
     logits = torch.randn(6, count, dtype=torch.float64)
     logits[1] = 0.0  # all are equal
     logits[2, ::2] = logits[2].max()  # some are equal
@@ -78,11 +74,10 @@ def test_the_gathered_form_of_k_of_n_components_equals_the_dense_one(
         torch.testing.assert_close(bank.gathered_sum(x, omega[:images]), expected, rtol=0, atol=1e-12)
 
 
-def test_batch_norm_all_components_and_maps_of_one_position_are_not_gathered() -> None:
+def test_averages_all_components_and_maps_of_one_position_are_not_gathered() -> None:
     root, x = NewtonSchulzConfig(iterations=3), maps()
-    normed = Components("gap", 5, Convolutions((7,), norm=True), components=4, counted=2, root=root)
-    every = Components("gap", 5, Convolutions((7,)), components=4, counted=4, root=root)
-    assert [bank.can_gather(x) for bank in (normed, every, components("linear", (5,)))] == [False] * 3
+    every = Components("gap", 5, (7,), components=4, counted=4, root=root)
+    assert [bank.can_gather(x) for bank in (every, components("linear", (5,)))] == [False] * 2
     chosen = components("gap", (7,))
     assert [chosen.can_gather(features) for features in (x, x[:, :, :1, :1])] == [True, False]
 

@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.backbones.base import initialize
 from sopdeploy.layers.covariance import (
     covariance,
     covariance_factor,
     covariance_trace,
 )
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzConfig
-from sopdeploy.layers.pooling.covariance import square_root
 from tests.gpu_graphs import accepted
 from tests.sopdeploy.layers.numerics.all_poolings import (
     EACH_POOLING,
@@ -26,37 +24,6 @@ from tests.sopdeploy.layers.numerics.all_poolings import (
     textbook_root,
 )
 from tests.sweep.smallest import POOLINGS
-
-
-def test_the_orders_of_kernel_pooling_start_as_those_of_the_exponential() -> None:
-    weights = build({"kind": "kernel", "dim": 16}, 4).order_weights
-    torch.testing.assert_close(weights.detach().square(), 1 / torch.tensor([1.0, 1.0, 2.0, 6.0, 24.0]))
-
-
-@pytest.mark.parametrize("kind", ["netvlad", "netfv"])
-def test_words_are_assigned_by_distance_at_first(kind: str) -> None:
-    maps = torch.randn(2, 4, 2, 5, dtype=torch.float64)
-    layer = build({"kind": kind, "words": 3, "alpha": 0.7}, 4)
-    initialize(layer)  # as the backbones do
-    layer = layer.double()
-    distances = (maps[:, None] - layer.centres[None, :, :, None, None]).square().sum(dim=2)
-    found = layer.assignment(maps).softmax(dim=1)
-    torch.testing.assert_close(found, (-0.7 * distances).softmax(dim=1), rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["improved-bcnn", "g2denet"])
-def test_the_lyapunov_gradient_solves_the_equation_of_the_root(kind: str) -> None:
-    layer = build({"kind": kind, "root": "newton-schulz", "iterations": 15, "backward": "lyapunov"}, 3)
-    torch.manual_seed(6)
-    matrix = torch.randn(2, 4, 6, dtype=torch.float64)
-    matrix = (matrix @ matrix.transpose(1, 2)).requires_grad_()
-    grad = torch.randn(2, 4, 4, dtype=torch.float64)
-    found = torch.autograd.grad(square_root(matrix, layer.config), matrix, grad)[0]
-    for image in range(2):
-        values, vectors = torch.linalg.eigh(matrix[image].detach())
-        r, eye = vectors @ values.sqrt().diag() @ vectors.T, torch.eye(4, dtype=torch.float64)
-        solved = torch.linalg.solve(torch.kron(r, eye) + torch.kron(eye, r), grad[image].flatten())
-        torch.testing.assert_close(found[image].flatten(), solved, rtol=1e-6, atol=1e-8)
 
 
 @EACH_POOLING

@@ -22,11 +22,6 @@ from tests.sopdeploy.training.small_recipes import few_blocks
         ("bcnn", 262144),
         ("improved-bcnn", 262144),
         ("g2denet", 263169),
-        ("cbp", 8192),
-        ("kernel", 12801),  # "13K"
-        ("low-rank-bilinear", 10000),  # "10K"
-        ("netvlad", 32768),
-        ("netfv", 65536),
     ],
 )
 def test_dimensions_on_vgg_are_the_published_ones(pooling: object, dimensions: int) -> None:
@@ -34,16 +29,15 @@ def test_dimensions_on_vgg_are_the_published_ones(pooling: object, dimensions: i
     assert described.representation == dimensions
 
 
-@pytest.mark.parametrize("norm", ["response", "batch"])
-def test_alexnet_has_the_maps_of_its_paper_and_normalizes_across_channels(norm: str) -> None:
-    network = create_model("alexnet", num_classes=2, norm=norm, pooling="gap", classifier="linear").eval()
+def test_alexnet_has_the_maps_of_its_paper_and_normalizes_across_channels() -> None:
+    network = create_model("alexnet", num_classes=2, pooling="gap", classifier="linear").eval()
     with torch.no_grad():
         last, taps = network.feature_maps(torch.randn(1, 3, 224, 224), network.tap_channels)
     assert [tap.shape[2] for tap in taps] == [55, 27, 13, 13, 13]
     assert last.shape == (1, 256, 13, 13)
     norms = [layer for layer in network.layers if isinstance(layer, torch.nn.LocalResponseNorm)]
     rules = [(layer.size, layer.alpha / layer.size, layer.beta, layer.k) for layer in norms]
-    assert rules == ([(5, 1e-4, 0.75, 2.0)] * 2 if norm == "response" else [])  # section 3.3
+    assert rules == [(5, 1e-4, 0.75, 2.0)] * 2  # section 3.3
 
 
 SMALL = "gsop-net1-preact-resnet164"
@@ -108,8 +102,15 @@ def test_the_gate_has_the_architecture_of_a_component_or_that_of_the_released_co
 
     convolution, norm, relu = nn.Conv2d, nn.BatchNorm2d, nn.ReLU
     assert layers() == [[convolution, relu]] * 2
-    assert layers(component_activation="none")[1] == [convolution]
     assert layers(gate_widths=(8, 6), gate_norm=True)[1] == [convolution, norm, relu]
+
+
+def test_netvlad_assigns_positions_by_their_distances_to_the_words_at_first() -> None:
+    pooling = create_model("netvlad-64-resnet18", words=3).pooling
+    maps = torch.randn(2, 128, 2, 5)
+    distances = (maps[:, None] - pooling.centres[None, :, :, None, None]).square().sum(dim=2)
+    found = pooling.assignment(maps).softmax(dim=1)
+    torch.testing.assert_close(found, (-0.5 * distances).softmax(dim=1), rtol=0, atol=1e-5)
 
 
 def test_no_more_components_are_chosen_than_there_are() -> None:
@@ -148,7 +149,7 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
         ({"aux_blocks": ((1, 2, 3), 1, 1, 1)}, "aux_blocks"),
         ({"aux_widths": (64,)}, "aux_widths"),
         ({"aux_weights": (1.0,) * 5}, "aux_weights"),
-        ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt', 'power', 'logarithm' or 'gap'"),
+        ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt' or 'gap'"),
     ],
 )
 def test_options_that_do_not_match_the_stages_are_rejected(config: dict, key: str) -> None:

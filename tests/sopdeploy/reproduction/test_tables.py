@@ -28,7 +28,6 @@ TIMED = [row for name in ("slides-decomposition", "slides-layers") for row in TA
 MEASURED = {HOURS, SPEED, MILLISECONDS, "top-1 increment", "top-5 increment"}
 MEASURED |= {fact for row in TIMED for fact in row.facts}
 NOT_REACHED = {  # as `published.toml` explains
-    ("gsop-6", "senet", "GFLOPs"),
     ("gsop-5", "resnext", "GFLOPs"),
     ("gmsop-3", "gmsop-wrn36-2", "parameters in training (M)"),
     ("gmsop-readme", "gmsop-wrn36-2", "parameters in training (M)"),
@@ -113,7 +112,7 @@ def test_every_row_can_be_run_and_its_counts_are_the_printed_ones(name: str) -> 
         assert row.recipe is not None or row.printed.cited or table.measures != "errors", row.reason
         assert (row.gpu_hours > 0) == (row.recipe is not None)
         for figure, (printed, found, note, _, mark) in row.figures.items():
-            assert found is not None or figure in MEASURED, (row.printed.id, figure)
+            assert found is not None or row.recipe is None or figure in MEASURED, (row.printed.id, figure)
             tolerance = TOLERANCES.get(figure, RELATIVE.get(figure, 0.0) * printed)
             if found is not None and abs(found - printed) > tolerance:
                 wrong.add((name, row.printed.id, figure))

@@ -127,7 +127,7 @@ NETWORKS = [
     ("isqrt-resnet50", ("pooling", "fc")),
     ("resnet18", ("fc",)),
     ("head:resnet18", ("pooled_head",)),
-    ("se-resnet50", tuple(f"layer{s}.{b}.attention" for s in range(1, 5) for b in (0, 1))),
+    ("gsop-net1-resnet50", tuple(f"layer{s}.1.attention" for s in range(1, 5))),
 ]
 
 

@@ -77,7 +77,7 @@ RULES = [
     for iterations, prenorm, compensate in itertools.product(
         (1, 2, 3, 5, 9), ("trace", "frobenius"), (True, False)
     )
-] + [NewtonSchulzConfig(centered=False)]
+]
 
 SHAPES = pytest.mark.parametrize(("channels", "side"), [(6, 5), (12, 2)], ids=["channels", "positions"])
 
