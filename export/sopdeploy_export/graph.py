@@ -303,6 +303,7 @@ def is_batch_axis(x: Tensor, dim: int) -> bool:
 
 
 def _take_along(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+    """Select by `gather`, after all axes but *dim* are expanded to common sizes."""
     if dim is None:
         return torch.take_along_dim(x, indices)
     x, indices = x.movedim(dim, -1), indices.movedim(dim, -1)

@@ -50,6 +50,7 @@ SINGLE_IMAGES, BATCH = 4, 16
 LARGEST_BATCH = 13  # odd, and more than the generated probes; larger ones take time and memory only
 BATCH_IN_FLOAT64 = 4  # attention in float64 takes 0.1 GB per image of 518 pixels
 UNDECIDED = "train longer"
+FOUR_ROUNDINGS = 4 * float(np.finfo(np.float32).eps)  # of a value to float32, relative to it
 GET_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
 REDUCED = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -157,7 +158,7 @@ def compare_routes(exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floo
     *exact* and *rounded* are the gate logits (P, N) in float64 and in the exported precision; the tolerance
     is *floors* times their difference.
     """
-    rounding = 4 * float(np.finfo(np.float32).eps) * float(np.abs(exact).max())
+    rounding = FOUR_ROUNDINGS * float(np.abs(exact).max())
     noise = max(rounding, float(np.abs(rounded - exact).max()))
     decided = is_decided(exact, chosen, floors * noise)
     # A stable sort resolves ties in favor of the lower index, as the gate does.
@@ -193,7 +194,7 @@ def compute_reference(
 
     *run* computes the outputs in *precision*, by default with *deployed* itself, and *gate* the gate logits.
     The images run in batches of 16 and some of them alone. The noise floor of an output is the largest of
-    these two errors and of the rounding of its largest value to float32.
+    these two errors and of four roundings of its largest value to float32.
     Raises `ParityError` if outputs are not finite or the gate is undecided on every image.
     """
     run = run or deployed
@@ -228,7 +229,7 @@ def compute_reference(
             )
         alone = compared[:SINGLE_IMAGES]
         noise_floor[name] = max(
-            4 * float(np.finfo(np.float32).eps) * float(np.abs(values).max()),
+            FOUR_ROUNDINGS * float(np.abs(values).max()),
             float(np.abs(batched[name] - values)[compared].max(initial=0.0)),
             float(np.abs(single[name] - values[:SINGLE_IMAGES])[alone].max(initial=0.0)),
         )

@@ -292,16 +292,20 @@ def counts(call: Call) -> Place:
 def gathers(call: Call) -> Place:
     """Select along another axis than the batch, from a constant table, or the row of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
+    place_of_indices = indices.at(axis + (indices.axis or 0))  # their axes replace *axis* in the result
     if data.axis == axis:
-        _require(indices.counts == "all" and data.shapes[0][axis] == _BATCHES[0])
-        return indices.at(axis + (indices.axis or 0))
-    _require(_NONE in (data.place, indices.place) and not indices.counts)
-    after = indices.rank - 1 if (data.axis or 0) > axis else 0
-    return agree(data.at((data.axis or 0) + after), indices.at(axis + (indices.axis or 0)))
+        _require(indices.counts == "all" and data.shapes[0][axis] == _BATCHES[0])  # image i takes row i
+        return place_of_indices
+    _require(_NONE in (data.place, indices.place) and not indices.counts)  # at most one has the batch
+    added_in_front = indices.rank - 1 if (data.axis or 0) > axis else 0
+    return agree(data.at((data.axis or 0) + added_in_front), place_of_indices)
 
 
 def gathers_nd(call: Call) -> Place:
-    """Select by indices of several axes within each row, in front of the batch, or from a constant."""
+    """Select by indices of several axes within each row, in front of the batch, or from a constant.
+
+    Both have the first *shared* axes. The last axis of the indices holds positions in the next axes of data.
+    """
     data, indices, shared = call.x, call[1], call.attributes.get("batch_dims", 0)
     _require(indices.axis is None or indices.axis < indices.rank - 1)
     if own_rows(data, indices, shared):
@@ -312,9 +316,9 @@ def gathers_nd(call: Call) -> Place:
     if data.axis < shared:
         _require(data.axis == indices.axis)
         return common([data, indices])
-    indexed = shared + indices.shapes[0][-1]
-    _require(indices.axis is None and data.axis >= indexed)
-    return data.at(indices.rank - 1 + data.axis - indexed)
+    first_kept = shared + indices.shapes[0][-1]  # axis of the data behind those of the positions
+    _require(indices.axis is None and data.axis >= first_kept)
+    return data.at(indices.rank - 1 + data.axis - first_kept)
 
 
 def writes_nd(call: Call) -> Place:
