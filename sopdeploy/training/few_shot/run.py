@@ -89,7 +89,7 @@ def fit_classifier(
     *on_progress* receives (step, done, total). Raises `DataError` if all images have the same pixels.
     """
     config: Any = run.recipe.procedure
-    name, targets, count = run.recipe.model.name, Targets.of(images), len(images)
+    name, count = run.recipe.model.name, len(images)
     since = [time.monotonic()]
     features = Features(
         run.recipe,
@@ -100,15 +100,17 @@ def fit_classifier(
     )
     pairs = features.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
     groups_N = connect(count, pairs, features.hashes, images.groups)
+    judged = _largest_copies(images, connect(count, pairs, features.hashes))
+    since.append(time.monotonic())
+    on_progress("cross-validation", count, 2 * count)
     _, first_G = np.unique(groups_N, return_index=True)  # the first image of each group
     keys_N = np.asarray(features.hashes)[first_G][groups_N]
+    targets = Targets.of(images)
     repeated = targets.activation == "softmax" and len(first_G) < FEW_GROUPS
     seeds = [derive_seed(run.recipe.seed, "folds", *key) for key in ((), (1,), (2,))]
     folds = [
         targets.folds(keys_N.tolist(), config.folds, seed) for seed in (seeds if repeated else seeds[:1])
     ]
-    since.append(time.monotonic())
-    on_progress("cross-validation", count, 2 * count)
     problem = Problem.create([features.vectors[:, part] for part in features.columns(features.head)], targets)
     validations = [problem.out_of_fold(folds_N) for folds_N in folds]
     logits_NK = validations[0].logits
@@ -116,8 +118,6 @@ def fit_classifier(
     weights = [problem.distance_weight(one.logits, one.distances) for one in validations]
     distance_weight = float(np.mean(weights))
     since.append(time.monotonic())
-    taps = f" of {', '.join(features.head.taps)}" if features.head.taps else ""
-    judged = _largest_copies(images, connect(count, pairs, features.hashes))
     score = estimate(
         targets.classes[judged],
         targets.activation,
@@ -126,6 +126,7 @@ def fit_classifier(
         groups_N[judged],
         int(folds[0].max()) + 1,
     )
+    taps = f" of {', '.join(features.head.taps)}" if features.head.taps else ""
     result = FewShotResult(
         **{"top1" if isinstance(score, Rate) else "map": score},
         estimated_on="cross-validation",
