@@ -38,7 +38,6 @@ def _show(report: "ImportReport") -> None:
     geometry = f"resize {rules.resize}, crop {rules.crop}"
     print_field("found", report.looks_like)
     print_field("mapped", f"{report.num_tensors} tensors as {report.model}")
-    print_field("ignored", ", ".join(report.beside) or "nothing")
     print_field("input", f"{geometry}, {rules.interpolation}, mean {mean}, std {std}")
     print_field("classes", f"{report.num_classes}: {report.labels}")
     print_field("written", report.checkpoint)

@@ -4,8 +4,7 @@ The config is matched first, then each tensor.
 """
 
 import copy
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ class WeightFile:
 
     `sha256` is that of the file. `arch` is the architecture name that PyTorch training scripts store.
     MatConvNet files also have `layers` by name and `normalization`, the size of images and the color that is
-    subtracted from them; their tensors have MATLAB's axes. `other_keys` lists content that is not imported.
+    subtracted from them; their tensors have MATLAB's axes.
     """
 
     path: Path
@@ -41,12 +40,9 @@ class WeightFile:
     arch: str | None = None
     layers: Mapping[str, Layer] = field(default_factory=dict)
     normalization: Mapping[str, Any] = field(default_factory=dict)
-    other_keys: tuple[str, ...] = ()
-    used: set[str] = field(default_factory=set)
 
     def tensor(self, name: str) -> Tensor:
-        """Get the tensor *name*, which then is `used`; raises `WeightsError` if the file has none."""
-        self.used.add(name)
+        """Get the tensor *name*; raises `WeightsError` if the file has none."""
         if name not in self.tensors:
             raise WeightsError(f"{self.path}: has no {name}; give the file of a whole network")
         return self.tensors[name]
@@ -176,13 +172,13 @@ def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, differenc
     )
 
 
-def row_wise_order(channels: int) -> Tensor:
-    """Compute the indices (d (d + 1) / 2,) int64 that make column-wise vectors of triangles row-wise."""
+def make_row_wise(tensors: dict[str, Tensor], names: Iterable[str], channels: int) -> None:
+    """Reorder the last axis of the tensors *names*, column-wise triangles of d *channels*, to row-wise ones.
+
+    A tensor of another length stays, so that `fit_tensors` reports its shape.
+    """
     rows, columns = torch.triu_indices(channels, channels)
-    return columns * (columns + 1) // 2 + rows
-
-
-def triangle_side(length: int) -> int | None:
-    """Compute d for a *length* of d (d + 1) / 2; None for other lengths."""
-    side = (math.isqrt(8 * length + 1) - 1) // 2
-    return side if side > 0 and side * (side + 1) // 2 == length else None
+    order = columns * (columns + 1) // 2 + rows
+    for name in tensors.keys() & set(names):
+        if tensors[name].shape[-1] == len(order):
+            tensors[name] = tensors[name].index_select(-1, order)

@@ -9,6 +9,7 @@ The released networks take pixels of 0 to 255 minus the mean. `input_scaling="ra
 each tensor with such an axis is made row-wise.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,28 @@ from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
 from sopdeploy.backbones.resnet import RAW_SCALE
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, row_wise_order, triangle_side
+from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, make_row_wise
 from sopdeploy.models.registry import CATALOG
 from sopdeploy.user_files import check_tensors
 
-_STAGES = (2, 3, 4, 5)
-LETTERS = "abcdefgh"  # of the convolutions of a component
+# A layer of the released networks, our name of it, and that of its batch norm; our numbers begin with 0.
+RENAMES = {
+    r"conv1": ("conv1", "bn1"),
+    r"conv(\d)_(\d+)a": ("layer{0}.{1}.conv1", "layer{0}.{1}.bn1"),
+    r"conv(\d)_(\d+)b": ("layer{0}.{1}.conv2", "layer{0}.{1}.bn2"),
+    r"conv(\d)_(\d+)_adapt_conv": ("layer{0}.{1}.downsample.0", "layer{0}.{1}.downsample.1"),
+    r"gating(\d)": ("gate.feature.{0}.0", "gate.feature.{0}.1"),
+    r"fusion_bn": ("head", "head.bn"),
+    r"prediction": ("head.fc", "head.bn"),
+}
+TRIANGLES = (
+    "head.bn.weight",
+    "head.bn.bias",
+    "head.bn.running_mean",
+    "head.bn.running_var",
+    "head.fc.weight",
+)
+GATE_WEIGHTS = {"gating_w": "gate.weight", "gating_noise_w": "gate.noise.weight"}
 SIDE = 64
 EPS = 1e-5  # of every batch norm of sopdeploy
 MATRIX_ROOT = "OBJ_ConvNet_Cov_Sqrtm"
@@ -46,36 +63,79 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     """Convert a network of GM-SOP, with the settings in its layers; None for other files."""
     if not file.layers or not {"conv1_f", "conv2_1a_f", "prediction_f"} <= file.tensors.keys():
         return None
-    config = read_settings(file)
-    gated = "gating_w" in file.tensors
-    component = "sop" if "iterations" in config else "gap"
-    blocks = sum(name.startswith("conv2_") and name.endswith("a_f") for name in file.tensors)
-    widen = len(conv_kernel(file, "conv2_1a_f")) // WIDTHS[0]
-    config |= {
-        "component": component,
+    tensors = _rename(file)
+    blocks = sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors)
+    widen = len(tensors["layer1.0.conv1.weight"]) // WIDTHS[0]
+    config = {
+        **_pooling_config(file),
         "blocks_per_stage": blocks,
         "widen": widen,
         "components": 1,
+        "conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride")),
         "input_scaling": "raw",
     }
+    component, width, gated = config["component"], WIDTHS[-1] * widen, "gating_w" in file.tensors
     if gated:
-        config |= _gate_config(file)
-    width = config["component_widths"][-1] if config.get("component_widths") else WIDTHS[-1] * widen
-    tensors = _backbone_and_head(file, blocks, width if component == "sop" else None)
-    if gated:
-        tensors |= _gate(file, config, component == "sop") | _components(file, config)
-    tensors |= {name: tensor for name, tensor in file.tensors.items() if name not in file.used}
+        weights = _join_components(tensors)
+        config |= _gate_config(file, tensors) | {"component_widths": [weight.shape[1] for weight in weights]}
+        tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
+        width = config["component_widths"][-1]
+    if component == "sop":
+        make_row_wise(tensors, TRIANGLES, width)
+        if gated:
+            make_row_wise(tensors, GATE_WEIGHTS.values(), config["gate_widths"][-1])
     return ConvertedWeights(
         project="GM-SOP",
         description=f"{_TITLES[gated, component]}, {blocks} blocks per stage, {widen} times as wide",
         model=_catalog_name(gated, component, blocks, widen),
         tensors=tensors,
-        num_classes=len(pointwise_kernel(file, "prediction_f")),
+        num_classes=len(tensors["head.fc.weight"]),
         preprocess=_preprocess(file),
         detected=config,
         imagenet=False,
         notes=NOTES,
     )
+
+
+def _rename(file: WeightFile) -> dict[str, Tensor]:
+    """Give the arrays of *file* our axes and, where `RENAMES` has their layers, our names."""
+    tensors: dict[str, Tensor] = {}
+    for name, values in file.tensors.items():
+        source, _, kind = name.rpartition("_")
+        layer, norm = _our_names(source.removesuffix("_bn"))
+        if name in GATE_WEIGHTS:
+            tensors[GATE_WEIGHTS[name]] = values.T
+        elif source.endswith("_bn"):
+            tensors |= batch_norm(file, source, norm)
+        elif kind == "f":
+            tensors[f"{layer}.weight"] = conv_kernel(values)
+        elif kind == "b":
+            tensors[f"{layer}.bias"] = values.reshape(-1)
+        else:
+            tensors[name] = values
+    tensors["conv1.weight"] = tensors["conv1.weight"] / RAW_SCALE
+    tensors["head.fc.weight"] = tensors["head.fc.weight"].flatten(1)
+    return tensors
+
+
+def _our_names(source: str) -> tuple[str, str]:
+    """Return our names of the layer *source* of a file and of its batch norm; others keep their names."""
+    for pattern, (layer, norm) in RENAMES.items():
+        if match := re.fullmatch(pattern, source):
+            numbers = [int(number) - 1 for number in match.groups()]
+            return layer.format(*numbers), norm.format(*numbers)
+    return source, f"{source}_bn"
+
+
+def _join_components(tensors: dict[str, Tensor]) -> list[Tensor]:
+    """Remove the convolutions of N components, CM_1_a to CM_N_a and so on; return (N, out, in) per letter."""
+    joined = []
+    for letter in "abcdefgh":
+        if f"CM_1_{letter}.weight" in tensors:
+            components = range(1, len(tensors["gate.weight"]) + 1)
+            kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in components]
+            joined.append(torch.stack(kernels).flatten(2))
+    return joined
 
 
 def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str | None:
@@ -97,87 +157,53 @@ def _preprocess(file: WeightFile) -> Preprocess:
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": (1 / 255,) * 3})
 
 
-def _gate_config(file: WeightFile) -> dict[str, Any]:
-    """Read the options of the gate and of the mixture."""
+def _pooling_config(file: WeightFile) -> dict[str, Any]:
+    """Read the kind of pooling, and iterations and pre-normalization of the matrix square roots.
+
+    Raises `WeightsError` if a layer is not supported.
+    """
+    for name, layer in file.layers.items():
+        if layer.kind not in LAYER_KINDS:
+            raise WeightsError(f"{file.path}: layer {name} has the type {layer.kind}, not supported")
+    roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
+    if not roots:
+        return {"component": "gap"}
+    (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}
+    (norm,) = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
+    return {"component": "sop", "iterations": iterations, "prenorm": norm}
+
+
+def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Read the options of the gate and of the mixture; the released networks have batch norms in both."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
-    components = [name for letter in LETTERS if (name := f"CM_1_{letter}_f") in file.tensors]
-    gates = [name for layer in range(1, 9) if (name := f"gating{layer}_f") in file.tensors]
+    gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))
     return {
-        "components": file.tensor("gating_w").shape[1],
+        "components": len(tensors["gate.weight"]),
         "chosen": int(layer_number(file, "gating", "topk")),
-        "component_widths": [len(conv_kernel(file, name)) for name in components],
-        "gate_widths": [len(conv_kernel(file, name)) for name in gates],
-        "gate_norm": "gating1_bn_w" in file.tensors,
+        "gate_widths": [len(tensors[name]) for name in gates],
+        "gate_norm": True,
         "dropout": layer_number(file, dropouts[0], "rate") if dropouts else 0.0,
         "balance_weight": layer_number(file, "Balance_loss", "loss_weight"),
         "noise_per": "image",
-        "fusion_norm": "fusion_bn_bn_w" in file.tensors,
+        "fusion_norm": True,
     }
-
-
-def _triangle_order(width: int | None, vectors: Tensor) -> Tensor | None:
-    """Compute the row-wise order of the columns of *vectors* if they are triangles of *width* channels."""
-    return None if width is None or triangle_side(vectors.shape[1]) != width else row_wise_order(width)
-
-
-def _backbone_and_head(file: WeightFile, blocks: int, width: int | None) -> dict[str, Tensor]:
-    """Convert the ResNet and the classifier of triangles with *width* channels; None stands for averages."""
-    prediction = pointwise_kernel(file, "prediction_f")
-    order = _triangle_order(width, prediction)
-    norms, found = {"conv1": "bn1"}, {"conv1.weight": conv_kernel(file, "conv1_f") / RAW_SCALE}
-    found["conv1.bias"] = bias(file, "conv1")
-    for stage in _STAGES:
-        for block in range(blocks):
-            source, name = f"conv{stage}_{block + 1}", f"layer{stage - 1}.{block}"
-            layers = {"a": ("conv1", "bn1"), "b": ("conv2", "bn2")}
-            if f"{source}_adapt_conv_f" in file.tensors:
-                layers["_adapt_conv"] = ("downsample.0", "downsample.1")
-            for layer, (conv, norm) in layers.items():
-                found[f"{name}.{conv}.weight"] = conv_kernel(file, f"{source}{layer}_f")
-                norms[f"{source}{layer}"] = f"{name}.{norm}"
-    for source, name in norms.items():
-        found |= batch_norm(file, f"{source}_bn", name)
-    if "fusion_bn_bn_w" in file.tensors:
-        found |= batch_norm(file, "fusion_bn_bn", "head.bn", order)
-    return found | {"head.fc.weight": reorder(prediction, order, 1), "head.fc.bias": bias(file, "prediction")}
-
-
-def _gate(file: WeightFile, config: dict[str, Any], second_order: bool) -> dict[str, Tensor]:
-    """Convert the gate; with *second_order* components it reads a triangle of the last of its widths."""
-    found: dict[str, Tensor] = {}
-    for layer in range(len(config["gate_widths"])):
-        source, name = f"gating{layer + 1}", f"gate.feature.{layer}"
-        found[f"{name}.0.weight"] = conv_kernel(file, f"{source}_f")
-        if config["gate_norm"]:
-            found |= batch_norm(file, f"{source}_bn", f"{name}.1")
-    width = config["gate_widths"][-1] if second_order and config["gate_widths"] else None
-    for source, name in (("gating_w", "gate.weight"), ("gating_noise_w", "gate.noise.weight")):
-        weight = file.tensor(source).T
-        found[name] = reorder(weight, _triangle_order(width, weight), 1)
-    return found
-
-
-def _components(file: WeightFile, config: dict[str, Any]) -> dict[str, Tensor]:
-    """Convert the convolutions of the components; the tensors of all components are joined."""
-    found: dict[str, Tensor] = {}
-    for step, letter in enumerate(LETTERS[: len(config["component_widths"])]):
-        sources = [f"CM_{number}_{letter}" for number in range(1, config["components"] + 1)]
-        kernels = [pointwise_kernel(file, f"{source}_f") for source in sources]
-        found[f"mixture.weights.{step}"] = torch.stack(kernels)
-    return found
 
 
 def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile:
     """Read the network in the *variables* of a MATLAB file with sha256 *digest*; raises `WeightsError`."""
     net = variables.get("net", variables)
     try:
-        tensors = {record["name"]: _tensor(record["value"]) for record in _records(net["params"])}
+        values = {record["name"]: np.asarray(record["value"]) for record in net["params"]}
+        tensors = {
+            name: torch.from_numpy(value.astype(np.float64, casting="same_kind"))
+            for name, value in values.items()
+        }
         return WeightFile(
             path=path,
             sha256=digest,
             layers={
                 record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))
-                for record in _records(net["layers"])
+                for record in net["layers"]
             },
             tensors=check_tensors(path, tensors),
             normalization=net.get("meta", {}).get("normalization", {}),
@@ -189,33 +215,13 @@ def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile
         ) from error
 
 
-def _records(value: Any) -> list[Any]:
-    """Return a struct array as a list; MATLAB stores an array of one struct as that struct."""
-    return value if isinstance(value, list) else [value]
-
-
-def _tensor(value: Any) -> Tensor:
-    return torch.from_numpy(np.asarray(value).astype(np.float64, casting="same_kind"))
-
-
-def conv_kernel(file: WeightFile, name: str) -> Tensor:
-    """Get convolution *name* as (out, in, height, width); in the file, a 1x1 kernel has two axes."""
-    kernel = file.tensor(name)
+def conv_kernel(kernel: Tensor) -> Tensor:
+    """Return *kernel* as (out, in, height, width); in the file, a 1x1 kernel has two axes."""
     return (kernel[None, None] if kernel.dim() == 2 else kernel).permute(3, 2, 0, 1)
 
 
-def pointwise_kernel(file: WeightFile, name: str) -> Tensor:
-    """Get 1x1 convolution *name* as a matrix (out, in)."""
-    return conv_kernel(file, name).flatten(1)
-
-
-def bias(file: WeightFile, source: str) -> Tensor:
-    """Get the bias (out,) of the layer *source*."""
-    return file.tensor(f"{source}_b").reshape(-1)
-
-
-def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = None) -> dict[str, Tensor]:
-    """Convert the batch norm *source* to *name*, with its channels permuted by *order*.
+def batch_norm(file: WeightFile, source: str, name: str) -> dict[str, Tensor]:
+    """Convert the batch norm *source* to *name*.
 
     MatConvNet stores sqrt(variance + eps). Where it is below sqrt(eps), the variance is 0 and the weight of
     the channel is scaled instead.
@@ -223,40 +229,15 @@ def batch_norm(file: WeightFile, source: str, name: str, order: Tensor | None = 
     mean, deviation = file.tensor(f"{source}_m").unbind(dim=1)
     variance = (deviation.square() - EPS).clamp_min(0.0)
     factor = torch.where(variance > 0, torch.ones_like(deviation), (variance + EPS).sqrt() / deviation)
-    parts = {
-        "weight": file.tensor(f"{source}_w").reshape(-1) * factor,
-        "bias": bias(file, source),
-        "running_mean": mean,
-        "running_var": variance,
+    return {
+        f"{name}.weight": file.tensor(f"{source}_w").reshape(-1) * factor,
+        f"{name}.bias": file.tensor(f"{source}_b").reshape(-1),
+        f"{name}.running_mean": mean,
+        f"{name}.running_var": variance,
     }
-    return {f"{name}.{part}": reorder(values, order, 0) for part, values in parts.items()}
-
-
-def reorder(values: Tensor, order: Tensor | None, axis: int) -> Tensor:
-    """Permute *axis* of *values* by *order* from column-wise to row-wise triangles."""
-    if order is None or values.shape[axis] != len(order):  # `fit_tensors` reports a wrong shape
-        return values
-    return values.index_select(axis, order)
 
 
 def layer_number(file: WeightFile, name: str, key: str) -> float:
-    """Get the number *key* of the layer *name*; several values, such as strides, must be equal."""
+    """Get the number *key* of the layer *name*; a stride has two values, which must be equal."""
     (value,) = set(np.ravel(file.layers[name].block[key]).tolist())
     return float(value)
-
-
-def read_settings(file: WeightFile) -> dict[str, Any]:
-    """Read the stride of the fifth stage, and iterations and pre-normalization of the matrix square roots.
-
-    Raises `WeightsError` if a layer is not supported.
-    """
-    for name, layer in file.layers.items():
-        if layer.kind not in LAYER_KINDS:
-            raise WeightsError(f"{file.path}: layer {name} has the type {layer.kind}, not supported")
-    settings: dict[str, Any] = {"conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride"))}
-    roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
-    if roots:
-        (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}
-        (norm,) = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
-        settings |= {"iterations": iterations, "prenorm": norm}
-    return settings

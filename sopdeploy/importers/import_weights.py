@@ -11,10 +11,10 @@ import pydantic
 
 from sopdeploy.checkpoint import Checkpoint, write_checkpoint
 from sopdeploy.config import StrictModel, first_problem
-from sopdeploy.errors import ConfigError, WeightsError, shorten
+from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
-from sopdeploy.importers.timm_files import TIMM_PREFIX, find_networks
+from sopdeploy.importers.timm_files import TIMM_PREFIX, find_networks, refuse_other_network
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.registry import list_models, load
 from sopdeploy.user_files import read_class_names
@@ -36,8 +36,7 @@ CONVERTERS = (
 class ImportReport(StrictModel):
     """Result of an import.
 
-    `num_tensors` counts those of the checkpoint, `labels` is the origin of the class names; `beside`
-    lists content of the file that was not imported.
+    `num_tensors` counts those of the checkpoint, `labels` is the origin of the class names.
     """
 
     looks_like: str
@@ -47,7 +46,6 @@ class ImportReport(StrictModel):
     labels: str
     preprocess: Preprocess
     num_tensors: int
-    beside: tuple[str, ...]
     notes: tuple[str, ...]
     checkpoint: str
 
@@ -108,7 +106,6 @@ def import_weights(
         labels=label_origin,
         preprocess=rules,
         num_tensors=len(state),
-        beside=file.other_keys,
         notes=converted.notes,
         checkpoint=str(destination),
     )
@@ -121,10 +118,7 @@ def convert_weights(file: WeightFile, model: str) -> ConvertedWeights:
     """
     if recognized := _recognize(file, model):
         return recognized
-    if found := find_networks(file):
-        raise WeightsError(
-            f"{file.path}: does not fit {model}; its tensors are those of {shorten(found)}; name that network"
-        )
+    refuse_other_network(file, model)
     first_names = ", ".join(list(file.tensors)[:3])
     raise WeightsError(
         f"{file.path}: its tensors ({first_names} ..) are not from a project that `sopdeploy import --help` "

@@ -7,14 +7,10 @@ torchvision publishes, or with the hash that is the file name in the hub's cache
 
 import importlib
 import re
-import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import torch
 
@@ -29,11 +25,9 @@ from sopdeploy.models.timm_networks import import_timm
 
 TORCHVISION_VERSION = "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
 PUBLISHED_DEPTHS = {18, 26, 34, 50, 101}  # of ResNets
-HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[a-z.]+$")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
-STALLED_SECONDS = 60  # without a byte from the server
-UNREACHABLE_SECONDS = 10  # without an answer to a request for headers
+UNREACHABLE_SECONDS = 10  # without an answer of the hub
 _ADVICE = "or train from scratch with the weights none"
 OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user has
 
@@ -51,7 +45,13 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     published = _published_network(model, config)
     family, _, name = published.rpartition(":")
     if family == "timm":
-        return _fetch_timm(name), published
+        repository = import_timm(name).get_pretrained_cfg(name).hf_hub_id
+        if not repository:
+            raise ConfigError(
+                f"start.weights: timm's hub has no weights for {name}; choose another, {_ADVICE}",
+                remedies=OWN_FILE,
+            )
+        return _fetch_from_hub(repository), published
     weights = importlib.import_module("torchvision.models").get_model_weights(name)[TORCHVISION_VERSION]
     return _fetch_url(weights.url), name.replace("_", "-")
 
@@ -87,45 +87,27 @@ def _published_network(model: str, config: StrictModel) -> str:
 
 
 def _fetch_url(url: str) -> Path:
-    """Download *url* to torch.hub's cache unless it is there; check the hash of the file."""
+    """Download *url* of torchvision to torch.hub's cache unless it is there; check the hash of the file."""
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not path.is_file():
         with _downloading(name, f"get {url} and put it at {path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-    match = HASH_IN_NAME.search(name)
-    _check_hash(path, match[1] if match else "")
+    _check_hash(path, path.stem.rpartition("-")[2])
     return path
 
 
-def _fetch_timm(name: str) -> Path:
-    """Fetch the default weights of timm's network *name* as timm does; check the hash of the file."""
-    config: Any = import_timm(name).get_pretrained_cfg(name)
-    if not config.hf_hub_id:
-        if not config.url:
-            raise ConfigError(
-                f"start.weights: timm publishes no weights for {name}; choose another, {_ADVICE}",
-                remedies=OWN_FILE,
-            )
-        return _fetch_url(config.url)
-    return _fetch_from_hub(config.hf_hub_id, config.hf_hub_filename or HUB_FILE)
-
-
-def _fetch_from_hub(name: str, file: str = HUB_FILE) -> Path:
-    """Fetch *file* of the hub's repository *name*, with @REVISION if any; check the hash of the file."""
+def _fetch_from_hub(repository: str) -> Path:
+    """Fetch the weights of the hub's *repository*, with @REVISION if any; check the hash of the file."""
     hub = importlib.import_module("huggingface_hub")
-    repository, _, revision = name.partition("@")
-    location = {"repo_id": repository, "filename": file}
-    location |= {"revision": revision} if revision else {}
+    name, _, revision = repository.partition("@")
+    location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}
     cached = hub.try_to_load_from_cache(**location)
     if not isinstance(cached, str):
         url = hub.hf_hub_url(**location)
-        advice = f"get {url} on another machine and copy it here"
-        with _downloading(f"{repository}/{location['filename']}", advice, **OWN_FILE):
-            if not hub.constants.HF_HUB_OFFLINE:  # the client tries for 30 seconds, with a line per try
-                request = Request(url, headers=hub.utils.build_hf_headers(), method="HEAD")  # noqa: S310
-                urlopen(request, timeout=UNREACHABLE_SECONDS).close()  # noqa: S310 - the hub's address
+        with _downloading(f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here", **OWN_FILE):
+            hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)  # the download would retry for longer
             cached = hub.hf_hub_download(**location)
     path = Path(cached)
     blob = path.resolve().name  # the hub's cache names large files by their hash
@@ -135,26 +117,12 @@ def _fetch_from_hub(name: str, file: str = HUB_FILE) -> Path:
 
 @contextmanager
 def _downloading(name: str, advice: str, **remedies: str) -> Iterator[None]:
-    """Let connections fail if no byte arrives for `STALLED_SECONDS`; convert errors to `WeightsError`.
-
-    The error names the file, *name*, and says what to do: *advice*, and the options in *remedies*.
-    """
-    default_timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(STALLED_SECONDS)
+    """Convert errors to a `WeightsError` with the *name* of a file, *advice* and options, *remedies*."""
     try:
         yield
     except Exception as error:  # the errors of torch, of the hub and of its client have no common class
-        if isinstance(error, HTTPError):
-            error.close()
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        text = str(getattr(cause, "reason", "") or cause).strip() or type(cause).__name__
-        raise WeightsError(
-            f"{name}: cannot be downloaded ({text.splitlines()[0]}); {advice}", remedies=remedies
-        ) from error
-    finally:
-        socket.setdefaulttimeout(default_timeout)
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise WeightsError(f"{name}: cannot be downloaded ({reason}); {advice}", remedies=remedies) from error
 
 
 def _check_hash(path: Path, expected: str) -> None:

@@ -7,9 +7,7 @@ names and those of the blocks inside the last bottleneck of a stage.
 
 import importlib
 import math
-from collections.abc import Collection
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from sopdeploy.backbones.resnet import BLOCKS, STAGES
@@ -18,9 +16,8 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import (
     ConvertedWeights,
     WeightFile,
+    make_row_wise,
     rename_tensors,
-    row_wise_order,
-    triangle_side,
 )
 from sopdeploy.importers.timm_files import FROM_HUB_CONFIG, read_hub_config
 from sopdeploy.models.gsop import RELEASED
@@ -70,8 +67,9 @@ VGG_FLATTENED = 512 * 7 * 7
 SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 
 
-def resnet_depth(path: Path, names: Collection[str]) -> int:
-    """Find the depth of the ResNet with the tensors *names*; raises `WeightsError`."""
+def resnet_depth(file: WeightFile) -> int:
+    """Find the depth of the ResNet in *file*; raises `WeightsError`."""
+    names = file.tensors
     counts = tuple(
         len({name.split(".")[1] for name in names if name.startswith(f"{stage}.")}) for stage in STAGES
     )
@@ -81,7 +79,7 @@ def resnet_depth(path: Path, names: Collection[str]) -> int:
             return depth
     kind = "basic blocks" if basic else "bottlenecks"
     raise WeightsError(
-        f"{path}: a ResNet of {counts} {kind} is not in the catalog; `sopdeploy models` lists the networks"
+        f"{file.path}: a ResNet of {counts} {kind} is not in the catalog; `sopdeploy models` lists the rest"
     )
 
 
@@ -115,7 +113,7 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():
         return None
-    depth = resnet_depth(file.path, renamed.tensors)
+    depth = resnet_depth(renamed)
     channels = len(renamed.tensor(f"layer4.0.bn{2 if depth in {18, 34} else 3}.weight"))
     classes, length = renamed.tensor("fc.weight").shape
     pooling = detect_pooling(renamed, channels, length)
@@ -154,7 +152,7 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str,
     """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
     reduction = renamed.tensors.get("pooling.layer_reduce.weight")
     width = channels if reduction is None else len(reduction)
-    if triangle_side(length) == width:
+    if length == width * (width + 1) // 2:
         return {"pooling.kind": "isqrt", "pooling.width": width}
     if reduction is None and length in {channels, channels**2}:
         return {"pooling.kind": "gap" if length == channels else "bcnn"}
@@ -169,16 +167,18 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
 
     The classifier of torchvision's network reads a flattened map.
     """
-    inputs = _linear_inputs(file)
-    if not inputs or "features.0.weight" not in file.tensors:
+    linear = "classifier.weight" in file.tensors
+    classifier = file.tensors.get("classifier.weight" if linear else "classifier.0.weight")
+    if classifier is None or "features.0.weight" not in file.tensors:
         return None
+    inputs = classifier.shape[1]
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
     convolutions = sum(name.startswith("layers.") and t.dim() == 4 for name, t in renamed.tensors.items())
     if convolutions != VGG_CONVOLUTIONS:
         raise WeightsError(
             f"{file.path}: a VGG with {convolutions} convolutions; the catalog has only VGG-16, with 13"
         )
-    batch_norm, linear = "features.1.running_mean" in file.tensors, "classifier.weight" in file.tensors
+    batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
     is_torchvisions = inputs == VGG_FLATTENED
     pooling = (
@@ -196,12 +196,6 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         detected=pooling | {"classifier": "linear" if linear else "mlp", "batch_norm": batch_norm},
         notes=notes,
     )
-
-
-def _linear_inputs(file: WeightFile) -> int:
-    """Return the number of inputs of the first linear layer of a VGG's classifier; 0 for other files."""
-    weights = (file.tensors.get(f"classifier{layer}.weight") for layer in ("", ".0"))
-    return next((weight.shape[1] for weight in weights if weight is not None and weight.dim() == 2), 0)
 
 
 def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
@@ -234,7 +228,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
 
     Fusion by sum and by maximum have the same tensors, so the user must choose.
     """
-    depth = resnet_depth(file.path, file.tensors)
+    depth = resnet_depth(file)
     reduction = file.tensors.get("layer_reduce.weight")
     detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
     tensors = rename_tensors(file, RENAMES["GSoP"])
@@ -243,9 +237,7 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
     else:
         width = len(reduction)
         detected |= {"final_pooling": "isqrt", "final_width": width}
-        if triangle_side(file.tensor("fc.weight").shape[1]) != width:
-            raise WeightsError(f"{file.path}: fc.weight does not fit the triangle of {width} channels")
-        tensors["fc.weight"] = tensors["fc.weight"].index_select(1, row_wise_order(width))
+        make_row_wise(tensors, {"fc.weight"}, width)
     net, attention = 1 if reduction is None else 2, detected.get("attention")
     return ConvertedWeights(
         project="GSoP",
@@ -264,19 +256,18 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
 
     Without a key `attention`, the kind is the sum or the maximum, which have the same tensors.
     """
-    reductions = [name for name in file.tensors if ".conv_for_DR" in name and name.endswith(".weight")]
-    parts = {name.split(".")[2] for name in file.tensors if name.startswith("layer") and name.count(".") > 2}
-    config: dict[str, Any] = {
-        "cov_width": len(file.tensor(reductions[0])),
-        "block_stages": sorted({name.partition(".")[0] for name in reductions}),
+    lengths = {  # of the weights in the blocks, by name of the layer
+        name.split(".")[-2]: len(tensor) for name, tensor in file.tensors.items() if name.endswith(".weight")
     }
-    for name in file.tensors:
-        if name.endswith(".row_bn_for_spatial.weight"):
-            config["position_side"] = math.isqrt(len(file.tensor(name)))
-    if "dilate_conv_for_concat1" in parts:
-        config["attention"] = "concatenation"
-    elif "conv_for_DR_spatial" not in parts:
-        config["attention"] = "channel"
-    elif "conv_for_DR" not in parts:
+    stages = {name.partition(".")[0] for name in file.tensors if ".conv_for_DR" in name}
+    config: dict[str, Any] = {"block_stages": sorted(stages)}
+    if "conv_for_DR_spatial" in lengths:
+        config["cov_width"] = lengths["conv_for_DR_spatial"]
+        config["position_side"] = math.isqrt(lengths["row_bn_for_spatial"])
+    else:
+        config |= {"cov_width": lengths["conv_for_DR"], "attention": "channel"}
+    if "conv_for_DR" not in lengths:
         config["attention"] = "position"
+    elif "dilate_conv_for_concat1" in lengths:
+        config["attention"] = "concatenation"
     return config

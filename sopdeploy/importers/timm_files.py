@@ -38,10 +38,8 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
         return None
     backbone = model.removeprefix(TIMM_PREFIX)
     import_timm(backbone)
-    if not _has_tensors_of(backbone, file) and (found := find_networks(file)):
-        raise WeightsError(
-            f"{file.path}: does not fit {model}; its tensors are those of {shorten(found)}; name that network"
-        )
+    if not _has_tensors_of(backbone, file):
+        refuse_other_network(file, model)
     pretrained = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
     classifier = pretrained.get("classifier") or ""
@@ -70,6 +68,14 @@ def find_networks(file: WeightFile) -> list[str]:
         return [f"{TIMM_PREFIX}{name}"]
     nearest = difflib.get_close_matches(name, models, MAX_TRIED, cutoff=0.3)
     return [f"{TIMM_PREFIX}{near}" for near in nearest if _has_tensors_of(near, file)]
+
+
+def refuse_other_network(file: WeightFile, model: str) -> None:
+    """Raise `WeightsError` if *file* does not fit *model* but networks of timm; it names them."""
+    if found := find_networks(file):
+        raise WeightsError(
+            f"{file.path}: does not fit {model}; its tensors are those of {shorten(found)}; name that network"
+        )
 
 
 def _has_tensors_of(backbone: str, file: WeightFile) -> bool:

@@ -42,8 +42,7 @@ def open_weights(path: Path) -> WeightFile | Checkpoint:
     content, digest = read_pytorch(path)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
-    state, other_keys = _find_state_dict(path, content)
-    arch = content.get("arch") if other_keys else None
+    state, arch = _find_state_dict(path, content), content.get("arch")
     tensors = {  # without `module` of names such as module.conv1.weight or features.module.0.weight
         ".".join(part for part in name.split(".") if part != "module"): tensor
         for name, tensor in state.items()
@@ -53,18 +52,16 @@ def open_weights(path: Path) -> WeightFile | Checkpoint:
         sha256=digest,
         tensors=check_tensors(path, tensors),
         arch=arch if isinstance(arch, str) else None,
-        other_keys=other_keys,
     )
 
 
-def _find_state_dict(path: Path, content: Any) -> tuple[Mapping[str, Tensor], tuple[str, ...]]:
-    """Find the state dict in *content*; returns it with the keys next to it."""
-    if is_state_dict(content):
-        return content, ()
+def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
+    """Find the state dict in *content*: itself, or the value of one of `STATE_DICT_KEYS`."""
     if isinstance(content, dict):
-        for key in STATE_DICT_KEYS:
-            if is_state_dict(content.get(key)):
-                return content[key], tuple(str(other) for other in content if other != key)
+        states: tuple[Any, ...] = (content, *map(content.get, STATE_DICT_KEYS))
+        for state in states:
+            if is_state_dict(state):
+                return state
     raise WeightsError(f"{path}: holds no table of tensors, by itself or as `state_dict`; {ADVICE}")
 
 

@@ -123,6 +123,7 @@ def array(name: str, value: Any) -> Callable[[Net], None]:
         (lambda net: net.params.pop("conv3_2b_bn_m"), "has no conv3_2b_bn_m"),
         (array("conv1_bn_m", np.ones(16)), "differs from the released networks"),
         (array("extra", np.ones((2, 2))), "no tensor for extra"),
+        (array("CM_1_a_b", np.ones((8, 1))), "no tensor for CM_1_a.bias"),
         (array("conv1_b", np.full((16, 1), np.nan)), "not finite"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
