@@ -23,7 +23,7 @@ import pydantic
 from torch import Tensor, nn
 
 from sopdeploy.backbones.base import initialize
-from sopdeploy.config import Count, FractionBelowOne, NonNegative
+from sopdeploy.config import Count, NonNegative
 from sopdeploy.errors import ConfigError
 from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.residual import dimension_reduction
@@ -46,7 +46,6 @@ class DSoPConfig(NewtonSchulzOptions):
     aux_widths: tuple[Count, ...] | None = None
     aux_weights: tuple[NonNegative, ...] | None = None
     aux_pooling: Literal["isqrt", "gap"] = "isqrt"
-    aux_dropout: FractionBelowOne | None = None
     main_weight: NonNegative = 1.0
     keep_unused_branches: bool = False
 
@@ -145,9 +144,7 @@ class DSoP(Classifier):
                 if not used and not (config.keep_unused_branches and tap == taps[-1]):
                     continue
                 width = min(stage_width, self.tap_channels[tap])
-                dropout = config.aux_dropout
-                if dropout is None:
-                    dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
+                dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
                 plans.append(BranchPlan(tap, used, max(count, 1), stride, weight, width, dropout))
         return plans
 

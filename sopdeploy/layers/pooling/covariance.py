@@ -12,13 +12,13 @@ dead channels and for fewer positions than channels. This module computes the sa
 U (K * U^T G U) U^T with K_ij = (f(l_i) - f(l_j)) / (l_i - l_j), or f' if l_i and l_j are too close to divide.
 """
 
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
-import pydantic
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.config import Count, Positive, StrictModel
+from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import TrainingError
 from sopdeploy.layers.covariance import (
     covariance,
@@ -30,6 +30,8 @@ from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, Iterations, Newt
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
 Width = Count | None
+EigenvalueFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
+LOGARITHM_EPS = 1e-3
 TOO_CLOSE = 1e-5  # eigenvalues are equal up to this fraction of the largest one (float32)
 NO_ONNX_FORM = (
     "an eigendecomposition has no ONNX or TensorRT form; train with {}, which takes the square root "
@@ -43,37 +45,27 @@ NO_SECOND_GRADIENT = (
 )
 
 
-class Power(NamedTuple):
-    """The power f(l) = l^exponent of eigenvalues; f and f' are 0 where an eigenvalue is 0 up to rounding."""
-
-    exponent: float
-
-    def __call__(self, lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute f and f' of ascending eigenvalues (B, C)."""
-        rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
-        smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
-        positive_BC = lambda_BC > smallest_B1
-        base_BC = lambda_BC.where(positive_BC, 1.0)
-        slope_BC = self.exponent * base_BC.pow(self.exponent - 1.0)
-        return base_BC.pow(self.exponent).where(positive_BC, 0.0), slope_BC.where(positive_BC, 0.0)
+def root_of_eigenvalues(lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute f = l^0.5 of ascending eigenvalues (B, C) and f'; both are 0 where l is 0 up to rounding."""
+    rounding = lambda_BC.shape[1] * torch.finfo(lambda_BC.dtype).eps
+    smallest_B1 = (lambda_BC[:, -1:] * rounding).clamp_min(torch.finfo(torch.float32).tiny)
+    positive_BC = lambda_BC > smallest_B1
+    base_BC = lambda_BC.where(positive_BC, 1.0)
+    slope_BC = 0.5 * base_BC.pow(-0.5)
+    return base_BC.pow(0.5).where(positive_BC, 0.0), slope_BC.where(positive_BC, 0.0)
 
 
-class Logarithm(NamedTuple):
-    """The logarithm f(l) = log(l + eps) of eigenvalues, where l below 0 (a rounding error) is set to 0."""
-
-    eps: float
-
-    def __call__(self, lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute f and f' of ascending eigenvalues (B, C)."""
-        shifted_BC = lambda_BC.clamp_min(0.0) + self.eps
-        return shifted_BC.log(), shifted_BC.reciprocal()
+def logarithm_of_eigenvalues(lambda_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute f = log(l + 1e-3) of ascending eigenvalues (B, C) and f'; l below 0, a rounding error, is 0."""
+    shifted_BC = lambda_BC.clamp_min(0.0) + LOGARITHM_EPS
+    return shifted_BC.log(), shifted_BC.reciprocal()
 
 
 class SpectralFunction(torch.autograd.Function):
     """Autograd function that computes f(A) of symmetric matrices with a finite gradient; see `spectral`."""
 
     @staticmethod
-    def forward(ctx: Any, a_BCC: Tensor, function: Power | Logarithm) -> Tensor:
+    def forward(ctx: Any, a_BCC: Tensor, function: EigenvalueFunction) -> Tensor:
         """Decompose the matrices and apply f to the eigenvalues; the result is NaN if that fails."""
         try:
             lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
@@ -97,7 +89,7 @@ class SpectralFunction(torch.autograd.Function):
         return u_BCC @ inner_BCC @ u_BCC.transpose(1, 2), None
 
 
-def _divided_differences(lambda_BC: Tensor, function: Power | Logarithm) -> Tensor:
+def _divided_differences(lambda_BC: Tensor, function: EigenvalueFunction) -> Tensor:
     """Compute K (B, C, C), defined at the top of this file."""
     value_BC, slope_BC = function(lambda_BC)
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
@@ -107,7 +99,7 @@ def _divided_differences(lambda_BC: Tensor, function: Power | Logarithm) -> Tens
     return torch.where(close_BCC, mean_slope_BCC, rise_BCC / gap_BCC.masked_fill(close_BCC, 1.0))
 
 
-def spectral(a_BCC: Tensor, function: Power | Logarithm) -> Tensor:
+def spectral(a_BCC: Tensor, function: EigenvalueFunction) -> Tensor:
     """Compute f(A) (B, C, C) of symmetric matrices A (B, C, C): f of their eigenvalues."""
     return SpectralFunction.apply(a_BCC, function)
 
@@ -127,7 +119,7 @@ class MatrixRootConfig(StrictModel):
 def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
     """Compute the root (B, C, C) of positive semi-definite matrices."""
     if config.root == "eigen":
-        return spectral(a_BCC, Power(0.5))
+        return spectral(a_BCC, root_of_eigenvalues)
     norm_B11 = frobenius_norm(a_BCC).clamp_min(SMALLEST_NORM)
     return newton_schulz(a_BCC / norm_B11, config.iterations) * norm_B11.sqrt()
 
@@ -172,7 +164,7 @@ class EigenPooling(ReducedPooling):
 
     def __init__(self, config: "MpnCovConfig | LogEuclideanConfig", channels: int) -> None:
         super().__init__(channels, config.width)
-        self.function = config.function()
+        self.function = root_of_eigenvalues if config.kind == "mpncov" else logarithm_of_eigenvalues
         self.out_features = self.channels * (self.channels + 1) // 2
         self.register_buffer("triangle", upper_triangle_indices(self.channels), persistent=False)
 
@@ -183,20 +175,15 @@ class EigenPooling(ReducedPooling):
 
 
 class MpnCovConfig(PoolingConfig):
-    """MPN-COV; `power` is alpha."""
+    """MPN-COV: the square root, the paper's power of 1/2, by eigenvalues."""
 
     layer = EigenPooling
     kind: Literal["mpncov"] = "mpncov"
     width: Width = 256
-    power: Annotated[float, pydantic.Field(gt=0, le=1)] = 0.5
-
-    def function(self) -> Power:
-        """Return f, the function of the eigenvalues."""
-        return Power(self.power)
 
 
 class LogEuclideanConfig(PoolingConfig):
-    """DeepO2P; `eps` is added to the eigenvalues, because the logarithm requires positive ones.
+    """DeepO2P: the logarithm of the covariance plus a small constant, because it requires positive values.
 
     DeepO2P neither centers nor reduces channels. Here the covariance is that of all other poolings, as in the
     MPN-COV paper's comparison with the log-Euclidean metric.
@@ -205,8 +192,3 @@ class LogEuclideanConfig(PoolingConfig):
     layer = EigenPooling
     kind: Literal["deepo2p"] = "deepo2p"
     width: Width = 256
-    eps: Positive = 1e-3
-
-    def function(self) -> Logarithm:
-        """Return f, the function of the eigenvalues."""
-        return Logarithm(self.eps)
