@@ -120,7 +120,6 @@ COMPOSED = {
 OF_THE_CLIENT = {
     "foreign_answer": "The response does not come from a sopdeploy server. Check the URL and proxies.",
     "http_error": "A proxy or another server responded with its own error. Check its log.",
-    "not_ready": "The server is starting or reports why it is not ready; wait longer or read its log.",
     "timeout": "The server did not respond in time. Increase `timeout` or reduce the load of the server.",
 }
 

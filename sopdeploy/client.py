@@ -18,16 +18,14 @@ import pydantic
 from numpy.typing import NDArray
 from PIL import Image
 
-from sopdeploy.config import StrictModel, first_problem
+from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, DataError, OverloadedError, ServiceError, UnreachableError
-from sopdeploy.http_api import Classes, ClassifyQuery, ClassProbability, EmbedQuery, Problem, ServerInfo
+from sopdeploy.http_api import Classes, ClassProbability, Problem, ServerInfo
 
 ImageLike: TypeAlias = str | Path | bytes | Image.Image | NDArray[np.uint8]
 Result = TypeVar("Result", bound="ImageResult")
 
 CONTENT_TYPE = "application/octet-stream"  # the server detects the format; a wrong type causes a warning
-READY_INTERVAL = 0.2
-READY_REQUEST_TIMEOUT = 5.0
 FIRST_DELAY = 0.2
 MAX_DELAY = 5.0
 DURATION = re.compile(r"([a-z]+);dur=(\d+(?:\.\d+)?)")
@@ -104,8 +102,8 @@ class Client:
     """Blocking client of the server at *url*. Thread-safe; connections stay open until `close`.
 
     *timeout* is the total time of a call in seconds, including retries. *retries* is how often a request is
-    repeated after 429, 503 or a connection that broke before a response. Raises `ConfigError` for a
-    URL or key that cannot be sent.
+    repeated after 429, 503 or a connection that broke before a response. Raises `ConfigError` for a key that
+    cannot be sent, and httpx's `InvalidURL`.
 
         with Client("http://127.0.0.1:8000") as client:
             print(client.classify("photo.jpg").classes[0].label)
@@ -123,12 +121,7 @@ class Client:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("the API key has characters that no header may have; copy the key again")
         headers = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        try:
-            self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
-        if self._http.base_url.scheme not in {"http", "https"} or not self._http.base_url.host:
-            raise ConfigError(f"{url!r}: not the URL of a server; write it as http://host:8000")
+        self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
         self._timeout, self._retries = timeout, retries
 
     @overload
@@ -138,7 +131,14 @@ class Client:
     @overload
     def classify(self, image: ImageLike, **options: Unpack[ClassifyArguments]) -> Classification: ...
     def classify(
-        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[ClassifyArguments]
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
+        top_k: int | None = None,
+        threshold: float | None = None,
+        explain: bool = False,
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
@@ -155,7 +155,8 @@ class Client:
             for result in client.classify(["a.jpg", "b.jpg"], model="flowers"):
                 print(result.error.detail if result.error else result.classes[0].label)
         """
-        return self._post("/v1/classify", image, Classification, ClassifyQuery, {**options})
+        params = {"model": model, "top_k": top_k, "threshold": threshold, "explain": explain or None}
+        return self._post("/v1/classify", image, Classification, params, timeout)
 
     @overload
     def embed(
@@ -164,7 +165,11 @@ class Client:
     @overload
     def embed(self, image: ImageLike, **options: Unpack[CallArguments]) -> Embedding: ...
     def embed(
-        self, image: ImageLike | Sequence[ImageLike], **options: Unpack[CallArguments]
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        model: str | None = None,
+        timeout: float | None = None,
     ) -> Embedding | list[Embedding]:
         """Compute the features of *image*, or of a list of images, in front of the classifier.
 
@@ -175,8 +180,8 @@ class Client:
             first, second = (result.values for result in client.embed(["a.jpg", "b.jpg"]))
             cosine = first @ second / np.linalg.norm(first) / np.linalg.norm(second)
         """
-        query = {**options, "encoding_format": "base64"}
-        return self._post("/v1/embed", image, Embedding, EmbedQuery, query)
+        params = {"model": model, "encoding_format": "base64"}
+        return self._post("/v1/embed", image, Embedding, params, timeout)
 
     def info(self, *, timeout: float | None = None) -> ServerInfo:
         """Request the server version and its models.
@@ -189,23 +194,6 @@ class Client:
             return ServerInfo.model_validate_json(response.content, extra="ignore")
         except pydantic.ValidationError as error:
             raise _foreign_answer(response) from error
-
-    def wait_ready(self, *, timeout: float = 60.0) -> None:
-        """Wait until the server is ready; raise `UnreachableError` with its last response after *timeout* s.
-
-        Example:
-            client.wait_ready(timeout=10)
-        """
-        end, last = time.monotonic() + timeout, "no request was sent"
-        while (left := end - time.monotonic()) > 0:
-            try:
-                self._send("GET", "/readyz", min(READY_REQUEST_TIMEOUT, left), retries=0)
-            except ServiceError as error:
-                last = str(error)
-            else:
-                return
-            time.sleep(max(0.0, min(READY_INTERVAL, end - time.monotonic())))
-        raise UnreachableError(f"not ready after {timeout:.3g} s: {last}", code="not_ready", status=0)
 
     def close(self) -> None:
         """Close the connections."""
@@ -222,36 +210,24 @@ class Client:
         path: str,
         image: ImageLike | Sequence[ImageLike],
         kind: type[Result],
-        query: type[ClassifyQuery | EmbedQuery],
-        options: dict[str, Any],
+        params: dict[str, Any],
+        timeout: float | None,
     ) -> Result | list[Result]:
         """Send one image as the body, or several as a form; return the results."""
         several = isinstance(image, list | tuple)
         images: Any = image if several else [image]
         bodies = [encode_image(each) for each in images]
-        timeout = options.pop("timeout", None)
         if not bodies:
             return []
         content: dict[str, Any] = {"content": bodies[0], "headers": {"Content-Type": CONTENT_TYPE}}
         if several:
             content = {"files": [("image", ("image", body, CONTENT_TYPE)) for body in bodies]}
-        try:
-            params = query.model_validate(options, extra="forbid").model_dump(exclude_defaults=True)
-        except pydantic.ValidationError as error:
-            raise ConfigError(first_problem(error)) from error
-        response = self._send("POST", path, timeout, params=params, **content)
+        given = {name: value for name, value in params.items() if value is not None}
+        response = self._send("POST", path, timeout, params=given, **content)
         results = _parse_results(response, kind, len(bodies))
         return results if several else results[0]
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        timeout: float | None,
-        retries: int | None = None,
-        headers: dict[str, str] | None = None,
-        **content: Any,
-    ) -> httpx.Response:
+    def _send(self, method: str, path: str, timeout: float | None, **content: Any) -> httpx.Response:
         """Send a request and return its successful response, with retries during *timeout* seconds.
 
         Each request tells the server the remaining time. Retries follow 429, 503 and connections that broke
@@ -261,11 +237,10 @@ class Client:
         """
         seconds = self._timeout if timeout is None else timeout
         end, attempt = time.monotonic() + seconds, 0
-        retries = self._retries if retries is None else retries
         while True:
             left = max(0.001, end - time.monotonic())
-            all_headers = {**(headers or {}), "X-Request-Timeout-Ms": str(int(left * 1000))}
-            request = self._http.build_request(method, path, timeout=left, headers=all_headers, **content)
+            request = self._http.build_request(method, path, timeout=left, **content)
+            request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
             error: ServiceError
             try:
                 response = self._http.send(request)
@@ -277,7 +252,7 @@ class Client:
                     return response
                 error, may_retry = _response_error(response), response.status_code in RETRY_STATUSES
                 delay = backoff(attempt) + retry_after(response)
-            if not may_retry or attempt == retries or delay >= end - time.monotonic():
+            if not may_retry or attempt == self._retries or delay >= end - time.monotonic():
                 raise error
             time.sleep(delay)
             attempt += 1

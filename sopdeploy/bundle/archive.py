@@ -12,7 +12,7 @@ are not trusted: an archive is checked by its hashes, and by a signature if one 
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -108,26 +108,19 @@ def padding(size: int) -> bytes:
 def put(file: Path, destination: str, name: str) -> str:
     """Copy *file* to *destination*, a folder or its URL, under *name*; return the new location.
 
-    Readers never see an incomplete file under *name*. A failure leaves no new folder.
+    Readers never see an incomplete file under *name*.
     """
     if "://" in destination:
-        target = f"{destination.rstrip('/')}/{name}"
-        with _filesystem(target) as (store, path):
+        url = f"{destination.rstrip('/')}/{name}"
+        with _filesystem(url) as (store, path):
             store.put_file(str(file), path)
-        return target
-    folder = Path(destination)
-    new = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    with writing(folder / name, BundleError):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(folder / name) as partial:
-                shutil.copyfile(file, partial)
-        except OSError:
-            with suppress(OSError):
-                for parent in new:
-                    parent.rmdir()
-            raise
-    return str(folder / name)
+        return url
+    target = Path(destination) / name
+    with writing(target, BundleError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as partial:
+            shutil.copyfile(file, partial)
+    return str(target)
 
 
 def get(source: str, file: Path, limit: int) -> None:

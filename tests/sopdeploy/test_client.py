@@ -117,28 +117,11 @@ def test_error_pages_of_proxies_are_errors(content):
     assert (caught.value.status, caught.value.code) == (502, "http_error")
 
 
-def test_wait_ready_polls_until_the_server_is_ready(delays):
-    server = Script(httpx.ConnectError("no"), problem(503, "draining"), SUCCESS)
-    assert server.call("wait_ready", timeout=5) is None
-    assert len(server.requests) == 3
-
-
-def test_wait_ready_reports_the_last_response():
-    with pytest.raises(UnreachableError, match=r"not ready after 0.3 s.*draining"):
-        Script(problem(503, "draining")).call("wait_ready", timeout=0.3)
-
-
-OPTIONS = [
-    ({"url": "server:8000"}, "URL"),
-    ({"url": "http://server:port"}, "URL"),
-    ({"api_key": "a\r\nX: y"}, "API key"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=str)
-def test_invalid_options_are_rejected(options, message):
-    with pytest.raises(ConfigError, match=message):
-        Client(**{"url": "http://server", **options})
+def test_a_key_that_is_no_header_and_options_that_do_not_exist_are_rejected():
+    with pytest.raises(ConfigError, match="API key"):
+        Client("http://server", api_key="a\r\nX: y")
+    with pytest.raises(TypeError, match="topk"):
+        Script(SUCCESS).call("classify", b"x", topk=3)
 
 
 @pytest.mark.parametrize("image", [PIXELS, PIXELS[..., 0], PIXELS[:, ::2], Image.fromarray(PIXELS)])

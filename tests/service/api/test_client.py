@@ -23,7 +23,6 @@ def sdk(client):
 
 
 def test_every_kind_of_input_gives_the_same_classes(sdk, tmp_path):
-    sdk.wait_ready(timeout=60)
     pixels = np.random.default_rng(3).integers(0, 256, (40, 50, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     body = (tmp_path / "a.png").read_bytes()
