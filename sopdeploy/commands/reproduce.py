@@ -35,8 +35,6 @@ def reproduce(
 
     Example: sopdeploy reproduce dsop-9a --data cifar --seeds 5
 
-    Example: sopdeploy reproduce dsop-9a --scale small
-
     Args:
         table: A table of `reproduce list`, or `list`.
         dry_run: Print rows, commands and estimated GPU hours; write nothing.

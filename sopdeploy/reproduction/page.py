@@ -1,37 +1,34 @@
 """The page of a reproduced table: printed figures beside measured ones, curves, commands."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 
-from sopdeploy.html.plots import Points, component_chart, plot
+from sopdeploy.html.plots import component_chart, plot
 from sopdeploy.html.report import Figure, HtmlReport, Section, Table, render
 from sopdeploy.reproduction.plan import ReproducedRow, Reproduction
-from sopdeploy.reproduction.results import MeanError
+from sopdeploy.reproduction.results import MeanError, mean_error
 from sopdeploy.reproduction.tables import PrintedTable
 from sopdeploy.training.diagnostics import EpochRow, history_curve
 
 _ERRORS = {"top1": "top-1 error in %", "top5": "top-5 error in %"}
-_TIMES = (
-    "Milliseconds of this machine, the median of nine runs: per image for layers, on 8 maps of 256 channels "
-    "and 13 x 13 positions; per covariance of one such map for matrix functions."
-)
 
 
 def render_page(results: Reproduction) -> str:
     """Render the page as HTML; the same results always give the same text."""
     table, finished = results.table, [row for row in results.rows if row.runs]
+    curves = {row.printed.name: (row.runs[0].history, "") for row in finished}
     commands = Table(
         caption="Each command trains one row, with seed 0",
         columns=("row", "command"),
-        rows=[(row.printed.name, row.command(results.folder, 0)) for row in results.rows if row.recipe],
+        rows=[(row.printed.name, results.commands(row)[0]) for row in results.rows if row.recipe],
     )
     sections = [
         _describe_results(results, finished),
-        Section(title="Curves", figures=list(curve_charts(finished))),
+        Section(title="Curves", figures=list(_error_charts(curves, "Seed 0"))),
         Section(
-            title="Figures", figures=[*table_charts(table, results.rows), *chain(*map(row_charts, finished))]
+            title="Figures", figures=[*_option_chart(table, finished), *chain(*map(_row_charts, finished))]
         ),
-        Section(title="Counts and times", tables=[fact_table(results.rows)]),
+        Section(title="Counts and other figures", tables=[fact_table(results.rows)]),
         Section(title="Commands", tables=[commands]),
     ]
     text = [table.title, *filter(None, [results.statement, results.paper_scale])]
@@ -43,8 +40,8 @@ def _describe_results(results: Reproduction, finished: Sequence[ReproducedRow]) 
     table, text, tables = results.table, [], []
     if table.measures == "counts":
         text.append("The networks are built and counted, not trained.")
-    elif table.measures == "times":
-        text.append(_TIMES)
+    elif table.measures == "nothing":
+        text.append("The figures are those of the paper; nothing is counted or measured.")
     else:
         tables += [error_table(results.rows), _branch_table(finished)]
         if finished:
@@ -77,9 +74,9 @@ def error_table(rows: Sequence[ReproducedRow]) -> Table:
         (
             f"{row.printed.name}{' (cited)' if row.printed.cited else ''}",
             _printed_error(row.printed.top1),
-            _measured_error(row.top1),
+            _measured_error(mean_error(row.runs, "top1")),
             _printed_error(row.printed.top5),
-            _measured_error(row.top5),
+            _measured_error(mean_error(row.runs, "top5")),
             row.status,
         )
         for row in rows
@@ -91,18 +88,21 @@ def error_table(rows: Sequence[ReproducedRow]) -> Table:
 
 def fact_table(rows: Sequence[ReproducedRow]) -> Table:
     """Format the printed counts and facts of *rows*, each beside the one that was counted or measured."""
-    lines = []
-    for row in rows:
-        for name, figure in row.figures.items():
-            unit = " x ResNet-50" if figure.unit else ""  # some papers print multiples
-            cells = _number(figure.printed, unit), _number(figure.found), figure.mark
-            lines.append((row.printed.name, name, *cells))
+    figures = [(row.printed.name, name, figure) for row in rows for name, figure in row.figures.items()]
+    if all(figure.found is None for _, _, figure in figures):
+        lines = [(row, name, _number(figure.printed)) for row, name, figure in figures]
+        return Table(caption="Printed figures", columns=("row", "figure", "printed"), rows=lines)
+    compared = []
+    for row, name, figure in figures:
+        printed = _number(figure.printed) + (" x ResNet-50" if figure.unit else "")  # a multiple
+        compared.append((row, name, printed, _number(figure.found), figure.mark))
     caption = (
         "Counts of the paper's networks at its image size and number of classes. GFLOPs are multiply-adds, "
         "or operations by the paper's convention where it is known. A cross marks a count that differs from "
         "the printed figure; the notes say why"
     )
-    return Table(caption=caption, columns=("row", "figure", "printed", "counted or measured", ""), rows=lines)
+    columns = ("row", "figure", "printed", "counted or measured", "")
+    return Table(caption=caption, columns=columns, rows=compared)
 
 
 def _branch_table(rows: Sequence[ReproducedRow]) -> Table:
@@ -132,50 +132,49 @@ def _measured_error(error: MeanError | None) -> str:
     return "" if error is None else f"{error.mean:.2f} ({error.low:.2f} to {error.high:.2f})"
 
 
-def _number(value: float | None, unit: str = "") -> str:
+def _number(value: float | None) -> str:
     """Format *value* with four significant digits, or as an integer if it is at least 1000."""
     if value is None:
         return ""
-    return f"{value:,.0f}{unit}" if value >= 1000 else f"{value:.4g}{unit}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
-def curve_charts(rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Plot top-1 and top-5 error over the epochs: one curve per row, for the first seed."""
-    for metric, label in _ERRORS.items() if rows else ():
-        curves = {row.printed.name: _error_curve(row.runs[0].history, metric) for row in rows}
-        yield Figure(image=plot(curves, "epoch", label), caption=f"{label} over the epochs, seed 0.")
+def _error_charts(curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption: str) -> Iterator[Figure]:
+    """Plot top-1 and top-5 error over the epochs.
+
+    *curves* are histories by name, each with the prefix of its columns: "" for the network, "HEAD_" for a
+    head.
+    """
+    for metric, label in _ERRORS.items() if curves else ():
+        points = {
+            name: [(epoch, 100 * (1 - share)) for epoch, share in history_curve(history, f"{prefix}{metric}")]
+            for name, (history, prefix) in curves.items()
+        }
+        yield Figure(image=plot(points, "epoch", label), caption=f"{caption}: {label}.")
 
 
-def table_charts(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Draw *table* as the paper's chart: errors over an option of the networks."""
-    values: dict[str, list[tuple[float, float]]] = {}
+def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
+    """Draw *table* as the paper's chart: errors of finished *rows* over an option of the networks."""
+    curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        options = row.runs[0].network if row.runs else {}
-        if table.over in options and row.top1 is not None:
+        options, error = row.runs[0].network, mean_error(row.runs, "top1")
+        if table.over in options and error is not None:
             name = f"{table.curve} = {options[table.curve]}" if table.curve else "measured"
-            values.setdefault(name, []).append((float(options[table.over]), row.top1.mean))
-    used = {x for points in values.values() for x, _ in points}
+            curves.setdefault(name, []).append((float(options[table.over]), error.mean))
+    used = {x for points in curves.values() for x, _ in points}
     if len(used) > 1:
-        curves = {name: sorted(points) for name, points in values.items()}
-        chart = plot(curves, table.over, _ERRORS["top1"], logarithmic=max(used) > 100 * min(used))
+        ordered = {name: sorted(points) for name, points in curves.items()}
+        chart = plot(ordered, table.over, _ERRORS["top1"], logarithmic=max(used) > 100 * min(used))
         yield Figure(image=chart, caption=f"Top-1 error over {table.over}, {table.title}.")
 
 
-def row_charts(row: ReproducedRow) -> Iterator[Figure]:
+def _row_charts(row: ReproducedRow) -> Iterator[Figure]:
     """Plot the errors of the heads, and draw the use of the components."""
     run = row.runs[0]
     heads = sorted(run.heads, key=lambda head: head == "main")  # the network's own head is the last one
     diagnostics = run.history[-1].diagnostics
-    if heads and diagnostics is not None and diagnostics.num_images:
-        images = f"a fixed subset of {diagnostics.num_images} held-out images"
-        for metric, label in _ERRORS.items():
-            curves = {head: _error_curve(run.history, f"{head}_{metric}") for head in heads}
-            caption = f"Heads of {row.printed.name}: {label} on {images}."
-            yield Figure(image=plot(curves, "epoch", label), caption=caption)
+    if diagnostics is not None and diagnostics.num_images:
+        caption = f"Heads of {row.printed.name} on a fixed subset of {diagnostics.num_images} held-out images"
+        yield from _error_charts({head: (run.history, f"{head}_") for head in heads}, caption)
     if run.usage:
         yield component_chart(run.usage, f"Images per component, {row.printed.name}")
-
-
-def _error_curve(history: Sequence[EpochRow], accuracy: str) -> Points:
-    """Return the error in percent over the epochs, from the column *accuracy* of the history."""
-    return [(epoch, 100 * (1 - share)) for epoch, share in history_curve(history, accuracy)]

@@ -11,9 +11,8 @@ from sopdeploy.environment import is_main_process
 from sopdeploy.errors import ConfigError
 from sopdeploy.files import atomic_write
 from sopdeploy.reproduction.page import render_page
-from sopdeploy.reproduction.plan import Reproduction, plan, run_path
-from sopdeploy.reproduction.results import MILLISECONDS, SeedResult, measure_run, measured_facts, time_layer
-from sopdeploy.reproduction.small import IMAGES, write_small_images
+from sopdeploy.reproduction.plan import Reproduction, plan
+from sopdeploy.reproduction.results import SeedResult, measure_run, measured_facts
 from sopdeploy.reproduction.tables import PrintedTable, ReproduceOptions
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import Callback
@@ -31,38 +30,33 @@ def reproduce(
 ) -> Reproduction:
     """Run the rows of *table* and write a page about them.
 
-    The runs are in `<out>/<table>-<scale>/<row>/seed-0`; the page is written after every row. *on_run*
-    receives the row and seed of each run that starts. Raises `ConfigError` for selected rows that cannot be
-    run and for results of another recipe in the folder, and the errors of `train`.
+    The runs are in `<out>/<table>/<row>/seed-0`; the page is written after every row. *on_run* receives the
+    row and seed of each run that starts. Raises `ConfigError` for selected rows that cannot be run and for
+    results of another recipe in the folder, and the errors of `train`.
     """
     results = plan(table, options)
-    if table.measures == "errors":
-        for row in results.rows:
-            if row.recipe is None and options.rows is not None:
-                raise ConfigError(
-                    f"cannot be run ({row.reason}); leave it out", setting="rows", value=row.printed.id
-                )
-        if options.scale == "small":
-            write_small_images(options.out.absolute() / IMAGES)
+    for row in results.rows:
+        if row.recipe is None and options.rows is not None and table.measures == "errors":
+            raise ConfigError(
+                f"cannot be run ({row.reason}); leave it out", setting="rows", value=row.printed.id
+            )
     by_id = {row.printed.id: row for row in results.rows}
     for row in results.rows:
-        if row.printed.layer is not None:
-            row.measure(time_layer(row.printed.layer, read_recipe(table.recipe, options.set)))
         if row.recipe is None:
             continue
-        timed = MILLISECONDS in row.printed.facts
         for seed in range(results.seeds):
-            path = run_path(results.folder, row.printed.id, seed)
-            recipe = read_recipe(row.source, row.overrides_of(results.folder, seed))
+            path = results.run_folder(row.printed.id, seed)
+            recipe = read_recipe(row.source, results.overrides(row, seed))
             stored = _read_result(path / _RESULT, recipe)
             if stored is None:
                 on_run(row.printed.id, seed)
-                trained = train_recipe(recipe, path, resume="auto", callback=callback)
-                stored = measure_run(recipe, trained, timed=timed)
+                stored = measure_run(recipe, train_recipe(recipe, path, resume="auto", callback=callback))
                 _write(path / _RESULT, stored.model_dump_json() + "\n")
             row.runs.append(stored)
         baseline = by_id[row.printed.baseline].runs if row.printed.baseline in by_id else []
-        row.measure(measured_facts(row.runs, baseline, row.printed.facts))
+        for name, value in measured_facts(row.runs, baseline).items():
+            if name in row.figures:
+                row.figures[name] = row.figures[name]._replace(found=value)
         _write_page(results)
     _write_page(results)
     return results

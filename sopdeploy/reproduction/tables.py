@@ -21,7 +21,6 @@ from sopdeploy.errors import ConfigError
 
 Percent = Annotated[float, pydantic.Field(ge=0, le=100)]
 Column = Literal["params", "gflops", "train_params", "train_gflops", "dim"]
-ReproductionScale = Literal["paper", "small"]
 
 
 class DataSet(NamedTuple):
@@ -49,23 +48,21 @@ class PrintedRow(StrictModel):
 
     Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `counts` are
     the figures in the table's `columns` that `published.toml` does not have. `facts` are other printed
-    figures by name: `plan.py` counts those of a network, `results.py` measures those of a run. Extra costs
-    and increments are relative to the row `baseline`. None stands for a figure that is not printed.
+    figures by name: `counts.py` counts extra costs, `results.py` measures speed and increments, others are
+    only shown. Extra costs and increments are relative to the row `baseline`. None stands for a figure that
+    is not printed.
 
-    `set` are changes to the table's recipe, as for `sopdeploy train --set`; `small` are further changes at
-    the small scale. `needs` maps a key of the recipe to the row whose `best.pt` is its value. `pretrained` is
-    a row of another table, "TABLE/ROW", whose `best.pt` gives the start weights if it exists. A `cited` row
-    was not trained by the paper; it can be trained only if it has its own `recipe` or `set`. A `teacher` is
-    not printed, but other rows need it. `layer` is what `time_layer` times.
+    `set` are changes to the table's recipe, as for `sopdeploy train --set`. `needs` maps a key of the recipe
+    to the row whose `best.pt` is its value. `pretrained` is a row of another table, "TABLE/ROW", whose
+    `best.pt` gives the start weights if it exists. A `cited` row was not trained by the paper; it can be
+    trained only if it has its own `recipe` or `set`. A `teacher` is not printed, but other rows need it.
     """
 
     id: Annotated[str, pydantic.Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
     name: str
     recipe: str | None = None
     set: tuple[str, ...] = ()
-    small: tuple[str, ...] = ()
     needs: dict[str, str] = pydantic.Field(default_factory=dict)
-    layer: dict[str, Any] | None = None
     pretrained: str | None = None
     baseline: str | None = None
     cited: bool = False
@@ -81,10 +78,10 @@ class PrintedRow(StrictModel):
 class PrintedTable(StrictModel):
     """A table or figure of a paper; `source` is its name in `published.toml`, too, the paper's name first.
 
-    `measures` is what its rows print: "errors" of trained networks, "counts" of networks that are only built,
-    or "times" of layers. `recipe`, `set` and `small` apply to all rows. `data` is a key of `DATA_SETS`.
-    `seeds` is the number of runs that the paper averages. `over` and `curve` make the table a chart of errors
-    over this option of the networks, with one curve for each value of the other one. If `accuracy` is true,
+    `measures` is what is compared with its rows: "errors" of trained networks, "counts" of networks that are
+    only built, or "nothing". `recipe` and `set` apply to all rows. `data` is a key of `DATA_SETS`. `seeds` is
+    the number of runs that the paper averages. `over` and `curve` make the table a chart of errors over this
+    option of the networks, with one curve for each value of the other one. If `accuracy` is true,
     `top1` and `top5` in the file are the printed accuracies; they are converted to errors. `columns` are the
     counts that the table prints: `params` and `gflops` of the deployed network in millions and billions,
     `train_params` and `train_gflops` of the network in training, `dim`, the length of the vector that is
@@ -94,11 +91,10 @@ class PrintedTable(StrictModel):
     id: str
     source: str
     title: str
-    measures: Literal["errors", "counts", "times"] = "errors"
-    data: str
-    recipe: str
+    measures: Literal["errors", "counts", "nothing"] = "errors"
+    data: str = ""
+    recipe: str = ""
     set: tuple[str, ...] = ()
-    small: tuple[str, ...] = ()
     seeds: Annotated[int, pydantic.Field(ge=1)] = 1
     over: str = ""
     curve: str = ""
@@ -198,21 +194,15 @@ def find_table(name: str) -> PrintedTable:
 
 
 class ReproduceOptions(Options):
-    """Which rows of a table are run, how often, at which scale and on which images."""
+    """Which rows of a table are run, how often, and on which images."""
 
     rows: str | None = None
     """Run only these rows, ids separated by commas, and those they need."""
     seeds: Annotated[int | None, pydantic.Field(ge=1)] = None
     """Runs per row: seeds 0, 1 and so on; by default as many as in the paper."""
-    scale: ReproductionScale = "paper"
-    """small trains narrow networks on a few digits, in minutes on a CPU."""
     data: Path | None = None
-    """Images: class folders or an official layout; not for the small scale."""
+    """Images: class folders or an official layout."""
     set: tuple[str, ...] = ()
     """Override a value of all recipes, such as threads=4; repeatable."""
     out: Path = Path("runs/reproduce")
     """Folder of runs and pages."""
-
-    def folder(self, table: PrintedTable) -> Path:
-        """Return the folder of the runs and the page of *table*."""
-        return self.out / f"{table.id}-{self.scale}"

@@ -47,10 +47,10 @@ def start_run(recipe: Recipe, images: LabeledImages, strategy: Strategy) -> Loop
 
 
 @contextmanager
-def few_digits() -> Iterator[None]:
-    """Reduce the digits to every seventh image: 205 for training, 52 held out, enough to fit a decision."""
+def few_digits(every: int = 7) -> Iterator[None]:
+    """Reduce the digits; every seventh image is 205 for training, 52 held out, enough to fit a decision."""
     whole = load_digits()
-    few = Bunch(images=whole.images[::7], target=whole.target[::7])
+    few = Bunch(images=whole.images[::every], target=whole.target[::every])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sklearn.datasets.load_digits", lambda: few)
         yield
