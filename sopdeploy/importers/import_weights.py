@@ -14,7 +14,7 @@ from sopdeploy.config import StrictModel, first_problem
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, choose_config, fit_tensors
-from sopdeploy.importers.timm_files import TIMM_PREFIX, find_networks, refuse_other_network
+from sopdeploy.importers.timm_files import TIMM_PREFIX, find_network, refuse_other_network
 from sopdeploy.importers.weight_files import open_weights
 from sopdeploy.models.registry import list_models, load
 from sopdeploy.user_files import read_class_names
@@ -81,22 +81,21 @@ def import_weights(
     state = fit_tensors(file, converted, model, config)
     names, label_origin = _class_names(converted, labels)
     try:
-        rules = Preprocess(**{**converted.preprocess.model_dump(), **preprocess})
+        checkpoint = Checkpoint(
+            model=model,
+            config=config.model_dump(mode="json"),
+            weights=state,
+            labels=names,
+            preprocess=Preprocess(**{**converted.preprocess.model_dump(), **preprocess}),
+            training={
+                "imported_from": source.name,
+                "imported_sha256": file.sha256,
+                "imported_project": converted.project,
+                "versions": {"sopdeploy": __version__},
+            },
+        )
     except pydantic.ValidationError as error:
-        raise ConfigError(f"preprocessing: {first_problem(error)}") from error
-    checkpoint = Checkpoint(
-        model=model,
-        config=config.model_dump(mode="json"),
-        weights=state,
-        labels=names,
-        preprocess=rules,
-        training={
-            "imported_from": source.name,
-            "imported_sha256": file.sha256,
-            "imported_project": converted.project,
-            "versions": {"sopdeploy": __version__},
-        },
-    )
+        raise ConfigError(first_problem(error)) from error
     write_checkpoint(destination, checkpoint)
     return ImportReport(
         looks_like=converted.description,
@@ -104,7 +103,7 @@ def import_weights(
         config=checkpoint.config,
         num_classes=converted.num_classes,
         labels=label_origin,
-        preprocess=rules,
+        preprocess=checkpoint.preprocess,
         num_tensors=len(state),
         notes=converted.notes,
         checkpoint=str(destination),
@@ -114,7 +113,7 @@ def import_weights(
 def convert_weights(file: WeightFile, model: str) -> ConvertedWeights:
     """Convert *file* for catalog *model*.
 
-    Raises `WeightsError` if no importer recognizes the file; the message names the networks of timm that fit.
+    Raises `WeightsError` if no importer recognizes the file; the message names a network of timm that fits.
     """
     if recognized := _recognize(file, model):
         return recognized
@@ -122,7 +121,7 @@ def convert_weights(file: WeightFile, model: str) -> ConvertedWeights:
     first_names = ", ".join(list(file.tensors)[:3])
     raise WeightsError(
         f"{file.path}: its tensors ({first_names} ..) are not from a project that `sopdeploy import --help` "
-        "lists, nor those of a network of timm with a name like that of the file; name its network as "
+        "lists, nor those of a network of timm whose name the file has; name its network as "
         "timm:NAME, or export it as a network of your own with `sopdeploy export --network`"
     )
 
@@ -135,11 +134,10 @@ def choose_network(file: WeightFile, default: str) -> str:
             fit_tensors(file, of_default, default, choose_config(file, of_default, default, {}))
             return default
     recognized = _recognize(file, "")
-    found = find_networks(file) if recognized is None else [str(recognized.model)]
-    if default.removeprefix("head:").removeprefix("dsop-") in found:
+    found = find_network(file) if recognized is None else recognized.model
+    if found is None or found == default.removeprefix("head:").removeprefix("dsop-"):
         return default
-    usable = [name for name in found if name.startswith(TIMM_PREFIX) or name in list_models()]
-    return usable[0] if len(usable) == 1 else default
+    return found if found.startswith(TIMM_PREFIX) or found in list_models() else default
 
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
@@ -161,8 +159,7 @@ def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
 def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[str, ...], str]:
     """Get the class names in output order, and their origin.
 
-    *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong
-    or a name occurs twice.
+    *file* has one name per line, or is a `.json` list. Raises `ConfigError` if the number of names is wrong.
     """
     count = converted.num_classes
     if file is not None:
@@ -171,9 +168,6 @@ def _class_names(converted: ConvertedWeights, file: Path | None) -> tuple[tuple[
             raise ConfigError(
                 f"{file} has {len(names)} names for {count} classes; give one per class", setting="labels"
             )
-        duplicate = next((name for name in names if names.count(name) > 1), None)
-        if duplicate is not None:
-            raise ConfigError(f"{file}: {duplicate!r} occurs twice; names must be unique", setting="labels")
         return names, str(file)
     if converted.class_names and count == len(converted.class_names):
         return converted.class_names, f"those of {converted.project}"

@@ -4,7 +4,6 @@ Files of timm's hub lie next to a `config.json` with their preprocessing. Withou
 timm's default weights is used.
 """
 
-import difflib
 import importlib
 import json
 from collections.abc import Mapping
@@ -13,13 +12,12 @@ from typing import Any
 
 import torch
 
-from sopdeploy.errors import WeightsError, shorten
+from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
 from sopdeploy.models.timm_networks import import_timm
 
 TIMM_PREFIX = "timm:"
-MAX_TRIED = 8  # networks are built without memory for their weights, which takes about 0.1 s for each
 HUB_CONFIG = "config.json"
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
 LITE = {  # preprocessing of EfficientNet-Lite, which needs no timm
@@ -56,25 +54,23 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     )
 
 
-def find_networks(file: WeightFile) -> list[str]:
-    """Find the networks of timm that have the tensors of *file*, as `timm:NAME`.
+def find_network(file: WeightFile) -> str | None:
+    """Find the network of timm that has the tensors of *file*, as `timm:NAME`.
 
-    Compares the network with the name of the file, or with the architecture in the config.json next to it. If
-    there is none or it differs, compares the `MAX_TRIED` networks with the most similar names.
+    It is the longest name that occurs in the architecture in the config.json next to the file or in the file,
+    or else in the name of the file. None if there is no such name or its network has other tensors.
     """
-    name = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name.partition(".")[0])
-    models = importlib.import_module("timm").list_models()
-    if name in models and _has_tensors_of(name, file):
-        return [f"{TIMM_PREFIX}{name}"]
-    nearest = difflib.get_close_matches(name, models, MAX_TRIED, cutoff=0.3)
-    return [f"{TIMM_PREFIX}{near}" for near in nearest if _has_tensors_of(near, file)]
+    text = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name)
+    names = [name for name in importlib.import_module("timm").list_models() if name in text]
+    name = max(names, key=len, default=None)
+    return f"{TIMM_PREFIX}{name}" if name is not None and _has_tensors_of(name, file) else None
 
 
 def refuse_other_network(file: WeightFile, model: str) -> None:
-    """Raise `WeightsError` if *file* does not fit *model* but networks of timm; it names them."""
-    if found := find_networks(file):
+    """Raise `WeightsError` if *file* does not fit *model* but a network of timm; it names that one."""
+    if found := find_network(file):
         raise WeightsError(
-            f"{file.path}: does not fit {model}; its tensors are those of {shorten(found)}; name that network"
+            f"{file.path}: does not fit {model}; its tensors are those of {found}; name that network"
         )
 
 
