@@ -5,10 +5,9 @@ The second-order papers remove the last down-sampling: `conv5_stride=1` ("s1").
 """
 
 import math
-from collections.abc import Collection
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from sopdeploy.backbones.base import Backbone, initialize
 from sopdeploy.config import Count, StrictModel
@@ -26,7 +25,6 @@ BLOCKS = {
 BASE_WIDTH = 64
 STAGES = ("layer1", "layer2", "layer3", "layer4")  # the paper's conv2_x .. conv5_x
 LOW_RESOLUTION_WIDTHS = (16, 32, 64, 128)
-RAW_SCALE = 1.0 / 60.0
 
 
 class ResNetConfig(StrictModel):
@@ -75,17 +73,15 @@ class ResNet(Backbone):
 
 
 class LowResolutionResNetConfig(StrictModel):
-    """Depth (`blocks_per_stage`), width (`widen`), and options on which the GM-SOP paper and its code differ.
+    """Depth (`blocks_per_stage`), width (`widen`), and the stride on which GM-SOP's paper and code differ.
 
-    `input_scaling="raw"` takes images of 0..255 minus the mean and divides them by 60 before conv1. The
-    released code does not divide: it initializes conv1 with 60 times smaller weights and a 3600 times lower
-    learning rate, which is equivalent except for the weight decay.
+    The released code takes images of 0..255 minus the mean, and conv1 has 60 times smaller weights and a 3600
+    times lower learning rate. Images that are divided by 60 are equivalent except for the weight decay.
     """
 
     blocks_per_stage: Count = 2
     widen: Count = 1
     conv5_stride: Literal[1, 2] = 2
-    input_scaling: Literal["standardised", "raw"] = "standardised"
 
 
 class LowResolutionResNet(Backbone):
@@ -111,12 +107,6 @@ class LowResolutionResNet(Backbone):
     def branch_block(self, in_channels: int, out_channels: int, stride: int) -> nn.Module:
         """Build a basic block."""
         return BasicBlock(in_channels, out_channels, stride)
-
-    def feature_maps(self, images: Tensor, taps: Collection[str] = ()) -> tuple[Tensor, list[Tensor]]:
-        """Compute the output of conv5_x and of every tapped block."""
-        return super().feature_maps(
-            images * RAW_SCALE if self.config.input_scaling == "raw" else images, taps
-        )
 
 
 def initialize_by_fan_in(network: nn.Module) -> None:

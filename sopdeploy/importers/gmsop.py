@@ -4,9 +4,9 @@ Paper: Wang et al., GM-SOP (NeurIPS 2018). The files are MatConvNet networks (Da
 arrays by name, `net.layers` the settings of each layer, `net.meta` the color that is subtracted from images.
 Training files also hold `state` and `stats`, which are not read.
 
-The released networks take pixels of 0 to 255 minus the mean. `input_scaling="raw"` divides these by
-60 before conv1, so the weights of conv1 are multiplied by 60. Triangle vectors are stored column by column;
-each tensor with such an axis is made row-wise.
+The released networks take pixels of 0 to 255 minus the mean. Here they are also divided by 60, so the weights
+of conv1 are multiplied by 60. Triangle vectors are stored column by column; each tensor with such an axis is
+made row-wise.
 """
 
 import re
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
-from sopdeploy.backbones.resnet import RAW_SCALE
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, make_row_wise
@@ -44,6 +43,7 @@ TRIANGLES = (
 )
 GATE_WEIGHTS = {"gating_w": "gate.weight", "gating_noise_w": "gate.noise.weight"}
 SIDE = 64
+PIXEL_DEVIATION = 60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
 EPS = 1e-5  # of every batch norm of sopdeploy
 MATRIX_ROOT = "OBJ_ConvNet_Cov_Sqrtm"
 PRENORMS = {"OBJ_ConvNet_Cov_TraceNorm": "trace", "OBJ_ConvNet_Cov_FroNorm": "frobenius"}
@@ -72,7 +72,6 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         "widen": widen,
         "components": 1,
         "conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride")),
-        "input_scaling": "raw",
     }
     component, width, gated = config["component"], WIDTHS[-1] * widen, "gating_w" in file.tensors
     if gated:
@@ -113,7 +112,7 @@ def _rename(file: WeightFile) -> dict[str, Tensor]:
             tensors[f"{layer}.bias"] = values.reshape(-1)
         else:
             tensors[name] = values
-    tensors["conv1.weight"] = tensors["conv1.weight"] / RAW_SCALE
+    tensors["conv1.weight"] = tensors["conv1.weight"] * PIXEL_DEVIATION
     tensors["head.fc.weight"] = tensors["head.fc.weight"].flatten(1)
     return tensors
 
@@ -153,8 +152,8 @@ def _preprocess(file: WeightFile) -> Preprocess:
     if not color.size:
         raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
     side = float(sides[0]) if len(sides) else SIDE
-    mean = tuple(color.reshape(-1, 3).mean(axis=0) / 255.0)
-    return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": (1 / 255,) * 3})
+    mean, std = tuple(color.reshape(-1, 3).mean(axis=0) / 255.0), (PIXEL_DEVIATION / 255,) * 3
+    return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
 
 
 def _pooling_config(file: WeightFile) -> dict[str, Any]:

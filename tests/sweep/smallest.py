@@ -106,7 +106,7 @@ VARIANTS = (  # other forms of the same classes, whose counts and outputs have g
     Small("gsop-net1-preact-resnet164", 32, {**GSOP, **RELEASED, "attention": "concatenation"}),
     Small("gsop-net1-resnet26", 32, {"base_width": 16, **RELEASED, "attention": "sum"}),
     Small("gmsop-16-8-resnet18", 8, {**TWO_OF_FOUR, **RELEASED_MIXTURE}),
-    Small("resnet18-64px", 8, {**ONE_EACH, "input_scaling": "raw"}),
+    Small("resnet18-64px", 8, ONE_EACH),
 )
 STRUCTURES = (  # in full size, whose branches, blocks with attention or steps have a golden
     *(Small(name, 224) for name in CATALOG if name.startswith(("dsop-", "gsop-", "psdr-"))),
