@@ -59,10 +59,8 @@ NOTES = (
 )
 
 
-def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert a network of GM-SOP, with the settings in its layers; None for other files."""
-    if not file.layers or not {"conv1_f", "conv2_1a_f", "prediction_f"} <= file.tensors.keys():
-        return None
+def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights:
+    """Convert a network of GM-SOP, with the settings in its layers."""
     tensors = _rename(file)
     blocks = sum(name.startswith("layer1.") and name.endswith(".conv1.weight") for name in tensors)
     widen = len(tensors["layer1.0.conv1.weight"]) // WIDTHS[0]

@@ -69,17 +69,16 @@ SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have th
 
 def resnet_depth(file: WeightFile) -> int:
     """Find the depth of the ResNet in *file*; raises `WeightsError`."""
-    names = file.tensors
     counts = tuple(
-        len({name.split(".")[1] for name in names if name.startswith(f"{stage}.")}) for stage in STAGES
+        len({name.split(".")[1] for name in file.tensors if name.startswith(f"{stage}.")}) for stage in STAGES
     )
-    basic = "layer1.0.conv3.weight" not in names
+    basic = "layer1.0.conv3.weight" not in file.tensors
     for depth, blocks in BLOCKS.items():
         if blocks == counts and (depth in {18, 34}) == basic:
             return depth
-    kind = "basic blocks" if basic else "bottlenecks"
     raise WeightsError(
-        f"{file.path}: a ResNet of {counts} {kind} is not in the catalog; `sopdeploy models` lists the rest"
+        f"{file.path}: a ResNet of {counts} {'basic blocks' if basic else 'bottlenecks'} is not in the "
+        "catalog; `sopdeploy models` lists the networks"
     )
 
 
@@ -121,7 +120,10 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     torchvisions = kind == "gap" and "conv1.weight" in file.tensors
     project = "torchvision" if torchvisions else "fast-MPN-COV"
     preprocess, notes = published_preprocess(f"resnet{depth}", file)
-    stride = {} if torchvisions else conv5_stride(file, depth)
+    stride = 2 if torchvisions else conv5_stride(file, depth)
+    detected = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
+    if not (torchvisions or stride is None):
+        detected["conv5_stride"] = stride
     option = " --option pooling=bcnn" if kind == "bcnn" else ""
     return ConvertedWeights(
         project=project,
@@ -130,22 +132,20 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
         tensors=renamed.tensors,
         num_classes=classes,
         preprocess=preprocess,
-        detected={"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling, **stride},
-        undetermined={} if torchvisions or stride else {"conv5_stride": STRIDE_UNKNOWN},
+        detected=detected,
+        undetermined={} if stride else {"conv5_stride": STRIDE_UNKNOWN},
         notes=notes,
     )
 
 
-def conv5_stride(file: WeightFile, depth: int) -> dict[str, int]:
-    """Find the stride of conv5_x in a file of fast-MPN-COV, as an option; the user sets it if there is none.
+def conv5_stride(file: WeightFile, depth: int) -> int | None:
+    """Find the stride of conv5_x in a file of fast-MPN-COV: 1 with a reduction, else that of its `arch`.
 
-    It is 1 if the file has `layer_reduce` or `features.8`. Else it follows from `arch`: 1 for
-    `mpncovresnet50`, 2 for a `resnet50` that was trained with the pooling.
+    It is 1 for `mpncovresnet50` and 2 for a `resnet50` that was trained with the pooling; else None.
     """
     if {"layer_reduce.weight", "features.8.weight"} & file.tensors.keys():
-        return {"conv5_stride": 1}
-    strides = {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}
-    return {"conv5_stride": strides[file.arch]} if file.arch in strides else {}
+        return 1
+    return {f"mpncovresnet{depth}": 1, f"resnet{depth}": 2}.get(file.arch or "")
 
 
 def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str, str | int]:

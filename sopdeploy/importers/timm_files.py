@@ -75,21 +75,11 @@ def refuse_other_network(file: WeightFile, model: str) -> None:
 
 
 def _has_tensors_of(backbone: str, file: WeightFile) -> bool:
-    """Check that *file* has the names and shapes of timm's network *backbone*, except for its classifier."""
-    timm = importlib.import_module("timm")
+    """Check that *file* has every tensor that timm's network *backbone* learns in front of its classifier."""
     with torch.device("meta"):
-        expected = timm.create_model(backbone).state_dict()
-    heads = timm.get_pretrained_cfg(backbone).to_dict().get("classifier") or ()
-    prefixes = tuple(f"{head}." for head in ((heads,) if isinstance(heads, str) else heads))
-    shapes = [
-        {
-            name: tensor.shape
-            for name, tensor in tensors.items()
-            if not name.startswith(prefixes) and not name.endswith("num_batches_tracked")
-        }
-        for tensors in (expected, file.tensors)
-    ]
-    return shapes[0] == shapes[1]
+        network = importlib.import_module("timm").create_model(backbone, num_classes=0)
+    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+    return all(shapes.get(name) == tensor.shape for name, tensor in network.named_parameters())
 
 
 def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
