@@ -89,13 +89,10 @@ def _find_published(described: Description, column: Column, table: PrintedTable)
 
 
 def _extra_costs(printed: PrintedRow, table: PrintedTable, counts: dict[str, RowFigure]) -> dict[str, float]:
-    """Subtract the counts of the row's baseline, if it has one, from its own *counts*."""
-    for baseline in table.rows:
-        trained = table.recipe_of(baseline)
-        if baseline.id == printed.baseline and trained is not None:
-            reference = _count_network(baseline, read_recipe(*trained), table)
-            names = (name for column, (name, _) in COUNTS.items() if column in {"gflops", "params"})
-            return {
-                f"extra {name}": (counts[name].found or 0) - (reference[name].found or 0) for name in names
-            }
-    return {}
+    """Subtract the counts of the row's baseline from its own *counts*; the result is empty without one."""
+    baseline = next((row for row in table.rows if row.id == printed.baseline), None)
+    trained = None if baseline is None else table.recipe_of(baseline)
+    if baseline is None or trained is None:
+        return {}
+    reference, names = _count_network(baseline, read_recipe(*trained), table), ("GFLOPs", "parameters (M)")
+    return {f"extra {name}": (counts[name].found or 0) - (reference[name].found or 0) for name in names}

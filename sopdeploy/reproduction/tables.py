@@ -48,9 +48,9 @@ class PrintedRow(StrictModel):
 
     Errors (`top1`, `top5`) are percentages; `heads` has the errors of the branch of each stage. `counts` are
     the figures in the table's `columns` that `published.toml` does not have. `facts` are other printed
-    figures by name: `counts.py` counts extra costs, `results.py` measures speed and increments, others are
-    only shown. Extra costs and increments are relative to the row `baseline`. None stands for a figure that
-    is not printed.
+    figures by name: `counts.py` compares epochs and extra costs, `results.py` measures speed and increments,
+    others are only shown. Extra costs and increments are relative to the row `baseline`. None stands for a
+    figure that is not printed.
 
     `set` are changes to the table's recipe, as for `sopdeploy train --set`. `needs` maps a key of the recipe
     to the row whose `best.pt` is its value. `pretrained` is a row of another table, "TABLE/ROW", whose
