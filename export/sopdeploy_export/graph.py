@@ -100,17 +100,16 @@ def output_names(network: nn.Module) -> tuple[str, ...]:
 def compute_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     """Compute the exported outputs of *network*, in eval mode, for normalized *pixels* (B, 3, H, W).
 
-    Its attribute `export_embedding` is the name of a linear layer whose input (B, D) is the last output.
-    Raises the errors of `_network_outputs`.
+    If *network* has an attribute `export_embedding`, the name of a linear layer, the input (B, D) of this
+    layer is the last output. Raises the errors of `_network_outputs`.
     """
-    name, inputs = vars(network).get(EXPORT_EMBEDDING), []
+    name = vars(network).get(EXPORT_EMBEDDING)
     if name is None:
         return _network_outputs(network, pixels)
-    hook = network.get_submodule(name).register_forward_pre_hook(lambda _, values: inputs.append(values[0]))
-    try:
+    inputs: list[Tensor] = []
+    layer = network.get_submodule(name)
+    with layer.register_forward_pre_hook(lambda _, values: inputs.append(values[0])):
         outputs = _network_outputs(network, pixels)
-    finally:
-        hook.remove()
     return (*outputs, inputs[0])
 
 
@@ -124,8 +123,8 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
         return network.outputs_tuple(pixels)
     output, key = network(pixels), vars(network).get(EXPORT_LOGITS)
     if isinstance(key, str) and not isinstance(output, Mapping):
-        output, key = getattr(output, key, output), None
-    if key is not None and not isinstance(output, Tensor):
+        output = getattr(output, key, output)
+    elif key is not None and not isinstance(output, Tensor):
         try:
             output = output[key]
         except (LookupError, TypeError) as error:
@@ -236,18 +235,19 @@ def _simplify_pooling(program: ExportedProgram) -> None:
 
     Average pooling to one position becomes the mean that ATen computes for it. After the mean, ATen restores
     the strides of a map in channels-last layout with `as_strided` (AdaptiveAveragePooling.cpp), which
-    torch-tensorrt cannot convert, and ONNX needs five operators for it. Pooling with `ceil_mode` loses it if
-    ATen leaves out every window that begins behind the map, which the shapes of ONNX include.
+    torch-tensorrt cannot convert, and ONNX needs five operators for it. `ceil_mode` of max pooling is turned
+    off where the result has the same size without it: ONNX counts windows that begin behind the map, ATen
+    does not.
     """
     aten = torch.ops.aten
     for node in program.graph.find_nodes(op="call_function", target=aten.adaptive_avg_pool2d.default):
         if node.args[1] == [1, 1]:
             node.target, node.args = aten.mean.dim, (node.args[0], [-1, -2], True)
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
-        if len(node.args) > 5 and node.args[5]:
-            x, *options = node.args[:5]
-            whole = torch.empty(x.meta["val"].shape[1:], device="meta")
-            if aten.max_pool2d(whole, *options).shape[1:] == node.meta["val"].shape[2:]:
+        x, *options, ceil_mode = node.args if len(node.args) == 6 else (*node.args, False)
+        if ceil_mode:
+            image = torch.empty(x.meta["val"].shape[1:], device="meta")
+            if aten.max_pool2d(image, *options).shape[1:] == node.meta["val"].shape[2:]:
                 node.args = (x, *options)
     program.graph_module.recompile()
 
@@ -258,17 +258,17 @@ def _name_all_axes(program: ExportedProgram) -> None:
         text, arrow, result = node.args[0].replace(" ", "").partition("->")
         if "..." not in text:
             continue
-        result = (
-            result
-            if arrow
-            else "..." + "".join(sorted(x for x in set(text) - set(",.") if text.count(x) == 1))
-        )
-        free, most = [letter for letter in ascii_letters if letter not in text], ""
-        terms = text.split(",")
-        for i, (term, operand) in enumerate(zip(terms, node.args[1], strict=True)):
-            labels = "".join(reversed(free[: operand.meta["val"].ndim - len(term.replace("...", ""))]))
-            terms[i], most = term.replace("...", labels), max(most, labels, key=len)
-        equation = f"{','.join(terms)}->{result.replace('...', most)}"
+        if not arrow:  # the default: the labels that occur once, in alphabetical order
+            result = "..." + "".join(sorted(x for x in set(text) - set(",.") if text.count(x) == 1))
+        free = [letter for letter in ascii_letters if letter not in text]
+        terms, longest = [], ""
+        for term, operand in zip(text.split(","), node.args[1], strict=True):
+            num_hidden = operand.meta["val"].ndim - len(term.replace("...", ""))
+            # The last hidden axes of all terms are the same ones, so labels are counted from the last.
+            labels = "".join(reversed(free[:num_hidden]))
+            longest = max(longest, labels, key=len)
+            terms.append(term.replace("...", labels))
+        equation = f"{','.join(terms)}->{result.replace('...', longest)}"
         node.args = (equation, *node.args[1:])
     program.graph_module.recompile()
 
@@ -404,13 +404,9 @@ def _expm1(values: Tensor) -> Tensor:
 
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
     """Write the angle of the point (x, y), also if a coordinate is 0 or -0."""
-    below, left = ((value < 0) | (1 / value < 0) for value in (y, x))
+    below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
     turn = torch.where(left, torch.where(below, -torch.pi, torch.pi), 0.0)
     return torch.where(y == 0, y, (y / x).atan()) + turn
-
-
-def _log_sigmoid(values: Tensor) -> Tensor:
-    return -torch.nn.functional.softplus(-values)
 
 
 def _sort(values: Tensor, *, stable: bool, dim: int = -1, descending: bool = False) -> Any:
@@ -430,7 +426,7 @@ DECOMPOSED = {
     torch.ops.aten.atan2.default: _atan2,
     torch.ops.aten.expm1.default: _expm1,
     torch.ops.aten.log1p.default: _log1p,
-    torch.ops.aten.log_sigmoid.default: _log_sigmoid,
+    torch.ops.aten.log_sigmoid.default: lambda values: -torch.nn.functional.softplus(-values),
     torch.ops.aten.argsort.stable: lambda *args, **options: _sort(*args, **options)[1],
     torch.ops.aten.sort.stable: _sort,
 }
@@ -439,8 +435,8 @@ DECOMPOSED = {
 def _decompose(program: ExportedProgram) -> ExportedProgram:
     """Write the operators in `DECOMPOSED` in a form that the converter knows; *program* does not change.
 
-    The converter's results of attention have other strides than those of torch, for which a view may be
-    impossible: views read a copy.
+    The converter's results of attention have other strides than those of torch, with which a view may be
+    impossible. Views of such results therefore read a copy.
     """
     if not any(node.target in DECOMPOSED for node in program.graph.nodes):
         return program

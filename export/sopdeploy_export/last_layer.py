@@ -33,11 +33,8 @@ def find_last_layer(
     if layer is None:
         return None
     results: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _part, _inputs, output: results.append(output))
-    try:
+    with layer.register_forward_hook(lambda _part, _inputs, output: results.append(output)):
         logits = Deployed(network, preprocess).eval()(torch.from_numpy(images))[0]
-    finally:
-        hook.remove()
     returned = len(results) == 1 and torch.equal(results[0].nan_to_num(), logits.nan_to_num())
     return layer if returned else None
 
@@ -49,9 +46,9 @@ def add_embedding_output(
     classes: int,
     training_only: Sequence[str],
 ) -> None:
-    """Make the input of the last linear layer an output of *network*; the arguments are as above.
+    """Make the input of the last linear layer an output of *network*, in place.
 
-    Raises `LoweringError` if no linear layer computes the logits.
+    The arguments are as in `find_last_layer`. Raises `LoweringError` if no linear layer computes the logits.
     """
     layer = find_last_layer(network, preprocess, images, classes, training_only)
     if layer is None:

@@ -110,18 +110,21 @@ class _Recorder(fx.Interpreter):
         call = _as_call(n, arguments, results)
         if call is not None and (description := _describe(call)) not in _equal:
             known = self.calls.setdefault(description, call)
-            if call.size < known.size:
+            if call.size < known.size:  # of calls with one description, the smallest is compared
                 self.calls[description] = call
         return results
 
 
 def _as_call(node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any) -> _Call | None:
     """Return the call of *node*; None if it has no operands or no results that can be compared."""
-    leaves = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
     is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
-    is_tensor = isinstance(results, Tensor | list | tuple)
-    if not (is_aten and is_tensor and node.users) or any(leaf.is_complex() for leaf in leaves):
+    has_tensors = isinstance(results, Tensor | list | tuple)
+    if not (is_aten and has_tensors and node.users):
         return None
+    leaves = [leaf for leaf in tree_leaves((arguments, results)) if isinstance(leaf, Tensor)]
+    if any(leaf.is_complex() for leaf in leaves):
+        return None
+    # Of several results, the users are `getitem` nodes, whose second argument is the position.
     positions: set[Any] = {0} if isinstance(results, Tensor) else {user.args[1] for user in node.users}
     target = cast(OpOverload, node.target)
     call = _Call(target, arguments, tuple(sorted(positions)), module_of(node))
@@ -159,6 +162,7 @@ def check_operators(program: ExportedProgram, images: NDArray[np.uint8]) -> None
 def _compare(calls: Sequence[_Call]) -> None:
     """Compare *calls*; raise `LoweringError` for the first that ONNX Runtime cannot run or that differs."""
     operands = [_fill(call, ORDINARY, 0) for call in calls]
+    # The names of the operands and results of each call in one graph that contains all calls.
     inputs = [[f"operand {i} {j}" for j in range(len(some))] for i, some in enumerate(operands)]
     outputs = [[f"result {i} {j}" for j in call.used] for i, call in enumerate(calls)]
     with capturing():
@@ -166,7 +170,7 @@ def _compare(calls: Sequence[_Call]) -> None:
     model = ir.to_proto(convert(program, list(chain(*inputs)), list(chain(*outputs))))
     extractor, constants = Extractor(model), {tensor.name for tensor in model.graph.initializer}
     for call, names, results in zip(calls, inputs, outputs, strict=True):
-        if constants.intersection(results):  # it depends on shapes only, as `zeros_like` does
+        if constants.intersection(results):  # the call depends on shapes only, as `zeros_like` does
             continue
         part = extractor.extract_model(names, results).SerializeToString()
         _compare_values(call, part, names, results)
@@ -191,7 +195,11 @@ def _compare_values(call: _Call, part: bytes, names: Sequence[str], results: Seq
 
 
 def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
-    """Fill operands of *call* with *values*, all pairs of them for an elementwise operator; keep integers."""
+    """Fill operands of *call* with *values* in turn, from number *start* on; keep integers.
+
+    The operands of an elementwise operator count like the digits of a number, so that all pairs of values
+    occur. Those of other operators begin at different values.
+    """
     filled, stride = [], 1
     for number, operand in enumerate(call.operands):
         positions = start + np.arange(operand.numel())
@@ -209,8 +217,8 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
 def _rounds(call: _Call) -> Iterator[list[Tensor]]:
     """Yield operands of *call*: the ordinary values, negative ones, and those that are far from them.
 
-    Operators that add elements get fourth roots of these values and no NaN: the order of additions decides
-    whether a sum overflows. Integers are not computed of such values.
+    Operators that add elements get fourth roots of the extreme values and no NaN, because the order of
+    additions decides whether a sum overflows. Operators with integer results get ordinary values only.
     """
     info = torch.finfo(torch.float32)
     extreme = (info.tiny, -info.tiny, info.tiny / 4, -info.tiny / 4, info.max, -info.max, math.nan)
@@ -222,16 +230,18 @@ def _rounds(call: _Call) -> Iterator[list[Tensor]]:
     if any(result.dtype not in (torch.float32, torch.bool) for result in call.run(first)):
         return
     values = (*ORDINARY, *extreme)
-    rounds = -(-(len(values) ** 2) // call.size) if call.elementwise else 1
+    num_pairs = len(values) ** 2
+    rounds = math.ceil(num_pairs / call.size) if call.elementwise else 1
     for number in range(min(rounds, MAX_ROUNDS)):
         yield _fill(call, values, number * call.size)
 
 
 def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> None:
     """Raise `LoweringError` if *found* differs from *expected* by more than rounding."""
-    wrong, values = _is_wrong(call, given, found, expected), "values of another shape"
+    wrong = _is_wrong(call, given, found, expected)
     if not wrong.any():
         return
+    values = "values of another shape"
     if found.shape == expected.shape:
         position = int(wrong.flatten().nonzero()[0])
         values = f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
@@ -244,18 +254,22 @@ def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor
 
 def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:
     """Mark the elements of *found* that differ from *expected*; all of them if the shapes differ."""
-    if found.shape != expected.shape or not expected.is_floating_point():
-        return found != expected if found.shape == expected.shape else torch.tensor(True)
+    if found.shape != expected.shape:
+        return torch.tensor(True)
+    if not expected.is_floating_point():
+        return found != expected
     sizes = [operand.nan_to_num(0).abs() for operand in given if operand.is_floating_point()]
     if call.elementwise:
-        scale = sum(sizes, torch.zeros_like(expected)) + (call.name in NOT_NEAR_ZERO)
+        scale = sum(sizes, torch.zeros_like(expected)) + (1 if call.name in NOT_NEAR_ZERO else 0)
         allowed = ROUNDING * torch.finfo(expected.dtype).eps * scale + TOLERANCE * expected.abs()
         compared = ~expected.isnan()
     else:
+        # A sum of products can cancel, so its error is relative to the product of the largest operands.
+        factors = sorted(float(values.max()) for values in sizes if values.numel())[-2:]
         finite = expected.where(expected.isfinite(), 0).abs()
-        factors = sorted(float(values.max()) for values in sizes if values.numel())[-2:]  # sums cancel
         largest = max(math.prod(factors), float(finite.max()) if finite.numel() else 0.0)
         allowed, compared = torch.tensor(TOLERANCE * largest), expected.isfinite()
     if call.name in NOT_NAN:
         compared &= ~found.isnan()
-    return (found != expected) & ~((found - expected).abs() <= allowed) & compared
+    is_within = (found - expected).abs() <= allowed  # false for NaN
+    return (found != expected) & ~is_within & compared

@@ -32,17 +32,7 @@ from sopdeploy_export.last_layer import add_embedding_output, fold_temperature
 from sopdeploy_export.model_card import render_model_card
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity import torch_program
-from sopdeploy_export.parity.compare import (
-    GateRun,
-    ParityReference,
-    compare_file,
-    compute_reference,
-    file_outputs,
-    find_gate,
-    is_decided,
-    open_session,
-)
+from sopdeploy_export.parity import compare, torch_program
 from sopdeploy_export.precision.convert import CapturedGraph, convert_precision
 from sopdeploy_export.proof.batch import NO_RULE, find_mixing
 from sopdeploy_export.proof.certificate import Certificate, certify
@@ -92,12 +82,11 @@ def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -
 
     A server would replace one network by the other. Without hashes of images, nothing is compared.
     """
-    images, manifests = (
-        set(checkpoint.image_hashes.tolist()),
-        (one.manifest for one in read_bundles(destination)),
-    )
-    others = [one.origin for one in manifests if one is not None and one.origin and one.project == project]
-    if images and others and all(one.sample and images.isdisjoint(one.sample) for one in others):
+    images = set(checkpoint.image_hashes.tolist())
+    manifests = [found.manifest for found in read_bundles(destination)]
+    origins = [one.origin for one in manifests if one is not None and one.origin and one.project == project]
+    have_other_images = all(origin.sample and images.isdisjoint(origin.sample) for origin in origins)
+    if images and origins and have_other_images:
         raise ConfigError(
             f"{destination}: has a network named {project} that was trained on other images; give another "
             "name or, to replace it on servers, this one",
@@ -106,10 +95,7 @@ def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -
 
 
 def export_subject(
-    subject: ExportSubject,
-    destination: Path,
-    options: ExportOptions,
-    on_step: Callable[[str], None],
+    subject: ExportSubject, destination: Path, options: ExportOptions, on_step: Callable[[str], None]
 ) -> Exported:
     """Export *subject* as a bundle in *destination*, as `export_checkpoint` does."""
     check_exportable(subject.network, subject.detachment.training_only)
@@ -136,8 +122,10 @@ def export_subject(
             accuracy.reject(precision)
         on_step("comparing the file with the network")
         deployed = Deployed(certified.network, preprocess).eval()
-        expected = compute_reference(deployed, images, converted.run, options.precision, converted.gate)
-        parity = compare_file(file, expected, images, options.batch, allow_drift=options.allow_drift)
+        expected = compare.compute_reference(
+            deployed, images, converted.run, options.precision, converted.gate
+        )
+        parity = compare.compare_file(file, expected, images, options.batch, allow_drift=options.allow_drift)
         if options.pt2:
             on_step("writing and checking network.pt2")
             content = torch_program.serialize_program(certified.program, certificate)
@@ -235,7 +223,7 @@ def count_costs(network: nn.Module, shipped: nn.Module, side: int) -> tuple[Coun
     return trained.total(), tally(shipped, side).total()
 
 
-def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: ParityReport) -> Probes:
+def as_probes(images: NDArray[np.uint8], expected: compare.ParityReference, parity: ParityReport) -> Probes:
     """Create the bundle's probes from the *images* (P, H, W, 3) that were compared.
 
     If drift was allowed, the tolerance of an output is at least twice its observed drift.
@@ -252,23 +240,23 @@ def as_probes(images: NDArray[np.uint8], expected: ParityReference, parity: Pari
 
 
 def write_golden_examples(
-    subject: ExportSubject, folder: Path, gate: GateRun | None, parity: ParityReport, tolerance: float
+    subject: ExportSubject, folder: Path, gate: compare.GateRun | None, parity: ParityReport, tolerance: float
 ) -> None:
     """Write golden examples; leave out images for which rounding can change the choice of the *gate*.
 
     *tolerance* is that of the probes' logits.
     """
-    session = open_session(folder / ONNX_FILE)
+    session = compare.open_session(folder / ONNX_FILE)
 
     def run(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = file_outputs(session, pixels[None], 1)[LOGITS][0]
+        logits: NDArray[np.float32] = compare.file_outputs(session, pixels[None], 1)[LOGITS][0]
         return logits
 
     def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
         if gate is None or parity.routing is None:
             return True
-        logits, chosen = gate(torch.tensor(pixels[None])), find_gate(subject.network).chosen
-        return bool(is_decided(logits, chosen, parity.routing.tolerance).all())
+        logits, chosen = gate(torch.tensor(pixels[None])), compare.find_gate(subject.network).chosen
+        return bool(compare.is_decided(logits, chosen, parity.routing.tolerance).all())
 
     write_golden(folder, subject.preprocess, run, TOLERANCES * tolerance, has_decided_gate)
 

@@ -1,12 +1,10 @@
-"""Merkle hashes over a captured program and over an ONNX graph.
+"""Merkle hashes over a captured program; `sopdeploy.bundle.onnx_root` has those over an ONNX graph.
 
 The root covers the outputs. The hash of an operation covers its name, every argument of its schema with
 defaults filled in, and the hashes of its operands in order. Weights and constants are hashed by content,
 inputs by position, dtype and (symbolic) shape. Names are not hashed, nor are operations that no output
 depends on. So a network that was trained with branches has the root of the plain network if and only if its
-output is computed the same way. The hash of an ONNX graph, which connects a certificate with a file, is built
-likewise from operators, attributes and ordered operands (`sopdeploy.bundle.onnx_root`). Both take linear
-time.
+output is computed the same way.
 """
 
 import hashlib
@@ -253,12 +251,14 @@ class _ValueHasher:
         target: Any = node.target
         value = node.meta.get("val")
         operands = [self.known.get(operand) for operand in node.all_input_nodes]
+        # The value of an image is unknown; a size that stays symbolic is known as text.
+        are_numbers = not any(operand is None or isinstance(operand, str) for operand in operands)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             size = value.node.expr.subs(self.sizes)
             self.known[node] = int(size) if size.is_Integer else str(size)
         elif _is_random(node):
             raise CertificateError(f"{target} draws random numbers")
-        elif not any(operand is None or isinstance(operand, str) for operand in operands):
+        elif are_numbers:
             args, kwargs = fx.map_arg((node.args, node.kwargs), self.known.__getitem__)
             with torch.no_grad():
                 self.known[node] = target(*args, **kwargs)
@@ -269,7 +269,7 @@ class _ValueHasher:
             self.reshaped[node] = source, before
             self.hashes[node] = source if shape == before else hash_parts("reshape", source, shape)
         else:
-            encoded = (_encode(value, self._hash) for value in self._arguments(node))
+            encoded = (_encode(value, self._hash) for value in self._unified_arguments(node))
             self.hashes[node] = hash_parts(str(target), *encoded)
             self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
 
@@ -279,8 +279,8 @@ class _ValueHasher:
             return self._shape(node) == self._shape(node.all_input_nodes[0])
         return _name(node) in VALUE_LAYOUT and str(node.target) != "aten.view.dtype"
 
-    def _arguments(self, node: fx.Node) -> list[Any]:
-        """List the arguments of *node*; equal sizes and positions have one form."""
+    def _unified_arguments(self, node: fx.Node) -> list[Any]:
+        """List the arguments of *node*, with one form for equal sizes of `expand`, positions of `slice`."""
         arguments = _arguments(node)
         if _name(node) == "aten.expand":
             return [arguments[0], self._shape(node)]
@@ -314,14 +314,15 @@ def module_of(node: fx.Node) -> str:
 
 
 def _is_random(node: fx.Node) -> bool:
-    """Return whether *node* draws random numbers; dropout with p = 0, also in attention, does not."""
+    """Return whether *node* draws random numbers; dropout in eval mode or with p = 0 does not."""
     target: Any = node.target
     if torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ()):
         return False
     names = [argument.name for argument in target._schema.arguments]
     arguments = dict(zip(names, _arguments(node), strict=True))
-    off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))
-    return not off and all(arguments.get(name) is not False for name in ("train", "training"))
+    is_off = any(arguments.get(name) == 0 for name in ("p", "dropout_p"))  # `dropout_p` of attention
+    is_eval = any(arguments.get(name) is False for name in ("train", "training"))
+    return not is_off and not is_eval
 
 
 def _constant(node: fx.Node) -> Tensor:

@@ -2,10 +2,8 @@
 
 `ParityReport` is the content of `parity.json`, `PrecisionReport` that of `precision.json`.
 
-Tolerances are multiples of a measured noise floor. The reference is the network in float64. The noise floor
-of an output is the distance between that reference and the network's own run in the exported precision. The
-file may drift by `FLOORS_BY_PRECISION` noise floors: 16 in float32, where reordered sums and folded batch
-norms cause 1 to 4; 4 in a reduced precision, where the floor already contains the rounding to that precision.
+Tolerances are multiples of the noise floor that `parity.compare` measures: 16 in float32, where reordered
+sums and folded batch norms cause 1 to 4; 4 in a reduced precision, whose rounding the floor contains.
 """
 
 import math
@@ -138,15 +136,17 @@ def count_flips(
 
     *rerouted* (P,) marks images whose gate chose other components.
     """
-    network, file = expected.argmax(axis=1), values.argmax(axis=1)
+    top_of_network, top_of_file = expected.argmax(axis=1), values.argmax(axis=1)
     images = np.arange(len(expected))
-    within = expected[images, network] - expected[images, file] <= 2 * tolerance
+    margins = expected[images, top_of_network] - expected[images, top_of_file]
+    within = margins <= 2 * tolerance  # both logits may drift, towards each other
     by_cause: dict[FlipCause, NDArray[np.bool_]] = {
         "noise": within & ~rerouted,
         "routing": rerouted,
         "error": ~within & ~rerouted,
     }
-    return {cause: int((mask & (network != file)).sum()) for cause, mask in by_cause.items()}
+    flipped = top_of_network != top_of_file
+    return {cause: int((mask & flipped).sum()) for cause, mask in by_cause.items()}
 
 
 class Quantization(StrictModel):

@@ -15,15 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import (
-    BuiltinFunctionType,
-    CodeType,
-    FrameType,
-    FunctionType,
-    GeneratorType,
-    ModuleType,
-    NoneType,
-)
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, GeneratorType, ModuleType, NoneType
 from typing import Any
 
 import numpy as np
@@ -144,15 +136,16 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     """List what *value* holds, each with the end of its path; nothing for libraries and their objects."""
     kind = value if isinstance(value, type) else type(value)
     library = kind.__module__.partition(".")[0]
+    is_users = library not in LIBRARIES
     if isinstance(value, FunctionType):
         if (value.__module__ or "").partition(".")[0] not in LIBRARIES:
             yield from _used_by(value)
     elif isinstance(value, type):
-        if library not in LIBRARIES:
+        if is_users:
             yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
     elif isinstance(value, (Tensor, ModuleType, *FIXED)):
         return
-    elif isinstance(value, nn.Module) or library not in LIBRARIES - {*_CONTAINERS}:
+    elif isinstance(value, nn.Module) or is_users or library in _CONTAINERS:
         held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
             held = object.__getattribute__(value, "__dict__")
@@ -170,8 +163,11 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
     if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # slots, iterators, methods
-        position = value.gi_frame.f_lasti if isinstance(value, GeneratorType) and value.gi_frame else None
-        yield " (state)", position if type(value).__module__ not in _CONTAINERS else _shown(value)
+        if type(value).__module__ in _CONTAINERS:
+            yield " (state)", _shown(value)
+        else:
+            is_running = isinstance(value, GeneratorType) and value.gi_frame
+            yield " (state)", value.gi_frame.f_lasti if is_running else None
         yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
 
 
@@ -228,10 +224,9 @@ def unwritten(network: nn.Module) -> Iterator[None]:
     after = read_state(network)
     for path, leaf in before.items():
         if isinstance(leaf, Identity) and isinstance(leaf.value, Tensor) and after.get(path) != leaf:
-            scaled = (
-                getattr(dict(modules(network)).get(path.rpartition(".")[0]), "max_norm", None) is not None
-            )
-            remedy = ": scale its rows once, and set max_norm to None" if scaled else ""
+            owner = dict(modules(network)).get(path.rpartition(".")[0])
+            scales_rows = getattr(owner, "max_norm", None) is not None  # as `nn.Embedding` can
+            remedy = ": scale its rows once, and set max_norm to None" if scales_rows else ""
             raise LoweringError(f"the network writes to {path} while it runs; {STATELESS}{remedy}")
 
 
@@ -260,7 +255,8 @@ class InPlaceWrites(TorchDispatchMode):
             value = arguments.get(argument.name)
             if argument.is_write and isinstance(value, Tensor):
                 path = self._paths.get(value.untyped_storage().data_ptr())
-                self.written += [] if path is None else [path]
+                if path is not None:
+                    self.written.append(path)
         return func(*args, **(kwargs or {}))
 
 
@@ -288,9 +284,8 @@ class PythonReads(TorchFunctionMode):
         del types
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
         tensors_only = all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
-        if self.first is None and (
-            name in self.CALLBACKS or not (tensors_only or name in self.FIXED_BY_GRAPH)
-        ):
+        is_read = name in self.CALLBACKS or not (tensors_only or name in self.FIXED_BY_GRAPH)
+        if self.first is None and is_read:
             module = _caller()
             if module.partition(".")[0] != "sopdeploy_export" and not module.startswith("torch.nn."):
                 self.first = f"{name} in {module}"

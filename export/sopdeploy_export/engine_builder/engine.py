@@ -16,18 +16,7 @@ import onnx
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
 from sopdeploy.errors import LoweringError
-from sopdeploy.tensorrt.cache import (
-    EngineKey,
-    EngineRecord,
-    Gpu,
-    Profile,
-    StoredEngine,
-    cache_folder,
-    key_fields,
-    load_engine,
-    parse_profiles,
-    store_engine,
-)
+from sopdeploy.tensorrt import cache
 from sopdeploy.tensorrt.session import Cuda, EngineSession, import_tensorrt, open_cuda
 from sopdeploy_export.engine_builder.build import Report, cast_images_first, parse_and_build
 from sopdeploy_export.options import EngineOptions
@@ -38,7 +27,7 @@ class Engine:
     """A plan in the cache and its record; `reason` says why it was built, or is None if it was cached."""
 
     path: Path
-    record: EngineRecord
+    record: cache.EngineRecord
     reason: str | None
 
 
@@ -54,16 +43,16 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
             f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
             "with --precision int8 --int8-for tensorrt"
         )
-    profiles = parse_profiles(options.profiles, bundle.manifest.batch)
+    profiles = cache.parse_profiles(options.profiles, bundle.manifest.batch)
     if options.via == "torch-tensorrt":  # it builds plans with one profile
-        profiles = (Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
+        profiles = (cache.Profile(minimum=profiles[0].minimum, maximum=profiles[-1].maximum),)
     trt, cuda = import_tensorrt(), open_cuda()
     gpu = cuda.gpu()
-    fields: dict[str, Any] = {**key_fields(bundle, str(trt.__version__), gpu)}
-    key = EngineKey(**fields, profiles=profiles, via=options.via)
-    folder = cache_folder(bundle, options.cache)
-    cached = "--rebuild was given" if options.rebuild else load_engine(folder, dict(key))
-    if isinstance(cached, StoredEngine):
+    fields: dict[str, Any] = {**cache.key_fields(bundle, str(trt.__version__), gpu)}
+    key = cache.EngineKey(**fields, profiles=profiles, via=options.via)
+    folder = cache.cache_folder(bundle, options.cache)
+    cached = "--rebuild was given" if options.rebuild else cache.load_engine(folder, dict(key))
+    if isinstance(cached, cache.StoredEngine):
         report("replaying the probes on the cached engine")
         replay_probes(trt, cuda, bundle, cached.plan, key)
         return Engine(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
@@ -72,17 +61,17 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     plan = build_plan(trt, gpu, bundle, key, report)
     seconds = round(time.monotonic() - begin, 3)
     report("checking outputs")
-    record = EngineRecord(
+    record = cache.EngineRecord(
         key=key,
         plan_sha256=hashlib.sha256(plan).hexdigest(),
         plan_bytes=len(plan),
         build_seconds=seconds,
         replays=replay_probes(trt, cuda, bundle, plan, key),
     )
-    return Engine(path=store_engine(folder, plan, record), record=record, reason=cached)
+    return Engine(path=cache.store_engine(folder, plan, record), record=record, reason=cached)
 
 
-def build_plan(trt: Any, gpu: Gpu, bundle: Bundle, key: EngineKey, report: Report) -> bytes:
+def build_plan(trt: Any, gpu: cache.Gpu, bundle: Bundle, key: cache.EngineKey, report: Report) -> bytes:
     """Build the plan for *key* from the graph of *bundle*, or from its program by torch-tensorrt.
 
     A build may use a quarter of the GPU's memory.
@@ -96,7 +85,9 @@ def build_plan(trt: Any, gpu: Gpu, bundle: Bundle, key: EngineKey, report: Repor
     return parse_and_build(trt, graph, key.profiles, workspace, report)
 
 
-def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
+def replay_probes(
+    trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: cache.EngineKey
+) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
     Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an

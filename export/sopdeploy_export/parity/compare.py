@@ -31,17 +31,9 @@ from sopdeploy.bundle.manifest import GATES, BatchRange, Precision
 from sopdeploy.environment import EXACT_INT8, lacks_vnni
 from sopdeploy.errors import ParityError
 from sopdeploy.layers.export_hints import export_hints
+from sopdeploy_export import results
 from sopdeploy_export.graph import INPUT, Deployed, output_names
 from sopdeploy_export.proof.networks import copy_module
-from sopdeploy_export.results import (
-    FLOORS_BY_PRECISION,
-    LOGITS,
-    PROVIDER,
-    OutputParity,
-    ParityReport,
-    RoutingParity,
-    count_flips,
-)
 
 Arrays = dict[str, NDArray[Any]]
 BatchRun = Callable[[Tensor], tuple[Tensor, ...]]
@@ -100,7 +92,7 @@ def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> or
     source = str(model) if isinstance(model, Path) else model.SerializeToString()
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return ort.InferenceSession(source, options, providers=[PROVIDER])
+    return ort.InferenceSession(source, options, providers=[results.PROVIDER])
 
 
 def file_outputs(session: ort.InferenceSession, images: NDArray[np.uint8], batch: int) -> Arrays:
@@ -135,37 +127,36 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
     gate = find_gate(deployed.network)
     computed: list[Tensor] = []
     hook = gate.feature.register_forward_hook(
-        lambda _part, _inputs, feature: computed.append(gate.logits(feature))
+        lambda _, _inputs, feature: computed.append(gate.logits(feature))
     )
-    try:
-        with torch.no_grad():
-            deployed(pixels)
-    finally:
-        hook.remove()
+    with hook, torch.no_grad():
+        deployed(pixels)
     return computed[0].numpy()
 
 
 def is_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
     """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
-    ranked = -np.sort(-logits, axis=1)
-    margins = ranked[:, chosen - 1 : chosen] - ranked[:, chosen:]
+    ranked = -np.sort(-logits, axis=1)  # the largest first
+    margins = ranked[:, chosen - 1 : chosen] - ranked[:, chosen:]  # of the last one that is chosen
     return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)
 
 
-def compare_routes(exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float) -> RoutingParity:
+def compare_routes(
+    exact: NDArray[Any], rounded: NDArray[Any], chosen: int, floors: float
+) -> results.RoutingParity:
     """Find the images whose route to *chosen* components can be compared.
 
     *exact* and *rounded* are the gate logits (P, N) in float64 and in the exported precision; the tolerance
     is *floors* times their difference.
     """
-    rounding = FOUR_ROUNDINGS * float(np.abs(exact).max())
-    noise = max(rounding, float(np.abs(rounded - exact).max()))
-    decided = is_decided(exact, chosen, floors * noise)
-    # A stable sort resolves ties in favor of the lower index, as the gate does.
-    order, own = (np.argsort(-logits, axis=1, kind="stable")[:, :chosen] for logits in (exact, rounded))
-    unchanged = (np.sort(order, axis=1) == np.sort(own, axis=1)).all(axis=1)
-    compared = decided if decided.any() else unchanged
-    return RoutingParity(
+    noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
+    compared = decided = is_decided(exact, chosen, floors * noise)
+    if not decided.any():  # the images with the same components after rounding
+        # A stable sort resolves ties in favor of the lower index, as the gate does.
+        routes = (np.argsort(-logits, axis=1, kind="stable")[:, :chosen] for logits in (exact, rounded))
+        route, route_after_rounding = (np.sort(route, axis=1) for route in routes)
+        compared = (route == route_after_rounding).all(axis=1)
+    return results.RoutingParity(
         noise_floor=noise,
         tolerance=floors * noise,
         num_undecided=int((~decided).sum()),
@@ -180,7 +171,7 @@ class ParityReference:
     outputs: Arrays
     noise_floor: dict[str, float]
     precision: Precision = "fp32"
-    routing: RoutingParity | None = None
+    routing: results.RoutingParity | None = None
 
 
 def compute_reference(
@@ -200,16 +191,16 @@ def compute_reference(
     run = run or deployed
     names, network64 = output_names(deployed.network), copy_module(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
-        exact = _network_outputs(network64, names, images, BATCH_IN_FLOAT64)
-    batched = _network_outputs(run, names, images, BATCH)
-    single = _network_outputs(run, names, images[:SINGLE_IMAGES], 1)
-    routing, compared = None, np.ones(len(images), dtype=bool)
+        exact = _run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
+    batched = _run_in_batches(run, names, images, BATCH)
+    single = _run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
+    routing = None
     if (gate_layer := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
         rounded = gate_logits(deployed, pixels) if gate is None else gate(pixels)
-        exact_logits, floors = gate_logits(network64, pixels), FLOORS_BY_PRECISION[precision]
+        exact_logits, floors = gate_logits(network64, pixels), results.FLOORS_BY_PRECISION[precision]
         routing = compare_routes(exact_logits, rounded, gate_layer.chosen, floors)
-        compared[list(routing.left_out)] = False
+    compared = _compared_images(routing, len(images))
     if not compared.any():
         raise ParityError(
             f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
@@ -236,7 +227,15 @@ def compute_reference(
     return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
 
 
-def _network_outputs(run: BatchRun, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
+def _compared_images(routing: results.RoutingParity | None, count: int) -> NDArray[np.bool_]:
+    """Mark those of *count* images that *routing* does not leave out."""
+    compared = np.ones(count, dtype=np.bool_)
+    if routing is not None:
+        compared[list(routing.left_out)] = False
+    return compared
+
+
+def _run_in_batches(run: BatchRun, names: Sequence[str], images: NDArray[np.uint8], batch: int) -> Arrays:
     """Run *images* in batches of at most *batch* and concatenate the outputs by name."""
     pixels = torch.from_numpy(images)
     with torch.no_grad():
@@ -252,7 +251,7 @@ def compare_file(
     batch: BatchRange,
     *,
     allow_drift: bool = False,
-) -> ParityReport:
+) -> results.ParityReport:
     """Compare the ONNX file at *path* with *expected* on uint8 *images* (P, H, W, 3).
 
     Raises `ParityError` if an output exceeds its tolerance or is not finite, or if a class changed despite a
@@ -260,22 +259,24 @@ def compare_file(
     always raise.
     """
     session, model = open_session(path), onnx.load(path)
-    sizes = sorted({1, min(2, batch.maximum), batch.optimum, min(batch.maximum - 1, LARGEST_BATCH) or 1})
+    below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
+    sizes = sorted({1, min(2, batch.maximum), batch.optimum, below_maximum})
     by_size = {size: file_outputs(session, images, size) for size in sizes}
-    routing, compared = expected.routing, np.ones(len(images), dtype=bool)
-    if routing is not None:
-        compared[list(routing.left_out)] = False
+    routing = expected.routing
+    compared = _compared_images(routing, len(images))
     outputs = {name: _compare_output(name, by_size, expected, compared) for name in expected.outputs}
-    logits = expected.outputs[LOGITS]
-    report = ParityReport(
+    logits = expected.outputs[results.LOGITS]
+    report = results.ParityReport(
         precision=expected.precision,
         runtime=f"onnxruntime {ort.__version__}",
-        provider=PROVIDER,
+        provider=results.PROVIDER,
         num_images=len(images),
-        floors_allowed=FLOORS_BY_PRECISION[expected.precision],
+        floors_allowed=results.FLOORS_BY_PRECISION[expected.precision],
         outputs=outputs,
         spread=logit_spread(logits[compared]),
-        flips=count_flips(by_size[1][LOGITS], logits, outputs[LOGITS].tolerance, ~compared),
+        flips=results.count_flips(
+            by_size[1][results.LOGITS], logits, outputs[results.LOGITS].tolerance, rerouted=~compared
+        ),
         routing=routing,
         operators=dict(sorted(Counter(node.op_type for node in model.graph.node).items())),
         file_bytes=path.stat().st_size,
@@ -293,12 +294,12 @@ def compare_file(
 
 def _compare_output(
     name: str, by_size: dict[int, Arrays], expected: ParityReference, compared: NDArray[np.bool_]
-) -> OutputParity:
-    """Compare the output *name* of the file, by batch size, with float64 and with that of single images."""
+) -> results.OutputParity:
+    """Compare the output *name* of the file at every batch size with float64 and with single images."""
     exact, alone = expected.outputs[name], by_size[1][name]
-    return OutputParity(
+    return results.OutputParity(
         noise_floor=expected.noise_floor[name],
-        tolerance=FLOORS_BY_PRECISION[expected.precision] * expected.noise_floor[name],
+        tolerance=results.FLOORS_BY_PRECISION[expected.precision] * expected.noise_floor[name],
         drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
         batch_difference=max(max_drift(name, file[name], alone, compared) for file in by_size.values()),
     )
@@ -325,16 +326,17 @@ def max_drift(name: str, values: NDArray[Any], expected: NDArray[Any], compared:
     return float(np.abs(values.astype(np.float64) - expected)[compared].max(initial=0.0))
 
 
-def _first_violation(report: ParityReport) -> str | None:
+def _first_violation(report: results.ParityReport) -> str | None:
     """Describe the first limit that *report* exceeds, if any; a cause is checked before its effects."""
     if report.unverifiable:
         floor = report.logits.noise_floor
-        # A file that ignores its input is wrong by half of the spread or more.
+        share = floor / max(report.spread, floor * 1e-6)  # limited, because the spread can be 0
+        # A file that ignores its input is wrong by half of the spread, so this share is the tolerance.
+        too_large_share = 0.5 / report.floors_allowed
         return (
-            f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is "
-            f"{floor / max(report.spread, floor * 1e-6):.0%} of the spread of the logits, and at "
-            f"{0.5 / report.floors_allowed:.1%} or more a file that ignores its input would pass; "
-            + ("train longer" if report.precision == "fp32" else "train longer, or choose precision fp32")
+            f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is {share:.0%} of the "
+            f"spread of the logits, and at {too_large_share:.1%} or more a file that ignores its input would "
+            "pass; train longer" + ("" if report.precision == "fp32" else ", or choose precision fp32")
         )
     for name, output in report.outputs.items():
         if output.largest_drift > output.tolerance:

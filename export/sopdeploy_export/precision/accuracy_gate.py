@@ -108,20 +108,16 @@ def accuracy(
 ) -> Accuracy:
     """Compare the classes that the *float32* graph and the *exported* graph predict.
 
-    The drop is the loss of top-1. Without the labels *truth*, it is the fraction of images whose class
-    differs, which is an upper bound of this loss.
+    The drop is the loss of top-1 in percentage points. Without the labels *truth*, it is the percentage of
+    images whose class differs, which is an upper bound of this loss.
     """
-    agree = int((float32 == exported).sum())
-    before = None if truth is None else float((float32 == truth).mean())
-    after = None if truth is None else float((exported == truth).mean())
-    lost = 1 - agree / len(float32) if before is None or after is None else before - after
-    return Accuracy(
-        num_images=len(float32),
-        before=before,
-        after=after,
-        num_agreeing=agree,
-        drop=round(100 * lost, 6),
-    )
+    count, agree = len(float32), int((float32 == exported).sum())
+    if truth is None:
+        drop = round(100 * (1 - agree / count), 6)
+        return Accuracy(num_images=count, before=None, after=None, num_agreeing=agree, drop=drop)
+    before, after = float((float32 == truth).mean()), float((exported == truth).mean())
+    drop = round(100 * (before - after), 6)
+    return Accuracy(num_images=count, before=before, after=after, num_agreeing=agree, drop=drop)
 
 
 def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8]:

@@ -11,8 +11,8 @@ Everything else is converted to float16, including the classifier.
 
 Before the casts, batch norms are folded in float64 into the convolutions before them: y = s (W x) + t is the
 convolution (s W) x + t. Rounding the weights once, after folding, is more accurate than the ONNX converter,
-which folds weights that are already rounded. A batch norm is folded only if
-the captured program shows that nothing else reads the output of the convolution, and that both run once.
+which folds weights that are already rounded. A batch norm is folded only if the captured program shows that
+nothing else reads the output of the convolution, and that both run once.
 """
 
 from functools import partial
@@ -133,9 +133,11 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
     signature, folds = program.graph_signature, 0
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     for node in program.graph.nodes:
-        if node.target is not BATCH_NORM or node.args[0].target not in _CONVOLUTIONS or node.args[1] is None:
+        if node.target is not BATCH_NORM:
             continue
         convolved, norm_weight = node.args[:2]
+        if convolved.target not in _CONVOLUTIONS or norm_weight is None:
+            continue
         weights = convolved.args[1], norm_weight
         weight_names = [names.get(weight.name) for weight in weights]
         if None in weight_names or any(len(value.users) != 1 for value in (convolved, *weights)):

@@ -19,25 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
+from sopdeploy.bundle.manifest import Int8For
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
-from sopdeploy_export.graph import (
-    Deployed,
-    capture_any_batch,
-    generated_images,
-    lower,
-    output_names,
-)
+from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower, output_names
 from sopdeploy_export.options import ExportOptions
-from sopdeploy_export.parity.compare import (
-    BatchRun,
-    GateRun,
-    file_outputs,
-    find_gate,
-    gate_logits,
-    open_session,
-)
+from sopdeploy_export.parity import compare
 from sopdeploy_export.precision.casts import float32_parts, in_float16, weight_dtypes
 from sopdeploy_export.program_hashes import module_of
 from sopdeploy_export.results import PrecisionReport, Quantization
@@ -108,8 +96,8 @@ class ConvertedGraph:
     """
 
     model: onnx.ModelProto
-    run: BatchRun
-    gate: GateRun | None
+    run: compare.BatchRun
+    gate: compare.GateRun | None
     precision: PrecisionReport
 
 
@@ -162,7 +150,8 @@ def convert_precision(
     int8 needs *accuracy* with calibration images. Raises `LoweringError` if the types in the graph are not
     the requested ones, or as `check_headroom` does.
     """
-    detached, source = certified.network, certified
+    detached = certified.network
+    source = certified  # of the conversion; in fp16, with casts
     if options.precision == "fp16":
         source = cast_types(certified, preprocess, options)
         photographs = [] if accuracy is None else accuracy.photographs(PHOTOGRAPHS)
@@ -170,21 +159,16 @@ def convert_precision(
         check_headroom(source.program, probes, options.max_batch)
     for node in source.model.graph.node:
         del node.metadata_props[:]  # the parts, which only messages name
-    run: BatchRun
-    gate: GateRun | None
+    run: compare.BatchRun
+    gate: compare.GateRun | None
     quantization = None
     if options.precision == "int8" and accuracy is not None:
-        from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
-
-        runtime, images = options.int8_for, accuracy.calibration
-        quantizer = Int8Quantizer(source.model, images, float32_parts(detached), runtime)
-        model, layers = quantizer.quantize(), len(quantizer.chosen)
-        quantization = Quantization(runtime=runtime, num_images=len(images), num_layers=layers)
+        model, quantization = _quantize(source, accuracy.calibration, options.int8_for)
         run, gate = run_unfused(model), _gate_of_file(model, detached)
     else:
         model = source.model
         run = deployed = Deployed(source.network, preprocess).eval()
-        gate = None if find_gate(detached) is None else partial(gate_logits, deployed)
+        gate = None if compare.find_gate(detached) is None else partial(compare.gate_logits, deployed)
     if options.precision == "fp16":
         check_float16(model, detached)
     return ConvertedGraph(
@@ -197,21 +181,32 @@ def convert_precision(
     )
 
 
-def run_unfused(model: onnx.ModelProto) -> BatchRun:
+def _quantize(
+    source: CapturedGraph, images: NDArray[np.uint8], runtime: Int8For
+) -> tuple[onnx.ModelProto, Quantization]:
+    """Quantize the graph of *source* for *runtime*, with the ranges of *images* (P, H, W, 3)."""
+    from sopdeploy_export.precision.int8 import Int8Quantizer  # noqa: PLC0415 # takes half a second
+
+    quantizer = Int8Quantizer(source.model, images, float32_parts(source.network), runtime)
+    model, layers = quantizer.quantize(), len(quantizer.chosen)
+    return model, Quantization(runtime=runtime, num_images=len(images), num_layers=layers)
+
+
+def run_unfused(model: onnx.ModelProto) -> compare.BatchRun:
     """Build a function that runs *model* operator by operator, without fusions."""
-    session = open_session(model, optimized=False)
+    session = compare.open_session(model, optimized=False)
     fixed_batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value  # 0 if the batch varies
 
     def run(pixels: Tensor) -> tuple[Tensor, ...]:
-        outputs = file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))
+        outputs = compare.file_outputs(session, pixels.numpy(), fixed_batch or len(pixels))
         return tuple(torch.from_numpy(values) for values in outputs.values())
 
     return run
 
 
-def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> GateRun | None:
+def _gate_of_file(model: onnx.ModelProto, network: nn.Module) -> compare.GateRun | None:
     """Build a function that computes the gate's logits with *model*, without fusions; None without a gate."""
-    gate = find_gate(network)
+    gate = compare.find_gate(network)
     if gate is None:
         return None
     name = next(name for name, module in network.named_modules() if module is gate)

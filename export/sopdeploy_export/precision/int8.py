@@ -21,6 +21,7 @@ each channel by E[(W' - W) x], which is subtracted from the bias.
 """
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import partial
@@ -162,7 +163,8 @@ class Int8Quantizer:
             if node.op_type != "Conv" or node.input[1] not in sizes or is_in(node.input[1], *in_float):
                 continue
             groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-            if int(sizes[node.input[1]][1]) * groups > IMAGE_CHANNELS:
+            num_input_channels = int(sizes[node.input[1]][1]) * groups
+            if num_input_channels > IMAGE_CHANNELS:
                 chosen.add(node.name)
         return chosen
 
@@ -195,15 +197,12 @@ class Int8Quantizer:
             if node.op_type == "DequantizeLinear"
         }
         inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
-        original = {tensor.name: tensor for tensor in self.model.graph.initializer}
-        errors = {}
-        for node in self.model.graph.node:
-            if node.name in self.chosen and node.input[2] in original:
-                names = codes_and_scale[inputs[node.name][1]]
-                codes, scale = (numpy_helper.to_array(tensors[name]) for name in names)
-                weight = numpy_helper.to_array(original[node.input[1]])
-                rounded = codes * scale.reshape(-1, *[1] * (codes.ndim - 1))
-                errors[node.name] = (weight - rounded).astype(np.float32)
+        errors = {}  # of the weights, by convolution
+        for convolution, weight in self._weights_with_bias().items():
+            _, weight_name, _ = inputs[convolution]
+            codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
+            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))
+            errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)
         # A convolution is linear: with the weight errors as weights, it computes the missing output.
         for convolution, missing in self._mean_outputs(errors).items():
             bias = inputs[convolution][2]
@@ -216,6 +215,15 @@ class Int8Quantizer:
                 stored = tensors[bias]
                 corrected = (numpy_helper.to_array(stored) + missing).astype(np.float32)
             stored.CopyFrom(numpy_helper.from_array(corrected, stored.name))
+
+    def _weights_with_bias(self) -> dict[str, NDArray[np.float32]]:
+        """Return the float32 weights of the chosen convolutions whose bias is constant, by name."""
+        constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        return {
+            node.name: numpy_helper.to_array(constants[node.input[1]])
+            for node in self.model.graph.node
+            if node.name in self.chosen and node.input[2] in constants
+        }
 
     def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:
         """Compute the mean output per channel (C,) of the named convolutions, with *weights* in them."""
@@ -247,11 +255,9 @@ def _shortcuts(model: onnx.ModelProto, chosen: set[str]) -> list[str]:
     Of two convolutions whose outputs are added, the one in the shortcut shares its input with other nodes.
     """
     producers = {node.output[0]: node for node in model.graph.node if node.name in chosen}
-    used = [name for node in model.graph.node for name in node.input]
-    return [
-        value
-        for node in model.graph.node
-        if node.op_type == "Add" and all(name in producers for name in node.input)
-        for value in node.input
-        if used.count(producers[value].input[0]) > 1
-    ]
+    num_readers = Counter(name for node in model.graph.node for name in node.input)
+    added: list[str] = []
+    for node in model.graph.node:
+        if node.op_type == "Add" and all(name in producers for name in node.input):
+            added += node.input
+    return [name for name in added if num_readers[producers[name].input[0]] > 1]

@@ -80,8 +80,12 @@ class TracedValue:
         return any(not np.array_equal(content, self.contents[0]) for content in self.contents)
 
     def at(self, axis: int) -> Place:
-        """Return the place with the batch axis moved to *axis*."""
+        """Return the place with the batch axis, if any, moved to *axis*."""
         return _NONE if self.axis is None else Place(axis, self.place.inner)
+
+    def shifted(self, axes: int) -> Place:
+        """Return the place with the batch axis, if any, moved by *axes*, to the right if this is positive."""
+        return _NONE if self.axis is None else Place(self.axis + axes, self.place.inner)
 
     def numbers(self) -> list[int]:
         """List the integers of a constant."""
@@ -141,15 +145,17 @@ def varying(shapes: Shapes) -> int | None:
 
 
 def elementwise(call: Call) -> Place:
-    """Align the last axes of all operands."""
-    return agree(*(v.at((v.axis or 0) + call.rank - v.rank) for v in call.inputs if v is not None))
+    """Align the operands at their last axes, as broadcasting does."""
+    return agree(*(value.shifted(call.rank - value.rank) for value in call.inputs if value is not None))
 
 
 def along(call: Call, axes: Sequence[int], *, keeps: Any = True) -> Place:
     """Combine elements of `x` along *axes*, which the result lacks unless the operator *keeps* them."""
     axis = call.x.axis
     _require(axis not in axes and common(call.inputs[1:]) == _NONE)
-    return call.x.at((axis or 0) - (0 if keeps else sum(other < (axis or 0) for other in set(axes))))
+    if keeps or axis is None:
+        return call.x.place
+    return call.x.shifted(-sum(removed < axis for removed in set(axes)))
 
 
 def reduces(call: Call) -> Place:
@@ -191,19 +197,17 @@ def reshapes(call: Call) -> Place:
 def transposes(call: Call) -> Place:
     """Permute the axes."""
     order = list(call.attributes.get("perm", reversed(range(call.x.rank))))
-    return call.x.at(order.index(call.x.axis or 0) if order else 0)
+    return _NONE if call.x.axis is None else call.x.at(order.index(call.x.axis))
 
 
 def multiplies(call: Call) -> Place:
-    """Multiply matrices, with a sum over the last axis of the first and the one before it of the second."""
+    """Multiply matrices, whose batch axis is not one of the two axes that are summed over."""
     a, b = call.x, call[1]
-    # The axes of the images, counted from the last one: -1 and lower.
-    axis_of_a, axis_of_b = ((value.axis or 0) - value.rank for value in (a, b))
     are_matrices = a.rank > 1 and b.rank > 1
-    _require(a.axis is None or axis_of_a != -1)
-    _require(b.axis is None or (axis_of_b != -2 and are_matrices))
+    _require(a.axis != a.rank - 1)
+    _require(b.axis is None or (b.axis != b.rank - 2 and are_matrices))
     missing = 1 if b.rank == 1 else 0  # the product with a vector lacks the last axis
-    return agree(a.at(call.rank + axis_of_a + missing), b.at(call.rank + axis_of_b))
+    return agree(a.shifted(call.rank + missing - a.rank), b.shifted(call.rank - b.rank))
 
 
 def gemm(call: Call) -> Place:
@@ -211,7 +215,7 @@ def gemm(call: Call) -> Place:
     a, b = call.x, call[1]
     _require(a.axis in (None, call.attributes.get("transA", 0)))
     _require(b.axis in (None, 1 - call.attributes.get("transB", 0)))
-    return agree(a.at(0), b.at(1), *(c.at((c.axis or 0) + 2 - c.rank) for c in call.inputs[2:] if c))
+    return agree(a.at(0), b.at(1), *(added.shifted(2 - added.rank) for added in call.inputs[2:] if added))
 
 
 def einsum(call: Call) -> Place:
@@ -241,29 +245,36 @@ def joins(call: Call) -> Place:
 
 
 def within(call: Call) -> Place:
-    """Index or write within each row; all operands have the batch axis, or none has it."""
+    """Index or write along another axis than the batch; all operands have the batch axis, or none has it."""
     _require(len({value.axis for value in call.inputs if value is not None}) == 1)
     place = common(call.inputs)
-    _require(place == _NONE or place.axis != call.axis(0))
+    _require(place.axis != call.axis(0))
     return place
 
 
 def slices(call: Call) -> Place:
     """Cut other axes than the batch at constant positions, and this one between whole batches."""
-    starts = [start.reshape(-1).tolist() for start in call[1].contents]
-    at = call.axes(3, range(len(starts[0])))
-    steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(at)
-    for axis, step, *firsts in zip(at, steps, *starts, strict=True):
-        if axis != call.x.axis:
-            _require(len(set(firsts)) == 1)
-            continue
-        parts = set()
-        for batch, first, shape, part in zip(_BATCHES, firsts, call.x.shapes, call.shapes, strict=True):
-            rows, first = batch * (call.x.place.inner or 1), max(first + shape[axis] * (first < 0), 0)
-            _require(step == 1 and first % rows == part[axis] % rows == 0)
-            parts.add((first // rows, part[axis] // rows))
-        _require(len(parts) == 1)
+    starts = [start.reshape(-1).tolist() for start in call[1].contents]  # by batch size
+    axes = call.axes(3, range(len(starts[0])))
+    steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(axes)
+    for axis, step, *starts_of_axis in zip(axes, steps, *starts, strict=True):
+        if axis == call.x.axis:
+            _require(step == 1 and _cuts_whole_batches(call, axis, starts_of_axis))
+        else:
+            _require(len(set(starts_of_axis)) == 1)
     return call.x.place
+
+
+def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
+    """Return whether the slice that begins at *starts* has the same whole batches for each batch size."""
+    slices_in_batches = set()
+    for batch, start, shape, result in zip(_BATCHES, starts, call.x.shapes, call.shapes, strict=True):
+        rows = batch * (call.x.place.inner or 1)
+        first = max(start + shape[axis] if start < 0 else start, 0)
+        if first % rows or result[axis] % rows:
+            return False
+        slices_in_batches.add((first // rows, result[axis] // rows))
+    return len(slices_in_batches) == 1
 
 
 def pads(call: Call) -> Place:
@@ -273,32 +284,36 @@ def pads(call: Call) -> Place:
 
 
 def repeats(call: Call, *, tile: bool = False) -> Place:
-    """Repeat a value, or a constant for each image; copies of a whole constant are rows of one image."""
+    """Repeat a value with a batch axis, or a constant so often that the result gets a batch axis.
+
+    All rows of an expanded constant are equal and fit any image. With *tile*, each image gets a whole copy.
+    """
     axis = varying(call.shapes)
     if axis is None or call.x.axis is not None:
         return elementwise(call)
-    return Place(axis, call.shapes[0][axis] // _BATCHES[0] if tile else None)
+    rows_of_image = call.shapes[0][axis] // _BATCHES[0]
+    return Place(axis, rows_of_image if tile else None)
 
 
 def counts(call: Call) -> Place:
     """Number the images from 0, or list constants."""
-    axis = varying(call.shapes)
-    _require(
-        axis is None or (call.x.numbers(), call[2].numbers(), call.shapes[0]) == ([0], [1], _BATCHES[:1])
-    )
-    return _NONE if axis is None else Place(0, 1)
+    if varying(call.shapes) is None:
+        return _NONE
+    start, step = call.x.numbers(), call[2].numbers()
+    _require(start == [0] and step == [1] and call.shapes[0] == _BATCHES[:1])
+    return Place(0, 1)
 
 
 def gathers(call: Call) -> Place:
     """Select along another axis than the batch, from a constant table, or the row of the own image."""
     data, indices, axis = call.x, call[1], call.axis(0)
-    place_of_indices = indices.at(axis + (indices.axis or 0))  # their axes replace *axis* in the result
+    place_of_indices = indices.shifted(axis)  # their axes replace *axis* in the result
     if data.axis == axis:
         _require(indices.counts == "all" and data.shapes[0][axis] == _BATCHES[0])  # image i takes row i
         return place_of_indices
     _require(_NONE in (data.place, indices.place) and not indices.counts)  # at most one has the batch
-    added_in_front = indices.rank - 1 if (data.axis or 0) > axis else 0
-    return agree(data.at((data.axis or 0) + added_in_front), place_of_indices)
+    is_behind = data.axis is not None and data.axis > axis
+    return agree(data.shifted(indices.rank - 1 if is_behind else 0), place_of_indices)
 
 
 def gathers_nd(call: Call) -> Place:
@@ -318,7 +333,7 @@ def gathers_nd(call: Call) -> Place:
         return common([data, indices])
     first_kept = shared + indices.shapes[0][-1]  # axis of the data behind those of the positions
     _require(indices.axis is None and data.axis >= first_kept)
-    return data.at(indices.rank - 1 + data.axis - first_kept)
+    return data.shifted(indices.rank - 1 - first_kept)
 
 
 def writes_nd(call: Call) -> Place:
@@ -326,20 +341,30 @@ def writes_nd(call: Call) -> Place:
     data, indices, updates = call.x, call[1], call[2]
     if own_rows(data, indices, 0) and updates.axis == indices.axis is not None:
         return agree(data.place, Place(0, indices.place.inner), Place(0, updates.place.inner))
-    indexed = indices.shapes[0][-1]
+    first_kept = indices.shapes[0][-1]  # axis of the data behind those of the positions
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
-    _require(data.axis is None or data.axis >= indexed)
-    return agree(data.place, updates.at((updates.axis or 0) - indices.rank + 1 + indexed))
+    _require(data.axis is None or data.axis >= first_kept)
+    return agree(data.place, updates.shifted(first_kept - (indices.rank - 1)))
+
+
+def encodes(call: Call) -> Place:
+    """Insert an axis of classes, which moves a batch axis at this position or behind it."""
+    is_moved = call.x.axis is not None and call.axis(-1, call.rank) <= call.x.axis
+    return call.x.shifted(1 if is_moved else 0)
 
 
 def own_rows(data: TracedValue, indices: TracedValue, shared: int) -> bool:
     """Return whether the first index is the number of the image, and axis 0 of *data* the batch."""
-    counts = "first" if indices.shapes[0][-1] > 1 else "all"
-    return data.axis == 0 == shared and data.shapes[0][0] == _BATCHES[0] and indices.counts == counts
+    numbers_images = indices.counts == ("first" if indices.shapes[0][-1] > 1 else "all")
+    return data.axis == 0 and shared == 0 and data.shapes[0][0] == _BATCHES[0] and numbers_images
 
 
 def recurs(call: Call) -> list[Place]:
-    """Run a recurrent layer over (length, batch, features), with states (directions, batch, features)."""
+    """Run a recurrent layer over (length, batch, features), with states (directions, batch, features).
+
+    Inputs 5 and 6 are the first states, the others weights and lengths. The outputs are all results
+    (length, directions, batch, features) and the last states.
+    """
     place = common([call.x, *call.inputs[5:7]])
     _require(place.axis in (None, 1) and common([*call.inputs[1:5], *call.inputs[7:]]) == _NONE)
     _require(not call.attributes.get("layout"))
@@ -365,7 +390,7 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "Trilu": lambda call: along(call, range(call.x.rank)[-2:]),
     "Det": lambda call: along(call, range(call.x.rank)[-2:], keeps=False),
     "DFT": lambda call: along(call, [call.axis(1)]),
-    "OneHot": lambda call: call.x.at((call.x.axis or 0) + (call.axis(-1, call.rank) <= (call.x.axis or 0))),
+    "OneHot": encodes,
     "Expand ConstantOfShape": repeats, "Tile": partial(repeats, tile=True),
     "Concat": joins, "Split": splits, "EyeLike": lambda _: _NONE,
     "GatherElements ScatterElements": within, "GatherND": gathers_nd, "ScatterND": writes_nd,
@@ -418,8 +443,8 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
-        one_row = value.axis == 0 and value.shapes[0][0] == _BATCHES[0] and not value.counts
-        if not value.mixed and not one_row:
+        has_row_per_image = value.axis == 0 and value.shapes[0][0] == _BATCHES[0]
+        if not value.mixed and (not has_row_per_image or value.counts):
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
 
@@ -427,8 +452,9 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
 def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
     """Infer the shapes of the results of *node*, and the contents of small ones that depend on sizes only."""
     version = next(opset.version for opset in opsets if opset.domain == node.domain)
-    schema, types = defs.get_schema(node.op_type, version, node.domain), []
+    schema = defs.get_schema(node.op_type, version, node.domain)
     named = {name: value for name, value in zip(node.input, inputs, strict=True) if value is not None}
+    types = []  # of all results, for each batch size
     for i in range(len(_BATCHES)):
         known = {name: numpy_helper.from_array(v.contents[i]) for name, v in named.items() if v.contents}
         given = {name: helper.make_tensor_type_proto(v.type, v.shapes[i]) for name, v in named.items()}
@@ -440,20 +466,24 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
             raise ValueError("onnx infers no shape")
         sizes = [tuple(size.dim_value for size in tensor.shape.dim) for tensor in tensors]
         results.append(TracedValue(tensors[0].elem_type, sizes) if tensors else TracedValue())
-    shapes, feeds = results[0].shapes, []
-    if node.op_type == "Shape":
-        feeds = [{node.input[0]: np.broadcast_to(False, s)} for s in named[node.input[0]].shapes]
-    elif (
-        len(set(shapes)) == 1
-        and math.prod(shapes[0]) <= _MOST_NUMBERS
-        and all(v.contents for v in named.values())
-    ):
-        feeds = [{name: v.contents[i] for name, v in named.items()} for i in range(len(_BATCHES))]
+    feeds = _known_operands(node, named, results[0].shapes)
     runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
     results = [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
     if runs and any(value.is_size for value in named.values()):
         _require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, results)))
     return results
+
+
+def _known_operands(
+    node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
+) -> list[dict[str, NDArray[Any]]]:
+    """Return the operands of *node* by batch size; none if its result, of *shapes*, is not evaluated."""
+    if node.op_type == "Shape":  # does not read the contents
+        return [{node.input[0]: np.broadcast_to(False, shape)} for shape in named[node.input[0]].shapes]
+    is_small = len(set(shapes)) == 1 and math.prod(shapes[0]) <= _MOST_NUMBERS
+    if not is_small or not all(value.contents for value in named.values()):
+        return []
+    return [{name: value.contents[i] for name, value in named.items()} for i in range(len(_BATCHES))]
 
 
 def is_linear(value: TracedValue) -> bool:
@@ -462,10 +492,13 @@ def is_linear(value: TracedValue) -> bool:
     With `_SIZE_OPERATORS`, this then holds for all sizes between them: a product of two sizes is not linear,
     and the rounding of a quotient is monotonic.
     """
-    if not value.contents or value.contents[0].dtype.kind == "b":
-        return not value.contents
+    if not value.contents:
+        return True
+    if value.contents[0].dtype.kind == "b":
+        return False
+    exact = [content.astype(object) for content in value.contents]  # Python's numbers do not overflow
     steps = [after - before for before, after in pairwise(_BATCHES)]
-    changes = [after - before for before, after in pairwise(c.astype(object) for c in value.contents)]
+    changes = [after - before for before, after in pairwise(exact)]
     return bool(np.all(changes[0] * steps[1] == changes[1] * steps[0]))
 
 
@@ -474,36 +507,42 @@ def locate(
 ) -> list[TracedValue]:
     """Find the batch axes of *results*; raise `MixesError` if no rule shows that images are independent."""
     sizes = _SIZES.get(node.op_type, ())
-    _require(not any(value and value.is_size and i not in sizes for i, value in enumerate(inputs)))
+    data = [value for i, value in enumerate(inputs) if value and i not in sizes]
+    _require(not any(value.is_size for value in data))
     call = Call(node, inputs, results[0].shapes)
     places = _RULES[node.op_type](call)
+    if isinstance(places, Place):  # one for all results
+        places = [places] * len(results)
     counts = counting(node.op_type, call)
     counted = [value for value in inputs if value and value.counts]
-    _require(counts or not counted or (node.op_type in TAKES_INDICES and counted == [inputs[1]]))
-    located = [
-        replace(result, place=place, counts=counts)
-        for result, place in zip(
-            results, places if isinstance(places, list) else [places] * len(results), strict=False
-        )
-    ]
+    selects_rows = node.op_type in TAKES_INDICES and counted == [inputs[1]]
+    _require(counts or not counted or selects_rows)
+    pairs = zip(results, places, strict=False)  # a recurrent layer can have fewer results
+    located = [replace(result, place=place, counts=counts) for result, place in pairs]
     _require(all(map(has_whole_images, located)))
     return located
 
 
 def has_whole_images(value: TracedValue) -> bool:
     """Return whether the batch axis is the one whose size changes, with as many rows for every image."""
-    if not value.shapes or varying(value.shapes) != value.axis:
-        return not value.shapes
-    return value.axis is None or value.shapes[0][value.axis] % (_BATCHES[0] * (value.place.inner or 1)) == 0
+    if not value.shapes:  # an optional result that the graph leaves out
+        return True
+    axis = varying(value.shapes)
+    if axis is None or axis != value.axis:
+        return axis == value.axis
+    return value.shapes[0][axis] % (_BATCHES[0] * (value.place.inner or 1)) == 0
 
 
 def counting(kind: str, call: Call) -> Literal["", "all", "first"]:
     """Return the `TracedValue.counts` of the result of an operator."""
+    is_count = call.x.counts == "all"
     if kind in SAME_NUMBERS:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
-        return "all" if call.x.counts == "all" and not wraps else ""
+        return "all" if is_count and not wraps else ""
     if kind == "Range":
-        return "all" if varying(call.shapes) is not None and call.x.type == TensorProto.INT64 else ""
-    columns = [value.counts for value in call.inputs if value is not None]
-    is_first = kind == "Concat" and columns[0] == "all" and not any(columns[1:])
-    return "first" if is_first and call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1 else ""
+        is_count = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
+        return "all" if is_count else ""
+    if kind != "Concat" or any(value.counts for value in call.inputs[1:] if value is not None):
+        return ""
+    has_one_column = call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
+    return "first" if is_count and has_one_column else ""

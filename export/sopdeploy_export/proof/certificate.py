@@ -207,18 +207,11 @@ def _assert_equal_graphs(
     """
     captured = _capture_networks(networks, preprocess, batch, captured_trained)
     reference, first = next(iter(captured.items()))
-    distinct = {id(programs): programs for programs in captured.values()}  # networks can share programs
-    computed = {
-        key: {
-            "any batch size": program_root(programs.any_batch),
-            "a batch of one": program_root(programs.batch_of_one),
-        }
-        for key, programs in distinct.items()
-    }
+    expected = _compute_roots(first)
     _assert_equal_sizes(first)
-    expected = computed[id(first)]
     for role, programs in captured.items():
-        for size, root in computed[id(programs)].items():
+        roots = expected if programs is first else _compute_roots(programs)
+        for size, root in roots.items():
             reached = sorted({name.removeprefix(NETWORK_PREFIX) for name in root.state} & removed)
             if reached:
                 raise CertificateError(
@@ -236,6 +229,13 @@ def _assert_equal_graphs(
         num_operations=len(expected["any batch size"].nodes),
     )
     return captured, shared
+
+
+def _compute_roots(programs: Captured) -> dict[str, ProgramRoot]:
+    return {
+        "any batch size": program_root(programs.any_batch),
+        "a batch of one": program_root(programs.batch_of_one),
+    }
 
 
 def _capture_networks(

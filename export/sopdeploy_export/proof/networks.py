@@ -222,9 +222,10 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
     Raises `LoweringError` if a method of the user's classes fails, or returns a part of *network* itself.
     """
     memo = {} if memo is None else memo
-    for value in (value for _, module in modules(network) for value in vars(module).values()):
-        if type(value) in LOCKS:  # which deepcopy cannot copy
-            memo[id(value)] = LOCKS[type(value)]()
+    for _, module in modules(network):
+        for value in vars(module).values():
+            if type(value) in LOCKS:  # which deepcopy cannot copy
+                memo[id(value)] = LOCKS[type(value)]()
     try:
         copied = copy.deepcopy(network, memo)
     except Exception as error:  # classes can define how they are copied

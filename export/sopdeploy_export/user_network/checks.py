@@ -18,28 +18,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from sopdeploy.errors import CertificateError, LoweringError, first_line
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_export.graph import (
-    EXPORT_LOGITS,
-    Captured,
-    Deployed,
-    capture,
-    capture_any_batch,
-    generated_images,
-)
+from sopdeploy_export import graph, state
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.program_hashes import value_root
 from sopdeploy_export.proof.networks import check_hooks, copy_module
-from sopdeploy_export.state import (
-    STATELESS,
-    InPlaceWrites,
-    PythonReads,
-    first_change,
-    held_tensors,
-    modules,
-    preserved,
-    read_state,
-    tensors,
-)
 
 WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _IMAGES = 4  # probes that are computed eagerly
@@ -79,14 +61,14 @@ def copy_for_export(network: nn.Module, role: str, logits: str | int | None = No
     if not isinstance(network, nn.Module):
         raise LoweringError(f"the {role} network is a {type(network).__name__}, not a torch.nn.Module")
     network = unwrap(network)
-    for name, module in modules(network):
+    for name, module in state.modules(network):
         check_module(f"{name} of the {role} network" if name else f"the whole {role} network", module)
     check_hooks(network, role)
-    for name, tensor in tensors(network).items():
+    for name, tensor in state.tensors(network).items():
         check_tensor(name, tensor)
     copied = copy_module(network).cpu().eval()
     if logits is not None:
-        vars(copied)[EXPORT_LOGITS] = logits
+        vars(copied)[graph.EXPORT_LOGITS] = logits
     return copied
 
 
@@ -129,7 +111,7 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def check_outputs(
-    deployed: Deployed, preprocess: Preprocess, classes: int, role: str
+    deployed: graph.Deployed, preprocess: Preprocess, classes: int, role: str
 ) -> tuple[str | None, tuple[str, ...]]:
     """Run the network on probe images and check shape, finiteness and state.
 
@@ -137,17 +119,17 @@ def check_outputs(
     the network fails, returns no (B, classes) logits or changes its state, or if the logits of an image
     depend on earlier runs.
     """
-    images, network = torch.from_numpy(generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
-    new = read_state(network)
+    images, network = torch.from_numpy(graph.generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
+    at_start = state.read_state(network)
     first = _run(deployed, images, role, classes)
     _run(deployed, images[:1], role, classes)
-    before = read_state(network)
-    with InPlaceWrites(network) as writes, PythonReads() as reads:
+    filled = state.read_state(network)  # the next runs must not change it
+    with state.InPlaceWrites(network) as writes, state.PythonReads() as reads:
         _run(deployed, images[:1], role, classes)
     logits = _run(deployed, images, role, classes)
-    changed = first_change(before, read_state(network)) or next(iter(writes.written), None)
+    changed = state.first_change(filled, state.read_state(network)) or next(iter(writes.written), None)
     if changed is not None:
-        raise LoweringError(f"{changed} changes while the {role} network runs; {STATELESS}")
+        raise LoweringError(f"{changed} changes while the {role} network runs; {state.STATELESS}")
     if reads.first is not None:
         raise LoweringError(
             f"Python code of the {role} network reads tensors ({reads.first}); a graph has one path for all "
@@ -159,12 +141,13 @@ def check_outputs(
     warnings = []
     if torch.equal(logits, logits[:1].expand_as(logits)):
         warnings.append(f"the {role} network returns the same logits for every probe image; is it trained?")
-    if (logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all():
+    are_probabilities = (logits >= 0).all() and ((logits.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all()
+    if are_probabilities:
         warnings.append(
             f"the {role} network ends in a softmax, and the service applies another one: export the network "
             "without it"
         )
-    return first_change(new, before), tuple(warnings)
+    return state.first_change(at_start, filled), tuple(warnings)
 
 
 def check_finite(logits: Tensor, role: str) -> None:
@@ -203,60 +186,62 @@ def _run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor
 @contextmanager
 def prepared(given: nn.Module, logits: str | int | None) -> Iterator[None]:
     """Put *given*, the user's network, into eval mode, uncompiled, until the block ends."""
-    with preserved(given):
+    with state.preserved(given):
         given.eval()
-        for _, module in modules(given):
+        for _, module in state.modules(given):
             vars(module)["_compiled_call_impl"] = None
         if logits is not None:
-            vars(given)[EXPORT_LOGITS] = logits
+            vars(given)[graph.EXPORT_LOGITS] = logits
         yield
 
 
 def capture_given(
     given: nn.Module, copied: nn.Module, preprocess: Preprocess, classes: int, options: ExportOptions
-) -> Captured:
+) -> graph.Captured:
     """Capture *given*, the user's network, and check that *copied*, which is exported, computes the same.
 
     They can differ because a class can define how it is copied. Both networks run on probe images; unless
     *given* is on a GPU, their graphs are also compared. Raises `LoweringError` if they differ.
     """
-    devices = {tensor.device for tensor in tensors(given).values()} or {torch.device("cpu")}
+    devices = {tensor.device for tensor in state.tensors(given).values()} or {torch.device("cpu")}
     on_cpu = devices == {torch.device("cpu")}
-    same_memory = on_cpu and all(tensor.is_contiguous() for tensor in tensors(given).values())
+    same_memory = on_cpu and all(tensor.is_contiguous() for tensor in state.tensors(given).values())
     device = next(iter(devices))
-    images = torch.from_numpy(generated_images(preprocess.crop))
-    deployed = Deployed(given, preprocess).eval()
+    images = torch.from_numpy(graph.generated_images(preprocess.crop))
+    deployed = graph.Deployed(given, preprocess).eval()
     deployed.normalise.to(device)
     tolerance = 0.0 if same_memory else (LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE)
     for batch in (images, images[:1]):
-        with preserved(given), preserved(copied):  # caches are empty again when they are captured
+        with state.preserved(given), state.preserved(copied):  # caches are empty again when they are captured
             expected = _run(deployed, batch.to(device), "given", classes).cpu()
-            logits = _run(Deployed(copied, preprocess).eval(), batch, "trained", classes)
+            logits = _run(graph.Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
         if not bool(((logits - expected).abs() <= tolerance * expected.abs().max()).all()):
             raise LoweringError(OTHER_COPY)
     if same_memory and not options.with_features:
-        return capture(given, preprocess, options.batch)
-    captured = capture(copied, preprocess, options.batch)
+        return graph.capture(given, preprocess, options.batch)
+    captured = graph.capture(copied, preprocess, options.batch)
     if on_cpu:
-        program = capture_any_batch(given, preprocess, options.batch)
+        program = graph.capture_any_batch(given, preprocess, options.batch)
         if value_root(program).sha256 != value_root(captured.any_batch).sha256:
             raise LoweringError(OTHER_COPY)
     return captured
 
 
-def check_constants(captured: Captured, network: nn.Module) -> None:
+def check_constants(captured: graph.Captured, network: nn.Module) -> None:
     """Raise `LoweringError` if a graph contains a large tensor that *network* has not registered."""
-    registered = {tensor.untyped_storage().data_ptr() for tensor in tensors(network).values()}
+    registered = {tensor.untyped_storage().data_ptr() for tensor in state.tensors(network).values()}
     for program in (captured.any_batch, captured.batch_of_one):
         users = {node.name: node.users for node in program.graph.nodes if node.op == "placeholder"}
         for spec in program.graph_signature.input_specs:
             constant = program.constants.get(spec.target or "")
             if spec.kind != InputKind.CONSTANT_TENSOR or not isinstance(constant, Tensor):
                 continue
-            derived = constant.untyped_storage().data_ptr() in registered
-            if constant.numel() > MAX_CONSTANT and not derived and users[spec.arg.name]:
-                equal = (path for path, tensor in held_tensors(network).items() if tensor.equal(constant))
+            is_registered = constant.untyped_storage().data_ptr() in registered  # or a view of one
+            is_used = bool(users[spec.arg.name])
+            if constant.numel() > MAX_CONSTANT and is_used and not is_registered:
+                held = state.held_tensors(network).items()
+                equal = (path for path, tensor in held if tensor.equal(constant))
                 name = next(equal, f"a tensor of shape {tuple(constant.shape)}")
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
@@ -265,7 +250,7 @@ def check_constants(captured: Captured, network: nn.Module) -> None:
                 )
 
 
-def check_cache(path: str, captured: Captured, filled: Captured) -> None:
+def check_cache(path: str, captured: graph.Captured, filled: graph.Captured) -> None:
     """Check that a network computes the same after its first run, which changed the attribute at *path*.
 
     *filled* are the programs after that run. Raises `LoweringError`.
@@ -274,5 +259,5 @@ def check_cache(path: str, captured: Captured, filled: Captured) -> None:
     if any(value_root(before).sha256 != value_root(after).sha256 for before, after in pairs):
         raise LoweringError(
             f"{path} changes while the trained network runs, which computes something else afterwards; "
-            f"{STATELESS}"
+            f"{state.STATELESS}"
         )

@@ -17,27 +17,11 @@ from sopdeploy_export.graph import NETWORK_PREFIX, Captured, Deployed, capture
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.pipeline import export_subject
 from sopdeploy_export.program_hashes import program_root, tensor_hash
+from sopdeploy_export.proof import networks
 from sopdeploy_export.proof.certificate import check_removed_memory
-from sopdeploy_export.proof.networks import (
-    Detachment,
-    ExportSubject,
-    check_network_state,
-    check_torch_state,
-    contiguous,
-    copy_module,
-    detach,
-)
 from sopdeploy_export.results import Exported
 from sopdeploy_export.state import modules, tensors
-from sopdeploy_export.user_network.checks import (
-    capture_given,
-    check_cache,
-    check_constants,
-    check_outputs,
-    copy_for_export,
-    prepared,
-    unwrap,
-)
+from sopdeploy_export.user_network import checks
 
 
 def export_network(
@@ -94,11 +78,11 @@ def export_network(
     options = options or ExportOptions()
     training_only = [training_only] if isinstance(training_only, str) else training_only
     _check_arguments(name, labels, preprocess)
-    check_torch_state()
+    networks.check_torch_state()
     on_step("checking the network")
-    network = contiguous(copy_for_export(trained, "trained", logits_key))
-    check_network_state(network, "trained")
-    given = unwrap(trained)
+    network = networks.contiguous(checks.copy_for_export(trained, "trained", logits_key))
+    networks.check_network_state(network, "trained")
+    given = checks.unwrap(trained)
     parts = match_parts(network, training_only)
     original = tensors(given)  # a copy no longer shares memory
     removed = {name for name in original if is_in(name, *parts)}
@@ -106,23 +90,23 @@ def export_network(
         {name: original[name] for name in removed},
         {name: tensor for name, tensor in original.items() if name not in removed},
     )
-    trial = Deployed(copy_module(network), preprocess).eval()
-    cache, warnings = check_outputs(trial, preprocess, len(labels), "trained")
-    with prepared(given, logits_key):
-        captured = capture_given(given, network, preprocess, len(labels), options)
+    trial = Deployed(networks.copy_module(network), preprocess).eval()
+    cache, warnings = checks.check_outputs(trial, preprocess, len(labels), "trained")
+    with checks.prepared(given, logits_key):
+        captured = checks.capture_given(given, network, preprocess, len(labels), options)
     if cache is not None:
-        check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
+        checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
     if plain is None and not allow_constants:
-        check_constants(captured, given)
+        checks.check_constants(captured, given)
     warnings += _check_usage(network, captured, parts, preprocess, len(labels), options)
     build = None if plain is None else _checked_builder(plain, given, logits_key)
     class_name = f"{type(network).__module__}.{type(network).__qualname__}"
     recorded = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
-    subject = ExportSubject(
+    subject = networks.ExportSubject(
         name=name,
         project=options.name or name,
         network=network,
-        detachment=Detachment(
+        detachment=networks.Detachment(
             training_only=parts,
             plain=build,
             rename=rename or str,
@@ -141,7 +125,8 @@ def export_network(
 def _check_arguments(name: str, labels: Sequence[str], preprocess: Preprocess) -> None:
     """Raise `ConfigError` for an argument of the wrong kind."""
     check_project_name(name)
-    if not all(isinstance(label, str) for label in labels) or len(set(labels)) != len(labels) or not labels:
+    are_names = bool(labels) and all(isinstance(label, str) for label in labels)
+    if not are_names or len(set(labels)) != len(labels):
         raise ConfigError("give one name per class, each once", setting="labels")
     if not isinstance(preprocess, Preprocess):
         raise ConfigError(
@@ -157,8 +142,8 @@ def unused_modules(
     They are candidates for `training_only`. *logits_key* is the attribute, key or index of the logits, if the
     network returns more than one tensor. Raises `LoweringError` if the network cannot be captured.
     """
-    check_torch_state()
-    copied = contiguous(copy_for_export(network, "given", logits_key))
+    networks.check_torch_state()
+    copied = networks.contiguous(checks.copy_for_export(network, "given", logits_key))
     _, unused = find_usage(copied, capture(copied, preprocess, BatchRange()))
     return outermost(copied, unused)
 
@@ -166,7 +151,8 @@ def unused_modules(
 def find_usage(network: nn.Module, captured: Captured) -> tuple[set[str], set[str]]:
     """Name the tensors of *network* that the outputs of its *captured* programs depend on, and the others.
 
-    Raises `CertificateError` if the programs are not deterministic or write to buffers.
+    Counters of used modules, such as `num_batches_tracked`, are in neither set. Raises `CertificateError` if
+    the programs are not deterministic or write to buffers.
     """
     programs = (captured.any_batch, captured.batch_of_one)
     state = set[str]().union(*(program_root(program).state for program in programs))
@@ -174,13 +160,12 @@ def find_usage(network: nn.Module, captured: Captured) -> tuple[set[str], set[st
     named = tensors(network)
     reached_tensors = {id(named[name]) for name in reached if name in named}
     used = {name for name, tensor in named.items() if id(tensor) in reached_tensors}  # also tied ones
-    # Counters such as `num_batches_tracked` belong to modules that are used.
     used_modules = {name.rpartition(".")[0] for name in used}
-    unused = {
-        name
-        for name, tensor in named.items()
-        if name not in used and (tensor.is_floating_point() or name.rpartition(".")[0] not in used_modules)
-    }
+    unused = set()
+    for name in named.keys() - used:
+        is_counter = not named[name].is_floating_point() and name.rpartition(".")[0] in used_modules
+        if not is_counter:
+            unused.add(name)
     return used, unused
 
 
@@ -231,8 +216,8 @@ def _check_usage(
             setting="training_only",
         )
     if parts:
-        detached = Deployed(detach(network, parts), preprocess).eval()
-        check_outputs(detached, preprocess, classes, "detached")
+        detached = Deployed(networks.detach(network, parts), preprocess).eval()
+        checks.check_outputs(detached, preprocess, classes, "detached")
     undeclared = outermost(network, {name for name in unused if not is_in(name, *parts)})
     if not undeclared:
         return ()
@@ -252,10 +237,11 @@ def _checked_builder(
 
     def build() -> nn.Module:
         network = plain()
-        check_torch_state()
-        copied = copy_for_export(network, "plain", logits_key)
+        networks.check_torch_state()
+        copied = checks.copy_for_export(network, "plain", logits_key)
         memory = {tensor.data_ptr() for tensor in tensors(trained).values() if tensor.numel()}
-        if any(tensor.data_ptr() in memory for tensor in tensors(unwrap(network)).values() if tensor.numel()):
+        used = {tensor.data_ptr() for tensor in tensors(checks.unwrap(network)).values() if tensor.numel()}
+        if used & memory:
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )
