@@ -47,12 +47,6 @@ class ImageResult(StrictModel):
     model_digest: str = ""
     timing_ms: dict[str, float] = pydantic.Field(default_factory=dict)
 
-    @pydantic.model_validator(mode="after")
-    def _has_result(self) -> Self:
-        if not self.model_fields_set & {"classes", "values", "error"}:
-            raise ValueError("neither a result nor an error")
-        return self
-
 
 class Embedding(ImageResult):
     """The features of one image in front of the classifier.
@@ -336,7 +330,8 @@ def _parse_results(response: httpx.Response, kind: type[Result], count: int) -> 
         results = [kind.model_validate({**row, **shared}, extra="ignore") for row in rows]
     except (AttributeError, TypeError, ValueError) as error:
         raise _foreign_answer(response) from error
-    if len(results) != count:
+    complete = all(result.model_fields_set & {"classes", "values", "error"} for result in results)
+    if len(results) != count or not complete:
         raise _foreign_answer(response)
     return results
 

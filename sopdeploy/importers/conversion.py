@@ -100,13 +100,11 @@ def choose_config(
     """
     defaults = entry(model).defaults
     # the config without the values of the file: the network that the user asks for
-    config = make_config(model, _set_values(defaults, settings))
+    asked = make_config(model, _set_values(defaults, settings)).model_dump()
+    asked["pooling.kind"] = (asked.get("pooling") or {}).get("kind")
     for key, detected in converted.detected.items():
-        value: Any = config
-        for name in key.split("."):
-            value = getattr(value, name, None)
-        if key in IDENTITY and value != detected:
-            raise _misfit(file, converted, model, f"{key} is {value}, not {detected}")
+        if key in IDENTITY and asked.get(key) != detected:
+            raise _misfit(file, converted, model, f"{key} is {asked.get(key)}, not {detected}")
     for key, reason in converted.undetermined.items():
         if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")
@@ -140,9 +138,8 @@ def fit_tensors(
 
     Raises `WeightsError` naming the first tensor that is unused, missing, not finite or of another shape.
     """
-    values = {key: getattr(config, key) for key in type(config).model_fields}
     with torch.device("meta"):
-        network = create_model(model, num_classes=converted.num_classes, **values)
+        network = create_model(model, num_classes=converted.num_classes, **config.model_dump())
     expected = network.state_dict()
     for name in converted.tensors:
         if name not in expected:

@@ -62,7 +62,7 @@ _TITLES = {"isqrt": "iSQRT-COV on ", "bcnn": "B-CNN on ", "gap": ""}
 STRIDE_UNKNOWN = "its arch does not determine the stride of conv5_x: 1 for mpncovresnet50, 2 for resnet50"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_SIDE = 32
-VGG_CONVOLUTIONS, VGG_CHANNELS = 13, 512
+VGG_CHANNELS = 512
 VGG_FLATTENED = 512 * 7 * 7
 SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 
@@ -173,11 +173,6 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
         return None
     inputs = classifier.shape[1]
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
-    convolutions = sum(name.startswith("layers.") and t.dim() == 4 for name, t in renamed.tensors.items())
-    if convolutions != VGG_CONVOLUTIONS:
-        raise WeightsError(
-            f"{file.path}: a VGG with {convolutions} convolutions; the catalog has only VGG-16, with 13"
-        )
     batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
     is_torchvisions = inputs == VGG_FLATTENED
