@@ -176,6 +176,6 @@ def make_row_wise(tensors: dict[str, Tensor], names: Iterable[str], channels: in
     """
     rows, columns = torch.triu_indices(channels, channels)
     order = columns * (columns + 1) // 2 + rows
-    for name in tensors.keys() & set(names):
+    for name in names:
         if tensors[name].shape[-1] == len(order):
             tensors[name] = tensors[name].index_select(-1, order)

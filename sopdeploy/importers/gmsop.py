@@ -34,13 +34,6 @@ RENAMES = {
     r"fusion_bn": ("head", "head.bn"),
     r"prediction": ("head.fc", "head.bn"),
 }
-TRIANGLES = (
-    "head.bn.weight",
-    "head.bn.bias",
-    "head.bn.running_mean",
-    "head.bn.running_var",
-    "head.fc.weight",
-)
 GATE_WEIGHTS = {"gating_w": "gate.weight", "gating_noise_w": "gate.noise.weight"}
 SIDE = 64
 PIXEL_DEVIATION = 60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
@@ -78,7 +71,8 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights:
         tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
         width = config["component_widths"][-1]
     if component == "sop":
-        make_row_wise(tensors, TRIANGLES, width)
+        head = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
+        make_row_wise(tensors, head, width)
         if gated:
             make_row_wise(tensors, GATE_WEIGHTS.values(), config["gate_widths"][-1])
     return ConvertedWeights(

@@ -35,10 +35,10 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
     if not model.startswith(TIMM_PREFIX) or file.layers:
         return None
     backbone = model.removeprefix(TIMM_PREFIX)
-    import_timm(backbone)
+    timm = import_timm(backbone)
     if not _has_tensors_of(backbone, file):
         refuse_other_network(file, model)
-    pretrained = importlib.import_module("timm").get_pretrained_cfg(backbone).to_dict()
+    pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
     classifier = pretrained.get("classifier") or ""
     # A distilled network has two classifiers of the same classes; DINOv2's and SigLIP's files have none.
