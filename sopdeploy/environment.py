@@ -94,6 +94,7 @@ def missing_extras() -> Iterator[None]:
     except ModuleNotFoundError as error:
         module = error.name or ""
         package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
+        # A requirement is such as `timm>=1; extra == "train"`.
         requirement = re.compile(rf"{re.escape(package)}\b(?!-).*\bextra == ['\"]([\w-]+)")
         extras = [match[1] for match in map(requirement.match, metadata.requires("sopdeploy") or []) if match]
         if not package or not extras:

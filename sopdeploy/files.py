@@ -118,14 +118,15 @@ def sha256(path: Path) -> str:
 
 def check_is_file(path: Path) -> None:
     """Raise `CheckpointError` unless *path* is a file, with a hint if it is a run folder or a bundle."""
-    if not path.is_file():
-        hint = "a folder" if path.is_dir() else "no such file"
-        hint = f"{hint}; use the best.pt of a training run"
-        if (path / "manifest.json").is_file():
-            hint = "a bundle, which is already exported; use the best.pt of a training run"
-        elif (path / "best.pt").is_file():
-            hint = f"a folder; use {path / 'best.pt'}"
-        raise CheckpointError(f"{path}: {hint}")
+    if path.is_file():
+        return
+    problem, advice = "no such file", "use the best.pt of a training run"
+    if (path / "manifest.json").is_file():
+        problem = "a bundle, which is already exported"
+    elif path.is_dir():
+        problem = "a folder"
+        advice = f"use {path / 'best.pt'}" if (path / "best.pt").is_file() else advice
+    raise CheckpointError(f"{path}: {problem}; {advice}")
 
 
 def check_is_weights(path: Path) -> None:

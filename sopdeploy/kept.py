@@ -74,8 +74,9 @@ def read_kept(folder: Path) -> list[Kept]:
     `OSError` if *folder* cannot be read.
     """
     kept, skipped = [], 0
-    folders = [folder, *(path for path in sorted(folder.iterdir()) if (path / LOCK).is_file())]
-    for path in [path for place in folders for path in sorted(place.glob("*.json"))]:
+    of_devices = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
+    records = [path for place in (folder, *of_devices) for path in sorted(place.glob("*.json"))]
+    for path in records:
         try:
             record = KeptRecord.model_validate_json(path.read_bytes())
         except (OSError, pydantic.ValidationError):

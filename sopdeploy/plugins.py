@@ -43,9 +43,9 @@ class Registry(Generic[_Item]):
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only")
-        _, other = self.registered.get(name, (item, module))
-        if other != module:
-            raise ConfigError(f"{self.kind} {name!r}: {other} has registered this name; choose another one")
+        _, owner = self.registered.get(name, (item, module))
+        if owner != module:
+            raise ConfigError(f"{self.kind} {name!r}: {owner} has registered this name; choose another one")
         self.registered[name] = (item, module)
 
     def register_config(self, config: Any, base: type[Any]) -> None:

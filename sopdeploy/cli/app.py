@@ -71,23 +71,21 @@ QUICK_START = (
 
 
 class CommandLine(TyperCommand):
-    """A command that accepts no empty argument.
-
-    An argument of a command without arguments ends it with the option that it may belong to.
-    """
+    """A command that rejects empty values, and explains arguments that it does not have."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse *args*; raises the usage errors of Typer."""
         for before, arg in zip(["the first argument", *args], args, strict=False):
-            if not arg or (arg.endswith("=") and "=" not in arg[:-1] and arg.startswith("--")):
+            has_empty_value = arg.startswith("--") and arg.partition("=")[1:] == ("=", "")
+            if not arg or has_empty_value:
                 ctx.fail(f"{arg[:-1] or before}: an empty value")
-        ctx.allow_extra_args = True
+        ctx.allow_extra_args = True  # they are returned instead of rejected
         rest: list[str] = super().parse_args(ctx, args)
-        if rest and any("--data" in parameter.opts for parameter in self.params):
-            option = "--recipe" if rest[0].endswith(".toml") else "--data"
-            ctx.fail(f"Unexpected argument {rest[0]}; did you mean {option} {rest[0]}?")
         if rest:
-            ctx.fail(f"Unexpected argument {rest[0]}")
+            hint = ""
+            if any("--data" in parameter.opts for parameter in self.params):
+                hint = f"; did you mean {'--recipe' if rest[0].endswith('.toml') else '--data'} {rest[0]}?"
+            ctx.fail(f"Unexpected argument {rest[0]}{hint}")
         return rest
 
 
@@ -96,10 +94,10 @@ class Commands(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         module, _, function = COMMANDS[name][0].partition(":")
-        run = getattr(import_module(module), function).run_command
+        run = getattr(import_module(module), function).run_command  # set by the decorator `command`
         app = typer.Typer(add_completion=False, **SETTINGS)
         app.command(GROUPS.get(name, name), cls=CommandLine)(run)
-        if name in GROUPS:
+        if name in GROUPS:  # with a callback, Typer keeps a group of a single command
             app.callback(help=run.__doc__)(lambda: None)
         return typer.main.get_command(app)
 

@@ -56,23 +56,20 @@ def command(
     """
 
     def decorate(function: _Function) -> _Function:
-        parameters = _declare(function, options)
-        of_show = (
-            []
-            if show is None
-            else _declare(show, (), {*list(inspect.signature(show).parameters)[:1], "as_json"})
-        )
-        parameters += of_show
-        if settings is not None:
-            parameters += _declare_settings(settings)
+        of_show: list[inspect.Parameter] = []
+        as_json_option: list[inspect.Parameter] = []
         if show is not None:
-            parameters.append(_option("as_json", bool, False, "Print JSON for scripts.", "--json"))
+            result_name = next(iter(inspect.signature(show).parameters))
+            of_show = _declare(show, (), {result_name, "as_json"})
+            as_json_option = [_option("as_json", bool, False, "Print JSON for scripts.", "--json")]
+        of_settings = () if settings is None else _declare_settings(settings)
+        parameters = [*_declare(function, options), *of_show, *of_settings, *as_json_option]
 
         def run(**given: Any) -> None:
             as_json = given.pop("as_json", False)
             shown = {parameter.name: given.pop(parameter.name) for parameter in of_show}
             with one_line_errors(as_json), ExitStack() as stack:
-                stack.callback(setattr, err, "quiet", err.quiet)
+                stack.callback(setattr, err, "quiet", err.quiet)  # restores it at the end
                 err.quiet = err.quiet or as_json  # no progress
                 if settings is not None:
                     flags = {flag: given.pop(flag) for flag in settings.flags}
@@ -159,19 +156,21 @@ def _finish(
     as_json: bool,
 ) -> None:
     """Print *result*, and exit with the code that *show* or the function has returned."""
-    code = result if show is None else None
-    if show is not None and "as_json" in inspect.signature(show).parameters:
+    code = None
+    if show is None:
+        code = result
+    elif "as_json" in inspect.signature(show).parameters:
         code = show(result, **options, as_json=as_json)
-    elif show is not None and as_json:
+    elif as_json:
         print_json(as_data(result if summarize is None else summarize(result)))
-    elif show is not None:
+    else:
         code = show(result, **options)
     if code:
         raise typer.Exit(code)
 
 
 def _progress(function: Callable[..., Any], as_json: bool, stack: ExitStack) -> dict[str, Any]:
-    """Set the parameters of *function* in `_PROGRESS`; *stack* ends what they draw."""
+    """Return the arguments of *function* that show progress, as `_PROGRESS` names them; *stack* ends them."""
     found: dict[str, Any] = {}
     for name in inspect.signature(function).parameters.keys() & _PROGRESS:
         if name == "progress":
@@ -185,19 +184,24 @@ def _progress(function: Callable[..., Any], as_json: bool, stack: ExitStack) -> 
 def _declare(
     function: Callable[..., Any], options: Collection[str], hidden: Collection[str] = ()
 ) -> list[inspect.Parameter]:
-    """Declare the parameters of *function* that the command line can express."""
+    """Declare the parameters of *function* that the command line can express, without the *hidden* ones.
+
+    Keyword parameters and those in *options* become options, the others arguments.
+    """
     texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
     found = []
     for parameter in inspect.signature(function).parameters.values():
-        kind, name = _command_line_type(parameter.annotation), parameter.name
-        if kind is None or parameter.kind is parameter.VAR_KEYWORD or name in {*hidden, *_PROGRESS}:
+        value_type, name = _command_line_type(parameter.annotation), parameter.name
+        is_hidden = parameter.kind is parameter.VAR_KEYWORD or name in {*hidden, *_PROGRESS}
+        if value_type is None or is_hidden:
             continue
         text = " ".join(texts.get(name, "").split())
         if parameter.kind is parameter.KEYWORD_ONLY or name in options:
-            found.append(_option(name, kind, parameter.default, text, limits=_limits(parameter.annotation)))
+            limits = _limits(parameter.annotation)
+            found.append(_option(name, value_type, parameter.default, text, limits=limits))
         else:
-            kind = Annotated[kind, typer.Argument(help=text)]
-            found.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=kind))
+            argument: Any = Annotated[value_type, typer.Argument(help=text)]
+            found.append(parameter.replace(kind=parameter.KEYWORD_ONLY, annotation=argument))
     return found
 
 
@@ -221,7 +225,7 @@ def _option(
 
 
 def _limits(annotation: Any) -> dict[str, float]:
-    """Return the smallest and the largest value of `Annotated[int, Field(ge=1, le=9)]`."""
+    """Return `min` and `max`, as Typer names them, of an `Annotated[int, Field(ge=1, le=9)]`."""
     found: dict[str, float] = {}
     for field in getattr(annotation, "__metadata__", ()):
         for limit in field.metadata:
@@ -234,10 +238,9 @@ def _command_line_type(annotation: Any) -> Any:
 
     A sequence is a repeated value, also where Python accepts a single one, and a path may be text there.
     """
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    members = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else (annotation,)
-    kinds = {get_args(member)[0] if get_origin(member) is Annotated else member for member in members}
+    annotation = _without_metadata(annotation)
+    is_union = get_origin(annotation) in {Union, UnionType}
+    kinds = set(map(_without_metadata, get_args(annotation) if is_union else (annotation,)))
     optional = NoneType in kinds
     kinds.discard(NoneType)
     if _SEQUENCES & {get_origin(kind) for kind in kinds}:
@@ -246,6 +249,10 @@ def _command_line_type(annotation: Any) -> Any:
         return None
     kind = Path if Path in kinds else kinds.pop()
     return Optional[kind] if optional else kind  # noqa: UP045 - of a variable
+
+
+def _without_metadata(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def as_data(result: Any) -> Any:

@@ -75,10 +75,10 @@ def _print_labels(found: "list[WrongLabel]", *, as_json: bool) -> None:
     if as_json:
         print_json(as_data(found))
         return
-    rows = []
-    for one in found:
-        shares = map(percent, (one.probability, one.probability_suggested))
-        rows.append((one.file, one.label, next(shares), one.suggested, next(shares)))
+    rows = (
+        (one.file, one.label, percent(one.probability), one.suggested, percent(one.probability_suggested))
+        for one in found
+    )
     print_table(("file", "label", "probability", "suggested", "probability"), rows)
 
 
@@ -90,8 +90,8 @@ def _print_report(report: "DataReport") -> None:
     for part in report.parts:
         rarest_first = sorted(part.classes.items(), key=lambda pair: pair[1])
         counts = [count for _, count in rarest_first] or [0]
-        sizes = map(str, (len(rarest_first), counts[0], counts[-1]))
-        rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *sizes))
+        of_classes = (len(rarest_first), counts[0], counts[-1])
+        rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *map(str, of_classes)))
         classes = shorten([f"{label} {count}" for label, count in rarest_first])
         lines.append(f"{part.name}, rarest classes first: {classes}")
     print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)

@@ -125,15 +125,14 @@ def evaluate(
             images.
     """
     name, data = str(source), Path(data)
-    kind: Literal["checkpoint", "bundle"] = "checkpoint"
-    if (Path(name) / "manifest.json").is_file():
-        kind = "bundle"
+    is_bundle = (Path(name) / "manifest.json").is_file()
+    kind: Literal["checkpoint", "bundle"] = "bundle" if is_bundle else "checkpoint"
     _check_options(name, kind, options)
     notes: list[str] = []
     facts: dict[str, str] = {}
     decision = None
     shared: Any = {"on_image": on_image, "log": notes.append}
-    if kind == "bundle":
+    if is_bundle:
         from sopdeploy_service.commands.evaluate import scores_of_bundle
         from sopdeploy_service.settings import load_settings
 

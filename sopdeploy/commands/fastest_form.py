@@ -50,11 +50,11 @@ def describe_fastest_form(bundle: Bundle) -> str:
         options.append("export with --precision int8 --calibrate PHOTOS")
     if best.runtime != DEFAULT:
         options.append("serve with --runtime openvino")
-    text = (
-        f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor: {', '.join(options)}"
-    )
     if gain < SMALLEST_GAIN or not options:
         text = f"this bundle with {DEFAULT} is the fastest form on this processor"
+    else:
+        faster = f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor"
+        text = f"{faster}: {', '.join(options)}"
     if find_spec("openvino") is None:
         text += f" ({install_hint('OpenVINO', 'sopdeploy[openvino]')})"
     return text
@@ -76,8 +76,9 @@ def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
         forms: dict[Form, Runtime] = {}
         for graph in graphs:
             for name, open_runtime in RUNTIMES.items():
-                if graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni():
-                    continue  # its sums saturate there
+                sums_saturate = graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni()
+                if sums_saturate:
+                    continue
                 with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
                     forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
     return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})

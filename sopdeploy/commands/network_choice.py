@@ -65,11 +65,12 @@ def choose_network(
     *configured* are their recipes, the keys that the user has set, and the opened start weights. Raises
     `ConfigError` if all networks take longer, or if one would not be trained by the few-shot procedure.
     """
-    recipe = next(iter(configured.values()))[0]
-    data, strategy = open_data(recipe.data), Strategy(select_device(recipe.device))
-    if recipe.threads:
-        torch.set_num_threads(recipe.threads)  # as the run, whose features are then in the cache
-    recipes = {name: select_procedure(one[0], data).recipe for name, one in configured.items()}
+    weights = {name: opened for name, (_, _, opened) in configured.items()}
+    first, *_ = (recipe for recipe, _, _ in configured.values())  # they differ in the network only
+    data, strategy = open_data(first.data), Strategy(select_device(first.device))
+    if first.threads:
+        torch.set_num_threads(first.threads)  # as the run, whose features are then in the cache
+    recipes = {name: select_procedure(recipe, data).recipe for name, (recipe, _, _) in configured.items()}
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, FewShotConfig):
             raise ConfigError(
@@ -86,12 +87,11 @@ def choose_network(
             setting="within",
         )
     validated = {
-        name: cross_validate(recipes[name], data.train, configured[name][2], strategy, callback)
-        for name in fast
+        name: cross_validate(recipes[name], data.train, weights[name], strategy, callback) for name in fast
     }
     best = max(fast, key=lambda name: validated[name].score.value)
     equal = [name for name in fast if not is_better(validated[best], validated[name])]
-    chosen = min(equal, key=lambda name: speeds[name])
+    chosen = min(equal, key=lambda name: speeds[name])  # the fastest
     return tuple(
         NetworkScore(
             name=name,
@@ -157,9 +157,10 @@ def cross_validate(
 
 
 def is_better(best: Validated, other: Validated) -> bool:
-    """Tell whether the 95 % interval of the difference, from one image per group, is above 0.
+    """Tell whether *best* is significantly better than *other*.
 
-    With several classes per image, *other* must be below the interval of *best*.
+    The 95 % interval of the difference, from one image per group, is then above 0. With several classes per
+    image, the score of *other* is below the interval of *best*.
     """
     if best.right is None or other.right is None:
         return other.score.value < best.score.low

@@ -13,6 +13,7 @@ from sopdeploy.project import Origin
 
 
 def _row(origin: Origin | None, **fields: Any) -> dict[str, Any]:
+    """Build the row of a run or a bundle from its *origin* and other *fields*; the rest is empty."""
     row = {"project": "", "date": "", "run": "", "num_images": None, "num_classes": None, "estimate": ""}
     if origin is not None:
         row |= {"date": origin.started, **origin.model_dump(include={"run", "num_images", "num_classes"})}
@@ -26,7 +27,8 @@ def _show(rows: list[dict[str, Any]]) -> None:
         return
     table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
     for row in rows:
-        estimate, state = row["estimate"].partition(" (")[0], "newest" if row["newest"] else row["problem"]
+        estimate = row["estimate"].partition(" (")[0]
+        state = "newest" if row["newest"] else row["problem"]
         counts = row["num_images"], row["num_classes"]
         cells = row["date"][:19], row["run"], *counts, estimate, row["bundle"], state
         table.append(["" if cell is None else plain_text(str(cell)).plain for cell in cells])
@@ -41,8 +43,27 @@ def runs() -> list[dict[str, Any]]:
 
     Example: sopdeploy runs
     """
-    row_of_run, rows, exported = {}, [], set()  # runs by id; the result; the ids of runs with a bundle
-    for best in (path for path in sorted(Path("runs").glob("*/best.pt")) if not path.parent.is_symlink()):
+    row_of_run = _read_runs()
+    rows, exported = [], set()  # `exported` are the ids of runs with a bundle
+    for path, manifest, reason, *_ in list_bundles(Path("bundles")):
+        row = _row(None)
+        if manifest is not None:
+            run_id = "" if manifest.origin is None else manifest.origin.run_id
+            row = row_of_run.get(run_id, _row(manifest.origin)) | {"project": manifest.project}
+            row["date"] = manifest.exported_at
+            exported.add(run_id)
+        # A bundle that is served has no reason why it is not.
+        rows.append({**row, "bundle": path.name, "newest": not reason, "problem": reason})
+    rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
+    return sorted(rows, key=lambda row: str(row["date"]), reverse=True)
+
+
+def _read_runs() -> dict[str, dict[str, Any]]:
+    """Return the rows of the runs in `runs` by run id; a run without an id or a readable file by its name."""
+    rows = {}
+    for best in sorted(Path("runs").glob("*/best.pt")):
+        if best.parent.is_symlink():  # `runs/latest`
+            continue
         from sopdeploy.checkpoint import read_checkpoint
         from sopdeploy_export.model_card import training_rows
 
@@ -50,19 +71,9 @@ def runs() -> list[dict[str, Any]]:
         try:
             checkpoint = read_checkpoint(best)
         except CheckpointError as error:
-            rows.append(_row(None, run=name, problem=str(error)))
+            rows[name] = _row(None, run=name, problem=str(error))
             continue
         origin, estimate = checkpoint.origin, dict(training_rows(checkpoint.training)).get("accuracy", "")
-        key = name if origin is None else origin.run_id
-        row_of_run[key] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
-    for path, manifest, reason, *_ in list_bundles(Path("bundles")):
-        row = _row(None)
-        if manifest is not None:
-            key = "" if manifest.origin is None else manifest.origin.run_id
-            row = row_of_run.get(key, _row(manifest.origin)) | {"project": manifest.project}
-            row["date"] = manifest.exported_at
-            exported.add(key)
-        # A bundle that is served has no reason why it is not.
-        rows.append({**row, "bundle": path.name, "newest": not reason, "problem": reason})
-    rows += [row for key, row in row_of_run.items() if key not in exported]
-    return sorted(rows, key=lambda row: str(row["date"]), reverse=True)
+        run_id = name if origin is None else origin.run_id
+        rows[run_id] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
+    return rows

@@ -74,7 +74,7 @@ class TrainOptions(Options):
             _milliseconds(self.within)
         names = [name.strip() for name in self.models.split(",")]
         weights = [None] if self.weights is None else self.weights.split(",")
-        if len(weights) == 1 and weights[0] in {None, *PUBLISHED}:
+        if len(weights) == 1 and weights[0] in {None, *PUBLISHED}:  # for every network
             weights *= len(names)
         if len(weights) != len(names):
             raise ConfigError(
@@ -175,7 +175,8 @@ def train(
             if out is not None:  # refused before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             networks = choose_network(configured, within, observer)
-        loaded, keys, weights = configured[next((one.name for one in networks if one.chosen), "")]
+        chosen = next((network.name for network in networks if network.chosen), "")  # "" without a choice
+        loaded, keys, weights = configured[chosen]
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
         folder = out or numbered_folder(str(loaded.project), strategy, resume=resuming)
@@ -199,8 +200,8 @@ def train(
             networks,
         )
         decisions = [run.decision, None if previous is None else previous.decision]
-        rules = [None if decision is None else decision.rejection for decision in decisions]
-        if weakness := describe_weakness(*rules):
+        rule, rule_before = (None if decision is None else decision.rejection for decision in decisions)
+        if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
     found = {"networks": networks, "report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
     changes = "" if previous is None else _describe_changes(previous, result, run.labels)
@@ -256,16 +257,17 @@ def read_previous(source: Path) -> "Checkpoint":
     from sopdeploy.training.run_folder import RUNS
 
     best = source / "best.pt" if (source / "best.pt").is_file() else source
-    expected = None
+    of_bundle = None
     if (source / MANIFEST).is_file():
-        expected = read_manifest(source).origin
-        best = RUNS / ("" if expected is None else expected.run) / "best.pt"
-        if expected is None or not best.is_file():
+        of_bundle = read_manifest(source).origin
+        if of_bundle is None or not (RUNS / of_bundle.run / "best.pt").is_file():
             raise ConfigError(f"{source}: its run is not in {RUNS}; give the run", setting="from")
+        best = RUNS / of_bundle.run / "best.pt"
     checkpoint = read_checkpoint(best)
     origin = checkpoint.origin
-    other = expected is not None and origin is not None and expected.run_id != origin.run_id
-    if origin is None or other or read_result(checkpoint.training) is None:
+    is_other_run = of_bundle is not None and origin is not None and of_bundle.run_id != origin.run_id
+    has_result = read_result(checkpoint.training) is not None
+    if origin is None or is_other_run or not has_result:
         raise ConfigError(f"{best}: not the run to start from; give the run", setting="from")
     return checkpoint
 

@@ -16,13 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import (
-    Dataset,
-    LabeledImages,
-    Target,
-    derive_seed,
-    image_errors,
-)
+from sopdeploy.data.base import Dataset, LabeledImages, Target, derive_seed, image_errors
 from sopdeploy.images.formats import load_pixels
 from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb, upright_size
 from sopdeploy.images.preprocess import Box, Preprocess, Side
@@ -193,10 +187,11 @@ def _crop_box(
         width, height = upright_size(source, rules)
         left, top, right, bottom = augmentation.box((width, height), rules.crop, random)
         if augmentation.draft:
-            factor = max(1, int(min(right - left, bottom - top) / rules.crop))
-            source.draft(None, (source.width // factor, source.height // factor))
+            reduction = max(1, int(min(right - left, bottom - top) / rules.crop))
+            source.draft(None, (source.width // reduction, source.height // reduction))
         with image_errors(images.describe(index)):
             image = to_rgb(load_pixels(source), rules)
+        # A drafted image is smaller than the one in which the box was drawn.
         scale_x, scale_y = image.width / width, image.height / height
         box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
     else:

@@ -12,10 +12,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,11 +42,13 @@ class LabeledImages(ABC):
         targets: Class indices (N,) int64, or (N, C) float32 with 1 for every class of an image.
         groups: Images with equal values (N,) show one object or one burst and are never divided; None if no
             groups are known.
+        PER_IMAGE: Names of the attributes (N, ...) of which `select` keeps a part.
     """
 
     labels: tuple[str, ...]
     targets: NDArray[Any]
     groups: NDArray[Any] | None = None
+    PER_IMAGE: ClassVar[tuple[str, ...]] = ("targets", "groups")
 
     @abstractmethod
     def read(self, index: int) -> bytes:
@@ -59,9 +61,10 @@ class LabeledImages(ABC):
         With the seed, the names determine which images are held out. Reports show them.
         """
 
-    @abstractmethod
     def select(self, mask: NDArray[np.bool_]) -> Self:
         """Keep the images where *mask* (N,) is true."""
+        arrays = {name: getattr(self, name) for name in self.PER_IMAGE}
+        return self.replaced(**{name: array[mask] for name, array in arrays.items() if array is not None})
 
     def describe(self, index: int) -> str:
         """Return what messages call an image: its identity, or the path of its file."""
@@ -98,7 +101,7 @@ class LabeledImages(ABC):
         return counts
 
     def replaced(self, **attributes: Any) -> Self:
-        """Copy the images with other `labels`, `targets` or `groups`."""
+        """Copy the images with other *attributes*."""
         other = copy.copy(self)
         for name, value in attributes.items():
             object.__setattr__(other, name, value)  # also if the class is a frozen dataclass
@@ -122,6 +125,7 @@ class ArrayImages(LabeledImages):
     images: NDArray[np.uint8]
     targets: NDArray[Any]
     groups: NDArray[Any] | None = None
+    PER_IMAGE: ClassVar = ("images", *LabeledImages.PER_IMAGE)
 
     def read(self, index: int) -> bytes:
         """Encode an image as BMP, which loses no pixel."""
@@ -137,11 +141,6 @@ class ArrayImages(LabeledImages):
         """Return an image."""
         return Image.fromarray(self.images[index])
 
-    def select(self, mask: NDArray[np.bool_]) -> "ArrayImages":
-        """Keep the images where *mask* (N,) is true."""
-        groups = None if self.groups is None else self.groups[mask]
-        return replace(self, images=self.images[mask], targets=self.targets[mask], groups=groups)
-
 
 @dataclass(frozen=True, slots=True)
 class ImageFiles(LabeledImages):
@@ -152,6 +151,7 @@ class ImageFiles(LabeledImages):
     paths: NDArray[np.bytes_]
     targets: NDArray[Any]
     groups: NDArray[Any] | None = None
+    PER_IMAGE: ClassVar = ("paths", *LabeledImages.PER_IMAGE)
 
     def read(self, index: int) -> bytes:
         """Read the bytes of a file; raises `DataError` naming it."""
@@ -175,11 +175,6 @@ class ImageFiles(LabeledImages):
         """Return the path of a file."""
         return self.root / os.fsdecode(self.paths[index])
 
-    def select(self, mask: NDArray[np.bool_]) -> "ImageFiles":
-        """Keep the images where *mask* (N,) is true."""
-        groups = None if self.groups is None else self.groups[mask]
-        return replace(self, paths=self.paths[mask], targets=self.targets[mask], groups=groups)
-
 
 def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
     """Keep the classes *labels* of *images* in this order, and the images (N,) of these classes.
@@ -190,9 +185,10 @@ def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
         columns = [images.labels.index(label) for label in labels]
         return images.replaced(labels=labels, targets=images.targets[:, columns])
     position = {label: index for index, label in enumerate(labels)}
-    new = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
-    targets = new[images.targets.astype(np.int64)]
-    return images.select(targets >= 0).replaced(labels=labels, targets=targets[targets >= 0])
+    new_index = np.asarray([position.get(label, -1) for label in images.labels], dtype=np.int64)
+    targets = new_index[images.targets.astype(np.int64)]
+    kept = targets >= 0  # -1 is a class to leave out
+    return images.select(kept).replaced(labels=labels, targets=targets[kept])
 
 
 def map_threaded(function: Callable[[int], _Result], count: int) -> Iterator[_Result]:
@@ -328,21 +324,20 @@ def hold_out(
     are processed from the rarest to the most frequent one, then the images without a class, as in the
     iterative stratification of Sechidis et al. (ECML 2011), section 4.
     """
-    order = np.asarray(
-        sorted(range(len(keys)), key=lambda index: (derive_seed(seed, "hold-out", keys[index]), keys[index])),
-        dtype=np.int64,
-    )
+    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]
+    order = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)
     if targets.ndim == 1:
-        by_class = order[np.argsort(targets[order], kind="stable")]
-        groups = np.split(by_class, np.flatnonzero(np.diff(targets[by_class])) + 1)
+        sorted_by_class = order[np.argsort(targets[order], kind="stable")]
+        of_classes = np.split(sorted_by_class, np.flatnonzero(np.diff(targets[sorted_by_class])) + 1)
     else:
-        by_count = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
-        groups = [order[targets[order, target] > 0] for target in by_count]
-        groups.append(order[~targets[order].any(axis=1)])
+        rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
+        of_classes = [order[targets[order, target] > 0] for target in rarest_first]
+        of_classes.append(order[~targets[order].any(axis=1)])
     held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    for members in groups:  # each in the order of `order`; an image can be in several groups
-        quota = min(max(1, round(fraction * len(members))), len(members) - 1)
-        needed = max(0, quota - held_out[members].sum())
-        held_out[members[~decided[members]][:needed]] = True
-        decided[members] = True
+    for images in of_classes:  # indices in the order of `order`; an image can have several classes
+        quota = min(max(1, round(fraction * len(images))), len(images) - 1)
+        missing = max(0, quota - held_out[images].sum())
+        undecided = images[~decided[images]]
+        held_out[undecided[:missing]] = True
+        decided[images] = True
     return held_out

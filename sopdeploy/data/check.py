@@ -83,7 +83,8 @@ class DataReport(StrictModel):
     def must_be_usable(self) -> None:
         """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.classes, *self.unreadable]
-        if len(self.too_few) > len(self.parts[0].classes) - 2:  # training leaves these classes out
+        num_trained = len(self.parts[0].classes) - len(self.too_few)
+        if num_trained < 2:
             problems += self.too_few
         if problems:
             raise DataError(f"{self.path}: cannot be used as it is: {shorten(problems, '; ')}")
@@ -109,7 +110,8 @@ def check_data(
 ) -> DataReport:
     """Decode every image below *path* and report contents and problems; with *near*, also near-duplicates.
 
-    *group_by_features* finds these by a network among up to `MAX_FEATURES` images; otherwise edges do.
+    Among up to `MAX_FEATURES` images, *group_by_features* finds them by a network. Without it, or among more
+    images, they are found by edges.
 
     *path* is a folder with one subfolder per class or with `labels.csv`, or the root of an official layout
     (`official`). Raises `DataError` if there are fewer than two classes, or if `labels.csv` is invalid.

@@ -116,7 +116,7 @@ def is_image(name: str) -> bool:
 
 
 def part_kind(name: str) -> str:
-    """Return the word of `TRAINING` or `HELD_OUT` that the folder *name* contains, or ""."""
+    """Return the word of `TRAINING` or `HELD_OUT` in the folder *name*: `train` in `seg_train`; or ""."""
     words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES]
     kind = words[0].removesuffix("set") if len(words) == 1 else ""
     return kind if kind in TRAINING or kind in HELD_OUT else ""
@@ -125,13 +125,14 @@ def part_kind(name: str) -> str:
 def find_parts(root: Path) -> Parts:
     """Find the parts of the data set in *root*; raises `DataError` for two folders of training images.
 
-    A folder with the name of a part is a class if it is next to classes and contains no folders.
+    Next to other folders, a folder named as a part of training images may be a class. It is a part if it
+    contains folders.
     """
     names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
-    are_parts = all(kinds.values())  # otherwise there are classes, and a part has folders
+    only_parts = all(kinds.values())
     training = [
-        name for name in names if kinds[name] in TRAINING and (are_parts or list_subfolders(root / name))
+        name for name in names if kinds[name] in TRAINING and (only_parts or list_subfolders(root / name))
     ]
     if len(training) > 1:
         raise DataError(f"{root}: {shorten(training)} may all hold the training images; rename all but one")

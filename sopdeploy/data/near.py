@@ -17,7 +17,7 @@ Letters: N images, M copies, V views, D components of a vector.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
-from typing import Any
+from typing import Any, ClassVar
 from zlib import crc32
 
 import numpy as np
@@ -53,6 +53,7 @@ class Copies(LabeledImages):
     originals: NDArray[np.intp]
     seeds: NDArray[np.int64]
     crops: tuple[float, ...] = CROPS
+    PER_IMAGE: ClassVar = ("targets", "originals", "seeds")
 
     @classmethod
     def of(cls, images: LabeledImages, keys: Sequence[str], crops: tuple[float, ...] = CROPS) -> "Copies":
@@ -62,16 +63,19 @@ class Copies(LabeledImages):
         """
         per_crop = int(np.clip(len(images) // 8, 8, 32)) // len(crops)
         seeds = np.asarray([crc32(key.encode()) for key in keys], np.int64)
-        order = np.argsort(seeds, kind="stable")
-        of_crops = [order[seeds[order] % len(crops) == number] for number in range(len(crops))]
-        originals = np.concatenate([found[:per_crop] for found in of_crops])
+        by_seed = np.argsort(seeds, kind="stable")
+        crop_numbers = seeds[by_seed] % len(crops)
+        originals = np.concatenate(
+            [by_seed[crop_numbers == number][:per_crop] for number in range(len(crops))]
+        )
         return cls(images.labels, images.targets[originals], images, originals, seeds[originals], crops)
 
     def read(self, index: int) -> bytes:
         """Copy an image and encode it as JPEG."""
-        pixels, seed = to_rgb(self.images[int(self.originals[index])][0], _RULES), int(self.seeds[index])
-        sides, crop = np.asarray(pixels.size, np.float64), self.crops[seed % len(self.crops)]
-        corner = np.random.default_rng(seed).random(2) * (1 - crop) * sides
+        pixels = to_rgb(self.images[int(self.originals[index])][0], _RULES)
+        seed, sides = int(self.seeds[index]), np.asarray(pixels.size, np.float64)
+        crop = self.crops[seed % len(self.crops)]
+        corner = np.random.default_rng(seed).random(2) * (1 - crop) * sides  # left and top
         box = (*corner.tolist(), *(corner + crop * sides).tolist())
         width, height = np.maximum(0.6 * sides, 1).astype(int).tolist()
         small = pixels.resize((width, height), Image.Resampling.BILINEAR, box)
@@ -82,11 +86,6 @@ class Copies(LabeledImages):
     def identity(self, index: int) -> str:
         """Return the identity of the original."""
         return self.images.identity(int(self.originals[index]))
-
-    def select(self, mask: NDArray[np.bool_]) -> "Copies":
-        """Keep the copies where *mask* (M,) is true."""
-        chosen = {name: getattr(self, name)[mask] for name in ("targets", "originals", "seeds")}
-        return replace(self, **chosen)
 
 
 def find_pairs(
@@ -113,22 +112,34 @@ def find_pairs(
         return largest
 
     compared = np.arange(0, count, -(-count // MAX_COMPARED))
-    cosines = largest_cosines(compared, images)
-    same_class = classes[compared, None] == classes
-    nearest_other = np.where(same_class, -1.0, cosines).max(axis=1)
-    in_class = cosines[same_class & (compared[:, None] != np.arange(count))]
-    different = -1.0
-    for values in filter(len, (nearest_other, in_class)):
-        median, upper = np.quantile(values, [0.5, 0.75])  # a few copies or wrong labels do not change them
-        different = max(different, float(median + DEVIATIONS * (upper - median) / QUARTILE))
-    found = float(np.quantile(np.diagonal(largest_cosines(originals, whiten(copies))), MISSED))
-    threshold = max(different, (different + found) / 2)
+    of_different = _bound_of_different(largest_cosines(compared, images), compared, classes)
+    cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))
+    of_copies = float(np.quantile(cosines_of_copies, MISSED))
+    threshold = max(of_different, (of_different + of_copies) / 2)
     pairs = []
     for start in range(0, count, _BLOCK):
         block = slice(start, start + _BLOCK)
         first, second = np.nonzero(largest_cosines(block, images) >= threshold)
         pairs.append(np.stack([first + start, second]))
     return np.concatenate(pairs, axis=1)
+
+
+def _bound_of_different(
+    cosines: NDArray[np.float32], compared: NDArray[np.intp], classes: NDArray[np.intp]
+) -> float:
+    """Estimate the bound of the *cosines* (K, N) between the images *compared* (K,) and different images.
+
+    It is `DEVIATIONS` above the median of those in a class, and of the largest ones with other classes. The
+    deviation is estimated by the quartile, which a few copies or wrong labels do not change.
+    """
+    same_class = classes[compared, None] == classes
+    nearest_other = np.where(same_class, -1.0, cosines).max(axis=1)
+    in_class = cosines[same_class & (compared[:, None] != np.arange(len(classes)))]
+    bound = -1.0
+    for values in filter(len, (nearest_other, in_class)):
+        median, upper = np.quantile(values, [0.5, 0.75])
+        bound = max(bound, float(median + DEVIATIONS * (upper - median) / QUARTILE))
+    return bound
 
 
 def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
@@ -138,19 +149,24 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
     """
     equal = [np.stack([np.arange(count), _first_equal(key)]) for key in keys if key is not None]
     one, other = np.concatenate([pairs, *equal], axis=1)
-    lowest, before = np.arange(count), np.zeros(0, int)  # the lowest index of a connected image, so far
+    # Each image takes over the lowest index of the images connected to it until no index changes.
+    lowest, before = np.arange(count), np.zeros(0, int)
     while not np.array_equal(lowest, before):
         before = lowest.copy()
         np.minimum.at(lowest, one, before[other])
         np.minimum.at(lowest, other, before[one])
-        lowest = lowest[lowest]
+        lowest = lowest[lowest]  # follows chains in fewer rounds
     return np.unique(lowest, return_inverse=True)[1].astype(np.int64)
 
 
 def _fit_whitening(
     parts: Sequence[NDArray[np.float32]],
 ) -> Callable[[Sequence[NDArray[np.float32]]], NDArray[np.float32]]:
-    """Fit a function that joins parts to rows of norm 1, with equal norms of *parts* and damped variances."""
+    """Fit the whitening of the vectors with the *parts* (N, D_i); returns a function of parts of vectors.
+
+    It scales the parts to equal norms, divides the principal components by their damped standard deviations,
+    and returns rows of norm 1.
+    """
     means = [part.mean(axis=0) for part in parts]
     squares = [np.square(part - mean).sum(axis=1).mean() for part, mean in zip(parts, means, strict=True)]
     norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]
@@ -160,13 +176,14 @@ def _fit_whitening(
         return np.concatenate(scaled, axis=1)
 
     rows = join(parts)
-    # Both products have the same eigenvalues above 0; with fewer rows than columns, (N, N) is smaller.
-    wide = rows.shape[0] <= rows.shape[1]
-    variances, vectors = np.linalg.eigh((rows @ rows.T if wide else rows.T @ rows).astype(np.float64))
+    # Both products have the same eigenvalues above 0. The smaller one is decomposed.
+    is_wide = rows.shape[0] <= rows.shape[1]
+    product = rows @ rows.T if is_wide else rows.T @ rows
+    variances, vectors = np.linalg.eigh(product.astype(np.float64))
     damping = max(float(variances.mean()), 1e-12)
     kept = variances > 1e-6 * damping  # the others are rounding errors
     variances, vectors = variances[kept], vectors[:, kept]
-    directions = rows.T @ (vectors / np.sqrt(variances)) if wide else vectors
+    directions = rows.T @ (vectors / np.sqrt(variances)) if is_wide else vectors
     projection = (directions / np.sqrt(variances + damping)).astype(np.float32)
 
     def whiten(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:

@@ -119,7 +119,8 @@ def _select_subset(split: Split, classes: int) -> Split:
         raise DataError(
             f"data.classes: {classes}, but the data have {len(labels)} classes; give a smaller number"
         )
-    names = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))[:classes]
-    kept = tuple(label for label in labels if label in names)
+    in_random_order = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))
+    drawn = in_random_order[:classes]
+    kept = tuple(label for label in labels if label in drawn)
     train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))
     return replace(split, train=train, held_out=held_out)

@@ -78,19 +78,17 @@ def fit_decision(
     rejection = None
     if rejected := count_rejected(len(logits), accepts):
         threshold = float(np.sort(energy(scaled))[rejected - 1])
+        recognized = None
+        if unknown is not None:
+            below_M = energy(unknown / temperature) < threshold
+            recognized = (int(below_M.sum()), len(below_M))
         rejection = Rejection(
             threshold=threshold,
             accepts=accepts,
             accepted=accepted_interval(len(logits), rejected),
-            recognized=None if unknown is None else count_below(unknown / temperature, threshold),
+            recognized=recognized,
         )
     return Decision(calibration=calibration, rejection=rejection, reference=reference)
-
-
-def count_below(logits: Logits, threshold: float) -> tuple[int, int]:
-    """Count the images with *logits* (M, C) whose energy is below *threshold*, and all."""
-    below_M = energy(logits) < threshold
-    return int(below_M.sum()), len(below_M)
 
 
 def missing_threshold(images: int, classes: int, accepts: float) -> str:
@@ -119,16 +117,19 @@ def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
     the share of a finite number of new images vary.
     """
     accepted, a, b = np.arange(images + 1), images - rejected + 1, rejected
-    of_count = betaln(accepted + a, images - accepted + b) - betaln(a, b)
-    ways = -np.log(images + 1) - betaln(images - accepted + 1, accepted + 1)
-    ends = np.searchsorted(np.cumsum(np.exp(of_count + ways)), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    # The logarithms of the factors of the probability mass: a ratio of beta functions, and a binomial one.
+    log_ratio = betaln(accepted + a, images - accepted + b) - betaln(a, b)
+    log_binomial = -np.log(images + 1) - betaln(images - accepted + 1, accepted + 1)
+    cumulative = np.cumsum(np.exp(log_ratio + log_binomial))
+    ends = np.searchsorted(cumulative, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = (ends / images).tolist()
     return low, high
 
 
 def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
     """Check whether temperatures fitted to four fifths of the images lower the loss of the other fifth."""
-    folds, scaled = np.arange(len(targets)) % NESTED_FOLDS, logits.copy()
+    folds = np.arange(len(targets)) % NESTED_FOLDS
+    scaled = logits.copy()
     for fold in range(NESTED_FOLDS):
         tested = folds == fold
         scaled[tested] /= fit_temperature(logits[~tested], targets[~tested])
@@ -168,13 +169,15 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
         logit, count = 0.0, int(true.sum())
         if 0 < count < len(true):
-            precision, recall, distinct = precision_recall_curve(true, scores)
+            precision, recall, ascending = precision_recall_curve(true, scores)
             with np.errstate(divide="ignore"):
-                logits = np.clip(np.log(distinct) - np.log1p(-distinct), -MAX_LOGIT, MAX_LOGIT)
-            between = (logits + np.append(logits[0], logits[:-1])) / 2
-            f1 = (2 * precision * recall / np.maximum(precision + recall, 1e-12))[:-1]
-            best = between[f1 >= f1.max() - 1e-12][::-1]  # of equally near ones, the larger
-            nearest_to_half = best[np.abs(best).argmin()]
+                logits = np.clip(np.log(ascending) - np.log1p(-ascending), -MAX_LOGIT, MAX_LOGIT)
+            lower_neighbors = np.append(logits[0], logits[:-1])
+            halfway = (logits + lower_neighbors) / 2
+            f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+            f1 = f1[:-1]  # the last one is that of no prediction
+            best = halfway[f1 >= f1.max() - 1e-12][::-1]  # of equally near ones, the larger
+            nearest_to_half = best[np.abs(best).argmin()]  # the logit of 0.5 is 0
             logit = float(nearest_to_half) * count / (count + PRIOR_IMAGES)
         thresholds.append(1 / (1 + float(np.exp(-logit))))
     return tuple(thresholds)
@@ -186,15 +189,20 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
     "Few" is less than half of the images that test the threshold, "clearly fewer" a 95 % interval that lies
     below that of *before*.
     """
-    if rule is None or rule.recognized is None or not rule.recognized[1]:
+    now, was = _recognition(rule), _recognition(before)
+    if now is None:
         return ""
-    now, was = Rate.of(*rule.recognized), None
-    if before is not None and before.recognized is not None and before.recognized[1]:
-        was = Rate.of(*before.recognized)
-    fallen = was is not None and now.high < was.low
-    if now.share >= 0.5 and not fallen:
+    has_fallen = was is not None and now.high < was.low
+    if now.share >= 0.5 and not has_fallen:
         return ""
     text = f"only {now.right} of {now.count} unknown images are recognized"
     if was is not None:
         text += f", {was.right} of {was.count} before"
     return f"{text}; add photographs of all classes and of unknown things, and compare before you promote"
+
+
+def _recognition(rule: Rejection | None) -> Rate | None:
+    """Return the rate of unknown images that *rule* recognized; None if it was not tested."""
+    if rule is None or rule.recognized is None or not rule.recognized[1]:
+        return None
+    return Rate.of(*rule.recognized)

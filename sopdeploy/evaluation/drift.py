@@ -98,7 +98,10 @@ def _merge_rare(counts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def chi_square_tail(statistic: float, degrees: int) -> float:
-    """Approximate the probability of a larger *statistic* (Wilson and Hilferty, PNAS 1931)."""
+    """Approximate the probability of a larger *statistic*, whose cube root is nearly Gaussian.
+
+    Source: Wilson and Hilferty, PNAS 1931.
+    """
     if degrees < 1:
         return 1.0
     variance = 2.0 / (9.0 * degrees)

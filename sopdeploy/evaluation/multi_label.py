@@ -43,19 +43,19 @@ class MeanPrecision(StrictModel):
         The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default images.
         """
         count, classes = len(true), list(zip(true.T, scores.T, strict=True))
-        averages = (average_precision(shown, logits) for shown, logits in classes)
+        averages = (average_precision(marks, logits) for marks, logits in classes)
         precisions = [average for average in averages if average is not None]
         value = float(np.mean(precisions)) if precisions else 0.0
         unique, group_N = np.unique(np.arange(count) if groups is None else groups, return_inverse=True)
         num_groups = len(unique)
         random = np.random.default_rng(seed)
-        draws_G = random.multinomial(num_groups, [1 / num_groups] * num_groups, _RESAMPLES)
-        draws = draws_G[:, group_N]  # how often each resample contains each image
-        resampled = np.stack(
-            [resampled_precision(shown, logits, draws) for shown, logits in classes if shown.any()], axis=1
+        draws_BG = random.multinomial(num_groups, [1 / num_groups] * num_groups, _RESAMPLES)
+        draws_BN = draws_BG[:, group_N]  # how often each resample contains each image
+        resampled_BC = np.stack(
+            [resampled_precision(marks, logits, draws_BN) for marks, logits in classes if marks.any()], axis=1
         )
-        # A resample without any class has no precision: all NaN.
-        means = np.nanmean(resampled[~np.isnan(resampled).all(axis=1)], axis=1)
+        shows_a_class_B = ~np.isnan(resampled_BC).all(axis=1)
+        means = np.nanmean(resampled_BC[shows_a_class_B], axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return cls(value=value, count=count, low=min(low, value), high=max(high, value))
 
@@ -166,11 +166,12 @@ def resampled_precision(
     how often each resample contains each image. Images with equal scores have the same rank.
     """
     best_first = np.argsort(-scores, kind="stable")
-    last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)
+    last_of_rank = np.append(np.diff(scores[best_first]) != 0, True)  # the last image with its score
     weights = draws[:, best_first].astype(np.float64)
+    # For each rank, the numbers of images up to it that show the class, and of all images up to it.
     hits = np.cumsum(weights * true[best_first], axis=1)[:, last_of_rank]
     ranks = np.maximum(np.cumsum(weights, axis=1)[:, last_of_rank], 1)
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # without an image of the class, 0 / 0 is NaN
         new_hits = np.diff(hits, axis=1, prepend=0)  # images of the class that have exactly this rank
         precisions: NDArray[np.float64] = (new_hits * hits / ranks).sum(axis=1) / hits[:, -1]
     return precisions

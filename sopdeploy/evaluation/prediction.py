@@ -25,11 +25,7 @@ from sopdeploy.decision import Activation, sigmoid
 from sopdeploy.errors import DataError, TrainingError
 from sopdeploy.evaluation.decision_fit import fit_thresholds
 from sopdeploy.evaluation.metrics import NO_IMAGES, TOP_K
-from sopdeploy.evaluation.multi_label import (
-    DEFAULT_THRESHOLD,
-    MultiLabelMetrics,
-    MultiLabelPredictions,
-)
+from sopdeploy.evaluation.multi_label import DEFAULT_THRESHOLD, MultiLabelMetrics, MultiLabelPredictions
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier
@@ -73,11 +69,7 @@ HeldOutMetrics = EvalMetrics | MultiLabelMetrics
 
 
 def classification_loss(
-    logits: Tensor,
-    labels: Tensor,
-    activation: Activation,
-    *,
-    label_smoothing: float = 0.0,
+    logits: Tensor, labels: Tensor, activation: Activation, *, label_smoothing: float = 0.0
 ) -> Tensor:
     """Compute the loss of *logits* (B, C) over the images of a batch.
 
@@ -123,9 +115,12 @@ def held_out_metrics(
         right = logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels_N[:, None]
         top1, top5 = int(right[:, 0].sum()) / len(right), int(right.any(dim=1).sum()) / len(right)
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
-    half, probabilities = [DEFAULT_THRESHOLD] * len(labels), sigmoid(logits)
+    probabilities = sigmoid(logits)
     report = MultiLabelPredictions(
-        labels=labels, targets=targets.astype(np.float64), probabilities=probabilities, thresholds=half
+        labels=labels,
+        targets=targets.astype(np.float64),
+        probabilities=probabilities,
+        thresholds=[DEFAULT_THRESHOLD] * len(labels),
     ).report()
     return MultiLabelMetrics(
         **report.model_dump(include={"map", "macro_f1", "micro_f1", "count"}),
@@ -156,15 +151,16 @@ def predict_logits(
     images_here = range(processes.rank, len(dataset), processes.world)
     positions = sequential_batches(len(images_here), batch_size)
     batches = [[images_here[position] for position in batch] for batch in positions]
-    rounds = -(-len(dataset) // (batch_size * processes.world))  # those of the process with the most batches
+    images_per_round = batch_size * processes.world
+    num_rounds = -(-len(dataset) // images_per_round)  # rounded up: of the process with the most batches
     computed: list[Tensor] = []
     model.eval()
     try:
         loader = load_batches(dataset, batches, workers, device)
-        for done, batch in zip_longest(range(1, rounds + 1), loader):
+        for number, batch in zip_longest(range(1, num_rounds + 1), loader):
             if batch is not None:
                 computed.append(model(normalize(batch[0])).double().cpu())
-            on_batch(min(len(dataset), done * batch_size * processes.world))
+            on_batch(min(len(dataset), number * images_per_round))
     finally:
         model.train(was_training)
     classes = computed[0].shape[1] if computed else len(dataset.images.labels)

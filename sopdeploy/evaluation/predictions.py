@@ -35,11 +35,12 @@ def make_predictions(
             probabilities=np.stack([sigmoid(row) for row in logits]),
             thresholds=decision.thresholds,
         )
-    columns = [images.labels.index(label) for label in labels]
+    class_of_output = [images.labels.index(label) for label in labels]
     scores = []
     for target, row in zip(images.targets.tolist(), logits, strict=True):
         answer = decision.answer(row)
-        order, probabilities = [columns[index] for index, _ in answer.ranked], [p for _, p in answer.ranked]
-        likelihood = probabilities[order.index(target)]
-        scores.append(ImageScore(target, tuple(order[:TOP_K]), probabilities[0], likelihood, answer.known))
+        ranked = [class_of_output[output] for output, _ in answer.ranked]
+        probabilities = [probability for _, probability in answer.ranked]
+        likelihood = probabilities[ranked.index(target)]
+        scores.append(ImageScore(target, tuple(ranked[:TOP_K]), probabilities[0], likelihood, answer.known))
     return scores

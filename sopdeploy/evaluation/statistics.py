@@ -53,18 +53,23 @@ Verdict = Literal["better", "not worse", "worse", "undecided"]
 def mcnemar(wins: int, losses: int) -> float:
     """Compute the exact two-sided p-value of equal accuracies (McNemar, Psychometrika 1947)."""
     trials, count = wins + losses, max(wins, losses)
-    term, tail = math.comb(trials, count), 0
+    if trials == 0:
+        return 1.0
+    # The tail of the binomial distribution with probability 1/2, from integers: both sides, so 2 / 2**trials.
+    binomial, tail = math.comb(trials, count), 0
     for successes in range(count, trials + 1):
-        tail += term
-        term = term * (trials - successes) // (successes + 1)
-    return min(1.0, tail / 2 ** (trials - 1)) if trials else 1.0
+        tail += binomial
+        binomial = binomial * (trials - successes) // (successes + 1)
+    return min(1.0, tail / 2 ** (trials - 1))
 
 
 def holm(values: Sequence[float]) -> list[float]:
     """Correct p-values for their number (Holm, "A Simple Sequentially Rejective Procedure", 1979)."""
     corrected, largest = [0.0] * len(values), 0.0
-    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
-        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+    ascending = sorted(range(len(values)), key=values.__getitem__)
+    for rank, index in enumerate(ascending):
+        num_not_smaller = len(values) - rank
+        largest = max(largest, min(1.0, num_not_smaller * values[index]))
         corrected[index] = largest
     return corrected
 
@@ -75,6 +80,7 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
     The variance is that of the most likely shares with this difference (Tango, "Equivalence Test and
     Confidence Interval for the Difference in Proportions for the Paired-Sample Design", 1998, Eq. 6 and 7).
     """
+    # The share of images on which only the first is right solves 2 images x^2 + linear x + constant = 0.
     linear = (2 * images - wins + losses) * difference - wins - losses
     constant = -losses * difference * (1 - difference)
     share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
@@ -83,16 +89,17 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
 
 
 def difference_interval(wins: int, losses: int, images: int) -> Interval:
-    """Compute the 95 % interval of the difference: what `score_statistic` does not reject."""
+    """Compute the 95 % interval of the difference: the values that `score_statistic` does not reject."""
     bounds = []
-    for side in (1, -1):
-        inside, outside = (wins - losses) / images, -float(side)
-        for _ in range(50):
+    for sign in (1, -1):  # of the statistic below and above the observed difference
+        inside, outside = (wins - losses) / images, -float(sign)
+        for _ in range(50):  # bisection
             middle = (inside + outside) / 2
-            if side * score_statistic(wins, losses, images, middle) < Z_95:
-                inside = middle
-            else:
+            is_rejected = sign * score_statistic(wins, losses, images, middle) >= Z_95
+            if is_rejected:
                 outside = middle
+            else:
+                inside = middle
         bounds.append(inside)
     return Interval(*bounds)
 
@@ -107,6 +114,7 @@ def share_of_level(attempt: int) -> float:
 
 
 def _quantile_not_worse(attempt: int) -> float:
+    """Return the quantile of "not worse" in this *attempt*, `Z_NOT_WORSE` in the first one."""
     normal = NormalDist()
     return -normal.inv_cdf(normal.cdf(-Z_NOT_WORSE) * share_of_level(attempt))
 
@@ -127,11 +135,12 @@ def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int =
 
 def images_to_decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> int | None:
     """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
-    difference, differing = (wins - losses) / images, (wins + losses + 1) / (images + 2)
+    difference = (wins - losses) / images
+    variance = (wins + losses + 1) / (images + 2)  # of an image; never 0
     needed = []
-    if difference > -tolerance:
+    if difference > -tolerance:  # for "not worse"
         quantile = _quantile_not_worse(attempt)
-        needed.append(differing * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
-    if difference < 0:
-        needed.append(differing * ((Z_95 + Z_POWER) / difference) ** 2)
+        needed.append(variance * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
+    if difference < 0:  # for "worse"
+        needed.append(variance * ((Z_95 + Z_POWER) / difference) ** 2)
     return max(1, math.ceil(min(needed)) - images) if needed else None

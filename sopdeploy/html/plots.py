@@ -29,7 +29,7 @@ def plot(curves: Mapping[str, Points], x_label: str, y_label: str, *, logarithmi
 
     def draw(axes: Any) -> None:
         for number, points in enumerate(curves.values()):
-            style = ("-", "--", ":", "-.")[number // 10 % 4]  # ten colors, then the same with other lines
+            style = ("-", "--", ":", "-.")[number // 10 % 4]  # there are ten colors
             axes.plot(*zip(*points, strict=True), style, marker="." if len(points) < 20 else "")
         axes.set(xlabel=sanitize(x_label), ylabel=sanitize(y_label))
         if logarithmic:

@@ -55,7 +55,8 @@ def write_run_page(
 
     Returns the mistakes: true class, predicted class and number of images, the most frequent one first.
     """
-    best, page = folder / "best.pt", folder / PAGE
+    best = folder / "best.pt"
+    page = folder / PAGE
     checkpoint = read_checkpoint(best)
     result: Any = read_result(checkpoint.training)
     images, description, logits_NC = _predict(run, data, checkpoint, best, on_image)
@@ -116,13 +117,14 @@ def _describe_training(run: Run, best: Checkpoint, result: AnyProcedureResult) -
 
 
 def _describe_score(result: AnyProcedureResult) -> dict[str, str]:
-    """Format the score of a run with its interval, by name; of the training loop, its best epoch, too."""
+    """Return the tiles of the page: the score with its interval, and the best epoch of the training loop."""
     score = result.score
-    epoch = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}
+    tiles = {"epoch": f"{result.epoch} of {result.num_epochs}"} if isinstance(result, LoopResult) else {}
     if isinstance(score, float):
-        return {**epoch, result.score_name: percent(score)}
-    interval = f"{100 * score.low:.0f} to {100 * score.high:.0f}"
-    return {**epoch, result.score_name: f"{percent(score.value)} ({interval})"}
+        text = percent(score)
+    else:
+        text = f"{percent(score.value)} ({100 * score.low:.0f} to {100 * score.high:.0f})"
+    return {**tiles, result.score_name: text}
 
 
 def _describe_networks(networks: Sequence[NetworkScore]) -> Iterator[Section]:
@@ -141,7 +143,8 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     if not isinstance(result, LoopResult):
         return Section(title="Learning", text=result.lines())
     last, text = history[-1], list(result.lines())
-    score, name = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1", last.metrics.score_name
+    name = last.metrics.score_name  # on the page
+    score = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"  # in the history
     parts = dict.fromkeys(part for row in history for part in row.losses)
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
     shown = heads if len(heads) > 1 else ()

@@ -16,14 +16,14 @@ def measure_predictions(
 ) -> ClassificationReport | MultiLabelReport:
     """Compute the metrics of *predicted* for the sorted *labels*.
 
-    If *score*, that of the run, counts the same images, its interval is that of the accuracy, too: it takes
-    copies and folds into account.
+    *score* is that of the run. If it counts the same images, it replaces the accuracy, because its interval
+    takes copies and folds into account.
     """
     if isinstance(predicted, MultiLabelPredictions):
         return predicted.report()
     metrics = classification_report(labels, predicted)
-    counts = (metrics.top1.right, metrics.top1.count)
-    if isinstance(score, Rate) and (score.right, score.count) == counts:
+    top1 = metrics.top1
+    if isinstance(score, Rate) and (score.right, score.count) == (top1.right, top1.count):
         metrics = metrics.model_copy(update={"top1": score})
     return metrics
 
@@ -37,15 +37,10 @@ def describe_predictions(metrics: ClassificationReport | MultiLabelReport, image
 
 def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
     """Describe accuracies, confusions, and precision and recall of each class."""
-    top1, top5 = (
-        f"{percent(rate.share, 2)} ({percent(rate.low)} to {percent(rate.high)})"
-        for rate in (metrics.top1, metrics.top5)
-    )
+    top1, top5 = _with_interval(metrics.top1, 2), _with_interval(metrics.top5, 2)
     scores = f"Top-1 {top1}, top-5 {top5}, log loss {metrics.log_loss:.4f}."
-    if (known := metrics.accepted) is not None:
-        scores += (
-            f" {percent(known.share)} ({percent(known.low)} to {percent(known.high)}) accepted as known."
-        )
+    if metrics.accepted is not None:
+        scores += f" {_with_interval(metrics.accepted)} accepted as known."
     names = [row.label for row in metrics.classes]
     tables = []
     if len(names) <= _MAX_MATRIX_CLASSES:
@@ -56,6 +51,7 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
     tables.append(
         Table(caption="Most frequent mistakes", columns=["true", "predicted", "images"], rows=frequent)
     )
+    worst_first = sorted(metrics.classes, key=lambda row: 1.0 if row.recall is None else row.recall.share)
     classes = [
         (
             row.label,
@@ -65,11 +61,15 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
             "no images" if row.recall is None else percent(row.recall.share),
             "" if row.recall is None else f"{percent(row.recall.low)} to {percent(row.recall.high)}",
         )
-        for row in sorted(metrics.classes, key=lambda row: 1.0 if row.recall is None else row.recall.share)
+        for row in worst_first
     ]
     columns = ["class", "images", "predicted", "precision", "recall", "95 % interval of recall"]
     tables.append(Table(caption="Every class", columns=columns, rows=classes, folded=True))
     return Section(title="Predictions", text=[images, scores], tables=tables)
+
+
+def _with_interval(rate: Rate, digits: int = 1) -> str:
+    return f"{percent(rate.share, digits)} ({percent(rate.low)} to {percent(rate.high)})"
 
 
 def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:

@@ -59,11 +59,11 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
-    """List the images with a class that is `LISTED_RATIO` times as probable as the label, relatively.
+    """List images with a relatively more probable class than the label, by index; the least certain first.
 
-    A probability is divided by the average one that images of the class have for it, because similar classes
-    are never certain ("confident learning", Northcutt et al., JAIR 2021). The image with the least probable
-    label is first ("self-confidence" there).
+    Probabilities are relative to the average one that images of a class have for it, because similar classes
+    are never certain ("confident learning", Northcutt et al., JAIR 2021). An image is listed if a class has
+    `LISTED_RATIO` times the relative probability of the label.
     """
     probabilities_NC, labels = softmax(logits_NC), images.targets.astype(np.int64)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
@@ -71,8 +71,9 @@ def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> 
     average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)
     at_least = of_label_N.mean() / 2  # the few images of a class may all be wrong
     relative_NC = probabilities_NC / np.maximum(average_C, at_least)
-    suggested_N = relative_NC.argmax(axis=1)
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]
+    suggested_N = relative_NC.argmax(axis=1)
+    is_wrong_N = relative_NC.max(axis=1) > LISTED_RATIO * relative_of_label_N
     return [
         (
             index,
@@ -85,5 +86,5 @@ def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> 
             ),
         )
         for index in np.argsort(of_label_N, kind="stable").tolist()
-        if relative_NC[index, suggested_N[index]] > LISTED_RATIO * relative_of_label_N[index]
+        if is_wrong_N[index]
     ]

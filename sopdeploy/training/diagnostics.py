@@ -119,8 +119,9 @@ def diagnose(
 ) -> Diagnostics:
     """Compute the diagnostics of *model* on a fixed subset of *held_out*."""
     count, network = min(MAX_IMAGES, len(held_out)), AllHeads(model)
+    evenly_spaced = [number * len(held_out) // count for number in range(count)]
     mask = np.zeros(len(held_out), np.bool_)
-    mask[[index * len(held_out) // count for index in range(count)]] = True
+    mask[evenly_spaced] = True
     subset = replace(held_out, images=held_out.images.select(mask))
     joined, targets = predict_logits(network, subset, preprocess, batch_size=batch_size)
     logits = network.split(joined)

@@ -72,18 +72,18 @@ class Strategy(ProcessGroup):
         """
         if not self.joined or not parameters:
             return list(tensors)
-        counts = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int())
+        given = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int()).tolist()
         dense = [
             torch.zeros_like(parameter) if tensor is None else tensor
-            for tensor, parameter, count in zip(tensors, parameters, counts.tolist(), strict=True)
-            if count
+            for tensor, parameter, processes in zip(tensors, parameters, given, strict=True)
+            if processes > 0
         ]
         total = torch.cat([tensor.reshape(-1) for tensor in dense])
         dist.all_reduce(total)
         parts = iter(torch.split(total, [tensor.numel() for tensor in dense]))
         return [  # each with the memory layout of its parameter
-            torch.empty_like(parameter).copy_(next(parts).view_as(parameter)) if count else None
-            for parameter, count in zip(parameters, counts.tolist(), strict=True)
+            torch.empty_like(parameter).copy_(next(parts).view_as(parameter)) if processes > 0 else None
+            for parameter, processes in zip(parameters, given, strict=True)
         ]
 
     def shard(self, samples: Sequence[int]) -> list[int]:
@@ -118,10 +118,11 @@ class StepShard(NamedTuple):
 def shard_step(samples: Sequence[int], recipe: Recipe, strategy: Strategy) -> StepShard:
     """Select the samples and micro-batches of this process in a step with *samples*.
 
-    The sizes of micro-batches differ by at most one. There are fewer than `accumulate` if one had less than
-    two samples, or than one for each process.
+    A step has `accumulate` micro-batches, or fewer so that each has at least two samples, and one for each
+    process. Their sizes differ by at most one.
     """
-    count = min(recipe.accumulate, max(1, len(samples) // max(2, strategy.world)))
+    fewest_samples = max(2, strategy.world)
+    count = min(recipe.accumulate, max(1, len(samples) // fewest_samples))
     bounds = [-(-len(samples) * number // count) for number in range(count + 1)]  # rounded up
     loaded: list[int] = []
     micro_batches = []

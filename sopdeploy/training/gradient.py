@@ -22,7 +22,7 @@ def train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tu
     loss, the gradient or a buffer is not finite; the weights are then unchanged.
     """
     recipe, position = run.recipe, run.position
-    of_process = (run.strategy.rank,) if run.strategy.rank else ()
+    of_process = (run.strategy.rank,) if run.strategy.rank else ()  # other random numbers in each
     torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *of_process))
     factor = recipe.schedule.factor(position.epoch + position.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:

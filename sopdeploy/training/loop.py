@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,22 +163,18 @@ def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False)
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     metrics, count = best.metrics, best.metrics.count
     selected_by: SelectedBy = "nothing" if len(history) == 1 or frozen_backbone else "same images"
-    top1 = None
-    if metrics.score_name != "mAP":
-        right = round(metrics.score * count)
-        recorded = [row.diagnostics.right if row.diagnostics else "" for row in history]
-        all_recorded = count > 1 and all(len(right_N) == count for right_N in recorded)
-        if selected_by == "same images" and all_recorded:
-            right_EN = np.array([list(right_N) for right_N in recorded]) == "1"
-            right, selected_by = round(corrected_score(right_EN) * count), "other images"
-        top1 = Rate.of(right, count)
+    if metrics.score_name == "mAP":
+        score: dict[str, Any] = {"map": metrics.score}
+    else:
+        accuracy = metrics.score
+        predictions = [row.diagnostics.right if row.diagnostics else "" for row in history]
+        are_complete = count > 1 and all(len(right) == count for right in predictions)
+        if selected_by == "same images" and are_complete:
+            right_EN = np.array([list(right) for right in predictions]) == "1"
+            accuracy, selected_by = corrected_score(right_EN), "other images"
+        score = {"top1": Rate.of(round(accuracy * count), count)}
     return LoopResult(
-        epoch=best.epoch,
-        num_epochs=len(history),
-        top1=top1,
-        map=metrics.score if top1 is None else None,
-        count=count,
-        selected_by=selected_by,
+        epoch=best.epoch, num_epochs=len(history), count=count, selected_by=selected_by, **score
     )
 
 

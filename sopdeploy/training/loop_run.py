@@ -18,7 +18,7 @@ from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
 from sopdeploy.training.ema import ExponentialMovingAverage
 from sopdeploy.training.losses import Loss, Teacher
-from sopdeploy.training.optimizers import create_optimizer
+from sopdeploy.training.optimizers import OPTIMIZERS
 from sopdeploy.training.recipe import StartConfig
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.start_weights import classifier_name
@@ -53,7 +53,8 @@ class LoopRun(Run):
     @cached_property
     def optimizer(self) -> Optimizer:
         """The optimizer; it is created on first use, because this imports torch's compiler."""
-        return create_optimizer(self.recipe.optimizer, self.groups)
+        config = self.recipe.optimizer
+        return OPTIMIZERS[config.kind](self.groups, **config.model_dump(exclude={"kind", "clip_norm"}))
 
     @property
     def exported(self) -> Classifier:
@@ -114,7 +115,7 @@ class LoopRun(Run):
         The averages of such parts are kept, too.
         """
         states = {}
-        if "optimizer" in self.__dict__:
+        if "optimizer" in self.__dict__:  # it was used before
             states = {
                 part: self.optimizer.state[parameter]
                 for part, parameter in self.trained().named_parameters()

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sopdeploy.data.base import derive_seed
-from sopdeploy.training.loop_settings import OptimizerConfig
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parameter groups
 
@@ -90,15 +89,17 @@ class AdaHessian(Optimizer):
                 state["mean"] = torch.zeros_like(parameter)
                 state["curvature"] = torch.zeros_like(parameter)
             state["step"] += 1
-            (first, second), rate, count = group["betas"], group["lr"], int(state["step"])
+            (decay, decay_curvature), rate, count = group["betas"], group["lr"], int(state["step"])
             diagonal = self.curvatures.get(parameter, torch.zeros_like(parameter)).abs()
             if diagonal.dim() == 4:
                 diagonal = diagonal.mean(dim=(2, 3), keepdim=True).expand_as(parameter)
-            state["mean"].lerp_(parameter.grad, 1 - first)
-            state["curvature"].mul_(second).addcmul_(diagonal, diagonal, value=1 - second)
-            root = (state["curvature"] / (1 - second**count)).sqrt().pow(group["power"])
+            state["mean"].lerp_(parameter.grad, 1 - decay)
+            state["curvature"].mul_(decay_curvature)
+            state["curvature"].addcmul_(diagonal, diagonal, value=1 - decay_curvature)
+            # Divided by 1 - decay^count, the means are unbiased, as in Adam.
+            root = (state["curvature"] / (1 - decay_curvature**count)).sqrt().pow(group["power"])
             parameter.mul_(1 - rate * group["weight_decay"])
-            parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-rate / (1 - first**count))
+            parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-rate / (1 - decay**count))
 
 
 def random_signs(seed: int, number: int, like: Tensor) -> Tensor:
@@ -108,15 +109,10 @@ def random_signs(seed: int, number: int, like: Tensor) -> Tensor:
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {  # by the `kind` of their settings
     "sgd": torch.optim.SGD,
     "adamw": torch.optim.AdamW,
     "radam": partial(torch.optim.RAdam, decoupled_weight_decay=True),
     "rmsprop": torch.optim.RMSprop,
     "adahessian": AdaHessian,
 }
-
-
-def create_optimizer(config: OptimizerConfig, parameters: Parameters) -> Optimizer:
-    """Create the optimizer of *config* for *parameters*."""
-    return OPTIMIZERS[config.kind](parameters, **config.model_dump(exclude={"kind", "clip_norm"}))

@@ -17,7 +17,7 @@ from sopdeploy.data.augment import BoxCrop
 from sopdeploy.data.sources import DataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.models.registry import CatalogModel, entry, make_config
+from sopdeploy.models.registry import CatalogModel, entry
 from sopdeploy.plugins import DATA_SOURCES
 from sopdeploy.project import Name
 from sopdeploy.training.loop_settings import LoopSettings
@@ -109,10 +109,6 @@ class ModelConfig(CatalogModel):
             return network
         return network.without_branches()
 
-    def full_config(self) -> dict[str, Any]:
-        """Return the complete config, with defaults, as checkpoints store it."""
-        return make_config(self.name, self.config).model_dump(mode="json")
-
 
 class RejectionConfig(StrictModel):
     """The fraction of known images to accept; with 1 no image counts as unknown.
@@ -148,7 +144,7 @@ class Recipe(LoopSettings):
 
     def reads(self, key: str) -> bool:
         """Check whether the procedure reads the dotted *key*."""
-        of_loop = any(f"{key}.".startswith(f"{table}.") for table in LOOP_KEYS)
+        of_loop = any(key == name or key.startswith(f"{name}.") for name in LOOP_KEYS)
         return not of_loop or isinstance(self.procedure, LoopConfig)
 
     def check_effect(self, given: Sequence[str]) -> None:
@@ -219,24 +215,28 @@ def change_recipe(
 
 
 def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Drop the values that only the recipe's network or data has, if *overrides* select others."""
+    """Drop the values of another network, data source or procedure than *overrides* select."""
     tables = {name: table for name, table in values.items() if isinstance(table, dict)}
     config, network = tables.get("model", {}).get("config", {}), overrides.get("model.name")
     if isinstance(config, dict) and isinstance(network, str):
         for key in config.keys() - entry(network).config.model_fields:
             del config[key]
-    configs_of = {"data": get_args(get_args(DataConfig)[0]), "procedure": PROCEDURES}
-    for name, configs in configs_of.items():
+    for name in ("data", "procedure"):
         table, kind = tables.get(name, {}), overrides.get(f"{name}.kind")
-        if not isinstance(kind, str) or kind == table.get("kind"):
-            continue
-        of_kind = [item for item in configs if kind in get_args(item.model_fields["kind"].annotation)]
-        chosen = of_kind[0] if of_kind else None
-        if chosen is None and name == "data":
-            chosen = DATA_SOURCES.find(kind)
-        if chosen is not None:  # otherwise the validation of the recipe names the unknown kind
-            for key in table.keys() - chosen.model_fields.keys():
-                del table[key]
+        if isinstance(kind, str) and kind != table.get("kind"):
+            chosen = _config_of_kind(name, kind)
+            if chosen is not None:  # otherwise the validation of the recipe names the unknown kind
+                for key in table.keys() - chosen.model_fields.keys():
+                    del table[key]
+
+
+def _config_of_kind(table: str, kind: str) -> type[StrictModel] | None:
+    """Find the config of *kind* for the *table* "data" or "procedure"; None if there is none."""
+    configs = PROCEDURES if table == "procedure" else get_args(get_args(DataConfig)[0])
+    for config in configs:
+        if kind in get_args(config.model_fields["kind"].annotation):
+            return config
+    return DATA_SOURCES.find(kind) if table == "data" else None
 
 
 def format_toml(value: Any) -> str:
@@ -314,6 +314,7 @@ def _suggest_key(key: str) -> str:
 
 
 def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of *config* and of the tables in it, of every kind."""
     for name, field in config.model_fields.items():
         yield prefix + name
         for table in (field.annotation, *get_args(field.annotation)):
@@ -322,11 +323,15 @@ def _list_keys(config: type[pydantic.BaseModel], prefix: str = "") -> Iterator[s
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested tables with dotted keys; an optional table may be empty, such as `ema`."""
+    """Yield the values of nested tables with dotted keys.
+
+    An empty optional table, such as `ema`, is a value: it selects the defaults.
+    """
     for key, value in table.items():
         field = Recipe.model_fields.get(prefix + key)
         is_optional = field is not None and field.default is None
-        if isinstance(value, Mapping) and (value or not is_optional):
+        is_value = is_optional and not value
+        if isinstance(value, Mapping) and not is_value:
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value

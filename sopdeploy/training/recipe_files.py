@@ -52,8 +52,8 @@ def read_values(source: str | Path) -> dict[str, Any]:
     for key, value in values.items():
         inherited = merged.get(key)
         if isinstance(value, dict) and isinstance(inherited, dict):
-            of_same_kind = all(value.get(name, inherited.get(name)) == inherited.get(name) for name in _KINDS)
-            value = {**inherited, **value} if of_same_kind else value
+            is_other_kind = any(name in value and value[name] != inherited.get(name) for name in _KINDS)
+            value = value if is_other_kind else {**inherited, **value}
         merged[key] = value
     return merged
 

@@ -154,7 +154,7 @@ class FewShotResult(StrictModel):
         return (*lines, f"{self.describe_score()}; {steps}")
 
     def describe_score(self) -> str:
-        """Describe the score; if it is not clearly better, add the accuracy of always guessing one class."""
+        """Describe the score; if it may be no better, add the accuracy of always naming the largest class."""
         score = self.score
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
         label, largest = max(self.class_counts.items(), key=lambda count: count[1])

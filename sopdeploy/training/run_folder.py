@@ -67,6 +67,7 @@ class RunFolder:
             )
 
     def _try_lock(self) -> bool:
+        """Create the folder and hold its lock file; false if another process holds it."""
         path = self.path / LOCK_FILE
         with writing(path, CheckpointError):
             self._created = not self.path.exists()
@@ -96,12 +97,13 @@ class RunFolder:
 
         Raises `ConfigError` if the folder cannot be used.
         """
-        if resume and (resume != "auto" or self.last.exists()):
-            if not self.last.exists():
-                raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
+        has_run = self.last.exists()
+        if resume is True and not has_run:
+            raise ConfigError(f"{self.path} holds no run; start one first", setting="resume")
+        if resume and has_run:
             self.lock()
             return read_checkpoint(self.last)
-        if self.last.exists():
+        if has_run:
             raise ConfigError(
                 f"{self.path} holds a run; continue it or choose another folder",
                 setting="out",

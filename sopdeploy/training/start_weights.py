@@ -87,8 +87,7 @@ def read_start_weights(
         return None
     if recipe.start.weights is None:
         raise ConfigError(
-            "start.weights: not set; give the checkpoint to start from",
-            remedies={"weights": "imagenet"},
+            "start.weights: not set; give the checkpoint to start from", remedies={"weights": "imagenet"}
         )
     weights = _read(recipe, source) if strategy.rank == 0 else None
     strategy.all_reduce(torch.zeros(1))  # the others wait until the first process has filled the cache
@@ -97,7 +96,7 @@ def read_start_weights(
 
 def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
-    # Under a head, and under the branches of `dsop-timm:`, the tensors of a network keep their names.
+    # The tensors of NAME have the same names in `head:NAME`, and those of `timm:NAME` in `dsop-timm:NAME`.
     model = recipe.model.name.removeprefix("head:")
     source_model = model.removeprefix("dsop-") if ":" in model else model
     weights = recipe.start.weights if recipe.start is not None else None
@@ -156,21 +155,22 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     shape, is not finite or does not exist in *model*.
     """
     own, last_layer = model.state_dict(), classifier_name(model)
-    linear = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-    per_class = [name for name, part in linear if part.out_features == model.num_classes]
+    linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    per_class = [name for name, layer in linear if layer.out_features == model.num_classes]
     class_layers = (*per_class, last_layer)
     training_only = (*model.training_only, *weights.training_only)
-    other_classes: list[str] = []  # the layers that would predict the classes of the file
-    if weights.labels not in (None, labels):
-        other_classes = [name for name in class_layers if is_in(name, last_layer, *model.training_only)]
+    of_other_classes: list[str] = []  # layers that are not loaded, because they predict other classes
+    has_other_classes = weights.labels not in (None, labels)
+    if has_other_classes:
+        of_other_classes = [name for name in class_layers if is_in(name, last_layer, *model.training_only)]
     classifiers = [name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS}]
-    may_be_new = (*other_classes, *training_only, *classifiers)
+    may_be_new = (*of_other_classes, *training_only, *classifiers)
     whole_classifier = last_layer.rpartition(".")[0]  # of several layers; empty for a single one
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():
         given = weights.tensors.get(name)
-        if given is not None and given.shape == tensor.shape and not is_in(name, *other_classes):
+        if given is not None and given.shape == tensor.shape and not is_in(name, *of_other_classes):
             if given.is_floating_point() and not bool(torch.isfinite(given).all()):
                 raise WeightsError(
                     f"start.weights: {weights.file}: {name} has values that are not finite; choose another "
@@ -183,7 +183,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             new.add(name.rpartition(".")[0])  # its input is longer or shorter behind another pooling
         elif given is not None:
             raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
-        elif not name.endswith("num_batches_tracked"):
+        elif not name.endswith("num_batches_tracked"):  # which old files lack
             raise _misfit(weights, f"{name} is missing")
     unused = _unused_parts(weights, own.keys(), training_only)
     model.load_state_dict(matching, strict=False)

@@ -215,7 +215,7 @@ def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig |
     if isinstance(config, FewShotConfig):
         if torch.distributed.is_initialized():
             raise ConfigError("procedure few_shot: needs one process; start it without torchrun")
-        entry(head_name(recipe.model.name))
+        entry(head_name(recipe.model.name))  # raises the error if there is no head
     elif isinstance(recipe.data, HoldOut):
         data = hold_out_images(data, recipe.data.hold_out, recipe.data.hold_out_seed)
     return Selection(recipe, data, reason)
@@ -235,7 +235,8 @@ def _check_data(recipe: Recipe, opened: Split, data: Split, callback: Callback) 
     Warns of the classes of which no image could be held out, if *data* has images held out of *opened*.
     Raises an error if the folder of unknown images could not be used after the training.
     """
-    if len(data.held_out) and not len(opened.held_out):
+    were_held_out_here = len(data.held_out) and not len(opened.held_out)
+    if were_held_out_here:
         counts = data.held_out.class_counts().tolist()
         alone = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
         if alone:

@@ -131,7 +131,7 @@ def _open_class_folders(root: Path, held_out: int | None) -> OpenedParts:
     for name, folder in folders.items():
         listing = list_classes(folder)
         opened[name] = listing.images
-        train = next(iter(opened.values()))
+        train = next(iter(opened.values()))  # the first folder
         if len(train.labels) < 2:
             raise _too_few_classes(train)
         problems += class_problems(listing, train.labels)
@@ -158,16 +158,18 @@ def list_classes(root: Path) -> ClassListing:
     The images of a folder in a class folder are a group, unless it holds all images of the class.
     """
     found = {label: list_images(root, label) for label in list_subfolders(root)}
-    paths = [path for images, _ in found.values() for path in images]
-    targets = np.repeat(np.arange(len(found)), [len(images) for images, _ in found.values()])
+    of_classes = [images for images, _ in found.values()]
+    paths = [path for images in of_classes for path in images]
+    targets = np.repeat(np.arange(len(found)), [len(images) for images in of_classes])
     groups: list[bytes] = []
     nested: set[str] = set()
-    for images, _ in found.values():
-        # The first folder in the class folder; for an image directly in the class folder, the image itself.
-        inner = [b"/".join(path.split(b"/")[:2]) for path in images]
-        groups += images if len(set(inner)) == 1 else inner
-        nested.update(map(os.fsdecode, set(inner).difference(images)))
-    given = None if len(set(groups)) == len(groups) else np.asarray(groups, dtype=np.bytes_)
+    for images in of_classes:
+        # `class/folder` of each image; of one directly in the class folder, `class/image`, which is its path.
+        places = [b"/".join(path.split(b"/")[:2]) for path in images]
+        groups += images if len(set(places)) == 1 else places
+        nested.update(map(os.fsdecode, set(places).difference(images)))
+    all_alone = len(set(groups)) == len(groups)
+    given = None if all_alone else np.asarray(groups, dtype=np.bytes_)
     files = ImageFiles(root, tuple(found), np.asarray(paths, dtype=np.bytes_), targets, given)
     return ClassListing(files, {label: others for label, (_, others) in found.items()}, sorted(nested))
 
@@ -282,10 +284,12 @@ def open_evaluation_images(
         return read_label_table(root, labels, multi_label=True).held_out()
     if (kind := detect_kind(root)) is not None:
         images, other_classes = open_part(kind, "held_out", root), True
-    elif has_label_table(folder := _held_out_folder(root, labels, log)):
-        images = read_label_table(folder, labels, multi_label=False).held_out()
     else:
-        images = list_classes(folder).images
+        folder = _held_out_folder(root, labels, log)
+        if has_label_table(folder):
+            images = read_label_table(folder, labels, multi_label=False).held_out()
+        else:
+            images = list_classes(folder).images
     images = _match_classes(root, images, labels, other_classes, log)
     empty = [labels[index] for index in np.flatnonzero(images.class_counts() == 0)]
     if empty:
@@ -300,7 +304,8 @@ def _match_classes(
     aliases = class_aliases()
     names = tuple(name if name in labels else aliases.get(name, name) for name in images.labels)
     unknown = [given for given, name in zip(images.labels, names, strict=True) if name not in labels]
-    if unknown and (len(unknown) == len(names) or not other_classes):
+    none_is_known = len(unknown) == len(names)
+    if unknown and (none_is_known or not other_classes):
         verb = "are not classes" if unknown[1:] else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "
@@ -330,8 +335,8 @@ def check_holds_classes(root: Path) -> Path:
 def class_aliases() -> dict[str, str]:
     """Map the WordNet ID of each ImageNet class to the name that published weights have, and back."""
     text = resources.files("sopdeploy.data.datasets").joinpath("imagenet_classes.txt").read_text("utf-8")
-    pairs = [line.split(" ", 1) for line in text.splitlines()]
-    return {first: second for pair in pairs for first, second in (pair, pair[::-1])}
+    name_of_id = dict(line.split(" ", 1) for line in text.splitlines())
+    return name_of_id | {name: wordnet_id for wordnet_id, name in name_of_id.items()}
 
 
 def open_any_images(root: Path) -> ImageFiles:
@@ -348,7 +353,8 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     if set(list_subfolders(root)) <= set(labels):
         return root
     parts = find_parts(root)
-    if not parts.held_out or (not parts.train and parts.others):
+    val_is_a_class = not parts.train and parts.others
+    if not parts.held_out or val_is_a_class:
         return root
     folder = part_folder(root, parts.held_out[0])
     log(f"{folder}: the images in this folder are used")

@@ -113,12 +113,14 @@ def _targets(
     """Build the targets of *rows*, (N,) or (N, C); *multi_label* is that of `read_label_table`."""
     targets = np.array([[label in row.classes for label in labels] for row in rows], dtype=np.float32)
     not_single = np.flatnonzero(targets.sum(axis=1) != 1)
-    if multi_label is False and not_single.size:
+    if multi_label or (multi_label is None and not_single.size):
+        return targets
+    if not_single.size:
         line = rows[not_single[0]].line
         raise DataError(
             f"{table}: line {line}: has no class or several, but the network predicts one; keep one class"
         )
-    return targets if multi_label or not_single.size else targets.argmax(axis=1)
+    return targets.argmax(axis=1)
 
 
 class _Row(NamedTuple):
@@ -149,18 +151,19 @@ def _read_rows(table: Path) -> list[_Row]:
     rows: dict[str, _Row] = {}
     for line, record in records:
         where = f"{table}: line {line}"
-        if None in record or None in record.values():
+        if None in record or None in record.values():  # more or fewer cells than columns
             raise DataError(f"{where}: does not have {len(columns)} columns; quote names with commas")
         values = {column: value.strip() for column, value in record.items()}
         path, split = PurePosixPath(values["file"]), values.get(SPLIT)
-        classes = [name.strip() for name in values["classes"].split(SEPARATOR) if values["classes"]]
+        listed = values["classes"]
+        classes = [name.strip() for name in listed.split(SEPARATOR)] if listed else []
         if path.is_absolute() or ".." in path.parts or not is_image(path.name):
             raise DataError(
                 f"{where}: {values['file']!r} is not the path of an image, relative to the folder, without .."
             )
         if "" in classes:
             raise DataError(
-                f"{where}: {values['classes']!r} has an empty class name; separate classes by one {SEPARATOR}"
+                f"{where}: {listed!r} has an empty class name; separate classes by one {SEPARATOR}"
             )
         if split not in (TRAIN, VAL, None):
             raise DataError(f"{where}: split is {split!r}; write {TRAIN} or {VAL}")

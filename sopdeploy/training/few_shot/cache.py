@@ -37,9 +37,11 @@ class FeatureCache:
 
     def __init__(self, network: SecondOrderHead, recipe: Recipe, limit: int = LIMIT_BYTES) -> None:
         root = expand_user(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-        self.folder, self.limit, self.used = root / "sopdeploy" / "features", limit, set[str]()
+        self.folder = root / "sopdeploy" / "features"
+        self.limit = limit
+        self.used: set[str] = set()  # names of the entries of this run
         self.identity = hash_network(network, recipe)
-        self.writable = root.is_absolute()
+        self.writable = root.is_absolute()  # the XDG specification ignores relative paths
         self.bytes = sum(size for _, size, _ in self._entries())
 
     def find(self, photograph: bytes) -> Path:
@@ -65,7 +67,7 @@ class FeatureCache:
         """Write an entry, unless the folder is not writable or full of entries of this run."""
         size = sum(array.nbytes for array in entry)
         if self.writable and self.bytes + size > self.limit:
-            self._shrink(self.limit * 9 // 10 - size)
+            self._shrink(self.limit * 9 // 10 - size)  # not for every entry
             self.writable = self.bytes + size <= self.limit
         if not self.writable:
             return
@@ -90,7 +92,7 @@ class FeatureCache:
         return sorted(entries)
 
     def _shrink(self, limit: int) -> None:
-        """Delete the entries that were not used for the longest time, and keep those of this run."""
+        """Delete entries until *limit* bytes remain, the least recently used first, but none of this run."""
         entries = self._entries()
         self.bytes = sum(size for _, size, _ in entries)
         for _, size, path in entries:
@@ -105,7 +107,8 @@ class FeatureCache:
 def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     """Hash all that determines the features of a photograph: network, preprocessing, versions, processor.
 
-    The parameters of the head are left out, because the maps do not depend on them.
+    The parameters of the head are left out, because the features do not depend on them. The source files of
+    all modules are included: the code of a user's network may change while its weights stay.
     """
     device = next(network.parameters()).device
     processor = (
@@ -117,12 +120,12 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     text += installed(_PACKAGES).values()
     text += list(network.maps)
     digest = hashlib.sha256(repr(text).encode())
-    sources = set()  # of networks of users, too, whose code may change while their weights stay
+    sources: set[str | None] = set()
     for name, module in network.named_modules():
         if name.split(".")[0] != POOLED_HEAD:
             digest.update(f"{name} {type(module).__qualname__} {module.extra_repr()}\n".encode())
-            defined_in = (sys.modules.get(base.__module__) for base in type(module).__mro__)
-            sources |= {getattr(found, "__file__", None) for found in defined_in}
+            for base in type(module).__mro__:
+                sources.add(getattr(sys.modules.get(base.__module__), "__file__", None))
     for source in sorted(filter(None, sources)):
         with suppress(OSError):  # in an archive
             digest.update(Path(source).read_bytes())

@@ -55,9 +55,10 @@ class Targets:
         """
         targets, ones = images.targets.astype(np.int64), np.ones(len(images))
         if targets.ndim == 2:
-            counts = np.where(targets > 0, targets.sum(axis=0), np.iinfo(np.int64).max)
-            strata = np.where(targets.any(axis=1), counts.argmin(axis=1), -1)
-            return cls((targets > 0).astype(np.float64), ones, strata, "sigmoid", False)
+            # Entry (N, K) is the size of the class if the image shows it, otherwise larger than any class.
+            sizes = np.where(targets > 0, targets.sum(axis=0), np.iinfo(np.int64).max)
+            rarest_class = np.where(targets.any(axis=1), sizes.argmin(axis=1), -1)
+            return cls((targets > 0).astype(np.float64), ones, rarest_class, "sigmoid", False)
         classes = np.eye(len(images.labels))[targets]
         counts = classes.sum(axis=0)
         at_least_one = np.maximum(counts, 1)
@@ -73,10 +74,6 @@ class Targets:
             losses = -(self.classes * log_softmax(logits, axis=-1)).sum(axis=-1)
         return losses * self.weights
 
-    def group_counts(self, groups_N: Indices) -> Indices:
-        """Count the groups of each class, (K,)."""
-        return np.asarray([len(np.unique(groups_N[column > 0])) for column in self.classes.T])
-
     def contradictions(self, groups_N: Indices) -> Iterator[Indices]:
         """Yield the images of each group whose images have different classes."""
         for group in np.flatnonzero(np.bincount(groups_N) > 1):
@@ -85,19 +82,21 @@ class Targets:
                 yield images
 
     def folds(self, keys: Sequence[str], folds: int, seed: int) -> Indices:
-        """Assign each image a fold (N,), classes spread evenly; images with equal *keys* share a fold.
+        """Assign each image to one of at most *folds* folds (N,), which have equal shares of each class.
 
-        There are at most *folds*, whatever the size of a class: with fewer, all heads see fewer images, and
-        scores of unknown images, which are those of the final head, do not compare with theirs. Raises
+        Images with equal *keys* share a fold. A class may have fewer images than there are folds: with fewer
+        folds, each head would see fewer images and give lower energies than the final head. Raises
         `DataError` if all keys are equal.
         """
         groups_N = np.unique(keys, return_inverse=True)[1]
-        count = min(folds, int(groups_N.max()) + 1)
-        if groups_N.max() == 0:
+        num_groups = int(groups_N.max()) + 1
+        if num_groups == 1:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
+        count = min(folds, num_groups)
         largest = np.unique(self.strata, return_counts=True)[1].max()
+        # If no stratum reaches every fold, only the sizes of the folds are balanced.
         strata = self.strata if largest >= count else np.zeros_like(self.strata)
         return _spread(strata, groups_N, count, seed % 2**32)
 
@@ -132,31 +131,37 @@ class Problem:
 
     @classmethod
     def create(cls, parts: Sequence[NDArray[np.floating]], targets: Targets) -> "Problem":
-        """Center the *parts* (N, D_i) of the vectors and divide each by the root of its mean squared norm.
+        """Build the problem of the vectors whose *parts* are (N, D_i): center, scale and project them.
 
-        Statistics of different lengths and units then have equal weights. No target is used for this.
+        Each part is divided by the root of its mean squared norm, so that statistics of different lengths and
+        units have equal weights. No target is used for this.
         """
-        count, center, scale = len(parts[0]), [], []
+        count = len(parts[0])
+        blocks = [slice(start, start + ROWS) for start in range(0, count, ROWS)]  # to save memory
+        centers, scales = [], []
         for part in parts:
-            mean = part.mean(axis=0, dtype=np.float64)
-            squares = sum(
-                float(np.square(part[start : start + ROWS] - mean).sum()) for start in range(0, count, ROWS)
-            )
-            center.append(mean)
-            scale.append(np.full(len(mean), 1 / (np.sqrt(squares / count) or 1.0)))
-        means_D, scale_D = np.concatenate(center), np.concatenate(scale)
+            center = part.mean(axis=0, dtype=np.float64)
+            squares = sum(float(np.square(part[block] - center).sum()) for block in blocks)
+            norm = np.sqrt(squares / count) or 1.0  # 0 if all images have the same part
+            centers.append(center)
+            scales.append(np.full(len(center), 1 / norm))
+        center_D, scale_D = np.concatenate(centers), np.concatenate(scales)
 
-        def rows(images: Any) -> Array:
-            scaled: Array = (np.concatenate([part[images] for part in parts], axis=1) - means_D) * scale_D
+        def inputs(images: Any) -> Array:
+            scaled: Array = (np.concatenate([part[images] for part in parts], axis=1) - center_D) * scale_D
             return scaled
 
-        chosen = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
-        basis = np.linalg.qr(rows(chosen).T)[0]
-        reduced = [rows(slice(start, start + ROWS)) @ basis for start in range(0, count, ROWS)]
-        return cls(np.concatenate(reduced), basis, means_D, scale_D, targets)
+        spanning = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
+        basis = np.linalg.qr(inputs(spanning).T)[0]
+        reduced = np.concatenate([inputs(block) @ basis for block in blocks])
+        return cls(reduced, basis, center_D, scale_D, targets)
 
     def fit(self, images: Indices, grid: Sequence[float]) -> Iterator[LinearHead]:
-        """Fit heads, which read `reduced`, to *images*: one for each C of *grid*, in ascending order."""
+        """Fit a head on `reduced` to *images* for each C of *grid*, in this order.
+
+        With "sigmoid", each class is a problem with the classes "absent" and "present", whose difference of
+        logits is the logit of the class.
+        """
         inputs, classes = self.reduced[images], self.targets.classes[images]
         weights = self.targets.weights[images]
         if self.targets.activation == "softmax":
@@ -192,23 +197,26 @@ class Problem:
         return OutOfFold(losses_GN.mean(axis=1), logits_NK, self.distances(folds_N))
 
     def doubt_labels(self, logits_NK: Array, folds_N: Indices, strength: float) -> Array:
-        """Compute out-of-fold logits (N, K) by heads that were fitted without probably wrong labels.
+        """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
-        These are wrong by *logits_NK*, the out-of-fold logits of heads that were fitted to all labels, and
-        have a probability below `IMPLAUSIBLE`. The new heads are not fitted to them and contradict them more
+        A label is doubtful if another class is more probable by the out-of-fold *logits_NK*, and its own
+        probability is below `IMPLAUSIBLE`. Heads without these images contradict their labels more clearly
         (Northcutt et al., "Confident Learning", JAIR 2021, section 3: prune, then train again).
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
         of_label_N = log_probabilities_NK[self.targets.classes > 0]
-        doubted_N = of_label_N < np.minimum(log_probabilities_NK.max(axis=1), np.log(IMPLAUSIBLE))
-        return self.cross_validate(folds_N, [strength], ~doubted_N)[0] if doubted_N.any() else logits_NK
+        other_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
+        doubted_N = other_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
+        if not doubted_N.any():
+            return logits_NK
+        return self.cross_validate(folds_N, [strength], ~doubted_N)[0]
 
     def fit_all(self, strength: float) -> LinearHead:
-        """Fit a head, which reads the vectors of the network, to all images with C = *strength*.
+        """Fit a head to all images with C = *strength*; it reads the vectors of the network, not `reduced`.
 
-        As in the cross-validation, each C of `GRID` starts from the previous one. The solver stops before the
-        optimum of a large C, so that other starts give larger logits, with which no threshold that was fitted
-        to out-of-fold logits agrees.
+        Like the heads of the cross-validation, it starts from the head of the next smaller C of `GRID`. For a
+        large C, the solver stops before the optimum, so that its logits depend on the start. Thresholds that
+        were fitted to out-of-fold logits must suit this head, too.
         """
         *_, head = self.fit(np.arange(len(self.reduced)), GRID[: GRID.index(strength) + 1])
         weight_KD = head.weight @ self.basis.T * self.scale
@@ -224,14 +232,14 @@ class Problem:
         return distances_N
 
     def distance_weight(self, logits_NK: Array, distances_N: Array) -> float:
-        """Return what a unit of *distances_N* takes from all *logits_NK*: `DISTANCE_WEIGHT` of the energy's.
+        """Compute the weight of the distance, whose multiple is subtracted from all logits of an image.
 
         The logits of a linear classifier grow with the distance from the mean of the training images, also
-        for images that resemble none of them. With a multiple of the distance taken from all logits, as ViM
-        takes the norm of a residual (Wang et al., CVPR 2022, section 4), the energy falls and the
-        probabilities stay. The weight is 0 for several classes per image, which have no energy.
+        for images that resemble none of them. The subtraction lowers the energy of distant images and keeps
+        all probabilities; ViM subtracts the norm of a residual (Wang et al., CVPR 2022, section 4). A
+        standard deviation of *distances_N* then counts as `DISTANCE_WEIGHT` of that of the energy.
         """
-        if self.targets.activation == "sigmoid":
+        if self.targets.activation == "sigmoid":  # without energy
             return 0.0
         return DISTANCE_WEIGHT * float(energy(logits_NK).std() / max(distances_N.std(), 1e-12))
 
@@ -278,28 +286,41 @@ def _softmax_loss(
 
 
 def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: int) -> Indices:
-    """Assign the images of each group one of *count* folds (N,), so that the folds have equal strata.
+    """Assign the groups to *count* folds with equal shares of each stratum; returns the folds (N,) of images.
 
-    The groups that are most uneven come first; each goes to the fold that makes the shares of the strata most
-    even, with equal shares to the one with fewest images.
+    The groups with the most uneven strata are assigned first, as long as others can compensate them.
     """
     stratum_N, sizes_S = np.unique(strata_N, return_inverse=True, return_counts=True)[1:]
-    images_GS = np.zeros((int(groups_N.max()) + 1, len(sizes_S)))
+    images_GS = np.zeros((int(groups_N.max()) + 1, len(sizes_S)))  # number by group and stratum
     np.add.at(images_GS, (groups_N, stratum_N), 1)
-    order = np.random.RandomState(seed).permutation(len(images_GS))  # as scikit-learn
-    fold_G, images_FS = np.zeros(len(images_GS), np.intp), np.zeros((count, len(sizes_S)))
-    for group in order[np.argsort(-images_GS[order].std(axis=1), kind="stable")]:
-        # Entry f is the table of images by fold and stratum if the group goes to fold f.
-        with_group_FFS = images_FS + np.eye(count)[:, :, None] * images_GS[group]
-        uneven_F = (with_group_FFS / sizes_S).std(axis=1).mean(axis=1)
-        best = 0
-        for fold in range(1, count):
-            fewer = images_FS[fold].sum() < images_FS[best].sum()
-            if uneven_F[fold] < uneven_F[best] or (fewer and np.isclose(uneven_F[fold], uneven_F[best])):
-                best = fold
-        fold_G[group] = best
-        images_FS[best] += images_GS[group]
+    shuffled = np.random.RandomState(seed).permutation(len(images_GS))  # as scikit-learn
+    uneven_first = shuffled[np.argsort(-images_GS[shuffled].std(axis=1), kind="stable")]
+    fold_G = np.zeros(len(images_GS), np.intp)
+    images_FS = np.zeros((count, len(sizes_S)))  # number by fold and stratum
+    for group in uneven_first:
+        fold = _most_even_fold(images_FS, images_GS[group], sizes_S)
+        fold_G[group] = fold
+        images_FS[fold] += images_GS[group]
     return np.unique(fold_G[groups_N], return_inverse=True)[1].astype(np.intp)  # without empty folds
+
+
+def _most_even_fold(images_FS: Array, group_S: Array, sizes_S: Indices) -> int:
+    """Choose the fold for a group of *group_S* images by stratum, of *sizes_S* images in all folds.
+
+    The strata are then spread most evenly over the folds. Of equally good folds, the smallest is chosen.
+    """
+    count = len(images_FS)
+    # Entry f is the table of images by fold and stratum if the group goes to fold f.
+    with_group_FFS = images_FS + np.eye(count)[:, :, None] * group_S
+    unevenness_F = (with_group_FFS / sizes_S).std(axis=1).mean(axis=1)
+    fold_sizes_F = images_FS.sum(axis=1)
+    best = 0
+    for fold in range(1, count):
+        is_smaller = fold_sizes_F[fold] < fold_sizes_F[best]
+        is_as_even = np.isclose(unevenness_F[fold], unevenness_F[best])
+        if unevenness_F[fold] < unevenness_F[best] or (is_as_even and is_smaller):
+            best = fold
+    return best
 
 
 def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:
@@ -311,18 +332,32 @@ def compose(losses_GN: Array, logits_GNK: Array, folds_N: Indices) -> Array:
     composed_NK = np.zeros(logits_GNK.shape[1:])
     for fold in range(int(folds_N.max()) + 1):
         tested = folds_N == fold
-        strength = losses_GN[:, ~tested].mean(axis=1).argmin()
-        composed_NK[tested] = logits_GNK[strength, tested]
+        chosen = losses_GN[:, ~tested].mean(axis=1).argmin()  # index of C
+        composed_NK[tested] = logits_GNK[chosen, tested]
     return composed_NK
+
+
+def shift_energies(validations: Sequence[OutOfFold], distance_weight: float) -> Array:
+    """Shift the logits (N, K) of the first validation to the mean energies of all *validations*.
+
+    As in the deployed network, *distance_weight* times the distance is subtracted. All logits of an image are
+    shifted by the same number, so that its probabilities stay.
+    """
+    energies = [energy(one.logits) - distance_weight * one.distances for one in validations]
+    logits_NK = validations[0].logits
+    shifts_N = np.mean(energies, axis=0) - energy(logits_NK)
+    shifted_NK: Array = logits_NK + shifts_N[:, None]
+    return shifted_NK
 
 
 def estimate(
     classes_NK: Array, activation: Activation, logits_NK: Array, seed: int, groups_N: Indices, folds: int = 0
 ) -> Rate | MeanPrecision:
-    """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval; *groups_N* are the units.
+    """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval; *groups_N* are independent.
 
-    The heads of different folds share most of their training images. With *folds*, the variance of top-1 is
-    therefore that of Nadeau and Bengio, "Inference for the Generalization Error" (2003), section 3.
+    The heads of a cross-validation share most of their training images. With its number of *folds*, the
+    interval of top-1 is widened by the factor of Nadeau and Bengio, "Inference for the Generalization Error"
+    (2003), section 3.
     """
     if activation == "softmax":
         right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -49,16 +50,20 @@ class Features:
         self.head = head_to_fit(self.full, kind)
 
     def columns(self, head: HeadConfig) -> list[slice]:
-        """Find the columns of `vectors` that *head* reads: one slice per statistic and tap."""
+        """Find the columns of `vectors` that *head* reads: one slice per statistic and tap.
+
+        A vector has the network's own vector ("gap"), the means of all taps, and the roots of all taps.
+        """
         pooled = self.full.pooled_head
-        root_lengths = {tap: pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings}
-        own_length = self.full.num_features() - sum(pooled.channels.values()) - sum(root_lengths.values())
-        lengths = {("gap", ""): own_length}
-        lengths |= {("mean", tap): length for tap, length in pooled.channels.items()}
-        lengths |= {("isqrt", tap): length for tap, length in root_lengths.items()}
+        means = {("mean", tap): length for tap, length in pooled.channels.items()}
+        roots = {
+            ("isqrt", tap): pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings
+        }
+        own_length = self.full.num_features() - sum(means.values()) - sum(roots.values())
         columns, start = [], 0
-        for (statistic, tap), length in lengths.items():
-            if statistic in head.parts and (statistic == "gap" or tap in (head.taps or ())):
+        for (statistic, tap), length in {("gap", ""): own_length, **means, **roots}.items():
+            of_head = tap == "" or tap in (head.taps or ())
+            if statistic in head.parts and of_head:
                 columns.append(slice(start, start + length))
             start += length
         return columns
@@ -69,7 +74,8 @@ class Features:
         copies = Copies.of(images, self.hashes)
         batches = self.outputs.batches(copies, list(range(len(copies))))
         views = [average_views(batch.own, batch.maps) for batch in batches]
-        of_copies = [np.concatenate(part)[:, 0] for part in zip(*views, strict=True)]
+        whole = [[part[:, 0] for part in parts] for parts in views]  # the first view is the whole image
+        of_copies = [np.concatenate(batches_of_part) for batches_of_part in zip(*whole, strict=True)]
         return find_pairs(self.views, of_copies, copies.originals, images.targets)
 
     @torch.no_grad()
@@ -82,12 +88,14 @@ class Features:
         config = self.head.model_copy(update={"distance": with_distance})
         model = with_head(self.recipe.model.name, self.model, config)
         head, weight = model.pooled_head, fitted.weight
-        for tap in head.channels if head.poolings else ():
-            head.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
-        if with_distance:
+        if head.poolings:
+            for tap in head.channels:
+                head.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
+        if with_distance:  # the head appends the distance to its vector
             head.center.copy_(torch.from_numpy(problem.center))
             head.scale.copy_(torch.from_numpy(problem.scale))
-            weight = np.concatenate([weight, np.full((len(weight), 1), -distance_weight)], axis=1)
+            of_distance = np.full((len(weight), 1), -distance_weight)
+            weight = np.concatenate([weight, of_distance], axis=1)
         head.fc.weight.copy_(torch.from_numpy(weight))
         head.fc.bias.copy_(torch.from_numpy(fitted.bias))
         return model.eval()
@@ -115,13 +123,14 @@ class CachedNetwork:
         entries = self._entries(images, indices)
         for start in range(0, len(indices), self.batch_size):
             chosen = indices[start : start + self.batch_size]
-            columns = zip(*islice(entries, len(chosen)), strict=True)
-            digests, own, *maps = (np.ascontiguousarray(np.stack(column)) for column in columns)
+            of_images = islice(entries, len(chosen))
+            stacked = [np.ascontiguousarray(np.stack(arrays)) for arrays in zip(*of_images, strict=True)]
+            digests, own, *maps = stacked
             hashes = [digest.tobytes().hex() for digest in digests]
-            tensors = [
-                torch.from_numpy(one).to(self.device, memory_format=torch.channels_last) for one in maps
-            ]
-            of_tap = dict(zip(self.network.maps, tensors, strict=True))
+            of_tap = {
+                tap: torch.from_numpy(one).to(self.device, memory_format=torch.channels_last)
+                for tap, one in zip(self.network.maps, maps, strict=True)
+            }
             yield Batch(chosen, hashes, torch.from_numpy(own).to(self.device), of_tap)
 
     def vectors(self, batch: Batch) -> NDArray[np.float32]:
@@ -131,34 +140,39 @@ class CachedNetwork:
     def _entries(self, images: LabeledImages, indices: list[int]) -> Iterator[Entry]:
         """Yield the entries of the images at *indices*: hash of the pixels, own vector, the maps.
 
-        The network computes those that the cache does not have, in batches of one size, because the kernels
-        and thereby the last bits depend on it.
+        Those that the cache does not have are computed in full batches, one batch ahead at most.
         """
-        normalize = Normalize(self.recipe.preprocess).to(self.device)
-        dataset = PreprocessedDataset(images, self.recipe.preprocess)
         paths = {index: self.cache.find(images.read(index)) for index in indices}
-
-        def compute(missing: list[int]) -> Iterator[Entry]:
-            size = self.batch_size
-            batches = [missing[start : start + size] for start in range(0, len(missing), size)]
-            loader = load_batches(dataset, batches, self.recipe.workers, torch.device("cpu"))
-            for batch, (pixels, _) in zip(batches, loader, strict=True):
-                filled = pixels[torch.arange(size).clamp(max=len(batch) - 1)]
-                own, maps = self.network.head_inputs(normalize(filled.to(self.device)))
-                outputs = [output.cpu().numpy() for output in (own, *maps.values())]
-                for position, index in enumerate(batch):
-                    digest = hashlib.sha256(pixels[position].numpy().tobytes()).digest()
-                    entry = [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
-                    self.cache.write(paths[index], entry)
-                    yield entry
-
         missing = [index for index in indices if not paths[index].exists()]
-        unknown, computed = set(missing), compute(missing)
+        unknown, computed = set(missing), self._compute(images, missing, paths)
         for index in indices:
             if index in unknown:
-                yield next(computed)
-            else:
-                yield self.cache.read(paths[index]) or next(compute([index]))
+                yield next(computed)  # `computed` has the same order
+            else:  # a damaged entry is None
+                yield self.cache.read(paths[index]) or next(self._compute(images, [index], paths))
+
+    def _compute(
+        self, images: LabeledImages, indices: list[int], paths: Mapping[int, Path]
+    ) -> Iterator[Entry]:
+        """Compute the entries of the images at *indices*, and write them to *paths*.
+
+        The last batch is filled with copies of its last image, because the kernels, and thereby the last bits
+        of the features, depend on the size of the batch.
+        """
+        size = self.batch_size
+        normalize = Normalize(self.recipe.preprocess).to(self.device)
+        dataset = PreprocessedDataset(images, self.recipe.preprocess)
+        batches = [indices[start : start + size] for start in range(0, len(indices), size)]
+        loader = load_batches(dataset, batches, self.recipe.workers, torch.device("cpu"))
+        for batch, (pixels, _) in zip(batches, loader, strict=True):
+            filled = pixels[torch.arange(size).clamp(max=len(batch) - 1)]
+            own, maps = self.network.head_inputs(normalize(filled.to(self.device)))
+            outputs = [output.cpu().numpy() for output in (own, *maps.values())]
+            for position, index in enumerate(batch):
+                digest = hashlib.sha256(pixels[position].numpy().tobytes()).digest()
+                entry = [np.frombuffer(digest, np.uint8), *(output[position] for output in outputs)]
+                self.cache.write(paths[index], entry)
+                yield entry
 
 
 @torch.no_grad()
@@ -171,16 +185,18 @@ def compute_features(
     *on_image* receives the numbers of images done and in total.
     """
     shuffled = np.random.default_rng(0).permutation(len(images))  # so that the first show many classes
-    batches = outputs.batches(images, shuffled.tolist())
+    batches = outputs.batches(images, shuffled.tolist())  # an iterator
     first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
     outputs.network.pooled_head.fit_projection([batch.maps for batch in first])
     vectors = np.zeros((len(images), outputs.network.num_features()), np.float32)
-    views, hashes = list[NDArray[np.float32]](), dict[int, str]()
+    views: list[NDArray[np.float32]] = []
+    hashes: dict[int, str] = {}
     for batch in chain(first, batches):
         vectors[batch.indices] = outputs.vectors(batch)
-        computed = average_views(batch.own, batch.maps)
-        views = views or [np.zeros((len(images), *part.shape[1:]), np.float32) for part in computed]
-        for view, part in zip(views, computed, strict=True):
+        of_batch = average_views(batch.own, batch.maps)
+        if not views:  # the first batch gives their shapes
+            views = [np.zeros((len(images), *view.shape[1:]), np.float32) for view in of_batch]
+        for view, part in zip(views, of_batch, strict=True):
             view[batch.indices] = part
         hashes |= zip(batch.indices, batch.hashes, strict=True)
         on_image(len(hashes), len(images))
@@ -188,7 +204,7 @@ def compute_features(
 
 
 def average_views(own: Tensor, maps: Mapping[str, Tensor]) -> list[NDArray[np.float32]]:
-    """Average each of *maps* (B, C, H, W) as a whole and in its four corners, (B, 5, C).
+    """Average each of *maps* (B, C, H, W) as a whole and in its four corners, which overlap; (B, 5, C).
 
     Without maps, the only view is the network's *own* vector, (B, 1, D).
     """
@@ -212,7 +228,7 @@ def full_head(recipe: Recipe, model: Classifier) -> SecondOrderHead:
     try:
         return with_head(recipe.model.name, model, head).eval()
     except ConfigError as error:
-        if not str(error).startswith("head.taps"):
+        if not str(error).startswith("head.taps"):  # which says that there are no feature maps
             raise
         return with_head(recipe.model.name, model, HeadConfig(kind="gap")).eval()
 

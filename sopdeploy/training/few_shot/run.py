@@ -23,14 +23,14 @@ from sopdeploy.data.base import (
     unreadable_images_error,
 )
 from sopdeploy.data.near import connect
-from sopdeploy.decision import Decision, energy, sigmoid
+from sopdeploy.decision import Decision, sigmoid
 from sopdeploy.errors import DataError
 from sopdeploy.evaluation.decision_fit import fit_decision, fit_thresholds, missing_threshold
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import HeldOutMetrics, held_out_metrics, predict_logits, predict_unknown
 from sopdeploy.models.second_order_head import head_name
 from sopdeploy.training.diagnostics import EpochRow
-from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets, estimate
+from sopdeploy.training.few_shot.classifier import GRID, Indices, Problem, Targets, estimate, shift_energies
 from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.results import FewShotResult
 from sopdeploy.training.run import Callback, Position, Run
@@ -51,7 +51,7 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
     and `DataError` for images that cannot be used.
     """
     if isinstance(run.result, FewShotResult):
-        _fit_decision(run, data.train, run.result)  # with another `rejection.accepts`
+        _fit_decision(run, data.train, run.result)  # `rejection` may have changed
         folder.save_best(run)
         return
     since = time.monotonic()
@@ -72,8 +72,8 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
     _fit_decision(run, data.train, result)
     seconds, lr = time.monotonic() - since, run.recipe.optimizer.lr
     targets = Targets.of(data.train)
-    losses_N = targets.losses(run.state["out_of_fold"].numpy()) / targets.weights
-    losses = {"loss": float(losses_N.mean())}
+    unweighted_N = targets.losses(run.state["out_of_fold"].numpy()) / targets.weights
+    losses = {"loss": float(unweighted_N.mean())}
     row = EpochRow(epoch=1, lr=lr, losses=losses, metrics=metrics, seconds=seconds)
     run.position = Position(epoch=1, seconds=seconds, history=(row,))
     folder.save_last(run)
@@ -84,40 +84,44 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
 def fit_classifier(
     run: Run, images: LabeledImages, on_progress: Callable[[str, int, int], None]
 ) -> FewShotResult:
-    """Fit the classifier to *images*, and give *run* the network and the out-of-fold logits (N, K).
+    """Fit the classifier to *images* and cross-validate it; `run.model` becomes the fitted network.
 
-    *on_progress* receives (step, done, total). Raises `DataError` if all images have the same pixels.
+    `run.state` becomes what the decision and the report need: `out_of_fold` logits (N, K), `groups` (N,) of
+    copies, the indices `judged` of the images that the score counts, and, with one class per image, the
+    `label_logits` (N, K) that contradict wrong labels. *on_progress* receives (step, done, total). Raises
+    `DataError` if all images have the same pixels.
     """
     config: Any = run.recipe.procedure
     name, count = run.recipe.model.name, len(images)
-    since = [time.monotonic()]
+    started = time.monotonic()
     features = Features(
         run.recipe,
         config.head,
         run.model,
         images,
-        lambda done, _: on_progress(f"features of {name}", done, 2 * count),
+        lambda done, _total: on_progress(f"features of {name}", done, 2 * count),
     )
     pairs = features.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
     groups_N = connect(count, pairs, features.hashes, images.groups)
     judged = _largest_copies(images, connect(count, pairs, features.hashes))
-    since.append(time.monotonic())
+    features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
-    _, first_G = np.unique(groups_N, return_index=True)  # the first image of each group
+    first_G = np.unique(groups_N, return_index=True)[1]  # the first image of each group names the group
     keys_N = np.asarray(features.hashes)[first_G][groups_N]
     targets = Targets.of(images)
-    repeated = targets.activation == "softmax" and len(first_G) < FEW_GROUPS
-    seeds = [derive_seed(run.recipe.seed, "folds", *key) for key in ((), (1,), (2,))]
-    folds = [
-        targets.folds(keys_N.tolist(), config.folds, seed) for seed in (seeds if repeated else seeds[:1])
-    ]
-    problem = Problem.create([features.vectors[:, part] for part in features.columns(features.head)], targets)
+    is_repeated = targets.activation == "softmax" and len(first_G) < FEW_GROUPS
+    attempts = ((), (1,), (2,)) if is_repeated else ((),)
+    seeds = [derive_seed(run.recipe.seed, "folds", *attempt) for attempt in attempts]
+    folds = [targets.folds(keys_N.tolist(), config.folds, seed) for seed in seeds]
+    parts = [features.vectors[:, columns] for columns in features.columns(features.head)]
+    problem = Problem.create(parts, targets)
     validations = [problem.out_of_fold(folds_N) for folds_N in folds]
     logits_NK = validations[0].logits
     strength = GRID[int(np.mean([one.losses for one in validations], axis=0).argmin())]
     weights = [problem.distance_weight(one.logits, one.distances) for one in validations]
     distance_weight = float(np.mean(weights))
-    since.append(time.monotonic())
+    shifted_NK = shift_energies(validations, distance_weight)
+    choice_done = time.monotonic()
     score = estimate(
         targets.classes[judged],
         targets.activation,
@@ -139,16 +143,13 @@ def fit_classifier(
         num_features=len(problem.center),
         strength=strength,
         seconds={
-            step: round(float(seconds), 3)
-            for step, seconds in zip(("features", "choice"), np.diff(since), strict=True)
+            "features": round(features_done - started, 3),
+            "choice": round(choice_done - features_done, 3),
         },
     )
     run.replace_model(head_name(name), features.build(problem, problem.fit_all(strength), distance_weight))
-    energies = [energy(one.logits) - distance_weight * one.distances for one in validations]
-    shifts_N = np.mean(energies, axis=0) - energy(logits_NK)  # probabilities stay
-    reduced_NK = logits_NK + shifts_N[:, None]
     run.state = {
-        "out_of_fold": torch.from_numpy(reduced_NK),
+        "out_of_fold": torch.from_numpy(shifted_NK),
         "groups": torch.from_numpy(groups_N),
         "judged": torch.from_numpy(judged),
     }
@@ -159,30 +160,37 @@ def fit_classifier(
 
 
 def _largest_copies(images: LabeledImages, copies_N: Indices) -> Indices:
-    """Find the image of each group of *copies_N* (N,) with the most pixels, which is cropped the least."""
-    several_N = np.bincount(copies_N)[copies_N] > 1
+    """Return the index of the image with the most pixels, the least cropped one, of each group of *copies_N*.
+
+    Only images of groups with several ones are opened.
+    """
+    has_copy_N = np.bincount(copies_N)[copies_N] > 1
     pixels_N = np.zeros(len(copies_N))
-    for index in np.flatnonzero(several_N).tolist():
+    for index in np.flatnonzero(has_copy_N).tolist():
         pixels_N[index] = np.prod(images[index][0].size)
-    largest_first = np.lexsort((-pixels_N, copies_N))
-    return largest_first[np.unique(copies_N[largest_first], return_index=True)[1]]
+    by_group_largest_first = np.lexsort((-pixels_N, copies_N))
+    first_of_group = np.unique(copies_N[by_group_largest_first], return_index=True)[1]
+    return by_group_largest_first[first_of_group]
 
 
 def _describe_groups(images: LabeledImages, targets: Targets, groups_N: Indices) -> dict[str, Any]:
-    """Count the groups of copies; name the classes that are one group, and groups with different labels."""
-    one_group = np.asarray(images.labels)[targets.group_counts(groups_N) == 1]
+    """Return the fields of `FewShotResult` about the groups of copies *groups_N*."""
+    groups_of_class = {
+        label: set(groups_N[of_class > 0].tolist())
+        for label, of_class in zip(images.labels, targets.classes.T, strict=True)
+    }
     contradictions = (map(images.identity, group) for group in targets.contradictions(groups_N))
     return {
         "num_groups": int(groups_N.max()) + 1,
-        "one_group": tuple(one_group.tolist()),
+        "one_group": tuple(label for label, groups in groups_of_class.items() if len(groups) == 1),
         "contradictions": tuple(" = ".join(names) for names in contradictions),
     }
 
 
 def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResult, HeldOutMetrics]:
-    """Compute the metrics on the held-out images; without such images, those of the out-of-fold logits.
+    """Return *result* with the score to report, and the metrics of the same predictions.
 
-    With held-out images, their score replaces the cross-validated score in the returned *result*.
+    They are those of the held-out images, or, without such images, the cross-validated ones.
     """
     recipe, images = run.recipe, data.held_out
     if not len(images):
@@ -205,9 +213,9 @@ def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResu
 
 
 def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> None:
-    """Fit `run.decision` to the out-of-fold logits of *images*.
+    """Set `run.decision`, fitted to the out-of-fold logits of *images*, and `run.result`.
 
-    `run.result` becomes *result*, which says why there is no threshold.
+    The latter is *result*, with the reason if there is no threshold for unknown images.
     """
     logits, groups = run.state["out_of_fold"].double().numpy(), run.state["groups"].numpy()
     accepts = run.recipe.rejection.accepts

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.errors import ConfigError
+from sopdeploy.models.registry import make_config
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
 
@@ -42,7 +43,8 @@ def test_the_imagenet_recipe_follows_the_paper() -> None:
 
 def test_gated_recipes_weight_the_balance_loss_as_the_paper() -> None:
     gated = [read_recipe("imagenet64-gmsop-resnet18"), read_recipe("places365-gmsop-resnet18")]
-    assert [recipe.model.full_config()["balance_weight"] for recipe in gated] == [100.0, 100.0]
+    configs = [make_config(recipe.model.name, recipe.model.config) for recipe in gated]
+    assert [config.model_dump()["balance_weight"] for config in configs] == [100.0, 100.0]
     assert [recipe.batch_size for recipe in gated] == [256, 256]  # which divides the weight
 
 

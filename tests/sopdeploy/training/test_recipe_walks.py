@@ -7,6 +7,7 @@ import pytest
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
+from sopdeploy.models.registry import make_config
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.recipe_files import list_recipes
 from sopdeploy.training.train import train_recipe
@@ -53,7 +54,8 @@ def test_a_recipe_trains_resumes_and_is_evaluated(name, tmp_path, monkeypatch) -
     stored = read_checkpoint(result.best)
     assert result.num_epochs == 1
     assert stored.training["recipe"]["summary"] == recipe.summary
-    assert (stored.model, stored.config) == (recipe.model.name, recipe.model.full_config())
+    config = make_config(recipe.model.name, recipe.model.config)
+    assert (stored.model, stored.config) == (recipe.model.name, config.model_dump(mode="json"))
     scores = score_checkpoint(
         result.best, write_classes(tmp_path / "evaluation", stored.labels, 1)
     ).predictions
