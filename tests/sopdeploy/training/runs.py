@@ -33,7 +33,6 @@ SHORT = [
     "epochs=3",
     "batch_size=36",
     "model.config.base_width=4",
-    "model.config.aux_dropout=0.5",
     "preprocess.resize=8",
     "preprocess.crop=8",
 ]

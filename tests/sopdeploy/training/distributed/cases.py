@@ -20,8 +20,7 @@ from tests.sopdeploy.training.runs import start_run
 NETWORKS = {
     "dsop": [
         "model.name=dsop-resnet8",
-        "model.config={base_width=4, aux_blocks=[0, 1, 1], aux_widths=[4, 6, 6], aux_dropout=0, "
-        "keep_unused_branches=true}",
+        "model.config={base_width=4, aux_blocks=[0, 1, 1], aux_widths=[4, 6, 6], keep_unused_branches=true}",
     ],
     "gmsop": [
         "model.name=gmsop-16-8-resnet18",
