@@ -106,9 +106,7 @@ class Components(nn.Module):
 
         The other weights must be 0. Roots of covariances are summed before their triangle is taken.
         """
-        sorted_BN, order_BN = weights_BN.sort(
-            dim=1, descending=True, stable=True
-        )  # the order of ties is defined
+        sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)  # ties: the lower index
         largest_BK, index = sorted_BN[:, : self.counted], order_BN[:, : self.counted].flatten()
         shape = (-1, self.counted)
         x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)

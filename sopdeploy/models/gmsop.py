@@ -11,8 +11,9 @@ whose cross entropy is a sum over the batch). Multiply-adds count K of N compone
 Where paper and released code differ the default is the paper's: 5 Newton-Schulz iterations (code 3), stride 2
 in conv5_x (code: 1 with second-order pooling), dropout 0.2 (code 0.4 for GM-SOP on WRN), noise per
 component (code: per image). The gate's prediction layers "share the same architecture" with the components
-(section 2.3), which have no batch norm; the code's have one, and 256, 128 channels for GM-GAP on ResNet-18
-(`RELEASED_GATE`). Both give the parameters that Table 3 prints, 2.3M, 8.7M and 11.9M, so the text decides.
+(section 2.3), which have no batch norm; the code's have one (`gate_norm`), and 256, 128 channels for GM-GAP
+on ResNet-18 (`gate_widths`). Both give the parameters that Table 3 prints, 2.3M, 8.7M and 11.9M, so the text
+decides.
 The README of the released code prints 15.7M for GM-SOP on WRN-36-2; the code builds 17.8M.
 
 The experts of the one-layer SG-MoE are "fully-connected layers" of 128 x 512 (section 3.3), so they have
@@ -54,18 +55,15 @@ from sopdeploy.layers.netvlad import NetVLAD
 from sopdeploy.layers.residual import dimension_reduction
 from sopdeploy.models.base import Classifier, TrainingOutput
 
-RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # of networks other than WRN
-
 
 class GMSOPResNetConfig(LowResolutionResNetConfig, NewtonSchulzOptions):
     """The ResNet for 64-pixel images and the mixture: `chosen` of `components` poolings per image (K of N).
 
-    `component_widths` are the channels of a component's 1x1 convolutions.
-    `gate_widths` are the channels of the gate's prediction layers; `None` selects the architecture of a
-    component, as in section 2.3. `gate_norm` adds a batch norm and a ReLU to each, as in the released code.
-    `fusion_norm` is the batch norm of the mixed vector (section 2.3). `noise_per` selects how the gate's
-    gamma is drawn: per component of an image, as in SG-MoE, or per image, as in the released code.
-    `balance_weight` is alpha.
+    `component_widths` are the channels of a component's 1x1 convolutions, `gate_widths` those of the gate's
+    prediction layers; `None` selects the architecture of a component, as in section 2.3. `gate_norm` adds a
+    batch norm to each of them, as in the released code. `fusion_norm` is the batch norm of the mixed vector
+    (section 2.3). `noise_per` selects how the gate's gamma is drawn: per component of an image, as in SG-MoE,
+    or per image, as in the released code. `balance_weight` is alpha.
 
     In training, each component is evaluated on its images only. Eval mode evaluates all components on all
     images, and an exported graph gathers the weights of K components per image: no shape depends on the data.

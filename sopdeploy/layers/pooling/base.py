@@ -52,9 +52,9 @@ class ReducedPooling(GlobalPooling):
     does not depend on a bias.
     """
 
-    def __init__(self, channels: int, width: int | None, *, linear: bool = False) -> None:
+    def __init__(self, channels: int, width: int, *, linear: bool = False) -> None:
         super().__init__()
-        self.channels = channels if width is None else min(channels, width)
+        self.channels = min(channels, width)
         self.layer_reduce: nn.Module
         if self.channels < channels and linear:
             self.layer_reduce = nn.Conv2d(channels, self.channels, 1, bias=False)

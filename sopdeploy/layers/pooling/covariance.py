@@ -29,7 +29,6 @@ from sopdeploy.layers.covariance import (
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, Iterations, NewtonSchulzOptions, newton_schulz
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
-Width = Count | None
 EigenvalueFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 LOGARITHM_EPS = 1e-3
 TOO_CLOSE = 1e-5  # eigenvalues are equal up to this fraction of the largest one (float32)
@@ -142,7 +141,7 @@ class ISqrtPooling(ReducedPooling):
 
 
 class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
-    """`width` is d (`None`: all channels); `compensation` reverts the prenormalization.
+    """`width` is d; `compensation` reverts the prenormalization.
 
     It multiplies by the root of the norm ("norm"), applies batch norm to the vector ("batch_norm", a percent
     worse in the paper), or does nothing ("none", which the paper could not train). `reduction` to d channels
@@ -151,7 +150,7 @@ class ISqrtPoolingConfig(PoolingConfig, NewtonSchulzOptions):
 
     layer = ISqrtPooling
     kind: Literal["isqrt"] = "isqrt"
-    width: Width = 256
+    width: Count = 256
     compensation: Literal["norm", "batch_norm", "none"] = "norm"
     reduction: Literal["normalized", "linear"] = "normalized"
 
@@ -179,7 +178,7 @@ class MpnCovConfig(PoolingConfig):
 
     layer = EigenPooling
     kind: Literal["mpncov"] = "mpncov"
-    width: Width = 256
+    width: Count = 256
 
 
 class LogEuclideanConfig(PoolingConfig):
@@ -191,4 +190,4 @@ class LogEuclideanConfig(PoolingConfig):
 
     layer = EigenPooling
     kind: Literal["deepo2p"] = "deepo2p"
-    width: Width = 256
+    width: Count = 256

@@ -10,12 +10,12 @@ import pytest
 from sopdeploy import describe
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.describe import PUBLISHED_ROWS, Published, PublishedRow
-from sopdeploy.models.gmsop import RELEASED_GATE
 from sopdeploy.models.gsop import RELEASED
 
 NO_NORM = {"channel_norm": False}  # the released code has no batch norm after the row-wise convolution
 S1: dict[str, Any] = {"conv5_stride": 1}
 TABLE = {"aux_stride": "table"}
+RELEASED_GATE: dict[str, Any] = {"gate_widths": (256, 128), "gate_norm": True}  # but for WRN
 POSITION = {"attention": "position"}
 PREACT_GSOP = "gsop-net1-preact-resnet164"
 
