@@ -30,12 +30,13 @@ def with_registered(registry: Registry[type[StrictModel]], base: type[StrictMode
     """
 
     def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
+        """Validate *value* by the union; if no member has its `kind`, by the registered config."""
         try:
             return validate_union(value)
         except pydantic.ValidationError as problem:
             if problem.errors()[0]["type"] != "union_tag_invalid":
                 raise
-            if isinstance(value, base):
+            if isinstance(value, base):  # already a config
                 return value
             registered = registry.find(value["kind"])
             if registered is None:
@@ -59,8 +60,8 @@ def first_problem(error: pydantic.ValidationError) -> str:
         return f"{where}: missing"
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key"
-    by_model = not problem["loc"] or isinstance(problem["input"], dict)
-    if problem["type"] == "value_error" and by_model:  # raised by a validator of the whole model
+    of_whole_model = not problem["loc"] or isinstance(problem["input"], dict)
+    if problem["type"] == "value_error" and of_whole_model:  # the reason names the values
         reason = str(problem["ctx"]["error"])
         return f"{where}: {reason}" if problem["loc"] else reason
     reason = problem["msg"].removeprefix("Value error, ")

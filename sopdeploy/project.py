@@ -53,7 +53,7 @@ def folder_name(folder: str | Path) -> str:
 
 
 def folder_project(folder: Path) -> str:
-    """Name the project of the data in *folder*: that of the folder, or of its parent for `train` or a file.
+    """Name the project of the data by their *folder*; by its parent if it is a file or named `train`.
 
     Other characters than those of a name are replaced by `-`; the name is empty if nothing remains.
     """

@@ -56,6 +56,7 @@ def command(
     """
 
     def decorate(function: _Function) -> _Function:
+        """Set `function.run_command`, which Typer calls with the values of arguments and options."""
         of_show: list[inspect.Parameter] = []
         as_json_option: list[inspect.Parameter] = []
         if show is not None:
@@ -66,8 +67,9 @@ def command(
         parameters = [*_declare(function, options), *of_show, *of_settings, *as_json_option]
 
         def run(**given: Any) -> None:
+            """Call *function*, and show its result, with the values *given* for their parameters."""
             as_json = given.pop("as_json", False)
-            shown = {parameter.name: given.pop(parameter.name) for parameter in of_show}
+            given_to_show = {parameter.name: given.pop(parameter.name) for parameter in of_show}
             with one_line_errors(as_json), ExitStack() as stack:
                 stack.callback(setattr, err, "quiet", err.quiet)  # restores it at the end
                 err.quiet = err.quiet or as_json  # no progress
@@ -77,7 +79,7 @@ def command(
                 result = function(**given, **_progress(function, as_json, stack))
             if is_main_process():
                 with one_line_errors():  # stdout holds one JSON document, so the error is not another one
-                    _finish(result, show, summarize, shown, as_json=as_json)
+                    _finish(result, show, summarize, given_to_show, as_json=as_json)
 
         run.__doc__ = _describe(function)
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -114,6 +116,7 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> _Result:
+        """Call *function* with models in place of their fields in *keywords*."""
         for name, model in models.items():
             if not isinstance(keywords.get(name), model):  # the caller may give the model itself
                 given = {field: keywords.pop(field) for field in model.model_fields if field in keywords}
@@ -236,7 +239,7 @@ def _limits(annotation: Any) -> dict[str, float]:
 def _command_line_type(annotation: Any) -> Any:
     """Return the type of an argument or option, or None if the command line cannot express *annotation*.
 
-    A sequence is a repeated value, also where Python accepts a single one, and a path may be text there.
+    `str | Sequence[str]` is a repeated value on the command line, and `str | Path` a path.
     """
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}

@@ -71,7 +71,7 @@ class TrainOptions(Options):
                 "not with resume, which continues with the network of the run", setting="models"
             )
         if self.within is not None:
-            _milliseconds(self.within)
+            _milliseconds(self.within)  # raises the error of an invalid time
         names = [name.strip() for name in self.models.split(",")]
         weights = [None] if self.weights is None else self.weights.split(",")
         if len(weights) == 1 and weights[0] in {None, *PUBLISHED}:  # for every network
@@ -248,7 +248,7 @@ def _milliseconds(text: str) -> float:
 
 
 def read_previous(source: Path) -> "Checkpoint":
-    """Read the best checkpoint of the run at *source*, or of that from which the bundle at *source* is.
+    """Read the best checkpoint of a run; *source* is the run, or a bundle that was exported from it.
 
     Raises `ConfigError` if the run of a bundle is not there, and the errors of `read_checkpoint`.
     """

@@ -89,7 +89,7 @@ class RandomResizedCrop(BoxCrop):
             if 0 < w <= width and 0 < h <= height:
                 left, top = random.randint(0, width - w), random.randint(0, height - h)
                 return left, top, left + w, top + h
-        shape = min(max(width / height, self.ratio[0]), self.ratio[1])
+        shape = min(max(width / height, self.ratio[0]), self.ratio[1])  # the nearest allowed ratio
         w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h

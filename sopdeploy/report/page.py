@@ -194,8 +194,7 @@ def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preproc
         text = f"{true} ({percent(score.likelihood)}), predicted as {answer} ({percent(score.confidence)})"
         captions.append((index, text))
     text = "Sorted by confidence. Check for wrong labels before you look for a better network."
-    if captions:
-        yield Section(title="Worst mistakes", text=[text], figures=_show(images, captions, rules))
+    yield from _show("Worst mistakes", text, images, captions, rules)
 
 
 def _show_wrong_labels(
@@ -212,8 +211,7 @@ def _show_wrong_labels(
         "Training images whose label contradicts the other images most, predicted by classifiers that were "
         "fitted without them and their copies; `data check DIR --wrong-labels RUN` lists all."
     )
-    if captions:
-        yield Section(title="Probably wrong labels", text=[text], figures=_show(images, captions, rules))
+    yield from _show("Probably wrong labels", text, images, captions, rules)
 
 
 def _show_copies(images: LabeledImages, state: dict[str, Tensor], rules: Preprocess) -> Iterator[Section]:
@@ -229,12 +227,13 @@ def _show_copies(images: LabeledImages, state: dict[str, Tensor], rules: Preproc
         for index in np.flatnonzero(group_N == group)[:_MAX_COPIES].tolist()
     ]
     text = "Training images that show one photograph, the largest groups. A group is never divided."
-    if captions:
-        yield Section(title="Copies", text=[text], figures=_show(images, captions, rules))
+    yield from _show("Copies", text, images, captions, rules)
 
 
-def _show(images: LabeledImages, captions: list[tuple[int, str]], rules: Preprocess) -> list[Figure]:
-    """Show images by index as small JPEGs, each with its file, if it is one, and its caption."""
+def _show(
+    title: str, text: str, images: LabeledImages, captions: list[tuple[int, str]], rules: Preprocess
+) -> Iterator[Section]:
+    """Show images as small JPEGs; *captions* are (index, caption). Without captions, there is no section."""
     figures = []
     for index, caption in captions:
         small = to_rgb(images[index][0], rules).copy()  # without metadata such as time and place
@@ -244,7 +243,8 @@ def _show(images: LabeledImages, captions: list[tuple[int, str]], rules: Preproc
         jpeg = base64.b64encode(encoded.getvalue()).decode("ascii")
         shown = f"{images.identity(index)}: {caption}"
         figures.append(Figure(image=f"data:image/jpeg;base64,{jpeg}", caption=shown))
-    return figures
+    if figures:
+        yield Section(title=title, text=[text], figures=figures)
 
 
 def _describe_run(run: Run, best: Checkpoint) -> Iterator[Section]:

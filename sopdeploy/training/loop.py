@@ -179,9 +179,10 @@ def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False)
 
 
 def corrected_score(right_EN: NDArray[np.bool_]) -> float:
-    """Estimate the accuracy of the best of E epochs on N images by B resamples, as `estimate_best` says.
+    """Estimate the accuracy of the best of E epochs by B resamples of N images.
 
-    *right_EN* tells which images each epoch classifies correctly.
+    *right_EN* tells which images each epoch classifies correctly. Each resample selects the best epoch, whose
+    accuracy is measured on the images outside of the resample.
     """
     count = right_EN.shape[1]
     resamples_BN = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
@@ -189,5 +190,5 @@ def corrected_score(right_EN: NDArray[np.bool_]) -> float:
     outside_BN = resamples_BN == 0
     num_outside_B = outside_BN.sum(axis=1)
     num_right_B = (right_EN[selected_B] & outside_BN).sum(axis=1)
-    usable_B = num_outside_B > 0
-    return float((num_right_B[usable_B] / num_outside_B[usable_B]).mean())
+    some_outside_B = num_outside_B > 0
+    return float((num_right_B[some_outside_B] / num_outside_B[some_outside_B]).mean())

@@ -198,6 +198,7 @@ class FewShotResult(StrictModel):
 
 
 AnyProcedureResult = Annotated[LoopResult | FewShotResult, pydantic.Field(discriminator="kind")]
+_ADAPTER: pydantic.TypeAdapter[AnyProcedureResult] = pydantic.TypeAdapter(AnyProcedureResult)
 
 
 def read_result(training: Mapping[str, Any]) -> AnyProcedureResult | None:
@@ -208,9 +209,7 @@ def read_result(training: Mapping[str, Any]) -> AnyProcedureResult | None:
     if "procedure" not in training:
         return None
     try:
-        return pydantic.TypeAdapter[AnyProcedureResult](AnyProcedureResult).validate_python(
-            training["procedure"]
-        )
+        return _ADAPTER.validate_python(training["procedure"])
     except pydantic.ValidationError as error:
         raise CheckpointError(
             "the checkpoint has no valid result of a training procedure; train again with this version"

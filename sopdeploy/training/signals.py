@@ -65,7 +65,7 @@ def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
 
     def record(number: int, _frame: FrameType | None) -> None:
         state.received.add(number)
-        if processes.world == 1:
+        if processes.world == 1:  # the next signal takes effect at once
             for stop in STOP_SIGNALS:
                 signal.signal(stop, previous[stop])
 

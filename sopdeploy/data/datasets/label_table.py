@@ -12,6 +12,7 @@ or photographs of one object, are never divided. Paths are relative to the folde
 import csv
 import io
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -68,11 +69,12 @@ def has_label_table(root: Path) -> bool:
     if not path.is_file():
         return False
     header = path.read_bytes()[:1000].partition(b"\n")[0].decode("utf-8-sig", "replace")
-    columns = header.replace(";", ",").replace("\t", ",").split(",")
-    if {column.strip(' "\r') for column in columns} & set(_REQUIRED):
+    columns = {column.strip(' "\r') for column in re.split("[,;\t]", header)}
+    if columns & set(_REQUIRED):
         return True
     folders = list_subfolders(root)
-    return len(folders) < 2 and TRAIN not in folders
+    has_class_folders = len(folders) >= 2 or TRAIN in folders
+    return not has_class_folders
 
 
 def read_label_table(
