@@ -89,7 +89,8 @@ def link_latest(target: Path) -> None:
     File systems without links get none.
     """
     link = target.with_name(LATEST)
-    if target.name == LATEST or (link.exists() and not link.is_symlink()):
+    is_no_link = link.exists() and not link.is_symlink()
+    if target.name == LATEST or is_no_link:
         return
     try:
         move_link(link, target.name)

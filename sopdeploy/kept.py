@@ -83,7 +83,8 @@ def read_kept(folder: Path) -> list[Kept]:
             skipped += 1
             continue
         image = path.with_name(record.image)
-        if image.stem == path.stem and image.is_file() and not image.is_symlink():
+        is_complete = image.stem == path.stem and image.is_file() and not image.is_symlink()
+        if is_complete:
             kept.append(Kept(image, record))
         else:
             skipped += 1

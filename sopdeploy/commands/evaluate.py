@@ -169,7 +169,9 @@ def _check_options(source: str, kind: str, options: EvaluateOptions) -> None:
         if getattr(options, setting) and kind != needed:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
     fitted = options.fit_decision
-    if fitted is not None and fitted.exists() and Path(source).exists() and fitted.samefile(source):
+    if fitted is None or not fitted.exists() or not Path(source).exists():
+        return
+    if fitted.samefile(source):
         raise ConfigError(
             "is the evaluated checkpoint; give another file", setting="fit_decision", value=fitted
         )

@@ -52,7 +52,7 @@ def runs() -> list[dict[str, Any]]:
             row = row_of_run.get(run_id, _row(manifest.origin)) | {"project": manifest.project}
             row["date"] = manifest.exported_at
             exported.add(run_id)
-        # A bundle that is served has no reason why it is not.
+        # *reason* says why a server of `bundles` does not serve it; it is empty for the newest.
         rows.append({**row, "bundle": path.name, "newest": not reason, "problem": reason})
     rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
     return sorted(rows, key=lambda row: str(row["date"]), reverse=True)

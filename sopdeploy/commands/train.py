@@ -161,7 +161,8 @@ def train(
         stack.enter_context(join_processes())
         observer: Any = callback or Callback()
         shown = (err.is_terminal or err.is_jupyter) if progress is None else progress
-        if callback is None and shown and is_main_process():
+        draws_bars = callback is None and shown and is_main_process()
+        if draws_bars:
             observer = stack.enter_context(ProgressBars(err))
         configured = {
             name: configure(data, recipe, of_network, settings, previous)
@@ -318,7 +319,8 @@ def configure(
     loaded = change_recipe(source, changes, recorded)
     keys = [key for key, _ in changes]
     opened = None
-    if recipe is None and recorded is None and "model.name" not in keys:
+    network_is_open = recipe is None and recorded is None and "model.name" not in keys
+    if network_is_open:
         opened = _open_start_weights(loaded)
         if isinstance(opened, WeightFile):
             network = choose_network(opened, loaded.model.name)

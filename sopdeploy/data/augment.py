@@ -155,7 +155,7 @@ class AugmentedDataset(Dataset):
     color: ColorConfig = NO_COLOR_SHIFT
 
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
-        copy, sample = divmod(index, len(self.images))
+        copy, sample = divmod(index, len(self.images))  # an epoch may have several copies of a sample
         random = Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
         rules, augmentation = self.preprocess, self.augmentation
         if isinstance(augmentation, BoxCrop):

@@ -298,7 +298,7 @@ class PreprocessedDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], Target]:
         image, target = self.images[index]
         array, pad = preprocess_image(image, self.preprocess), self.pad
-        if pad:
+        if pad:  # the offset is the same in every epoch
             digest = hashlib.blake2b(array.tobytes(), digest_size=16).digest()
             top, left = (int.from_bytes(half, "big") % (2 * pad + 1) for half in (digest[:8], digest[8:]))
             padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))

@@ -25,7 +25,8 @@ def count_batches(samples: int, batch_size: int) -> int:
 
     With an odd number of samples and a *batch_size* of 2, one batch therefore has three samples.
     """
-    return min(-(-samples // batch_size), max(1, samples // 2))
+    rounded_up = -(-samples // batch_size)
+    return min(rounded_up, max(1, samples // 2))
 
 
 def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
@@ -61,7 +62,7 @@ def load_batches(
         pin_memory=on_gpu,
     )
     for batch in loader:
-        if len(batch) == 1:
+        if len(batch) == 1:  # the message of an error
             raise DataError(batch[0])
         images, labels = batch
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)

@@ -154,6 +154,7 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
 
 
 def _inspect_file(images: ImageFiles, part: str, by_edges: bool, index: int) -> _FileInfo:
+    """Decode an image and describe its file; with *by_edges*, with its signature for near-duplicates."""
     path, label = images.path(index), SEPARATOR.join(images.class_names(index))
     data = b""
     try:
@@ -184,7 +185,7 @@ def _find_near(
         return
     _, label_N = np.unique([info.label for info in infos], return_inverse=True)
     paths = np.asarray([os.fsencode(info.file) for info in infos], dtype=np.bytes_)
-    images = ImageFiles(Path(), ("",), paths, label_N.astype(np.int64))
+    images = ImageFiles(Path(), ("",), paths, label_N.astype(np.int64))  # without class names
     if group_by_features is not None:
         groups = group_by_features(images)
     else:

@@ -49,9 +49,9 @@ def score_checkpoint(
     was trained on. Raises `DataError` for too few images to fit to.
     """
     checkpoint = read_checkpoint(path)
-    several = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
-    labels = checkpoint.labels if several else tuple(sorted(checkpoint.labels))
-    images = open_evaluation_images(data, labels, multi_label=several, log=log)
+    is_multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
+    labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
+    images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
     if warning := checkpoint.trained_on(images):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -75,10 +75,10 @@ def _fit(
         return Decision(activation="sigmoid", thresholds=thresholds)
     if len(images) < MIN_IMAGES:
         raise DataError(f"there are {len(images)} images; give at least {MIN_IMAGES}", setting="fit_decision")
-    columns = np.array([outputs.index(label) for label in images.labels])
+    output_of_class = np.array([outputs.index(label) for label in images.labels])
     return fit_decision(
         logits_NC,
-        columns[images.targets.astype(np.int64)],
+        output_of_class[images.targets.astype(np.int64)],
         estimated_on="held-out",
         accepts=accepts,
         scalable=model.logits_layer() is not None,

@@ -180,7 +180,7 @@ class AllHeads(nn.Module):
         self.names: tuple[str, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits of *images*: branches in the order of computation, then `main`."""
+        """Compute the logits of *images*, and set `names`: branches in computation order, then `main`."""
         heads: dict[str, Tensor] = self.model.heads(images)
         self.names = tuple(heads)
         return torch.cat(list(heads.values()), dim=1)

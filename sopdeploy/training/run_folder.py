@@ -111,7 +111,8 @@ class RunFolder:
             )
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         others = {name for name in names - {LOCK_FILE} if not name.endswith(PARTIAL)}  # left by an early end
-        if others or (os.path.lexists(self.path) and not self.path.is_dir()):
+        is_no_folder = os.path.lexists(self.path) and not self.path.is_dir()
+        if others or is_no_folder:
             raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
         nearest = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
@@ -145,7 +146,8 @@ class RunFolder:
         if not history:
             return
         best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-        if position.step == 0 and best.epoch == position.epoch:
+        is_after_best = position.step == 0 and best.epoch == position.epoch
+        if is_after_best:
             self.save_best(run)
         if self.strategy.rank != 0:
             return

@@ -169,8 +169,8 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():
-        given = weights.tensors.get(name)
-        if given is not None and given.shape == tensor.shape and not is_in(name, *of_other_classes):
+        given = None if is_in(name, *of_other_classes) else weights.tensors.get(name)
+        if given is not None and given.shape == tensor.shape:
             if given.is_floating_point() and not bool(torch.isfinite(given).all()):
                 raise WeightsError(
                     f"start.weights: {weights.file}: {name} has values that are not finite; choose another "
@@ -179,7 +179,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             matching[name] = given
         elif part := _added_part(name, may_be_new):
             new.add(part)
-        elif given is not None and whole_classifier and is_in(name, whole_classifier):
+        elif given is not None and is_in(name, whole_classifier):
             new.add(name.rpartition(".")[0])  # its input is longer or shorter behind another pooling
         elif given is not None:
             raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")

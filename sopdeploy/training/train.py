@@ -205,7 +205,8 @@ def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig |
     reason = ""
     if config is None:
         config = LoopConfig()
-        if len(data.train) <= FEW_IMAGES and not torch.distributed.is_initialized() and _has_head(recipe):
+        can_validate = not torch.distributed.is_initialized() and _has_head(recipe)
+        if can_validate and len(data.train) <= FEW_IMAGES:
             config = FewShotConfig()
             reason = (
                 f"few-shot procedure: there are at most {FEW_IMAGES:,} images; procedure.kind=loop trains "

@@ -122,7 +122,8 @@ def _open_table(root: Path) -> OpenedParts:
 def _open_class_folders(root: Path, held_out: int | None) -> OpenedParts:
     """Open the class folders of the parts in *root*, or those in *root* itself."""
     parts = find_parts(root)
-    if parts.held_out and not parts.train and not parts.others:
+    only_held_out = parts.held_out and not (parts.train or parts.others)
+    if only_held_out:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
     names = (parts.train, *parts.held_out[:held_out]) if parts.train else ()
     folders = {name: part_folder(root, name) for name in names} or {UNSPLIT: root}
@@ -166,7 +167,8 @@ def list_classes(root: Path) -> ClassListing:
     for images in of_classes:
         # `class/folder` of each image; of one directly in the class folder, `class/image`, which is its path.
         places = [b"/".join(path.split(b"/")[:2]) for path in images]
-        groups += images if len(set(places)) == 1 else places
+        in_one_folder = len(set(places)) == 1  # which is then no group
+        groups += images if in_one_folder else places
         nested.update(map(os.fsdecode, set(places).difference(images)))
     all_alone = len(set(groups)) == len(groups)
     given = None if all_alone else np.asarray(groups, dtype=np.bytes_)
@@ -326,9 +328,9 @@ def check_holds_classes(root: Path) -> Path:
     Reads no image and needs no network. Commands call this before they import torch, which takes seconds.
     """
     root = data_folder(root)
-    if not list_subfolders(root) and not has_label_table(root) and detect_kind(root) is None:
-        raise no_classes(root)
-    return root
+    if list_subfolders(root) or has_label_table(root) or detect_kind(root) is not None:
+        return root
+    raise no_classes(root)
 
 
 @cache

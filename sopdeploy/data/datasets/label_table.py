@@ -159,7 +159,8 @@ def _read_rows(table: Path) -> list[_Row]:
         path, split = PurePosixPath(values["file"]), values.get(SPLIT)
         listed = values["classes"]
         classes = [name.strip() for name in listed.split(SEPARATOR)] if listed else []
-        if path.is_absolute() or ".." in path.parts or not is_image(path.name):
+        is_inside = not path.is_absolute() and ".." not in path.parts
+        if not is_inside or not is_image(path.name):
             raise DataError(
                 f"{where}: {values['file']!r} is not the path of an image, relative to the folder, without .."
             )
