@@ -101,8 +101,10 @@ class Keeper:
         self._store, self._share, self._copy = store, share, copy
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
         self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
-        self._bytes_in = self._bytes_out = 0  # of the queue; each is changed by one thread
-        self._budget, self._refilled = COPY_BURST, time.monotonic()  # seconds of a child
+        # Bytes that were put into the queue and taken out of it; each number is changed by one thread.
+        self._bytes_in = self._bytes_out = 0
+        # Seconds that copies may take, and when the last ones were added.
+        self._budget, self._refilled = COPY_BURST, time.monotonic()
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 

@@ -69,7 +69,10 @@ class KeptFolder:
         return sum(entry.bytes for entry in self._entries.values())
 
     def _read(self) -> None:
-        """Read the records; delete photographs without one, and the reverse. Other files stay."""
+        """Read the records; delete photographs without a record and records without a photograph.
+
+        Files that no `KeptFolder` wrote stay.
+        """
         own: set[Path] = set()
         for path, record in read_kept(self.path):
             files = path, path.with_suffix(".json")
@@ -77,8 +80,10 @@ class KeptFolder:
             own.update(files)
         for file in set(self.path.iterdir()) - own:
             name = _OWN.fullmatch(file.name)
-            others = (".jpg", ".png") if name and name[1] == "json" else (".json",)
-            if name and not any(file.with_suffix(suffix).exists() for suffix in others):
+            if name is None:
+                continue
+            others = (".jpg", ".png") if name[1] == "json" else (".json",)
+            if not any(file.with_suffix(suffix).exists() for suffix in others):
                 file.unlink()
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
@@ -147,10 +152,11 @@ class KeptFolder:
         while self.used + size > self._max_bytes:
             sample = [entry for entry in self._entries.values() if "sample" in entry.reasons]
             others = [entry for entry in self._entries.values() if "sample" not in entry.reasons]
-            from_sample = sum(entry.bytes for entry in sample) > SAMPLE_SHARE * self._max_bytes
-            self._delete(
-                sample[0] if from_sample or not others else min(others, key=lambda entry: len(entry.reasons))
-            )
+            is_sample_large = sum(entry.bytes for entry in sample) > SAMPLE_SHARE * self._max_bytes
+            if is_sample_large or not others:
+                self._delete(sample[0])
+            else:
+                self._delete(min(others, key=lambda entry: len(entry.reasons)))
         return True
 
     def _delete(self, entry: _Entry) -> None:

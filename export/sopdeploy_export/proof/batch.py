@@ -354,9 +354,10 @@ def encodes(call: Call) -> Place:
 
 
 def own_rows(data: TracedValue, indices: TracedValue, shared: int) -> bool:
-    """Return whether the first index is the number of the image, and axis 0 of *data* the batch."""
+    """Return whether axis 0 of *data* is the batch, and the first index the number of the image."""
     numbers_images = indices.counts == ("first" if indices.shapes[0][-1] > 1 else "all")
-    return data.axis == 0 and shared == 0 and data.shapes[0][0] == _BATCHES[0] and numbers_images
+    has_row_per_image = data.axis == 0 and data.shapes[0][0] == _BATCHES[0]
+    return has_row_per_image and shared == 0 and numbers_images
 
 
 def recurs(call: Call) -> list[Place]:
@@ -474,9 +475,7 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
     return results
 
 
-def _known_operands(
-    node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes
-) -> list[dict[str, NDArray[Any]]]:
+def _known_operands(node: onnx.NodeProto, named: dict[str, TracedValue], shapes: Shapes) -> list[Any]:
     """Return the operands of *node* by batch size; none if its result, of *shapes*, is not evaluated."""
     if node.op_type == "Shape":  # does not read the contents
         return [{node.input[0]: np.broadcast_to(False, shape)} for shape in named[node.input[0]].shapes]

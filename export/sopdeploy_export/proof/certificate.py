@@ -133,6 +133,7 @@ def certify(
     )
     deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
     sizes = assert_equal_outputs(deployed, probes)
+    # Each network once: *networks* has copies of those that were not contiguous.
     checked = {id(network): (role, network) for role, network in (*original.items(), *networks.items())}
     for role, network in checked.values():
         _assert_unchanged(network, kept, detachment.rename if role == "plain" else str)

@@ -25,15 +25,9 @@ from sopdeploy_service.http.forms import parse_form
 from sopdeploy_service.http.middleware import RequestContext
 from sopdeploy_service.http.problems import bad_request
 from sopdeploy_service.http.strict_json import decode_text, parse_json
+from sopdeploy_service.inference import results
 from sopdeploy_service.inference.model_worker import Model
-from sopdeploy_service.inference.results import (
-    CLIENT_GONE,
-    DEADLINE,
-    HttpError,
-    Outcome,
-    Prediction,
-    RejectedError,
-)
+from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.inference.service import Images, Service
 from sopdeploy_service.settings import LARGE_BODY_SHARE
 
@@ -108,7 +102,7 @@ class AdmittedRequest:
             async with asyncio.timeout(self.deadline - time.monotonic()):
                 yield
         except TimeoutError as problem:
-            raise RejectedError(DEADLINE) from problem
+            raise RejectedError(results.DEADLINE) from problem
         finally:
             self.service.admitted -= 1
 
@@ -188,7 +182,8 @@ def timeout_of(headers: Mapping[str, str], longest: float) -> float:
     if given is None:
         return longest
     digits = given.lstrip("0")
-    if not (given.isascii() and given.isdigit()) or not digits:
+    is_number = given.isascii() and given.isdigit()
+    if not is_number or not digits:
         raise RejectedError(BAD_TIMEOUT)
     return longest if len(digits) > MAX_TIMEOUT_DIGITS else min(longest, int(digits) / 1000)
 
@@ -210,7 +205,7 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
             return await work
         finally:
             watcher.cancel()
-    raise RejectedError(CLIENT_GONE)
+    raise RejectedError(results.CLIENT_GONE)
 
 
 class ClassifyRequest(pydantic.BaseModel):
@@ -301,7 +296,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         except TimeoutError as problem:
             raise RejectedError(LATE_BODY if time.monotonic() >= deadline else SLOW_BODY) from problem
         if message["type"] == "http.disconnect":
-            raise RejectedError(CLIENT_GONE)
+            raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
         waited = time.monotonic() - started
         grace = min(settings.body_grace_seconds, grace - waited + len(piece) / settings.min_body_rate)

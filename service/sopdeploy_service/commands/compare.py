@@ -129,7 +129,8 @@ class BundleComparison(StrictModel):
         if text == "not worse":
             text += f" within {100 * self.tolerance:g} points"
         elif text == "undecided" and self.num_more_images is not None:
-            text += f" (about {float(f'{self.num_more_images:.1e}'):,.0f} more labels would decide)"
+            rounded = float(f"{self.num_more_images:.1e}")  # to two digits
+            text += f" (about {rounded:,.0f} more labels would decide)"
         if self.unknown is not None and self.unknown.is_worse:
             text += f", rejects {self.unknown.losses - self.unknown.wins} fewer unknown images"
         points = [f"{100 * share:+.1f}" for share in (self.difference, self.low, self.high)]
@@ -230,7 +231,7 @@ def compare(
     images = open_evaluation_images(data, tuple(sorted(old | new)), other_classes=True, log=notes.append)
     images, left_out = _select(images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)
-    common = np.array([label in old & new for label in labels])[targets]
+    common = np.array([label in old & new for label in labels])[targets]  # mask (N,) of photographs
     if not common.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     unknown_images = None if unknown is None else open_any_images(unknown)
@@ -285,7 +286,7 @@ def count_comparisons(link: Path) -> int:
 def _select(
     images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
 ) -> tuple[ImageFiles, dict[str, Any]]:
-    """Leave out training images of the bundles and their near-duplicates, and all but one of a group.
+    """Leave out training images of the bundles, their near-duplicates, and all but one of near-duplicates.
 
     Also returns the fields of `BundleComparison` that say what was left out.
     """
@@ -305,9 +306,10 @@ def _select(
         groups = group_by_signatures(images, np.stack(list(signatures)))
     else:
         notes.append(f"{images.root}: over {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out")
-    seen = np.isin(groups, groups[seen])
+    seen = np.isin(groups, groups[seen])  # also the near-duplicates of training images
     kept = np.zeros(len(images), np.bool_)
-    kept[np.unique(groups, return_index=True)[1]] = True
+    _, first_of_groups = np.unique(groups, return_index=True)
+    kept[first_of_groups] = True
     kept &= ~seen
     if not kept.any():
         raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
@@ -335,9 +337,10 @@ def _evaluate(
     bundle, labels = loaded.bundle, images.labels
     logits, known = _answer(loaded, images, settings, on_image)
     rejected = None if unknown is None else ~_answer(loaded, unknown, settings, on_image)[1]
+    # The classes of the answers among *labels*, and those of the common photographs among `bundle.labels`.
     answers = np.array([labels.index(label) for label in bundle.labels])[logits.argmax(axis=1)]
-    right, count = answers == images.targets, int(common.sum())
     own = np.array([bundle.labels.index(labels[target]) for target in images.targets[common]])
+    right, count = answers == images.targets, int(common.sum())
     has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
         bundle=bundle.name,
@@ -369,14 +372,17 @@ def _compare_rejections(first: NDArray[np.bool_] | None, second: NDArray[np.bool
 def compare_classes(
     labels: Sequence[str], targets: NDArray[np.int64], right: Sequence[NDArray[np.bool_]]
 ) -> list[ClassChange]:
-    """Compare the classes of the photographs of *targets* (N,); *right* (N,) of each bundle are correct."""
+    """Compare the two bundles in each class of *targets* (N,), the classes of the photographs.
+
+    *right* has a mask (N,) for each bundle: the photographs that it classifies correctly.
+    """
     changes = []
     for target in np.unique(targets).tolist():
-        first, second = (each[targets == target] for each in right)
+        first, second = (mask[targets == target] for mask in right)
         counts = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
         sums = {name: int(values.sum()) for name, values in counts.items()}
         changes.append(ClassChange(label=labels[target], num_images=len(first), **sums))
     tested = [one for one in changes if one.wins + one.losses >= TESTABLE]
     corrected = holm([mcnemar(one.wins, one.losses) for one in tested])
-    values = dict(zip((one.label for one in tested), corrected, strict=True))
-    return [one.model_copy(update={"p": values.get(one.label)}) for one in changes]
+    p_values = {one.label: p for one, p in zip(tested, corrected, strict=True)}
+    return [one.model_copy(update={"p": p_values.get(one.label)}) for one in changes]

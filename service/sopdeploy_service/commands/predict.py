@@ -83,8 +83,8 @@ def _decode(image: bytes | Image.Image, loaded: LoadedModel, settings: Settings)
 def read_image(path: Path, max_bytes: int) -> bytes:
     """Read at most one byte more than *max_bytes*: enough to reject a larger file."""
     try:
-        # `photos/*` can match a FIFO, on which reading may wait forever: only a path without the extension
-        # of an image, such as /dev/stdin or <(command), may be a pipe.
+        # A path with the extension of an image must be a regular file: `photos/*` can match a FIFO, on which
+        # reading may wait forever. Other paths, such as /dev/stdin or <(command), may be pipes.
         with open_regular(path) if is_image(path.name) else path.open("rb") as file:
             return read_at_most(file, max_bytes + 1)
     except OSError as error:
@@ -162,7 +162,8 @@ def predict(
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
     for number, image in enumerate(opened):
-        name = str(image if isinstance(image, Path) else getattr(image, "filename", "") or f"image {number}")
+        file = image if isinstance(image, Path) else getattr(image, "filename", "")
+        name = str(file or f"image {number}")
         source = read_image(image, loaded_settings.max_body_bytes) if isinstance(image, Path) else image
         predictions.append(_predict_image(loaded, source, name, loaded_settings, explain=explain))
     return tuple(predictions)

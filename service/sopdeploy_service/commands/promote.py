@@ -98,13 +98,10 @@ def promote(
 
 
 def _promote_back(link: Path) -> Promotion:
-    """Move *link* back to the bundle before the last promotion."""
+    """Move *link* back to the bundle before the last promotion of the live one."""
     target = _target(link)
-    previous = [
-        move.before
-        for move in read_promotions(link)
-        if move.after == target and move.before and not move.refused
-    ]
+    moves = [move for move in read_promotions(link) if move.after == target and not move.refused]
+    previous = [move.before for move in moves if move.before]
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
@@ -144,7 +141,10 @@ def _record(
     *,
     refused: bool = False,
 ) -> Promotion:
-    """Record the move and make it unless it is *refused*. Raises `ConfigError` if *link* is not *before*."""
+    """Record the move of *link* from *before* to *after*, and make it unless it is *refused*.
+
+    Raises `ConfigError` if *link* does not lead to *before* any more.
+    """
     user = os.environ.get("USER") or str(os.getuid())  # a container may have no name for it
     move = Promotion(
         time=utc_now(), user=user, link=link.name, before=before, after=after, reason=reason,
@@ -155,8 +155,8 @@ def _record(
         if _target(link) != before:
             raise ConfigError(f"{link}: was moved by another process; repeat the command")
         recorded = link.with_name(LOG).read_bytes()
-        torn = b"\n" if recorded[-1:] not in {b"", b"\n"} else b""
-        log.write(torn + move.model_dump_json().encode() + b"\n")
+        end_of_torn_line = b"\n" if recorded[-1:] not in {b"", b"\n"} else b""
+        log.write(end_of_torn_line + move.model_dump_json().encode() + b"\n")
         log.flush()
         os.fsync(log.fileno())
         try:

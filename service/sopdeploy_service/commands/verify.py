@@ -117,7 +117,8 @@ def _notes(bundle: Bundle) -> tuple[str, ...]:
         notes.append(f"only {len(probes.images)} probes; an export writes more")
     try:
         parity = json.loads((bundle.path / "parity.json").read_bytes())
-        outputs, drifts = parity["outputs"], ALLOWED_DRIFTS if parity["drift_allowed"] else 0
+        outputs = parity["outputs"]
+        drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0  # that a tolerance may have
         for name, tolerance in probes.tolerance.items():
             explained = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
             largest = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])

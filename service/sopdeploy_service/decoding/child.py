@@ -101,9 +101,8 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         # Not the error itself, whose traceback would keep the memory of the failed decoder.
         reason, text = (error.code, error.status), str(error)
         width, height = webp_size(image)
-        if isinstance(error.__cause__, MemoryError) or (
-            error.code == "damaged_image" and width * height * PIXEL_BYTES > options.memory
-        ):
+        is_too_large = width * height * PIXEL_BYTES > options.memory
+        if isinstance(error.__cause__, MemoryError) or (error.code == "damaged_image" and is_too_large):
             limit = f"{options.memory // 10**6} MB, the memory for an image"
             reason, text = ("too_much_memory", 413), f"decoding needs more than {limit}; send it smaller"
         elif options.is_light and error.code == "too_many_pixels":

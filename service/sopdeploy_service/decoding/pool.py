@@ -23,22 +23,7 @@ import numpy as np
 
 from sopdeploy.errors import ConfigError, ImageError, RuntimeUnavailableError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy_service.decoding.child import (
-    COPY,
-    ERRORS,
-    FIRST_ERROR,
-    LARGER,
-    MAX_MESSAGE,
-    PIXELS,
-    READY,
-    REPLY,
-    REQUEST,
-    TEMPLATE_REPLY,
-    WARNINGS,
-    ChildOptions,
-    LargerImageError,
-    receive,
-)
+from sopdeploy_service.decoding import child
 from sopdeploy_service.images.decode import Decoded
 
 DECODER_MODULE = "sopdeploy_service.decoding.child"
@@ -62,7 +47,7 @@ class Template:
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
-    def fork(self, options: ChildOptions) -> tuple[socket.socket, int]:
+    def fork(self, options: child.ChildOptions) -> tuple[socket.socket, int]:
         """Fork a child; return the socket to it and its process id.
 
         Raises `RuntimeUnavailableError` if the template does not start.
@@ -87,14 +72,18 @@ class Template:
             self._close()
 
     def _ask(self, message: bytes, descriptors: list[int]) -> int:
+        """Send *message* and *descriptors* to the template, which is started if needed; return its reply.
+
+        If the template has ended, a new one gets the message, but not one without descriptors, which kills.
+        """
         with self._lock:
             for is_last in (False, True):
                 control = self._control or self._start()
                 try:
                     socket.send_fds(control, [message], descriptors)
-                    reply = control.recv(TEMPLATE_REPLY.size, socket.MSG_WAITALL)
-                    if len(reply) == TEMPLATE_REPLY.size:
-                        return int(TEMPLATE_REPLY.unpack(reply)[0])
+                    reply = control.recv(child.TEMPLATE_REPLY.size, socket.MSG_WAITALL)
+                    if len(reply) == child.TEMPLATE_REPLY.size:
+                        return int(child.TEMPLATE_REPLY.unpack(reply)[0])
                     raise BrokenPipeError
                 except OSError:
                     self._close()
@@ -153,7 +142,7 @@ def _write_rules(preprocess: Preprocess) -> bytes:
 class DecoderProcess:
     """One child, which is replaced when it fails. Not thread-safe."""
 
-    def __init__(self, template: Template, options: ChildOptions, seconds: float) -> None:
+    def __init__(self, template: Template, options: child.ChildOptions, seconds: float) -> None:
         """Start a child that may take *seconds* for an image.
 
         Raises `RuntimeUnavailableError` if it does not start, and `ConfigError` for a required sandbox that
@@ -170,37 +159,42 @@ class DecoderProcess:
         Raises `ImageError`, `LargerImageError` for an image that needs another child, `DecoderEndedError`.
         """
         shape = (preprocess.crop, preprocess.crop, 3)
-        changes, pixels = self._request(image, _write_rules(preprocess), PIXELS, math.prod(shape))
-        warnings = tuple(name for bit, name in enumerate(WARNINGS) if changes >> bit & 1)
+        changes, pixels = self._request(image, _write_rules(preprocess), child.PIXELS, math.prod(shape))
+        warnings = tuple(name for bit, name in enumerate(child.WARNINGS) if changes >> bit & 1)
         return Decoded(np.frombuffer(pixels, np.uint8).reshape(shape), warnings)
 
     def copy(self, image: bytes) -> tuple[bytes, str]:
         """Copy *image* as `copy_without_metadata` does; raises what `decode` raises."""
-        is_png, copy = self._request(image, b"", COPY)
+        is_png, copy = self._request(image, b"", child.COPY)
         return copy, ".png" if is_png else ".jpg"
 
     def _request(self, image: bytes, rules: bytes, expected: int, num_bytes: int = 0) -> tuple[int, bytes]:
-        """Return the bits and bytes of the reply: of kind *expected*, and *num_bytes* unless this is 0."""
+        """Send *image* and *rules* to the child; return the bits and the bytes of its reply.
+
+        The reply has the kind *expected* and *num_bytes* bytes or, if this is 0, up to `MAX_COPY_BYTES`.
+        """
         end = self._idle_end()
         self._number += 1
-        header = REQUEST.pack(self._number, len(rules), len(image))
+        header = child.REQUEST.pack(self._number, len(rules), len(image))
         deadline = time.monotonic() + self._seconds
         try:
             end.sendall(header + rules)
             end.sendall(image)
-            number, kind, bits, size = REPLY.unpack(receive(end, REPLY.size, deadline))
-            is_result = kind == expected and (size == num_bytes or (not num_bytes and size <= MAX_COPY_BYTES))
-            is_error = LARGER <= kind < FIRST_ERROR + len(ERRORS) and size <= MAX_MESSAGE
+            number, kind, bits, size = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
+            has_valid_size = size == num_bytes if num_bytes else size <= MAX_COPY_BYTES
+            is_result = kind == expected and has_valid_size
+            is_error_kind = child.LARGER <= kind < child.FIRST_ERROR + len(child.ERRORS)
+            is_error = is_error_kind and size <= child.MAX_MESSAGE
             if number != self._number or not (is_result or is_error):
                 raise OSError("wrong reply")
-            data = receive(end, size, deadline)
+            data = child.receive(end, size, deadline)
         except OSError as error:
             self._replace()
             raise DecoderEndedError from error
-        if kind == LARGER:
-            raise LargerImageError
-        if kind >= FIRST_ERROR:
-            code, status = ERRORS[kind - FIRST_ERROR]
+        if kind == child.LARGER:
+            raise child.LargerImageError
+        if kind >= child.FIRST_ERROR:
+            code, status = child.ERRORS[kind - child.FIRST_ERROR]
             raise ImageError(data.decode(errors="replace"), code=code, status=status)
         return bits, data
 
@@ -233,7 +227,7 @@ class DecoderProcess:
             log.error("a decoder process is not replaced: %s", error)
 
     def _start(self) -> str:
-        """Fork a child; return its restrictions, or `no sandbox` and the reason."""
+        """Fork a child, whose id is `process`; return its restrictions, or `no sandbox` and the reason."""
         end, self.process = self._template.fork(self._options)
         with ExitStack() as stack:
             stack.callback(end.close)  # unless everything below succeeds
@@ -242,13 +236,13 @@ class DecoderProcess:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             try:
                 deadline = time.monotonic() + START_SECONDS
-                _, kind, _, size = REPLY.unpack(receive(end, REPLY.size, deadline))
-                text = receive(end, min(size, MAX_MESSAGE), deadline).decode()
+                _, kind, _, size = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
+                text = child.receive(end, min(size, child.MAX_MESSAGE), deadline).decode()
             except OSError as error:
                 message = "a decoder process does not start; see the message above"
                 raise RuntimeUnavailableError(message) from error
-            if kind != READY and self._options.sandbox == "required":
+            if kind != child.READY and self._options.sandbox == "required":
                 raise ConfigError(f"sandbox=required: {text}; set sandbox=auto")
             stack.pop_all()
         self._end = end
-        return text if kind == READY else f"no sandbox ({text})"
+        return text if kind == child.READY else f"no sandbox ({text})"

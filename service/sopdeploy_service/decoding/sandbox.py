@@ -102,8 +102,8 @@ def preload() -> None:
 def build_filter(machine: str, process: int) -> bytes:
     """Assemble the seccomp filter of *process* on *machine*, `x86_64` or `aarch64`.
 
-    An instruction is its operation, the numbers of instructions to skip if a comparison holds and if it does
-    not, and its operand.
+    An instruction has four fields: its operation, how many instructions it skips if a comparison holds, how
+    many if it does not, and the operand.
     """
     column, architecture = ARCHITECTURES[machine]
     deny = FAIL | errno.EPERM
@@ -116,14 +116,11 @@ def build_filter(machine: str, process: int) -> bytes:
     for numbers in ALLOWED.values():
         code += [(EQUAL, 0, 1, numbers[column]), (RETURN, 0, 0, ALLOW)]
     for limit in limits(process):
-        tests = [part for value in limit.values for part in ((EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW))]
-        code += [
-            (EQUAL, 0, 3 + len(tests), limit.numbers[column]),
-            (LOAD, 0, 0, ARGUMENTS + 8 * limit.argument),
-            (AND, 0, 0, limit.mask),
-            *tests,
-            (RETURN, 0, 0, deny),
-        ]
+        check = [(LOAD, 0, 0, ARGUMENTS + 8 * limit.argument), (AND, 0, 0, limit.mask)]
+        for value in limit.values:
+            check += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
+        check.append((RETURN, 0, 0, deny))
+        code += [(EQUAL, 0, len(check), limit.numbers[column]), *check]
     code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, FAIL | errno.ENOSYS)]  # the C library then calls clone
     code += [(RETURN, 0, 0, deny)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)

@@ -55,9 +55,9 @@ class DeviceServer(DrainingServer):
         control.send_files(self._supervisor, status + self.bundles.encode())
 
     def _receive(self) -> None:
-        """Act on a message of the supervisor; without a message it has ended.
+        """Act on a message of the supervisor; an empty one says that it has ended or sends no more.
 
-        `SEND_METRICS` comes with a file to write them to, `CLIENT` with an accepted connection.
+        The file of `SEND_METRICS` is a socket for the metrics, that of `CLIENT` an accepted connection.
         """
         message, files = control.receive_files(self._supervisor)
         if not message:

@@ -110,6 +110,7 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
     if VISIBLE in environment:
         listed = [name.strip() for name in environment[VISIBLE].split(",")]
         allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))  # as CUDA does
+        # One name or none: the one at a position, or the device itself.
         chosen = allowed[int(device) : int(device) + 1] if device.isdecimal() else {device} & set(allowed)
         if not chosen:
             raise ConfigError(

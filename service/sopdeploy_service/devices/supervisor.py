@@ -107,7 +107,7 @@ class Supervisor:
                 self._stop()
                 return
             early_deaths = early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
-            delay = min(MAX_RESTART_DELAY_SECONDS, 2.0 ** max(0, early_deaths - 1) - 1)
+            delay = min(MAX_RESTART_DELAY_SECONDS, 2.0 ** max(0, early_deaths - 1) - 1)  # 0, 0, 1, 3, 7 ...
             log.error("device %s: exited with code %d; restart in %.0f s", process.name, code, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
@@ -206,8 +206,9 @@ class Supervisor:
             await asyncio.sleep(BEAT_SECONDS)
             for process in self._processes:
                 process.silent_beats += 1
-                silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
-                if silent and process.bundles is not None and process.control is not None and process.child:
+                is_silent = process.silent_beats * BEAT_SECONDS > HANG_SECONDS
+                has_reported = process.bundles is not None and process.control is not None
+                if is_silent and has_reported and process.child is not None:
                     log.error("device %s: hangs; it is killed", process.name)
                     process.child.kill()
                     self._close_control(process)

@@ -41,6 +41,7 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
         )
     except FormParserError as problem:
         raise RejectedError(NO_BOUNDARY) from problem
+    # The position of the first delimiter, or -1.
     start = 0 if body.startswith(b"--" + boundary) else body.find(b"\r\n--" + boundary)
     try:
         parser.write(body[max(start, 0) :])

@@ -179,9 +179,9 @@ def request_id(headers: Mapping[str, str]) -> str:
 def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: bool = False) -> bool:
     """Tell whether a browser sent a request with *headers* for a page of another host.
 
-    Browsers let every page send requests to this machine. They name the page's host in `Origin` and
-    `Sec-Fetch-Site`; of a page whose own name was made to resolve to this machine, `Host` is none of *names*
-    and no IP address. With *is_link*, links of other pages may lead here.
+    Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` tell those of other
+    pages. If the host of a page was made to resolve to this machine, it is in `Host`, which then is none of
+    *names* and no IP address. With *is_link*, links of other pages may lead here.
     """
     host, site = headers.get("host", "localhost"), headers.get("sec-fetch-site", "none")
     try:
@@ -190,9 +190,9 @@ def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: b
             ip_address(name)
     except ValueError:
         return True
-    return headers.get("origin", f"http://{host}") != f"http://{host}" or not (
-        is_link or site in {"none", "same-origin"}
-    )
+    is_own_origin = headers.get("origin", f"http://{host}") == f"http://{host}"
+    is_own_site = site in {"none", "same-origin"}
+    return not is_own_origin or not (is_link or is_own_site)
 
 
 def refuse_foreign(names: Collection[str], path: str, context: RequestContext) -> None:

@@ -80,7 +80,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     last = image.getpixel((image.width - 1, image.height - 1))
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
-    end, before = len(body), None
+    end, before = len(body), None  # of the first scan; the marker of the previous segment
     for marker, start in jpeg_segments(body):
         if before == SCAN:
             end = start - MARKER_BYTES
@@ -88,7 +88,7 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
         before = marker
     # A decoder that expects a restart marker reads noise only after it, so all eight markers follow in turn.
     restarts = RESTART.findall(body[:end])
-    due = restarts[-1][0] + 1 if restarts else 0
+    due = restarts[-1][0] + 1 if restarts else 0  # its low three bits are the number of the next marker
     noise = NOISE + b"".join(b"\xff%c" % (0xD0 | (due + count) & 7) + NOISE for count in range(8))
     thumbnails = []
     for data in (body, body[:end] + noise + body[end:]):

@@ -62,7 +62,8 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
     bundles: dict[str, Path] = {}
     for given, source in map(_parse_source, sources):
         path = follow_link(source)  # every process must serve the same bundle
-        if given or not path.is_dir() or (path / MANIFEST).is_file():
+        has_bundles = path.is_dir() and not (path / MANIFEST).is_file()
+        if given or not has_bundles:
             named = [(given or read_manifest(path).project, path)]
         else:
             named = _find_in_folder(path)

@@ -70,7 +70,7 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     None of them gets more than images of *max_pixels* need.
     """
     each = LIGHT_MEMORY + OWN_MEMORY
-    light = max(1, min(decoders, budget // each - 1))
+    light = max(1, min(decoders, budget // each - 1))  # leaves the size of one for large images
     rest = budget - light * each
     large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
     memory = min(max(LIGHT_MEMORY, rest // large - OWN_MEMORY), max_pixels * PIXEL_BYTES)
@@ -121,7 +121,7 @@ class Decoders:
     def put(self, model: Model, item: QueuedImage, image: bytes) -> None:
         """Queue *image* for decoding; *item* then joins the queue of *model*. Call it on the event loop."""
         if len(image) <= LIGHT_BODY:
-            self.light.put(partial(self._decode_item, model, item, image, True))
+            self.light.put(partial(self._decode_item, model, item, image, is_light=True))
         else:
             self._put_large(model, item, image)
 
@@ -138,7 +138,8 @@ class Decoders:
 
     def _wait_for(self, image: bytes, request: Callable[[DecoderProcess], _Result]) -> _Result:
         """Return the result of a child for light images or, if it ends or refuses, of one for large ones."""
-        for jobs in (self.light, self.large)[len(image) > LIGHT_BODY :]:
+        queues = [self.light, self.large] if len(image) <= LIGHT_BODY else [self.large]
+        for jobs in queues:
             result: Future[_Result] = Future()
 
             def run(child: DecoderProcess, result: Future[_Result] = result) -> None:
@@ -171,13 +172,16 @@ class Decoders:
         if self.large.qsize() >= MAX_WAITING_LARGE:
             call_soon(item.outcome.get_loop(), item.settle, DECODERS_BUSY)
             return
-        item.late = DECODERS_BUSY
-        self.large.put(partial(self._decode_item, model, item, image, False))
+        item.late = DECODERS_BUSY  # until it is decoded
+        self.large.put(partial(self._decode_item, model, item, image, is_light=False))
 
     def _decode_item(
-        self, model: Model, item: QueuedImage, image: bytes, is_light: bool, child: DecoderProcess
+        self, model: Model, item: QueuedImage, image: bytes, child: DecoderProcess, *, is_light: bool
     ) -> None:
-        """Let *child* decode *image* and queue *item*, or set the outcome of an image that is not queued."""
+        """Let *child* decode *image* and queue *item*, or settle an *item* that cannot be queued.
+
+        If a child that *is_light* cannot decode the image, it is queued for a child for large images.
+        """
         if item.outcome.done():
             return
         started, reason = time.monotonic(), model.queue.closed_with
@@ -196,7 +200,8 @@ class Decoders:
             self._metrics.decode_seconds.inc(ended - started)
         if reason is None:
             item.late = DEADLINE
-            item.decode_seconds, item.arrived = ended - item.arrived, ended
+            item.decode_seconds = ended - item.arrived
+            item.arrived = ended  # in the queue of the model
             self._metrics.stage("decode", item.decode_seconds)
             reason = model.queue.put(item)
         if reason is not None:

@@ -200,7 +200,7 @@ def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: i
     for position in (1, 0):
 
         def run(images: NDArray[np.uint8], position: int = position) -> Outputs:
-            batches = [~images, ~images]
+            batches = [~images, ~images]  # inverted, so that their outputs differ
             batches[position] = images
             waits = [runtime.begin(list(batch)) for batch in batches]
             return [wait() for wait in waits][position]

@@ -50,10 +50,10 @@ class NoRuntime:
 
 @dataclass(eq=False, slots=True)
 class BudgetEntry:
-    """*unloaded* takes the place of the model of a bundle, assumed to need *bytes*, while it is not loaded.
+    """A bundle whose model is assumed to need *bytes*; *unloaded* takes its place while it is not loaded.
 
-    *unloaded* is in use by every request that uses the model or waits for it. Until the time in *failed*, no
-    load is tried again, and requests get its error.
+    *unloaded* is in use by every request that uses the model or waits for it. After a failed load, *failed*
+    has the time until which no load is tried again, and the error that requests get.
     """
 
     unloaded: Model
@@ -151,6 +151,7 @@ class BudgetedRegistry(ModelRegistry):
             loaded = [entry for name, entry in self._entries.items() if self._by_name[name].is_loaded]
             if sum(entry.bytes for entry in loaded) + needed <= self._budget:
                 return
+            # Requests are users of `unloaded`, see `use`; the model used longest ago comes first.
             if unused := [entry.unloaded for entry in loaded if entry.unloaded.unused.is_set()]:
                 await self._release(unused[0])
             elif time.monotonic() >= end:
@@ -161,7 +162,8 @@ class BudgetedRegistry(ModelRegistry):
     async def _release(self, unloaded: Model) -> None:
         """Stop the model that *unloaded* replaces; requests for it wait until it can be loaded again."""
         name = unloaded.name
-        model, self._by_name[name] = self._by_name[name], unloaded
+        model = self._by_name[name]
+        self._by_name[name] = unloaded
         await model.stop()
         self.metrics.count_bundle(name, model.bundle, model.loaded.runtime, -1)
         self.metrics.model_memory.labels(name).set(0)

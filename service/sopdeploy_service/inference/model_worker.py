@@ -27,18 +27,9 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import EMBEDDING
 from sopdeploy.bundle.probes import Outputs
+from sopdeploy_service.inference import results
 from sopdeploy_service.inference.loader import LoadedModel, largest_batch
-from sopdeploy_service.inference.results import (
-    DEADLINE,
-    DRAINING,
-    INFERENCE_FAILED,
-    NONFINITE,
-    OUT_OF_MEMORY,
-    RUNTIME_DEAD,
-    HttpError,
-    Outcome,
-    Prediction,
-)
+from sopdeploy_service.inference.results import HttpError, Outcome, Prediction
 from sopdeploy_service.observability.metrics import DriftWindow, Metrics
 from sopdeploy_service.runtime.base import DeviceLostError, OverlappingRuntime, Runtime, is_out_of_memory
 from sopdeploy_service.settings import Settings
@@ -72,7 +63,7 @@ class QueuedImage:
     is_occluded: bool = False
     decode_seconds: float | None = None
     arrived: float = field(default_factory=time.monotonic)
-    late: HttpError = DEADLINE  # if it has no other outcome at its deadline
+    late: HttpError = results.DEADLINE  # if it has no other outcome at its deadline
 
     def settle(self, outcome: Outcome) -> None:
         """Set the outcome unless there is one. Call it on the event loop."""
@@ -126,7 +117,8 @@ class RequestQueue:
                 )
                 if len(self._items) >= max_size:
                     return [self._items.popleft() for _ in range(max_size)]
-                if only_full or (not self._items and self.closed_with is not None):
+                is_over = self.closed_with is not None and not self._items
+                if only_full or is_over:
                     return []
                 wait = self._items[0].arrived + self.max_delay - now if self._items else None
                 if wait is not None and wait <= 0:
@@ -246,7 +238,7 @@ class Model:
 
     async def stop(self) -> None:
         """Close the model, end its thread and release its runtime."""
-        self.close(DRAINING)
+        self.close(results.DRAINING)
         if self._watchdog is not None:
             self._watchdog.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -278,18 +270,18 @@ class Model:
         if self.queue.closed_with is None:
             log.critical("%s; the model rejects every image from now on", reason)
             self.dead = True
-            self.close(RUNTIME_DEAD)
+            self.close(results.RUNTIME_DEAD)
 
     def _run_batches(self, loop: asyncio.AbstractEventLoop) -> None:
         """Run batches until the queue is closed or the thread fails."""
         try:
             while True:
-                if self._failed and not self._in_flight:
+                if self._failed and not self._in_flight:  # the device may be lost
                     self._batch_started = time.monotonic()
                     check_device(self._runtime, self.bundle.manifest.image_shape)
                     self._batch_started, self._failed = None, False
                 if not self._in_flight and not self._begin(self.queue.take(self.largest_batch)):
-                    break
+                    break  # the queue is closed
                 if self._overlapping is not None and not self._failed:
                     self._begin(self.queue.take(self.largest_batch, only_full=True))
                 self._complete_oldest(loop)
@@ -317,7 +309,7 @@ class Model:
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
         started, ended = self._batch_started or 0.0, time.monotonic()
-        self._failed = all(row is INFERENCE_FAILED or row is OUT_OF_MEMORY for row in rows)
+        self._failed = all(row is results.INFERENCE_FAILED or row is results.OUT_OF_MEMORY for row in rows)
         del self._in_flight[0]
         self._batch_started = ended if self._in_flight else None
         outcomes: list[Outcome] = []
@@ -353,17 +345,12 @@ class Model:
         for item, outcome in zip(items, outcomes, strict=True):
             item.settle(outcome)
         if self.drift is not None:
-            self.drift.add(
-                [
-                    outcome.outputs[self.logits]
-                    for item, outcome in zip(items, outcomes, strict=True)
-                    if isinstance(outcome, Prediction) and not item.is_occluded
-                ]
-            )
+            of_files = [one for item, one in zip(items, outcomes, strict=True) if not item.is_occluded]
+            self.drift.add([one.outputs[self.logits] for one in of_files if isinstance(one, Prediction)])
         self.latency.record(len(items), ended - started)
         waited = [started - item.arrived for item in items]
         self._metrics.batch(self.name, waited, self.largest_batch, started, ended)
-        nonfinite = sum(outcome is NONFINITE for outcome in outcomes)
+        nonfinite = sum(outcome is results.NONFINITE for outcome in outcomes)
         self._metrics.nonfinite_outputs.labels(self.name).inc(nonfinite)
 
 
@@ -386,7 +373,7 @@ def run_bisected(
     Returns for each image its row of each of *outputs*, or an `HttpError`. Raises `DeviceLostError`, because
     another run would fail too.
     """
-    reason = INFERENCE_FAILED
+    reason = results.INFERENCE_FAILED
     try:
         return _split_rows(run(images), outputs, len(images))
     except DeviceLostError:
@@ -394,7 +381,7 @@ def run_bisected(
     except Exception as error:  # a runtime may raise anything
         if is_out_of_memory(error):
             log.warning("out of memory for a batch of %d", len(images))
-            reason = OUT_OF_MEMORY
+            reason = results.OUT_OF_MEMORY
         else:
             log.exception("inference failed on a batch of %d", len(images))
     if len(images) == 1:
@@ -412,6 +399,6 @@ def _split_rows(values: Outputs, outputs: Sequence[str], num_images: int) -> lis
             raise ValueError(f"output {name!r} has {len(batch)} rows for {num_images} images")
         finite &= np.isfinite(batch.reshape(num_images, -1)).all(axis=1)
     return [
-        {name: values[name][row] for name in outputs} if finite[row] else NONFINITE
+        {name: values[name][row] for name in outputs} if finite[row] else results.NONFINITE
         for row in range(num_images)
     ]

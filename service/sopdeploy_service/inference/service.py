@@ -23,22 +23,12 @@ from prometheus_client import generate_latest
 from sopdeploy.bundle.folder import read_manifest
 from sopdeploy.errors import SopdeployError, shorten
 from sopdeploy.images.occlusion import GRID, occlude
+from sopdeploy_service.inference import results
 from sopdeploy_service.inference.bundle_store import find_bundles
 from sopdeploy_service.inference.decoders import Decoders, upload_budget
 from sopdeploy_service.inference.loader import LoadedModel, load_model
 from sopdeploy_service.inference.model_worker import Model, QueuedImage
-from sopdeploy_service.inference.results import (
-    CLIENT_GONE,
-    DEADLINE,
-    DECODERS_BUSY,
-    DRAINING,
-    RUNTIME_DEAD,
-    TOO_LATE,
-    HttpError,
-    Outcome,
-    Prediction,
-    RejectedError,
-)
+from sopdeploy_service.inference.results import HttpError, Outcome, Prediction, RejectedError
 from sopdeploy_service.observability.metrics import Metrics
 from sopdeploy_service.settings import DECODERS_BESIDE_CPU_INFERENCE, Settings, decoders_per_process
 
@@ -191,7 +181,7 @@ class Service:
         self.settings, self.registry, self.metrics = settings, registry, registry.metrics
         self.active_requests = 0  # counted by the middleware
         self.upload_bytes = 0  # of the bodies of active requests, counted by `read_body`
-        self.metrics_of_all: CollectMetrics | None = None  # processes, empty if they are not known
+        self.metrics_of_all: CollectMetrics | None = None  # if the server has several processes
         self.keep: KeepImage | None = None
         self.parsers = ThreadPoolExecutor(PARSERS, thread_name_prefix="parser")
         self.admitted = 0  # images; a request whose images are not known yet counts as one
@@ -233,7 +223,7 @@ class Service:
         """
         self._draining = True
         if abort:
-            self.registry.close(DRAINING)
+            self.registry.close(results.DRAINING)
 
     async def stop(self) -> None:
         """End the threads."""
@@ -248,15 +238,15 @@ class Service:
         Call it before the body is read.
         """
         if model.dead:
-            raise RejectedError(RUNTIME_DEAD)
+            raise RejectedError(results.RUNTIME_DEAD)
         if self._draining:
-            raise RejectedError(DRAINING)
+            raise RejectedError(results.DRAINING)
         self.check_queue(model, 1)
         # An idle worker is always tried: an estimate that rejects everything could never be corrected.
         if self.admitted:
             end = time.monotonic() + model.latency.total_seconds(self.admitted + 1, model.largest_batch)
             if end > deadline:
-                raise RejectedError(TOO_LATE)
+                raise RejectedError(results.TOO_LATE)
 
     def check_queue(self, model: Model, num_images: int) -> None:
         """Raise `RejectedError` (429) if the queue has no room for *num_images* images of *model*."""
@@ -301,18 +291,18 @@ class Service:
                     item.settle(reason)
             outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
-            model.queue.reject(items, CLIENT_GONE)
+            model.queue.reject(items, results.CLIENT_GONE)
             raise
         finally:
             self.admitted -= len(images)
             timer.cancel()
         for outcome in outcomes:
-            if isinstance(outcome, HttpError) and outcome in {DEADLINE, DECODERS_BUSY}:
+            if isinstance(outcome, HttpError) and outcome in {results.DEADLINE, results.DECODERS_BUSY}:
                 raise RejectedError(outcome)
-        keep = self.keep if may_keep else None
-        for image, outcome in zip(images, outcomes, strict=True):
-            if keep is not None and isinstance(outcome, Prediction) and isinstance(image, bytes):
-                keep(model, image, outcome)
+        if self.keep is not None and may_keep:
+            for image, outcome in zip(images, outcomes, strict=True):
+                if isinstance(outcome, Prediction) and isinstance(image, bytes):
+                    self.keep(model, image, outcome)
         return outcomes
 
     async def explain(self, model: Model, images: Images, deadline: float) -> list[Outcome]:
@@ -331,17 +321,16 @@ class Service:
             return outcomes
         started, rules = time.monotonic(), model.bundle.manifest.preprocess
         copies = np.concatenate([occlude(outcome.pixels, rules) for outcome in explained])
-        results = await self.infer(model, copies, deadline, are_occluded=True)
-        seconds, rest = time.monotonic() - started, iter(results)
+        outcomes_of_copies = iter(await self.infer(model, copies, deadline, are_occluded=True))
+        seconds = time.monotonic() - started
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, Prediction):
-                found = list(itertools.islice(rest, num_copies))
+                found = list(itertools.islice(outcomes_of_copies, num_copies))  # of this image
+                errors = [one for one in found if isinstance(one, HttpError)]
                 logits = [one.outputs[model.logits] for one in found if isinstance(one, Prediction)]
                 stages = {**outcome.stage_seconds, "explain": seconds}
-                outcomes[number] = next(
-                    (one for one in found if isinstance(one, HttpError)),
-                    outcome._replace(stage_seconds=stages, occluded=np.array(logits)),
-                )
+                result = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
+                outcomes[number] = errors[0] if errors else result
         return outcomes
 
     def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:

@@ -58,15 +58,18 @@ class GivenLabel(StrictModel):
 def refuse_request(request: Request, names: set[str], key: str) -> Response | None:
     """Refuse requests for other hosts than *names*, from other origins, without the *key*, and large ones.
 
-    The page with the key in its address sets the cookie that has it.
+    Returns None for other requests. The page with the key in its address redirects, with a cookie that has
+    the key, to the page without it.
     """
     headers, navigates = request.headers, request.method == "GET" and request.url.path == "/"
     if is_foreign(headers, names, is_link=navigates):
         return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
-    if request.method == "POST" and headers.get("content-type") != "application/json":
-        return PlainTextResponse("send application/json", 415)
-    if request.method == "POST" and int(headers.get("content-length", MAX_BODY_BYTES + 1)) > MAX_BODY_BYTES:
-        return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
+    if request.method == "POST":
+        if headers.get("content-type") != "application/json":
+            return PlainTextResponse("send application/json", 415)
+        length = headers.get("content-length")
+        if length is None or int(length) > MAX_BODY_BYTES:
+            return PlainTextResponse(f"send at most {MAX_BODY_BYTES} bytes, with a Content-Length", 413)
     if secrets.compare_digest(request.cookies.get(COOKIE, "").encode(), key.encode()):
         return None
     given = parse_qs(request.url.query).get("key", [""])[0]
@@ -83,7 +86,7 @@ async def guard(names: set[str], key: str, request: Request, call_next: RequestR
 
 
 def create_label_app(folders: LabelFolders, names: set[str], key: str) -> FastAPI:
-    """Create the app that labels the photographs of *folders*; `refuse_request` describes the rest."""
+    """Create the app that labels the photographs of *folders*; it refuses what `refuse_request` refuses."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     lock = threading.Lock()  # of *folders*; the routes run in threads
 

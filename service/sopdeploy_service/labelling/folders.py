@@ -73,7 +73,7 @@ class LabelFolders:
             )
 
     def read(self) -> None:
-        """Read the kept photographs again, and order them; raises `OSError`."""
+        """Read and order the kept photographs again, and remember those of the sample; raises `OSError`."""
         skipped = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
         found = [kept for kept in read_kept(self.kept) if kept.path.stem not in skipped]
         samples = [kept for kept in found if "sample" in kept.record.reasons]
@@ -99,22 +99,24 @@ class LabelFolders:
         would make a network that was trained on them look better than it is. Raises `ConfigError` if *name*
         cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
-        image, record = kept = self._find(identity)
+        kept = self._find(identity)
+        image = kept.path
         folder = self.unknown
         if name is not None:
-            near_hash = int(record.near_hash, 16)
-            held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
-            folder = self.held_out if held_out else self.photos
-            folder /= check_class_name(name, self.classes(), self._folders())
-        target, new_folder = folder / image.name, not folder.is_dir()
+            near_hash = int(kept.record.near_hash, 16)
+            is_held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
+            parent = self.held_out if is_held_out else self.photos
+            folder = parent / check_class_name(name, self.classes(), self._folders())
+        target = folder / image.name
+        new_folder = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)
         try:
             _move(image, target)
         except FileNotFoundError:
             raise self._gone(identity) from None
         finally:
-            if new_folder:
-                with suppress(OSError):  # the photograph is in it
+            if new_folder:  # is deleted if it is still empty
+                with suppress(OSError):
                     folder.rmdir()
         del self.waiting[identity]
         self.steps.append(LabelStep(kept, target, new_folder))
@@ -172,13 +174,13 @@ def order_records(found: list[Kept]) -> list[Kept]:
 
 
 def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Order N photographs by their *probabilities_NC* (N, C), (N,): uncertain and different ones first.
+    """Return the order (N,) of photographs with *probabilities_NC*: uncertain and different ones first.
 
-    Photographs that are probably of none of the classes follow the *known_N* (N,), because most of them show
-    nothing that the network has to learn. In each group, the next one has the largest product of uncertainty,
-    1 minus the margin between its two largest probabilities (Scheffer et al., IDA 2001), and distance from
-    those chosen before, in the space of probabilities (k-center: Sener and Savarese, ICLR 2018). After
-    `MAX_SPREAD`, the uncertainty decides alone.
+    Those that are not *known_N* come last, because most of them show nothing that the network has to learn.
+    In each group, the next one has the largest product of two numbers: its uncertainty, 1 minus the margin
+    between its two largest probabilities (Scheffer et al., IDA 2001), and the distance of its probabilities
+    from the closest ones chosen before (k-center: Sener and Savarese, ICLR 2018). After `MAX_SPREAD`, the
+    uncertainty decides alone.
     """
     padded = np.pad(probabilities_NC, ((0, 0), (2, 0)))  # there may be fewer than two classes
     second_N, first_N = np.sort(padded, axis=1)[:, -2:].T
@@ -186,12 +188,13 @@ def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bo
     order: list[int] = []
     for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
         left = group[np.argsort(-uncertainties_N[group], kind="stable")]
-        distances = np.ones(len(left))
+        distances = np.ones(len(left))  # of those left from the closest one chosen before
         for _ in range(min(MAX_SPREAD, len(left))):
             best = int((distances * uncertainties_N[left]).argmax())
-            step = np.linalg.norm(probabilities_NC[left] - probabilities_NC[left[best]], axis=1)
             order.append(int(left[best]))
-            left, distances = np.delete(left, best), np.delete(np.minimum(distances, step), best)
+            from_best = np.linalg.norm(probabilities_NC[left] - probabilities_NC[left[best]], axis=1)
+            distances = np.delete(np.minimum(distances, from_best), best)
+            left = np.delete(left, best)
         order += left.tolist()
     return np.asarray(order, np.intp)
 
@@ -205,10 +208,10 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     if name not in classes:
         name = unicodedata.normalize("NFC", name.strip())
     same = [other for other in classes if _folded(other) == _folded(name)]
-    problem, exists = "", name in folders
-    if not exists and (not name or len(name.encode("utf-8", "replace")) > MAX_CLASS_BYTES):
+    is_new, problem = name not in folders, ""
+    if is_new and not 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES:
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
-    elif not exists and any(unicodedata.category(one)[0] == "C" or one in NOT_IN_NAMES for one in name):
+    elif is_new and any(unicodedata.category(one)[0] == "C" or one in NOT_IN_NAMES for one in name):
         problem = f"leave out control characters and {' '.join(NOT_IN_NAMES)}"
     elif is_hidden(name) or name.endswith("."):
         problem = "the folder would be hidden; do not begin or end with a dot"

@@ -108,12 +108,12 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
 def _printable(value: object, name: str = "") -> object:
     """Replace unprintable characters, which could control a terminal or start a line, by `?`.
 
-    The field `exc_info` stays unchanged, because `_write_traceback` replaces them there.
+    A mapping becomes text. Of the field *name* `exc_info`, `_write_traceback` replaces the characters.
     """
     if name == "exc_info":
         return value
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={_printable(item)}" for name, item in value.items())
+        return " ".join(f"{key}={_printable(item)}" for key, item in value.items())
     if isinstance(value, str):
         return "".join(character if character.isprintable() else "?" for character in value)
     return value

@@ -147,10 +147,10 @@ def session_options(onnxruntime: Any, threads: int, provider: str) -> Any:
 def open_graph(onnxruntime: Any, path: str, options: Any, provider: str, precision: str) -> Any:
     """Open the graph at *path*, in *precision*, on *provider*; *options* are `session_options`.
 
-    On a GPU, a graph in fp16 has the layout of tensor cores, NHWC: otherwise cuDNN transposes around
-    convolutions. But onnxruntime then moves the operators that compute shapes to the GPU, and copies shapes
-    between GPU and CPU in every run. A graph with more operators Shape than Conv, such as that of a
-    transformer, is therefore opened without it.
+    On a GPU, a graph in fp16 gets the layout of tensor cores, NHWC, because cuDNN would otherwise transpose
+    around convolutions. With this layout, onnxruntime also moves the operators that compute shapes to the
+    GPU, and copies shapes between GPU and CPU in every run. A graph with more operators Shape than Conv, such
+    as that of a transformer, therefore keeps the usual layout.
     """
     # With `enable_fallback`, onnxruntime runs on the CPU after errors.
     open_session = partial(onnxruntime.InferenceSession, path, options, enable_fallback=0)
@@ -170,15 +170,9 @@ def operators_on_cpu(session: Any) -> list[str]:
     *session* was opened with `session_options`. Copying activations between GPU and CPU is slower than a CPU
     alone. Shapes are on the CPU in any case.
     """
-    return sorted(
-        {
-            node.op_type
-            for subgraph in session.get_provider_graph_assignment_info()
-            if subgraph.ep_name == CPU
-            for node in subgraph.get_nodes()
-        }
-        - SHAPE_OPERATORS
-    )
+    assigned = session.get_provider_graph_assignment_info()
+    on_cpu = [subgraph for subgraph in assigned if subgraph.ep_name == CPU]
+    return sorted({node.op_type for subgraph in on_cpu for node in subgraph.get_nodes()} - SHAPE_OPERATORS)
 
 
 def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str) -> Any:

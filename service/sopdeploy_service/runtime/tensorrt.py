@@ -32,12 +32,13 @@ class TensorRTRuntime:
         fields = key_fields(bundle, str(trt.__version__), cuda.gpu())
         reasons = []
         for folder in engine_folders(bundle, settings):
-            engine = load_engine(folder, fields)
+            engine = load_engine(folder, fields)  # or the reason why none of the folder can be used
             if not isinstance(engine, str):
                 break
             reasons.append(engine)
-        else:
-            raise RuntimeUnavailableError(f"{(reasons or [EMPTY])[0]}; run: sopdeploy engine {bundle.path}")
+        else:  # no folder has an engine that can be used
+            reason = reasons[0] if reasons else EMPTY
+            raise RuntimeUnavailableError(f"{reason}; run: sopdeploy engine {bundle.path}")
         self._session = EngineSession(trt, cuda, engine.plan, bundle.manifest, engine.record.key)
         self.largest_batch = self._session.largest_batch
 

@@ -101,7 +101,7 @@ class DrainingServer(uvicorn.Server):
         return EXIT_RUNTIME_DEAD if state == "runtime_dead" else 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Open the port and print the `ready` line."""
+        """Open the port and call `on_open`, which prints the `ready` line."""
         try:
             await super().startup(sockets)
         except OSError as problem:

@@ -52,20 +52,20 @@ UNKNOWN_CODING = HttpError(
 class Connections:
     """The connections of one server; used on its event loop only.
 
-    *waiting* are those whose headers are not complete, by the time since when.
+    `waiting` has those whose headers are not complete, with the time at which they began to wait for them.
     """
 
     settings: Settings
     metrics: Metrics
     open: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by arrival
     idle: "dict[LimitedHttpProtocol, None]" = field(default_factory=dict)  # ordered by start of idle time
-    waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)  # ordered by it
+    waiting: "dict[LimitedHttpProtocol, float]" = field(default_factory=dict)  # ordered by this time
 
     def admit(self, connection: "LimitedHttpProtocol") -> HttpError | None:
         """Admit *connection*, and close another one if there are too many.
 
-        This is one that has been in its headers for too long, or else the longest idle one. If none can be
-        closed, the result is the error that *connection* gets.
+        The other one has been in its headers for too long or else has been idle for longest. If none can be
+        closed, the result is the error for *connection*.
         """
         self.open[connection] = None
         self.metrics.connections.set(len(self.open))
@@ -95,7 +95,8 @@ class Connections:
     def _find_slow(self, now: float) -> "LimitedHttpProtocol | None":
         """Find the connection that has been in its headers longest, if for more than `HEADER_GRACE`.
 
-        Otherwise, it is the oldest one of an address that has more than `MAX_WAITING` of them.
+        Otherwise, find the oldest one of an address that has more than `MAX_WAITING` of them, and more than a
+        quarter of all connections.
         """
         oldest = next(iter(self.waiting), None)
         if oldest is not None and now - self.waiting[oldest] >= HEADER_GRACE:
@@ -154,7 +155,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.transport = self.transport  # break the reference cycle
 
     def data_received(self, data: bytes) -> None:
-        """Parse *data* and reject the request if it exceeds a limit."""
+        """Parse *data*; hold back what follows queued requests until their responses are complete."""
         if self._ignores_input:
             return
         if self.pipeline or self._held:
@@ -182,13 +183,16 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if not self._ignores_input:  # else it is what follows the last request
                 self._error = self._error or _MALFORMED
         in_request = self._in_headers or self._in_body
+        # The callbacks subtract what is no overhead, so the number can be negative.
         self._overhead_bytes = max(0, self._overhead_bytes) if in_request else 0
-        if self._overhead_bytes > MAX_HEADER_BYTES + (0 if self._in_body else MAX_URL_BYTES):
+        limit = MAX_HEADER_BYTES if self._in_body else MAX_HEADER_BYTES + MAX_URL_BYTES
+        if self._overhead_bytes > limit:
             self._error = self._error or LARGE_HEADERS
-        responding = self.cycle is not None and not self.cycle.response_complete
+        is_responding = self.cycle is not None and not self.cycle.response_complete
+        expects_headers = not self._in_body and not is_responding
         if self._error is not None:
             self._reject(self._error)
-        elif self._timer is None and not self._in_body and not responding:
+        elif expects_headers and self._timer is None:
             self._limit_headers()
 
     def _feed_without_upgrade(self, data: bytes) -> None:
@@ -203,6 +207,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if self._error is not None or self._ignores_input:
                 return
             self.cycle.keep_alive = False
+            # The new parser gets a head that says only how long the body is, then the body.
             lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
             lines = [b"POST / HTTP/1.1", *map(b": ".join, lengths), b"", b""]
             callbacks = SimpleNamespace(
@@ -361,16 +366,17 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared.metrics.rejected.labels(reason.code).inc()
         self._restart_timer(None)
         self._ignores_input = True
-        has_response = self.cycle is None or self.cycle.response_complete
-        if has_response:
+        is_responding = self.cycle is not None and not self.cycle.response_complete
+        if not is_responding:
             self._shared.metrics.request("other", reason.status, 0.0)
         elif self.pipeline or self.cycle.response_started or not self._in_body:
-            self.cycle.keep_alive = False
+            self.cycle.keep_alive = False  # closes after the response
             return
         else:
             self.cycle.disconnected = True  # the body is invalid: the app sees a client that disconnected
             self.cycle.message_event.set()
-        if not (has_response and self._in_body):  # a body whose request was answered gets no other response
+        was_answered = self._in_body and not is_responding  # before the body was complete
+        if not was_answered:
             self._write_error(reason)
         self._in_headers = True  # so that `close` waits for input in transit
         self.close()

@@ -173,9 +173,9 @@ def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, te
 
 def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
     message = "Darwin on x86_64 is not supported by the seccomp filter"
-    header = pool.REPLY.pack(0, FAILED, 0, len(message))  # the first message of a child without a sandbox
+    header = pool.child.REPLY.pack(0, FAILED, 0, len(message))  # the first message of a child without a sandbox
     replies = {len(header): header, len(message): message.encode()}
-    monkeypatch.setattr(pool, "receive", lambda _end, count, _deadline: replies[count])
+    monkeypatch.setattr(pool.child, "receive", lambda _end, count, _deadline: replies[count])
     with pytest.raises(ConfigError, match=message):
         pool.DecoderProcess(pool.shared_template(), OPTIONS._replace(sandbox="required"), 60)
     child = pool.DecoderProcess(pool.shared_template(), OPTIONS, 60)

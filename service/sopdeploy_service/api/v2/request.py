@@ -113,11 +113,12 @@ def parse_body(
             raise bad_request("bad_header_length", message)
         text, binary = body[: int(digits)], memoryview(body)[int(digits) :]
     request = parse_json(InferBody, text, max_json)
+    timeout = request.parameters.timeout
     return InferRequest(
         id=request.id,
         images=_read_images(request.inputs, binary, manifest.inputs[0], max_images),
         outputs=_requested_outputs(request, [output.name for output in manifest.outputs]),
-        timeout_seconds=(request.parameters.timeout or 0) / MICROSECONDS or None,
+        timeout_seconds=timeout / MICROSECONDS if timeout else None,
     )
 
 
@@ -159,16 +160,17 @@ def _read_images(
     size = item.parameters.binary_data_size
     if (size is None) == (item.data is None):
         raise _invalid("wrong_data", item, "must have either `data` or the parameter `binary_data_size`")
-    if len(binary) != (size or 0):
+    declared = size or 0
+    if len(binary) != declared:
         raise bad_request(
             "wrong_binary_size",
-            f"{len(binary)} bytes follow the JSON, but its inputs declare {size or 0}; with binary data the "
+            f"{len(binary)} bytes follow the JSON, but its inputs declare {declared}; with binary data the "
             "header Inference-Header-Content-Length must be the length of the JSON",
         )
-    if is_encoded:
-        return _split_elements(item, binary, shape[0]) if size is not None else _decode_texts(item, shape)
     if size is None:
-        return _pixels_from_json(item, shape)
+        return _decode_texts(item, shape) if is_encoded else _pixels_from_json(item, shape)
+    if is_encoded:
+        return _split_elements(item, binary, shape[0])
     dtype = np.dtype("<f4" if item.datatype == FLOATS else np.uint8)
     needed = prod(shape) * dtype.itemsize
     if size != needed:

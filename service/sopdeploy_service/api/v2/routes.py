@@ -116,17 +116,17 @@ def describe_model(model: Model) -> dict[str, Any]:
     manifest = model.bundle.manifest
     is_engine = model.loaded.runtime.name.startswith("tensorrt ")  # the version follows
     pixels = manifest.inputs[0]
-    inputs = (pixels.name, PIXELS, pixels.shape), (IMAGE, ENCODED, (None, 1))
-    outputs = ((output.name, FLOATS, output.shape) for output in manifest.outputs)
-    tensors = {
-        group: [
-            {"name": name, "datatype": datatype, "shape": [-1 if n is None else n for n in shape]}
-            for name, datatype, shape in members
-        ]
-        for group, members in {"inputs": inputs, "outputs": outputs}.items()
+
+    def describe(name: str, datatype: str, shape: Sequence[int | None]) -> dict[str, Any]:
+        return {"name": name, "datatype": datatype, "shape": [-1 if n is None else n for n in shape]}
+
+    return {
+        "name": model.name,
+        "versions": [model.version],
+        "platform": "tensorrt_plan" if is_engine else "onnxruntime_onnx",
+        "inputs": [describe(pixels.name, PIXELS, pixels.shape), describe(IMAGE, ENCODED, (None, 1))],
+        "outputs": [describe(output.name, FLOATS, output.shape) for output in manifest.outputs],
     }
-    platform = "tensorrt_plan" if is_engine else "onnxruntime_onnx"
-    return {"name": model.name, "versions": [model.version], "platform": platform, **tensors}
 
 
 def stack_outputs(outcomes: Sequence[Outcome]) -> dict[str, NDArray[np.float32]]:

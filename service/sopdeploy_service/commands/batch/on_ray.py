@@ -116,7 +116,7 @@ def _connect(options: "ClassifyOptions") -> None:
 
 @contextmanager
 def errors_of_actors() -> Iterator[None]:
-    """Raise the error of an actor, or in one line what Ray says, which has several tracebacks."""
+    """Raise an actor's error of sopdeploy as itself, any other error with the last line of its message."""
     try:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's

@@ -123,7 +123,7 @@ def classify(
             on_image(done, sum(sizes))
 
         pending = [part for part, size in enumerate(sizes) if folder.num_errors(part, size) is None]
-        count(sum(sizes) - sum(sizes[part] for part in pending))
+        count(sum(sizes) - sum(sizes[part] for part in pending))  # the parts of earlier runs
         try:
             if pending:
                 classifier.write_parts(folder, pending, count)
