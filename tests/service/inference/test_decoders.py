@@ -173,7 +173,7 @@ def test_a_large_image_waits_for_few_others_and_passes_none(serve_with, jpeg, te
 
 def test_a_required_sandbox_is_an_error_where_auto_warns(monkeypatch) -> None:
     message = "Darwin on x86_64 is not supported by the seccomp filter"
-    header = pool.child.REPLY.pack(0, FAILED, 0, len(message))  # the first message of a child without a sandbox
+    header = pool.child.REPLY.pack(0, FAILED, 0, len(message))  # the first message, without a sandbox
     replies = {len(header): header, len(message): message.encode()}
     monkeypatch.setattr(pool.child, "receive", lambda _end, count, _deadline: replies[count])
     with pytest.raises(ConfigError, match=message):
