@@ -1,4 +1,4 @@
-"""Weight files of timm's networks (`timm:NAME`), and of EfficientNet-Lite with timm's names.
+"""Weight files of timm's networks: `timm:NAME`, and EfficientNet-Lite, which has timm's names.
 
 Files of timm's hub lie next to a `config.json` with their preprocessing. Without it, the preprocessing of
 timm's default weights is used.
@@ -17,26 +17,26 @@ from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
 from sopdeploy.models.timm_networks import import_timm
 
-TIMM_PREFIX = "timm:"
+TIMM_PREFIX, LITE_PREFIX = "timm:", "efficientnet-lite"
 HUB_CONFIG = "config.json"
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
-LITE = {  # preprocessing of EfficientNet-Lite, which needs no timm
-    model: Preprocess(resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
-    for model, resize, crop in (("efficientnet-lite0", 256, 224), ("efficientnet-lite2", 292, 260))
-}
 NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 
 
 def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`.
+    """Convert the weights of a `timm:NAME` or of an EfficientNet-Lite, whose names stay.
 
-    Raises `WeightsError` if the tensors are those of another network.
+    None for other networks, and for a file that is not of the EfficientNet-Lite *model*. Raises
+    `WeightsError` if the tensors are those of another network of timm than `timm:NAME`.
     """
-    if not model.startswith(TIMM_PREFIX) or file.layers:
+    is_lite = model.startswith(LITE_PREFIX)
+    if not (is_lite or model.startswith(TIMM_PREFIX)) or file.layers:
         return None
-    backbone = model.removeprefix(TIMM_PREFIX)
+    backbone = f"tf_{model.replace('-', '_')}" if is_lite else model.removeprefix(TIMM_PREFIX)
     timm = import_timm(backbone)
     if not _has_tensors_of(backbone, file):
+        if is_lite:
+            return None
         refuse_other_network(file, model)
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
@@ -50,6 +50,7 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
         tensors=file.tensors,
         num_classes=len(file.tensor(weight)) if weight in file.tensors else 0,
         preprocess=Preprocess.from_timm({**pretrained, **config}),
+        detected={"pooling.kind": "gap"} if is_lite else {},
         notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
     )
 
@@ -80,23 +81,6 @@ def _has_tensors_of(backbone: str, file: WeightFile) -> bool:
         network = importlib.import_module("timm").create_model(backbone, num_classes=0)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     return all(shapes.get(name) == tensor.shape for name, tensor in network.named_parameters())
-
-
-def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert an EfficientNet-Lite with timm's names; None for other files and other networks."""
-    if model not in LITE or not {"conv_stem.weight", "blocks.0.0.conv_dw.weight"} <= file.tensors.keys():
-        return None
-    config = read_hub_config(file.path)
-    return ConvertedWeights(
-        project="timm",
-        description=f"timm's tf_{model.replace('-', '_')}",
-        model=model,
-        tensors=file.tensors,
-        num_classes=len(file.tensor("classifier.weight")),
-        preprocess=Preprocess.from_timm(config) if config else LITE[model],
-        detected={"pooling.kind": "gap"},
-        notes=(FROM_HUB_CONFIG,) if config else (),
-    )
 
 
 def read_hub_config(weights: Path) -> Mapping[str, Any]:
