@@ -61,6 +61,14 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrup
     assert (out / "history.csv").read_text().count("\n") == 4
 
 
+def test_a_network_that_draws_random_numbers_resumes_to_the_same_bits(tmp_path) -> None:
+    sizes = "blocks_per_stage=1, conv5_stride=1, components=4, chosen=2, component_widths=[6], gate_widths=[]"
+    recipe = short_recipe("model.name=gmsop-16-8-resnet18", f"model.config={{{sizes}}}", "epochs=1")
+    whole = train_recipe(recipe, tmp_path / "whole").out
+    interrupt(recipe, tmp_path / "run", "step", 0, 2)
+    assert same_run(train_recipe(recipe, tmp_path / "run", resume=True).out, whole)
+
+
 def test_auto_overwrites_partial_files_only(tmp_path) -> None:
     (tmp_path / "last.pt.partial").write_bytes(b"half")
     (tmp_path / "best.pt").write_bytes(b"mine")
