@@ -147,8 +147,12 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
 
     A key may be None. The groups are numbered by their first image.
     """
-    equal = [np.stack([np.arange(count), _first_equal(key)]) for key in keys if key is not None]
-    one, other = np.concatenate([pairs, *equal], axis=1)
+    edges = [pairs]
+    for key in keys:
+        if key is not None:
+            first, inverse = np.unique(key, return_index=True, return_inverse=True)[1:]
+            edges.append(np.stack([np.arange(count), first[inverse]]))  # to the first image with its value
+    one, other = np.concatenate(edges, axis=1)
     # Each image takes over the lowest index of the images connected to it until no index changes.
     lowest, before = np.arange(count), np.zeros(0, int)
     while not np.array_equal(lowest, before):
@@ -193,12 +197,6 @@ def _fit_whitening(
         return unit
 
     return whiten
-
-
-def _first_equal(keys: Sequence[Any]) -> NDArray[np.intp]:
-    """Find for each of *keys* (N,) the index of the first equal one."""
-    first, inverse = np.unique(keys, return_index=True, return_inverse=True)[1:]
-    return first[inverse]
 
 
 def effective_count(groups: NDArray[np.integer]) -> float:
