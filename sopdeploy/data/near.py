@@ -101,7 +101,7 @@ def find_pairs(
     """
     count = len(targets)
     classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)
-    whole = [view[:, 0] for view in views]
+    whole = [view[:, 0] for view in views]  # by part, as `copies`
     whiten = _fit_whitening([np.concatenate(parts) for parts in zip(whole, copies, strict=True)])
     images = whiten(whole)
 
@@ -111,13 +111,13 @@ def find_pairs(
         largest: NDArray[np.float32] = np.maximum.reduce([view @ others.T for view in each])
         return largest
 
-    compared = np.arange(0, count, -(-count // MAX_COMPARED))
+    compared = np.arange(0, count, -(-count // MAX_COMPARED))  # evenly spaced
     of_different = _bound_of_different(largest_cosines(compared, images), compared, classes)
     cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))
     of_copies = float(np.quantile(cosines_of_copies, MISSED))
     threshold = max(of_different, (of_different + of_copies) / 2)
     pairs = []
-    for start in range(0, count, _BLOCK):
+    for start in range(0, count, _BLOCK):  # to save memory
         block = slice(start, start + _BLOCK)
         first, second = np.nonzero(largest_cosines(block, images) >= threshold)
         pairs.append(np.stack([first + start, second]))

@@ -47,7 +47,7 @@ class LoopRun(Run):
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
             self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
-        self.replace_model(self.name, self.model)
+        self.replace_model(self.name, self.model)  # prepares it for training
         self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
 
     @cached_property
