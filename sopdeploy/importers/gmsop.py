@@ -140,10 +140,10 @@ def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str |
 
 def _preprocess(file: WeightFile) -> Preprocess:
     """Build the preprocessing: pixels of 0 to 255 minus a color, or the mean color of an image (H, W, 3)."""
-    color, sides = (np.ravel(file.normalization.get(key, ())) for key in ("averageImage", "imageSize"))
+    color = np.ravel(file.normalization.get("averageImage", ()))
     if not color.size:
         raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
-    side = float(sides[0]) if len(sides) else SIDE
+    side = float(np.ravel(file.normalization.get("imageSize", SIDE))[0])
     mean, std = tuple(color.reshape(-1, 3).mean(axis=0) / 255.0), (PIXEL_DEVIATION / 255,) * 3
     return Preprocess.model_validate({"resize": side, "crop": side, "mean": mean, "std": std})
 

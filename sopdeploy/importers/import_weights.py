@@ -2,7 +2,6 @@
 
 import importlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -127,16 +126,11 @@ def convert_weights(file: WeightFile, model: str) -> ConvertedWeights:
 
 def choose_network(file: WeightFile, default: str) -> str:
     """Choose the network for the weights in *file*: *default* unless they are those of another one."""
-    with suppress(ConfigError, WeightsError):  # weights of another network
-        of_default = _recognize(file, default)
-        if of_default is not None:
-            fit_tensors(file, of_default, default, choose_config(file, of_default, default, {}))
-            return default
-    recognized = _recognize(file, "")
+    recognized = _recognize(file, default)
     found = find_network(file) if recognized is None else recognized.model
-    if found is None or found == default.removeprefix("head:").removeprefix("dsop-"):
-        return default
-    return found if found.startswith(TIMM_PREFIX) or found in list_models() else default
+    if found is not None and (found.startswith(TIMM_PREFIX) or found in list_models()):
+        return found
+    return default
 
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
