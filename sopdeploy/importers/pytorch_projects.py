@@ -13,12 +13,7 @@ from typing import Any
 from sopdeploy.backbones.resnet import BLOCKS, STAGES
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
-from sopdeploy.importers.conversion import (
-    ConvertedWeights,
-    WeightFile,
-    make_row_wise,
-    rename_tensors,
-)
+from sopdeploy.importers.conversion import ConvertedWeights, WeightFile, make_row_wise, rename_tensors
 from sopdeploy.importers.timm_files import FROM_HUB_CONFIG, read_hub_config
 from sopdeploy.models.gsop import RELEASED
 from sopdeploy.models.registry import CATALOG

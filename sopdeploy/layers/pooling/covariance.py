@@ -20,12 +20,7 @@ from torch import Tensor, nn
 
 from sopdeploy.config import Count, StrictModel
 from sopdeploy.errors import TrainingError
-from sopdeploy.layers.covariance import (
-    covariance,
-    covariance_factor,
-    frobenius_norm,
-    upper_triangle_indices,
-)
+from sopdeploy.layers.covariance import covariance, covariance_factor, frobenius_norm, upper_triangle_indices
 from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, Iterations, NewtonSchulzOptions, newton_schulz
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 

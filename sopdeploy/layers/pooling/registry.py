@@ -9,16 +9,8 @@ import pydantic
 
 from sopdeploy.config import with_registered
 from sopdeploy.layers.pooling.base import FlattenConfig, GapConfig, PoolingConfig
-from sopdeploy.layers.pooling.bilinear import (
-    BilinearConfig,
-    GaussianConfig,
-    ImprovedBilinearConfig,
-)
-from sopdeploy.layers.pooling.covariance import (
-    ISqrtPoolingConfig,
-    LogEuclideanConfig,
-    MpnCovConfig,
-)
+from sopdeploy.layers.pooling.bilinear import BilinearConfig, GaussianConfig, ImprovedBilinearConfig
+from sopdeploy.layers.pooling.covariance import ISqrtPoolingConfig, LogEuclideanConfig, MpnCovConfig
 from sopdeploy.plugins import POOLINGS
 
 AnyPoolingConfig = (
