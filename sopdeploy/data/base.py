@@ -177,9 +177,9 @@ class ImageFiles(LabeledImages):
 
 
 def select_classes(images: _Images, labels: tuple[str, ...]) -> _Images:
-    """Keep the classes *labels* of *images* in this order, and the images (N,) of these classes.
+    """Keep the classes *labels* of *images*, in this order.
 
-    An image (N, C) of other classes remains, without a class.
+    With one class per image, images of other classes are left out; with several, they remain without a class.
     """
     if images.targets.ndim == 2:
         columns = [images.labels.index(label) for label in labels]

@@ -71,7 +71,7 @@ class Copies(LabeledImages):
         return cls(images.labels, images.targets[originals], images, originals, seeds[originals], crops)
 
     def read(self, index: int) -> bytes:
-        """Copy an image and encode it as JPEG."""
+        """Crop, shrink and brighten an image, as its seed says, and encode it as JPEG."""
         pixels = to_rgb(self.images[int(self.originals[index])][0], _RULES)
         seed, sides = int(self.seeds[index]), np.asarray(pixels.size, np.float64)
         crop = self.crops[seed % len(self.crops)]

@@ -37,7 +37,8 @@ class NetworkScore(StrictModel):
         if self.score is not None:
             interval = f"{100 * self.score.low:.0f} to {100 * self.score.high:.0f}"
             score = f"{100 * self.score.value:.1f} % ({interval})"
-        return (self.name, score, f"{self.milliseconds:.1f}", f"{self.megabytes:.1f}", "chosen" * self.chosen)
+        mark = "chosen" if self.chosen else ""
+        return (self.name, score, f"{self.milliseconds:.1f}", f"{self.megabytes:.1f}", mark)
 
 
 class LoopResult(StrictModel):

@@ -223,6 +223,7 @@ def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig |
 
 
 def _has_head(recipe: Recipe) -> bool:
+    """Check whether the few-shot procedure has a head for the network."""
     try:
         entry(head_name(recipe.model.name))
     except ConfigError:

@@ -57,9 +57,9 @@ def open_folder(path: Path, log: Log = lambda _line: None) -> Split:
 
 
 def leave_out_small_classes(images: LabeledImages, root: Path, log: Log) -> Split:
-    """Leave out the classes of *images* with fewer than two images, of which none could be held out.
+    """Return *images* without the classes of fewer than two images, of which none could be held out.
 
-    *log* receives a line about them. Raises `DataError` if fewer than two classes remain.
+    *log* receives a line about these classes. Raises `DataError` if fewer than two classes remain.
     """
     counts = images.class_counts()
     kept = tuple(label for label, count in zip(images.labels, counts, strict=True) if count > 1)

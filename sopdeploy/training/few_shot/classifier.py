@@ -84,9 +84,9 @@ class Targets:
     def folds(self, keys: Sequence[str], folds: int, seed: int) -> Indices:
         """Assign each image to one of at most *folds* folds (N,), which have equal shares of each class.
 
-        Images with equal *keys* share a fold. A class may have fewer images than there are folds: with fewer
-        folds, each head would see fewer images and give lower energies than the final head. Raises
-        `DataError` if all keys are equal.
+        Images with equal *keys* share a fold. There may be more folds than images of a class: heads that are
+        fitted to nearly all images give energies like those of the final head. Raises `DataError` if all keys
+        are equal.
         """
         groups_N = np.unique(keys, return_inverse=True)[1]
         num_groups = int(groups_N.max()) + 1

@@ -73,10 +73,10 @@ class Features:
         """Find the pairs (2, P) of near-duplicates among *images* by the averages of the feature maps."""
         copies = Copies.of(images, self.hashes)
         batches = self.outputs.batches(copies, list(range(len(copies))))
-        views = [average_views(batch.own, batch.maps) for batch in batches]
-        whole = [[part[:, 0] for part in parts] for parts in views]  # the first view is the whole image
-        of_copies = [np.concatenate(batches_of_part) for batches_of_part in zip(*whole, strict=True)]
-        return find_pairs(self.views, of_copies, copies.originals, images.targets)
+        of_batches = [average_views(batch.own, batch.maps) for batch in batches]
+        views = [np.concatenate(of_map) for of_map in zip(*of_batches, strict=True)]
+        whole = [view[:, 0] for view in views]
+        return find_pairs(self.views, whole, copies.originals, images.targets)
 
     @torch.no_grad()
     def build(self, problem: Problem, fitted: LinearHead, distance_weight: float) -> SecondOrderHead:
