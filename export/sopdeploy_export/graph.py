@@ -166,8 +166,8 @@ def capture(
     """Capture *network*, in eval mode, for the batch range and for a batch of one.
 
     torch.export assumes that a dynamic dimension is at least 2, so only the second program shows code that
-    handles a single image differently. If torch.export gives the same two programs as for one of *known*, the
-    result is that one: the conversion of a program to a functional one takes longer than torch.export.
+    handles a single image differently. If torch.export gives the same two programs as for one of *known*,
+    this one is returned, because making programs functional takes longer than torch.export.
     Raises `LoweringError` if the network cannot be captured.
     """
     sizes = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
@@ -323,8 +323,8 @@ OTHER_FORMS: dict[Any, Any] = {
 def capturing() -> Iterator[None]:
     """Run a step of the capture; raise `LoweringError` with the first line of torch's message if it fails.
 
-    The garbage collector, which visits all nodes of a graph again and again, is off: it takes a tenth of the
-    time.
+    The garbage collector is off, because it would visit all nodes of a graph again and again, which takes a
+    tenth of the time.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -382,7 +382,7 @@ def _attention(
 ) -> Any:
     """Write attention on other than four dimensions as matrix products."""
     if query.dim() == 4:
-        return NotImplemented
+        return NotImplemented  # the operator stays
     if mask is not None and mask.dtype == torch.bool:  # which the form below would add as 0 and 1
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
     return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, mask, *args, **options)[0]
@@ -456,7 +456,7 @@ def _decompose(program: ExportedProgram) -> ExportedProgram:
 
 
 def _keep_names_only(model: ir.Model) -> None:
-    """Remove what the converter notes about *model*: source lines, shapes of inner values, other metadata."""
+    """Keep names and the part of each node; remove source lines, shapes of inner values, other metadata."""
     scopes = {node: node.metadata_props.get("pkg.torch.onnx.name_scopes") for node in model.graph}
     common.ClearMetadataAndDocStringPass()(model)
     for node, scope in scopes.items():

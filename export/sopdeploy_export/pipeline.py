@@ -188,7 +188,7 @@ def certify_onnx(
     outputs: tuple[str, ...],
     options: ExportOptions,
 ) -> Certificate:
-    """Complete *certificate* with what *model*, the graph of the detached one of *captured*, shows.
+    """Complete *certificate* with the root of *model*, the detached network, and what mixes its images.
 
     Raises `CertificateError` if another compared network gives another graph, and `LoweringError` if an
     output for an image may depend on other images, unless the user accepts this.

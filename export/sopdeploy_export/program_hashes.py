@@ -145,9 +145,9 @@ def _encode(value: Any, hash_of: Callable[[fx.Node], str]) -> str:
 def _hash_nodes(
     graph: fx.Graph, leaves: dict[str, str], results: Iterable[fx.Node]
 ) -> tuple[dict[fx.Node, str], dict[str, str]]:
-    """Hash the nodes that *results* depend on; return the hashes, and operation and module of each hash.
+    """Hash the nodes that *results* depend on; return their hashes, and a description of each hash.
 
-    *leaves* are the hashes of the placeholders by name.
+    *leaves* are the hashes of the placeholders by name. A description names operation and module.
     """
     needed = set(results)
     for node in reversed(graph.nodes):

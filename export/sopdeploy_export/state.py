@@ -293,7 +293,7 @@ class PythonReads(TorchFunctionMode):
 
 
 def _caller() -> str:
-    """Return the module of the code that called a function of torch, which can be written in Python."""
+    """Return the module that called a function of torch, without torch's own functions in between."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         module: str = frame.f_globals.get("__name__", "")

@@ -87,7 +87,7 @@ class KeptFolder:
                 file.unlink()
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
-        """Keep *image* unless it is a near-duplicate; of a copy, only new reasons are added.
+        """Keep *image* unless it is a near-duplicate; for a copy of a kept one, add only its new reasons.
 
         Images of the uniform sample may be near-duplicates. The first write that fails is logged, and the
         next one that succeeds.

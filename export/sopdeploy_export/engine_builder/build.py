@@ -106,7 +106,7 @@ def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Pr
 
 @contextmanager
 def interrupts_recorded() -> Iterator[threading.Event]:
-    """Set an event on Ctrl-C instead of raising `KeyboardInterrupt`, which is then raised at the end.
+    """Set an event on Ctrl-C in the block, and raise `KeyboardInterrupt` only at its end.
 
     An exception must not reach the C++ code of TensorRT, which prints it and continues or fails.
     """

@@ -93,7 +93,7 @@ class AccuracyCheck:
         return np.concatenate([logits.argmax(axis=1) for logits in batches])
 
     def _batches(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield the images (B, H, W, 3) that measure: those of `calibrate` one by one."""
+        """Yield batches (B, H, W, 3) of the images that measure; those of `calibrate` one by one."""
         if self._labeled is not None:
             size = min(_BATCH, self.options.batch.maximum)
             for start in range(0, len(self._labeled), size):
@@ -137,8 +137,8 @@ def calibration_images(folder: Path, preprocess: Preprocess) -> NDArray[np.uint8
 def choose_measured(images: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Choose which of *images*, uint8 (P, H, W, 3), measure the agreement: a mask (P,).
 
-    Images whose thumbnails are alike are one distinct image, and on one side. Raises `DataError` for fewer
-    than 32 distinct images.
+    Images whose thumbnails are alike count as one distinct image: all of them measure, or none. Raises
+    `DataError` for fewer than 32 distinct images.
     """
     size = (GRAY_SIDE, GRAY_SIDE)
     thumbnails = [Image.fromarray(image).resize(size, Image.Resampling.BOX) for image in images]

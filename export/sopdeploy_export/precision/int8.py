@@ -101,7 +101,7 @@ class Int8Quantizer:
         self._separate_biases()
 
     def quantize(self) -> onnx.ModelProto:
-        """Quantize the chosen convolutions, with corrected biases, and what the form adds to them."""
+        """Quantize the chosen convolutions, with corrected biases, and their activations or shortcuts."""
         named = onnx.ModelProto()
         named.CopyFrom(self.model)
         results = {name for node in named.graph.node if node.name in self.chosen for name in node.output}
@@ -159,12 +159,12 @@ class Int8Quantizer:
         """Return the names of the convolutions with constant weights that do not read the image itself."""
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
-        for node in self.model.graph.node:
-            if node.op_type != "Conv" or node.input[1] not in sizes or is_in(node.input[1], *in_float):
-                continue
+        nodes = self.model.graph.node
+        for node in (node for node in nodes if node.op_type == "Conv" and node.input[1] in sizes):
+            weight = node.input[1]
             groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
-            num_input_channels = int(sizes[node.input[1]][1]) * groups
-            if num_input_channels > IMAGE_CHANNELS:
+            num_input_channels = int(sizes[weight][1]) * groups
+            if num_input_channels > IMAGE_CHANNELS and not is_in(weight, *in_float):
                 chosen.add(node.name)
         return chosen
 

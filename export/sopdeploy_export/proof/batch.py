@@ -180,7 +180,7 @@ def _rows(call: Call, operands: int = 1) -> Place:
 
 
 def reshapes(call: Call) -> Place:
-    """Keep the order of all elements: those of one image that follow each other are rows of the result."""
+    """Keep the order of all elements, so that neighboring elements of an image become rows of the result."""
     axis, inner = call.x.place
     new_axis = varying(call.shapes)
     if axis is None or new_axis is None:
@@ -211,7 +211,7 @@ def multiplies(call: Call) -> Place:
 
 
 def gemm(call: Call) -> Place:
-    """Multiply two matrices, which can be transposed, and add a third value."""
+    """Multiply matrices, where rows of the first or columns of the second belong to images; add a value."""
     a, b = call.x, call[1]
     _require(a.axis in (None, call.attributes.get("transA", 0)))
     _require(b.axis in (None, 1 - call.attributes.get("transB", 0)))
@@ -498,7 +498,7 @@ def is_linear(value: TracedValue) -> bool:
     exact = [content.astype(object) for content in value.contents]  # Python's numbers do not overflow
     steps = [after - before for before, after in pairwise(_BATCHES)]
     changes = [after - before for before, after in pairwise(exact)]
-    return bool(np.all(changes[0] * steps[1] == changes[1] * steps[0]))
+    return bool(np.all(changes[0] * steps[1] == changes[1] * steps[0]))  # the slopes are equal
 
 
 def locate(

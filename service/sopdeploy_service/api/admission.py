@@ -116,8 +116,8 @@ class AdmittedRequest:
     ) -> list[Outcome]:
         """Run `Service.infer`, which a disconnect of the client cancels; record the slowest image's stages.
 
-        With *explain*, run `Service.explain`, where an image counts as `IMAGES_PER_MAP`. Raises
-        `RejectedError` if these are too many, the queue is full or the rate limit is exceeded, and what
+        With *explain*, run `Service.explain`; an image then counts as `IMAGES_PER_MAP` images. Raises
+        `RejectedError` if all count as too many, the queue is full or the rate limit is exceeded, and what
         `Service.infer` raises.
         """
         context, service = self.context, self.service

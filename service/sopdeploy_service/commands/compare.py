@@ -204,8 +204,8 @@ def compare(
 ) -> BundleComparison:
     """Say whether a bundle is better than another one, not worse, or worse, on the same photographs.
 
-    The photographs of classes of both bundles decide. Training images and near-duplicates are left out, and
-    with a note folders that are no class of either bundle.
+    The photographs of classes of both bundles decide. Training images and near-duplicates are left out; so
+    are folders that are no class of either bundle, with a note.
 
     Example: sopdeploy compare bundles/photos-3f6c01d2a4b7 bundles/latest --data held-out
 
@@ -286,7 +286,7 @@ def count_comparisons(link: Path) -> int:
 def _select(
     images: ImageFiles, pair: Sequence[LoadedModel], notes: list[str]
 ) -> tuple[ImageFiles, dict[str, Any]]:
-    """Leave out training images of the bundles, their near-duplicates, and all but one of near-duplicates.
+    """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
     Also returns the fields of `BundleComparison` that say what was left out.
     """
@@ -356,9 +356,10 @@ def _evaluate(
 def _answer(
     loaded: LoadedModel, images: ImageFiles, settings: Settings, on_image: Callable[[], None]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return the logits (N, C) of *images*, and which are known (N,): all without a threshold."""
-    logits, answer = logits_of_images(loaded, images, settings, on_image), loaded.bundle.manifest.rules.answer
-    return logits, np.array([answer(row, top_k=1).known is not False for row in logits])
+    """Return the logits (N, C) of *images* and the mask (N,) of known ones: all without a threshold."""
+    logits = logits_of_images(loaded, images, settings, on_image)
+    answers = [loaded.bundle.manifest.rules.answer(row, top_k=1) for row in logits]
+    return logits, np.array([answer.known is not False for answer in answers])
 
 
 def _compare_rejections(first: NDArray[np.bool_] | None, second: NDArray[np.bool_] | None) -> Change | None:

@@ -48,8 +48,8 @@ def promote(
 ) -> Promotion:
     """Move the link that a server follows to a bundle that is better or not worse, and record why.
 
-    Refused is a bundle that is worse, overall or in a class, or of which the photographs do not show that it
-    is not worse. `promotions.jsonl` beside the link has the figures of each move and refusal; each further
+    A bundle is refused if it is worse, overall or in a class, or if the photographs do not show that it is
+    not worse. `promotions.jsonl` beside the link has the figures of each move and refusal; each further
     attempt at the same live bundle needs stronger evidence. The new bundle is loaded before the move, which
     checks its hashes and outputs.
 

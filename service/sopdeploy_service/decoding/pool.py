@@ -74,7 +74,8 @@ class Template:
     def _ask(self, message: bytes, descriptors: list[int]) -> int:
         """Send *message* and *descriptors* to the template, which is started if needed; return its reply.
 
-        If the template has ended, a new one gets the message, but not one without descriptors, which kills.
+        If the template has ended, a new one gets the message. Without descriptors, the message kills a child,
+        which has ended with the template, and is not repeated.
         """
         with self._lock:
             for is_last in (False, True):

@@ -75,7 +75,7 @@ class DeviceServer(DrainingServer):
         self._report()
 
     async def on_tick(self, counter: int) -> bool:
-        """Show that the event loop runs."""
+        """Also report to the supervisor, which shows that the event loop runs."""
         ends = await super().on_tick(counter)
         if not ends:
             self._report()
@@ -93,8 +93,8 @@ class DeviceServer(DrainingServer):
 def main() -> int:
     """Serve as the supervisor says in the environment until SIGTERM or a dead runtime; return the exit code.
 
-    This process gets SIGTERM when the supervisor ends, and its share of the memory for uploads and decoded
-    images of the whole server. An error is printed as one line.
+    This process sends itself SIGTERM when the supervisor ends. It may use its share of the memory that the
+    whole server has for uploads and decoding. An error is printed as one line.
     """
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a server reloads on it when it is ready
     config = LaunchConfig.model_validate_json(os.environ.pop(CONFIG_VARIABLE))

@@ -94,7 +94,7 @@ class Decoders:
         self._plan = Plan(0, 0, 0)
 
     def start(self) -> None:
-        """Start children and threads; without a `budget`, it is what this process may use.
+        """Start children and threads; `budget` is by default the memory that this process may use.
 
         Raises `RuntimeUnavailableError` if they do not start, and `ConfigError` for a required sandbox that
         the system does not have.

@@ -56,9 +56,9 @@ class LoadedModel:
 def load_model(path: Path, settings: Settings, *, thorough: bool = False) -> LoadedModel:
     """Load the bundle at *path* and replay its probes.
 
-    One of the probes runs alone, the others in batches of the largest size. With *thorough*, all
-    of them run in both ways, and the root of the graph is compared with the certificate, and recomputed if
-    `onnx` is installed; on a CPU, this would be most of the start time of a server.
+    One of the probes runs alone, the others in batches of the largest size. With *thorough*, all of them run
+    in both ways, and the root of the graph is compared with the certificate; if `onnx` is installed, it is
+    recomputed first. On a CPU, this would be most of the start time of a server.
 
     Raises `BundleError`, `RuntimeUnavailableError`, `ConfigError` for an invalid key file, and `ParityError`.
     """

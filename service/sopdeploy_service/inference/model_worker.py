@@ -254,7 +254,7 @@ class Model:
         return self._timeout or max(MIN_HANG_SECONDS, HANG_FACTOR * usual)
 
     async def _watch(self) -> None:
-        """Declare the model dead if a batch hangs; look again when the oldest one may, or sooner."""
+        """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         while not self.dead:
             # The thread changes both attributes at any time.
             started, batches = self._batch_started, tuple(self._in_flight)

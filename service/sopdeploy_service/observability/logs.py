@@ -108,7 +108,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
 def _printable(value: object, name: str = "") -> object:
     """Replace unprintable characters, which could control a terminal or start a line, by `?`.
 
-    A mapping becomes text. Of the field *name* `exc_info`, `_write_traceback` replaces the characters.
+    A mapping becomes text. The field `exc_info` stays, because `_write_traceback` replaces its characters.
     """
     if name == "exc_info":
         return value

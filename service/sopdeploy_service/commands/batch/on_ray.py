@@ -73,7 +73,7 @@ class RayClassifier:
 
     @cached_property
     def state(self) -> dict[str, Any]:
-        """What the rows of one of the machines depend on."""
+        """The `BatchClassifier.state` of one of the machines."""
         read = ray.remote(**self._resources)(lambda *arguments: BatchClassifier(*arguments).state)
         with errors_of_actors():
             state: dict[str, Any] = ray.get(read.remote(*self._arguments))

@@ -90,7 +90,7 @@ class OutputFolder:
             return list(map(ListedImage, *file.read_row_group(part).to_pydict().values()))
 
     def num_errors(self, part: int, size: int) -> int | None:
-        """Count the images with an error in *part*; None if it is not complete: *size* rows."""
+        """Count the images with an error in *part*; None if its file does not have *size* rows yet."""
         try:
             errors = pq.read_table(self._file(part), columns=["error"])["error"]
         except (OSError, ValueError):  # pyarrow's own error is a ValueError
