@@ -82,14 +82,14 @@ class Reproduction:
 
     @property
     def paper_scale(self) -> str:
-        """How many rows have run, and the time of all at the scale of the paper; empty if none can."""
+        """How many rows have run as in the paper, and the estimated time of all; empty if none can run."""
         rows = [row for row in self.rows if row.recipe is not None]
         if not rows:
             return ""
-        measured = sum(bool(row.runs) for row in rows)
-        done = f"{measured} of {len(rows)} rows have run. " if measured else ""
+        measured = 0 if self.statement else sum(bool(row.runs) for row in rows)
+        done = f"{measured} of {len(rows)} rows" if measured else "no"
         hours = format_hours(sum(row.gpu_hours for row in rows))
-        return f"{done}At paper scale, all rows take about {hours} per seed ({ASSUMPTION})."
+        return f"Run at paper scale: {done}. All rows take about {hours} per seed ({ASSUMPTION})."
 
     @property
     def gpu_hours(self) -> float:

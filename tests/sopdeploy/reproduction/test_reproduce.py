@@ -126,7 +126,7 @@ def test_a_row_runs_on_the_images_that_are_given(tmp_path) -> None:
     assert (run.train_count, run.held_out_count, len(run.history)) == (24, 9, 1)
     assert "--set epochs=1; " in found.statement
     assert "24 training images instead of 1,281,167" in found.statement
-    assert found.paper_scale.startswith("1 of 1 rows have run. ")
+    assert found.paper_scale.startswith("Run at paper scale: no. ")
 
 
 def test_a_row_that_cannot_be_run_is_refused_by_name(tmp_path) -> None:

@@ -203,7 +203,7 @@ def test_a_dry_run_prints_commands_and_hours_and_writes_nothing(tmp_path, monkey
     named = ["reproduce", "dsop-9a", "--rows", "sgd", "--data", "2024", "--dry-run"]
     shown = re.sub(r"\s+", " ", CliRunner().invoke(app, named).stdout)
     assert "--set 'data.path=\"2024\"' " in shown
-    assert "At paper scale, all rows take about 0.027 GPU hours per seed" in shown
+    assert "Run at paper scale: no. All rows take about 0.027 GPU hours per seed" in shown
     assert "torchrun --nproc-per-node 8 -m sopdeploy train --recipe cifar10-dsop-resnet20 " in shown
     assert list(tmp_path.iterdir()) == []
 
