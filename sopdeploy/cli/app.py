@@ -76,9 +76,10 @@ class CommandLine(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse *args*; raises the usage errors of Typer."""
         for before, arg in zip(["the first argument", *args], args, strict=False):
-            has_empty_value = arg.startswith("--") and arg.partition("=")[1:] == ("=", "")
-            if not arg or has_empty_value:  # the message names the option
-                ctx.fail(f"{arg[:-1] or before}: an empty value")
+            name, equals, value = arg.partition("=")
+            is_empty_option = name.startswith("--") and equals == "=" and not value
+            if not arg or is_empty_option:
+                ctx.fail(f"{name or before}: an empty value")
         ctx.allow_extra_args = True  # they are returned instead of rejected
         rest: list[str] = super().parse_args(ctx, args)
         if rest:

@@ -96,30 +96,32 @@ def find_pairs(
 ) -> NDArray[np.intp]:
     """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C).
 
-    Each part of the vectors has *views* (N, V, D) of the images, the first one of the whole image, and
-    *copies* (M, D) of the images *originals* (M,).
+    A vector has one or several parts. For each part, *views* has (N, V, D), the view of the whole image
+    first, and *copies* has (M, D) of the copies of the images *originals* (M,).
     """
     count = len(targets)
     classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)
-    whole = [view[:, 0] for view in views]  # by part, as `copies`
-    whiten = _fit_whitening([np.concatenate(parts) for parts in zip(whole, copies, strict=True)])
-    images = whiten(whole)
+    parts_of_view = [[part[:, number] for part in views] for number in range(views[0].shape[1])]
+    parts_of_whole = parts_of_view[0]
+    whiten = _fit_whitening([np.concatenate(pair) for pair in zip(parts_of_whole, copies, strict=True)])
+    whole = whiten(parts_of_whole)
 
     def largest_cosines(some: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Compare the views of *some* images with *others* (L, D); returns the largest cosines (K, L)."""
-        each = (whiten([view[some, number] for view in views]) for number in range(views[0].shape[1]))
+        """Return the largest cosines (K, L) of a view of *some* images with *others* (L, D)."""
+        each = (whiten([part[some] for part in parts]) for parts in parts_of_view)
         largest: NDArray[np.float32] = np.maximum.reduce([view @ others.T for view in each])
         return largest
 
     compared = np.arange(0, count, -(-count // MAX_COMPARED))  # evenly spaced
-    of_different = _bound_of_different(largest_cosines(compared, images), compared, classes)
+    of_different = _bound_of_different(largest_cosines(compared, whole), compared, classes)
     cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))
     of_copies = float(np.quantile(cosines_of_copies, MISSED))
-    threshold = max(of_different, (of_different + of_copies) / 2)
+    halfway = (of_different + of_copies) / 2
+    threshold = max(of_different, halfway)
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
         block = slice(start, start + _BLOCK)
-        first, second = np.nonzero(largest_cosines(block, images) >= threshold)
+        first, second = np.nonzero(largest_cosines(block, whole) >= threshold)
         pairs.append(np.stack([first + start, second]))
     return np.concatenate(pairs, axis=1)
 
@@ -237,7 +239,7 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
 def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) -> Groups:
     """Group *images* by their *signatures* (N, 512) and by the groups that are known."""
     identities = [images.identity(index) for index in range(len(images))]
-    copies = Copies.of(images, identities, crops=(0.95,))
+    copies = Copies.of(images, identities, crops=(0.95,))  # signatures miss most smaller crops
     of_copies = np.stack([signature(copies[index][0]) for index in range(len(copies))])
     pairs = find_pairs([signatures[:, None]], [of_copies], copies.originals, images.targets)
     return connect(len(images), pairs, images.groups)

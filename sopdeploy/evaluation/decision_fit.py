@@ -116,11 +116,12 @@ def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
     images then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the threshold and
     the share of a finite number of new images vary.
     """
-    accepted, a, b = np.arange(images + 1), images - rejected + 1, rejected
-    # The logarithms of the factors of the probability mass: a ratio of beta functions, and a binomial one.
+    a, b = images - rejected + 1, rejected  # parameters of the distribution of the share
+    accepted = np.arange(images + 1)
+    # Its probability is the binomial coefficient times a ratio of beta functions.
     log_ratio = betaln(accepted + a, images - accepted + b) - betaln(a, b)
-    log_binomial = -np.log(images + 1) - betaln(images - accepted + 1, accepted + 1)
-    cumulative = np.cumsum(np.exp(log_ratio + log_binomial))
+    log_coefficient = -np.log(images + 1) - betaln(images - accepted + 1, accepted + 1)
+    cumulative = np.cumsum(np.exp(log_ratio + log_coefficient))
     ends = np.searchsorted(cumulative, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     low, high = (ends / images).tolist()
     return low, high

@@ -91,16 +91,15 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
 def difference_interval(wins: int, losses: int, images: int) -> Interval:
     """Compute the 95 % interval of the difference: the values that `score_statistic` does not reject."""
     bounds = []
-    for sign in (1, -1):  # of the statistic below and above the observed difference
-        inside, outside = (wins - losses) / images, -float(sign)
+    for limit in (-1.0, 1.0):
+        accepted, rejected = (wins - losses) / images, limit
         for _ in range(50):  # bisection
-            middle = (inside + outside) / 2
-            is_rejected = sign * score_statistic(wins, losses, images, middle) >= Z_95
-            if is_rejected:
-                outside = middle
+            middle = (accepted + rejected) / 2
+            if abs(score_statistic(wins, losses, images, middle)) < Z_95:
+                accepted = middle
             else:
-                inside = middle
-        bounds.append(inside)
+                rejected = middle
+        bounds.append(accepted)
     return Interval(*bounds)
 
 

@@ -182,7 +182,8 @@ def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
         branches = model.training_only
         for name, module in model.named_modules():
             contains_branch = any(branch.startswith(f"{name}.") for branch in branches)
-            module.training = name == "" or contains_branch or is_in(name, *branches)
+            is_root = name == ""
+            module.training = is_root or contains_branch or is_in(name, *branches)
 
 
 def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
