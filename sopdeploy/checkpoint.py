@@ -204,14 +204,14 @@ def build_classifier(checkpoint: Checkpoint, path: Path) -> Classifier:
         network = create_model(checkpoint.model, num_classes=len(checkpoint.labels), **checkpoint.config)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    problem = _first_difference(network.state_dict(), checkpoint.weights)
+    problem = first_difference(network.state_dict(), checkpoint.weights)
     if problem:
         raise CheckpointError(f"{path}: {checkpoint.model}: {problem}; train or import it again")
     network.load_state_dict(checkpoint.weights)
     return network.eval()
 
 
-def _first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
+def first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
     """Describe the first tensor of *weights* that does not fit *expected*; empty if all do."""
     for name, tensor in expected.items():
         if name not in weights:

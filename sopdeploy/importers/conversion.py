@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sopdeploy.checkpoint import first_difference
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
@@ -140,24 +141,17 @@ def fit_tensors(
     """
     with torch.device("meta"):
         network = create_model(model, num_classes=converted.num_classes, **config.model_dump())
-    expected = network.state_dict()
-    for name in converted.tensors:
-        if name not in expected:
-            raise _misfit(file, converted, model, f"it has no tensor for {name}")
-    state: dict[str, Tensor] = {}
-    for name, of_network in expected.items():
-        tensor = converted.tensors.get(name)
-        if name.endswith(COUNTER) and (tensor is None or tensor.numel() == 1):
-            tensor = torch.zeros(()) if tensor is None else tensor.reshape(())
-        if tensor is None:
-            raise _misfit(file, converted, model, f"{name} is not in the file")
-        if tensor.shape != of_network.shape:
-            shapes = f"{tuple(tensor.shape)}, not {tuple(of_network.shape)}"
-            raise _misfit(file, converted, model, f"{name} has shape {shapes}")
-        state[name] = tensor.detach().to(of_network.dtype).contiguous().clone()
-        if not bool(state[name].isfinite().all()):
-            raise WeightsError(f"{file.path}: {name} has values that are not finite in {of_network.dtype}")
-    return state
+    expected = network.to_empty(device="cpu").state_dict()
+    state = {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(COUNTER)}
+    for name, tensor in converted.tensors.items():
+        state[name] = tensor.reshape(()) if name in state and tensor.numel() == 1 else tensor
+        if (
+            name in expected and expected[name].shape == state[name].shape
+        ):  # others are not copied, only named
+            state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()
+    if problem := first_difference(expected, state):
+        raise _misfit(file, converted, model, problem)
+    return {name: state[name] for name in expected}
 
 
 def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, difference: str) -> WeightsError:

@@ -57,8 +57,7 @@ _TITLES = {"isqrt": "iSQRT-COV on ", "bcnn": "B-CNN on ", "gap": ""}
 STRIDE_UNKNOWN = "its arch does not determine the stride of conv5_x: 1 for mpncovresnet50, 2 for resnet50"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR_SIDE = 32
-VGG_CHANNELS = 512
-VGG_FLATTENED = 512 * 7 * 7
+VGG_CHANNELS, VGG_FLATTENED = 512, 512 * 7 * 7
 SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 
 

@@ -157,11 +157,11 @@ def test_another_network_is_refused(weights: Path, name: str, message: str) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"extra.weight": torch.zeros(2)}, "no tensor for extra.weight"),
+        ({"extra.weight": torch.zeros(2)}, "the network has no extra.weight"),
         ({"layer1.0.conv1.weight": torch.zeros(8, 8, 1, 1)}, r"\(8, 8, 1, 1\), not \(8, 8, 3, 3\)"),
         ({"bn1.bias": torch.full((8,), float("nan"))}, "bn1.bias has values that are not finite"),
         ({"bn1.bias": torch.zeros(1).expand(1 << 31)}, "more than 4 GiB"),
-        ({"bn1.bias": None}, "bn1.bias is not in the file"),
+        ({"bn1.bias": None}, "bn1.bias is missing"),
     ],
 )
 def test_a_tensor_that_does_not_fit_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
