@@ -202,7 +202,7 @@ def certify_onnx(
             )
     if mixing and not options.allow_batch_dependence:
         problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
-        if mixing[0].startswith(NO_RULE):
+        if mixing[0].startswith(NO_RULE):  # the subject of the sentence: "no rule for ..."
             problem = f"{mixing[0]} shows that it keeps images apart; compare the outputs of batches, then"
         raise LoweringError(problem, remedies={"allow_batch_dependence": True})
     roots = certificate.roots.model_copy(update={"onnx": root})

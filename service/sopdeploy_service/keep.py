@@ -61,6 +61,7 @@ def reasons_to_keep(
     manifest = bundle.manifest
     answer = manifest.rules.answer(logits, top_k=2)
     if manifest.rules.thresholds is None:
+        # With 0 as the second one of a network with a single class.
         first, second, *_ = [probability for _, probability in answer.ranked] + [0.0]
         margin = first - second
     else:

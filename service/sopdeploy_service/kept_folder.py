@@ -149,7 +149,7 @@ class KeptFolder:
         """Delete photographs until *size* more bytes are within the limit; tell whether that is possible."""
         if size > self._max_bytes:
             return False
-        while self.used + size > self._max_bytes:
+        while self.used + size > self._max_bytes:  # the oldest ones come first
             sample = [entry for entry in self._entries.values() if "sample" in entry.reasons]
             others = [entry for entry in self._entries.values() if "sample" not in entry.reasons]
             is_sample_large = sum(entry.bytes for entry in sample) > SAMPLE_SHARE * self._max_bytes

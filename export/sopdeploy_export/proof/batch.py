@@ -527,9 +527,10 @@ def has_whole_images(value: TracedValue) -> bool:
     if not value.shapes:  # an optional result that the graph leaves out
         return True
     axis = varying(value.shapes)
-    if axis is None or axis != value.axis:
-        return axis == value.axis
-    return value.shapes[0][axis] % (_BATCHES[0] * (value.place.inner or 1)) == 0
+    if axis != value.axis:
+        return False
+    rows_of_batch = _BATCHES[0] * (value.place.inner or 1)
+    return axis is None or value.shapes[0][axis] % rows_of_batch == 0
 
 
 def counting(kind: str, call: Call) -> Literal["", "all", "first"]:

@@ -195,9 +195,8 @@ def check_network_state(network: nn.Module, role: str) -> None:
     """
     for name, module in modules(network):
         if module.training:
-            raise CertificateError(
-                f"the {role} network is in train mode ({name or 'the whole network'}); call .eval() first"
-            )
+            where = name or "the whole network"
+            raise CertificateError(f"the {role} network is in train mode ({where}); call .eval() first")
     check_hooks(network, role)
     for name, tensor in tensors(network).items():
         where = f"the {role} network's {name}"
@@ -231,7 +230,8 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
     own = {id(module) for _, module in modules(network)}
-    kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)  # each has its own class
+    # Every GraphModule has a class of its own.
+    kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
     if not isinstance(copied, kind) or any(id(module) in own for _, module in modules(copied)):
         raise LoweringError("the network is not copied by copy.deepcopy; remove its __deepcopy__")
     return copied

@@ -218,7 +218,7 @@ def capture_given(
         check_finite(expected, "given")
         if not bool(((logits - expected).abs() <= tolerance * expected.abs().max()).all()):
             raise LoweringError(OTHER_COPY)
-    if same_memory and not options.with_features:
+    if same_memory and not options.with_features:  # the proof compares it with the graph of the copy
         return graph.capture(given, preprocess, options.batch)
     captured = graph.capture(copied, preprocess, options.batch)
     if on_cpu:

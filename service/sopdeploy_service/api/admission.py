@@ -299,6 +299,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
             raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
         waited = time.monotonic() - started
+        # The time that the piece takes at the minimum rate is given back.
         grace = min(settings.body_grace_seconds, grace - waited + len(piece) / settings.min_body_rate)
         _check_budget(service, context.bytes, len(piece))
         service.upload_bytes += len(piece)

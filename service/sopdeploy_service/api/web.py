@@ -50,12 +50,10 @@ class Page:
         html = re.sub(r"<!-- (\w+\.css) -->", lambda match: f"<style>{_read(match[1], folder)}</style>", html)
         inline = "\n".join(f"<script>{_read(name, folder)}</script>" for name in scripts)
         self.html = html.replace("</body>", f"{inline}</body>")
+        allowed = {tag: [*_policy_hashes(tag, self.html), *assets] for tag in ("style", "script")}
         rules = [
             f"default-src {_NONE}",
-            *(
-                f"{tag}-src {' '.join([*_policy_hashes(tag, self.html), *assets]) or _NONE}"
-                for tag in ("style", "script")
-            ),
+            *(f"{tag}-src {' '.join(sources) or _NONE}" for tag, sources in allowed.items()),
             "img-src blob: data:",
             "connect-src 'self'",
             "base-uri 'none'",

@@ -337,16 +337,16 @@ def _evaluate(
     bundle, labels = loaded.bundle, images.labels
     logits, known = _answer(loaded, images, settings, on_image)
     rejected = None if unknown is None else ~_answer(loaded, unknown, settings, on_image)[1]
-    # The classes of the answers among *labels*, and those of the common photographs among `bundle.labels`.
+    # The bundle has other numbers for its classes than *images*.
     answers = np.array([labels.index(label) for label in bundle.labels])[logits.argmax(axis=1)]
-    own = np.array([bundle.labels.index(labels[target]) for target in images.targets[common]])
+    targets_of_bundle = np.array([bundle.labels.index(labels[target]) for target in images.targets[common]])
     right, count = answers == images.targets, int(common.sum())
     has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
         bundle=bundle.name,
         id=bundle.manifest.id,
         top1=Rate.of(int(right[common].sum()), count),
-        log_loss=log_loss(logits[common].astype(np.float64), own),
+        log_loss=log_loss(logits[common].astype(np.float64), targets_of_bundle),
         accepted=Rate.of(int(known[common].sum()), count) if has_rule else None,
         rejected=Rate.of(int(rejected.sum()), len(rejected)) if has_rule and rejected is not None else None,
     )

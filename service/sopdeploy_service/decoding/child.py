@@ -153,6 +153,7 @@ def restrict(options: ChildOptions) -> str:
         used = next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
         resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)
     os.nice(options.niceness)
+    # Freed blocks of pixels that Pillow keeps for the next image.
     Image.core.set_blocks_max(1 if options.is_light else 0)  # type: ignore[attr-defined]
     return "" if options.sandbox == "off" else sandbox.enter()
 

@@ -141,6 +141,7 @@ def enter() -> str:
         raise OSError(ctypes.get_errno(), "no_new_privs is not available")
     version = _enter_landlock(libc)
     code = ctypes.create_string_buffer(build_filter(machine, os.getpid()))
+    # The number of instructions, of 8 bytes each, and their address (struct sock_fprog).
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(code))
     if libc.syscall(SECCOMP[machine], SET_FILTER, ALL_THREADS, program):  # > 0: a thread has another filter
         raise OSError(ctypes.get_errno() or errno.EBUSY, "seccomp is not available")

@@ -154,6 +154,7 @@ class Decoders:
         raise ImageError(DAMAGED.message, code=DAMAGED.code, status=DAMAGED.status)
 
     def _start_child(self, *, is_light: bool) -> DecoderProcess:
+        """Start a child with the limits of the light ones or of those for large images."""
         settings = self._settings
         options = ChildOptions(
             memory=LIGHT_MEMORY if is_light else self._plan.large_memory,

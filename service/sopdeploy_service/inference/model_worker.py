@@ -263,7 +263,8 @@ class Model:
             limit = self.hang_seconds(images)
             if seconds > limit:
                 self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
-            await asyncio.sleep(min(WATCH_SECONDS, max(limit - seconds, limit / 20)))
+            until_hung = max(limit - seconds, limit / 20)  # not 0, which would be a busy loop
+            await asyncio.sleep(min(WATCH_SECONDS, until_hung))
 
     def _declare_dead(self, reason: str) -> None:
         """Log *reason* and reject every image from now on, unless the model was closed."""

@@ -43,7 +43,7 @@ def memory_limit() -> int:
     with suppress(OSError):
         for line in PROCESS_CGROUP.read_text().splitlines():
             number, controllers, path = line.split(":", 2)
-            if number == "0" or "memory" in controllers.split(","):
+            if number == "0" or "memory" in controllers.split(","):  # version 2 of cgroups has number 0
                 version1 = number != "0"
                 root = CGROUP / "memory" if version1 else CGROUP
                 name = "memory.limit_in_bytes" if version1 else "memory.max"
