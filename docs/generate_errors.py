@@ -90,7 +90,7 @@ WHAT_TO_DO = {
     "RuntimeUnavailableError": "Install what the message names, or choose another `--runtime`; "
     "`sopdeploy env` lists installed runtimes.",
     "StorageError": "Free disk space, check permissions, or choose another file or folder.",
-    "NoMemoryError": "In training, raise `accumulate` or lower `batch_size`; otherwise, end other programs, "
+    "NoMemoryError": "In training, lower `batch_size`; otherwise, end other programs, "
     "or use a machine or GPU with more memory.",
     "ImageError": "Send a complete image of an accepted format within the size limits. "
     "The code is one of those of [the server](http.md#errors).",

@@ -3,17 +3,14 @@
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, or with WORLD_SIZE=1,
 there is only this process.
 
-Each process computes a shard of every batch. A step is divided into micro-batches first, and each micro-batch
-is sharded. A step of several processes equals that of one process with the whole batch: gradients are summed,
-and the loss of a process is weighted by its number of samples. Layers that couple samples sum their
-statistics over the processes themselves (balance loss), or not (batch norm).
+Each process computes a shard of every batch. A step of several processes equals that of one process with the
+whole batch: gradients are summed, and the loss of a process is weighted by its number of samples. Layers that
+couple samples sum their statistics over the processes themselves (balance loss), or not (batch norm).
 """
 
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -50,13 +47,13 @@ class Strategy(ProcessGroup):
         dist.all_reduce(total)
         return total.to(values.device)
 
-    def backward(self, loss: Tensor, model: nn.Module, *, last: bool) -> None:
-        """Add the gradient of *loss* to `grad` in *model*; with *last*, sum it over processes.
+    def backward(self, loss: Tensor, model: nn.Module) -> None:
+        """Set `grad` in *model* to the gradient of the sum of *loss* over the processes.
 
-        *loss* is the mean over the samples of a micro-batch, times their fraction of the step.
+        *loss* is the mean over the samples of this process, times their fraction of the step.
         """
         loss.backward()  # type: ignore[no-untyped-call]
-        if last and self.world > 1:
+        if self.world > 1:
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             sums = self.sum_by_parameter([parameter.grad for parameter in parameters], parameters)
             for parameter, gradient in zip(parameters, sums, strict=True):
@@ -100,39 +97,6 @@ def select_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-class MicroBatch(NamedTuple):
-    """The loaded samples `first` to `end` (exclusive); `total` counts the samples of all processes."""
-
-    first: int
-    end: int
-    total: int
-
-
-class StepShard(NamedTuple):
-    """The `samples` to load, in this order, and the `micro_batches` to compute."""
-
-    samples: list[int]
-    micro_batches: list[MicroBatch]
-
-
-def shard_step(samples: Sequence[int], recipe: Recipe, strategy: Strategy) -> StepShard:
-    """Select the samples and micro-batches of this process in a step with *samples*.
-
-    A step has `accumulate` micro-batches, or fewer so that each has at least two samples, and one for each
-    process. Their sizes differ by at most one.
-    """
-    fewest_samples = max(2, strategy.world)
-    count = min(recipe.accumulate, max(1, len(samples) // fewest_samples))
-    bounds = [-(-len(samples) * number // count) for number in range(count + 1)]  # rounded up
-    loaded: list[int] = []
-    micro_batches = []
-    for start, end in itertools.pairwise(bounds):
-        indices = strategy.shard(range(start, end))
-        micro_batches.append(MicroBatch(len(loaded), len(loaded) + len(indices), end - start))
-        loaded += [samples[index] for index in indices]
-    return StepShard(loaded, micro_batches)
-
-
 def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
     """Raise `ConfigError` unless *world* processes get enough samples in every step."""
     if recipe.batch_size % world:
@@ -142,10 +106,10 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
         )
     steps = count_batches(train_count, recipe.batch_size)
     smallest = train_count // steps  # the sizes of steps differ by at most one
-    if smallest // recipe.accumulate < world:
+    if smallest < world:
         raise ConfigError(
-            f"batch_size: steps of {smallest} samples in {recipe.accumulate} micro-batches leave some of "
-            f"{world} processes without a sample; start fewer processes or lower accumulate"
+            f"batch_size: steps of {smallest} samples leave some of {world} processes without a sample; "
+            "start fewer processes"
         )
 
 

@@ -1,6 +1,4 @@
-"""One step of training: the gradient of all micro-batches and processes, and the update of the weights."""
-
-from collections.abc import Sequence
+"""One step of training: the gradient over all processes, and the update of the weights."""
 
 import torch
 from torch import Tensor
@@ -9,14 +7,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
 from sopdeploy.errors import TrainingError
-from sopdeploy.training.distributed import MicroBatch, shard_step
 from sopdeploy.training.loop_run import LR_FACTOR, LoopRun
 from sopdeploy.training.losses import Loss, training_loss
 from sopdeploy.training.optimizers import AdaHessian
 
 
-def train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tuple[Loss, float]:
-    """Run one of the *steps* steps of an epoch on *batch*, the shard of *samples*.
+def train_step(run: LoopRun, batch: Batch, *, step_size: int, steps: int) -> tuple[Loss, float]:
+    """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *step_size* samples.
 
     Returns the loss over all processes, and the gradient norm before clipping. Raises `TrainingError` if the
     loss, the gradient or a buffer is not finite; the weights are then unchanged.
@@ -29,7 +26,7 @@ def train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tu
         group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
     run.optimizer.zero_grad()
     normalized = run.normalize(batch[0]), batch[1]
-    loss = compute_gradient(run, normalized, shard_step(samples, recipe, run.strategy).micro_batches)
+    loss = compute_gradient(run, normalized, step_size)
     gradients = [parameter.grad for parameter in run.trained().parameters() if parameter.grad is not None]
     norm = get_total_norm(gradients)
     _check_finite_step(run, loss, norm)
@@ -41,33 +38,24 @@ def train_step(run: LoopRun, batch: Batch, samples: list[int], steps: int) -> tu
     return loss, float(norm)
 
 
-def compute_gradient(run: LoopRun, batch: Batch, micro_batches: Sequence[MicroBatch]) -> Loss:
+def compute_gradient(run: LoopRun, batch: Batch, step_size: int) -> Loss:
     """Compute the gradient of a step and return the loss over all processes.
 
-    Micro-batches are weighted by their numbers of samples, so that the sum of their losses is the mean over
-    the whole batch. Batch norm uses the statistics of a micro-batch.
+    *batch* has this process' part of the *step_size* samples. Its loss is weighted by this fraction, so that
+    the sum over the processes is the mean over the step.
     """
     images, targets = batch
-    num_samples = sum(micro_batch.total for micro_batch in micro_batches)
-    sums: dict[str, Tensor] = {}
-    component_counts: list[Tensor] = []
-    for micro_batch in micro_batches:
-        rows = slice(micro_batch.first, micro_batch.end)
-        loss = _compute_loss(run, images[rows], targets[rows])
-        fraction = len(targets[rows]) / num_samples
-        _backward(run, loss.total * fraction, last=micro_batch is micro_batches[-1])
-        for name, value in {"total": loss.total.detach(), **loss.parts}.items():
-            sums[name] = sums.get(name, torch.zeros_like(value)) + value * fraction
-        if loss.component_counts is not None:
-            component_counts.append(loss.component_counts)
-    reduced = run.strategy.all_reduce(torch.stack([value.double() for value in sums.values()]))
-    parts = dict(zip(sums, reduced, strict=True))
-    counts = run.strategy.all_reduce(torch.stack(component_counts).sum(dim=0)) if component_counts else None
+    loss, fraction = _compute_loss(run, images, targets), len(targets) / step_size
+    _backward(run, loss.total * fraction)
+    weighted = {name: part * fraction for name, part in {"total": loss.total.detach(), **loss.parts}.items()}
+    sums = run.strategy.all_reduce(torch.stack([part.double() for part in weighted.values()]))
+    parts = dict(zip(weighted, sums, strict=True))
+    counts = None if loss.component_counts is None else run.strategy.all_reduce(loss.component_counts)
     return Loss(parts.pop("total"), parts, counts)
 
 
 def _compute_loss(run: LoopRun, images: Tensor, labels: Tensor) -> Loss:
-    """Compute the loss of a micro-batch, with that of the teacher if the run has one."""
+    """Compute the loss of a batch, with that of the teacher if the run has one."""
     bf16 = run.recipe.precision == "bf16"  # second-order layers disable autocast themselves
     with torch.autocast(run.strategy.device.type, torch.bfloat16, enabled=bf16):
         output = run.model(images)
@@ -76,18 +64,14 @@ def _compute_loss(run: LoopRun, images: Tensor, labels: Tensor) -> Loss:
         return loss if run.teacher is None else run.teacher.add_to(loss, images, labels, output)
 
 
-def _backward(run: LoopRun, loss: Tensor, *, last: bool) -> None:
-    """Add the gradient of *loss* to that of the step; after the *last* one, sum it over the processes.
-
-    AdaHessian also needs the curvature, with random signs that all micro-batches of a step share.
-    """
+def _backward(run: LoopRun, loss: Tensor) -> None:
+    """Set the gradient of the step, summed over the processes; AdaHessian also needs the curvature."""
     if isinstance(run.optimizer, AdaHessian):
         position = run.position
         run.optimizer.backward(loss, derive_seed(run.recipe.seed, "curvature", position.epoch, position.step))
-        if last:
-            run.optimizer.all_reduce(run.strategy.sum_by_parameter)
+        run.optimizer.all_reduce(run.strategy.sum_by_parameter)
     else:
-        run.strategy.backward(loss, run.trained(), last=last)
+        run.strategy.backward(loss, run.trained())
 
 
 def _check_finite_step(run: LoopRun, loss: Loss, norm: Tensor) -> None:

@@ -17,7 +17,6 @@ from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits, predict_unknown
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
-from sopdeploy.training.distributed import shard_step
 from sopdeploy.training.gradient import train_step
 from sopdeploy.training.loop_run import LoopRun, set_train_mode
 from sopdeploy.training.recipe import Recipe
@@ -76,13 +75,14 @@ def train_epoch(
     dataset, batches = epoch_data(recipe, images, epoch)
     set_train_mode(run.model, recipe.start)
     since = time.monotonic()
-    shards = [shard_step(samples, recipe, run.strategy).samples for samples in batches[run.position.step :]]
+    shards = [run.strategy.shard(samples) for samples in batches[run.position.step :]]
     loader = load_batches(dataset, shards, recipe.workers, run.strategy.device)
     for batch in loader:
         step = run.position.step
-        loss, gradient_norm = train_step(run, batch, batches[step], len(batches))
+        size = len(batches[step])
+        loss, gradient_norm = train_step(run, batch, step_size=size, steps=len(batches))
         now = time.monotonic()
-        run.after_step(loss, gradient_norm, len(batches[step]), seconds=now - since)
+        run.after_step(loss, gradient_norm, size, seconds=now - since)
         since = now
         loss_value, epochs = float(loss.total), recipe.epochs
         callback.on_step_end(epoch=epoch, epochs=epochs, step=step, steps=len(batches), loss=loss_value)

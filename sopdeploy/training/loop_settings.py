@@ -189,13 +189,12 @@ class SaveConfig(StrictModel):
 class LoopSettings(StrictModel):
     """The settings of the training loop; they are keys of the recipe itself, not of a table.
 
-    `batch_size` is the number of samples of a step, over all processes; `accumulate` splits a step into that
-    many micro-batches. Each process computes the statistics of batch norm for its own part of a micro-batch.
+    `batch_size` is the number of samples of a step, over all processes. Each process computes the statistics
+    of batch norm for its own part of it.
     """
 
     epochs: Count
     batch_size: Annotated[int, pydantic.Field(ge=2)]
-    accumulate: Count = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     augment: Augmentation
     color: ColorConfig = ColorConfig()

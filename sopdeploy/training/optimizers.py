@@ -16,8 +16,8 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]  # parameters or parame
 class AdaHessian(Optimizer):
     """Adam with the diagonal of the Hessian in its second moment.
 
-    Call `backward` for each micro-batch, then `step`. *betas* are the decay rates of the two running means,
-    *eps* is added to the denominator, *power* is k of Eq. (11). Weight decay is decoupled, as in AdamW.
+    Call `backward` instead of that of the loss, then `step`. *betas* are the decay rates of the two running
+    means, *eps* is added to the denominator, *power* is k of Eq. (11). Weight decay is decoupled as in AdamW.
     Source: Yao et al., "AdaHessian: An Adaptive Second Order Optimizer for Machine Learning" (AAAI 2021).
     """
 
@@ -37,10 +37,10 @@ class AdaHessian(Optimizer):
         self.curvatures: dict[Tensor, Tensor] = {}
 
     def backward(self, loss: Tensor, seed: int) -> None:
-        """Add the gradient of *loss* to `grad`, and the Hessian-vector product H z to `curvatures`.
+        """Set `grad` to the gradient of *loss*, and `curvatures` to the Hessian-vector product H z.
 
-        z is a vector of random signs that depends on *seed*. All micro-batches of a step must use the same
-        seed, so that the sum of their products is that of the whole batch. The network must be twice
+        z is a vector of random signs that depends on *seed*. All processes of a step must use the same seed,
+        so that the sum of their products is that of the whole batch. The network must be twice
         differentiable.
         """
         gradients = torch.autograd.grad(loss, self.trainable, create_graph=True, allow_unused=True)
@@ -53,12 +53,9 @@ class AdaHessian(Optimizer):
             allow_unused=True,
         )
         for parameter, gradient in used:
-            total, added = parameter.grad, gradient.detach()
-            parameter.grad = added.clone() if total is None else total.add_(added)
-        for (parameter, _), product in zip(curved, products, strict=True):
-            if product is not None:
-                total = self.curvatures.get(parameter)
-                self.curvatures[parameter] = product.clone() if total is None else total.add_(product)
+            parameter.grad = gradient.detach().clone()
+        pairs = zip(curved, products, strict=True)
+        self.curvatures = {parameter: product for (parameter, _), product in pairs if product is not None}
 
     def all_reduce(self, sums: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
         """Replace gradients and curvatures by their sums over processes."""
@@ -69,11 +66,6 @@ class AdaHessian(Optimizer):
         curvatures = sums([self.curvatures.get(parameter) for parameter in parameters], parameters)
         pairs = zip(parameters, curvatures, strict=True)
         self.curvatures = {parameter: curvature for parameter, curvature in pairs if curvature is not None}
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset gradients and curvatures."""
-        super().zero_grad(set_to_none)
-        self.curvatures = {}
 
     @torch.no_grad()
     def step(self, _closure: Any = None, /) -> None:  # type: ignore[override]

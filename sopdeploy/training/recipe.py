@@ -169,10 +169,6 @@ class Recipe(LoopSettings):
 
     @pydantic.model_validator(mode="after")
     def _check_combinations(self) -> "Recipe":
-        if 2 * self.accumulate > self.batch_size:
-            raise ValueError("accumulate: each micro-batch needs at least two samples; lower accumulate")
-        if self.accumulate > 1 and "balance_weight" in entry(self.model.name).config.model_fields:
-            raise ValueError("accumulate: the balance loss of a gate needs the whole step; set accumulate=1")
         removal = self.model.remove_branches_at
         if removal is not None and removal >= self.epochs:
             raise ValueError(

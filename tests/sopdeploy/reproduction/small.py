@@ -38,7 +38,7 @@ def small_overrides(recipe: Recipe) -> tuple[str, ...]:
     config |= {"side": side} if "side" in options else {}
     overrides = [
         *(f"model.name={name}", f"model.config={format_toml(config)}", 'data={kind="digits"}', "epochs=2"),
-        *(f"preprocess.resize={side}", f"preprocess.crop={side}", "batch_size=32", "accumulate=1"),
+        *(f"preprocess.resize={side}", f"preprocess.crop={side}", "batch_size=32"),
         *("workers=0", "optimizer.lr=0.001", "optimizer.clip_norm=5.0", 'schedule={kind="one-cycle"}'),
     ]
     if recipe.model.remove_branches_at is not None:

@@ -81,8 +81,6 @@ INVALID_OVERRIDES = [
     ("model.config.depht=8", "dsop-resnet8: depht: unknown key; its keys are"),
     ("model.config.depth=9", "depth must be 6n + 2"),
     ("ema={decay=1.0}", "ema.decay: Input should be less than 1"),
-    ("accumulate=360", "accumulate: each micro-batch needs at least two samples"),
-    ("model={name='gmsop-16-8-resnet18'}\naccumulate=2", "accumulate: the balance loss of a gate needs the"),
     ("model.remove_branches_at=99", "remove_branches_at: the run has only"),
     ("epochs=0", "epochs: Input should be greater than or equal to 1 (got '0')"),
     ("preprocess.crop=99", "crop (99) is larger than resize (16)"),

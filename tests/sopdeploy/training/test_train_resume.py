@@ -155,9 +155,8 @@ SMALL_GATE = "{components=4, chosen=2, component_widths=[16, 8], gate_widths=[16
 REMOVED_BRANCHES = "dsop with removed branches and ema"
 
 CASES = {
-    "dsop with ema, lighting and accumulation": (
+    "dsop with ema and lighting": (
         "ema={decay=0.9}",
-        "accumulate=2",
         "color={lighting=0.1}",
         "loss.label_smoothing=0.1",
         "optimizer={kind='adamw', lr=0.003, clip_norm=5.0}",

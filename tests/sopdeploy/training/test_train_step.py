@@ -27,17 +27,9 @@ from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.losses import training_loss
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import train_recipe
-from tests.sopdeploy.training.distributed.cases import build_recipe, learn
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe
 
 pytestmark = pytest.mark.usefixtures("few_digits")
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adahessian"])
-def test_micro_batches_of_unequal_size_give_the_step_of_the_whole_batch(optimizer) -> None:
-    whole, split = (learn(build_recipe("dsop", optimizer, f"accumulate={count}"), 1) for count in (1, 3))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(split[name], tensor, rtol=1e-9, atol=1e-11)
 
 
 LABELS = torch.tensor([0, 2, 1, 1])
@@ -65,7 +57,7 @@ def test_the_loss_is_the_weighted_sum_of_all_heads_and_penalties(weights, smooth
     assert list(loss.parts) == ["main", "low", "high", "balance"]
 
 
-STUDENT = ["model.name=resnet8", "model.config={base_width=4}", "epochs=2", "accumulate=2"]
+STUDENT = ["model.name=resnet8", "model.config={base_width=4}", "epochs=2"]
 TEACHER = 'teacher={model={name="dsop-resnet8", config={base_width=4, aux_widths=[4, 4, 4]}}, temperature=2}'
 STARRED = 'augment={kind="pad-crop", pad=4, doubled=true, held_out=true}'
 COLOR = "color={lighting=0.1}"
@@ -127,7 +119,7 @@ def test_held_out_images_are_padded_and_cropped_if_the_recipe_says_so(finished: 
 
 def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> None:
     images = ArrayImages(tuple("ab"), np.stack([ARRAY, ARRAY[::-1]]), np.array([0, 1]))
-    recipe = all_options("batch_size=2", "accumulate=1", "color={}")
+    recipe = all_options("batch_size=2", "color={}")
     _, batches = epoch_data(recipe, images, 0)
     assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3]
     augment = PadCrop(kind="pad-crop", pad=4, doubled=True)

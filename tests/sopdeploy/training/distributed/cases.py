@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.models.gmsop import GMSOPResNet
-from sopdeploy.training.distributed import Strategy, select_device, shard_step
+from sopdeploy.training.distributed import Strategy, select_device
 from sopdeploy.training.gradient import train_step
 from sopdeploy.training.loop import epoch_data
 from sopdeploy.training.recipe import Recipe, read_recipe
@@ -89,10 +89,10 @@ def learn(
     while done < steps:
         augmented, batches = epoch_data(recipe, dataset(), run.position.epoch)
         for samples in batches[: steps - done]:
-            loaded = shard_step(samples, recipe, run.strategy).samples
+            loaded = run.strategy.shard(samples)
             images = np.stack([augmented[sample][0] for sample in loaded])
             batch = torch.from_numpy(images), torch.from_numpy(data.targets[np.array(loaded) % SAMPLES])
-            step = train_step(run, batch, samples, len(batches))
+            step = train_step(run, batch, step_size=len(samples), steps=len(batches))
             run.after_step(*step, len(samples), seconds=0.0)
             done += 1
         run.position = run.position.model_copy(update={"epoch": run.position.epoch + 1, "step": 0})
@@ -102,12 +102,11 @@ def learn(
 
 SHORT_CASES: dict[str, Case] = {}
 for _network in NETWORKS:
-    _pieces = 1 if _network == "gmsop" else 2
-    _split = build_recipe(_network, "sgd", f"accumulate={_pieces}", "ema={}")
+    _averaged = build_recipe(_network, "sgd", "ema={}")
     SHORT_CASES |= {
         f"{_network} sgd float32 1 step": partial(learn, build_recipe(_network, "sgd"), 1, torch.float32),
         f"{_network} adamw float64 3 steps": partial(learn, build_recipe(_network, "adamw"), 3),
-        f"{_network} with an average, {_pieces} micro-batches, float64 3 steps": partial(learn, _split, 3),
+        f"{_network} with an average, float64 3 steps": partial(learn, _averaged, 3),
     }
 
 _adahessian = build_recipe("dsop", "adahessian")
@@ -115,7 +114,7 @@ SHORT_CASES["dsop adahessian float64 2 steps"] = partial(learn, _adahessian, 2)
 SHORT_CASES["gmsop several classes per image, float64 3 steps"] = partial(
     learn, build_recipe("gmsop", "sgd", "ema={}"), 3, multi_label=True
 )
-SHORT_CASES["distilled, doubled, colored, 2 micro-batches, float64 3 steps"] = partial(
+SHORT_CASES["distilled, doubled, colored, float64 3 steps"] = partial(
     learn,
     build_recipe(
         "dsop",
@@ -123,7 +122,6 @@ SHORT_CASES["distilled, doubled, colored, 2 micro-batches, float64 3 steps"] = p
         "teacher.model={name='resnet8', config={base_width=4}}",
         "augment={kind='pad-crop', pad=4, doubled=true}",
         "color={lighting=0.1}",
-        "accumulate=2",
     ),
     3,
 )
