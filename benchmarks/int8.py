@@ -2,71 +2,21 @@
 
     python benchmarks/int8.py BUNDLE [...] [--json]
 
-Measures one image on one thread in processor time, which other load affects least, all forms alternately.
-BUNDLE is a float32 bundle; its int8 graph has the ranges of noise, which affect the answers but not the
-time. docs/howto/int8.md has the results.
+Measures what `sopdeploy export` measures before it names the fastest form: one thread, processor time, one
+image, all forms alternately. BUNDLE is a float32 bundle; its int8 graph has the ranges of noise, which
+affect the answers but not the time. docs/howto/int8.md has the results.
 """
 
 import statistics
-import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
-import onnx
 from measure import Result, existing, make_parser, one_line_errors, report
-from numpy.typing import NDArray
 
-from sopdeploy.bundle.folder import Bundle, open_bundle
-from sopdeploy.commands.network_choice import measure_alternately
-from sopdeploy.environment import lacks_vnni
-from sopdeploy.errors import RuntimeUnavailableError
-from sopdeploy_export.precision.int8 import Int8Quantizer
-from sopdeploy_service.runtime.base import Runtime
-from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
-from sopdeploy_service.runtime.openvino import OpenVINORuntime
-
-
-class Form(NamedTuple):
-    """The precision of a graph, and the runtime that executes it."""
-
-    precision: str
-    runtime: str
-
+from sopdeploy.bundle.folder import open_bundle
+from sopdeploy.commands.fastest_form import Form, measure_forms
 
 FLOAT32 = Form("fp32", "ONNX Runtime")
-RUNTIMES: dict[str, type[OnnxRuntime | OpenVINORuntime]] = {
-    FLOAT32.runtime: OnnxRuntime,
-    "OpenVINO": OpenVINORuntime,
-}
-
-
-def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
-    """Measure the processor seconds of runs of each form of *bundle* that works here."""
-    shape = (bundle.manifest.batch.minimum, *bundle.manifest.image_shape)
-    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    forms: dict[Form, Runtime] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for graph in (bundle, quantize(bundle, images[:1], Path(folder))):
-            for name, open_runtime in RUNTIMES.items():
-                sums_saturate = graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni()
-                if sums_saturate:
-                    continue
-                with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
-                    forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
-    return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
-
-
-def quantize(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> Bundle:
-    """Write the int8 graph of *bundle* into *folder*; return the bundle with this graph."""
-    manifest = bundle.manifest.model_copy(update={"precision": "int8"})
-    quantized = replace(bundle, path=folder, manifest=manifest)
-    quantized.onnx.write_bytes(Int8Quantizer(onnx.load(bundle.onnx), images).quantize().SerializeToString())
-    return quantized
 
 
 def results_of(path: Path) -> Iterator[Result]:

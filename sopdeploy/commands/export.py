@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from sopdeploy.cli.command import command, expand_options
-from sopdeploy.cli.console import print_field
+from sopdeploy.cli.console import out as console
+from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import first_problem
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
@@ -42,6 +43,20 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         warnings.insert(0, "the numbers drift; the bundle records that this was allowed")
     for warning in warnings:
         print_field("warning", warning, style="bold yellow")
+    is_for_cpu = exported.manifest.precision == "fp32" or exported.manifest.int8_for == "cpu"
+    if console.is_terminal and is_for_cpu:
+        _show_fastest_form(exported.path)
+
+
+def _show_fastest_form(path: Path) -> None:
+    """Print which form of the bundle at *path* is fastest on this processor."""
+    from sopdeploy.bundle.folder import open_bundle
+    from sopdeploy.commands.fastest_form import describe_fastest_form
+
+    with show_steps("speed") as on_step:
+        on_step("measuring float32 and int8")
+        text = describe_fastest_form(open_bundle(path))
+    print_field("speed", text)
 
 
 @command(show_export, summarize=lambda exported: exported.summary(), options={"out"})

@@ -6,17 +6,17 @@ accurate one and those that do not differ from it significantly, the fastest is 
 """
 
 import statistics
-import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sopdeploy.bundle.manifest import BatchRange
+from sopdeploy.commands.fastest_form import measure_alternately
 from sopdeploy.data.base import LabeledImages
 from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError
@@ -35,9 +35,6 @@ from sopdeploy.training.start_weights import WeightSource, complete_preprocess, 
 from sopdeploy.training.train import create_run, select_procedure
 from sopdeploy_export.graph import INPUT, capture_any_batch, lower, output_names
 from sopdeploy_service.runtime.onnxruntime import CPU, import_onnxruntime, session_options
-
-MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # the first round is not counted
-Side = TypeVar("Side", bound=Hashable)
 
 
 class Speed(NamedTuple):
@@ -136,19 +133,6 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
     with ThreadPoolExecutor(1) as thread:  # the option sets the processor's mode for the thread of a session
         times = thread.submit(run_alternately).result()
     return {name: Speed(1000 * statistics.median(times[name]), len(graphs[name]) / 1e6) for name in recipes}
-
-
-def measure_alternately(runs: Mapping[Side, Callable[[], object]]) -> dict[Side, list[float]]:
-    """Measure the processor seconds of each of *runs*, in turn; the first time is not counted."""
-    times: dict[Side, list[float]] = {side: [] for side in runs}
-    end, rounds = time.process_time() + ROUND_SECONDS, 0
-    while rounds < MIN_ROUNDS or time.process_time() < end:
-        for side, run in runs.items():
-            began = time.process_time()
-            run()
-            times[side].append(time.process_time() - began)
-        rounds += 1
-    return {side: taken[1:] for side, taken in times.items()}
 
 
 def cross_validate(

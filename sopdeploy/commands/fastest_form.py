@@ -1,0 +1,106 @@
+"""Which form of a bundle is fastest on this processor: float32 or int8, with ONNX Runtime or OpenVINO."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from sopdeploy.bundle.folder import Bundle
+from sopdeploy.environment import install_hint, lacks_vnni
+from sopdeploy.errors import LoweringError, RuntimeUnavailableError
+from sopdeploy_export.precision.int8 import Int8Quantizer
+from sopdeploy_service.runtime.base import Runtime
+from sopdeploy_service.runtime.onnxruntime import OnnxRuntime
+from sopdeploy_service.runtime.openvino import OpenVINORuntime
+
+RUNTIMES: dict[str, type[OnnxRuntime | OpenVINORuntime]] = {
+    "ONNX Runtime": OnnxRuntime,
+    "OpenVINO": OpenVINORuntime,
+}
+DEFAULT = "ONNX Runtime"  # of `serve` on a CPU
+MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # the first round is not counted
+SMALLEST_GAIN = 1.1
+Side = TypeVar("Side", bound=Hashable)
+
+
+class Form(NamedTuple):
+    """The precision of a graph, and the runtime that executes it."""
+
+    precision: str
+    runtime: str
+
+
+def describe_fastest_form(bundle: Bundle) -> str:
+    """Measure the forms of *bundle*, float32 or int8 for CPUs, and say which is fastest and how to get it."""
+    seconds = {form: statistics.median(times) for form, times in measure_forms(bundle).items()}
+    shipped = Form(bundle.manifest.precision, DEFAULT)
+    best = min(seconds, key=lambda form: seconds[form])
+    gain, options = seconds[shipped] / seconds[best], []
+    if best.precision != shipped.precision:
+        options.append("export with --precision int8 --calibrate PHOTOS")
+    if best.runtime != DEFAULT:
+        options.append("serve with --runtime openvino")
+    if gain < SMALLEST_GAIN or not options:
+        text = f"this bundle with {DEFAULT} is the fastest form on this processor"
+    else:
+        faster = f"{best.precision} with {best.runtime}: {gain:.1f} x faster on this processor"
+        text = f"{faster}: {', '.join(options)}"
+    if find_spec("openvino") is None:
+        text += f" ({install_hint('OpenVINO', 'sopdeploy[openvino]')})"
+    return text
+
+
+def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
+    """Measure the processor seconds of runs of each form of *bundle* that works here, alternately.
+
+    Each form runs on one thread, in processor time: other load affects this least. A float32 graph is also
+    quantized, with ranges of a noise image; these affect the answers, but not the time.
+    """
+    shape = (bundle.manifest.batch.minimum, *bundle.manifest.image_shape)
+    images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        graphs = [bundle]
+        if bundle.manifest.precision == "fp32":
+            with suppress(LoweringError):  # no convolution
+                graphs.append(_quantize(bundle, images[:1], Path(folder)))
+        forms: dict[Form, Runtime] = {}
+        for graph in graphs:
+            for name, open_runtime in RUNTIMES.items():
+                sums_saturate = graph.manifest.precision == "int8" and name == "OpenVINO" and lacks_vnni()
+                if sums_saturate:
+                    continue
+                with suppress(RuntimeUnavailableError):  # not installed, or an operator that it lacks
+                    forms[Form(graph.manifest.precision, name)] = open_runtime(graph, threads=1)
+    return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
+
+
+def measure_alternately(runs: Mapping[Side, Callable[[], object]]) -> dict[Side, list[float]]:
+    """Measure the processor seconds of each of *runs*, in turn; the first time is not counted."""
+    times: dict[Side, list[float]] = {side: [] for side in runs}
+    end, rounds = time.process_time() + ROUND_SECONDS, 0
+    while rounds < MIN_ROUNDS or time.process_time() < end:
+        for side, run in runs.items():
+            began = time.process_time()
+            run()
+            times[side].append(time.process_time() - began)
+        rounds += 1
+    return {side: taken[1:] for side, taken in times.items()}
+
+
+def _quantize(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> Bundle:
+    """Write the int8 graph of *bundle* into *folder*; return the bundle with this graph."""
+    quantized = replace(
+        bundle, path=folder, manifest=bundle.manifest.model_copy(update={"precision": "int8"})
+    )
+    quantized.onnx.write_bytes(Int8Quantizer(onnx.load(bundle.onnx), images).quantize().SerializeToString())
+    return quantized
