@@ -87,7 +87,7 @@ def as_markdown(text: str) -> str:
 
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
-    """List what *training* records: for other procedures than the training loop, start weights and result."""
+    """List scalars and result of the training loop, or start weights and result of another procedure."""
     result = None
     if "procedure" in training:
         from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none

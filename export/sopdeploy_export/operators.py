@@ -135,7 +135,7 @@ def _as_call(node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any)
 
 
 def _describe(call: _Call) -> str:
-    """Describe *call* by its operator, attributes, types and sizes; sizes with one form are equal."""
+    """Describe *call* by operator, attributes, types and sizes; all large sizes with one form are equal."""
     largest = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
     described = tree_map_only(
         Tensor, lambda x: (x.dtype, [min(size, largest) for size in x.shape]), call.arguments

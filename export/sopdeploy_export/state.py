@@ -133,7 +133,7 @@ def _content(value: Any) -> Any:
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """List what *value* holds, each with the end of its path; nothing for libraries and their objects."""
+    """Yield what *value* holds, with the suffix of each path; nothing of libraries and of their objects."""
     kind = value if isinstance(value, type) else type(value)
     library = kind.__module__.partition(".")[0]
     is_users = library not in LIBRARIES

@@ -154,7 +154,7 @@ class Keeper:
         is_sample = "sample" in reasons
         if not is_sample:
             self._budget = min(COPY_BURST, self._budget + COPY_SHARE * (now - self._refilled))
-            self._refilled = now
+            self._refilled = now  # the budget grows by `COPY_SHARE` seconds per second
             if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
                 return "near_duplicate"
             if self._budget <= 0:

@@ -17,6 +17,7 @@ from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.probes import Probes, Replay, read_probes, replay
 from sopdeploy.errors import LoweringError
 from sopdeploy.tensorrt import cache
+from sopdeploy.tensorrt.cache import EngineKey
 from sopdeploy.tensorrt.session import Cuda, EngineSession, import_tensorrt, open_cuda
 from sopdeploy_export.engine_builder.build import Report, cast_images_first, parse_and_build
 from sopdeploy_export.options import EngineOptions
@@ -49,7 +50,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     trt, cuda = import_tensorrt(), open_cuda()
     gpu = cuda.gpu()
     fields: dict[str, Any] = {**cache.key_fields(bundle, str(trt.__version__), gpu)}
-    key = cache.EngineKey(**fields, profiles=profiles, via=options.via)
+    key = EngineKey(**fields, profiles=profiles, via=options.via)
     folder = cache.cache_folder(bundle, options.cache)
     cached = "--rebuild was given" if options.rebuild else cache.load_engine(folder, dict(key))
     if isinstance(cached, cache.StoredEngine):
@@ -71,7 +72,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     return Engine(path=cache.store_engine(folder, plan, record), record=record, reason=cached)
 
 
-def build_plan(trt: Any, gpu: cache.Gpu, bundle: Bundle, key: cache.EngineKey, report: Report) -> bytes:
+def build_plan(trt: Any, gpu: cache.Gpu, bundle: Bundle, key: EngineKey, report: Report) -> bytes:
     """Build the plan for *key* from the graph of *bundle*, or from its program by torch-tensorrt.
 
     A build may use a quarter of the GPU's memory.
@@ -85,9 +86,7 @@ def build_plan(trt: Any, gpu: cache.Gpu, bundle: Bundle, key: cache.EngineKey, r
     return parse_and_build(trt, graph, key.profiles, workspace, report)
 
 
-def replay_probes(
-    trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: cache.EngineKey
-) -> tuple[Replay, ...]:
+def replay_probes(trt: Any, cuda: Cuda, bundle: Bundle, plan: bytes, key: EngineKey) -> tuple[Replay, ...]:
     """Run the bundle's probes on the engine in *plan*, at the smallest and largest batch of every profile.
 
     Raises `ParityError` if an output deviates by more than the bundle's tolerance, and `BundleError` if an

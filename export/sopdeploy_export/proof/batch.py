@@ -296,7 +296,7 @@ def repeats(call: Call, *, tile: bool = False) -> Place:
 
 
 def counts(call: Call) -> Place:
-    """Number the images from 0, or list constants."""
+    """Accept a range of constant length, or one from 0 to the number of images, which numbers these."""
     if varying(call.shapes) is None:
         return _NONE
     start, step = call.x.numbers(), call[2].numbers()
@@ -337,10 +337,11 @@ def gathers_nd(call: Call) -> Place:
 
 
 def writes_nd(call: Call) -> Place:
-    """Write by indices of several axes within each row, or in front of the batch."""
+    """Write by indices of several axes: for each image into its own row, or in front of the batch."""
     data, indices, updates = call.x, call[1], call[2]
-    if own_rows(data, indices, 0) and updates.axis == indices.axis is not None:
-        return agree(data.place, Place(0, indices.place.inner), Place(0, updates.place.inner))
+    has_own_rows = own_rows(data, indices, 0) and indices.axis is not None
+    if has_own_rows and updates.axis == indices.axis:
+        return agree(data.place, indices.at(0), updates.at(0))
     first_kept = indices.shapes[0][-1]  # axis of the data behind those of the positions
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
     _require(data.axis is None or data.axis >= first_kept)
@@ -439,8 +440,10 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         except Exception as error:  # no rule, or an operator that onnx does not know
             part = next((item.value for item in node.metadata_props if item.key == "part"), "")
             operator = f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}"
-            mixed = mixed or (operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}",)
-        values |= {n: replace(r, mixed=mixed) for n, r in zip(node.output, results, strict=True) if n}
+            reason = operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}"
+            mixed = mixed or (reason,)
+        for name, result in zip(node.output, results, strict=True):
+            values[name] = replace(result, mixed=mixed)
     outputs = {output.name: values[output.name] for output in model.graph.output}
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():

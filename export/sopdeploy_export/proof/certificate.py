@@ -21,7 +21,7 @@ compared. Without a plain network, the proof cannot detect changes that both com
 buffers, constants and patched methods.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -365,9 +365,7 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 
-def _assert_unchanged(
-    network: nn.Module, kept: tuple[TensorEntry, ...], rename: Callable[[str], str]
-) -> None:
+def _assert_unchanged(network: nn.Module, kept: Sequence[TensorEntry], rename: Callable[[str], str]) -> None:
     """Raise `CertificateError` if a kept tensor changed, because code outside of the graph wrote to it."""
     current = tensors(network)
     for entry in kept:

@@ -240,7 +240,7 @@ def compare(
         _evaluate(one, images, common, unknown_images, settings, lambda: on_image(next(done), total))
         for one in pair
     ]
-    right = [one.right for one in evaluated]
+    right = [one.right for one in evaluated]  # the mask (N,) of each bundle
     changes = compare_classes(labels, targets[common], [each[common] for each in right])
     added = compare_classes(labels, targets[~common], [each[~common] for each in right])
     wins, losses = sum(one.wins for one in changes), sum(one.losses for one in changes)

@@ -118,11 +118,11 @@ def _notes(bundle: Bundle) -> tuple[str, ...]:
     try:
         parity = json.loads((bundle.path / "parity.json").read_bytes())
         outputs = parity["outputs"]
-        drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0  # that a tolerance may have
+        allowed_drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0
         for name, tolerance in probes.tolerance.items():
             explained = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
             largest = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
-            if not tolerance <= _ROUNDING * max(explained, drifts * largest):
+            if not tolerance <= _ROUNDING * max(explained, allowed_drifts * largest):  # larger, or NaN
                 raise BundleError(
                     f"{bundle.probes}: parity.json does not explain the tolerance {tolerance:.2g} of {name}; "
                     f"{advice}"

@@ -78,19 +78,22 @@ class Template:
         which has ended with the template, and is not repeated.
         """
         with self._lock:
-            for is_last in (False, True):
-                control = self._control or self._start()
-                try:
-                    socket.send_fds(control, [message], descriptors)
-                    reply = control.recv(child.TEMPLATE_REPLY.size, socket.MSG_WAITALL)
-                    if len(reply) == child.TEMPLATE_REPLY.size:
-                        return int(child.TEMPLATE_REPLY.unpack(reply)[0])
-                    raise BrokenPipeError
-                except OSError:
-                    self._close()
-                    if is_last or not descriptors:
-                        raise
-        raise BrokenPipeError
+            if descriptors:
+                with suppress(OSError):
+                    return self._ask_once(message, descriptors)
+            return self._ask_once(message, descriptors)
+
+    def _ask_once(self, message: bytes, descriptors: list[int]) -> int:
+        control = self._control or self._start()
+        try:
+            socket.send_fds(control, [message], descriptors)
+            reply = control.recv(child.TEMPLATE_REPLY.size, socket.MSG_WAITALL)
+            if len(reply) != child.TEMPLATE_REPLY.size:
+                raise BrokenPipeError
+        except OSError:
+            self._close()
+            raise
+        return int(child.TEMPLATE_REPLY.unpack(reply)[0])
 
     def _start(self) -> socket.socket:
         control, end = socket.socketpair()

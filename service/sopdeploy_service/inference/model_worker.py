@@ -346,8 +346,8 @@ class Model:
         for item, outcome in zip(items, outcomes, strict=True):
             item.settle(outcome)
         if self.drift is not None:
-            of_files = [one for item, one in zip(items, outcomes, strict=True) if not item.is_occluded]
-            self.drift.add([one.outputs[self.logits] for one in of_files if isinstance(one, Prediction)])
+            originals = [one for item, one in zip(items, outcomes, strict=True) if not item.is_occluded]
+            self.drift.add([one.outputs[self.logits] for one in originals if isinstance(one, Prediction)])
         self.latency.record(len(items), ended - started)
         waited = [started - item.arrived for item in items]
         self._metrics.batch(self.name, waited, self.largest_batch, started, ended)

@@ -142,7 +142,7 @@ class Metrics:
         self.last_inference.labels(model_name).set_to_current_time()
         self.inference_seconds.labels(model_name, result).observe(seconds)
         if result == "success":
-            for part in REQUEST_PARTS[2:]:
+            for part in REQUEST_PARTS[2:]:  # without `success` and `fail`
                 self.inference_seconds.labels(model_name, part).observe(stages.get(part, 0.0))
 
     def batch(

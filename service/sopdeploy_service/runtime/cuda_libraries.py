@@ -34,7 +34,8 @@ def package_folders() -> list[Path]:
     for entry in sys.path:
         for folder in sorted(Path(entry, "nvidia").glob("*/lib")):
             libraries = {path.name for path in folder.glob("*.so*")}
-            folders += [] if libraries <= found else [folder]
+            if not libraries <= found:
+                folders.append(folder)
             found |= libraries
     return folders
 
