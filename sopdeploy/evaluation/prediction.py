@@ -158,7 +158,7 @@ def predict_logits(
     try:
         loader = load_batches(dataset, batches, workers, device)
         for number, batch in zip_longest(range(1, num_rounds + 1), loader):
-            if batch is not None:
+            if batch is not None:  # other processes may have one more
                 computed.append(model(normalize(batch[0])).double().cpu())
             on_batch(min(len(dataset), number * images_per_round))
     finally:

@@ -55,8 +55,7 @@ def write_run_page(
 
     Returns the mistakes: true class, predicted class and number of images, the most frequent one first.
     """
-    best = folder / "best.pt"
-    page = folder / PAGE
+    best, page = folder / "best.pt", folder / PAGE
     checkpoint = read_checkpoint(best)
     result: Any = read_result(checkpoint.training)
     images, description, logits_NC = _predict(run, data, checkpoint, best, on_image)

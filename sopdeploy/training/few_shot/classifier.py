@@ -249,7 +249,7 @@ def _fit_softmax(
 ) -> Iterator[LinearHead]:
     """Fit heads to one-hot *classes* (N, K); each C of *grid* starts from the head of the previous one.
 
-    Classes without images get constant logits.
+    A class without images gets the same low logit for every image.
     """
     present = np.flatnonzero(classes.any(axis=0))
     targets, shares = classes[:, present], image_weights / image_weights.sum()
