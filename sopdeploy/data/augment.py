@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from sopdeploy.config import Fraction, StrictModel
-from sopdeploy.data.base import Dataset, LabeledImages, Target, derive_seed, image_errors
-from sopdeploy.images.formats import load_pixels
-from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb, upright_size
+from sopdeploy.data.base import Dataset, Target, derive_seed
+from sopdeploy.images.pixels import RESAMPLING, preprocess_image, to_rgb
 from sopdeploy.images.preprocess import Box, Preprocess, Side
 
 # Principal components of the colors (0 to 1) of ImageNet's training images: columns, and standard deviations
@@ -58,13 +57,10 @@ class PadCrop(StrictModel):
 class BoxCrop(StrictModel):
     """Settings of the augmentations that crop a random box and resize it.
 
-    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the box then still has at least as many
-    pixels as the crop. This is faster, but a few gray levels off. `crop` is the side of the training images
-    in pixels, by default `preprocess.crop`.
+    `crop` is the side of the training images in pixels, by default `preprocess.crop`.
     """
 
     flip: Fraction = 0.0
-    draft: bool = False
     crop: Side | None = None
 
 
@@ -158,10 +154,10 @@ class AugmentedDataset(Dataset):
         copy, sample = divmod(index, len(self.images))  # an epoch may have several copies of a sample
         random = Random(derive_seed(self.seed, "augment", self.epoch, index))  # noqa: S311
         rules, augmentation = self.preprocess, self.augmentation
+        image, target = self.images[sample]
         if isinstance(augmentation, BoxCrop):
-            array, target = _crop_box(self.images, sample, augmentation, rules, random)
+            array = _crop_box(image, augmentation, rules, random)
         else:
-            image, target = self.images[sample]
             array = preprocess_image(image, rules)
         if isinstance(augmentation, PadCrop):
             pad = augmentation.pad
@@ -175,29 +171,14 @@ class AugmentedDataset(Dataset):
 
 
 def _crop_box(
-    images: LabeledImages,
-    index: int,
-    augmentation: RandomResizedCrop | RandomSide,
-    rules: Preprocess,
-    random: Random,
-) -> tuple[NDArray[np.uint8], Target]:
-    """Crop a random box and resize it; with `draft`, the image is decoded no larger than needed."""
-    source = images.open(index)
+    image: Image.Image, augmentation: RandomResizedCrop | RandomSide, rules: Preprocess, random: Random
+) -> NDArray[np.uint8]:
+    """Crop a random box of *image* and resize it."""
     if rules.fit == "crop":
-        width, height = upright_size(source, rules)
-        left, top, right, bottom = augmentation.box((width, height), rules.crop, random)
-        if augmentation.draft:
-            reduction = max(1, int(min(right - left, bottom - top) / rules.crop))
-            source.draft(None, (source.width // reduction, source.height // reduction))
-        with image_errors(images.describe(index)):
-            image = to_rgb(load_pixels(source), rules)
-        # A drafted image is smaller than the one in which the box was drawn.
-        scale_x, scale_y = image.width / width, image.height / height
-        box = (left * scale_x, top * scale_y, right * scale_x, bottom * scale_y)
+        image = to_rgb(image, rules)
     else:
         enlarged = rules.model_copy(update={"crop": SQUARE * rules.crop})
-        with image_errors(images.describe(index)):
-            image = Image.fromarray(preprocess_image(load_pixels(source), enlarged))
-        box = augmentation.box(image.size, rules.crop, random)
+        image = Image.fromarray(preprocess_image(image, enlarged))
+    box = augmentation.box(image.size, rules.crop, random)
     resized = image.resize((rules.crop, rules.crop), RESAMPLING[rules.interpolation], box=box)
-    return np.asarray(resized, dtype=np.uint8), images.target(index)
+    return np.asarray(resized, dtype=np.uint8)

@@ -30,7 +30,6 @@ TURNS = dict(zip(ROTATED, (
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
 ), strict=True))  # fmt: skip
-SIDEWAYS = range(5, 9)  # EXIF orientations that swap width and height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIXTEEN_BIT = {"I", "I;16", "I;16B", "I;16L"}
 TILE = 2**16  # pixels
@@ -83,12 +82,6 @@ def used_orientation(image: Image.Image, rules: Preprocess) -> int:
     """Return the EXIF orientation by which preprocessing rotates *image*; 1 (upright) if it does not."""
     orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
     return orientation if orientation in ROTATED else UPRIGHT
-
-
-def upright_size(image: Image.Image, rules: Preprocess) -> tuple[int, int]:
-    """Compute (width, height) of *image* after its EXIF rotation; reads no pixels."""
-    sideways = used_orientation(image, rules) in SIDEWAYS
-    return (image.height, image.width) if sideways else (image.width, image.height)
 
 
 def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:

@@ -94,16 +94,11 @@ def steps(a_BCC: Tensor, iterations: int) -> Iterator[Step]:
 
 
 def last_step(a_BCC: Tensor, iterations: int) -> Step:
-    """Compute the last of the N `steps`."""
-    return deque(steps(a_BCC, iterations), maxlen=1).pop()
+    """Compute the last of the N `steps` on *a_BCC*, prenormalized matrices: symmetric, ||I - A|| < 1.
 
-
-def newton_schulz(a_BCC: Tensor, iterations: int) -> Tensor:
-    """Compute Y_N, near A^(1/2), of prenormalized matrices *a_BCC*: symmetric, ||I - A|| < 1.
-
-    *iterations* is N >= 1. In float32 the result is finite up to N = 15, for singular matrices too.
+    In float32 the iterates are finite up to N = 15, for singular matrices too.
     """
-    return last_step(a_BCC, iterations).next_y()
+    return deque(steps(a_BCC, iterations), maxlen=1).pop()
 
 
 def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:

@@ -84,9 +84,7 @@ POOLINGS: tuple[dict[str, Any], ...] = (  # every pooling, and every form of one
     {"kind": "deepo2p"},
     {"kind": "bcnn"},
     {"kind": "improved-bcnn"},
-    {"kind": "improved-bcnn", "root": "newton-schulz"},
     {"kind": "g2denet"},
-    {"kind": "g2denet", "root": "newton-schulz"},
 )
 GSOP: dict[str, Any] = {"blocks": 2, "cov_width": 32}
 BRANCHES: dict[str, Any] = {"base_width": 8, "aux_widths": (8,) * 4, "aux_blocks": (1,) * 4}

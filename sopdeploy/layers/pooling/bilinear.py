@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sopdeploy.layers.covariance import covariance
 from sopdeploy.layers.pooling.base import GlobalPooling, PoolingConfig, unit_signed_root
-from sopdeploy.layers.pooling.covariance import NO_ROOT_FORM, MatrixRootConfig, square_root
+from sopdeploy.layers.pooling.covariance import NO_EIGEN_FORM, root_of_eigenvalues, spectral
 
 
 def second_moments(features: Tensor) -> Tensor:
@@ -49,18 +49,15 @@ class BilinearConfig(PoolingConfig):
 class ImprovedBilinear(Bilinear):
     """Improved B-CNN: `Bilinear` of the matrix square root of X X^T / M."""
 
-    def __init__(self, config: "ImprovedBilinearConfig", channels: int) -> None:
-        super().__init__(config, channels)
-        self.config = config
-        self.not_exportable = NO_ROOT_FORM if config.root == "eigen" else None
+    not_exportable = NO_EIGEN_FORM
 
     def matrix(self, features: Tensor) -> Tensor:
         """Compute the square root (B, C, C) of X X^T / M."""
-        return square_root(super().matrix(features), self.config)
+        return spectral(super().matrix(features), root_of_eigenvalues)
 
 
-class ImprovedBilinearConfig(PoolingConfig, MatrixRootConfig):
-    """Options of improved B-CNN: the matrix square root."""
+class ImprovedBilinearConfig(PoolingConfig):
+    """Options of improved B-CNN: none."""
 
     layer = ImprovedBilinear
     kind: Literal["improved-bcnn"] = "improved-bcnn"
@@ -69,10 +66,10 @@ class ImprovedBilinearConfig(PoolingConfig, MatrixRootConfig):
 class GaussianEmbedding(GlobalPooling):
     """Pool (B, C, H, W) maps to G2DeNet's embedding of a Gaussian distribution, (B, (C + 1)^2)."""
 
-    def __init__(self, config: "GaussianConfig", channels: int) -> None:
+    not_exportable = NO_EIGEN_FORM
+
+    def __init__(self, _config: PoolingConfig, channels: int) -> None:
         super().__init__()
-        self.config = config
-        self.not_exportable = NO_ROOT_FORM if config.root == "eigen" else None
         self.out_features = (channels + 1) ** 2
 
     def pool(self, features: Tensor) -> Tensor:
@@ -84,11 +81,11 @@ class GaussianEmbedding(GlobalPooling):
         left_BDC = torch.cat([second_moments(features), mean_B1C], dim=1)
         right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)
         embedded_BDD = torch.cat([left_BDC, right_BD1], dim=2)
-        return square_root(embedded_BDD, self.config).flatten(start_dim=1)
+        return spectral(embedded_BDD, root_of_eigenvalues).flatten(start_dim=1)
 
 
-class GaussianConfig(PoolingConfig, MatrixRootConfig):
-    """Options of G2DeNet: the matrix square root, which is exact in the paper."""
+class GaussianConfig(PoolingConfig):
+    """Options of G2DeNet: none."""
 
     layer = GaussianEmbedding
     kind: Literal["g2denet"] = "g2denet"

@@ -18,21 +18,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sopdeploy.config import Count, StrictModel
+from sopdeploy.config import Count
 from sopdeploy.errors import TrainingError
-from sopdeploy.layers.covariance import covariance, covariance_factor, frobenius_norm, upper_triangle_indices
-from sopdeploy.layers.isqrt_cov import SMALLEST_NORM, ISqrtCov, Iterations, NewtonSchulzOptions, newton_schulz
+from sopdeploy.layers.covariance import covariance, covariance_factor, upper_triangle_indices
+from sopdeploy.layers.isqrt_cov import ISqrtCov, NewtonSchulzOptions
 from sopdeploy.layers.pooling.base import PoolingConfig, ReducedPooling
 
 EigenvalueFunction = Callable[[Tensor], tuple[Tensor, Tensor]]
 LOGARITHM_EPS = 1e-3
 TOO_CLOSE = 1e-5  # eigenvalues are equal up to this fraction of the largest one (float32)
-NO_ONNX_FORM = (
-    "an eigendecomposition has no ONNX or TensorRT form; train with {}, which takes the square root "
-    "by matrix products"
+NO_EIGEN_FORM = (
+    "an eigendecomposition has no ONNX or TensorRT form; train with pooling isqrt, which takes the square "
+    "root by matrix products"
 )
-NO_EIGEN_FORM = NO_ONNX_FORM.format("pooling isqrt")
-NO_ROOT_FORM = NO_ONNX_FORM.format("root newton-schulz")
 NO_SECOND_GRADIENT = (
     "the gradient through eigenvalues cannot be differentiated again; train with pooling isqrt, or with an "
     "optimizer other than AdaHessian"
@@ -96,26 +94,6 @@ def _divided_differences(lambda_BC: Tensor, function: EigenvalueFunction) -> Ten
 def spectral(a_BCC: Tensor, function: EigenvalueFunction) -> Tensor:
     """Compute f(A) (B, C, C) of symmetric matrices A (B, C, C): f of their eigenvalues."""
     return SpectralFunction.apply(a_BCC, function)
-
-
-class MatrixRootConfig(StrictModel):
-    """How the matrix square root R is computed: by eigenvalues ("eigen") or by Newton-Schulz.
-
-    Eigenvalues give the exact root and its exact gradient, but cannot be exported. N = `iterations` steps of
-    Newton-Schulz start from the matrix divided by its Frobenius norm, with which they end nearer to the root
-    than with the trace.
-    """
-
-    root: Literal["eigen", "newton-schulz"] = "eigen"
-    iterations: Iterations = 5
-
-
-def square_root(a_BCC: Tensor, config: MatrixRootConfig) -> Tensor:
-    """Compute the root (B, C, C) of positive semi-definite matrices."""
-    if config.root == "eigen":
-        return spectral(a_BCC, root_of_eigenvalues)
-    norm_B11 = frobenius_norm(a_BCC).clamp_min(SMALLEST_NORM)
-    return newton_schulz(a_BCC / norm_B11, config.iterations) * norm_B11.sqrt()
 
 
 class ISqrtPooling(ReducedPooling):

@@ -25,7 +25,7 @@ def test_a_packaged_recipe_is_valid_and_explains_every_value(name) -> None:
 
 def test_gsop_jitters_scale_and_color_as_he_et_al_do() -> None:
     recipe = read_recipe("imagenet-gsop-resnet50")
-    augment = {"kind": "random-side", "flip": 0.5, "draft": False, "crop": None, "sides": (256, 480)}
+    augment = {"kind": "random-side", "flip": 0.5, "crop": None, "sides": (256, 480)}
     assert recipe.augment.model_dump() == augment
     assert recipe.color.lighting == 0.1
 
@@ -33,7 +33,7 @@ def test_gsop_jitters_scale_and_color_as_he_et_al_do() -> None:
 def test_the_imagenet_recipe_follows_the_paper() -> None:
     recipe = read_recipe("imagenet-dsop-resnet50")
     assert (recipe.epochs, recipe.batch_size) == (90, 256)
-    augment = {"kind": "random-side", "flip": 0.5, "draft": False, "crop": None, "sides": (256, 512)}
+    augment = {"kind": "random-side", "flip": 0.5, "crop": None, "sides": (256, 512)}
     assert recipe.augment.model_dump() == augment
     rates = [recipe.optimizer.lr * recipe.schedule.factor(epoch, 90) for epoch in (0, 29.99, 30, 60, 89.99)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001])
