@@ -81,7 +81,7 @@ def choose_network(
     speeds = measure_networks(recipes, len(data.train.labels), callback)
     fast = [name for name, speed in speeds.items() if within is None or speed.milliseconds <= within]
     if not fast:
-        name, speed = min(speeds.items(), key=lambda item: item[1])
+        name, speed = min(speeds.items(), key=lambda item: item[1].milliseconds)
         raise ConfigError(
             f"no network needs at most {within:g} ms; the fastest is {name} with {speed.milliseconds:.1f} ms",
             setting="within",
@@ -91,7 +91,7 @@ def choose_network(
     }
     best = max(fast, key=lambda name: validated[name].score.value)
     equal = [name for name in fast if not is_better(validated[best], validated[name])]
-    chosen = min(equal, key=lambda name: speeds[name])  # the fastest
+    chosen = min(equal, key=lambda name: speeds[name].milliseconds)
     return tuple(
         NetworkScore(
             name=name,

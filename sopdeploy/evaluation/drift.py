@@ -98,12 +98,10 @@ def _merge_rare(counts: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def chi_square_tail(statistic: float, degrees: int) -> float:
-    """Approximate the probability of a larger *statistic*, whose cube root is nearly Gaussian.
-
-    Source: Wilson and Hilferty, PNAS 1931.
-    """
+    """Approximate the probability of a larger *statistic* (Wilson and Hilferty, PNAS 1931)."""
     if degrees < 1:
         return 1.0
     variance = 2.0 / (9.0 * degrees)
+    # The cube root is nearly Gaussian.
     deviation = ((statistic / degrees) ** (1 / 3) - (1.0 - variance)) / math.sqrt(variance)
     return math.erfc(deviation / math.sqrt(2.0)) / 2.0
