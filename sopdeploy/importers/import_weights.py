@@ -23,6 +23,7 @@ from sopdeploy.version import __version__
 # for other files; the first one that returns weights is used.
 CONVERTERS = (
     (("",), "timm_files:convert_timm"),
+    (("conv_stem.",), "timm_files:convert_efficientnet_lite"),
     ((".conv_for_DR",), "pytorch_projects:convert_gsop"),
     (("layer4.", "features.7."), "pytorch_projects:convert_resnet"),
     (("features.0.",), "pytorch_projects:convert_vgg"),

@@ -40,6 +40,8 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     Raises `ConfigError` if none are published, `WeightsError` if the file cannot be downloaded or has another
     hash; such a file is removed.
     """
+    if issubclass(entry(model).network, EfficientNetLite):
+        return _fetch_from_hub(_lite_repository(model)), model
     published = _published_network(model, config)
     family, _, name = published.rpartition(":")
     if family == "timm":
@@ -57,8 +59,12 @@ def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
 def find_lite_weights(model: str) -> Path | None:
     """Find the ImageNet weights of the EfficientNet-Lite *model* in the cache; None if they are not there."""
     hub = importlib.import_module("huggingface_hub")
-    cached = hub.try_to_load_from_cache(f"timm/tf_{model.replace('-', '_')}.in1k", HUB_FILE)
+    cached = hub.try_to_load_from_cache(_lite_repository(model), HUB_FILE)
     return Path(cached) if isinstance(cached, str) else None
+
+
+def _lite_repository(model: str) -> str:
+    return f"timm/tf_{model.replace('-', '_')}.in1k"
 
 
 def _published_network(model: str, config: StrictModel) -> str:
@@ -67,8 +73,6 @@ def _published_network(model: str, config: StrictModel) -> str:
     network, depth = entry(model).network, getattr(config, "depth", None)
     if family:
         return f"timm:{name}"
-    if issubclass(network, EfficientNetLite):
-        return f"timm:tf_{model.replace('-', '_')}"
     if issubclass(network, EfficientNet):
         return "timm:efficientnet_b0"
     if isinstance(config, VGGConfig):

@@ -1,4 +1,4 @@
-"""Weight files of timm's networks: `timm:NAME`, and EfficientNet-Lite, which has timm's names.
+"""Weight files of timm's networks: `timm:NAME`, and EfficientNet-Lite with timm's names.
 
 Files of timm's hub lie next to a `config.json` with their preprocessing. Without it, the preprocessing of
 timm's default weights is used.
@@ -11,32 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, WeightFile
+from sopdeploy.models.registry import create_model
 from sopdeploy.models.timm_networks import import_timm
 
-TIMM_PREFIX, LITE_PREFIX = "timm:", "efficientnet-lite"
+TIMM_PREFIX = "timm:"
 HUB_CONFIG = "config.json"
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
+LITE = {  # preprocessing of EfficientNet-Lite, without the import of timm, which takes a second
+    model: Preprocess(resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
+    for model, resize, crop in (("efficientnet-lite0", 256, 224), ("efficientnet-lite2", 292, 260))
+}
 NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 
 
 def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
-    """Convert the weights of a `timm:NAME` or of an EfficientNet-Lite, whose names stay.
+    """Convert the weights of a timm network, whose names stay; None if *model* is not a `timm:NAME`.
 
-    None for other networks, and for a file that is not of the EfficientNet-Lite *model*. Raises
-    `WeightsError` if the tensors are those of another network of timm than `timm:NAME`.
+    Raises `WeightsError` if the tensors are those of another network.
     """
-    is_lite = model.startswith(LITE_PREFIX)
-    if not (is_lite or model.startswith(TIMM_PREFIX)) or file.layers:
+    if not model.startswith(TIMM_PREFIX) or file.layers:
         return None
-    backbone = f"tf_{model.replace('-', '_')}" if is_lite else model.removeprefix(TIMM_PREFIX)
+    backbone = model.removeprefix(TIMM_PREFIX)
     timm = import_timm(backbone)
-    if not _has_tensors_of(backbone, file):
-        if is_lite:
-            return None
+    if not _fits_timm(backbone, file):
         refuse_other_network(file, model)
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
@@ -50,8 +52,29 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
         tensors=file.tensors,
         num_classes=len(file.tensor(weight)) if weight in file.tensors else 0,
         preprocess=Preprocess.from_timm({**pretrained, **config}),
-        detected={"pooling.kind": "gap"} if is_lite else {},
         notes=(FROM_HUB_CONFIG if config else NO_HUB_CONFIG,),
+    )
+
+
+def convert_efficientnet_lite(file: WeightFile, model: str) -> ConvertedWeights | None:
+    """Convert the weights of the EfficientNet-Lite *model*; None for other files and other networks."""
+    if model not in LITE:
+        return None
+    with torch.device("meta"):
+        network = create_model(model)
+    network.remove_classifier()
+    if not _has_tensors_of(network, file):
+        return None
+    config = read_hub_config(file.path)
+    return ConvertedWeights(
+        project="timm",
+        description=f"timm's tf_{model.replace('-', '_')}",
+        model=model,
+        tensors=file.tensors,
+        num_classes=len(file.tensor("classifier.weight")),
+        preprocess=Preprocess.from_timm(config) if config else LITE[model],
+        detected={"pooling.kind": "gap"},
+        notes=(FROM_HUB_CONFIG,) if config else (),
     )
 
 
@@ -64,7 +87,7 @@ def find_network(file: WeightFile) -> str | None:
     text = str(_read_hub_json(file.path).get("architecture") or file.arch or file.path.name)
     names = [name for name in importlib.import_module("timm").list_models() if name in text]
     name = max(names, key=len, default=None)
-    return f"{TIMM_PREFIX}{name}" if name is not None and _has_tensors_of(name, file) else None
+    return f"{TIMM_PREFIX}{name}" if name is not None and _fits_timm(name, file) else None
 
 
 def refuse_other_network(file: WeightFile, model: str) -> None:
@@ -75,10 +98,14 @@ def refuse_other_network(file: WeightFile, model: str) -> None:
         )
 
 
-def _has_tensors_of(backbone: str, file: WeightFile) -> bool:
-    """Check that *file* has every tensor that timm's network *backbone* learns in front of its classifier."""
+def _fits_timm(backbone: str, file: WeightFile) -> bool:
+    """Check that *file* has the tensors of timm's network *backbone* in front of its classifier."""
     with torch.device("meta"):
-        network = importlib.import_module("timm").create_model(backbone, num_classes=0)
+        return _has_tensors_of(importlib.import_module("timm").create_model(backbone, num_classes=0), file)
+
+
+def _has_tensors_of(network: nn.Module, file: WeightFile) -> bool:
+    """Check that *file* has every tensor that *network* learns."""
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     return all(shapes.get(name) == tensor.shape for name, tensor in network.named_parameters())
 

@@ -23,6 +23,7 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.errors import ConfigError, SopdeployError, WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.import_weights import import_weights
+from sopdeploy.importers.timm_files import LITE
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe
@@ -179,7 +180,7 @@ def test_a_weight_file_determines_the_network_that_is_not_named(tmp_path, name, 
         assert configure(Path("photos"), None, options)[0].model.name == network
 
 
-def test_the_default_network_starts_from_timms_lite0(server) -> None:
+def test_the_default_network_starts_from_timms_lite0_and_needs_no_timm(server) -> None:
     torch.manual_seed(2)
     given = create_model("efficientnet-lite0").state_dict()
     server.content = safetensors.torch.save(given)
@@ -190,6 +191,9 @@ def test_the_default_network_starts_from_timms_lite0(server) -> None:
     assert "/timm/tf_efficientnet_lite0.in1k/resolve/main/model.safetensors" in server.requests[-1]
     published = Preprocess.from_timm(timm.get_pretrained_cfg("tf_efficientnet_lite0").to_dict())
     assert initial.recipe.preprocess == published
+    assert LITE["efficientnet-lite2"] == Preprocess.from_timm(
+        timm.get_pretrained_cfg("tf_efficientnet_lite2").to_dict()
+    )
 
 
 @pytest.mark.parametrize("model", ["timm:test_resnet", "dsop-timm:test_resnet", "head:timm:test_resnet"])
