@@ -144,7 +144,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
         if is_users:
             yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
     elif isinstance(value, (Tensor, ModuleType, *FIXED)):
-        return
+        return  # a tensor has a version; of a module, only the variables that functions use are read
     elif isinstance(value, nn.Module) or is_users or library in _CONTAINERS:
         held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class

@@ -136,7 +136,8 @@ def certify(
     # Each network once: *networks* has copies of those that were not contiguous.
     checked = {id(network): (role, network) for role, network in (*original.items(), *networks.items())}
     for role, network in checked.values():
-        _assert_unchanged(network, kept, detachment.rename if role == "plain" else str)
+        rename = detachment.rename if role == "plain" else str  # to the names of its tensors
+        _assert_unchanged(network, kept, rename)
     kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
     if detachment.plain is None:
         kind = "trained-only" if nothing_detached else "trained-detached"

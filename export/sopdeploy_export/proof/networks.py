@@ -183,9 +183,8 @@ def check_hooks(network: nn.Module, role: str) -> None:
     """Raise `CertificateError` if a module of *network* has a forward hook."""
     for name, module in modules(network):
         if module._forward_hooks or module._forward_pre_hooks:
-            raise CertificateError(
-                f"the {role} network has a forward hook on {name or 'the whole network'}; remove it first"
-            )
+            where = name or "the whole network"
+            raise CertificateError(f"the {role} network has a forward hook on {where}; remove it first")
 
 
 def check_network_state(network: nn.Module, role: str) -> None:
