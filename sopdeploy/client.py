@@ -96,8 +96,8 @@ class Client:
     """Blocking client of the server at *url*. Thread-safe; connections stay open until `close`.
 
     *timeout* is the total time of a call in seconds, including retries. *retries* is how often a request is
-    repeated after 429, 503 or a connection that broke before a response. Raises `ConfigError` for a key that
-    cannot be sent, and httpx's `InvalidURL`.
+    repeated after 429, 503 or a connection that broke before a response. Raises `ConfigError` for a
+    URL or key that cannot be sent.
 
         with Client("http://127.0.0.1:8000") as client:
             print(client.classify("photo.jpg").classes[0].label)
@@ -115,7 +115,10 @@ class Client:
         if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
             raise ConfigError("the API key has characters that no header may have; copy the key again")
         headers = None if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
+        try:
+            self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
         self._timeout, self._retries = timeout, retries
 
     @overload

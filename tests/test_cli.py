@@ -297,42 +297,16 @@ def test_a_wrong_path_or_folder_is_an_error_before_torch_is_imported(command: st
     assert done.stderr.count("\n") == 1
 
 
-SECRETS = [
-    "SOPDEPLOY_API_KEY", "SOPDEPLOY_KEYS", "OTEL_EXPORTER_OTLP_HEADERS", "CUDA_TOKEN", "TORCH_PASSWORD",
-    "ORT_client_secret", "SLURM_Auth", "NCCL_CREDENTIALS",
-]  # fmt: skip
-COLLECTOR = "OTEL_EXPORTER_OTLP_ENDPOINT"
-VARIABLES = [  # programs take the text before the last @ as the login
-    *[({name: "abc123"}, {name: "(hidden)"}) for name in SECRETS],
-    *[
-        ({COLLECTOR: f"https://{login}@x.example/v1"}, {COLLECTOR: "https://(hidden)@x.example/v1"})
-        for login in ("ada:abc123", "ada:@abc123", "abc123")
-    ],
-    ({"OMP_NUM_THREADS": "4", "AWS_REGION": "x"}, {"OMP_NUM_THREADS": "4"}),
-    ({"PYTHONPATH": "/people/ada/src"}, {"PYTHONPATH": "~/src"}),
-]
-
-
-@pytest.mark.parametrize(("variables", "shown"), VARIABLES, ids=str)
-def test_relevant_variables_are_shown_without_secrets_and_the_home_folder(
-    variables: dict[str, str], shown: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Path, "home", lambda: Path("/people/ada"))
-    assert env.relevant_variables(variables) == shown
-
-
 def test_all_sections_are_printed() -> None:
-    found = CliRunner(env={"SOPDEPLOY_TOKEN": "abc123"}).invoke(app, ["env"])
+    found = CliRunner().invoke(app, ["env"])
     assert (found.exit_code, found.stderr) == (0, "")
     lines = found.stdout.splitlines()
     sections = [line for line in lines if line[0] != " "]
-    assert sections == ["versions", "machine", "accelerators", "plug-ins", "environment"]
+    assert sections == ["versions", "machine", "accelerators", "plug-ins"]
     values = dict(line.split(maxsplit=1) for line in lines if line[0] == " ")
     assert values["sopdeploy"] == sopdeploy.__version__
     assert {"python", "numpy", "pydantic", "processor", "cores", "system", "release"} <= set(values)
     assert {"onnxruntime", "tensorrt"} <= set(values)
-    assert values["SOPDEPLOY_TOKEN"] == "(hidden)"
-    assert "abc123" not in found.stdout
 
 
 def test_the_tensorrt_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ are not trusted: an archive is checked by its hashes, and by a signature if one 
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -108,7 +108,7 @@ def padding(size: int) -> bytes:
 def put(file: Path, destination: str, name: str) -> str:
     """Copy *file* to *destination*, a folder or its URL, under *name*; return the new location.
 
-    Readers never see an incomplete file under *name*.
+    Readers never see an incomplete file under *name*. A failure leaves no new folder.
     """
     if "://" in destination:
         url = f"{destination.rstrip('/')}/{name}"
@@ -116,10 +116,17 @@ def put(file: Path, destination: str, name: str) -> str:
             store.put_file(str(file), path)
         return url
     target = Path(destination) / name
-    with writing(target, BundleError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as partial:
-            shutil.copyfile(file, partial)
+    new = [folder for folder in target.parents if not folder.exists()]
+    try:
+        with writing(target, BundleError):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(target) as partial:
+                shutil.copyfile(file, partial)
+    except BundleError:
+        with suppress(OSError):
+            for folder in new:
+                folder.rmdir()
+        raise
     return str(target)
 
 

@@ -5,7 +5,6 @@ Keys are elliptic curve keys (P-256) in PEM files. `model_signing verify key` ac
 and `check_signature` accepts those of `model_signing sign key`.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,6 @@ from sopdeploy.files import atomic_write, writing
 
 MAX_FILE_BYTES = 1_000_000  # of a signature
 SUFFIX = ".sig"
-PUBLIC_SUFFIX = ".pub"
 
 
 def signature_path(bundle: Path) -> Path:
@@ -35,44 +33,11 @@ def sign(bundle: Path, key: Path) -> Path:
     signing = _import("signing")
     folder = open_bundle(bundle).path.resolve()
     path = signature_path(bundle)
-    with _reading(key, "private elliptic curve key; create one with --new-key"):
+    with _reading(key, "private elliptic curve key, as `openssl genpkey -algorithm EC` writes"):
         config = signing.Config().use_elliptic_key_signer(private_key=key)
     with writing(path, ConfigError), atomic_write(path) as partial:
         config.sign(folder, partial)
     return path
-
-
-def make_key(path: Path) -> Path:
-    """Write a new private key to *path* (mode 0600) and its public key to `path.pub`; return `path.pub`.
-
-    Raises `ConfigError` if one of the two exists or cannot be written.
-    """
-    _import("signing")
-    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
-    from cryptography.hazmat.primitives.asymmetric import ec  # noqa: PLC0415
-
-    public = Path(f"{path}{PUBLIC_SUFFIX}")
-    for existing in (path, public):  # the private key of an existing public one may have been moved elsewhere
-        if os.path.lexists(existing):
-            raise ConfigError(f"{existing}: exists already, a key is never replaced; choose another path")
-    key = ec.generate_private_key(ec.SECP256R1())
-    private_pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public_pem = key.public_key().public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    with writing(path, ConfigError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(private_pem)
-    try:
-        with writing(public, ConfigError), atomic_write(public) as partial:
-            partial.write_bytes(public_pem)
-    except BaseException:
-        path.unlink()  # a key without its public key is of no use
-        raise
-    return public
 
 
 def check_signature(bundle: Path, signature: Path, key: Path) -> None:
@@ -81,7 +46,7 @@ def check_signature(bundle: Path, signature: Path, key: Path) -> None:
     Raises `BundleError` if it is not valid, and `ConfigError` if *key* is not a public key file.
     """
     verifying = _import("verifying")
-    with _reading(key, "public elliptic curve key, as `sopdeploy sign` writes"):
+    with _reading(key, "public elliptic curve key, as `openssl pkey -pubout` writes"):
         config = verifying.Config().use_elliptic_key_verifier(public_key=key)
     try:
         if signature.stat().st_size > MAX_FILE_BYTES:

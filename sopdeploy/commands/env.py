@@ -1,10 +1,6 @@
-"""`sopdeploy env`: system information for bug reports, without secrets."""
+"""`sopdeploy env`: system information for bug reports."""
 
-import os
 import platform
-import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.text import Text
@@ -18,16 +14,11 @@ _PACKAGES = (
     "numpy", "pillow", "pydantic", "fastapi", "uvicorn", "torch", "torchvision", "timm", "onnx", "onnxscript",
     "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-cu13", "cuda-python",
 )  # fmt: skip
-RELEVANT = re.compile(
-    r"(SOPDEPLOY|OMP|MKL|KMP|CUDA|NVIDIA|NCCL|ORT|OTEL|TORCH|PYTORCH|SLURM)_|(PYTHON|LD_LIBRARY_)PATH$"
-)
-SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS|HEADERS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
-_HIDDEN = "(hidden)"
 
 
 @command()
 def env() -> None:
-    """Print versions, system, processor, GPU and environment for a bug report; secrets are hidden.
+    """Print versions, system, processor, GPU and plug-ins for a bug report.
 
     Example: sopdeploy env
     """
@@ -40,7 +31,6 @@ def env() -> None:
         "machine": {**machine(), "release": platform.release(), "libc": libc},
         "accelerators": accelerators(),
         "plug-ins": plugins(),
-        "environment": relevant_variables(os.environ),
     }
     for section, values in sections.items():
         out.print(Text(section, "bold"))
@@ -73,18 +63,3 @@ def plugins() -> dict[str, str]:
     for point in installed_plugins():
         modules.setdefault(distribution(point), []).append(point.module)
     return {name: ", ".join(names) for name, names in modules.items()}
-
-
-def relevant_variables(variables: Mapping[str, str]) -> dict[str, str]:
-    """Select the environment variables that affect sopdeploy, sorted by name.
-
-    Values of variables with secret names and logins in URLs are hidden; the home folder becomes `~`.
-    """
-    shown, home = {}, Path.home()
-    for name in filter(RELEVANT.match, sorted(variables)):
-        if SECRET.search(name):
-            shown[name] = _HIDDEN
-        else:
-            value = re.sub(r"(?<=://)[^/\s]+@", f"{_HIDDEN}@", variables[name])
-            shown[name] = value.replace(str(home), "~") if len(home.parts) > 1 else value
-    return shown

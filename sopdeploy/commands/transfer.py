@@ -128,7 +128,7 @@ def pull(
 
 
 @command()
-def sign(bundle: Path, *, key: Path, new_key: bool = False) -> None:
+def sign(bundle: Path, *, key: Path) -> None:
     """Sign a bundle: write BUNDLE.sig beside it, for --require-signature of `pull` and `serve`.
 
     The signature has the format of OpenSSF Model Signing; `model_signing verify key` accepts it, too.
@@ -138,10 +138,5 @@ def sign(bundle: Path, *, key: Path, new_key: bool = False) -> None:
     Args:
         bundle: A bundle written by `sopdeploy export`.
         key: Private key in a PEM file: an elliptic curve key.
-        new_key: Create the key first; the public key is written to KEY.pub.
     """
-    public = signing.make_key(key) if new_key else None
-    signature = signing.sign(bundle, key)
-    if public is not None:
-        print_field("key", f"distribute {public}, keep the other file secret", style="")
-    print_field("signed", str(signature), style="")
+    print_field("signed", str(signing.sign(bundle, key)), style="")

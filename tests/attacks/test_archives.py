@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 
 from sopdeploy.bundle.archive import BLOCK, END, header, padding
 from sopdeploy.bundle.folder import open_bundle
-from sopdeploy.bundle.signing import make_key, sign, signature_path
+from sopdeploy.bundle.signing import sign, signature_path
 from sopdeploy.cli.app import app
 from sopdeploy.commands.transfer import pull, push
 from sopdeploy.errors import BundleError
-from tests.forged import forge, write_hollow
+from tests.forged import forge, write_hollow, write_key
 
 ARCHIVE = "tiny.tar"
 PWNED = Path(tempfile.gettempdir()) / "pwned"
@@ -146,7 +146,7 @@ def test_another_sha256_and_an_archive_above_the_size_limit_are_rejected(archive
 @pytest.fixture
 def signed(bundle: Path, tmp_path: Path) -> tuple[Path, Path]:
     """A signed archive and its public key."""
-    public = make_key(tmp_path / "release.key")
+    public = write_key(tmp_path / "release.key")
     sign(bundle, tmp_path / "release.key")
     try:
         return Path(push(bundle, str(tmp_path / "signed")).url), public
@@ -191,6 +191,6 @@ def test_invalid_missing_and_foreign_signatures_are_rejected_and_the_original_is
     Path(ARCHIVE + ".sig").write_text(sign(other, tmp_path / "release.key").read_text())
     assert "Signature mismatch" in rejection(body, "--require-signature", str(public))
     Path(ARCHIVE + ".sig").write_bytes(signature_of(archive).read_bytes())
-    assert "Key mismatch" in rejection(body, "--require-signature", str(make_key(tmp_path / "second.key")))
+    assert "Key mismatch" in rejection(body, "--require-signature", str(write_key(tmp_path / "second.key")))
     pulled = pull(str(archive), Path("out"), require_signature=public)
     assert open_bundle(pulled.path).name == pulled.path.name

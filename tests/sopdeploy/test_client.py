@@ -120,6 +120,8 @@ def test_error_pages_of_proxies_are_errors(content):
 def test_a_key_that_is_no_header_and_options_that_do_not_exist_are_rejected():
     with pytest.raises(ConfigError, match="API key"):
         Client("http://server", api_key="a\r\nX: y")
+    with pytest.raises(ConfigError, match="not a URL"):
+        Client("http://server:port")
     with pytest.raises(TypeError, match="topk"):
         Script(SUCCESS).call("classify", b"x", topk=3)
 

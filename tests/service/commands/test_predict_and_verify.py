@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from typer.testing import CliRunner
 
 from sopdeploy.bundle.manifest import to_json
-from sopdeploy.bundle.signing import make_key, sign
+from sopdeploy.bundle.signing import sign
 from sopdeploy.cli.app import app
 from sopdeploy.errors import BundleError, ConfigError, DataError, ParityError, RuntimeUnavailableError
 from sopdeploy.evaluation.metrics import classification_report
@@ -28,7 +28,7 @@ from sopdeploy_service.commands.verify import verify
 from sopdeploy_service.inference.loader import load_model
 from sopdeploy_service.server.sockets import bind
 from sopdeploy_service.settings import Settings, load_settings
-from tests.forged import forge
+from tests.forged import forge, write_key
 from tests.service.conftest import picture_bytes, write_bundle
 
 ONE_THREAD = Settings(threads=1, runtime="onnxruntime-cpu")
@@ -123,13 +123,13 @@ def test_verify_and_bench_reject_other_outputs_and_probes_that_prove_nothing(tmp
 
 def test_a_bundle_needs_a_signature_of_the_key(tmp_path: Path) -> None:
     bundle, key = write_bundle(tmp_path), tmp_path / "release.key"
-    make_key(key)
+    write_key(key)
     settings = Settings(threads=1, require_signature=key.with_name("release.key.pub"))
     with pytest.raises(BundleError, match="no signature at"):
         load_model(bundle, settings)
     signature = sign(bundle, key)
     assert load_model(bundle, settings).bundle.name == bundle.name
-    make_key(tmp_path / "other.key")
+    write_key(tmp_path / "other.key")
     signature.unlink()
     sign(bundle, tmp_path / "other.key")
     with pytest.raises(BundleError, match="Key mismatch"):
