@@ -20,12 +20,11 @@ from PIL import Image
 from sopdeploy.images.preprocess import Pixels, Preprocess
 
 ORIENTATION, UPRIGHT = 0x0112, 1
-ROTATED = range(2, 9)  # orientations that are valid and not upright
 INTEGERS = {1: "B", 3: "H", 4: "I"}
 TEXT_PROFILE = "Raw profile type exif"  # in the text of a PNG
 XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 MAX_ASPECT_RATIO = 16  # of a longer strip, only the cropped part is resized
-TURNS = dict(zip(ROTATED, (
+TURNS = dict(zip(range(2, 9), (
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
     Image.Transpose.ROTATE_90,
@@ -37,7 +36,7 @@ GRAY_STEPS = {"L;2": 85, "L;4": 17}  # 8-bit levels between the gray values of P
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """Read the orientation of *image* from EXIF, else from XMP; 1 (upright) if absent or unreadable.
+    """Read the orientation of *image* from EXIF, else from XMP; 1 (upright) if absent or not in 1 to 8.
 
     Of a PNG it loads the pixels, because the tags may follow them.
     """
@@ -55,8 +54,7 @@ def exif_orientation(image: Image.Image) -> int:
             found = int(match[1]) if match else UPRIGHT
     except Exception:  # damaged tags fail in many ways
         return UPRIGHT
-    else:
-        return found
+    return found if found in TURNS else UPRIGHT
 
 
 def _read_orientation(data: bytes) -> int | None:
@@ -78,12 +76,6 @@ def preprocess_image(image: Image.Image, rules: Preprocess) -> Pixels:
     return _FITS[rules.fit](to_rgb(image, rules), rules)
 
 
-def used_orientation(image: Image.Image, rules: Preprocess) -> int:
-    """Return the EXIF orientation by which preprocessing rotates *image*; 1 (upright) if it does not."""
-    orientation = exif_orientation(image) if rules.exif_orientation else UPRIGHT
-    return orientation if orientation in ROTATED else UPRIGHT
-
-
 def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
     """Compute (width, height) that an image of *size* is resized to before it is cropped or padded."""
     if rules.fit == "squash":
@@ -103,7 +95,7 @@ def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     white.
     """
     image.load()
-    if (orientation := used_orientation(image, rules)) != UPRIGHT:
+    if rules.exif_orientation and (orientation := exif_orientation(image)) != UPRIGHT:
         image = image.transpose(TURNS[orientation])
     if image.mode not in SIXTEEN_BIT and not image.has_transparency_data:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -200,7 +192,7 @@ def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
         transparent = any(tile.getchannel("A").histogram()[255] < tile.width * tile.height for tile in tiles)
     conversions = {
         "alpha_flattened": transparent,
-        "exif_rotated": used_orientation(image, rules) != UPRIGHT,
+        "exif_rotated": rules.exif_orientation and exif_orientation(image) != UPRIGHT,
         "sixteen_bit_scaled": image.mode in SIXTEEN_BIT,
     }
     return tuple(name for name, applies in conversions.items() if applies)
