@@ -129,9 +129,9 @@ def choose_network(file: WeightFile, default: str) -> str:
     """Choose the network for the weights in *file*: *default* unless they are those of another one."""
     recognized = _recognize(file, default)
     found = find_network(file) if recognized is None else recognized.model
-    if found is not None and (found.startswith(TIMM_PREFIX) or found in list_models()):
-        return found
-    return default
+    if found is None or found == default:
+        return default
+    return found if found.startswith(TIMM_PREFIX) or found in list_models() else default
 
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
