@@ -45,8 +45,8 @@ from sopdeploy.layers.residual import PaddedShortcut
 from sopdeploy.models.base import Classifier, as_classifier
 from sopdeploy.models.dsop_networks import DSoPSmallResNet, DSoPSmallResNetConfig
 from sopdeploy.models.timm_networks import PlainTimm, TimmBackbone
+from sopdeploy.training.loop.losses import training_loss
 from sopdeploy.training.loop_settings import OneCycle
-from sopdeploy.training.losses import training_loss
 from sopdeploy_export.proof.networks import detach
 
 CLASSES = 10

@@ -130,7 +130,7 @@ def train_run(
         run, data = start_or_resume(recipe, folder, checkpoint, callback, given=given, weights=weights)
         fit: Callable[[Any, Split, RunFolder, Callback], None]
         if isinstance(run.recipe.procedure, LoopConfig):
-            from sopdeploy.training.loop import fit_loop as fit  # noqa: PLC0415
+            from sopdeploy.training.loop.run import fit_loop as fit  # noqa: PLC0415
         else:
             from sopdeploy.training.few_shot.run import fit_few_shot as fit  # noqa: PLC0415
         fit(run, data, folder, callback)
@@ -285,7 +285,7 @@ def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel)
         raise DataError("there is only one training image; add another, a step needs two")
     run_class = Run
     if isinstance(initial.recipe.procedure, LoopConfig):
-        from sopdeploy.training.loop_run import LoopRun  # noqa: PLC0415 # other procedures do not need it
+        from sopdeploy.training.loop.state import LoopRun  # noqa: PLC0415 # other procedures do not need it
 
         run_class = LoopRun
     return run_class(

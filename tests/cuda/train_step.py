@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from sopdeploy.models.base import Classifier
-from sopdeploy.training.losses import training_loss
+from sopdeploy.training.loop.losses import training_loss
 from tests.sweep.smallest import ALL
 from tests.sweep.steps import TRAINED_ON, Small
 

@@ -15,7 +15,7 @@ from sopdeploy.checkpoint import build_classifier, read_checkpoint
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import Classifier
 from sopdeploy.models.registry import create_model
-from sopdeploy.training.losses import training_loss
+from sopdeploy.training.loop.losses import training_loss
 from sopdeploy_export.graph import Deployed, capture_any_batch, generated_images, lower
 from sopdeploy_export.options import ExportOptions
 from sopdeploy_export.parity.compare import ParityReference, compare_file, compute_reference

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+import httpx
 import pytest
 
 from sopdeploy.decision import Decision, Rejection
@@ -32,9 +33,18 @@ from tests.service.raw import GET, connect, post_of, read
 from tests.service.test_keep import photos, results
 
 
-def classify_on(jpeg: bytes, connection: http.client.HTTPConnection) -> int:
+def open_connections(client: httpx.Client, count: int, stack: ExitStack) -> list[http.client.HTTPConnection]:
+    """Make *count* connections, which *stack* closes; half of them reach each process if all stay open."""
+    host = client.base_url.netloc.decode()
+    return [
+        stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, timeout=60)))
+        for _ in range(count)
+    ]
+
+
+def classify_on(jpeg: bytes, connection: http.client.HTTPConnection, **headers: str) -> int:
     """Return the status of a request on *connection*."""
-    connection.request("POST", "/v1/classify", jpeg)
+    connection.request("POST", "/v1/classify", jpeg, headers)
     response = connection.getresponse()
     response.read()
     return response.status
@@ -47,14 +57,11 @@ def resources_of(process: int) -> tuple[int, int]:
 
 def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bundle_path: Path, jpeg) -> None:
     with serving(str(bundle_path), *WAYS[TWO_DEVICES]) as client, ExitStack() as stack:
-        child, host = client.child, client.base_url.netloc.decode()
+        child = client.child
         for pid in children_of(child.pid):
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             assert b"CUDA_VISIBLE_DEVICES=" in variables  # no GPU
-        connections = [
-            stack.enter_context(contextlib.closing(http.client.HTTPConnection(host, timeout=60)))
-            for _ in range(8)
-        ]
+        connections = open_connections(client, 8, stack)
         assert [classify_on(jpeg, connection) for connection in connections] == [200] * 8
         page = client.get("/metrics").text
         answered = r'sopdeploy_requests_total\{code="200",.*process="\S+",route="/v1/classify"\} (\S+)'
@@ -153,9 +160,10 @@ def test_processes_share_a_rate_limit_and_each_keeps_in_its_own_folder_within_it
     file.write_text(file.read_text().replace("burst = 64", "burst = 5"))
     options = [f"--setting={setting}" for setting in (f"keep={kept}", "keep_bytes=65536", "keep_sample=1")]
     with serving(str(bundle), "--keys", str(file), *options, *WAYS[TWO_DEVICES]) as client:
+        with ExitStack() as stack:
+            for body, connection in zip(photos(12), open_connections(client, 12, stack), strict=True):
+                assert classify_on(body, connection, **{"x-api-key": free}) == 200
         client.headers["x-api-key"] = free
-        for body in photos(12):  # each by a connection to either process
-            assert client.post("/v1/classify", content=body).status_code == 200
         wait_for(lambda: sum(results(client).values()) == 12)
         assert results(client) == {"kept": 12}
         assert sorted(path.name for path in kept.iterdir()) == ["cpu-0", "cpu-1"]

@@ -22,7 +22,7 @@ from sopdeploy.data.base import LabeledImages
 from sopdeploy.report.page import write_run_page
 from sopdeploy.training.diagnostics import EpochRow
 from sopdeploy.training.distributed import Strategy
-from sopdeploy.training.loop_run import LoopRun
+from sopdeploy.training.loop.state import LoopRun
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.run import Callback
 from sopdeploy.training.signals import TrainingStoppedError

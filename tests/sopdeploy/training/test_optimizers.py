@@ -11,11 +11,11 @@ from torch.optim import lr_scheduler
 from sopdeploy import create_model
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.data.sources import open_data
-from sopdeploy.training.ema import ExponentialMovingAverage
-from sopdeploy.training.loop import epoch_data
+from sopdeploy.training.loop.ema import ExponentialMovingAverage
+from sopdeploy.training.loop.losses import training_loss
+from sopdeploy.training.loop.optimizers import AdaHessian, random_signs
+from sopdeploy.training.loop.run import epoch_data
 from sopdeploy.training.loop_settings import Cosine, EmaConfig, Milestones, OneCycle
-from sopdeploy.training.losses import training_loss
-from sopdeploy.training.optimizers import AdaHessian, random_signs
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import same_bits, short_recipe

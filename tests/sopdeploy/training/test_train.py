@@ -20,7 +20,7 @@ from sopdeploy.evaluation.prediction import EvalMetrics, HeldOutMetrics, evaluat
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow, diagnose
-from sopdeploy.training.loop import estimate_best
+from sopdeploy.training.loop.run import estimate_best
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import TrainingResult, train_recipe
 from tests.sopdeploy.training.runs import (

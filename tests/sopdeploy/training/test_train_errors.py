@@ -9,8 +9,9 @@ import torch
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.errors import ConfigError, DataError, TrainingError
-from sopdeploy.training import gradient, train
-from sopdeploy.training.losses import Loss
+from sopdeploy.training import train
+from sopdeploy.training.loop import gradient
+from sopdeploy.training.loop.losses import Loss
 from sopdeploy.training.recipe import read_recipe
 from sopdeploy.training.run_folder import LOCK_FILE
 from sopdeploy.training.train import train_recipe

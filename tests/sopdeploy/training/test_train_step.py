@@ -23,8 +23,8 @@ from sopdeploy.data.sources import open_data
 from sopdeploy.evaluation.prediction import evaluate_network
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.base import TrainingOutput
-from sopdeploy.training.loop import epoch_data
-from sopdeploy.training.losses import training_loss
+from sopdeploy.training.loop.losses import training_loss
+from sopdeploy.training.loop.run import epoch_data
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import interrupt, same_run, short_recipe

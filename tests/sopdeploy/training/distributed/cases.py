@@ -12,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sopdeploy.data.base import ArrayImages
 from sopdeploy.models.gmsop import GMSOPResNet
 from sopdeploy.training.distributed import Strategy, select_device
-from sopdeploy.training.gradient import train_step
-from sopdeploy.training.loop import epoch_data
+from sopdeploy.training.loop.gradient import train_step
+from sopdeploy.training.loop.run import epoch_data
 from sopdeploy.training.recipe import Recipe, read_recipe
 from tests.sopdeploy.training.runs import start_run
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sopdeploy.checkpoint import read_checkpoint
-from sopdeploy.training import loop
+from sopdeploy.training.loop import run as loop
 from sopdeploy.training.signals import TrainingStoppedError
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make

@@ -17,8 +17,8 @@ from sopdeploy.evaluation.decision_fit import MIN_IMAGES, fit_decision
 from sopdeploy.evaluation.metrics import Rate
 from sopdeploy.evaluation.prediction import evaluate_network, predict_logits, predict_unknown
 from sopdeploy.training.diagnostics import EpochRow, best_epoch, diagnose
-from sopdeploy.training.gradient import train_step
-from sopdeploy.training.loop_run import LoopRun, set_train_mode
+from sopdeploy.training.loop.gradient import train_step
+from sopdeploy.training.loop.state import LoopRun, set_train_mode
 from sopdeploy.training.recipe import Recipe
 from sopdeploy.training.results import LoopResult, SelectedBy
 from sopdeploy.training.run import Callback

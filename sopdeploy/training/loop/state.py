@@ -16,9 +16,9 @@ from sopdeploy.evaluation.prediction import HeldOutMetrics
 from sopdeploy.layers.normalize import Normalize
 from sopdeploy.models.base import Classifier, is_in
 from sopdeploy.training.diagnostics import Diagnostics, EpochRow
-from sopdeploy.training.ema import ExponentialMovingAverage
-from sopdeploy.training.losses import Loss, Teacher
-from sopdeploy.training.optimizers import OPTIMIZERS
+from sopdeploy.training.loop.ema import ExponentialMovingAverage
+from sopdeploy.training.loop.losses import Loss, Teacher
+from sopdeploy.training.loop.optimizers import OPTIMIZERS
 from sopdeploy.training.recipe import StartConfig
 from sopdeploy.training.run import Position, Run
 from sopdeploy.training.start_weights import classifier_name

@@ -7,9 +7,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from sopdeploy.data.base import derive_seed
 from sopdeploy.data.batches import Batch
 from sopdeploy.errors import TrainingError
-from sopdeploy.training.loop_run import LR_FACTOR, LoopRun
-from sopdeploy.training.losses import Loss, training_loss
-from sopdeploy.training.optimizers import AdaHessian
+from sopdeploy.training.loop.losses import Loss, training_loss
+from sopdeploy.training.loop.optimizers import AdaHessian
+from sopdeploy.training.loop.state import LR_FACTOR, LoopRun
 
 
 def train_step(run: LoopRun, batch: Batch, *, step_size: int, steps: int) -> tuple[Loss, float]:
