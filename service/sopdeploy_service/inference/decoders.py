@@ -39,7 +39,6 @@ MAX_WAITING_LARGE = 8  # large images; one more gets 503
 
 log = logging.getLogger("sopdeploy.service")
 
-
 _Result = TypeVar("_Result")
 Job: TypeAlias = Callable[[DecoderProcess], None]  # is called on the thread of a child
 
@@ -54,8 +53,8 @@ class Plan(NamedTuple):
 
 def upload_budget(settings: Settings, processes: int = 1) -> int:
     """Return how many bytes of request bodies one of *processes* may hold."""
-    share = int(memory_limit() * UPLOAD_SHARE / processes)
-    return min(settings.max_upload_bytes, max(share, math.ceil(settings.max_body_bytes / LARGE_BODY_SHARE)))
+    least = math.ceil(settings.max_body_bytes / LARGE_BODY_SHARE)  # admits one body of the largest size
+    return min(settings.max_upload_bytes, max(least, int(memory_limit() * UPLOAD_SHARE / processes)))
 
 
 def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:
@@ -67,14 +66,15 @@ def decode_budget(settings: Settings, at_rest: int, processes: int = 1) -> int:
 def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
     """Divide *budget* bytes among up to *decoders* children for light images and at least one for large ones.
 
-    None of them gets more than images of *max_pixels* need.
+    A light one gets `LIGHT_MEMORY`; one for large images gets more only as far as *max_pixels* need it.
     """
     each = LIGHT_MEMORY + OWN_MEMORY
     light = max(1, min(decoders, budget // each - 1))  # leaves the size of one for large images
     rest = budget - light * each
     large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
-    memory = min(max(LIGHT_MEMORY, rest // large - OWN_MEMORY), max_pixels * PIXEL_BYTES)
-    if light < decoders or memory < LARGE_MEMORY // 2:
+    useful = max_pixels * PIXEL_BYTES
+    memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, useful))  # also holds the body
+    if light < decoders or memory < min(LARGE_MEMORY // 2, useful):  # half suffices for 10 megapixels
         log.warning(
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
             light, decoders, memory // 10**6,
@@ -137,7 +137,7 @@ class Decoders:
         return self._wait_for(image, lambda child: child.copy(image))
 
     def _wait_for(self, image: bytes, request: Callable[[DecoderProcess], _Result]) -> _Result:
-        """Return the result of a child for light images or, if it ends or refuses, of one for large ones."""
+        """Return the result of a light child or, for a large body or if that one fails, of a large one."""
         queues = [self.light, self.large] if len(image) <= LIGHT_BODY else [self.large]
         for jobs in queues:
             result: Future[_Result] = Future()
@@ -185,7 +185,7 @@ class Decoders:
         """
         if item.outcome.done():
             return
-        started, reason = time.monotonic(), model.queue.closed_with
+        started, reason = time.monotonic(), model.queue.closed_with  # None if the queue is open
         try:
             if reason is None:
                 item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
@@ -204,7 +204,7 @@ class Decoders:
             item.decode_seconds = ended - item.arrived
             item.arrived = ended  # in the queue of the model
             self._metrics.stage("decode", item.decode_seconds)
-            reason = model.queue.put(item)
+            reason = model.queue.put(item)  # None unless the queue was closed meanwhile
         if reason is not None:
             call_soon(item.outcome.get_loop(), item.settle, reason)
 

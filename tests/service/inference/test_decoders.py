@@ -64,6 +64,17 @@ def test_children_for_light_images_then_those_for_large_ones_share_the_budget(ca
         assert ("1 of 2 decoders" in caplog.text) == (used > budget)
 
 
+def test_little_memory_for_large_images_is_a_warning_unless_max_pixels_needs_no_more(caplog) -> None:
+    for budget, max_pixels, memory, warns in (
+        (64 << 30, 50_000, LIGHT_MEMORY, False),  # a body may be larger than its pixels
+        (64 << 30, 5_000_000, 100_000_000, False),
+        (350 * MIB, 5_000_000, 100_000_000, False),
+        (350 * MIB, 70_000_000, 166 * MIB, True),
+    ):
+        assert plan_children(budget, 2, max_pixels).large_memory == memory
+        assert ("2 of 2 decoders" in caplog.text) == warns
+
+
 def test_a_format_that_is_not_in_the_settings_is_415(serve_with) -> None:
     client, said = serve_with(FakeRuntime(num_classes=7), formats="jpeg,png"), "use JPEG and PNG"
     for kind in ("GIF", "BMP"):
