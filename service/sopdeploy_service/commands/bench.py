@@ -83,7 +83,7 @@ def bench(
         settings: Settings of the service; by default those of the environment.
         on_step: Called with the name of each step.
     """
-    settings, batches = settings or load_settings(), batch_sizes(batch)
+    settings, batches = settings or load_settings(), batch_sizes(batch)  # their range is checked below
     on_step("opening and replaying the probes")
     loaded = load_model(bundle, settings)
     opened, runtime = loaded.bundle, loaded.runtime
@@ -110,15 +110,15 @@ def bench(
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
-    """Parse batch sizes such as "1,8", without duplicates; raise `ConfigError` for other text."""
+    """Parse batch sizes such as "1,8", of any range, without duplicates; raises `ConfigError`."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and 0 < len(word) < 7 for word in words):
+    if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in words):  # digits
         raise ConfigError("not a list of batch sizes; write it as 1,8", setting="batch", value=text)
     return tuple(dict.fromkeys(int(word) for word in words))
 
 
 def _measure(loaded: LoadedModel, batch: int) -> Latency:
-    """Time runs on noise images within the budget."""
+    """Time `MIN_RUNS` runs on noise images, and more until the budget is spent, up to `MAX_RUNS`."""
     shape = (batch, *loaded.bundle.manifest.image_shape)
     images = np.random.default_rng(_SEED).integers(0, 256, shape, dtype=np.uint8)
     for _ in range(WARMUP_RUNS):

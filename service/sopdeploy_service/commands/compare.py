@@ -227,36 +227,40 @@ def compare(
     if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.thresholds is not None]:
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
     notes: list[str] = []
-    old, new = (set(one.bundle.labels) for one in pair)
-    images = open_evaluation_images(data, tuple(sorted(old | new)), other_classes=True, log=notes.append)
+    old_labels, new_labels = (set(one.bundle.labels) for one in pair)
+    either, both = tuple(sorted(old_labels | new_labels)), old_labels & new_labels
+    images = open_evaluation_images(data, either, other_classes=True, log=notes.append)
     images, left_out = _select(images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)
-    common = np.array([label in old & new for label in labels])[targets]  # mask (N,) of photographs
+    is_common = np.array([label in both for label in labels])  # (C,)
+    common = is_common[targets]  # mask (N,) of photographs
     if not common.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     unknown_images = None if unknown is None else open_any_images(unknown)
-    total, done = 2 * (len(images) + len(unknown_images or ())), itertools.count(1)
+    total = len(pair) * (len(images) + len(unknown_images or ()))
+    done = itertools.count(1)
     evaluated = [
         _evaluate(one, images, common, unknown_images, settings, lambda: on_image(next(done), total))
         for one in pair
     ]
     right = [one.right for one in evaluated]  # the mask (N,) of each bundle
-    changes = compare_classes(labels, targets[common], [each[common] for each in right])
-    added = compare_classes(labels, targets[~common], [each[~common] for each in right])
+    changes = compare_classes(labels, targets[common], [mask[common] for mask in right])
+    others = compare_classes(labels, targets[~common], [mask[~common] for mask in right])
     wins, losses = sum(one.wins for one in changes), sum(one.losses for one in changes)
-    count = int(common.sum())
+    count, share = int(common.sum()), tolerance / 100
     low, high = difference_interval(wins, losses, count)
-    change = _compare_rejections(*(one.rejected for one in evaluated))
-    share = tolerance / 100
     attempt = count_comparisons(first) + 1
     verdict = decide(wins, losses, count, share, attempt)
+    rejections = _compare_rejections(*(one.rejected for one in evaluated))
+    if rejections is not None and rejections.is_worse:  # whatever the photographs say
+        verdict = "worse"
     return BundleComparison(
         first=evaluated[0].score, second=evaluated[1].score, num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
         p=mcnemar(wins, losses), tolerance=share, attempt=attempt,
-        verdict="worse" if change is not None and change.is_worse else verdict, unknown=change,
-        num_more_images=images_to_decide(wins, losses, count, share, attempt + 1), classes=changes,
-        new=[one for one in added if one.label in new], removed=sorted(old - new), notes=notes,
+        verdict=verdict, unknown=rejections, classes=changes, notes=notes,
+        num_more_images=images_to_decide(wins, losses, count, share, attempt + 1),
+        new=[one for one in others if one.label in new_labels], removed=sorted(old_labels - new_labels),
     )  # fmt: skip
 
 
@@ -290,30 +294,30 @@ def _select(
 
     Also returns the fields of `BundleComparison` that say what was left out.
     """
-    hashes, seen, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
+    hashes, in_sample, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
     for one in pair:
         name, origin = one.bundle.name, one.bundle.manifest.origin
         if origin is None or not origin.sample:
             notes.append(f"{name}: its training images are not recorded; leave them out yourself")
             continue
         found = np.isin(hashes, origin.sample)
-        if found.any() and len(origin.sample) == SAMPLED:
+        if found.any() and len(origin.sample) == SAMPLED:  # there may be more training images
             suspects.append(name)
-        seen |= found
-    groups = np.arange(len(images))
+        in_sample |= found
+    groups = np.arange(len(images))  # the number of the group of each image, at first its own
     if len(images) <= MAX_COMPARED_PIXELS:
         signatures = map_threaded(lambda index: signature(images[index][0]), len(images))
         groups = group_by_signatures(images, np.stack(list(signatures)))
     else:
         notes.append(f"{images.root}: over {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out")
-    seen = np.isin(groups, groups[seen])  # also the near-duplicates of training images
+    trained_on = np.isin(groups, groups[in_sample])  # also the near-duplicates of training images
     kept = np.zeros(len(images), np.bool_)
     _, first_of_groups = np.unique(groups, return_index=True)
     kept[first_of_groups] = True
-    kept &= ~seen
+    kept &= ~trained_on
     if not kept.any():
         raise DataError(f"{images.root}: a bundle was trained on all of these photographs; give others")
-    counts = {"num_copies": int((~kept & ~seen).sum()), "trained_on": int(seen.sum())}
+    counts = {"num_copies": int((~kept & ~trained_on).sum()), "trained_on": int(trained_on.sum())}
     return images.select(kept), {**counts, "suspects": suspects}
 
 
@@ -380,9 +384,9 @@ def compare_classes(
     changes = []
     for target in np.unique(targets).tolist():
         first, second = (mask[targets == target] for mask in right)
-        counts = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
-        sums = {name: int(values.sum()) for name, values in counts.items()}
-        changes.append(ClassChange(label=labels[target], num_images=len(first), **sums))
+        masks = {"first": first, "second": second, "wins": second & ~first, "losses": first & ~second}
+        counts = {name: int(mask.sum()) for name, mask in masks.items()}
+        changes.append(ClassChange(label=labels[target], num_images=len(first), **counts))
     tested = [one for one in changes if one.wins + one.losses >= TESTABLE]
     corrected = holm([mcnemar(one.wins, one.losses) for one in tested])
     p_values = {one.label: p for one, p in zip(tested, corrected, strict=True)}

@@ -39,7 +39,7 @@ def scores_of_bundle(
     loaded = load_model(path, settings)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
-    multi_label = loaded.bundle.manifest.rules.thresholds is not None
+    multi_label = loaded.bundle.manifest.rules.thresholds is not None  # targets are in the order of outputs
     images = open_evaluation_images(
         data, labels if multi_label else sorted_labels, multi_label=multi_label, log=log
     )

@@ -96,14 +96,14 @@ def read_image(path: Path, max_bytes: int) -> bytes:
 
 def _print_prediction(prediction: FilePrediction) -> None:
     """Print the classes of one image in one line."""
-    entries = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
-    classes = ", ".join(entries) or "no class reaches its threshold"
+    ranked = [f"{entry.label} {entry.probability:.4f}" for entry in prediction.classes]
+    classes = ", ".join(ranked) or "no class reaches its threshold"
     warnings = f" ({', '.join(prediction.warnings)})" if prediction.warnings else ""
-    unknown = ""
-    if prediction.known is not None:
-        classes += f"; score {prediction.score:.4f}"
+    score = unknown = ""
+    if prediction.known is not None:  # the bundle has a threshold
+        score = f"; score {prediction.score:.4f}"
         unknown = "" if prediction.known else ", probably none of these classes"
-    line = plain_text(f"{prediction.image}: {classes}")
+    line = plain_text(f"{prediction.image}: {classes}{score}")
     out.print(Text.assemble(line, (unknown, "yellow"), (warnings, "dim")))
     if prediction.explanation is not None:
         losses = np.array(prediction.explanation)
@@ -162,7 +162,7 @@ def predict(
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
     for number, image in enumerate(opened):
-        file = image if isinstance(image, Path) else getattr(image, "filename", "")
+        file = image if isinstance(image, Path) else getattr(image, "filename", "")  # as Pillow opened it
         name = str(file or f"image {number}")
         source = read_image(image, loaded_settings.max_body_bytes) if isinstance(image, Path) else image
         predictions.append(_predict_image(loaded, source, name, loaded_settings, explain=explain))

@@ -76,15 +76,15 @@ def promote(
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK")
     before = _target(over)
-    target = os.path.relpath(new.resolve(), over.parent.resolve())
-    comparison, reason = None, force or "first bundle"
     if over.exists() and over.resolve() == new.resolve():
         raise ConfigError(f"{over}: leads to this bundle already; name another one")
+    after = os.path.relpath(new.resolve(), over.parent.resolve())
+    comparison, reason = None, force or "first bundle"
     if over.exists() and data is not None:
         comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
         objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
         if objections and force is None:
-            _record(over, before, target, "; ".join(objections), comparison, refused=True)
+            _record(over, before, after, "; ".join(objections), comparison, refused=True)
             raise PromotionError(
                 f"{new}: not promoted, {'; '.join(objections)}; to do it anyway, give --force REASON",
                 lists={"objections": objections},
@@ -92,21 +92,21 @@ def promote(
         reason = force or comparison.summary
     elif over.exists() and force is None:
         raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
-    else:
+    else:  # `compare` loads it, too
         load_model(new, load_settings())
-    return _record(over, before, target, reason, comparison)
+    return _record(over, before, after, reason, comparison)
 
 
 def _promote_back(link: Path) -> Promotion:
     """Move *link* back to the bundle before the last promotion of the live one."""
-    target = _target(link)
-    moves = [move for move in read_promotions(link) if move.after == target and not move.refused]
-    previous = [move.before for move in moves if move.before]
+    live = _target(link)
+    moves = [move for move in read_promotions(link) if move.after == live and not move.refused]
+    previous = [move.before for move in moves if move.before]  # oldest first; a first bundle has none
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
     load_model(link.parent / previous[-1], load_settings())
-    return _record(link, target, previous[-1], "back", None)
+    return _record(link, live, previous[-1], "back", None)
 
 
 def _list_objections(comparison: BundleComparison, old_name: str, new_name: str) -> list[str]:
@@ -126,7 +126,7 @@ def _list_objections(comparison: BundleComparison, old_name: str, new_name: str)
 
 
 def _target(link: Path) -> str | None:
-    """Read *link*; None if it does not exist. Raises `ConfigError` for a file or folder."""
+    """Read where *link* leads; None if it does not exist. Raises `ConfigError` for a file or folder."""
     if link.exists() and not link.is_symlink():
         raise ConfigError(f"{link}: not a link; name one, such as bundles/live, which need not exist yet")
     return str(link.readlink()) if link.is_symlink() else None

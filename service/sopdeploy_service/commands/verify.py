@@ -19,7 +19,7 @@ from sopdeploy_service.runtime.base import must_run
 from sopdeploy_service.settings import PILLOW_PIXELS, Settings, load_settings
 
 FEW_PROBES = 8  # fewer are noted; an export generates 12 and leaves out those whose route is undecided
-WIDE = 0.1
+WIDE = 0.1  # of the range of an output over the probes; a note says if a tolerance is above it
 ALLOWED_DRIFTS = 2  # tolerance in drifts, if `export --allow-drift` allowed them
 _ROUNDING = 1 + 1e-9
 
@@ -27,10 +27,9 @@ _ROUNDING = 1 + 1e-9
 class Verification(StrictModel):
     """The facts of a bundle that passed every check; `golden` counts its golden examples.
 
-    `replays` has the deviation and the tolerance of each output by batch size.
-
-    `onnx_root` is the root that was recomputed from `model.onnx`; None if `onnx` is not installed. `notes`
-    say what the checks of this bundle cannot show.
+    `replays` has the deviation and the tolerance of each output by batch size. `onnx_root` is the root that
+    was recomputed from `model.onnx`; None if `onnx` is not installed. `notes` say what the checks of this
+    bundle cannot show.
     """
 
     bundle: str

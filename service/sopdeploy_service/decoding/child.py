@@ -101,7 +101,7 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         # Not the error itself, whose traceback would keep the memory of the failed decoder.
         reason, text = (error.code, error.status), str(error)
         width, height = webp_size(image)
-        is_too_large = width * height * PIXEL_BYTES > options.memory
+        is_too_large = width * height * PIXEL_BYTES > options.memory  # libwebp then calls it damaged
         if isinstance(error.__cause__, MemoryError) or (error.code == "damaged_image" and is_too_large):
             limit = f"{options.memory // 10**6} MB, the memory for an image"
             reason, text = ("too_much_memory", 413), f"decoding needs more than {limit}; send it smaller"
@@ -182,7 +182,7 @@ def run_template(control: socket.socket) -> None:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
             break
-        request = json.loads(message)
+        request = json.loads(message)  # options of a child to fork, or the id of one to kill
         if descriptors:
             process = os.fork()
             if process == 0:
@@ -195,9 +195,9 @@ def run_template(control: socket.socket) -> None:
         else:
             process = request
             _end(children, process)
-        for ended in list(children):  # not yet waited for, so no other process has its id
-            if os.waitpid(ended, os.WNOHANG)[0]:
-                children.discard(ended)
+        for child in list(children):  # not yet waited for, so no other process has its id
+            if os.waitpid(child, os.WNOHANG)[0]:  # it has ended
+                children.discard(child)
         control.sendall(TEMPLATE_REPLY.pack(process))
     for process in list(children):
         _end(children, process)

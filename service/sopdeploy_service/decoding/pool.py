@@ -154,7 +154,7 @@ class DecoderProcess:
         """
         self._template, self._options, self._seconds = template, options, seconds
         self._end: socket.socket | None = None
-        self._number = self.process = 0
+        self._number = self.process = 0  # of requests; the id of the child
         self.restrictions = self._start()
 
     def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
@@ -212,7 +212,7 @@ class DecoderProcess:
         """Return the socket; first replace a child that has ended or sent more than its replies."""
         if self._end is not None:
             try:
-                self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # a byte, or none: the end
             except BlockingIOError:  # nothing to read
                 return self._end
             except OSError:
@@ -235,7 +235,7 @@ class DecoderProcess:
         end, self.process = self._template.fork(self._options)
         with ExitStack() as stack:
             stack.callback(end.close)  # unless everything below succeeds
-            limit = struct.pack("@ll", int(self._seconds), int(self._seconds % 1 * 1e6))
+            limit = struct.pack("@ll", int(self._seconds), int(self._seconds % 1 * 1e6))  # struct timeval
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             try:

@@ -150,7 +150,7 @@ def enter() -> str:
 
 def _enter_landlock(libc: ctypes.CDLL) -> int:
     """Deny files and TCP to this thread and those that it starts; return Landlock's version or 0."""
-    version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
+    version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)  # 1: asks for the version
     if version < 1:
         return 0
     rights = struct.pack("QQQ", *((1 << bits) - 1 for bits in LANDLOCK[min(version, max(LANDLOCK))]))

@@ -30,26 +30,26 @@ def _parse_source(source: str | Path) -> tuple[str, Path]:
 
 def links_among(sources: Iterable[str | Path]) -> dict[Path, Path]:
     """Return where the links among *sources* lead now; raises `ConfigError` if there are none."""
-    links = _targets(path for _, path in map(_parse_source, sources) if path.is_symlink())
-    if not links:
+    targets = _targets(path for _, path in map(_parse_source, sources) if path.is_symlink())
+    if not targets:
         raise ConfigError("no BUNDLE is a link; name one, such as bundles/live", setting="follow")
-    return links
+    return targets
 
 
 def _targets(links: Iterable[Path]) -> dict[Path, Path]:
     return {link: follow_link(link) for link in links}
 
 
-async def moves_of(links: Mapping[Path, Path]) -> AsyncIterator[None]:
-    """Yield whenever one of *links* leads elsewhere than before, which is checked each second."""
+async def moves_of(targets: Mapping[Path, Path]) -> AsyncIterator[None]:
+    """Yield whenever a link of *targets*, which maps links to targets, leads elsewhere; check each second."""
     while True:
         await asyncio.sleep(FOLLOW_SECONDS)
         try:
-            targets = await asyncio.to_thread(_targets, links)
+            now = await asyncio.to_thread(_targets, targets)  # of the same links
         except OSError:  # the folder cannot be read now
             continue
-        if targets != links:
-            links = targets
+        if now != targets:
+            targets = now
             yield
 
 
@@ -62,8 +62,8 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
     bundles: dict[str, Path] = {}
     for given, source in map(_parse_source, sources):
         path = follow_link(source)  # every process must serve the same bundle
-        has_bundles = path.is_dir() and not (path / MANIFEST).is_file()
-        if given or not has_bundles:
+        may_hold_bundles = path.is_dir() and not (path / MANIFEST).is_file()
+        if given or not may_hold_bundles:  # NAME= needs one bundle
             named = [(given or read_manifest(path).project, path)]
         else:
             named = _find_in_folder(path)
@@ -79,9 +79,9 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
 
 def _find_in_folder(folder: Path) -> list[tuple[str, Path]]:
     listed = list_bundles(folder)
-    if all(bundle.reason for bundle in listed):
-        reason = "no bundle here or in a folder directly below; give the folder with a manifest.json"
-        raise BundleError(f"{folder}: {listed[0].reason if listed else reason}")
+    if all(bundle.reason for bundle in listed):  # none is served, or none is here
+        none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"
+        raise BundleError(f"{folder}: {listed[0].reason if listed else none_here}")
     for line, failed in describe_projects(listed):
         log.log(logging.WARNING if failed else logging.INFO, line)
     return [

@@ -154,7 +154,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     for size in padded_sizes(max_batch) if runtime.device != "cpu" else ():
         images = probes.images[np.arange(size) % len(probes.images)]
         try:
-            for _ in range(2):
+            for _ in range(2):  # the second one shows the usual time
                 started = time.monotonic()
                 runtime.run(images)
                 timings.append((size, time.monotonic() - started))
@@ -169,7 +169,7 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
 def _replay_all(
     probes: Probes, runtime: Runtime, max_batch: int, timings: list[tuple[int, float]], *, thorough: bool
 ) -> dict[int, Replay]:
-    """Replay *probes* alone and in batches; append (images, seconds) of each run to *timings*."""
+    """Replay *probes* alone, in batches and, if possible, overlapping; add the times of runs to *timings*."""
 
     def timed_run(images: NDArray[np.uint8]) -> Outputs:
         started = time.monotonic()
@@ -178,7 +178,7 @@ def _replay_all(
         return outputs
 
     sizes = sorted({1, min(max_batch, len(probes.images))})
-    single = batched = probes
+    single = batched = probes  # all of them run in both ways
     if not thorough and len(sizes) > 1:
         single, batched = _select(probes, slice(1)), _select(probes, slice(1, None))
     replays = {size: replay(single if size == 1 else batched, timed_run, batch=size) for size in sizes}

@@ -71,7 +71,7 @@ class BudgetedRegistry(ModelRegistry):
         Raises the errors of `open_checked`, and `ConfigError` for a bundle that does not fit into the budget.
         """
         super().__init__({}, settings)
-        self._budget = settings.memory_budget or 0
+        self._budget = settings.memory_budget or 0  # is set, or a `ModelRegistry` serves
         # The model that was used longest ago comes first.
         self._entries = OrderedDict((name, self._make_entry(name, path)) for name, path in bundles.items())
         for name, entry in self._entries.items():

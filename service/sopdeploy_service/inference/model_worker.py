@@ -43,7 +43,6 @@ WATCH_SECONDS = 1.0  # longest time between two checks of the thread
 _Pixels = Sequence[NDArray[np.uint8]]
 ImageOutputs = dict[str, NDArray[np.float32]] | HttpError
 
-
 log = logging.getLogger("sopdeploy.inference")
 
 
@@ -182,10 +181,7 @@ class _Batch:
 
 
 class Model:
-    """A bundle being served.
-
-    Public methods are called on the event loop; a thread runs batches.
-    """
+    """A bundle being served; public methods are called on the event loop, a thread runs batches."""
 
     is_loaded = True
 
@@ -258,9 +254,9 @@ class Model:
         while not self.dead:
             # The thread changes both attributes at any time.
             started, batches = self._batch_started, tuple(self._in_flight)
-            images = len(batches[0].items) if batches and started is not None else 0
+            num_images = len(batches[0].items) if batches and started is not None else 0
             seconds = 0.0 if started is None else time.monotonic() - started
-            limit = self.hang_seconds(images)
+            limit = self.hang_seconds(num_images)
             if seconds > limit:
                 self._declare_dead(f"a batch has been running for more than {limit:.1f} s")
             until_hung = max(limit - seconds, limit / 20)  # not 0, which would be a busy loop
@@ -283,7 +279,7 @@ class Model:
                     self._batch_started, self._failed = None, False
                 if not self._in_flight and not self._begin(self.queue.take(self.largest_batch)):
                     break  # the queue is closed
-                if self._overlapping is not None and not self._failed:
+                if self._overlapping is not None and not self._failed:  # else the device is checked first
                     self._begin(self.queue.take(self.largest_batch, only_full=True))
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
@@ -309,7 +305,7 @@ class Model:
         images = [item.image for item in batch.items]
         names = self._names_of(batch.items)
         rows = run_bisected(lambda part: self._run_images(part, batch, names), images, names)
-        started, ended = self._batch_started or 0.0, time.monotonic()
+        started, ended = self._batch_started or 0.0, time.monotonic()  # not None: a batch is in flight
         self._failed = all(row is results.INFERENCE_FAILED or row is results.OUT_OF_MEMORY for row in rows)
         del self._in_flight[0]
         self._batch_started = ended if self._in_flight else None
@@ -367,16 +363,16 @@ def check_device(runtime: Runtime, image_shape: tuple[int, ...]) -> None:
 
 
 def run_bisected(
-    run: Callable[[_Pixels], Outputs], images: _Pixels, outputs: Sequence[str]
+    run: Callable[[_Pixels], Outputs], images: _Pixels, names: Sequence[str]
 ) -> list[ImageOutputs]:
     """Run *images* (H, W, 3) as one batch; halve it as long as it fails.
 
-    Returns for each image its row of each of *outputs*, or an `HttpError`. Raises `DeviceLostError`, because
-    another run would fail too.
+    Returns for each image its row of each output of *names*, or an `HttpError`. Raises `DeviceLostError`,
+    because another run would fail too.
     """
     reason = results.INFERENCE_FAILED
     try:
-        return _split_rows(run(images), outputs, len(images))
+        return _split_rows(run(images), names, len(images))
     except DeviceLostError:
         raise
     except Exception as error:  # a runtime may raise anything
@@ -388,18 +384,18 @@ def run_bisected(
     if len(images) == 1:
         return [reason]
     halves = images[: len(images) // 2], images[len(images) // 2 :]
-    return [row for half in halves for row in run_bisected(run, half, outputs)]
+    return [row for half in halves for row in run_bisected(run, half, names)]
 
 
-def _split_rows(values: Outputs, outputs: Sequence[str], num_images: int) -> list[ImageOutputs]:
-    """Split the *outputs* of a batch into rows; reject rows with an output that is not finite."""
+def _split_rows(outputs: Outputs, names: Sequence[str], num_images: int) -> list[ImageOutputs]:
+    """Split the *outputs* of a batch into rows with *names*; reject a row if one of them is not finite."""
     finite = np.ones(num_images, dtype=bool)
-    for name in outputs:
-        batch = values[name]
-        if len(batch) != num_images:
-            raise ValueError(f"output {name!r} has {len(batch)} rows for {num_images} images")
-        finite &= np.isfinite(batch.reshape(num_images, -1)).all(axis=1)
+    for name in names:
+        values = outputs[name]
+        if len(values) != num_images:
+            raise ValueError(f"output {name!r} has {len(values)} rows for {num_images} images")
+        finite &= np.isfinite(values.reshape(num_images, -1)).all(axis=1)
     return [
-        {name: values[name][row] for name in outputs} if finite[row] else results.NONFINITE
+        {name: outputs[name][row] for name in names} if finite[row] else results.NONFINITE
         for row in range(num_images)
     ]

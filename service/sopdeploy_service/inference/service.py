@@ -270,7 +270,7 @@ class Service:
         Returns the outcome of each image, in order. *deadline* is a time of `time.monotonic`; *features*
         requests the embedding, *may_keep* allows to keep the images, and those that *are_occluded* do not
         count for the drift. Cancelling the call removes its images from the queue; call `check_queue` before.
-        Raises `RejectedError` if the deadline has passed.
+        Raises `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
         """
         started, loop = time.monotonic(), asyncio.get_running_loop()
         items = [
@@ -316,21 +316,21 @@ class Service:
             outcomes = await self.infer(model, images, deadline, may_keep=True)
         finally:
             self.admitted -= num_copies * len(images)
-        explained = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
-        if not explained:
+        predictions = [outcome for outcome in outcomes if isinstance(outcome, Prediction)]
+        if not predictions:
             return outcomes
         started, rules = time.monotonic(), model.bundle.manifest.preprocess
-        copies = np.concatenate([occlude(outcome.pixels, rules) for outcome in explained])
-        outcomes_of_copies = iter(await self.infer(model, copies, deadline, are_occluded=True))
+        copies = np.concatenate([occlude(prediction.pixels, rules) for prediction in predictions])
+        all_copies = iter(await self.infer(model, copies, deadline, are_occluded=True))  # outcomes
         seconds = time.monotonic() - started
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, Prediction):
-                found = list(itertools.islice(outcomes_of_copies, num_copies))  # of this image
-                errors = [one for one in found if isinstance(one, HttpError)]
-                logits = [one.outputs[model.logits] for one in found if isinstance(one, Prediction)]
+                own = list(itertools.islice(all_copies, num_copies))  # those of this image
+                errors = [one for one in own if isinstance(one, HttpError)]
+                logits = [one.outputs[model.logits] for one in own if isinstance(one, Prediction)]
                 stages = {**outcome.stage_seconds, "explain": seconds}
                 result = outcome._replace(stage_seconds=stages, occluded=np.array(logits))
-                outcomes[number] = errors[0] if errors else result
+                outcomes[number] = errors[0] if errors else result  # one copy fails the explanation
         return outcomes
 
     def _miss_deadline(self, model: Model, items: Sequence[QueuedImage]) -> None:

@@ -205,6 +205,8 @@ def test_unsupported_batch_sizes_are_errors(bundle_path: Path) -> None:
         ("", "sizes"),
         ("1;8", "sizes"),
         ("-1", "sizes"),
+        ("1234567", "sizes"),
+        ("0", "takes batches of 1 to"),
         ("10000", "takes batches of 1 to"),
     ):
         with pytest.raises(ConfigError, match=message):

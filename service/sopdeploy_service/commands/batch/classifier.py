@@ -73,12 +73,12 @@ class BatchClassifier:
             optional["features"] = EMBEDDING
         self._optional = optional  # column: output
         self._workers = options.workers or min(usable_cores(), MAX_WORKERS)
-        self._batch = largest_batch(loaded.runtime, settings)
+        self._batch_size = largest_batch(loaded.runtime, settings)
         self._top_k = settings.classes_per_image(multi_label=manifest.rules.thresholds is not None)
         self.state: dict[str, Any] = {
             "bundle": manifest.id,
             "runtime": f"{self._runtime.name} on {self._runtime.device}",
-            "batch": self._batch,
+            "batch": self._batch_size,
             "top_k": self._top_k,
             "columns": list(optional),
             **settings.model_dump(mode="json", include=DECODER_SETTINGS),
@@ -99,8 +99,8 @@ class BatchClassifier:
         with closing(self._decode_ahead(images)) as decoded:
             for part in parts:
                 rows: list[Row] = []
-                for first in range(0, sizes[part], self._batch):
-                    batch = list(itertools.islice(decoded, min(self._batch, sizes[part] - first)))
+                for start in range(0, sizes[part], self._batch_size):
+                    batch = list(itertools.islice(decoded, min(self._batch_size, sizes[part] - start)))
                     outputs = self._run([pixels for _, pixels in batch])
                     rows += [
                         self._complete(row, output) for (row, _), output in zip(batch, outputs, strict=True)
@@ -109,7 +109,7 @@ class BatchClassifier:
                 folder.write(part, rows, schema)
 
     def _decode_ahead(self, images: Iterable[ListedImage]) -> Generator[DecodedImage, None, None]:
-        """Decode *images* in child processes, some in advance; yield them in order."""
+        """Decode *images* of any format in child processes, some in advance; yield them in order."""
         decoders = Decoders(self._workers, self._settings.model_copy(update={"formats": ()}), Metrics())
         decoders.start()
         threads = ThreadPoolExecutor(self._workers)  # each waits for one child
@@ -117,7 +117,7 @@ class BatchClassifier:
         try:
             for image in images:
                 waiting.append(threads.submit(self._decode, image, decoders))
-                if len(waiting) > self._batch + IMAGES_AHEAD * self._workers:
+                if len(waiting) > self._batch_size + IMAGES_AHEAD * self._workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -141,20 +141,20 @@ class BatchClassifier:
         return row, pixels
 
     def _run(self, pixels: list[NDArray[np.uint8]]) -> list[ImageOutputs]:
-        """Return the outputs of a batch; if it fails, halve it until the image that fails is alone."""
-        names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})
+        """Return the outputs of a batch, which is halved if it fails; raises `RuntimeUnavailableError`."""
+        names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})  # each once
         try:
-            rows = run_bisected(lambda images: self._runtime.run(np.stack(images)), pixels, names)
-            if all(row is INFERENCE_FAILED for row in rows):
+            outputs = run_bisected(lambda images: self._runtime.run(np.stack(images)), pixels, names)
+            if all(output is INFERENCE_FAILED for output in outputs):
                 check_device(self._runtime, pixels[0].shape)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error
-        if any(row is OUT_OF_MEMORY for row in rows):
+        if any(output is OUT_OF_MEMORY for output in outputs):
             raise RuntimeUnavailableError(
-                f"{self._runtime.name} failed on a batch of {len(rows)}; run again to continue, or choose "
+                f"{self._runtime.name} failed on a batch of {len(pixels)}; run again to continue, or choose "
                 "a smaller max_batch and another folder"
             )
-        return rows
+        return outputs
 
     def _complete(self, row: Row, output: ImageOutputs) -> Row:
         """Add the prediction to the *row* of an image; the *output* of one with an error is ignored."""

@@ -65,7 +65,7 @@ class RayClassifier:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
         _connect(options)
-        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # of each
         self._actors = options.actors or len(cores)
         workers = options.workers or max(1, min(MAX_WORKERS, *cores, sum(cores) // self._actors))
         self._resources = {"num_cpus": workers, "num_gpus": options.gpus_per_actor}
@@ -98,11 +98,11 @@ class RayClassifier:
 
 
 def _connect(options: "ClassifyOptions") -> None:
-    """Connect to the Ray cluster of *options*, or start one here; raises `ConfigError`."""
+    """Connect to the Ray cluster of *options* or start one, or raise the error that says why not."""
     address, new = str(options.ray), {}
     try:
         if options.starts_cluster:
-            requested = (options.actors or 1) * (options.workers or 1)
+            requested = (options.actors or 1) * (options.workers or 1)  # more than cores may share them
             new = {"num_cpus": max(usable_cores(), requested), "include_dashboard": False}
         elif address != "auto":  # Ray would try for minutes, then end the process
             host, _, port = address.rpartition(":")
@@ -116,7 +116,7 @@ def _connect(options: "ClassifyOptions") -> None:
 
 @contextmanager
 def errors_of_actors() -> Iterator[None]:
-    """Raise an actor's error of sopdeploy as itself, any other error with the last line of its message."""
+    """Raise an actor's error of sopdeploy as itself, others as `RuntimeUnavailableError` of one line."""
     try:
         yield
     except Exception as error:  # Ray's own, or made by it from an actor's

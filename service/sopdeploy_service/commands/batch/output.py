@@ -68,7 +68,7 @@ class OutputFolder:
             before = {}
             with suppress(OSError, ValueError):  # no file, or a damaged one
                 before = dict(json.loads((self.path / STATE).read_bytes()))
-            if before or any((self.path / ROWS_FOLDER).iterdir()):
+            if before or any((self.path / ROWS_FOLDER).iterdir()):  # rows without a state: of another run
                 for name in sorted({*before, *now}):
                     if before.get(name) != now.get(name):
                         raise ConfigError(

@@ -109,14 +109,14 @@ def _list_store(address: str) -> Iterator[ListedImage]:
     for name, facts in sorted(store.find(root, detail=True).items()):
         if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
             location = store.unstrip_protocol(name)
-            yield ListedImage(location, location, size=facts.get("size") or UNKNOWN)
+            yield ListedImage(location, location, size=facts.get("size") or UNKNOWN)  # 0 says nothing
 
 
-def _list_tar(location: str) -> Iterator[ListedImage]:
-    """Yield the images of the archive *location* as if it were a folder with this name."""
-    place = location if _is_address(location) else os.path.abspath(location)  # noqa: PTH100
+def _list_tar(name: str) -> Iterator[ListedImage]:
+    """Yield the images of the archive *name* as if it were a folder with this name."""
+    location = name if _is_address(name) else os.path.abspath(name)  # noqa: PTH100
     archive: Any  # its list of members is not part of the typed interface
-    with _open(location) as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as archive:
+    with _open(name) as file, tarfile.open(fileobj=file, mode="r:", errors="replace") as archive:
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep all members in memory
             parts = [part for part in PurePosixPath(member.name).parts if part != "/"]
@@ -124,9 +124,9 @@ def _list_tar(location: str) -> Iterator[ListedImage]:
                 continue
             if member.islnk():
                 message = f"{member.name} is a hard link; pack with `tar --hard-dereference`"
-                raise DataError(f"{location}: {message}")
-            if member.isreg() and member.sparse is None:
-                yield ListedImage("/".join((location, *parts)), place, member.offset_data, member.size)
+                raise DataError(f"{name}: {message}")
+            if member.isreg() and member.sparse is None:  # its bytes are in one place
+                yield ListedImage("/".join((name, *parts)), location, member.offset_data, member.size)
 
 
 def _list_lines(location: str) -> Iterator[ListedImage]:
