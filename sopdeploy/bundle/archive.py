@@ -40,14 +40,14 @@ def write_archive(bundle: Bundle, file: BinaryIO) -> None:
 
 
 def archive_layout(manifest: Manifest) -> Iterator[bytes | str]:
-    """Yield what an archive contains: bytes, and the names of files where their contents follow."""
+    """Yield what an archive contains: bytes, never empty, and names of files where their contents follow."""
     raw = manifest.to_bytes()
-    yield header(MANIFEST, len(raw)) + raw + padding(len(raw))
+    before = header(MANIFEST, len(raw)) + raw + padding(len(raw))
     for name, record in sorted(manifest.files.items()):
-        yield header(name, record.bytes)
+        yield before + header(name, record.bytes)
         yield name
-        yield padding(record.bytes)
-    yield END
+        before = padding(record.bytes)
+    yield before + END
 
 
 def archived_manifest(archive: Path) -> Manifest:

@@ -58,6 +58,16 @@ def test_a_bundle_is_pulled_from_a_folder_unchanged(bundle: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "shared" / "models").iterdir()] == [f"{bundle.name}.tar"]
 
 
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 224 * 224 * 3], ids=str)
+def test_a_file_of_any_size_is_pulled_unchanged(size: int, tmp_path: Path) -> None:
+    def resize(folder: Path) -> None:
+        (folder / "parity.json").write_bytes(bytes(size))
+
+    bundle = write_hollow(tmp_path, resize)
+    pulled = pull(push(bundle, str(tmp_path / "shared")).url, tmp_path / "here")
+    assert contents(pulled.path) == contents(bundle)
+
+
 def test_archives_are_reproducible_standard_tar_files_without_owners(bundle: Path, tmp_path: Path) -> None:
     first = push(bundle, str(tmp_path / "a"))
     copied = Path(shutil.copytree(bundle, tmp_path / "another name"))
