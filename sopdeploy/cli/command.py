@@ -58,30 +58,30 @@ def command(
     def decorate(function: _Function) -> _Function:
         """Set `function.run_command`, which Typer calls with the values of arguments and options."""
         of_show: list[inspect.Parameter] = []
-        as_json_option: list[inspect.Parameter] = []
+        json_flag: list[inspect.Parameter] = []
         if show is not None:
-            result_name = next(iter(inspect.signature(show).parameters))
+            result_name = next(iter(inspect.signature(show).parameters))  # the first is the result
             of_show = _declare(show, (), {result_name, "as_json"})
-            as_json_option = [_option("as_json", bool, False, "Print JSON for scripts.", "--json")]
+            json_flag = [_option("as_json", bool, False, "Print JSON for scripts.", "--json")]
         of_settings = () if settings is None else _declare_settings(settings)
-        parameters = [*_declare(function, options), *of_show, *of_settings, *as_json_option]
+        parameters = [*_declare(function, options), *of_show, *of_settings, *json_flag]
 
-        def run(**given: Any) -> None:
-            """Call *function*, and show its result, with the values *given* for their parameters."""
-            as_json = given.pop("as_json", False)
-            given_to_show = {parameter.name: given.pop(parameter.name) for parameter in of_show}
+        def run(**values: Any) -> None:
+            """Call *function* and show its result; Typer gives the *values* of all `parameters` by name."""
+            as_json = values.pop("as_json", False)  # what remains at the end is for *function*
+            show_values = {parameter.name: values.pop(parameter.name) for parameter in of_show}
             with one_line_errors(as_json), ExitStack() as stack:
                 stack.callback(setattr, err, "quiet", err.quiet)  # restores it at the end
                 err.quiet = err.quiet or as_json  # no progress
                 if settings is not None:
-                    flags = {flag: given.pop(flag) for flag in settings.flags}
-                    given |= settings.parse(given.pop("setting") or (), **flags)
-                result = function(**given, **_progress(function, as_json, stack))
+                    flags = {flag: values.pop(flag) for flag in settings.flags}
+                    values |= settings.parse(values.pop("setting") or (), **flags)
+                result = function(**values, **_progress(function, as_json, stack))
             if is_main_process():
-                with one_line_errors():  # stdout holds one JSON document, so the error is not another one
-                    _finish(result, show, summarize, given_to_show, as_json=as_json)
+                with one_line_errors():  # not as JSON: stdout may already hold the document of the result
+                    _finish(result, show, summarize, show_values, as_json=as_json)
 
-        run.__doc__ = _describe(function)
+        run.__doc__ = _describe(function)  # Typer reads the help, and the options from the signature
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         function.run_command = run  # type: ignore[attr-defined]
@@ -154,7 +154,7 @@ def _finish(
     result: Any,
     show: Callable[..., int | None] | None,
     summarize: Callable[[Any], Any] | None,
-    options: Mapping[str, Any],
+    show_values: Mapping[str, Any],
     *,
     as_json: bool,
 ) -> None:
@@ -163,11 +163,11 @@ def _finish(
     if show is None:
         code = result
     elif "as_json" in inspect.signature(show).parameters:
-        code = show(result, **options, as_json=as_json)
+        code = show(result, **show_values, as_json=as_json)
     elif as_json:
         print_json(as_data(result if summarize is None else summarize(result)))
     else:
-        code = show(result, **options)
+        code = show(result, **show_values)
     if code:
         raise typer.Exit(code)
 
@@ -189,7 +189,7 @@ def _declare(
 ) -> list[inspect.Parameter]:
     """Declare the parameters of *function* that the command line can express, without the *hidden* ones.
 
-    Keyword parameters and those in *options* become options, the others arguments.
+    Keyword parameters and those in *options* become options, the others arguments; all become keyword-only.
     """
     texts = dict(_PARAMETER.findall(inspect.getdoc(function) or ""))
     found = []
@@ -232,7 +232,7 @@ def _limits(annotation: Any) -> dict[str, float]:
     found: dict[str, float] = {}
     for field in getattr(annotation, "__metadata__", ()):
         for limit in field.metadata:
-            found |= {"min": limit.ge} if hasattr(limit, "ge") else {"max": limit.le}
+            found |= {"min": limit.ge} if hasattr(limit, "ge") else {"max": limit.le}  # each has one bound
     return found
 
 
@@ -244,14 +244,14 @@ def _command_line_type(annotation: Any) -> Any:
     annotation = _without_metadata(annotation)
     is_union = get_origin(annotation) in {Union, UnionType}
     kinds = set(map(_without_metadata, get_args(annotation) if is_union else (annotation,)))
-    optional = NoneType in kinds
+    may_be_none = NoneType in kinds
     kinds.discard(NoneType)
     if _SEQUENCES & {get_origin(kind) for kind in kinds}:
         return list[str]
     if not all(kind in _SCALARS or get_origin(kind) is Literal for kind in kinds):
         return None
     kind = Path if Path in kinds else kinds.pop()
-    return Optional[kind] if optional else kind  # noqa: UP045 - of a variable
+    return Optional[kind] if may_be_none else kind  # noqa: UP045 - of a variable
 
 
 def _without_metadata(annotation: Any) -> Any:

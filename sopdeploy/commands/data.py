@@ -92,10 +92,10 @@ def _print_report(report: "DataReport") -> None:
         counts = [count for _, count in rarest_first] or [0]
         of_classes = (len(rarest_first), counts[0], counts[-1])
         rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *map(str, of_classes)))
-        classes = shorten([f"{label} {count}" for label, count in rarest_first])
-        lines.append(f"{part.name}, rarest classes first: {classes}")
+        listed = shorten([f"{label} {count}" for label, count in rarest_first])
+        lines.append(f"{part.name}, rarest classes first: {listed}")
     print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)
-    if report.formats:
+    if report.formats:  # empty if no image was decoded
         lines.append("formats: " + ", ".join(f"{name} {count}" for name, count in report.formats.items()))
         for name, (low, median, high) in (("shorter", report.shorter_side), ("longer", report.longer_side)):
             lines.append(f"{name} side: {low} to {high} pixels, median {median}")
@@ -104,7 +104,7 @@ def _print_report(report: "DataReport") -> None:
             lines += _duplicate_lines("near-duplicates", "copies of one photograph", report.near)
     if report.passed_over:
         lines.append(describe_skipped(report.passed_over))
-    lines += [*report.notes, *report.classes]
+    lines += [*report.notes, *report.classes]  # the latter are problems of class folders
     if report.unreadable:
         lines.append(f"{len(report.unreadable)} cannot be read")
     elif report.formats:

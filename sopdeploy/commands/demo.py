@@ -33,21 +33,20 @@ def demo(*, out: Path = Path("demo")) -> int | None:
     """
     with writing(out, SopdeployError):
         out.mkdir(parents=True, exist_ok=True)
+    program = (sys.executable, "-m", "sopdeploy")
     for words in COMMANDS:
         say(f"\n$ sopdeploy {words}", style="bold cyan")
-        command = [sys.executable, "-m", "sopdeploy", *words.split()]
-        code = subprocess.run(command, cwd=out, check=False).returncode
+        code = subprocess.run([*program, *words.split()], cwd=out, check=False).returncode
         if code:
             return code
     say(f"\n$ sopdeploy {SERVE}", style="bold cyan")
-    command = [sys.executable, "-m", "sopdeploy", *SERVE.split()]
-    with subprocess.Popen(command, cwd=out, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen([*program, *SERVE.split()], cwd=out, stdout=subprocess.PIPE, text=True) as server:
         try:
             ready = cast(TextIO, server.stdout).readline().strip()
-            if not ready:
+            if not ready:  # the server has printed its error
                 return server.wait()
             say(ready)
-            accuracy = _classify_digits(ready.split()[1])
+            accuracy = _classify_digits(ready.split()[1])  # the second word is the URL
         finally:
             server.terminate()
     if accuracy < MIN_ACCURACY:

@@ -129,8 +129,8 @@ def evaluate(
     kind: Literal["checkpoint", "bundle"] = "bundle" if is_bundle else "checkpoint"
     _check_options(name, kind, options)
     notes: list[str] = []
-    facts: dict[str, str] = {}
-    decision = None
+    facts: dict[str, str] = {}  # of a bundle
+    decision = None  # fitted
     shared: Any = {"on_image": on_image, "log": notes.append}
     if is_bundle:
         from sopdeploy_service.commands.evaluate import scores_of_bundle

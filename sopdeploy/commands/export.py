@@ -227,11 +227,11 @@ def read_preprocess(text: str | None) -> Preprocess:
         ) from error
 
 
-def _index_or_name(logits: str | None) -> str | int | None:
+def _index_or_name(key: str | None) -> str | int | None:
     try:
-        return logits if logits is None else int(logits)
+        return None if key is None else int(key)
     except ValueError:
-        return logits
+        return key
 
 
 def _show_engine(engine: "Engine") -> None:
@@ -271,9 +271,9 @@ def engine(
     from sopdeploy_export.engine_builder.engine import get_engine
 
     opened = open_bundle(bundle)
-    configured = os.environ.get("SOPDEPLOY_ENGINE_CACHE")  # where servers with this variable look
-    if options.cache is None and configured:
-        options = options.model_copy(update={"cache": Path(configured)})
+    cache_of_servers = os.environ.get("SOPDEPLOY_ENGINE_CACHE")
+    if options.cache is None and cache_of_servers:
+        options = options.model_copy(update={"cache": Path(cache_of_servers)})
     return get_engine(opened, options, on_step)
 
 

@@ -45,7 +45,8 @@ def describe_fastest_form(bundle: Bundle) -> str:
     seconds = {form: statistics.median(times) for form, times in measure_forms(bundle).items()}
     shipped = Form(bundle.manifest.precision, DEFAULT)
     best = min(seconds, key=lambda form: seconds[form])
-    gain, options = seconds[shipped] / seconds[best], []
+    gain = seconds[shipped] / seconds[best]
+    options = []
     if best.precision != shipped.precision:
         options.append("export with --precision int8 --calibrate PHOTOS")
     if best.runtime != DEFAULT:
@@ -89,11 +90,11 @@ def measure_alternately(runs: Mapping[Side, Callable[[], object]]) -> dict[Side,
     times: dict[Side, list[float]] = {side: [] for side in runs}
     end, rounds = time.process_time() + ROUND_SECONDS, 0
     while rounds < MIN_ROUNDS or time.process_time() < end:
+        rounds += 1
         for side, run in runs.items():
             began = time.process_time()
             run()
             times[side].append(time.process_time() - began)
-        rounds += 1
     return {side: taken[1:] for side, taken in times.items()}
 
 

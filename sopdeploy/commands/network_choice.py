@@ -66,10 +66,10 @@ def choose_network(
     `ConfigError` if all networks take longer, or if one would not be trained by the few-shot procedure.
     """
     weights = {name: opened for name, (_, _, opened) in configured.items()}
-    first, *_ = (recipe for recipe, _, _ in configured.values())  # they differ in the network only
-    data, strategy = open_data(first.data), Strategy(select_device(first.device))
-    if first.threads:
-        torch.set_num_threads(first.threads)  # as the run, whose features are then in the cache
+    shared, *_ = (recipe for recipe, _, _ in configured.values())  # the recipes differ in the network only
+    data, strategy = open_data(shared.data), Strategy(select_device(shared.device))
+    if shared.threads:
+        torch.set_num_threads(shared.threads)  # as in the run, which then finds the features in the cache
     recipes = {name: select_procedure(recipe, data).recipe for name, (recipe, _, _) in configured.items()}
     for name, recipe in recipes.items():
         if not isinstance(recipe.procedure, FewShotConfig):
@@ -90,8 +90,8 @@ def choose_network(
         name: cross_validate(recipes[name], data.train, weights[name], strategy, callback) for name in fast
     }
     best = max(fast, key=lambda name: validated[name].score.value)
-    equal = [name for name in fast if not is_better(validated[best], validated[name])]
-    chosen = min(equal, key=lambda name: speeds[name].milliseconds)
+    not_worse = [name for name in fast if not is_better(validated[best], validated[name])]  # also *best*
+    chosen = min(not_worse, key=lambda name: speeds[name].milliseconds)
     return tuple(
         NetworkScore(
             name=name,
@@ -142,7 +142,7 @@ def cross_validate(
     strategy: Strategy,
     callback: Callback,
 ) -> Validated:
-    """Cross-validate the network of *recipe* on *images*; its features stay in the cache for the run."""
+    """Cross-validate the network of *recipe* on *images*; their features stay in the cache for the run."""
     initial = create_initial_model(recipe, images.labels, strategy, weights)
     run = create_run(images, strategy, initial)
 
@@ -164,7 +164,7 @@ def is_better(best: Validated, other: Validated) -> bool:
     """
     if best.right is None or other.right is None:
         return other.score.value < best.score.low
-    first = np.unique(best.groups, return_index=True)[1]
-    of_best, of_other = best.right[first], other.right[first]
+    first_G = np.unique(best.groups, return_index=True)[1]  # the first image of each group
+    of_best, of_other = best.right[first_G], other.right[first_G]
     wins, losses = int((of_best & ~of_other).sum()), int((of_other & ~of_best).sum())
-    return difference_interval(wins, losses, len(first)).low > 0
+    return difference_interval(wins, losses, len(first_G)).low > 0

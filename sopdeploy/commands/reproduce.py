@@ -84,14 +84,14 @@ def _print_plan(planned: "Reproduction") -> None:
     from sopdeploy.reproduction.plan import format_hours
 
     say(f"{planned.table.source}: {planned.table.title}", style="bold")
-    say(*filter(None, (planned.statement, planned.paper_scale)))
+    say(*filter(None, (planned.deviations, planned.paper_scale)))
     for row in planned.rows:
         time = f"{format_hours(row.gpu_hours)} per seed at paper scale"
         say(f"{row.printed.id}: {time if row.recipe else row.reason}", *planned.commands(row))
     say(f"in total {format_hours(planned.gpu_hours)} for {planned.seeds} seeds at paper scale")
-    for command_line in [line for row in planned.rows for line in planned.commands(row)][:1]:
+    if commands := [line for row in planned.rows for line in planned.commands(row)]:
         say("on several GPUs, start every command with torchrun, such as")
-        say(f"torchrun --nproc-per-node 8 -m {command_line}")
+        say(f"torchrun --nproc-per-node 8 -m {commands[0]}")
 
 
 def _print_results(results: "Reproduction") -> None:
@@ -101,6 +101,6 @@ def _print_results(results: "Reproduction") -> None:
     table = error_table(results.rows) if trained else fact_table(results.rows)
     print_table(table.columns, (map(str, row) for row in table.rows))
     say(*(f"{name}: {note}" for name, note in notes(results.rows)))
-    say(*filter(None, (results.table.note, results.statement, results.paper_scale)))
+    say(*filter(None, (results.table.note, results.deviations, results.paper_scale)))
     unit = "errors in percent with 95 % intervals; " if trained else ""
     say(f"{unit}page: {results.page}")

@@ -73,8 +73,8 @@ class TrainOptions(Options):
         if self.within is not None:
             _milliseconds(self.within)  # raises the error of an invalid time
         names = [name.strip() for name in self.models.split(",")]
-        weights = [None] if self.weights is None else self.weights.split(",")
-        if len(weights) == 1 and weights[0] in {None, *PUBLISHED}:  # for every network
+        weights = [None] if self.weights is None else [file.strip() for file in self.weights.split(",")]
+        if len(weights) == 1 and weights[0] in {None, *PUBLISHED}:  # the same for every network
             weights *= len(names)
         if len(weights) != len(names):
             raise ConfigError(

@@ -75,18 +75,18 @@ class RandomResizedCrop(BoxCrop):
     ratio: tuple[Ratio, Ratio] = (0.75, 4 / 3)
 
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:  # noqa: ARG002
-        """Draw a box in source pixels; if ten draws do not fit, return the largest allowed centered box."""
+        """Draw a box in source pixels; if ten do not fit, return the largest centered one of valid ratio."""
         width, height = size
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(10):
             area = width * height * random.uniform(*self.scale)
-            shape = math.exp(random.uniform(low, high))
-            w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+            aspect = math.exp(random.uniform(low, high))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < w <= width and 0 < h <= height:
                 left, top = random.randint(0, width - w), random.randint(0, height - h)
                 return left, top, left + w, top + h
-        shape = min(max(width / height, self.ratio[0]), self.ratio[1])  # the nearest allowed ratio
-        w, h = min(width, max(1, round(height * shape))), min(height, max(1, round(width / shape)))
+        aspect = min(max(width / height, self.ratio[0]), self.ratio[1])  # the nearest valid ratio
+        w, h = min(width, max(1, round(height * aspect))), min(height, max(1, round(width / aspect)))
         left, top = (width - w) // 2, (height - h) // 2
         return left, top, left + w, top + h
 
@@ -103,10 +103,10 @@ class RandomSide(BoxCrop):
     def box(self, size: tuple[int, int], crop: int, random: Random) -> Box:
         """Draw the square in source pixels that becomes the crop after the resize to a random side."""
         width, height = size
-        side = max(crop, random.randint(*sorted(self.sides)))
+        side = max(crop, random.randint(*sorted(self.sides)))  # the crop must fit
         window = crop * (min(width, height) / side)  # side of the crop, in source pixels
         left, top = random.random() * (width - window), random.random() * (height - window)
-        return left, top, min(width, left + window), min(height, top + window)
+        return left, top, min(width, left + window), min(height, top + window)  # despite rounding errors
 
 
 Augmentation = Annotated[
@@ -138,7 +138,7 @@ NO_COLOR_SHIFT = ColorConfig()
 
 @dataclass(frozen=True, slots=True)
 class AugmentedDataset(Dataset):
-    """Augmented images of one epoch.
+    """Augmented images of one epoch, of `preprocess.crop` x `preprocess.crop` pixels.
 
     Repeated uses of a sample have the indices `sample + copy * len(self)` and are augmented differently. If
     the images are doubled, every second copy is mirrored.
@@ -164,8 +164,8 @@ class AugmentedDataset(Dataset):
             padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
             top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
             array = padded[top : top + rules.crop, left : left + rules.crop]
-        mirrored = isinstance(augmentation, PadCrop) and augmentation.doubled and copy % 2 == 1
-        if random.random() < augmentation.flip or mirrored:
+        always_mirrored = isinstance(augmentation, PadCrop) and augmentation.doubled and copy % 2 == 1
+        if random.random() < augmentation.flip or always_mirrored:
             array = array[:, ::-1]
         return self.color(array, derive_seed(self.seed, "color", self.epoch, index)), target
 

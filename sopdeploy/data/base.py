@@ -218,7 +218,7 @@ def describe_contradictions(images: LabeledImages, hashes: NDArray[np.int64]) ->
     first = indices[inverse].tolist()  # for each image, the index of the first one with its hash
     same = images.targets[first] == images.targets
     same_labels = same if same.ndim == 1 else same.all(axis=1)
-    readable = hashes != 0
+    readable = hashes != 0  # as `hash_images` marks them
     contradictions = np.flatnonzero(readable & ~same_labels).tolist()
     pairs = [f"{images.describe(first[index])} = {images.describe(index)}" for index in contradictions]
     return f"the same file has different labels; delete one of each: {shorten(pairs, '; ')}" if pairs else ""
@@ -324,20 +324,20 @@ def hold_out(
     are processed from the rarest to the most frequent one, then the images without a class, as in the
     iterative stratification of Sechidis et al. (ECML 2011), section 4.
     """
-    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]
+    ranks = [(derive_seed(seed, "hold-out", key), key) for key in keys]  # equal hashes are sorted by key
     order = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)
     if targets.ndim == 1:
         sorted_by_class = order[np.argsort(targets[order], kind="stable")]
         of_classes = np.split(sorted_by_class, np.flatnonzero(np.diff(targets[sorted_by_class])) + 1)
     else:
         rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
-        of_classes = [order[targets[order, target] > 0] for target in rarest_first]
+        of_classes = [order[targets[order, column] > 0] for column in rarest_first]
         of_classes.append(order[~targets[order].any(axis=1)])
     held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    for images in of_classes:  # indices in the order of `order`; an image can have several classes
-        quota = min(max(1, round(fraction * len(images))), len(images) - 1)
-        missing = max(0, quota - held_out[images].sum())
-        undecided = images[~decided[images]]
+    for members in of_classes:  # indices in the order of `order`; an image can have several classes
+        quota = min(max(1, round(fraction * len(members))), len(members) - 1)  # of a single image, none
+        missing = max(0, quota - held_out[members].sum())  # rarer classes may have held out some
+        undecided = members[~decided[members]]
         held_out[undecided[:missing]] = True
-        decided[images] = True
+        decided[members] = True  # the others are training images
     return held_out

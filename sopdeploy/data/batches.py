@@ -21,9 +21,9 @@ Batch = tuple[Tensor, Tensor]  # images (B, H, W, 3) uint8; labels (B,) int64 or
 
 
 def count_batches(samples: int, batch_size: int) -> int:
-    """Count the batches of an epoch; every batch has at least two samples, because batch norm needs them.
+    """Count the batches of an epoch so that each has two or more samples, because batch norm needs them.
 
-    With an odd number of samples and a *batch_size* of 2, one batch therefore has three samples.
+    Batch sizes differ by at most one. With an odd number of samples and a *batch_size* of 2, one is 3.
     """
     rounded_up = -(-samples // batch_size)
     return min(rounded_up, max(1, samples // 2))
@@ -32,7 +32,7 @@ def count_batches(samples: int, batch_size: int) -> int:
 def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Shuffle *samples* indices and split them into batches for one epoch.
 
-    Batch sizes differ by at most one (`count_batches`): no sample is dropped.
+    Batch sizes differ by at most one (`count_batches`); no sample is dropped.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     shuffled = torch.randperm(samples, generator=generator)
@@ -47,7 +47,7 @@ def sequential_batches(samples: int, batch_size: int) -> list[list[int]]:
 def load_batches(
     dataset: Dataset, batches: list[list[int]], workers: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Load *batches* of *dataset* onto *device* with up to *workers* loader processes.
+    """Load *batches*, lists of indices of *dataset*, onto *device* with up to *workers* loader processes.
 
     Yields images (B, H, W, 3) uint8 and labels (B,) int64 or (B, C) float32. Raises the `DataError` of the
     first unusable image.
@@ -56,21 +56,21 @@ def load_batches(
     loader: DataLoader[Any] = DataLoader(
         _BatchedDataset(dataset),  # type: ignore[arg-type]  # not torch's Dataset
         batch_sampler=batches,
-        collate_fn=tuple,
+        collate_fn=tuple,  # no change: `__getitems__` has stacked the samples
         num_workers=min(workers, usable_cores()),
         worker_init_fn=_init_worker,
         pin_memory=on_gpu,
     )
-    for batch in loader:
-        if len(batch) == 1:  # the message of an error
-            raise DataError(batch[0])
-        images, labels = batch
+    for loaded in loader:
+        if len(loaded) == 1:  # the message of an error
+            raise DataError(loaded[0])
+        images, labels = loaded
         yield images.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu)
 
 
 @dataclass
 class _BatchedDataset:
-    """Load whole batches; return the message of a `DataError`: DataLoader adds a traceback to errors."""
+    """Load whole batches, or return the message of a `DataError`: DataLoader adds a traceback to errors."""
 
     dataset: Dataset
 

@@ -61,7 +61,7 @@ class DataReport(StrictModel):
         classes: Problems of class folders that stop a training run: a folder has no images, or the held-out
             classes differ from the training classes.
         unreadable: Errors of the files that cannot be decoded.
-        too_few: Classes with a single image, which training leaves out.
+        too_few: Classes with a single image, which training leaves out if no images are held out by folder.
         near: Groups of near-duplicates, each with a file that is no exact duplicate; `None` if not searched.
         passed_over: Number of files without an image suffix, by suffix.
         notes: What the user may not have intended, such as folders that are not used.
@@ -83,7 +83,7 @@ class DataReport(StrictModel):
     def must_be_usable(self) -> None:
         """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.classes, *self.unreadable]
-        num_trained = len(self.parts[0].classes) - len(self.too_few)
+        num_trained = len(self.parts[0].classes) - len(self.too_few)  # the first part is the training part
         if num_trained < 2:
             problems += self.too_few
         if problems:
@@ -92,7 +92,7 @@ class DataReport(StrictModel):
 
 @dataclass(frozen=True, slots=True)
 class _FileInfo:
-    """Properties of one file; of an unreadable file only its length in bytes and the `error` are set."""
+    """Properties of one file; of an unreadable one, those after `error` are not set."""
 
     file: str
     part: str
@@ -130,7 +130,7 @@ def check_data(
     notes = [*opened.notes]
     if by_edges:
         notes.append(EDGES_MISS)
-    shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T
+    shorter, longer = np.sort([info.size for info in readable] or [(0, 0)], axis=1).T  # two sides per image
     return DataReport(
         path=path,
         parts=tuple(_describe_part(name, images, infos) for name, images in parts.items()),
@@ -155,18 +155,18 @@ def _describe_part(name: str, images: ImageFiles, infos: Sequence[_FileInfo]) ->
 
 def _inspect_file(images: ImageFiles, part: str, by_edges: bool, index: int) -> _FileInfo:
     """Decode an image and describe its file; with *by_edges*, with its signature for near-duplicates."""
-    path, label = images.path(index), SEPARATOR.join(images.class_names(index))
-    data = b""
+    file, label = str(images.path(index)), SEPARATOR.join(images.class_names(index))
+    data = b""  # of a file that cannot be read
     try:
         data = images.read(index)
-        with image_errors(str(path)):
+        with image_errors(file):
             image = open_image(data)
-            image_format = image.format or ""
+            image_format = image.format or ""  # the converted image has none
             pixels = to_rgb(load_pixels(image), _RULES)
     except DataError as error:
-        return _FileInfo(str(path), part, label, len(data), str(error))
+        return _FileInfo(file, part, label, len(data), str(error))
     return _FileInfo(
-        file=str(path),
+        file=file,
         part=part,
         label=label,
         length=len(data),

@@ -76,7 +76,7 @@ def walk(folder: Path, ancestors: frozenset[str] = frozenset()) -> Iterator[Path
     real = os.path.realpath(folder)
     if real in ancestors:
         return
-    ancestors |= {real, *map(str, Path(real).parents)}
+    ancestors |= {real, *map(str, Path(real).parents)}  # also those above the first folder
     for entry in list_folder(folder):
         path = folder / entry.name
         if _is_folder(entry):
@@ -116,9 +116,9 @@ def is_image(name: str) -> bool:
 
 
 def part_kind(name: str) -> str:
-    """Return the word of `TRAINING` or `HELD_OUT` in the folder *name*: `train` in `seg_train`; or ""."""
+    """Return the word of `TRAINING` or `HELD_OUT` in the folder *name*: `train` of `seg_train`; else ""."""
     words = [word for word in re.split(r"[\s_.-]+", name.lower()) if word and word not in AFFIXES]
-    kind = words[0].removesuffix("set") if len(words) == 1 else ""
+    kind = words[0].removesuffix("set") if len(words) == 1 else ""  # as in `trainset`
     return kind if kind in TRAINING or kind in HELD_OUT else ""
 
 
@@ -131,16 +131,17 @@ def find_parts(root: Path) -> Parts:
     names = list_subfolders(root)
     kinds = {name: part_kind(name) for name in names}
     only_parts = all(kinds.values())
-    training = [
+    candidates = [
         name for name in names if kinds[name] in TRAINING and (only_parts or list_subfolders(root / name))
     ]
-    if len(training) > 1:
-        raise DataError(f"{root}: {shorten(training)} may all hold the training images; rename all but one")
+    if len(candidates) > 1:
+        raise DataError(f"{root}: {shorten(candidates)} may all hold the training images; rename all but one")
     held_out = sorted(
         (name for name in names if kinds[name] in HELD_OUT), key=lambda name: HELD_OUT.index(kinds[name])
     )
-    train = training[0] if training else ""
-    return Parts(train, tuple(held_out), tuple(name for name in names if name not in (train, *held_out)))
+    train = candidates[0] if candidates else ""
+    others = tuple(name for name in names if name not in (train, *held_out))
+    return Parts(train, tuple(held_out), others)
 
 
 def part_folder(root: Path, name: str) -> Path:

@@ -30,6 +30,7 @@ from sopdeploy.images.pixels import to_rgb
 from sopdeploy.images.preprocess import Preprocess
 
 Groups = NDArray[np.int64]  # a number per image
+_Parts = Sequence[NDArray[np.float32]]  # vectors (N, D_i) of N images, in one or several parts
 _RULES = Preprocess()  # for the conversion to upright RGB
 CROPS = (0.85, 0.7)  # shares of each side of copies, in turn; 0.7 is half of the photograph
 MISSED = 0.2  # share of the copies that may have a lower cosine
@@ -57,9 +58,9 @@ class Copies(LabeledImages):
 
     @classmethod
     def of(cls, images: LabeledImages, keys: Sequence[str], crops: tuple[float, ...] = CROPS) -> "Copies":
-        """Copy an eighth of *images*, at least 8 and at most 32, equally often with each of *crops*.
+        """Copy an eighth of *images*, at most 32 and if possible 8 or more, as many for each of *crops*.
 
-        The hashes of the *keys* of the images choose them, so that added images change few copies.
+        The hashes of the *keys* of the images choose images and crops: added images change few copies.
         """
         per_crop = int(np.clip(len(images) // 8, 8, 32)) // len(crops)
         seeds = np.asarray([crc32(key.encode()) for key in keys], np.int64)
@@ -90,34 +91,34 @@ class Copies(LabeledImages):
 
 def find_pairs(
     views: Sequence[NDArray[np.float32]],
-    copies: Sequence[NDArray[np.float32]],
+    copies: _Parts,
     originals: NDArray[np.intp],
     targets: NDArray[Any],
 ) -> NDArray[np.intp]:
-    """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C).
+    """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C), in any order.
 
-    A vector has one or several parts. For each part, *views* has (N, V, D), the view of the whole image
-    first, and *copies* has (M, D) of the copies of the images *originals* (M,).
+    An image also pairs with itself. Vectors have one or several parts. For each part, *views* has (N, V, D),
+    the view of the whole image first, and *copies* has (M, D) of the copies of the images *originals* (M,).
     """
     count = len(targets)
     classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)
-    parts_of_view = [[part[:, number] for part in views] for number in range(views[0].shape[1])]
+    num_views = views[0].shape[1]
+    parts_of_view = [[part[:, number] for part in views] for number in range(num_views)]  # (N, D) each
     parts_of_whole = parts_of_view[0]
     whiten = _fit_whitening([np.concatenate(pair) for pair in zip(parts_of_whole, copies, strict=True)])
     whole = whiten(parts_of_whole)
 
     def largest_cosines(some: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the largest cosines (K, L) of a view of *some* images with *others* (L, D)."""
-        each = (whiten([part[some] for part in parts]) for parts in parts_of_view)
-        largest: NDArray[np.float32] = np.maximum.reduce([view @ others.T for view in each])
+        some_views = (whiten([part[some] for part in parts]) for parts in parts_of_view)
+        largest: NDArray[np.float32] = np.maximum.reduce([view @ others.T for view in some_views])
         return largest
 
-    compared = np.arange(0, count, -(-count // MAX_COMPARED))  # evenly spaced
+    compared = np.arange(0, count, -(-count // MAX_COMPARED))  # at most so many, evenly spaced
     of_different = _bound_of_different(largest_cosines(compared, whole), compared, classes)
-    cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))
+    cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     of_copies = float(np.quantile(cosines_of_copies, MISSED))
-    halfway = (of_different + of_copies) / 2
-    threshold = max(of_different, halfway)
+    threshold = max(of_different, (of_different + of_copies) / 2)  # not lower, even if copies differ more
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
         block = slice(start, start + _BLOCK)
@@ -131,14 +132,14 @@ def _bound_of_different(
 ) -> float:
     """Estimate the bound of the *cosines* (K, N) between the images *compared* (K,) and different images.
 
-    It is `DEVIATIONS` above the median of those in a class, and of the largest ones with other classes. The
-    deviation is estimated by the quartile, which a few copies or wrong labels do not change.
+    It is `DEVIATIONS` above the median of those in a class, or of the largest ones with other classes if that
+    is more. The deviation is estimated by the quartile, which a few copies or wrong labels do not change.
     """
     same_class = classes[compared, None] == classes
     nearest_other = np.where(same_class, -1.0, cosines).max(axis=1)
     in_class = cosines[same_class & (compared[:, None] != np.arange(len(classes)))]
-    bound = -1.0
-    for values in filter(len, (nearest_other, in_class)):
+    bound = -1.0  # the smallest cosine
+    for values in filter(len, (nearest_other, in_class)):  # classes of one image have no pairs
         median, upper = np.quantile(values, [0.5, 0.75])
         bound = max(bound, float(median + DEVIATIONS * (upper - median) / QUARTILE))
     return bound
@@ -165,10 +166,8 @@ def connect(count: int, pairs: NDArray[np.intp], *keys: Any) -> Groups:
     return np.unique(lowest, return_inverse=True)[1].astype(np.int64)
 
 
-def _fit_whitening(
-    parts: Sequence[NDArray[np.float32]],
-) -> Callable[[Sequence[NDArray[np.float32]]], NDArray[np.float32]]:
-    """Fit the whitening of the vectors with the *parts* (N, D_i); returns a function of parts of vectors.
+def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
+    """Fit the whitening of vectors to those with the *parts*; returns a function of the parts of any vectors.
 
     It scales the parts to equal norms, divides the principal components by their damped standard deviations,
     and returns rows of norm 1.
@@ -177,23 +176,23 @@ def _fit_whitening(
     squares = [np.square(part - mean).sum(axis=1).mean() for part, mean in zip(parts, means, strict=True)]
     norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]
 
-    def join(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        scaled = [(part - mean) / norm for part, mean, norm in zip(parts, means, norms, strict=True)]
+    def join(given: _Parts) -> NDArray[np.float32]:
+        scaled = [(part - mean) / norm for part, mean, norm in zip(given, means, norms, strict=True)]
         return np.concatenate(scaled, axis=1)
 
     rows = join(parts)
     # Both products have the same eigenvalues above 0. The smaller one is decomposed.
     is_wide = rows.shape[0] <= rows.shape[1]
     product = rows @ rows.T if is_wide else rows.T @ rows
-    variances, vectors = np.linalg.eigh(product.astype(np.float64))
+    variances, vectors = np.linalg.eigh(product.astype(np.float64))  # N times: the rows get norm 1 anyway
     damping = max(float(variances.mean()), 1e-12)
     kept = variances > 1e-6 * damping  # the others are rounding errors
     variances, vectors = variances[kept], vectors[:, kept]
-    directions = rows.T @ (vectors / np.sqrt(variances)) if is_wide else vectors
+    directions = rows.T @ (vectors / np.sqrt(variances)) if is_wide else vectors  # columns of norm 1
     projection = (directions / np.sqrt(variances + damping)).astype(np.float32)
 
-    def whiten(parts: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-        whitened = join(parts) @ projection
+    def whiten(given: _Parts) -> NDArray[np.float32]:
+        whitened = join(given) @ projection
         length = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
         unit: NDArray[np.float32] = (whitened / length).astype(np.float32)
         return unit
@@ -207,7 +206,7 @@ def effective_count(groups: NDArray[np.integer]) -> float:
     Equal groups count as one image each (the effective sample size of Kish, "Survey Sampling", 1965).
     """
     sizes = np.unique(groups, return_counts=True)[1]
-    return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))
+    return float(len(groups) ** 2 / max(1, np.square(sizes).sum()))  # 0 without images
 
 
 def signature(image: Image.Image) -> NDArray[np.float32]:
@@ -218,10 +217,10 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
     small = to_rgb(image, _RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     down, right = np.gradient(np.asarray(small, np.float32))
     length = np.hypot(down, right)
-    direction = np.arctan2(down, right) / (2 * np.pi) % 1 * DIRECTIONS
+    direction = np.arctan2(down, right) / (2 * np.pi) % 1 * DIRECTIONS  # in bins, 0 to 8
     lower = direction.astype(int)
     share_of_next = direction - lower  # each edge counts in the two bins next to its direction
-    cell = np.arange(THUMBNAIL) * CELLS // THUMBNAIL
+    cell = np.arange(THUMBNAIL) * CELLS // THUMBNAIL  # of each row, and of each column
     first_bin = (cell[:, None] * CELLS + cell) * DIRECTIONS  # of the cell of each pixel
     histogram = sum(
         np.bincount(
@@ -231,7 +230,7 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
         )
         for shift, share in ((0, 1 - share_of_next), (1, share_of_next))
     )
-    root = np.sqrt(histogram)
+    root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
     found: NDArray[np.float32] = (root / max(float(np.linalg.norm(root)), 1e-12)).astype(np.float32)
     return found
 
@@ -248,12 +247,12 @@ def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) 
 def hold_out_images(split: Split, fraction: float, seed: int) -> Split:
     """Hold out *fraction* of the images of every class if *split* has no held-out images.
 
-    *seed* and the identities of the images determine which. Near-duplicates and images of one group are on
-    one side; a class that is one group has no held-out image.
+    *seed* and the identities of the images determine which. Images of one group are on one side, as are
+    near-duplicates among readable images, if not too many; a class that is one group has no held-out image.
     """
-    images = split.train
     if len(split.held_out):
         return split
+    images = split.train
     if len(images) <= MAX_COMPARED_PIXELS:
         try:
             signatures = np.stack(list(map_threaded(lambda index: signature(images[index][0]), len(images))))
@@ -261,7 +260,8 @@ def hold_out_images(split: Split, fraction: float, seed: int) -> Split:
         except DataError:  # the run names all unreadable files
             pass
         else:
-            images = images if groups.max() + 1 == len(images) else images.replaced(groups=groups)
+            if groups.max() + 1 < len(images):  # otherwise each image is a group
+                images = images.replaced(groups=groups)
     mask = _hold_out_groups(images, fraction, seed)
     return replace(split, train=images.select(~mask), held_out=images.select(mask))
 

@@ -112,15 +112,15 @@ def open_data(config: DataConfig | DataSource, log: Log = lambda _line: None) ->
     return split if config.classes is None else _select_subset(split, config.classes)
 
 
-def _select_subset(split: Split, classes: int) -> Split:
-    """Keep the images of *classes* drawn classes; raises `DataError` if the data have fewer."""
+def _select_subset(split: Split, count: int) -> Split:
+    """Keep the images of *count* drawn classes; raises `DataError` if the data have fewer."""
     labels = split.train.labels
-    if classes > len(labels):
+    if count > len(labels):
         raise DataError(
-            f"data.classes: {classes}, but the data have {len(labels)} classes; give a smaller number"
+            f"data.classes: {count}, but the data have {len(labels)} classes; give a smaller number"
         )
     in_random_order = sorted(labels, key=lambda label: (derive_seed(SUBSET_SEED, "classes", label), label))
-    drawn = in_random_order[:classes]
-    kept = tuple(label for label in labels if label in drawn)
+    drawn = in_random_order[:count]
+    kept = tuple(label for label in labels if label in drawn)  # in their order
     train, held_out = (select_classes(images, kept) for images in (split.train, split.held_out))
     return replace(split, train=train, held_out=held_out)

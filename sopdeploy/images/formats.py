@@ -68,14 +68,14 @@ def open_image(
         raise too_large_error(max_bytes)
     kind = image_format(body, formats)
     try:
-        _check_size(webp_size(body), max_pixels)
+        _check_size(webp_size(body), max_pixels)  # 0 x 0 for other formats
         if kind == "HEIF":
             _use_heif()
         image = Image.open(io.BytesIO(body), formats=(kind,))
         _check_size(image.size, max_pixels)
-        for size in ITEM_SIZE.findall(body) if kind == "HEIF" else ():  # its decoder allocates all images
-            width, height = (int.from_bytes(side, "big") for side in size)
-            _check_size((width, height), max_pixels)
+        if kind == "HEIF":  # its decoder allocates all images of the file
+            for width, height in ITEM_SIZE.findall(body):
+                _check_size((int.from_bytes(width, "big"), int.from_bytes(height, "big")), max_pixels)
         match_transparency(image)
     except Exception as error:  # untrusted bytes: a parser may raise anything
         raise image_error(error, max_pixels) from error
@@ -129,12 +129,12 @@ def too_large_error(max_bytes: int) -> ImageError:
 def image_format(body: bytes, formats: Collection[str] | None = None) -> str:
     """Detect the format of *body*, as Pillow names it.
 
-    Raises `ImageError` if it is not one of *formats*, by default all; otherwise they are those of a server.
+    Raises `ImageError` if it is not one of *formats*: by default all, in a server those of its settings.
     """
     kind, names = _detect_format(body), formats or FORMATS
     if any(FORMATS[name] == kind for name in names):
         return kind
-    accepted = f"use {describe_formats(names)}" + " (the setting formats)" * (formats is not None)
+    accepted = f"use {describe_formats(names)}{'' if formats is None else ' (the setting formats)'}"
     if not kind:
         raise ImageError(f"this is not an image; {accepted}", code="not_an_image", status=415)
     raise _unsupported(f"{kind.replace('HEIF', 'HEIC')} files are not accepted; {accepted}")
@@ -155,7 +155,7 @@ def _unsupported(message: str) -> ImageError:
 
 
 def prepare_decoders() -> None:
-    """Import the decoder of HEIC, if it is installed; a process without files must do this before."""
+    """Import the decoder of HEIC, if it is installed, before the process may no longer open files."""
     with contextlib.suppress(ImageError):
         _use_heif()
 
@@ -177,9 +177,8 @@ def _use_heif() -> None:
 def webp_size(body: bytes) -> tuple[int, int]:
     """Read (width, height) from the header of a WebP; (0, 0) for other formats.
 
-    libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks memory.
-
-    Source: RFC 9649, sections 2.5 to 2.7.
+    libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks memory. Source:
+    RFC 9649, sections 2.5 to 2.7.
     """
     kind, head = body[8:16], body[16:30]
     if kind == b"WEBPVP8X":
@@ -197,7 +196,7 @@ def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
 
     The search for the segment after a scan skips the data of the scan.
     """
-    position = 2
+    position = MARKER_BYTES  # after the marker of the start
     while marker := MARKER.search(body, position):
         position = marker.end()
         yield body[position - 1], position

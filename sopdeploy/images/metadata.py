@@ -47,25 +47,25 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     """Copy the segments of the first image in the JPEG *body* that its pixels depend on."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
-        tags = struct.pack(">2sHIHHHIHxxI", b"MM", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)
-        parts += [b"\xff\xe1", struct.pack(">H", 8 + len(tags)), b"Exif\0\0", tags]
+        tags = struct.pack(">2sHIHHHIHxxI", b"MM", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)  # one tag
+        parts += [b"\xff\xe1", struct.pack(">H", 2 + 6 + len(tags)), b"Exif\0\0", tags]
     scan: int | None = None  # where the data of the last scan begin
     for marker, start in jpeg_segments(body):
         begin, end = start - MARKER_BYTES, start + int.from_bytes(body[start : start + 2], "big")
         if scan is not None:
             parts.append(body[scan:begin])
         scan = end if marker == SCAN else None
-        kind = body[start + 2 : end]
         if marker == _END:
             break
-        if marker == JFIF and kind.startswith(b"JFIF\0"):
-            parts += [b"\xff\xe0\0\x10", body[start + 2 : start + JFIF_BYTES - 2], b"\0\0"]
+        content = body[start + 2 : end]  # after the length
+        if marker == JFIF and content.startswith(b"JFIF\0"):
+            parts += [b"\xff\xe0\0\x10", body[start + 2 : start + JFIF_BYTES - 2], b"\0\0"]  # no thumbnail
         elif (
             marker in NEEDED
-            or (marker == COLORS and kind.startswith(b"ICC_PROFILE\0"))
-            or (marker == ADOBE and kind.startswith(b"Adobe"))
+            or (marker == COLORS and content.startswith(b"ICC_PROFILE\0"))
+            or (marker == ADOBE and content.startswith(b"Adobe"))
         ):
             parts.append(body[begin:end])
-    if scan is not None:  # the file has no end
+    if scan is not None:  # the file has no end marker
         parts.append(body[scan:])
     return b"".join((*parts, b"\xff\xd9"))

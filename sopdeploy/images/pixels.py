@@ -20,7 +20,7 @@ from PIL import Image
 from sopdeploy.images.preprocess import Pixels, Preprocess
 
 ORIENTATION, UPRIGHT = 0x0112, 1
-INTEGERS = {1: "B", 3: "H", 4: "I"}
+INTEGERS = {1: "B", 3: "H", 4: "I"}  # formats of `struct` by the type of a tag
 TEXT_PROFILE = "Raw profile type exif"  # in the text of a PNG
 XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 MAX_ASPECT_RATIO = 16  # of a longer strip, only the cropped part is resized
@@ -46,7 +46,7 @@ def exif_orientation(image: Image.Image) -> int:
         info: dict[Any, Any] = image.info
         data = info.get("exif")
         if data is None and TEXT_PROFILE in info:
-            data = bytes.fromhex("".join(info[TEXT_PROFILE].split("\n")[3:]))
+            data = bytes.fromhex("".join(info[TEXT_PROFILE].split("\n")[3:]))  # after "", name, length
         found = _read_orientation(data) if data else None
         if found is None:
             xmp = info.get("XML:com.adobe.xmp") or info.get("xmp") or b""
@@ -62,7 +62,7 @@ def _read_orientation(data: bytes) -> int | None:
     data = data.removeprefix(b"Exif\0\0")
     order = "<" if data.startswith(b"II") else ">"
     with suppress(struct.error):  # the data are cut
-        (start,) = struct.unpack_from(order + "I", data, 4)
+        (start,) = struct.unpack_from(order + "I", data, 4)  # of the directory
         (count,) = struct.unpack_from(order + "H", data, start)
         for entry in range(count):
             tag, kind, _, value = struct.unpack_from(order + "HHII", data, start + 2 + 12 * entry)
@@ -82,17 +82,17 @@ def resized_size(size: tuple[int, int], rules: Preprocess) -> tuple[int, int]:
         return rules.crop, rules.crop
     shorter, longer = min(size), max(size)
     if rules.fit == "pad":
-        short, long = max(1, round(rules.crop * shorter / longer)), rules.crop
+        new_shorter, new_longer = max(1, round(rules.crop * shorter / longer)), rules.crop
     else:
-        short, long = rules.resize, max(1, int(rules.resize * longer / shorter))
-    return (short, long) if size[0] <= size[1] else (long, short)
+        new_shorter, new_longer = rules.resize, max(1, int(rules.resize * longer / shorter))
+    return (new_shorter, new_longer) if size[0] <= size[1] else (new_longer, new_shorter)
 
 
 def to_rgb(image: Image.Image, rules: Preprocess) -> Image.Image:
     """Rotate *image* upright, convert it to RGB and composite it onto the background.
 
     An unreadable EXIF orientation is ignored. 16-bit gray is scaled to 8 bits, because Pillow clips it to
-    white.
+    white. An image that is upright and RGB is returned itself, not copied.
     """
     image.load()
     if rules.exif_orientation and (orientation := exif_orientation(image)) != UPRIGHT:
@@ -142,10 +142,10 @@ def match_transparency(image: Image.Image) -> None:
     tiles = getattr(image, "tile", None)
     if image.format != "PNG" or not tiles:
         return
-    coding, color = tiles[0][3], image.info.get("transparency")
-    if coding in GRAY_STEPS and isinstance(color, int):
-        image.info["transparency"] = color * GRAY_STEPS[coding]
-    elif coding == "RGB;16B" and isinstance(color, tuple):
+    raw_mode, color = tiles[0][3], image.info.get("transparency")
+    if raw_mode in GRAY_STEPS and isinstance(color, int):
+        image.info["transparency"] = color * GRAY_STEPS[raw_mode]
+    elif raw_mode == "RGB;16B" and isinstance(color, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in color)
 
 
@@ -186,12 +186,12 @@ _FITS = {"crop": center_crop, "pad": pad_to_square, "squash": squash}
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
     """List the conversions of the loaded *image* by `to_rgb` that users should know of, as warning codes."""
-    transparent = False
+    has_transparent = False  # pixels
     if image.has_transparency_data:
-        tiles = (_to_rgba(image.crop(box)) for box in tile_boxes(image.size))
-        transparent = any(tile.getchannel("A").histogram()[255] < tile.width * tile.height for tile in tiles)
+        alphas = (_to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
+        has_transparent = any(alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas)
     conversions = {
-        "alpha_flattened": transparent,
+        "alpha_flattened": has_transparent,
         "exif_rotated": rules.exif_orientation and exif_orientation(image) != UPRIGHT,
         "sixteen_bit_scaled": image.mode in SIXTEEN_BIT,
     }

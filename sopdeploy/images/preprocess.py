@@ -75,7 +75,7 @@ class Preprocess(StrictModel):
         return cls._published(
             "timm",
             crop=height,
-            resize=max(height, math.floor(height / crop_share)),
+            resize=max(height, math.floor(height / crop_share)),  # not below `crop`
             fit=TIMM_CROP_MODES[mode],
             interpolation=config.get("interpolation", "bilinear"),
             **colors,

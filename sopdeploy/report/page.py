@@ -94,7 +94,7 @@ def _predict(
     """Return the images that the page evaluates, what they are, and their calibrated logits (N, C)."""
     if not len(data.held_out):
         description = "the training images, each predicted by a network that was fitted without it"
-        return data.train, description, run.state["out_of_fold"].double().numpy()
+        return data.train, description, run.state["out_of_fold"].double().numpy()  # temperature 1
     description = "the held-out images"
     if run.recipe.procedure.kind == "loop":
         description += ", which also selected the epoch, so all scores of this section are too high"
@@ -183,7 +183,7 @@ def _describe_decision(best: Checkpoint) -> Iterator[Section]:
 
 
 def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Iterator[Section]:
-    """Show the *images* that are predicted wrongly with the greatest confidence."""
+    """Show the *images* that are predicted wrongly with the greatest confidence, if each has one class."""
     scores = [] if isinstance(predicted, MultiLabelPredictions) else predicted
     wrong = sorted((-score.confidence, index) for index, score in enumerate(scores) if not score.correct)
     captions = []
@@ -199,7 +199,7 @@ def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preproc
 def _show_wrong_labels(
     images: LabeledImages, state: dict[str, Tensor], rules: Preprocess
 ) -> Iterator[Section]:
-    """Show the training *images* whose label is probably wrong by the *state* of a procedure."""
+    """Show the training *images* whose label is probably wrong by the *state* of a few-shot procedure."""
     if "label_logits" not in state:
         return
     captions = []
@@ -214,12 +214,12 @@ def _show_wrong_labels(
 
 
 def _show_copies(images: LabeledImages, state: dict[str, Tensor], rules: Preprocess) -> Iterator[Section]:
-    """Show the largest groups of copies among the training *images* by the *state* of a procedure."""
+    """Show the largest groups of copies among training *images* by the *state* of a few-shot procedure."""
     if "groups" not in state:
         return
     group_N = state["groups"].numpy()
     sizes = np.bincount(group_N)
-    largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
+    largest = [group for group in np.argsort(-sizes, kind="stable") if sizes[group] > 1][:_MAX_GROUPS]
     captions = [
         (index, f"group {number}: {', '.join(images.class_names(index))}")
         for number, group in enumerate(largest, 1)

@@ -52,7 +52,7 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
         Table(caption="Most frequent mistakes", columns=["true", "predicted", "images"], rows=frequent)
     )
     worst_first = sorted(metrics.classes, key=lambda row: 1.0 if row.recall is None else row.recall.share)
-    classes = [
+    rows_of_classes = [
         (
             row.label,
             row.count,
@@ -64,7 +64,7 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
         for row in worst_first
     ]
     columns = ["class", "images", "predicted", "precision", "recall", "95 % interval of recall"]
-    tables.append(Table(caption="Every class", columns=columns, rows=classes, folded=True))
+    tables.append(Table(caption="Every class", columns=columns, rows=rows_of_classes, folded=True))
     return Section(title="Predictions", text=[images, scores], tables=tables)
 
 

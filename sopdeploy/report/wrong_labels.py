@@ -59,16 +59,16 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
 
 
 def list_wrong_labels(logits_NC: NDArray[np.float64], images: LabeledImages) -> list[tuple[int, WrongLabel]]:
-    """List images with a relatively more probable class than the label, by index; the least certain first.
+    """List images with a relatively more probable class than the label, the least probable label first.
 
     Probabilities are relative to the average one that images of a class have for it, because similar classes
-    are never certain ("confident learning", Northcutt et al., JAIR 2021). An image is listed if a class has
-    `LISTED_RATIO` times the relative probability of the label.
+    are never certain ("confident learning", Northcutt et al., JAIR 2021). An image is listed, with its index,
+    if a class has `LISTED_RATIO` times the relative probability of the label.
     """
     probabilities_NC, labels = softmax(logits_NC), images.targets.astype(np.int64)
     of_label_N = probabilities_NC[np.arange(len(labels)), labels]
-    sums_C = np.bincount(labels, of_label_N, probabilities_NC.shape[1])
-    average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)
+    sums_C = np.bincount(labels, of_label_N, minlength=probabilities_NC.shape[1])
+    average_C = sums_C / np.maximum(np.bincount(labels, minlength=len(sums_C)), 1)  # 0 without images
     at_least = of_label_N.mean() / 2  # the few images of a class may all be wrong
     relative_NC = probabilities_NC / np.maximum(average_C, at_least)
     relative_of_label_N = relative_NC[np.arange(len(labels)), labels]

@@ -33,10 +33,10 @@ class RowFigure(NamedTuple):
         """Mark the figure if the count is not the printed one to its last digit, rounded or cut off."""
         if self.printed is None or self.found is None:
             return self
-        digits = len(f"{self.printed:.10f}".rstrip("0").partition(".")[2]) or 1
-        step = 10**-digits
-        rounded = abs(self.found - self.printed) <= step / 2 * (1 + 1e-9)
-        return self._replace(mark="" if rounded or 0 <= self.found - self.printed < step else "✗")
+        decimals = len(f"{self.printed:.10f}".rstrip("0").partition(".")[2]) or 1  # of 25.0, one
+        step, excess = 10**-decimals, self.found - self.printed
+        is_rounded, is_cut_off = abs(excess) <= step / 2 * (1 + 1e-9), 0 <= excess < step
+        return self._replace(mark="" if is_rounded or is_cut_off else "✗")
 
 
 def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
@@ -45,7 +45,7 @@ def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> d
     facts = {"epochs": recipe.epochs, **_extra_costs(printed, table, counts)}
     figures = {name: figure for name, figure in counts.items() if figure.printed is not None}
     figures |= {name: RowFigure(value, facts.get(name)) for name, value in printed.facts.items()}
-    vector, _ = COUNTS["dim"]  # printed in thousands
+    vector, _ = COUNTS["dim"]  # not compared: it is printed in thousands
     return {name: figure if name == vector else figure.compare() for name, figure in figures.items()}
 
 
@@ -70,9 +70,9 @@ def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> 
         wanted = column in table.columns and column not in printed.counts
         found = _find_published(described, column, table) if wanted else None
         if found is not None:
-            unit = 1000 if column == "dim" else 1  # printed in thousands there
-            multiple = "x" if found.unit == "x" else ""
-            figures[name] = RowFigure(found.printed * unit, found.ours * unit, found.note, multiple)
+            factor = 1000 if column == "dim" else 1  # printed in thousands there
+            unit = "x" if found.unit == "x" else ""
+            figures[name] = RowFigure(found.printed * factor, found.ours * factor, found.note, unit)
     return figures
 
 
@@ -82,17 +82,18 @@ def _find_published(described: Description, column: Column, table: PrintedTable)
     quantities = {quantity}
     if described.training == described.shipped:
         quantities.add(quantity.replace("training", "shipped"))
-    figures = sorted(described.published, key=lambda figure: figure.source != table.source)
+    figures = sorted(described.published, key=lambda figure: figure.source != table.source)  # *table* first
     paper, _, _ = table.source.partition(",")
     of_paper = (figure for figure in figures if figure.source.startswith(paper))
     return next((figure for figure in of_paper if figure.quantity in quantities), None)
 
 
 def _extra_costs(printed: PrintedRow, table: PrintedTable, counts: dict[str, RowFigure]) -> dict[str, float]:
-    """Subtract the counts of the row's baseline from its own *counts*; the result is empty without one."""
+    """Subtract the counts of the row's baseline from its own *counts*, by fact; empty without a baseline."""
     baseline = next((row for row in table.rows if row.id == printed.baseline), None)
     trained = None if baseline is None else table.recipe_of(baseline)
     if baseline is None or trained is None:
         return {}
-    reference, names = _count_network(baseline, read_recipe(*trained), table), ("GFLOPs", "parameters (M)")
-    return {f"extra {name}": (counts[name].found or 0) - (reference[name].found or 0) for name in names}
+    reference = _count_network(baseline, read_recipe(*trained), table)
+    extra = {name: (counts[name].found or 0) - (reference[name].found or 0) for name in counts}
+    return {f"extra {name}": extra[name] for name in ("GFLOPs", "parameters (M)")}

@@ -31,7 +31,7 @@ def render_page(results: Reproduction) -> str:
         Section(title="Counts and other figures", tables=[fact_table(results.rows)]),
         Section(title="Commands", tables=[commands]),
     ]
-    text = [table.title, *filter(None, [results.statement, results.paper_scale])]
+    text = [table.title, *filter(None, [results.deviations, results.paper_scale])]
     return render(HtmlReport(title=table.source, text=text, sections=sections))
 
 
@@ -140,10 +140,9 @@ def _number(value: float | None) -> str:
 
 
 def _error_charts(curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption: str) -> Iterator[Figure]:
-    """Plot top-1 and top-5 error over the epochs.
+    """Plot top-1 and top-5 error over the epochs; no chart without *curves*.
 
-    *curves* are histories by name, each with the prefix of its columns: "" for the network, "HEAD_" for a
-    head.
+    These are histories by name, each with the prefix of its columns: "" for the network, "HEAD_" for a head.
     """
     for metric, label in _ERRORS.items() if curves else ():
         points = {
@@ -154,7 +153,7 @@ def _error_charts(curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption:
 
 
 def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Draw *table* as the paper's chart: errors of finished *rows* over an option of the networks."""
+    """Draw the paper's chart, errors of finished *rows* over an option, if *table* is one with two values."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         options, error = row.runs[0].network, mean_error(row.runs, "top1")

@@ -68,7 +68,7 @@ class Reproduction:
         self.seeds = self.options.seeds or self.table.seeds
 
     @property
-    def statement(self) -> str:
+    def deviations(self) -> str:
         """What the options and the data change in the experiment of the paper; empty if nothing is known."""
         if self.table.measures != "errors":
             return ""
@@ -86,14 +86,14 @@ class Reproduction:
         rows = [row for row in self.rows if row.recipe is not None]
         if not rows:
             return ""
-        measured = 0 if self.statement else sum(bool(row.runs) for row in rows)
+        measured = 0 if self.deviations else sum(bool(row.runs) for row in rows)  # none as in the paper
         done = f"{measured} of {len(rows)} rows" if measured else "no"
         hours = format_hours(sum(row.gpu_hours for row in rows))
         return f"Run at paper scale: {done}. All rows take about {hours} per seed ({ASSUMPTION})."
 
     @property
     def gpu_hours(self) -> float:
-        """The estimated time of all runs."""
+        """The estimated time of all runs at the scale of the paper."""
         return self.seeds * sum(row.gpu_hours for row in self.rows)
 
     def run_folder(self, row: str, seed: int) -> Path:
@@ -108,9 +108,9 @@ class Reproduction:
         return (*row.overrides, *needed, f"seed={seed}")
 
     def commands(self, row: ReproducedRow) -> list[str]:
-        """Format the commands that train *row* alone, one for each seed."""
+        """Format the commands that train *row* alone, one for each seed; none if it is not trained."""
         lines = []
-        for seed in range(self.seeds if row.recipe is not None else 0):
+        for seed in range(0 if row.recipe is None else self.seeds):
             settings = (word for override in self.overrides(row, seed) for word in ("--set", override))
             out = str(self.run_folder(row.printed.id, seed))
             lines.append(shlex.join(["sopdeploy", "train", "--recipe", row.source, *settings, "--out", out]))
@@ -138,7 +138,7 @@ class Reproduction:
         return {
             "table": self.table.id,
             **self.table.model_dump(include={"source", "title", "measures", "note"}),
-            "statement": self.statement,
+            "statement": self.deviations,
             "paper_scale": self.paper_scale,
             "seeds": self.seeds,
             "gpu_hours": self.gpu_hours,
@@ -149,8 +149,9 @@ class Reproduction:
 
 
 def format_hours(hours: float) -> str:
-    """Format GPU *hours* with two significant digits, without an exponent."""
-    return f"{float(f'{hours:.2g}'):,.{0 if hours >= 10 else 1 if hours >= 1 else 3}f} GPU hours"
+    """Format GPU *hours* with two significant digits, without an exponent and with at most three decimals."""
+    decimals = 0 if hours >= 10 else 1 if hours >= 1 else 3
+    return f"{float(f'{hours:.2g}'):,.{decimals}f} GPU hours"
 
 
 def plan(table: PrintedTable, options: ReproduceOptions, *, dry_run: bool = False) -> Reproduction:
@@ -177,8 +178,8 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
 
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
     """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
-    recipe = read_recipe(row.source, row.overrides)
-    row.figures = count_figures(row.printed, recipe, table)
+    of_paper = read_recipe(row.source, row.overrides)
+    row.figures = count_figures(row.printed, of_paper, table)
     if table.measures == "counts":
         row.reason = "counted, not trained"
         return
@@ -190,7 +191,7 @@ def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOp
         row.overrides += (f"start.weights={format_toml(str(weights))}",)
     row.overrides += options.set
     row.recipe = read_recipe(row.source, row.overrides)
-    row.gpu_hours = estimate_hours(recipe, DATA_SETS[table.data])
+    row.gpu_hours = estimate_hours(of_paper, DATA_SETS[table.data])
 
 
 def estimate_hours(recipe: Recipe, data: DataSet) -> float:
@@ -208,4 +209,4 @@ def estimate_hours(recipe: Recipe, data: DataSet) -> float:
         describe(network.name, image_size=side, num_classes=data.classes, **network.config).training.macs
         for network in networks
     )
-    return macs * _STEP_COST * images / GPU_OPERATIONS / 3600
+    return macs * _STEP_COST * images / GPU_OPERATIONS / 3600  # seconds per hour

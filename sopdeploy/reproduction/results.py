@@ -63,7 +63,7 @@ def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
 
 
 def _measure_heads(model: Classifier, checkpoint: Checkpoint, recipe: Recipe) -> dict[str, HeldOutMetrics]:
-    """Evaluate all heads of *model* on all held-out images; empty for a single head."""
+    """Evaluate all heads of *model* on all held-out images, of one class each; empty for a single head."""
     if len(model.loss_weights()) < 2:
         return {}
     images = select_procedure(recipe, open_data(recipe.data)).data.held_out
@@ -77,7 +77,7 @@ def mean_error(runs: Sequence[SeedResult], name: str) -> MeanError | None:
     errors = [1 - getattr(run.history[-1].metrics, name) for run in runs]
     if not errors:
         return None
-    center, count = mean(errors), runs[0].held_out_count
+    center, count = mean(errors), runs[0].held_out_count  # that of all runs
     low, high = student(errors) if len(errors) > 1 else wilson(round(center * count), count)
     return MeanError(mean=100 * center, low=100 * max(0.0, low), high=100 * min(1.0, high))
 

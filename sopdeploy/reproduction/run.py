@@ -58,7 +58,7 @@ def reproduce(
             if name in row.figures:
                 row.figures[name] = row.figures[name]._replace(found=value)
         _write_page(results)
-    _write_page(results)
+    _write_page(results)  # even if no row is trained
     return results
 
 

@@ -134,7 +134,7 @@ class PrintedTable(StrictModel):
             return self.rows
         by_id = {row.id: row for row in self.rows}
         wanted: set[str] = set()
-        for name in (part.strip() for part in names.split(",")):
+        for name in map(str.strip, names.split(",")):
             if name not in by_id:
                 raise ConfigError(
                     f"no row of {self.id}; choose one of {', '.join(by_id)}", setting="rows", value=name
@@ -151,8 +151,8 @@ def load_tables() -> dict[str, PrintedTable]:
     contents = [tomllib.loads((folder / f"{name}.toml").read_text(encoding="utf-8")) for name in names]
     named = {name: value for content in contents for name, value in content.get("named", {}).items()}
     tables: dict[str, PrintedTable] = {}
-    for values in chain.from_iterable(content["tables"] for content in contents):
-        for variant in _variants(_with_named(values, named)):
+    for table in chain.from_iterable(content["tables"] for content in contents):
+        for variant in _variants(_with_named(table, named)):
             tables[variant["id"]] = PrintedTable.model_validate(variant)
     return tables
 

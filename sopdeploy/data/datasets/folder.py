@@ -41,7 +41,7 @@ def open_folder(path: Path, log: Log = lambda _line: None) -> Split:
     `DataError` if the images cannot be used.
     """
     root = data_folder(path)
-    opened = open_parts(root, held_out=1)
+    opened = open_parts(root, max_held_out=1)
     for line in opened.notes:
         log(line)
     if opened.ignored:
@@ -89,56 +89,56 @@ class OpenedParts(NamedTuple):
     ignored: Mapping[str, int] = {}
 
 
-def open_parts(root: Path, held_out: int | None = None) -> OpenedParts:
+def open_parts(root: Path, max_held_out: int | None = None) -> OpenedParts:
     """Open the parts of *root*: an official layout, the images in `labels.csv`, or class folders.
 
-    Of the folders with held-out images, it opens the first *held_out*, by default all. Raises `DataError` for
-    fewer than two classes, and for files that cannot be read.
+    Of the folders with held-out images, it opens the first *max_held_out*, by default all. Raises `DataError`
+    for fewer than two classes, and for files that cannot be read.
     """
     if (kind := detect_kind(root)) is not None:
         train, test = open_part(kind, "train", root), open_part(kind, "held_out", root)
         return OpenedParts({"train": train, "test": test})
-    return _open_table(root) if has_label_table(root) else _open_class_folders(root, held_out)
+    return _open_table(root) if has_label_table(root) else _open_class_folders(root, max_held_out)
 
 
 def _open_table(root: Path) -> OpenedParts:
     """Open the images that `labels.csv` in *root* lists."""
-    file, table = root / LABELS_FILE, read_label_table(root)
+    where, table = root / LABELS_FILE, read_label_table(root)
     parts = {name: table.part(name) for name in (TRAIN, VAL)} if table.is_split else {UNSPLIT: table.images}
-    train = next(iter(parts.values()))
+    train = next(iter(parts.values()))  # or all images
     problems = [
-        f"{file}: no training image of {train.labels[target]}; set the split of one of its images to {TRAIN}"
-        for target in np.flatnonzero(train.class_counts() == 0)
+        f"{where}: no training image of {train.labels[index]}; set the split of one of its images to {TRAIN}"
+        for index in np.flatnonzero(train.class_counts() == 0)
     ]
-    listed, notes = set(table.images.paths.tolist()), []
-    unlisted = [str(root / os.fsdecode(path)) for path in list_images(root)[0] if path not in listed]
+    notes = []
+    unlisted = sorted(set(list_images(root)[0]) - set(table.images.paths.tolist()))
     if unlisted:
-        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {shorten(unlisted)}")
+        files = shorten([str(root / os.fsdecode(path)) for path in unlisted])
+        notes.append(f"{len(unlisted)} images are not listed in {LABELS_FILE}: {files}")
     if train.targets.ndim == 1:
-        notes.append(f"{file}: every image has one class, so the network predicts one")
+        notes.append(f"{where}: every image has one class, so the network predicts one")
     return OpenedParts(parts, problems, notes)
 
 
-def _open_class_folders(root: Path, held_out: int | None) -> OpenedParts:
+def _open_class_folders(root: Path, max_held_out: int | None) -> OpenedParts:
     """Open the class folders of the parts in *root*, or those in *root* itself."""
     parts = find_parts(root)
     only_held_out = parts.held_out and not (parts.train or parts.others)
     if only_held_out:
         raise DataError(f"{root}: holds {parts.held_out[0]} but no {TRAIN}; put the training images there")
-    names = (parts.train, *parts.held_out[:held_out]) if parts.train else ()
+    names = (parts.train, *parts.held_out[:max_held_out]) if parts.train else ()
     folders = {name: part_folder(root, name) for name in names} or {UNSPLIT: root}
-    opened: dict[str, ImageFiles] = {}
-    problems, notes, others = list[str](), [*_describe_parts(root, parts)], list[str]()
-    for name, folder in folders.items():
-        listing = list_classes(folder)
-        opened[name] = listing.images
-        train = next(iter(opened.values()))  # the first folder
-        if len(train.labels) < 2:
-            raise _too_few_classes(train)
+    listings = {name: list_classes(folder) for name, folder in folders.items()}
+    train = next(iter(listings.values())).images
+    if len(train.labels) < 2:
+        raise _too_few_classes(train)
+    problems, notes, other_files = list[str](), [*_describe_parts(root, parts)], list[str]()
+    for listing in listings.values():
         problems += class_problems(listing, train.labels)
         notes += _describe_nested(listing)
-        others += [file for files in listing.others.values() for file in files]
-    return OpenedParts(opened, problems, notes, _count_suffixes(others))
+        other_files += [file for files in listing.others.values() for file in files]
+    opened = {name: listing.images for name, listing in listings.items()}
+    return OpenedParts(opened, problems, notes, _count_suffixes(other_files))
 
 
 class ClassListing(NamedTuple):
@@ -159,21 +159,21 @@ def list_classes(root: Path) -> ClassListing:
     The images of a folder in a class folder are a group, unless it holds all images of the class.
     """
     found = {label: list_images(root, label) for label in list_subfolders(root)}
-    of_classes = [images for images, _ in found.values()]
-    paths = [path for images in of_classes for path in images]
-    targets = np.repeat(np.arange(len(found)), [len(images) for images in of_classes])
+    of_classes = [paths for paths, _ in found.values()]
+    all_paths = [path for paths in of_classes for path in paths]
+    targets = np.repeat(np.arange(len(found)), [len(paths) for paths in of_classes])
     groups: list[bytes] = []
     nested: set[str] = set()
-    for images in of_classes:
+    for paths in of_classes:
         # `class/folder` of each image; of one directly in the class folder, `class/image`, which is its path.
-        places = [b"/".join(path.split(b"/")[:2]) for path in images]
+        places = [b"/".join(path.split(b"/")[:2]) for path in paths]
         in_one_folder = len(set(places)) == 1  # which is then no group
-        groups += images if in_one_folder else places
-        nested.update(map(os.fsdecode, set(places).difference(images)))
+        groups += paths if in_one_folder else places
+        nested.update(map(os.fsdecode, set(places).difference(paths)))
     all_alone = len(set(groups)) == len(groups)
-    given = None if all_alone else np.asarray(groups, dtype=np.bytes_)
-    files = ImageFiles(root, tuple(found), np.asarray(paths, dtype=np.bytes_), targets, given)
-    return ClassListing(files, {label: others for label, (_, others) in found.items()}, sorted(nested))
+    known_groups = None if all_alone else np.asarray(groups, dtype=np.bytes_)
+    images = ImageFiles(root, tuple(found), np.asarray(all_paths, dtype=np.bytes_), targets, known_groups)
+    return ClassListing(images, {label: others for label, (_, others) in found.items()}, sorted(nested))
 
 
 def class_problems(listing: ClassListing, labels: tuple[str, ...]) -> Iterator[str]:
@@ -232,8 +232,8 @@ def _too_few_classes(images: ImageFiles) -> DataError:
     if not images.labels:
         return no_classes(root)
     (name,) = images.labels
-    inner = len(list_subfolders(root / name)) > 1
-    hint = f"; to use the folders in it as classes, give {root / name}" if inner else ""
+    may_hold_classes = len(list_subfolders(root / name)) > 1
+    hint = f"; to use the folders in it as classes, give {root / name}" if may_hold_classes else ""
     return DataError(f"{root}: holds only one class ({name}); a classifier needs at least two{hint}")
 
 
@@ -305,10 +305,10 @@ def _match_classes(
     """Give *images* the classes *labels*; raises `DataError` for other classes unless *other_classes*."""
     aliases = class_aliases()
     names = tuple(name if name in labels else aliases.get(name, name) for name in images.labels)
-    unknown = [given for given, name in zip(images.labels, names, strict=True) if name not in labels]
+    unknown = [label for label, name in zip(images.labels, names, strict=True) if name not in labels]
     none_is_known = len(unknown) == len(names)
     if unknown and (none_is_known or not other_classes):
-        verb = "are not classes" if unknown[1:] else "is no class"
+        verb = "are not classes" if len(unknown) > 1 else "is no class"
         raise DataError(
             f"{root}: {shorten(unknown)} {verb} of the network, which knows {shorten(labels)}; remove or "
             "rename the folders",
@@ -351,8 +351,8 @@ def open_any_images(root: Path) -> ImageFiles:
 
 
 def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
-    """Return the folder with the held-out images in *root*; *root* itself if its folders are classes."""
-    if set(list_subfolders(root)) <= set(labels):
+    """Return the folder with the held-out images in *root*, or *root* itself without one."""
+    if set(list_subfolders(root)) <= set(labels):  # a class may be named as a part is
         return root
     parts = find_parts(root)
     val_is_a_class = not parts.train and parts.others

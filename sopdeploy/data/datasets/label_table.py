@@ -91,8 +91,8 @@ def read_label_table(
     missing = [row for row in rows if not (root / row.file).is_file()]
     if missing:
         more = f", and {len(missing) - 1} more files" if len(missing) > 1 else ""
-        first = f"line {missing[0].line}: {missing[0].file} does not exist"
-        raise DataError(f"{table}: {first}{more}; add the file or remove the line")
+        problem = f"line {missing[0].line}: {missing[0].file} does not exist"
+        raise DataError(f"{table}: {problem}{more}; add the file or remove the line")
     listed = set().union(*(row.classes for row in rows))
     labels = tuple(sorted(listed)) if labels is None else labels
     if len(labels) < 2:
@@ -102,7 +102,7 @@ def read_label_table(
         raise DataError(f"{table}: {shorten(unknown)} are not classes of the network; remove them")
     targets = _targets(table, rows, labels, multi_label)
     paths = np.asarray([os.fsencode(row.file) for row in rows], dtype=np.bytes_)
-    parts = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)
+    parts = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)  # all rows or none
     groups = None
     if any(row.group for row in rows):  # an image without a group is alone
         groups = np.asarray([row.group or f"file {row.file}" for row in rows])
@@ -174,6 +174,6 @@ def _read_rows(table: Path) -> list[_Row]:
             raise DataError(
                 f"{where}: {name} is listed in line {rows[name].line}, too; keep one line per file"
             )
-        group = f"group {values[GROUP]}" if values.get(GROUP) else ""
+        group = f"group {values[GROUP]}" if values.get(GROUP) else ""  # unlike `file ...` of an image alone
         rows[name] = _Row(line, name, set(classes), split, group)
     return list(rows.values())

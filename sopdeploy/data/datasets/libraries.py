@@ -26,12 +26,12 @@ DIGITS_SEED = 0  # not the seed of the run: all runs are evaluated on the same i
 
 def open_cifar(kind: str, root: Path) -> Split:
     """Open the official training and test images; raises `DataError` if the files are not complete."""
-    dataset: Any = getattr(importlib.import_module("torchvision.datasets"), kind.upper())
+    dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), kind.upper())
     try:
-        parts = [dataset(root=str(root), train=train, download=False) for train in (True, False)]
+        parts = [dataset_class(root=str(root), train=train, download=False) for train in (True, False)]
     except (RuntimeError, OSError) as error:
         raise DataError(
-            f"{root}: holds no complete {dataset.base_folder}; unpack {dataset.url} there"
+            f"{root}: holds no complete {dataset_class.base_folder}; unpack {dataset_class.url} there"
         ) from error
     train, held_out = (
         ArrayImages(tuple(part.classes), part.data, np.asarray(part.targets, dtype=np.int64))
@@ -53,10 +53,7 @@ def open_digits() -> Split:
 
 
 class _Layout(NamedTuple):
-    """A class of `torchvision.datasets` and its names of the two parts.
-
-    `content` is the file or folder that identifies its root.
-    """
+    """A class of `torchvision.datasets`, the file or folder that identifies its root, its names of parts."""
 
     class_name: str
     content: str
@@ -86,9 +83,11 @@ def open_part(kind: str, part: Literal["train", "held_out"], root: Path) -> Imag
     layout = LAYOUTS[kind]
     split = getattr(layout, part)
     dataset_class: Any = getattr(importlib.import_module("torchvision.datasets"), layout.class_name)
-    size = {"small": (root / "val_256").is_dir()} if kind == "places365" else {}
+    options: dict[str, Any] = {"loader": str}  # the images are their paths
+    if kind == "places365":
+        options["small"] = (root / "val_256").is_dir()
     try:
-        dataset = dataset_class(str(root), split=split, loader=str, download=False, **size)
+        dataset = dataset_class(str(root), split=split, download=False, **options)
         files, targets = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     except Exception as error:  # torchvision and scipy raise many types for damaged files
         raise DataError(

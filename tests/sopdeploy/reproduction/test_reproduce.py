@@ -124,8 +124,8 @@ def test_a_row_runs_on_the_images_that_are_given(tmp_path) -> None:
     found = reproduce(TABLES["dsop-7"], options)
     (run,) = found.rows[0].runs
     assert (run.train_count, run.held_out_count, len(run.history)) == (24, 9, 1)
-    assert "--set epochs=1; " in found.statement
-    assert "24 training images instead of 1,281,167" in found.statement
+    assert "--set epochs=1; " in found.deviations
+    assert "24 training images instead of 1,281,167" in found.deviations
     assert found.paper_scale.startswith("Run at paper scale: no. ")
 
 

@@ -146,7 +146,10 @@ ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a file for two networks": ({"models": "resnet8,resnet20", "weights": "a.pth"}, "1 for 2 networks"),
     "a run to resume": ({"models": "resnet8", "resume": "auto"}, "models: not with resume"),
-    "an unknown network": ({"models": "resnet8,resnet9"}, "model 'resnet9' is not in the catalog"),
+    "an unknown network": (
+        {"models": "resnet8, resnet9", "weights": "none, none"},
+        "model 'resnet9' is not in the catalog",
+    ),
     "a procedure without cross-validation": (
         {"models": "resnet8", "set": ("procedure.kind=loop",)},
         "models: resnet8: the procedure loop trains it",
