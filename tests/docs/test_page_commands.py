@@ -20,7 +20,7 @@ NOT_RUN = (  # patterns of steps: they need a network, a cluster, a data set, a 
     r"sopdeploy (import|\w+ ckpt\.pt)",
     r"sopdeploy promote ",  # needs two networks; `tests/test_loop.py` runs it
     r"sopdeploy reproduce .*--data",
-    r".* --weights ",
+    r".* (--weights|--models) ",
     r"sopdeploy label |.* --unknown ",  # `tests/service/labelling` labels; these folders come from it
     r".* fgvc",
     r"torchrun ",
