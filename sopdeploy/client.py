@@ -139,13 +139,13 @@ class Client:
     ) -> Classification | list[Classification]:
         """Classify *image*: a path, bytes, a PIL image, a uint8 array (H, W, 3) or (H, W), or a list of them.
 
-        A list is sent as one request; an image of the list that cannot be classified has `error` set. *top_k*
-        is the number of classes, *model* the model to use if the server has several. *threshold*
+        A list is sent as one request; one of several images that cannot be classified has `error` set.
+        *top_k* is the number of classes, *model* the model to use if the server has several. *threshold*
         replaces the thresholds of a multi-label network.
         *explain* requests the `explanation` of the first class; an image then counts as 50 for the server.
-        *timeout* replaces that of the client. Raises `ServiceError` if the server rejects the request,
-        `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and `DataError`
-        or `ConfigError` for an image that cannot be sent.
+        *timeout* replaces that of the client. Raises `ServiceError` if the server rejects the request or its
+        only image, `OverloadedError` if it is overloaded, `UnreachableError` without a response in time, and
+        `DataError` or `ConfigError` for an image that cannot be sent.
 
         Example:
             best = client.classify(np.asarray(frame), top_k=3, timeout=2.0).classes[0]
@@ -210,19 +210,19 @@ class Client:
         params: dict[str, Any],
         timeout: float | None,
     ) -> Result | list[Result]:
-        """Send one image as the body, or several as a form; return the results."""
-        several = isinstance(image, list | tuple)
-        images: Any = image if several else [image]
+        """Send *image* as the body, or a list as a form; return its result, or a list of results."""
+        is_list = isinstance(image, list | tuple)
+        images: Any = image if is_list else [image]
         bodies = [encode_image(each) for each in images]
         if not bodies:
             return []
         content: dict[str, Any] = {"content": bodies[0], "headers": {"Content-Type": CONTENT_TYPE}}
-        if several:
+        if is_list:
             content = {"files": [("image", ("image", body, CONTENT_TYPE)) for body in bodies]}
         given = {name: value for name, value in params.items() if value is not None}
         response = self._send("POST", path, timeout, params=given, **content)
         results = _parse_results(response, kind, len(bodies))
-        return results if several else results[0]
+        return results if is_list else results[0]
 
     def _send(self, method: str, path: str, timeout: float | None, **content: Any) -> httpx.Response:
         """Send a request and return its successful response, with retries during *timeout* seconds.
@@ -235,7 +235,7 @@ class Client:
         seconds = self._timeout if timeout is None else timeout
         end, attempt = time.monotonic() + seconds, 0
         while True:
-            left = max(0.001, end - time.monotonic())
+            left = max(0.001, end - time.monotonic())  # the header must be at least 1 (ms)
             request = self._http.build_request(method, path, timeout=left, **content)
             request.headers["X-Request-Timeout-Ms"] = str(int(left * 1000))
             error: ServiceError
@@ -268,13 +268,13 @@ def encode_image(image: Any) -> bytes:
             return Path(image).read_bytes()
         except OSError as error:
             raise DataError(f"{image}: cannot be read ({error.strerror}); check the path") from error
-    file = io.BytesIO()
+    picture, file = image, io.BytesIO()
     try:
         if not isinstance(image, Image.Image):
-            if image.dtype != np.uint8:
+            if image.dtype != np.uint8:  # raises AttributeError for what is no array
                 raise TypeError(f"an array of {image.dtype}")
-            image = Image.fromarray(np.ascontiguousarray(image))
-        image.save(file, "PNG", compress_level=1)  # speed matters more than size
+            picture = Image.fromarray(np.ascontiguousarray(image))
+        picture.save(file, "PNG", compress_level=1)  # speed matters more than size
     except (AttributeError, OSError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{type(image).__name__} is not an image that can be sent ({error}); use a path, bytes, an RGB "
@@ -285,14 +285,14 @@ def encode_image(image: Any) -> bytes:
 
 def backoff(attempt: int) -> float:
     """Compute the delay in seconds before the next attempt: exponential with jitter."""
-    longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))
+    longest = min(MAX_DELAY, FIRST_DELAY * 2.0 ** min(attempt, 10))  # no overflow after many attempts
     return random.uniform(0.5, 1.0) * longest  # noqa: S311 - jitter needs no secure randomness
 
 
 def retry_after(response: httpx.Response) -> float:
     """Parse `Retry-After` in seconds, as the server writes it; 0 without a valid value."""
     text = response.headers.get("Retry-After", "")
-    return float(text[:9]) if text.isascii() and text.isdecimal() else 0.0
+    return float(text[:9]) if text.isascii() and text.isdecimal() else 0.0  # 9 digits exceed every timeout
 
 
 def _response_error(response: httpx.Response) -> ServiceError:
@@ -333,8 +333,8 @@ def _parse_results(response: httpx.Response, kind: type[Result], count: int) -> 
         results = [kind.model_validate({**row, **shared}, extra="ignore") for row in rows]
     except (AttributeError, TypeError, ValueError) as error:
         raise _foreign_answer(response) from error
-    complete = all(result.model_fields_set & {"classes", "values", "error"} for result in results)
-    if len(results) != count or not complete:
+    are_complete = all(result.model_fields_set & {"classes", "values", "error"} for result in results)
+    if len(results) != count or not are_complete:  # all fields have defaults: other JSON may be valid
         raise _foreign_answer(response)
     return results
 

@@ -68,23 +68,23 @@ class Kept(NamedTuple):
 
 
 def read_kept(folder: Path) -> list[Kept]:
-    """Read the kept photographs at or below *folder*: the path of each and its record, the oldest first.
+    """Read the kept photographs in *folder* and its subfolders of devices, the oldest first.
 
     Records that are damaged, or whose photograph is missing, are skipped; a warning tells how many. Raises
     `OSError` if *folder* cannot be read.
     """
     kept, skipped = [], 0
     of_devices = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
-    records = [path for place in (folder, *of_devices) for path in sorted(place.glob("*.json"))]
-    for path in records:
+    files = [file for place in (folder, *of_devices) for file in sorted(place.glob("*.json"))]
+    for path in files:
         try:
             record = KeptRecord.model_validate_json(path.read_bytes())
         except (OSError, pydantic.ValidationError):
             skipped += 1
             continue
         image = path.with_name(record.image)
-        is_complete = image.stem == path.stem and image.is_file() and not image.is_symlink()
-        if is_complete:
+        is_own = image.stem == path.stem and not image.is_symlink()  # no copied record or foreign file
+        if is_own and image.is_file():
             kept.append(Kept(image, record))
         else:
             skipped += 1

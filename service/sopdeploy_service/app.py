@@ -69,7 +69,7 @@ def create_app(
     app = FastAPI(
         title="sopdeploy",
         version=version("sopdeploy"),
-        summary=" with ".join(filter(None, ("Image classification", ", ".join(names)))),
+        summary="Image classification" + (f" with {', '.join(names)}" if names else ""),
         lifespan=lifespan,
         redirect_slashes=False,  # a redirect would lose the image
         docs_url=None,  # FastAPI's pages load scripts from other hosts; see `api.web`

@@ -2,8 +2,7 @@
 
 A request only appends its photographs and logits to a queue. One thread decides which to keep, lets a decoder
 process copy them without metadata, and stores them. Photographs that find the queue full are dropped, and so
-are those outside of the uniform sample whose copies would take more than `COPY_SHARE` of the time, with the
-time that they wait for a process; near-duplicates take none of it.
+are those outside of the uniform sample whose copies would take more than `COPY_SHARE` of the time.
 """
 
 import hashlib
@@ -31,7 +30,7 @@ from sopdeploy_service.observability.metrics import Metrics
 LOW_MARGIN = 0.2  # between the probabilities of the two most probable classes
 MAX_QUEUED_PHOTOS, MAX_QUEUED_PHOTO_BYTES = 256, 64_000_000
 COPY_SHARE, COPY_BURST = 0.01, 0.25  # of the time; seconds that may be spent at once, or owed
-RECENT_PHOTOS = 1000  # that were copied; others near them are not copied again
+RECENT_PHOTOS = 1000  # outside of the sample, whose copies were begun; others near them are not copied
 _STOP_SECONDS = 5.0  # for the photographs in the queue
 
 log = logging.getLogger("sopdeploy.keep")
@@ -61,17 +60,16 @@ def reasons_to_keep(
     manifest = bundle.manifest
     answer = manifest.rules.answer(logits, top_k=2)
     if manifest.rules.thresholds is None:
-        # With 0 as the second one of a network with a single class.
-        first, second, *_ = [probability for _, probability in answer.ranked] + [0.0]
-        margin = first - second
+        probabilities = [probability for _, probability in answer.ranked]
+        margin = probabilities[0] - (probabilities[1] if len(probabilities) > 1 else 0.0)
     else:
         margin = 2 * np.abs(sigmoid(logits) - manifest.rules.thresholds).min()
-    found: dict[Reason, bool] = {
-        "unknown": answer.known is False,
+    reasons: dict[Reason, bool] = {
+        "unknown": answer.known is False,  # None: the bundle does not tell
         "low_margin": bool(margin < LOW_MARGIN),
-        "sample": int(sha256[:8], 16) < share * 2**32,
+        "sample": int(sha256[:8], 16) < share * 2**32,  # the first 32 bits are uniform
     }
-    return tuple(reason for reason, applies in found.items() if applies)
+    return tuple(reason for reason, applies in reasons.items() if applies)
 
 
 def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) -> KeptRecord:
@@ -104,8 +102,8 @@ class Keeper:
         self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
         # Bytes that were put into the queue and taken out of it; each number is changed by one thread.
         self._bytes_in = self._bytes_out = 0
-        # Seconds that copies may take, and when the last ones were added.
-        self._budget, self._refilled = COPY_BURST, time.monotonic()
+        # Seconds that copies may take, negative if they took more, and when the last ones were added.
+        self._copy_budget, self._refilled = COPY_BURST, time.monotonic()
         self._recent: deque[int] = deque(maxlen=RECENT_PHOTOS)  # near hashes
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
 
@@ -150,21 +148,27 @@ class Keeper:
         reasons = reasons_to_keep(photo.bundle, photo.logits, sha256, self._share)
         if not reasons:
             return None
-        now, near = time.monotonic(), int(near_hash(photo.pixels), 16)
         is_sample = "sample" in reasons
-        if not is_sample:
-            self._budget = min(COPY_BURST, self._budget + COPY_SHARE * (now - self._refilled))
-            self._refilled = now  # the budget grows by `COPY_SHARE` seconds per second
-            if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
-                return "near_duplicate"
-            if self._budget <= 0:
-                return "dropped"
-            self._recent.append(near)
+        if not is_sample and (refusal := self._refuse_copy(photo)) is not None:
+            return refusal
+        started = time.monotonic()
         try:
             copy, suffix = self._copy(photo.image)
         except ImageError:
             return "dropped"
         finally:
-            if not is_sample:
-                self._budget = max(-COPY_BURST, self._budget - (time.monotonic() - now))
+            if not is_sample:  # with the time that the copy waited for a process
+                self._copy_budget = max(-COPY_BURST, self._copy_budget - (time.monotonic() - started))
         return self._store(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
+
+    def _refuse_copy(self, photo: PredictedPhoto) -> KeptResult | None:
+        """Return why *photo*, which is not in the uniform sample, is not copied, or None if it may be."""
+        now, near = time.monotonic(), int(near_hash(photo.pixels), 16)
+        self._copy_budget = min(COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled))
+        self._refilled = now
+        if any((near ^ other).bit_count() <= NEAR_BITS for other in self._recent):
+            return "near_duplicate"
+        if self._copy_budget <= 0:
+            return "dropped"
+        self._recent.append(near)
+        return None

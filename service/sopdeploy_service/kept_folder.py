@@ -49,11 +49,11 @@ class KeptFolder:
         """
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
         self._entries: dict[str, _Entry] = {}  # by name, the oldest first
-        self._failed = False
+        self._failed = False  # the last write
         with writing(path, ConfigError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            weakref.finalize(self, os.close, lock)
+            weakref.finalize(self, os.close, lock)  # ends the lock
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -69,21 +69,21 @@ class KeptFolder:
         return sum(entry.bytes for entry in self._entries.values())
 
     def _read(self) -> None:
-        """Read the records; delete photographs without a record and records without a photograph.
+        """Read the records; delete photographs without a record, records without a photograph, partial files.
 
-        Files that no `KeptFolder` wrote stay.
+        Files that no `KeptFolder` wrote stay, and damaged records with their photographs.
         """
-        own: set[Path] = set()
+        complete: set[Path] = set()
         for path, record in read_kept(self.path):
             files = path, path.with_suffix(".json")
             self._insert(path, record, sum(_size_on_disk(file.stat().st_size) for file in files))
-            own.update(files)
-        for file in set(self.path.iterdir()) - own:
-            name = _OWN.fullmatch(file.name)
-            if name is None:
+            complete.update(files)
+        for file in set(self.path.iterdir()) - complete:
+            own = _OWN.fullmatch(file.name)
+            if own is None:
                 continue
-            others = (".jpg", ".png") if name[1] == "json" else (".json",)
-            if not any(file.with_suffix(suffix).exists() for suffix in others):
+            counterparts = (".jpg", ".png") if own[1] == "json" else (".json",)  # a partial file has none
+            if not any(file.with_suffix(suffix).exists() for suffix in counterparts):
                 file.unlink()
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
@@ -107,17 +107,17 @@ class KeptFolder:
 
     def _expire(self) -> None:
         """Delete photographs that are too old."""
-        oldest = datetime.now(UTC) - self._age
-        while self._entries and (entry := next(iter(self._entries.values()))).time < oldest:
+        earliest = datetime.now(UTC) - self._age
+        for entry in [entry for entry in self._entries.values() if entry.time < earliest]:
             self._delete(entry)
 
     def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
         path = self.path / record.image
-        copy = self._entries.get(path.name)
-        if copy is not None:
-            if copy.reasons.issuperset(record.reasons):
+        kept = self._entries.get(path.name)  # of the same bytes
+        if kept is not None:
+            if kept.reasons.issuperset(record.reasons):
                 return "near_duplicate"
-            reasons = tuple(sorted(copy.reasons.union(record.reasons)))
+            reasons = tuple(sorted(kept.reasons.union(record.reasons)))
             record = record.model_copy(update={"reasons": reasons})
         elif "sample" not in record.reasons:
             near_hash = int(record.near_hash, 16)
@@ -125,10 +125,11 @@ class KeptFolder:
                 return "near_duplicate"
         files = {path: image, path.with_suffix(".json"): record.model_dump_json().encode()}
         size = sum(_size_on_disk(len(content)) for content in files.values())
-        if copy is not None:
-            self._delete(copy)
-        if not self._make_room(size):
+        if size > self._max_bytes:
             return "dropped"
+        if kept is not None:
+            self._delete(kept)
+        self._make_room(size)
         entry = self._insert(path, record, size)
         try:
             for file, content in files.items():
@@ -145,19 +146,16 @@ class KeptFolder:
         self._entries[path.name] = entry
         return entry
 
-    def _make_room(self, size: int) -> bool:
-        """Delete photographs until *size* more bytes are within the limit; tell whether that is possible."""
-        if size > self._max_bytes:
-            return False
-        while self.used + size > self._max_bytes:  # the oldest ones come first
+    def _make_room(self, size: int) -> None:
+        """Delete photographs until *size* more bytes, at most the limit itself, are within the limit."""
+        while self.used + size > self._max_bytes:
             sample = [entry for entry in self._entries.values() if "sample" in entry.reasons]
             others = [entry for entry in self._entries.values() if "sample" not in entry.reasons]
             is_sample_large = sum(entry.bytes for entry in sample) > SAMPLE_SHARE * self._max_bytes
             if is_sample_large or not others:
-                self._delete(sample[0])
-            else:
+                self._delete(sample[0])  # the oldest one
+            else:  # the first one with the fewest reasons, which is the oldest of those
                 self._delete(min(others, key=lambda entry: len(entry.reasons)))
-        return True
 
     def _delete(self, entry: _Entry) -> None:
         """Delete the files of *entry*, the record first."""
@@ -167,4 +165,4 @@ class KeptFolder:
 
 
 def _size_on_disk(size: int) -> int:
-    return -(-size // FILE_BLOCK) * FILE_BLOCK
+    return -(-size // FILE_BLOCK) * FILE_BLOCK  # rounded up

@@ -151,16 +151,16 @@ class Settings(pydantic.BaseModel):
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         if self.memory_budget is not None and self.devices:
             raise ValueError("memory_budget needs a single process; remove devices")
-        if self.follow and self.memory_budget is not None:
+        if self.follow and self.memory_budget is not None:  # its bundles cannot be reloaded
             raise ValueError("follow excludes memory_budget; remove one of them")
-        if self.max_images > self.queue_size:
+        if self.max_images > self.queue_size:  # else a request of so many images is never admitted
             raise ValueError(
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size}); lower it"
             )
-        if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:
+        if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:  # as above: never admitted
             raise ValueError(
-                f"max_body_bytes ({self.max_body_bytes}) is larger than 7/8 of max_upload_bytes "
-                f"({self.max_upload_bytes}); lower it"
+                f"max_body_bytes ({self.max_body_bytes}) is larger than {LARGE_BODY_SHARE:.1%} of "
+                f"max_upload_bytes ({self.max_upload_bytes}); lower it"
             )
         return self
 
@@ -180,7 +180,8 @@ def load_settings(file: Path | None = None, /, **given: Any) -> Settings:
         for name in Settings.model_fields:
             if (text := os.environ.get(f"{VARIABLE_PREFIX}{name}".upper())) is not None:
                 values[name] = text
-        return Settings(**values | {name: value for name, value in given.items() if value is not None})
+        values |= {name: value for name, value in given.items() if value is not None}
+        return Settings(**values)
     except pydantic.ValidationError as problem:
         hint = ""
         if str(problem.errors()[0].get("input", "")).startswith("tcp://"):
@@ -205,7 +206,7 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
             hint = f"did you mean {close[0]}?" if close else "`--print-config` lists all settings"
             raise ConfigError(f"{name}: expected name=value with the name of a setting; {hint}")
         assigned[name] = value
-    return {**assigned, **{name: value for name, value in flags.items() if value is not None}}
+    return assigned | {name: value for name, value in flags.items() if value is not None}
 
 
 def unused_variables() -> list[str]:
@@ -217,7 +218,7 @@ def unused_variables() -> list[str]:
 
 def to_toml(settings: Settings) -> str:
     """Format *settings* as a settings file; settings without a value become comments."""
-    lines = []
+    lines = []  # of TOML, in which numbers, strings and lists are as in JSON
     for name, value in settings.model_dump(mode="json").items():
         lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}")
     return "\n".join(lines) + "\n"
@@ -234,12 +235,12 @@ def is_loopback(host: str) -> bool:
 def cores_within_quota() -> int:
     """Count the usable cores, at most the CPU time of the container's quota."""
     try:
-        most, period = CPU_QUOTA.read_text().split()
-        return min(usable_cores(), max(1, int(most) // int(period)))
+        quota, period = CPU_QUOTA.read_text().split()
+        return min(usable_cores(), max(1, int(quota) // int(period)))  # a quota may be less than one core
     except (OSError, ValueError):  # no cgroup, or no quota: `max 100000`
         return usable_cores()
 
 
 def decoders_per_process(processes: int) -> int:
-    """Return the decoding threads of each of *processes* that share the cores with no other work."""
+    """Return the decoders of each of *processes* without CPU inference: one per core, from 2 to 8."""
     return max(DECODERS_BESIDE_CPU_INFERENCE, min(MAX_DECODERS, cores_within_quota() // processes))

@@ -33,7 +33,6 @@ from sopdeploy_service.settings import LARGE_BODY_SHARE
 
 TIMEOUT_HEADER = "x-request-timeout-ms"
 MAX_TIMEOUT_DIGITS = 9  # more milliseconds than any timeout; `int` rejects thousands of digits
-
 BAD_TIMEOUT = HttpError("invalid_timeout", 400, "X-Request-Timeout-Ms: must be an integer of at least 1 (ms)")
 
 SMALL_BODY = 1_000_000  # most images are smaller; the last eighth of the budget is reserved for such bodies
@@ -177,12 +176,12 @@ async def admit(
 
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:
-    """Return the timeout of a request in seconds: its `X-Request-Timeout-Ms`, at most *longest*."""
+    """Return the timeout in *headers* in seconds, at most *longest*, its default; raises `RejectedError`."""
     given = headers.get(TIMEOUT_HEADER)
     if given is None:
         return longest
-    digits = given.lstrip("0")
     is_number = given.isascii() and given.isdigit()
+    digits = given.lstrip("0")  # none: the number is 0
     if not is_number or not digits:
         raise RejectedError(BAD_TIMEOUT)
     return longest if len(digits) > MAX_TIMEOUT_DIGITS else min(longest, int(digits) / 1000)
@@ -205,7 +204,7 @@ async def cancel_on_disconnect(work: Coroutine[Any, Any, _Value], receive: Recei
             return await work
         finally:
             watcher.cancel()
-    raise RejectedError(results.CLIENT_GONE)
+    raise RejectedError(results.CLIENT_GONE)  # the scope was cancelled
 
 
 class ClassifyRequest(pydantic.BaseModel):
@@ -279,29 +278,29 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     A client may be slower than the minimum rate for a grace period in total. Raises `RejectedError`: 408 too
     slow, 413 too large, 415 compressed, 429 for a full budget, 499 client disconnected.
     """
-    if admitted.context.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise RejectedError(ENCODED)
     service, context, deadline = admitted.service, admitted.context, admitted.deadline
+    if context.headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise RejectedError(ENCODED)
     settings = service.settings
     announced = int(context.headers.get("content-length", "0"))
     pieces: list[bytes] = []
     grace, more = settings.body_grace_seconds, True
     while more:
         # Also before the first byte: a client that waits for `100 Continue` must not send the body in vain.
-        _check_budget(service, context.bytes, max(0, announced - context.bytes))
-        started = time.monotonic()
+        _check_budget(service, context.bytes, max(0, announced - context.bytes))  # chunks announce 0
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(min(grace, deadline - started)):
+            async with asyncio.timeout(min(grace, deadline - began)):
                 message = await admitted.request.receive()
         except TimeoutError as problem:
             raise RejectedError(LATE_BODY if time.monotonic() >= deadline else SLOW_BODY) from problem
         if message["type"] == "http.disconnect":
             raise RejectedError(results.CLIENT_GONE)
         piece = message.get("body", b"")
-        waited = time.monotonic() - started
+        waited = time.monotonic() - began
         # The time that the piece takes at the minimum rate is given back.
         grace = min(settings.body_grace_seconds, grace - waited + len(piece) / settings.min_body_rate)
-        _check_budget(service, context.bytes, len(piece))
+        _check_budget(service, context.bytes, len(piece))  # which may not have been announced
         service.upload_bytes += len(piece)
         context.bytes += len(piece)
         if context.bytes > limit:

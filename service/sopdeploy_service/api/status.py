@@ -56,9 +56,9 @@ async def readyz(request: Request) -> Response:
     """
     service, reason = service_of(request), None
     paths = [model.bundle.path for model in service.registry.models()]
-    exist = await asyncio.to_thread(lambda: [(path / MANIFEST).is_file() for path in paths])
-    if not all(exist):
-        reason = f"{paths[exist.index(False)]}: the bundle was deleted; it is served until this process ends"
+    deleted = await asyncio.to_thread(lambda: [path for path in paths if not (path / MANIFEST).is_file()])
+    if deleted:
+        reason = f"{deleted[0]}: the bundle was deleted; it is served until this process ends"
     health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
 
@@ -118,9 +118,9 @@ def read_card(bundle: Bundle) -> Card:
     try:
         certificate = json.loads(read_unchanged(bundle, "certificate.json"))
         roots = certificate["roots"]
-        same = ("proof", "compared", "detached", "num_images", "largest_difference")
+        copied = ("proof", "compared", "detached", "num_images", "largest_difference")
         summary = {
-            **{name: certificate[name] for name in same},
+            **{name: certificate[name] for name in copied},
             "num_removed": len(certificate["removed"]),
             "bytes_removed": sum(entry["bytes"] for entry in certificate["removed"]),
             "num_kept": len(certificate["kept"]),
@@ -135,7 +135,7 @@ def read_card(bundle: Bundle) -> Card:
 
 
 def read_unchanged(bundle: Bundle, name: str) -> bytes:
-    """Read the file *name* of *bundle*; nothing if it was deleted or changed after the bundle was loaded."""
+    """Read the file *name* of *bundle*; b"" if it was deleted or changed after the bundle was loaded."""
     record, file = bundle.manifest.files.get(name), bundle.path / name
     if record is None or not file.is_file() or file.stat().st_size != record.bytes:
         return b""

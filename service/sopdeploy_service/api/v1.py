@@ -78,7 +78,7 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
     def format_classes(outcome: Prediction) -> dict[str, Any]:
         logits = outcome.outputs[chosen.logits]
         answer = chosen.decision.answer(logits, top_k, query.threshold, outcome.occluded)
-        if answer.known is False:
+        if answer.known is False:  # None: the bundle does not tell
             service.metrics.unknown_images.labels(chosen.name).inc()
         return {**answer.fields(chosen.labels), "warnings": outcome.warnings}
 

@@ -72,10 +72,10 @@ async def send_metrics(file: int, page: bytes) -> None:
 def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     """Merge the metrics *pages* of processes by name; add the label `process` and `sopdeploy_worker_up`.
 
-    A page is empty if its process is down. The `process_*` metrics are those of the process *ids*.
+    A page is empty if its process is down. *ids*, by name, are the processes of the `process_*` metrics.
     """
     up = Metric("sopdeploy_worker_up", "Whether a process that serves HTTP answers", "gauge")
-    found: list[tuple[str, Metric]] = []  # with the process
+    found: list[tuple[str, Metric]] = []  # each with the name of its process
     families: dict[str, Metric] = {}
     for name, page in pages.items():
         up.add_sample(up.name, {"process": name}, float(bool(page)))

@@ -77,13 +77,12 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 def new_key(path: Path, name: str, rate: float | None = None) -> str:
     """Create a key called *name*, add its hash to the file at *path* (mode 0600) and return the secret.
 
-    The write is atomic. Raises `ConfigError` if the name is invalid or in use, or if the file cannot be
-    written.
+    The write is atomic. Raises `ConfigError` for an invalid or used name, or if the file cannot be written.
     """
     with writing(path, ConfigError):
-        secret = _PREFIX + secrets.token_urlsafe(BITS // 8)
         if path.exists() and any(key.name == name for key in read_keys(path)):
             raise ConfigError(f"{path}: key {name} exists; choose another name or remove its entry first")
+        secret = _PREFIX + secrets.token_urlsafe(BITS // 8)
         fields = {"name": name, "sha256": hashlib.sha256(secret.encode()).hexdigest(), "rate": rate}
         try:
             key = Key.model_validate(fields)
@@ -108,7 +107,7 @@ class TokenBucket:
     def spend(self, num_images: int, *, check_only: bool = False) -> None:
         """Take the tokens of *num_images*, unless *check_only*.
 
-        Raises `RejectedError`, and takes none, if *num_images* exceed the limit now.
+        Raises `RejectedError`, and takes none, if they exceed the *burst* or the tokens that are there now.
         """
         tokens = self._fill()
         if num_images > self.burst:
@@ -117,11 +116,11 @@ class TokenBucket:
             )
             raise RejectedError(HttpError("too_many_images", 400, message))
         if num_images > tokens + _ROUNDING:
-            wait = max(1, math.ceil((num_images - tokens) / self._rate))
+            wait = math.ceil((num_images - tokens) / self._rate)
             message = f"this key may send {self._rate:g} images per second; retry later"
             raise RejectedError(HttpError("rate_limited", 429, message, wait))
         if not check_only:
-            self._state[0] = max(0.0, tokens - num_images)
+            self._state[0] = max(0.0, tokens - num_images)  # up to `_ROUNDING` may be missing
 
     def headers(self) -> dict[str, str]:
         """Format the response headers; `Reset` is the time in seconds until the bucket is full."""

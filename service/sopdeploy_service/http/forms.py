@@ -41,13 +41,14 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
         )
     except FormParserError as problem:
         raise RejectedError(NO_BOUNDARY) from problem
-    # The position of the first delimiter, or -1.
     start = 0 if body.startswith(b"--" + boundary) else body.find(b"\r\n--" + boundary)
+    if start < 0:  # no delimiter
+        raise RejectedError(_MALFORMED)
     try:
-        parser.write(body[max(start, 0) :])
+        parser.write(body[start:])
     except FormParserError as problem:
         raise RejectedError(_MALFORMED) from problem
-    if start < 0 or parser.state != MultipartState.END:
+    if parser.state != MultipartState.END:  # truncated
         raise RejectedError(_MALFORMED)
     if not parts.images:
         raise RejectedError(_NO_IMAGE)
@@ -65,7 +66,7 @@ class _Parts:
     images: list[bytearray] = field(default_factory=list)
     header: bytearray = field(default_factory=bytearray)
     value: bytearray = field(default_factory=bytearray)
-    name: str | None = None
+    name: str | None = None  # of the field whose headers are parsed
 
     def end_header(self) -> None:
         if self.header.lower() == b"content-disposition":

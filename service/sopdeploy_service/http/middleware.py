@@ -37,7 +37,6 @@ MONITORING = PROBES | {METRICS_PATH}  # successful requests are logged at debug 
 NO_KEY = HttpError(
     "unauthenticated", 401, "missing or unknown key; send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
 )
-
 FOREIGN = HttpError(
     "foreign_request", 403, "without keys, this server answers only to localhost and to its own pages"
 )
@@ -110,9 +109,9 @@ class RequestContextMiddleware:
                     added += [(name.lower().encode(), value.encode()) for name, value in limits]
             await send(message)
 
-        limit = self.service.settings.max_body_bytes
         self.service.active_requests += 1
         try:
+            limit = self.service.settings.max_body_bytes
             if int(headers.get("content-length", "0")) > limit:  # the server has checked that it is a number
                 raise RejectedError(HttpError.of(too_large_error(limit)))
             if self.guard is not None:
@@ -183,16 +182,16 @@ def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: b
     pages. If the host of a page was made to resolve to this machine, it is in `Host`, which then is none of
     *names* and no IP address. With *is_link*, links of other pages may lead here.
     """
-    host, site = headers.get("host", "localhost"), headers.get("sec-fetch-site", "none")
+    host = headers.get("host", "localhost")
     try:
         name = urlsplit(f"//{host}").hostname or ""
         if name not in names:
-            ip_address(name)
+            ip_address(name)  # raises ValueError for what is no address
     except ValueError:
         return True
-    is_own_origin = headers.get("origin", f"http://{host}") == f"http://{host}"
-    is_own_site = site in {"none", "same-origin"}
-    return not is_own_origin or not (is_link or is_own_site)
+    is_own_origin = headers.get("origin") in {None, f"http://{host}"}
+    is_own_site = headers.get("sec-fetch-site") in {None, "none", "same-origin"}
+    return not (is_own_origin and (is_own_site or is_link))
 
 
 def refuse_foreign(names: Collection[str], path: str, context: RequestContext) -> None:
@@ -208,7 +207,7 @@ class KeyGuard:
         self, keys: Sequence[Key], open_paths: Collection[str], limits: "memoryview[float] | None"
     ) -> None:
         """Keep two numbers per key in *limits*, by default in memory of this process."""
-        states = memoryview(bytearray(16 * len(keys))).cast("d") if limits is None else limits
+        states = memoryview(bytearray(2 * 8 * len(keys))).cast("d") if limits is None else limits
         self._keys, self._open_paths = keys, open_paths
         self._buckets = {
             key.name: TokenBucket(key.rate, key.burst, states[2 * number : 2 * number + 2])

@@ -40,7 +40,7 @@ def problem_response(reason: HttpError, given_headers: Mapping[str, str], path: 
     headers = dict(given_headers)
     if reason.retry_after is not None:
         headers["Retry-After"] = str(reason.retry_after)
-    if reason.status in {408, 413, 503}:
+    if reason.status in {408, 413, 503}:  # the body may be unread, or another server should be asked
         headers["Connection"] = "close"
     if reason.status == 401:
         headers["WWW-Authenticate"] = 'Bearer realm="sopdeploy"'
@@ -77,13 +77,14 @@ def handle_errors(app: FastAPI, paths: Sequence[str]) -> None:
     async def http_error(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
         allowed = {method.strip() for method in headers.get("Allow", "").split(",")}
-        if "GET" in allowed:
+        if "GET" in allowed:  # `RequestContextMiddleware` handles HEAD like it
             headers["Allow"] = ", ".join(sorted(allowed | {"HEAD"}))
         status, path = HTTPStatus(error.status_code), request.scope["path"]
         detail = str(error.detail)
         if status == HTTPStatus.NOT_FOUND:
             near = difflib.get_close_matches(path[:100], paths, n=1)
-            detail = f"no such path;{f' did you mean {near[0]}?' if near else ''} /docs lists all"
+            hint = f" did you mean {near[0]}?" if near else ""
+            detail = f"no such path;{hint} /docs lists all"
         elif status == HTTPStatus.METHOD_NOT_ALLOWED:
             detail = f"{path} does not accept {request.method}; use {headers['Allow']} (/docs has examples)"
         return reject(request.scope, HttpError(status.name.lower(), status, detail), headers)

@@ -71,7 +71,8 @@ def decode_text(text: object, where: str) -> bytes:
     if not text.isascii():
         raise bad_request("bad_base64", f"{where}: not base64: characters outside of the alphabet")
     plain = text.encode("ascii").translate(URL_SAFE, WHITESPACE)
-    plain += b"=" * (-len(plain) % 4 if not plain.endswith(b"=") else 0)
+    if not plain.endswith(b"="):
+        plain += b"=" * (-len(plain) % 4)
     try:
         return binascii.a2b_base64(plain, strict_mode=True)
     except binascii.Error as problem:

@@ -56,7 +56,7 @@ def decode(
     if not body:
         raise ImageError("the body is empty; send an image file", code="empty_body", status=400)
     with open_image(body, max_bytes=max_bytes, max_pixels=max_pixels, formats=formats) as image:
-        kind = "JPEG" if image.format == "MPO" else str(image.format)
+        kind = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: a JPEG with further images
         try:
             size = image.size
             image.load()
@@ -71,7 +71,7 @@ def decode(
 
 
 def is_truncated(image: Image.Image, body: bytes) -> bool:
-    """Check whether the data of a JPEG *body* ends before its last pixel, which is also that of *image*.
+    """Check whether the data of the JPEG *body*, decoded as *image*, ends before the last pixel.
 
     libjpeg fills missing pixels with gray, and Pillow hides its warning. If the last pixel has this gray, the
     image is decoded twice more at 1/8 scale, once with noise appended to its first scan. The noise changes
@@ -80,20 +80,20 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     last = image.getpixel((image.width - 1, image.height - 1))
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
-    end, before = len(body), None  # of the first scan; the marker of the previous segment
+    end, previous = len(body), None  # of the first scan; the marker of the previous segment
     for marker, start in jpeg_segments(body):
-        if before == SCAN:
+        if previous == SCAN:
             end = start - MARKER_BYTES
             break
-        before = marker
+        previous = marker
     # A decoder that expects a restart marker reads noise only after it, so all eight markers follow in turn.
     restarts = RESTART.findall(body[:end])
     due = restarts[-1][0] + 1 if restarts else 0  # its low three bits are the number of the next marker
-    noise = NOISE + b"".join(b"\xff%c" % (0xD0 | (due + count) & 7) + NOISE for count in range(8))
+    noise = NOISE + b"".join(b"\xff%c" % (0xD0 | ((due + count) & 7)) + NOISE for count in range(8))
     thumbnails = []
     for data in (body, body[:end] + noise + body[end:]):
         thumbnail = Image.open(io.BytesIO(data), formats=("JPEG",))
-        thumbnail.draft(thumbnail.mode, (1, 1))
+        thumbnail.draft(thumbnail.mode, (1, 1))  # at the smallest scale, 1/8
         thumbnails.append(thumbnail.tobytes())
     return thumbnails[0] != thumbnails[1]
 

@@ -144,12 +144,13 @@ def describe_next(folders: LabelFolders) -> dict[str, Any]:
     """
     if not folders.waiting:
         folders.read()  # the server may have kept others
-    photograph, probabilities = None, dict[str, float]()
+    photograph: dict[str, Any] | None = None
+    probabilities: dict[str, float] = {}
     if folders.waiting:
         identity, (_, record) = next(iter(folders.waiting.items()))
         probabilities = dict(zip(record.labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
         photograph = {"id": identity, "sampled": "sample" in record.reasons, "known": record.known}
-    names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))
+    names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))  # those without: last
     return {
         "photograph": photograph,
         "next": list(islice(folders.waiting, MAX_THUMBNAILS)),
@@ -173,7 +174,7 @@ def run_label_server(
         key = secrets.token_urlsafe(16)
         app = create_label_app(folders, {"localhost", host, socket.gethostname()}, key)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")
+        address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")  # one for other machines
         on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
             uvicorn.Server(config).run(sockets=[listener])

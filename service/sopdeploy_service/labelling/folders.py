@@ -36,7 +36,7 @@ class GoneError(DataError):
 class LabelStep(NamedTuple):
     """What `LabelFolders.undo` reverses: a photograph that was moved to `target` or, without it, skipped."""
 
-    kept: Kept
+    photo: Kept
     target: Path | None = None
     new_folder: bool = False
 
@@ -65,23 +65,23 @@ class LabelFolders:
         self.steps: list[LabelStep] = []
         self._sampled: set[int] = set()  # near_hash of the uniform sample
         self.read()
-        names = [name for name in list_subfolders(self.kept) if not (self.kept / name / LOCK).exists()]
-        if not self.waiting and names:
+        others = [name for name in list_subfolders(self.kept) if not (self.kept / name / LOCK).exists()]
+        if not self.waiting and others:  # subfolders that are not those of a server's devices
             raise DataError(
-                f"{self.kept}: holds no kept photographs, but folders ({shorten(names)}); give the folder of "
-                "`serve --setting keep=FOLDER`"
+                f"{self.kept}: holds no kept photographs, but folders ({shorten(others)}); give the folder "
+                "of `serve --setting keep=FOLDER`"
             )
 
     def read(self) -> None:
         """Read and order the kept photographs again, and remember those of the sample; raises `OSError`."""
         skipped = {path.stem for path in self.kept.rglob(f"*{SKIPPED}")}
-        found = [kept for kept in read_kept(self.kept) if kept.path.stem not in skipped]
-        samples = [kept for kept in found if "sample" in kept.record.reasons]
+        found = [photo for photo in read_kept(self.kept) if photo.path.stem not in skipped]
+        samples = [photo for photo in found if "sample" in photo.record.reasons]
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
-        queue = order_records([kept for kept in found if "sample" not in kept.record.reasons])
-        for place, kept in enumerate(samples):
-            queue.insert(SAMPLE_EVERY * place, kept)
-        self.waiting = {kept.path.stem: kept for kept in queue}
+        queue = order_records([photo for photo in found if "sample" not in photo.record.reasons])
+        for number, photo in enumerate(samples):
+            queue.insert(SAMPLE_EVERY * number, photo)  # at the end of a shorter queue
+        self.waiting = {photo.path.stem: photo for photo in queue}
 
     def classes(self) -> list[str]:
         """List the names of all classes: those of the bundles and of the folders, sorted."""
@@ -90,7 +90,8 @@ class LabelFolders:
 
     def _folders(self) -> set[str]:
         """Return the names of the folders of classes."""
-        return set().union(*map(list_subfolders, filter(Path.is_dir, (self.photos, self.held_out))))
+        parents = [parent for parent in (self.photos, self.held_out) if parent.is_dir()]
+        return {name for parent in parents for name in list_subfolders(parent)}
 
     def label(self, identity: str, name: str | None) -> None:
         """Move the photograph *identity* to the folder of the class *name*; None is "not one of ours".
@@ -99,11 +100,10 @@ class LabelFolders:
         would make a network that was trained on them look better than it is. Raises `ConfigError` if *name*
         cannot name a class, `GoneError` if the photograph does not wait for a label, and `OSError`.
         """
-        kept = self._find(identity)
-        image = kept.path
-        folder = self.unknown
+        photo = self._find(identity)
+        image, folder = photo.path, self.unknown
         if name is not None:
-            near_hash = int(kept.record.near_hash, 16)
+            near_hash = int(photo.record.near_hash, 16)
             is_held_out = any((near_hash ^ sampled).bit_count() <= NEAR_BITS for sampled in self._sampled)
             parent = self.held_out if is_held_out else self.photos
             folder = parent / check_class_name(name, self.classes(), self._folders())
@@ -119,15 +119,15 @@ class LabelFolders:
                 with suppress(OSError):
                     folder.rmdir()
         del self.waiting[identity]
-        self.steps.append(LabelStep(kept, target, new_folder))
+        self.steps.append(LabelStep(photo, target, new_folder))
         image.with_suffix(".json").unlink(missing_ok=True)
 
     def skip(self, identity: str) -> None:
         """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
-        kept = self._find(identity)
-        kept.path.with_suffix(SKIPPED).touch()
+        photo = self._find(identity)
+        photo.path.with_suffix(SKIPPED).touch()
         del self.waiting[identity]
-        self.steps.append(LabelStep(kept))
+        self.steps.append(LabelStep(photo))
 
     def undo(self) -> None:
         """Reverse the last step of this session; its photograph becomes the next one.
@@ -136,8 +136,8 @@ class LabelFolders:
         """
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photographs yourself")
-        kept, target, new_folder = self.steps.pop()
-        image = kept.path
+        photo, target, new_folder = self.steps.pop()
+        image = photo.path
         if target is None:
             image.with_suffix(SKIPPED).unlink(missing_ok=True)
         else:
@@ -146,11 +146,11 @@ class LabelFolders:
             except FileNotFoundError:
                 raise GoneError(f"{target}: no longer there, so its label cannot be undone") from None
             with atomic_write(image.with_suffix(".json")) as partial:
-                partial.write_text(kept.record.model_dump_json(), encoding="utf-8")
+                partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
             if new_folder:
                 with suppress(OSError):  # other photographs are in it
                     target.parent.rmdir()
-        self.waiting = {image.stem: kept, **self.waiting}
+        self.waiting = {image.stem: photo, **self.waiting}
 
     def _find(self, identity: str) -> Kept:
         if identity not in self.waiting:
@@ -188,7 +188,7 @@ def order_by_value(probabilities_NC: NDArray[np.float64], known_N: NDArray[np.bo
     order: list[int] = []
     for group in (np.flatnonzero(known_N), np.flatnonzero(~known_N)):
         left = group[np.argsort(-uncertainties_N[group], kind="stable")]
-        distances = np.ones(len(left))  # of those left from the closest one chosen before
+        distances = np.ones(len(left))  # of those left from the closest one chosen before; 1 without one
         for _ in range(min(MAX_SPREAD, len(left))):
             best = int((distances * uncertainties_N[left]).argmax())
             order.append(int(left[best]))

@@ -24,7 +24,7 @@ from structlog.typing import Processor
 from sopdeploy_service.settings import Settings
 
 ROOT = "sopdeploy"
-MAX_WAITING_LINES = 10_000  # lines
+MAX_WAITING_LINES = 10_000
 CLOSE_SECONDS = 1.0  # for writing the last lines
 
 DROPPED = Counter("sopdeploy_dropped_log_lines", "Log lines that could not be written in time", registry=None)
@@ -77,7 +77,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
         yield
         return
     console = settings.log == "console" or (settings.log is None and os.isatty(file))
-    quiet = settings.log is None and not console
+    is_quiet = settings.log is None and not console
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if console:
         processors += [
@@ -95,7 +95,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     handler = LineQueue(file)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
-    level = "warning" if quiet and settings.log_level != "error" else settings.log_level
+    level = "warning" if is_quiet and settings.log_level != "error" else settings.log_level  # at least
     logging.getLogger(ROOT).setLevel(level.upper())
     try:
         yield

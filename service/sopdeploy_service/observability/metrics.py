@@ -16,7 +16,7 @@ from sopdeploy_service.observability.logs import DROPPED
 from sopdeploy_service.runtime.base import Runtime
 
 SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-REQUEST_PARTS = ("success", "fail", "decode", "queue", "infer")
+REQUEST_RESULTS, REQUEST_STAGES = ("success", "fail"), ("decode", "queue", "infer")
 WINDOW_IMAGES = 1000  # predictions per test for drift
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -105,7 +105,7 @@ class Metrics:
         """Show the metrics of a model before its first batch; *rejects* if it may find an image unknown."""
         for metric in (self.batch_size, self.nonfinite_outputs, self.runtime_seconds, self.last_inference):
             metric.labels(model_name)
-        for part in REQUEST_PARTS:
+        for part in REQUEST_RESULTS + REQUEST_STAGES:
             self.inference_seconds.labels(model_name, part)
         if rejects:
             self.unknown_images.labels(model_name)
@@ -136,14 +136,14 @@ class Metrics:
     def inference(
         self, model_name: str, result: Literal["success", "fail"], seconds: float, stages: Mapping[str, float]
     ) -> None:
-        """Count a request with images that ended after *seconds*, of which *stages* are parts."""
-        for stage in stages.keys() & {"load", "receive"}:
+        """Count a request with images that ended after *seconds*; *stages* has those spent in each stage."""
+        for stage in stages.keys() & {"load", "receive"}:  # the others are counted per image and batch
             self.stage(stage, stages[stage])
         self.last_inference.labels(model_name).set_to_current_time()
         self.inference_seconds.labels(model_name, result).observe(seconds)
         if result == "success":
-            for part in REQUEST_PARTS[2:]:  # without `success` and `fail`
-                self.inference_seconds.labels(model_name, part).observe(stages.get(part, 0.0))
+            for stage in REQUEST_STAGES:  # 0 s of those that a request does not have
+                self.inference_seconds.labels(model_name, stage).observe(stages.get(stage, 0.0))
 
     def batch(
         self, model_name: str, waited: Sequence[float], max_batch: int, started: float, ended: float

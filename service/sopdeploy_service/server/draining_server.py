@@ -165,10 +165,10 @@ class DrainingServer(uvicorn.Server):
                 self._is_draining = True  # logged here: a signal handler may interrupt another log line
                 seconds = self._service.settings.drain_seconds
                 log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
-            expired = time.monotonic() >= self._drain_until
-            if expired:
+            is_expired = now >= self._drain_until
+            if is_expired:
                 self._service.drain(abort=True)
-            if expired or self._service.active_requests == 0:
+            if is_expired or self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)
 
@@ -180,9 +180,9 @@ class DrainingServer(uvicorn.Server):
                 server.close()
             await self.serve_connections(pending)
             end = time.monotonic() + LAST_SECONDS
-            busy = True
-            while busy and time.monotonic() < end:
+            any_busy = True
+            while any_busy and time.monotonic() < end:
                 await asyncio.sleep(_POLL_SECONDS)  # the loop reads what has arrived
                 protocols = cast(set[LimitedHttpProtocol], self.server_state.connections)
-                busy = any(protocol.timeout_keep_alive_task is None for protocol in protocols)
+                any_busy = any(one.timeout_keep_alive_task is None for one in protocols)  # set if idle
         await super().shutdown(sockets)

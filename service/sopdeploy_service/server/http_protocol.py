@@ -28,7 +28,7 @@ MAX_URL_BYTES = 8192  # path and query
 MAX_HEADERS, MAX_HEADER_BYTES = 100, 32_768  # of one request
 LINGER_SECONDS = 2.0  # a connection closed with unread input is reset: the client could not read the response
 HEADER_GRACE = 1.0  # seconds; whoever takes longer for the headers makes room for another connection
-MAX_WAITING = 64  # connections of an address in their headers, or a quarter of all; more make room at once
+MAX_WAITING = 64  # of an address in their headers, or a quarter of `max_connections`; more make room at once
 BODY_LENGTH = {b"content-length", b"transfer-encoding"}
 PIECE_BYTES = 4096  # of pipelined requests are parsed before the number of queued ones is checked
 MAX_PIPELINE = 256  # queued requests of one connection; a piece contains fewer
@@ -83,7 +83,7 @@ class Connections:
             del self.idle[longest_idle]
             longest_idle.close()
             return None
-        if excess > SPARE:  # too many even for a response
+        if excess > SPARE:  # too many even for a response, which `_reject` then omits
             connection.abort()
         return FULL
 
@@ -93,10 +93,10 @@ class Connections:
         self.waiting[connection] = connection.loop.time()
 
     def _find_slow(self, now: float) -> "LimitedHttpProtocol | None":
-        """Find the connection that has been in its headers longest, if for more than `HEADER_GRACE`.
+        """Find the connection that has been in its headers longest, if for at least `HEADER_GRACE`.
 
-        Otherwise, find the oldest one of an address that has more than `MAX_WAITING` of them, and more than a
-        quarter of all connections.
+        Otherwise, find the oldest one of an address that has more of them than `MAX_WAITING` and than a
+        quarter of `max_connections`.
         """
         oldest = next(iter(self.waiting), None)
         if oldest is not None and now - self.waiting[oldest] >= HEADER_GRACE:
@@ -127,8 +127,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._overhead_bytes = 0  # of incomplete headers, or of chunk extensions and trailers
         self._held = b""  # input that follows queued requests and is not parsed yet
         self._ignores_input = self._closed = False
-        # Of the headers, then of the rest of the body, then of closing.
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None  # of headers, the rest of a body, or closing
         self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -185,7 +184,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         in_request = self._in_headers or self._in_body
         # The callbacks subtract what is no overhead, so the number can be negative.
         self._overhead_bytes = max(0, self._overhead_bytes) if in_request else 0
-        limit = MAX_HEADER_BYTES if self._in_body else MAX_HEADER_BYTES + MAX_URL_BYTES
+        limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # URL: in the headers
         if self._overhead_bytes > limit:
             self._error = self._error or LARGE_HEADERS
         is_responding = self.cycle is not None and not self.cycle.response_complete
@@ -207,7 +206,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if self._error is not None or self._ignores_input:
                 return
             self.cycle.keep_alive = False
-            # The new parser gets a head that says only how long the body is, then the body.
+            # The new parser gets a head that says only how long the body is, then the body, after the offset.
             lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
             lines = [b"POST / HTTP/1.1", *map(b": ".join, lengths), b"", b""]
             callbacks = SimpleNamespace(
@@ -254,13 +253,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._overhead_bytes = 0
         self._shared.waiting.pop(self, None)
         self._restart_timer(None)
-        hosts = [name for name, _ in self.headers].count(b"host")
+        num_hosts = [name for name, _ in self.headers].count(b"host")
         codings = [value for name, value in self.headers if name == b"transfer-encoding"]
         if self.parser.get_http_version() == "1.1":
-            valid = hosts == 1
+            is_valid = num_hosts == 1
         else:  # HTTP/1.0 has no transfer codings
-            valid = self.parser.get_http_version() == "1.0" and hosts <= 1 and not codings
-        if not valid or len(self.pipeline) >= MAX_PIPELINE:
+            is_valid = self.parser.get_http_version() == "1.0" and num_hosts <= 1 and not codings
+        if not is_valid or len(self.pipeline) >= MAX_PIPELINE:
             self._error = self._error or _MALFORMED
         elif codings and [value.strip(b" \t").lower() for value in codings] != [b"chunked"]:
             self._error = self._error or UNKNOWN_CODING
@@ -272,7 +271,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.cycle.transport = cast(asyncio.Transport, self)  # so that the response calls this `close`
 
     def on_chunk_header(self) -> None:
-        """Count the bytes of a chunk without extensions, which have no limit."""
+        """Exclude the size and line ends of a chunk from the overhead, which its extensions are."""
         self._overhead_bytes -= CHUNK_BYTES
 
     def on_body(self, body: bytes) -> None:
@@ -305,7 +304,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         elif self._held:
             held, self._held = self._held, b""
             self.data_received(held)  # sets what the lines below test
-        if self.transport.is_closing() or not self.cycle.response_complete:
+        if self.transport.is_closing() or not self.cycle.response_complete:  # of the next request
             return
         if self._in_body:
             self._unset_keepalive_if_required()
@@ -367,16 +366,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._restart_timer(None)
         self._ignores_input = True
         is_responding = self.cycle is not None and not self.cycle.response_complete
-        if not is_responding:
-            self._shared.metrics.request("other", reason.status, 0.0)
-        elif self.pipeline or self.cycle.response_started or not self._in_body:
+        if is_responding and (self.pipeline or self.cycle.response_started or not self._in_body):
             self.cycle.keep_alive = False  # closes after the response
             return
-        else:
+        if is_responding:
             self.cycle.disconnected = True  # the body is invalid: the app sees a client that disconnected
             self.cycle.message_event.set()
-        was_answered = self._in_body and not is_responding  # before the body was complete
-        if not was_answered:
+            self._write_error(reason)
+        elif not self._in_body:  # else the request was answered before its body was complete
+            self._shared.metrics.request("other", reason.status, 0.0)
             self._write_error(reason)
         self._in_headers = True  # so that `close` waits for input in transit
         self.close()
@@ -397,6 +395,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._restart_timer(self._limits.header_timeout, partial(self._reject, SLOW_HEADERS))
 
     def _restart_timer(self, seconds: float | None, callback: Callable[[], None] | None = None) -> None:
+        """Stop the timer; with *seconds*, start it again to call *callback* after them."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if seconds is None or callback is None else self.loop.call_later(seconds, callback)

@@ -30,7 +30,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
-    links = links_among(sources) if settings.follow else {}  # before the bundles are found
+    links = links_among(sources) if settings.follow else {}  # before the bundles are found; may raise
     if settings.devices:
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
@@ -42,8 +42,8 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
 
         ProcessCollector(registry=app.state.service.metrics.registry)
-        server = DrainingServer(app, settings, sources if settings.memory_budget is None else (), links)
-        return server.serve_until_end(listener)
+        reloaded = sources if settings.memory_budget is None else ()
+        return DrainingServer(app, settings, reloaded, links).serve_until_end(listener)
 
 
 @contextmanager

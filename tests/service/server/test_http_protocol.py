@@ -248,6 +248,13 @@ def test_a_response_before_the_body_keeps_the_connection_only_if_the_body_arrive
         good.sendall(b"hello" + GET + b"\r\n")
         assert read(good, to_the_end=False).status == 200
         assert bad.recv(10) == b""
+    with connect(impatient) as bad:
+        bad.sendall(CHUNKED.replace(b"/v1/classify", b"/nowhere"))
+        assert read(bad, to_the_end=False).status == 404
+        bad.sendall(b"no size\r\n")
+        assert bad.recv(10) == b""
+    # A request has one response.
+    assert count(impatient, 'requests_total{code="400",model="",route="other"}') == 0
 
 
 def test_trailers_are_not_headers_of_the_request(wire):

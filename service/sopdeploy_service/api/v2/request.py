@@ -123,8 +123,8 @@ def parse_body(
 
 
 def _requested_outputs(request: InferBody, names: Sequence[str]) -> dict[str, bool]:
-    """Return the requested ones of the outputs *names*, or all except the embedding if none is requested."""
-    by_default = bool(request.parameters.binary_data_output)  # outputs that choose no format
+    """Map each requested one of *names*, by default all except the embedding, to whether it is in binary."""
+    binary_by_default = bool(request.parameters.binary_data_output)  # of outputs that choose no format
     requested: dict[str, bool] = {}
     for output in request.outputs:
         if output.name not in names:
@@ -136,18 +136,18 @@ def _requested_outputs(request: InferBody, names: Sequence[str]) -> dict[str, bo
             message = "outputs are numbers; omit class_count (`classification`), or use /v1/classify"
             raise bad_request("no_classification", message)
         chosen = output.parameters.binary_data
-        requested[output.name] = by_default if chosen is None else chosen
-    return requested or {name: by_default for name in names if name != EMBEDDING}
+        requested[output.name] = binary_by_default if chosen is None else chosen
+    return requested or {name: binary_by_default for name in names if name != EMBEDDING}
 
 
 def _read_images(
-    inputs: Sequence[InputTensor], binary: memoryview, pixels: TensorRecord, max_images: int
+    inputs: Sequence[InputTensor], binary: memoryview, record: TensorRecord, max_images: int
 ) -> list[bytes] | NDArray[np.uint8]:
-    """Return the images of the only input, `IMAGE` or *pixels*, from its JSON or from *binary*."""
-    if len(inputs) != 1 or inputs[0].name not in {pixels.name, IMAGE}:
+    """Return the images of the only input, `IMAGE` or that of *record*, from its JSON or from *binary*."""
+    if len(inputs) != 1 or inputs[0].name not in {record.name, IMAGE}:
         raise bad_request(
             "wrong_inputs",
-            f"give one of the inputs {pixels.name!r} ({PIXELS} {_describe(pixels.shape[1:])}) and {IMAGE!r} "
+            f"give one of the inputs {record.name!r} ({PIXELS} {_describe(record.shape[1:])}) and {IMAGE!r} "
             f"({ENCODED} [n], encoded images)",
         )
     item = inputs[0]
@@ -156,25 +156,24 @@ def _read_images(
     if item.datatype not in allowed:
         message = f"the datatype must be {' or '.join(allowed)}, not {item.datatype[:20]!r}"
         raise _invalid("wrong_datatype", item, message)
-    shape = _check_shape(item, (1,) if is_encoded else pixels.shape[1:], max_images)
-    size = item.parameters.binary_data_size
-    if (size is None) == (item.data is None):
+    shape = _check_shape(item, (1,) if is_encoded else record.shape[1:], max_images)
+    declared = item.parameters.binary_data_size
+    if (declared is None) == (item.data is None):
         raise _invalid("wrong_data", item, "must have either `data` or the parameter `binary_data_size`")
-    declared = size or 0
-    if len(binary) != declared:
+    if len(binary) != (declared or 0):
         raise bad_request(
             "wrong_binary_size",
-            f"{len(binary)} bytes follow the JSON, but its inputs declare {declared}; with binary data the "
-            "header Inference-Header-Content-Length must be the length of the JSON",
+            f"{len(binary)} bytes follow the JSON, but its inputs declare {declared or 0}; with binary data "
+            "the header Inference-Header-Content-Length must be the length of the JSON",
         )
-    if size is None:
+    if declared is None:
         return _decode_texts(item, shape) if is_encoded else _pixels_from_json(item, shape)
     if is_encoded:
         return _split_elements(item, binary, shape[0])
     dtype = np.dtype("<f4" if item.datatype == FLOATS else np.uint8)
     needed = prod(shape) * dtype.itemsize
-    if size != needed:
-        message = f"{list(shape)} {item.datatype} is {needed} bytes, not {size}"
+    if declared != needed:
+        message = f"{list(shape)} {item.datatype} is {needed} bytes, not {declared}"
         raise _invalid("wrong_binary_size", item, message)
     return _as_pixels(item, np.frombuffer(binary, dtype).reshape(shape))
 
@@ -189,7 +188,7 @@ def _describe(size: Sequence[int | None]) -> str:
 
 
 def _check_shape(item: InputTensor, size: tuple[int | None, ...], max_images: int) -> tuple[int, ...]:
-    """Return the shape of *item*, n images of *size*; `IMAGE` may be [n] or [n, 1]."""
+    """Return the shape of *item*, n images of *size*; `IMAGE`, whose size is (1,), may also be [n]."""
     shape = item.shape
     rule = f"the shape must be {_describe(size)} with n from 1 to {max_images}"
     allowed = {size, ()} if item.name == IMAGE else {size}
@@ -241,7 +240,7 @@ def _split_elements(item: InputTensor, raw: memoryview, count: int) -> list[byte
         begin = position + LENGTH_BYTES
         length = unpack_from("<I", raw, position)[0] if begin <= len(raw) else 0
         position = begin + length
-        if position > len(raw):
+        if position > len(raw):  # also if its length does not fit
             message = f"element {number} does not fit into {len(raw)} bytes"
             raise _invalid("wrong_binary_size", item, message)
         elements.append(bytes(raw[begin:position]))

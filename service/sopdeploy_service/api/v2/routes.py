@@ -33,8 +33,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = dict.fromkeys(
 MODEL, VERSION = "/v2/models/{name}", "/v2/models/{name}/versions/{version}"
 _VERSION = package_version("sopdeploy")
 router = APIRouter(tags=["Open Inference Protocol"], responses=_ERRORS)
-
-
 INFER_BODY = {
     "requestBody": {
         "required": True,
@@ -152,14 +150,14 @@ def format_response(
     """
     binary_parts: list[bytes] = []
     outputs = []
-    for name, binary in requested.items():
+    for name, is_binary in requested.items():
         array = np.ascontiguousarray(values[name], "<f4")
         described: dict[str, Any] = {"name": name, "datatype": FLOATS, "shape": list(array.shape)}
-        if binary:
+        if is_binary:
             binary_parts.append(array.tobytes())
             described["parameters"] = {"binary_data_size": array.nbytes}
         else:
-            described["data"] = array.reshape(-1)
+            described["data"] = array.reshape(-1)  # flat
         outputs.append(described)
     text = orjson.dumps({**head, "outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     if not binary_parts:
