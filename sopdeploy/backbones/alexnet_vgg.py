@@ -69,7 +69,7 @@ class SingleStage(Backbone):
 
     def __init__(self, config: Any, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        layers, channels = self.build_layers(), 0
+        layers, channels = self.build_layers(), 0  # then those of the last convolution
         for position, layer in enumerate(layers):
             if isinstance(layer, nn.Conv2d):
                 channels = layer.out_channels

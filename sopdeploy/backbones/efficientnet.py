@@ -141,7 +141,7 @@ class LiteBlock(nn.Sequential):
             "conv_dw": depthwise,
             "conv_pwl": convolution(wide, out),
         }
-        if expansion == 1:
+        if expansion == 1:  # the layers above are drawn all the same: seeded weights depend on it
             layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)
@@ -177,8 +177,8 @@ class EfficientNetLite(Backbone):
         self.act1 = nn.ReLU6(inplace=True)
         channels, stages = STEM_CHANNELS, []
         for name, stage in MBCONV_STAGES.items():
-            is_end = name in {"blocks.0", "blocks.6"}
-            count = stage.blocks if is_end else math.ceil(stage.blocks * config.depth)
+            is_fixed = name in {"blocks.0", "blocks.6"}  # the first stage and the last one
+            count = stage.blocks if is_fixed else math.ceil(stage.blocks * config.depth)
             out = scale_channels(stage.channels, config.width)
             blocks = []
             for index in range(count):

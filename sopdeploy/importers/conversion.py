@@ -1,7 +1,4 @@
-"""Weight files, converted weights, and their match with the network that the user named.
-
-The config is matched first, then each tensor.
-"""
+"""Weight files, converted weights, and their match with the network that the user named."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -78,8 +75,8 @@ def rename_tensors(file: WeightFile, renames: Mapping[str, str]) -> dict[str, Te
     """Replace in each tensor name of *file* the first key of *renames* that it contains; other names stay."""
     renamed = {}
     for name, tensor in file.tensors.items():
-        old, new = next(((old, new) for old, new in renames.items() if old in name), ("", ""))
-        renamed[name.replace(old, new, 1) if old else name] = tensor
+        old = next((part for part in renames if part in name), None)
+        renamed[name if old is None else name.replace(old, renames[old], 1)] = tensor
     return renamed
 
 
@@ -102,24 +99,24 @@ def choose_config(
     defaults = entry(model).defaults
     # the config without the values of the file: the network that the user asks for
     asked = make_config(model, _set_values(defaults, settings)).model_dump()
-    asked["pooling.kind"] = (asked.get("pooling") or {}).get("kind")
+    asked["pooling.kind"] = (asked.get("pooling") or {}).get("kind")  # None: it has no option `pooling`
     for key, detected in converted.detected.items():
         if key in IDENTITY and asked.get(key) != detected:
             raise _misfit(file, converted, model, f"{key} is {asked.get(key)}, not {detected}")
     for key, reason in converted.undetermined.items():
         if key not in settings:
             raise ConfigError(f"{file.path}: {reason}; add --option {key}=..")
-    for key, value in converted.detected.items():
-        if settings.get(key, value) != value:
+    for key, detected in converted.detected.items():
+        if key in settings and settings[key] != detected:
             raise ConfigError(
-                f"--option {key}={settings[key]}: {file.path} holds {value}; leave the setting out"
+                f"--option {key}={settings[key]}: {file.path} holds {detected}; leave the setting out"
             )
     values = {**converted.defaults, **settings, **converted.detected}
     return make_config(model, _set_values(defaults, values))
 
 
 def _set_values(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Set *values* by dotted key; a name in place of a table, such as `pooling=gap`, is its `kind`."""
+    """Copy *base* with *values* by dotted key; a name in place of a table (`pooling=gap`) is its `kind`."""
     config = copy.deepcopy(dict(base))
     for key, value in values.items():
         *tables, last = key.split(".")
@@ -141,14 +138,13 @@ def fit_tensors(
     """
     with torch.device("meta"):
         network = create_model(model, num_classes=converted.num_classes, **config.model_dump())
-    expected = network.to_empty(device="cpu").state_dict()
+    expected = network.to_empty(device="cpu").state_dict()  # devices are compared, too
     state = {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(COUNTER)}
     for name, tensor in converted.tensors.items():
-        state[name] = tensor.reshape(()) if name in state and tensor.numel() == 1 else tensor
-        if (
-            name in expected and expected[name].shape == state[name].shape
-        ):  # others are not copied, only named
-            state[name] = state[name].detach().to(expected[name].dtype).contiguous().clone()
+        is_counter = name in expected and name.endswith(COUNTER)
+        shaped = tensor.reshape(()) if is_counter and tensor.numel() == 1 else tensor
+        fits = name in expected and expected[name].shape == shaped.shape  # others are only named in the error
+        state[name] = shaped.detach().to(expected[name].dtype).contiguous().clone() if fits else shaped
     if problem := first_difference(expected, state):
         raise _misfit(file, converted, model, problem)
     return {name: state[name] for name in expected}
@@ -164,12 +160,12 @@ def _misfit(file: WeightFile, converted: ConvertedWeights, model: str, differenc
 
 
 def make_row_wise(tensors: dict[str, Tensor], names: Iterable[str], channels: int) -> None:
-    """Reorder the last axis of the tensors *names*, column-wise triangles of d *channels*, to row-wise ones.
+    """Replace the tensors *names*, whose last axis is a column-wise triangle of *channels*, by row-wise ones.
 
     A tensor of another length stays, so that `fit_tensors` reports its shape.
     """
-    rows, columns = torch.triu_indices(channels, channels)
-    order = columns * (columns + 1) // 2 + rows
+    rows, columns = torch.triu_indices(channels, channels)  # row by row
+    order = columns * (columns + 1) // 2 + rows  # the places of these elements column by column
     for name in names:
         if tensors[name].shape[-1] == len(order):
             tensors[name] = tensors[name].index_select(-1, order)

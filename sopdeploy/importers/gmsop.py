@@ -24,7 +24,7 @@ from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, 
 from sopdeploy.models.registry import CATALOG
 from sopdeploy.user_files import check_tensors
 
-# A layer of the released networks, our name of it, and that of its batch norm; our numbers begin with 0.
+# A layer of the released networks, our name of it, and that of its batch norm; our numbers are one lower.
 RENAMES = {
     r"conv1": ("conv1", "bn1"),
     r"conv(\d)_(\d+)a": ("layer{0}.{1}.conv1", "layer{0}.{1}.bn1"),
@@ -64,15 +64,16 @@ def convert_gmsop(file: WeightFile, _model: str) -> ConvertedWeights:
         "components": 1,
         "conv5_stride": int(layer_number(file, "conv5_1a_conv", "stride")),
     }
-    component, width, gated = config["component"], WIDTHS[-1] * widen, "gating_w" in file.tensors
+    component, gated = config["component"], "gating_w" in file.tensors
+    width = WIDTHS[-1] * widen  # channels of the pooled map
     if gated:
         weights = _join_components(tensors)
         config |= _gate_config(file, tensors) | {"component_widths": [weight.shape[1] for weight in weights]}
         tensors |= {f"mixture.weights.{step}": weight for step, weight in enumerate(weights)}
         width = config["component_widths"][-1]
     if component == "sop":
-        head = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
-        make_row_wise(tensors, head, width)
+        of_triangles = [name for name in tensors if name.startswith("head.") and name != "head.fc.bias"]
+        make_row_wise(tensors, of_triangles, width)
         if gated:
             make_row_wise(tensors, GATE_WEIGHTS.values(), config["gate_widths"][-1])
     return ConvertedWeights(
@@ -97,7 +98,7 @@ def _rename(file: WeightFile) -> dict[str, Tensor]:
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
         elif source.endswith("_bn"):
-            tensors |= batch_norm(file, source, norm)
+            tensors |= batch_norm(file, source, norm)  # all of it, for each of its three arrays
         elif kind == "f":
             tensors[f"{layer}.weight"] = conv_kernel(values)
         elif kind == "b":
@@ -113,33 +114,32 @@ def _our_names(source: str) -> tuple[str, str]:
     """Return our names of the layer *source* of a file and of its batch norm; others keep their names."""
     for pattern, (layer, norm) in RENAMES.items():
         if match := re.fullmatch(pattern, source):
-            numbers = [int(number) - 1 for number in match.groups()]
+            numbers = [int(number) - 1 for number in match.groups()]  # conv2_1a is of layer1.0
             return layer.format(*numbers), norm.format(*numbers)
     return source, f"{source}_bn"
 
 
 def _join_components(tensors: dict[str, Tensor]) -> list[Tensor]:
     """Remove the convolutions of N components, CM_1_a to CM_N_a and so on; return (N, out, in) per letter."""
-    joined = []
+    joined, numbers = [], range(1, len(tensors["gate.weight"]) + 1)
     for letter in "abcdefgh":
         if f"CM_1_{letter}.weight" in tensors:
-            components = range(1, len(tensors["gate.weight"]) + 1)
-            kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in components]
+            kernels = [tensors.pop(f"CM_{number}_{letter}.weight") for number in numbers]
             joined.append(torch.stack(kernels).flatten(2))
     return joined
 
 
 def _catalog_name(gated: bool, component: str, blocks: int, widen: int) -> str | None:
     """Name the network of the catalog with this gate, component, blocks per stage and widening, if any."""
-    backbone = {2: "resnet18", 6: "resnet50"}.get(blocks, f"wrn36-{widen}")
-    plain = backbone if backbone.startswith("wrn") else f"{backbone}-64px"
+    backbone = {(2, 1): "resnet18", (6, 1): "resnet50", (4, 2): "wrn36-2"}.get((blocks, widen), "other")
+    plain = backbone if backbone == "wrn36-2" else f"{backbone}-64px"
     single = {"gap": plain, "sop": f"srsop-{backbone}"}
     name = f"gm{component}-16-8-{backbone}" if gated else single[component]
     return name if name in CATALOG else None
 
 
 def _preprocess(file: WeightFile) -> Preprocess:
-    """Build the preprocessing: pixels of 0 to 255 minus a color, or the mean color of an image (H, W, 3)."""
+    """Build the preprocessing: pixels of 0 to 255 minus a color; that of an image (H, W, 3) is its mean."""
     color = np.ravel(file.normalization.get("averageImage", ()))
     if not color.size:
         raise WeightsError(f"{file.path}: has no meta.normalization.averageImage; save the network with meta")
@@ -159,13 +159,13 @@ def _pooling_config(file: WeightFile) -> dict[str, Any]:
     roots = [name for name, layer in file.layers.items() if layer.kind == MATRIX_ROOT]
     if not roots:
         return {"component": "gap"}
-    (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}
+    (iterations,) = {int(layer_number(file, name, "iterNum")) for name in roots}  # ValueError unless equal
     (norm,) = {PRENORMS[layer.kind] for layer in file.layers.values() if layer.kind in PRENORMS}
     return {"component": "sop", "iterations": iterations, "prenorm": norm}
 
 
 def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Read the options of the gate and of the mixture; the released networks have batch norms in both."""
+    """Read the options of the gate and of the mixture; norms and noise are those of all released ones."""
     dropouts = [name for name, layer in file.layers.items() if layer.kind == "DropOut"]
     gates = sorted(name for name in tensors if re.fullmatch(r"gate\.feature\.\d\.0\.weight", name))
     return {
@@ -182,22 +182,20 @@ def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]
 
 def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile:
     """Read the network in the *variables* of a MATLAB file with sha256 *digest*; raises `WeightsError`."""
-    net = variables.get("net", variables)
+    net = variables.get("net", variables)  # a file may hold the fields of `net` themselves
     try:
         values = {record["name"]: np.asarray(record["value"]) for record in net["params"]}
         tensors = {
-            name: torch.from_numpy(value.astype(np.float64, casting="same_kind"))
+            name: torch.from_numpy(value.astype(np.float64, casting="same_kind"))  # TypeError for text
             for name, value in values.items()
         }
+        layers = {
+            record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))
+            for record in net["layers"]
+        }
+        tensors, normalization = check_tensors(path, tensors), net.get("meta", {}).get("normalization", {})
         return WeightFile(
-            path=path,
-            sha256=digest,
-            layers={
-                record["name"]: Layer(record["type"].removeprefix("dagnn."), record.get("block"))
-                for record in net["layers"]
-            },
-            tensors=check_tensors(path, tensors),
-            normalization=net.get("meta", {}).get("normalization", {}),
+            path=path, sha256=digest, tensors=tensors, layers=layers, normalization=normalization
         )
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise WeightsError(
@@ -207,15 +205,15 @@ def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile
 
 
 def conv_kernel(kernel: Tensor) -> Tensor:
-    """Return *kernel* as (out, in, height, width); in the file, a 1x1 kernel has two axes."""
+    """Return *kernel* (height, width, in, out), or (in, out) if 1x1, as (out, in, height, width)."""
     return (kernel[None, None] if kernel.dim() == 2 else kernel).permute(3, 2, 0, 1)
 
 
 def batch_norm(file: WeightFile, source: str, name: str) -> dict[str, Tensor]:
     """Convert the batch norm *source* to *name*.
 
-    MatConvNet stores sqrt(variance + eps). Where it is below sqrt(eps), the variance is 0 and the weight of
-    the channel is scaled instead.
+    MatConvNet stores the mean and sqrt(variance + eps), (C, 2). Where the root is below sqrt(eps), the
+    variance becomes 0 and the weight of the channel is scaled instead.
     """
     mean, deviation = file.tensor(f"{source}_m").unbind(dim=1)
     variance = (deviation.square() - EPS).clamp_min(0.0)

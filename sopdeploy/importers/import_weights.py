@@ -22,7 +22,7 @@ from sopdeploy.version import __version__
 # Parts of tensor names that the files of a project have, and its function (file, model), which returns None
 # for other files; the first one that returns weights is used.
 CONVERTERS = (
-    (("",), "timm_files:convert_timm"),
+    (("",), "timm_files:convert_timm"),  # of all files: the user names the network
     (("conv_stem.",), "timm_files:convert_efficientnet_lite"),
     ((".conv_for_DR",), "pytorch_projects:convert_gsop"),
     (("layer4.", "features.7."), "pytorch_projects:convert_resnet"),
@@ -61,9 +61,8 @@ def import_weights(
     """Write the weight file *source* as a checkpoint of catalog *model* to *destination*.
 
     The file does not contain the *settings*, values of the model's config by dotted key, nor the class names
-    in the file *labels*. *preprocess* replaces values of the preprocessing.
-
-    Raises a `SopdeployError` if the file cannot be read, is of an unknown project or of another network.
+    in the file *labels*. *preprocess* replaces values of the preprocessing. Raises a `SopdeployError` if the
+    file cannot be read, is of an unknown project or of another network.
     """
     if destination.exists() and source.exists() and destination.samefile(source):
         raise ConfigError(f"{destination} is the file to import; give another name", setting="out_file")
@@ -131,10 +130,12 @@ def choose_network(file: WeightFile, default: str) -> str:
     found = find_network(file) if recognized is None else recognized.model
     if found is None or found == default:
         return default
-    return found if found.startswith(TIMM_PREFIX) or found in list_models() else default
+    exists = found.startswith(TIMM_PREFIX) or found in list_models()  # "resnet20 --option depth=32" does not
+    return found if exists else default
 
 
 def _recognize(file: WeightFile, model: str) -> ConvertedWeights | None:
+    """Convert *file* by the first of `CONVERTERS` that recognizes it; None if none does."""
     for marks, function in CONVERTERS:
         if not any(mark in name for mark in marks for name in file.tensors):
             continue

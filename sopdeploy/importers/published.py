@@ -35,10 +35,8 @@ OWN_FILE = {"weights": "FILE"}  # of the option that takes a file which the user
 def fetch_imagenet_weights(model: str, config: StrictModel) -> tuple[Path, str]:
     """Find the ImageNet weights for the backbone of catalog *model* with *config*, and fetch them if needed.
 
-    Returns the file, and the catalog name under which the importers read it.
-
-    Raises `ConfigError` if none are published, `WeightsError` if the file cannot be downloaded or has another
-    hash; such a file is removed.
+    Returns the file, and the catalog name under which the importers read it. Raises `ConfigError` if none are
+    published, `WeightsError` if the file cannot be downloaded or has another hash; such a file is removed.
     """
     if issubclass(entry(model).network, EfficientNetLite):
         return _fetch_from_hub(_lite_repository(model)), model
@@ -70,9 +68,9 @@ def _lite_repository(model: str) -> str:
 def _published_network(model: str, config: StrictModel) -> str:
     """Name the network of torchvision, or `timm:NAME`, whose ImageNet weights fit the backbone of *model*."""
     family, _, name = model.rpartition(":")
-    network, depth = entry(model).network, getattr(config, "depth", None)
-    if family:
+    if family:  # timm or dsop-timm
         return f"timm:{name}"
+    network, depth = entry(model).network, getattr(config, "depth", None)
     if issubclass(network, EfficientNet):
         return "timm:efficientnet_b0"
     if isinstance(config, VGGConfig):
@@ -104,13 +102,13 @@ def _fetch_from_hub(repository: str) -> Path:
     name, _, revision = repository.partition("@")
     location = {"repo_id": name, "filename": HUB_FILE, "revision": revision or "main"}
     cached = hub.try_to_load_from_cache(**location)
-    if not isinstance(cached, str):
+    if not isinstance(cached, str):  # None, or a mark that the hub had no such file
         url = hub.hf_hub_url(**location)
         with _downloading(f"{name}/{HUB_FILE}", f"get {url} on another machine and copy it here", **OWN_FILE):
             hub.get_hf_file_metadata(url, timeout=UNREACHABLE_SECONDS)  # the download would retry for longer
             cached = hub.hf_hub_download(**location)
     path = Path(cached)
-    blob = path.resolve().name  # the hub's cache names large files by their hash
+    blob = path.resolve().name  # the hub's cache names large files by their hash; others are not compared
     _check_hash(path, blob if SHA256.fullmatch(blob) else "")
     return path
 

@@ -1,8 +1,8 @@
 """Importers of PyTorch projects: networks of torchvision, ResNets for CIFAR, fast-MPN-COV and GSoP.
 
-`RENAMES` maps the tensor names of a project to ours. fast-MPN-COV publishes files with torchvision's names
-and `layer_reduce`; its training checkpoints number the parts. GSoP's training script saves torchvision's
-names and those of the blocks inside the last bottleneck of a stage.
+fast-MPN-COV publishes files with torchvision's names and `layer_reduce`; its training checkpoints number the
+parts. GSoP's training script saves torchvision's names and those of the blocks inside the last bottleneck of
+a stage.
 """
 
 import importlib
@@ -56,7 +56,6 @@ RENAMES: dict[str, dict[str, str]] = {  # by project: a part of a tensor's name,
 _TITLES = {"isqrt": "iSQRT-COV on ", "bcnn": "B-CNN on ", "gap": ""}
 STRIDE_UNKNOWN = "its arch does not determine the stride of conv5_x: 1 for mpncovresnet50, 2 for resnet50"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CIFAR_SIDE = 32
 VGG_CHANNELS, VGG_FLATTENED = 512, 512 * 7 * 7
 SUM_OR_MAXIMUM = "sum and maximum (the code's fusion_avg and fusion_max) have the same tensors; choose one"
 
@@ -77,7 +76,7 @@ def resnet_depth(file: WeightFile) -> int:
 
 
 def name_network(family: str, depth: int, other: int) -> str:
-    """Name the network of *family* with *depth* layers: in the catalog, or as an option of *other* layers."""
+    """Name the network of *family* with *depth* layers, or that with *other* layers and an option `depth`."""
     name = f"{family}{depth}"
     return name if name in CATALOG else f"{family}{other} --option depth={depth}"
 
@@ -90,7 +89,7 @@ def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple
     else, without a note, the usual resize to 256 and crop of 224.
     """
     models = importlib.import_module("torchvision.models")
-    for weights in models.get_model_weights(name) if name in models.list_models() else ():
+    for weights in models.get_model_weights(name) if name in models.list_models() else ():  # not resnet26
         if weights.url.endswith(f"-{file.sha256[:8]}.pth"):
             preprocess = Preprocess.from_torchvision(weights.transforms())
             return preprocess, (f"preprocessing of torchvision's {weights}",)
@@ -99,10 +98,7 @@ def published_preprocess(name: str, file: WeightFile) -> tuple[Preprocess, tuple
 
 
 def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert a ResNet of torchvision, or one of fast-MPN-COV with any of its poolings; None for other files.
-
-    Files of fast-MPN-COV have `layer_reduce` or numbered parts.
-    """
+    """Convert a ResNet of torchvision, or of fast-MPN-COV with iSQRT-COV or B-CNN; None for other files."""
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["fast-MPN-COV"]))
     if not {"conv1.weight", "layer4.0.conv1.weight", "fc.weight"} <= renamed.tensors.keys():
         return None
@@ -111,29 +107,29 @@ def convert_resnet(file: WeightFile, _model: str) -> ConvertedWeights | None:
     classes, length = renamed.tensor("fc.weight").shape
     pooling = detect_pooling(renamed, channels, length)
     kind = str(pooling["pooling.kind"])
-    torchvisions = kind == "gap" and "conv1.weight" in file.tensors
-    project = "torchvision" if torchvisions else "fast-MPN-COV"
-    preprocess, notes = published_preprocess(f"resnet{depth}", file)
-    stride = 2 if torchvisions else conv5_stride(file, depth)
     detected = {"depth": depth, "base_width": len(renamed.tensor("conv1.weight")), **pooling}
-    if not (torchvisions or stride is None):
+    is_torchvisions = kind == "gap" and "conv1.weight" in file.tensors
+    project = "torchvision" if is_torchvisions else "fast-MPN-COV"
+    stride = None if is_torchvisions else conv5_stride(file, depth)
+    if stride is not None:
         detected["conv5_stride"] = stride
+    preprocess, notes = published_preprocess(f"resnet{depth}", file)
     option = " --option pooling=bcnn" if kind == "bcnn" else ""
     return ConvertedWeights(
         project=project,
         description=f"{_TITLES[kind]}ResNet-{depth} of {project}",
-        model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, 50) + option,
+        model=name_network("isqrt-resnet" if kind == "isqrt" else "resnet", depth, other=50) + option,
         tensors=renamed.tensors,
         num_classes=classes,
         preprocess=preprocess,
         detected=detected,
-        undetermined={} if stride else {"conv5_stride": STRIDE_UNKNOWN},
+        undetermined={} if is_torchvisions or stride else {"conv5_stride": STRIDE_UNKNOWN},
         notes=notes,
     )
 
 
 def conv5_stride(file: WeightFile, depth: int) -> int | None:
-    """Find the stride of conv5_x in a file of fast-MPN-COV: 1 with a reduction, else that of its `arch`.
+    """Find the stride of conv5_x in a file of fast-MPN-COV: 1 with `layer_reduce`, else that of its `arch`.
 
     It is 1 for `mpncovresnet50` and 2 for a `resnet50` that was trained with the pooling; else None.
     """
@@ -143,7 +139,10 @@ def conv5_stride(file: WeightFile, depth: int) -> int | None:
 
 
 def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str, str | int]:
-    """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers."""
+    """Find the config of the pooling that maps *channels*, or the reduced ones, to *length* numbers.
+
+    *renamed* has our tensor names. Raises `WeightsError` if there is none.
+    """
     reduction = renamed.tensors.get("pooling.layer_reduce.weight")
     width = channels if reduction is None else len(reduction)
     if length == width * (width + 1) // 2:
@@ -157,28 +156,23 @@ def detect_pooling(renamed: WeightFile, channels: int, length: int) -> dict[str,
 
 
 def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert VGG-16 of torchvision or, with iSQRT-COV or B-CNN, of fast-MPN-COV; None for other files.
-
-    The classifier of torchvision's network reads a flattened map.
-    """
+    """Convert VGG-16 of torchvision or, with iSQRT-COV or B-CNN, of fast-MPN-COV; None for other files."""
     linear = "classifier.weight" in file.tensors
     classifier = file.tensors.get("classifier.weight" if linear else "classifier.0.weight")
     if classifier is None or "features.0.weight" not in file.tensors:
         return None
-    inputs = classifier.shape[1]
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
+    length = classifier.shape[1]
+    flattens = length == VGG_FLATTENED  # as in torchvision's network
+    pooling = {"pooling.kind": "flatten"} if flattens else detect_pooling(renamed, VGG_CHANNELS, length)
+    project = "torchvision" if flattens else "fast-MPN-COV"
     batch_norm = "features.1.running_mean" in file.tensors
     name = "vgg16-bn" if batch_norm else "vgg16"
-    is_torchvisions = inputs == VGG_FLATTENED
-    pooling = (
-        {"pooling.kind": "flatten"} if is_torchvisions else detect_pooling(renamed, VGG_CHANNELS, inputs)
-    )
     preprocess, notes = published_preprocess(name.replace("-", "_"), file)
-    project = "torchvision" if is_torchvisions else "fast-MPN-COV"
     return ConvertedWeights(
         project=project,
         description=f"VGG-16 of {project}, {'with' if batch_norm else 'without'} batch norm",
-        model=name if is_torchvisions else f"{name} --option pooling={pooling['pooling.kind']}",
+        model=name if flattens else f"{name} --option pooling={pooling['pooling.kind']}",
         tensors=renamed.tensors,
         num_classes=len(file.tensor("classifier.weight" if linear else "classifier.6.weight")),
         preprocess=preprocess,
@@ -194,32 +188,31 @@ def convert_cifar_resnet(file: WeightFile, _model: str) -> ConvertedWeights | No
     if not known or any(source.startswith("layer4.") for source in sources):
         return None
     depth = 6 * len({source.split(".")[1] for source in sources if source.startswith("layer1.")}) + 2
-    projects = any(".shortcut." in source for source in sources)
+    has_projections = any(".shortcut." in source for source in sources)
     return ConvertedWeights(
         project="pytorch_resnet_cifar10",
         description=f"ResNet-{depth} for CIFAR of pytorch_resnet_cifar10",
-        model=name_network("resnet", depth, 20),
+        model=name_network("resnet", depth, other=20),  # "resnet20 --option depth=.." if not in the catalog
         tensors=rename_tensors(file, RENAMES["pytorch_resnet_cifar10"]),
         num_classes=len(file.tensor("linear.weight")),
-        preprocess=Preprocess(resize=CIFAR_SIDE, crop=CIFAR_SIDE),
+        preprocess=Preprocess(resize=32, crop=32),
         detected={
             "depth": depth,
             "pooling.kind": "gap",
             "base_width": len(file.tensor("conv1.weight")),
-            "shortcut": "projection" if projects else "pad",
+            "shortcut": "projection" if has_projections else "pad",
         },
         class_names=CIFAR10,
     )
 
 
-def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
-    """Convert GSoP-Net1 or GSoP-Net2, whose triangle vectors are column by column; None for other files.
-
-    Fusion by sum and by maximum have the same tensors, so the user must choose.
-    """
+def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights:
+    """Convert GSoP-Net1, or GSoP-Net2, which has `layer_reduce` and triangle vectors column by column."""
     depth = resnet_depth(file)
-    reduction = file.tensors.get("layer_reduce.weight")
     detected = {"depth": depth, "base_width": len(file.tensor("conv1.weight")), **_block_config(file)}
+    attention = detected.get("attention")  # None: sum or maximum
+    reduction = file.tensors.get("layer_reduce.weight")
+    net = 1 if reduction is None else 2
     tensors = rename_tensors(file, RENAMES["GSoP"])
     if reduction is None:
         detected["final_pooling"] = "gap"
@@ -227,11 +220,10 @@ def convert_gsop(file: WeightFile, _model: str) -> ConvertedWeights | None:
         width = len(reduction)
         detected |= {"final_pooling": "isqrt", "final_width": width}
         make_row_wise(tensors, {"fc.weight"}, width)
-    net, attention = 1 if reduction is None else 2, detected.get("attention")
     return ConvertedWeights(
         project="GSoP",
         description=f"GSoP-Net{net} on ResNet-{depth}, {attention or 'sum or maximum'} blocks",
-        model=name_network(f"gsop-net{net}-resnet", depth, 50),
+        model=name_network(f"gsop-net{net}-resnet", depth, other=50),
         tensors=tensors,
         num_classes=len(file.tensor("fc.weight")),
         detected=detected,

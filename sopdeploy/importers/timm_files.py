@@ -22,11 +22,11 @@ from sopdeploy.models.timm_networks import import_timm
 TIMM_PREFIX = "timm:"
 HUB_CONFIG = "config.json"
 FROM_HUB_CONFIG = f"preprocessing from {HUB_CONFIG} next to the file"
+NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 LITE = {  # preprocessing of EfficientNet-Lite, without the import of timm, which takes a second
     model: Preprocess(resize=resize, crop=crop, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
     for model, resize, crop in (("efficientnet-lite0", 256, 224), ("efficientnet-lite2", 292, 260))
 }
-NO_HUB_CONFIG = f"no {HUB_CONFIG} next to the file: preprocessing of timm's default weights"
 
 
 def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
@@ -34,7 +34,7 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
 
     Raises `WeightsError` if the tensors are those of another network.
     """
-    if not model.startswith(TIMM_PREFIX) or file.layers:
+    if not model.startswith(TIMM_PREFIX) or file.layers:  # MatConvNet files have layers
         return None
     backbone = model.removeprefix(TIMM_PREFIX)
     timm = import_timm(backbone)
@@ -42,9 +42,10 @@ def convert_timm(file: WeightFile, model: str) -> ConvertedWeights | None:
         refuse_other_network(file, model)
     pretrained = timm.get_pretrained_cfg(backbone).to_dict()
     config = read_hub_config(file.path)
-    classifier = pretrained.get("classifier") or ""
-    # A distilled network has two classifiers of the same classes; DINOv2's and SigLIP's files have none.
-    weight = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+    classifier = pretrained.get("classifier") or ""  # DINOv2's and SigLIP's files have none
+    if not isinstance(classifier, str):  # a distilled network has two classifiers of the same classes
+        classifier = classifier[0]
+    weight = f"{classifier}.weight"
     return ConvertedWeights(
         project="timm",
         description=f"timm's {backbone}",

@@ -42,17 +42,13 @@ def open_weights(path: Path) -> WeightFile | Checkpoint:
     content, digest = read_pytorch(path)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
-    state, arch = _find_state_dict(path, content), content.get("arch")
+    state = _find_state_dict(path, content)  # raises unless the content is a dict
+    arch = content["arch"] if isinstance(content.get("arch"), str) else None
     tensors = {  # without `module` of names such as module.conv1.weight or features.module.0.weight
         ".".join(part for part in name.split(".") if part != "module"): tensor
         for name, tensor in state.items()
     }
-    return WeightFile(
-        path=path,
-        sha256=digest,
-        tensors=check_tensors(path, tensors),
-        arch=arch if isinstance(arch, str) else None,
-    )
+    return WeightFile(path=path, sha256=digest, tensors=check_tensors(path, tensors), arch=arch)
 
 
 def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019), section 3, Fig. 1(b),
 Table 2. Letters: B images, C channels, d channels after dimension reduction (DR), H height, W width, n rows
-of the covariance, P positions.
+of the covariance, r = 4 outputs per row, R = 4n, P = s x s positions.
 
 The released code feeds DR with a rectified copy of the map (`pre_relu`; the scaled map itself is not
 rectified) and lets DR stride by 2 in conv2_x (`dr_stride`). The covariance is centered and divided by the
@@ -188,16 +188,16 @@ class PositionAttention(nn.Module, ExportHints):
             small_Bdss = resample(at_least_float32(reduced_BdHW), side, side, averaging_rows)
             small_BdP = small_Bdss.flatten(start_dim=2)
             if config.position_covariance == "uncentred":
-                cov_BPP = released_covariance(small_BdP)
-            else:
+                cov_BPP = uncentred_covariance(small_BdP)
+            else:  # over the d channels
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
         return resample(weights_B1ss, height, width, rows)
 
 
-def released_covariance(small_BdP: Tensor) -> Tensor:
-    """Compute X^T X / P - s s^T / P^2, where s (B, P) sums over the d channels.
+def uncentred_covariance(small_BdP: Tensor) -> Tensor:
+    """Compute X^T X / P - t^T t / P^2 as (B, P, P), where t (B, 1, P) sums X (B, d, P) over the channels.
 
     The released code intends to center, but its centering matrix is built for P samples while there are d.
     Where d differs from P the mean is not removed, and the result has negative eigenvalues.
@@ -220,7 +220,7 @@ class Concatenation(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         groups = channels // CHANNELS_PER_GROUP
-        if groups == 0 or channels % groups:
+        if groups == 0 or channels % groups:  # never for a multiple
             raise ConfigError(
                 f"attention=concatenation: needs a multiple of {CHANNELS_PER_GROUP} channels, got {channels}"
                 "; choose average, sum or maximum, or a wider network"
@@ -257,15 +257,14 @@ class GSoPBlock(nn.Module):
 
     def forward(self, features_BCHW: Tensor) -> Tensor:
         """Scale the map by channel, by position, or by both and fuse the two."""
-        by_channel = by_position = features_BCHW
+        by_channel = features_BCHW
         if self.channel is not None:
             by_channel = features_BCHW * self.channel(features_BCHW)
-        if self.position is not None:
-            by_position = features_BCHW * self.position(features_BCHW)
-            if self.config.position_rectify == "scaled":
-                by_position = F.relu(by_position)
         if self.position is None:
             return by_channel
+        by_position = features_BCHW * self.position(features_BCHW)
+        if self.config.position_rectify == "scaled":
+            by_position = F.relu(by_position)
         if self.channel is None:
             return by_position
         if self.fusion is not None:

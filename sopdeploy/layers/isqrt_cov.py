@@ -112,13 +112,13 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
     T Q - H - H^T, where H = T_grad / 4 + Q W_k / 2.
     """
     f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
-    w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))
+    w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))  # W_N is not computed, so Q is 0
     for t_BCC, f_BCC in zip(reversed(ts[:-1]), reversed(fs[:-1]), strict=True):
         f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
         q_BCC = w_grad_BCC @ t_BCC
         h_BCC = torch.baddbmm(t_grad_BCC, q_BCC, t_BCC, beta=0.25, alpha=-1.0).add_(q_BCC, alpha=1.5)
         w_grad_BCC = torch.baddbmm(h_BCC, t_BCC, q_BCC, beta=-1.0).sub_(h_BCC.transpose(1, 2))
-    if fs[0] is None:
+    if fs[0] is None:  # the input matrix is W_0
         return w_grad_BCC
     return w_grad_BCC + 0.5 * (f_grad_BCC + f_grad_BCC.transpose(1, 2))
 
@@ -164,6 +164,7 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     if type(positions) is not int or type(channels) is not int:
         return False
     products = max(1, 3 * iterations - 3)
+    # besides, both multiply d^2 M: A for X X^T, G for X Z_N X^T
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
 
 
@@ -249,7 +250,7 @@ class ISqrtVector(torch.autograd.Function):
         root_grad_Bdd = (upper_Bdd + upper_Bdd.transpose(1, 2)).mul_(0.5)
         root_dot_grad_B11 = (grad * vector).sum(dim=1)[:, None, None]
 
-        # not saved, because it is as large as the map
+        # X times sqrt(M); not saved, because it is as large as the map
         x_BdM = deviations(at_least_float32(features_BdHW))
         positions = x_BdM.shape[2]
         if ctx.use_gram:

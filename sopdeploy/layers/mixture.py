@@ -85,7 +85,7 @@ class Components(nn.Module):
             return self.gathered_sum(features_BCHW, weights_BN)
         x = self.before(features_BCHW)
         for step, weight_Noi in enumerate(self.weights):
-            groups = 1 if step == 0 else self.components
+            groups = 1 if step == 0 else self.components  # all components read the same features first
             kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)
             x = F.conv2d(x, kernel, self.biases[step] if self.is_linear else None, groups=groups)
             x = x if self.is_linear else F.relu(x)
@@ -140,9 +140,9 @@ class Components(nn.Module):
         total_BD = vectors.new_zeros(len(weights_BN), vectors.shape[1])
         return total_BD.index_add(0, torch.cat(indices), vectors)
 
-    def macs(self, features: torch.Size) -> int:
-        """Count the multiply-adds per image of `counted` components, for a (B, C, H, W) feature map."""
-        positions = 1 if self.is_linear else features[2] * features[3]
+    def macs(self, shape: torch.Size) -> int:
+        """Count the multiply-adds per image of `counted` components, for a map of *shape* (B, C, H, W)."""
+        positions = 1 if self.is_linear else shape[2] * shape[3]
         weights: int = sum(weight[0].numel() for weight in self.weights)
         return self.counted * positions * weights
 

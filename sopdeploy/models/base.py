@@ -67,7 +67,7 @@ class Classifier(Backbone):
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits, or with training-only heads in train mode a `TrainingOutput`."""
-        if not self.training or self._modules.keys().isdisjoint(self.training_only):
+        if not self.training or self._modules.keys().isdisjoint(self.training_only):  # also once detached
             return super().forward(images)
         branches = self.heads(images)
         return TrainingOutput(branches.pop("main"), branches, {})

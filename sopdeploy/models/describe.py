@@ -74,12 +74,12 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     handles = [
         part.register_forward_hook(partial(_add, counts, name)) for name, part in network.named_modules()
     ]
-    norms: list[Any] = [
+    norms: list[Any] = [  # but those whose `forward` a caller replaced
         part for part in network.modules() if isinstance(part, NORMS) and "forward" not in vars(part)
     ]
     for norm in norms:
         norm.forward = _unchanged  # shapes are enough; the values take most of the time, also on `meta`
-    device = next(iter(network.parameters()), torch.empty(0, device="meta")).device
+    device = next((parameter.device for parameter in network.parameters()), torch.device("meta"))
     try:
         with torch.no_grad():
             network(torch.zeros(PROBE_BATCH, 3, image_size, image_size, device=device))
@@ -160,8 +160,7 @@ def _load_rows() -> tuple[PublishedRow, ...]:
         shared = {key: value for key, value in table.items() if key != "rows"}
         for row in table["rows"]:
             config = {**shared.get("config", {}), **row.get("config", {})}
-            lists = {key: tuple(value) for key, value in config.items() if isinstance(value, list)}
-            rows.append(PublishedRow(**{**shared, **row, "config": {**config, **lists}}))
+            rows.append(PublishedRow(**{**shared, **row, "config": config}))
     return tuple(rows)
 
 
@@ -180,12 +179,12 @@ def published(
     return tuple(figures)
 
 
-def _compare(row: PublishedRow, tally: Tally, representation: int) -> list[Published]:
-    """Put the package's own count beside every printed figure of *row*."""
-    parameters = sum(n for name, n in tally.parameters.items() if name.startswith(row.module))
-    operations = sum(n for name, n in tally.macs.items() if name.startswith(row.module)) + row.extra_ops
-    if row.dsop_ops:
-        operations += PER_NORM_OUTPUT * tally.norm_outputs + PER_ROOT_PRODUCT * tally.root_products
+def _compare(row: PublishedRow, counts: Tally, representation: int) -> list[Published]:
+    """Put the own count, or the length of the *representation*, beside every printed figure of *row*."""
+    parameters = sum(n for name, n in counts.parameters.items() if name.startswith(row.module))
+    operations = sum(n for name, n in counts.macs.items() if name.startswith(row.module)) + row.extra_ops
+    if row.dsop_ops:  # DSoP's tables count batch norms and matrix roots too
+        operations += PER_NORM_OUTPUT * counts.norm_outputs + PER_ROOT_PRODUCT * counts.root_products
     quantities: list[tuple[str, Unit, float | None, float]]
     if row.times_resnet50:
         quantities = [
@@ -248,10 +247,10 @@ def describe(
             f"image_size: {name} cannot compute images of {side} pixels ({first_line(problem)}); choose "
             "another size"
         ) from problem
-    length = network.num_features()
+    representation = network.num_features()
     figures: tuple[Published, ...] = ()
     if side == entry(name).image_size:
-        figures = published(name, network.config, network.num_classes, training, shipped, length)
+        figures = published(name, network.config, network.num_classes, training, shipped, representation)
     return Description(
         name=name,
         config=network.config.model_dump(mode="json"),
@@ -259,7 +258,7 @@ def describe(
         image_size=side,
         training=training.total(),
         shipped=shipped.total(),
-        representation=length,
+        representation=representation,
         training_only=network.training_only,
         loss_weights=network.loss_weights(),
         parts=training.by_part(network.training_only),

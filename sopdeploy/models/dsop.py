@@ -106,7 +106,7 @@ class DSoP(Classifier):
         self.plans = {plan.tap.replace(".", "_"): plan for plan in plans}
         self.branches = nn.ModuleDict({name: self._branch(plan) for name, plan in self.plans.items()})
         initialize(self.branches)
-        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}
+        self.taps = {plan.tap: name for name, plan in self.plans.items() if plan.used}  # tap to branch
 
     def paper_branches(self) -> PaperBranches:
         """Return the paper's branches on this backbone.
@@ -124,8 +124,9 @@ class DSoP(Classifier):
         """
         config, paper, stages = self.config, self.paper_branches(), self.tap_stages
         blocks = paper.blocks if config.aux_blocks is None else config.aux_blocks
-        widths = config.aux_widths or paper.widths
-        weights = config.aux_weights or paper.weights or (1.0,) * len(stages)
+        widths = paper.widths if config.aux_widths is None else config.aux_widths
+        paper_weights = paper.weights or (1.0,) * len(stages)
+        weights = paper_weights if config.aux_weights is None else config.aux_weights
         strides = paper.strides or (1,) * len(stages)
         for key, values in (("aux_blocks", blocks), ("aux_widths", widths), ("aux_weights", weights)):
             if len(values) != len(stages):
@@ -133,19 +134,21 @@ class DSoP(Classifier):
         plans = []
         by_stage = zip(stages.items(), blocks, widths, weights, strides, strict=True)
         for (stage, taps), stage_blocks, stage_width, weight, stride in by_stage:
-            after_last = (0,) * (len(taps) - 1)
-            counts = stage_blocks if isinstance(stage_blocks, tuple) else (*after_last, stage_blocks)
+            before_last = (0,) * (len(taps) - 1)
+            counts = stage_blocks if isinstance(stage_blocks, tuple) else (*before_last, stage_blocks)
             if len(counts) != len(taps):
                 raise ConfigError(
                     f"aux_blocks: {len(counts)} values for the {len(taps)} blocks of {stage}; give one each"
                 )
             for tap, count in zip(taps, counts, strict=True):
                 used = count > 0
-                if not used and not (config.keep_unused_branches and tap == taps[-1]):
+                kept = config.keep_unused_branches and tap == taps[-1]
+                if not (used or kept):
                     continue
                 width = min(stage_width, self.tap_channels[tap])
                 dropout = paper.dropout_rate if width >= paper.dropout_from else 0.0
-                plans.append(BranchPlan(tap, used, max(count, 1), stride, weight, width, dropout))
+                num_blocks = max(count, 1)  # an unused branch keeps one block
+                plans.append(BranchPlan(tap, used, num_blocks, stride, weight, width, dropout))
         return plans
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
@@ -165,7 +168,7 @@ class DSoP(Classifier):
         return {"main": self.config.main_weight, **betas}
 
     def without_branches(self) -> "DSoP":
-        """Build the network without branches; all other weights are those of this one."""
+        """Build the network without branches, or return this one if none is used; all other weights stay."""
         if not self.taps:
             return self
         no_branches = {"aux_blocks": (0,) * len(self.tap_stages), "keep_unused_branches": False}
@@ -179,7 +182,7 @@ class DSoP(Classifier):
         `blocks` are of the backbone's kind, `ending` is what the backbone has between its last block and its
         pooling, `reduction` reduces the channels to those of the covariance.
         """
-        channels = length = self.tap_channels[plan.tap]
+        channels = length = self.tap_channels[plan.tap]  # the length of an averaged map
         blocks = [
             self.branch_block(channels, channels, plan.stride if index == 0 else 1)
             for index in range(plan.blocks)

@@ -82,13 +82,13 @@ class DSoPEfficientNet(DSoP, EfficientNet):
     def plan(self) -> list[BranchPlan]:
         """Plan the branches; that of the last stage starts at `conv_head`."""
         self.tap_channels["conv_head"] = HEAD_CHANNELS
-        width = min((self.config.aux_widths or self.paper_branches().widths)[-1], HEAD_CHANNELS)
-        return [
-            plan._replace(tap="conv_head", blocks=0, width=width)
-            if plan.used and plan.tap.startswith("blocks.6.")
-            else plan
-            for plan in super().plan()
-        ]
+        plans = super().plan()  # raises for a number of widths other than that of the stages
+        widths = self.paper_branches().widths if self.config.aux_widths is None else self.config.aux_widths
+        for index, plan in enumerate(plans):
+            if plan.used and plan.tap.startswith("blocks.6."):
+                width = min(widths[-1], HEAD_CHANNELS)
+                plans[index] = plan._replace(tap="conv_head", blocks=0, width=width)
+        return plans
 
 
 class DSoPThreeStages(DSoP):

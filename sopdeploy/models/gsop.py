@@ -82,7 +82,7 @@ class GSoP(Classifier):
         """Add a GSoP block to the residual block *tap*, which is new unless it is the first of its stage."""
         stage, _, index = tap.partition(".")
         channels = self.tap_channels[tap]
-        if index != "0":  # the first one changes the shape
+        if index != "0":  # built again, which seeded weights depend on; the first one changes the shape
             self.set_submodule(tap, self.branch_block(channels, channels, 1))
         block: Any = self.get_submodule(tap)
         dr_stride = 2 if stage in self.config.strided_dr_stages else 1
@@ -113,10 +113,10 @@ class GSoP(Classifier):
         taps: list[str] = []
         for stage in self.stage_names if config.block_stages is None else config.block_stages:
             length = len(list(self.get_submodule(stage).children()))
-            spacing = min(self.block_spacing or length, length)
+            spacing = min(self.block_spacing or length, length)  # so each stage has a block
             taps += [f"{stage}.{index}" for index in range(spacing - 1, length, spacing)]
-        pooled = config.block_stages is None and config.final_pooling == "isqrt"
-        return taps[:-1] if pooled else taps  # GSoP-Net2's pooling replaces the last block
+        is_papers_net2 = config.block_stages is None and config.final_pooling == "isqrt"
+        return taps[:-1] if is_papers_net2 else taps  # its pooling replaces the last block
 
 
 class GSoPResNetConfig(ResNetConfig, GSoPConfig):

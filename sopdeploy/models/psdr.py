@@ -111,7 +111,8 @@ class SupervisedPSDRResNet(PSDRResNet):
             return super().heads(images)
         *intermediate, last = self.pooling.steps(self.feature_maps(images)[0])
         logits = {
-            name: head(step) for (name, head), step in zip(self.auxiliary.items(), intermediate, strict=True)
+            name: head(features)
+            for (name, head), features in zip(self.auxiliary.items(), intermediate, strict=True)
         }
         return {**logits, "main": self.fc(self.pooling.root(last))}
 

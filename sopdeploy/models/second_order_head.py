@@ -93,7 +93,8 @@ class PooledHead(nn.Module, ExportHints):
         if config.distance:
             self.register_buffer("center", torch.zeros(length))
             self.register_buffer("scale", torch.ones(length))
-        self.fc = nn.Linear(length + config.distance, num_classes)
+            length += 1  # the distance
+        self.fc = nn.Linear(length, num_classes)
 
     def vector(self, own_BD: Tensor, maps: Mapping[str, Tensor]) -> Tensor:
         """Concatenate the statistics to (B, D), float32 or float64."""
@@ -127,7 +128,7 @@ class PooledHead(nn.Module, ExportHints):
         channels has no projection. Raises `DataError` if the maps have NaN or infinite values.
         """
         for tap, channels in self.channels.items():
-            if self.poolings and channels > self.config.width:
+            if "isqrt" in self.config.parts and channels > self.config.width:
                 components_dC = principal_components([maps[tap] for maps in batches], self.config.width)
                 convolution: Any = self.pooling(tap).layer_reduce
                 convolution.weight.copy_(components_dC[:, :, None, None])
@@ -146,7 +147,7 @@ class SecondOrderHead(Classifier):
         super().__init__(config, num_classes)
         head: HeadConfig = config.head
         self.maps: dict[str, int] = {}
-        if head.parts != ("gap",):
+        if head.parts != ("gap",):  # which reads no maps
             self.maps = self.map_channels(head.taps)
         own_length = self.remove_classifier()
         self.pooled_head = PooledHead(head, own_length, self.maps, num_classes)
@@ -209,7 +210,7 @@ def with_head(name: str, model: Classifier, head: HeadConfig) -> SecondOrderHead
     """
     with_head_name = head_name(name)
     fields = entry(with_head_name).config.model_fields
-    options = {key: value for key, value in model.config.model_dump().items() if key in fields}
+    options = {key: value for key, value in model.config.model_dump().items() if key in fields}  # not DSoP's
     options["head"] = head.model_dump()
     network = cast(SecondOrderHead, create_model(with_head_name, num_classes=model.num_classes, **options))
     state = network.state_dict()

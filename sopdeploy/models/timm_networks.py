@@ -55,7 +55,7 @@ def timm_image_size(name: str) -> int:
 
 @cache
 def timm_taps(name: str) -> dict[str, int]:
-    """Find the feature maps of timm's network *name*: their channels by tap, in the order of computation.
+    """Find the taps of timm's network *name*, stages of stride 4 or more, and the channels of their maps.
 
     The result is empty if the network does not name its stages, if a stage returns no feature map, or if its
     code depends on the values of pixels.
@@ -70,10 +70,8 @@ def timm_taps(name: str) -> dict[str, int]:
             maps = network.forward_intermediates(torch.empty(1, 3, side, side), intermediates_only=True)
         except RuntimeError:  # it reads values, which `meta` does not have
             return {}
-    are_maps = [
-        m.dim() == 4 and m.shape[1] == stage["num_chs"] for stage, m in zip(stages, maps, strict=False)
-    ]
-    if len(maps) != len(stages) or not all(are_maps):
+    channels = [m.shape[1] if m.dim() == 4 else None for m in maps]  # None: tokens
+    if channels != [stage["num_chs"] for stage in stages]:
         return {}
     return {stage["module"]: stage["num_chs"] for stage in stages if stage["reduction"] >= FIRST_STRIDE}
 
@@ -86,9 +84,9 @@ def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, i
     """
     parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
-    if any(part.groups == part.in_channels > 1 for part in convolutions):
+    if any(part.groups > 1 and part.groups == part.in_channels for part in convolutions):
         return mbconv
-    if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):
+    if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):  # shortcuts have 2
         return Bottleneck
     return BasicBlock
 
@@ -129,7 +127,7 @@ class TimmBackbone(Backbone):
 
         Raises `ConfigError` if the network has position embeddings for another image size.
         """
-        if self.fixed_size not in {None, images.shape[-1]}:
+        if self.fixed_size is not None and self.fixed_size != images.shape[-1]:
             raise ConfigError(
                 f"timm:{self.config.backbone}: takes images of {self.fixed_size} pixels, not of "
                 f"{images.shape[-1]}; set preprocess.crop (and augment.crop)"
@@ -138,7 +136,7 @@ class TimmBackbone(Backbone):
         if not taps:
             return network.forward_features(images), []
         wanted = [number for number, stage in enumerate(network.feature_info) if stage["module"] in taps]
-        with_norm = hasattr(network, "norm")  # two networks without this module do not accept the argument
+        with_norm = hasattr(network, "norm")  # two networks without this module do not accept norm=True
         last, maps = network.forward_intermediates(images, indices=wanted, norm=with_norm)
         return last, maps
 

@@ -212,7 +212,7 @@ def _apply(
     image_size: int,
     config: dict[str, Any],
 ) -> Trained:
-    """Build the network *trained*, that of the method *name*, from *network*; it has as many logits."""
+    """Build the class *trained* of the method *name* from *network*; it has as many logits."""
     options = parse_options(name, METHODS[name][1], config)
     _, num_classes = find_taps(network, taps, image_size)
     return trained(options, num_classes, Source(lambda _: network, tuple(taps), image_size))
@@ -254,7 +254,7 @@ def register_model(
 
     def bound(kind: type[UserNetwork], inference_class: type[Classifier] | None) -> type[UserNetwork]:
         def construct(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
-            kind.__init__(self, config, num_classes, source)
+            kind.__init__(self, config, num_classes, source)  # the class of an `Entry` receives no source
 
         members = {"__init__": construct, "__module__": build.__module__, "inference_class": inference_class}
         return type(kind.__name__, (kind,), members)
@@ -365,6 +365,6 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
     removed = [name for name in after if list(network.get_submodule(name).parameters())]
     for name in removed:
         parent = name.rpartition(".")[0]
-        if not is_in(parent, *removed):
+        if not is_in(parent, *removed):  # which is replaced with all its parts
             network.set_submodule(name, nn.Identity())
     run_once(network, image_size)

@@ -75,7 +75,7 @@ class GaussianEmbedding(GlobalPooling):
     def pool(self, features: Tensor) -> Tensor:
         """Compute the square root of [[Sigma + mu mu^T, mu], [mu^T, 1]] as a vector (B, (C + 1)^2).
 
-        Sigma + mu mu^T is X X^T / M.
+        Sigma + mu mu^T is X X^T / M; D is C + 1.
         """
         mean_B1C = features.mean(dim=(2, 3))[:, None, :]
         left_BDC = torch.cat([second_moments(features), mean_B1C], dim=1)

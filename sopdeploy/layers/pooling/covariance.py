@@ -63,7 +63,7 @@ class SpectralFunction(torch.autograd.Function):
             lambda_BC, u_BCC = torch.linalg.eigh(a_BCC)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # of NaN, which training reports
             u_BCC = torch.full_like(a_BCC, torch.nan)
-            lambda_BC = u_BCC[:, 0]
+            lambda_BC = u_BCC[:, 0]  # NaN, too
         ctx.function = function
         ctx.save_for_backward(lambda_BC, u_BCC)
         value_BC, _ = function(lambda_BC)
@@ -87,7 +87,7 @@ def _divided_differences(lambda_BC: Tensor, function: EigenvalueFunction) -> Ten
     gap_BCC = lambda_BC[:, :, None] - lambda_BC[:, None, :]
     rise_BCC = value_BC[:, :, None] - value_BC[:, None, :]
     mean_slope_BCC = 0.5 * (slope_BC[:, :, None] + slope_BC[:, None, :])
-    close_BCC = gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]
+    close_BCC = gap_BCC.abs() <= TOO_CLOSE * lambda_BC[:, -1:, None]  # the last one is the largest
     return torch.where(close_BCC, mean_slope_BCC, rise_BCC / gap_BCC.masked_fill(close_BCC, 1.0))
 
 
@@ -109,7 +109,7 @@ class ISqrtPooling(ReducedPooling):
             self.batch_norm = nn.BatchNorm1d(self.out_features)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute the vector (B, d (d + 1) / 2); `isqrt_cov` converts half-precision maps to float32."""
+        """Compute the vector (B, d (d + 1) / 2); `root` converts half-precision maps to float32."""
         return self.batch_norm(self.root(self.reduce(features)))
 
 

@@ -148,6 +148,8 @@ def test_unused_branches_can_be_kept_but_do_not_compute() -> None:
         ({"aux_blocks": (1, 1)}, "aux_blocks"),
         ({"aux_blocks": ((1, 2, 3), 1, 1, 1)}, "aux_blocks"),
         ({"aux_widths": (64,)}, "aux_widths"),
+        ({"aux_widths": ()}, "aux_widths: 0 values for 4 stages"),
+        ({"aux_weights": ()}, "aux_weights: 0 values for 4 stages"),
         ({"aux_weights": (1.0,) * 5}, "aux_weights"),
         ({"aux_pooling": "mpncov"}, "aux_pooling.*should be 'isqrt' or 'gap'"),
     ],
