@@ -102,12 +102,12 @@ class Supervisor:
             self._close_control(process)
             if self._stopping.is_set():
                 return
-            if code == USER_ERROR and not self._announced:
+            if code == USER_ERROR and not self._announced:  # another start would fail, too
                 self._code = USER_ERROR
                 self._stop()
                 return
             early_deaths = early_deaths + 1 if time.monotonic() - started < STABLE_SECONDS else 0
-            delay = min(MAX_RESTART_DELAY_SECONDS, 2.0 ** max(0, early_deaths - 1) - 1)  # 0, 0, 1, 3, 7 ...
+            delay = min(MAX_RESTART_DELAY_SECONDS, 2 ** max(0, early_deaths - 1) - 1)  # 0, 0, 1, 3, 7 ...
             log.error("device %s: exited with code %d; restart in %.0f s", process.name, code, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), delay)
@@ -195,7 +195,7 @@ class Supervisor:
         except OSError:  # the client has gone
             return
         with connection:
-            for process in sorted(accepting, key=lambda process: (process.load, process.sent)):
+            for process in sorted(accepting, key=lambda one: (one.load, one.sent)):
                 process.sent += 1
                 if process.send(control.CLIENT, connection.fileno()):
                     return

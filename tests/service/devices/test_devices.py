@@ -1,13 +1,17 @@
 """One process per device behind one port: restarts, drain, joint metrics, rate limits, kept photographs."""
 
+import asyncio
 import contextlib
 import http.client
+import itertools
 import os
 import re
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -15,7 +19,8 @@ import pytest
 from sopdeploy.decision import Decision, Rejection
 from sopdeploy.errors import ConfigError
 from sopdeploy.kept import read_kept
-from sopdeploy_service.devices.processes import visible_devices
+from sopdeploy_service.devices import supervisor
+from sopdeploy_service.devices.processes import Process, visible_devices
 from sopdeploy_service.http.api_keys import new_key
 from sopdeploy_service.labelling.folders import LabelFolders
 from sopdeploy_service.settings import load_settings
@@ -92,6 +97,23 @@ def test_a_dead_or_hanging_process_loses_its_own_connections_and_is_replaced(bun
         orphans = children_of(child.pid)
         child.kill()
         wait_for(lambda: not any(is_alive(process) for process in orphans))
+
+
+def test_a_process_that_dies_early_for_days_is_still_restarted(monkeypatch) -> None:
+    monkeypatch.setattr(supervisor, "MAX_RESTART_DELAY_SECONDS", 0.0)
+    starts = itertools.count(1)
+    with socket.socket() as listener:
+        process = Process("cpu", {}, load_settings())
+        server = supervisor.Supervisor([], [process], listener)
+
+        def start(_: Process) -> SimpleNamespace:
+            if next(starts) == 1100:
+                server._stopping.set()
+            return SimpleNamespace(wait=lambda: 1)
+
+        monkeypatch.setattr(server, "_start", start)
+        assert asyncio.run(server.run()) == 0
+    assert next(starts) == 1101
 
 
 def test_a_drain_completes_the_requests_of_both_processes(bundle_path, tmp_path, jpeg, monkeypatch) -> None:
