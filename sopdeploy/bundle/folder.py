@@ -203,16 +203,16 @@ def _check_size(file: Path, record: FileRecord) -> None:
 
 
 def check_file_name(bundle: Path, name: str) -> None:
-    """Raise `BundleError` unless *name* from the manifest of *bundle* is a plain file name, not its own."""
-    plain = PurePosixPath(name).parts == (name,) and len(name.encode()) <= MAX_NAME_BYTES
-    if not plain or name.casefold() in {"/", "..", MANIFEST} or "\\" in name or "\0" in name:
+    """Raise `BundleError` unless *name*, which a manifest lists, is a plain file name other than its own."""
+    is_one_part = PurePosixPath(name).parts == (name,) and len(name.encode()) <= MAX_NAME_BYTES
+    if not is_one_part or name.casefold() in {"/", "..", MANIFEST} or "\\" in name or "\0" in name:
         raise BundleError(
             f"{bundle}: the manifest names {name!r}, which is not a plain file name; export the bundle again"
         )
 
 
 def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
-    classes = manifest.outputs[0].shape[-1]
+    classes = manifest.outputs[0].shape[-1]  # their number
     try:
         labels = pydantic.TypeAdapter(tuple[str, ...]).validate_json(file.read_bytes())
     except pydantic.ValidationError as error:
@@ -277,12 +277,12 @@ def list_bundles(folder: Path) -> list[Listed]:
     """
     listed, served = [], dict[str, Manifest]()
     for path, manifest, reason, *_ in sorted(read_bundles(folder), key=_age, reverse=True):
-        newer = None
-        if manifest is not None and (newer := served.get(manifest.project)) is not None:
+        instead = None if manifest is None else served.get(manifest.project)
+        if manifest is not None and instead is not None:
             reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-            if manifest.id == newer.id:
-                reason = f"a copy of {newer.name}"
-            elif manifest.exported_at == newer.exported_at:
+            if manifest.id == instead.id:
+                reason = f"a copy of {instead.name}"
+            elif manifest.exported_at == instead.exported_at:
                 reason = "exported at the same time"
         elif manifest is not None:
             try:
@@ -290,7 +290,7 @@ def list_bundles(folder: Path) -> list[Listed]:
                 served[manifest.project] = manifest
             except (BundleError, OSError) as error:
                 reason = str(error)
-        listed.append(Listed(path, manifest, reason, replaced=newer is not None))
+        listed.append(Listed(path, manifest, reason, replaced=instead is not None))
     return listed
 
 

@@ -76,7 +76,7 @@ def golden_jpegs(preprocess: Preprocess) -> list[bytes]:
         ((max(1, side * 3 // 4), side), "RGB", 0),
         ((side, side * 5 // 4), "L", 0),
     ):
-        cells = tuple(length // CELL + 2 for length in reversed(size))
+        cells = tuple(length // CELL + 2 for length in reversed(size))  # rows and columns, at least 2
         coarse = random.integers(0, 256, (*cells, 3) if mode == "RGB" else cells, dtype=np.uint8)
         image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
         file = io.BytesIO()
@@ -114,7 +114,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
     Raises `BundleError` if a file is missing, is damaged or does not match the bundle.
     """
     manifest, examples = bundle.manifest, []
-    is_mixture = any(output.name == GATES for output in manifest.outputs)
+    is_mixture = any(output.name == GATES for output in manifest.outputs)  # which may have fewer examples
     try:
         index = GoldenIndex.model_validate_json(_read_listed(bundle, GOLDEN))
         for example in index.examples:

@@ -185,12 +185,13 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
     same = opsets == {"": manifest.opset}
     for records, values in ((manifest.inputs, graph.input), (manifest.outputs, graph.output)):
         same &= [record.name for record in records] == [value.name for value in values]
-        for record, value in zip(records, values, strict=False):
+        for record, value in zip(records, values, strict=False):  # the names were compared
             tensor = value.type.tensor_type
             sizes = [dimension.dim_value for dimension in tensor.shape.dim]
             same &= record.dtype == helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
             same &= len(sizes) == len(record.shape)
-            same &= all(size in {0, given} for size, given in zip(sizes[1:], record.shape[1:], strict=False))
+            given = zip(sizes[1:], record.shape[1:], strict=False)
+            same &= all(size in {0, expected} for size, expected in given)  # 0: the graph states none
     if not same:
         raise BundleError(
             f"{bundle.onnx}: has another opset, other inputs or other outputs than the manifest says; "

@@ -99,11 +99,8 @@ def read_probes(path: Path, manifest: Manifest | None = None) -> Probes:
     if manifest is not None:
         count, shapes = len(probes.images), {name: values.shape for name, values in probes.expected.items()}
         required = {output.name: (count, *output.shape[1:]) for output in manifest.outputs}
-        if (
-            not count
-            or probes.images.shape[1:] != manifest.image_shape
-            or not required.items() <= shapes.items()
-        ):
+        has_all_outputs = required.items() <= shapes.items()
+        if not count or probes.images.shape[1:] != manifest.image_shape or not has_all_outputs:
             raise BundleError(f"{path}: does not probe every output; export the bundle again")
     return probes
 
@@ -120,10 +117,10 @@ def replay(probes: Probes, run: RunImages, *, batch: int = 1) -> Replay:
         for name, expected in probes.expected.items():
             difference = deviation(name, outputs, expected[start : start + batch])
             worst[name] = float(np.maximum(worst[name], difference))  # unlike max(), propagates NaN
-    for name, difference in worst.items():
-        if not difference <= probes.tolerance[name]:
+    for name, largest in worst.items():
+        if not largest <= probes.tolerance[name]:  # larger, or NaN
             raise ParityError(
-                f"probes: output {name!r} deviates by {difference:.3g}, the bound is "
+                f"probes: output {name!r} deviates by {largest:.3g}, the bound is "
                 f"{probes.tolerance[name]:.3g}; {ANOTHER_NETWORK}"
             )
     return Replay(batch=batch, num_images=len(probes.images), deviation=worst, tolerance=probes.tolerance)

@@ -167,7 +167,8 @@ def load_engine(folder: Path, fields: Mapping[str, Any]) -> StoredEngine | str:
     differences = [_differences(record.key, fields) for record in found]
     matching = [record for record, others in zip(found, differences, strict=True) if not others]
     if not matching:
-        return f"the nearest engine here was built for {'; '.join(sorted(differences, key=len)[0])}"
+        nearest = min(differences, key=len)
+        return f"the nearest engine here was built for {'; '.join(nearest)}"
     best = max(matching, key=lambda record: (record.key.largest_batch, record.key.name))
     path = folder / f"{best.key.name}.plan"
     if not path.is_file():
@@ -184,7 +185,7 @@ def _differences(key: EngineKey, wanted: Mapping[str, Any]) -> list[str]:
     for field, expected in wanted.items():
         found = getattr(key, field)
         if field == "profiles":
-            found, expected = (",".join(map(str, profiles)) for profiles in (found, expected))
+            found, expected = (",".join(map(str, profiles)) for profiles in (found, expected))  # as texts
         if found != expected:
             length = NAME_LENGTH if field == "bundle_onnx" else None
             texts.append(f"{field.replace('_', ' ')} {str(found)[:length]}, not {str(expected)[:length]}")

@@ -81,7 +81,7 @@ def create(trt: Any, kind: Literal["Builder", "Runtime"], logger: Any) -> Any:
 
 
 def deserialize(trt: Any, plan: bytes, logger: Any) -> list[Any]:
-    """Deserialize *plan*; return the TensorRT runtime and the engine, which the runtime must outlive.
+    """Deserialize *plan*; return the TensorRT runtime and its engine, to be released from the end.
 
     The caller must have verified *plan*. Host code in plans stays disabled.
     """
@@ -221,10 +221,10 @@ class EngineSession:
         error, nothing stays allocated.
         """
         self._cuda, self._profiles, self._logger = cuda, key.profiles, make_logger(trt)
-        self._engine = deserialize(trt, plan, self._logger)
+        self._loaded = deserialize(trt, plan, self._logger)  # runtime and engine
         self._contexts: list[Any] = []  # one per profile
         self._resources = CudaResources(cuda)
-        self._finalizer = weakref.finalize(self, _release, self._resources, self._contexts, self._engine)
+        self._finalizer = weakref.finalize(self, _release, self._resources, self._contexts, self._loaded)
         self._finalizer.atexit = False
         self.largest_batch = key.largest_batch
         self._input = manifest.inputs[0].name
@@ -244,12 +244,12 @@ class EngineSession:
         The contexts share one block of device memory of the size that the largest profile needs, because
         their kernels never run at the same time.
         """
-        size = int(self._engine[-1].device_memory_size_v2)
-        shared = self._resources.device_memory(max(1, size))
+        size = int(self._loaded[-1].device_memory_size_v2)
+        shared = self._resources.device_memory(max(1, size))  # 0 bytes would have no address
         for index, profile in enumerate(self._profiles):
             try:
-                # No local variable: a traceback would keep the context alive.
-                self._contexts.append(self._engine[-1].create_execution_context(strategy))
+                # No local variables: a traceback would keep the engine and the context alive.
+                self._contexts.append(self._loaded[-1].create_execution_context(strategy))
                 if self._contexts[-1] is None:
                     raise RuntimeError(last_error(self._logger))
                 self._contexts[-1].set_device_memory(shared, size)
@@ -322,10 +322,10 @@ class EngineSession:
             self._free.append(buffer)
 
 
-def _release(resources: CudaResources, contexts: list[Any], engine: list[Any]) -> None:
+def _release(resources: CudaResources, contexts: list[Any], loaded: list[Any]) -> None:
     """Release what a session held; not a method, because the session may be deleted already."""
     resources.synchronize()
     contexts.clear()
-    while engine:  # the engine, then its runtime
-        engine.pop()
+    while loaded:  # the engine, then its runtime
+        loaded.pop()
     resources.close()

@@ -170,6 +170,7 @@ def predict(
 
 
 def _open(image: object, number: int) -> Path | Image.Image:
+    """Check *image*, the one with *number*, and convert an array; raises `DataError`. Opens no file."""
     if isinstance(image, str | Path):
         return Path(image)
     if isinstance(image, Image.Image):

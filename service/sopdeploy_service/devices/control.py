@@ -51,7 +51,7 @@ async def request_metrics(control: socket.socket | None) -> bytes:
     with ours, theirs:
         if control is None or not send_files(control, SEND_METRICS, theirs.fileno()):
             return b""
-        theirs.close()
+        theirs.close()  # the page ends when the other process closes its copy
         ours.setblocking(False)
         with contextlib.suppress(OSError):  # also a TimeoutError
             async with asyncio.timeout(_METRICS_SECONDS):
@@ -80,13 +80,13 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     for name, page in pages.items():
         up.add_sample(up.name, {"process": name}, float(bool(page)))
         found += [(name, family) for family in text_string_to_metric_families(page.decode())]
-    for name, number in ids.items():
-        own = ProcessCollector(pid=partial(str, number), registry=None)
+    for name, pid in ids.items():
+        own = ProcessCollector(pid=partial(str, pid), registry=None)
         found += [(name, family) for family in own.collect()]
     for name, family in found:
         merged = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
         merged.samples += [
             sample._replace(labels={**sample.labels, "process": name}) for sample in family.samples
         ]
-    pages_merged = SimpleNamespace(collect=lambda: [up, *families.values()])
-    return generate_latest(cast(CollectorRegistry, pages_merged))  # which calls only `collect`
+    collector = SimpleNamespace(collect=lambda: [up, *families.values()])
+    return generate_latest(cast(CollectorRegistry, collector))  # which calls only `collect`

@@ -107,6 +107,7 @@ class BudgetedRegistry(ModelRegistry):
         super().close(reason)
 
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
+        """Check the bundle at *path*, and let requests find its model, not loaded, under *name*."""
         bundle = open_checked(path, self._settings)
         unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
         model = self._by_name[name] = Model(name, unloaded, self._settings, self.metrics)

@@ -272,23 +272,23 @@ class Service:
         count for the drift. Cancelling the call removes its images from the queue; call `check_queue` before.
         Raises `RejectedError` if the deadline has passed, or if too many large images wait for a decoder.
         """
-        started, loop = time.monotonic(), asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
         items = [
             QueuedImage(
                 outcome=loop.create_future(), deadline=deadline, features=features, is_occluded=are_occluded
             )
             for _ in images
         ]
-        timer = loop.call_later(deadline - started, self._miss_deadline, model, items)
+        timer = loop.call_later(deadline - time.monotonic(), self._miss_deadline, model, items)
         self.admitted += len(images)
         try:
             for item, image in zip(items, images, strict=True):
                 if isinstance(image, bytes):
-                    self.decoders.put(model, item, image)
+                    self.decoders.put(model, item, image)  # and then to the queue
                     continue
                 item.image = image
-                if (reason := model.queue.put(item)) is not None:
-                    item.settle(reason)
+                if (closed_with := model.queue.put(item)) is not None:
+                    item.settle(closed_with)
             outcomes = [await item.outcome for item in items]
         except asyncio.CancelledError:
             model.queue.reject(items, results.CLIENT_GONE)
@@ -296,7 +296,7 @@ class Service:
         finally:
             self.admitted -= len(images)
             timer.cancel()
-        for outcome in outcomes:
+        for outcome in outcomes:  # one image that is late ends the request
             if isinstance(outcome, HttpError) and outcome in {results.DEADLINE, results.DECODERS_BUSY}:
                 raise RejectedError(outcome)
         if self.keep is not None and may_keep:

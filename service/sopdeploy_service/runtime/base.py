@@ -37,10 +37,9 @@ class Runtime(Protocol):
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name.
 
-        The outputs must not share memory with *images*, which the next batch overwrites.
-
-        Raises `DeviceLostError` if no other batch can run. After any other exception, the halves of the batch
-        run, down to single images; if all fail, a blank one tells whether the device is lost.
+        The outputs must not share memory with *images*, which the next batch overwrites. Raises
+        `DeviceLostError` if no other batch can run. After any other exception, the halves of the batch run,
+        down to single images; if all fail, a blank one tells whether the device is lost.
         """
         ...
 

@@ -58,10 +58,10 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
         ctypes.CDLL(DRIVER)
     except OSError as error:
         raise RuntimeUnavailableError(NO_DRIVER) from error
-    folder = Path(onnxruntime.__file__).parent / "capi"
+    capi = Path(onnxruntime.__file__).parent / "capi"
     try:
-        ctypes.CDLL(str(folder / SHARED), mode=ctypes.RTLD_GLOBAL)
-        for library in (str(folder / CUDA_PROVIDER), CUDNN):
+        ctypes.CDLL(str(capi / SHARED), mode=ctypes.RTLD_GLOBAL)  # has symbols that the provider needs
+        for library in (str(capi / CUDA_PROVIDER), CUDNN):
             ctypes.CDLL(library, mode=os.RTLD_LAZY)
     except OSError as error:
         name, _, reason = str(error).partition(": ")  # the message of the loader begins with the library

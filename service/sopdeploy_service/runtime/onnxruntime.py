@@ -48,7 +48,7 @@ class OnnxRuntime:
         onnxruntime = import_onnxruntime()
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
-            load_cuda_libraries(onnxruntime)
+            load_cuda_libraries(onnxruntime)  # without the provider, `_open_session` raises
             onnxruntime.set_default_logger_severity(4)  # as below, for the provider
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[self._provider]
@@ -181,12 +181,12 @@ def _open_session(onnxruntime: Any, bundle: Bundle, threads: int, provider: str)
     onnxruntime adds the CPU provider by itself; with another *provider* only shapes may be computed there.
     """
     version = onnxruntime.__version__
-    options = session_options(onnxruntime, threads, provider)
     if provider not in onnxruntime.get_available_providers():
         raise RuntimeUnavailableError(
             f"onnxruntime {version} has no {provider} here; "
             'run: pip install "sopdeploy[gpu]" in an environment without [cpu]'
         )
+    options = session_options(onnxruntime, threads, provider)
     try:
         session = open_graph(onnxruntime, str(bundle.onnx), options, provider, bundle.manifest.precision)
     except Exception as error:  # onnxruntime's errors share no base class

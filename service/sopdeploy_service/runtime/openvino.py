@@ -57,7 +57,7 @@ class OpenVINORuntime:
             raise RuntimeUnavailableError(
                 f"{bundle.onnx}: has other tensors than the manifest; export it again"
             )
-        self._outputs = {next(iter(port.names & declared)): port for port in model.outputs}
+        self._outputs = {next(iter(port.names & declared)): port for port in model.outputs}  # one name each
         self._request = model.create_infer_request()
 
     def run(self, images: NDArray[np.uint8]) -> dict[str, NDArray[np.float32]]:

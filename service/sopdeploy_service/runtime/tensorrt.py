@@ -32,14 +32,14 @@ class TensorRTRuntime:
         fields = key_fields(bundle, str(trt.__version__), cuda.gpu())
         reasons = []
         for folder in engine_folders(bundle, settings):
-            engine = load_engine(folder, fields)  # or the reason why none of the folder can be used
-            if not isinstance(engine, str):
+            found = load_engine(folder, fields)
+            if not isinstance(found, str):
                 break
-            reasons.append(engine)
+            reasons.append(found)  # why no engine of the folder can be used
         else:  # no folder has an engine that can be used
             reason = reasons[0] if reasons else EMPTY
             raise RuntimeUnavailableError(f"{reason}; run: sopdeploy engine {bundle.path}")
-        self._session = EngineSession(trt, cuda, engine.plan, bundle.manifest, engine.record.key)
+        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, found.record.key)
         self.largest_batch = self._session.largest_batch
 
     @staticmethod

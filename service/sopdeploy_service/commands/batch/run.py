@@ -129,7 +129,7 @@ def classify(
                 classifier.write_parts(folder, pending, count)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
-        num_errors = sum(folder.num_errors(part, size) or 0 for part, size in enumerate(sizes))
+        num_errors = sum(folder.num_errors(part, size) or 0 for part, size in enumerate(sizes))  # all exist
     return Classified(rows=folder.path / ROWS_FOLDER, num_images=done, num_errors=num_errors)
 
 
