@@ -85,7 +85,8 @@ class CommandLine(TyperCommand):
         if rest:
             hint = ""
             if any("--data" in parameter.opts for parameter in self.params):
-                hint = f"; did you mean {'--recipe' if rest[0].endswith('.toml') else '--data'} {rest[0]}?"
+                option = "--recipe" if rest[0].endswith(".toml") else "--data"
+                hint = f"; did you mean {option} {rest[0]}?"
             ctx.fail(f"Unexpected argument {rest[0]}{hint}")
         return rest
 

@@ -63,9 +63,9 @@ def check(
             if copies.has_default_weights():
                 group_by_features = partial(copies.group_by_features, on_image=on_image)
         return check_data(path, near=near, group_by_features=group_by_features)
+    data_folder(path)  # before the import, which takes seconds
     from sopdeploy.report.wrong_labels import find_wrong_labels
 
-    data_folder(path)
     return list(find_wrong_labels(wrong_labels, path))
 
 

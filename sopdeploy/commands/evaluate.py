@@ -124,10 +124,10 @@ def evaluate(
         DataError: The classes do not match, an image cannot be read, or `fit_decision` gets fewer than 50
             images.
     """
-    name, data = str(source), Path(data)
-    is_bundle = (Path(name) / "manifest.json").is_file()
+    path, data = Path(source), Path(data)
+    is_bundle = (path / "manifest.json").is_file()
     kind: Literal["checkpoint", "bundle"] = "bundle" if is_bundle else "checkpoint"
-    _check_options(name, kind, options)
+    _check_options(path, kind, options)
     notes: list[str] = []
     facts: dict[str, str] = {}  # of a bundle
     decision = None  # fitted
@@ -137,21 +137,21 @@ def evaluate(
         from sopdeploy_service.settings import load_settings
 
         settings = load_settings(runtime=options.runtime)
-        labels, scores, facts = scores_of_bundle(Path(name), data, settings=settings, **shared)
+        labels, scores, facts = scores_of_bundle(path, data, settings=settings, **shared)
     else:
-        check_is_checkpoint(Path(name))
+        check_is_checkpoint(path)
         check_holds_classes(data)
         from sopdeploy.checkpoint import write_checkpoint
         from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
 
         accepts = None if options.fit_decision is None else options.accepts
         checkpoint, labels, scores, decision = score_checkpoint(
-            Path(name), data, accepts=accepts, workers=options.workers, **shared
+            path, data, accepts=accepts, workers=options.workers, **shared
         )
         if options.fit_decision is not None:
             write_checkpoint(options.fit_decision, replace(checkpoint, decision=decision))
     return Evaluation(
-        source=name,
+        source=str(source),
         kind=kind,
         facts=facts,
         metrics=measure_predictions(scores, labels),
@@ -162,14 +162,14 @@ def evaluate(
     )
 
 
-def _check_options(source: str, kind: str, options: EvaluateOptions) -> None:
-    """Raise `ConfigError` for an option that *source* of this *kind* does not have."""
+def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
+    """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it."""
     kinds = {"runtime": "bundle", "fit_decision": "checkpoint"}
     for setting, needed in kinds.items():
         if getattr(options, setting) and kind != needed:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
     fitted = options.fit_decision
-    if fitted is None or not fitted.exists() or not Path(source).exists():
+    if fitted is None or not fitted.exists() or not source.exists():
         return
     if fitted.samefile(source):
         raise ConfigError(

@@ -12,6 +12,7 @@ from sopdeploy.cli.command import command, expand_options
 from sopdeploy.cli.console import out as console
 from sopdeploy.cli.console import print_field, show_steps
 from sopdeploy.config import first_problem
+from sopdeploy.data.folders import data_folder
 from sopdeploy.environment import SLOW_INT8, import_optional, lacks_vnni
 from sopdeploy.errors import ConfigError, RuntimeUnavailableError
 from sopdeploy.files import check_is_checkpoint
@@ -34,7 +35,8 @@ def show_export(exported: "Exported", *, verbose: bool = False) -> None:
         verbose: Print one line per fact.
     """
     lines = exported.lines()
-    for name, text in ({**exported.facts(), "bundle": lines["bundle"]} if verbose else lines).items():
+    shown = {**exported.facts(), "bundle": lines["bundle"]} if verbose else lines
+    for name, text in shown.items():
         print_field(name, text)
     warnings = list(exported.warnings)
     if exported.manifest.int8_for == "cpu" and lacks_vnni():
@@ -89,11 +91,9 @@ def export(
         SopdeployError: A step failed; *out* contains nothing new.
     """
     path, out = Path(checkpoint), Path(out)
-    if source.network is None:  # before the imports, which take seconds
-        check_is_checkpoint(path)
+    if source.network is None:
+        check_is_checkpoint(path)  # before the imports, which take seconds, as the checks below
     for folder in filter(None, (options.calibrate, options.evaluate)):
-        from sopdeploy.data.folders import data_folder
-
         data_folder(folder)
     if out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
@@ -191,7 +191,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> dict[str, Any]:
 
 
 def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, str, str]":
-    """Build the network of *options* and load its weights; return it, the table and the hash of the file."""
+    """Build the network of *options* and load its weights; return it, and what `load_weights` returns."""
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     if options.network is None:

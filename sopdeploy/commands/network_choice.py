@@ -145,11 +145,9 @@ def cross_validate(
     """Cross-validate the network of *recipe* on *images*; their features stay in the cache for the run."""
     initial = create_initial_model(recipe, images.labels, strategy, weights)
     run = create_run(images, strategy, initial)
-
-    def on_progress(step: str, done: int, total: int) -> None:
-        callback.on_stage(name=step, done=done, total=total)
-
-    result = fit_classifier(run, images, on_progress)
+    result = fit_classifier(
+        run, images, lambda step, done, total: callback.on_stage(name=step, done=done, total=total)
+    )
     right = None
     if images.targets.ndim == 1:
         right = run.state["out_of_fold"].numpy().argmax(axis=1) == images.targets

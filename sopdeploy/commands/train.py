@@ -306,7 +306,7 @@ def configure(
         raise ConfigError("no training data", remedies={"data": None, "recipe": None})
     if recipe is not None and previous is not None:
         raise ConfigError("not with a recipe, which the run has; omit one of them", setting="from")
-    recorded = None if previous is None else previous.training["recipe"]
+    recorded = None if previous is None else previous.training["recipe"]  # replaces *source* below
     source = recipe or FOLDER_RECIPE
     of_options = {
         "project": options.name,
@@ -319,8 +319,8 @@ def configure(
     loaded = change_recipe(source, changes, recorded)
     keys = [key for key, _ in changes]
     opened = None
-    network_is_open = recipe is None and recorded is None and "model.name" not in keys
-    if network_is_open:
+    has_no_network = recipe is None and recorded is None and "model.name" not in keys
+    if has_no_network:
         opened = _open_start_weights(loaded)
         if isinstance(opened, WeightFile):
             network = choose_network(opened, loaded.model.name)

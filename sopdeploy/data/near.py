@@ -78,7 +78,7 @@ class Copies(LabeledImages):
         crop = self.crops[seed % len(self.crops)]
         corner = np.random.default_rng(seed).random(2) * (1 - crop) * sides  # left and top
         box = (*corner.tolist(), *(corner + crop * sides).tolist())
-        width, height = np.maximum(0.6 * sides, 1).astype(int).tolist()
+        width, height = np.maximum(0.6 * sides, 1).astype(int).tolist()  # at least one pixel
         small = pixels.resize((width, height), Image.Resampling.BILINEAR, box)
         file = BytesIO()
         ImageEnhance.Brightness(small).enhance(1.15).save(file, "JPEG", quality=60)
@@ -97,7 +97,7 @@ def find_pairs(
 ) -> NDArray[np.intp]:
     """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C), in any order.
 
-    An image also pairs with itself. Vectors have one or several parts. For each part, *views* has (N, V, D),
+    An image may pair with itself. Vectors have one or several parts. For each part, *views* has (N, V, D),
     the view of the whole image first, and *copies* has (M, D) of the copies of the images *originals* (M,).
     """
     count = len(targets)
@@ -118,7 +118,7 @@ def find_pairs(
     of_different = _bound_of_different(largest_cosines(compared, whole), compared, classes)
     cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     of_copies = float(np.quantile(cosines_of_copies, MISSED))
-    threshold = max(of_different, (of_different + of_copies) / 2)  # not lower, even if copies differ more
+    threshold = max(of_different, (of_different + of_copies) / 2)  # even if copies are less similar
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
         block = slice(start, start + _BLOCK)

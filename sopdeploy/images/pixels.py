@@ -118,6 +118,7 @@ def tile_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _to_rgba(tile: Image.Image) -> Image.Image:
+    """Convert *tile* to 8-bit RGBA, with the transparent color of a 16-bit gray image as alpha 0."""
     if tile.mode == "La":  # Pillow converts it to LA only
         tile = tile.convert("LA")
     if tile.mode not in SIXTEEN_BIT:

@@ -146,7 +146,7 @@ def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) 
     score = "map" if isinstance(last.metrics, MultiLabelMetrics) else "top1"  # in the history
     parts = dict.fromkeys(part for row in history for part in row.losses)
     heads = dict.fromkeys(head for row in history if row.diagnostics for head in row.diagnostics.heads)
-    shown = heads if len(heads) > 1 else ()
+    shown = heads if len(heads) > 1 else ()  # a single head is the deployed network
     columns = {  # of the history, by chart and curve
         "training loss": {part: f"train_{part}" for part in parts},
         name: {"deployed": score, **{head: f"{head}_{score}" for head in shown}},

@@ -36,7 +36,7 @@ def describe_predictions(metrics: ClassificationReport | MultiLabelReport, image
 
 
 def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
-    """Describe accuracies, confusions, and precision and recall of each class."""
+    """Describe accuracies, confusions, and precision and recall of each class, those without images last."""
     top1, top5 = _with_interval(metrics.top1, 2), _with_interval(metrics.top5, 2)
     scores = f"Top-1 {top1}, top-5 {top5}, log loss {metrics.log_loss:.4f}."
     if metrics.accepted is not None:
@@ -73,11 +73,11 @@ def _with_interval(rate: Rate, digits: int = 1) -> str:
 
 
 def _describe_presence(metrics: MultiLabelReport, images: str) -> Section:
-    """Describe the metrics of predictions of several classes per image."""
+    """Describe the metrics of predictions of several classes per image; classes without images are last."""
     values = {"mAP": metrics.map, "macro F1": metrics.macro_f1, "micro F1": metrics.micro_f1}
     scores = ", ".join(f"{name} {percent(value, 2)}" for name, value in values.items())
     rows = []
-    for row in sorted(metrics.classes, key=lambda row: row.average_precision or 0.0):
+    for row in sorted(metrics.classes, key=lambda row: row.average_precision or 2.0):  # None: no images
         rates = (row.average_precision, row.precision, row.recall, row.f1)
         cells = ("-" if rate is None else percent(rate) for rate in rates)
         rows.append((row.label, row.count, row.answered, f"{row.threshold:.3f}", *cells))

@@ -68,11 +68,11 @@ def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> 
     for column, (name, _) in COUNTS.items():
         figures[name] = RowFigure(printed.counts.get(column), counts[column])
         wanted = column in table.columns and column not in printed.counts
-        found = _find_published(described, column, table) if wanted else None
-        if found is not None:
+        known = _find_published(described, column, table) if wanted else None
+        if known is not None:
             factor = 1000 if column == "dim" else 1  # printed in thousands there
-            unit = "x" if found.unit == "x" else ""
-            figures[name] = RowFigure(found.printed * factor, found.ours * factor, found.note, unit)
+            unit = "x" if known.unit == "x" else ""
+            figures[name] = RowFigure(known.printed * factor, known.ours * factor, known.note, unit)
     return figures
 
 

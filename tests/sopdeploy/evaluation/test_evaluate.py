@@ -26,6 +26,7 @@ from sopdeploy.evaluation.prediction import classification_loss, evaluate_networ
 from sopdeploy.images.pixels import preprocess_image
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.layers.normalize import Normalize
+from sopdeploy.report.predictions import describe_predictions
 from sopdeploy.training.recipe import Recipe, read_recipe
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.data.test_data_folder import make
@@ -174,6 +175,17 @@ def test_average_precision_and_f1_equal_those_of_scikit_learn(pairs) -> None:
     assert [one.label for one in found.classes] == ["a", "b"]
     for name, value in {"macro": found.macro_f1, "micro": found.micro_f1}.items():
         assert value == pytest.approx(f1_score(both.targets > 0, predicted, average=name, zero_division=0.0))
+
+
+def test_the_worst_classes_are_first_and_those_without_images_last() -> None:
+    predicted = MultiLabelPredictions(
+        labels=("a", "b", "c"),
+        targets=np.asarray([[1, 1, 0], [1, 0, 0]], dtype=np.float32),
+        probabilities=np.asarray([[0.9, 0.2, 0.1], [0.8, 0.3, 0.1]]),
+        thresholds=(0.5, 0.5, 0.5),
+    )
+    (table,) = describe_predictions(predicted.report(), "2 images").tables
+    assert [row[0] for row in table.rows] == ["b", "a", "c"]
 
 
 def test_thresholds_maximize_f1_and_move_to_one_half_for_rare_classes() -> None:
