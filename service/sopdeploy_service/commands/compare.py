@@ -227,8 +227,8 @@ def compare(
     if several := [one.bundle.name for one in pair if one.bundle.manifest.rules.thresholds is not None]:
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
     notes: list[str] = []
-    old_labels, new_labels = (set(one.bundle.labels) for one in pair)
-    either, both = tuple(sorted(old_labels | new_labels)), old_labels & new_labels
+    first_labels, second_labels = (set(one.bundle.labels) for one in pair)
+    either, both = tuple(sorted(first_labels | second_labels)), first_labels & second_labels
     images = open_evaluation_images(data, either, other_classes=True, log=notes.append)
     images, left_out = _select(images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)
@@ -237,14 +237,14 @@ def compare(
     if not common.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")
     unknown_images = None if unknown is None else open_any_images(unknown)
-    total = len(pair) * (len(images) + len(unknown_images or ()))
+    total = len(pair) * (len(images) + len(unknown_images or ()))  # predictions
     done = itertools.count(1)
     evaluated = [
         _evaluate(one, images, common, unknown_images, settings, lambda: on_image(next(done), total))
         for one in pair
     ]
     right = [one.right for one in evaluated]  # the mask (N,) of each bundle
-    changes = compare_classes(labels, targets[common], [mask[common] for mask in right])
+    changes = compare_classes(labels, targets[common], [mask[common] for mask in right])  # of common classes
     others = compare_classes(labels, targets[~common], [mask[~common] for mask in right])
     wins, losses = sum(one.wins for one in changes), sum(one.losses for one in changes)
     count, share = int(common.sum()), tolerance / 100
@@ -258,9 +258,9 @@ def compare(
         first=evaluated[0].score, second=evaluated[1].score, num_images=count, **left_out,
         wins=wins, losses=losses, difference=(wins - losses) / count, low=low, high=high,
         p=mcnemar(wins, losses), tolerance=share, attempt=attempt,
-        verdict=verdict, unknown=rejections, classes=changes, notes=notes,
+        verdict=verdict, unknown=rejections, classes=changes, removed=sorted(first_labels - second_labels),
         num_more_images=images_to_decide(wins, losses, count, share, attempt + 1),
-        new=[one for one in others if one.label in new_labels], removed=sorted(old_labels - new_labels),
+        new=[one for one in others if one.label in second_labels], notes=notes,
     )  # fmt: skip
 
 
@@ -312,7 +312,7 @@ def _select(
         notes.append(f"{images.root}: over {MAX_COMPARED_PIXELS:,} images; no near-duplicates are left out")
     trained_on = np.isin(groups, groups[in_sample])  # also the near-duplicates of training images
     kept = np.zeros(len(images), np.bool_)
-    _, first_of_groups = np.unique(groups, return_index=True)
+    _, first_of_groups = np.unique(groups, return_index=True)  # indices of images
     kept[first_of_groups] = True
     kept &= ~trained_on
     if not kept.any():

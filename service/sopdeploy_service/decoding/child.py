@@ -99,23 +99,23 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         )
     except ImageError as error:
         # Not the error itself, whose traceback would keep the memory of the failed decoder.
-        reason, text = (error.code, error.status), str(error)
+        entry, text = (error.code, error.status), str(error)  # an entry of `ERRORS`
         width, height = webp_size(image)
         is_too_large = width * height * PIXEL_BYTES > options.memory  # libwebp then calls it damaged
         if isinstance(error.__cause__, MemoryError) or (error.code == "damaged_image" and is_too_large):
             limit = f"{options.memory // 10**6} MB, the memory for an image"
-            reason, text = ("too_much_memory", 413), f"decoding needs more than {limit}; send it smaller"
+            entry, text = ("too_much_memory", 413), f"decoding needs more than {limit}; send it smaller"
         elif options.is_light and error.code == "too_many_pixels":
             return [REPLY.pack(number, LARGER, 0, 0)]
     except Exception:  # a bug fails its own image
         sys.excepthook(*sys.exc_info())
-        reason, text = ("decoder_failed", 500), "the decoder failed on this image"
+        entry, text = ("decoder_failed", 500), "the decoder failed on this image"
     else:
         changes = sum(1 << WARNINGS.index(name) for name in decoded.warnings)
         pixels = np.ascontiguousarray(decoded.pixels).data.cast("B")
         return [REPLY.pack(number, PIXELS, changes, len(pixels)), pixels]
     message = text.encode()[:MAX_MESSAGE]
-    return [REPLY.pack(number, FIRST_ERROR + ERRORS.index(reason), 0, len(message)), message]
+    return [REPLY.pack(number, FIRST_ERROR + ERRORS.index(entry), 0, len(message)), message]
 
 
 def serve_requests(end: socket.socket, options: ChildOptions) -> None:
@@ -151,7 +151,7 @@ def restrict(options: ChildOptions) -> str:
     with contextlib.suppress(OSError):  # Linux only
         lines = Path("/proc/self/status").read_text().splitlines()
         used = next(int(line.split()[1]) for line in lines if line.startswith("VmData:")) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)
+        resource.setrlimit(resource.RLIMIT_DATA, (used + options.memory,) * 2)  # soft and hard limit
     os.nice(options.niceness)
     # Freed blocks of pixels that Pillow keeps for the next image.
     Image.core.set_blocks_max(1 if options.is_light else 0)  # type: ignore[attr-defined]

@@ -84,6 +84,7 @@ class Template:
             return self._ask_once(message, descriptors)
 
     def _ask_once(self, message: bytes, descriptors: list[int]) -> int:
+        """Send *message* and *descriptors*, and return the reply; an `OSError` ends the template."""
         control = self._control or self._start()
         try:
             socket.send_fds(control, [message], descriptors)

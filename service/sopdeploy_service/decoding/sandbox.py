@@ -119,7 +119,7 @@ def build_filter(machine: str, process: int) -> bytes:
         check = [(LOAD, 0, 0, ARGUMENTS + 8 * limit.argument), (AND, 0, 0, limit.mask)]
         for value in limit.values:
             check += [(EQUAL, 0, 1, value), (RETURN, 0, 0, ALLOW)]
-        check.append((RETURN, 0, 0, deny))
+        check.append((RETURN, 0, 0, deny))  # so a check never falls through
         code += [(EQUAL, 0, len(check), limit.numbers[column]), *check]
     code += [(EQUAL, 0, 1, CLONE3), (RETURN, 0, 0, FAIL | errno.ENOSYS)]  # the C library then calls clone
     code += [(RETURN, 0, 0, deny)]
@@ -153,7 +153,8 @@ def _enter_landlock(libc: ctypes.CDLL) -> int:
     version: int = libc.syscall(CREATE_RULESET, None, ctypes.c_size_t(0), 1)  # 1: asks for the version
     if version < 1:
         return 0
-    rights = struct.pack("QQQ", *((1 << bits) - 1 for bits in LANDLOCK[min(version, max(LANDLOCK))]))
+    known_version = min(version, max(LANDLOCK))
+    rights = struct.pack("QQQ", *((1 << bits) - 1 for bits in LANDLOCK[known_version]))  # all bits
     ruleset = libc.syscall(CREATE_RULESET, rights, ctypes.c_size_t(len(rights)), 0)
     if ruleset < 0:
         raise OSError(ctypes.get_errno(), "landlock does not create a rule set")

@@ -28,7 +28,7 @@ _METRICS_SECONDS = 2.0  # a process that takes longer counts as down
 
 
 def receive_files(control: socket.socket) -> tuple[bytes, list[int]]:
-    """Receive a waiting message and its files."""
+    """Receive a waiting message and its files; both are empty if the other end has ended or left."""
     try:
         data, files, _, _ = socket.recv_fds(control, 4096, 2)
     except OSError:

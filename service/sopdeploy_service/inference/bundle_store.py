@@ -78,6 +78,7 @@ def find_bundles(sources: Iterable[str | Path]) -> dict[str, Path]:
 
 
 def _find_in_folder(folder: Path) -> list[tuple[str, Path]]:
+    """Return name and path of each bundle in *folder* that is served; raises `BundleError` for none."""
     listed = list_bundles(folder)
     if all(bundle.reason for bundle in listed):  # none is served, or none is here
         none_here = "no bundle here or in a folder directly below; give the folder with a manifest.json"

@@ -90,7 +90,7 @@ class Decoders:
         self._decoders, self._settings, self._metrics = decoders, settings, metrics
         self.light: SimpleQueue[Job | None] = SimpleQueue()
         self.large: SimpleQueue[Job | None] = SimpleQueue()
-        self.budget: int | None = None  # bytes of memory of the children
+        self.budget: int | None = None  # bytes of memory of the children; None: see `start`
         self._plan = Plan(0, 0, 0)
 
     def start(self) -> None:
@@ -130,10 +130,7 @@ class Decoders:
         return self._wait_for(image, lambda child: child.decode(image, preprocess))
 
     def copy(self, image: bytes) -> tuple[bytes, str]:
-        """Copy *image* without metadata while this thread waits; return the copy and its suffix.
-
-        Raises `ImageError`.
-        """
+        """Copy *image* without metadata, as `decode` does; return the copy and its suffix."""
         return self._wait_for(image, lambda child: child.copy(image))
 
     def _wait_for(self, image: bytes, request: Callable[[DecoderProcess], _Result]) -> _Result:

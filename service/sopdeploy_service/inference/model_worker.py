@@ -61,7 +61,7 @@ class QueuedImage:
     features: bool = False
     is_occluded: bool = False
     decode_seconds: float | None = None
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=time.monotonic)  # once it is decoded: in the queue
     late: HttpError = results.DEADLINE  # if it has no other outcome at its deadline
 
     def settle(self, outcome: Outcome) -> None:

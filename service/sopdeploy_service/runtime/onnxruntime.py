@@ -49,7 +49,7 @@ class OnnxRuntime:
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)  # without the provider, `_open_session` raises
-            onnxruntime.set_default_logger_severity(4)  # as below, for the provider
+            onnxruntime.set_default_logger_severity(4)  # of the provider; a session has its own
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[self._provider]
         self.largest_batch = manifest.batch.maximum
