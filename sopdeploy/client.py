@@ -242,13 +242,13 @@ class Client:
             try:
                 response = self._http.send(request)
             except httpx.RequestError as failure:
-                error, may_retry = _unreachable(request, failure, seconds), isinstance(failure, BROKEN)
-                delay = backoff(attempt)
+                error, delay = _unreachable(request, failure, seconds), backoff(attempt)
+                may_retry = isinstance(failure, BROKEN)
             else:
                 if response.is_success:
                     return response
-                error, may_retry = _response_error(response), response.status_code in RETRY_STATUSES
-                delay = backoff(attempt) + retry_after(response)
+                error, delay = _response_error(response), backoff(attempt) + retry_after(response)
+                may_retry = response.status_code in RETRY_STATUSES
             if not may_retry or attempt == self._retries or delay >= end - time.monotonic():
                 raise error
             time.sleep(delay)

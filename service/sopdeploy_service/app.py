@@ -54,7 +54,6 @@ def create_app(
         folder = KeptFolder(settings.keep, settings.keep_bytes, settings.keep_days)
         keeper = Keeper(folder.add, settings.keep_sample, service.metrics, service.decoders.copy)
         service.keep = keeper.offer
-    names = sorted({model.name for model in service.registry.models()})
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -66,6 +65,7 @@ def create_app(
             await asyncio.to_thread(keeper.stop)
         await service.stop()
 
+    names = sorted({model.name for model in service.registry.models()})
     app = FastAPI(
         title="sopdeploy",
         version=version("sopdeploy"),

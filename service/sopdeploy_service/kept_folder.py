@@ -87,10 +87,10 @@ class KeptFolder:
                 file.unlink()
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
-        """Keep *image* unless it is a near-duplicate; for a copy of a kept one, add only its new reasons.
+        """Keep *image* unless it is a near-duplicate or too large; return what was done.
 
-        Images of the uniform sample may be near-duplicates. The first write that fails is logged, and the
-        next one that succeeds.
+        An image that is kept is replaced if it has a new reason. Those of the uniform sample may be
+        near-duplicates. The first write that fails is logged, and the next one that succeeds.
         """
         try:
             self._expire()

@@ -157,7 +157,7 @@ class Settings(pydantic.BaseModel):
             raise ValueError(
                 f"max_images ({self.max_images}) is larger than queue_size ({self.queue_size}); lower it"
             )
-        if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:  # as above: never admitted
+        if self.max_body_bytes > self.max_upload_bytes * LARGE_BODY_SHARE:  # such a body is never admitted
             raise ValueError(
                 f"max_body_bytes ({self.max_body_bytes}) is larger than {LARGE_BODY_SHARE:.1%} of "
                 f"max_upload_bytes ({self.max_upload_bytes}); lower it"

@@ -121,7 +121,7 @@ class AdmittedRequest:
         """
         context, service = self.context, self.service
         num_images = len(images) * (IMAGES_PER_MAP if explain else 1)
-        if explain and num_images > service.settings.max_images:
+        if explain and num_images > service.settings.max_images:  # else the parser of the body checks it
             message = f"with explain=true, an image counts as {IMAGES_PER_MAP}; send fewer, or omit explain"
             raise RejectedError(HttpError("too_many_explained", 422, message))
         service.check_queue(self.model, num_images)
@@ -160,7 +160,7 @@ async def admit(
     try:
         service.check_admission(model, deadline)
         if context.rate_limit is not None:
-            context.rate_limit.spend(1, check_only=True)
+            context.rate_limit.spend(1, check_only=True)  # before the body is read
         with service.registry.use(model):
             admitted = AdmittedRequest(request, service, context, model, started, deadline)
             if not model.is_loaded:
@@ -171,8 +171,7 @@ async def admit(
             yield admitted
         result = "success"
     finally:
-        seconds = time.monotonic() - started
-        service.metrics.inference(model.name, result, seconds, context.stage_seconds)
+        service.metrics.inference(model.name, result, time.monotonic() - started, context.stage_seconds)
 
 
 def timeout_of(headers: Mapping[str, str], longest: float) -> float:

@@ -78,7 +78,7 @@ def merge_metrics(pages: Mapping[str, bytes], ids: Mapping[str, int]) -> bytes:
     found: list[tuple[str, Metric]] = []  # each with the name of its process
     families: dict[str, Metric] = {}
     for name, page in pages.items():
-        up.add_sample(up.name, {"process": name}, float(bool(page)))
+        up.add_sample(up.name, {"process": name}, 1.0 if page else 0.0)
         found += [(name, family) for family in text_string_to_metric_families(page.decode())]
     for name, pid in ids.items():
         own = ProcessCollector(pid=partial(str, pid), registry=None)

@@ -127,7 +127,7 @@ class TokenBucket:
         tokens = self._fill()
         return {
             "RateLimit-Limit": str(self.burst),
-            "RateLimit-Remaining": str(max(0, int(tokens))),
+            "RateLimit-Remaining": str(int(tokens)),
             "RateLimit-Reset": str(math.ceil((self.burst - tokens) / self._rate)),
         }
 

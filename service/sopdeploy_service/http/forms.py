@@ -57,10 +57,7 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
 
 @dataclass(slots=True)
 class _Parts:
-    """State of the parser's callbacks.
-
-    It has no reference to the parser, so both are freed with the request.
-    """
+    """State of the parser's callbacks, without a reference to it, so that both are freed with the request."""
 
     max_images: int
     images: list[bytearray] = field(default_factory=list)

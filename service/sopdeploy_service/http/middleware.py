@@ -100,13 +100,13 @@ class RequestContextMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                added = message["headers"]
-                added.append((b"x-request-id", context.request_id.encode()))
+                sent = message["headers"]
+                sent.append((b"x-request-id", context.request_id.encode()))
                 if context.model_version:
-                    added.append((b"x-model-digest", context.model_version.encode()))
+                    sent.append((b"x-model-digest", context.model_version.encode()))
                 if context.rate_limit is not None:
                     limits = context.rate_limit.headers().items()
-                    added += [(name.lower().encode(), value.encode()) for name, value in limits]
+                    sent += [(name.lower().encode(), value.encode()) for name, value in limits]
             await send(message)
 
         self.service.active_requests += 1
@@ -124,7 +124,7 @@ class RequestContextMiddleware:
             await reject(scope, reason)(scope, receive, send_with_headers)
         finally:
             self.service.active_requests -= 1
-            self.service.upload_bytes -= context.bytes
+            self.service.upload_bytes -= context.bytes  # counted by `read_body`
             seconds = time.monotonic() - started
             self._record(context, scope["method"], inner.get("route"), status, seconds)
 

@@ -61,7 +61,8 @@ def refuse_request(request: Request, names: set[str], key: str) -> Response | No
     Returns None for other requests. The page with the key in its address redirects, with a cookie that has
     the key, to the page without it.
     """
-    headers, navigates = request.headers, request.method == "GET" and request.url.path == "/"
+    headers = request.headers
+    navigates = request.method == "GET" and request.url.path == "/"
     if is_foreign(headers, names, is_link=navigates):
         return PlainTextResponse("requests of other pages and for other hosts are refused", 403)
     if request.method == "POST":

@@ -46,7 +46,7 @@ class LineQueue(logging.Handler):
             self._lines.put_nowait(self.format(record))
         except queue.Full:
             DROPPED.inc()
-        except Exception:  # as of the library's handlers
+        except Exception:  # as the library's handlers do
             self.handleError(record)
 
     def close(self) -> None:
@@ -76,10 +76,10 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     if sys.stderr is None:  # the descriptor may be that of another file
         yield
         return
-    console = settings.log == "console" or (settings.log is None and os.isatty(file))
-    is_quiet = settings.log is None and not console
+    for_people = settings.log == "console" or (settings.log is None and os.isatty(file))
+    is_quiet = settings.log is None and not for_people
     processors: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if console:
+    if for_people:
         processors += [
             lambda _logger, _method, event: {name: _printable(value, name) for name, value in event.items()},
             structlog.dev.ConsoleRenderer(colors=os.isatty(file), exception_formatter=_write_traceback),

@@ -133,7 +133,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Accept or reject the connection and start the header timeout."""
         super().connection_made(cast(asyncio.Transport, transport))
-        self.is_closing = self.transport.is_closing
+        self.is_closing = self.transport.is_closing  # for the response, whose transport is this object
         self.address = self.client[0] if self.client else ""
         reason = self._shared.admit(self)
         if reason is not None:
@@ -163,7 +163,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self._shared.idle.pop(self, None)
-        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:  # one request, or part of its body
+        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:  # one request, or a body
             self._parse(data)
             return
         for start in range(0, len(data), PIECE_BYTES):
@@ -206,7 +206,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             if self._error is not None or self._ignores_input:
                 return
             self.cycle.keep_alive = False
-            # The new parser gets a head that says only how long the body is, then the body, after the offset.
+            # The new parser gets a head that says only how long the body is, then the body.
             lengths = [header for header in self.headers if header[0] in BODY_LENGTH]
             lines = [b"POST / HTTP/1.1", *map(b": ".join, lengths), b"", b""]
             callbacks = SimpleNamespace(
@@ -215,7 +215,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 on_message_complete=self._end_last_request,
             )
             self.parser = httptools.HttpRequestParser(callbacks)
-            self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])
+            self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])  # after the headers
 
     def _end_last_request(self) -> None:
         if not self._ignores_input:
@@ -356,7 +356,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self.transport.abort()
 
     def _reject(self, reason: HttpError) -> None:
-        """Respond with *reason* and close; a response in progress is completed instead."""
+        """Respond with *reason* and close.
+
+        A response that has started, or to an earlier request, is completed instead.
+        """
         if self.transport.is_closing():
             return
         if reason is SLOW_HEADERS and not self._in_headers:  # no request was started

@@ -118,7 +118,7 @@ def parse_body(
         id=request.id,
         images=_read_images(request.inputs, binary, manifest.inputs[0], max_images),
         outputs=_requested_outputs(request, [output.name for output in manifest.outputs]),
-        timeout_seconds=timeout / MICROSECONDS if timeout else None,
+        timeout_seconds=timeout / MICROSECONDS if timeout else None,  # also for 0
     )
 
 
