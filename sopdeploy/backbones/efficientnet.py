@@ -179,10 +179,11 @@ class EfficientNetLite(Backbone):
         for name, stage in MBCONV_STAGES.items():
             is_fixed = name in {"blocks.0", "blocks.6"}  # the first stage and the last one
             count = stage.blocks if is_fixed else math.ceil(stage.blocks * config.depth)
+            expansion = 1 if name == "blocks.0" else 6
             out = scale_channels(stage.channels, config.width)
             blocks = []
             for index in range(count):
-                stride, expansion = (1 if index else STRIDES[name]), (1 if name == "blocks.0" else 6)
+                stride = STRIDES[name] if index == 0 else 1
                 blocks.append(LiteBlock(channels, out, stage.kernel, stride, expansion))
                 channels = out
             stages.append(nn.Sequential(*blocks))

@@ -141,8 +141,8 @@ def fit_tensors(
     expected = network.to_empty(device="cpu").state_dict()  # devices are compared, too
     state = {name: torch.zeros_like(tensor) for name, tensor in expected.items() if name.endswith(COUNTER)}
     for name, tensor in converted.tensors.items():
-        is_counter = name in expected and name.endswith(COUNTER)
-        shaped = tensor.reshape(()) if is_counter and tensor.numel() == 1 else tensor
+        has_one_count = name.endswith(COUNTER) and tensor.numel() == 1  # maybe of shape (1,)
+        shaped = tensor.reshape(()) if has_one_count else tensor
         fits = name in expected and expected[name].shape == shaped.shape  # others are only named in the error
         state[name] = shaped.detach().to(expected[name].dtype).contiguous().clone() if fits else shaped
     if problem := first_difference(expected, state):

@@ -16,7 +16,7 @@ import torch
 
 from sopdeploy.backbones.alexnet_vgg import VGGConfig
 from sopdeploy.backbones.efficientnet import EfficientNet, EfficientNetLite
-from sopdeploy.backbones.resnet import ResNet
+from sopdeploy.backbones.resnet import ResNetConfig
 from sopdeploy.config import StrictModel
 from sopdeploy.errors import ConfigError, WeightsError
 from sopdeploy.files import sha256
@@ -24,7 +24,6 @@ from sopdeploy.models.registry import entry
 from sopdeploy.models.timm_networks import import_timm
 
 TORCHVISION_VERSION = "IMAGENET1K_V1"  # fine-tunes better than V2, which is trained with label smoothing
-PUBLISHED_DEPTHS = {18, 26, 34, 50, 101}  # of ResNets
 SHA256 = re.compile(r"[0-9a-f]{64}")
 HUB_FILE = "model.safetensors"
 UNREACHABLE_SECONDS = 10  # without an answer of the hub
@@ -70,13 +69,12 @@ def _published_network(model: str, config: StrictModel) -> str:
     family, _, name = model.rpartition(":")
     if family:  # timm or dsop-timm
         return f"timm:{name}"
-    network, depth = entry(model).network, getattr(config, "depth", None)
-    if issubclass(network, EfficientNet):
+    if issubclass(entry(model).network, EfficientNet):
         return "timm:efficientnet_b0"
     if isinstance(config, VGGConfig):
         return "vgg16_bn" if config.batch_norm else "vgg16"
-    if issubclass(network, ResNet) and depth in PUBLISHED_DEPTHS:
-        return "timm:resnet26" if depth == 26 else f"resnet{depth}"
+    if isinstance(config, ResNetConfig):
+        return "timm:resnet26" if config.depth == 26 else f"resnet{config.depth}"
     raise ConfigError(
         f"start.weights: no ImageNet weights are published for {model}; choose a network on ResNet-18, "
         f"26, 34, 50 or 101, VGG-16, EfficientNet-b0, Lite0 or Lite2, timm:NAME or dsop-timm:NAME, {_ADVICE}",

@@ -224,7 +224,7 @@ class ISqrtVector(torch.autograd.Function):
         for step in steps(start.matrix, config.iterations):
             ts.append(step.t)
             fs.append(step.z if start.use_gram else step.y)
-        vector = _root(start, step, config).flatten(start_dim=1).index_select(1, triangle)
+        vector = _root(start, step, config).flatten(start_dim=1).index_select(1, triangle)  # the last step's
         ctx.config, ctx.use_gram = config, start.use_gram
         ctx.save_for_backward(features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:])
         return vector
@@ -268,7 +268,7 @@ class ISqrtVector(torch.autograd.Function):
         product_grad_Bnn = _prenorm_adjoint(matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config)
         product_grad_Bnn *= 2.0 / positions
         if ctx.use_gram:
-            z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]
+            z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N
             outer_part_BdM = outer_grad_BdM @ (z_BMM * (2.0 * scale_B11))
             gradient_BdM = torch.baddbmm(outer_part_BdM, x_BdM, product_grad_Bnn)
         else:

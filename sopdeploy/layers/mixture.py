@@ -2,8 +2,8 @@
 
 Papers: Wang et al., GM-SOP (NeurIPS 2018), Eqs. (1) to (4) and section 2.2, after Shazeer et al.,
 "Outrageously large neural networks" (SG-MoE, ICLR 2017).
-Letters: B images, C channels, H height, W width, N components, K kept, D length of a pooled vector; f is the
-gate's feature.
+Letters: B images, C channels, H height, W width, M positions, N components, K kept, D length of a pooled
+vector; o outputs, i inputs and c channels of a convolution; f is the gate's feature.
 
 Parametric SR-SOP is two 1x1 convolutions on the channels, then SR-SOP. Eq. (6) writes it without centering;
 the paper's text and the released code run centered SR-SOP (Eq. 5) after the convolutions. The released code
@@ -172,10 +172,10 @@ class FusionHead(nn.Module):
 class GateNoise(nn.Module):
     """Noise gamma softplus(Wn f) (B, N) of the gate, computed from f (B, D); only for training."""
 
-    def __init__(self, features: int, components: int, per: NoisePer) -> None:
+    def __init__(self, length: int, components: int, per: NoisePer) -> None:
         super().__init__()
         self.per = per
-        self.weight = nn.Parameter(torch.full((components, features), 1.0 / features))
+        self.weight = nn.Parameter(torch.full((components, length), 1.0 / length))
 
     def forward(self, feature_BD: Tensor) -> Tensor:
         """Draw the noise (B, N) that is added to the gate's logits."""
@@ -188,18 +188,18 @@ class GateNoise(nn.Module):
 class SparseGate(nn.Module, ExportHints):
     """Map a feature map to weights (B, N): K of them positive with sum 1, the others 0.
 
-    *feature* computes f (B, D) from the feature map with the prediction layers and a pooling. All elements of
-    Wg and Wn start as 1 / D, as in the released code, so all components have equal logits at first.
+    *feature* computes f (B, D) from the feature map with the prediction layers and a pooling; *length* is D.
+    All elements of Wg and Wn start as 1 / D, as in the released code, so all logits are equal at first.
     """
 
     keep_float32 = True
     is_gate = True
 
-    def __init__(self, feature: nn.Module, features: int, components: int, chosen: int) -> None:
+    def __init__(self, feature: nn.Module, length: int, components: int, chosen: int) -> None:
         super().__init__()
         self.feature = feature
         self.chosen = chosen
-        self.weight = nn.Parameter(torch.full((components, features), 1.0 / features))
+        self.weight = nn.Parameter(torch.full((components, length), 1.0 / length))
 
     def logits(self, feature_BD: Tensor) -> Tensor:
         """Compute Wg f as (B, N) in float32 or float64: half precision would select other components."""

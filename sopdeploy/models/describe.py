@@ -154,6 +154,7 @@ class Published(StrictModel):
 
 
 def _load_rows() -> tuple[PublishedRow, ...]:
+    """Read the rows of `published.toml`; a row has the keys of its table, and options of both."""
     text = files("sopdeploy.models").joinpath("published.toml").read_text(encoding="utf-8")
     rows = []
     for table in tomllib.loads(text)["tables"]:

@@ -129,8 +129,8 @@ class GMSOPResNet(Classifier, GatedResNet):
 
     def __init__(self, config: GMSOPResNetConfig, num_classes: int) -> None:
         super().__init__(config, num_classes)
-        components, features = self.gate.weight.shape
-        self.gate.add_module("noise", GateNoise(features, components, self.config.noise_per))
+        components, length = self.gate.weight.shape
+        self.gate.add_module("noise", GateNoise(length, components, self.config.noise_per))
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits in eval mode, a `TrainingOutput` in train mode.

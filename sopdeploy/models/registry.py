@@ -277,8 +277,8 @@ def make_config(name: str, values: Mapping[str, Any]) -> StrictModel:
 
     Raises `ConfigError` with the first key or value that the model does not accept.
     """
-    network = entry(name)
-    return parse_options(name, network.config, {**network.defaults, **values})
+    found = entry(name)
+    return parse_options(name, found.config, {**found.defaults, **values})
 
 
 def parse_options(name: str, options: type[StrictModel], values: Mapping[str, Any]) -> StrictModel:

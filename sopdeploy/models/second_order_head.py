@@ -232,7 +232,7 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     `DataError` if the values of the maps are not finite.
     """
 
-    def rows_of(maps_BCHW: Tensor) -> Tensor:
+    def rows_of(maps_BCHW: Tensor) -> Tensor:  # (positions, C)
         return maps_BCHW.transpose(0, 1).flatten(start_dim=1).T.double().cpu()
 
     positions = sum(maps.numel() // maps.shape[1] for maps in batches)

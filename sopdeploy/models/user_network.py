@@ -128,7 +128,7 @@ class PooledNetwork(UserNetwork):
     The modules with parameters that run after the map are replaced by the identity.
     """
 
-    classify = Backbone.classify
+    classify = Backbone.classify  # not those of `UserNetwork`, whose network has its own classifier
     remove_classifier = Classifier.remove_classifier
     config: PooledOptions
 
@@ -142,7 +142,7 @@ class PooledNetwork(UserNetwork):
         taps = self.source.taps
         if len(taps) > 1:
             raise ConfigError(f"taps: this method reads one feature map, not {len(taps)}")
-        self.tap_channels = self.map_channels(taps or None)
+        self.tap_channels = self.map_channels(taps or None)  # without a tap, the last map
         self.tap = next(iter(self.tap_channels))
         remove_after(self.network, self.tap, self.source.image_size)
 
@@ -260,8 +260,8 @@ def register_model(
         return type(kind.__name__, (kind,), members)
 
     inference = bound(UserNetwork, None) if trained.training_only else None
-    network = Entry(bound(trained, inference), options, {}, f"of {build.__module__}", image_size)
-    MODELS.register(name, network, build.__module__)
+    registered = Entry(bound(trained, inference), options, {}, f"of {build.__module__}", image_size)
+    MODELS.register(name, registered, build.__module__)
 
 
 def _build(name: str, build: Callable[[int], nn.Module], num_classes: int) -> nn.Module:

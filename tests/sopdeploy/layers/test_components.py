@@ -112,7 +112,7 @@ def test_noise_draws_one_gamma_per_image_or_per_component(per: str, draws: int) 
 
 def test_autocast_does_not_change_the_selection() -> None:
     torch.manual_seed(0)
-    gate = SparseGate(nn.Flatten(), features=32, components=8, chosen=3)
+    gate = SparseGate(nn.Flatten(), length=32, components=8, chosen=3)
     nn.init.normal_(gate.weight)
     maps = torch.randn(4, 8, 2, 2)
     expected = gate(maps)
