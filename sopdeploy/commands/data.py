@@ -90,8 +90,8 @@ def _print_report(report: "DataReport") -> None:
     for part in report.parts:
         rarest_first = sorted(part.classes.items(), key=lambda pair: pair[1])
         counts = [count for _, count in rarest_first] or [0]
-        of_classes = (len(rarest_first), counts[0], counts[-1])
-        rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *map(str, of_classes)))
+        numbers = (len(rarest_first), counts[0], counts[-1])  # classes, fewest and most images
+        rows.append((part.name, str(part.count), f"{part.bytes / 1e6:.1f}", *map(str, numbers)))
         listed = shorten([f"{label} {count}" for label, count in rarest_first])
         lines.append(f"{part.name}, rarest classes first: {listed}")
     print_table(("part", "images", "MB", "classes", "fewest", "most"), rows)

@@ -30,7 +30,7 @@ RUNTIMES: dict[str, type[OnnxRuntime | OpenVINORuntime]] = {
 DEFAULT = "ONNX Runtime"  # of `serve` on a CPU
 MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # the first round is not counted
 SMALLEST_GAIN = 1.1
-Side = TypeVar("Side", bound=Hashable)
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 class Form(NamedTuple):
@@ -85,17 +85,17 @@ def measure_forms(bundle: Bundle) -> dict[Form, list[float]]:
     return measure_alternately({form: partial(runtime.run, images) for form, runtime in forms.items()})
 
 
-def measure_alternately(runs: Mapping[Side, Callable[[], object]]) -> dict[Side, list[float]]:
+def measure_alternately(runs: Mapping[_Key, Callable[[], object]]) -> dict[_Key, list[float]]:
     """Measure the processor seconds of each of *runs*, in turn; the first time is not counted."""
-    times: dict[Side, list[float]] = {side: [] for side in runs}
+    times: dict[_Key, list[float]] = {name: [] for name in runs}
     end, rounds = time.process_time() + ROUND_SECONDS, 0
     while rounds < MIN_ROUNDS or time.process_time() < end:
         rounds += 1
-        for side, run in runs.items():
+        for name, run in runs.items():
             began = time.process_time()
             run()
-            times[side].append(time.process_time() - began)
-    return {side: taken[1:] for side, taken in times.items()}
+            times[name].append(time.process_time() - began)
+    return {name: taken[1:] for name, taken in times.items()}
 
 
 def _quantize(bundle: Bundle, images: NDArray[np.uint8], folder: Path) -> Bundle:

@@ -64,7 +64,7 @@ def _read_runs() -> dict[str, dict[str, Any]]:
     for best in sorted(Path("runs").glob("*/best.pt")):
         if best.parent.is_symlink():  # `runs/latest`
             continue
-        from sopdeploy.checkpoint import read_checkpoint
+        from sopdeploy.checkpoint import read_checkpoint  # imports torch, which only runs need
         from sopdeploy_export.model_card import training_rows
 
         name = best.parent.name

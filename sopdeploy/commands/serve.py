@@ -96,7 +96,7 @@ def serve(
         )
     try:
         asyncio.get_running_loop()
-    except RuntimeError:
+    except RuntimeError:  # there is none
         return run_server(sources, loaded)
     raise ConfigError(
         "serve: an event loop runs in this thread, as in a notebook; run the command in another process"

@@ -217,7 +217,7 @@ def _check(
         parse_override(assignment)
     if recipe is not None:
         read_values(recipe)
-    elif data is not None and not changed:
+    elif data is not None and not changed:  # changes may select other data
         open_folder(data)
     if out is not None and out.is_file():
         raise ConfigError(f"{out} is a file; choose a folder", setting="out")
@@ -275,13 +275,13 @@ def read_previous(source: Path) -> "Checkpoint":
 
 def _describe_changes(before: "Checkpoint", result: "TrainingResult", labels: Sequence[str]) -> str:
     """Say what the run *before* reached, and what the images and *labels* of *result* add to it."""
-    procedure, origin = read_result(before.training), before.origin
-    if procedure is None or origin is None:
+    result_before, origin = read_result(before.training), before.origin
+    if result_before is None or origin is None:
         return ""
     names = [name for name in labels if name not in before.labels]
     added = result.train_count + result.held_out_count - origin.num_images
     new = f", new: {', '.join(names)}" if names else ""
-    accuracy = dict(procedure.rows())["accuracy"]
+    accuracy = dict(result_before.rows())["accuracy"]
     return f"before, {origin.run}: {accuracy}; since then {added:+,} photographs{new}"
 
 

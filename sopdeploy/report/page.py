@@ -252,7 +252,7 @@ def _describe_run(run: Run, best: Checkpoint) -> Iterator[Section]:
     values = [
         (key, value)
         for key, value in [*flatten(recipe), *flatten(best.config, "network.")]
-        if run.recipe.reads(key) and not key.startswith(("summary", "model.config."))
+        if run.recipe.reads(key) and not key.startswith(("summary", "model.config."))  # `network.` has all
     ]
     settings = Table(caption="All values of the run", columns=["key", "value"], rows=values)
     yield Section(title="Recipe", tables=[settings])

@@ -53,7 +53,7 @@ def find_wrong_labels(run: Path, data: Path | None = None) -> tuple[WrongLabel, 
             f"{run}: has no out-of-fold predictions of files with one class each; give a run of the few-shot "
             "procedure on such files"
         )
-    if not np.array_equal(np.unique(hash_images(images)), np.asarray(last.image_hashes)):
+    if not np.array_equal(np.unique(hash_images(images)), np.asarray(last.image_hashes)):  # both sorted
         raise DataError(f"{run}: the images have changed since the run; train again")
     return tuple(wrong for _, wrong in list_wrong_labels(logits_NC.double().numpy(), images))
 

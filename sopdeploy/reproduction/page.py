@@ -153,7 +153,7 @@ def _error_charts(curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption:
 
 
 def _option_chart(table: PrintedTable, rows: Sequence[ReproducedRow]) -> Iterator[Figure]:
-    """Draw the paper's chart, errors of finished *rows* over an option, if *table* is one with two values."""
+    """Draw the paper's chart, errors of finished *rows* over the option of *table*, if it has two values."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         options, error = row.runs[0].network, mean_error(row.runs, "top1")

@@ -47,7 +47,7 @@ class MeanError(StrictModel):
 def measure_run(recipe: Recipe, trained: TrainingResult) -> SeedResult:
     """Collect the results of a finished run for the table and the charts."""
     checkpoint = read_checkpoint(trained.last)
-    history = Position.model_validate((checkpoint.resume or {})["position"]).history
+    history = Position.model_validate((checkpoint.resume or {})["position"]).history  # `last.pt` has it
     model = build_classifier(checkpoint, trained.last)
     return SeedResult(
         seed=recipe.seed,
