@@ -116,7 +116,7 @@ def put(file: Path, destination: str, name: str) -> str:
             store.put_file(str(file), path)
         return url
     target = Path(destination) / name
-    new = [folder for folder in target.parents if not folder.exists()]
+    new = [folder for folder in target.parents if not folder.exists()]  # the innermost first
     try:
         with writing(target, BundleError):
             target.parent.mkdir(parents=True, exist_ok=True)

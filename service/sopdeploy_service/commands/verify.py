@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.bundle.golden import check_golden, read_golden
-from sopdeploy.bundle.probes import Replay, read_probes
+from sopdeploy.bundle.probes import Probes, Replay, read_probes
 from sopdeploy.cli.command import command
 from sopdeploy.cli.console import print_field
 from sopdeploy.config import StrictModel
@@ -91,6 +91,8 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
         decoded = decode(jpeg, manifest.preprocess, max_bytes=len(jpeg), max_pixels=PILLOW_PIXELS)
         with must_run(loaded.runtime):
             check_golden(example, decoded.pixels, run, manifest.versions.get("pillow"))
+    probes = read_probes(loaded.bundle.probes)
+    _check_tolerances(loaded.bundle, probes)
     return Verification(
         bundle=loaded.bundle.name,
         id=manifest.id,
@@ -102,32 +104,34 @@ def verify(bundle: Path, settings: Settings | None = None) -> Verification:
         device=loaded.runtime.device,
         replays=tuple(loaded.replays.values()),
         golden=len(examples),
-        notes=_notes(loaded.bundle),
+        notes=_notes(loaded.bundle, probes),
     )
 
 
-def _notes(bundle: Bundle) -> tuple[str, ...]:
-    """List what the probes of *bundle* leave open, and whether images of a batch may depend on each other.
-
-    Raises `BundleError` if `parity.json` does not explain the tolerances of the probes.
-    """
-    probes, notes, advice = read_probes(bundle.probes), [], "export the bundle again"
-    if len(probes.images) < FEW_PROBES:
-        notes.append(f"only {len(probes.images)} probes; an export writes more")
+def _check_tolerances(bundle: Bundle, probes: Probes) -> None:
+    """Raise `BundleError` if `parity.json` of *bundle* does not explain the tolerances of its *probes*."""
+    advice = "export the bundle again"
     try:
         parity = json.loads((bundle.path / "parity.json").read_bytes())
         outputs = parity["outputs"]
         allowed_drifts = ALLOWED_DRIFTS if parity["drift_allowed"] else 0
         for name, tolerance in probes.tolerance.items():
-            explained = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
-            largest = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
-            if not tolerance <= _ROUNDING * max(explained, allowed_drifts * largest):  # larger, or NaN
+            noise = float(parity["floors_allowed"]) * float(outputs[name]["noise_floor"])
+            drift = max(*outputs[name]["drift"].values(), outputs[name]["batch_difference"])
+            if not tolerance <= _ROUNDING * max(noise, allowed_drifts * drift):  # larger, or NaN
                 raise BundleError(
                     f"{bundle.probes}: parity.json does not explain the tolerance {tolerance:.2g} of {name}; "
                     f"{advice}"
                 )
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise BundleError(f"{bundle.path / 'parity.json'}: records no noise floor; {advice}") from error
+
+
+def _notes(bundle: Bundle, probes: Probes) -> tuple[str, ...]:
+    """List what the *probes* of *bundle* leave open and whether images of a batch may affect each other."""
+    notes = []
+    if len(probes.images) < FEW_PROBES:
+        notes.append(f"only {len(probes.images)} probes; an export writes more")
     for name, tolerance in probes.tolerance.items():
         spread = float(np.ptp(probes.expected[name]))
         if tolerance > WIDE * spread:

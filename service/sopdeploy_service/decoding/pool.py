@@ -81,7 +81,7 @@ class Template:
             if descriptors:
                 with suppress(OSError):
                     return self._ask_once(message, descriptors)
-            return self._ask_once(message, descriptors)
+            return self._ask_once(message, descriptors)  # of a new template, if the first one has ended
 
     def _ask_once(self, message: bytes, descriptors: list[int]) -> int:
         """Send *message* and *descriptors*, and return the reply; an `OSError` ends the template."""

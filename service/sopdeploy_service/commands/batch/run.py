@@ -144,12 +144,7 @@ def _open_classifier(
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if options.starts_cluster:  # its ports are on loopback only, on every system
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    on_ray = import_optional(
-        "sopdeploy_service.commands.batch.on_ray",
-        "Ray Data",
-        "sopdeploy[batch,ray]",
-        MissingPackageError,
-        "--ray",
-    )
+    module = "sopdeploy_service.commands.batch.on_ray"
+    on_ray = import_optional(module, "Ray Data", "sopdeploy[batch,ray]", MissingPackageError, "--ray")
     classifier: RayClassifier = on_ray.RayClassifier(bundle, settings, options)
     return classifier
