@@ -158,10 +158,10 @@ def nearest_rows(size: int, target: int) -> list[list[float]]:
     return [[1.0 if j == i * size // target else 0.0 for j in range(size)] for i in range(target)]
 
 
-def resample(x_BCHW: Tensor, height: int, width: int, rows: RowBuilder) -> Tensor:
-    """Resize *x_BCHW* to (B, C, height, width), each side by the matrix that *rows* builds."""
-    down = torch.tensor(rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device)
-    across = torch.tensor(rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device)
+def resample(x_BCHW: Tensor, height: int, width: int, build_rows: RowBuilder) -> Tensor:
+    """Resize *x_BCHW* to (B, C, height, width), each side by the matrix that *build_rows* builds."""
+    down = torch.tensor(build_rows(x_BCHW.shape[2], height), dtype=x_BCHW.dtype, device=x_BCHW.device)
+    across = torch.tensor(build_rows(x_BCHW.shape[3], width), dtype=x_BCHW.dtype, device=x_BCHW.device)
     return down @ x_BCHW @ across.T
 
 
@@ -192,8 +192,8 @@ class PositionAttention(nn.Module, ExportHints):
             else:  # over the d channels
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
-        rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
-        return resample(weights_B1ss, height, width, rows)
+        build_rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
+        return resample(weights_B1ss, height, width, build_rows)
 
 
 def uncentred_covariance(small_BdP: Tensor) -> Tensor:

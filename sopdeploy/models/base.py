@@ -74,7 +74,7 @@ class Classifier(Backbone):
 
     def heads(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the (B, classes) logits of every head: `main` and the training-only ones."""
-        return {"main": self(images)}
+        return {"main": self(images)}  # a network with training-only heads overrides this
 
     def without_branches(self) -> "Classifier":
         """Build the network without branches, or return this one if it has none; all other weights stay."""

@@ -259,7 +259,7 @@ def register_model(
         members = {"__init__": construct, "__module__": build.__module__, "inference_class": inference_class}
         return type(kind.__name__, (kind,), members)
 
-    inference = bound(UserNetwork, None) if trained.training_only else None
+    inference = bound(UserNetwork, None) if trained.training_only else None  # the class itself
     registered = Entry(bound(trained, inference), options, {}, f"of {build.__module__}", image_size)
     MODELS.register(name, registered, build.__module__)
 
