@@ -35,8 +35,8 @@ def find_last_layer(
     results: list[Tensor] = []
     with layer.register_forward_hook(lambda _part, _inputs, output: results.append(output)):
         logits = Deployed(network, preprocess).eval()(torch.from_numpy(images))[0]
-    returned = len(results) == 1 and torch.equal(results[0].nan_to_num(), logits.nan_to_num())
-    return layer if returned else None
+    are_logits = len(results) == 1 and torch.equal(results[0].nan_to_num(), logits.nan_to_num())
+    return layer if are_logits else None
 
 
 def add_embedding_output(

@@ -47,7 +47,7 @@ def render_model_card(subject: ExportSubject, results: ExportResults, fields: Ma
         "squash": f"Resize both\nsides of an image to {preprocess.crop} pixels ({preprocess.interpolation});",
     }[preprocess.fit]
     int8 = results.precision.quantisation
-    option = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
+    session = INT8_SESSION if int8 is not None and int8.runtime == "cpu" else ""
     return f"""# {subject.project}
 
 An image classifier, the network {subject.name}, exported by sopdeploy {fields["versions"]["sopdeploy"]}.
@@ -59,7 +59,7 @@ Classes: {labels}
     sopdeploy verify .
     sopdeploy predict . photo.jpg
     sopdeploy serve .
-{option}
+{session}
 ## Input and output
 
 `{fields["inputs"][0].name}`: uint8, (batch, {preprocess.crop}, {preprocess.crop}, 3), RGB. {resizing}
@@ -87,8 +87,8 @@ def as_markdown(text: str) -> str:
 
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
-    """List scalars and result of the training loop, or start weights and result of another procedure."""
-    result = None
+    """List the scalars and any result of the loop, or start weights and result of another procedure."""
+    result = None  # no procedure is recorded
     if "procedure" in training:
         from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
 

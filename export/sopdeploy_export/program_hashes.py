@@ -209,7 +209,7 @@ def value_root(program: ExportedProgram, batch: int | None = None) -> ProgramRoo
     hasher = _ValueHasher(program, batch)
     for node in program.graph.nodes:
         hasher.visit(node)
-    return ProgramRoot(sha256=hasher.root, nodes=hasher.operations, state=frozenset())
+    return ProgramRoot(sha256=hasher.root, nodes=hasher.operations, state=frozenset())  # not traced
 
 
 class _ValueHasher:
@@ -250,9 +250,9 @@ class _ValueHasher:
         """Compute the value of a call without the images, otherwise its hash; see `value_root`."""
         target: Any = node.target
         value = node.meta.get("val")
-        operands = [self.known.get(operand) for operand in node.all_input_nodes]
+        known_operands = [self.known.get(operand) for operand in node.all_input_nodes]
         # The value of an image is unknown; a size that stays symbolic is known as text.
-        are_numbers = not any(operand is None or isinstance(operand, str) for operand in operands)
+        are_numbers = not any(operand is None or isinstance(operand, str) for operand in known_operands)
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
             size = value.node.expr.subs(self.sizes)
             self.known[node] = int(size) if size.is_Integer else str(size)
@@ -265,11 +265,11 @@ class _ValueHasher:
         elif self._keeps_values(node):
             operand, shape = node.all_input_nodes[0], self._shape(node)
             # If the operand is itself reshaped, both reshapes become one.
-            source, before = self.reshaped.get(operand) or (self._hash(operand), self._shape(operand))
-            self.reshaped[node] = source, before
-            self.hashes[node] = source if shape == before else hash_parts("reshape", source, shape)
+            source, first_shape = self.reshaped.get(operand) or (self._hash(operand), self._shape(operand))
+            self.reshaped[node] = source, first_shape
+            self.hashes[node] = source if shape == first_shape else hash_parts("reshape", source, shape)
         else:
-            encoded = (_encode(value, self._hash) for value in self._unified_arguments(node))
+            encoded = (_encode(argument, self._hash) for argument in self._unified_arguments(node))
             self.hashes[node] = hash_parts(str(target), *encoded)
             self.operations[self.hashes[node]] = f"{target} in {module_of(node)}"
 
@@ -285,8 +285,8 @@ class _ValueHasher:
         if _name(node) == "aten.expand":
             return [arguments[0], self._shape(node)]
         if _name(node) == "aten.slice":
-            first, end = arguments[2:4]
-            arguments[2:4] = first or 0, sys.maxsize if end is None else end
+            start, end = arguments[2:4]  # None means from the first, to the last
+            arguments[2:4] = start or 0, sys.maxsize if end is None else end
         return arguments
 
     def _shape(self, node: fx.Node) -> str:

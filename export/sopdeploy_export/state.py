@@ -91,10 +91,10 @@ def read_state(network: nn.Module) -> dict[str, Any]:
     anything was assigned, added, removed or written in place between them. Raises `LoweringError` if the
     network holds too many objects.
     """
-    generator = tree_leaves(np.random.get_state(legacy=False))  # noqa: NPY002
+    numpy_state = tree_leaves(np.random.get_state(legacy=False))  # noqa: NPY002
     state: dict[str, Any] = {
         "random": hash(random.getstate()),
-        "numpy.random": [leaf.tobytes() if isinstance(leaf, np.ndarray) else leaf for leaf in generator],
+        "numpy.random": [leaf.tobytes() if isinstance(leaf, np.ndarray) else leaf for leaf in numpy_state],
     }
     owners = list(modules(network))
     seen = {id(module) for _, module in owners}  # each object is read once
@@ -133,25 +133,27 @@ def _content(value: Any) -> Any:
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what *value* holds, with the suffix of each path; nothing of libraries and of their objects."""
-    kind = value if isinstance(value, type) else type(value)
-    library = kind.__module__.partition(".")[0]
-    is_users = library not in LIBRARIES
-    if isinstance(value, FunctionType):
-        if (value.__module__ or "").partition(".")[0] not in LIBRARIES:
+    """Yield what *value* holds, with the suffix of each path.
+
+    Of libraries, only modules and containers are read, no other objects, classes or functions.
+    """
+    definition = value if isinstance(value, type | FunctionType) else type(value)
+    package = (definition.__module__ or "").partition(".")[0]
+    is_users = package not in LIBRARIES
+    if isinstance(value, type | FunctionType):
+        if is_users and isinstance(value, FunctionType):
             yield from _used_by(value)
-    elif isinstance(value, type):
-        if is_users:
+        elif is_users:
             yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
     elif isinstance(value, (Tensor, ModuleType, *FIXED)):
         return  # a tensor has a version; of a module, only the variables that functions use are read
-    elif isinstance(value, nn.Module) or is_users or library in _CONTAINERS:
+    elif isinstance(value, nn.Module) or is_users or package in _CONTAINERS:
         held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
             held = object.__getattribute__(value, "__dict__")
         yield from ((f".{name}", item) for name, item in held.items())
         yield from ((end, item) for end, item in _items(value) if item is not held)
-        yield f" ({kind.__name__})", kind
+        yield f" ({definition.__name__})", definition
 
 
 def _items(value: Any) -> Iterator[tuple[str, Any]]:
@@ -163,11 +165,10 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
     if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # slots, iterators, methods
-        if type(value).__module__ in _CONTAINERS:
+        if isinstance(value, GeneratorType):
+            yield " (state)", value.gi_frame.f_lasti if value.gi_frame else None  # None: it has ended
+        elif type(value).__module__ in _CONTAINERS:
             yield " (state)", _shown(value)
-        else:
-            is_running = isinstance(value, GeneratorType) and value.gi_frame
-            yield " (state)", value.gi_frame.f_lasti if is_running else None
         yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
 
 
@@ -202,7 +203,7 @@ def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _identify(value: object) -> Identity:
-    """Identify *value*; the tensors that torch.export uses in place of others have no address."""
+    """Identify *value*; what torch.export uses in place of tensors has no address, inference no version."""
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
         return Identity(value, (-1 if value.is_inference() else value._version, value.data_ptr()))
     return Identity(value, (len(value),) if isinstance(value, set) else ())
@@ -249,14 +250,12 @@ class InPlaceWrites(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         del types
-        arguments = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False))
-        arguments |= kwargs or {}
-        for argument in func._schema.arguments if func._schema.is_mutable else ():
-            value = arguments.get(argument.name)
-            if argument.is_write and isinstance(value, Tensor):
-                path = self._paths.get(value.untyped_storage().data_ptr())
-                if path is not None:
-                    self.written.append(path)
+        declared = func._schema.arguments
+        values = dict(zip((argument.name for argument in declared), args, strict=False)) | (kwargs or {})
+        written = [values.get(argument.name) for argument in declared if argument.is_write]
+        tensors_written = [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor)]  # also in lists
+        paths = [self._paths.get(tensor.untyped_storage().data_ptr()) for tensor in tensors_written]
+        self.written += [path for path in paths if path is not None]
         return func(*args, **(kwargs or {}))
 
 
@@ -280,7 +279,7 @@ class PythonReads(TorchFunctionMode):
         self.first: str | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call *function*; record it if it is the first read by code outside of torch and this package."""
+        """Call *function*; record it if it is the first read by code outside of torch.nn and this package."""
         del types
         result, name = function(*args, **(kwargs or {})), getattr(function, "__name__", "")
         tensors_only = all(isinstance(leaf, Tensor | NoneType) for leaf in tree_leaves(result))
@@ -294,7 +293,7 @@ class PythonReads(TorchFunctionMode):
 
 def _caller() -> str:
     """Return the module that called a function of torch, without torch's own functions in between."""
-    frame: FrameType | None = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)  # 1 is `__torch_function__`
     while frame is not None:
         module: str = frame.f_globals.get("__name__", "")
         if module not in ("torch.overrides", "torch._tensor", "torch.utils._contextlib"):

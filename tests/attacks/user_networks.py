@@ -156,6 +156,19 @@ def numbers() -> Iterator[int]:
     yield from range(10**9)
 
 
+def position() -> Callable[[], int]:
+    """Return a function that changes the position of a generator only, and none of its variables."""
+
+    def steps() -> Iterator[int]:
+        while True:
+            yield 0
+            yield 0
+            yield 0
+
+    generator = steps()
+    return lambda: next(generator)
+
+
 class Shared:
     """Counts in its class."""
 
@@ -188,6 +201,7 @@ COUNTERS: dict[str, type[Small]] = {
     "an iterator": later(next, lambda: iter(range(10**9))),
     "an enumeration of a list": later(lambda c: next(c)[0], lambda: enumerate([0] * 10**4)),
     "a generator": later(next, numbers),
+    "the position of a generator": later(lambda c: c(), position),
     "random.Random": later(lambda c: c.randrange(599), lambda: random.Random(0)),
     "the random numbers of Python": small(lambda n, f: n.fc(f) * (1 if random.random() < 2 else -1)),
     "the random numbers of NumPy": small(lambda n, f: n.fc(f) * (1 if np.random.rand() < 2 else -1)),  # noqa: NPY002
@@ -206,6 +220,9 @@ STATE: dict[str, type[Small]] = {
     "a buffer is assigned": peaking(lambda n: n.peak, lambda n, peak: setattr(n, "peak", peak), PEAK),
     "a buffer is written through .data": peaking(
         lambda n: n.peak, lambda n, peak: n.peak.data.copy_(peak), PEAK
+    ),
+    "a list of buffers is written through .data": peaking(
+        lambda n: n.peak, lambda n, peak: torch._foreach_copy_([n.peak.data], [peak]), PEAK
     ),
     "a tensor in nested lists is replaced": peaking(
         lambda n: n.memory[0][0],

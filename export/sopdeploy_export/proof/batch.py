@@ -99,7 +99,7 @@ class Call:
     def __init__(self, node: onnx.NodeProto, inputs: Sequence[TracedValue | None], shapes: Shapes) -> None:
         self.attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
         self.inputs, self.shapes, self.rank = inputs, shapes, len(shapes[0])
-        self.outputs = sum(map(bool, node.output))
+        self.num_outputs = len([name for name in node.output if name])  # "" is one that nothing reads
         self.x = self[0]
 
     def __getitem__(self, index: int) -> TracedValue:
@@ -111,7 +111,8 @@ class Call:
 
     def axis(self, default: int, rank: int | None = None) -> int:
         """Return the attribute `axis` of a value of *rank*, by default that of `x`, counted from 0."""
-        return int(self.attributes.get("axis", default)) % max(self.x.rank if rank is None else rank, 1)
+        rank = self.x.rank if rank is None else rank
+        return int(self.attributes.get("axis", default)) % max(rank, 1)  # a scalar has axis 0, as in torch
 
     def axes(self, index: int, default: Sequence[int]) -> list[int]:
         """List the axes of `x` that input *index* or the attribute names, counted from 0."""
@@ -136,12 +137,12 @@ def common(values: Sequence[TracedValue | None]) -> Place:
 def varying(shapes: Shapes) -> int | None:
     """Return the axis whose size is a multiple of the batch, if any; all others must be constant."""
     axes = [axis for axis, sizes in enumerate(zip(*shapes, strict=True)) if len(set(sizes)) > 1]
-    _require(len(axes) <= 1)
-    for axis in axes:
-        _require(shapes[0][axis] % _BATCHES[0] == 0)
-        factor = shapes[0][axis] // _BATCHES[0]
-        _require([shape[axis] for shape in shapes] == [factor * size for size in _BATCHES])
-    return axes[0] if axes else None
+    if not axes:
+        return None
+    sizes = [shape[axes[0]] for shape in shapes]
+    factor, rest = divmod(sizes[0], _BATCHES[0])
+    _require(len(axes) == 1 and rest == 0 and sizes == [factor * batch for batch in _BATCHES])
+    return axes[0]
 
 
 def elementwise(call: Call) -> Place:
@@ -155,7 +156,7 @@ def along(call: Call, axes: Sequence[int], *, keeps: Any = True) -> Place:
     _require(axis not in axes and common(call.inputs[1:]) == _NONE)
     if keeps or axis is None:
         return call.x.place
-    return call.x.shifted(-sum(removed < axis for removed in set(axes)))
+    return call.x.shifted(-len({removed for removed in axes if removed < axis}))
 
 
 def reduces(call: Call) -> Place:
@@ -172,7 +173,7 @@ def _rows(call: Call, operands: int = 1) -> Place:
     """
     place = common(call.inputs[:operands])
     _require(place.axis in (None, 0) and common(call.inputs[operands:]) == _NONE)
-    _require(call.outputs == 1)  # the second output of MaxPool numbers the elements of the whole batch
+    _require(call.num_outputs == 1)  # the second output of MaxPool numbers the elements of the whole batch
     _require([shape[:1] for shape in call.x.shapes] == [shape[:1] for shape in call.shapes])
     crops = call.attributes.get("coordinate_transformation_mode") == b"tf_crop_and_resize"
     _require(not crops and not call.attributes.get("training_mode"))
@@ -187,8 +188,9 @@ def reshapes(call: Call) -> Place:
         _require(axis is None and new_axis is None)
         return _NONE
     shape, new_shape, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]
-    elements_of_image = (inner or shape[axis] // batch) * math.prod(shape[axis + 1 :])
-    elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1
+    rows_of_image = inner or shape[axis] // batch  # None: equal rows, as many for each
+    elements_of_image = rows_of_image * math.prod(shape[axis + 1 :])
+    elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
     new_inner, rest = divmod(elements_of_image, elements_of_row)
     _require(rest == 0 and new_inner and new_shape[new_axis] // batch % new_inner == 0)
     return Place(new_axis, new_inner)
@@ -280,7 +282,8 @@ def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
 def pads(call: Call) -> Place:
     """Pad other axes than the batch."""
     axes, sizes = call.axes(3, range(call.x.rank)), call[1].numbers()
-    return along(call, [axis for i, axis in enumerate(axes) if sizes[i] or sizes[i + len(axes)]])
+    before, after = sizes[: len(axes)], sizes[len(axes) :]
+    return along(call, [axis for axis, first, last in zip(axes, before, after, strict=True) if first or last])
 
 
 def repeats(call: Call, *, tile: bool = False) -> Place:
@@ -300,7 +303,7 @@ def counts(call: Call) -> Place:
     if varying(call.shapes) is None:
         return _NONE
     start, step = call.x.numbers(), call[2].numbers()
-    _require(start == [0] and step == [1] and call.shapes[0] == _BATCHES[:1])
+    _require(start == [0] and step == [1] and call.shapes[0] == (_BATCHES[0],))
     return Place(0, 1)
 
 
@@ -317,7 +320,7 @@ def gathers(call: Call) -> Place:
 
 
 def gathers_nd(call: Call) -> Place:
-    """Select by indices of several axes within each row, in front of the batch, or from a constant.
+    """Select by indices of several axes: within each row, at positions in axes before it, or in a constant.
 
     Both have the first *shared* axes. The last axis of the indices holds positions in the next axes of data.
     """
@@ -333,11 +336,11 @@ def gathers_nd(call: Call) -> Place:
         return common([data, indices])
     first_kept = shared + indices.shapes[0][-1]  # axis of the data behind those of the positions
     _require(indices.axis is None and data.axis >= first_kept)
-    return data.shifted(indices.rank - 1 - first_kept)
+    return data.shifted(indices.rank - 1 - first_kept)  # axes of indices but the last, then kept ones
 
 
 def writes_nd(call: Call) -> Place:
-    """Write by indices of several axes: for each image into its own row, or in front of the batch."""
+    """Write by indices of several axes: each image into its row, or at positions in axes before the batch."""
     data, indices, updates = call.x, call[1], call[2]
     has_own_rows = own_rows(data, indices, 0) and indices.axis is not None
     if has_own_rows and updates.axis == indices.axis:
@@ -345,6 +348,7 @@ def writes_nd(call: Call) -> Place:
     first_kept = indices.shapes[0][-1]  # axis of the data behind those of the positions
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
     _require(data.axis is None or data.axis >= first_kept)
+    # updates: axes of indices but the last, then kept axes of data
     return agree(data.place, updates.shifted(first_kept - (indices.rank - 1)))
 
 
@@ -432,7 +436,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         inputs = [values[name] if name else None for name in node.input]
         read = () if node.op_type == "Shape" else inputs  # shapes never depend on the contents of images
         mixed = tuple(dict.fromkeys(name for value in read if value for name in value.mixed))
-        results = [TracedValue()] * len(node.output)
+        results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
         try:
             results = infer(node, inputs, opsets)
             if not mixed and not all(len(result.contents) for result in results):
@@ -538,14 +542,14 @@ def has_whole_images(value: TracedValue) -> bool:
 
 def counting(kind: str, call: Call) -> Literal["", "all", "first"]:
     """Return the `TracedValue.counts` of the result of an operator."""
-    is_count = call.x.counts == "all"
+    numbers_images = call.x.counts == "all"
     if kind in SAME_NUMBERS:
-        wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64
-        return "all" if is_count and not wraps else ""
-    if kind == "Range":
-        is_count = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
-        return "all" if is_count else ""
+        wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64  # smaller types repeat numbers
+        return "all" if numbers_images and not wraps else ""
+    if kind == "Range":  # of the batch size, see `counts`
+        counts_batch = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
+        return "all" if counts_batch else ""
     if kind != "Concat" or any(value.counts for value in call.inputs[1:] if value is not None):
         return ""
     has_one_column = call.axis(0) == call.rank - 1 and call.x.shapes[0][-1] == 1
-    return "first" if is_count and has_one_column else ""
+    return "first" if numbers_images and has_one_column else ""

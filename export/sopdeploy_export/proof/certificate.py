@@ -117,26 +117,26 @@ def certify(
     """
     if detachment is None:
         detachment = Detachment.of(trained) if isinstance(trained, Classifier) else Detachment()
-    original = {"trained": trained, "detached": detached}
+    given = {"trained": trained, "detached": detached}
     check_torch_state()
-    for role, network in original.items():
+    for role, network in given.items():
         check_network_state(network, role)
-    networks = {"trained": contiguous(trained)}
-    networks["detached"] = networks["trained"] if detached is trained else contiguous(detached)
-    removed, kept = build_inventory(trained, detached, detachment.training_only)
     nothing_detached = detached is trained
+    removed, kept = build_inventory(trained, detached, detachment.training_only)
+    compared = {"trained": contiguous(trained)}
+    compared["detached"] = compared["trained"] if nothing_detached else contiguous(detached)
     if detachment.plain is not None:
-        plain = build_plain_network(detachment.plain, networks["detached"], detachment.rename)
-        networks = {"plain": contiguous(plain), **networks}  # the first one is the reference
+        plain = build_plain_network(detachment.plain, compared["detached"], detachment.rename)
+        compared = {"plain": contiguous(plain), **compared}  # the first one is the reference
     captured, roots = _assert_equal_graphs(
-        networks, preprocess, batch or BatchRange(), {entry.name for entry in removed}, detachment.captured
+        compared, preprocess, batch or BatchRange(), {entry.name for entry in removed}, detachment.captured
     )
-    deployed = {role: Deployed(network, preprocess) for role, network in networks.items()}
+    deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
-    # Each network once: *networks* has copies of those that were not contiguous.
-    checked = {id(network): (role, network) for role, network in (*original.items(), *networks.items())}
+    # Each network once: a contiguous one is both given and compared, of the others a copy is compared.
+    checked = {id(network): (role, network) for role, network in (*given.items(), *compared.items())}
     for role, network in checked.values():
-        rename = detachment.rename if role == "plain" else str  # to the names of its tensors
+        rename = detachment.rename if role == "plain" else str  # from the names in *kept*
         _assert_unchanged(network, kept, rename)
     kind: ProofKind = "trained-plain" if nothing_detached else "three-way"
     if detachment.plain is None:
@@ -167,11 +167,11 @@ def build_plain_network(
     """
     plain = build()
     embedding_layer = vars(detached).get(EXPORT_EMBEDDING)
-    if embedding_layer is not None:
+    if embedding_layer is not None:  # a layer, but *rename* knows the names of tensors only
         vars(plain)[EXPORT_EMBEDDING] = rename(f"{embedding_layer}.weight").removesuffix(".weight")
-    trained, target = tensors(detached), tensors(plain)
-    source = {rename(name): tensor for name, tensor in trained.items()}
-    if len(source) != len(trained):
+    named_as_trained, target = tensors(detached), tensors(plain)
+    source = {rename(name): tensor for name, tensor in named_as_trained.items()}
+    if len(source) != len(named_as_trained):
         raise CertificateError("rename gives two tensors of the trained network the same name")
     missing, extra = sorted(target.keys() - source.keys()), sorted(source.keys() - target.keys())
     if missing:
@@ -208,11 +208,11 @@ def _assert_equal_graphs(
     differs from the first network.
     """
     captured = _capture_networks(networks, preprocess, batch, captured_trained)
-    reference, first = next(iter(captured.items()))
-    expected = _compute_roots(first)
-    _assert_equal_sizes(first)
+    first_role, first_programs = next(iter(captured.items()))
+    _assert_equal_sizes(first_programs)
+    expected = _compute_roots(first_programs)
     for role, programs in captured.items():
-        roots = expected if programs is first else _compute_roots(programs)
+        roots = expected if programs is first_programs else _compute_roots(programs)
         for size, root in roots.items():
             reached = sorted({name.removeprefix(NETWORK_PREFIX) for name in root.state} & removed)
             if reached:
@@ -221,9 +221,9 @@ def _assert_equal_graphs(
                     f"{shorten(reached)}; a branch affects the main output"
                 )
             if root.sha256 != expected[size].sha256:
-                difference = _first_difference(root, expected[size], reference)
+                difference = _first_difference(root, expected[size], first_role)
                 raise CertificateError(
-                    f"the {role} network is not the {reference} one, for {size}: {difference}"
+                    f"the {role} network is not the {first_role} one, for {size}: {difference}"
                 )
     shared = Roots(
         any_batch=expected["any batch size"].sha256,
@@ -248,7 +248,8 @@ def _capture_networks(
 ) -> dict[str, Captured]:
     """Capture *networks*; those with the same operations and weights share programs.
 
-    The detached network comes first, because the names in its programs are those of the exported file.
+    The detached one comes first: its programs name what the exported file holds. Messages call it trained
+    if both are one network.
     """
     trained, detached = networks["trained"], networks["detached"]
     captured = {} if captured_trained is None else {id(trained): captured_trained}
@@ -310,7 +311,7 @@ def assert_equal_outputs(networks: Mapping[str, nn.Module], probes: Tensor) -> t
                         f"the {role} network gives other logits than the {reference} one at batch "
                         f"{len(images)}: largest difference {difference:.3g}"
                     )
-    return (1, len(batches[0]))
+    return (1, len(batches[0]))  # the last batch may be smaller
 
 
 def build_inventory(
@@ -329,9 +330,9 @@ def build_inventory(
     for name in removed:
         if not is_in(name, *training_only):
             raise CertificateError(f"{name} was removed, but is not training-only: {list(training_only)}")
-    left = [name for name in after if is_in(name, *training_only)]
-    if left:
-        raise CertificateError(f"{left[0]} is training-only, but the detached network still has it")
+    still_held = [name for name in after if is_in(name, *training_only)]
+    if still_held:
+        raise CertificateError(f"{still_held[0]} is training-only, but the detached network still has it")
     check_removed_memory(removed, {name: before[name] for name in after})
     kept = []
     for name, tensor in after.items():
@@ -347,13 +348,13 @@ def check_removed_memory(removed: dict[str, Tensor], kept: dict[str, Tensor]) ->
 
     Addresses are compared, because tensors with different storages can overlap.
     """
-    owners = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
+    kept_ranges = [(name, *_addresses(tensor)) for name, tensor in kept.items()]
     for name, tensor in removed.items():
         start, end = _addresses(tensor)
-        for owner, first, last in owners:
-            if start < last and first < end:
+        for kept_name, kept_start, kept_end in kept_ranges:
+            if start < kept_end and kept_start < end:
                 raise CertificateError(
-                    f"{name} was removed but shares its memory with {owner}, which was kept"
+                    f"{name} was removed but shares its memory with {kept_name}, which was kept"
                 )
 
 
@@ -362,7 +363,7 @@ def _addresses(tensor: Tensor) -> tuple[int, int]:
     if not tensor.numel():
         return 0, 0
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    elements = 1 + sum((size - 1) * stride for size, stride in steps)
+    elements = 1 + sum((size - 1) * stride for size, stride in steps)  # strides are never negative
     return tensor.data_ptr(), tensor.data_ptr() + elements * tensor.element_size()
 
 

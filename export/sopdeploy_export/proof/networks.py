@@ -106,17 +106,17 @@ class ExportSubject:
     def plugins(self) -> dict[str, str]:
         """Return the versions of the plug-ins that define parts of the network or provided its images."""
         recorded = self.training.get("plugins")
-        recorded = recorded if isinstance(recorded, dict) else {}
-        return {**{str(name): str(recorded[name]) for name in recorded}, **makers(self.network.modules())}
+        versions = recorded if isinstance(recorded, dict) else {}  # checkpoints can hold anything
+        return {**{str(name): str(versions[name]) for name in versions}, **makers(self.network.modules())}
 
 
 def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _Network:
     """Copy *network*, in eval mode, without its *training_only* parts.
 
     *training_only* defaults to the parts that a network of the catalog declares. In a network outside of the
-    catalog, a removed part becomes `None`, because its `forward` may test for that. A network whose
-    training-only parts have no tensors, such as an empty list of branches, is returned as is. Raises
-    `DetachError` if a name does not exist.
+    catalog, a removed part becomes `None`, because its `forward` may test for that, unless a container such
+    as `nn.Sequential` holds it. A network whose training-only parts have no tensors, such as an empty list of
+    branches, is returned as is. Raises `DetachError` if a name does not exist.
     """
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
@@ -217,7 +217,7 @@ def check_network_state(network: nn.Module, role: str) -> None:
 def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Network:
     """Copy *network* with `copy.deepcopy` and its *memo*; the locks of modules become new ones.
 
-    Raises `LoweringError` if a method of the user's classes fails, or returns a part of *network* itself.
+    Raises `LoweringError` if this fails, or if a `__deepcopy__` returns another class or parts of *network*.
     """
     memo = {} if memo is None else memo
     for _, module in modules(network):
@@ -228,16 +228,16 @@ def copy_module(network: _Network, memo: dict[int, Any] | None = None) -> _Netwo
         copied = copy.deepcopy(network, memo)
     except Exception as error:  # classes can define how they are copied
         raise LoweringError(f"the network cannot be copied: {first_line(error)}") from error
-    own = {id(module) for _, module in modules(network)}
+    originals = {id(module) for _, module in modules(network)}
     # Every GraphModule has a class of its own.
     kind = fx.GraphModule if isinstance(network, fx.GraphModule) else type(network)
-    if not isinstance(copied, kind) or any(id(module) in own for _, module in modules(copied)):
+    if not isinstance(copied, kind) or any(id(module) in originals for _, module in modules(copied)):
         raise LoweringError("the network is not copied by copy.deepcopy; remove its __deepcopy__")
     return copied
 
 
 def contiguous(network: _Network) -> _Network:
-    """Return *network*, or a copy with contiguous tensors if any is not; captured graphs contain strides."""
+    """Return *network*, or a copy with contiguous tensors if any is not: graphs contain the strides."""
     if all(tensor.is_contiguous() for tensor in tensors(network).values()):
         return network
     copied = copy_module(network)

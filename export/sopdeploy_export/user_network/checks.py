@@ -99,14 +99,14 @@ def check_tensor(name: str, tensor: Tensor) -> None:
             ".clone()"
         )
     dense = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
-    inexact = tensor.is_floating_point() or tensor.is_complex()
-    if not dense or (inexact and tensor.dtype != torch.float32):
+    has_fractions = tensor.is_floating_point() or tensor.is_complex()
+    if not dense or (has_fractions and tensor.dtype != torch.float32):
         kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout} on {tensor.device}"
         raise LoweringError(
             f"{name} is a {kind}; the exporter accepts dense tensors of float32 or integers: convert it, "
             "for example with .float(), and choose the precision of the export"
         )
-    if inexact and not bool(torch.isfinite(tensor).all()):
+    if has_fractions and not bool(torch.isfinite(tensor).all()):
         raise LoweringError(f"{name} holds NaN or infinite values; train again or use an earlier checkpoint")
 
 
@@ -121,8 +121,8 @@ def check_outputs(
     """
     images, network = torch.from_numpy(graph.generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     at_start = state.read_state(network)
-    first = _run(deployed, images, role, classes)
-    _run(deployed, images[:1], role, classes)
+    first_logits = _run(deployed, images, role, classes)
+    _run(deployed, images[:1], role, classes)  # fills caches for this size
     filled = state.read_state(network)  # the next runs must not change it
     with state.InPlaceWrites(network) as writes, state.PythonReads() as reads:
         _run(deployed, images[:1], role, classes)
@@ -136,7 +136,7 @@ def check_outputs(
             "images and layouts, as with torch.where"
         )
     check_finite(logits, role)
-    if not torch.equal(first, logits):
+    if not torch.equal(first_logits, logits):
         raise LoweringError(f"the {role} network returns other logits in a second run, as random numbers do")
     warnings = []
     if torch.equal(logits, logits[:1].expand_as(logits)):
@@ -203,22 +203,24 @@ def capture_given(
     They can differ because a class can define how it is copied. Both networks run on probe images; unless
     *given* is on a GPU, their graphs are also compared. Raises `LoweringError` if they differ.
     """
-    devices = {tensor.device for tensor in state.tensors(given).values()} or {torch.device("cpu")}
+    tensors = list(state.tensors(given).values())
+    devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
+    device = next(iter(devices))  # of the images; the network itself moves values between several
     on_cpu = devices == {torch.device("cpu")}
-    same_memory = on_cpu and all(tensor.is_contiguous() for tensor in state.tensors(given).values())
-    device = next(iter(devices))
+    same_layout = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # as the copy
+    tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
     images = torch.from_numpy(graph.generated_images(preprocess.crop))
     deployed = graph.Deployed(given, preprocess).eval()
     deployed.normalise.to(device)
-    tolerance = 0.0 if same_memory else (LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE)
     for batch in (images, images[:1]):
         with state.preserved(given), state.preserved(copied):  # caches are empty again when they are captured
             expected = _run(deployed, batch.to(device), "given", classes).cpu()
             logits = _run(graph.Deployed(copied, preprocess).eval(), batch, "trained", classes)
         check_finite(expected, "given")
-        if not bool(((logits - expected).abs() <= tolerance * expected.abs().max()).all()):
+        allowed = 0.0 if same_layout else tolerance * expected.abs().max()
+        if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if same_memory and not options.with_features:  # the proof compares it with the graph of the copy
+    if same_layout and not options.with_features:  # the proof compares it with the graph of the copy
         return graph.capture(given, preprocess, options.batch)
     captured = graph.capture(copied, preprocess, options.batch)
     if on_cpu:
@@ -241,8 +243,8 @@ def check_constants(captured: graph.Captured, network: nn.Module) -> None:
             is_used = bool(users[spec.arg.name])
             if constant.numel() > MAX_CONSTANT and is_used and not is_registered:
                 held = state.held_tensors(network).items()
-                equal = (path for path, tensor in held if tensor.equal(constant))
-                name = next(equal, f"a tensor of shape {tuple(constant.shape)}")
+                equal_paths = (path for path, tensor in held if tensor.equal(constant))
+                name = next(equal_paths, f"a tensor of shape {tuple(constant.shape)}")
                 raise LoweringError(
                     f"the output depends on {name}, which is no parameter or buffer, so no weight file "
                     "contains it; use ModuleList, ModuleDict or register_buffer",

@@ -80,42 +80,40 @@ def export_network(
     _check_arguments(name, labels, preprocess)
     networks.check_torch_state()
     on_step("checking the network")
-    network = networks.contiguous(checks.copy_for_export(trained, "trained", logits_key))
-    networks.check_network_state(network, "trained")
     given = checks.unwrap(trained)
-    parts = match_parts(network, training_only)
-    original = tensors(given)  # a copy no longer shares memory
-    removed = {name for name in original if is_in(name, *parts)}
+    copied = networks.contiguous(checks.copy_for_export(given, "trained", logits_key))
+    networks.check_network_state(copied, "trained")
+    parts = match_parts(copied, training_only)
+    given_tensors = tensors(given)  # those of the copy no longer share memory
     check_removed_memory(
-        {name: original[name] for name in removed},
-        {name: tensor for name, tensor in original.items() if name not in removed},
+        {name: tensor for name, tensor in given_tensors.items() if is_in(name, *parts)},
+        {name: tensor for name, tensor in given_tensors.items() if not is_in(name, *parts)},
     )
-    trial = Deployed(networks.copy_module(network), preprocess).eval()
+    trial = Deployed(networks.copy_module(copied), preprocess).eval()  # its runs can fill caches
     cache, warnings = checks.check_outputs(trial, preprocess, len(labels), "trained")
     with checks.prepared(given, logits_key):
-        captured = checks.capture_given(given, network, preprocess, len(labels), options)
+        captured = checks.capture_given(given, copied, preprocess, len(labels), options)
     if cache is not None:
         checks.check_cache(cache, captured, capture(trial.network, preprocess, options.batch))
     if plain is None and not allow_constants:
         checks.check_constants(captured, given)
-    warnings += _check_usage(network, captured, parts, preprocess, len(labels), options)
-    build = None if plain is None else _checked_builder(plain, given, logits_key)
-    class_name = f"{type(network).__module__}.{type(network).__qualname__}"
-    recorded = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
+    warnings += _check_usage(copied, captured, parts, preprocess, len(labels), options)
+    class_name = f"{type(copied).__module__}.{type(copied).__qualname__}"
+    description = {"network": class_name, "logits": logits_key, "training_only": list(training_only)}
     subject = networks.ExportSubject(
         name=name,
         project=options.name or name,
-        network=network,
+        network=copied,
         detachment=networks.Detachment(
             training_only=parts,
-            plain=build,
+            plain=None if plain is None else _checked_builder(plain, given, logits_key),
             rename=rename or str,
             captured=None if options.with_features else captured,
         ),
         labels=tuple(labels),
         preprocess=preprocess,
-        config=recorded if config is None else config,
-        sha256=sha256 or _hash_tensors(network),
+        config=description if config is None else config,
+        sha256=sha256 or _hash_tensors(copied),
         warnings=warnings,
     )
     options = options.model_copy(update={"detach": bool(parts)})
@@ -154,9 +152,8 @@ def find_usage(network: nn.Module, captured: Captured) -> tuple[set[str], set[st
     Counters of used modules, such as `num_batches_tracked`, are in neither set. Raises `CertificateError` if
     the programs are not deterministic or write to buffers.
     """
-    programs = (captured.any_batch, captured.batch_of_one)
-    state = set[str]().union(*(program_root(program).state for program in programs))
-    reached = {name.removeprefix(NETWORK_PREFIX) for name in state}
+    states = [program_root(program).state for program in (captured.any_batch, captured.batch_of_one)]
+    reached = {name.removeprefix(NETWORK_PREFIX) for state in states for name in state}
     named = tensors(network)
     reached_tensors = {id(named[name]) for name in reached if name in named}
     used = {name for name, tensor in named.items() if id(tensor) in reached_tensors}  # also tied ones
@@ -185,7 +182,7 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
     Raises `DetachError` for a pattern without a match.
     """
     names = [name for name, _ in modules(network) if name] + list(tensors(network))
-    parts: list[str] = []
+    matched: list[str] = []
     for pattern in patterns:
         matches = [name for name in names if fnmatchcase(name, pattern)]
         if not matches:
@@ -193,10 +190,9 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
             raise DetachError(
                 f"no such part; the network has {children}", setting="training_only", value=pattern
             )
-        for match in matches:  # outer modules come before inner ones
-            if not is_in(match, *parts):
-                parts.append(match)
-    return tuple(parts)
+        matched += matches
+    outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))
+    return tuple(dict.fromkeys(outer))  # each once
 
 
 def _check_usage(
@@ -235,13 +231,14 @@ def _checked_builder(
 ) -> Callable[[], nn.Module]:
     """Return a builder of the same network as *plain*, unwrapped and in eval mode, in memory of its own."""
 
+    def addresses(network: nn.Module) -> set[int]:
+        return {tensor.data_ptr() for tensor in tensors(network).values() if tensor.numel()}
+
     def build() -> nn.Module:
-        network = plain()
-        networks.check_torch_state()
-        copied = checks.copy_for_export(network, "plain", logits_key)
-        memory = {tensor.data_ptr() for tensor in tensors(trained).values() if tensor.numel()}
-        used = {tensor.data_ptr() for tensor in tensors(checks.unwrap(network)).values() if tensor.numel()}
-        if used & memory:
+        built = plain()
+        networks.check_torch_state()  # which the builder can change
+        copied = checks.copy_for_export(built, "plain", logits_key)  # first, because it checks the type
+        if addresses(checks.unwrap(built)) & addresses(trained):
             raise CertificateError(
                 "the builder of the plain network returns weights of the trained one; build a new network"
             )

@@ -106,13 +106,13 @@ def _choose_table(path: Path, content: Any, table: str | None) -> tuple[str, Map
         )
     if table is not None and table not in tables:
         raise WeightsError(f"{path} has only {names}", setting="weights_key", value=table)
-    name = table or names  # without *table*, `names` is the name of the only one
+    name = next(iter(tables)) if table is None else table
     return name, tables[name]
 
 
 def _shared_prefix(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Find a prefix that all names of *tensors* have and no *expected* name has; empty if there is none."""
-    for prefix in PREFIXES if tensors else ():
+    for prefix in PREFIXES if tensors else ():  # without names, every prefix would be shared
         expects_prefix = any(key.startswith(prefix) for key in expected)
         if not expects_prefix and all(key.startswith(prefix) for key in tensors):
             return prefix

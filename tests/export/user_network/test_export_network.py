@@ -58,7 +58,7 @@ AUX = {"plain": plain, "training_only": ["aux*"]}
 
 ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
     "an auxiliary head": (n.Small, AUX, "three-way"),
-    "without a plain network": (n.Small, {"training_only": ["aux"]}, "trained-detached"),
+    "without a plain network": (n.Small, {"training_only": ["aux.*", "aux"]}, "trained-detached"),
     "nothing to detach": (plain, {"plain": plain}, "trained-plain"),
     "a list of exits": (
         lambda: n.variant(n.exits, aux=False),
