@@ -68,7 +68,6 @@ INEXACT = {
 }
 EXACT_RULES = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule not in INEXACT]
 _MAX_BYTES = 2**31 - 1  # protobuf's limit; larger models need a second file for the weights
-
 _SEED = 20_240_117
 GENERATED = 12
 
@@ -123,7 +122,7 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
         return network.outputs_tuple(pixels)
     output, key = network(pixels), vars(network).get(EXPORT_LOGITS)
     if isinstance(key, str) and not isinstance(output, Mapping):
-        output = getattr(output, key, output)
+        output = getattr(output, key, output)  # a missing attribute is rejected below
     elif key is not None and not isinstance(output, Tensor):
         try:
             output = output[key]
@@ -170,13 +169,13 @@ def capture(
     this one is returned, because making programs functional takes longer than torch.export.
     Raises `LoweringError` if the network cannot be captured.
     """
-    sizes = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
-    traced = [trace(network, preprocess, size) for size in sizes]
+    ranges = [batch] if batch.maximum == 1 else [batch, BatchRange(optimum=1, maximum=1)]
+    traced = [trace(network, preprocess, one) for one in ranges]
     traces = tuple(map(trace_hash, traced))
     for captured in known:
         if captured.traces == traces and None not in traces:
             return captured
-    programs = [functional(program, size) for program, size in zip(traced, sizes, strict=True)]
+    programs = [functional(program, one) for program, one in zip(traced, ranges, strict=True)]
     return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
 
 
@@ -191,7 +190,7 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
     Raises `LoweringError` with the first line of torch's message.
     """
     deployed = Deployed(network, preprocess).eval()
-    size = min(2, batch.maximum)
+    size = min(2, batch.maximum)  # torch.export fixes the size of a single image
     images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
     # torch prints part of the graph on failure, and leaves tensors without values in caches
@@ -205,7 +204,7 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
 
 
 def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
-    """Replace operations of *program* that write to their operands, and check its batch sizes.
+    """Rewrite operations of *program* that write to operands, pooling and `einsum`; check its batch sizes.
 
     Raises `LoweringError` if torch cannot do this, or if the program does not accept the whole range.
     """
@@ -244,10 +243,10 @@ def _simplify_pooling(program: ExportedProgram) -> None:
         if node.args[1] == [1, 1]:
             node.target, node.args = aten.mean.dim, (node.args[0], [-1, -2], True)
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
-        x, *options, ceil_mode = node.args if len(node.args) == 6 else (*node.args, False)
+        x, *options, ceil_mode = node.args if len(node.args) == 6 else (*node.args, False)  # False: default
         if ceil_mode:
-            image = torch.empty(x.meta["val"].shape[1:], device="meta")
-            if aten.max_pool2d(image, *options).shape[1:] == node.meta["val"].shape[2:]:
+            image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
+            if aten.max_pool2d(image, *options).shape[1:] == node.meta["val"].shape[2:]:  # height and width
                 node.args = (x, *options)
     program.graph_module.recompile()
 
@@ -552,7 +551,7 @@ def generated_images(side: int) -> NDArray[np.uint8]:
         random.integers(0, 256, (side, side, 3)),
     ]
     for scale in range(GENERATED - len(images)):
-        cells = min(side, 2 + 6 * scale)
+        cells = min(side, 2 + 6 * scale)  # in a row of the small image
         coarse = random.integers(0, 256, (cells, cells, 3), dtype=np.uint8)
         images.append(np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)))
     return np.stack([np.clip(np.rint(image), 0, 255).astype(np.uint8) for image in images])

@@ -129,19 +129,19 @@ def _as_call(node: fx.Node, arguments: tuple[Any, dict[str, Any]], results: Any)
     target = cast(OpOverload, node.target)
     call = _Call(target, arguments, tuple(sorted(positions)), module_of(node))
     if call.elementwise or call.name in PRODUCTS:
-        first = tree_map_only(Tensor, lambda x: x[tuple(slice(ENOUGH) for _ in x.shape)], arguments)
-        call = call._replace(arguments=first)
+        cropped = tree_map_only(Tensor, lambda x: x[tuple(slice(ENOUGH) for _ in x.shape)], arguments)
+        call = call._replace(arguments=cropped)
     return call if call.operands else None
 
 
 def _describe(call: _Call) -> str:
     """Describe *call* by operator, attributes, types and sizes; all large sizes with one form are equal."""
-    largest = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
+    limit = LARGE if call.elementwise or call.name in SIZELESS else sys.maxsize
     described = tree_map_only(
-        Tensor, lambda x: (x.dtype, [min(size, largest) for size in x.shape]), call.arguments
+        Tensor, lambda x: (x.dtype, [min(size, limit) for size in x.shape]), call.arguments
     )
     if call.name in SIZELESS:
-        described = tree_map_only(int, lambda number: min(number, largest), described)
+        described = tree_map_only(int, lambda number: min(number, limit), described)  # also attributes
     return f"{call.target} {described} {call.used}"
 
 
@@ -202,15 +202,16 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
     """
     filled, stride = [], 1
     for number, operand in enumerate(call.operands):
-        positions = start + np.arange(operand.numel())
-        positions = (positions // stride if call.elementwise else positions + 5 * number) % len(values)
+        elements = start + np.arange(operand.numel())
+        positions = (elements // stride if call.elementwise else elements + 5 * number) % len(values)
+        content = operand  # if it has integers
         if operand.dtype == torch.bool:
-            operand = torch.from_numpy(positions % 2 == 0).reshape(operand.shape)
+            content = torch.from_numpy(positions % 2 == 0).reshape(operand.shape)
         elif operand.is_floating_point():
-            content = torch.tensor(values)[torch.from_numpy(positions)]
-            operand = torch.empty_like(operand, dtype=torch.float32).copy_(content.reshape(operand.shape))
+            chosen = torch.tensor(values)[torch.from_numpy(positions)].reshape(operand.shape)
+            content = torch.empty_like(operand, dtype=torch.float32).copy_(chosen)  # with the same strides
             stride *= len(values)
-        filled.append(operand.clone())  # torch.export takes one tensor in two calls for one input
+        filled.append(content.clone())  # torch.export takes one tensor in two calls for one input
     return filled
 
 
@@ -224,14 +225,14 @@ def _rounds(call: _Call) -> Iterator[list[Tensor]]:
     extreme = (info.tiny, -info.tiny, info.tiny / 4, -info.tiny / 4, info.max, -info.max, math.nan)
     if not call.elementwise:
         extreme = tuple(sign * value**0.25 for value in (info.tiny, info.max) for sign in (1, -1))
-    first = _fill(call, ORDINARY, 0)
-    yield first
+    ordinary = _fill(call, ORDINARY, 0)
+    yield ordinary
     yield _fill(call, [-1 - abs(value) for value in ORDINARY], 0)
-    if any(result.dtype not in (torch.float32, torch.bool) for result in call.run(first)):
+    if any(result.dtype not in (torch.float32, torch.bool) for result in call.run(ordinary)):
         return
     values = (*ORDINARY, *extreme)
     num_pairs = len(values) ** 2
-    rounds = math.ceil(num_pairs / call.size) if call.elementwise else 1
+    rounds = math.ceil(num_pairs / call.size) if call.elementwise else 1  # a pair for each element
     for number in range(min(rounds, MAX_ROUNDS)):
         yield _fill(call, values, number * call.size)
 
@@ -241,15 +242,15 @@ def _check(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor
     wrong = _is_wrong(call, given, found, expected)
     if not wrong.any():
         return
-    values = "values of another shape"
+    difference = "values of another shape"
     if found.shape == expected.shape:
         position = int(wrong.flatten().nonzero()[0])
-        values = f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
+        difference = f"{found.flatten()[position]:.6g} instead of {expected.flatten()[position]:.6g}"
         if call.elementwise:
             operands = (operand.expand_as(expected).flatten()[position] for operand in given)
-            values += f" for {', '.join(f'{operand:.6g}' for operand in operands)}"
+            difference += f" for {', '.join(f'{operand:.6g}' for operand in operands)}"
     remedy = "use torch.sort(stable=True)" if call.name in SORTED else "use other operators"
-    raise LoweringError(f"{call.target} in {call.part}: its ONNX form gives {values}; {remedy}")
+    raise LoweringError(f"{call.target} in {call.part}: its ONNX form gives {difference}; {remedy}")
 
 
 def _is_wrong(call: _Call, given: Sequence[Tensor], found: Tensor, expected: Tensor) -> Tensor:

@@ -56,23 +56,23 @@ def export_checkpoint(
     of each step as it begins. Raises a `SopdeployError` if a step failed; *destination* contains nothing new.
     """
     options = options or ExportOptions()
-    trained = read_checkpoint(path)
-    project = options.name or trained.project or trained.model.replace(":", "-")
+    checkpoint = read_checkpoint(path)
+    project = options.name or checkpoint.project or checkpoint.model.replace(":", "-")
     if options.name is None:
-        check_same_images(destination, project, trained)
-    network = build_classifier(trained, path)
+        check_same_images(destination, project, checkpoint)
+    network = build_classifier(checkpoint, path)
     subject = ExportSubject(
-        name=trained.model,
+        name=checkpoint.model,
         project=project,
         network=network,
         detachment=Detachment.of(network),
-        labels=trained.labels,
-        preprocess=trained.preprocess,
-        config=trained.config,
-        sha256=trained.sha256,
-        decision=trained.decision,
-        training=trained.training,
-        origin=trained.origin,
+        labels=checkpoint.labels,
+        preprocess=checkpoint.preprocess,
+        config=checkpoint.config,
+        sha256=checkpoint.sha256,
+        decision=checkpoint.decision,
+        training=checkpoint.training,
+        origin=checkpoint.origin,
     )
     return export_subject(subject, destination, options, on_step)
 
@@ -80,7 +80,7 @@ def export_checkpoint(
 def check_same_images(destination: Path, project: str, checkpoint: Checkpoint) -> None:
     """Raise `ConfigError` if *destination* has bundles of *project*, but none with images of *checkpoint*.
 
-    A server would replace one network by the other. Without hashes of images, nothing is compared.
+    A server would replace one network by the other. Without hashes, a checkpoint or a bundle fits any other.
     """
     images = set(checkpoint.image_hashes.tolist())
     manifests = [found.manifest for found in read_bundles(destination)]
@@ -154,14 +154,14 @@ def _prove(
     """Detach the training-only parts, prove what remains on *images* (P, H, W, 3), and convert it to ONNX."""
     preprocess, trained = subject.preprocess, subject.network
     training_only, decision = subject.detachment.training_only, subject.decision
-    if decision is not None and decision.temperature != 1:
-        classes = len(subject.labels)
-        trained = fold_temperature(trained, decision.temperature, preprocess, images, classes)
     if not options.detach and has_tensors(trained, training_only):
         raise DetachError(
             f"{type(trained).__name__} still carries training-only parts ({', '.join(training_only)})",
             remedies={"detach": True},
         )
+    if decision is not None and decision.temperature != 1:
+        classes = len(subject.labels)
+        trained = fold_temperature(trained, decision.temperature, preprocess, images, classes)
     detached = detach(trained, training_only)
     on_step("proving that the detached network equals the plain network")
     certificate, captured = certify(
@@ -195,7 +195,7 @@ def certify_onnx(
     """
     root, mixing = onnx_root(model), find_mixing(model)
     for role, programs in captured.items():
-        is_shipped = programs is captured["detached"]
+        is_shipped = programs is captured["detached"]  # whose root is *root*
         if not is_shipped and onnx_root(lower(programs.any_batch, outputs)) != root:
             raise CertificateError(
                 f"the ONNX graph of the {role} network differs from that of the detached network"
@@ -228,7 +228,8 @@ def as_probes(images: NDArray[np.uint8], expected: compare.ParityReference, pari
 
     If drift was allowed, the tolerance of an output is at least twice its observed drift.
     """
-    compared, factor = parity.compared_images, 2 if parity.drift_allowed else 0
+    compared = parity.compared_images
+    factor = 2 if parity.drift_allowed else 0  # otherwise the drift is within the tolerance
     return Probes(
         images=images[compared],
         expected={name: values[compared].astype(np.float32) for name, values in expected.outputs.items()},
@@ -284,7 +285,7 @@ def _write_reports(
         "project": subject.project,
         "exported_at": utc_now(),
         "origin": subject.origin,
-        "config": json.loads(json.dumps(subject.config)),
+        "config": json.loads(json.dumps(subject.config)),  # with lists for tuples
         "inputs": (TensorRecord(name=INPUT, dtype="uint8", shape=(None, side, side, 3)),),
         "outputs": tuple(
             TensorRecord(name=name, dtype="float32", shape=(None, *values.shape[1:]))

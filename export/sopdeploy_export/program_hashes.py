@@ -280,7 +280,7 @@ class _ValueHasher:
         return _name(node) in VALUE_LAYOUT and str(node.target) != "aten.view.dtype"
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:
-        """List the arguments of *node*, with one form for equal sizes of `expand`, positions of `slice`."""
+        """List the arguments of *node*, equal sizes of `expand` and positions of `slice` in one form."""
         arguments = _arguments(node)
         if _name(node) == "aten.expand":
             return [arguments[0], self._shape(node)]
@@ -340,7 +340,7 @@ def _arguments(node: fx.Node) -> list[Any]:
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return [*node.args, dict(node.kwargs)]
-    return [
+    return [  # what is not given by position is given by name, or has a default
         node.args[position]
         if position < len(node.args) and not argument.kwarg_only
         else node.kwargs.get(argument.name, argument.default_value)

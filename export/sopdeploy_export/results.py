@@ -101,7 +101,7 @@ class ParityReport(StrictModel):
     @property
     def passed(self) -> bool:
         """Whether all outputs are within their limits."""
-        return not self.drift_allowed
+        return not self.drift_allowed  # which is set only if a limit was exceeded
 
     @property
     def num_agreeing(self) -> int:
@@ -238,8 +238,8 @@ class Exported(ExportResults):
         """Describe the export in four lines: what was removed, the proof, the drift, the bundle."""
         facts, certificate = self.facts(), self.certificate
         compared = " = ".join(certificate.compared)
-        proof = f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else ""
-        proof = "; ".join(filter(None, (proof, WEAKER_PROOFS.get(certificate.proof), facts["batch"])))
+        equal = f"{compared}: equal graphs, equal logits" if len(certificate.compared) > 1 else None
+        proof = "; ".join(filter(None, (equal, WEAKER_PROOFS.get(certificate.proof), facts["batch"])))
         drift = "; ".join(facts[name] for name in ("drift", "images") if name in facts)
         bundle = f"{self.path} ({self.seconds:.0f} s; README.md describes it)"
         return {"removed": facts["removed"], "proof": proof, "drift": drift, "bundle": bundle}

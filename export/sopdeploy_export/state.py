@@ -108,7 +108,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
                 state |= {f"{prefix}{key}": _identify(item) for key, item in value.items()}
             else:
                 found.append((f"{prefix}{attribute}", value))
-        found += [(kind.__name__, kind) for kind in type(module).__mro__]
+        found += [(kind.__name__, kind) for kind in type(module).__mro__]  # with class attributes
     while found:  # grows by what each object holds
         path, value = found.pop()
         if (content := _content(value)) is not None:
@@ -133,10 +133,7 @@ def _content(value: Any) -> Any:
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what *value* holds, with the suffix of each path.
-
-    Of libraries, only modules and containers are read, no other objects, classes or functions.
-    """
+    """Yield what *value* holds, with the suffix of each path; of libraries, only modules and containers."""
     definition = value if isinstance(value, type | FunctionType) else type(value)
     package = (definition.__module__ or "").partition(".")[0]
     is_users = package not in LIBRARIES

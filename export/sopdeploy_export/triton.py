@@ -33,7 +33,7 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
             f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton also "
             "sends single images; export it with a minimum batch of 1"
         )
-    broken = [label for label in bundle.labels if label.splitlines() not in ([label], [])]
+    broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]
     if broken:
         raise BundleError(
             f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}"
@@ -47,7 +47,7 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
         (folder / _LABELS).write_text("".join(f"{label}\n" for label in bundle.labels), encoding="utf-8")
         (folder / "warmup" / WARMUP).write_bytes(read_probes(bundle.probes).images[0].tobytes())
         (folder / "config.pbtxt").write_text(_model_config(bundle), encoding="utf-8")
-        folder.chmod(0o755)
+        folder.chmod(0o755)  # `staging` lets the owner only read it
         if not target.exists():
             folder.rename(target)
         elif _file_hashes(target) != _file_hashes(folder):

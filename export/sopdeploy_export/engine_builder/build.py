@@ -28,31 +28,31 @@ def cast_images_first(model: onnx.ModelProto) -> onnx.ModelProto:
     because casts commute with operators that only move values, and keep the shape. Later casts of *model*
     remain and do not change float32 values. Raises `LoweringError` if another operator reads uint8 values.
     """
-    original, model = model, onnx.ModelProto()
-    model.CopyFrom(original)
-    images = model.graph.input[0]
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    images = copied.graph.input[0]
     if images.type.tensor_type.elem_type != TensorProto.UINT8:
-        return model
-    unsigned, is_moved = {images.name}, False
-    for node in model.graph.node:  # in topological order
+        return copied
+    unsigned, needs_cast = {images.name}, False
+    for node in copied.graph.node:  # in topological order
         if unsigned.isdisjoint(node.input) or node.op_type == "Cast":
             continue
         if node.op_type not in MOVES | {"Shape"}:
             raise LoweringError(
                 f"{images.name}: {node.op_type} uses unsigned bytes, which TensorRT can only cast"
             )
-        unsigned.update(node.output if node.op_type in MOVES else ())
-        is_moved = True
-    if not is_moved:
-        return model
+        unsigned.update(node.output if node.op_type in MOVES else ())  # a shape is int64
+        needs_cast = True
+    if not needs_cast:
+        return copied
     cast = helper.make_node(
         "Cast", [images.name], [f"{images.name}_float32"], f"{images.name}_cast", to=TensorProto.FLOAT
     )
-    for node in model.graph.node:
+    for node in copied.graph.node:
         node.input[:] = [cast.output[0] if name == images.name else name for name in node.input]
-    model.graph.node.insert(0, cast)
-    del model.graph.value_info[:]  # has the types of moved uint8 values
-    return model
+    copied.graph.node.insert(0, cast)
+    del copied.graph.value_info[:]  # has the types of moved uint8 values
+    return copied
 
 
 def parse_and_build(
@@ -74,10 +74,10 @@ def parse_and_build(
     with interrupts_recorded() as interrupt:
         monitor = make_monitor(trt, report, interrupt)
         config.progress_monitor = monitor
-        memory = builder.build_serialized_network(network, config)
-    if memory is None:
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
         raise EngineError(f"TensorRT {trt.__version__} cannot build the engine: {last_error(logger)}")
-    return bytes(memory)
+    return bytes(plan)
 
 
 def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
@@ -94,7 +94,7 @@ def _parse(trt: Any, network: Any, graph: bytes, logger: Any) -> None:
 
 def _add_profiles(builder: Any, config: Any, network: Any, profiles: Sequence[Profile]) -> None:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
-    for batches in profiles:
+    for batches in profiles:  # whose ranges of batch sizes become TensorRT's own profiles
         profile = builder.create_optimization_profile()
         for tensor in inputs:
             rest = tuple(tensor.shape)[1:]
@@ -111,14 +111,14 @@ def interrupts_recorded() -> Iterator[threading.Event]:
     An exception must not reach the C++ code of TensorRT, which prints it and continues or fails.
     """
     interrupt = threading.Event()
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    replaced = usual and threading.current_thread() is threading.main_thread()
-    if replaced:
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    is_replaced = is_default and threading.current_thread() is threading.main_thread()  # which alone can
+    if is_replaced:
         signal.signal(signal.SIGINT, lambda *_: interrupt.set())
     try:
         yield interrupt
     finally:
-        if replaced:
+        if is_replaced:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if interrupt.is_set():
             raise KeyboardInterrupt

@@ -52,12 +52,12 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     fields: dict[str, Any] = {**cache.key_fields(bundle, str(trt.__version__), gpu)}
     key = EngineKey(**fields, profiles=profiles, via=options.via)
     folder = cache.cache_folder(bundle, options.cache)
-    cached = "--rebuild was given" if options.rebuild else cache.load_engine(folder, dict(key))
-    if isinstance(cached, cache.StoredEngine):
+    engine_or_reason = "--rebuild was given" if options.rebuild else cache.load_engine(folder, dict(key))
+    if isinstance(engine_or_reason, cache.StoredEngine):
         report("replaying the probes on the cached engine")
-        replay_probes(trt, cuda, bundle, cached.plan, key)
-        return Engine(path=folder / f"{key.name}.plan", record=cached.record, reason=None)
-    report(f"building: {cached}")
+        replay_probes(trt, cuda, bundle, engine_or_reason.plan, key)
+        return Engine(path=folder / f"{key.name}.plan", record=engine_or_reason.record, reason=None)
+    report(f"building: {engine_or_reason}")
     begin = time.monotonic()
     plan = build_plan(trt, gpu, bundle, key, report)
     seconds = round(time.monotonic() - begin, 3)
@@ -69,7 +69,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
         build_seconds=seconds,
         replays=replay_probes(trt, cuda, bundle, plan, key),
     )
-    return Engine(path=cache.store_engine(folder, plan, record), record=record, reason=cached)
+    return Engine(path=cache.store_engine(folder, plan, record), record=record, reason=engine_or_reason)
 
 
 def build_plan(trt: Any, gpu: cache.Gpu, bundle: Bundle, key: EngineKey, report: Report) -> bytes:

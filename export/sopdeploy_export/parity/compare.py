@@ -151,7 +151,7 @@ def compare_routes(
     """
     noise = max(FOUR_ROUNDINGS * float(np.abs(exact).max()), float(np.abs(rounded - exact).max()))
     compared = decided = is_decided(exact, chosen, floors * noise)
-    if not decided.any():  # the images with the same components after rounding
+    if not decided.any():  # then the images with the same components after rounding are compared
         # A stable sort resolves ties in favor of the lower index, as the gate does.
         routes = (np.argsort(-logits, axis=1, kind="stable")[:, :chosen] for logits in (exact, rounded))
         route, route_after_rounding = (np.sort(route, axis=1) for route in routes)
@@ -186,14 +186,14 @@ def compute_reference(
     *run* computes the outputs in *precision*, by default with *deployed* itself, and *gate* the gate logits.
     The images run in batches of 16 and some of them alone. The noise floor of an output is the largest of
     these two errors and of four roundings of its largest value to float32.
-    Raises `ParityError` if outputs are not finite or the gate is undecided on every image.
+    Raises `ParityError` if outputs are not finite or the route of no image can be compared.
     """
-    run = run or deployed
+    in_precision = run or deployed
     names, network64 = output_names(deployed.network), copy_module(deployed).double()
     with ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         exact = _run_in_batches(network64, names, images, BATCH_IN_FLOAT64)
-    batched = _run_in_batches(run, names, images, BATCH)
-    single = _run_in_batches(run, names, images[:SINGLE_IMAGES], 1)
+    batched = _run_in_batches(in_precision, names, images, BATCH)
+    single = _run_in_batches(in_precision, names, images[:SINGLE_IMAGES], 1)
     routing = None
     if (gate_layer := find_gate(deployed.network)) is not None:
         pixels = torch.from_numpy(images)
@@ -206,7 +206,7 @@ def compute_reference(
             f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
             f"so no output can be compared; {UNDECIDED}"
         )
-    noise_floor = {}
+    compared_single, noise_floor = compared[:SINGLE_IMAGES], {}
     for name, values in exact.items():
         if not np.isfinite(values).all():
             raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")
@@ -218,11 +218,10 @@ def compute_reference(
                 f"the network's own {name} are not finite in {precision} on the probe images: activations "
                 f"overflow; {remedy}"
             )
-        alone = compared[:SINGLE_IMAGES]
         noise_floor[name] = max(
             FOUR_ROUNDINGS * float(np.abs(values).max()),
             float(np.abs(batched[name] - values)[compared].max(initial=0.0)),
-            float(np.abs(single[name] - values[:SINGLE_IMAGES])[alone].max(initial=0.0)),
+            float(np.abs(single[name] - values[:SINGLE_IMAGES])[compared_single].max(initial=0.0)),
         )
     return ParityReference(outputs=exact, noise_floor=noise_floor, precision=precision, routing=routing)
 
@@ -259,7 +258,7 @@ def compare_file(
     always raise.
     """
     session, model = open_session(path), onnx.load(path)
-    below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)
+    below_maximum = max(min(batch.maximum - 1, LARGEST_BATCH), 1)  # odd if the maximum is even
     sizes = sorted({1, min(2, batch.maximum), batch.optimum, below_maximum})
     by_size = {size: file_outputs(session, images, size) for size in sizes}
     routing = expected.routing
@@ -296,12 +295,12 @@ def _compare_output(
     name: str, by_size: dict[int, Arrays], expected: ParityReference, compared: NDArray[np.bool_]
 ) -> results.OutputParity:
     """Compare the output *name* of the file at every batch size with float64 and with single images."""
-    exact, alone = expected.outputs[name], by_size[1][name]
+    exact, single = expected.outputs[name], by_size[1][name]
     return results.OutputParity(
         noise_floor=expected.noise_floor[name],
         tolerance=results.FLOORS_BY_PRECISION[expected.precision] * expected.noise_floor[name],
         drift={str(size): max_drift(name, file[name], exact, compared) for size, file in by_size.items()},
-        batch_difference=max(max_drift(name, file[name], alone, compared) for file in by_size.values()),
+        batch_difference=max(max_drift(name, file[name], single, compared) for file in by_size.values()),
     )
 
 

@@ -52,11 +52,12 @@ def check_program(content: bytes, certificate: Certificate) -> None:
         raise CertificateError(f"{PROGRAM}: its graph hash {root[:16]} is not the certified one")
     kept = {entry.name: entry for entry in certificate.kept}
     constants = loaded.graph_signature.lifted_tensor_constants  # created in `forward`, covered by the root
-    stored = 0
+    stored_bytes = 0
     for full_name, tensor in {**loaded.state_dict, **loaded.constants}.items():
         name = full_name.removeprefix(NETWORK_PREFIX)
-        stored += tensor.numel() * tensor.element_size()
-        if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+        tensor_bytes = tensor.numel() * tensor.element_size()
+        stored_bytes += tensor_bytes
+        if tensor.untyped_storage().nbytes() != tensor_bytes:
             raise CertificateError(f"{PROGRAM}: the storage of {name} is larger than the tensor")
         if name.startswith(NORMALIZE_PREFIX) or full_name in constants:
             continue
@@ -65,8 +66,7 @@ def check_program(content: bytes, certificate: Certificate) -> None:
         if tensor_hash(tensor) != kept[name].sha256:
             raise CertificateError(f"{PROGRAM}: {name} differs from the tensor that was kept")
     entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
-    written = sum(entry.file_size for entry in entries if _WEIGHTS in entry.filename)
-    if written > stored:
-        raise CertificateError(
-            f"{PROGRAM}: holds {written - stored} bytes of weights that belong to no tensor"
-        )
+    written_bytes = sum(entry.file_size for entry in entries if _WEIGHTS in entry.filename)
+    extra_bytes = written_bytes - stored_bytes
+    if extra_bytes > 0:
+        raise CertificateError(f"{PROGRAM}: holds {extra_bytes} bytes of weights that belong to no tensor")

@@ -47,8 +47,8 @@ class AccuracyCheck:
         self._float32_classes: NDArray[np.int64] | None = None
         if options.calibrate is not None:
             images = calibration_images(options.calibrate, subject.preprocess)
-            measured = choose_measured(images)
-            self.calibration, self._measured = images[~measured], images[measured]
+            is_measured = choose_measured(images)
+            self.calibration, self._measured = images[~is_measured], images[is_measured]
         if options.evaluate is not None:
             if subject.decision is not None and subject.decision.activation == "sigmoid":
                 raise ConfigError(
@@ -79,7 +79,7 @@ class AccuracyCheck:
         measured, limit = report.accuracy, self.options.max_drop
         if measured is None or measured.drop <= limit or self.options.allow_drift:
             return
-        metric = "agreement with float32" if measured.before is None else "top-1"
+        metric = "agreement with float32" if measured.before is None else "top-1"  # without labels, or with
         advice = "" if report.quantisation is None else "; calibrate with images like those of production"
         raise ParityError(
             f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "

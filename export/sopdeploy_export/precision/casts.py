@@ -46,9 +46,9 @@ def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Par
         expected = compute_outputs(exact, pixels.double())[0]
         fold_batch_norms(exact, program)
         logits = compute_outputs(exact, pixels.double())[0]
-    scale = max(float(expected.abs().max()), torch.finfo(torch.float64).tiny)
+    scale = max(float(expected.abs().max()), torch.finfo(torch.float64).tiny)  # not 0
     difference = float((logits - expected).abs().max()) / scale
-    if not difference <= FOLD_TOLERANCE:
+    if not difference <= FOLD_TOLERANCE:  # also if it is NaN
         raise LoweringError(
             f"batch norms folded into the convolutions change the output by {difference:.2g} of its largest "
             "value in float64; nothing was written; choose precision fp32"
@@ -81,12 +81,12 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
     where squares of activations could overflow, and where a hint requests it.
     """
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())
+    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())  # which hold its own
     if has_lists or any(tensor.is_floating_point() for tensor in tensors):
         return weight_dtype
     hints = export_hints(part)
-    mixed = any(hasattr(part, child) for child in hints.low_precision_children)
-    if isinstance(part, nn.LocalResponseNorm) or (hints.cast_inputs and not mixed):
+    child_receives_input = any(hasattr(part, child) for child in hints.low_precision_children)
+    if isinstance(part, nn.LocalResponseNorm) or (hints.cast_inputs and not child_receives_input):
         return torch.float32
     return None
 
@@ -139,9 +139,9 @@ def fold_batch_norms(network: nn.Module, program: ExportedProgram) -> int:
         if convolved.target not in _CONVOLUTIONS or norm_weight is None:
             continue
         weights = convolved.args[1], norm_weight
-        weight_names = [names.get(weight.name) for weight in weights]
+        weight_names = [names.get(weight.name) for weight in weights]  # None if computed
         if None in weight_names or any(len(value.users) != 1 for value in (convolved, *weights)):
-            continue
+            continue  # it runs twice, or something else reads its output or weights
         convolution_name, norm_name = (
             str(name).removeprefix(NETWORK_PREFIX).rpartition(".")[0] for name in weight_names
         )
@@ -172,8 +172,8 @@ def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     """Fold *norm*, with its running statistics, into the weights and the bias of *convolution*, in place."""
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)
-    original = 0.0 if convolution.bias is None else convolution.bias.double()
-    bias = (original - mean.double()) * scale + norm.bias.double()
+    bias_before = 0.0 if convolution.bias is None else convolution.bias.double()
+    bias = (bias_before - mean.double()) * scale + norm.bias.double()
     kernel = convolution.weight.double() * scale[:, None, None, None]
     convolution.weight = nn.Parameter(kernel.to(convolution.weight.dtype), requires_grad=False)
     convolution.bias = nn.Parameter(bias.to(convolution.weight.dtype), requires_grad=False)

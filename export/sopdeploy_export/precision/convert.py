@@ -56,14 +56,14 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
     largest: dict[str, tuple[int, str]] = {}
     for tensor in model.graph.initializer:
         part = tensor.name.rpartition(".")[0]
-        size = len(tensor.raw_data)
-        if part and tensor.data_type in TYPE_NAMES and size > largest.get(part, (0, ""))[0]:
+        size, size_before = len(tensor.raw_data), largest.get(part, (0, ""))[0]  # in bytes
+        if part and tensor.data_type in TYPE_NAMES and size > size_before:
             largest[part] = size, TYPE_NAMES[tensor.data_type]
     return {part: name for part, (_, name) in largest.items()}
 
 
 def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
-    """Raise `LoweringError` if a weight of *model* does not have the type that fp16 gives it.
+    """Raise `LoweringError` if a weight of *model* has another type than fp16 gives it, or none is float16.
 
     *network* is the certified network, without casts, so that a missing cast is detected.
     """
@@ -76,12 +76,13 @@ def check_float16(model: onnx.ModelProto, network: nn.Module) -> None:
     }
     # Folding can remove the weights of a part from the graph.
     wrong = [part for part, dtype in expected.items() if part in actual and actual[part] != dtype]
-    if wrong or "float16" not in actual.values():
-        part = wrong[0] if wrong else next(iter(actual), "no part")
+    if wrong:
         raise LoweringError(
-            f"fp16 was requested, but the graph holds {part} in {actual.get(part, 'no type')}: "
+            f"fp16 was requested, but the graph holds {wrong[0]} in {actual[wrong[0]]}: "
             f"{len(wrong)} of {len(expected)} parts have the wrong type"
         )
+    if "float16" not in actual.values():
+        raise LoweringError("no part has weights in float16; choose precision fp32")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,7 +118,7 @@ class _Headroom(fx.Interpreter):
         value = super().run_node(n)
         if n.op != "call_function" or not isinstance(value, Tensor) or value.dtype != torch.float16:
             return value
-        largest = float(value.nan_to_num(torch.inf, torch.inf, 0).abs().max())
+        largest = float(value.nan_to_num(torch.inf, torch.inf, 0).abs().max())  # masks, -inf, become 0
         if largest * HEADROOM > torch.finfo(torch.float16).max:
             raise LoweringError(
                 f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "

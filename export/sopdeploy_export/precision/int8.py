@@ -102,16 +102,16 @@ class Int8Quantizer:
 
     def quantize(self) -> onnx.ModelProto:
         """Quantize the chosen convolutions, with corrected biases, and their activations or shortcuts."""
-        named = onnx.ModelProto()
-        named.CopyFrom(self.model)
-        results = {name for node in named.graph.node if node.name in self.chosen for name in node.output}
+        copied = onnx.ModelProto()  # the quantizer changes it
+        copied.CopyFrom(self.model)
+        convolved = {name for node in copied.graph.node if node.name in self.chosen for name in node.output}
         activations = {  # quantized only if the form lists their operator
             node.name
-            for node in named.graph.node
-            if node.op_type in ACTIVATIONS and results.intersection(node.input)
+            for node in copied.graph.node
+            if node.op_type in ACTIVATIONS and convolved.intersection(node.input)
         }
         quantizer = QDQQuantizer(
-            named,
+            copied,
             per_channel=True,
             reduce_range=False,
             weight_qType=QuantType.QInt8,
@@ -123,7 +123,7 @@ class Int8Quantizer:
             extra_options=dict(self.form.options),
         )
         if self.runtime == "tensorrt":
-            for value in _shortcuts(named, self.chosen):
+            for value in _shortcuts(copied, self.chosen):
                 quantizer.quantize_activation_tensor(value)
         quantizer.quantize_model()
         quantizer.model.topological_sort()
@@ -151,12 +151,12 @@ class Int8Quantizer:
                 calibrate_method=CalibrationMethod.MinMax,
             )
             for image in self.images:  # one per reader, because a reader's activations stay in memory
-                reader = SimpleNamespace(get_next=partial(next, iter([{INPUT: image[None]}]), None))
-                calibrator.collect_data(reader)
+                feeds = iter([{INPUT: image[None]}])
+                calibrator.collect_data(SimpleNamespace(get_next=partial(next, feeds, None)))  # then None
             return calibrator.compute_data()
 
     def _convolutions(self, in_float: Sequence[str]) -> set[str]:
-        """Return the names of the convolutions with constant weights that do not read the image itself."""
+        """Name the convolutions with constant weights and more input channels than an image."""
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
         nodes = self.model.graph.node
@@ -169,16 +169,16 @@ class Int8Quantizer:
         return chosen
 
     def _separate_biases(self) -> None:
-        """Give every chosen convolution a bias of its own, zeros if it has none."""
+        """Give every chosen convolution a constant bias of its own, zeros if it has none."""
         graph = self.model.graph
         tensors = {tensor.name: tensor for tensor in graph.initializer}
         for position, node in enumerate(graph.node):
             if node.name not in self.chosen:
                 continue
             bias = np.zeros(tensors[node.input[1]].dims[0], np.float32)
-            if len(node.input) > 2 and node.input[2]:
+            if len(node.input) > 2 and node.input[2]:  # "" is no bias
                 if node.input[2] not in tensors:
-                    continue  # computed by the graph
+                    continue  # computed by the graph: stays, and is not corrected
                 bias = numpy_helper.to_array(tensors[node.input[2]])
             del node.input[2:]
             node.input.append(f"{node.input[1]}_bias_{position}")
@@ -201,14 +201,14 @@ class Int8Quantizer:
         for convolution, weight in self._weights_with_bias().items():
             _, weight_name, _ = inputs[convolution]
             codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
-            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))
+            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # without zero points
             errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)
         # A convolution is linear: with the weight errors as weights, it computes the missing output.
         for convolution, missing in self._mean_outputs(errors).items():
             bias = inputs[convolution][2]
             if bias in codes_and_scale:
-                stored, scale = (tensors[name] for name in codes_and_scale[bias])
-                steps = np.rint(missing / numpy_helper.to_array(scale).astype(np.float64))
+                stored, scale_tensor = (tensors[name] for name in codes_and_scale[bias])
+                steps = np.rint(missing / numpy_helper.to_array(scale_tensor).astype(np.float64))
                 low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max
                 corrected = np.clip(numpy_helper.to_array(stored) + steps, low, high).astype(np.int32)
             else:
@@ -226,7 +226,7 @@ class Int8Quantizer:
         }
 
     def _mean_outputs(self, weights: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float64]]:
-        """Compute the mean output per channel (C,) of the named convolutions, with *weights* in them."""
+        """Compute mean outputs per channel (C,) of convolutions with these *weights*, without biases."""
         probed = onnx.ModelProto()
         probed.CopyFrom(self.original)
         del probed.graph.output[:]
@@ -234,12 +234,12 @@ class Int8Quantizer:
             if node.name not in weights:
                 continue
             weight, axes, raw, mean = (f"{node.name}:{part}" for part in ("weight", "axes", "raw", "mean"))
-            error = helper.make_node("Conv", [node.input[0], weight], [raw])
-            error.attribute.extend(node.attribute)
-            reduced = np.arange(2, weights[node.name].ndim)
+            conv = helper.make_node("Conv", [node.input[0], weight], [raw])
+            conv.attribute.extend(node.attribute)
+            spatial = np.arange(2, weights[node.name].ndim)
             probed.graph.initializer.append(numpy_helper.from_array(weights[node.name], weight))
-            probed.graph.initializer.append(numpy_helper.from_array(reduced, axes))
-            probed.graph.node.extend([error, helper.make_node("ReduceMean", [raw, axes], [mean], keepdims=0)])
+            probed.graph.initializer.append(numpy_helper.from_array(spatial, axes))
+            probed.graph.node.extend([conv, helper.make_node("ReduceMean", [raw, axes], [mean], keepdims=0)])
             probed.graph.output.append(helper.make_tensor_value_info(mean, onnx.TensorProto.FLOAT, None))
         images = self.images[evenly_spread(len(self.images), CORRECTION_IMAGES)]
         outputs = file_outputs(open_session(probed), images, 1)

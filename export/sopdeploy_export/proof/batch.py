@@ -103,7 +103,7 @@ class Call:
         self.x = self[0]
 
     def __getitem__(self, index: int) -> TracedValue:
-        """Return input *index*, which the operator needs."""
+        """Return input *index*, which the rule needs; without it, images count as mixed."""
         value = self.inputs[index] if index < len(self.inputs) else None
         if value is None:
             raise MixesError
@@ -234,7 +234,7 @@ def einsum(call: Call) -> Place:
 
 
 def splits(call: Call) -> Place:
-    """Split along an axis; along that of the batch, every part has whole images."""
+    """Split along an axis; along that of the batch, `locate` checks that every part has whole images."""
     _require(common(call.inputs[1:]) == _NONE)
     return call.x.place
 
@@ -298,7 +298,7 @@ def repeats(call: Call, *, tile: bool = False) -> Place:
     return Place(axis, rows_of_image if tile else None)
 
 
-def counts(call: Call) -> Place:
+def ranges(call: Call) -> Place:
     """Accept a range of constant length, or one from 0 to the number of images, which numbers these."""
     if varying(call.shapes) is None:
         return _NONE
@@ -400,7 +400,7 @@ TABLE: dict[str, Callable[[Call], Place | list[Place]]] = {
     "Expand ConstantOfShape": repeats, "Tile": partial(repeats, tile=True),
     "Concat": joins, "Split": splits, "EyeLike": lambda _: _NONE,
     "GatherElements ScatterElements": within, "GatherND": gathers_nd, "ScatterND": writes_nd,
-    "Gather": gathers, "Slice": slices, "Pad": pads, "Transpose": transposes, "Range": counts,
+    "Gather": gathers, "Slice": slices, "Pad": pads, "Transpose": transposes, "Range": ranges,
     "MatMul": multiplies, "Gemm": gemm, "Einsum": einsum, "LSTM GRU RNN": recurs,
 }  # fmt: skip
 _RULES = {name: rule for names, rule in TABLE.items() for name in names.split()}
@@ -439,7 +439,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
         try:
             results = infer(node, inputs, opsets)
-            if not mixed and not all(len(result.contents) for result in results):
+            if not mixed and not all(len(result.contents) for result in results):  # not only sizes
                 results = locate(node, inputs, results)
         except Exception as error:  # no rule, or an operator that onnx does not know
             part = next((item.value for item in node.metadata_props if item.key == "part"), "")
@@ -452,7 +452,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
         has_row_per_image = value.axis == 0 and value.shapes[0][0] == _BATCHES[0]
-        if not value.mixed and (not has_row_per_image or value.counts):
+        if not value.mixed and (not has_row_per_image or value.counts):  # a number tells the position
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
 
@@ -477,7 +477,7 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
     feeds = _known_operands(node, named, results[0].shapes)
     runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
     results = [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
-    if runs and any(value.is_size for value in named.values()):
+    if runs and any(value.is_size for value in named.values()):  # three sizes must show it for all
         _require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, results)))
     return results
 
@@ -546,7 +546,7 @@ def counting(kind: str, call: Call) -> Literal["", "all", "first"]:
     if kind in SAME_NUMBERS:
         wraps = kind == "Cast" and call.attributes["to"] != TensorProto.INT64  # smaller types repeat numbers
         return "all" if numbers_images and not wraps else ""
-    if kind == "Range":  # of the batch size, see `counts`
+    if kind == "Range":  # from 0, see `ranges`
         counts_batch = varying(call.shapes) is not None and call.x.type == TensorProto.INT64
         return "all" if counts_batch else ""
     if kind != "Concat" or any(value.counts for value in call.inputs[1:] if value is not None):

@@ -48,7 +48,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 
 def check_backend(where: str, compiled: Any) -> None:
     """Raise `LoweringError` unless inductor compiled; another backend can compute anything."""
-    if compiled.get_compiler_config() is None:
+    if compiled.get_compiler_config() is None:  # only inductor has one
         raise LoweringError(f"{where} is compiled with a backend of its own; export it before it is compiled")
 
 
@@ -173,8 +173,7 @@ def _run(deployed: nn.Module, images: Tensor, role: str, classes: int) -> Tensor
                 f"the {role} network uses torch.{operation[1]}; a graph has no control flow: compute all "
                 "branches, and choose with torch.where"
             ) from error
-        message = f"the {role} network fails for {size} images: {first_line(error)}"
-        raise LoweringError(message) from error
+        raise LoweringError(f"the {role} network fails for {size} images: {first_line(error)}") from error
     if type(logits) is not Tensor or tuple(logits.shape) != (size, classes):
         raise LoweringError(
             f"the {role} network returns {tuple(logits.shape)} for {size} images, not ({size}, {classes}): "

@@ -29,7 +29,7 @@ def network_builder(setting: str, import_path: str, settings: Sequence[str]) -> 
     the created function raises `ConfigError` if the network cannot be built.
     """
     invalid = partial(ConfigError, setting=setting, value=import_path)
-    if not all(import_path.partition(":")):
+    if not all(import_path.partition(":")):  # the module, the colon or the callable is missing
         raise invalid("write package.module:callable, as in torchvision.models:googlenet")
     if "" not in sys.path:
         sys.path.insert(0, "")  # finds modules in the current folder, as `python -m` does

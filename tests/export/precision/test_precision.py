@@ -179,6 +179,8 @@ def test_missing_casts_stop_the_export(preprocess: Preprocess, monkeypatch: pyte
     graph, options = graph_of("resnet8", preprocess), ExportOptions(precision="fp16")
     with pytest.raises(LoweringError, match="fp16 was requested, but the graph holds conv1 in float32"):
         convert.convert_precision(graph, preprocess, options)
+    with pytest.raises(LoweringError, match=r"^no part has weights in float16"):
+        convert.check_float16(onnx.ModelProto(), nn.Flatten())
 
 
 def test_bundle_records_its_precision_and_its_noise_floor(make: Make, tmp_path: Path) -> None:
