@@ -57,16 +57,16 @@ def folder_project(folder: Path) -> str:
 
     Other characters than those of a name are replaced by `-`; the name is empty if nothing remains.
     """
-    if expand_user(folder).is_file():
-        folder = folder.absolute().parent
-    name = folder_name(folder)
+    path = expand_user(folder).absolute()
+    named = path.parent if path.is_file() else path
+    name = folder_name(named)
     if name.lower() in {"train", "training"}:
-        name = folder_name(folder / "..")
+        name = folder_name(named / "..")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200]
 
 
 def utc_now() -> str:
-    """Return the time in UTC: SOURCE_DATE_EPOCH if it is set, otherwise now; raises `ConfigError`."""
+    """Return SOURCE_DATE_EPOCH, or now if it is not set, as `Time`; raises `ConfigError` if it is invalid."""
     given = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         time = datetime.now(UTC) if given is None else datetime.fromtimestamp(int(given), UTC)

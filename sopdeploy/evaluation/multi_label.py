@@ -19,6 +19,7 @@ from sopdeploy.evaluation.metrics import NO_IMAGES
 from sopdeploy.evaluation.statistics import LEVEL
 
 DEFAULT_THRESHOLD = 0.5
+NO_CLASS = "no image shows a class of the network; add images that do"
 _RESAMPLES = 500  # for the interval of an mAP
 
 
@@ -41,23 +42,22 @@ class MeanPrecision(StrictModel):
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
         The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default images.
+        Raises `DataError` if no image shows any class.
         """
-        count, classes = len(true), list(zip(true.T, scores.T, strict=True))
-        averages = (average_precision(marks, logits) for marks, logits in classes)
-        precisions = [average for average in averages if average is not None]
-        value = float(np.mean(precisions)) if precisions else 0.0
-        unique, group_N = np.unique(np.arange(count) if groups is None else groups, return_inverse=True)
+        shown = [(marks, logits) for marks, logits in zip(true.T, scores.T, strict=True) if marks.any()]
+        if not shown:
+            raise DataError(NO_CLASS)
+        value = float(np.mean([average_precision(marks, logits) for marks, logits in shown]))
+        unique, group_N = np.unique(np.arange(len(true)) if groups is None else groups, return_inverse=True)
         num_groups = len(unique)
         random = np.random.default_rng(seed)
         draws_BG = random.multinomial(num_groups, [1 / num_groups] * num_groups, _RESAMPLES)
         draws_BN = draws_BG[:, group_N]  # how often each resample contains each image
-        resampled_BC = np.stack(
-            [resampled_precision(marks, logits, draws_BN) for marks, logits in classes if marks.any()], axis=1
-        )
+        resampled_BC = np.stack([resampled_precision(*of_class, draws_BN) for of_class in shown], axis=1)
         shows_a_class_B = ~np.isnan(resampled_BC).all(axis=1)
         means = np.nanmean(resampled_BC[shows_a_class_B], axis=1)
         low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return cls(value=value, count=count, low=min(low, value), high=max(high, value))
+        return cls(value=value, count=len(true), low=min(low, value), high=max(high, value))
 
 
 class MultiLabelMetrics(StrictModel):
@@ -131,7 +131,7 @@ class MultiLabelPredictions:
         if not len(self.targets):
             raise DataError(NO_IMAGES)
         true, predicted = self.targets > 0, self.probabilities >= np.asarray(self.thresholds)
-        hits, counts, answers = (mask.sum(axis=0) for mask in (true & predicted, true, predicted))
+        hits, counts, answers = (mask.sum(axis=0) for mask in (true & predicted, true, predicted))  # by class
         classes = [
             MultiLabelClass(
                 label=label,
@@ -147,7 +147,7 @@ class MultiLabelPredictions:
         ]
         precisions = [row.average_precision for row in classes if row.average_precision is not None]
         if not precisions:
-            raise DataError("no image shows a class of the network; add images that do")
+            raise DataError(NO_CLASS)
         return MultiLabelReport(
             count=len(true),
             map=float(np.mean(precisions)),
@@ -170,7 +170,7 @@ def resampled_precision(
     weights = draws[:, best_first].astype(np.float64)
     # For each rank, the numbers of images up to it that show the class, and of all images up to it.
     hits = np.cumsum(weights * true[best_first], axis=1)[:, last_of_rank]
-    ranks = np.maximum(np.cumsum(weights, axis=1)[:, last_of_rank], 1)
+    ranks = np.maximum(np.cumsum(weights, axis=1)[:, last_of_rank], 1)  # 0 before the first image drawn
     with np.errstate(invalid="ignore"):  # without an image of the class, 0 / 0 is NaN
         new_hits = np.diff(hits, axis=1, prepend=0)  # images of the class that have exactly this rank
         precisions: NDArray[np.float64] = (new_hits * hits / ranks).sum(axis=1) / hits[:, -1]

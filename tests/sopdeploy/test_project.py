@@ -43,6 +43,15 @@ def test_folders_that_are_given_relative_to_the_working_folder_have_names(
     assert found == ["hats", "hats", "hats", "current"]
 
 
+def test_a_file_in_the_home_folder_belongs_to_the_project_of_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "hats"))
+    (tmp_path / "hats").mkdir()
+    (tmp_path / "hats" / "images.parquet").touch()
+    assert folder_project(Path("~/images.parquet")) == "hats"
+
+
 CONFIGURED: dict[str, tuple[dict[str, Any], str]] = {
     "data folder": ({"data": "some/hats"}, "hats"),
     "data folder and recipe": ({"data": "some/hats", "recipe": "photos-dsop"}, "hats"),

@@ -299,6 +299,8 @@ def test_the_interval_of_the_map_is_that_of_resampled_images():
         expected = [average_precision(np.repeat(true, row), np.repeat(shown, row)) for row in draws]
         assert np.allclose(resampled_precision(true, shown, draws), expected)
     both = np.stack([true, ~true], axis=1)
+    with pytest.raises(DataError, match=r"^no image shows a class of the network"):
+        MeanPrecision.of(np.zeros_like(both), np.stack([scores, 1 - scores], axis=1), 0)
     found = MeanPrecision.of(both, np.stack([scores, 1 - scores], axis=1), 0)
     assert found.low < found.value < found.high
 
