@@ -51,8 +51,8 @@ class Checkpoint:
         weights: state dict of the training network; the averaged weights if EMA was enabled.
         labels: class names in output order.
         preprocess: image preprocessing.
-        training: recipe, epoch, best metrics, seed and versions.
-        resume: optimizer, scheduler and random states; `None` if training cannot be resumed from the file.
+        training: recipe, seed, epoch and its metrics, result, versions and machine.
+        resume: `Run.resume_state`; `None` if training cannot be resumed from the file.
         image_hashes: sorted hashes (N,) int64 of the files of the training images; empty if unknown.
         decision: how logits become a decision; `None` is softmax without calibration or rejection.
         project: name of the project; empty for imported weights.
@@ -109,7 +109,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "decision": None if decision is None else decision.model_dump(mode="json"),
         "origin": None if origin is None else origin.model_dump(mode="json"),
     }
-    del content["sha256"]
+    del content["sha256"]  # a file cannot contain its own
     write_plain(path, content)
 
 
@@ -121,7 +121,7 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
-        descriptor = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(path.parent, os.O_RDONLY)  # flushes the renaming
         try:
             os.fsync(descriptor)
         finally:
@@ -150,7 +150,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def parse_checkpoint(path: Path, content: Any, digest: str) -> Checkpoint:
     """Build the checkpoint of the *content* of the file at *path*, which has the sha256 *digest*.
 
-    Raises `CheckpointError` if the content is that of another file.
+    Removes format and version from *content*. Raises `CheckpointError` if it is no checkpoint or is invalid.
     """
     if not isinstance(content, dict) or content.pop("format", None) != CHECKPOINT_FORMAT:
         raise CheckpointError(
@@ -182,14 +182,12 @@ def load_plain(path: Path, raw: bytes, advice: str = "only open checkpoints that
 
 def is_state_dict(weights: Any) -> bool:
     """Check whether *weights* is a non-empty dict of names and tensors."""
-    return (
-        isinstance(weights, dict)
-        and len(weights) > 0
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in weights.items())
-    )
+    if not isinstance(weights, dict) or not weights:
+        return False
+    return all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items())
 
 
-def _layout(tensor: Tensor) -> str:
+def _storage(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
 
 
@@ -219,8 +217,9 @@ def first_difference(expected: Mapping[str, Tensor], weights: Mapping[str, Tenso
         actual = weights[name]
         if actual.shape != tensor.shape:
             return f"{name} is {tuple(actual.shape)}, not {tuple(tensor.shape)}"
-        if _layout(actual) != _layout(tensor):
-            return f"{name} is {_layout(actual)}, not {_layout(tensor)}"
+        if _storage(actual) != _storage(tensor):
+            return f"{name} is {_storage(actual)}, not {_storage(tensor)}"
         if actual.is_floating_point() and not bool(torch.isfinite(actual).all()):
             return f"{name} has values that are not finite"
-    return next((f"the network has no {name}" for name in sorted(weights.keys() - expected.keys())), "")
+    unknown = sorted(weights.keys() - expected.keys())
+    return f"the network has no {unknown[0]}" if unknown else ""

@@ -33,8 +33,8 @@ def with_registered(registry: Registry[type[StrictModel]], base: type[StrictMode
         """Validate *value* by the union; if no member has its `kind`, by the registered config."""
         try:
             return validate_union(value)
-        except pydantic.ValidationError as problem:
-            if problem.errors()[0]["type"] != "union_tag_invalid":
+        except pydantic.ValidationError as error:
+            if error.errors()[0]["type"] != "union_tag_invalid":
                 raise
             if isinstance(value, base):  # already a config
                 return value

@@ -48,7 +48,7 @@ class Rejection(StrictModel):
     A known image is one of a class of the network.
 
     Attributes:
-        threshold: Smallest energy of a known image, the log-sum-exp of the logits.
+        threshold: Smallest energy, the log-sum-exp of the logits, of an image that is accepted as known.
         accepts: Fraction of known images that the threshold was chosen to accept.
         accepted: 95 % interval of the fraction that it accepts of as many new known images as it was fitted
             to.
@@ -157,14 +157,14 @@ class Decision(StrictModel):
         probabilities = activate(logits)
         indices = np.argsort(-logits, kind="stable").tolist()
         if self.thresholds is not None:
-            least = self.thresholds if threshold is None else [threshold] * len(logits)
-            indices = [index for index in indices if probabilities[index] >= least[index]]
+            thresholds = self.thresholds if threshold is None else [threshold] * len(logits)
+            indices = [index for index in indices if probabilities[index] >= thresholds[index]]
         ranked = tuple((index, float(probabilities[index])) for index in indices[:top_k])
         explanation = None
         if occluded is not None and ranked:
             first, probability = ranked[0]
-            rows = math.isqrt(len(occluded))
-            losses = (probability - activate(occluded)[:, first]).reshape(rows, rows)
+            side = math.isqrt(len(occluded))  # n
+            losses = (probability - activate(occluded)[:, first]).reshape(side, side)
             explanation = tuple(tuple(row) for row in losses.tolist())
         if self.rejection is None:
             return Answer(ranked, explanation=explanation)

@@ -5,7 +5,7 @@ import os
 import platform
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,9 @@ def machine() -> dict[str, str | int | float]:
 
 def usable_cores() -> int:
     """Count the cores that this process may use; macOS has no affinity, so all cores count there."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # None if unknown
 
 
 def processor() -> str:
@@ -53,7 +55,7 @@ def is_main_process() -> bool:
 
 
 def lacks_vnni() -> bool:
-    """Check whether this is an x86 processor that does not list VNNI; `SLOW_INT8` describes the effect."""
+    """Check whether an x86 processor does not list VNNI, or nothing; `SLOW_INT8` describes the effect."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     return not CPUINFO.exists() or "vnni" not in CPUINFO.read_text(encoding="utf-8")
@@ -63,10 +65,8 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     """Look up the version of each installed package in *packages* without importing it."""
     versions = {}
     for package in packages:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -93,11 +93,11 @@ def missing_extras() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = error.name or ""
-        package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))
+        package = {"sklearn": "scikit-learn"}.get(module, module.replace("_", "-"))  # names of their projects
         # A requirement is such as `timm>=1; extra == "train"`.
         requirement = re.compile(rf"{re.escape(package)}\b(?!-).*\bextra == ['\"]([\w-]+)")
         extras = [match[1] for match in map(requirement.match, metadata.requires("sopdeploy") or []) if match]
         if not package or not extras:
             raise
-        extra = "train" if "train" in extras else extras[0]
+        extra = "train" if "train" in extras else extras[0]  # which has most packages
         raise MissingPackageError(install_hint(package, f"sopdeploy[{extra}]")) from error

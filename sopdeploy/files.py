@@ -35,8 +35,8 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     if path.is_dir():  # also `.` and `/`, which have no name to extend
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    own = f".{platform.node()}.{os.getpid()}" if shared else ""
-    partial = path.with_name(f"{path.name}{own}{PARTIAL}")
+    process = f".{platform.node()}.{os.getpid()}" if shared else ""
+    partial = path.with_name(f"{path.name}{process}{PARTIAL}")
     try:
         yield partial
         partial.replace(path)
@@ -73,7 +73,7 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
 def read_at_most(file: IO[bytes], limit: int) -> bytes:
     """Read the rest of *file*, at most *limit* bytes; the memory depends on the content, not on *limit*."""
     content = bytearray()
-    while piece := file.read(min(limit - len(content), BLOCK_BYTES)):
+    while piece := file.read(min(limit - len(content), BLOCK_BYTES)):  # empty at the end and at *limit*
         content += piece
     return bytes(content)
 
@@ -140,7 +140,8 @@ def check_is_weights(path: Path) -> None:
         raise WeightsError(f"{path}: {problem}; give a weight file")
     with path.open("rb") as file:
         first = file.read(9)
-    if not first.startswith((b"PK", b"\x80", b"\x89HDF", b"MATLAB")) and first[8:] != b"{":
+    is_safetensors = first[8:] == b"{"  # 8 bytes of length, then JSON
+    if not is_safetensors and not first.startswith((b"PK", b"\x80", b"\x89HDF", b"MATLAB")):
         raise WeightsError(
             f"{path}: not a weight file of PyTorch, safetensors or MATLAB; save a state_dict()"
         )

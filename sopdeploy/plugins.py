@@ -43,7 +43,7 @@ class Registry(Generic[_Item]):
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only")
-        _, owner = self.registered.get(name, (item, module))
+        _, owner = self.registered.get(name, (item, module))  # a new name belongs to *module*
         if owner != module:
             raise ConfigError(f"{self.kind} {name!r}: {owner} has registered this name; choose another one")
         self.registered[name] = (item, module)
@@ -53,14 +53,14 @@ class Registry(Generic[_Item]):
 
         Raises `ConfigError` if it is no such class, or if its name is invalid or in use.
         """
-        is_model = isinstance(config, type) and issubclass(config, base)
-        if not is_model:
+        is_subclass = isinstance(config, type) and issubclass(config, base)
+        if not is_subclass:
             raise ConfigError(f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}")
         (name,) = get_args(config.model_fields["kind"].annotation)
         self.register(name, config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
-        """Return what is registered under *name*; import the plug-ins if nothing is.
+        """Return what is registered under *name* or None; import the plug-ins if nothing is yet.
 
         Raises `ConfigError` if nothing is found and a plug-in cannot be imported.
         """
@@ -120,9 +120,9 @@ def distribution(point: EntryPoint) -> str:
 
 def makers(objects: Iterable[object]) -> dict[str, str]:
     """Return the versions of the plug-ins, by distribution, that define a class of *objects*."""
-    roots = {type(item).__module__.partition(".")[0] for item in objects}
+    packages = {type(item).__module__.partition(".")[0] for item in objects}  # top-level ones
     return {
         point.dist.name: point.dist.version
         for point in installed_plugins()
-        if point.dist is not None and point.module.partition(".")[0] in roots
+        if point.dist is not None and point.module.partition(".")[0] in packages
     }

@@ -27,7 +27,7 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
     check_is_weights(path)
     raw = path.read_bytes()
     digest = hashlib.sha256(raw).hexdigest()
-    if raw[8:9] == b"{":
+    if raw[8:9] == b"{":  # safetensors: 8 bytes of length, then JSON
         safetensors = import_optional(
             "safetensors.torch", "safetensors", "sopdeploy[train]", WeightsError, str(path)
         )
@@ -45,12 +45,12 @@ def read_pytorch(path: Path) -> tuple[Any, str]:
 def check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Check that *tensors* are dense, real and not too large in total; raises `WeightsError`.
 
-    With strides of 0, a few bytes can declare a tensor of any shape.
+    Returns a copy of the mapping. With strides of 0, a few bytes can declare a tensor of any shape.
     """
     total = 0
     for name, tensor in tensors.items():
-        dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
-        if not dense or tensor.is_complex():
+        is_dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
+        if not is_dense or tensor.is_complex():
             raise WeightsError(f"{path}: {name} is not a dense tensor of real numbers; save it as float32")
         total += tensor.numel() * tensor.element_size()
         if total > _MAX_BYTES:

@@ -52,6 +52,8 @@ def score_checkpoint(
     is_multi_label = checkpoint.decision is not None and checkpoint.decision.thresholds is not None
     labels = checkpoint.labels if is_multi_label else tuple(sorted(checkpoint.labels))
     images = open_evaluation_images(data, labels, multi_label=is_multi_label, log=log)
+    if accepts is not None and not is_multi_label and len(images) < MIN_IMAGES:
+        raise DataError(f"there are {len(images)} images; give at least {MIN_IMAGES}", setting="fit_decision")
     if warning := checkpoint.trained_on(images):
         log(f"{data}: {warning}")
     model = build_classifier(checkpoint, path).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,12 +71,10 @@ def _fit(
     logits_NC: NDArray[np.float64],
     accepts: float,
 ) -> Decision:
-    """Fit a decision to the logits of *images*; *outputs* are the classes in output order."""
+    """Fit a decision to *logits_NC* of *images*; *outputs* are the classes in output order."""
     if images.targets.ndim == 2:
         thresholds = fit_thresholds(images.targets, sigmoid(logits_NC))
         return Decision(activation="sigmoid", thresholds=thresholds)
-    if len(images) < MIN_IMAGES:
-        raise DataError(f"there are {len(images)} images; give at least {MIN_IMAGES}", setting="fit_decision")
     output_of_class = np.array([outputs.index(label) for label in images.labels])
     return fit_decision(
         logits_NC,

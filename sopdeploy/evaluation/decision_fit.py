@@ -44,23 +44,24 @@ def fit_decision(
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
-    Their predictions become the reference for drift. With fewer than `MIN_IMAGES` images nothing is fitted.
-    Copies of a photograph say nothing new, so only the first image of each of the *groups* (N,) is used.
+    Their predictions become the reference for drift. Copies of a photograph say nothing new, so only the
+    first image of each of the *groups* (N,) is used. Of fewer than `MIN_IMAGES`, or one class, nothing is
+    fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
         targets: The classes of these images.
         estimated_on: The origin of the predictions.
-        accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, no image
-            is rejected; `missing_threshold` describes the reason.
+        accepts: Fraction of known images to accept. With 1, or if N is too small for the quantile, there is
+            no rejection; `missing_threshold` describes the reason.
         scalable: Whether the logits can be divided; otherwise the temperature is 1, as it is if
             `fit_temperature` or `lowers_loss` finds no evidence for another value.
         groups: The groups of the images; by default, all images are different.
         unknown: Predictions (M, C) for images of no class, which the rejection is tested with.
     """
     if groups is not None:
-        first = np.sort(np.unique(groups, return_index=True)[1])
-        logits, targets = logits[first], targets[first]
+        first_of_group = np.sort(np.unique(groups, return_index=True)[1])
+        logits, targets = logits[first_of_group], targets[first_of_group]
     if len(logits) < MIN_IMAGES or logits.shape[1] < 2:
         return Decision()
     temperature = fit_temperature(logits, targets) if scalable and lowers_loss(logits, targets) else 1.0
@@ -74,7 +75,6 @@ def fit_decision(
     )
     predictions = PredictionCounts(logits.shape[1])
     predictions.add_logits(scaled)
-    reference = predictions.reference()
     rejection = None
     if rejected := count_rejected(len(logits), accepts):
         threshold = float(np.sort(energy(scaled))[rejected - 1])
@@ -88,7 +88,7 @@ def fit_decision(
             accepted=accepted_interval(len(logits), rejected),
             recognized=recognized,
         )
-    return Decision(calibration=calibration, rejection=rejection, reference=reference)
+    return Decision(calibration=calibration, rejection=rejection, reference=predictions.reference())
 
 
 def missing_threshold(images: int, classes: int, accepts: float) -> str:
@@ -106,7 +106,7 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
 
 def count_rejected(images: int, accepts: float) -> int:
     """Count the *images* to reject, so that the fraction *accepts* of new known images is accepted."""
-    return min(images, math.floor((images + 1) * (1 - accepts) + 1e-9))
+    return min(images, math.floor((images + 1) * (1 - accepts) + 1e-9))  # 10 * (1 - 0.9) is below 1
 
 
 def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
@@ -129,7 +129,8 @@ def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
 
 def lowers_loss(logits: Logits, targets: NDArray[np.int64]) -> bool:
     """Check whether temperatures fitted to four fifths of the images lower the loss of the other fifth."""
-    folds, scaled = np.arange(len(targets)) % NESTED_FOLDS, logits.copy()
+    folds = np.arange(len(targets)) % NESTED_FOLDS
+    scaled = logits.copy()
     for fold in range(NESTED_FOLDS):
         tested = folds == fold
         scaled[tested] /= fit_temperature(logits[~tested], targets[~tested])
@@ -151,8 +152,8 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
 
     bound = math.log(MAX_TEMPERATURE)
     optimum = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
-    at_bound = abs(optimum.x) > bound - 0.01
-    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT
+    at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
+    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT  # log-likelihoods are sums
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 
@@ -172,7 +173,7 @@ def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tupl
             precision, recall, ascending = precision_recall_curve(true, scores)
             with np.errstate(divide="ignore"):
                 logits = np.clip(np.log(ascending) - np.log1p(-ascending), -MAX_LOGIT, MAX_LOGIT)
-            lower_neighbors = np.append(logits[0], logits[:-1])
+            lower_neighbors = np.append(logits[0], logits[:-1])  # the lowest one has none
             halfway = (logits + lower_neighbors) / 2
             f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
             f1 = f1[:-1]  # the last one is that of no prediction
@@ -202,7 +203,7 @@ def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:
 
 
 def _recognition(rule: Rejection | None) -> Rate | None:
-    """Return the rate of unknown images that *rule* recognized; None if it was not tested."""
+    """Return the rate of unknown images that *rule* recognized; None if none tested it."""
     if rule is None or rule.recognized is None or not rule.recognized[1]:
         return None
     return Rate.of(*rule.recognized)

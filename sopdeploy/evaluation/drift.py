@@ -87,19 +87,20 @@ def compare(first: _Counts, second: _Counts) -> Comparison:
 
 
 def _merge_rare(counts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Merge the categories of *counts* (2, K) that are rare into one.
+    """Merge the categories of *counts* (2, K) that are rare into one, the last one, unless all are empty.
 
     A category is rare if its expected count in the smaller sample is below `MIN_EXPECTED`.
     """
     sizes = counts.sum(axis=1)
-    rare = counts.sum(axis=0) * sizes.min() / sizes.sum() < MIN_EXPECTED
+    expected_in_smaller = counts.sum(axis=0) * sizes.min() / sizes.sum()
+    rare = expected_in_smaller < MIN_EXPECTED
     kept, rest = counts[:, ~rare], counts[:, rare].sum(axis=1, keepdims=True)
     return np.concatenate([kept, rest], axis=1) if rest.sum() else kept
 
 
 def chi_square_tail(statistic: float, degrees: int) -> float:
     """Approximate the probability of a larger *statistic* (Wilson and Hilferty, PNAS 1931)."""
-    if degrees < 1:
+    if degrees < 1:  # one category: nothing to compare
         return 1.0
     variance = 2.0 / (9.0 * degrees)
     # The cube root is nearly Gaussian.

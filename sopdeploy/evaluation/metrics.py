@@ -113,7 +113,7 @@ class ClassificationReport(StrictModel):
 
 
 def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -> ClassificationReport:
-    """Compute all metrics of *scores* over the classes *labels*; raises `DataError` if there are none."""
+    """Compute all metrics of *scores* over the classes *labels*; raises `DataError` without scores."""
     count = len(scores)
     if not count:
         raise DataError(NO_IMAGES)
@@ -122,16 +122,16 @@ def classification_report(labels: Sequence[str], scores: Sequence[ImageScore]) -
     confusion = [[0] * len(shown) for _ in shown]
     for score in scores:
         confusion[position[score.target]][position[score.top5[0]]] += 1
-    predicted = [sum(column) for column in zip(*confusion, strict=True)]
+    answers = [sum(column) for column in zip(*confusion, strict=True)]
     classes = (
         ClassMetrics(
             label=labels[index],
             count=sum(row),
             answered=answered,
-            precision=row[number] / answered if answered else None,
-            recall=Rate.of(row[number], sum(row)) if any(row) else None,
+            precision=row[position[index]] / answered if answered else None,
+            recall=Rate.of(row[position[index]], sum(row)) if any(row) else None,
         )
-        for number, (index, row, answered) in enumerate(zip(shown, confusion, predicted, strict=True))
+        for index, row, answered in zip(shown, confusion, answers, strict=True)
     )
     known = [score.known for score in scores if score.known is not None]
     return ClassificationReport(

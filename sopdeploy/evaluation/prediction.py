@@ -73,9 +73,9 @@ def classification_loss(
 ) -> Tensor:
     """Compute the loss of *logits* (B, C) over the images of a batch.
 
-    With "softmax", the cross entropy with *labels* (B,) int64; with "sigmoid", the binary cross
-    entropy with *labels* (B, C) in [0, 1], averaged over the classes. *label_smoothing* is the fraction by
-    which labels move towards 1 / C ("softmax") or 0.5 ("sigmoid").
+    With "softmax", the cross entropy with *labels* (B,) int64; with "sigmoid", the binary cross entropy with
+    *labels* (B, C) in [0, 1], averaged over the classes. Both are means over the batch. *label_smoothing* is
+    the fraction by which labels move towards 1 / C ("softmax") or 0.5 ("sigmoid").
     """
     if activation == "softmax":
         return cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -102,17 +102,17 @@ def held_out_metrics(
 ) -> HeldOutMetrics:
     """Compute the metrics of *logits* (N, C) for *targets*, (N,) or (N, C); F1 is at a threshold of 0.5.
 
-    Raises `TrainingError` if the loss is not finite.
+    Raises `TrainingError` if the loss is not finite, `DataError` if no image shows any class of (N, C).
     """
     activation: Activation = "sigmoid" if targets.ndim == 2 else "softmax"
-    logits_NC, labels_N = torch.from_numpy(logits), torch.from_numpy(targets)
-    loss = float(classification_loss(logits_NC, labels_N, activation))
+    logits_NC, true = torch.from_numpy(logits), torch.from_numpy(targets)
+    loss = float(classification_loss(logits_NC, true, activation))
     if not math.isfinite(loss):
         raise TrainingError(
             "the loss on the held-out images is not finite, training has diverged; lower the learning rate"
         )
     if activation == "softmax":
-        right = logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == labels_N[:, None]
+        right = logits_NC.topk(min(TOP_K, logits.shape[1]), dim=1).indices == true[:, None]  # (N, 5)
         top1, top5 = int(right[:, 0].sum()) / len(right), int(right.any(dim=1).sum()) / len(right)
         return EvalMetrics(top1=top1, top5=top5, count=len(right), loss=loss)
     probabilities = sigmoid(logits)
@@ -149,8 +149,8 @@ def predict_logits(
     device, was_training = next(model.parameters()).device, model.training
     normalize = Normalize(preprocess).to(device)
     images_here = range(processes.rank, len(dataset), processes.world)
-    positions = sequential_batches(len(images_here), batch_size)
-    batches = [[images_here[position] for position in batch] for batch in positions]
+    of_batches = sequential_batches(len(images_here), batch_size)  # positions in `images_here`
+    batches = [[images_here[position] for position in positions] for positions in of_batches]
     images_per_round = batch_size * processes.world
     num_rounds = -(-len(dataset) // images_per_round)  # rounded up: of the process with the most batches
     computed: list[Tensor] = []
@@ -167,16 +167,16 @@ def predict_logits(
     logits = torch.zeros(len(dataset), classes, dtype=torch.float64)
     if computed:
         logits[processes.rank :: processes.world] = torch.cat(computed)
-    # the rows of other processes are 0, so the sum holds all rows
+    # The rows of other processes are 0, so the sum holds all rows.
     return processes.all_reduce(logits).numpy(), dataset.images.targets
 
 
 class AllHeads(nn.Module):
-    """Compute the logits of all heads of *model*, joined to (B, H * C)."""
+    """Compute the logits of all H heads of *model*, joined to (B, H * C)."""
 
     def __init__(self, model: Classifier) -> None:
         super().__init__()
-        self.model, self.training = model, model.training
+        self.model, self.training = model, model.training  # the mode that `predict_logits` restores
         self.names: tuple[str, ...] = ()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -223,6 +223,5 @@ def predict_unknown(
     model: nn.Module, folder: Path | None, preprocess: Preprocess, workers: int
 ) -> NDArray[np.float64] | None:
     """Compute the logits (M, C) of *model* on the images in *folder*; None without a folder."""
-    return (
-        None if folder is None else score_images(model, preprocess, open_any_images(folder), workers=workers)
-    )
+    images = None if folder is None else open_any_images(folder)
+    return None if images is None else score_images(model, preprocess, images, workers=workers)

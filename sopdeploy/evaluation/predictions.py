@@ -24,8 +24,8 @@ def make_predictions(
 ) -> Predictions:
     """Predict *images* by the calibrated *logits* (C,) of each of them.
 
-    *labels* are the classes in output order. The labels of *images* may have another order if each image has
-    one class.
+    *labels* are the classes in output order. The labels of *images* may have another order, which indices of
+    the scores follow, if each image has one class.
     """
     decision = decision or Decision()
     if decision.thresholds is not None:
@@ -39,7 +39,7 @@ def make_predictions(
     scores = []
     for target, row in zip(images.targets.tolist(), logits, strict=True):
         answer = decision.answer(row)
-        ranked = [class_of_output[output] for output, _ in answer.ranked]
+        ranked = [class_of_output[output] for output, _ in answer.ranked]  # all classes
         probabilities = [probability for _, probability in answer.ranked]
         likelihood = probabilities[ranked.index(target)]
         scores.append(ImageScore(target, tuple(ranked[:TOP_K]), probabilities[0], likelihood, answer.known))

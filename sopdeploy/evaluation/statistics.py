@@ -24,7 +24,7 @@ class Interval(NamedTuple):
 
 def wilson(successes: float, trials: float) -> Interval:
     """Compute the score interval of a proportion (Wilson, "Probable Inference", JASA 1927)."""
-    if trials == 0:
+    if trials == 0:  # nothing is known
         return Interval(0.0, 1.0)
     fraction, square = successes / trials, Z_95**2
     center = (fraction + square / (2 * trials)) / (1 + square / trials)
@@ -52,12 +52,12 @@ Verdict = Literal["better", "not worse", "worse", "undecided"]
 
 def mcnemar(wins: int, losses: int) -> float:
     """Compute the exact two-sided p-value of equal accuracies (McNemar, Psychometrika 1947)."""
-    trials, count = wins + losses, max(wins, losses)
+    trials, larger = wins + losses, max(wins, losses)
     if trials == 0:
         return 1.0
     # The tail of the binomial distribution with probability 1/2, from integers: both sides, so 2 / 2**trials.
-    binomial, tail = math.comb(trials, count), 0
-    for successes in range(count, trials + 1):
+    binomial, tail = math.comb(trials, larger), 0
+    for successes in range(larger, trials + 1):
         tail += binomial
         binomial = binomial * (trials - successes) // (successes + 1)
     return min(1.0, tail / 2 ** (trials - 1))
@@ -69,7 +69,7 @@ def holm(values: Sequence[float]) -> list[float]:
     ascending = sorted(range(len(values)), key=values.__getitem__)
     for rank, index in enumerate(ascending):
         num_not_smaller = len(values) - rank
-        largest = max(largest, min(1.0, num_not_smaller * values[index]))
+        largest = max(largest, min(1.0, num_not_smaller * values[index]))  # at least that of a smaller one
         corrected[index] = largest
     return corrected
 
@@ -135,7 +135,7 @@ def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int =
 def images_to_decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> int | None:
     """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
     difference = (wins - losses) / images
-    variance = (wins + losses + 1) / (images + 2)  # of an image; never 0
+    variance = (wins + losses + 1) / (images + 2)  # of wins - losses by image; never 0
     needed = []
     if difference > -tolerance:  # for "not worse"
         quantile = _quantile_not_worse(attempt)

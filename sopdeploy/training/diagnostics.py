@@ -87,7 +87,7 @@ def epoch_metrics(row: EpochRow) -> dict[str, float]:
 
 
 def median_throughput(history: Sequence[EpochRow]) -> float:
-    """Return the median of the images per second of all epochs; 0 if none was measured."""
+    """Return the (upper) median of the images per second of all epochs; 0 if none was measured."""
     speeds = [row.images_per_second for row in history if row.images_per_second]
     return median_high(speeds) if speeds else 0.0
 
@@ -117,15 +117,16 @@ def history_csv(history: Sequence[EpochRow]) -> str:
 def diagnose(
     model: Classifier, held_out: PreprocessedDataset, preprocess: Preprocess, batch_size: int
 ) -> Diagnostics:
-    """Compute the diagnostics of *model* on a fixed subset of *held_out*."""
-    count, network = min(MAX_IMAGES, len(held_out)), AllHeads(model)
+    """Compute the diagnostics of *model* on `MAX_IMAGES` of *held_out*, in every epoch the same."""
+    count = min(MAX_IMAGES, len(held_out))
     evenly_spaced = [number * len(held_out) // count for number in range(count)]
     mask = np.zeros(len(held_out), np.bool_)
     mask[evenly_spaced] = True
     subset = replace(held_out, images=held_out.images.select(mask))
+    network = AllHeads(model)
     joined, targets = predict_logits(network, subset, preprocess, batch_size=batch_size)
     logits = network.split(joined)
-    right = logits["main"].argmax(axis=1) == targets if targets.ndim == 1 else []
+    right = logits["main"].argmax(axis=1) == targets if targets.ndim == 1 else []  # one class per image
     return Diagnostics(
         num_images=count,
         right="".join("01"[int(correct)] for correct in right),

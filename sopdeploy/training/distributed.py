@@ -40,7 +40,7 @@ class Strategy(ProcessGroup):
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """Sum *values* over the processes; the sum is on the device of *values*."""
+        """Sum *values* over the processes, on their device; a single process returns *values* themselves."""
         if not self.joined:
             return values
         total = values.detach().to(self.device, copy=True)
@@ -69,24 +69,24 @@ class Strategy(ProcessGroup):
         """
         if not self.joined or not parameters:
             return list(tensors)
-        given = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int()).tolist()
+        num_given = self.all_reduce(torch.tensor([tensor is not None for tensor in tensors]).int()).tolist()
         dense = [
             torch.zeros_like(parameter) if tensor is None else tensor
-            for tensor, parameter, processes in zip(tensors, parameters, given, strict=True)
-            if processes > 0
+            for tensor, parameter, count in zip(tensors, parameters, num_given, strict=True)
+            if count > 0
         ]
         total = torch.cat([tensor.reshape(-1) for tensor in dense])
         dist.all_reduce(total)
         parts = iter(torch.split(total, [tensor.numel() for tensor in dense]))
         return [  # each with the memory layout of its parameter
-            torch.empty_like(parameter).copy_(next(parts).view_as(parameter)) if processes > 0 else None
-            for parameter, processes in zip(parameters, given, strict=True)
+            torch.empty_like(parameter).copy_(next(parts).view_as(parameter)) if count > 0 else None
+            for parameter, count in zip(parameters, num_given, strict=True)
         ]
 
     def shard(self, samples: Sequence[int]) -> list[int]:
         """Select this process' part of *samples*; the sizes differ by at most one."""
-        first, end = (len(samples) * rank // self.world for rank in (self.rank, self.rank + 1))
-        return list(samples[first:end])
+        start, end = len(samples) * self.rank // self.world, len(samples) * (self.rank + 1) // self.world
+        return list(samples[start:end])
 
 
 def select_device(name: str) -> torch.device:
@@ -115,7 +115,7 @@ def check_divisible(recipe: Recipe, train_count: int, world: int) -> None:
 
 @contextmanager
 def join_processes() -> Iterator[None]:
-    """Connect the processes of the run while the context is active.
+    """Connect the processes of the run, if there are several, while the context is active.
 
     Raises `TrainingError` if the connection to another process is lost, `ConfigError` if a process has no GPU
     of its own.

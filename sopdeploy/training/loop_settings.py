@@ -104,8 +104,9 @@ class Milestones(StrictModel):
 
     def factor(self, time: float, _epochs: int) -> float:
         """Compute the factor on the base learning rate after *time* epochs."""
-        decayed = self.gamma ** sum(time >= milestone for milestone in self.milestones)
-        return decayed * min(1.0, time / self.warmup_epochs) if self.warmup_epochs else decayed
+        num_passed = sum(time >= milestone for milestone in self.milestones)
+        warmup = min(1.0, time / self.warmup_epochs) if self.warmup_epochs else 1.0
+        return self.gamma**num_passed * warmup
 
 
 class Cosine(StrictModel):
@@ -122,13 +123,13 @@ class Cosine(StrictModel):
         """Compute the factor on the base learning rate after *time* of *epochs* epochs."""
         if time < self.warmup_epochs:
             return time / self.warmup_epochs
-        remaining = epochs - self.warmup_epochs
+        remaining = epochs - self.warmup_epochs  # 0 or less if the warm-up is as long as the run
         progress = min(1.0, (time - self.warmup_epochs) / remaining) if remaining > 0 else 1.0
         return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class OneCycle(StrictModel):
-    """Rise from 1/25 to 1 in the fraction `rise` of the run, then fall to nearly 0.
+    """Rise from 1/25 to 1 in the fraction `rise` of the run, then fall to 1/250,000, both by half a cosine.
 
     Source: Smith, "Super-Convergence" (2018), with the defaults of PyTorch's `OneCycleLR`.
     """

@@ -52,7 +52,7 @@ class FewShotConfig(StrictModel):
     """Training for few images: a linear classifier on features of a frozen network.
 
     Attributes:
-        folds: Folds of the cross-validation, at most the number of different images of the smallest class.
+        folds: Folds of the cross-validation, at most the number of groups of copies.
         group_copies: Whether near-duplicates share a fold; exact duplicates and given groups always do.
         head: What the classifier reads: the network's own vector, and the roots of the covariances of its
             last two feature maps; or the vector alone.
@@ -194,8 +194,8 @@ def change_recipe(
     A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
 
     *changes* are dotted keys with their values. If they select another network, the values of `model.config`
-    that this network does not have are dropped; if they select another `data.kind`, those of `data` that this
-    kind does not have. Raises `ConfigError` that names the file or key, and the closest known key.
+    that this network does not have are dropped; if another `data.kind` or `procedure.kind`, those of the
+    table that this kind does not have. Raises `ConfigError` that names the file or key, and the closest key.
     """
     values = read_values(source) if recorded is None else deepcopy(dict(recorded))
     _drop_values_of_others(values, dict(changes))
@@ -228,7 +228,7 @@ def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any])
 
 def _config_of_kind(table: str, kind: str) -> type[StrictModel] | None:
     """Find the config of *kind* for the *table* "data" or "procedure"; None if there is none."""
-    configs = PROCEDURES if table == "procedure" else get_args(get_args(DataConfig)[0])
+    configs = PROCEDURES if table == "procedure" else get_args(get_args(DataConfig)[0])  # of its union
     for config in configs:
         if kind in get_args(config.model_fields["kind"].annotation):
             return config
@@ -291,10 +291,10 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 def _name_key(path: Sequence[str | int], values: Any) -> str:
     """Return the dotted key of *path* in *values*, without the tags of unions, which *values* do not have."""
     *parents, last = path
-    keys = []
+    keys, table = [], values
     for parent in parents:
-        if isinstance(values, dict) and parent in values:
-            values = values[parent]
+        if isinstance(table, dict) and parent in table:
+            table = table[parent]
             keys.append(str(parent))
     return ".".join([*keys, str(last)])
 

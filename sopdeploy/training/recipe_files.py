@@ -23,7 +23,7 @@ def recipe_text(source: str | Path) -> str:
         try:
             return Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
+            reason = error.strerror if isinstance(error, OSError) else error  # without the path
             raise ConfigError(f"{source}: cannot be read ({reason}); give a recipe file") from error
     names = list_recipes()
     if str(source) not in names:
@@ -61,7 +61,7 @@ def read_values(source: str | Path) -> dict[str, Any]:
 def parse_override(override: str) -> tuple[str, Any]:
     """Split `key=value` into the dotted key and the parsed TOML value.
 
-    A value that is not TOML is a string. Raises `ConfigError` if there is no key or no equals sign.
+    A value that is not TOML is a string. Raises `ConfigError` without an equals sign or with an empty key.
     """
     key, equals, text = (part.strip() for part in override.partition("="))
     if not equals or not all(key.split(".")):
@@ -70,4 +70,4 @@ def parse_override(override: str) -> tuple[str, Any]:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return key, text
-    return key, parsed["value"] if parsed.keys() == {"value"} else text
+    return key, parsed["value"] if parsed.keys() == {"value"} else text  # its lines may define other keys

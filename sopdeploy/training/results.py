@@ -42,7 +42,7 @@ class NetworkScore(StrictModel):
 
 
 class LoopResult(StrictModel):
-    """Top-1 accuracy or mAP of the best of `epochs` epochs on `count` held-out images.
+    """Top-1 accuracy or mAP of the best of `num_epochs` epochs on `count` held-out images.
 
     Attributes:
         epoch: The best epoch, from 1.
@@ -63,7 +63,7 @@ class LoopResult(StrictModel):
     @property
     def score(self) -> Rate | float:
         """The accuracy or mAP."""
-        return self.top1 or self.map or 0.0
+        return self.top1 or self.map or 0.0  # one of the two is set, but an mAP may be 0
 
     @property
     def score_name(self) -> str:
@@ -97,14 +97,14 @@ class FewShotResult(StrictModel):
     """Result of the few-shot procedure.
 
     Attributes:
-        top1: Accuracy with its 95 % interval (`estimates.estimate`); `None` with several classes per image.
+        top1: Accuracy with its 95 % interval (`classifier.estimate`); `None` with several classes per image.
         map: Mean average precision with its interval; only with several classes per image.
         estimated_on: Origin of `top1` or `map`: the held-out images or cross-validation.
         class_counts: Training images of each class; the network is fitted to all of them.
         balanced: Whether classes had equal weights in the loss.
         num_duplicates: Training images with the same pixels as an earlier one; they share its fold.
         num_groups: Number of groups of training images: different photographs, each with its copies.
-        one_group: Classes whose images are one group, so that a fold holds all of them.
+        one_group: Classes whose images are one group, so that one fold holds all of them.
         contradictions: Files of groups with different labels, joined by " = ".
         num_images: Number of training images.
         head: The network, and the statistics that its classifier reads.
@@ -158,8 +158,8 @@ class FewShotResult(StrictModel):
         """Describe the score; if it may be no better, add the accuracy of always naming the largest class."""
         score = self.score
         origin = "cross-validated" if self.estimated_on == "cross-validation" else "held out"
-        label, largest = max(self.class_counts.items(), key=lambda count: count[1])
-        majority = largest / max(1, sum(self.class_counts.values()))
+        label, largest = max(self.class_counts.items(), key=lambda item: item[1])
+        majority = largest / max(1, sum(self.class_counts.values()))  # multi-label images may show none
         comparison = ""
         if self.map is None and score.low <= majority:
             comparison = f'; always answering "{label}" gives {100 * majority:.0f} %'
@@ -188,7 +188,7 @@ class FewShotResult(StrictModel):
         counts = self.class_counts
         text = ", ".join(f"{label} {count}" for label, count in counts.items())
         if self.balanced:
-            ratio = max(counts.values()) / max(1, min(counts.values()))
+            ratio = max(counts.values()) / max(1, min(counts.values()))  # the smallest may have no images
             text += f"; classes have equal weights, the largest is {ratio:.1f} times the smallest"
         few = [label for label, count in counts.items() if count < _FEW_IMAGES]
         if few:

@@ -127,11 +127,11 @@ class Run:
         self.position, self.state = Position.model_validate(state["position"]), state["procedure"]
 
     def checkpoint(self, *, resumable: bool) -> Checkpoint:
-        """Build a checkpoint; raise `TrainingError` if it would contain a NaN or infinity."""
+        """Build a checkpoint; raise `TrainingError` if it or the raw weights contain a NaN or infinity."""
         weights = self.exported.state_dict()
         resume = self.resume_state() if resumable else None
-        saved = tree_leaves({"weights": weights, "raw": self.model.state_dict(), "resume": resume})
-        if not all(bool(value.isfinite().all()) for value in saved if isinstance(value, Tensor)):
+        checked = tree_leaves({"weights": weights, "raw": self.model.state_dict(), "resume": resume})
+        if not all(bool(value.isfinite().all()) for value in checked if isinstance(value, Tensor)):
             raise TrainingError(
                 "weights or optimizer state are not finite; nothing was saved, lower optimizer.lr or set "
                 "optimizer.clip_norm"
@@ -188,7 +188,7 @@ class Run:
 
 @torch.no_grad()
 def check_image_sizes(recipe: Recipe, model: Classifier, device: torch.device) -> None:
-    """Run *model* on one black image of each size of *recipe*; raise `ConfigError` if it cannot."""
+    """Put *model* into eval mode and run it on zeros of each image size; raise `ConfigError` if it cannot."""
     model.eval()
     for side in {recipe.preprocess.crop, recipe.training_crop}:
         try:

@@ -31,9 +31,9 @@ RUNS = Path("runs")
 
 
 def numbered_folder(name: str, strategy: Strategy, *, resume: bool) -> Path:
-    """Choose `runs/<name>-<number>`: the newest one to *resume*, otherwise the next one."""
+    """Choose `runs/<name>-<number>`: the newest one to *resume*, if there is one, otherwise the next one."""
     number = 0
-    if strategy.rank == 0:  # the other processes adopt its choice
+    if strategy.rank == 0:  # the sum below passes its choice to the other processes
         pattern = re.compile(rf"{re.escape(name)}-([1-9][0-9]*)")
         matches = [pattern.fullmatch(path.name) for path in RUNS.iterdir()] if RUNS.is_dir() else []
         last = max((int(match[1]) for match in matches if match), default=0)
@@ -67,7 +67,7 @@ class RunFolder:
             )
 
     def _try_lock(self) -> bool:
-        """Create the folder and hold its lock file; false if another process holds it."""
+        """Create the folder and, if the file system can, lock it; false if another process holds the lock."""
         path = self.path / LOCK_FILE
         with writing(path, CheckpointError):
             self._created = not self.path.exists()
@@ -75,7 +75,7 @@ class RunFolder:
             file = path.open("wb")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
+        except (BlockingIOError, PermissionError):  # EAGAIN or, by POSIX also possible, EACCES
             file.close()
             return False
         except OSError:  # this file system has no locks
@@ -95,7 +95,7 @@ class RunFolder:
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
         """Lock the folder and read `last.pt` to *resume*; otherwise check that a new run can be written here.
 
-        Raises `ConfigError` if the folder cannot be used.
+        Returns None for a new run. Raises `ConfigError` if the folder cannot be used.
         """
         has_run = self.last.exists()
         if resume is True and not has_run:
@@ -138,7 +138,7 @@ class RunFolder:
             write_checkpoint(path, checkpoint)
 
     def save_derived_files(self, run: Run) -> None:
-        """Write the history and, after an epoch, `best.pt`.
+        """Write the history, after the best epoch `best.pt`, and the link `latest`, once an epoch has ended.
 
         A resumed run does this first, because the process may have been killed before it wrote these files.
         """
@@ -146,7 +146,7 @@ class RunFolder:
         if not history:
             return
         best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-        is_after_best = position.step == 0 and best.epoch == position.epoch
+        is_after_best = position.step == 0 and best.epoch == position.epoch  # else the weights are others
         if is_after_best:
             self.save_best(run)
         if self.strategy.rank != 0:

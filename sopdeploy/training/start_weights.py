@@ -98,11 +98,11 @@ def _read(recipe: Recipe, source: WeightSource | None) -> StartWeights:
     """Read the file of `start.weights`, a checkpoint or a file that an importer can read."""
     # The tensors of NAME have the same names in `head:NAME`, and those of `timm:NAME` in `dsop-timm:NAME`.
     model = recipe.model.name.removeprefix("head:")
-    source_model = model.removeprefix("dsop-") if ":" in model else model
     weights = recipe.start.weights if recipe.start is not None else None
     if isinstance(weights, Path):
         path = expand_user(weights)
-    else:
+        source_model = model.removeprefix("dsop-") if ":" in model else model
+    else:  # "imagenet"
         from sopdeploy.importers.published import fetch_imagenet_weights  # noqa: PLC0415 # for downloads
 
         config = make_config(recipe.model.name, recipe.model.config)
@@ -136,8 +136,8 @@ def complete_preprocess(recipe: Recipe, base: Preprocess) -> Recipe:
     If the recipe sets `crop` without `resize`, `resize` keeps the ratio of *base*.
     Raises `ConfigError` if the values do not fit together.
     """
-    own = recipe.preprocess.model_fields_set if "preprocess" in recipe.model_fields_set else set()
-    given: dict[str, Any] = {name: getattr(recipe.preprocess, name) for name in own}
+    names = recipe.preprocess.model_fields_set if "preprocess" in recipe.model_fields_set else set()
+    given: dict[str, Any] = {name: getattr(recipe.preprocess, name) for name in names}
     if "crop" in given and "resize" not in given:
         given["resize"] = max(given["crop"], round(given["crop"] * base.resize / base.crop))
     try:
@@ -152,7 +152,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
 
     Random weights remain in parts that networks add to a backbone, and in classifiers of another width or of
     other classes. Raises `WeightsError` for the first tensor of the backbone that is missing, has another
-    shape, is not finite or does not exist in *model*.
+    shape or does not exist in *model*, or any tensor to load that is not finite.
     """
     own, last_layer = model.state_dict(), classifier_name(model)
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
@@ -160,8 +160,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     class_layers = (*per_class, last_layer)
     training_only = (*model.training_only, *weights.training_only)
     of_other_classes: list[str] = []  # layers that are not loaded, because they predict other classes
-    has_other_classes = weights.labels not in (None, labels)
-    if has_other_classes:
+    if weights.labels is not None and weights.labels != labels:
         of_other_classes = [name for name in class_layers if is_in(name, last_layer, *model.training_only)]
     classifiers = [name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS}]
     may_be_new = (*of_other_classes, *training_only, *classifiers)
@@ -185,7 +184,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
             raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
         elif not name.endswith("num_batches_tracked"):  # which old files lack
             raise _misfit(weights, f"{name} is missing")
-    unused = _unused_parts(weights, own.keys(), training_only)
+    unused = _unused_parts(weights, own.keys(), training_only)  # before a tensor of the model changes
     model.load_state_dict(matching, strict=False)
     return StartReport(
         file=weights.file,
@@ -203,10 +202,10 @@ def _unused_parts(
 ) -> tuple[str, ...]:
     """List the parts of *weights* that have tensors outside of *own*.
 
-    Raises `WeightsError` if such a tensor belongs to the backbone.
+    Raises `WeightsError` for the first such tensor, by name, that belongs to the backbone.
     """
     unused: set[str] = set()
-    for name in weights.tensors.keys() - own:
+    for name in sorted(weights.tensors.keys() - own):
         part = _added_part(name, (*training_only, *CLASSIFIER_PARTS))
         if part is None:
             raise _misfit(weights, f"the network of the recipe has no {name}")
@@ -228,8 +227,8 @@ def create_initial_model(
     """Create the model of *recipe* for the classes *labels*; random weights depend on the seed.
 
     *source* is the file of `start.weights`, if it was opened before. Start weights are loaded if the recipe
-    selects some, and their preprocessing completes that of the recipe. Raises the errors of
-    `read_start_weights` and `load_start_weights`.
+    selects some, and their preprocessing completes that of the recipe; for "none", the default does. Raises
+    the errors of `read_start_weights` and `load_start_weights`.
     """
     weights = read_start_weights(recipe, strategy, source)
     torch.manual_seed(derive_seed(recipe.seed, "weights"))

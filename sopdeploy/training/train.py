@@ -150,10 +150,10 @@ def start_or_resume(
 ) -> tuple[Run, Split]:
     """Create the run, or rebuild it from the *checkpoint* in *folder*, and open its data.
 
-    All checks run before the folder is changed.
+    All checks run before a checkpoint is written. A new run locks the folder here, before by `folder.open`.
     """
     strategy = folder.strategy
-    recorded = None
+    recorded = None  # the procedure of the run to resume
     if checkpoint is not None:
         recorded = validate_recipe(checkpoint.training.get("recipe", {}), str(folder.last)).procedure
     opened = open_data(recipe.data, callback.on_warning)
@@ -176,8 +176,8 @@ def start_or_resume(
         callback.on_message(run.start.describe())
     if reason:
         callback.on_message(reason)
-    first, side = run.position.epoch, run.recipe.preprocess.crop
-    resumed = f", resumed at epoch {first + 1}" if first else ""
+    finished_epochs, side = run.position.epoch, run.recipe.preprocess.crop
+    resumed = f", resumed at epoch {finished_epochs + 1}" if finished_epochs else ""
     callback.on_message(
         f"{len(data.train)} training images, {len(data.held_out)} held out{resumed}; the network sees "
         f"{side} x {side} pixels"
@@ -186,7 +186,7 @@ def start_or_resume(
 
 
 class Selection(NamedTuple):
-    """The recipe with the config of the selected procedure, its images, and why it was selected."""
+    """The recipe with the config of the selected procedure, its images, and why "auto" took few_shot."""
 
     recipe: Recipe
     data: Split
@@ -196,17 +196,17 @@ class Selection(NamedTuple):
 def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig | None = None) -> Selection:
     """Select the procedure of *recipe*, and hold out images of *data* if it needs them.
 
-    "auto" continues with the *recorded* procedure. Otherwise it is `few_shot` for up to `FEW_IMAGES` training
-    images, if the network has such a head and one process runs, and else the training loop.
+    "auto" continues with the *recorded* procedure. In a new run, it is `few_shot` for up to `FEW_IMAGES`
+    training images, if the network has such a head and torchrun does not run, and else the training loop.
     Cross-validation replaces a hold-out, so `few_shot` gets all images. Raises `ConfigError` if it has no
     head for the network.
     """
     config = recorded if isinstance(recipe.procedure, AutoConfig) else recipe.procedure
     reason = ""
-    if config is None:
+    if config is None:  # "auto" in a new run
         config = LoopConfig()
-        can_validate = not torch.distributed.is_initialized() and _has_head(recipe)
-        if can_validate and len(data.train) <= FEW_IMAGES:
+        can_be_few_shot = not torch.distributed.is_initialized() and _has_head(recipe)
+        if can_be_few_shot and len(data.train) <= FEW_IMAGES:
             config = FewShotConfig()
             reason = (
                 f"few-shot procedure: there are at most {FEW_IMAGES:,} images; procedure.kind=loop trains "
@@ -235,14 +235,14 @@ def _check_data(recipe: Recipe, opened: Split, data: Split, callback: Callback) 
     """Check the images before the training.
 
     Warns of the classes of which no image could be held out, if *data* has images held out of *opened*.
-    Raises an error if the folder of unknown images could not be used after the training.
+    Raises `ConfigError` or `DataError` if `rejection.unknown` could not be used after the training.
     """
     were_held_out_here = len(data.held_out) and not len(opened.held_out)
     if were_held_out_here:
         counts = data.held_out.class_counts().tolist()
-        alone = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
-        if alone:
-            callback.on_warning(f"{shorten(alone)}: {ONE_GROUP}")
+        missing = [label for label, count in zip(data.held_out.labels, counts, strict=True) if not count]
+        if missing:
+            callback.on_warning(f"{shorten(missing)}: {ONE_GROUP}")
     if recipe.rejection.unknown is not None:
         if data.train.targets.ndim == 2:
             raise ConfigError(
@@ -254,9 +254,10 @@ def _check_data(recipe: Recipe, opened: Split, data: Split, callback: Callback) 
 def _record_origin(
     run: Run, data: Split, folder: RunFolder, checkpoint: Checkpoint | None, callback: Callback
 ) -> None:
-    """Set the hashes of the training images, and the origin of the *run* that continues *checkpoint*.
+    """Set the origin of the *run*, which may continue *checkpoint*, and the hashes of the training images.
 
-    Warns of files with different labels.
+    Hashes stay empty above `MAX_HASHED` images and outside of the first process. Warns of equal files with
+    different labels.
     """
     if run.strategy.rank == 0 and len(data.train) <= MAX_HASHED:
         hashes = hash_images(data.train)
@@ -268,10 +269,10 @@ def _record_origin(
         run=folder_name(folder.path),
         run_id=token_hex(6) if before is None else before.run_id,
         started=utc_now() if before is None else before.started,
-        data=folder_name(getattr(run.recipe.data, "path", None) or run.recipe.data.kind),
+        data=folder_name(getattr(run.recipe.data, "path", None) or run.recipe.data.kind),  # some have no path
         num_images=len(data.train) + len(data.held_out),
         num_classes=len(run.labels),
-        sample=run.image_hashes[:SAMPLED].tolist(),
+        sample=run.image_hashes[:SAMPLED].tolist(),  # the lowest: `np.unique` sorts
     )
 
 
@@ -301,7 +302,7 @@ def create_run(images: LabeledImages, strategy: Strategy, initial: InitialModel)
 
 
 def check_same_step(run: Run, folder: Path) -> None:
-    """Raise `ConfigError` if the processes would resume from different steps."""
+    """Raise `ConfigError`, in at least one process, if the processes would resume from different steps."""
     position = torch.tensor([run.position.epoch, run.position.step])
     if not torch.equal(run.strategy.all_reduce(position), position * run.strategy.world):
         raise ConfigError(
@@ -324,21 +325,22 @@ def resume_run(
         raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
     _check_same_images(checkpoint.labels, state.get("train_count"), images, source)
     weights: Any = state.get("weights")  # the raw ones; those of the checkpoint may be averages
-    damaged = f"{source}: its state to resume from is damaged; start a new run"
+    damaged = CheckpointError(f"{source}: its state to resume from is damaged; start a new run")
     if not is_state_dict(weights):
-        raise CheckpointError(damaged)
+        raise damaged
     model = build_classifier(replace(checkpoint, weights=weights), source)
     try:
         start = checkpoint.training.get("start")
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
         run = create_run(images, strategy, initial)
-        run.name, run.result = checkpoint.model, read_result(checkpoint.training)
-        run.decision = None if run.result is None else checkpoint.decision
+        run.name = checkpoint.model  # with the head of a finished few-shot run
+        run.result = read_result(checkpoint.training)
+        run.decision = None if run.result is None else checkpoint.decision  # before, one with default values
         run.load_resume_state(state)
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(damaged) from error
+        raise damaged from error
     return run
 
 
@@ -354,7 +356,7 @@ def _check_same_images(labels: tuple[str, ...], count: Any, images: LabeledImage
 
 
 def summarize_run(run: Run, data: Split, out_dir: Path) -> TrainingResult:
-    """Describe the finished *run* on *data* in the folder *out_dir*."""
+    """Describe the finished *run* on *data* in *out_dir*, without page, mistakes, previous run and choice."""
     history = run.position.history
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
     return TrainingResult(

@@ -64,10 +64,10 @@ class FeatureCache:
         return [arrays[str(number)] for number in range(len(arrays))]
 
     def write(self, path: Path, entry: Entry) -> None:
-        """Write an entry, unless the folder is not writable or full of entries of this run."""
+        """Write an entry; none from then on if the folder is not writable or full of entries of this run."""
         size = sum(array.nbytes for array in entry)
         if self.writable and self.bytes + size > self.limit:
-            self._shrink(self.limit * 9 // 10 - size)  # not for every entry
+            self._shrink(self.limit * 9 // 10 - size)  # so that many more fit before the next time
             self.writable = self.bytes + size <= self.limit
         if not self.writable:
             return
@@ -82,11 +82,11 @@ class FeatureCache:
             self.writable = False
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        """List (time of the last use, bytes, path) of all files in the folder, without those that vanish."""
+        """List (time of the last use, bytes, path) of the files in the folder, the oldest use first."""
         entries = []
         with suppress(OSError):
             for path in self.folder.iterdir():
-                with suppress(OSError):
+                with suppress(OSError):  # another run deletes entries, too
                     status = path.stat()
                     entries.append((status.st_mtime, status.st_size, path))
         return sorted(entries)
@@ -107,8 +107,8 @@ class FeatureCache:
 def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
     """Hash all that determines the features of a photograph: network, preprocessing, versions, processor.
 
-    The parameters of the head are left out, because the features do not depend on them. The source files of
-    all modules are included: the code of a user's network may change while its weights stay.
+    The head is left out, because the features do not depend on it. The source files of all other modules are
+    included: the code of a user's network may change while its weights stay.
     """
     device = next(network.parameters()).device
     processor = (
@@ -116,10 +116,10 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
         if device.type == "cuda"
         else f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     )
-    text = [recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
-    text += installed(_PACKAGES).values()
-    text += list(network.maps)
-    digest = hashlib.sha256(repr(text).encode())
+    facts = [recipe.model.model_dump_json(), recipe.preprocess.model_dump_json(), processor]
+    facts += installed(_PACKAGES).values()
+    facts += list(network.maps)  # names of the taps
+    digest = hashlib.sha256(repr(facts).encode())
     sources: set[str | None] = set()
     for name, module in network.named_modules():
         if name.split(".")[0] != POOLED_HEAD:
@@ -127,7 +127,7 @@ def hash_network(network: SecondOrderHead, recipe: Recipe) -> bytes:
             for base in type(module).__mro__:
                 sources.add(getattr(sys.modules.get(base.__module__), "__file__", None))
     for source in sorted(filter(None, sources)):
-        with suppress(OSError):  # in an archive
+        with suppress(OSError):  # a module in an archive
             digest.update(Path(source).read_bytes())
     for name, tensor in network.state_dict().items():
         if name.split(".")[0] != POOLED_HEAD:

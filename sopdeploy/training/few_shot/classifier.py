@@ -61,7 +61,7 @@ class Targets:
             return cls((targets > 0).astype(np.float64), ones, rarest_class, "sigmoid", False)
         classes = np.eye(len(images.labels))[targets]
         counts = classes.sum(axis=0)
-        at_least_one = np.maximum(counts, 1)
+        at_least_one = np.maximum(counts, 1)  # a class may have no images here
         balanced = bool(counts.max() > BALANCE_ABOVE * at_least_one.min())
         weights = classes @ (counts.mean() / at_least_one) if balanced else ones
         return cls(classes, weights, targets, "softmax", balanced)
@@ -81,12 +81,12 @@ class Targets:
             if (self.classes[images] != self.classes[images[0]]).any():
                 yield images
 
-    def folds(self, keys: Sequence[str], folds: int, seed: int) -> Indices:
-        """Assign each image to one of at most *folds* folds (N,), which have equal shares of each class.
+    def folds(self, keys: Sequence[str], at_most: int, seed: int) -> Indices:
+        """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
 
-        Images with equal *keys* share a fold. There may be more folds than images of a class: heads that are
-        fitted to nearly all images give energies like those of the final head. Raises `DataError` if all keys
-        are equal.
+        Images with equal *keys* share a fold, so that there are at most as many folds as keys. There may be
+        more than images of a class: heads that are fitted to nearly all images give energies like those of
+        the final head. Raises `DataError` if all keys are equal.
         """
         groups_N = np.unique(keys, return_inverse=True)[1]
         num_groups = int(groups_N.max()) + 1
@@ -94,11 +94,11 @@ class Targets:
             raise DataError(
                 "all training images are copies of one photograph; cross-validation needs different images"
             )
-        count = min(folds, num_groups)
-        largest = np.unique(self.strata, return_counts=True)[1].max()
+        count = min(at_most, num_groups)
+        largest_stratum = np.unique(self.strata, return_counts=True)[1].max()
         # If no stratum reaches every fold, only the sizes of the folds are balanced.
-        strata = self.strata if largest >= count else np.zeros_like(self.strata)
-        return _spread(strata, groups_N, count, seed % 2**32)
+        strata = self.strata if largest_stratum >= count else np.zeros_like(self.strata)
+        return _spread(strata, groups_N, count, seed % 2**32)  # NumPy's limit for seeds
 
 
 class LinearHead(NamedTuple):
@@ -169,10 +169,10 @@ class Problem:
             return
         absent_and_present = (np.stack([1 - column, column], axis=1) for column in classes.T)
         of_classes = [_fit_softmax(inputs, two, weights, grid) for two in absent_and_present]
-        for pairs in zip(*of_classes, strict=True):
+        for heads in zip(*of_classes, strict=True):  # for each C, the head of each class
             yield LinearHead(
-                np.stack([pair.weight[1] - pair.weight[0] for pair in pairs]),
-                np.stack([pair.bias[1] - pair.bias[0] for pair in pairs]),
+                np.stack([head.weight[1] - head.weight[0] for head in heads]),
+                np.stack([head.bias[1] - head.bias[0] for head in heads]),
             )
 
     def cross_validate(
@@ -180,7 +180,7 @@ class Problem:
     ) -> Array:
         """Compute out-of-fold logits (G, N, K): those of an image by heads that were fitted without its fold.
 
-        *fitted* (N,) selects the images to which heads are fitted.
+        *fitted* (N,) selects the images to which heads are fitted, by default all.
         """
         logits_GNK = np.zeros((len(grid), *self.targets.classes.shape))
         for fold in range(int(folds_N.max()) + 1):
@@ -199,12 +199,12 @@ class Problem:
     def doubt_labels(self, logits_NK: Array, folds_N: Indices, strength: float) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
-        A label is doubtful if another class is more probable by the out-of-fold *logits_NK*, and its own
-        probability is below `IMPLAUSIBLE`. Heads without these images contradict their labels more clearly
-        (Northcutt et al., "Confident Learning", JAIR 2021, section 3: prune, then train again).
+        A label is doubtful if another class is more probable by the out-of-fold *logits_NK*, which are
+        returned if no label is, and its own probability is below `IMPLAUSIBLE`. Heads without these images
+        contradict their labels more clearly (Northcutt et al., "Confident Learning", JAIR 2021, section 3).
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
-        of_label_N = log_probabilities_NK[self.targets.classes > 0]
+        of_label_N = log_probabilities_NK[self.targets.classes > 0]  # one class per image
         other_is_likelier_N = of_label_N < log_probabilities_NK.max(axis=1)
         doubted_N = other_is_likelier_N & (of_label_N < np.log(IMPLAUSIBLE))
         if not doubted_N.any():
@@ -258,22 +258,21 @@ def _fit_softmax(
         # With two classes, scikit-learn regularizes the difference of the logits, with half the squared norm.
         regularization = (2 if len(present) == 2 else 1) / (strength * image_weights.sum())
         if len(present) > 1:
-            arguments = (inputs, targets, shares, regularization)
-            found = minimize(
-                _softmax_loss, parameters.ravel(), arguments, "L-BFGS-B", jac=True, options=_OPTIONS
-            )
+            fixed, start = (inputs, targets, shares, regularization), parameters.ravel()
+            found = minimize(_softmax_loss, start, fixed, "L-BFGS-B", jac=True, options=_OPTIONS)
             parameters = found.x.reshape(parameters.shape)
         weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.zeros(classes.shape[1])
         weight[present], bias[present] = parameters[:, :-1], parameters[:, -1]
         absent = np.setdiff1d(np.arange(classes.shape[1]), present)
-        bias[absent] = bias[present].min(initial=0.0) - np.log(len(inputs) + 1.0)  # log-odds of 1 in N + 2
+        lowest = bias[present].min(initial=0.0)  # at most 0
+        bias[absent] = lowest - np.log(len(inputs) + 1.0)  # log-odds of 1 in N + 2
         yield LinearHead(weight, bias)
 
 
 def _softmax_loss(
     parameters: Array, inputs: Array, targets: Array, shares: Array, regularization: float
 ) -> tuple[float, Array]:
-    """Compute the loss of a linear classifier and its gradient by all *parameters*, weights and biases.
+    """Compute the loss of a linear classifier and its gradient by *parameters*, the rows (weight, bias).
 
     *shares* (N,) are the weights of the images, with the sum 1.
     """
@@ -355,12 +354,12 @@ def estimate(
 ) -> Rate | MeanPrecision:
     """Compute top-1 with Wilson's interval, or mAP with a bootstrap interval; *groups_N* are independent.
 
-    The heads of a cross-validation share most of their training images. With its number of *folds*, the
-    interval of top-1 is widened by the factor of Nadeau and Bengio, "Inference for the Generalization Error"
-    (2003), section 3.
+    The heads of a cross-validation share most of their training images. With its number of *folds*, 0 for
+    images that no head was fitted to, the interval of top-1 is widened by the factor of Nadeau and Bengio,
+    "Inference for the Generalization Error" (2003), section 3.
     """
     if activation == "softmax":
         right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
-        variance_factor = 1 + folds / (folds - 1) if folds else 1.0
+        variance_factor = 1 + folds / (folds - 1) if folds else 1.0  # test / training images: 1 / (folds - 1)
         return Rate.of(int(right.sum()), len(right), effective_count(groups_N) / variance_factor)
     return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

@@ -29,4 +29,4 @@ def group_by_features(images: LabeledImages, on_image: Callable[[int, int], None
 
 
 def _default_recipe() -> Recipe:
-    return read_recipe("photos", ["data.path=."])
+    return read_recipe("photos", ["data.path=."])  # required, but not read

@@ -62,7 +62,7 @@ class Features:
         own_length = self.full.num_features() - sum(means.values()) - sum(roots.values())
         columns, start = [], 0
         for (statistic, tap), length in {("gap", ""): own_length, **means, **roots}.items():
-            of_head = tap == "" or tap in (head.taps or ())
+            of_head = tap == "" or tap in (head.taps or ())  # "" is the network's own vector
             if statistic in head.parts and of_head:
                 columns.append(slice(start, start + length))
             start += length
@@ -71,11 +71,10 @@ class Features:
     @torch.no_grad()
     def find_copies(self, images: LabeledImages) -> Indices:
         """Find the pairs (2, P) of near-duplicates among *images* by the averages of the feature maps."""
-        copies = Copies.of(images, self.hashes)
+        copies = Copies.of(images, self.hashes)  # modified ones, which show the features of near-duplicates
         batches = self.outputs.batches(copies, list(range(len(copies))))
         of_batches = [average_views(batch.own, batch.maps) for batch in batches]
-        views = [np.concatenate(of_map) for of_map in zip(*of_batches, strict=True)]
-        whole = [view[:, 0] for view in views]
+        whole = [np.concatenate(of_map)[:, 0] for of_map in zip(*of_batches, strict=True)]  # without corners
         return find_pairs(self.views, whole, copies.originals, images.targets)
 
     @torch.no_grad()
@@ -87,17 +86,17 @@ class Features:
         with_distance = distance_weight > 0
         config = self.head.model_copy(update={"distance": with_distance})
         model = with_head(self.recipe.model.name, self.model, config)
-        head, weight = model.pooled_head, fitted.weight
-        if head.poolings:
-            for tap in head.channels:
-                head.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
+        pooled, weight = model.pooled_head, fitted.weight
+        if pooled.poolings:
+            for tap in pooled.channels:
+                pooled.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
         if with_distance:  # the head appends the distance to its vector
-            head.center.copy_(torch.from_numpy(problem.center))
-            head.scale.copy_(torch.from_numpy(problem.scale))
+            pooled.center.copy_(torch.from_numpy(problem.center))
+            pooled.scale.copy_(torch.from_numpy(problem.scale))
             of_distance = np.full((len(weight), 1), -distance_weight)
             weight = np.concatenate([weight, of_distance], axis=1)
-        head.fc.weight.copy_(torch.from_numpy(weight))
-        head.fc.bias.copy_(torch.from_numpy(fitted.bias))
+        pooled.fc.weight.copy_(torch.from_numpy(weight))
+        pooled.fc.bias.copy_(torch.from_numpy(fitted.bias))
         return model.eval()
 
 
@@ -144,10 +143,10 @@ class CachedNetwork:
         """
         paths = {index: self.cache.find(images.read(index)) for index in indices}
         missing = [index for index in indices if not paths[index].exists()]
-        unknown, computed = set(missing), self._compute(images, missing, paths)
+        to_compute, computed = set(missing), self._compute(images, missing, paths)
         for index in indices:
-            if index in unknown:
-                yield next(computed)  # `computed` has the same order
+            if index in to_compute:
+                yield next(computed)  # in the order of `missing`, which is that of `indices`
             else:  # a damaged entry is None
                 yield self.cache.read(paths[index]) or next(self._compute(images, [index], paths))
 
@@ -185,7 +184,7 @@ def compute_features(
     *on_image* receives the numbers of images done and in total.
     """
     shuffled = np.random.default_rng(0).permutation(len(images))  # so that the first show many classes
-    batches = outputs.batches(images, shuffled.tolist())  # an iterator
+    batches = outputs.batches(images, shuffled.tolist())  # an iterator, which continues after `first`
     first = list(islice(batches, PROJECTION_IMAGES // outputs.batch_size))
     outputs.network.pooled_head.fit_projection([batch.maps for batch in first])
     vectors = np.zeros((len(images), outputs.network.num_features()), np.float32)

@@ -89,7 +89,7 @@ def fit_classifier(
     `run.state` becomes what the decision and the report need: `out_of_fold` logits (N, K), `groups` (N,) of
     copies, the indices `judged` of the images that the score counts, and, with one class per image, the
     `label_logits` (N, K) that contradict wrong labels. *on_progress* receives (step, done, total). Raises
-    `DataError` if all images have the same pixels.
+    `DataError` if all images are one group of copies.
     """
     config: Any = run.recipe.procedure
     name, count = run.recipe.model.name, len(images)
@@ -99,18 +99,18 @@ def fit_classifier(
         config.head,
         run.model,
         images,
-        lambda done, _total: on_progress(f"features of {name}", done, 2 * count),
+        lambda done, _total: on_progress(f"features of {name}", done, 2 * count),  # half of the work
     )
     pairs = features.find_copies(images) if config.group_copies else np.zeros((2, 0), np.intp)
     groups_N = connect(count, pairs, features.hashes, images.groups)
-    judged = _largest_copies(images, connect(count, pairs, features.hashes))
+    judged = _largest_copies(images, connect(count, pairs, features.hashes))  # given groups are no copies
     features_done = time.monotonic()
     on_progress("cross-validation", count, 2 * count)
     first_G = np.unique(groups_N, return_index=True)[1]  # the first image of each group names the group
     keys_N = np.asarray(features.hashes)[first_G][groups_N]
     targets = Targets.of(images)
     is_repeated = targets.activation == "softmax" and len(first_G) < FEW_GROUPS
-    attempts = ((), (1,), (2,)) if is_repeated else ((),)
+    attempts = ((), (1,), (2,)) if is_repeated else ((),)  # the first one has the same folds in both cases
     seeds = [derive_seed(run.recipe.seed, "folds", *attempt) for attempt in attempts]
     folds = [targets.folds(keys_N.tolist(), config.folds, seed) for seed in seeds]
     parts = [features.vectors[:, columns] for columns in features.columns(features.head)]
@@ -118,8 +118,8 @@ def fit_classifier(
     validations = [problem.out_of_fold(folds_N) for folds_N in folds]
     logits_NK = validations[0].logits
     strength = GRID[int(np.mean([one.losses for one in validations], axis=0).argmin())]
-    weights = [problem.distance_weight(one.logits, one.distances) for one in validations]
-    distance_weight = float(np.mean(weights))
+    distance_weights = [problem.distance_weight(one.logits, one.distances) for one in validations]
+    distance_weight = float(np.mean(distance_weights))
     shifted_NK = shift_energies(validations, distance_weight)
     choice_done = time.monotonic()
     score = estimate(
@@ -205,8 +205,8 @@ def _evaluate(run: Run, data: Split, result: FewShotResult) -> tuple[FewShotResu
         workers=recipe.workers,
     )
     groups_N = np.arange(len(images)) if images.groups is None else images.groups
-    wanted = Targets.of(images)
-    score = estimate(wanted.classes, wanted.activation, logits_NK, recipe.seed, groups_N)
+    held_out = Targets.of(images)
+    score = estimate(held_out.classes, held_out.activation, logits_NK, recipe.seed, groups_N)
     field = "top1" if isinstance(score, Rate) else "map"
     result = result.model_copy(update={field: score, "estimated_on": "held-out"})
     return result, held_out_metrics(run.labels, logits_NK, targets)
@@ -218,7 +218,7 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Non
     The latter is *result*, with the reason if there is no threshold for unknown images.
     """
     logits, groups = run.state["out_of_fold"].double().numpy(), run.state["groups"].numpy()
-    accepts = run.recipe.rejection.accepts
+    recipe, accepts = run.recipe, run.recipe.rejection.accepts
     if run.activation == "sigmoid":
         thresholds = fit_thresholds(images.targets, sigmoid(logits))
         run.decision = Decision(activation="sigmoid", thresholds=thresholds)
@@ -232,9 +232,7 @@ def _fit_decision(run: Run, images: LabeledImages, result: FewShotResult) -> Non
             accepts=accepts,
             scalable=False,  # heads that saw fewer images are less certain than the final one
             groups=groups,
-            unknown=predict_unknown(
-                run.model, run.recipe.rejection.unknown, run.recipe.preprocess, run.recipe.workers
-            ),
+            unknown=predict_unknown(run.model, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
         )
-        run.decision = None if decision == Decision() else decision
+        run.decision = None if decision == Decision() else decision  # None: nothing was fitted
     run.result = result

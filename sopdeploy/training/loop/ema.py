@@ -32,7 +32,7 @@ class ExponentialMovingAverage:
     def update(self, model: nn.Module) -> None:
         """Update the averages with the weights of *model*."""
         self.count += 1
-        decay = min(self.config.decay, (1 + self.count) / (10 + self.count))
+        decay = min(self.config.decay, (1 + self.count) / (10 + self.count))  # smaller in the first updates
         averages, values = self.model.state_dict(), model.state_dict()
         floating = [name for name, tensor in averages.items() if tensor.is_floating_point()]
         for name in averages.keys() - set(floating):

@@ -12,25 +12,24 @@ from sopdeploy.training.loop.optimizers import AdaHessian
 from sopdeploy.training.loop.state import LR_FACTOR, LoopRun
 
 
-def train_step(run: LoopRun, batch: Batch, *, step_size: int, steps: int) -> tuple[Loss, float]:
-    """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *step_size* samples.
+def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> tuple[Loss, float]:
+    """Run one of the *steps* steps of an epoch on *batch*, this process' part of the *num_samples* samples.
 
     Returns the loss over all processes, and the gradient norm before clipping. Raises `TrainingError` if the
     loss, the gradient or a buffer is not finite; the weights are then unchanged.
     """
     recipe, position = run.recipe, run.position
-    of_process = (run.strategy.rank,) if run.strategy.rank else ()  # other random numbers in each
-    torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *of_process))
+    other_rank = (run.strategy.rank,) if run.strategy.rank else ()  # the first draws as a single process does
+    torch.manual_seed(derive_seed(recipe.seed, "step", position.epoch, position.step, *other_rank))
     factor = recipe.schedule.factor(position.epoch + position.step / steps, recipe.epochs)
     for group in run.optimizer.param_groups:
         group["lr"] = recipe.optimizer.lr * factor * group.get(LR_FACTOR, 1.0)
     run.optimizer.zero_grad()
-    normalized = run.normalize(batch[0]), batch[1]
-    loss = compute_gradient(run, normalized, step_size)
+    loss = compute_gradient(run, (run.normalize(batch[0]), batch[1]), num_samples)
     gradients = [parameter.grad for parameter in run.trained().parameters() if parameter.grad is not None]
     norm = get_total_norm(gradients)
     _check_finite_step(run, loss, norm)
-    if recipe.optimizer.clip_norm:
+    if recipe.optimizer.clip_norm:  # 0 disables clipping
         clip_grads_with_norm_(run.trained().parameters(), recipe.optimizer.clip_norm, norm)
     run.optimizer.step()
     if run.ema is not None:
@@ -38,20 +37,20 @@ def train_step(run: LoopRun, batch: Batch, *, step_size: int, steps: int) -> tup
     return loss, float(norm)
 
 
-def compute_gradient(run: LoopRun, batch: Batch, step_size: int) -> Loss:
+def compute_gradient(run: LoopRun, batch: Batch, num_samples: int) -> Loss:
     """Compute the gradient of a step and return the loss over all processes.
 
-    *batch* has this process' part of the *step_size* samples. Its loss is weighted by this fraction, so that
-    the sum over the processes is the mean over the step.
+    *batch* has this process' part of the *num_samples* samples. Its loss is weighted by this fraction, so
+    that the sum over the processes is the mean over the step.
     """
     images, targets = batch
-    loss, fraction = _compute_loss(run, images, targets), len(targets) / step_size
+    loss, fraction = _compute_loss(run, images, targets), len(targets) / num_samples
     _backward(run, loss.total * fraction)
     weighted = {name: part * fraction for name, part in {"total": loss.total.detach(), **loss.parts}.items()}
     sums = run.strategy.all_reduce(torch.stack([part.double() for part in weighted.values()]))
-    parts = dict(zip(weighted, sums, strict=True))
+    total, *parts = sums  # in the order of `weighted`
     counts = None if loss.component_counts is None else run.strategy.all_reduce(loss.component_counts)
-    return Loss(parts.pop("total"), parts, counts)
+    return Loss(total, dict(zip(loss.parts, parts, strict=True)), counts)
 
 
 def _compute_loss(run: LoopRun, images: Tensor, labels: Tensor) -> Loss:
@@ -65,7 +64,7 @@ def _compute_loss(run: LoopRun, images: Tensor, labels: Tensor) -> Loss:
 
 
 def _backward(run: LoopRun, loss: Tensor) -> None:
-    """Set the gradient of the step, summed over the processes; AdaHessian also needs the curvature."""
+    """Set the gradient of *loss*, summed over the processes; AdaHessian also needs the curvature."""
     if isinstance(run.optimizer, AdaHessian):
         position = run.position
         run.optimizer.backward(loss, derive_seed(run.recipe.seed, "curvature", position.epoch, position.step))

@@ -62,7 +62,7 @@ def training_loss(
 class Teacher:
     """A teacher network; with `learns` it is trained jointly, and its weights are part of the run.
 
-    Its random weights depend on *seed*. *label_smoothing* applies to its own loss.
+    Its random weights depend on *seed*. *label_smoothing* applies to its own loss. Raises `ConfigError`.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Teacher:
             raise ConfigError(
                 "teacher.weights: not set; give the checkpoint of the teacher, or teacher.model to train it"
             )
-        if self.learns and hasattr(self.model.config, "balance_weight"):
+        if self.learns and hasattr(self.model.config, "balance_weight"):  # of networks with a gate
             raise ConfigError(
                 "teacher.model: a network with a gate cannot be trained jointly; train it first and set "
                 "teacher.weights"
@@ -93,23 +93,24 @@ class Teacher:
     def add_to(self, loss: Loss, images: Tensor, labels: Tensor, output: Tensor | TrainingOutput) -> Loss:
         """Combine the student's *loss* with the divergence of its main head from the teacher's outputs.
 
-        No gradient of the divergence reaches the teacher. A teacher that learns adds its own loss.
+        The squared temperature keeps the scale of its gradient (Hinton et al., section 2), which does not
+        reach the teacher. A teacher that learns adds its own loss.
         """
         logits = output if isinstance(output, Tensor) else output.logits
         temperature, share = self.config.temperature, self.config.share
         with torch.set_grad_enabled(self.learns):
             teacher_output = self.model(images)
         teacher_logits = teacher_output if isinstance(teacher_output, Tensor) else teacher_output.logits
-        target = log_softmax(teacher_logits.detach().float() / temperature, dim=1)
-        student = log_softmax(logits.float() / temperature, dim=1)
-        divergence = kl_div(student, target, reduction="batchmean", log_target=True) * temperature**2
+        log_teacher = log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+        log_student = log_softmax(logits.float() / temperature, dim=1)
+        divergence = kl_div(log_student, log_teacher, reduction="batchmean", log_target=True) * temperature**2
         total = (1 - share) * loss.total + share * divergence
         parts = {**loss.parts, "teacher": divergence.detach()}
         if self.learns:
-            teacher_loss = training_loss(
-                teacher_output, labels, self.model.loss_weights(), self.label_smoothing
-            ).total
-            total, parts["teacher_loss"] = total + teacher_loss, teacher_loss.detach()
+            weights = self.model.loss_weights()
+            teacher_loss = training_loss(teacher_output, labels, weights, self.label_smoothing).total
+            total = total + teacher_loss
+            parts["teacher_loss"] = teacher_loss.detach()
         return Loss(total, parts, loss.component_counts)
 
 

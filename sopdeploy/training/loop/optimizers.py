@@ -39,31 +39,31 @@ class AdaHessian(Optimizer):
     def backward(self, loss: Tensor, seed: int) -> None:
         """Set `grad` to the gradient of *loss*, and `curvatures` to the Hessian-vector product H z.
 
-        z is a vector of random signs that depends on *seed*. All processes of a step must use the same seed,
-        so that the sum of their products is that of the whole batch. The network must be twice
-        differentiable.
+        z is a vector of random signs that depends on *seed*, so |H z| estimates the diagonal of H. With the
+        same seed in all processes of a step, the sum of their products is that of the whole batch. The
+        network must be twice differentiable.
         """
         gradients = torch.autograd.grad(loss, self.trainable, create_graph=True, allow_unused=True)
         used = [(p, g) for p, g in zip(self.trainable, gradients, strict=True) if g is not None]
-        curved = [(p, g) for p, g in used if g.requires_grad]
+        curved = {p: g for p, g in used if g.requires_grad}  # of the others, H z is 0
         products = torch.autograd.grad(
-            [g for _, g in curved],
-            [p for p, _ in curved],
-            grad_outputs=[random_signs(seed, number, p) for number, (p, _) in enumerate(curved)],
+            list(curved.values()),
+            list(curved),
+            grad_outputs=[random_signs(seed, number, p) for number, p in enumerate(curved)],
             allow_unused=True,
         )
         for parameter, gradient in used:
             parameter.grad = gradient.detach().clone()
         pairs = zip(curved, products, strict=True)
-        self.curvatures = {parameter: product for (parameter, _), product in pairs if product is not None}
+        self.curvatures = {parameter: product for parameter, product in pairs if product is not None}
 
-    def all_reduce(self, sums: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
-        """Replace gradients and curvatures by their sums over processes."""
+    def all_reduce(self, add: Callable[[list[Tensor | None], list[Tensor]], list[Tensor | None]]) -> None:
+        """Replace gradients and curvatures by their sums over processes; *add* is `sum_by_parameter`."""
         parameters = self.trainable
-        gradients = sums([parameter.grad for parameter in parameters], parameters)
+        gradients = add([parameter.grad for parameter in parameters], parameters)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        curvatures = sums([self.curvatures.get(parameter) for parameter in parameters], parameters)
+        curvatures = add([self.curvatures.get(parameter) for parameter in parameters], parameters)
         pairs = zip(parameters, curvatures, strict=True)
         self.curvatures = {parameter: curvature for parameter, curvature in pairs if curvature is not None}
 
@@ -81,7 +81,7 @@ class AdaHessian(Optimizer):
                 state["mean"] = torch.zeros_like(parameter)
                 state["curvature"] = torch.zeros_like(parameter)
             state["step"] += 1
-            (decay, decay_curvature), rate, count = group["betas"], group["lr"], int(state["step"])
+            (decay, decay_curvature), lr, count = group["betas"], group["lr"], int(state["step"])
             diagonal = self.curvatures.get(parameter, torch.zeros_like(parameter)).abs()
             if diagonal.dim() == 4:
                 diagonal = diagonal.mean(dim=(2, 3), keepdim=True).expand_as(parameter)
@@ -90,12 +90,12 @@ class AdaHessian(Optimizer):
             state["curvature"].addcmul_(diagonal, diagonal, value=1 - decay_curvature)
             # Divided by 1 - decay^count, the means are unbiased, as in Adam.
             root = (state["curvature"] / (1 - decay_curvature**count)).sqrt().pow(group["power"])
-            parameter.mul_(1 - rate * group["weight_decay"])
-            parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-rate / (1 - decay**count))
+            parameter.mul_(1 - lr * group["weight_decay"])
+            parameter.addcdiv_(state["mean"], root.add_(group["eps"]), value=-lr / (1 - decay**count))
 
 
 def random_signs(seed: int, number: int, like: Tensor) -> Tensor:
-    """Draw random signs with shape, dtype and device of *like*; they depend only on *seed* and *number*."""
+    """Draw signs with shape, dtype and device of *like*; they depend on *seed*, *number* and its shape."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "signs", number))
     drawn = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
     return drawn.to(like.device, like.dtype).mul_(2).sub_(1)

@@ -61,9 +61,10 @@ def fit_loop(run: LoopRun, data: Split, folder: RunFolder, callback: Callback) -
 
 def epoch_data(recipe: Recipe, images: LabeledImages, epoch: int) -> tuple[AugmentedDataset, list[list[int]]]:
     """Return the augmented *images* of *epoch*, and the sample indices of each step."""
-    augment, rules = recipe.augment, recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
-    dataset = AugmentedDataset(images, augment, rules, recipe.seed, epoch, recipe.color)
-    copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1
+    augment = recipe.augment
+    preprocess = recipe.preprocess.model_copy(update={"crop": recipe.training_crop})
+    dataset = AugmentedDataset(images, augment, preprocess, recipe.seed, epoch, recipe.color)
+    copies = 2 if isinstance(augment, PadCrop) and augment.doubled else 1  # of each image
     return dataset, shuffled_batches(copies * len(images), recipe.batch_size, recipe.seed, epoch)
 
 
@@ -74,18 +75,17 @@ def train_epoch(
     recipe, epoch = run.recipe, run.position.epoch
     dataset, batches = epoch_data(recipe, images, epoch)
     set_train_mode(run.model, recipe.start)
-    since = time.monotonic()
     shards = [run.strategy.shard(samples) for samples in batches[run.position.step :]]
-    loader = load_batches(dataset, shards, recipe.workers, run.strategy.device)
-    for batch in loader:
+    since = time.monotonic()
+    for batch in load_batches(dataset, shards, recipe.workers, run.strategy.device):
         step = run.position.step
-        size = len(batches[step])
-        loss, gradient_norm = train_step(run, batch, step_size=size, steps=len(batches))
+        size = len(batches[step])  # samples of all processes
+        loss, gradient_norm = train_step(run, batch, num_samples=size, steps=len(batches))
         now = time.monotonic()
         run.after_step(loss, gradient_norm, size, seconds=now - since)
         since = now
-        loss_value, epochs = float(loss.total), recipe.epochs
-        callback.on_step_end(epoch=epoch, epochs=epochs, step=step, steps=len(batches), loss=loss_value)
+        progress = {"epoch": epoch, "epochs": recipe.epochs, "step": step, "steps": len(batches)}
+        callback.on_step_end(**progress, loss=float(loss.total))
         if signals.exchange(save_due=folder.is_save_due(recipe.save)):
             folder.save_last(run)
 
@@ -117,36 +117,35 @@ def evaluate_epoch(
 def fit_best(run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, callback: Callback) -> None:
     """Estimate the score of `best.pt`, fit its decision to the held-out images, and add both to it.
 
-    `run.result` becomes the estimate. In the first process, `run.decision` becomes the fitted one, or `None`
-    if there are too few images. With several classes per image, the thresholds in `best.pt` remain. A resumed
-    run repeats the fit with the same images.
+    `run.result` becomes the estimate. In the first process, `run.decision` becomes the fitted one; with fewer
+    than `MIN_IMAGES` images, or with several classes per image, that of `best.pt` remains. A resumed run
+    repeats the fit with the same images.
     """
-    epochs = run.recipe.epochs
-    run.result = estimate_best(run.position.history, frozen_backbone=run.recipe.frozen_backbone)
+    recipe = run.recipe
+    run.result = estimate_best(run.position.history, frozen_backbone=recipe.frozen_backbone)
     if run.strategy.rank != 0:
         return
     checkpoint = read_checkpoint(folder.best)
     run.decision = checkpoint.decision
     if run.activation == "softmax" and len(held_out) >= MIN_IMAGES:
         model = build_classifier(checkpoint, folder.best).to(run.strategy.device)
+        epochs = recipe.epochs  # the progress is that of the last one
         logits, targets = predict_logits(
             model,
             held_out,
-            run.recipe.preprocess,
-            batch_size=run.recipe.batch_size,
-            workers=run.recipe.workers,
+            recipe.preprocess,
+            batch_size=recipe.batch_size,
+            workers=recipe.workers,
             on_batch=lambda done: callback.on_evaluation_batch(epoch=epochs - 1, epochs=epochs, done=done),
         )
         run.decision = fit_decision(
             logits,
             targets,
             estimated_on="held-out",
-            accepts=run.recipe.rejection.accepts,
+            accepts=recipe.rejection.accepts,
             scalable=model.logits_layer() is not None,
             groups=held_out.images.groups,
-            unknown=predict_unknown(
-                model, run.recipe.rejection.unknown, run.recipe.preprocess, run.recipe.workers
-            ),
+            unknown=predict_unknown(model, recipe.rejection.unknown, recipe.preprocess, recipe.workers),
         )
     record = {**checkpoint.training, "procedure": run.result.model_dump(mode="json")}
     write_checkpoint(folder.best, replace(checkpoint, training=record, decision=run.decision))
@@ -155,10 +154,10 @@ def fit_best(run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, cal
 def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> LoopResult:
     """Estimate the score of the best epoch of *history* on the images that select this epoch.
 
-    Their score of it is too high. Therefore, resamples of the images select an epoch, and the images outside
-    of each resample measure it (bootstrap bias corrected cross-validation: Tsamardinos et al., Machine
-    Learning 107, 2018). This needs the predictions of all epochs for all images, which runs record for at
-    most `MAX_IMAGES` images. With *frozen_backbone*, the exported network is the same in all epochs.
+    Their score of it is too high. An accuracy is corrected by resamples of the images, which select an epoch
+    that the images outside of the resample measure (bootstrap bias corrected cross-validation: Tsamardinos et
+    al., Machine Learning 107, 2018). This needs the predictions of all epochs for all images, at most the
+    `MAX_IMAGES` of `diagnose`. With *frozen_backbone*, all epochs export the same network: nothing to select.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     metrics, count = best.metrics, best.metrics.count
@@ -172,7 +171,7 @@ def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False)
         if selected_by == "same images" and are_complete:
             right_EN = np.array([list(right) for right in predictions]) == "1"
             accuracy, selected_by = corrected_score(right_EN), "other images"
-        score = {"top1": Rate.of(round(accuracy * count), count)}
+        score = {"top1": Rate.of(round(accuracy * count), count)}  # rounded if corrected
     return LoopResult(
         epoch=best.epoch, num_epochs=len(history), count=count, selected_by=selected_by, **score
     )
@@ -186,7 +185,7 @@ def corrected_score(right_EN: NDArray[np.bool_]) -> float:
     """
     count = right_EN.shape[1]
     resamples_BN = np.random.default_rng(0).multinomial(count, [1 / count] * count, _RESAMPLES)
-    selected_B = (resamples_BN @ right_EN.T).argmax(axis=1)
+    selected_B = (resamples_BN @ right_EN.T).argmax(axis=1)  # of equally good epochs the first
     outside_BN = resamples_BN == 0
     num_outside_B = outside_BN.sum(axis=1)
     num_right_B = (right_EN[selected_B] & outside_BN).sum(axis=1)

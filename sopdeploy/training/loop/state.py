@@ -29,7 +29,7 @@ LR_FACTOR = "times"
 
 @dataclass(kw_only=True)
 class LoopRun(Run):
-    """A run of the training loop; `groups` are the optimizer's parameters.
+    """A run of the training loop; `groups` are the optimizer's parameter groups.
 
     Raises `ConfigError` for a teacher if images have several classes.
     """
@@ -47,7 +47,7 @@ class LoopRun(Run):
         if recipe.teacher is not None:
             smoothing = recipe.loss.label_smoothing
             self.teacher = Teacher(recipe.teacher, self.labels, recipe.preprocess, smoothing, recipe.seed)
-        self.replace_model(self.name, self.model)  # prepares it for training
+        self.replace_model(self.name, self.model)  # prepares both for training
         self.ema = None if recipe.ema is None else ExponentialMovingAverage(recipe.ema, self.model)
 
     @cached_property
@@ -82,23 +82,23 @@ class LoopRun(Run):
         position.seconds += seconds
 
     def after_epoch(self, metrics: HeldOutMetrics, diagnostics: Diagnostics, seconds: float) -> None:
-        """Record the metrics of an epoch, whose evaluation took *seconds*."""
-        done = self.position
+        """Add an epoch with its metrics, whose evaluation took *seconds*, to the position."""
+        position = self.position
         row = EpochRow(
-            epoch=done.epoch + 1,
-            lr=self.optimizer.param_groups[0]["lr"],
-            losses={name: total / done.seen for name, total in done.sums.items()},
+            epoch=position.epoch + 1,
+            lr=self.optimizer.param_groups[0]["lr"],  # of the last step; the factor of this group is 1
+            losses={name: total / position.seen for name, total in position.sums.items()},
             metrics=metrics,
-            gradient=done.gradient / done.seen,
-            component_counts=done.component_counts,
-            images_per_second=done.seen / max(done.train_seconds, 1e-9),
+            gradient=position.gradient / position.seen,
+            component_counts=position.component_counts,
+            images_per_second=position.seen / max(position.train_seconds, 1e-9),  # a clock may stand still
             diagnostics=diagnostics,
-            seconds=done.seconds + seconds,
+            seconds=position.seconds + seconds,
         )
-        self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*done.history, row))
+        self.position = Position(epoch=row.epoch, seconds=row.seconds, history=(*position.history, row))
 
     def synchronize_buffers(self) -> None:
-        """Average the running statistics of batch norms over processes.
+        """Average the floating-point buffers, the running statistics of batch norms, over processes.
 
         The running statistics are linear in those of the batches, so averaging once gives the same result
         as averaging in every step.
@@ -110,30 +110,30 @@ class LoopRun(Run):
                 buffer.copy_(self.strategy.all_reduce(buffer) / self.strategy.world)
 
     def replace_model(self, name: str, model: Classifier) -> None:
-        """Replace the model by *model*, named *name*; parts that both have keep their optimizer state.
+        """Replace the model by *model*, named *name*; parameters that both have keep their optimizer state.
 
-        The averages of such parts are kept, too.
+        Their averages are kept, too, so that *model* must not have tensors that the model before lacks.
         """
         states = {}
-        if "optimizer" in self.__dict__:  # it was used before
+        if "optimizer" in self.__dict__:  # the cached property was used
             states = {
-                part: self.optimizer.state[parameter]
-                for part, parameter in self.trained().named_parameters()
+                key: self.optimizer.state[parameter]
+                for key, parameter in self.trained().named_parameters()
                 if parameter in self.optimizer.state
             }
             del self.optimizer
         super().replace_model(name, model)
         self._prepare_training()
-        for part, parameter in self.trained().named_parameters():
-            if part in states:
-                self.optimizer.state[parameter] = states[part]
+        for key, parameter in self.trained().named_parameters():
+            if key in states:
+                self.optimizer.state[parameter] = states[key]
         if self.ema is not None:
             averages = self.ema.model.state_dict()
             self.ema.model = copy.deepcopy(self.model).requires_grad_(False)
-            self.ema.model.load_state_dict({part: averages[part] for part in self.model.state_dict()})
+            self.ema.model.load_state_dict({key: averages[key] for key in self.model.state_dict()})
 
     def _prepare_training(self) -> None:
-        """Set what learns; move the teacher to the device."""
+        """Set train mode and `groups`; move the teacher to the device."""
         recipe = self.recipe
         set_train_mode(self.model, recipe.start)
         self.groups = parameter_groups(self.model, recipe.start)
@@ -176,21 +176,21 @@ class LoopRun(Run):
 
 
 def set_train_mode(model: Classifier, start: StartConfig | None) -> None:
-    """Put *model*, or with `learn = "branches"` only its branches, into train mode."""
+    """Put *model*, or with `learn = "branches"` only its branches and what contains them, into train mode."""
     model.train()
     if start is not None and start.learn == "branches":
         branches = model.training_only
         for name, module in model.named_modules():
             contains_branch = any(branch.startswith(f"{name}.") for branch in branches)
-            is_root = name == ""
+            is_root = name == ""  # its mode decides whether it computes the branches
             module.training = is_root or contains_branch or is_in(name, *branches)
 
 
 def parameter_groups(model: Classifier, start: StartConfig | None) -> list[dict[str, Any]]:
     """Build the optimizer's parameter groups and freeze what `start.learn` excludes.
 
-    The classifier gets its own group if `head_factor` is not 1. Raises `ConfigError` if there are no
-    branches to train.
+    The classifier gets its own group if `head_factor` is not 1. Groups may have frozen parameters; optimizers
+    skip those without gradient. Raises `ConfigError` if there are no branches to train.
     """
     if start is not None and start.learn == "branches":
         if not model.training_only:
