@@ -176,8 +176,9 @@ def start_or_resume(
         callback.on_message(run.start.describe())
     if reason:
         callback.on_message(reason)
-    finished_epochs, side = run.position.epoch, run.recipe.preprocess.crop
-    resumed = f", resumed at epoch {finished_epochs + 1}" if finished_epochs else ""
+    side, next_epoch = run.recipe.preprocess.crop, run.position.epoch + 1
+    has_epochs = isinstance(recipe.procedure, LoopConfig) and next_epoch <= recipe.epochs
+    resumed = f", resumed at epoch {next_epoch}" if checkpoint is not None and has_epochs else ""
     callback.on_message(
         f"{len(data.train)} training images, {len(data.held_out)} held out{resumed}; the network sees "
         f"{side} x {side} pixels"

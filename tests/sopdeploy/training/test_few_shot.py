@@ -29,7 +29,7 @@ from sopdeploy.training.few_shot.features import Features
 from sopdeploy.training.recipe import FewShotConfig, LoopConfig, read_recipe
 from sopdeploy.training.run import Callback
 from sopdeploy.training.train import FEW_IMAGES, select_procedure, train_recipe
-from tests.sopdeploy.training.runs import COLORS, SMALL, paint, train_with_page
+from tests.sopdeploy.training.runs import COLORS, SMALL, RecordingCallback, paint, train_with_page
 
 FEW_SHOT = ["procedure.kind=few_shot"]
 
@@ -184,7 +184,9 @@ def test_a_small_folder_is_cross_validated_trained_on_whole_and_reported(tmp_pat
     assert ("Probably wrong labels" in page) == bool(listed)
     assert all(one["probability_suggested"] > one["probability"] for one in listed)
     assert CliRunner().invoke(app, command).exit_code == 0
-    again = train_recipe(recipe, tmp_path / "run", resume=True)
+    callback = RecordingCallback()
+    again = train_recipe(recipe, tmp_path / "run", resume=True, callback=callback)
+    assert not any("resumed" in values.get("message", "") for _, values in callback.events)
     assert again.procedure == found
     after = read_checkpoint(result.best)
     (tmp_path / "photos" / "red" / "0.png").unlink()

@@ -56,7 +56,13 @@ def test_a_run_stopped_at_any_time_resumes_to_the_same_bits(tmp_path, uninterrup
     out, (before, after) = tmp_path / "run", workers
     interrupt(short_recipe(f"workers={before}"), out, *event)
     assert not same_run(out, uninterrupted)
-    assert train_recipe(short_recipe(f"workers={after}"), out, resume=True).num_epochs == 3
+    callback = RecordingCallback()
+    resumed = train_recipe(short_recipe(f"workers={after}"), out, resume=True, callback=callback)
+    assert resumed.num_epochs == 3
+    epoch = (
+        3 if event[0] == "epoch" else event[1] + 1
+    )  # a stop at the end of an epoch resumes at the next one
+    assert f", resumed at epoch {epoch};" in callback.events[0][1]["message"]
     assert same_run(out, uninterrupted)
     assert (out / "history.csv").read_text().count("\n") == 4
 
