@@ -163,7 +163,7 @@ def predict_logits(
             on_batch(min(len(dataset), number * images_per_round))
     finally:
         model.train(was_training)
-    classes = computed[0].shape[1] if computed else len(dataset.images.labels)
+    classes = computed[0].shape[1] if computed else len(dataset.images.labels)  # no image here
     logits = torch.zeros(len(dataset), classes, dtype=torch.float64)
     if computed:
         logits[processes.rank :: processes.world] = torch.cat(computed)
@@ -186,7 +186,7 @@ class AllHeads(nn.Module):
         return torch.cat(list(heads.values()), dim=1)
 
     def split(self, logits: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Divide *logits* (N, H * C) of this network into those of its heads, (N, C)."""
+        """Divide *logits* (N, H * C), which `forward` has computed, into those of its heads, (N, C)."""
         return dict(zip(self.names, np.split(logits, len(self.names), axis=1), strict=True))
 
 

@@ -83,9 +83,9 @@ def score_statistic(wins: int, losses: int, images: int, difference: float) -> f
     # The share of images on which only the first is right solves 2 images x^2 + linear x + constant = 0.
     linear = (2 * images - wins + losses) * difference - wins - losses
     constant = -losses * difference * (1 - difference)
-    share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)
+    share = (math.sqrt(max(0.0, linear**2 - 8 * images * constant)) - linear) / (4 * images)  # larger root
     variance = images * (2 * share + difference * (1 - difference))
-    return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))
+    return (wins - losses - images * difference) / math.sqrt(max(variance, 1e-12))  # 0 if both always agree
 
 
 def difference_interval(wins: int, losses: int, images: int) -> Interval:
@@ -129,7 +129,7 @@ def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int =
         return "better"
     if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(attempt):
         return "not worse"
-    return "worse" if losses > wins and p <= ALPHA else "undecided"
+    return "worse" if losses > wins and p <= ALPHA else "undecided"  # both refuse: the full level
 
 
 def images_to_decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> int | None:

@@ -76,7 +76,7 @@ class Strategy(ProcessGroup):
             if count > 0
         ]
         total = torch.cat([tensor.reshape(-1) for tensor in dense])
-        dist.all_reduce(total)
+        dist.all_reduce(total)  # in place; `total` is a copy
         parts = iter(torch.split(total, [tensor.numel() for tensor in dense]))
         return [  # each with the memory layout of its parameter
             torch.empty_like(parameter).copy_(next(parts).view_as(parameter)) if count > 0 else None

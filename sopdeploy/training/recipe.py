@@ -192,7 +192,7 @@ def change_recipe(
     """Read the recipe *source*, a packaged name or a `.toml` file, or take the *recorded* values of a run.
 
     A recipe may name another packaged one as its `base`, whose values apply where it has none itself.
-
+    *source* also names the recorded values in messages.
     *changes* are dotted keys with their values. If they select another network, the values of `model.config`
     that this network does not have are dropped; if another `data.kind` or `procedure.kind`, those of the
     table that this kind does not have. Raises `ConfigError` that names the file or key, and the closest key.
@@ -213,10 +213,10 @@ def change_recipe(
 def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """Drop the values of another network, data source or procedure than *overrides* select."""
     tables = {name: table for name, table in values.items() if isinstance(table, dict)}
-    config, network = tables.get("model", {}).get("config", {}), overrides.get("model.name")
-    if isinstance(config, dict) and isinstance(network, str):
-        for key in config.keys() - entry(network).config.model_fields:
-            del config[key]
+    given, network = tables.get("model", {}).get("config", {}), overrides.get("model.name")
+    if isinstance(given, dict) and isinstance(network, str):
+        for key in given.keys() - entry(network).config.model_fields:
+            del given[key]
     for name in ("data", "procedure"):
         table, kind = tables.get(name, {}), overrides.get(f"{name}.kind")
         if isinstance(kind, str) and kind != table.get("kind"):

@@ -156,7 +156,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     """
     own, last_layer = model.state_dict(), classifier_name(model)
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    per_class = [name for name, layer in linear if layer.out_features == model.num_classes]
+    per_class = [name for name, layer in linear if layer.out_features == model.num_classes]  # or a backbone's
     class_layers = (*per_class, last_layer)
     training_only = (*model.training_only, *weights.training_only)
     of_other_classes: list[str] = []  # layers that are not loaded, because they predict other classes

@@ -70,11 +70,11 @@ def fit_few_shot(run: Run, data: Split, folder: RunFolder, callback: Callback) -
         except DataError as error:
             raise unreadable_images_error(error, data.train, data.held_out) from None
     _fit_decision(run, data.train, result)
-    seconds, lr = time.monotonic() - since, run.recipe.optimizer.lr
+    seconds = time.monotonic() - since
     targets = Targets.of(data.train)
     unweighted_N = targets.losses(run.state["out_of_fold"].numpy()) / targets.weights
     losses = {"loss": float(unweighted_N.mean())}
-    row = EpochRow(epoch=1, lr=lr, losses=losses, metrics=metrics, seconds=seconds)
+    row = EpochRow(epoch=1, lr=run.recipe.optimizer.lr, losses=losses, metrics=metrics, seconds=seconds)
     run.position = Position(epoch=1, seconds=seconds, history=(row,))
     folder.save_last(run)
     folder.save_derived_files(run)
