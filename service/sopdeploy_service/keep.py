@@ -94,7 +94,7 @@ def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) 
 
 
 class Keeper:
-    """Passes photographs of requests to *store*, from `start` to `stop`; *share* are a uniform sample."""
+    """Passes copies by *copy* to *store*, from `start` to `stop`; *share* of all are the uniform sample."""
 
     def __init__(self, store: StoreKept, share: float, metrics: Metrics, copy: CopyImage) -> None:
         self._store, self._share, self._copy = store, share, copy

@@ -212,7 +212,7 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
 def unused_variables() -> list[str]:
     """List environment variables that start with `SOPDEPLOY_` but name no setting."""
     used = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
-    used |= {FILE_VARIABLE, VARIABLE}
+    used |= {FILE_VARIABLE, VARIABLE}  # the second one is read by `sopdeploy.plugins`
     return sorted(name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in used)
 
 

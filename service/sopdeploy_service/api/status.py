@@ -54,9 +54,10 @@ async def readyz(request: Request) -> Response:
     The probes of every bundle are replayed before the server starts to listen. `reason` names a bundle whose
     folder was deleted: a restarted process cannot load it.
     """
-    service, reason = service_of(request), None
+    service = service_of(request)
     paths = [model.bundle.path for model in service.registry.models()]
     deleted = await asyncio.to_thread(lambda: [path for path in paths if not (path / MANIFEST).is_file()])
+    reason = None
     if deleted:
         reason = f"{deleted[0]}: the bundle was deleted; it is served until this process ends"
     health = Health(status=service.state, reason=reason)

@@ -136,20 +136,21 @@ class LabelFolders:
         """
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photographs yourself")
-        photo, target, new_folder = self.steps.pop()
+        photo, target, new_folder = self.steps[-1]
         image = photo.path
         if target is None:
             image.with_suffix(SKIPPED).unlink(missing_ok=True)
+        elif not target.exists():
+            self.steps.pop()
+            raise GoneError(f"{target}: no longer there, so its label cannot be undone")
         else:
-            try:
-                _move(target, image)
-            except FileNotFoundError:
-                raise GoneError(f"{target}: no longer there, so its label cannot be undone") from None
-            with atomic_write(image.with_suffix(".json")) as partial:
+            with atomic_write(image.with_suffix(".json")) as partial:  # first: without it, the server deletes
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
+            _move(target, image)
             if new_folder:
                 with suppress(OSError):  # other photographs are in it
                     target.parent.rmdir()
+        self.steps.pop()
         self.waiting = {image.stem: photo, **self.waiting}
 
     def _find(self, identity: str) -> Kept:
@@ -205,7 +206,7 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     A new name must differ from *classes* by more than case and the encoding of its letters. Those of the
     existing *folders* may have any length and characters.
     """
-    if name not in classes:
+    if name not in classes:  # names that exist stay as they are
         name = unicodedata.normalize("NFC", name.strip())
     same = [other for other in classes if _folded(other) == _folded(name)]
     is_new, problem = name not in folders, ""

@@ -59,7 +59,7 @@ def configured_process(settings: Settings) -> Iterator[None]:
 
 def load_app(sources: Sequence[str | Path], settings: Settings, **options: Any) -> "FastAPI":
     """Load the bundles at *sources*; return the app that serves them."""
-    bundles = find_bundles(sources)
+    bundles = find_bundles(sources)  # before the slow imports
     from sopdeploy_service.app import create_app  # noqa: PLC0415
 
     if settings.memory_budget is not None:
