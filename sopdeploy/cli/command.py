@@ -50,7 +50,7 @@ def command(
     Positional parameters become arguments, except those in *options*; keyword parameters become options.
     Parameters that no option can express, such as callbacks, are for Python only.
     *show* prints the result, or with `--json` the command prints it as JSON; *summarize* selects what. The
-    other parameters of *show* are options, too; if one is `as_json`, *show* prints both.
+    other parameters of *show* are options, too; if one is `as_json`, *show* itself prints text or JSON.
     The number that *show*, or without it the function, returns is the exit code. A user error is one line and
     exit code 2.
     """

@@ -174,7 +174,7 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     """
     means = [part.mean(axis=0) for part in parts]
     squares = [np.square(part - mean).sum(axis=1).mean() for part, mean in zip(parts, means, strict=True)]
-    norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]
+    norms = [max(float(np.sqrt(square)), 1e-12) for square in squares]  # not 0 if all vectors are equal
 
     def join(given: _Parts) -> NDArray[np.float32]:
         scaled = [(part - mean) / norm for part, mean, norm in zip(given, means, norms, strict=True)]

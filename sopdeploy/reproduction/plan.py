@@ -178,7 +178,7 @@ def _plan_row(table: PrintedTable, printed: PrintedRow, options: ReproduceOption
 
 def _plan_training(row: ReproducedRow, table: PrintedTable, options: ReproduceOptions) -> None:
     """Set figures, recipe and times of *row*; raise `ConfigError` if its network cannot be built."""
-    of_paper = read_recipe(row.source, row.overrides)
+    of_paper = read_recipe(row.source, row.overrides)  # without the user's data and settings
     row.figures = count_figures(row.printed, of_paper, table)
     if table.measures == "counts":
         row.reason = "counted, not trained"

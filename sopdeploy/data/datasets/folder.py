@@ -285,7 +285,7 @@ def open_evaluation_images(
             )
         return read_label_table(root, labels, multi_label=True).held_out()
     if (kind := detect_kind(root)) is not None:
-        images, other_classes = open_part(kind, "held_out", root), True
+        images, other_classes = open_part(kind, "held_out", root), True  # other classes are left out
     else:
         folder = _held_out_folder(root, labels, log)
         if has_label_table(folder):
