@@ -113,7 +113,7 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
 
     Raises `BundleError` if a file is missing, is damaged or does not match the bundle.
     """
-    manifest, examples = bundle.manifest, []
+    manifest, opened = bundle.manifest, list[Golden]()
     is_mixture = any(output.name == GATES for output in manifest.outputs)  # which may have fewer examples
     try:
         index = GoldenIndex.model_validate_json(_read_listed(bundle, GOLDEN))
@@ -121,14 +121,14 @@ def read_golden(bundle: Bundle) -> tuple[Golden, ...]:
             jpeg, raw = (_read_listed(bundle, name) for name in (example.jpeg, example.pixels))
             pixels = np.frombuffer(raw, np.uint8).reshape(manifest.image_shape)
             logits = np.array(example.logits, np.float32).reshape(len(bundle.labels))
-            examples.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
+            opened.append(Golden(example.jpeg, jpeg, pixels, logits, index.tolerance))
         largest = TOLERANCES * read_probes(bundle.probes).tolerance[manifest.outputs[0].name]
-        fits = index.tolerance <= largest and (is_mixture or len(examples) == NUM_EXAMPLES)
+        fits = index.tolerance <= largest and (is_mixture or len(opened) == NUM_EXAMPLES)
     except (KeyError, ValueError):
         fits = False
     if not fits:
         raise BundleError(f"{bundle.path / GOLDEN}: does not fit the bundle; export the bundle again")
-    return tuple(examples)
+    return tuple(opened)
 
 
 def _read_listed(bundle: Bundle, name: str) -> bytes:

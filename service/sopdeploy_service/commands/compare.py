@@ -292,7 +292,7 @@ def _select(
 ) -> tuple[ImageFiles, dict[str, Any]]:
     """Leave out training images of the bundles with their near-duplicates, and copies among the others.
 
-    Also returns the fields of `BundleComparison` that say what was left out.
+    Also returns the fields of `BundleComparison` that say what was left out; appends to *notes*.
     """
     hashes, in_sample, suspects = hash_images(images), np.zeros(len(images), np.bool_), []
     for one in pair:

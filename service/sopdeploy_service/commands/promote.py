@@ -79,7 +79,7 @@ def promote(
     if over.exists() and over.resolve() == new.resolve():
         raise ConfigError(f"{over}: leads to this bundle already; name another one")
     after = os.path.relpath(new.resolve(), over.parent.resolve())
-    comparison, reason = None, force or "first bundle"
+    comparison = None
     if over.exists() and data is not None:
         comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
         objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
@@ -92,8 +92,9 @@ def promote(
         reason = force or comparison.summary
     elif over.exists() and force is None:
         raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
-    else:  # `compare` loads it, too
-        load_model(new, load_settings())
+    else:
+        reason = force or "first bundle"
+        load_model(new, load_settings())  # as `compare` does
     return _record(over, before, after, reason, comparison)
 
 

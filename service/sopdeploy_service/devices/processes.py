@@ -19,10 +19,10 @@ VISIBLE, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
 class LaunchConfig(pydantic.BaseModel):
-    """What a new one of *num_processes* gets: its *name*, bundles and settings, and inherited descriptors.
+    """What each of *num_processes* gets: its *name*, *sources* of bundles, *settings*, file descriptors.
 
-    These are its end of the *control* socket, the file *buckets* of rate limits, and a pipe: the process ends
-    when its other end closes, the *lifeline*.
+    These are its end of the socket *control*, the file *buckets* of rate limits, and *lifeline*, a pipe: the
+    process ends when the supervisor closes the other end.
     """
 
     name: str

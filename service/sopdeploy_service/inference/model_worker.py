@@ -191,7 +191,7 @@ class Model:
         self.decision = manifest.rules
         self.thresholds, self.rejection = self.decision.thresholds, self.decision.rejection
         self.top_k = settings.classes_per_image(multi_label=self.thresholds is not None)
-        self.version = manifest.id
+        self.version, self.logits = manifest.id, manifest.outputs[0].name
         self.largest_batch = largest_batch(loaded.runtime, settings)
         self.dead = False
         self.queue = RequestQueue(max_delay=settings.max_queue_delay_ms / 1000)
@@ -209,7 +209,6 @@ class Model:
         self._runtime = loaded.runtime
         self._overlapping = loaded.runtime if isinstance(loaded.runtime, OverlappingRuntime) else None
         self._outputs = tuple(output.name for output in manifest.outputs)
-        self.logits = self._outputs[0]
         self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
         self._failed = False  # every image of the last batch
         self._in_flight: list[_Batch] = []  # oldest first
