@@ -38,9 +38,8 @@ def create_app(
 ) -> FastAPI:
     """Create the app that serves *models* by name, each loaded by `load_model`, or those of a registry.
 
-    *limits* is the memory of the keys' rate limits, if processes share it.
-    `app.state.service` is the `Service` of the app; it runs once, from startup to shutdown.
-    Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
+    *limits* is the memory of the keys' rate limits, if processes share it. `app.state.service` is the
+    `Service`. Raises `ConfigError` if the key file or the folder `keep` of *settings* cannot be used.
     """
     keys = None if settings.keys is None else read_keys(settings.keys)
     if keys is not None and not keys:

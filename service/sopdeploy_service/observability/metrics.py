@@ -80,7 +80,8 @@ class Metrics:
         self.runtime_seconds = counter("runtime_seconds", "Busy time of the runtime", ("model",))
         self.connections = gauge("connections", "Open connections")
         self.upload_bytes = gauge("upload_bytes", "Bytes of request bodies not yet answered")
-        registry.register(DROPPED)  # of this process, whichever server it has
+        self.dropped_log_lines = DROPPED  # of this process; the documentation lists all attributes
+        registry.register(DROPPED)
         self.loop_lag = gauge("event_loop_lag_seconds", "Largest lag of the last 10 s")
         self.drift_distance = gauge(
             "drift_distance",

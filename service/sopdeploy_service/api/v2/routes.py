@@ -82,8 +82,7 @@ async def model_ready(request: Request, name: str, version: str | None = None) -
 @router.get(VERSION)
 async def model_metadata(request: Request, name: str, version: str | None = None) -> Response:
     """Return the inputs and outputs of the model."""
-    model = find_and_record_model(request, name, version)
-    return json_response(describe_model(model))
+    return json_response(describe_model(find_and_record_model(request, name, version)))
 
 
 @router.post(MODEL + "/infer", openapi_extra=INFER_BODY)
