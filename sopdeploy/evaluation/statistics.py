@@ -142,4 +142,4 @@ def images_to_decide(wins: int, losses: int, images: int, tolerance: float, atte
         needed.append(variance * ((quantile + Z_POWER) / (difference + tolerance)) ** 2)
     if difference < 0:  # for "worse"
         needed.append(variance * ((Z_95 + Z_POWER) / difference) ** 2)
-    return max(1, math.ceil(min(needed)) - images) if needed else None
+    return max(1, math.ceil(min(needed)) - images) if needed else None  # for the verdict that needs fewer

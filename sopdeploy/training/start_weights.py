@@ -156,13 +156,13 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     """
     own, last_layer = model.state_dict(), classifier_name(model)
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    per_class = [name for name, layer in linear if layer.out_features == model.num_classes]  # or a backbone's
-    class_layers = (*per_class, last_layer)
+    of_width = [name for name, layer in linear if layer.out_features == model.num_classes]
+    class_layers = (*of_width, last_layer)  # with this width, a layer of the backbone is among them, too
+    classifiers = [name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS}]
     training_only = (*model.training_only, *weights.training_only)
     of_other_classes: list[str] = []  # layers that are not loaded, because they predict other classes
     if weights.labels is not None and weights.labels != labels:
         of_other_classes = [name for name in class_layers if is_in(name, last_layer, *model.training_only)]
-    classifiers = [name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS}]
     may_be_new = (*of_other_classes, *training_only, *classifiers)
     whole_classifier = last_layer.rpartition(".")[0]  # of several layers; empty for a single one
     matching: dict[str, Tensor] = {}

@@ -198,7 +198,7 @@ def select_procedure(recipe: Recipe, data: Split, recorded: AnyProcedureConfig |
     """Select the procedure of *recipe*, and hold out images of *data* if it needs them.
 
     "auto" continues with the *recorded* procedure. In a new run, it is `few_shot` for up to `FEW_IMAGES`
-    training images, if the network has such a head and torchrun does not run, and else the training loop.
+    training images, if the network has such a head and torchrun did not start it, and else the training loop.
     Cross-validation replaces a hold-out, so `few_shot` gets all images. Raises `ConfigError` if it has no
     head for the network.
     """

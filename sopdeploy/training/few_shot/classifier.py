@@ -152,7 +152,7 @@ class Problem:
             return scaled
 
         spanning = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
-        basis = np.linalg.qr(inputs(spanning).T)[0]
+        basis = np.linalg.qr(inputs(spanning).T)[0]  # (D, R)
         reduced = np.concatenate([inputs(block) @ basis for block in blocks])
         return cls(reduced, basis, center_D, scale_D, targets)
 

@@ -56,7 +56,7 @@ class Features:
         """
         pooled = self.full.pooled_head
         means = {("mean", tap): length for tap, length in pooled.channels.items()}
-        roots = {
+        roots = {  # none for a head without them
             ("isqrt", tap): pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings
         }
         own_length = self.full.num_features() - sum(means.values()) - sum(roots.values())
@@ -87,7 +87,7 @@ class Features:
         config = self.head.model_copy(update={"distance": with_distance})
         model = with_head(self.recipe.model.name, self.model, config)
         pooled, weight = model.pooled_head, fitted.weight
-        if pooled.poolings:
+        if pooled.poolings:  # the head reads roots
             for tap in pooled.channels:
                 pooled.pooling(tap).load_state_dict(self.full.pooled_head.pooling(tap).state_dict())
         if with_distance:  # the head appends the distance to its vector
