@@ -55,7 +55,7 @@ def is_main_process() -> bool:
 
 
 def lacks_vnni() -> bool:
-    """Check whether an x86 processor does not list VNNI, or nothing; `SLOW_INT8` describes the effect."""
+    """Check for an x86 processor that lists no VNNI, or no features; `SLOW_INT8` describes the effect."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     return not CPUINFO.exists() or "vnni" not in CPUINFO.read_text(encoding="utf-8")

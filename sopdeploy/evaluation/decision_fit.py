@@ -153,7 +153,7 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     bound = math.log(MAX_TEMPERATURE)
     optimum = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
     at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
-    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT  # log-likelihoods are sums
+    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT  # of the sum, not of the mean
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 

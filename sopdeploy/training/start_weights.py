@@ -157,7 +157,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     own, last_layer = model.state_dict(), classifier_name(model)
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     of_width = [name for name, layer in linear if layer.out_features == model.num_classes]
-    class_layers = (*of_width, last_layer)  # with this width, a layer of the backbone is among them, too
+    class_layers = (*of_width, last_layer)  # and any other layer of this width
     classifiers = [name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS}]
     training_only = (*model.training_only, *weights.training_only)
     of_other_classes: list[str] = []  # layers that are not loaded, because they predict other classes

@@ -336,7 +336,7 @@ def resume_run(
         run = create_run(images, strategy, initial)
         run.name = checkpoint.model  # with the head of a finished few-shot run
         run.result = read_result(checkpoint.training)
-        run.decision = None if run.result is None else checkpoint.decision  # before, one with default values
+        run.decision = None if run.result is None else checkpoint.decision  # until then, default thresholds
         run.load_resume_state(state)
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error
@@ -357,7 +357,7 @@ def _check_same_images(labels: tuple[str, ...], count: Any, images: LabeledImage
 
 
 def summarize_run(run: Run, data: Split, out_dir: Path) -> TrainingResult:
-    """Describe the finished *run* on *data* in *out_dir*, without page, mistakes, previous run and choice."""
+    """Describe the finished *run*; `report`, `previous`, `mistakes` and `networks` are left empty."""
     history = run.position.history
     best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
     return TrainingResult(

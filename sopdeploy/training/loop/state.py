@@ -91,7 +91,7 @@ class LoopRun(Run):
             metrics=metrics,
             gradient=position.gradient / position.seen,
             component_counts=position.component_counts,
-            images_per_second=position.seen / max(position.train_seconds, 1e-9),  # a clock may stand still
+            images_per_second=position.seen / max(position.train_seconds, 1e-9),  # 0 on a coarse clock
             diagnostics=diagnostics,
             seconds=position.seconds + seconds,
         )
