@@ -101,7 +101,7 @@ class TokenBucket:
 
     def __init__(self, rate: float, burst: int, state: BucketState) -> None:
         self._rate, self.burst, self._state = rate, burst, state
-        if not state[1]:
+        if not state[1]:  # was never filled
             state[0], state[1] = float(burst), time.monotonic()
 
     def spend(self, num_images: int, *, check_only: bool = False) -> None:

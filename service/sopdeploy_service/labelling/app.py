@@ -58,8 +58,8 @@ class GivenLabel(StrictModel):
 def refuse_request(request: Request, names: set[str], key: str) -> Response | None:
     """Refuse requests for other hosts than *names*, from other origins, without the *key*, and large ones.
 
-    Returns None for other requests. The page with the key in its address redirects, with a cookie that has
-    the key, to the page without it.
+    So are POSTs without JSON. Returns None for other requests. The page with the key in its address
+    redirects, with a cookie that has the key, to the page without it.
     """
     headers = request.headers
     navigates = request.method == "GET" and request.url.path == "/"
