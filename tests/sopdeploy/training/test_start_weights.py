@@ -27,7 +27,13 @@ from sopdeploy.importers.timm_files import LITE
 from sopdeploy.models.registry import create_model
 from sopdeploy.training.distributed import Strategy
 from sopdeploy.training.recipe import Recipe, read_recipe
-from sopdeploy.training.start_weights import InitialModel, complete_preprocess, create_initial_model
+from sopdeploy.training.start_weights import (
+    InitialModel,
+    StartWeights,
+    complete_preprocess,
+    create_initial_model,
+    load_start_weights,
+)
 from sopdeploy.training.train import train_recipe
 from tests.sopdeploy.training.runs import short_recipe
 
@@ -231,6 +237,16 @@ def test_a_file_of_another_network_is_refused_with_its_name(tmp_path) -> None:
     difference = r"layer1.0.conv1.weight is \(64, 64, 1, 1\), not \(64, 64, 3, 3\)"
     with pytest.raises(WeightsError, match=rf"mine\.pth \(ResNet-50 of .*\) does not fit: {difference}"):
         start("model.name=resnet18", f"start.weights={tmp_path / 'mine.pth'}")
+
+
+def test_of_several_unknown_tensors_the_first_by_name_is_reported() -> None:
+    model = create_model("resnet8", num_classes=2)
+    tensors = {f"layer9.{letter}": torch.zeros(1) for letter in "hgfedcba"} | model.state_dict()
+    weights = StartWeights(
+        file="mine.pth", sha256="", network="ResNet-8", tensors=tensors, preprocess=Preprocess()
+    )
+    with pytest.raises(WeightsError, match=r"the network of the recipe has no layer9\.a;"):
+        load_start_weights(weights, model, ("cat", "dog"))
 
 
 @pytest.mark.usefixtures("few_digits")
