@@ -243,7 +243,7 @@ def _simplify_pooling(program: ExportedProgram) -> None:
         if node.args[1] == [1, 1]:
             node.target, node.args = aten.mean.dim, (node.args[0], [-1, -2], True)
     for node in program.graph.find_nodes(op="call_function", target=aten.max_pool2d.default):
-        x, *options, ceil_mode = node.args if len(node.args) == 6 else (*node.args, False)  # False: default
+        x, *options, ceil_mode = node.args if len(node.args) == 6 else (*node.args, False)  # the default
         if ceil_mode:
             image = torch.empty(x.meta["val"].shape[1:], device="meta")  # (C, H, W)
             if aten.max_pool2d(image, *options).shape[1:] == node.meta["val"].shape[2:]:  # height and width
@@ -257,7 +257,7 @@ def _name_all_axes(program: ExportedProgram) -> None:
         text, arrow, result = node.args[0].replace(" ", "").partition("->")
         if "..." not in text:
             continue
-        if not arrow:  # the default: the labels that occur once, in alphabetical order
+        if not arrow:  # then the result has the labels that occur once, in alphabetical order
             result = "..." + "".join(sorted(x for x in set(text) - set(",.") if text.count(x) == 1))
         free = [letter for letter in ascii_letters if letter not in text]
         terms, longest = [], ""
@@ -284,10 +284,10 @@ class SymbolicForms(TorchFunctionMode):
         return OTHER_FORMS.get(function, function)(*args, **(kwargs or {}))
 
 
-def _chunk(x: Tensor, chunks: int, dim: int = 0) -> Any:
-    if is_batch_axis(x, dim) and x.shape[0] % chunks == 0:
-        return x.view(chunks, -1, *x.shape[1:]).unbind(0)
-    return x.chunk(chunks, dim)
+def _chunk(input: Tensor, chunks: int, dim: int = 0) -> Any:
+    if is_batch_axis(input, dim) and input.shape[0] % chunks == 0:
+        return input.view(chunks, -1, *input.shape[1:]).unbind(0)
+    return input.chunk(chunks, dim)
 
 
 def _split(x: Tensor, size: Any, dim: int = 0) -> Any:
@@ -301,17 +301,17 @@ def is_batch_axis(x: Tensor, dim: int) -> bool:
     return dim in (0, -x.ndim) and not isinstance(x, nn.Parameter)
 
 
-def _take_along(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
+def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
     """Select by `gather`, after all axes but *dim* are expanded to common sizes."""
     if dim is None:
-        return torch.take_along_dim(x, indices)
-    x, indices = x.movedim(dim, -1), indices.movedim(dim, -1)
-    shape = torch.broadcast_shapes(x.shape[:-1], indices.shape[:-1])  # type: ignore[no-untyped-call]
-    found = x.expand(*shape, x.shape[-1]).gather(-1, indices.expand(*shape, indices.shape[-1]))
+        return torch.take_along_dim(input, indices)
+    x, chosen = input.movedim(dim, -1), indices.movedim(dim, -1)
+    shape = torch.broadcast_shapes(x.shape[:-1], chosen.shape[:-1])  # type: ignore[no-untyped-call]
+    found = x.expand(*shape, x.shape[-1]).gather(-1, chosen.expand(*shape, chosen.shape[-1]))
     return found.movedim(-1, dim)
 
 
-OTHER_FORMS: dict[Any, Any] = {
+OTHER_FORMS: dict[Any, Any] = {  # their parameters have torch's names
     **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.split, Tensor.split), _split),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),

@@ -170,7 +170,7 @@ def outermost(network: nn.Module, unused: set[str]) -> tuple[str, ...]:
     """Name the outermost modules of *network* with only *unused* tensors, then the other unused tensors."""
     outer: list[str] = []
     for name, module in modules(network):
-        inner = {f"{name}.{tensor}" if name else tensor for tensor in tensors(module)}
+        inner = {f"{name}.{tensor}" for tensor in tensors(module)} if name else set()  # not all of *network*
         if inner and inner <= unused and not is_in(name, *outer):
             outer.append(name)
     return (*outer, *sorted(name for name in unused if not is_in(name, *outer)))

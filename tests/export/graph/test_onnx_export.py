@@ -18,7 +18,7 @@ from sopdeploy.bundle.manifest import BatchRange
 from sopdeploy.errors import LoweringError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy_export import operators
-from sopdeploy_export.graph import OPSET, capture, capture_any_batch, generated_images, lower
+from sopdeploy_export.graph import OPSET, SymbolicForms, capture, capture_any_batch, generated_images, lower
 from sopdeploy_export.operators import check_operators
 from sopdeploy_export.precision.casts import float32_parts
 from sopdeploy_export.precision.int8 import Int8Quantizer
@@ -86,6 +86,15 @@ def test_network_that_restricts_the_batch_size_is_rejected(
 ) -> None:
     with pytest.raises(LoweringError):
         capture(Minimal(function).eval(), preprocess, BATCH)
+
+
+def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
+    x, indices = torch.arange(8.0).reshape(4, 2), torch.tensor([[1]])
+    with SymbolicForms():
+        halves = torch.chunk(input=x, chunks=2)
+        second = torch.take_along_dim(input=x, indices=indices, dim=1)
+    assert torch.equal(torch.cat(halves), x)
+    assert torch.equal(second, x[:, 1:])
 
 
 def test_operator_without_onnx_form_is_rejected_in_one_line(preprocess: Preprocess) -> None:

@@ -288,6 +288,21 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(case: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+class Means(nn.Module):
+    """Has a layer that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+
+def test_a_network_is_no_unused_part_of_itself() -> None:
+    assert unused_modules(Means(), n.PREPROCESS) == ("fc",)
+
+
 def test_an_unused_part_and_a_softmax_are_warnings(tmp_path: Path) -> None:
     network = n.trained(n.variant(n.probabilities))
     assert unused_modules(network, n.PREPROCESS) == ("aux",)
