@@ -72,10 +72,7 @@ class QueuedImage:
 
 @dataclass(eq=False)
 class RequestQueue:
-    """Images in order of arrival. Thread-safe.
-
-    Admission counts images before they are decoded and bounds the length of the queue.
-    """
+    """Images in order of arrival; thread-safe. The limit of admitted images limits its length, too."""
 
     max_delay: float = 0.0
     closed_with: HttpError | None = None

@@ -49,7 +49,8 @@ class PartActor:
 
     def __call__(self, task: dict[str, Any]) -> dict[str, list[int]]:
         """Classify parts, unless a lost actor has written them; return their numbers of images."""
-        sizes = {part: self._folder.sizes()[part] for part in task["part"].tolist()}
+        all_sizes = self._folder.sizes()
+        sizes = {part: all_sizes[part] for part in task["part"].tolist()}
         missing = [part for part, size in sizes.items() if self._folder.num_errors(part, size) is None]
         self._classifier.write_parts(self._folder, missing, lambda _: None)
         return {"images": list(sizes.values())}
@@ -99,7 +100,7 @@ class RayClassifier:
 
 def _connect(options: "ClassifyOptions") -> None:
     """Connect to the Ray cluster of *options* or start one, or raise the error that says why not."""
-    address, new = str(options.ray), {}
+    address, new = str(options.ray), {}  # options of a cluster that is started here
     try:
         if options.starts_cluster:
             requested = (options.actors or 1) * (options.workers or 1)  # more than cores may share them

@@ -87,7 +87,8 @@ class OutputFolder:
     def images(self, part: int) -> list[ListedImage]:
         """Read *part* of the list."""
         with pq.ParquetFile(self.path / LISTING) as file:
-            return list(map(ListedImage, *file.read_row_group(part).to_pydict().values()))
+            columns = file.read_row_group(part).to_pydict().values()
+            return list(map(ListedImage, *columns))
 
     def num_errors(self, part: int, size: int) -> int | None:
         """Count the images with an error in *part*; None if its file does not have *size* rows yet."""
@@ -115,5 +116,6 @@ def _write_list(file: Path, images: Iterable[ListedImage], part_images: int) -> 
             count += len(part)
             for image in part:
                 digest.update(f"{image.path}\0{image.offset} {image.size}\n".encode())
-            writer.write_table(pa.table(list(map(list, zip(*part, strict=True))), schema=LIST_SCHEMA))
+            columns = [list(values) for values in zip(*part, strict=True)]
+            writer.write_table(pa.table(columns, schema=LIST_SCHEMA))
     return f"{count} ({digest.hexdigest()[:16]})"

@@ -117,16 +117,16 @@ def classify(
         folder.begin(list_sources(names), options.part_images, classifier.state)
         sizes = folder.sizes()
 
-        def count(num_images: int) -> None:
+        def add_done(num_images: int) -> None:
             nonlocal done
             done += num_images
             on_image(done, sum(sizes))
 
         pending = [part for part, size in enumerate(sizes) if folder.num_errors(part, size) is None]
-        count(sum(sizes) - sum(sizes[part] for part in pending))  # the parts of earlier runs
+        add_done(sum(sizes) - sum(sizes[part] for part in pending))  # the parts of earlier runs
         try:
             if pending:
-                classifier.write_parts(folder, pending, count)
+                classifier.write_parts(folder, pending, add_done)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped; run the same command again to continue") from None
         num_errors = sum(folder.num_errors(part, size) or 0 for part, size in enumerate(sizes))  # all exist
