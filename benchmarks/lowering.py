@@ -69,7 +69,7 @@ class Routed(nn.Module):
         torch.manual_seed(0)
         self.chosen, self.all_experts = chosen, all_experts
         self.experts = Components(
-            "sop", 256, (256, 128), components=16, counted=chosen, root=NewtonSchulzConfig()
+            "sop", 256, (256, 128), components=16, evaluated=chosen, root=NewtonSchulzConfig()
         )
 
     def forward(self, features_BCHW: Tensor, logits_BN: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ LIBRARIES = sys.stdlib_module_names | {
     *("numpy", "pydantic", "pydantic_core", "sopdeploy", "sympy", "timm", "torch", "torchvision")
 }
 _PLAIN = (dict, list, tuple, deque, OrderedDict)
-_CONTAINERS = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
+_MODULES = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
 FIXED = (
     type(Ellipsis),
     type(NotImplemented),
@@ -144,7 +144,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
     elif isinstance(value, (Tensor, ModuleType, *FIXED)):
         return  # a tensor has a version; of a module, only the variables that functions use are read
-    elif isinstance(value, nn.Module) or is_users or package in _CONTAINERS:
+    elif isinstance(value, nn.Module) or is_users or package in _MODULES:
         held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
             held = object.__getattribute__(value, "__dict__")
@@ -161,10 +161,10 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             yield f"[{shown}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
-    if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # slots, iterators, methods
+    if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # also slots, iterators, methods
         if isinstance(value, GeneratorType):
             yield " (state)", value.gi_frame.f_lasti if value.gi_frame else None  # None: it has ended
-        elif type(value).__module__ in _CONTAINERS:
+        elif type(value).__module__ in _MODULES:
             yield " (state)", _shown(value)
         yield from ((f" ({index})", item) for index, item in enumerate(gc.get_referents(value)))
 

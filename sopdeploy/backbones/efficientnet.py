@@ -89,7 +89,7 @@ class EfficientNet(Backbone):
         A tap is a block, or `conv_head` for the last feature map itself.
         """
         x, tapped = super().feature_maps(images, taps)
-        last: Tensor = self.bn2(self.conv_head(x))
+        last: Tensor = self.bn2(self.conv_head(x))  # bn2 includes the activation
         return last, [*tapped, last] if "conv_head" in taps else tapped
 
 

@@ -264,7 +264,7 @@ def read_bundles(folder: Path) -> Iterator[Listed]:
             repeated = path.is_symlink() and path.resolve().parent == folder.resolve()
             if path.name.startswith(".") or repeated or not path.is_dir():
                 continue
-            if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):
+            if any((path / name).exists() for name in (MANIFEST, *REQUIRED)):  # an incomplete one raises
                 yield Listed(path, read_manifest(path))
         except (BundleError, OSError) as error:
             yield Listed(path, None, str(error))

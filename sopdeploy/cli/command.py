@@ -250,7 +250,7 @@ def _command_line_type(annotation: Any) -> Any:
         return list[str]
     if not all(kind in _SCALARS or get_origin(kind) is Literal for kind in kinds):
         return None
-    kind = Path if Path in kinds else kinds.pop()
+    kind = Path if Path in kinds else kinds.pop()  # the only one
     return Optional[kind] if may_be_none else kind  # noqa: UP045 - of a variable
 
 

@@ -128,7 +128,7 @@ def _export_weights(
     plain = None if source.plain is None else network_builder("plain", source.plain, source.plain_option)
     attribute = str(source.network).rpartition(":")[2].rpartition(".")[2]  # of package.module:path.attribute
     on_step("building the network")
-    network, table, sha256 = _load_network(weights, source)
+    network, weights_key, sha256 = _load_network(weights, source)
     return export_network(
         network,
         plain=plain,
@@ -148,7 +148,7 @@ def _export_weights(
             "training_only": list(source.training_only),
             "logits": source.logits_key,
             "allow_constants": source.allow_constants,
-            "table": table,
+            "table": weights_key,
         },
         sha256=sha256,
         on_step=on_step,
@@ -179,13 +179,13 @@ def inspect(file: Path, *, options: NetworkOptions) -> dict[str, Any]:
     """
     from sopdeploy_export.user_network.export_network import unused_modules
 
-    network, table, _ = _load_network(file, options)
+    network, weights_key, _ = _load_network(file, options)
     logits_key = _index_or_name(options.logits_key)
     unused = unused_modules(network, read_preprocess(options.preprocess), logits_key=logits_key)
     return {
         "network": options.network,
         "num_tensors": len(network.state_dict()),
-        "table": table,
+        "table": weights_key,
         "unused": list(unused),
     }
 

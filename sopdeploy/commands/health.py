@@ -47,8 +47,11 @@ def _check_ready(url: str) -> str | None:
             connection.request("GET", parts.path.rstrip("/") + "/readyz")
             response = connection.getresponse()
             body = response.read(200).decode(errors="replace")
+    except (
+        OSError,
+        http.client.HTTPException,
+    ) as error:  # first: an invalid certificate is also a ValueError
+        return str(error) or type(error).__name__
     except ValueError as error:
         raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error
-    except (OSError, http.client.HTTPException) as error:
-        return str(error) or type(error).__name__
     return None if response.status == http.HTTPStatus.OK else f"{response.status} {body}"

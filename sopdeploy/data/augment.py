@@ -164,8 +164,8 @@ class AugmentedDataset(Dataset):
             padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
             top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
             array = padded[top : top + rules.crop, left : left + rules.crop]
-        always_mirrored = isinstance(augmentation, PadCrop) and augmentation.doubled and copy % 2 == 1
-        if random.random() < augmentation.flip or always_mirrored:
+        is_mirror_copy = isinstance(augmentation, PadCrop) and augmentation.doubled and copy % 2 == 1
+        if random.random() < augmentation.flip or is_mirror_copy:
             array = array[:, ::-1]
         return self.color(array, derive_seed(self.seed, "color", self.epoch, index)), target
 

@@ -170,10 +170,10 @@ def resampled_precision(
     weights = draws[:, best_first].astype(np.float64)
     # For each rank, the numbers of images up to it that show the class, and of all images up to it.
     hits = np.cumsum(weights * true[best_first], axis=1)[:, last_of_rank]
-    ranks = np.maximum(np.cumsum(weights, axis=1)[:, last_of_rank], 1)  # 0 before the first image drawn
+    images = np.maximum(np.cumsum(weights, axis=1)[:, last_of_rank], 1)  # 0 before the first image drawn
     with np.errstate(invalid="ignore"):  # without an image of the class, 0 / 0 is NaN
         new_hits = np.diff(hits, axis=1, prepend=0)  # images of the class that have exactly this rank
-        precisions: NDArray[np.float64] = (new_hits * hits / ranks).sum(axis=1) / hits[:, -1]
+        precisions: NDArray[np.float64] = (new_hits * hits / images).sum(axis=1) / hits[:, -1]
     return precisions
 
 

@@ -66,7 +66,7 @@ def _read_orientation(data: bytes) -> int | None:
         (count,) = struct.unpack_from(order + "H", data, start)
         for entry in range(count):
             tag, kind, _, value = struct.unpack_from(order + "HHII", data, start + 2 + 12 * entry)
-            if tag == ORIENTATION:
+            if tag == ORIENTATION:  # *value* begins with it, in 1, 2 or 4 bytes
                 return int(struct.unpack_from(order + INTEGERS[kind], struct.pack(order + "I", value))[0])
     return None
 

@@ -48,7 +48,7 @@ class Components(nn.Module):
 
     A component of the kind "gap" is 1x1 convolutions to *widths* channels, each with ReLU, and global
     average; "sop" is parametric SR-SOP with the configuration *root*; "linear" is linear layers with bias on
-    the averaged features, the expert of SG-MoE. *counted* is the number of components that a routed mixture
+    the averaged features, the expert of SG-MoE. *evaluated* is the number of components that a routed mixture
     evaluates per image; `macs` counts these.
     """
 
@@ -59,11 +59,11 @@ class Components(nn.Module):
         widths: tuple[int, ...],
         *,
         components: int,
-        counted: int,
+        evaluated: int,
         root: NewtonSchulzConfig,
     ) -> None:
         super().__init__()
-        self.components, self.counted = components, counted
+        self.components, self.evaluated = components, evaluated
         self.is_linear = kind == "linear"
         self.weights = nn.ParameterList(  # each convolution reads the output of the previous one
             torch.randn(components, outputs, inputs) * math.sqrt(2.0 / inputs)
@@ -99,16 +99,16 @@ class Components(nn.Module):
         Gathering the weights of a map of one position takes longer than multiplying by all of them.
         """
         has_positions = not self.is_linear and features_BCHW[0, 0].numel() > 1
-        return self.counted < self.components and has_positions
+        return self.evaluated < self.components and has_positions
 
     def gathered_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
-        """Compute the (B, D) weighted sum of the `counted` components with the largest weights of each image.
+        """Compute the (B, D) weighted sum of the `evaluated` components of largest weight of each image.
 
         The other weights must be 0. Roots of covariances are summed before their triangle is taken.
         """
         sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)  # ties: the lower index
-        largest_BK, index = sorted_BN[:, : self.counted], order_BN[:, : self.counted].flatten()
-        shape = (-1, self.counted)
+        largest_BK, index = sorted_BN[:, : self.evaluated], order_BN[:, : self.evaluated].flatten()
+        shape = (-1, self.evaluated)
         x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
         for weight_Noi in self.weights:
             x_BKcM = F.relu(weight_Noi.index_select(0, index).unflatten(0, shape) @ x_BKcM)
@@ -141,10 +141,10 @@ class Components(nn.Module):
         return total_BD.index_add(0, torch.cat(indices), vectors)
 
     def macs(self, shape: torch.Size) -> int:
-        """Count the multiply-adds per image of `counted` components, for a map of *shape* (B, C, H, W)."""
+        """Count the multiply-adds per image of `evaluated` components, for a map of *shape* (B, C, H, W)."""
         positions = 1 if self.is_linear else shape[2] * shape[3]
         weights: int = sum(weight[0].numel() for weight in self.weights)
-        return self.counted * positions * weights
+        return self.evaluated * positions * weights
 
 
 def pooling(kind: ComponentKind, channels: int, root: NewtonSchulzConfig) -> tuple[nn.Module, int]:

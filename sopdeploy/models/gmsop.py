@@ -102,7 +102,7 @@ class GatedResNet(LowResolutionResNet, ExportHints):
             self.channels,
             config.component_widths,
             components=config.components,
-            counted=config.chosen,
+            evaluated=config.chosen,
             root=config.newton_schulz(),
         )
         self.head = FusionHead(
@@ -205,7 +205,7 @@ class AveragedResNet(Classifier, LowResolutionResNet):
             self.channels,
             config.component_widths,
             components=config.components,
-            counted=config.components,
+            evaluated=config.components,
             root=config.newton_schulz(),
         )
         self.head = FusionHead(

@@ -325,8 +325,8 @@ def resume_run(
     if state is None:
         raise CheckpointError(f"{source}: has no state to resume from; start a new run in another folder")
     _check_same_images(checkpoint.labels, state.get("train_count"), images, source)
-    weights: Any = state.get("weights")  # the raw ones; those of the checkpoint may be averages
     damaged = CheckpointError(f"{source}: its state to resume from is damaged; start a new run")
+    weights: Any = state.get("weights")  # the raw ones; those of the checkpoint may be averages
     if not is_state_dict(weights):
         raise damaged
     model = build_classifier(replace(checkpoint, weights=weights), source)
@@ -334,7 +334,7 @@ def resume_run(
         start = checkpoint.training.get("start")
         initial = InitialModel(model, recipe, None if start is None else StartReport.model_validate(start))
         run = create_run(images, strategy, initial)
-        run.name = checkpoint.model  # with the head of a finished few-shot run
+        run.name = checkpoint.model  # to which a finished few-shot run has added its head
         run.result = read_result(checkpoint.training)
         run.decision = None if run.result is None else checkpoint.decision  # until then, default thresholds
         run.load_resume_state(state)

@@ -63,7 +63,7 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
 def _cast_images_first(program: ExportedProgram) -> ExportedProgram:
     """Cast the uint8 images of *program* to float32 before all other operators, in place.
 
-    TensorRT only casts tensors of uint8. Moving pixels before or after the cast gives the same values.
+    The only operator that TensorRT has for uint8 is a cast; moving pixels after it gives the same values.
     """
     (name,) = program.graph_signature.user_inputs
     images = next(node for node in program.graph.nodes if node.name == name)

@@ -35,13 +35,13 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 def in_float16(network: _Part, program: ExportedProgram, pixels: Tensor) -> _Part:
-    """Copy *network*, in eval mode, and convert it to float16.
+    """Copy *network*, which is in eval mode, and convert the copy to float16.
 
     *program* is the captured network; it shows which batch norms fold into the convolution before them.
     Raises `LoweringError` if folding changes the float64 logits of *pixels*, normalized images (P, 3, H, W).
     The comparison of the file cannot detect such an error, because it raises the noise floor as well.
     """
-    exact = copy_module(network).double().eval()
+    exact = copy_module(network).double()
     with torch.no_grad(), ReportsFloat32(), InFloat64():  # type: ignore[no-untyped-call]
         expected = compute_outputs(exact, pixels.double())[0]
         fold_batch_norms(exact, program)

@@ -111,7 +111,7 @@ class ExportSubject:
 
 
 def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _Network:
-    """Copy *network*, in eval mode, without its *training_only* parts.
+    """Return a copy of *network*, in eval mode, without its *training_only* parts.
 
     *training_only* defaults to the parts that a network of the catalog declares. In a network outside of the
     catalog, a removed part becomes `None`, because its `forward` may test for that, unless a container such
@@ -120,7 +120,7 @@ def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _
     """
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
-    memo: dict[int, Any] = {}  # deepcopy replaces the parts in this memo by None
+    memo: dict[int, Any] = {}  # deepcopy replaces the parts in this memo by None; every name is checked
     for name in training_only:
         owner, attribute = _find_owner(network, name)
         memo[id(getattr(owner, attribute))] = None
@@ -130,7 +130,7 @@ def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
         if isinstance(network, Classifier) or isinstance(owner, _CONTAINERS):
-            delattr(owner, attribute)
+            delattr(owner, attribute)  # others stay None
     detached.eval()
     return detached
 

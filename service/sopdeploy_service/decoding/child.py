@@ -182,8 +182,8 @@ def run_template(control: socket.socket) -> None:
         message, descriptors, _, _ = socket.recv_fds(control, 1 << 16, 1)
         if not message:
             break
-        request = json.loads(message)  # options of a child to fork, or the id of one to kill
-        if descriptors:
+        request = json.loads(message)
+        if descriptors:  # *request* are the options of a child to fork
             process = os.fork()
             if process == 0:
                 control.close()
@@ -192,7 +192,7 @@ def run_template(control: socket.socket) -> None:
                 run_child(socket.socket(fileno=descriptors[0]), ChildOptions(**request))
             os.close(descriptors[0])
             children.add(process)
-        else:
+        else:  # it is the id of a child to kill
             process = request
             _end(children, process)
         for child in list(children):  # not yet waited for, so no other process has its id

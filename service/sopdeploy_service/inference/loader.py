@@ -178,7 +178,7 @@ def _replay_all(
         return outputs
 
     sizes = sorted({1, min(max_batch, len(probes.images))})
-    single = batched = probes  # all of them run in both ways
+    single = batched = probes  # if *thorough*, all of them run in both ways
     if not thorough and len(sizes) > 1:
         single, batched = _select(probes, slice(1)), _select(probes, slice(1, None))
     replays = {size: replay(single if size == 1 else batched, timed_run, batch=size) for size in sizes}

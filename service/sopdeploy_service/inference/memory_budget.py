@@ -50,13 +50,13 @@ class NoRuntime:
 
 @dataclass(eq=False, slots=True)
 class BudgetEntry:
-    """A bundle whose model is assumed to need *bytes*; *unloaded* takes its place while it is not loaded.
+    """A bundle whose model is assumed to need *bytes*; *placeholder* takes its place while it is not loaded.
 
-    *unloaded* is in use by every request that uses the model or waits for it. After a failed load, *failed*
-    has the time until which no load is tried again, and the error that requests get.
+    *placeholder* is in use by every request that uses the model or waits for it. After a failed load,
+    *failed* has the time until which no load is tried again, and the error that requests get.
     """
 
-    unloaded: Model
+    placeholder: Model
     bytes: int
     loading: asyncio.Task[HttpError | None] | None = None
     failed: tuple[float, HttpError] | None = None
@@ -83,7 +83,7 @@ class BudgetedRegistry(ModelRegistry):
     def use(self, model: Model) -> Iterator[None]:
         """Do not release *model*, loaded or not, during the block."""
         self._entries.move_to_end(model.name)
-        with super().use(self._entries[model.name].unloaded):
+        with super().use(self._entries[model.name].placeholder):
             yield
 
     async def wait_until_loaded(self, model: Model) -> Model:
@@ -109,8 +109,8 @@ class BudgetedRegistry(ModelRegistry):
     def _make_entry(self, name: str, path: Path) -> BudgetEntry:
         """Check the bundle at *path*, and let requests find its model, not loaded, under *name*."""
         bundle = open_checked(path, self._settings)
-        unloaded = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
-        model = self._by_name[name] = Model(name, unloaded, self._settings, self.metrics)
+        placeholder = LoadedModel(bundle=bundle, runtime=NoRuntime(), replays={})
+        model = self._by_name[name] = Model(name, placeholder, self._settings, self.metrics)
         model.is_loaded = False
         self.metrics.model_memory.labels(name).set(0)
         size = FILE_FACTOR * bundle.manifest.files["model.onnx"].bytes + ACTIVATION_BYTES
@@ -118,15 +118,15 @@ class BudgetedRegistry(ModelRegistry):
 
     async def _load_entry(self, entry: BudgetEntry) -> HttpError | None:
         """Load *entry* after earlier loads; return the error for waiting requests if it fails."""
-        name = entry.unloaded.name
+        name = entry.placeholder.name
         try:
             async with self.changing:
                 if entry.failed is not None and time.monotonic() < entry.failed[0]:
                     return entry.failed[1]
                 await self._make_room(entry.bytes)
-                loaded = await asyncio.to_thread(load_model, entry.unloaded.bundle.path, self._settings)
+                loaded = await asyncio.to_thread(load_model, entry.placeholder.bundle.path, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
-                model.drift = entry.unloaded.drift  # since the start
+                model.drift = entry.placeholder.drift  # since the start
                 model.start()
                 self.metrics.model_memory.labels(name).set(entry.bytes)
                 self.metrics.model_loads.labels(name).inc()
@@ -152,19 +152,19 @@ class BudgetedRegistry(ModelRegistry):
             loaded = [entry for name, entry in self._entries.items() if self._by_name[name].is_loaded]
             if sum(entry.bytes for entry in loaded) + needed <= self._budget:
                 return
-            # Requests are users of `unloaded`, see `use`; the model used longest ago comes first.
-            if unused := [entry.unloaded for entry in loaded if entry.unloaded.unused.is_set()]:
+            # Requests are users of `placeholder`, see `use`; the model used longest ago comes first.
+            if unused := [entry.placeholder for entry in loaded if entry.placeholder.unused.is_set()]:
                 await self._release(unused[0])
             elif time.monotonic() >= end:
                 raise RejectedError(MEMORY_FULL)
             else:
                 await asyncio.sleep(_POLL_SECONDS)
 
-    async def _release(self, unloaded: Model) -> None:
-        """Stop the model that *unloaded* replaces; requests for it wait until it can be loaded again."""
-        name = unloaded.name
+    async def _release(self, placeholder: Model) -> None:
+        """Stop the model that *placeholder* replaces; requests for it wait until it can be loaded again."""
+        name = placeholder.name
         model = self._by_name[name]
-        self._by_name[name] = unloaded
+        self._by_name[name] = placeholder
         await model.stop()
         self.metrics.count_bundle(name, model.bundle, model.loaded.runtime, -1)
         self.metrics.model_memory.labels(name).set(0)

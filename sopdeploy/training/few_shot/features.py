@@ -56,13 +56,13 @@ class Features:
         """
         pooled = self.full.pooled_head
         means = {("mean", tap): length for tap, length in pooled.channels.items()}
-        roots = {  # none for a head without them
+        roots = {  # none if no head of this run reads roots
             ("isqrt", tap): pooled.pooling(tap).out_features for tap in pooled.channels if pooled.poolings
         }
         own_length = self.full.num_features() - sum(means.values()) - sum(roots.values())
         columns, start = [], 0
         for (statistic, tap), length in {("gap", ""): own_length, **means, **roots}.items():
-            of_head = tap == "" or tap in (head.taps or ())  # "" is the network's own vector
+            of_head = tap == "" or tap in (head.taps or ())  # "": the network's own vector is of no tap
             if statistic in head.parts and of_head:
                 columns.append(slice(start, start + length))
             start += length

@@ -3,6 +3,7 @@
 import http.server
 import json
 import shutil
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -258,3 +259,9 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
         assert health("--url", silent)[:2] == (1, 1)
     for url in ("127.0.0.1:8000", "http://x:port"):
         assert health("--url", url)[:2] == (2, 1)
+
+    def refuse(*_: object) -> None:
+        raise ssl.SSLCertVerificationError("self-signed certificate")
+
+    monkeypatch.setattr("http.client.HTTPSConnection.request", refuse)
+    assert health("--url", "https://127.0.0.1:8000")[:2] == (1, 1)

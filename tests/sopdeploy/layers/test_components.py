@@ -21,7 +21,7 @@ KINDS: list[tuple[ComponentKind, tuple[int, ...]]] = [("gap", (7,)), ("sop", (6,
 def components(kind: ComponentKind, widths: tuple[int, ...], count: int = 4) -> Components:
     torch.manual_seed(0)
     root = NewtonSchulzConfig(iterations=3)
-    return Components(kind, 5, widths, components=count, counted=2, root=root).double()
+    return Components(kind, 5, widths, components=count, evaluated=2, root=root).double()
 
 
 def maps(images: int = 3) -> Tensor:
@@ -60,7 +60,7 @@ def test_the_gathered_form_of_k_of_n_components_equals_the_dense_one(
 ) -> None:
     torch.manual_seed(0)
     root = NewtonSchulzConfig(iterations=3)
-    bank = Components(kind, 5, widths, components=count, counted=chosen, root=root).double()
+    bank = Components(kind, 5, widths, components=count, evaluated=chosen, root=root).double()
     logits = torch.randn(6, count, dtype=torch.float64)
     logits[1] = 0.0  # all are equal
     logits[2, ::2] = logits[2].max()  # some are equal
@@ -76,7 +76,7 @@ def test_the_gathered_form_of_k_of_n_components_equals_the_dense_one(
 
 def test_averages_all_components_and_maps_of_one_position_are_not_gathered() -> None:
     root, x = NewtonSchulzConfig(iterations=3), maps()
-    every = Components("gap", 5, (7,), components=4, counted=4, root=root)
+    every = Components("gap", 5, (7,), components=4, evaluated=4, root=root)
     assert [bank.can_gather(x) for bank in (every, components("linear", (5,)))] == [False] * 2
     chosen = components("gap", (7,))
     assert [chosen.can_gather(features) for features in (x, x[:, :, :1, :1])] == [True, False]

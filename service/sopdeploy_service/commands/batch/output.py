@@ -66,12 +66,12 @@ class OutputFolder:
         with atomic_write(self.path / LISTING) as partial:
             now = {**state, "part_images": part_images, "images": _write_list(partial, images, part_images)}
             before = {}
-            with suppress(OSError, ValueError):  # no file, or a damaged one
+            with suppress(OSError, ValueError, TypeError):  # no file, or a damaged one
                 before = dict(json.loads((self.path / STATE).read_bytes()))
-            if before or any((self.path / ROWS_FOLDER).iterdir()):  # rows without a state: of another run
+            if before or any((self.path / ROWS_FOLDER).iterdir()):  # or rows of another run, without a state
                 for name in sorted({*before, *now}):
                     if before.get(name) != now.get(name):
-                        raise ConfigError(
+                        raise ConfigError(  # the old list stays
                             f"{self.path} was begun with {name} {before.get(name)}, not {now.get(name)}; "
                             "continue with the same images and options, or choose another folder",
                             setting="out",

@@ -104,8 +104,10 @@ def test_a_folder_of_a_run_with_another_state_is_rejected(complete, bundle_path,
         classify(bundle_path, [str(photos)], complete, SETTINGS, OPTIONS)
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows" / "x.parquet").touch()
-    with pytest.raises(ConfigError, match=r"was begun with batch None, not 4; .* choose another folder"):
-        classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
+    for state in ("", "{", "5"):  # none, or a damaged one
+        (tmp_path / "_run.json").write_text(state)
+        with pytest.raises(ConfigError, match=r"was begun with batch None, not 4; .* choose another folder"):
+            classify(bundle_path, [str(photos)], tmp_path, SETTINGS, OPTIONS)
 
 
 def test_logits_and_features_are_those_of_the_bundle(photos, tmp_path):
