@@ -421,7 +421,7 @@ def other_components(self: Any, features: Tensor, weights: Tensor) -> Tensor:
 
 def one_component_less(self: Any, features: Tensor, weights: Tensor) -> Tensor:
     """Leave out the chosen component with the smallest weight."""
-    smallest = weights.topk(self.counted, dim=1).values[:, -1:]
+    smallest = weights.topk(self.evaluated, dim=1).values[:, -1:]
     return honest(self, features, weights * (weights > smallest))
 
 
@@ -436,7 +436,7 @@ def stale_weights(self: Any, features: Tensor, weights: Tensor) -> Tensor:
 
 def another_order(self: Any, features: Tensor, weights: Tensor) -> Tensor:
     """Multiply the chosen components by each other's weights."""
-    ordered, index = (part[:, : self.counted] for part in weights.sort(dim=1, descending=True, stable=True))
+    ordered, index = (part[:, : self.evaluated] for part in weights.sort(dim=1, descending=True, stable=True))
     return honest(self, features, torch.zeros_like(weights).scatter(1, index, ordered.flip(1)))
 
 
