@@ -162,6 +162,9 @@ def convert_vgg(file: WeightFile, _model: str) -> ConvertedWeights | None:
     if classifier is None or "features.0.weight" not in file.tensors:
         return None
     renamed = replace(file, tensors=rename_tensors(file, RENAMES["VGG-16"]))
+    convolutions = sum(name.startswith("layers.") and t.dim() == 4 for name, t in renamed.tensors.items())
+    if convolutions != 13:
+        raise WeightsError(f"{file.path}: a VGG with {convolutions} convolutions, not 13; give VGG-16")
     length = classifier.shape[1]
     flattens = length == VGG_FLATTENED  # as in torchvision's network
     pooling = {"pooling.kind": "flatten"} if flattens else detect_pooling(renamed, VGG_CHANNELS, length)
@@ -237,7 +240,7 @@ def _block_config(file: WeightFile) -> dict[str, Any]:
 
     Without a key `attention`, the kind is the sum or the maximum, which have the same tensors.
     """
-    lengths = {  # of the weights in the blocks, by name of the layer
+    lengths = {  # by the last name of a layer, which is the same in all blocks
         name.split(".")[-2]: len(tensor) for name, tensor in file.tensors.items() if name.endswith(".weight")
     }
     stages = {name.partition(".")[0] for name in file.tensors if ".conv_for_DR" in name}

@@ -95,6 +95,10 @@ def test_vgg_weights_give_the_same_logits(
     ours, report = imported(tmp_path / "a.pth.tar", "vgg16-bn", settings={"pooling": pooling})
     assert_released_logits(ours, f"vgg {pooling}")
     assert report.config["classifier"] == classifier
+    deeper = state_of(f"vgg {pooling}") | {"features.99.weight": torch.zeros(2, 2, 3, 3)}
+    torch.save(deeper, tmp_path / "b.pth")
+    with pytest.raises(WeightsError, match="a VGG with 14 convolutions"):
+        imported(tmp_path / "b.pth", "vgg16-bn", settings={"pooling": pooling})
 
 
 @pytest.mark.usefixtures("short")
