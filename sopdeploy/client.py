@@ -119,6 +119,8 @@ class Client:
             self._http = httpx.Client(base_url=url, headers=headers, transport=transport)
         except httpx.InvalidURL as error:
             raise ConfigError(f"{url!r}: not a URL ({error}); write it as http://host:8000") from error
+        if self._http.base_url.scheme not in {"http", "https"} or not self._http.base_url.host:
+            raise ConfigError(f"{url!r}: not a URL with a scheme and a host; write it as http://host:8000")
         self._timeout, self._retries = timeout, retries
 
     @overload

@@ -120,8 +120,9 @@ def test_error_pages_of_proxies_are_errors(content):
 def test_a_key_that_is_no_header_and_options_that_do_not_exist_are_rejected():
     with pytest.raises(ConfigError, match="API key"):
         Client("http://server", api_key="a\r\nX: y")
-    with pytest.raises(ConfigError, match="not a URL"):
-        Client("http://server:port")
+    for url in ("http://server:port", "127.0.0.1:8000", "ftp://server", ""):
+        with pytest.raises(ConfigError, match="not a URL"):
+            Client(url)
     with pytest.raises(TypeError, match="topk"):
         Script(SUCCESS).call("classify", b"x", topk=3)
 
