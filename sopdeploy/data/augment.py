@@ -43,8 +43,8 @@ class PadCrop(StrictModel):
     """Random crop of the center crop after padding it with `pad` black pixels on each side.
 
     Source: He et al. (CVPR 2016), section 4.2. The starred rows of GM-SOP's Table 3 use the last two options.
-    With `doubled`, an epoch has every image and its mirror image. With `held_out`, held-out images are padded
-    and cropped at random, too.
+    With `doubled`, an epoch has every image and its mirror image, whatever `flip` is. With `held_out`,
+    held-out images are padded and cropped at random, too.
     """
 
     kind: Literal["pad-crop"]
@@ -164,8 +164,10 @@ class AugmentedDataset(Dataset):
             padded = np.pad(array, ((pad, pad), (pad, pad), (0, 0)))
             top, left = random.randint(0, 2 * pad), random.randint(0, 2 * pad)
             array = padded[top : top + rules.crop, left : left + rules.crop]
-        is_mirror_copy = isinstance(augmentation, PadCrop) and augmentation.doubled and copy % 2 == 1
-        if random.random() < augmentation.flip or is_mirror_copy:
+        is_mirrored = random.random() < augmentation.flip
+        if isinstance(augmentation, PadCrop) and augmentation.doubled:
+            is_mirrored = copy % 2 == 1
+        if is_mirrored:
             array = array[:, ::-1]
         return self.color(array, derive_seed(self.seed, "color", self.epoch, index)), target
 

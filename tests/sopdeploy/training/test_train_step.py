@@ -122,7 +122,7 @@ def test_an_epoch_of_doubled_images_has_each_image_and_its_mirror_image() -> Non
     recipe = all_options("batch_size=2", "color={}")
     _, batches = epoch_data(recipe, images, 0)
     assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3]
-    augment = PadCrop(kind="pad-crop", pad=4, doubled=True)
+    augment = PadCrop(kind="pad-crop", pad=4, doubled=True, flip=0.99)  # is ignored
     dataset = AugmentedDataset(images, augment, Preprocess(resize=8, crop=8), seed=0, epoch=0)
     for index, pixels in ((0, ARRAY), (2, ARRAY[:, ::-1])):
         padded = np.pad(pixels, ((4, 4), (4, 4), (0, 0)))
