@@ -14,8 +14,6 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from scipy.special import betaln
 
 from sopdeploy.decision import Calibration, Decision, Estimate, Rejection, energy
 from sopdeploy.evaluation.drift import PredictionCounts
@@ -45,8 +43,8 @@ def fit_decision(
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
     Their predictions become the reference for drift. Copies of a photograph say nothing new, so only the
-    first image of each of the *groups* (N,) is used. Of fewer than `MIN_IMAGES`, or one class, nothing is
-    fitted.
+    first image of each of the *groups* (N,) is used. With fewer than `MIN_IMAGES` images or
+    with one class, nothing is fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -116,6 +114,8 @@ def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
     images then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the threshold and
     the share of a finite number of new images vary.
     """
+    from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
+
     a, b = images - rejected + 1, rejected  # parameters of the distribution of the share
     accepted = np.arange(images + 1)
     # Its probability is the binomial coefficient times a ratio of beta functions.
@@ -146,6 +146,7 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     """
     if (logits.argmax(axis=1) == targets).all():
         return 1.0
+    from scipy.optimize import minimize_scalar  # noqa: PLC0415
 
     def loss(log_temperature: float) -> float:
         return log_loss(logits / math.exp(log_temperature), targets)
