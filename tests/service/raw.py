@@ -21,10 +21,9 @@ class Reply(NamedTuple):
         return json.loads(self.body)["code"]
 
 
-def post_of(body: bytes, *, path: str = "/v1/classify", kind: str = "image/jpeg") -> bytes:
-    """A request to classify *body*, or one for another *path*."""
-    start = POST.replace(b"/v1/classify", path.encode())
-    return start + f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+def post_of(body: bytes) -> bytes:
+    """A request to classify *body*."""
+    return POST + f"Content-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
 def connect(client: httpx.Client) -> socket.socket:

@@ -26,8 +26,8 @@ class Held(FakeRuntime):
 class Failing(FakeRuntime):
     """Run number n, from 1, fails as `failures[n]` says: `oom`, `nan` for its first image, or an error."""
 
-    def __init__(self, failures: dict[int, str | BaseException], *, fixed_ms: float = 0.0) -> None:
-        super().__init__(num_classes=7, largest_batch=8, fixed_ms=fixed_ms)
+    def __init__(self, failures: dict[int, str | BaseException]) -> None:
+        super().__init__(num_classes=7, largest_batch=8)
         self._failures = failures
         self._runs = 0
 

@@ -152,9 +152,9 @@ def test_only_files_that_are_classified_are_kept(bundle, onnx_runtime: OnnxRunti
 class KeeperOfTests(Keeper):
     """A keeper without decoder processes, to which a test offers unknown photographs."""
 
-    def __init__(self, bundle: Bundle, store: keep.StoreKept, share=0.0, copy=copy_without_metadata) -> None:
+    def __init__(self, bundle: Bundle, store: keep.StoreKept, share=0.0) -> None:
         self.metrics, self._served = Metrics(), SimpleNamespace(name="tiny", bundle=rejecting_all(bundle))
-        super().__init__(store, share, self.metrics, copy)
+        super().__init__(store, share, self.metrics, copy_without_metadata)
 
     def take(self, *bodies: bytes) -> None:
         for body in bodies:

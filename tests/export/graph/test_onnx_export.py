@@ -92,8 +92,10 @@ def test_other_forms_take_the_parameters_of_torch_by_name() -> None:
     x, indices = torch.arange(8.0).reshape(4, 2), torch.tensor([[1]])
     with SymbolicForms():
         halves = torch.chunk(input=x, chunks=2)
+        parts = torch.split(tensor=x, split_size_or_sections=3)
         second = torch.take_along_dim(input=x, indices=indices, dim=1)
     assert torch.equal(torch.cat(halves), x)
+    assert [part.tolist() for part in parts] == [x[:3].tolist(), x[3:].tolist()]
     assert torch.equal(second, x[:, 1:])
 
 

@@ -159,6 +159,9 @@ FEATURES: dict[str, Callable[[Any, Tensor], Tensor]] = {
         (f := both(net, x))[: x.shape[0]] + f[x.shape[0] :] + f[-x.shape[0] :]
     ),
     "positions by the number of the image": by_number,
+    "einsum of matrices": lambda net, x: torch.einsum(
+        "...im,...jm->...ij", *[net.stem(x).flatten(2)] * 2
+    ).mean(2),
     "code that reads the type": by_type,
 }
 
@@ -288,19 +291,9 @@ def test_it_is_rejected_with_the_cause_and_nothing_is_written(case: str, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-class Means(nn.Module):
-    """Has a layer that it does not use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(3, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mean((2, 3))
-
-
 def test_a_network_is_no_unused_part_of_itself() -> None:
-    assert unused_modules(Means(), n.PREPROCESS) == ("fc",)
+    network = n.variant(lambda _, images: images.mean((2, 3))).eval()
+    assert unused_modules(network, n.PREPROCESS) == ("stem", "aux", "fc")
 
 
 def test_an_unused_part_and_a_softmax_are_warnings(tmp_path: Path) -> None:

@@ -206,9 +206,6 @@ def test_a_first_batch_that_fails_ends_every_command_in_one_line(
     ]
 
 
-JSON, TENSORS = "application/json", orjson.dumps({"inputs": [TENSOR]})
-
-
 SMALL = arrays.arrays(np.float32, st.integers(1, 40), elements=st.integers(-3, 3).map(float))
 
 
