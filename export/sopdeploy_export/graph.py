@@ -311,7 +311,7 @@ def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tenso
     return found.movedim(-1, dim)
 
 
-OTHER_FORMS: dict[Any, Any] = {  # their parameters have torch's names
+OTHER_FORMS: dict[Any, Any] = {  # parameters have torch's names, or are given by position (split)
     **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
     **dict.fromkeys((torch.split, Tensor.split), _split),
     **dict.fromkeys((torch.take_along_dim, Tensor.take_along_dim), _take_along),

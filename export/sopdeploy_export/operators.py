@@ -219,7 +219,7 @@ def _rounds(call: _Call) -> Iterator[list[Tensor]]:
     """Yield operands of *call*: the ordinary values, negative ones, and those that are far from them.
 
     Operators that add elements get fourth roots of the extreme values and no NaN, because the order of
-    additions decides whether a sum overflows. Operators with integer results get ordinary values only.
+    additions decides whether a sum overflows. Operators with integer results get no extreme values.
     """
     info = torch.finfo(torch.float32)
     extreme = (info.tiny, -info.tiny, info.tiny / 4, -info.tiny / 4, info.max, -info.max, math.nan)

@@ -200,7 +200,7 @@ def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
 
 
 def _identify(value: object) -> Identity:
-    """Identify *value*; what torch.export uses in place of tensors has no address, inference no version."""
+    """Identify *value*. Tensors of torch.export's tracing have no address, inference tensors no version."""
     if type(value) in (Tensor, nn.Parameter) and isinstance(value, Tensor) and value.layout == torch.strided:
         return Identity(value, (-1 if value.is_inference() else value._version, value.data_ptr()))
     return Identity(value, (len(value),) if isinstance(value, set) else ())

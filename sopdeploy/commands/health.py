@@ -47,10 +47,8 @@ def _check_ready(url: str) -> str | None:
             connection.request("GET", parts.path.rstrip("/") + "/readyz")
             response = connection.getresponse()
             body = response.read(200).decode(errors="replace")
-    except (
-        OSError,
-        http.client.HTTPException,
-    ) as error:  # first: an invalid certificate is also a ValueError
+    except (OSError, http.client.HTTPException) as error:
+        # Before `ValueError`, because the error of an invalid certificate is one, too.
         return str(error) or type(error).__name__
     except ValueError as error:
         raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error

@@ -113,7 +113,7 @@ def open_data(config: DataConfig | DataSource, log: Log = lambda _line: None) ->
 
 
 def _select_subset(split: Split, count: int) -> Split:
-    """Keep the images of *count* drawn classes; raises `DataError` if the data have fewer."""
+    """Keep *count* drawn classes, as `select_classes` does; raises `DataError` if the data have fewer."""
     labels = split.train.labels
     if count > len(labels):
         raise DataError(

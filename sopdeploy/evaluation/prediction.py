@@ -223,5 +223,6 @@ def predict_unknown(
     model: nn.Module, folder: Path | None, preprocess: Preprocess, workers: int
 ) -> NDArray[np.float64] | None:
     """Compute the logits (M, C) of *model* on the images in *folder*; None without a folder."""
-    images = None if folder is None else open_any_images(folder)
-    return None if images is None else score_images(model, preprocess, images, workers=workers)
+    if folder is None:
+        return None
+    return score_images(model, preprocess, open_any_images(folder), workers=workers)

@@ -129,7 +129,7 @@ def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int =
         return "better"
     if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(attempt):
         return "not worse"
-    return "worse" if losses > wins and p <= ALPHA else "undecided"  # both refuse: the full level
+    return "worse" if losses > wins and p <= ALPHA else "undecided"  # neither accepts, so ALPHA is not shared
 
 
 def images_to_decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> int | None:

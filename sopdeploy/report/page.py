@@ -219,7 +219,7 @@ def _show_copies(images: LabeledImages, state: dict[str, Tensor], rules: Preproc
         return
     group_N = state["groups"].numpy()
     sizes = np.bincount(group_N)
-    largest = [group for group in np.argsort(-sizes, kind="stable") if sizes[group] > 1][:_MAX_GROUPS]
+    largest = [group for group in np.argsort(-sizes, kind="stable")[:_MAX_GROUPS] if sizes[group] > 1]
     captions = [
         (index, f"group {number}: {', '.join(images.class_names(index))}")
         for number, group in enumerate(largest, 1)

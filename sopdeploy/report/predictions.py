@@ -51,7 +51,7 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
     tables.append(
         Table(caption="Most frequent mistakes", columns=["true", "predicted", "images"], rows=frequent)
     )
-    worst_first = sorted(metrics.classes, key=lambda row: 1.0 if row.recall is None else row.recall.share)
+    worst_first = sorted(metrics.classes, key=lambda row: 2.0 if row.recall is None else row.recall.share)
     rows_of_classes = [
         (
             row.label,

@@ -150,7 +150,8 @@ def start_or_resume(
 ) -> tuple[Run, Split]:
     """Create the run, or rebuild it from the *checkpoint* in *folder*, and open its data.
 
-    All checks run before a checkpoint is written. A new run locks the folder here, before by `folder.open`.
+    All checks run before a checkpoint is written. A new run's folder is locked here, a resumed one's by
+    `folder.open`.
     """
     strategy = folder.strategy
     recorded = None  # the procedure of the run to resume

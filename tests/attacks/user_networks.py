@@ -157,7 +157,10 @@ def numbers() -> Iterator[int]:
 
 
 def position() -> Callable[[], int]:
-    """Return a function that changes the position of a generator only, and none of its variables."""
+    """Return a function that changes the position of a generator only, and none of its variables.
+
+    It has three steps, because two runs lie between the reads of the state.
+    """
 
     def steps() -> Iterator[int]:
         while True:

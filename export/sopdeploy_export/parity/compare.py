@@ -330,7 +330,7 @@ def _first_violation(report: results.ParityReport) -> str | None:
     if report.unverifiable:
         floor = report.logits.noise_floor
         share = floor / max(report.spread, floor * 1e-6)  # limited, because the spread can be 0
-        # A file that ignores its input is wrong by half of the spread, so this share is the tolerance.
+        # A file that ignores its input is wrong by half of the spread or more: at this share, the tolerance.
         too_large_share = 0.5 / report.floors_allowed
         return (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is {share:.0%} of the "

@@ -112,7 +112,7 @@ def bench(
 def batch_sizes(text: str) -> tuple[int, ...]:
     """Parse batch sizes such as "1,8", of any range, without duplicates; raises `ConfigError`."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in words):  # digits
+    if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in words):
         raise ConfigError("not a list of batch sizes; write it as 1,8", setting="batch", value=text)
     return tuple(dict.fromkeys(int(word) for word in words))
 

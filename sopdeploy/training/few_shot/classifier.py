@@ -85,8 +85,8 @@ class Targets:
         """Assign each image to one of *at_most* folds (N,), which have equal shares of each class.
 
         Images with equal *keys* share a fold, so that there are at most as many folds as keys. There may be
-        more than images of a class: heads that are fitted to nearly all images give energies like those of
-        the final head. Raises `DataError` if all keys are equal.
+        more folds than images of a class: heads that are fitted to nearly all images give energies like
+        those of the final head. Raises `DataError` if all keys are equal.
         """
         groups_N = np.unique(keys, return_inverse=True)[1]
         num_groups = int(groups_N.max()) + 1
