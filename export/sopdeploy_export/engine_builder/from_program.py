@@ -12,6 +12,7 @@ from sopdeploy.bundle.folder import PROGRAM, Bundle
 from sopdeploy.environment import import_optional
 from sopdeploy.errors import EngineError, RuntimeUnavailableError, first_line
 from sopdeploy.tensorrt.cache import Profile
+from sopdeploy_export.graph import sort_by_topk
 
 
 def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> bytes:
@@ -34,7 +35,8 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
         )
     except RuntimeError as error:  # it asks for the GPU when it is imported
         raise RuntimeUnavailableError(f"torch-tensorrt: {first_line(error)}") from error
-    program = _cast_images_first(torch.export.load(path))
+    program = torch.export.load(path).run_decompositions({torch.ops.aten.sort.stable: sort_by_topk})
+    _cast_images_first(program)
     images = torch_tensorrt.Input(
         min_shape=(profile.minimum, *manifest.image_shape),
         opt_shape=(profile.maximum, *manifest.image_shape),
@@ -60,7 +62,7 @@ def build_from_program(bundle: Bundle, profile: Profile, workspace: int) -> byte
         raise EngineError(f"{path}: torch-tensorrt cannot build the engine: {cause}") from error
 
 
-def _cast_images_first(program: ExportedProgram) -> ExportedProgram:
+def _cast_images_first(program: ExportedProgram) -> None:
     """Cast the uint8 images of *program* to float32 before all other operators, in place.
 
     The only operator that TensorRT has for uint8 is a cast; moving pixels after it gives the same values.
@@ -74,4 +76,3 @@ def _cast_images_first(program: ExportedProgram) -> ExportedProgram:
     cast.meta["val"] = images.meta["val"].to(torch.float32)
     images.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     program.graph_module.recompile()
-    return program
