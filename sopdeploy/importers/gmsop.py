@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sopdeploy.backbones.resnet import LOW_RESOLUTION_WIDTHS as WIDTHS
+from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.importers.conversion import ConvertedWeights, Layer, WeightFile, make_row_wise
@@ -34,7 +35,9 @@ RENAMES = {
     r"fusion_bn": ("head", "head.bn"),
     r"prediction": ("head.fc", "head.bn"),
 }
+PARAMETERS = {"w": "weight", "b": "bias"}  # of a batch norm; a convolution has `f` and `b`
 GATE_WEIGHTS = {"gating_w": "gate.weight", "gating_noise_w": "gate.noise.weight"}
+VARIABLES = ("net", "params", "layers", "meta")
 SIDE = 64
 PIXEL_DEVIATION = 60.0  # standard deviation of pixels of 0 to 255 here; the released networks have 1
 EPS = 1e-5  # of every batch norm of sopdeploy
@@ -97,12 +100,15 @@ def _rename(file: WeightFile) -> dict[str, Tensor]:
         layer, norm = _our_names(source.removesuffix("_bn"))
         if name in GATE_WEIGHTS:
             tensors[GATE_WEIGHTS[name]] = values.T
-        elif source.endswith("_bn"):
-            tensors |= batch_norm(file, source, norm)  # all of it, for each of its three arrays
+        elif name.endswith("_bn_m"):  # (C, 2): the mean and sqrt(variance + eps)
+            mean, deviation = values.unbind(dim=1)
+            variance = (deviation.square() - EPS).clamp_min(0.0)  # rounding may make it negative
+            tensors |= {f"{norm}.running_mean": mean, f"{norm}.running_var": variance}
         elif kind == "f":
             tensors[f"{layer}.weight"] = conv_kernel(values)
-        elif kind == "b":
-            tensors[f"{layer}.bias"] = values.reshape(-1)
+        elif kind in PARAMETERS:
+            part = norm if source.endswith("_bn") else layer
+            tensors[f"{part}.{PARAMETERS[kind]}"] = values.reshape(-1)
         else:
             tensors[name] = values
     tensors["conv1.weight"] = tensors["conv1.weight"] * PIXEL_DEVIATION
@@ -180,9 +186,19 @@ def _gate_config(file: WeightFile, tensors: dict[str, Tensor]) -> dict[str, Any]
     }
 
 
-def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile:
-    """Read the network in the *variables* of a MATLAB file with sha256 *digest*; raises `WeightsError`."""
-    net = variables.get("net", variables)  # a file may hold the fields of `net` themselves
+def read_dagnn(path: Path, digest: str) -> WeightFile:
+    """Read the network in a MATLAB file of version 5 to 7 with sha256 *digest*; raises `WeightsError`.
+
+    scipy makes a struct a dict, a struct array a list of dicts, text a `str`, an array a NumPy array with
+    MATLAB's axes but those of length 1, and one number a Python number.
+    """
+    scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[train]", WeightsError, str(path))
+    try:
+        content = scipy_io.loadmat(path, variable_names=VARIABLES, simplify_cells=True)
+    except Exception as error:  # scipy raises many types for damaged files
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
+    net = content.get("net", content)  # a file may hold the fields of `net` themselves
     try:
         values = {record["name"]: np.asarray(record["value"]) for record in net["params"]}
         tensors = {
@@ -207,23 +223,6 @@ def read_dagnn(path: Path, digest: str, variables: dict[str, Any]) -> WeightFile
 def conv_kernel(kernel: Tensor) -> Tensor:
     """Return *kernel* (height, width, in, out), or (in, out) if 1x1, as (out, in, height, width)."""
     return (kernel[None, None] if kernel.dim() == 2 else kernel).permute(3, 2, 0, 1)
-
-
-def batch_norm(file: WeightFile, source: str, name: str) -> dict[str, Tensor]:
-    """Convert the batch norm *source* to *name*.
-
-    MatConvNet stores the mean and sqrt(variance + eps), (C, 2). Where the root is below sqrt(eps), the
-    variance becomes 0 and the weight of the channel is scaled instead.
-    """
-    mean, deviation = file.tensor(f"{source}_m").unbind(dim=1)
-    variance = (deviation.square() - EPS).clamp_min(0.0)
-    factor = torch.where(variance > 0, torch.ones_like(deviation), (variance + EPS).sqrt() / deviation)
-    return {
-        f"{name}.weight": file.tensor(f"{source}_w").reshape(-1) * factor,
-        f"{name}.bias": file.tensor(f"{source}_b").reshape(-1),
-        f"{name}.running_mean": mean,
-        f"{name}.running_var": variance,
-    }
 
 
 def layer_number(file: WeightFile, name: str, key: str) -> float:

@@ -2,9 +2,6 @@
 
 No code of a file is run: `.pth` files go through the restricted reader of checkpoints, safetensors files are
 a JSON header and numbers.
-
-scipy reads MATLAB files: a struct becomes a dict, a struct array a list of dicts, text a `str`, an array a
-NumPy array with MATLAB's axes but those of length 1, and one number a Python number.
 """
 
 from collections.abc import Mapping
@@ -14,7 +11,6 @@ from typing import Any
 from torch import Tensor
 
 from sopdeploy.checkpoint import CHECKPOINT_FORMAT, Checkpoint, is_state_dict, parse_checkpoint
-from sopdeploy.environment import import_optional
 from sopdeploy.errors import WeightsError
 from sopdeploy.files import check_is_weights, sha256
 from sopdeploy.importers.conversion import WeightFile
@@ -22,7 +18,6 @@ from sopdeploy.user_files import ADVICE, check_tensors, read_pytorch
 
 STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 MATLAB_MAGIC, HDF5_MAGIC = b"MATLAB ", b"MATLAB 7.3"
-VARIABLES = ("net", "params", "layers", "meta")
 
 
 def open_weights(path: Path) -> WeightFile | Checkpoint:
@@ -38,7 +33,7 @@ def open_weights(path: Path) -> WeightFile | Checkpoint:
     if start.startswith(MATLAB_MAGIC):
         from sopdeploy.importers.gmsop import read_dagnn  # noqa: PLC0415 # imports networks
 
-        return read_dagnn(path, sha256(path), read_matlab(path))
+        return read_dagnn(path, sha256(path))
     content, digest = read_pytorch(path)
     if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
         return parse_checkpoint(path, content, digest)
@@ -59,14 +54,3 @@ def _find_state_dict(path: Path, content: Any) -> Mapping[str, Tensor]:
             if is_state_dict(state):
                 return state
     raise WeightsError(f"{path}: holds no table of tensors, by itself or as `state_dict`; {ADVICE}")
-
-
-def read_matlab(path: Path) -> dict[str, Any]:
-    """Read the variables in `VARIABLES` of a MATLAB file of version 5 to 7; raises `WeightsError`."""
-    scipy_io = import_optional("scipy.io", "scipy", "sopdeploy[train]", WeightsError, str(path))
-    try:
-        content = scipy_io.loadmat(path, variable_names=VARIABLES, simplify_cells=True)
-    except Exception as error:  # scipy raises many types for damaged files
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise WeightsError(f"{path}: damaged MATLAB file ({reason}); copy it again") from error
-    return {name: content[name] for name in VARIABLES if name in content}
