@@ -71,10 +71,10 @@ def promote(
         PromotionError: The objections, or there is no bundle to go back to.
         ConfigError: *over* or *back* is no link, or arguments that do not fit together.
     """
-    if back is not None and new is None and over is None:
+    if back is not None and {new, over, data, unknown, force} == {None}:
         return _promote_back(back)
     if new is None or over is None or back is not None:
-        raise ConfigError("give NEW --over LINK, or --back LINK")
+        raise ConfigError("give NEW --over LINK, or --back LINK alone")
     before = _target(over)
     if over.exists() and over.resolve() == new.resolve():
         raise ConfigError(f"{over}: leads to this bundle already; name another one")

@@ -222,6 +222,8 @@ def test_what_is_worse_or_undecided_is_refused_unless_forced(bundles, labelled, 
             promote(shelf / second, shelf / "live", photos)
     with pytest.raises(ConfigError, match="no photographs to compare with"):
         promote(shelf / second, shelf / "live", None)
+    with pytest.raises(ConfigError, match="or --back LINK alone"):
+        promote(back=shelf / "live", force="not recorded")
     assert ((shelf / "live").readlink().name, len(log_of(shelf))) == (first, 3)
     promote(shelf / second, shelf / "live", labelled(bundles[0]), force="rollback of the camera")
     promote(shelf / first, shelf / "live", None, force="once more")
