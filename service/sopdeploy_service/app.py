@@ -84,7 +84,7 @@ def create_app(
     if keys is not None:
         open_paths = OPEN if settings.metrics_need_key else OPEN | {METRICS_PATH}
         guard = KeyGuard(keys, open_paths, limits)
-    elif is_loopback(settings.host):
+    elif is_loopback(settings.host):  # under another address, this host may have any name
         guard = partial(refuse_foreign, {"localhost", settings.host})
     app.add_middleware(RequestContextMiddleware, service=service, guard=guard)
     return app

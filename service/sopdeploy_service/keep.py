@@ -94,7 +94,7 @@ def make_record(photo: PredictedPhoto, reasons: tuple[Reason, ...], image: str) 
 
 
 class Keeper:
-    """Passes copies by *copy* to *store*, from `start` to `stop`; *share* of all are the uniform sample."""
+    """Passes copies made by *copy* to *store* in a thread; *share* of all photographs are the sample."""
 
     def __init__(self, store: StoreKept, share: float, metrics: Metrics, copy: CopyImage) -> None:
         self._store, self._share, self._copy = store, share, copy
@@ -157,12 +157,12 @@ class Keeper:
         except ImageError:
             return "dropped"
         finally:
-            if not is_sample:  # with the time that the copy waited for a process
+            if not is_sample:  # also the time that the copy waited for a decoder process
                 self._copy_budget = max(-COPY_BURST, self._copy_budget - (time.monotonic() - started))
         return self._store(copy, make_record(photo, reasons, f"{sha256[:32]}{suffix}"))
 
     def _refuse_copy(self, photo: PredictedPhoto) -> KeptResult | None:
-        """Return why *photo*, which is not in the uniform sample, is not copied, or None if it may be."""
+        """Return why *photo*, outside of the sample, is not copied; else remember it and return None."""
         now, near = time.monotonic(), int(near_hash(photo.pixels), 16)
         self._copy_budget = min(COPY_BURST, self._copy_budget + COPY_SHARE * (now - self._refilled))
         self._refilled = now

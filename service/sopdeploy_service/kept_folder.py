@@ -20,7 +20,9 @@ from sopdeploy.kept import LOCK, NEAR_BITS, KeptRecord, read_kept
 KeptResult = Literal["kept", "near_duplicate", "dropped", "failed"]
 FILE_BLOCK = 4096  # bytes
 SAMPLE_SHARE = 0.5  # of the bytes; with more, the uniform sample makes room
-_OWN = re.compile(rf"[0-9a-f]{{32}}\.(jpg|png|json)(?:{re.escape(PARTIAL)})?")
+_OWN = re.compile(rf"[0-9a-f]{{32}}\.(?:jpg|png|json)(?:{re.escape(PARTIAL)})?")
+# Suffixes of the files of which one must exist beside a file; a partial file is always deleted.
+_PARTNERS = {".json": (".jpg", ".png"), ".jpg": (".json",), ".png": (".json",), PARTIAL: ()}
 
 log = logging.getLogger("sopdeploy.keep")
 
@@ -79,11 +81,9 @@ class KeptFolder:
             self._insert(path, record, sum(_size_on_disk(file.stat().st_size) for file in files))
             complete.update(files)
         for file in set(self.path.iterdir()) - complete:
-            own = _OWN.fullmatch(file.name)
-            if own is None:
+            if _OWN.fullmatch(file.name) is None:
                 continue
-            counterparts = (".jpg", ".png") if own[1] == "json" else (".json",)  # a partial file has none
-            if not any(file.with_suffix(suffix).exists() for suffix in counterparts):
+            if not any(file.with_suffix(suffix).exists() for suffix in _PARTNERS[file.suffix]):
                 file.unlink()
 
     def add(self, image: bytes, record: KeptRecord) -> KeptResult:
@@ -113,7 +113,7 @@ class KeptFolder:
 
     def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
         path = self.path / record.image
-        kept = self._entries.get(path.name)  # of the same bytes
+        kept = self._entries.get(path.name)  # the name is a hash of the original bytes
         if kept is not None:
             if kept.reasons.issuperset(record.reasons):
                 return "near_duplicate"
@@ -123,7 +123,7 @@ class KeptFolder:
             near_hash = int(record.near_hash, 16)
             if any((near_hash ^ one.near_hash).bit_count() <= NEAR_BITS for one in self._entries.values()):
                 return "near_duplicate"
-        files = {path: image, path.with_suffix(".json"): record.model_dump_json().encode()}
+        files = {path: image, path.with_suffix(".json"): record.model_dump_json().encode()}  # in this order
         size = sum(_size_on_disk(len(content)) for content in files.values())
         if size > self._max_bytes:
             return "dropped"
@@ -147,7 +147,7 @@ class KeptFolder:
         return entry
 
     def _make_room(self, size: int) -> None:
-        """Delete photographs until *size* more bytes, at most the limit itself, are within the limit."""
+        """Delete photographs until *size* more bytes fit; *size* is at most the limit."""
         while self.used + size > self._max_bytes:
             sample = [entry for entry in self._entries.values() if "sample" in entry.reasons]
             others = [entry for entry in self._entries.values() if "sample" not in entry.reasons]

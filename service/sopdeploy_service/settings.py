@@ -151,7 +151,7 @@ class Settings(pydantic.BaseModel):
             raise ValueError(f"runtime={self.runtime} needs a GPU; remove cpu from devices")
         if self.memory_budget is not None and self.devices:
             raise ValueError("memory_budget needs a single process; remove devices")
-        if self.follow and self.memory_budget is not None:  # its bundles cannot be reloaded
+        if self.follow and self.memory_budget is not None:  # bundles under a budget are not reloaded
             raise ValueError("follow excludes memory_budget; remove one of them")
         if self.max_images > self.queue_size:  # else a request of so many images is never admitted
             raise ValueError(
@@ -212,7 +212,7 @@ def parse_assignments(assignments: Iterable[str], **flags: Any) -> dict[str, Any
 def unused_variables() -> list[str]:
     """List environment variables that start with `SOPDEPLOY_` but name no setting."""
     used = {f"{VARIABLE_PREFIX}{name}".upper() for name in Settings.model_fields}
-    used |= {FILE_VARIABLE, VARIABLE}  # the second one is read by `sopdeploy.plugins`
+    used |= {FILE_VARIABLE, VARIABLE}  # `VARIABLE` is that of `sopdeploy.plugins`
     return sorted(name for name in os.environ if name.startswith(VARIABLE_PREFIX) and name not in used)
 
 

@@ -121,7 +121,7 @@ class AdmittedRequest:
         """
         context, service = self.context, self.service
         num_images = len(images) * (IMAGES_PER_MAP if explain else 1)
-        if explain and num_images > service.settings.max_images:  # else the parser of the body checks it
+        if explain and num_images > service.settings.max_images:  # the parser has checked len(images)
             message = f"with explain=true, an image counts as {IMAGES_PER_MAP}; send fewer, or omit explain"
             raise RejectedError(HttpError("too_many_explained", 422, message))
         service.check_queue(self.model, num_images)
@@ -281,12 +281,12 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     if context.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise RejectedError(ENCODED)
     settings = service.settings
-    announced = int(context.headers.get("content-length", "0"))
+    announced = int(context.headers.get("content-length", "0"))  # a chunked body has no length
     pieces: list[bytes] = []
     grace, more = settings.body_grace_seconds, True
     while more:
         # Also before the first byte: a client that waits for `100 Continue` must not send the body in vain.
-        _check_budget(service, context.bytes, max(0, announced - context.bytes))  # chunks announce 0
+        _check_budget(service, context.bytes, max(0, announced - context.bytes))
         began = time.monotonic()
         try:
             async with asyncio.timeout(min(grace, deadline - began)):
@@ -299,7 +299,7 @@ async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
         waited = time.monotonic() - began
         # The time that the piece takes at the minimum rate is given back.
         grace = min(settings.body_grace_seconds, grace - waited + len(piece) / settings.min_body_rate)
-        _check_budget(service, context.bytes, len(piece))  # which may not have been announced
+        _check_budget(service, context.bytes, len(piece))  # again: other bodies grow, and some have no length
         service.upload_bytes += len(piece)
         context.bytes += len(piece)
         if context.bytes > limit:

@@ -39,10 +39,9 @@ def scores_of_bundle(
     loaded = load_model(path, settings)
     labels, decision = loaded.bundle.labels, loaded.bundle.manifest.decision
     sorted_labels = tuple(sorted(labels))
-    multi_label = loaded.bundle.manifest.rules.thresholds is not None  # targets are in the order of outputs
-    images = open_evaluation_images(
-        data, labels if multi_label else sorted_labels, multi_label=multi_label, log=log
-    )
+    multi_label = loaded.bundle.manifest.rules.thresholds is not None
+    order = labels if multi_label else sorted_labels  # multi-label targets are columns like the logits
+    images = open_evaluation_images(data, order, multi_label=multi_label, log=log)
     done = itertools.count(1)
     logits = logits_of_images(loaded, images, settings, lambda: on_image(next(done), len(images)))
     facts = {"bundle": loaded.bundle.name, "runtime": loaded.runtime.name, "device": loaded.runtime.device}

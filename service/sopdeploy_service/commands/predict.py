@@ -162,7 +162,7 @@ def predict(
     loaded = load_model(Path(bundle), loaded_settings)
     predictions = []
     for number, image in enumerate(opened):
-        file = image if isinstance(image, Path) else getattr(image, "filename", "")  # as Pillow opened it
+        file = image if isinstance(image, Path) else getattr(image, "filename", "")  # set by Image.open
         name = str(file or f"image {number}")
         source = read_image(image, loaded_settings.max_body_bytes) if isinstance(image, Path) else image
         predictions.append(_predict_image(loaded, source, name, loaded_settings, explain=explain))

@@ -64,7 +64,7 @@ def promote(
         unknown: Folder of images of none of the classes, which test `known`.
         tolerance: Points of accuracy by which a bundle that is not worse may lose.
         force: Reason to move the link in any case; recorded.
-        back: Link to move back to the bundle before; a second time undoes the first.
+        back: Link to move back to the bundle before, without other arguments; a second time undoes the first.
         on_image: Called with the numbers of photographs done and in total.
 
     Raises:
@@ -75,12 +75,14 @@ def promote(
         return _promote_back(back)
     if new is None or over is None or back is not None:
         raise ConfigError("give NEW --over LINK, or --back LINK alone")
-    before = _target(over)
-    if over.exists() and over.resolve() == new.resolve():
+    before, has_live = _target(over), over.exists()  # a link may lead to a bundle that was deleted
+    if has_live and over.resolve() == new.resolve():
         raise ConfigError(f"{over}: leads to this bundle already; name another one")
+    if has_live and data is None and force is None:
+        raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     after = os.path.relpath(new.resolve(), over.parent.resolve())
-    comparison = None
-    if over.exists() and data is not None:
+    comparison, reason = None, force or "first bundle"
+    if has_live and data is not None:
         comparison = compare(over, new, data, unknown=unknown, tolerance=tolerance, on_image=on_image)
         objections = _list_objections(comparison, read_manifest(over).project, read_manifest(new).project)
         if objections and force is None:
@@ -90,10 +92,7 @@ def promote(
                 lists={"objections": objections},
             )
         reason = force or comparison.summary
-    elif over.exists() and force is None:
-        raise ConfigError("no photographs to compare with", remedies={"data": "DIR", "force": "REASON"})
     else:
-        reason = force or "first bundle"
         load_model(new, load_settings())  # as `compare` does
     return _record(over, before, after, reason, comparison)
 

@@ -42,7 +42,7 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
     except FormParserError as problem:
         raise RejectedError(NO_BOUNDARY) from problem
     start = 0 if body.startswith(b"--" + boundary) else body.find(b"\r\n--" + boundary)
-    if start < 0:  # no delimiter
+    if start < 0:  # no delimiter; the parser itself skips the line break before one
         raise RejectedError(_MALFORMED)
     try:
         parser.write(body[start:])
@@ -57,7 +57,7 @@ def parse_form(body: bytes, content_type: str, max_images: int) -> list[bytes]:
 
 @dataclass(slots=True)
 class _Parts:
-    """State of the parser's callbacks, without a reference to it, so that both are freed with the request."""
+    """What the callbacks collect; a reference to the parser would be a cycle and keep the images longer."""
 
     max_images: int
     images: list[bytearray] = field(default_factory=list)

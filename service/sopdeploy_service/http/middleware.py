@@ -118,7 +118,7 @@ class RequestContextMiddleware:
                 self.guard(scope["path"], context)
             await self.app(inner, receive, send_with_headers)
         except Exception as error:
-            reason = self._error_of(error, inner)
+            reason = self._error_of(error, inner)  # which counts or logs every error
             if status:
                 raise  # part of the response was sent: the connection must be closed
             await reject(scope, reason)(scope, receive, send_with_headers)
@@ -179,13 +179,13 @@ def is_foreign(headers: Mapping[str, str], names: Collection[str], *, is_link: b
     """Tell whether a browser sent a request with *headers* for a page of another host.
 
     Browsers let every page send requests to this machine. `Origin` and `Sec-Fetch-Site` tell those of other
-    pages. If the host of a page was made to resolve to this machine, it is in `Host`, which then is none of
-    *names* and no IP address. With *is_link*, links of other pages may lead here.
+    pages. A page whose host was made to resolve to this machine (DNS rebinding) has its host in `Host`, which
+    is then none of *names* and no IP address. With *is_link*, links of other pages may lead here.
     """
     host = headers.get("host", "localhost")
     try:
         name = urlsplit(f"//{host}").hostname or ""
-        if name not in names:
+        if name not in {own.lower() for own in names}:  # `hostname` is in lower case
             ip_address(name)  # raises ValueError for what is no address
     except ValueError:
         return True

@@ -56,10 +56,10 @@ class GivenLabel(StrictModel):
 
 
 def refuse_request(request: Request, names: set[str], key: str) -> Response | None:
-    """Refuse requests for other hosts than *names*, from other origins, without the *key*, and large ones.
+    """Refuse requests for other hosts than *names*, from other origins, without the *key*, or too large.
 
-    So are POSTs without JSON. Returns None for other requests. The page with the key in its address
-    redirects, with a cookie that has the key, to the page without it.
+    Also refuses POSTs without JSON. Returns None for requests to handle. A request for the page with the key
+    in its address gets a cookie with the key, and a redirect to the address without it.
     """
     headers = request.headers
     navigates = request.method == "GET" and request.url.path == "/"

@@ -115,8 +115,8 @@ class LabelFolders:
         except FileNotFoundError:
             raise self._gone(identity) from None
         finally:
-            if new_folder:  # is deleted if it is still empty
-                with suppress(OSError):
+            if new_folder:
+                with suppress(OSError):  # after a successful move, the folder is not empty and stays
                     folder.rmdir()
         del self.waiting[identity]
         self.steps.append(LabelStep(photo, target, new_folder))
@@ -125,6 +125,8 @@ class LabelFolders:
     def skip(self, identity: str) -> None:
         """Leave out the photograph *identity* from now on; raises `GoneError` and `OSError`."""
         photo = self._find(identity)
+        if not photo.path.exists():
+            raise self._gone(identity)
         photo.path.with_suffix(SKIPPED).touch()
         del self.waiting[identity]
         self.steps.append(LabelStep(photo))
@@ -137,18 +139,18 @@ class LabelFolders:
         if not self.steps:
             raise GoneError("nothing to undo in this session; move older photographs yourself")
         photo, target, new_folder = self.steps[-1]
-        image = photo.path
+        image, current = photo.path, target or photo.path
+        if not current.exists():
+            self.steps.pop()
+            raise GoneError(f"{current}: no longer there, so the last step cannot be undone")
         if target is None:
             image.with_suffix(SKIPPED).unlink(missing_ok=True)
-        elif not target.exists():
-            self.steps.pop()
-            raise GoneError(f"{target}: no longer there, so its label cannot be undone")
-        else:
-            with atomic_write(image.with_suffix(".json")) as partial:  # first: without it, the server deletes
+        else:  # the record first: a server deletes a photograph without one when it starts
+            with atomic_write(image.with_suffix(".json")) as partial:
                 partial.write_text(photo.record.model_dump_json(), encoding="utf-8")
             _move(target, image)
             if new_folder:
-                with suppress(OSError):  # other photographs are in it
+                with suppress(OSError):  # stays if other photographs are in it
                     target.parent.rmdir()
         self.steps.pop()
         self.waiting = {image.stem: photo, **self.waiting}

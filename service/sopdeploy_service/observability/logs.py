@@ -95,7 +95,7 @@ def configured(settings: Settings, file: int = 2) -> Iterator[None]:
     handler = LineQueue(file)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=added, processors=processors))
     logging.getLogger().addHandler(handler)  # also for other libraries, whose level stays at warning
-    level = "warning" if is_quiet and settings.log_level != "error" else settings.log_level  # at least
+    level = "warning" if is_quiet and settings.log_level in {"debug", "info"} else settings.log_level
     logging.getLogger(ROOT).setLevel(level.upper())
     try:
         yield

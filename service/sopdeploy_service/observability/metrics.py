@@ -185,7 +185,7 @@ class DriftWindow:
         metrics, name = self._metrics, self._model_name
         metrics.drift_images.labels(name).set(self._counts.images)
         for test in TESTS:
-            if self._latest is None:  # also after another bundle of this name
+            if self._latest is None:  # removes what a previous bundle of this name has set
                 metrics.drift_distance.remove(name, test)
                 metrics.drift_p_value.remove(name, test)
             else:

@@ -53,7 +53,7 @@ def open_folders(tmp_path: Path) -> Callable[[], LabelFolders]:
 @contextmanager
 def label_server(folders: LabelFolders, *, cookies: dict[str, str] | None = None) -> Iterator[httpx.Client]:
     """A client of a label server, with the cookie of the key unless other *cookies* are given."""
-    app = create_label_app(folders, {"localhost", "desk"}, KEY)
+    app = create_label_app(folders, {"localhost", "Desk"}, KEY)
     cookies = {COOKIE: KEY} if cookies is None else cookies
     with (
         in_a_thread(uvicorn.Config(app, log_config=None, access_log=False)) as (_, address),

@@ -1,6 +1,7 @@
 """Labels as moves between folders, and the order in which photographs are shown."""
 
 import errno
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -136,13 +137,18 @@ def test_an_undo_on_a_full_disk_changes_nothing_and_can_follow(tmp_path, keep, o
 
 
 def test_a_photograph_that_another_process_has_labelled_or_deleted_is_refused(tmp_path, keep, open_folders):
-    labelled, deleted, other = (keep(number) for number in range(3))
+    labelled, deleted, unseen, skipped, other = (keep(number) for number in range(5))
     folders = open_folders()
+    label = partial(folders.label, name="shoes")
+    folders.skip(skipped)
     open_folders().label(labelled, "hat")
-    (tmp_path / "kept" / f"{deleted}.jpg").unlink()
-    for one in (labelled, deleted):
+    for one in (deleted, unseen, skipped):
+        (tmp_path / "kept" / f"{one}.jpg").unlink()
+    for one, step in ((labelled, label), (deleted, label), (unseen, folders.skip)):
         with pytest.raises(GoneError, match="has a label already or is no longer kept"):
-            folders.label(one, "shoes")
+            step(one)
+    with pytest.raises(GoneError, match="no longer there, so the last step cannot be undone"):
+        folders.undo()
     assert not (tmp_path / "photos" / "shoes").exists()
     assert list(folders.waiting) == [other]
 

@@ -118,7 +118,7 @@ def parse_body(
         id=request.id,
         images=_read_images(request.inputs, binary, manifest.inputs[0], max_images),
         outputs=_requested_outputs(request, [output.name for output in manifest.outputs]),
-        timeout_seconds=timeout / MICROSECONDS if timeout else None,  # also for 0
+        timeout_seconds=timeout / MICROSECONDS if timeout else None,  # 0 means none
     )
 
 
@@ -238,12 +238,12 @@ def _split_elements(item: InputTensor, raw: memoryview, count: int) -> list[byte
     elements, position = [], 0
     for number in range(count):
         begin = position + LENGTH_BYTES
-        length = unpack_from("<I", raw, position)[0] if begin <= len(raw) else 0
-        position = begin + length
-        if position > len(raw):  # also if its length does not fit
+        end = begin + (unpack_from("<I", raw, position)[0] if begin <= len(raw) else 0)
+        if end > len(raw):  # the bytes of the element, or those of its length, are incomplete
             message = f"element {number} does not fit into {len(raw)} bytes"
             raise _invalid("wrong_binary_size", item, message)
-        elements.append(bytes(raw[begin:position]))
+        elements.append(bytes(raw[begin:end]))
+        position = end
     if position != len(raw):
         message = f"{len(raw) - position} bytes remain after element {count - 1}"
         raise _invalid("wrong_binary_size", item, message)

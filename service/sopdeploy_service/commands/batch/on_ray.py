@@ -100,15 +100,15 @@ class RayClassifier:
 
 def _connect(options: "ClassifyOptions") -> None:
     """Connect to the Ray cluster of *options* or start one, or raise the error that says why not."""
-    address, new = str(options.ray), {}  # options of a cluster that is started here
+    address, new_cluster = str(options.ray), {}  # options of one that is started here
     try:
         if options.starts_cluster:
-            requested = (options.actors or 1) * (options.workers or 1)  # more than cores may share them
-            new = {"num_cpus": max(usable_cores(), requested), "include_dashboard": False}
+            requested = (options.actors or 1) * (options.workers or 1)  # Ray waits for CPUs that it lacks
+            new_cluster = {"num_cpus": max(usable_cores(), requested), "include_dashboard": False}
         elif address != "auto":  # Ray would try for minutes, then end the process
             host, _, port = address.rpartition(":")
             socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **new)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **new_cluster)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Ray cluster at {address}; `local` starts one here", setting="ray") from error
     except Exception as error:  # Ray gives up after half a minute
