@@ -112,6 +112,7 @@ class KeptFolder:
             self._delete(entry)
 
     def _add(self, image: bytes, record: KeptRecord) -> KeptResult:
+        """Keep *image* as `add` does; raises `OSError`."""
         path = self.path / record.image
         kept = self._entries.get(path.name)  # the name is a hash of the original bytes
         if kept is not None:

@@ -274,8 +274,8 @@ def parse_upload(raw: bytes, max_bytes: int, max_images: int) -> Upload:
 async def read_body(admitted: AdmittedRequest, limit: int) -> bytes:
     """Read at most *limit* bytes of the body before the deadline.
 
-    A client may be slower than the minimum rate for a grace period in total. Raises `RejectedError`: 408 too
-    slow, 413 too large, 415 compressed, 429 for a full budget, 499 client disconnected.
+    Delays beyond the minimum rate may add up to a grace period, which faster pieces restore. Raises
+    `RejectedError`: 408 too slow, 413 too large, 415 compressed, 429 budget full, 499 client disconnected.
     """
     service, context, deadline = admitted.service, admitted.context, admitted.deadline
     if context.headers.get("content-encoding", "identity").strip().lower() != "identity":

@@ -56,10 +56,8 @@ async def readyz(request: Request) -> Response:
     """
     service = service_of(request)
     paths = [model.bundle.path for model in service.registry.models()]
-    deleted = await asyncio.to_thread(lambda: [path for path in paths if not (path / MANIFEST).is_file()])
-    reason = None
-    if deleted:
-        reason = f"{deleted[0]}: the bundle was deleted; it is served until this process ends"
+    gone = await asyncio.to_thread(lambda: [path for path in paths if not (path / MANIFEST).is_file()])
+    reason = f"{gone[0]}: the bundle was deleted; it is served until this process ends" if gone else None
     health = Health(status=service.state, reason=reason)
     return json_response(health, status=200 if health.status == "ok" else 503)
 

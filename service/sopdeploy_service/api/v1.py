@@ -75,12 +75,12 @@ async def classify(request: Request, query: Annotated[ClassifyQuery, Query()]) -
         top_k = query.top_k or chosen.top_k
         outcomes = await admitted.infer(upload.images, may_keep=True, explain=query.explain)
 
-    def format_classes(outcome: Prediction) -> dict[str, Any]:
-        logits = outcome.outputs[chosen.logits]
-        answer = chosen.decision.answer(logits, top_k, query.threshold, outcome.occluded)
+    def format_classes(prediction: Prediction) -> dict[str, Any]:
+        logits = prediction.outputs[chosen.logits]
+        answer = chosen.decision.answer(logits, top_k, query.threshold, prediction.occluded)
         if answer.known is False:  # None: the bundle does not tell
             service.metrics.unknown_images.labels(chosen.name).inc()
-        return {**answer.fields(chosen.labels), "warnings": outcome.warnings}
+        return {**answer.fields(chosen.labels), "warnings": prediction.warnings}
 
     return _respond(admitted, upload, outcomes, format_classes)
 
@@ -105,12 +105,12 @@ async def embed(request: Request, query: Annotated[EmbedQuery, Query()]) -> Resp
         upload = await read_upload(admitted)
         outcomes = await admitted.infer(upload.images, features=True)
 
-    def format_embedding(outcome: Prediction) -> dict[str, Any]:
-        vector = outcome.outputs[EMBEDDING]
+    def format_embedding(prediction: Prediction) -> dict[str, Any]:
+        vector = prediction.outputs[EMBEDDING]
         if query.encoding_format == "float":
-            return {"embedding": vector.tolist(), "warnings": outcome.warnings}
+            return {"embedding": vector.tolist(), "warnings": prediction.warnings}
         encoded = base64.b64encode(vector.astype("<f4").tobytes()).decode()
-        return {"embedding": encoded, "warnings": outcome.warnings}
+        return {"embedding": encoded, "warnings": prediction.warnings}
 
     return _respond(admitted, upload, outcomes, format_embedding)
 

@@ -10,6 +10,7 @@ not independent; only the first of a group counts. Letters: N photographs, C cla
 
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -267,11 +268,10 @@ def compare(
 def read_promotions(link: Path) -> list[Promotion]:
     """Read what the log says of *link*."""
     log, found = link.with_name(LOG), list[Promotion]()
-    for line in log.read_bytes().splitlines() if log.is_file() else ():
-        try:
+    lines = log.read_bytes().splitlines() if log.is_file() else []
+    for line in lines:
+        with suppress(pydantic.ValidationError):  # the machine stopped while the line was written
             found.append(Promotion.model_validate_json(line))
-        except pydantic.ValidationError:  # the machine stopped while the line was written
-            continue
     return [one for one in found if one.link == link.name]
 
 
@@ -341,16 +341,17 @@ def _evaluate(
     bundle, labels = loaded.bundle, images.labels
     logits, known = _answer(loaded, images, settings, on_image)
     rejected = None if unknown is None else ~_answer(loaded, unknown, settings, on_image)[1]
-    # The bundle has other numbers for its classes than *images*.
-    answers = np.array([labels.index(label) for label in bundle.labels])[logits.argmax(axis=1)]
-    targets_of_bundle = np.array([bundle.labels.index(labels[target]) for target in images.targets[common]])
+    # *images* and the outputs of the bundle number the classes differently.
+    target_of_output = np.array([labels.index(label) for label in bundle.labels])
+    answers = target_of_output[logits.argmax(axis=1)]
+    true_outputs = np.array([bundle.labels.index(labels[target]) for target in images.targets[common]])
     right, count = answers == images.targets, int(common.sum())
     has_rule = bundle.manifest.rules.rejection is not None
     score = BundleScore(
         bundle=bundle.name,
         id=bundle.manifest.id,
         top1=Rate.of(int(right[common].sum()), count),
-        log_loss=log_loss(logits[common].astype(np.float64), targets_of_bundle),
+        log_loss=log_loss(logits[common].astype(np.float64), true_outputs),
         accepted=Rate.of(int(known[common].sum()), count) if has_rule else None,
         rejected=Rate.of(int(rejected.sum()), len(rejected)) if has_rule and rejected is not None else None,
     )

@@ -93,7 +93,7 @@ def promote(
             )
         reason = force or comparison.summary
     else:
-        load_model(new, load_settings())  # as `compare` does
+        load_model(new, load_settings())  # raises an error for a damaged bundle, as `compare` does
     return _record(over, before, after, reason, comparison)
 
 
@@ -105,7 +105,7 @@ def _promote_back(link: Path) -> Promotion:
     if not previous:
         log = link.with_name(LOG)
         raise PromotionError(f"{link}: {log} names no bundle before the live one; name the bundle to promote")
-    load_model(link.parent / previous[-1], load_settings())
+    load_model(link.parent / previous[-1], load_settings())  # raises an error for a damaged bundle
     return _record(link, live, previous[-1], "back", None)
 
 

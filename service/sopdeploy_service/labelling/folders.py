@@ -211,10 +211,10 @@ def check_class_name(name: str, classes: list[str], folders: Collection[str] = (
     if name not in classes:  # names that exist stay as they are
         name = unicodedata.normalize("NFC", name.strip())
     same = [other for other in classes if _folded(other) == _folded(name)]
-    is_new, problem = name not in folders, ""
-    if is_new and not 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES:
+    needs_folder, problem = name not in folders, ""
+    if needs_folder and not 1 <= len(name.encode("utf-8", "replace")) <= MAX_CLASS_BYTES:
         problem = f"write 1 to {MAX_CLASS_BYTES} bytes"
-    elif is_new and any(unicodedata.category(one)[0] == "C" or one in NOT_IN_NAMES for one in name):
+    elif needs_folder and any(unicodedata.category(one)[0] == "C" or one in NOT_IN_NAMES for one in name):
         problem = f"leave out control characters and {' '.join(NOT_IN_NAMES)}"
     elif is_hidden(name) or name.endswith("."):
         problem = "the folder would be hidden; do not begin or end with a dot"

@@ -145,7 +145,7 @@ class BatchClassifier:
         names = list({self._bundle.manifest.outputs[0].name, *self._optional.values()})  # each once
         try:
             outputs = run_bisected(lambda images: self._runtime.run(np.stack(images)), pixels, names)
-            if all(output is INFERENCE_FAILED for output in outputs):
+            if all(output is INFERENCE_FAILED for output in outputs):  # perhaps the device is lost
                 check_device(self._runtime, pixels[0].shape)
         except DeviceLostError as error:
             raise RuntimeUnavailableError(f"the device is lost ({error}); run again to continue") from error

@@ -41,8 +41,8 @@ class PartActor:
         self, bundle: Path, settings: Settings, options: "ClassifyOptions", out: Path, state: dict[str, Any]
     ) -> None:
         self._folder, self._classifier = OutputFolder(out), BatchClassifier(bundle, settings, options)
-        states = (self._classifier.state, state)
-        if states[0] != states[1]:
+        if self._classifier.state != state:
+            states = (self._classifier.state, state)
             here, other = (f"{one['runtime']} with batches of {one['batch']}" for one in states)
             address = ray.util.get_node_ip_address()
             raise ConfigError(f"{address} has {here}, another machine {other}; use machines of one kind")
@@ -66,8 +66,9 @@ class RayClassifier:
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         ray.data.DataContext.get_current().enable_progress_bars = False
         _connect(options)
-        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]  # of each
+        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self._actors = options.actors or len(cores)
+        # Ray starts an actor only on a machine with as many free cores as the actor has workers.
         workers = options.workers or max(1, min(MAX_WORKERS, *cores, sum(cores) // self._actors))
         self._resources = {"num_cpus": workers, "num_gpus": options.gpus_per_actor}
         self._arguments = bundle.resolve(), settings, options.model_copy(update={"workers": workers})

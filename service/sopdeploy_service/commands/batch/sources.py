@@ -70,8 +70,7 @@ def read_listed(image: ListedImage, limit: int) -> bytes:
             file.seek(image.offset)
             return read_at_most(file, size)
     except Exception as error:  # every store raises types of its own
-        message = f"cannot be read ({_reason(error)})"
-        raise ImageError(message, code="unusable_data", status=422) from error
+        raise ImageError(f"cannot be read ({_reason(error)})", code="unusable_data", status=422) from error
 
 
 def _list_source(source: str) -> Iterator[ListedImage]:
@@ -123,8 +122,7 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
             if not parts or any(map(is_hidden, parts)) or not is_image(parts[-1]):
                 continue
             if member.islnk():
-                message = f"{member.name} is a hard link; pack with `tar --hard-dereference`"
-                raise DataError(f"{name}: {message}")
+                raise DataError(f"{name}: {member.name} is a hard link; pack with `tar --hard-dereference`")
             if member.isreg() and member.sparse is None:  # its bytes are in one place
                 yield ListedImage("/".join((name, *parts)), location, member.offset_data, member.size)
 
