@@ -148,7 +148,7 @@ def averaging_rows(size: int, target: int) -> list[list[float]]:
     """
     rows = []
     for i in range(target):
-        start, stop = i * size // target, -(-(i + 1) * size // target)
+        start, stop = i * size // target, math.ceil((i + 1) * size / target)
         rows.append([1.0 / (stop - start) if start <= j < stop else 0.0 for j in range(size)])
     return rows
 
@@ -189,7 +189,7 @@ class PositionAttention(nn.Module, ExportHints):
             small_BdP = small_Bdss.flatten(start_dim=2)
             if config.position_covariance == "uncentred":
                 cov_BPP = uncentred_covariance(small_BdP)
-            else:  # over the d channels
+            else:  # of the positions; the d channels are the samples
                 cov_BPP = covariance(covariance_factor(small_BdP.transpose(1, 2)))
         weights_B1ss = self.excitation(cov_BPP).reshape(-1, 1, side, side)
         build_rows = nearest_rows if config.position_upsampling == "nearest" else averaging_rows
@@ -220,7 +220,7 @@ class Concatenation(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         groups = channels // CHANNELS_PER_GROUP
-        if groups == 0 or channels % groups:  # never for a multiple
+        if groups == 0 or channels % groups:  # the convolutions need groups of equal size
             raise ConfigError(
                 f"attention=concatenation: needs a multiple of {CHANNELS_PER_GROUP} channels, got {channels}"
                 "; choose average, sum or maximum, or a wider network"

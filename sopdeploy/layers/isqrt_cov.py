@@ -98,7 +98,7 @@ def last_step(a_BCC: Tensor, iterations: int) -> Step:
 
     In float32 the iterates are finite up to N = 15, for singular matrices too.
     """
-    return deque(steps(a_BCC, iterations), maxlen=1).pop()
+    return deque(steps(a_BCC, iterations), maxlen=1).pop()  # only one step at a time is in memory
 
 
 def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor | None]) -> Tensor:
@@ -112,7 +112,7 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
     T Q - H - H^T, where H = T_grad / 4 + Q W_k / 2.
     """
     f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, fs[-1], ts[-1])
-    w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))  # W_N is not computed, so Q is 0
+    w_grad_BCC = -0.25 * (t_grad_BCC + t_grad_BCC.transpose(1, 2))  # W_N has no gradient, so Q is 0
     for t_BCC, f_BCC in zip(reversed(ts[:-1]), reversed(fs[:-1]), strict=True):
         f_grad_BCC, t_grad_BCC = _factor_gradients(f_grad_BCC, f_BCC, t_BCC)
         q_BCC = w_grad_BCC @ t_BCC
@@ -124,8 +124,8 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
 
 
 def _factor_gradients(f_grad_BCC: Tensor, f_BCC: Tensor | None, t_BCC: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the gradient of F_(k+1) = F_k T into those of F_k and T."""
-    if f_BCC is None:
+    """Split the gradient of F_(k+1) = F_k T, for F = Z equal to T Z_k, into those of F_k and T."""
+    if f_BCC is None:  # the identity: F_1 is T; the caller does not use the gradient of F_0
         return f_grad_BCC, f_grad_BCC
     return f_grad_BCC @ t_BCC, f_BCC @ f_grad_BCC
 
@@ -164,7 +164,7 @@ def gram_is_cheaper(channels: int, positions: int, iterations: int) -> bool:
     if type(positions) is not int or type(channels) is not int:
         return False
     products = max(1, 3 * iterations - 3)
-    # besides, both multiply d^2 M: A for X X^T, G for X Z_N X^T
+    # both also take d^2 M, for X X^T or (X Z_N) X^T; the 2 d M^2 of G are for X^T X and X Z_N
     return products * positions**3 + 2 * channels * positions**2 < products * channels**3
 
 
@@ -206,11 +206,12 @@ def isqrt_vector(features_BdHW: Tensor, triangle: Tensor, config: NewtonSchulzCo
 
 def _root(start: Prenormalized, last: Step, config: NewtonSchulzConfig) -> Tensor:
     """Compute the root (B, d, d) from the last step: Y_N, times sqrt(n) with compensation."""
-    if start.use_gram:
-        inner_BMM = last.next_z() / (start.norm.sqrt() if config.compensate else start.norm)
-        return start.x @ inner_BMM @ start.x.transpose(1, 2)
-    y_Bdd = last.next_y()
-    return y_Bdd * start.norm.sqrt() if config.compensate else y_Bdd
+    if not start.use_gram:
+        y_Bdd = last.next_y()
+        return y_Bdd * start.norm.sqrt() if config.compensate else y_Bdd
+    # Y_N = X Z_N X^T / n, so with compensation the divisor is n / sqrt(n) = sqrt(n)
+    divisor_B11 = start.norm.sqrt() if config.compensate else start.norm
+    return start.x @ (last.next_z() / divisor_B11) @ start.x.transpose(1, 2)
 
 
 class ISqrtVector(torch.autograd.Function):
@@ -224,7 +225,8 @@ class ISqrtVector(torch.autograd.Function):
         for step in steps(start.matrix, config.iterations):
             ts.append(step.t)
             fs.append(step.z if start.use_gram else step.y)
-        vector = _root(start, step, config).flatten(start_dim=1).index_select(1, triangle)  # the last step's
+        root_Bdd = _root(start, step, config)  # `step` is the last one
+        vector = root_Bdd.flatten(start_dim=1).index_select(1, triangle)
         ctx.config, ctx.use_gram = config, start.use_gram
         ctx.save_for_backward(features_BdHW, triangle, vector, start.norm, start.matrix, *ts, *fs[1:])
         return vector
@@ -233,8 +235,8 @@ class ISqrtVector(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Compute the gradient (B, d, H, W) of the map; second derivatives go through autograd.
 
-        The root is n^p Y_N if the iteration runs on A, and n^p X Z_N X^T if it runs on G. Through n^p, n
-        receives the gradient p <root, its gradient> / n.
+        The root is n^p Y_N on A, where p is 1/2 with compensation and 0 without, and n^p X Z_N X^T on G,
+        where p is -1/2 and -1. Through n^p, n receives the gradient p <root, its gradient> / n.
         """
         config: NewtonSchulzConfig = ctx.config
         features_BdHW, triangle, vector, norm_B11, matrix_Bnn, *factors = ctx.saved_tensors
@@ -258,15 +260,15 @@ class ISqrtVector(torch.autograd.Function):
             scale_B11 = norm_B11.pow(power) / positions
             outer_grad_BdM = root_grad_Bdd @ x_BdM
             f_grad_Bnn = (x_BdM.transpose(1, 2) @ outer_grad_BdM) * scale_B11
-            norm_term_B11 = power * root_dot_grad_B11
         elif config.compensate:
-            f_grad_Bnn, norm_term_B11 = root_grad_Bdd * norm_B11.sqrt(), 0.5 * root_dot_grad_B11
+            power, f_grad_Bnn = 0.5, root_grad_Bdd * norm_B11.sqrt()
         else:
-            f_grad_Bnn, norm_term_B11 = root_grad_Bdd, torch.zeros_like(root_dot_grad_B11)
+            power, f_grad_Bnn = 0.0, root_grad_Bdd
 
         matrix_grad_Bnn = steps_adjoint(f_grad_Bnn, ts, fs)
+        norm_term_B11 = power * root_dot_grad_B11
         product_grad_Bnn = _prenorm_adjoint(matrix_grad_Bnn, matrix_Bnn, norm_B11, norm_term_B11, config)
-        product_grad_Bnn *= 2.0 / positions
+        product_grad_Bnn *= 2.0 / positions  # P = x x^T / M or x^T x / M
         if ctx.use_gram:
             z_BMM = ts[-1] if fs[-1] is None else ts[-1] @ fs[-1]  # Z_N
             outer_part_BdM = outer_grad_BdM @ (z_BMM * (2.0 * scale_B11))
@@ -289,9 +291,9 @@ def _prenorm_adjoint(
     `SMALLEST_NORM` is a constant and has no gradient. Modifies *matrix_grad_Bnn*.
     """
     through_matrix_B11 = (matrix_grad_Bnn * matrix_Bnn).sum(dim=(1, 2), keepdim=True)
-    norm_grad_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
-    if config.prenorm == "trace":
-        matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(norm_grad_B11[:, :, 0])
-    else:
-        matrix_grad_Bnn.addcmul_(matrix_Bnn, norm_grad_B11)
+    total_term_B11 = (norm_term_B11 - through_matrix_B11) * (norm_B11 > SMALLEST_NORM)
+    if config.prenorm == "trace":  # dn / dP = I
+        matrix_grad_Bnn.diagonal(dim1=1, dim2=2).add_(total_term_B11[:, :, 0])
+    else:  # dn / dP = P / n
+        matrix_grad_Bnn.addcmul_(matrix_Bnn, total_term_B11)
     return matrix_grad_Bnn / norm_B11

@@ -89,14 +89,15 @@ class Components(nn.Module):
             kernel = weight_Noi.flatten(end_dim=1).unsqueeze(2).unsqueeze(3)
             x = F.conv2d(x, kernel, self.biases[step] if self.is_linear else None, groups=groups)
             x = x if self.is_linear else F.relu(x)
-        grouped = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)
-        pooled_BND: Tensor = self.after(grouped).unflatten(0, (-1, self.components))
+        maps = x.unflatten(1, (self.components, -1)).flatten(end_dim=1)  # (B N, c, H, W)
+        pooled_BND: Tensor = self.after(maps).unflatten(0, (-1, self.components))
         return pooled_BND if weights_BN is None else (pooled_BND * weights_BN.unsqueeze(2)).sum(dim=1)
 
     def can_gather(self, features_BCHW: Tensor) -> bool:
         """Return whether `gathered_sum` applies and is faster than evaluating all components.
 
-        Gathering the weights of a map of one position takes longer than multiplying by all of them.
+        For one position, as after the average of linear components, gathering the weights takes longer than
+        multiplying by all of them.
         """
         has_positions = not self.is_linear and features_BCHW[0, 0].numel() > 1
         return self.evaluated < self.components and has_positions
@@ -104,18 +105,19 @@ class Components(nn.Module):
     def gathered_sum(self, features_BCHW: Tensor, weights_BN: Tensor) -> Tensor:
         """Compute the (B, D) weighted sum of the `evaluated` components of largest weight of each image.
 
-        The other weights must be 0. Roots of covariances are summed before their triangle is taken.
+        The other weights must be 0. Whole roots of covariances are summed, and the triangle is taken of the
+        sum, once per image instead of K times.
         """
         sorted_BN, order_BN = weights_BN.sort(dim=1, descending=True, stable=True)  # ties: the lower index
         largest_BK, index = sorted_BN[:, : self.evaluated], order_BN[:, : self.evaluated].flatten()
-        shape = (-1, self.evaluated)
-        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)
+        by_image = (-1, self.evaluated)  # splits an axis of length B K into (B, K)
+        x_BKcM = features_BCHW.flatten(start_dim=2).unsqueeze(1)  # the same features for all K at first
         for weight_Noi in self.weights:
-            x_BKcM = F.relu(weight_Noi.index_select(0, index).unflatten(0, shape) @ x_BKcM)
+            x_BKcM = F.relu(weight_Noi.index_select(0, index).unflatten(0, by_image) @ x_BKcM)
         maps = torch.unflatten(x_BKcM.flatten(end_dim=1), 2, features_BCHW.shape[2:])
         root = self.after if isinstance(self.after, ISqrtCov) else None
         pooled = self.after(maps) if root is None else covariance_root(maps, root.config).flatten(start_dim=1)
-        pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, shape)
+        pooled_BKD = torch.unflatten(at_least_float32(pooled), 0, by_image)
         sum_BD = (largest_BK.unsqueeze(1) @ pooled_BKD).squeeze(1)
         return sum_BD if root is None else sum_BD.index_select(1, root.triangle)
 

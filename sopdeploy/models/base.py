@@ -67,7 +67,8 @@ class Classifier(Backbone):
 
     def forward(self, images: Tensor) -> Any:
         """Compute (B, classes) logits, or with training-only heads in train mode a `TrainingOutput`."""
-        if not self.training or self._modules.keys().isdisjoint(self.training_only):  # also once detached
+        has_heads = not self._modules.keys().isdisjoint(self.training_only)  # False once they are removed
+        if not (self.training and has_heads):
             return super().forward(images)
         branches = self.heads(images)
         return TrainingOutput(branches.pop("main"), branches, {})
@@ -124,7 +125,7 @@ class Classifier(Backbone):
 
 @cache
 def as_classifier(network: type[Backbone]) -> type[Classifier]:
-    """Return the class of the catalog's network that is the backbone *network* alone, or *network* itself."""
+    """Return *network* itself if it is a `Classifier`, else a subclass that is one and is exported as it."""
     if issubclass(network, Classifier):
         return network
     parts = {"inference_class": network, "__doc__": network.__doc__}

@@ -61,7 +61,8 @@ class Tally:
             sums: Counter[str] = Counter()
             for name, number in counts.items():
                 path = name.split(".")
-                sums[".".join(path[:2] if path[0] in split else path[:1])] += number
+                depth = 2 if path[0] in split else 1
+                sums[".".join(path[:depth])] += number
             return sums
 
         parameters, macs = sum_by_part(self.parameters), sum_by_part(self.macs)
@@ -74,9 +75,9 @@ def tally(network: nn.Module, image_size: int) -> Tally:
     handles = [
         part.register_forward_hook(partial(_add, counts, name)) for name, part in network.named_modules()
     ]
-    norms: list[Any] = [  # but those whose `forward` a caller replaced
+    norms: list[Any] = [
         part for part in network.modules() if isinstance(part, NORMS) and "forward" not in vars(part)
-    ]
+    ]  # a caller's own `forward`, an attribute of the instance, stays
     for norm in norms:
         norm.forward = _unchanged  # shapes are enough; the values take most of the time, also on `meta`
     device = next((parameter.device for parameter in network.parameters()), torch.device("meta"))

@@ -182,7 +182,7 @@ class DSoP(Classifier):
         `blocks` are of the backbone's kind, `ending` is what the backbone has between its last block and its
         pooling, `reduction` reduces the channels to those of the covariance.
         """
-        channels = length = self.tap_channels[plan.tap]  # the length of an averaged map
+        channels = self.tap_channels[plan.tap]
         blocks = [
             self.branch_block(channels, channels, plan.stride if index == 0 else 1)
             for index in range(plan.blocks)
@@ -190,6 +190,7 @@ class DSoP(Classifier):
         ending: nn.Module = nn.Identity()
         reduction: nn.Module = nn.Identity()
         pooling: nn.Module = nn.AdaptiveAvgPool2d(1)
+        length = channels
         if self.normalize_branches:
             ending = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
         if self.config.aux_pooling == "isqrt":

@@ -79,10 +79,10 @@ class GSoP(Classifier):
             self._add_second_order_pooling()
 
     def _add_block(self, tap: str) -> None:
-        """Add a GSoP block to the residual block *tap*, which is new unless it is the first of its stage."""
+        """Add a GSoP block to the residual block *tap*; rebuild it if it is not the first of its stage."""
         stage, _, index = tap.partition(".")
         channels = self.tap_channels[tap]
-        if index != "0":  # built again, which seeded weights depend on; the first one changes the shape
+        if index != "0":  # the weights of a seed depend on this second draw
             self.set_submodule(tap, self.branch_block(channels, channels, 1))
         block: Any = self.get_submodule(tap)
         dr_stride = 2 if stage in self.config.strided_dr_stages else 1

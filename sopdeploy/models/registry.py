@@ -265,8 +265,9 @@ def entry(name: str) -> Entry:
     if name in CATALOG:
         return CATALOG[name]
     registered: Entry | None = MODELS.find(name)  # of the user or a plug-in
-    if registered is None:  # a "." precedes the tag of a network of timm
-        similar = [f"timm:{name}"] if "." in name else difflib.get_close_matches(name, CATALOG, n=3)
+    if registered is None:
+        has_tag = "." in name  # of timm, such as resnet18.a1_in1k
+        similar = [f"timm:{name}"] if has_tag else difflib.get_close_matches(name, CATALOG, n=3)
         hint = f"did you mean {', '.join(similar)}?" if similar else "`sopdeploy models` lists them all"
         raise ConfigError(f"model {name!r} is not in the catalog; {hint}")
     return registered

@@ -86,7 +86,7 @@ def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, i
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
     if any(part.groups > 1 and part.groups == part.in_channels for part in convolutions):
         return mbconv
-    if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):  # shortcuts have 2
+    if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):  # 2: shortcut
         return Bottleneck
     return BasicBlock
 

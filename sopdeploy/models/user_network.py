@@ -90,10 +90,12 @@ class UserNetwork(Classifier):
         if layer is not None:
             name = next(name for name, module in self.network.named_modules() if module is layer)
             logits, outputs = run_once(self.network, self.source.image_size)
-            if not logits.is_meta and not torch.equal(logits, outputs[name]):
+            output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
+            same_shape = _shape(logits) == _shape(output) != ()
+            if not same_shape or not (logits.is_meta or torch.equal(logits, output)):  # `meta`: no values
                 raise ConfigError(
-                    f"head: the network computes its logits after its last linear layer {name}; build it so "
-                    "that this layer returns them"
+                    f"head: the network does not return the output of its last linear layer {name}; build it "
+                    "so that these are the logits"
                 )
         return super().remove_classifier()
 
@@ -252,15 +254,17 @@ def register_model(
     trained, options = METHODS[chosen]
     source = Source(partial(_build, name, build), tuple(taps), image_size)
 
-    def bound(kind: type[UserNetwork], inference_class: type[Classifier] | None) -> type[UserNetwork]:
+    def with_source(base: type[UserNetwork], inference_class: type[Classifier] | None) -> type[UserNetwork]:
+        """Derive a class from *base* that is built without a source, as the catalog builds networks."""
+
         def construct(self: UserNetwork, config: StrictModel, num_classes: int) -> None:
-            kind.__init__(self, config, num_classes, source)  # the class of an `Entry` receives no source
+            base.__init__(self, config, num_classes, source)
 
         members = {"__init__": construct, "__module__": build.__module__, "inference_class": inference_class}
-        return type(kind.__name__, (kind,), members)
+        return type(base.__name__, (base,), members)
 
-    inference = bound(UserNetwork, None) if trained.training_only else None  # the class itself
-    registered = Entry(bound(trained, inference), options, {}, f"of {build.__module__}", image_size)
+    inference = with_source(UserNetwork, None) if trained.training_only else None
+    registered = Entry(with_source(trained, inference), options, {}, f"of {build.__module__}", image_size)
     MODELS.register(name, registered, build.__module__)
 
 
@@ -360,11 +364,14 @@ def remove_after(network: nn.Module, tap: str, image_size: int) -> None:
 
     Raises `ConfigError` if the network cannot run without them.
     """
-    run = list(run_once(network, image_size)[1])  # the modules that contain the tap end after it, too
-    after = [name for name in run[run.index(tap) + 1 :] if not is_in(tap, name)]
-    removed = [name for name in after if list(network.get_submodule(name).parameters())]
+    _, outputs = run_once(network, image_size)
+    names = list(outputs)  # in the order in which the modules first return
+    removed = []
+    for name in names[names.index(tap) + 1 :]:
+        contains_tap = tap.startswith(f"{name}.")  # such a module returns after the tap, too
+        if not contains_tap and list(network.get_submodule(name).parameters()):
+            removed.append(name)
     for name in removed:
-        parent = name.rpartition(".")[0]
-        if not is_in(parent, *removed):  # which is replaced with all its parts
+        if not is_in(name.rpartition(".")[0], *removed):  # otherwise it is removed with its parent
             network.set_submodule(name, nn.Identity())
     run_once(network, image_size)

@@ -77,10 +77,10 @@ class GaussianEmbedding(GlobalPooling):
 
         Sigma + mu mu^T is X X^T / M; D is C + 1.
         """
-        mean_B1C = features.mean(dim=(2, 3))[:, None, :]
-        left_BDC = torch.cat([second_moments(features), mean_B1C], dim=1)
-        right_BD1 = F.pad(mean_B1C, (0, 1), value=1.0).transpose(1, 2)
-        embedded_BDD = torch.cat([left_BDC, right_BD1], dim=2)
+        mean_BC = features.mean(dim=(2, 3))
+        upper_BCD = torch.cat([second_moments(features), mean_BC.unsqueeze(2)], dim=2)
+        last_row_BD = F.pad(mean_BC, (0, 1), value=1.0)  # [mu^T, 1]
+        embedded_BDD = torch.cat([upper_BCD, last_row_BD.unsqueeze(1)], dim=1)
         return spectral(embedded_BDD, root_of_eigenvalues).flatten(start_dim=1)
 
 

@@ -152,6 +152,12 @@ class Small(nn.Module):
         return self.after(self.fc(self.hidden(maps.mean(dim=(2, 3))).relu()))
 
 
+class Unused(nn.Identity):
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(9, num_classes)
+
+
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(MODELS, "registered", {})
@@ -250,7 +256,9 @@ def test_a_network_of_the_user_has_a_head_on_its_last_map_or_on_named_ones(regis
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
-        (lambda n: Small(n, nn.Softmax(dim=1)), {}, "computes its logits after its last linear layer fc"),
+        (lambda n: Small(n, nn.Softmax(dim=1)), {}, "not return the output of its last linear layer fc"),
+        (lambda n: Small(n, Unused(n)), {}, "not return the output of its last linear layer after.fc"),
+        (lambda n: Small(n, nn.MaxPool1d(1, return_indices=True)), {"kind": "gap"}, "not return .* fc"),
         (Small, {"taps": ("middle",)}, "no module 'middle'"),
         (Small, {"taps": ("hidden",)}, r"hidden gives \(1, 9\), not a feature map"),
         (Small, {"taps": ()}, "at least 1"),
