@@ -68,8 +68,7 @@ class Backbone(nn.Module):
     def num_features(self) -> int:
         """Return the length of the vector that the classifier reads."""
         classifier = self.get_submodule(self.classifier_parts[-1])
-        lengths = (getattr(part, "in_features", None) for part in classifier.modules())  # None: not linear
-        return next(length for length in lengths if isinstance(length, int))
+        return next(part.in_features for part in classifier.modules() if isinstance(part, nn.Linear))
 
     def add_stages(
         self, channels: int, widths: Sequence[int], blocks: Sequence[int], strides: Sequence[int]

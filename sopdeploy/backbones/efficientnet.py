@@ -108,6 +108,7 @@ class SameConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """Convert (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride))."""
         kernel, stride = self.kernel_size[0], self.stride[0]
+        # With its zeros, a side holds ceil(side / stride) windows: (windows - 1) * stride + kernel pixels.
         rows, columns = (max(0, (-(-side // stride) - 1) * stride + kernel - side) for side in x.shape[2:])
         return super().forward(F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)))
 
@@ -141,7 +142,7 @@ class LiteBlock(nn.Sequential):
             "conv_dw": depthwise,
             "conv_pwl": convolution(wide, out),
         }
-        if expansion == 1:  # the layers above are drawn all the same: seeded weights depend on it
+        if expansion == 1:  # the layers above are drawn but not used; the weights of a seed depend on it
             layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)

@@ -85,10 +85,7 @@ class LowResolutionResNetConfig(StrictModel):
 
 
 class LowResolutionResNet(Backbone):
-    """GM-SOP's stem and stages, which map (B, 3, H, W) to (B, 128 * widen, h, w).
-
-    Subclasses add pooling and classifier.
-    """
+    """GM-SOP's stem and stages, (B, 3, H, W) to (B, 128 * widen, h, w), before pooling and classifier."""
 
     stage_names = STAGES
     config: LowResolutionResNetConfig

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
@@ -75,11 +76,11 @@ class CommandLine(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse *args*; raises the usage errors of Typer."""
-        for before, arg in zip(["the first argument", *args], args, strict=False):
+        for before, arg in pairwise(["the first argument", *args]):
             name, equals, value = arg.partition("=")
-            is_empty_option = name.startswith("--") and equals == "=" and not value
+            is_empty_option = name.startswith("--") and equals and not value
             if not arg or is_empty_option:
-                ctx.fail(f"{name or before}: an empty value")
+                ctx.fail(f"{name or before}: an empty value")  # an empty *arg* is the value of the one before
         ctx.allow_extra_args = True  # they are returned instead of rejected
         rest: list[str] = super().parse_args(ctx, args)
         if rest:

@@ -164,14 +164,11 @@ def evaluate(
 
 def _check_options(source: Path, kind: str, options: EvaluateOptions) -> None:
     """Raise `ConfigError` for an option that *source* of this *kind* does not have, or that overwrites it."""
-    kinds = {"runtime": "bundle", "fit_decision": "checkpoint"}
-    for setting, needed in kinds.items():
+    for setting, needed in (("runtime", "bundle"), ("fit_decision", "checkpoint")):
         if getattr(options, setting) and kind != needed:
             raise ConfigError(f"only for a {needed}, this is a {kind}; omit it", setting=setting)
     fitted = options.fit_decision
-    if fitted is None or not fitted.exists() or not source.exists():
-        return
-    if fitted.samefile(source):
+    if fitted is not None and fitted.exists() and source.exists() and fitted.samefile(source):
         raise ConfigError(
             "is the evaluated checkpoint; give another file", setting="fit_decision", value=fitted
         )

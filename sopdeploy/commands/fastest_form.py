@@ -28,7 +28,7 @@ RUNTIMES: dict[str, type[OnnxRuntime | OpenVINORuntime]] = {
     "OpenVINO": OpenVINORuntime,
 }
 DEFAULT = "ONNX Runtime"  # of `serve` on a CPU
-MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # of all rounds together, of which the first is not counted
+MIN_ROUNDS, ROUND_SECONDS = 4, 1.5  # seconds of all rounds together; the first round is not counted
 SMALLEST_GAIN = 1.1  # less is within the noise of a measurement
 _Key = TypeVar("_Key", bound=Hashable)
 

@@ -121,8 +121,10 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
         inputs[name] = {INPUT: np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)}
 
     def run_alternately() -> dict[str, list[float]]:
+        """Measure all graphs in sessions of one thread."""
         options = session_options(onnxruntime, 1, CPU)
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")  # random weights can give them
+        # Random weights can give denormal numbers, which a processor computes slowly.
+        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         sessions = {
             name: onnxruntime.InferenceSession(graph, options, [CPU]) for name, graph in graphs.items()
         }
@@ -130,7 +132,7 @@ def measure_networks(recipes: Mapping[str, Recipe], classes: int, callback: Call
             {name: partial(session.run, None, inputs[name]) for name, session in sessions.items()}
         )
 
-    with ThreadPoolExecutor(1) as thread:  # the option sets the processor's mode for the thread of a session
+    with ThreadPoolExecutor(1) as thread:  # whose floating-point mode the option above changes
         times = thread.submit(run_alternately).result()
     return {name: Speed(1000 * statistics.median(times[name]), len(graphs[name]) / 1e6) for name in recipes}
 

@@ -45,15 +45,15 @@ def runs() -> list[dict[str, Any]]:
     """
     row_of_run = _read_runs()
     rows, exported = [], set()  # `exported` are the ids of runs with a bundle
-    for path, manifest, not_served, *_ in list_bundles(Path("bundles")):
+    for path, manifest, reason, *_ in list_bundles(Path("bundles")):
         row = _row(None)
         if manifest is not None:
             run_id = "" if manifest.origin is None else manifest.origin.run_id
             row = row_of_run.get(run_id, _row(manifest.origin)) | {"project": manifest.project}
             row["date"] = manifest.exported_at
             exported.add(run_id)
-        # *not_served* says why a server of `bundles` does not serve it; it is empty for the newest.
-        rows.append({**row, "bundle": path.name, "newest": not not_served, "problem": not_served})
+        # *reason* says why a server of `bundles` does not serve this one; it is empty for the newest.
+        rows.append({**row, "bundle": path.name, "newest": reason == "", "problem": reason})
     rows += [row for run_id, row in row_of_run.items() if run_id not in exported]
     return sorted(rows, key=lambda row: str(row["date"]), reverse=True)
 

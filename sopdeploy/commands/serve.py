@@ -30,8 +30,8 @@ def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
     for name in names:
         field = Settings.model_fields[name]
         default = "" if field.default in {None, ()} else f"; default: {field.default}"
-        kind = int | None if field.annotation is int else str | None
-        found[name] = (kind, f"{field.description}{default}.")
+        value_type = int if field.annotation is int else str
+        found[name] = (value_type | None, f"{field.description}{default}.")
     return found
 
 
@@ -144,7 +144,8 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
         print_field("photos", f"{count:,} to label")
         print_field("page", url, style="bold green")
 
-    folders = run_label_server(kept, photos, host, port, show)
-    moved = sum(step.target is not None for step in folders.steps)
-    steps = [f"next: sopdeploy train --data {photos}"] if folders.photos.is_dir() else []
-    say(f"{moved:,} labels", *steps)
+    folders = run_label_server(kept, photos, host, port, show)  # returns after Ctrl-C
+    labels = [step for step in folders.steps if step.target is not None]  # the others are skips
+    say(f"{len(labels):,} labels")
+    if folders.photos.is_dir():
+        say(f"next: sopdeploy train --data {photos}")

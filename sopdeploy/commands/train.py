@@ -81,11 +81,11 @@ class TrainOptions(Options):
                 f"{len(weights)} for {len(names)} networks; give one for each, separated by commas",
                 setting="weights",
             )
-        changes = [
-            {"models": None, "within": None, "weights": file, "set": (*self.set, f"model.name={name}")}
-            for name, file in zip(names, weights, strict=True)
-        ]
-        return {name: self.model_copy(update=change) for name, change in zip(names, changes, strict=True)}
+        options = {}
+        for name, file in zip(names, weights, strict=True):
+            change = {"models": None, "within": None, "weights": file}
+            options[name] = self.model_copy(update={**change, "set": (*self.set, f"model.name={name}")})
+        return options
 
 
 def _show(result: "TrainingResult") -> None:

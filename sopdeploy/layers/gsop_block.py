@@ -212,7 +212,7 @@ def uncentred_covariance(small_BdP: Tensor) -> Tensor:
 class Concatenation(nn.Module):
     """Fuse two tensors (B, C, H, W): grouped convolutions with kernel (k, 1), sum, batch norm.
 
-    This equals one convolution of the tensors' concatenation, as in the paper, with the kernel and the groups
+    This equals the "one convolutional layer" of the concatenation in section 4.1, with the kernel and groups
     of the released code, because the paper does not print them (assumption). k is 11, 9, 7, 5 for
     C = 256, 512, 1024, 2048: fewer groups have longer kernels.
     """

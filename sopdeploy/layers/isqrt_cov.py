@@ -58,10 +58,7 @@ class NewtonSchulzOptions(StrictModel):
 
 
 class NewtonSchulzConfig(NewtonSchulzOptions):
-    """Options of the matrix square root of a covariance.
-
-    `compensate` multiplies the root by the square root of the norm after the iteration.
-    """
+    """Options of the square root; `compensate` multiplies it by the root of the norm after the iteration."""
 
     compensate: bool = True
 

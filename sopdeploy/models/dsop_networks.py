@@ -94,8 +94,8 @@ class DSoPEfficientNet(DSoP, EfficientNet):
 class DSoPThreeStages(DSoP):
     """DSoP on three stages of equal length, with branches by the patterns of Table IV.
 
-    Stages of a length that is not in `patterns` have one branch of two blocks after their last block; a stage
-    of one block has a branch of one block.
+    Assumption: stages of a length that is not in `patterns` have one branch of two blocks after their last
+    block; a stage of one block has a branch of one block.
     """
 
     patterns: ClassVar[dict[int, tuple[int, ...]]] = PATTERNS
@@ -119,9 +119,8 @@ class DSoPSmallResNetConfig(SmallResNetConfig, DSoPConfig):
 class DSoPSmallResNet(DSoPThreeStages, SmallResNet):
     """DSoP on ResNet-20/32/44/56/110 (section V-D: d at most 128, beta .1, .2, .3).
 
-    Assumptions, because the paper shows no branches for these: stages of three blocks use the pattern
-    [1, 0, 2] of the WRN with three blocks per stage. Other stages have one branch of two blocks after their
-    last block (of one block if the stage has one block).
+    Assumption, because the paper shows no branches for these: only stages of three blocks have a pattern,
+    [1, 0, 2] of the WRN with three blocks per stage.
     """
 
     inference_class = SmallResNet
@@ -136,9 +135,8 @@ class DSoPPreActResNetConfig(PreActResNetConfig, DSoPConfig):
 class DSoPPreActResNet(DSoPThreeStages, PreActResNet):
     """DSoP on pre-activation ResNet-110/164 and WRN-22-10/28-10, with the patterns of Table IV.
 
-    Assumptions: batch norm and ReLU precede the pooling of a branch, as they precede the network's own (the
-    paper does not say; the blocks' output is not normalized). Stages of other lengths than Table IV's have
-    one branch of two blocks after their last block.
+    Assumption: batch norm and ReLU precede the pooling of a branch, as they precede the network's own (the
+    paper does not say; the blocks' output is not normalized).
     """
 
     inference_class = PreActResNet

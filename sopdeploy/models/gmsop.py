@@ -13,8 +13,7 @@ in conv5_x (code: 1 with second-order pooling), dropout 0.2 (code 0.4 for GM-SOP
 component (code: per image). The gate's prediction layers "share the same architecture" with the components
 (section 2.3), which have no batch norm; the code's have one (`gate_norm`), and 256, 128 channels for GM-GAP
 on ResNet-18 (`gate_widths`). Both give the parameters that Table 3 prints, 2.3M, 8.7M and 11.9M, so the text
-decides.
-The README of the released code prints 15.7M for GM-SOP on WRN-36-2; the code builds 17.8M.
+decides. The README of the released code prints 15.7M for GM-SOP on WRN-36-2; the code builds 17.8M.
 
 The experts of the one-layer SG-MoE are "fully-connected layers" of 128 x 512 (section 3.3), so they have
 biases. Assumption, because the paper does not say: its sum is classified directly, without the batch norm and

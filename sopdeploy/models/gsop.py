@@ -1,18 +1,13 @@
 """GSoP-Net: second-order blocks inside the network, scaling its maps; GSoP-Net2 pools by covariance too.
 
 Paper: Gao et al., "Global Second-order Pooling Convolutional Networks" (CVPR 2019).
-GSoP-Net1 ends in global average pooling, GSoP-Net2 in dimension reduction and iSQRT-COV instead of the
-last block.
+GSoP-Net1 ends in average pooling; GSoP-Net2 has dimension reduction and iSQRT-COV instead of the last block.
 
 Where paper and released code differ the paper is the default, and `RELEASED` holds the code's values: the
 paper puts the block after the last bottleneck of a stage, with a shortcut around it (sections 3.4 and 4.2),
 the code on that bottleneck's residual before the addition; the code's DR has stride 2 in conv2_x, and the
 GFLOPs of Tables 5 and 6 are those with this stride; Newton-Schulz runs 5 steps in the paper, 3 in the code.
-To fuse channels and positions by concatenation, the paper has "one convolutional layer" (section 4.1) whose
-kernel and groups it does not print. Assumption: they are those of the code, two grouped convolutions whose
-sum is one convolution of the concatenation.
-Differences inside the block are documented in `layers/gsop_block.py`. The network has no
-training-only parts.
+Differences inside the block are documented in `layers/gsop_block.py`. The network has no training-only parts.
 """
 
 from typing import Annotated, Any, ClassVar, Literal

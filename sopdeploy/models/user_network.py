@@ -106,12 +106,7 @@ class UserNetwork(Classifier):
 
 
 class DSoPNetwork(DSoP, UserNetwork):
-    """A network of the user with DSoP's branches, as for networks of timm.
-
-    Assumptions, because the paper does not cover these networks: a branch has two blocks of the kind that
-    `nearest_block` selects, then batch norm and ReLU; covariances have at most 256 channels; all losses have
-    the same weight.
-    """
+    """A network of the user with DSoP's branches, by the assumptions of `DSoPTimm`."""
 
     taps_are_stages = True
     normalize_branches = True
