@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -58,10 +58,10 @@ Buffer: TypeAlias = bytes | memoryview
 
 
 class ChildOptions(NamedTuple):
-    """Limits of a child: bytes beyond its own need, and of the images, as in `Settings`.
+    """Limits of a child: *memory* in bytes beyond its own need; those of images are as in `Settings`.
 
     A light child passes on images of more than *max_pixels*, others refuse them. A child ends if an image
-    takes *cpu_seconds*; 0: no limit. No *formats*: all.
+    takes *cpu_seconds* of CPU time (0: no limit). Empty *formats* accept all.
     """
 
     memory: int
@@ -118,7 +118,7 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
     return [REPLY.pack(number, FIRST_ERROR + ERRORS.index(entry), 0, len(message)), message]
 
 
-def serve_requests(end: socket.socket, options: ChildOptions) -> None:
+def serve_requests(end: socket.socket, options: ChildOptions) -> NoReturn:
     """Answer the requests that arrive at *end*; raises `OSError` when its other end is closed."""
     while True:
         number, rules_size, size = REQUEST.unpack(receive(end, REQUEST.size))
@@ -158,21 +158,20 @@ def restrict(options: ChildOptions) -> str:
     return "" if options.sandbox == "off" else sandbox.enter()
 
 
-def run_child(end: socket.socket, options: ChildOptions) -> None:
-    """Restrict this process, say so, and serve. Does not return."""
+def run_child(end: socket.socket, options: ChildOptions) -> NoReturn:
+    """Restrict this process, say so, and serve until the server ends."""
     try:
         try:
-            text, kind = restrict(options), READY
+            text, kind = restrict(options).encode(), READY
         except OSError as error:
-            text, kind = str(error.strerror), FAILED
-        end.sendall(REPLY.pack(0, kind, 0, len(text)) + text.encode())
+            text, kind = str(error.strerror).encode(), FAILED
+        end.sendall(REPLY.pack(0, kind, 0, len(text)) + text)
         serve_requests(end, options)
     except OSError:  # the server has ended
         os._exit(0)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         os._exit(1)
-    os._exit(0)
 
 
 def run_template(control: socket.socket) -> None:

@@ -155,7 +155,7 @@ class DecoderProcess:
         """
         self._template, self._options, self._seconds = template, options, seconds
         self._end: socket.socket | None = None
-        self._number = self.process = 0  # of requests; the id of the child
+        self._number = self.process = 0  # number of the last request; id of the child
         self.restrictions = self._start()
 
     def decode(self, image: bytes, preprocess: Preprocess) -> Decoded:
@@ -188,7 +188,7 @@ class DecoderProcess:
             number, kind, bits, size = child.REPLY.unpack(child.receive(end, child.REPLY.size, deadline))
             has_valid_size = size == num_bytes if num_bytes else size <= MAX_COPY_BYTES
             is_result = kind == expected and has_valid_size
-            is_error_kind = child.LARGER <= kind < child.FIRST_ERROR + len(child.ERRORS)
+            is_error_kind = kind == child.LARGER or kind - child.FIRST_ERROR in range(len(child.ERRORS))
             is_error = is_error_kind and size <= child.MAX_MESSAGE
             if number != self._number or not (is_result or is_error):
                 raise OSError("wrong reply")
@@ -213,10 +213,10 @@ class DecoderProcess:
         """Return the socket; first replace a child that has ended or sent more than its replies."""
         if self._end is not None:
             try:
-                self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # a byte, or none: the end
-            except BlockingIOError:  # nothing to read
+                self._end.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)  # returns b"" if the child has ended
+            except BlockingIOError:  # nothing to read: the child waits for a request
                 return self._end
-            except OSError:
+            except OSError:  # the child has ended
                 pass
         self._replace()
         if self._end is None:

@@ -50,7 +50,7 @@ ALLOWED: dict[str, tuple[int, int]] = {
 
 
 class AllowedValues(NamedTuple):
-    """A system call that is allowed if `argument & mask` is one of *values*."""
+    """A system call that is allowed if its *argument*, an index, `& mask` is one of *values*."""
 
     name: str
     numbers: tuple[int, int]

@@ -110,13 +110,13 @@ def visible_devices(device: str, environment: Mapping[str, str] = os.environ) ->
     if VISIBLE in environment:
         listed = [name.strip() for name in environment[VISIBLE].split(",")]
         allowed = list(itertools.takewhile(lambda name: name and name != "-1", listed))  # as CUDA does
-        # The first is chosen: the name at a position, or the device itself.
-        names = allowed[int(device) :] if device.isdecimal() else [one for one in allowed if one == device]
-        if not names:
+        # A number is a position in the list; anything else is the UUID of a GPU.
+        chosen = dict(enumerate(allowed)).get(int(device)) if device.isdecimal() else device
+        if chosen is None or chosen not in allowed:
             raise ConfigError(
                 f"devices: {device} is not among the {len(allowed)} GPUs of "
                 f"CUDA_VISIBLE_DEVICES={environment[VISIBLE]}; choose a position, from 0, or a listed UUID"
             )
-        return {VISIBLE: names[0]}
+        return {VISIBLE: chosen}
     order = environment.get(ORDER, "PCI_BUS_ID")  # CUDA's own default is the fastest GPU first
     return {VISIBLE: device, ORDER: order}

@@ -196,8 +196,8 @@ class Supervisor:
             return
         with connection:
             for process in sorted(accepting, key=lambda one: (one.load, one.sent)):
-                process.sent += 1
                 if process.send(control.CLIENT, connection.fileno()):
+                    process.sent += 1
                     return
 
     async def _kill_hanging(self) -> None:

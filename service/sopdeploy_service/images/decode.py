@@ -6,6 +6,7 @@ other exception.
 """
 
 import io
+import itertools
 import random
 import re
 from collections.abc import Collection
@@ -80,12 +81,11 @@ def is_truncated(image: Image.Image, body: bytes) -> bool:
     last = image.getpixel((image.width - 1, image.height - 1))
     if not FILL_COLOR.issuperset(last if isinstance(last, tuple) else (last,)):
         return False
-    end, previous = len(body), None  # of the first scan; the marker of the previous segment
-    for marker, start in jpeg_segments(body):
-        if previous == SCAN:
-            end = start - MARKER_BYTES
+    end = len(body)  # of the first scan
+    for (marker, _), (_, next_length) in itertools.pairwise(jpeg_segments(body)):
+        if marker == SCAN:
+            end = next_length - MARKER_BYTES
             break
-        previous = marker
     # A decoder that expects a restart marker reads noise only after it, so all eight markers follow in turn.
     restarts = RESTART.findall(body[:end])
     due = restarts[-1][0] + 1 if restarts else 0  # its low three bits are the number of the next marker

@@ -68,12 +68,12 @@ def plan_children(budget: int, decoders: int, max_pixels: int) -> Plan:
 
     A light one gets `LIGHT_MEMORY`; one for large images gets more only as far as *max_pixels* need it.
     """
-    each = LIGHT_MEMORY + OWN_MEMORY
-    light = max(1, min(decoders, budget // each - 1))  # leaves the size of one for large images
-    rest = budget - light * each
+    light_bytes = LIGHT_MEMORY + OWN_MEMORY  # of one child
+    light = max(1, min(decoders, budget // light_bytes - 1))  # leaves as much for one for large images
+    rest = budget - light * light_bytes
     large = max(1, min(decoders, rest // (LARGE_MEMORY + OWN_MEMORY)))
     useful = max_pixels * PIXEL_BYTES
-    memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, useful))  # also holds the body
+    memory = max(LIGHT_MEMORY, min(rest // large - OWN_MEMORY, useful))  # a body needs some anyway
     if light < decoders or memory < min(LARGE_MEMORY // 2, useful):  # half suffices for 10 megapixels
         log.warning(
             "the memory suffices for %d of %d decoders, and for large images that need %d MB",
@@ -142,7 +142,7 @@ class Decoders:
             def run(child: DecoderProcess, result: Future[_Result] = result) -> None:
                 try:
                     result.set_result(request(child))
-                except Exception as error:  # is raised by the thread that waits
+                except Exception as error:  # `result.result()` raises it in the thread that waits
                     result.set_exception(error)
 
             jobs.put(run)
@@ -170,7 +170,7 @@ class Decoders:
         if self.large.qsize() >= MAX_WAITING_LARGE:
             call_soon(item.outcome.get_loop(), item.settle, DECODERS_BUSY)
             return
-        item.late = DECODERS_BUSY  # until it is decoded
+        item.late = DECODERS_BUSY  # if its deadline passes before it is decoded
         self.large.put(partial(self._decode_item, model, item, image, is_light=False))
 
     def _decode_item(
@@ -182,9 +182,9 @@ class Decoders:
         """
         if item.outcome.done():
             return
-        started, reason = time.monotonic(), model.queue.closed_with  # None if the queue is open
+        started, reason = time.monotonic(), model.queue.closed_with
         try:
-            if reason is None:
+            if reason is None:  # the queue is open
                 item.image, item.warnings = child.decode(image, model.bundle.manifest.preprocess)
         except ImageError as error:
             reason = HttpError.of(error)

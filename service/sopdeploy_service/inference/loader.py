@@ -151,7 +151,8 @@ def warm_up(probes: Probes, runtime: Runtime, max_batch: int) -> list[tuple[int,
     memory. Without this, it would be a client's batch. Nothing is run on a CPU, which has no such cost.
     """
     timings: list[tuple[int, float]] = []
-    for size in padded_sizes(max_batch) if runtime.device != "cpu" else ():
+    sizes = () if runtime.device == "cpu" else padded_sizes(max_batch)
+    for size in sizes:
         images = probes.images[np.arange(size) % len(probes.images)]
         try:
             for _ in range(2):  # the second one shows the usual time
@@ -177,11 +178,11 @@ def _replay_all(
         timings.append((len(images), time.monotonic() - started))
         return outputs
 
-    sizes = sorted({1, min(max_batch, len(probes.images))})
-    single = batched = probes  # if *thorough*, all of them run in both ways
-    if not thorough and len(sizes) > 1:
-        single, batched = _select(probes, slice(1)), _select(probes, slice(1, None))
-    replays = {size: replay(single if size == 1 else batched, timed_run, batch=size) for size in sizes}
+    size = min(max_batch, len(probes.images))
+    parts = {1: probes, size: probes}  # by batch size; if *thorough*, all of them run in both ways
+    if not thorough and size > 1:
+        parts = {1: _select(probes, slice(1)), size: _select(probes, slice(1, None))}
+    replays = {batch: replay(part, timed_run, batch=batch) for batch, part in parts.items()}
     if isinstance(runtime, OverlappingRuntime):
         replay_overlapping(probes, runtime, max_batch)
     return replays
@@ -210,7 +211,5 @@ def replay_overlapping(probes: Probes, runtime: OverlappingRuntime, max_batch: i
 
 def largest_batch(runtime: Runtime, settings: Settings) -> int:
     """Return how many images the server may put into one batch of *runtime*."""
-    limit = settings.max_batch
-    if limit is None:
-        limit = LARGEST_ON_CPU if runtime.device == "cpu" else runtime.largest_batch
-    return min(limit, runtime.largest_batch)
+    default = LARGEST_ON_CPU if runtime.device == "cpu" else runtime.largest_batch
+    return min(settings.max_batch or default, runtime.largest_batch)

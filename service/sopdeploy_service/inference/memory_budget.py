@@ -71,7 +71,7 @@ class BudgetedRegistry(ModelRegistry):
         Raises the errors of `open_checked`, and `ConfigError` for a bundle that does not fit into the budget.
         """
         super().__init__({}, settings)
-        self._budget = settings.memory_budget or 0  # is set, or a `ModelRegistry` serves
+        self._budget = settings.memory_budget or 0  # not None: see `load_app`
         # The model that was used longest ago comes first.
         self._entries = OrderedDict((name, self._make_entry(name, path)) for name, path in bundles.items())
         for name, entry in self._entries.items():
@@ -126,7 +126,7 @@ class BudgetedRegistry(ModelRegistry):
                 await self._make_room(entry.bytes)
                 loaded = await asyncio.to_thread(load_model, entry.placeholder.bundle.path, self._settings)
                 model = self._by_name[name] = self._make_model(name, loaded)
-                model.drift = entry.placeholder.drift  # since the start
+                model.drift = entry.placeholder.drift  # it has counted since the start of the server
                 model.start()
                 self.metrics.model_memory.labels(name).set(entry.bytes)
                 self.metrics.model_loads.labels(name).inc()

@@ -61,8 +61,8 @@ class QueuedImage:
     features: bool = False
     is_occluded: bool = False
     decode_seconds: float | None = None
-    arrived: float = field(default_factory=time.monotonic)  # once it is decoded: in the queue
-    late: HttpError = results.DEADLINE  # if it has no other outcome at its deadline
+    arrived: float = field(default_factory=time.monotonic)  # at the server; after decoding: in the queue
+    late: HttpError = results.DEADLINE  # the outcome if there is no other one at the deadline
 
     def settle(self, outcome: Outcome) -> None:
         """Set the outcome unless there is one. Call it on the event loop."""
@@ -100,7 +100,7 @@ class RequestQueue:
             item.settle(reason)
 
     def take(self, max_size: int, *, only_full: bool = False) -> list[QueuedImage]:
-        """Wait for 1 to *max_size* images; an empty list means a closed queue.
+        """Wait for 1 to *max_size* images; return none if the queue is closed.
 
         With *only_full*, take exactly *max_size* images, or none if fewer are queued; never wait.
         """
@@ -113,12 +113,13 @@ class RequestQueue:
                 )
                 if len(self._items) >= max_size:
                     return [self._items.popleft() for _ in range(max_size)]
-                is_over = self.closed_with is not None and not self._items
-                if only_full or is_over:
+                if only_full or self.closed_with is not None:  # a closed queue is empty
                     return []
-                wait = self._items[0].arrived + self.max_delay - now if self._items else None
-                if wait is not None and wait <= 0:
-                    return [self._items.popleft() for _ in range(len(self._items))]
+                wait = None  # without a limit, for the first image
+                if self._items:
+                    wait = self._items[0].arrived + self.max_delay - now
+                    if wait <= 0:
+                        return [self._items.popleft() for _ in range(len(self._items))]
                 self._changed.wait(wait)
 
     def close(self, reason: HttpError) -> list[QueuedImage]:
@@ -207,7 +208,7 @@ class Model:
         self._overlapping = loaded.runtime if isinstance(loaded.runtime, OverlappingRuntime) else None
         self._outputs = tuple(output.name for output in manifest.outputs)
         self._outputs_without_features = tuple(name for name in self._outputs if name != EMBEDDING)
-        self._failed = False  # every image of the last batch
+        self._failed = False  # whether every image of the last batch failed
         self._in_flight: list[_Batch] = []  # oldest first
         self._batch_started: float | None = None  # when the oldest batch got the device to itself
 
@@ -273,27 +274,28 @@ class Model:
                     self._batch_started = time.monotonic()
                     check_device(self._runtime, self.bundle.manifest.image_shape)
                     self._batch_started, self._failed = None, False
-                if not self._in_flight and not self._begin(self.queue.take(self.largest_batch)):
+                if not self._in_flight and not self._begin_next():
                     break  # the queue is closed
                 if self._overlapping is not None and not self._failed:  # else the device is checked first
-                    self._begin(self.queue.take(self.largest_batch, only_full=True))
+                    self._begin_next(only_full=True)
                 self._complete_oldest(loop)
         except BaseException:  # logged here because nothing else sees it; the service then ends the process
             log.critical("the model worker ends", exc_info=True)
         finally:
             call_soon(loop, self._declare_dead, "the model worker has ended")
 
-    def _begin(self, items: list[QueuedImage]) -> bool:
-        """Begin a batch of *items*; return False if there are none."""
-        if items:
-            batch = _Batch(items)
-            self._batch_started = self._batch_started or time.monotonic()
-            self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
-            if self._overlapping is not None:
-                with contextlib.suppress(Exception):  # it begins again, alone, when it is the oldest
-                    images = [item.image for item in items]
-                    batch.wait = self._overlapping.begin(images, self._names_of(items))
-        return bool(items)
+    def _begin_next(self, *, only_full: bool = False) -> bool:
+        """Take a batch from the queue, as `RequestQueue.take` does, and begin it; return False for none."""
+        items = self.queue.take(self.largest_batch, only_full=only_full)
+        if not items:
+            return False
+        batch = _Batch(items)
+        self._batch_started = self._batch_started or time.monotonic()
+        self._in_flight.append(batch)  # before it begins: the watchdog must see a call that hangs
+        if self._overlapping is not None:
+            with contextlib.suppress(Exception):  # `_run_images` begins it again, when it is the oldest
+                batch.wait = self._overlapping.begin([item.image for item in items], self._names_of(items))
+        return True
 
     def _complete_oldest(self, loop: asyncio.AbstractEventLoop) -> None:
         """Wait for the outputs of the oldest batch and pass them to the event loop."""
@@ -366,7 +368,6 @@ def run_bisected(
     Returns for each image its row of each output of *names*, or an `HttpError`. Raises `DeviceLostError`,
     because another run would fail too.
     """
-    reason = results.INFERENCE_FAILED
     try:
         return _split_rows(run(images), names, len(images))
     except DeviceLostError:
@@ -377,6 +378,7 @@ def run_bisected(
             reason = results.OUT_OF_MEMORY
         else:
             log.exception("inference failed on a batch of %d", len(images))
+            reason = results.INFERENCE_FAILED
     if len(images) == 1:
         return [reason]
     halves = images[: len(images) // 2], images[len(images) // 2 :]

@@ -242,10 +242,10 @@ class Service:
         if self._draining:
             raise RejectedError(results.DRAINING)
         self.check_queue(model, 1)
-        # An idle worker is always tried: an estimate that rejects everything could never be corrected.
+        # Without other images, a request is always admitted: only a batch can correct an estimate.
         if self.admitted:
-            end = time.monotonic() + model.latency.total_seconds(self.admitted + 1, model.largest_batch)
-            if end > deadline:
+            seconds = model.latency.total_seconds(self.admitted + 1, model.largest_batch)
+            if time.monotonic() + seconds > deadline:
                 raise RejectedError(results.TOO_LATE)
 
     def check_queue(self, model: Model, num_images: int) -> None:
@@ -321,11 +321,11 @@ class Service:
             return outcomes
         started, rules = time.monotonic(), model.bundle.manifest.preprocess
         copies = np.concatenate([occlude(prediction.pixels, rules) for prediction in predictions])
-        all_copies = iter(await self.infer(model, copies, deadline, are_occluded=True))  # outcomes
+        copy_outcomes = iter(await self.infer(model, copies, deadline, are_occluded=True))
         seconds = time.monotonic() - started
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, Prediction):
-                own = list(itertools.islice(all_copies, num_copies))  # those of this image
+                own = list(itertools.islice(copy_outcomes, num_copies))  # of the copies of this image
                 errors = [one for one in own if isinstance(one, HttpError)]
                 logits = [one.outputs[model.logits] for one in own if isinstance(one, Prediction)]
                 stages = {**outcome.stage_seconds, "explain": seconds}

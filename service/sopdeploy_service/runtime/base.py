@@ -38,8 +38,8 @@ class Runtime(Protocol):
         """Run *images* (n, H, W, 3) uint8; return every output (n, ...) float32 by name.
 
         The outputs must not share memory with *images*, which the next batch overwrites. Raises
-        `DeviceLostError` if no other batch can run. After any other exception, the halves of the batch run,
-        down to single images; if all fail, a blank one tells whether the device is lost.
+        `DeviceLostError` if no other batch can run. After any other exception, the caller runs each half of
+        the batch, down to single images; if all fail, it runs a blank one to see whether the device is lost.
         """
         ...
 

@@ -49,7 +49,7 @@ class OnnxRuntime:
         manifest = bundle.manifest
         if self._provider != CPU and self._provider in onnxruntime.get_available_providers():
             load_cuda_libraries(onnxruntime)  # without the provider, `_open_session` raises
-            onnxruntime.set_default_logger_severity(4)  # of the provider; a session has its own
+            onnxruntime.set_default_logger_severity(4)  # for the provider; a session has its own logger
         self.name = f"onnxruntime {onnxruntime.__version__}"
         self.device = DEVICES[self._provider]
         self.largest_batch = manifest.batch.maximum
@@ -96,8 +96,8 @@ class CudaOnnxRuntime(OnnxRuntime):
     ) -> Callable[[], dict[str, NDArray[np.float32]]]:
         """Begin a batch of *images* (H, W, 3); return a function that waits for *names*, by default all."""
         names, count = self._outputs if names is None else list(names), len(images)
-        size = next((size for size in padded_sizes(self.largest_batch) if size >= count), count)
-        padded = np.zeros((size, *images[0].shape), np.uint8)
+        sizes = [size for size in padded_sizes(self.largest_batch) if size >= count]
+        padded = np.zeros((min(sizes, default=count), *images[0].shape), np.uint8)
         np.stack(images, out=padded[:count])
         values: Future[list[NDArray[np.float32]]] = Future()
         self._jobs.put((partial(self._session.run, names, {self._input: padded}), values))

@@ -30,17 +30,16 @@ class TensorRTRuntime:
         cuda = open_cuda()
         self.name = f"tensorrt {trt.__version__}"
         fields = key_fields(bundle, str(trt.__version__), cuda.gpu())
-        reasons = []
+        reasons: list[str] = []  # why no engine of a folder can be used
         for folder in engine_folders(bundle, settings):
             found = load_engine(folder, fields)
             if not isinstance(found, str):
-                break
-            reasons.append(found)  # why no engine of the folder can be used
-        else:  # no folder has an engine that can be used
-            reason = reasons[0] if reasons else EMPTY
-            raise RuntimeUnavailableError(f"{reason}; run: sopdeploy engine {bundle.path}")
-        self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, found.record.key)
-        self.largest_batch = self._session.largest_batch
+                self._session = EngineSession(trt, cuda, found.plan, bundle.manifest, found.record.key)
+                self.largest_batch = self._session.largest_batch
+                return
+            reasons.append(found)
+        reason = reasons[0] if reasons else EMPTY
+        raise RuntimeUnavailableError(f"{reason}; run: sopdeploy engine {bundle.path}")
 
     @staticmethod
     def usable_engines(bundle: Bundle, settings: Settings) -> list[Path]:

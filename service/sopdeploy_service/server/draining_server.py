@@ -68,7 +68,7 @@ class DrainingServer(uvicorn.Server):
     The first signal makes the server not ready: new requests get 503, admitted ones are completed within
     `drain_seconds`, then the port is closed. Connections that are open by then may send one more request,
     which gets 503. A second signal ends the drain: unfinished requests get 503. SIGHUP reloads the bundles of
-    *sources*, if any, and so does a move of one of *links*, which maps them to where they lead now.
+    *sources*, and so does a move of one of *links*, which maps them to where they lead now.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class DrainingServer(uvicorn.Server):
 
     def reload(self) -> None:
         """Find the bundles again and serve those that have changed."""
-        if not self._sources:
+        if self._service.settings.memory_budget is not None:
             log.error("not reloaded: impossible with memory_budget")
         elif self._drain_until is None:
             start_task(self._reloads, self._service.registry.reload(self._sources))
@@ -165,10 +165,10 @@ class DrainingServer(uvicorn.Server):
                 self._is_draining = True  # logged here: a signal handler may interrupt another log line
                 seconds = self._service.settings.drain_seconds
                 log.info("draining", extra={"requests": self._service.active_requests, "seconds": seconds})
-            is_expired = now >= self._drain_until
-            if is_expired:
+            if now >= self._drain_until:
                 self._service.drain(abort=True)
-            if is_expired or self._service.active_requests == 0:
+                return True
+            if self._service.active_requests == 0:
                 return True
         return await super().on_tick(counter)
 
@@ -180,9 +180,10 @@ class DrainingServer(uvicorn.Server):
                 server.close()
             await self.serve_connections(pending)
             end = time.monotonic() + LAST_SECONDS
-            any_busy = True
-            while any_busy and time.monotonic() < end:
+            all_answered = False
+            while not all_answered and time.monotonic() < end:
                 await asyncio.sleep(_POLL_SECONDS)  # the loop reads what has arrived
                 protocols = cast(set[LimitedHttpProtocol], self.server_state.connections)
-                any_busy = any(one.timeout_keep_alive_task is None for one in protocols)  # set if idle
+                # This timer runs from the end of a response to the next request.
+                all_answered = all(one.timeout_keep_alive_task is not None for one in protocols)
         await super().shutdown(sockets)

@@ -163,7 +163,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         self._unset_keepalive_if_required()
         self._shared.idle.pop(self, None)
-        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:  # one request, or a body
+        if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:  # one request, or a body: at once, which is faster
             self._parse(data)
             return
         for start in range(0, len(data), PIECE_BYTES):
@@ -184,7 +184,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         in_request = self._in_headers or self._in_body
         # The callbacks subtract what is no overhead, so the number can be negative.
         self._overhead_bytes = max(0, self._overhead_bytes) if in_request else 0
-        limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # URL: in the headers
+        limit = MAX_HEADER_BYTES if self._in_body else MAX_URL_BYTES + MAX_HEADER_BYTES  # with the URL
         if self._overhead_bytes > limit:
             self._error = self._error or LARGE_HEADERS
         is_responding = self.cycle is not None and not self.cycle.response_complete
@@ -218,6 +218,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.parser.feed_data(b"\r\n".join(lines) + data[upgrade.args[0] :])  # after the headers
 
     def _end_last_request(self) -> None:
+        """End the request of `_feed_without_upgrade`; ignore what the parser takes for further ones."""
         if not self._ignores_input:
             self.on_message_complete()
             self._ignores_input = True
@@ -237,8 +238,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         """Limit the number and size of headers and trailers."""
         self._header_bytes += len(name) + len(value) + len(": \r\n")
-        too_many = len(self.headers) >= MAX_HEADERS
-        if too_many or self._header_bytes > MAX_HEADER_BYTES:
+        if len(self.headers) >= MAX_HEADERS or self._header_bytes > MAX_HEADER_BYTES:
             self._error = self._error or LARGE_HEADERS
         else:
             super().on_header(name, value)
@@ -303,8 +303,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
         elif self._held:
             held, self._held = self._held, b""
-            self.data_received(held)  # sets what the lines below test
-        if self.transport.is_closing() or not self.cycle.response_complete:  # of the next request
+            self.data_received(held)  # may begin the next request, which the lines below test
+        if self.transport.is_closing() or not self.cycle.response_complete:  # the next request has begun
             return
         if self._in_body:
             self._unset_keepalive_if_required()
@@ -369,7 +369,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._restart_timer(None)
         self._ignores_input = True
         is_responding = self.cycle is not None and not self.cycle.response_complete
-        if is_responding and (self.pipeline or self.cycle.response_started or not self._in_body):
+        is_to_earlier = bool(self.pipeline) or not self._in_body  # this one is queued, or in its headers
+        if is_responding and (is_to_earlier or self.cycle.response_started):
             self.cycle.keep_alive = False  # closes after the response
             return
         if is_responding:

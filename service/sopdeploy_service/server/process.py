@@ -42,8 +42,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
         from sopdeploy_service.server.draining_server import DrainingServer  # noqa: PLC0415
 
         ProcessCollector(registry=app.state.service.metrics.registry)
-        reloaded = sources if settings.memory_budget is None else ()
-        return DrainingServer(app, settings, reloaded, links).serve_until_end(listener)
+        return DrainingServer(app, settings, sources, links).serve_until_end(listener)
 
 
 @contextmanager
