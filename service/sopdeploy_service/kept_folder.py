@@ -51,11 +51,11 @@ class KeptFolder:
         """
         self.path, self._max_bytes, self._age = path, max_bytes, timedelta(days=days)
         self._entries: dict[str, _Entry] = {}  # by name, the oldest first
-        self._failed = False  # the last write
+        self._failed = False  # whether the last write failed
         with writing(path, ConfigError):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-            weakref.finalize(self, os.close, lock)  # ends the lock
+            weakref.finalize(self, os.close, lock)  # which releases the lock
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -218,9 +218,10 @@ def unused_variables() -> list[str]:
 
 def to_toml(settings: Settings) -> str:
     """Format *settings* as a settings file; settings without a value become comments."""
-    lines = []  # of TOML, in which numbers, strings and lists are as in JSON
+    lines = []
     for name, value in settings.model_dump(mode="json").items():
-        lines.append(f"# {name} is not set" if value is None else f"{name} = {json.dumps(value)}")
+        text = json.dumps(value, ensure_ascii=False)  # is TOML, which does not have the escapes of surrogates
+        lines.append(f"# {name} is not set" if value is None else f"{name} = {text}")
     return "\n".join(lines) + "\n"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy_service.inference.loader import largest_batch
-from sopdeploy_service.settings import Settings, load_settings, parse_assignments
+from sopdeploy_service.settings import Settings, load_settings, parse_assignments, to_toml
 from tests.fake_runtime import FakeRuntime
 
 
@@ -17,6 +17,10 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     monkeypatch.setenv("SOPDEPLOY_TOP_K", "4")
     settings = load_settings(file, port=7000, top_k=None)
     assert (settings.port, settings.top_k, settings.max_images, settings.queue_size) == (7000, 4, 3, 256)
+    settings = Settings(keep=tmp_path / 'an "odd" name 😀', devices=("0", "1"))
+    file.write_text(to_toml(settings), "utf-8")
+    monkeypatch.undo()
+    assert load_settings(file).model_dump() == settings.model_dump()
 
 
 @pytest.mark.parametrize(

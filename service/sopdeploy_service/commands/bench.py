@@ -110,7 +110,7 @@ def bench(
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
-    """Parse batch sizes such as "1,8", of any range, without duplicates; raises `ConfigError`."""
+    """Parse batch sizes such as "1,8", of up to 6 digits, without duplicates; raises `ConfigError`."""
     words = [word.strip() for word in text.split(",")]
     if not all(word.isascii() and word.isdigit() and len(word) < 7 for word in words):
         raise ConfigError("not a list of batch sizes; write it as 1,8", setting="batch", value=text)

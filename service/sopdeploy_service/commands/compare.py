@@ -229,11 +229,11 @@ def compare(
         raise ConfigError(f"{several[0]}: predicts several classes per image; use `sopdeploy eval`")
     notes: list[str] = []
     first_labels, second_labels = (set(one.bundle.labels) for one in pair)
-    either, both = tuple(sorted(first_labels | second_labels)), first_labels & second_labels
-    images = open_evaluation_images(data, either, other_classes=True, log=notes.append)
+    all_labels, common_labels = tuple(sorted(first_labels | second_labels)), first_labels & second_labels
+    images = open_evaluation_images(data, all_labels, other_classes=True, log=notes.append)
     images, left_out = _select(images, pair, notes)
     labels, targets = images.labels, images.targets.astype(np.int64)
-    is_common = np.array([label in both for label in labels])  # (C,)
+    is_common = np.array([label in common_labels for label in labels])  # (C,)
     common = is_common[targets]  # mask (N,) of photographs
     if not common.any():
         raise DataError(f"{data}: no photograph of a class of both bundles remains; add some")

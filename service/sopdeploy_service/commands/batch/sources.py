@@ -108,7 +108,7 @@ def _list_store(address: str) -> Iterator[ListedImage]:
     for name, facts in sorted(store.find(root, detail=True).items()):
         if is_image(name) and not any(map(is_hidden, name.removeprefix(root).split("/"))):
             location = store.unstrip_protocol(name)
-            yield ListedImage(location, location, size=facts.get("size") or UNKNOWN)  # 0 says nothing
+            yield ListedImage(location, location, size=facts.get("size") or UNKNOWN)  # 0: not known
 
 
 def _list_tar(name: str) -> Iterator[ListedImage]:
