@@ -76,8 +76,9 @@ class OfficialConfig(DataOptions):
     path: Path | None = None
 
 
+OwnDataConfig = DigitsConfig | FolderConfig | CifarConfig | OfficialConfig
 DataConfig = Annotated[
-    DigitsConfig | FolderConfig | CifarConfig | OfficialConfig,
+    OwnDataConfig,
     pydantic.Field(discriminator="kind"),
     with_registered(DATA_SOURCES, DataSource),
     pydantic.SerializeAsAny(),

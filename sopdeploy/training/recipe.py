@@ -14,7 +14,7 @@ import pydantic
 
 from sopdeploy.config import Count, PositiveRate, StrictModel, first_problem
 from sopdeploy.data.augment import BoxCrop
-from sopdeploy.data.sources import DataConfig
+from sopdeploy.data.sources import DataConfig, OwnDataConfig
 from sopdeploy.errors import ConfigError
 from sopdeploy.images.preprocess import Preprocess
 from sopdeploy.models.registry import CatalogModel, entry
@@ -70,8 +70,8 @@ class AutoConfig(StrictModel):
     kind: Literal["auto"] = "auto"
 
 
-PROCEDURES = (AutoConfig, LoopConfig, FewShotConfig)
-AnyProcedureConfig = Annotated[AutoConfig | LoopConfig | FewShotConfig, pydantic.Field(discriminator="kind")]
+ProcedureConfig = AutoConfig | LoopConfig | FewShotConfig
+AnyProcedureConfig = Annotated[ProcedureConfig, pydantic.Field(discriminator="kind")]
 
 
 class StartConfig(StrictModel):
@@ -212,27 +212,25 @@ def change_recipe(
 
 def _drop_values_of_others(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
     """Drop the values of another network, data source or procedure than *overrides* select."""
-    tables = {name: table for name, table in values.items() if isinstance(table, dict)}
-    given, network = tables.get("model", {}).get("config", {}), overrides.get("model.name")
-    if isinstance(given, dict) and isinstance(network, str):
-        for key in given.keys() - entry(network).config.model_fields:
-            del given[key]
-    for name in ("data", "procedure"):
-        table, kind = tables.get(name, {}), overrides.get(f"{name}.kind")
-        if isinstance(kind, str) and kind != table.get("kind"):
-            chosen = _config_of_kind(name, kind)
-            if chosen is not None:  # otherwise the validation of the recipe names the unknown kind
-                for key in table.keys() - chosen.model_fields.keys():
-                    del table[key]
+    for name, selector in (("model", "name"), ("data", "kind"), ("procedure", "kind")):
+        table, chosen = values.get(name), overrides.get(f"{name}.{selector}")
+        if not isinstance(table, dict) or not isinstance(chosen, str) or chosen == table.get(selector):
+            continue  # nothing to drop, or a value that the validation of the recipe names
+        config = _chosen_config(name, chosen)
+        options = table.get("config") if name == "model" else table
+        if isinstance(options, dict) and config is not None:  # None: the validation names the unknown kind
+            for key in options.keys() - config.model_fields.keys():
+                del options[key]
 
 
-def _config_of_kind(table: str, kind: str) -> type[StrictModel] | None:
-    """Find the config of *kind* for the *table* "data" or "procedure"; None if there is none."""
-    configs = PROCEDURES if table == "procedure" else get_args(get_args(DataConfig)[0])  # of its union
-    for config in configs:
-        if kind in get_args(config.model_fields["kind"].annotation):
+def _chosen_config(table: str, choice: str) -> type[StrictModel] | None:
+    """Find the config of the network, data source or procedure *choice*; None for an unknown kind."""
+    if table == "model":
+        return entry(choice).config
+    for config in get_args(OwnDataConfig if table == "data" else ProcedureConfig):
+        if choice in get_args(config.model_fields["kind"].annotation):  # the values of a `Literal`
             return config
-    return DATA_SOURCES.find(kind) if table == "data" else None
+    return DATA_SOURCES.find(choice) if table == "data" else None  # plug-ins add no procedures
 
 
 def format_toml(value: Any) -> str:
@@ -289,14 +287,19 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
 
 
 def _name_key(path: Sequence[str | int], values: Any) -> str:
-    """Return the dotted key of *path* in *values*, without the tags of unions, which *values* do not have."""
-    *parents, last = path
-    keys, table = [], values
-    for parent in parents:
-        if isinstance(table, dict) and parent in table:
-            table = table[parent]
-            keys.append(str(parent))
-    return ".".join([*keys, str(last)])
+    """Return the dotted key of *path* in *values*, without what pydantic inserts for unions.
+
+    That is the `kind` of a table behind its key, and the type behind the key of another value.
+    """
+    keys, value, kind = [], values, None
+    for part in path:
+        is_key = isinstance(value, dict | list) and part != kind
+        kind = None
+        if is_key:
+            keys.append(str(part))
+            value = value.get(part) if isinstance(value, dict) else None
+            kind = value.get("kind", "sgd") if isinstance(value, dict) else None  # only one has a default
+    return ".".join(keys)
 
 
 def _suggest_key(key: str) -> str:

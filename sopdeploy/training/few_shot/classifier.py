@@ -30,7 +30,7 @@ Indices = NDArray[np.intp]
 GRID = (3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)  # of C, for inputs whose mean squared norm is 1 per part
 MAX_RANK = 1024
 BALANCE_ABOVE = 1.5  # ratio of the largest class to the smallest
-DISTANCE_WEIGHT = 0.5  # standard deviations of the energy for one of the distance
+DISTANCE_WEIGHT = 0.5  # standard deviations of the energy that one of the distance counts as
 IMPLAUSIBLE = 0.1  # probability of a label
 ROWS = 1024  # images that are centered and scaled at once
 _OPTIONS = {"gtol": 1e-4, "ftol": 64 * np.finfo(float).eps, "maxiter": 2000, "maxls": 50}  # scikit-learn's
@@ -96,7 +96,7 @@ class Targets:
             )
         count = min(at_most, num_groups)
         largest_stratum = np.unique(self.strata, return_counts=True)[1].max()
-        # If no stratum reaches every fold, only the sizes of the folds are balanced.
+        # If no stratum has an image for every fold, only the sizes of the folds are balanced.
         strata = self.strata if largest_stratum >= count else np.zeros_like(self.strata)
         return _spread(strata, groups_N, count, seed % 2**32)  # NumPy's limit for seeds
 
@@ -254,18 +254,18 @@ def _fit_softmax(
     present = np.flatnonzero(classes.any(axis=0))
     targets, shares = classes[:, present], image_weights / image_weights.sum()
     parameters = np.zeros((len(present), inputs.shape[1] + 1))  # the last column is the bias
+    # scikit-learn regularizes the difference d of two classes; their rows are d / 2 and -d / 2.
+    norm_factor = 2 if len(present) == 2 else 1  # the squared norms of these rows add up to half of that of d
     for strength in grid:
-        # With two classes, scikit-learn regularizes the difference of the logits, with half the squared norm.
-        regularization = (2 if len(present) == 2 else 1) / (strength * image_weights.sum())
-        if len(present) > 1:
+        if len(present) > 1:  # otherwise there is nothing to fit, or no image at all
+            regularization = norm_factor / (strength * image_weights.sum())
             fixed, start = (inputs, targets, shares, regularization), parameters.ravel()
             found = minimize(_softmax_loss, start, fixed, "L-BFGS-B", jac=True, options=_OPTIONS)
             parameters = found.x.reshape(parameters.shape)
-        weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.zeros(classes.shape[1])
+        # By the rule of succession, an absent class has the probability 1 / (N + 2): odds of 1 to N + 1.
+        of_absent = parameters[:, -1].min(initial=0.0) - np.log(len(inputs) + 1.0)
+        weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.full(classes.shape[1], of_absent)
         weight[present], bias[present] = parameters[:, :-1], parameters[:, -1]
-        absent = np.setdiff1d(np.arange(classes.shape[1]), present)
-        lowest = bias[present].min(initial=0.0)  # at most 0
-        bias[absent] = lowest - np.log(len(inputs) + 1.0)  # log-odds of 1 in N + 2
         yield LinearHead(weight, bias)
 
 
@@ -304,14 +304,16 @@ def _spread(strata_N: NDArray[np.int64], groups_N: Indices, count: int, seed: in
 
 
 def _most_even_fold(images_FS: Array, group_S: Array, sizes_S: Indices) -> int:
-    """Choose the fold for a group of *group_S* images by stratum, of *sizes_S* images in all folds.
+    """Choose the fold for a group of *group_S* images by stratum; all images of a stratum are *sizes_S*.
 
     The strata are then spread most evenly over the folds. Of equally good folds, the smallest is chosen.
     """
     count = len(images_FS)
-    # Entry f is the table of images by fold and stratum if the group goes to fold f.
-    with_group_FFS = images_FS + np.eye(count)[:, :, None] * group_S
-    unevenness_F = (with_group_FFS / sizes_S).std(axis=1).mean(axis=1)
+    # Entry [f] is `images_FS` with the group in fold f.
+    attempts_FFS = images_FS + np.eye(count)[:, :, None] * group_S
+    share_of_stratum_FFS = attempts_FFS / sizes_S
+    deviation_over_folds_FS = share_of_stratum_FFS.std(axis=1)
+    unevenness_F = deviation_over_folds_FS.mean(axis=1)  # of each attempt
     fold_sizes_F = images_FS.sum(axis=1)
     best = 0
     for fold in range(1, count):
@@ -360,6 +362,7 @@ def estimate(
     """
     if activation == "softmax":
         right = logits_NK.argmax(axis=1) == classes_NK.argmax(axis=1)
-        variance_factor = 1 + folds / (folds - 1) if folds else 1.0  # test / training images: 1 / (folds - 1)
+        # (1 / J + test / training) / (1 / J), where J folds have test / training images = 1 / (J - 1)
+        variance_factor = 1 + folds / (folds - 1) if folds else 1.0
         return Rate.of(int(right.sum()), len(right), effective_count(groups_N) / variance_factor)
     return MeanPrecision.of(classes_NK > 0, logits_NK, seed, groups_N)

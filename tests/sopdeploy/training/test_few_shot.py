@@ -109,6 +109,7 @@ def test_heads_without_doubted_labels_separate_wrong_labels_better():
     assert roc_auc_score(wrong, after) > roc_auc_score(wrong, before) + 0.05
     sure = 9.0 * np.eye(4)[labels]
     assert problem.doubt_labels(sure, folds, 30.0) is sure
+    assert not problem.doubt_labels(-sure, folds, 30.0).any()  # all are doubted: no image is left to fit
 
 
 def test_improbable_labels_are_listed_the_least_probable_first():

@@ -9,7 +9,7 @@ import pytest
 
 from sopdeploy.errors import ConfigError
 from sopdeploy.models.registry import make_config
-from sopdeploy.training.recipe import Recipe, read_recipe
+from sopdeploy.training.recipe import Recipe, change_recipe, read_recipe
 from sopdeploy.training.recipe_files import list_recipes, recipe_text
 
 
@@ -73,6 +73,10 @@ INVALID_OVERRIDES = [
     ("optimizer={kind='adamw', lr=1, momentum=0.9}", "optimizer.momentum: unknown key of this kind"),
     ("optimizer={kind='adamw'}", "optimizer.lr: missing"),
     ("optimizer=3", "optimizer"),
+    ("optimizer={lr=1, nesterov=true, momentum=0}", "dsop: optimizer: nesterov needs a momentum above 0"),
+    ("schedule={kind='milestones', milestones=[2, 1]}", "schedule.milestones: milestones must be in"),
+    ("schedule={kind='milestones', milestones=['a']}", "schedule.milestones.0: Input should be a valid"),
+    ("start.weights=3", "start.weights: Input should be 'imagenet' or 'none'"),
     (
         "data.kind=digit",
         "data.kind: 'digit' is none of 'digits', 'folder', 'cifar10', 'cifar100', 'aircraft'",
@@ -155,3 +159,9 @@ def test_the_settings_in_the_comments_of_a_recipe_are_valid(name, settings) -> N
 )
 def test_another_network_drops_the_values_of_the_recipe_that_it_does_not_have(settings, config) -> None:
     assert read_recipe("imagenet-distilled-resnet50", settings).model.config == config
+
+
+def test_the_same_network_keeps_a_misspelled_value_which_is_named() -> None:
+    recorded = {"model": {"name": "resnet8", "config": {"depht": 8}}}
+    with pytest.raises(ConfigError, match="run: resnet8: depht: unknown key"):
+        change_recipe("run", [("model.name", "resnet8")], recorded)
