@@ -129,8 +129,7 @@ class ColorConfig(StrictModel):
             return array
         multiples = np.random.default_rng(seed).normal(0.0, self.lighting, 3) * COLOR_DEVIATIONS
         shifted = np.rint(array + 255 * (COLOR_COMPONENTS @ multiples))
-        clipped: NDArray[np.uint8] = np.clip(shifted, 0, 255).astype(np.uint8)
-        return clipped
+        return np.clip(shifted, 0, 255).astype(np.uint8)
 
 
 NO_COLOR_SHIFT = ColorConfig()

@@ -97,8 +97,7 @@ class LabeledImages(ABC):
         """Count the images of each class, (C,)."""
         if self.targets.ndim == 1:
             return np.bincount(self.targets.astype(np.int64), minlength=len(self.labels))
-        counts: NDArray[np.int64] = np.count_nonzero(self.targets, axis=0)
-        return counts
+        return np.count_nonzero(self.targets, axis=0)
 
     def replaced(self, **attributes: Any) -> Self:
         """Copy the images with other *attributes*."""

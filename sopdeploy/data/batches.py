@@ -30,10 +30,7 @@ def count_batches(samples: int, batch_size: int) -> int:
 
 
 def shuffled_batches(samples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """Shuffle *samples* indices and split them into batches for one epoch.
-
-    Batch sizes differ by at most one (`count_batches`); no sample is dropped.
-    """
+    """Shuffle *samples* indices and split all of them into the batches of an epoch (`count_batches`)."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     shuffled = torch.randperm(samples, generator=generator)
     return [batch.tolist() for batch in shuffled.tensor_split(count_batches(samples, batch_size))]
@@ -49,8 +46,7 @@ def load_batches(
 ) -> Iterator[Batch]:
     """Load *batches*, lists of indices of *dataset*, onto *device* with up to *workers* loader processes.
 
-    Yields images (B, H, W, 3) uint8 and labels (B,) int64 or (B, C) float32. Raises the `DataError` of the
-    first unusable image.
+    Raises the `DataError` of the first unusable image.
     """
     on_gpu = device.type == "cuda"
     loader: DataLoader[Any] = DataLoader(

@@ -97,28 +97,27 @@ def find_pairs(
 ) -> NDArray[np.intp]:
     """Find the pairs (2, P) of near-duplicates among N images with *targets*, (N,) or (N, C), in any order.
 
-    An image may pair with itself. Vectors have one or several parts. For each part, *views* has (N, V, D),
-    the view of the whole image first, and *copies* has (M, D) of the copies of the images *originals* (M,).
+    An image may pair with itself. *views* has an array (N, V, D) for each part of the vectors: V views of an
+    image, the whole one first. *copies* has (M, D) for each part, of copies of the images *originals* (M,).
     """
-    count = len(targets)
-    classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)
-    num_views = views[0].shape[1]
+    count, num_views = len(targets), views[0].shape[1]
+    classes = np.unique(targets, axis=0, return_inverse=True)[1].reshape(count)  # equal rows are one class
     parts_of_view = [[part[:, number] for part in views] for number in range(num_views)]  # (N, D) each
     parts_of_whole = parts_of_view[0]
     whiten = _fit_whitening([np.concatenate(pair) for pair in zip(parts_of_whole, copies, strict=True)])
     whole = whiten(parts_of_whole)
 
-    def largest_cosines(some: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the largest cosines (K, L) of a view of *some* images with *others* (L, D)."""
-        some_views = (whiten([part[some] for part in parts]) for parts in parts_of_view)
-        largest: NDArray[np.float32] = np.maximum.reduce([view @ others.T for view in some_views])
-        return largest
+    def largest_cosines(indices: Any, others: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the largest cosine (K, L) of a view of each image at *indices* with each of *others*."""
+        whitened_views = (whiten([part[indices] for part in parts]) for parts in parts_of_view)
+        return np.maximum.reduce([view @ others.T for view in whitened_views])
 
-    compared = np.arange(0, count, -(-count // MAX_COMPARED))  # at most so many, evenly spaced
+    step = -(-count // MAX_COMPARED)  # rounded up
+    compared = np.arange(0, count, step)
     of_different = _bound_of_different(largest_cosines(compared, whole), compared, classes)
     cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     of_copies = float(np.quantile(cosines_of_copies, MISSED))
-    threshold = max(of_different, (of_different + of_copies) / 2)  # even if copies are less similar
+    threshold = max(of_different, (of_different + of_copies) / 2)  # copies may be less similar
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
         block = slice(start, start + _BLOCK)
@@ -181,10 +180,11 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
         return np.concatenate(scaled, axis=1)
 
     rows = join(parts)
-    # Both products have the same eigenvalues above 0. The smaller one is decomposed.
+    # Both products have the same eigenvalues above 0; the smaller one is decomposed. For an eigenvector v of
+    # rows @ rows.T, rows.T @ v is one of rows.T @ rows, and its norm is the root of the eigenvalue.
     is_wide = rows.shape[0] <= rows.shape[1]
     product = rows @ rows.T if is_wide else rows.T @ rows
-    variances, vectors = np.linalg.eigh(product.astype(np.float64))  # N times: the rows get norm 1 anyway
+    variances, vectors = np.linalg.eigh(product.astype(np.float64))  # times N, which cancels in `whiten`
     damping = max(float(variances.mean()), 1e-12)
     kept = variances > 1e-6 * damping  # the others are rounding errors
     variances, vectors = variances[kept], vectors[:, kept]
@@ -194,8 +194,7 @@ def _fit_whitening(parts: _Parts) -> Callable[[_Parts], NDArray[np.float32]]:
     def whiten(given: _Parts) -> NDArray[np.float32]:
         whitened = join(given) @ projection
         length = np.maximum(np.linalg.norm(whitened, axis=1, keepdims=True), 1e-12)
-        unit: NDArray[np.float32] = (whitened / length).astype(np.float32)
-        return unit
+        return (whitened / length).astype(np.float32)
 
     return whiten
 
@@ -231,8 +230,7 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
         for shift, share in ((0, 1 - share_of_next), (1, share_of_next))
     )
     root = np.sqrt(histogram)  # a few strong edges then do not determine the cosine
-    found: NDArray[np.float32] = (root / max(float(np.linalg.norm(root)), 1e-12)).astype(np.float32)
-    return found
+    return (root / max(float(np.linalg.norm(root)), 1e-12)).astype(np.float32)
 
 
 def group_by_signatures(images: LabeledImages, signatures: NDArray[np.float32]) -> Groups:
@@ -273,5 +271,4 @@ def _hold_out_groups(images: LabeledImages, fraction: float, seed: int) -> NDArr
     _, first_G, group_N = np.unique(groups, return_index=True, return_inverse=True)
     keys_G = [images.identity(index) for index in first_G.tolist()]
     held_out_G: NDArray[np.bool_] = hold_out(keys_G, images.targets[first_G], fraction, seed)
-    mask: NDArray[np.bool_] = held_out_G[group_N]
-    return mask
+    return held_out_G[group_N]

@@ -130,7 +130,7 @@ def join_processes() -> Iterator[None]:
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=world)
     try:
         yield
-    except TrainingStoppedError:  # unlike others, raised by all processes after the same step
+    except TrainingStoppedError:  # raised by all; after other errors, a process may still wait for a sum
         dist.destroy_process_group()
         raise
     except RuntimeError as error:

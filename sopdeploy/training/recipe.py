@@ -37,8 +37,6 @@ CHANGEABLE_KEYS = {  # the recipe keys that may change when a run is resumed
     "rejection.accepts",
     "rejection.unknown",
 }
-
-
 LOOP_KEYS = (*LoopSettings.model_fields, "start.learn", "start.head_factor", "model.remove_branches_at")
 
 

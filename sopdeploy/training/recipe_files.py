@@ -69,5 +69,5 @@ def parse_override(override: str) -> tuple[str, Any]:
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return key, text
-    return key, parsed["value"] if parsed.keys() == {"value"} else text  # its lines may define other keys
+        parsed = {}
+    return key, (parsed["value"] if parsed.keys() == {"value"} else text)  # text may define more keys

@@ -90,7 +90,7 @@ class RunFolder:
             with suppress(OSError):
                 (self.path / LOCK_FILE).unlink()
                 if self._created:
-                    self.path.rmdir()
+                    self.path.rmdir()  # fails if it holds files
 
     def open(self, *, resume: bool | Literal["auto"]) -> Checkpoint | None:
         """Lock the folder and read `last.pt` to *resume*; otherwise check that a new run can be written here.
@@ -110,7 +110,7 @@ class RunFolder:
                 remedies={"resume": "always"},
             )
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        others = {name for name in names - {LOCK_FILE} if not name.endswith(PARTIAL)}  # left by an early end
+        others = {name for name in names - {LOCK_FILE} if not name.endswith(PARTIAL)}  # left by a killed run
         is_no_folder = os.path.lexists(self.path) and not self.path.is_dir()
         if others or is_no_folder:
             raise ConfigError(f"{self.path} exists and is not an empty folder; choose another", setting="out")
@@ -138,7 +138,7 @@ class RunFolder:
             write_checkpoint(path, checkpoint)
 
     def save_derived_files(self, run: Run) -> None:
-        """Write the history, after the best epoch `best.pt`, and the link `latest`, once an epoch has ended.
+        """Write the history, the link `latest`, and `best.pt` if the last of the finished epochs is the best.
 
         A resumed run does this first, because the process may have been killed before it wrote these files.
         """
@@ -146,8 +146,8 @@ class RunFolder:
         if not history:
             return
         best = best_epoch(history, frozen_backbone=run.recipe.frozen_backbone)
-        is_after_best = position.step == 0 and best.epoch == position.epoch  # else the weights are others
-        if is_after_best:
+        has_best_weights = position.step == 0 and best.epoch == position.epoch  # no step since the best epoch
+        if has_best_weights:
             self.save_best(run)
         if self.strategy.rank != 0:
             return

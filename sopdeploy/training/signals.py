@@ -53,9 +53,9 @@ class SignalState:
 def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
     """Record signals instead of acting on them; the second stop signal calls the previous handler.
 
-    With several processes, a second stop signal is ignored too: torchrun and the batch system often both send
-    one, and torchrun kills processes that take too long. Outside the main thread, where Python delivers no
-    signals, no handlers are installed.
+    With several processes, the second one is only recorded, too: torchrun and the batch system often both
+    send one, and torchrun kills processes that take too long. Outside the main thread, where Python delivers
+    no signals, no handlers are installed.
     """
     state = SignalState(processes)
     if threading.current_thread() is not threading.main_thread():
@@ -65,7 +65,7 @@ def handle_signals(processes: ProcessGroup) -> Iterator[SignalState]:
 
     def record(number: int, _frame: FrameType | None) -> None:
         state.received.add(number)
-        if processes.world == 1:  # the next signal takes effect at once
+        if processes.world == 1:  # the previous handlers receive the next signal
             for stop in STOP_SIGNALS:
                 signal.signal(stop, previous[stop])
 

@@ -157,14 +157,13 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     own, last_layer = model.state_dict(), classifier_name(model)
     linear = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     of_width = [name for name, layer in linear if layer.out_features == model.num_classes]
-    class_layers = (*of_width, last_layer)  # and any other layer of this width
-    classifiers = [name for name in class_layers if name in {last_layer, *CLASSIFIER_PARTS}]
+    classifiers = {last_layer, *CLASSIFIER_PARTS.intersection(of_width)}  # other layers may have this width
+    of_branches = [name for name in of_width if is_in(name, *model.training_only)]
+    predicts_others = weights.labels is not None and weights.labels != labels
+    of_other_classes = [*classifiers, *of_branches] if predicts_others else []  # these layers are not loaded
     training_only = (*model.training_only, *weights.training_only)
-    of_other_classes: list[str] = []  # layers that are not loaded, because they predict other classes
-    if weights.labels is not None and weights.labels != labels:
-        of_other_classes = [name for name in class_layers if is_in(name, last_layer, *model.training_only)]
     may_be_new = (*of_other_classes, *training_only, *classifiers)
-    whole_classifier = last_layer.rpartition(".")[0]  # of several layers; empty for a single one
+    whole_classifier = last_layer.rpartition(".")[0]  # contains its layers; "" if it is a single layer
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():
@@ -179,7 +178,7 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
         elif part := _added_part(name, may_be_new):
             new.add(part)
         elif given is not None and is_in(name, whole_classifier):
-            new.add(name.rpartition(".")[0])  # its input is longer or shorter behind another pooling
+            new.add(name.rpartition(".")[0])  # another pooling gives this layer an input of another length
         elif given is not None:
             raise _misfit(weights, f"{name} is {tuple(given.shape)}, not {tuple(tensor.shape)}")
         elif not name.endswith("num_batches_tracked"):  # which old files lack

@@ -355,8 +355,8 @@ def _held_out_folder(root: Path, labels: tuple[str, ...], log: Log) -> Path:
     if set(list_subfolders(root)) <= set(labels):  # a class may be named as a part is
         return root
     parts = find_parts(root)
-    val_is_a_class = not parts.train and parts.others
-    if not parts.held_out or val_is_a_class:
+    only_classes = parts.others and not parts.train  # then a folder named val counts as a class, too
+    if only_classes or not parts.held_out:
         return root
     folder = part_folder(root, parts.held_out[0])
     log(f"{folder}: the images in this folder are used")

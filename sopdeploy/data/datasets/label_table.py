@@ -104,8 +104,8 @@ def read_label_table(
     paths = np.asarray([os.fsencode(row.file) for row in rows], dtype=np.bytes_)
     parts = np.asarray([row.part for row in rows if row.part is not None], dtype=np.str_)  # all rows or none
     groups = None
-    if any(row.group for row in rows):  # an image without a group is alone
-        groups = np.asarray([row.group or f"file {row.file}" for row in rows])
+    if any(row.group for row in rows):  # an image without one is a group of its own
+        groups = np.asarray([f"group {row.group}" if row.group else f"file {row.file}" for row in rows])
     return LabelTable(ImageFiles(root, labels, paths, targets, groups), parts)
 
 
@@ -174,6 +174,5 @@ def _read_rows(table: Path) -> list[_Row]:
             raise DataError(
                 f"{where}: {name} is listed in line {rows[name].line}, too; keep one line per file"
             )
-        group = f"group {values[GROUP]}" if values.get(GROUP) else ""  # unlike `file ...` of an image alone
-        rows[name] = _Row(line, name, set(classes), split, group)
+        rows[name] = _Row(line, name, set(classes), split, values.get(GROUP, ""))
     return list(rows.values())

@@ -148,8 +148,7 @@ class Problem:
         center_D, scale_D = np.concatenate(centers), np.concatenate(scales)
 
         def inputs(images: Any) -> Array:
-            scaled: Array = (np.concatenate([part[images] for part in parts], axis=1) - center_D) * scale_D
-            return scaled
+            return (np.concatenate([part[images] for part in parts], axis=1) - center_D) * scale_D
 
         spanning = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
         basis = np.linalg.qr(inputs(spanning).T)[0]  # (D, R)
@@ -347,8 +346,7 @@ def shift_energies(validations: Sequence[OutOfFold], distance_weight: float) -> 
     energies = [energy(one.logits) - distance_weight * one.distances for one in validations]
     logits_NK = validations[0].logits
     shifts_N = np.mean(energies, axis=0) - energy(logits_NK)
-    shifted_NK: Array = logits_NK + shifts_N[:, None]
-    return shifted_NK
+    return logits_NK + shifts_N[:, None]
 
 
 def estimate(

@@ -40,15 +40,15 @@ def train_step(run: LoopRun, batch: Batch, *, num_samples: int, steps: int) -> t
 def compute_gradient(run: LoopRun, batch: Batch, num_samples: int) -> Loss:
     """Compute the gradient of a step and return the loss over all processes.
 
-    *batch* has this process' part of the *num_samples* samples. Its loss is weighted by this fraction, so
-    that the sum over the processes is the mean over the step.
+    *batch* has normalized images, this process' part of the *num_samples* samples of the step. The mean loss
+    of the part is weighted by its share, so that the sum over the processes is the mean over the step.
     """
     images, targets = batch
-    loss, fraction = _compute_loss(run, images, targets), len(targets) / num_samples
-    _backward(run, loss.total * fraction)
-    weighted = {name: part * fraction for name, part in {"total": loss.total.detach(), **loss.parts}.items()}
-    sums = run.strategy.all_reduce(torch.stack([part.double() for part in weighted.values()]))
-    total, *parts = sums  # in the order of `weighted`
+    loss = _compute_loss(run, images, targets)
+    share = len(targets) / num_samples
+    _backward(run, loss.total * share)
+    weighted = [(value * share).double() for value in (loss.total.detach(), *loss.parts.values())]
+    total, *parts = run.strategy.all_reduce(torch.stack(weighted))
     counts = None if loss.component_counts is None else run.strategy.all_reduce(loss.component_counts)
     return Loss(total, dict(zip(loss.parts, parts, strict=True)), counts)
 
@@ -80,7 +80,7 @@ def _check_finite_step(run: LoopRun, loss: Loss, norm: Tensor) -> None:
     """
     buffers = [buffer for buffer in run.trained().buffers() if buffer.is_floating_point()]
     finite = torch.stack([value.isfinite().all() for value in (norm, loss.total, *buffers)])
-    if int(run.strategy.all_reduce(finite.all().int())) == run.strategy.world:  # the only synchronization
+    if int(run.strategy.all_reduce(finite.all().int())) == run.strategy.world:  # one wait for the device
         return
     damaged = (name for name, part in loss.parts.items() if not bool(part.isfinite()))
     raise TrainingError(

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,7 @@ def test_a_file_of_another_network_is_refused_with_its_name(tmp_path) -> None:
         start("model.name=resnet18", f"start.weights={tmp_path / 'mine.pth'}")
 
 
-def test_of_several_unknown_tensors_the_first_by_name_is_reported() -> None:
+def test_the_first_unknown_tensor_is_reported_and_no_classifier_of_other_classes_is_loaded() -> None:
     model = create_model("resnet8", num_classes=2)
     tensors = {f"layer9.{letter}": torch.zeros(1) for letter in "hgfedcba"} | model.state_dict()
     weights = StartWeights(
@@ -247,6 +248,9 @@ def test_of_several_unknown_tensors_the_first_by_name_is_reported() -> None:
     )
     with pytest.raises(WeightsError, match=r"the network of the recipe has no layer9\.a;"):
         load_start_weights(weights, model, ("cat", "dog"))
+    distilled = create_model("timm:deit_tiny_distilled_patch16_224", num_classes=2)
+    of_others = replace(weights, tensors=distilled.state_dict(), labels=("cat", "dog"))
+    assert load_start_weights(of_others, distilled, ("dog", "cat")).new == ("head", "head_dist")
 
 
 @pytest.mark.usefixtures("few_digits")
