@@ -1,6 +1,7 @@
 """Settings and their sources; batch limits."""
 
 import re
+import tomllib
 
 import pytest
 
@@ -18,9 +19,7 @@ def test_arguments_override_the_environment_and_it_overrides_the_file(monkeypatc
     settings = load_settings(file, port=7000, top_k=None)
     assert (settings.port, settings.top_k, settings.max_images, settings.queue_size) == (7000, 4, 3, 256)
     settings = Settings(keep=tmp_path / 'an "odd" name 😀', devices=("0", "1"))
-    file.write_text(to_toml(settings), "utf-8")
-    monkeypatch.undo()
-    assert load_settings(file).model_dump() == settings.model_dump()
+    assert Settings(**tomllib.loads(to_toml(settings))).model_dump() == settings.model_dump()
 
 
 @pytest.mark.parametrize(
