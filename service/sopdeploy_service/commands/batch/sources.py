@@ -129,7 +129,7 @@ def _list_tar(name: str) -> Iterator[ListedImage]:
 
 def _list_lines(location: str) -> Iterator[ListedImage]:
     """Yield the images of the list *location*: one image or archive per line, relative to its folder."""
-    folder = location.rpartition("/")[0]
+    folder = location[: location.rfind("/") + 1]  # with the slash, which alone names a root
     with io.TextIOWrapper(_open(location), "utf-8-sig") as lines:
         for line in filter(None, map(str.strip, lines)):
             name = line if _is_address(line) else os.path.join(folder, line)  # noqa: PTH118

@@ -48,10 +48,11 @@ def sources(tmp_path: Path) -> Path:
     (tmp_path / "windows.txt").write_text(windows, encoding="utf-8-sig", newline="")
     (tmp_path / "archives.txt").write_text("x.tar")
     store.pipe("/sources/list.txt", "\n".join(BODIES).encode())
+    store.pipe("/list.txt", "\n".join(f"sources/{name}" for name in BODIES).encode())
     store.pipe("/sources/.trash/a.png", b"no")
     store.pipe("/sources/shards/x.tar", (tmp_path / "x.tar").read_bytes())
     yield tmp_path
-    store.rm("/sources", recursive=True)
+    store.rm(["/sources", "/list.txt"], recursive=True)
 
 
 SORTED, STORED = ["a.png", "b/2.jpg", "b/c/3.JPEG", "z.gif"], list(BODIES)
@@ -65,6 +66,7 @@ LISTS = {  # source: (prefix of the names, names)
     f"{MEMORY}/b": ("memory:///sources/b/", ["2.jpg", "c/3.JPEG"]),
     f"{MEMORY}/z.gif": ("memory:///sources/", ["z.gif"]),
     f"{MEMORY}/list.txt": (f"{MEMORY}/", STORED),
+    "memory://list.txt": (f"{MEMORY}/", STORED),
     f"{MEMORY}/shards/x.tar": (f"{MEMORY}/shards/x.tar/", STORED),
 }
 
