@@ -47,9 +47,10 @@ def _check_ready(url: str) -> str | None:
             connection.request("GET", parts.path.rstrip("/") + "/readyz")
             response = connection.getresponse()
             body = response.read(200).decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
-        # Before `ValueError`, because the error of an invalid certificate is one, too.
+    except OSError as error:  # before `ValueError`, because the error of an invalid certificate is both
         return str(error) or type(error).__name__
-    except ValueError as error:
+    except (ValueError, http.client.InvalidURL) as error:
         raise ConfigError(f"{url}: invalid URL ({error}); write it as http://HOST:PORT") from error
+    except http.client.HTTPException as error:
+        return str(error) or type(error).__name__
     return None if response.status == http.HTTPStatus.OK else f"{response.status} {body}"

@@ -70,10 +70,11 @@ def _read_runs() -> dict[str, dict[str, Any]]:
         name = best.parent.name
         try:
             checkpoint = read_checkpoint(best)
+            estimate = dict(training_rows(checkpoint.training)).get("accuracy", "")
         except CheckpointError as error:
             rows[name] = _row(None, run=name, problem=str(error))
             continue
-        origin, estimate = checkpoint.origin, dict(training_rows(checkpoint.training)).get("accuracy", "")
+        origin = checkpoint.origin
         run_id = name if origin is None else origin.run_id
         rows[run_id] = _row(origin, run=name, project=checkpoint.project, estimate=str(estimate))
     return rows

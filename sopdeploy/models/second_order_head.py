@@ -178,10 +178,9 @@ def head_entry(_prefix: str, name: str) -> Entry:
     """
     base = entry(name)
     if base.network.training_only:
-        raise ConfigError(
-            f"head:{name}: {name} has training-only parts; use the network without them, such as "
-            f"head:{name.removeprefix('dsop-')}"
-        )
+        plain = name.removeprefix("dsop-")
+        example = "" if plain == name else f", such as head:{plain}"
+        raise ConfigError(f"head:{name}: {name} has training-only parts; use a network without them{example}")
     config = pydantic.create_model(
         f"Head{base.config.__name__}", __base__=base.config, head=(HeadConfig, HeadConfig())
     )

@@ -257,7 +257,7 @@ def test_the_exit_code_is_0_for_a_ready_server_and_1_for_others(
         silent = f"http://127.0.0.1:{listener.getsockname()[1]}"
         monkeypatch.setattr("sopdeploy.commands.health.TIMEOUT", 0.2)
         assert health("--url", silent)[:2] == (1, 1)
-    for url in ("127.0.0.1:8000", "http://x:port"):
+    for url in ("127.0.0.1:8000", "http://x:port", f"http://127.0.0.1:{port}/a b"):
         assert health("--url", url)[:2] == (2, 1)
 
     def refuse(*_: object) -> None:

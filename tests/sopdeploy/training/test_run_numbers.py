@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import sopdeploy
-from sopdeploy.checkpoint import read_checkpoint
+from sopdeploy.checkpoint import read_checkpoint, write_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.errors import ConfigError
 from tests.forged import write_hollow
@@ -82,13 +83,15 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     )
     shutil.copytree(new, "bundles/broken")
     Path("bundles/broken/model.onnx").unlink()
-    Path("runs/broken").mkdir()
+    for name in ("broken", "older"):
+        Path("runs", name).mkdir()
     Path("runs/broken/best.pt").write_bytes(b"half")
+    write_checkpoint(Path("runs/older/best.pt"), replace(checkpoints[0], training={"procedure": {}}))
     rows = {(row["run"], row["bundle"]): row for row in listed()}
     assert [key for key, row in rows.items() if row["newest"]] == [("", pulled.name), ("photos-1", new.name)]
     assert rows.keys() == {
         ("photos-1", old.name), ("photos-1", new.name), ("photos-1", "broken"), ("lights-1", ""),
-        ("", pulled.name), ("broken", ""),
+        ("", pulled.name), ("broken", ""), ("older", ""),
     }  # fmt: skip
     of_old = rows["photos-1", old.name]
     assert (of_old["num_images"], of_old["num_classes"], of_old["date"]) == (12, 2, days[0])
@@ -96,6 +99,7 @@ def test_runs_and_bundles_are_listed_with_what_a_server_serves(photos: Path) -> 
     assert "exported earlier" in of_old["problem"]
     assert rows["photos-1", "broken"]["problem"] == f"a copy of {new.name}"
     assert "damaged or not a checkpoint" in rows["broken", ""]["problem"]
+    assert "no valid result" in rows["older", ""]["problem"]
     table = CliRunner().invoke(app, ["runs"]).stdout
     assert all(text in table for text in ("photos-1", "lights-1", new.name, "newest", "2026-01-02T10:00:00"))
 
