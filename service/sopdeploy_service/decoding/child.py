@@ -98,6 +98,8 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
             formats=options.formats or None,
         )
     except ImageError as error:
+        if options.is_light and error.code == "too_many_pixels":
+            return [REPLY.pack(number, LARGER, 0, 0)]
         # Not the error itself, whose traceback would keep the memory of the failed decoder.
         entry, text = (error.code, error.status), str(error)  # an entry of `ERRORS`
         width, height = webp_size(image)
@@ -105,8 +107,6 @@ def answer(number: int, rules: bytes, image: bytes, options: ChildOptions) -> li
         if isinstance(error.__cause__, MemoryError) or (error.code == "damaged_image" and is_too_large):
             limit = f"{options.memory // 10**6} MB, the memory for an image"
             entry, text = ("too_much_memory", 413), f"decoding needs more than {limit}; send it smaller"
-        elif options.is_light and error.code == "too_many_pixels":
-            return [REPLY.pack(number, LARGER, 0, 0)]
     except Exception:  # a bug fails its own image
         sys.excepthook(*sys.exc_info())
         entry, text = ("decoder_failed", 500), "the decoder failed on this image"

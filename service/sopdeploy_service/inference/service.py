@@ -115,7 +115,7 @@ class ModelRegistry:
             with ExitStack() as stack:
                 for name, path in bundles.items():
                     manifest = await asyncio.to_thread(read_manifest, path)
-                    # By its id: a folder may have got another bundle.
+                    # Compared by id, because a folder may have got another bundle.
                     if name not in self._by_name or self._by_name[name].version != manifest.id:
                         loaded[name] = await asyncio.to_thread(load_model, path, self._settings)
                         stack.callback(loaded[name].runtime.close)  # unless all of them can be loaded

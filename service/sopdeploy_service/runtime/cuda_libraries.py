@@ -46,7 +46,7 @@ def load_cuda_libraries(onnxruntime: Any) -> None:
     Raises `RuntimeUnavailableError` with the name of the first library that cannot be loaded. Libraries are
     checked on Linux only.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it cannot load
+    with contextlib.redirect_stdout(io.StringIO()):  # `preload_dlls` prints what it cannot load
         folders = package_folders()
         for folder in folders:
             onnxruntime.preload_dlls(directory=str(folder))

@@ -161,8 +161,6 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self.flow.pause_reading()
             self._held += data
             return
-        self._unset_keepalive_if_required()
-        self._shared.idle.pop(self, None)
         if data.count(b" HTTP/1.", 0, PIECE_BYTES) < 2:  # one request, or a body: at once, which is faster
             self._parse(data)
             return
@@ -224,8 +222,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             self._ignores_input = True
 
     def on_message_begin(self) -> None:
-        """Reset the header counters of the previous request."""
+        """End the idle time, which may have begun within the same data, and reset the header counters."""
         super().on_message_begin()
+        self._unset_keepalive_if_required()
+        self._shared.idle.pop(self, None)
         self._in_headers = True
         self._header_bytes = self._overhead_bytes = 0
 

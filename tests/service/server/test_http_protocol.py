@@ -358,8 +358,10 @@ def test_an_address_with_many_connections_in_their_headers_loses_the_oldest(crow
 def test_a_connection_over_the_limit_is_503_if_none_is_idle(crowded, wire):
     client = crowded(float("inf"))
     wires = [wire(client) for _ in range(4)]
-    for each in wires:
-        each.sendall(GET)
+    wires[0].sendall(NOWHERE)
+    assert read(wires[0], to_the_end=False).status == 404
+    for each, end_of_body in zip(wires, (b"hello", b"", b"", b""), strict=True):
+        each.sendall(end_of_body + GET)
     reply = read(wire(client))
     assert (reply.status, reply.code, reply.headers["retry-after"]) == (503, "too_many_connections", "1")
     for each in wires:
