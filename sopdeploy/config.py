@@ -30,15 +30,16 @@ def with_registered(registry: Registry[type[StrictModel]], base: type[StrictMode
     """
 
     def validate(value: Any, validate_union: Callable[[Any], Any]) -> Any:
-        """Validate *value* by the union; if no member has its `kind`, by the registered config."""
+        """Validate *value* by the union, or, if its `kind` is that of no member, by the registered config."""
         try:
             return validate_union(value)
         except pydantic.ValidationError as error:
-            if error.errors()[0]["type"] != "union_tag_invalid":
+            problem: Any = error.errors()[0]
+            if problem["type"] != "union_tag_invalid":
                 raise
-            if isinstance(value, base):  # already a config
+            if isinstance(value, base):  # a registered config, not a dict of its fields
                 return value
-            registered = registry.find(value["kind"])
+            registered = registry.find(problem["ctx"]["tag"])  # the `kind` as text, whatever its type
             if registered is None:
                 raise
             return registered.model_validate(value)

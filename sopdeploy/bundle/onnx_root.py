@@ -12,6 +12,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from sopdeploy.bundle.folder import Bundle
 from sopdeploy.errors import BundleError, CertificateError
 
@@ -77,7 +79,8 @@ def _output_hashes(graph: "onnx.GraphProto") -> list[str]:
     hashes: dict[str, str] = {}
 
     def define(name: str, value_hash: str) -> None:
-        if name in hashes:  # runtimes differ in which definition they use
+        """Add the value *name*, which may have no other definition: runtimes differ in which one they use."""
+        if name in hashes:
             raise CertificateError(f"{name!r} is defined twice")
         hashes[name] = value_hash
 
@@ -181,17 +184,16 @@ def _check_interface(bundle: Bundle, model: "onnx.ModelProto") -> None:
     from onnx import helper  # noqa: PLC0415 # a server runs without it
 
     manifest, graph = bundle.manifest, model.graph
-    opsets = {opset.domain: opset.version for opset in model.opset_import}
-    same = opsets == {"": manifest.opset}
+    same = [(opset.domain, opset.version) for opset in model.opset_import] == [("", manifest.opset)]
     for records, values in ((manifest.inputs, graph.input), (manifest.outputs, graph.output)):
         same &= [record.name for record in records] == [value.name for value in values]
-        for record, value in zip(records, values, strict=False):  # the names were compared
+        for record, value in zip(records, values, strict=False):  # `same` is false for other lengths
             tensor = value.type.tensor_type
-            sizes = [dimension.dim_value for dimension in tensor.shape.dim]
-            same &= record.dtype == helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+            sizes = [dimension.dim_value for dimension in tensor.shape.dim]  # 0: the graph states none
+            same &= tensor.elem_type == helper.np_dtype_to_tensor_dtype(np.dtype(record.dtype))
             same &= len(sizes) == len(record.shape)
-            given = zip(sizes[1:], record.shape[1:], strict=False)
-            same &= all(size in {0, expected} for size, expected in given)  # 0: the graph states none
+            without_batch = zip(sizes[1:], record.shape[1:], strict=False)
+            same &= all(size in {0, expected} for size, expected in without_batch)
     if not same:
         raise BundleError(
             f"{bundle.onnx}: has another opset, other inputs or other outputs than the manifest says; "

@@ -46,9 +46,9 @@ _MAX_SIDE = 65_535  # as in JPEG; Pillow needs 8 bytes for each row, and time
 ITEM_SIZE = re.compile(rb"ispe\0\0\0\0(.{4})(.{4})", re.DOTALL)  # sizes of the images in a HEIC file
 CAMERA = "phones take JPEG with the camera setting `most compatible`"
 # Segments of JPEG files:
-FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, sequential, progressive
+FRAMES = {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}  # baseline, sequential, progressive; 0xC9, 0xCA: arithmetic code
 SCAN = 0xDA
-MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length; bytes between are skipped
+MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")  # of segments with a length, and of the end
 MARKER_BYTES = 2
 
 
@@ -180,21 +180,21 @@ def webp_size(body: bytes) -> tuple[int, int]:
     libwebp allocates the pixels before Pillow knows the size, and does not say that it lacks memory. Source:
     RFC 9649, sections 2.5 to 2.7.
     """
-    kind, head = body[8:16], body[16:30]
+    kind, chunk = body[8:16], body[20:30]  # the content of the first chunk, after its name and length
     if kind == b"WEBPVP8X":
-        return 1 + int.from_bytes(head[8:11], "little"), 1 + int.from_bytes(head[11:14], "little")
+        return 1 + int.from_bytes(chunk[4:7], "little"), 1 + int.from_bytes(chunk[7:10], "little")
     if kind == b"WEBPVP8L":
-        bits = int.from_bytes(head[5:9], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+        bits = int.from_bytes(chunk[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + ((bits >> 14) & 0x3FFF)
     if kind == b"WEBPVP8 ":
-        return int.from_bytes(head[10:12], "little") & 0x3FFF, int.from_bytes(head[12:], "little") & 0x3FFF
+        return int.from_bytes(chunk[6:8], "little") & 0x3FFF, int.from_bytes(chunk[8:], "little") & 0x3FFF
     return 0, 0
 
 
 def jpeg_segments(body: bytes) -> Iterator[tuple[int, int]]:
     """Yield the marker of each JPEG segment and the position of its length.
 
-    The search for the segment after a scan skips the data of the scan.
+    Bytes between two segments are skipped, such as the data of a scan, which contain no marker with a length.
     """
     position = MARKER_BYTES  # after the marker of the start
     while marker := MARKER.search(body, position):

@@ -13,10 +13,12 @@ from sopdeploy.images.pixels import ORIENTATION, UPRIGHT, exif_orientation, to_r
 from sopdeploy.images.preprocess import Preprocess
 
 MAX_COPIED_PIXELS = 12_000_000  # of a file that is not a JPEG
-JFIF, COLORS, ADOBE, _END = 0xE0, 0xE2, 0xEE, 0xD9
+JFIF, _END = 0xE0, 0xD9
 JFIF_BYTES = 16  # of the segment without a thumbnail
-# Huffman and quantization tables, number of lines, restart interval
-NEEDED = {*FRAMES, SCAN, 0xC4, 0xDB, 0xDC, 0xDD}
+# The segments that pixels depend on, by marker, with the start of their content: frames, scans, tables of the
+# Huffman code, the arithmetic code and quantization, number of lines, restart interval.
+NEEDED = dict.fromkeys((*FRAMES, SCAN, 0xC4, 0xCC, 0xDB, 0xDC, 0xDD), b"")
+NEEDED |= {0xE2: b"ICC_PROFILE\0", 0xEE: b"Adobe"}  # color profile, color transform
 
 
 def copy_without_metadata(body: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
@@ -60,11 +62,7 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
         content = body[start + 2 : end]  # after the length
         if marker == JFIF and content.startswith(b"JFIF\0"):
             parts += [b"\xff\xe0\0\x10", body[start + 2 : start + JFIF_BYTES - 2], b"\0\0"]  # no thumbnail
-        elif (
-            marker in NEEDED
-            or (marker == COLORS and content.startswith(b"ICC_PROFILE\0"))
-            or (marker == ADOBE and content.startswith(b"Adobe"))
-        ):
+        elif marker in NEEDED and content.startswith(NEEDED[marker]):
             parts.append(body[begin:end])
     if scan is not None:  # the file has no end marker
         parts.append(body[scan:])

@@ -64,14 +64,11 @@ def write_run_page(
     classes = ", ".join(run.labels[:_MAX_LABELS])
     if len(run.labels) > _MAX_LABELS:
         classes += f" and {len(run.labels) - _MAX_LABELS} more"
+    time = f"{run.position.seconds:.0f} s"
     content = HtmlReport(
         title=checkpoint.model,
         text=[_describe_training(run, checkpoint, result), f"{len(run.labels)} classes: {classes}"],
-        tiles={
-            **_describe_score(result),
-            "seed": str(run.recipe.seed),
-            "time": f"{run.position.seconds:.0f} s",
-        },
+        tiles={**_describe_score(result), "seed": str(run.recipe.seed), "time": time},
         sections=[
             *_describe_networks(networks),
             _describe_learning(run.position.history, result),
@@ -131,10 +128,8 @@ def _describe_networks(networks: Sequence[NetworkScore]) -> Iterator[Section]:
     if networks:
         rows = [network.row() for network in networks]
         caption = "Cross-validated score, and time of an image with ONNX Runtime on one thread"
-        yield Section(
-            title="Choice of the network",
-            tables=[Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)],
-        )
+        table = Table(caption=caption, columns=NetworkScore.COLUMNS, rows=rows)
+        yield Section(title="Choice of the network", tables=[table])
 
 
 def _describe_learning(history: Sequence[EpochRow], result: AnyProcedureResult) -> Section:
@@ -175,11 +170,8 @@ def _describe_decision(best: Checkpoint) -> Iterator[Section]:
     """List temperature and thresholds."""
     if best.decision is not None:
         rows = best.decision.rows(best.labels)
-        yield Section(
-            title="Decision",
-            text=[_DECISION],
-            tables=[Table(caption="Temperature and thresholds", columns=["", ""], rows=rows)],
-        )
+        table = Table(caption="Temperature and thresholds", columns=["", ""], rows=rows)
+        yield Section(title="Decision", text=[_DECISION], tables=[table])
 
 
 def _show_mistakes(predicted: Predictions, images: LabeledImages, rules: Preprocess) -> Iterator[Section]:
@@ -235,7 +227,8 @@ def _show(
     """Show images as small JPEGs; *captions* are (index, caption). Without captions, there is no section."""
     figures = []
     for index, caption in captions:
-        small = to_rgb(images[index][0], rules).copy()  # without metadata such as time and place
+        small = to_rgb(images[index][0], rules).copy()
+        small.info.clear()  # Pillow would write the comment of the file
         small.thumbnail((_SIDE, _SIDE))
         encoded = io.BytesIO()
         small.save(encoded, "JPEG", quality=_JPEG_QUALITY)

@@ -127,6 +127,7 @@ def test_wrong_weights_are_rejected_by_name(checkpoint: Checkpoint, case: str) -
 MODELS: dict[str, tuple[str, Any, str]] = {
     "an unknown name": ("model", "dsop-resnet9", "did you mean dsop-resnet"),
     "an unknown config key": ("config", {"widht": 4}, "widht"),
+    "a list as kind": ("config", {"pooling": {"kind": []}}, r"pooling.*'\[\]'"),
     "another number of labels": ("labels", ("a", "b"), r"is \(3, .*, not \(2,"),
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.evaluation.checkpoint_scores import score_checkpoint
@@ -72,13 +72,15 @@ def test_a_resumed_run_writes_an_equal_page(run: Path, page: str, few_digits: No
 
 
 def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path: Path) -> None:
-    data, rng = tmp_path / "photos", np.random.default_rng(0)
+    """Comments of the files, which may tell where or by whom, are not part of the page."""
+    data, rng, text = tmp_path / "photos", np.random.default_rng(0), PngImagePlugin.PngInfo()
+    text.add_text("comment", "SECRET")
     for part in ("train", "val"):
         for label in ("ant", HOSTILE.replace("/", "\N{DIVISION SLASH}")):
             (data / part / label).mkdir(parents=True)
             for number in range(4):
                 pixels = rng.integers(0, 256, (12, 14, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(data / part / label / f"{number}.png")
+                Image.fromarray(pixels).save(data / part / label / f"{number}.png", pnginfo=text)
     settings = ["epochs=1", "batch_size=4", "preprocess.resize=8", "preprocess.crop=8", f"data.path={data}"]
     settings += ["model.name=dsop-resnet8", "model.config.base_width=2"]
     page = page_of(read_recipe("photos-dsop", settings), tmp_path / "run")
@@ -89,6 +91,8 @@ def test_hostile_class_names_are_escaped_and_mistakes_name_their_files(tmp_path:
     assert f"log loss {classification_report(found.labels, found.predictions).log_loss:.4f}" in page
     wrong = [score for score in found.predictions if not score.correct]
     assert len(re.findall(r"<figcaption>[^<]+/[0-3]\.png: ", page)) == len(wrong) > 0
+    photographs = re.findall(r"image/jpeg;base64,([^\"]+)", page)
+    assert not any(b"SECRET" in base64.b64decode(photograph) for photograph in photographs)
 
 
 @pytest.mark.parametrize(
