@@ -127,7 +127,8 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
         finally:
             os.close(descriptor)
     except (OSError, RuntimeError) as error:
-        hint = f"; is the disk of {path.parent} full?" if isinstance(error, RuntimeError) else ""
+        is_from_torch = isinstance(error, RuntimeError)  # which does not say that the disk is full
+        hint = f"; is the disk of {path.parent} full?" if is_from_torch else ""
         raise CheckpointError(f"{path}: cannot be written ({error}){hint}") from error
 
 
@@ -141,9 +142,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         raw = path.read_bytes()
     except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror or error}); check its permissions"
-        ) from error
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     return parse_checkpoint(path, load_plain(path, raw), hashlib.sha256(raw).hexdigest())
 
 

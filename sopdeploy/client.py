@@ -313,12 +313,11 @@ def _response_error(response: httpx.Response) -> ServiceError:
 def _unreachable(request: httpx.Request, failure: Exception, seconds: float) -> UnreachableError:
     """Convert the *failure* of a request without a response in *seconds* to an exception."""
     if isinstance(failure, httpx.TimeoutException):
-        message = f"{request.url}: no response within {seconds:.3g} s"
-        error = UnreachableError(message, code="timeout", status=0)
+        code, message = "timeout", f"{request.url}: no response within {seconds:.3g} s"
     else:
         reason = str(failure) or type(failure).__name__
-        message = f"{request.url}: no response ({reason}); is a server running there?"
-        error = UnreachableError(message, code="unreachable", status=0)
+        code, message = "unreachable", f"{request.url}: no response ({reason}); is a server running there?"
+    error = UnreachableError(message, code=code, status=0)
     error.__cause__ = failure
     return error
 

@@ -6,6 +6,7 @@ photograph without a record is not complete. A server with several devices has a
 """
 
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -73,22 +74,18 @@ def read_kept(folder: Path) -> list[Kept]:
     Records that are damaged, or whose photograph is missing, are skipped; a warning tells how many. Raises
     `OSError` if *folder* cannot be read.
     """
-    kept, skipped = [], 0
+    kept = []
     of_devices = [path for path in sorted(folder.iterdir()) if (path / LOCK).is_file()]
     files = [file for place in (folder, *of_devices) for file in sorted(place.glob("*.json"))]
     for path in files:
-        try:
+        with suppress(OSError, pydantic.ValidationError):
             record = KeptRecord.model_validate_json(path.read_bytes())
-        except (OSError, pydantic.ValidationError):
-            skipped += 1
-            continue
-        image = path.with_name(record.image)
-        is_own = image.stem == path.stem and not image.is_symlink()  # no copied record or foreign file
-        if is_own and image.is_file():
-            kept.append(Kept(image, record))
-        else:
-            skipped += 1
-    if skipped:
+            image = path.with_name(record.image)
+            # A copy of a record would repeat its photograph, and a link may lead to any file.
+            is_own = image.stem == path.stem and not image.is_symlink()
+            if is_own and image.is_file():
+                kept.append(Kept(image, record))
+    if skipped := len(files) - len(kept):
         log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, skipped)
     return sorted(kept, key=lambda entry: entry.record.time)
 

@@ -43,7 +43,7 @@ class Registry(Generic[_Item]):
         """
         if not _NAME.fullmatch(name):
             raise ConfigError(f"{self.kind} {name!r}: a name has letters, digits, `.`, `_` and `-` only")
-        _, owner = self.registered.get(name, (item, module))  # a new name belongs to *module*
+        owner = self.registered[name][1] if name in self.registered else module
         if owner != module:
             raise ConfigError(f"{self.kind} {name!r}: {owner} has registered this name; choose another one")
         self.registered[name] = (item, module)
@@ -119,7 +119,7 @@ def distribution(point: EntryPoint) -> str:
 
 
 def makers(objects: Iterable[object]) -> dict[str, str]:
-    """Return the versions of the plug-ins, by distribution, that define a class of *objects*."""
+    """Return the versions, by distribution, of the plug-ins that define the class of one of *objects*."""
     packages = {type(item).__module__.partition(".")[0] for item in objects}  # top-level ones
     return {
         point.dist.name: point.dist.version

@@ -75,14 +75,14 @@ def unpack(archive: Path, manifest: Manifest, folder: Path) -> None:
         check_file_name(Path(archive.name), name)
     (folder / MANIFEST).write_bytes(manifest.to_bytes())
     with archive.open("rb") as file:
-        for piece in (*archive_layout(manifest), b""):
+        for piece in (*archive_layout(manifest), b""):  # b"" is the end of the file
             if isinstance(piece, str):
                 size = manifest.files[piece].bytes
                 with writing(piece, BundleError), (folder / piece).open("xb") as target:
                     while size > 0 and (block := file.read(min(size, BLOCK_BYTES))):
                         target.write(block)
                         size -= len(block)
-            elif file.read(len(piece) or 1) != piece:  # nothing may follow the last piece
+            elif file.read(max(1, len(piece))) != piece:  # at the end, there is no byte to read
                 raise BundleError(
                     f"{archive.name}: is not packed as `sopdeploy push` packs it; push the bundle again"
                 )
@@ -123,7 +123,7 @@ def put(file: Path, destination: str, name: str) -> str:
             with atomic_write(target) as partial:
                 shutil.copyfile(file, partial)
     except BundleError:
-        with suppress(OSError):
+        with suppress(OSError):  # of a folder that another process uses meanwhile
             for folder in new:
                 folder.rmdir()
         raise

@@ -79,7 +79,7 @@ def staging(destination: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if not existed:
-            with suppress(OSError):  # it contains a bundle now
+            with suppress(OSError):  # `rmdir` fails on success, because the folder holds a bundle
                 destination.rmdir()
 
 
@@ -111,9 +111,9 @@ def publish(folder: Path, manifest: Manifest, destination: Path) -> Path:
         try:
             folder.rename(target)
         except OSError as error:
-            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # another process wrote it meanwhile
+            if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:  # both: another process was faster
                 raise
-    if folder.exists():  # it was not renamed
+    if folder.exists():  # it was not renamed, because *target* exists
         existing = open_bundle(target).manifest
         if existing.model_copy(update={"exported_at": manifest.exported_at}) != manifest:
             raise BundleError(f"{target} exists with another manifest; choose another folder", setting="out")
@@ -228,11 +228,13 @@ def _read_labels(file: Path, manifest: Manifest) -> tuple[str, ...]:
 
 def label_problem(labels: Sequence[str]) -> str | None:
     """Name the first of *labels* that occurs twice, has control characters or is not valid Unicode."""
-    for position, label in enumerate(labels):
-        if label in labels[:position]:
+    earlier: set[str] = set()
+    for label in labels:
+        if label in earlier:
             return f"class {label!r}: its name occurs twice"
         if any(unicodedata.category(character) in {"Cc", "Cs"} for character in label):
             return f"class {label!r}: its name has control characters or is not valid Unicode"
+        earlier.add(label)
     return None
 
 
@@ -278,18 +280,20 @@ def list_bundles(folder: Path) -> list[Listed]:
     listed, served = [], dict[str, Manifest]()
     for path, manifest, reason, *_ in sorted(read_bundles(folder), key=_age, reverse=True):
         instead = None if manifest is None else served.get(manifest.project)
-        if manifest is not None and instead is not None:
-            reason = f"exported earlier, {manifest.exported_at[:19]}Z"
-            if manifest.id == instead.id:
-                reason = f"a copy of {instead.name}"
-            elif manifest.exported_at == instead.exported_at:
-                reason = "exported at the same time"
-        elif manifest is not None:
+        if manifest is None:
+            pass  # *reason* says why it cannot be read
+        elif instead is None:
             try:
                 open_bundle(path)
                 served[manifest.project] = manifest
             except (BundleError, OSError) as error:
                 reason = str(error)
+        elif manifest.id == instead.id:
+            reason = f"a copy of {instead.name}"
+        elif manifest.exported_at == instead.exported_at:
+            reason = "exported at the same time"
+        else:
+            reason = f"exported earlier, {manifest.exported_at[:19]}Z"
         listed.append(Listed(path, manifest, reason, replaced=instead is not None))
     return listed
 

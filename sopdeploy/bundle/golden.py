@@ -145,7 +145,7 @@ def check_golden(example: Golden, pixels: NDArray[np.uint8], run: RunOne, export
     of Pillow than *exporter*, and for logits outside of the tolerance.
     """
     deviation = float(np.abs(run(example.pixels) - example.logits).max())
-    if not deviation <= example.tolerance:
+    if not deviation <= example.tolerance:  # larger, or NaN
         raise ParityError(
             f"{example.name}: a logit deviates by {deviation:.3g}, the bound is {example.tolerance:.3g}; "
             "this runtime does not compute the exported network"

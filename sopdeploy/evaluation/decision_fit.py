@@ -42,9 +42,8 @@ def fit_decision(
 ) -> Decision:
     """Fit temperature and rejection threshold to *logits* (N, C) of images of the classes *targets* (N,).
 
-    Their predictions become the reference for drift. Copies of a photograph say nothing new, so only the
-    first image of each of the *groups* (N,) is used. With fewer than `MIN_IMAGES` images or
-    with one class, nothing is fitted.
+    Their predictions become the reference for drift. Only the first image of each of the *groups* (N,) of
+    copies is used. With fewer than `MIN_IMAGES` images or with one class, nothing is fitted.
 
     Args:
         logits: Predictions for images that the network was not trained on.
@@ -74,8 +73,8 @@ def fit_decision(
     predictions = PredictionCounts(logits.shape[1])
     predictions.add_logits(scaled)
     rejection = None
-    if rejected := count_rejected(len(logits), accepts):
-        threshold = float(np.sort(energy(scaled))[rejected - 1])
+    if rank := threshold_rank(len(logits), accepts):
+        threshold = float(np.sort(energy(scaled))[rank - 1])
         recognized = None
         if unknown is not None:
             below_M = energy(unknown / temperature) < threshold
@@ -83,7 +82,7 @@ def fit_decision(
         rejection = Rejection(
             threshold=threshold,
             accepts=accepts,
-            accepted=accepted_interval(len(logits), rejected),
+            accepted=accepted_interval(len(logits), rank),
             recognized=recognized,
         )
     return Decision(calibration=calibration, rejection=rejection, reference=predictions.reference())
@@ -97,26 +96,29 @@ def missing_threshold(images: int, classes: int, accepts: float) -> str:
         )
     if classes < 2:
         return "not recognized, because there is only one class"
-    if count_rejected(images, accepts) == 0:
+    if threshold_rank(images, accepts) == 0:
         return f"not recognized, because {images} images are too few to accept {100 * accepts:g} % of them"
     return ""
 
 
-def count_rejected(images: int, accepts: float) -> int:
-    """Count the *images* to reject, so that the fraction *accepts* of new known images is accepted."""
+def threshold_rank(images: int, accepts: float) -> int:
+    """Return the rank among the energies of *images*, from the lowest, that is the threshold; 0 if none is.
+
+    The energy of a new known image is below rank k with a probability of at most k / (images + 1).
+    """
     return min(images, math.floor((images + 1) * (1 - accepts) + 1e-9))  # 10 * (1 - 0.9) is below 1
 
 
-def accepted_interval(images: int, rejected: int) -> tuple[float, float]:
+def accepted_interval(images: int, rank: int) -> tuple[float, float]:
     """Compute the 95 % interval of the fraction that the threshold accepts of as many new known images.
 
-    The threshold is the energy with rank *rejected* among those of *images*. The number of accepted new
+    The threshold is the energy with this *rank* among those of *images*. The number of accepted new
     images then has a beta-binomial distribution (Marques F., arXiv 2303.02770, 2023): both the threshold and
     the share of a finite number of new images vary.
     """
     from scipy.special import betaln  # noqa: PLC0415 # SciPy takes a quarter of a second
 
-    a, b = images - rejected + 1, rejected  # parameters of the distribution of the share
+    a, b = images - rank + 1, rank  # parameters of the distribution of the share
     accepted = np.arange(images + 1)
     # Its probability is the binomial coefficient times a ratio of beta functions.
     log_ratio = betaln(accepted + a, images - accepted + b) - betaln(a, b)
@@ -154,35 +156,43 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     bound = math.log(MAX_TEMPERATURE)
     optimum = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
     at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
-    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT  # of the sum, not of the mean
+    log_likelihood_ratio = len(targets) * (loss(0.0) - optimum.fun)  # `loss` is a mean over the images
+    significant = log_likelihood_ratio >= SIGNIFICANT
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 
 def fit_thresholds(targets: NDArray[np.floating], probabilities: Logits) -> tuple[float, ...]:
     """Choose the threshold of each class that maximizes F1 of *probabilities* (N, C) for *targets* (N, C).
 
-    A threshold lies half-way between two neighboring logits; of several best ones, the nearest to 0.5 is
-    taken. Its logit is then multiplied by n / (n + PRIOR_IMAGES), where n images show the class: few images
-    determine it only roughly, so it moves towards 0.5. It is 0.5 if no image or every image shows the class.
+    The logit of the best threshold is multiplied by n / (n + PRIOR_IMAGES), where n images show the class:
+    few images determine it only roughly, so the threshold moves towards 0.5. It is 0.5 if no image or every
+    image shows the class.
     """
-    from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
-
     thresholds = []
     for true, scores in zip(targets.T > 0, probabilities.T, strict=True):
         logit, count = 0.0, int(true.sum())
         if 0 < count < len(true):
-            precision, recall, ascending = precision_recall_curve(true, scores)
-            with np.errstate(divide="ignore"):
-                logits = np.clip(np.log(ascending) - np.log1p(-ascending), -MAX_LOGIT, MAX_LOGIT)
-            lower_neighbors = np.append(logits[0], logits[:-1])  # the lowest one has none
-            halfway = (logits + lower_neighbors) / 2
-            f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-            f1 = f1[:-1]  # the last one is that of no prediction
-            best = halfway[f1 >= f1.max() - 1e-12][::-1]  # of equally near ones, the larger
-            nearest_to_half = best[np.abs(best).argmin()]  # the logit of 0.5 is 0
-            logit = float(nearest_to_half) * count / (count + PRIOR_IMAGES)
+            logit = _best_logit(true, scores) * count / (count + PRIOR_IMAGES)
         thresholds.append(1 / (1 + float(np.exp(-logit))))
     return tuple(thresholds)
+
+
+def _best_logit(true: NDArray[np.bool_], scores: NDArray[np.float64]) -> float:
+    """Find the threshold of *scores* (N,) with the largest F1 for the class of the images *true*; as a logit.
+
+    It lies half-way between two neighboring logits; of several best ones, it is the nearest to 0 (0.5).
+    """
+    from sklearn.metrics import precision_recall_curve  # noqa: PLC0415  # its import takes a second
+
+    precision, recall, ascending = precision_recall_curve(true, scores)
+    with np.errstate(divide="ignore"):
+        logits = np.clip(np.log(ascending) - np.log1p(-ascending), -MAX_LOGIT, MAX_LOGIT)
+    lower_neighbors = np.append(logits[0], logits[:-1])  # the lowest logit has none
+    halfway = (logits + lower_neighbors) / 2
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    f1 = f1[:-1]  # the last one is that of no prediction
+    best = halfway[f1 >= f1.max() - 1e-12][::-1]  # `argmin` takes the first, so of +x and -x the larger
+    return float(best[np.abs(best).argmin()])
 
 
 def describe_weakness(rule: Rejection | None, before: Rejection | None) -> str:

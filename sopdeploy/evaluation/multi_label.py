@@ -41,8 +41,8 @@ class MeanPrecision(StrictModel):
     ) -> "MeanPrecision":
         """Compute the mAP of *scores* (N, C), where *true* (N, C) marks the classes of each image.
 
-        The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default images.
-        Raises `DataError` if no image shows any class.
+        The interval comes from `_RESAMPLES` resamples (bootstrap) of the *groups* (N,), by default images,
+        and is extended to contain the value. Raises `DataError` if no image shows any class.
         """
         shown = [(marks, logits) for marks, logits in zip(true.T, scores.T, strict=True) if marks.any()]
         if not shown:

@@ -129,13 +129,14 @@ def decide(wins: int, losses: int, images: int, tolerance: float, attempt: int =
         return "better"
     if score_statistic(wins, losses, images, -tolerance) >= _quantile_not_worse(attempt):
         return "not worse"
-    return "worse" if losses > wins and p <= ALPHA else "undecided"  # neither accepts, so ALPHA is not shared
+    # Neither accepts the second classifier, so the attempts need not share ALPHA.
+    return "worse" if losses > wins and p <= ALPHA else "undecided"
 
 
 def images_to_decide(wins: int, losses: int, images: int, tolerance: float, attempt: int = 1) -> int | None:
     """Estimate how many more images decide in 80 % of cases if the shares stay; None if no number does."""
     difference = (wins - losses) / images
-    variance = (wins + losses + 1) / (images + 2)  # of wins - losses by image; never 0
+    variance = (wins + losses + 1) / (images + 2)  # of 1 for a win, -1 for a loss, 0 otherwise; never 0
     needed = []
     if difference > -tolerance:  # for "not worse"
         quantile = _quantile_not_worse(attempt)

@@ -51,8 +51,7 @@ class HtmlReport:
 
 def render(report: HtmlReport) -> str:
     """Render *report* as an HTML page; equal reports give equal text."""
-    text: str = _template().render(report=report)
-    return text
+    return str(_template().render(report=report))
 
 
 @cache

@@ -47,10 +47,8 @@ def _describe_classes(metrics: ClassificationReport, images: str) -> Section:
         rows = [(name, *counts) for name, counts in zip(names, metrics.confusion, strict=True)]
         caption = "Confusion matrix: rows are true classes, columns are predicted classes"
         tables.append(Table(caption=caption, columns=["class", *names], rows=rows))
-    frequent = metrics.mistakes()[:_MAX_CONFUSIONS]
-    tables.append(
-        Table(caption="Most frequent mistakes", columns=["true", "predicted", "images"], rows=frequent)
-    )
+    frequent, columns = metrics.mistakes()[:_MAX_CONFUSIONS], ["true", "predicted", "images"]
+    tables.append(Table(caption="Most frequent mistakes", columns=columns, rows=frequent))
     worst_first = sorted(metrics.classes, key=lambda row: 2.0 if row.recall is None else row.recall.share)
     rows_of_classes = [
         (

@@ -70,7 +70,7 @@ def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> 
         wanted = column in table.columns and column not in printed.counts
         known = _find_published(described, column, table) if wanted else None
         if known is not None:
-            factor = 1000 if column == "dim" else 1  # printed in thousands there
+            factor = 1000 if column == "dim" else 1  # `published.toml` has thousands
             unit = "x" if known.unit == "x" else ""
             figures[name] = RowFigure(known.printed * factor, known.ours * factor, known.note, unit)
     return figures
@@ -81,7 +81,7 @@ def _find_published(described: Description, column: Column, table: PrintedTable)
     _, quantity = COUNTS[column]
     quantities = {quantity}
     if described.training == described.shipped:
-        quantities.add(quantity.replace("training", "shipped"))
+        quantities.add(quantity.replace("training", "shipped"))  # papers print one figure for both
     figures = sorted(described.published, key=lambda figure: figure.source != table.source)  # *table* first
     paper, _, _ = table.source.partition(",")
     of_paper = (figure for figure in figures if figure.source.startswith(paper))

@@ -22,12 +22,11 @@ def render_page(results: Reproduction) -> str:
         columns=("row", "command"),
         rows=[(row.printed.name, results.commands(row)[0]) for row in results.rows if row.recipe],
     )
+    charts = [*_option_chart(table, finished), *chain.from_iterable(map(_row_charts, finished))]
     sections = [
         _describe_results(results, finished),
         Section(title="Curves", figures=list(_error_charts(curves, "Seed 0"))),
-        Section(
-            title="Figures", figures=[*_option_chart(table, finished), *chain(*map(_row_charts, finished))]
-        ),
+        Section(title="Figures", figures=charts),
         Section(title="Counts and other figures", tables=[fact_table(results.rows)]),
         Section(title="Commands", tables=[commands]),
     ]
@@ -144,7 +143,7 @@ def _error_charts(curves: Mapping[str, tuple[Sequence[EpochRow], str]], caption:
 
     These are histories by name, each with the prefix of its columns: "" for the network, "HEAD_" for a head.
     """
-    for metric, label in _ERRORS.items() if curves else ():
+    for metric, label in (_ERRORS if curves else {}).items():
         points = {
             name: [(epoch, 100 * (1 - share)) for epoch, share in history_curve(history, f"{prefix}{metric}")]
             for name, (history, prefix) in curves.items()

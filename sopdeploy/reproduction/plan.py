@@ -102,9 +102,8 @@ class Reproduction:
 
     def overrides(self, row: ReproducedRow, seed: int) -> tuple[str, ...]:
         """Return the overrides of *row* with *seed* and the checkpoints of other rows."""
-        needed = (
-            f"{key}={self.run_folder(other, seed) / 'best.pt'}" for key, other in row.printed.needs.items()
-        )
+        needs = row.printed.needs.items()
+        needed = (f"{key}={self.run_folder(other, seed) / 'best.pt'}" for key, other in needs)
         return (*row.overrides, *needed, f"seed={seed}")
 
     def commands(self, row: ReproducedRow) -> list[str]:
@@ -149,7 +148,7 @@ class Reproduction:
 
 
 def format_hours(hours: float) -> str:
-    """Format GPU *hours* with two significant digits, without an exponent and with at most three decimals."""
+    """Round GPU *hours* to two significant digits and at most three decimals; format without an exponent."""
     decimals = 0 if hours >= 10 else 1 if hours >= 1 else 3
     return f"{float(f'{hours:.2g}'):,.{decimals}f} GPU hours"
 

@@ -48,7 +48,7 @@ def make_logger(trt: Any) -> Any:
 @functools.cache
 def _process_logger(trt: Any) -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined, unused-ignore]
-        """Collects the last error messages of this module *trt*."""
+        """Collects the last error messages of TensorRT."""
 
         errors: ClassVar[deque[str]] = deque(maxlen=20)
 
@@ -280,7 +280,8 @@ class EngineSession:
         """
         if not self._free:
             raise RuntimeError(f"{BUFFERS} batches are in flight; wait for the first one")
-        count, names = len(images), self._outputs if names is None else names
+        names = self._outputs if names is None else names
+        count = len(images)
         index = index_for(self._profiles, count)
         buffer, call = self._free.pop(), self._cuda.call
         try:
