@@ -327,13 +327,14 @@ def hold_out(
     order = np.asarray(sorted(range(len(keys)), key=ranks.__getitem__), dtype=np.int64)
     if targets.ndim == 1:
         sorted_by_class = order[np.argsort(targets[order], kind="stable")]
-        of_classes = np.split(sorted_by_class, np.flatnonzero(np.diff(targets[sorted_by_class])) + 1)
+        starts = np.flatnonzero(np.diff(targets[sorted_by_class])) + 1  # where the class changes
+        of_classes = np.split(sorted_by_class, starts)
     else:
         rarest_first = np.argsort(np.count_nonzero(targets, axis=0), kind="stable")
         of_classes = [order[targets[order, column] > 0] for column in rarest_first]
         of_classes.append(order[~targets[order].any(axis=1)])
     held_out, decided = np.zeros(len(keys), np.bool_), np.zeros(len(keys), np.bool_)
-    for members in of_classes:  # indices in the order of `order`; an image can have several classes
+    for members in of_classes:  # in the order of `ranks`; an image can have several classes
         quota = min(max(1, round(fraction * len(members))), len(members) - 1)  # of a single image, none
         missing = max(0, quota - held_out[members].sum())  # rarer classes may have held out some
         undecided = members[~decided[members]]

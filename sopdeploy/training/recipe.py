@@ -280,7 +280,7 @@ def _explain(error: pydantic.ValidationError, values: Any) -> str:
             return f"{key}.kind: {problem['ctx']['tag']!r} is none of {problem['ctx']['expected_tags']}"
         case "extra_forbidden":
             return f"{key}: unknown key{_suggest_key(key)}"
-    path_with_tags = ".".join(map(str, problem["loc"]))
+    path_with_tags = ".".join(map(str, problem["loc"]))  # with which `first_problem` begins
     return key + first_problem(error).removeprefix(path_with_tags)
 
 

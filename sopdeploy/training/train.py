@@ -337,7 +337,8 @@ def resume_run(
         run = create_run(images, strategy, initial)
         run.name = checkpoint.model  # to which a finished few-shot run has added its head
         run.result = read_result(checkpoint.training)
-        run.decision = None if run.result is None else checkpoint.decision  # until then, default thresholds
+        is_finished = run.result is not None  # before, the thresholds of a checkpoint are defaults
+        run.decision = checkpoint.decision if is_finished else None
         run.load_resume_state(state)
     except pydantic.ValidationError as error:
         raise CheckpointError(f"{source}: {first_problem(error)}; start a new run") from error

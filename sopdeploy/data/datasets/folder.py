@@ -169,7 +169,7 @@ def list_classes(root: Path) -> ClassListing:
         places = [b"/".join(path.split(b"/")[:2]) for path in paths]
         in_one_folder = len(set(places)) == 1  # which is then no group
         groups += paths if in_one_folder else places
-        nested.update(map(os.fsdecode, set(places).difference(paths)))
+        nested.update(map(os.fsdecode, set(places).difference(paths)))  # the folders among them
     all_alone = len(set(groups)) == len(groups)
     known_groups = None if all_alone else np.asarray(groups, dtype=np.bytes_)
     images = ImageFiles(root, tuple(found), np.asarray(all_paths, dtype=np.bytes_), targets, known_groups)

@@ -148,6 +148,7 @@ class Problem:
         center_D, scale_D = np.concatenate(centers), np.concatenate(scales)
 
         def inputs(images: Any) -> Array:
+            """Compute the inputs (n, D) of *images*, a slice or indices."""
             return (np.concatenate([part[images] for part in parts], axis=1) - center_D) * scale_D
 
         spanning = np.sort(np.random.default_rng(0).permutation(count)[:MAX_RANK])
@@ -198,8 +199,8 @@ class Problem:
     def doubt_labels(self, logits_NK: Array, folds_N: Indices, strength: float) -> Array:
         """Compute out-of-fold logits (N, K) by heads that are not fitted to images with doubtful labels.
 
-        A label is doubtful if another class is more probable by the out-of-fold *logits_NK*, which are
-        returned if no label is, and its own probability is below `IMPLAUSIBLE`. Heads without these images
+        A label is doubtful if, by the out-of-fold *logits_NK*, its probability is below `IMPLAUSIBLE` and
+        another class is more probable. If no label is, *logits_NK* are returned. Heads without these images
         contradict their labels more clearly (Northcutt et al., "Confident Learning", JAIR 2021, section 3).
         """
         log_probabilities_NK = log_softmax(logits_NK, axis=1)
@@ -261,7 +262,8 @@ def _fit_softmax(
             fixed, start = (inputs, targets, shares, regularization), parameters.ravel()
             found = minimize(_softmax_loss, start, fixed, "L-BFGS-B", jac=True, options=_OPTIONS)
             parameters = found.x.reshape(parameters.shape)
-        # By the rule of succession, an absent class has the probability 1 / (N + 2): odds of 1 to N + 1.
+        # The rule of succession gives an absent class the probability 1 / (N + 2), which are odds of 1 to
+        # N + 1, here against the class with the lowest bias. `initial` is for the case of no image.
         of_absent = parameters[:, -1].min(initial=0.0) - np.log(len(inputs) + 1.0)
         weight, bias = np.zeros((classes.shape[1], inputs.shape[1])), np.full(classes.shape[1], of_absent)
         weight[present], bias[present] = parameters[:, :-1], parameters[:, -1]

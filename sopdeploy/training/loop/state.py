@@ -121,7 +121,7 @@ class LoopRun(Run):
                 for key, parameter in self.trained().named_parameters()
                 if parameter in self.optimizer.state
             }
-            del self.optimizer
+            del self.optimizer  # the next access creates one for the new groups
         super().replace_model(name, model)
         self._prepare_training()
         for key, parameter in self.trained().named_parameters():
