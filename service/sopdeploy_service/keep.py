@@ -100,7 +100,7 @@ class Keeper:
         self._store, self._share, self._copy = store, share, copy
         self._counts = {result: metrics.kept_images.labels(result) for result in get_args(KeptResult)}
         self._photos: queue.SimpleQueue[PredictedPhoto | None] = queue.SimpleQueue()
-        # Bytes that were put into the queue and taken out of it; each number is changed by one thread.
+        # Bytes that were put into the queue and taken out of it; one thread changes each, so without a lock.
         self._bytes_in = self._bytes_out = 0
         # Seconds that copies may take, negative if they took more, and when the last ones were added.
         self._copy_budget, self._refilled = COPY_BURST, time.monotonic()

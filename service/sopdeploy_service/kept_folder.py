@@ -40,8 +40,8 @@ class _Entry(NamedTuple):
 class KeptFolder:
     """Keeps photographs in *path*, at most *max_bytes*, each for *days*; not thread-safe.
 
-    The oldest one with the fewest reasons makes room. The uniform sample makes room, by age only, while it
-    has more than `SAMPLE_SHARE` of the bytes or nothing else is kept.
+    The oldest one with the fewest reasons makes room; but while the uniform sample has more than
+    `SAMPLE_SHARE` of the bytes or nothing else is kept, the oldest one of the sample does.
     """
 
     def __init__(self, path: Path, max_bytes: int, days: float) -> None:

@@ -151,7 +151,7 @@ def describe_next(folders: LabelFolders) -> dict[str, Any]:
         identity, (_, record) = next(iter(folders.waiting.items()))
         probabilities = dict(zip(record.labels, softmax(np.asarray(record.logits)).tolist(), strict=True))
         photograph = {"id": identity, "sampled": "sample" in record.reasons, "known": record.known}
-    names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))  # those without: last
+    names = sorted(folders.classes(), key=lambda name: -probabilities.get(name, -1.0))  # without one: last
     return {
         "photograph": photograph,
         "next": list(islice(folders.waiting, MAX_THUMBNAILS)),
@@ -175,7 +175,7 @@ def run_label_server(
         key = secrets.token_urlsafe(16)
         app = create_label_app(folders, {"localhost", host, socket.gethostname()}, key)
         config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")  # one for other machines
+        address = url(listener).replace("//0.0.0.0:", f"//{socket.gethostname()}:")  # for other machines
         on_ready(f"{address}/?key={key}", len(folders.waiting))
         with suppress(KeyboardInterrupt):  # uvicorn raises it after its end
             uvicorn.Server(config).run(sockets=[listener])

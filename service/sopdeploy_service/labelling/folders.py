@@ -24,7 +24,7 @@ from sopdeploy.kept import LOCK, NEAR_BITS, Kept, read_kept
 
 SKIPPED = ".skipped"
 SAMPLE_EVERY = 5  # of this many photographs, one is from the uniform sample
-MAX_CLASS_BYTES = 100  # of a class
+MAX_CLASS_BYTES = 100  # of a name in UTF-8
 MAX_SPREAD = 500  # photographs of a group that are chosen one by one; a session labels fewer
 NOT_IN_NAMES = '/\\:*?"<>|'  # of folders on some systems
 
@@ -80,7 +80,7 @@ class LabelFolders:
         self._sampled.update(int(record.near_hash, 16) for _, record in samples)
         queue = order_records([photo for photo in found if "sample" not in photo.record.reasons])
         for number, photo in enumerate(samples):
-            queue.insert(SAMPLE_EVERY * number, photo)  # at the end of a shorter queue
+            queue.insert(SAMPLE_EVERY * number, photo)  # appends to a shorter list
         self.waiting = {photo.path.stem: photo for photo in queue}
 
     def classes(self) -> list[str]:

@@ -48,7 +48,7 @@ class OutputFolder:
             except OSError as error:
                 message = f"another run is writing to {self.path}; wait for it"
                 raise ConfigError(message, setting="out") from error
-            with writing(str(self.path), StorageError):  # errors of sources are no `OSError`
+            with writing(str(self.path), StorageError):  # sources raise no `OSError`
                 self._remove_partial()  # of a run that was killed
                 yield
                 self._remove_partial()  # of machines of a Ray cluster that were lost
