@@ -121,12 +121,11 @@ def _network_outputs(network: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:
     if isinstance(network, Backbone):
         return network.outputs_tuple(pixels)
     output, key = network(pixels), vars(network).get(EXPORT_LOGITS)
-    if isinstance(key, str) and not isinstance(output, Mapping):
-        output = getattr(output, key, output)  # a missing attribute is rejected below
-    elif key is not None and not isinstance(output, Tensor):
+    if key is not None and not isinstance(output, Tensor):
+        is_attribute = isinstance(key, str) and not isinstance(output, Mapping)
         try:
-            output = output[key]
-        except (LookupError, TypeError) as error:
+            output = getattr(output, key) if is_attribute else output[key]
+        except (AttributeError, LookupError, TypeError) as error:
             raise LoweringError(f"the network returns {_describe(output)}, without logits {key!r}") from error
     if not isinstance(output, Tensor):
         raise LoweringError(
@@ -176,7 +175,7 @@ def capture(
         if captured.traces == traces and None not in traces:
             return captured
     programs = [functional(program, one) for program, one in zip(traced, ranges, strict=True)]
-    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)
+    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)  # can be one program
 
 
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:
@@ -190,7 +189,7 @@ def trace(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> Expo
     Raises `LoweringError` with the first line of torch's message.
     """
     deployed = Deployed(network, preprocess).eval()
-    size = min(2, batch.maximum)  # torch.export fixes the size of a single image
+    size = min(2, batch.maximum)  # torch.export makes a dimension of size 1 constant
     images = torch.zeros(size, preprocess.crop, preprocess.crop, 3, dtype=torch.uint8)
     shapes = None if size == 1 else ({0: Dim("batch", min=1, max=batch.maximum)},)
     # torch prints part of the graph on failure, and leaves tensors without values in caches
@@ -303,7 +302,7 @@ def is_batch_axis(x: Tensor, dim: int) -> bool:
 
 def _take_along(input: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
     """Select by `gather`, after all axes but *dim* are expanded to common sizes."""
-    if dim is None:
+    if dim is None:  # both are flattened
         return torch.take_along_dim(input, indices)
     x, chosen = input.movedim(dim, -1), indices.movedim(dim, -1)
     shape = torch.broadcast_shapes(x.shape[:-1], chosen.shape[:-1])  # type: ignore[no-untyped-call]
@@ -404,8 +403,8 @@ def _expm1(values: Tensor) -> Tensor:
 def _atan2(y: Tensor, x: Tensor) -> Tensor:
     """Write the angle of the point (x, y), also if a coordinate is 0 or -0."""
     below, left = ((value < 0) | (1 / value < 0) for value in (y, x))  # 1 / -0 is negative
-    turn = torch.where(left, torch.where(below, -torch.pi, torch.pi), 0.0)
-    return torch.where(y == 0, y, (y / x).atan()) + turn
+    angle = torch.where(y == 0, y, (y / x).atan())  # of (x, y) or, on the left, of the opposite point
+    return angle + torch.where(left, torch.where(below, -torch.pi, torch.pi), 0.0)
 
 
 def sort_by_topk(values: Tensor, *, dim: int = -1, descending: bool = False, **_stable: bool) -> Any:

@@ -87,8 +87,8 @@ def as_markdown(text: str) -> str:
 
 
 def training_rows(training: Mapping[str, Any]) -> Sequence[tuple[str, object]]:
-    """List the scalars and any result of the loop, or start weights and result of another procedure."""
-    result = None  # no procedure is recorded
+    """List scalars and the result of the training loop, or start weights and result of another procedure."""
+    result = None  # if no procedure is recorded
     if "procedure" in training:
         from sopdeploy.training.results import LoopResult, read_result  # noqa: PLC0415 # most exports need none
 

@@ -197,9 +197,7 @@ def certify_onnx(
     for role, programs in captured.items():
         is_shipped = programs is captured["detached"]  # whose root is *root*
         if not is_shipped and onnx_root(lower(programs.any_batch, outputs)) != root:
-            raise CertificateError(
-                f"the ONNX graph of the {role} network differs from that of the detached network"
-            )
+            raise CertificateError(f"the ONNX graph of the {role} network is not that of the detached one")
     if mixing and not options.allow_batch_dependence:
         problem = f"the network mixes images: {mixing[0]} combines them, or uses their number or positions"
         if mixing[0].startswith(NO_RULE):  # the subject of the sentence: "no rule for ..."
@@ -254,6 +252,7 @@ def write_golden_examples(
         return logits
 
     def has_decided_gate(pixels: NDArray[np.uint8]) -> bool:
+        """Return whether rounding cannot change the choice; also without a gate."""
         if gate is None or parity.routing is None:
             return True
         logits, chosen = gate(torch.tensor(pixels[None])), compare.find_gate(subject.network).chosen

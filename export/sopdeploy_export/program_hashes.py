@@ -277,7 +277,8 @@ class _ValueHasher:
         """Return whether *node* changes the layout or the shape of its operand only."""
         if _name(node) == "aten.expand":
             return self._shape(node) == self._shape(node.all_input_nodes[0])
-        return _name(node) in VALUE_LAYOUT and str(node.target) != "aten.view.dtype"
+        reads_bytes = str(node.target) == "aten.view.dtype"  # as another type
+        return _name(node) in VALUE_LAYOUT and not reads_bytes
 
     def _unified_arguments(self, node: fx.Node) -> list[Any]:
         """List the arguments of *node*, equal sizes of `expand` and positions of `slice` in one form."""
@@ -286,7 +287,7 @@ class _ValueHasher:
             return [arguments[0], self._shape(node)]
         if _name(node) == "aten.slice":
             start, end = arguments[2:4]  # None means from the first, to the last
-            arguments[2:4] = start or 0, sys.maxsize if end is None else end
+            arguments[2:4] = [start or 0, sys.maxsize if end is None else end]
         return arguments
 
     def _shape(self, node: fx.Node) -> str:

@@ -110,10 +110,10 @@ class ParityReport(StrictModel):
 
     @property
     def unverifiable(self) -> bool:
-        """Whether a file that ignores its input could be within the tolerance.
+        """Whether a file that returns the same logits for every image could be within the tolerance.
 
-        Such a file is wrong by at least half of the spread. int8 is exempt: rounding may move a single probe
-        far, and agreement with float32 is measured on the calibration or evaluation images instead.
+        A constant differs by at least half of a range from one of its ends. int8 is exempt: rounding may move
+        a single probe far, so agreement with float32 is measured on calibration or evaluation images instead.
         """
         return self.precision != "int8" and self.logits.tolerance >= self.spread / 2
 

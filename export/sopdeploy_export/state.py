@@ -129,22 +129,23 @@ def _content(value: Any) -> Any:
         return type(value), repr(value)  # NaN equals itself here
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value.shape, value.tobytes()
-    return type(value) if type(value) in (*_PLAIN, set) and not value else None  # most of torch's attributes
+    is_empty = type(value) in (*_PLAIN, set) and not value  # as most attributes of torch's modules are
+    return type(value) if is_empty else None
 
 
 def _children(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what *value* holds, with the suffix of each path; of libraries, only modules and containers."""
+    if isinstance(value, (Tensor, ModuleType, *FIXED)):
+        return  # a tensor has a version; of a module, only the variables that functions use are read
     definition = value if isinstance(value, type | FunctionType) else type(value)
     package = (definition.__module__ or "").partition(".")[0]
     is_users = package not in LIBRARIES
-    if isinstance(value, type | FunctionType):
-        if is_users and isinstance(value, FunctionType):
-            yield from _used_by(value)
-        elif is_users:
-            yield from ((f".{name}", item) for name, item in vars(value).items() if name != "__weakref__")
-    elif isinstance(value, (Tensor, ModuleType, *FIXED)):
-        return  # a tensor has a version; of a module, only the variables that functions use are read
-    elif isinstance(value, nn.Module) or is_users or package in _MODULES:
+    if isinstance(value, FunctionType):
+        yield from (_used_by(value) if is_users else ())
+    elif isinstance(value, type):
+        attributes = vars(value).items() if is_users else ()
+        yield from ((f".{name}", item) for name, item in attributes if name != "__weakref__")
+    elif is_users or isinstance(value, nn.Module) or package in _MODULES:
         held: dict[str, Any] = {}
         with suppress(AttributeError):  # `object` does not call `__getattr__` of the class
             held = object.__getattribute__(value, "__dict__")
@@ -161,7 +162,7 @@ def _items(value: Any) -> Iterator[tuple[str, Any]]:
             yield f"[{shown}]", item
     elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", item) for index, item in enumerate(value))
-    if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # also slots, iterators, methods
+    if type(value) not in _PLAIN and not isinstance(value, nn.Module):  # `gc` finds slots, iterators, methods
         if isinstance(value, GeneratorType):
             yield " (state)", value.gi_frame.f_lasti if value.gi_frame else None  # None: it has ended
         elif type(value).__module__ in _MODULES:
@@ -180,7 +181,7 @@ def _shown(value: Any) -> str:
 
 
 def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
-    """List the attributes, defaults, enclosing and global variables of *function*, and modules' variables."""
+    """List attributes and defaults of *function*, and the enclosing, global and module variables it uses."""
     codes = [function.__code__]
     for code in codes:  # grows by the functions that are defined inside
         codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
@@ -193,9 +194,8 @@ def _used_by(function: FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with suppress(ValueError):  # not set yet
             yield f".{name}", cell.cell_contents
-    yield from (
-        (f".{key}", item) for key, item in {**vars(function), **(function.__kwdefaults__ or {})}.items()
-    )
+    named = {**vars(function), **(function.__kwdefaults__ or {})}
+    yield from ((f".{key}", item) for key, item in named.items())
     yield " (defaults)", function.__defaults__
 
 
@@ -208,7 +208,7 @@ def _identify(value: object) -> Identity:
 
 def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """Name the first path that was added, removed or changed."""
-    for path in (*before, *(path for path in after if path not in before)):
+    for path in {**before, **after}:  # first those of *before*
         if path not in before or path not in after or before[path] != after[path]:
             return path
     return None
@@ -240,9 +240,8 @@ class InPlaceWrites(TorchDispatchMode):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.written: list[str] = []
-        self._paths = {
-            tensor.untyped_storage().data_ptr(): path for path, tensor in held_tensors(network).items()
-        }
+        held = held_tensors(network).items()
+        self._paths = {tensor.untyped_storage().data_ptr(): path for path, tensor in held}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
@@ -318,6 +317,7 @@ def preserved(network: nn.Module) -> Iterator[None]:
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:
+    """Yield the dicts, lists and sets in the container *value*, down to *depth* levels."""
     for item in value.values() if isinstance(value, dict) else value:
         if depth and isinstance(item, dict | list | set):
             yield item

@@ -33,7 +33,7 @@ def write_triton(bundle: Bundle, repository: Path) -> Path:
             f"{bundle.path}: was verified for batches of {manifest.batch.minimum} or more, but Triton also "
             "sends single images; export it with a minimum batch of 1"
         )
-    broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]
+    broken = [label for label in bundle.labels if len(f"{label}.".splitlines()) > 1]  # also "label\n"
     if broken:
         raise BundleError(
             f"{bundle.path}: the class name {broken[0]!r} does not fit on a line of {_LABELS}"

@@ -111,8 +111,8 @@ def interrupts_recorded() -> Iterator[threading.Event]:
     An exception must not reach the C++ code of TensorRT, which prints it and continues or fails.
     """
     interrupt = threading.Event()
-    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    is_replaced = is_default and threading.current_thread() is threading.main_thread()  # which alone can
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+    is_replaced = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_replaced:
         signal.signal(signal.SIGINT, lambda *_: interrupt.set())
     try:

@@ -39,7 +39,7 @@ def get_engine(bundle: Bundle, options: EngineOptions, report: Report = lambda _
     `LoweringError` or `EngineError` if no engine can be built, and `ParityError` if its outputs deviate from
     the probes.
     """
-    if bundle.manifest.int8_for == "cpu":  # its parser reads uint8 as int8, and fails on a zero point
+    if bundle.manifest.int8_for == "cpu":  # TensorRT reads its uint8 as int8, and rejects zero points
         raise LoweringError(
             f"{bundle.path}: is quantized for CPUs, but TensorRT needs int8 with zero point 0: export again "
             "with --precision int8 --int8-for tensorrt"

@@ -1,1 +1,0 @@
-"""Compare the exported ONNX file with the network it was exported from."""

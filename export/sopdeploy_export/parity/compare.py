@@ -79,7 +79,7 @@ class ReportsFloat32(TorchFunctionMode):
 
 def in_float64(value: Any) -> Any:
     """Replace *value*, an argument of an operation, by float64 if it is a smaller floating-point type."""
-    return torch.float64 if any(value is dtype for dtype in REDUCED) else value
+    return torch.float64 if isinstance(value, torch.dtype) and value in REDUCED else value
 
 
 def open_session(model: Path | onnx.ModelProto, *, optimized: bool = True) -> ort.InferenceSession:
@@ -137,8 +137,8 @@ def gate_logits(deployed: Deployed, pixels: Tensor) -> NDArray[Any]:
 def is_decided(logits: NDArray[Any], chosen: int, tolerance: float) -> NDArray[np.bool_]:
     """Mark the images (P,) whose *chosen* largest gate logits (P, N) stay the largest within *tolerance*."""
     ranked = -np.sort(-logits, axis=1)  # the largest first
-    margins = ranked[:, chosen - 1 : chosen] - ranked[:, chosen:]  # of the last one that is chosen
-    return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)
+    margins = ranked[:, chosen - 1 : chosen] - ranked[:, chosen:]  # of the last chosen logit to each other
+    return np.asarray((margins > 2 * tolerance).all(axis=1), dtype=np.bool_)  # as both of them may drift
 
 
 def compare_routes(
@@ -330,7 +330,7 @@ def _first_violation(report: results.ParityReport) -> str | None:
     if report.unverifiable:
         floor = report.logits.noise_floor
         share = floor / max(report.spread, floor * 1e-6)  # limited, because the spread can be 0
-        # A file that ignores its input is wrong by half of the spread or more: at this share, the tolerance.
+        # `unverifiable` is floors_allowed * floor >= spread / 2, solved for floor / spread.
         too_large_share = 0.5 / report.floors_allowed
         return (
             f"cannot be verified in {report.precision}: its noise floor of {floor:.3g} is {share:.0%} of the "

@@ -79,7 +79,7 @@ class AccuracyCheck:
         measured, limit = report.accuracy, self.options.max_drop
         if measured is None or measured.drop <= limit or self.options.allow_drift:
             return
-        metric = "agreement with float32" if measured.before is None else "top-1"  # without labels, or with
+        metric = "agreement with float32" if measured.before is None else "top-1"  # which needs labels
         advice = "" if report.quantisation is None else "; calibrate with images like those of production"
         raise ParityError(
             f"{report.precision} loses {measured.drop:.2f} points of {metric} on {measured.num_images} "

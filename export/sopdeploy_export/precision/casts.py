@@ -81,14 +81,13 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
     where squares of activations could overflow, and where a hint requests it.
     """
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())  # which hold its own
+    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())  # used by *part*
     if has_lists or any(tensor.is_floating_point() for tensor in tensors):
         return weight_dtype
     hints = export_hints(part)
     child_receives_input = any(hasattr(part, child) for child in hints.low_precision_children)
-    if isinstance(part, nn.LocalResponseNorm) or (hints.cast_inputs and not child_receives_input):
-        return torch.float32
-    return None
+    needs_float32 = hints.cast_inputs and not child_receives_input
+    return torch.float32 if needs_float32 or isinstance(part, nn.LocalResponseNorm) else None
 
 
 def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
@@ -169,7 +168,7 @@ def without_normalization(norm: nn.Module) -> nn.Module | None:
 
 @torch.no_grad()
 def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    """Fold *norm*, with its running statistics, into the weights and the bias of *convolution*, in place."""
+    """Fold *norm*, (W x + b - mean) * scale + shift, into the weights and bias of *convolution*, in place."""
     mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
     scale = norm.weight.double() / torch.sqrt(variance.double() + norm.eps)
     bias_before = 0.0 if convolution.bias is None else convolution.bias.double()

@@ -118,7 +118,8 @@ class _Headroom(fx.Interpreter):
         value = super().run_node(n)
         if n.op != "call_function" or not isinstance(value, Tensor) or value.dtype != torch.float16:
             return value
-        largest = float(value.nan_to_num(torch.inf, torch.inf, 0).abs().max())  # masks, -inf, become 0
+        unmasked = value.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=0)  # -inf is a mask
+        largest = float(unmasked.abs().max())
         if largest * HEADROOM > torch.finfo(torch.float16).max:
             raise LoweringError(
                 f"{module_of(n)} computes {largest:.3g} in float16 on a probe or photograph; values above "

@@ -152,7 +152,7 @@ class Int8Quantizer:
             )
             for image in self.images:  # one per reader, because a reader's activations stay in memory
                 feeds = iter([{INPUT: image[None]}])
-                calibrator.collect_data(SimpleNamespace(get_next=partial(next, feeds, None)))  # then None
+                calibrator.collect_data(SimpleNamespace(get_next=partial(next, feeds, None)))  # None: the end
             return calibrator.compute_data()
 
     def _convolutions(self, in_float: Sequence[str]) -> set[str]:
@@ -201,7 +201,7 @@ class Int8Quantizer:
         for convolution, weight in self._weights_with_bias().items():
             _, weight_name, _ = inputs[convolution]
             codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
-            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # without zero points
+            scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # weights have zero point 0
             errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)
         # A convolution is linear: with the weight errors as weights, it computes the missing output.
         for convolution, missing in self._mean_outputs(errors).items():

@@ -30,7 +30,7 @@ Shapes = Sequence[tuple[int, ...]]  # one for each batch size
 
 
 class Place(NamedTuple):
-    """The batch axis of a value, if any, and its `inner`, the rows of an image; None fits any."""
+    """The batch axis of a value, if any, and its `inner` rows per image; None if equal rows fit any image."""
 
     axis: int | None = None
     inner: int | None = None
@@ -188,7 +188,7 @@ def reshapes(call: Call) -> Place:
         _require(axis is None and new_axis is None)
         return _NONE
     shape, new_shape, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]
-    rows_of_image = inner or shape[axis] // batch  # None: equal rows, as many for each
+    rows_of_image = inner or shape[axis] // batch  # of equal rows, each image gets as many
     elements_of_image = rows_of_image * math.prod(shape[axis + 1 :])
     elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
     new_inner, rest = divmod(elements_of_image, elements_of_row)
@@ -203,20 +203,21 @@ def transposes(call: Call) -> Place:
 
 
 def multiplies(call: Call) -> Place:
-    """Multiply matrices, whose batch axis is not one of the two axes that are summed over."""
+    """Multiply (..., m, k) by (..., k, n), or vectors (k,), where the batch is not the axis k of the sums."""
     a, b = call.x, call[1]
-    are_matrices = a.rank > 1 and b.rank > 1
     _require(a.axis != a.rank - 1)
-    _require(b.axis is None or (b.axis != b.rank - 2 and are_matrices))
-    missing = 1 if b.rank == 1 else 0  # the product with a vector lacks the last axis
-    return agree(a.shifted(call.rank + missing - a.rank), b.shifted(call.rank - b.rank))
+    if a.rank == 1 or b.rank == 1:
+        _require(b.axis is None)  # which also refuses a vector by matrices of images
+        return a.place  # (..., m) keeps the axes of *a* before k
+    _require(b.axis != b.rank - 2)
+    return elementwise(call)  # the axes before the last two are broadcast, m and n stay where they are
 
 
 def gemm(call: Call) -> Place:
-    """Multiply matrices, where rows of the first or columns of the second belong to images; add a value."""
+    """Multiply (m, k) by (k, n), where m or n is the batch; add a value, which is broadcast."""
     a, b = call.x, call[1]
-    _require(a.axis in (None, call.attributes.get("transA", 0)))
-    _require(b.axis in (None, 1 - call.attributes.get("transB", 0)))
+    _require(a.axis in (None, call.attributes.get("transA", 0)))  # of m: axis 0, transposed 1
+    _require(b.axis in (None, 1 - call.attributes.get("transB", 0)))  # of n: axis 1, transposed 0
     return agree(a.at(0), b.at(1), *(added.shifted(2 - added.rank) for added in call.inputs[2:] if added))
 
 
@@ -242,7 +243,8 @@ def splits(call: Call) -> Place:
 def joins(call: Call) -> Place:
     """Join values along an axis; along that of the batch, the rows of the operands keep their images."""
     place = common(call.inputs)
-    _require(place.axis != call.axis(0) or all(v is None or v.axis == place.axis for v in call.inputs))
+    if place.axis == call.axis(0):  # rows of a constant would belong to no image
+        _require(all(value.axis == place.axis for value in call.inputs if value is not None))
     return place
 
 
@@ -259,9 +261,10 @@ def slices(call: Call) -> Place:
     starts = [start.reshape(-1).tolist() for start in call[1].contents]  # by batch size
     axes = call.axes(3, range(len(starts[0])))
     steps = call[4].numbers() if len(call.inputs) > 4 and call.inputs[4] else [1] * len(axes)
-    for axis, step, *starts_of_axis in zip(axes, steps, *starts, strict=True):
+    for i, axis in enumerate(axes):
+        starts_of_axis = [numbers[i] for numbers in starts]
         if axis == call.x.axis:
-            _require(step == 1 and _cuts_whole_batches(call, axis, starts_of_axis))
+            _require(steps[i] == 1 and _cuts_whole_batches(call, axis, starts_of_axis))
         else:
             _require(len(set(starts_of_axis)) == 1)
     return call.x.place
@@ -344,7 +347,7 @@ def writes_nd(call: Call) -> Place:
     data, indices, updates = call.x, call[1], call[2]
     has_own_rows = own_rows(data, indices, 0) and indices.axis is not None
     if has_own_rows and updates.axis == indices.axis:
-        return agree(data.place, indices.at(0), updates.at(0))
+        return agree(data.place, indices.at(0), updates.at(0))  # `inner` must agree, too
     first_kept = indices.shapes[0][-1]  # axis of the data behind those of the positions
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
     _require(data.axis is None or data.axis >= first_kept)
@@ -520,9 +523,9 @@ def locate(
     if isinstance(places, Place):  # one for all results
         places = [places] * len(results)
     counts = counting(node.op_type, call)
-    counted = [value for value in inputs if value and value.counts]
-    selects_rows = node.op_type in TAKES_INDICES and counted == [inputs[1]]
-    _require(counts or not counted or selects_rows)
+    numbering = [i for i, value in enumerate(inputs) if value and value.counts]
+    are_indices = node.op_type in TAKES_INDICES and numbering == [1]
+    _require(not numbering or counts or are_indices)  # numbers of images stay numbers, or select rows
     pairs = zip(results, places, strict=False)  # a recurrent layer can have fewer results
     located = [replace(result, place=place, counts=counts) for result, place in pairs]
     _require(all(map(has_whole_images, located)))

@@ -133,7 +133,7 @@ def certify(
     )
     deployed = {role: Deployed(network, preprocess) for role, network in compared.items()}
     sizes = assert_equal_outputs(deployed, probes)
-    # Each network once: a contiguous one is both given and compared, of the others a copy is compared.
+    # Each network once: one with contiguous tensors is in both dicts, of another *compared* has a copy.
     checked = {id(network): (role, network) for role, network in (*given.items(), *compared.items())}
     for role, network in checked.values():
         rename = detachment.rename if role == "plain" else str  # from the names in *kept*

@@ -120,13 +120,13 @@ def detach(network: _Network, training_only: tuple[str, ...] | None = None) -> _
     """
     if training_only is None:
         training_only = network.training_only if isinstance(network, Classifier) else ()
-    memo: dict[int, Any] = {}  # deepcopy replaces the parts in this memo by None; every name is checked
+    memo: dict[int, Any] = {}
     for name in training_only:
-        owner, attribute = _find_owner(network, name)
+        owner, attribute = _find_owner(network, name)  # raises for an unknown name
         memo[id(getattr(owner, attribute))] = None
     if not has_tensors(network, training_only):
         return network
-    detached = copy_module(network, memo)
+    detached = copy_module(network, memo)  # with None in place of the parts
     for name in training_only:
         owner, attribute = _find_owner(detached, name)
         if isinstance(network, Classifier) or isinstance(owner, _CONTAINERS):

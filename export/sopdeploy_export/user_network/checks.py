@@ -75,9 +75,7 @@ def copy_for_export(network: nn.Module, role: str, logits: str | int | None = No
 def check_module(where: str, module: nn.Module) -> None:
     """Raise `LoweringError` if *module* cannot be captured, `CertificateError` if a method was replaced."""
     if isinstance(module, torch.jit.ScriptModule):
-        raise LoweringError(
-            f"{where} is a ScriptModule; export the module that it was scripted or traced from"
-        )
+        raise LoweringError(f"{where} is a ScriptModule; export the module that was scripted or traced")
     if isinstance(module, LazyModuleMixin):
         raise LoweringError(f"{where} is not initialized; run the network once before the export")
     if isinstance(module, OptimizedModule):
@@ -113,20 +111,21 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 def check_outputs(
     deployed: graph.Deployed, preprocess: Preprocess, classes: int, role: str
 ) -> tuple[str | None, tuple[str, ...]]:
-    """Run the network on probe images and check shape, finiteness and state.
+    """Run the network twice on four probe images and twice on one, and check shape, finiteness and state.
 
-    Returns the path of a cache that the first runs fill, or None, and warnings. Raises `LoweringError` if
-    the network fails, returns no (B, classes) logits or changes its state, or if the logits of an image
-    depend on earlier runs.
+    Only the first run with each batch size may fill caches: returns the path of the first attribute that
+    these runs change, or None, and warnings. Raises `LoweringError` if the network fails, returns no
+    (B, classes) logits, changes its state in the second runs, or returns other logits in them.
     """
     images, network = torch.from_numpy(graph.generated_images(preprocess.crop)[-_IMAGES:]), deployed.network
     at_start = state.read_state(network)
     first_logits = _run(deployed, images, role, classes)
-    _run(deployed, images[:1], role, classes)  # fills caches for this size
-    filled = state.read_state(network)  # the next runs must not change it
+    _run(deployed, images[:1], role, classes)
+    filled = state.read_state(network)
     with state.InPlaceWrites(network) as writes, state.PythonReads() as reads:
         _run(deployed, images[:1], role, classes)
     logits = _run(deployed, images, role, classes)
+    # A write through `tensor.data` changes no version, so `first_change` misses it and `writes` has it.
     changed = state.first_change(filled, state.read_state(network)) or next(iter(writes.written), None)
     if changed is not None:
         raise LoweringError(f"{changed} changes while the {role} network runs; {state.STATELESS}")
@@ -206,7 +205,7 @@ def capture_given(
     devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
     device = next(iter(devices))  # of the images; the network itself moves values between several
     on_cpu = devices == {torch.device("cpu")}
-    same_layout = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # as the copy
+    same_layout = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # as the copy: equal bits
     tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
     images = torch.from_numpy(graph.generated_images(preprocess.crop))
     deployed = graph.Deployed(given, preprocess).eval()
@@ -219,10 +218,10 @@ def capture_given(
         allowed = 0.0 if same_layout else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if same_layout and not options.with_features:  # the proof compares it with the graph of the copy
+    if same_layout and not options.with_features:  # `certify` compares it with the graph of the copy
         return graph.capture(given, preprocess, options.batch)
     captured = graph.capture(copied, preprocess, options.batch)
-    if on_cpu:
+    if on_cpu:  # graphs contain devices and strides, but the roots of values only devices
         program = graph.capture_any_batch(given, preprocess, options.batch)
         if value_root(program).sha256 != value_root(captured.any_batch).sha256:
             raise LoweringError(OTHER_COPY)

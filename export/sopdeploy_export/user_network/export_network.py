@@ -170,7 +170,7 @@ def outermost(network: nn.Module, unused: set[str]) -> tuple[str, ...]:
     """Name the outermost modules of *network* with only *unused* tensors, then the other unused tensors."""
     outer: list[str] = []
     for name, module in modules(network):
-        inner = {f"{name}.{tensor}" for tensor in tensors(module)} if name else set()  # not all of *network*
+        inner = {f"{name}.{tensor}" for tensor in tensors(module)} if name else set()  # "" is *network*
         if inner and inner <= unused and not is_in(name, *outer):
             outer.append(name)
     return (*outer, *sorted(name for name in unused if not is_in(name, *outer)))
@@ -191,7 +191,7 @@ def match_parts(network: nn.Module, patterns: Sequence[str]) -> tuple[str, ...]:
                 f"no such part; the network has {children}", setting="training_only", value=pattern
             )
         matched += matches
-    outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))
+    outer = (name for name in matched if not is_in(name.rpartition(".")[0], *matched))  # in no other match
     return tuple(dict.fromkeys(outer))  # each once
 
 

@@ -66,6 +66,7 @@ ACCEPTED: dict[str, tuple[Build, dict[str, Any], str]] = {
         "trained-plain",
     ),
     "a dict": (lambda: n.variant(n.as_dict, aux=False), {"logits_key": "out"}, "trained-only"),
+    "one tensor, not its attribute T": (plain, {"logits_key": "T"}, "trained-only"),
     "data parallel and compiled": (lambda: nn.DataParallel(torch.compile(n.Small())), AUX, "three-way"),
     "branches of DSoP": (
         lambda: sopdeploy.dsop(plain(), ["stem"], image_size=n.SIDE, aux_blocks=(1,), aux_widths=(3,)),
