@@ -224,8 +224,8 @@ class Model:
     def close(self, reason: HttpError) -> None:
         """Accept no more images and give *reason* to every image without an outcome."""
         if self.queue.closed_with is None:
-            batches = tuple(self._in_flight)
-            items = [*self.queue.close(reason), *(item for batch in batches for item in batch.items)]
+            items = self.queue.close(reason)  # first: the thread then begins no other batch
+            items += [item for batch in tuple(self._in_flight) for item in batch.items]
             for item in items:
                 item.settle(reason)
 
@@ -249,9 +249,9 @@ class Model:
     async def _watch(self) -> None:
         """Declare the model dead if a batch hangs; look again when the oldest counts as hung, or sooner."""
         while not self.dead:
-            # The thread changes both attributes at any time.
-            started, batches = self._batch_started, tuple(self._in_flight)
-            num_images = len(batches[0].items) if batches and started is not None else 0
+            # The thread changes both at any time; read last, the start is not that of an older batch.
+            batches, started = tuple(self._in_flight), self._batch_started
+            num_images = len(batches[0].items) if batches else 0  # 0: the blank one of `check_device`
             seconds = 0.0 if started is None else time.monotonic() - started
             limit = self.hang_seconds(num_images)
             if seconds > limit:
