@@ -84,7 +84,7 @@ class DataReport(StrictModel):
         """Raise `DataError` with every problem that would stop a training run."""
         problems = [*self.classes, *self.unreadable]
         num_trained = len(self.parts[0].classes) - len(self.too_few)  # the first part is the training part
-        if num_trained < 2:
+        if num_trained < 2:  # training leaves classes of one image out, and needs two others
             problems += self.too_few
         if problems:
             raise DataError(f"{self.path}: cannot be used as it is: {shorten(problems, '; ')}")

@@ -216,7 +216,8 @@ def signature(image: Image.Image) -> NDArray[np.float32]:
     small = to_rgb(image, _RULES).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
     down, right = np.gradient(np.asarray(small, np.float32))
     length = np.hypot(down, right)
-    direction = np.arctan2(down, right) / (2 * np.pi) % 1 * DIRECTIONS  # in bins, 0 to 8
+    turns = np.arctan2(down, right) / (2 * np.pi)  # -0.5 to 0.5
+    direction = (turns % 1) * DIRECTIONS  # in bins, 0 to 8
     lower = direction.astype(int)
     share_of_next = direction - lower  # each edge counts in the two bins next to its direction
     cell = np.arange(THUMBNAIL) * CELLS // THUMBNAIL  # of each row, and of each column

@@ -219,7 +219,7 @@ class Problem:
         were fitted to out-of-fold logits must suit this head, too.
         """
         *_, head = self.fit(np.arange(len(self.reduced)), GRID[: GRID.index(strength) + 1])
-        weight_KD = head.weight @ self.basis.T * self.scale
+        weight_KD = (head.weight @ self.basis.T) * self.scale
         return LinearHead(weight_KD, head.bias - weight_KD @ self.center)
 
     def distances(self, folds_N: Indices) -> Array:

@@ -152,12 +152,12 @@ def fit_best(run: LoopRun, held_out: PreprocessedDataset, folder: RunFolder, cal
 
 
 def estimate_best(history: Sequence[EpochRow], *, frozen_backbone: bool = False) -> LoopResult:
-    """Estimate the score of the best epoch of *history* on the images that select this epoch.
+    """Estimate the score of the best epoch of *history*, which is too high on the images that select it.
 
-    Their score of it is too high. An accuracy is corrected by resamples of the images, which select an epoch
-    that the images outside of the resample measure (bootstrap bias corrected cross-validation: Tsamardinos et
-    al., Machine Learning 107, 2018). This needs the predictions of all epochs for all images, at most the
-    `MAX_IMAGES` of `diagnose`. With *frozen_backbone*, all epochs export the same network: nothing to select.
+    An accuracy is corrected by resamples of the images: each selects an epoch, which the images outside of it
+    measure (bootstrap bias corrected cross-validation: Tsamardinos et al., Machine Learning 107, 2018). This
+    needs the predictions of all epochs for all images, at most the `MAX_IMAGES` of `diagnose`. With
+    *frozen_backbone*, all epochs export the same network: nothing to select.
     """
     best = best_epoch(history, frozen_backbone=frozen_backbone)
     metrics, count = best.metrics, best.metrics.count
