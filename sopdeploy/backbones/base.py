@@ -95,9 +95,9 @@ class Backbone(nn.Module):
 def initialize(network: nn.Module) -> None:
     """Initialize convolutions by Kaiming's normal distribution (fan out), batch norms to weight 1 and bias 0.
 
-    Each input channel of a depthwise convolution reaches one output channel, as the released code of
-    EfficientNet counts; torch counts all of them. With such small weights, activations vanish in eval mode
-    until the running statistics of the batch norms have converged: all images then have equal logits.
+    The fan out of a depthwise convolution is k^2, equal to its fan in, as the released code of EfficientNet
+    counts; torch counts C k^2. With the small weights of that fan out, activations vanish in eval mode until
+    the running statistics of the batch norms have converged: all images then have equal logits.
     Modules on the `meta` device are skipped, because their weights have no values.
     """
     for module in network.modules():

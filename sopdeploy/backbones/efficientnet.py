@@ -160,7 +160,7 @@ class LiteBlock(nn.Sequential):
 def scale_channels(channels: int, factor: float) -> int:
     """Multiply *channels* by *factor*; the result is a multiple of 8 and at least 90 % of the product."""
     scaled = channels * factor
-    rounded = max(DIVISOR, int(scaled + DIVISOR / 2) // DIVISOR * DIVISOR)
+    rounded = max(DIVISOR, DIVISOR * math.floor(scaled / DIVISOR + 0.5))  # the nearest multiple
     return rounded + DIVISOR if rounded < 0.9 * scaled else rounded
 
 

@@ -131,7 +131,6 @@ def expand_options(function: Callable[..., _Result]) -> Callable[..., _Result]:
     call.__doc__ = "\n".join([inspect.getdoc(function) or "", "", "Options:", *fields])
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    del call.__wrapped__  # whose signature `inspect` would return
     return call
 
 
@@ -231,8 +230,8 @@ def _limits(annotation: Any) -> dict[str, float]:
     """Return `min` and `max`, as Typer names them, of an `Annotated[int, Field(ge=1, le=9)]`."""
     found: dict[str, float] = {}
     for field in getattr(annotation, "__metadata__", ()):
-        for limit in field.metadata:
-            found |= {"min": limit.ge} if hasattr(limit, "ge") else {"max": limit.le}  # each has one bound
+        for limit in field.metadata:  # `Ge` or `Le`, each with one bound
+            found |= {"min": limit.ge} if hasattr(limit, "ge") else {"max": limit.le}
     return found
 
 

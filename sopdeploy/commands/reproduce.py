@@ -63,7 +63,7 @@ def reproduce(
                 on_run=lambda row, seed: err.print(plain_text(f"{row}, seed {seed}")) if progress else None,
             )
         except TrainingStoppedError as stopped:
-            stopped.message += " or with the same command"
+            stopped.message += " with the same command"  # it ends in "can be resumed"
             raise
 
 

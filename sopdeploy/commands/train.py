@@ -58,7 +58,7 @@ class TrainOptions(Options):
     """Override a value of the recipe, KEY=VALUE; repeatable."""
 
     def per_network(self) -> "dict[str, TrainOptions]":
-        """Return the options with each of `models`, by name; without `models`, these options.
+        """Return the options with each of `models`, by name; without `models`, these options by the name "".
 
         Raises `ConfigError` if there are not as many `weights`, or for an option that needs `models`.
         """
@@ -176,7 +176,7 @@ def train(
             if out is not None:  # refused before minutes of measurements
                 RunFolder(out, Strategy(select_device("auto"))).open(resume=False)
             networks = choose_network(configured, within, observer)
-        chosen = next((network.name for network in networks if network.chosen), "")  # "" without a choice
+        chosen = next((network.name for network in networks if network.chosen), "")  # "": see `per_network`
         loaded, keys, weights = configured[chosen]
         strategy = Strategy(select_device(loaded.device))
         resuming = options.resume != "never"
@@ -204,9 +204,9 @@ def train(
         rule, rule_before = (None if decision is None else decision.rejection for decision in decisions)
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
-    found = {"networks": networks, "report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
     changes = "" if previous is None else _describe_changes(previous, result, run.labels)
-    return result.model_copy(update={**found, "previous": changes})
+    of_page = {"networks": networks, "report": folder / PAGE, "mistakes": tuple(mistakes[:2])}
+    return result.model_copy(update={**of_page, "previous": changes})
 
 
 def _check(

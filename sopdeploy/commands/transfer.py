@@ -81,7 +81,7 @@ def pull(
     """Download a bundle, check signature and hashes, and only then move it to its final name.
 
     A limited number of bytes is downloaded to a hidden folder. The files are unpacked and their hashes
-    checked; the bundle gets its name last. Without a key, an existing signature is kept.
+    checked; the bundle gets its name last. Without a key, a signature beside an earlier copy is kept.
 
     Example: sopdeploy pull s3://models/flowers/photos-3f6c01d2a4b7.tar bundles
 

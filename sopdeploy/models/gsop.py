@@ -77,7 +77,7 @@ class GSoP(Classifier):
         """Add a GSoP block to the residual block *tap*; rebuild it if it is not the first of its stage."""
         stage, _, index = tap.partition(".")
         channels = self.tap_channels[tap]
-        if index != "0":  # the weights of a seed depend on this second draw
+        if index != "0":  # the weights that a seed gives depend on this second draw
             self.set_submodule(tap, self.branch_block(channels, channels, 1))
         block: Any = self.get_submodule(tap)
         dr_stride = 2 if stage in self.config.strided_dr_stages else 1

@@ -79,14 +79,14 @@ def timm_taps(name: str) -> dict[str, int]:
 def nearest_block(network: nn.Module, taps: Collection[str]) -> Callable[[int, int, int], nn.Module]:
     """Select the kind of residual block that is most like those of *network*'s stages.
 
-    It is `mbconv` if the stages have depthwise convolutions, `Bottleneck` if they have 1x1 convolutions
-    besides shortcuts, and otherwise `BasicBlock`.
+    It is `mbconv` if the stages have depthwise convolutions, `Bottleneck` if they have 1x1 convolutions of
+    stride 1 (shortcuts mostly have stride 2), and otherwise `BasicBlock`.
     """
     parts = [part for tap in taps for part in network.get_submodule(tap).modules()]
     convolutions = [part for part in parts if isinstance(part, nn.Conv2d)]
     if any(part.groups > 1 and part.groups == part.in_channels for part in convolutions):
         return mbconv
-    if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):  # 2: shortcut
+    if any(part.kernel_size == (1, 1) and part.stride == (1, 1) for part in convolutions):
         return Bottleneck
     return BasicBlock
 

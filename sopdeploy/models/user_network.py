@@ -209,7 +209,7 @@ def _apply(
     image_size: int,
     config: dict[str, Any],
 ) -> Trained:
-    """Build the class *trained* of the method *name* from *network*; it has as many logits."""
+    """Build *trained*, the class of the method *name*, from *network*, with as many logits as *network*."""
     options = parse_options(name, METHODS[name][1], config)
     _, num_classes = find_taps(network, taps, image_size)
     return trained(options, num_classes, Source(lambda _: network, tuple(taps), image_size))
