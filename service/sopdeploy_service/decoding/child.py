@@ -128,7 +128,7 @@ def serve_requests(end: socket.socket, options: ChildOptions) -> NoReturn:
         reply = answer(number, rules, image, options)
         if options.cpu_seconds:
             signal.setitimer(signal.ITIMER_PROF, 0)
-        del image
+        del image  # frees it before the reply is sent
         for part in reply:
             end.sendall(part)
 

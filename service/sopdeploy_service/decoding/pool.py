@@ -236,7 +236,7 @@ class DecoderProcess:
         end, self.process = self._template.fork(self._options)
         with ExitStack() as stack:
             stack.callback(end.close)  # unless everything below succeeds
-            limit = struct.pack("@ll", int(self._seconds), int(self._seconds % 1 * 1e6))  # struct timeval
+            limit = struct.pack("@ll", int(self._seconds), int((self._seconds % 1) * 1e6))  # struct timeval
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             try:

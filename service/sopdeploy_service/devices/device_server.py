@@ -50,7 +50,7 @@ class DeviceServer(DrainingServer):
         self._loop.add_reader(self._supervisor, self._receive)
 
     def _report(self) -> None:
-        num_open = len(self.server_state.connections) + len(self._tasks)
+        num_open = len(self.server_state.connections) + len(self._tasks)  # those being accepted
         status = control.STATUS.pack(self._received, num_open)
         control.send_files(self._supervisor, status + self.bundles.encode())
 
@@ -109,7 +109,7 @@ def main() -> int:
         supervisor = socket.socket(fileno=config.control)
         with configured_process(settings):
             limits = memoryview(mmap.mmap(config.buckets, 0)).cast("d")
-            links = links_among(config.sources) if settings.follow else {}  # before the bundles are found
+            links = links_among(config.sources) if settings.follow else {}  # a later move reloads
             app = load_app(config.sources, settings, limits=limits)
             service: Service = app.state.service
             service.metrics_of_all = partial(control.request_metrics, supervisor)

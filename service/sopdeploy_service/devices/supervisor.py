@@ -149,7 +149,7 @@ class Supervisor:
         if process.control is None:
             return
         message, files = control.receive_files(process.control)
-        if files:
+        if files:  # sockets for the metrics
             for file in files:
                 start_task(self._tasks, self._send_metrics(file))
             return

@@ -284,7 +284,7 @@ class Service:
         try:
             for item, image in zip(items, images, strict=True):
                 if isinstance(image, bytes):
-                    self.decoders.put(model, item, image)  # and then to the queue
+                    self.decoders.put(model, item, image)  # queues it, decoded, at the model
                     continue
                 item.image = image
                 if (closed_with := model.queue.put(item)) is not None:

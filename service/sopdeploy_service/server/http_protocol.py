@@ -122,7 +122,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._shared = shared
         self._limits = shared.settings
         self._error: HttpError | None = None  # set by a callback of the parser
-        self._in_headers = self._in_body = False
+        self._in_headers = self._in_body = False  # what arrives now, of the last request
         self._header_bytes = 0  # of complete headers
         self._overhead_bytes = 0  # of incomplete headers, or of chunk extensions and trailers
         self._held = b""  # input that follows queued requests and is not parsed yet
@@ -295,12 +295,12 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Continue with the next request, after the rest of this request's body."""
-        if self._closed:
+        if self._closed:  # the next request must not begin
             self.server_state.total_requests += 1
             return
         super().on_response_complete()  # begins with the next request if it was received
         if self.pipeline:
-            self.flow.pause_reading()
+            self.flow.pause_reading()  # uvicorn has resumed it
         elif self._held:
             held, self._held = self._held, b""
             self.data_received(held)  # may begin the next request, which the lines below test

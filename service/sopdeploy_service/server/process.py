@@ -30,7 +30,7 @@ def run_server(sources: Sequence[str | Path], settings: Settings) -> int:
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGHUP, signal.SIGUSR1):  # they would end a server that is not ready yet
             signal.signal(number, signal.SIG_IGN)
-    links = links_among(sources) if settings.follow else {}  # before the bundles are found; may raise
+    links = links_among(sources) if settings.follow else {}  # before `load_app`: a later move reloads
     if settings.devices:
         from sopdeploy_service.devices.supervisor import run_supervisor  # noqa: PLC0415
 
