@@ -268,8 +268,9 @@ def encode_image(image: Any) -> bytes:
     if isinstance(image, str | Path):
         try:
             return Path(image).read_bytes()
-        except OSError as error:
-            raise DataError(f"{image}: cannot be read ({error.strerror}); check the path") from error
+        except (OSError, ValueError) as error:  # ValueError: not a path, such as one with a null byte
+            reason = getattr(error, "strerror", error)
+            raise DataError(f"{image}: cannot be read ({reason}); check the path") from error
     picture, file = image, io.BytesIO()
     try:
         if not isinstance(image, Image.Image):
@@ -342,8 +343,5 @@ def _parse_results(response: httpx.Response, kind: type[Result], count: int) -> 
 
 def _foreign_answer(response: httpx.Response) -> ServiceError:
     status = response.status_code
-    return ServiceError(
-        f"{response.request.url}: status {status}, but not a sopdeploy response; check the URL",
-        code="foreign_answer",
-        status=status,
-    )
+    message = f"{response.request.url}: status {status}, but not a sopdeploy response; check the URL"
+    return ServiceError(message, code="foreign_answer", status=status)

@@ -153,7 +153,7 @@ class Decision(StrictModel):
         *threshold*, by default their own. Ties keep the order of the classes. `explanation` is computed from
         *occluded*, the logits (n * n, C) of the copies by `images.occlusion.occlude`.
         """
-        activate = softmax if self.thresholds is None else sigmoid
+        activate = softmax if self.activation == "softmax" else sigmoid
         probabilities = activate(logits)
         indices = np.argsort(-logits, kind="stable").tolist()
         if self.thresholds is not None:

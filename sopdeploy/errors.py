@@ -193,8 +193,9 @@ class UnreachableError(ServiceError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether *error* of Python, NumPy, torch or a runtime means that memory is exhausted."""
-    allocator = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch on a CPU
-    return isinstance(error, MemoryError) or allocator or type(error).__name__ == "OutOfMemoryError"
+    torch_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    torch_gpu = type(error).__name__ == "OutOfMemoryError"  # torch is not imported here
+    return isinstance(error, MemoryError) or torch_cpu or torch_gpu
 
 
 def first_line(error: BaseException) -> str:

@@ -114,7 +114,7 @@ class Manifest(StrictModel):
         for name in ("id", "sha256"):
             fields.pop(name, None)
         try:
-            manifest = cls.model_validate_json(json.dumps(fields))
+            manifest = cls.model_validate(fields)
         except pydantic.ValidationError as problem:
             raise ValueError(first_problem(problem)) from problem
         if manifest.to_bytes() != raw:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sopdeploy.decision import CONFIDENCE_BOUNDS, Reference, softmax
 
-TESTS = ("classes", "confidences")
+TESTS = ("classes", "confidences")  # attributes of `Reference` and `PredictionCounts`
 SIGNIFICANCE = 0.005  # of each test: without drift, at most 1 % of comparisons raise an alarm (Bonferroni)
 MIN_EXPECTED = 5.0
 
@@ -64,9 +64,8 @@ class PredictionCounts:
 
     def compare(self, reference: Reference) -> Drift:
         """Compare the counts with *reference*, which must have the same classes."""
-        classes = compare(np.array(reference.classes), self.classes)
-        confidences = compare(np.array(reference.confidences), self.confidences)
-        return Drift(self.images, dict(zip(TESTS, (classes, confidences), strict=True)))
+        tests = {name: compare(np.array(getattr(reference, name)), getattr(self, name)) for name in TESTS}
+        return Drift(self.images, tests)
 
 
 def compare(first: _Counts, second: _Counts) -> Comparison:

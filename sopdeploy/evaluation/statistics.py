@@ -2,8 +2,6 @@
 
 `wins` counts the images on which only the second classifier is right, `losses` those on which only the first
 is; the difference of the accuracies is (wins - losses) / images. The images must be independent.
-
-scipy is imported in the function that needs it, because installations without it use all others.
 """
 
 import math

@@ -49,8 +49,8 @@ def _copy_jpeg(body: bytes, orientation: int) -> bytes:
     """Copy the segments of the first image in the JPEG *body* that its pixels depend on."""
     parts = [b"\xff\xd8"]
     if orientation != UPRIGHT:
-        tags = struct.pack(">2sHIHHHIHxxI", b"MM", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)  # one tag
-        parts += [b"\xff\xe1", struct.pack(">H", 2 + 6 + len(tags)), b"Exif\0\0", tags]
+        exif = b"Exif\0\0" + struct.pack(">2sHIHHHIHxxI", b"MM", 42, 8, 1, ORIENTATION, 3, 1, orientation, 0)
+        parts += [b"\xff\xe1", struct.pack(">H", 2 + len(exif)), exif]  # a TIFF header with one tag
     scan: int | None = None  # where the data of the last scan begin
     for marker, start in jpeg_segments(body):
         begin, end = start - MARKER_BYTES, start + int.from_bytes(body[start : start + 2], "big")

@@ -143,7 +143,7 @@ def match_transparency(image: Image.Image) -> None:
     tiles = getattr(image, "tile", None)
     if image.format != "PNG" or not tiles:
         return
-    raw_mode, color = tiles[0][3], image.info.get("transparency")
+    raw_mode, color = tiles[0][3], image.info.get("transparency")  # a tile: decoder, box, offset, raw mode
     if raw_mode in GRAY_STEPS and isinstance(color, int):
         image.info["transparency"] = color * GRAY_STEPS[raw_mode]
     elif raw_mode == "RGB;16B" and isinstance(color, tuple):
@@ -187,12 +187,12 @@ _FITS = {"crop": center_crop, "pad": pad_to_square, "squash": squash}
 
 def list_changes(image: Image.Image, rules: Preprocess) -> tuple[str, ...]:
     """List the conversions of the loaded *image* by `to_rgb` that users should know of, as warning codes."""
-    has_transparent = False  # pixels
+    has_transparent_pixels = False
     if image.has_transparency_data:
         alphas = (_to_rgba(image.crop(box)).getchannel("A") for box in tile_boxes(image.size))
-        has_transparent = any(alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas)
+        has_transparent_pixels = any(alpha.histogram()[255] < alpha.width * alpha.height for alpha in alphas)
     conversions = {
-        "alpha_flattened": has_transparent,
+        "alpha_flattened": has_transparent_pixels,
         "exif_rotated": rules.exif_orientation and exif_orientation(image) != UPRIGHT,
         "sixteen_bit_scaled": image.mode in SIXTEEN_BIT,
     }

@@ -33,9 +33,10 @@ class RowFigure(NamedTuple):
         """Mark the figure if the count is not the printed one to its last digit, rounded or cut off."""
         if self.printed is None or self.found is None:
             return self
-        decimals = len(f"{self.printed:.10f}".rstrip("0").partition(".")[2]) or 1  # of 25.0, one
+        decimals = len(f"{self.printed:.10f}".rstrip("0").partition(".")[2]) or 1  # 25 stands for 25.0
         step, excess = 10**-decimals, self.found - self.printed
-        is_rounded, is_cut_off = abs(excess) <= step / 2 * (1 + 1e-9), 0 <= excess < step
+        is_rounded = abs(excess) <= step / 2 * (1 + 1e-9)  # 1e-9 covers the rounding of floats
+        is_cut_off = 0 <= excess < step
         return self._replace(mark="" if is_rounded or is_cut_off else "✗")
 
 
@@ -52,8 +53,8 @@ def count_figures(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> d
 def _count_network(printed: PrintedRow, recipe: Recipe, table: PrintedTable) -> dict[str, RowFigure]:
     """Count the network that *recipe* trains, by name, each beside the figure that *table* prints.
 
-    A figure that the row itself does not hold is the one that the paper prints for this network, here or in
-    another table; it is counted by the paper's convention, as `published.toml` records.
+    If *table* prints a column that the row itself lacks, both numbers are those of `published.toml`: the
+    figure that the paper prints for this network, here or in another table, and its count by its convention.
     """
     model, side, num_classes = recipe.model, recipe.preprocess.crop, DATA_SETS[table.data].classes
     described = describe(model.name, image_size=side, num_classes=num_classes, **model.config)

@@ -35,8 +35,9 @@ def reproduce(
     results of another recipe in the folder, and the errors of `train`.
     """
     results = plan(table, options)
+    must_run = options.rows is not None and table.measures == "errors"
     for row in results.rows:
-        if row.recipe is None and options.rows is not None and table.measures == "errors":
+        if row.recipe is None and must_run:
             raise ConfigError(
                 f"cannot be run ({row.reason}); leave it out", setting="rows", value=row.printed.id
             )

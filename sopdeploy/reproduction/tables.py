@@ -165,10 +165,11 @@ def _with_named(value: Any, named: Mapping[str, Any]) -> Any:
         return {key: _with_named(inner, named) for key, inner in value.items()}
     if not isinstance(value, list):
         return value
-    resolved = []
+    resolved: list[Any] = []
     for item in value:
         part = _with_named(item, named)
-        resolved += part if isinstance(item, str) and isinstance(part, list) else [part]
+        names_a_list = isinstance(item, str) and isinstance(part, list)
+        resolved += part if names_a_list else [part]
     return resolved
 
 

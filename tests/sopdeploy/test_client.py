@@ -147,8 +147,9 @@ def test_other_values_are_rejected_before_sending(name):
     server = Script(SUCCESS)
     with pytest.raises(ConfigError, match="not an image"):
         server.call("classify", NO_IMAGES[name])
-    with pytest.raises(DataError, match="cannot be read"):
-        server.call("classify", "none.jpg")
+    for path in ("none.jpg", "a\0b"):
+        with pytest.raises(DataError, match="cannot be read"):
+            server.call("classify", path)
     assert server.requests == []
 
 
