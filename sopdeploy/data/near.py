@@ -113,11 +113,11 @@ def find_pairs(
         return np.maximum.reduce([view @ others.T for view in whitened_views])
 
     step = -(-count // MAX_COMPARED)  # rounded up
-    compared = np.arange(0, count, step)
+    compared = np.arange(0, count, step)  # evenly spaced, at most `MAX_COMPARED`
     of_different = _bound_of_different(largest_cosines(compared, whole), compared, classes)
     cosines_of_copies = np.diagonal(largest_cosines(originals, whiten(copies)))  # each with its original
     of_copies = float(np.quantile(cosines_of_copies, MISSED))
-    threshold = max(of_different, (of_different + of_copies) / 2)  # copies may be less similar
+    threshold = max(of_different, (of_different + of_copies) / 2)  # halfway; `of_copies` may be smaller
     pairs = []
     for start in range(0, count, _BLOCK):  # to save memory
         block = slice(start, start + _BLOCK)

@@ -296,7 +296,7 @@ def _name_key(path: Sequence[str | int], values: Any) -> str:
         if is_key:
             keys.append(str(part))
             value = value.get(part) if isinstance(value, dict) else None
-            kind = value.get("kind", "sgd") if isinstance(value, dict) else None  # only one has a default
+            kind = value.get("kind", "sgd") if isinstance(value, dict) else None  # optimizers may lack it
     return ".".join(keys)
 
 

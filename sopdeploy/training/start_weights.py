@@ -163,7 +163,9 @@ def load_start_weights(weights: StartWeights, model: Classifier, labels: tuple[s
     of_other_classes = [*classifiers, *of_branches] if predicts_others else []  # these layers are not loaded
     training_only = (*model.training_only, *weights.training_only)
     may_be_new = (*of_other_classes, *training_only, *classifiers)
-    whole_classifier = last_layer.rpartition(".")[0]  # contains its layers; "" if it is a single layer
+    container = last_layer.rpartition(".")[0]  # "" without one
+    contains_backbone = is_in(next(iter(own)), container)
+    whole_classifier = "" if contains_backbone else container  # "": the classifier is a single layer
     matching: dict[str, Tensor] = {}
     new: set[str] = set()
     for name, tensor in own.items():

@@ -240,7 +240,7 @@ def test_a_file_of_another_network_is_refused_with_its_name(tmp_path) -> None:
         start("model.name=resnet18", f"start.weights={tmp_path / 'mine.pth'}")
 
 
-def test_the_first_unknown_tensor_is_reported_and_no_classifier_of_other_classes_is_loaded() -> None:
+def test_tensors_that_do_not_fit_are_named_unless_they_belong_to_a_classifier() -> None:
     model = create_model("resnet8", num_classes=2)
     tensors = {f"layer9.{letter}": torch.zeros(1) for letter in "hgfedcba"} | model.state_dict()
     weights = StartWeights(
@@ -251,6 +251,11 @@ def test_the_first_unknown_tensor_is_reported_and_no_classifier_of_other_classes
     distilled = create_model("timm:deit_tiny_distilled_patch16_224", num_classes=2)
     of_others = replace(weights, tensors=distilled.state_dict(), labels=("cat", "dog"))
     assert load_start_weights(of_others, distilled, ("dog", "cat")).new == ("head", "head_dist")
+    container = torch.nn.ModuleDict({"net": model})  # which is no classifier, though it contains `fc`
+    container.training_only, container.num_classes = (), 2
+    narrow = torch.nn.ModuleDict({"net": create_model("resnet8", num_classes=2, base_width=4)})
+    with pytest.raises(WeightsError, match=r"net\.conv1\.weight is \(4, 3, 3, 3\), not \(16, 3, 3, 3\)"):
+        load_start_weights(replace(weights, tensors=narrow.state_dict()), container, ("cat", "dog"))
 
 
 @pytest.mark.usefixtures("few_digits")
