@@ -27,7 +27,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
         return
     table = [["date (UTC)", "run", "images", "classes", "estimate", "bundle", ""]]
     for row in rows:
-        estimate = row["estimate"].partition(" (")[0]
+        estimate = row["estimate"].partition(" (")[0]  # without its interval
         state = "newest" if row["newest"] else row["problem"]
         counts = row["num_images"], row["num_classes"]
         cells = row["date"][:19], row["run"], *counts, estimate, row["bundle"], state

@@ -36,6 +36,7 @@ def setting_flags(*names: str) -> dict[str, tuple[Any, str]]:
 
 
 def _parse(assignments: Sequence[str], **flags: Any) -> dict[str, Any]:
+    """Parse the settings of a command line, and print which environment variables have no effect."""
     for name in unused_variables():
         note = f"environment variable {name} is not a setting and has no effect"
         err.print(Text.assemble(("note:", "yellow"), " ", plain_text(note)))

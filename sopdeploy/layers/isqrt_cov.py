@@ -104,7 +104,7 @@ def steps_adjoint(f_grad_BCC: Tensor, ts: Sequence[Tensor], fs: Sequence[Tensor 
     F is Y or Z. *f_grad_BCC* is symmetric. *ts* are T_0 .. T_(N-1), *fs* are F_0 .. F_(N-1): F_0 is the input
     matrix where F is Y, and `None`, the identity, where F is Z.
 
-    With W_k = Z_k Y_k, W_(k+1) = T W_k T and T = (3 I - W_k) / 2, the gradient of T receives
+    Let W_k = Z_k Y_k, T = (3 I - W_k) / 2, so W_(k+1) = T W_k T. T has the gradient T_grad from F_(k+1), and
     Q W_k + (Q W_k)^T from W_(k+1), where Q = W_grad T and Q W_k = 3 Q - 2 Q T. So the gradient of W_k is
     T Q - H - H^T, where H = T_grad / 4 + Q W_k / 2.
     """
@@ -241,7 +241,7 @@ class ISqrtVector(torch.autograd.Function):
             again = isqrt_vector(features_BdHW, triangle, config)
             return torch.autograd.grad(again, features_BdHW, grad, create_graph=True)[0], None, None
         ts = factors[: config.iterations]
-        fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]
+        fs = [None if ctx.use_gram else matrix_Bnn, *factors[config.iterations :]]  # F_0 is not in *factors*
 
         channels = features_BdHW.shape[1]
         upper = grad.new_zeros(len(grad), channels * channels).index_add_(1, triangle, grad)

@@ -133,9 +133,8 @@ class PublishedRow(StrictModel):
 class Published(StrictModel):
     """One printed figure and the package's own count, both in `unit`.
 
-    Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is for example
-    "training parameters" or "representation". `reached` is false if the package
-    does not reproduce the printed figure; `note` gives the reason.
+    Units: M (million), G (billion), K (thousand), x (times ResNet-50). `quantity` is, for example, "training
+    parameters". `reached` is false if the package does not reproduce the figure; `note` gives the reason.
     """
 
     source: str

@@ -243,6 +243,6 @@ def principal_components(batches: Sequence[Tensor], width: int) -> Tensor:
     if not bool(torch.isfinite(covariance_CC).all()):
         raise DataError("principal components: the feature maps have values that are not finite")
     _, vectors_CC = torch.linalg.eigh(covariance_CC)
-    components_dC = vectors_CC.flip(1)[:, :width].T
+    components_dC = vectors_CC.flip(1)[:, :width].T  # `eigh` puts the largest eigenvalue last
     largest = components_dC.abs().argmax(dim=1, keepdim=True)
     return components_dC * components_dC.gather(1, largest).sign()

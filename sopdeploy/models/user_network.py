@@ -92,7 +92,8 @@ class UserNetwork(Classifier):
             logits, outputs = run_once(self.network, self.source.image_size)
             output: Any = outputs.get(name)  # `None` if the layer does not run in eval mode
             same_shape = _shape(logits) == _shape(output) != ()
-            if not same_shape or not (logits.is_meta or torch.equal(logits, output)):  # `meta`: no values
+            is_returned = same_shape and (logits.is_meta or torch.equal(logits, output))  # `meta`: no values
+            if not is_returned:
                 raise ConfigError(
                     f"head: the network does not return the output of its last linear layer {name}; build it "
                     "so that these are the logits"
