@@ -122,9 +122,8 @@ class CachedNetwork:
         entries = self._entries(images, indices)
         for start in range(0, len(indices), self.batch_size):
             chosen = indices[start : start + self.batch_size]
-            of_images = islice(entries, len(chosen))
-            stacked = [np.ascontiguousarray(np.stack(arrays)) for arrays in zip(*of_images, strict=True)]
-            digests, own, *maps = stacked
+            by_output = zip(*islice(entries, len(chosen)), strict=True)
+            digests, own, *maps = (np.ascontiguousarray(np.stack(arrays)) for arrays in by_output)
             hashes = [digest.tobytes().hex() for digest in digests]
             of_tap = {
                 tap: torch.from_numpy(one).to(self.device, memory_format=torch.channels_last)

@@ -81,7 +81,8 @@ class AdaHessian(Optimizer):
                 state["mean"] = torch.zeros_like(parameter)
                 state["curvature"] = torch.zeros_like(parameter)
             state["step"] += 1
-            (decay, decay_curvature), lr, count = group["betas"], group["lr"], int(state["step"])
+            decay, decay_curvature = group["betas"]
+            lr, count = group["lr"], int(state["step"])
             diagonal = self.curvatures.get(parameter, torch.zeros_like(parameter)).abs()
             if diagonal.dim() == 4:
                 diagonal = diagonal.mean(dim=(2, 3), keepdim=True).expand_as(parameter)
