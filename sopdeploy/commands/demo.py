@@ -35,11 +35,11 @@ def demo(*, out: Path = Path("demo")) -> int | None:
         out.mkdir(parents=True, exist_ok=True)
     program = (sys.executable, "-m", "sopdeploy")
     for words in COMMANDS:
-        say(f"\n$ sopdeploy {words}", style="bold cyan")
+        say("", f"$ sopdeploy {words}", style="bold cyan")
         code = subprocess.run([*program, *words.split()], cwd=out, check=False).returncode
         if code:
             return code
-    say(f"\n$ sopdeploy {SERVE}", style="bold cyan")
+    say("", f"$ sopdeploy {SERVE}", style="bold cyan")
     with subprocess.Popen([*program, *SERVE.split()], cwd=out, stdout=subprocess.PIPE, text=True) as server:
         try:
             ready = cast(TextIO, server.stdout).readline().strip()
@@ -55,7 +55,7 @@ def demo(*, out: Path = Path("demo")) -> int | None:
             f"{MIN_ACCURACY:.0%} are expected; check the installation with `sopdeploy env`"
         )
     say("Next: use your own photos, in folders photos/<class>/*.jpg:", style="bold")
-    say(*(f"  {line}" for line in QUICK_START if "verify" not in line and "predict" not in line))
+    say(*(line for line in QUICK_START if "verify" not in line and "predict" not in line))
     return None
 
 

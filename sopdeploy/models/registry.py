@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 class Entry:
     """A network and its config, each as a class or as `module:Class` in `sopdeploy`.
 
-    From a `Backbone`, `network` derives a `Classifier`. `image_size` is the side in pixels of the images in
-    the network's paper.
+    From a `Backbone`, `network` derives a `Classifier`. `image_size` is that of its paper, in pixels.
     """
 
     network_source: "str | type[Classifier]"

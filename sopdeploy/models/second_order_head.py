@@ -173,10 +173,12 @@ class SecondOrderHead(Classifier):
 def head_entry(_prefix: str, name: str) -> Entry:
     """Build the entry of `head:NAME` for the network *name*.
 
-    Its config has the options of the network, and `head`. Raises `ConfigError` for a network with
-    training-only parts.
+    Its config has the options of the network, and `head`. Raises `ConfigError` for a network with a head or
+    with training-only parts.
     """
     base = entry(name)
+    if issubclass(base.network, SecondOrderHead):
+        raise ConfigError(f"head:{name}: {name} has this head already; omit one head:")
     if base.network.training_only:
         plain = name.removeprefix("dsop-")
         example = "" if plain == name else f", such as head:{plain}"

@@ -95,8 +95,7 @@ class TimmBackbone(Backbone):
     """A network of timm, with taps if it has feature maps or patch tokens.
 
     State-dict keys are timm's, without a prefix. It shares its dicts of modules, parameters and buffers with
-    timm's own module, which is not a child. Moving, loading or saving this module therefore does the same to
-    timm's.
+    timm's own module, which is no child. Moving, loading or saving this module thus does the same to timm's.
     """
 
     config: TimmConfig

@@ -215,8 +215,9 @@ def test_branches_are_not_part_of_a_network_with_a_head() -> None:
         ConfigError, match=r"head:dsop-resnet8: dsop-resnet8 has training-only parts; use .* head:resnet8"
     ):
         create_model("head:dsop-resnet8")
-    with pytest.raises(ConfigError, match=r"use a network without them$"):
-        create_model("head:psdr-resnet50")
+    for name, message in (("psdr-resnet50", "a network without them$"), ("head:resnet8", "has this head")):
+        with pytest.raises(ConfigError, match=message):
+            create_model(f"head:{name}")
     trained = create_model("dsop-resnet8", num_classes=3).eval()
     network = with_head("dsop-resnet8", trained, HeadConfig(kind="gap"))
     images = torch.randn(2, 3, 32, 32)
