@@ -126,9 +126,8 @@ def write_plain(path: Path, content: Mapping[str, Any]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except (OSError, RuntimeError) as error:
-        is_from_torch = isinstance(error, RuntimeError)  # which does not say that the disk is full
-        hint = f"; is the disk of {path.parent} full?" if is_from_torch else ""
+    except (OSError, RuntimeError) as error:  # RuntimeError: of torch.save, also if the disk is full
+        hint = f"; is the disk of {path.parent} full?" if isinstance(error, RuntimeError) else ""
         raise CheckpointError(f"{path}: cannot be written ({error}){hint}") from error
 
 

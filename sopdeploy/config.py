@@ -62,7 +62,7 @@ def first_problem(error: pydantic.ValidationError) -> str:
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{where}: unknown key"
     of_whole_model = not problem["loc"] or isinstance(problem["input"], dict)
-    if problem["type"] == "value_error" and of_whole_model:  # the reason names the values
+    if problem["type"] == "value_error" and of_whole_model:  # the reason names the wrong values itself
         reason = str(problem["ctx"]["error"])
         return f"{where}: {reason}" if problem["loc"] else reason
     reason = problem["msg"].removeprefix("Value error, ")

@@ -82,8 +82,7 @@ def read_kept(folder: Path) -> list[Kept]:
             record = KeptRecord.model_validate_json(path.read_bytes())
             image = path.with_name(record.image)
             # A copy of a record would repeat its photograph, and a link may lead to any file.
-            is_own = image.stem == path.stem and not image.is_symlink()
-            if is_own and image.is_file():
+            if image.stem == path.stem and image.is_file() and not image.is_symlink():
                 kept.append(Kept(image, record))
     if skipped := len(files) - len(kept):
         log.warning("%s: %d records are damaged or have no photograph; they are skipped", folder, skipped)

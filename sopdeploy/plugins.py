@@ -51,13 +51,16 @@ class Registry(Generic[_Item]):
     def register_config(self, config: Any, base: type[Any]) -> None:
         """Register *config*, a subclass of the pydantic model *base*, under the value of its field `kind`.
 
-        Raises `ConfigError` if it is no such class, or if its name is invalid or in use.
+        Raises `ConfigError` if it is no such class, or if its name is missing, invalid or in use.
         """
         is_subclass = isinstance(config, type) and issubclass(config, base)
         if not is_subclass:
             raise ConfigError(f"{self.kind}: {config!r} is no subclass of {base.__module__}.{base.__name__}")
-        (name,) = get_args(config.model_fields["kind"].annotation)
-        self.register(name, config, config.__module__)
+        kind = config.model_fields.get("kind")
+        names = () if kind is None else get_args(kind.annotation)
+        if len(names) != 1 or not isinstance(names[0], str):
+            raise ConfigError(f'{self.kind} {config.__name__}: add a field such as kind: Literal["my-name"]')
+        self.register(names[0], config, config.__module__)
 
     def find(self, name: str) -> _Item | None:
         """Return what is registered under *name* or None; import the plug-ins if nothing is yet.

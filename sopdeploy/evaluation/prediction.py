@@ -149,8 +149,8 @@ def predict_logits(
     device, was_training = next(model.parameters()).device, model.training
     normalize = Normalize(preprocess).to(device)
     images_here = range(processes.rank, len(dataset), processes.world)
-    of_batches = sequential_batches(len(images_here), batch_size)  # positions in `images_here`
-    batches = [[images_here[position] for position in positions] for positions in of_batches]
+    positions_by_batch = sequential_batches(len(images_here), batch_size)
+    batches = [[images_here[position] for position in positions] for positions in positions_by_batch]
     images_per_round = batch_size * processes.world
     num_rounds = -(-len(dataset) // images_per_round)  # rounded up: of the process with the most batches
     computed: list[Tensor] = []

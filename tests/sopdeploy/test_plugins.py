@@ -24,6 +24,7 @@ MODULES = {
     "raises": "raise RuntimeError('first line\\nsecond line')",
     "exits": "raise SystemExit(3)",
     "wrong": "import sopdeploy\nsopdeploy.register_pooling(1)",
+    "unnamed": "from sopdeploy.layers.pooling.registry import *\nregister_pooling(PoolingConfig)",
     "works": "import sopdeploy\nsopdeploy.register_runtime('acme', print)",
 }
 
@@ -59,6 +60,7 @@ PROBLEMS = {  # module of a plug-in: what the error says
     "raises_plugin": "RuntimeError: first line",
     "exits_plugin": "SystemExit: 3",
     "wrong_plugin": "pooling: 1 is no subclass of sopdeploy.layers.pooling.base.PoolingConfig",
+    "unnamed_plugin": "pooling PoolingConfig: add a field such as kind: Literal",
 }
 
 
