@@ -216,9 +216,7 @@ def functional(program: ExportedProgram, batch: BatchRange) -> ExportedProgram:
     name = program.graph_signature.user_inputs[0]
     dimension = next(node for node in program.graph.nodes if node.name == name).meta["val"].shape[0]
     if isinstance(dimension, int):
-        raise LoweringError(
-            f"the network fixes the batch size to {dimension}; it must accept any size from 1"
-        )
+        raise LoweringError(f"the network fixes the batch size to {dimension}; it must accept every size")
     allowed = program.range_constraints[dimension.node.expr]
     if int(allowed.lower) > 1 or int(allowed.upper) != batch.maximum:
         raise LoweringError(

@@ -10,7 +10,7 @@ from sopdeploy_export.proof.networks import ExportSubject
 from sopdeploy_export.results import ExportResults
 
 MAX_LABELS = 20
-# An underscore between two letters or digits emphasizes nothing.
+# An underscore between two letters or digits emphasizes nothing. GitHub makes links of "www." and "://".
 MARKDOWN = re.compile(r"([\\`*\[\]#~|!@]|(?<![^\W_])_|_(?![^\W_])|(?<=www)\.|:(?=//))", re.IGNORECASE)
 INT8_SESSION = f"""
 In a program of your own, open model.onnx with this option. Without it, ONNX Runtime computes other results on

@@ -109,12 +109,11 @@ def _leaf_hashes(program: ExportedProgram) -> dict[str, str]:
         value = values[spec.arg.name]
         if not isinstance(value, Tensor):
             raise CertificateError(f"input {position} is not a tensor")
-        shape = [  # symbolic sizes are numbered by their first appearance
-            str(size)
-            if isinstance(size, int)
-            else symbols.setdefault(str(size.node.expr), f"S{len(symbols)}")
-            for size in value.shape
-        ]
+        shape = []
+        for size in value.shape:
+            new = f"S{len(symbols)}"  # symbolic sizes are numbered by their first appearance
+            name = str(size) if isinstance(size, int) else symbols.setdefault(str(size.node.expr), new)
+            shape.append(name)
         leaves[spec.arg.name] = hash_parts("input", str(position), str(value.dtype), *shape)
     for spec in specs:
         if spec.kind != InputKind.USER_INPUT:

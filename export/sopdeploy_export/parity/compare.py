@@ -59,7 +59,7 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation in float64 if an argument names a smaller type or an operand is float64."""
         del types
         call = (tuple(map(in_float64, args)), {key: in_float64(v) for key, v in (kwargs or {}).items()})
-        with torch._C.DisableTorchFunction():  # reads the true types
+        with torch._C.DisableTorchFunction():  # without `ReportsFloat32`
             dtypes = {value.dtype for value in tree_leaves(call) if isinstance(value, Tensor)}
             # An operation that writes to an operand needs this operand itself, not a converted copy.
             if torch.float64 in dtypes and dtypes & set(REDUCED) and not func._schema.is_mutable:
@@ -206,7 +206,8 @@ def compute_reference(
             f"the gate is undecided on every probe image and rounding to {precision} changes every route, "
             f"so no output can be compared; {UNDECIDED}"
         )
-    compared_single, noise_floor = compared[:SINGLE_IMAGES], {}
+    compared_single = compared[:SINGLE_IMAGES]
+    noise_floor = {}
     for name, values in exact.items():
         if not np.isfinite(values).all():
             raise ParityError(f"the network's own {name} are not finite on the probe images; train it again")

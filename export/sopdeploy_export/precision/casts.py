@@ -98,7 +98,7 @@ def weight_dtypes(network: nn.Module) -> dict[str, torch.dtype]:
     """
     low, kept = torch.float16, set(float32_parts(network))
     dtypes: dict[str, torch.dtype] = {"": torch.float32 if "" in kept else low}
-    for name, _ in network.named_modules():
+    for name, _ in network.named_modules():  # parents come before their children
         if name:
             parent, _, child = name.rpartition(".")
             exceptions = export_hints(network.get_submodule(parent)).low_precision_children

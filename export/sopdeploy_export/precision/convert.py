@@ -56,7 +56,8 @@ def weight_types(model: onnx.ModelProto) -> dict[str, str]:
     largest: dict[str, tuple[int, str]] = {}
     for tensor in model.graph.initializer:
         part = tensor.name.rpartition(".")[0]
-        size, size_before = len(tensor.raw_data), largest.get(part, (0, ""))[0]  # in bytes
+        size = len(tensor.raw_data)  # in bytes
+        size_before, _ = largest.get(part, (0, ""))
         if part and tensor.data_type in TYPE_NAMES and size > size_before:
             largest[part] = size, TYPE_NAMES[tensor.data_type]
     return {part: name for part, (_, name) in largest.items()}

@@ -159,8 +159,9 @@ class Int8Quantizer:
         """Name the convolutions with constant weights and more input channels than an image."""
         sizes = {tensor.name: tensor.dims for tensor in self.model.graph.initializer}
         chosen = set()
-        nodes = self.model.graph.node
-        for node in (node for node in nodes if node.op_type == "Conv" and node.input[1] in sizes):
+        for node in self.model.graph.node:
+            if node.op_type != "Conv" or node.input[1] not in sizes:
+                continue
             weight = node.input[1]
             groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
             num_input_channels = int(sizes[weight][1]) * groups
@@ -199,14 +200,14 @@ class Int8Quantizer:
         inputs = {node.name: node.input for node in quantized.graph.node if node.name in self.chosen}
         errors = {}  # of the weights, by convolution
         for convolution, weight in self._weights_with_bias().items():
-            _, weight_name, _ = inputs[convolution]
+            weight_name = inputs[convolution][1]
             codes, scale = (numpy_helper.to_array(tensors[name]) for name in codes_and_scale[weight_name])
             scale_by_channel = scale.reshape(-1, *[1] * (codes.ndim - 1))  # weights have zero point 0
             errors[convolution] = (weight - codes * scale_by_channel).astype(np.float32)
         # A convolution is linear: with the weight errors as weights, it computes the missing output.
         for convolution, missing in self._mean_outputs(errors).items():
             bias = inputs[convolution][2]
-            if bias in codes_and_scale:
+            if bias in codes_and_scale:  # int32, in the form for CPUs
                 stored, scale_tensor = (tensors[name] for name in codes_and_scale[bias])
                 steps = np.rint(missing / numpy_helper.to_array(scale_tensor).astype(np.float64))
                 low, high = np.iinfo(np.int32).min, np.iinfo(np.int32).max

@@ -275,7 +275,7 @@ def _cuts_whole_batches(call: Call, axis: int, starts: Sequence[int]) -> bool:
     slices_in_batches = set()
     for batch, start, shape, result in zip(_BATCHES, starts, call.x.shapes, call.shapes, strict=True):
         rows = batch * (call.x.place.inner or 1)
-        first = max(start + shape[axis] if start < 0 else start, 0)
+        first = start if start >= 0 else max(start + shape[axis], 0)  # counted from the end
         if first % rows or result[axis] % rows:
             return False
         slices_in_batches.add((first // rows, result[axis] // rows))
@@ -295,7 +295,7 @@ def repeats(call: Call, *, tile: bool = False) -> Place:
     All rows of an expanded constant are equal and fit any image. With *tile*, each image gets a whole copy.
     """
     axis = varying(call.shapes)
-    if axis is None or call.x.axis is not None:
+    if axis is None or call.x.axis is not None:  # the result has the batch axis of `x`, or none
         return elementwise(call)
     rows_of_image = call.shapes[0][axis] // _BATCHES[0]
     return Place(axis, rows_of_image if tile else None)
@@ -323,18 +323,18 @@ def gathers(call: Call) -> Place:
 
 
 def gathers_nd(call: Call) -> Place:
-    """Select by indices of several axes: within each row, at positions in axes before it, or in a constant.
+    """Select by indices of several axes: within each row, in a constant, or along axes before the batch.
 
     Both have the first *shared* axes. The last axis of the indices holds positions in the next axes of data.
     """
     data, indices, shared = call.x, call[1], call.attributes.get("batch_dims", 0)
     _require(indices.axis is None or indices.axis < indices.rank - 1)
-    if own_rows(data, indices, shared):
+    if own_rows(data, indices, shared):  # each image in its row
         return indices.place
     _require(not indices.counts)
-    if data.axis is None:
+    if data.axis is None:  # in a constant
         return indices.place
-    if data.axis < shared:
+    if data.axis < shared:  # within each row
         _require(data.axis == indices.axis)
         return common([data, indices])
     first_kept = shared + indices.shapes[0][-1]  # axis of the data behind those of the positions
@@ -346,7 +346,7 @@ def writes_nd(call: Call) -> Place:
     """Write by indices of several axes: each image into its row, or at positions in axes before the batch."""
     data, indices, updates = call.x, call[1], call[2]
     has_own_rows = own_rows(data, indices, 0) and indices.axis is not None
-    if has_own_rows and updates.axis == indices.axis:
+    if has_own_rows and updates.axis == indices.axis:  # each image writes into its row
         return agree(data.place, indices.at(0), updates.at(0))  # `inner` must agree, too
     first_kept = indices.shapes[0][-1]  # axis of the data behind those of the positions
     _require(indices.axis is None and (data.axis is None) == (updates.axis is None))
@@ -357,12 +357,12 @@ def writes_nd(call: Call) -> Place:
 
 def encodes(call: Call) -> Place:
     """Insert an axis of classes, which moves a batch axis at this position or behind it."""
-    is_moved = call.x.axis is not None and call.axis(-1, call.rank) <= call.x.axis
+    is_moved = call.x.axis is not None and call.axis(-1, rank=call.rank) <= call.x.axis
     return call.x.shifted(1 if is_moved else 0)
 
 
 def own_rows(data: TracedValue, indices: TracedValue, shared: int) -> bool:
-    """Return whether axis 0 of *data* is the batch, and the first index the number of the image."""
+    """Return whether each position in *indices* begins with the number of its image, a row of *data*."""
     numbers_images = indices.counts == ("first" if indices.shapes[0][-1] > 1 else "all")
     has_row_per_image = data.axis == 0 and data.shapes[0][0] == _BATCHES[0]
     return has_row_per_image and shared == 0 and numbers_images

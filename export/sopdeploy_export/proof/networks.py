@@ -58,7 +58,7 @@ class Detachment:
 
         def plain() -> Backbone:
             built = network.inference_model()
-            built.outputs = network.outputs
+            built.outputs = network.outputs  # so that both return the same values
             return built
 
         return cls(training_only=network.training_only, plain=plain)

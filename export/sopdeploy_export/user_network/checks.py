@@ -205,7 +205,7 @@ def capture_given(
     devices = {tensor.device for tensor in tensors} or {torch.device("cpu")}
     device = next(iter(devices))  # of the images; the network itself moves values between several
     on_cpu = devices == {torch.device("cpu")}
-    same_layout = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # as the copy: equal bits
+    same_layout = on_cpu and all(tensor.is_contiguous() for tensor in tensors)  # as the copy, so equal bits
     tolerance = LAYOUT_TOLERANCE if on_cpu else GPU_TOLERANCE
     images = torch.from_numpy(graph.generated_images(preprocess.crop))
     deployed = graph.Deployed(given, preprocess).eval()
@@ -218,10 +218,10 @@ def capture_given(
         allowed = 0.0 if same_layout else tolerance * expected.abs().max()
         if not bool(((logits - expected).abs() <= allowed).all()):
             raise LoweringError(OTHER_COPY)
-    if same_layout and not options.with_features:  # `certify` compares it with the graph of the copy
+    if same_layout and not options.with_features:  # is exported, or `certify` compares it with the copy
         return graph.capture(given, preprocess, options.batch)
     captured = graph.capture(copied, preprocess, options.batch)
-    if on_cpu:  # graphs contain devices and strides, but the roots of values only devices
+    if on_cpu:  # a graph for a GPU names this device; the roots of values ignore strides
         program = graph.capture_any_batch(given, preprocess, options.batch)
         if value_root(program).sha256 != value_root(captured.any_batch).sha256:
             raise LoweringError(OTHER_COPY)
