@@ -86,7 +86,7 @@ def read_probes(path: Path, manifest: Manifest | None = None) -> Probes:
         names = [key.removeprefix("output_") for key in arrays if key.startswith("output_")]
         probes = Probes(
             images=np.asarray(arrays["images"], dtype=np.uint8),
-            expected={name: arrays[f"output_{name}"] for name in names},
+            expected={name: np.asarray(arrays[f"output_{name}"], dtype=np.float32) for name in names},
             tolerance={name: float(arrays[f"tolerance_{name}"]) for name in names},
         )
     except Exception as error:  # numpy raises many types for damaged files

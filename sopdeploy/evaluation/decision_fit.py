@@ -120,7 +120,7 @@ def accepted_interval(images: int, rank: int) -> tuple[float, float]:
 
     a, b = images - rank + 1, rank  # parameters of the distribution of the share
     accepted = np.arange(images + 1)
-    # Its probability is the binomial coefficient times a ratio of beta functions.
+    # P(k) = C(n, k) B(k + a, n - k + b) / B(a, b), where C(n, k) = 1 / ((n + 1) B(n - k + 1, k + 1))
     log_ratio = betaln(accepted + a, images - accepted + b) - betaln(a, b)
     log_coefficient = -np.log(images + 1) - betaln(images - accepted + 1, accepted + 1)
     cumulative = np.cumsum(np.exp(log_ratio + log_coefficient))

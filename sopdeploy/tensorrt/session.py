@@ -201,7 +201,7 @@ class BatchBuffer:
         self.host: dict[str, NDArray[Any]] = {}
         self.device: dict[str, int] = {}
         for tensor in tensors:
-            shape = (largest, *(int(size or 1) for size in tensor.shape[1:]))
+            shape = (largest, *(int(size or 1) for size in tensor.shape[1:]))  # only the first size is None
             self.host[tensor.name] = resources.pinned_array(shape, np.dtype(tensor.dtype))
             self.device[tensor.name] = resources.device_memory(self.host[tensor.name].nbytes)
         self.uploaded, self.done = resources.event(), resources.event()

@@ -140,6 +140,7 @@ def overlapping(content: bytes) -> bytes:
 ARCHIVES: dict[str, Callable[[], bytes]] = {
     "an array of pickled objects": lambda: probes(images=pickled()),
     "no images": lambda: probes(images=None),
+    "text as outputs": lambda: probes(output_logits=np.full((4, 3), "x")),
     "no probe image": lambda: probes(images=np.zeros((0, SIDE, SIDE, 3), np.uint8)),
     "images of another size": lambda: probes(images=np.zeros((4, 8, 8, 3), np.uint8)),
     "more images than outputs": lambda: probes(images=np.zeros((9, SIDE, SIDE, 3), np.uint8)),
