@@ -191,7 +191,7 @@ def inspect(file: Path, *, options: NetworkOptions) -> dict[str, Any]:
 
 
 def _load_network(weights: Path, options: NetworkOptions) -> "tuple[nn.Module, str, str]":
-    """Build the network of *options*, load its weights, return it, their table and the sha256 of the file."""
+    """Build the network of *options* and load its weights; return it, their table in the file, its sha256."""
     from sopdeploy_export.user_network.loading import load_weights, network_builder
 
     if options.network is None:

@@ -141,11 +141,11 @@ def label(kept: Path, *, photos: Path = Path("photos"), host: str = "127.0.0.1",
     """
     from sopdeploy_service.labelling.app import run_label_server
 
-    def show(url: str, count: int) -> None:
+    def print_page(url: str, count: int) -> None:
         print_field("photos", f"{count:,} to label")
         print_field("page", url, style="bold green")
 
-    folders = run_label_server(kept, photos, host, port, show)  # returns after Ctrl-C
+    folders = run_label_server(kept, photos, host, port, on_ready=print_page)  # returns after Ctrl-C
     labels = [step for step in folders.steps if step.target is not None]  # the others are skips
     say(f"{len(labels):,} labels")
     if folders.photos.is_dir():

@@ -179,12 +179,12 @@ def train(
         chosen = next((network.name for network in networks if network.chosen), "")  # "": see `per_network`
         loaded, keys, weights = configured[chosen]
         strategy = Strategy(select_device(loaded.device))
-        resuming = options.resume != "never"
-        folder = out or numbered_folder(str(loaded.project), strategy, resume=resuming)
+        resume: bool | Literal["auto"] = "auto" if options.resume == "auto" else options.resume == "always"
+        folder = out or numbered_folder(str(loaded.project), strategy, resume=bool(resume))
         run, images = train_run(
             loaded,
             folder,
-            resume="auto" if options.resume == "auto" else resuming,
+            resume=resume,
             callback=observer,
             strategy=strategy,
             given=keys,

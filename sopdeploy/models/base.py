@@ -125,7 +125,7 @@ class Classifier(Backbone):
 
 @cache
 def as_classifier(network: type[Backbone]) -> type[Classifier]:
-    """Return *network* itself if it is a `Classifier`, else a subclass that is one and is exported as it."""
+    """Return *network* itself if it is a `Classifier`, else a `Classifier` that is exported as *network*."""
     if issubclass(network, Classifier):
         return network
     parts = {"inference_class": network, "__doc__": network.__doc__}
