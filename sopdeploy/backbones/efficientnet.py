@@ -142,7 +142,7 @@ class LiteBlock(nn.Sequential):
             "conv_dw": depthwise,
             "conv_pwl": convolution(wide, out),
         }
-        if expansion == 1:  # two convolutions above are drawn but unused, so that a seed gives the same weights
+        if expansion == 1:  # two layers above are drawn but unused, so that a seed gives the same weights
             layers = {"conv_dw": depthwise, "conv_pw": convolution(wide, out)}
         for number, (name, layer) in enumerate(layers.items(), 1):
             self.add_module(name, layer)

@@ -243,7 +243,7 @@ def describe(
     try:
         training = tally(network.train(), side)
         shipped = training if inference is None else tally(inference.eval(), side)
-    except (AssertionError, RuntimeError, ValueError) as problem:  # of torch, timm or the user's code
+    except (AssertionError, LookupError, RuntimeError, ValueError) as problem:  # of timm or the user, too
         raise ConfigError(
             f"image_size: {name} cannot compute images of {side} pixels ({first_line(problem)}); choose "
             "another size"
