@@ -25,7 +25,7 @@ SUBGRAPHS = {"g", "graphs"}
 TENSOR_ATTRIBUTE = 4  # AttributeProto.TENSOR
 
 
-def hash_parts(*parts: str | bytes | memoryview) -> str:
+def hash_parts(*parts: str | bytes) -> str:
     """Compute the sha256 of *parts*, each preceded by its length, so that different lists never collide.
 
     The Merkle roots of captured programs and of ONNX graphs are built from it.
@@ -163,7 +163,7 @@ def check_roots(bundle: Bundle) -> str | None:
             f"{bundle.onnx}: its graph has the root {root[:16]}, the manifest says {lineage.onnx_root[:16]}; "
             f"the graph was replaced after the export: {advice}"
         )
-    try:  # a file whose hash was checked
+    try:  # no OSError, because `open_bundle` has read the file
         fields = json.loads(certificate.read_bytes())
         program, certified = fields["roots"]["any_batch"], fields["roots"]["onnx"]
         mixes_images = tuple(fields["mixes_images"])

@@ -156,8 +156,7 @@ def fit_temperature(logits: Logits, targets: NDArray[np.int64]) -> float:
     bound = math.log(MAX_TEMPERATURE)
     optimum = minimize_scalar(loss, bounds=(-bound, bound), method="bounded", options={"xatol": 1e-6})
     at_bound = abs(optimum.x) > bound - 0.01  # within 1 % of the temperature
-    log_likelihood_ratio = len(targets) * (loss(0.0) - optimum.fun)  # `loss` is a mean over the images
-    significant = log_likelihood_ratio >= SIGNIFICANT
+    significant = len(targets) * (loss(0.0) - optimum.fun) >= SIGNIFICANT  # `loss` is a mean over images
     return math.exp(optimum.x) if significant and not at_bound else 1.0
 
 

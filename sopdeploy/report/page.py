@@ -91,7 +91,8 @@ def _predict(
     """Return the images that the page evaluates, what they are, and their calibrated logits (N, C)."""
     if not len(data.held_out):
         description = "the training images, each predicted by a network that was fitted without it"
-        return data.train, description, run.state["out_of_fold"].double().numpy()  # temperature 1
+        logits_NC = run.state["out_of_fold"].double().numpy()  # the few-shot procedure fits no temperature
+        return data.train, description, logits_NC
     description = "the held-out images"
     if run.recipe.procedure.kind == "loop":
         description += ", which also selected the epoch, so all scores of this section are too high"

@@ -96,5 +96,5 @@ def _extra_costs(printed: PrintedRow, table: PrintedTable, counts: dict[str, Row
     if baseline is None or trained is None:
         return {}
     reference = _count_network(baseline, read_recipe(*trained), table)
-    extra = {name: (counts[name].found or 0) - (reference[name].found or 0) for name in counts}
-    return {f"extra {name}": extra[name] for name in ("GFLOPs", "parameters (M)")}
+    costs = ("GFLOPs", "parameters (M)")
+    return {f"extra {name}": (counts[name].found or 0) - (reference[name].found or 0) for name in costs}
