@@ -90,7 +90,7 @@ class EfficientNet(Backbone):
         """
         x, tapped = super().feature_maps(images, taps)
         last: Tensor = self.bn2(self.conv_head(x))  # bn2 includes the activation
-        return last, [*tapped, last] if "conv_head" in taps else tapped
+        return last, ([*tapped, last] if "conv_head" in taps else tapped)
 
 
 class EfficientNetLiteConfig(StrictModel):

@@ -200,8 +200,9 @@ def train(
             lambda done, total: observer.on_stage(name="report", done=done, total=total),
             networks,
         )
-        decisions = [run.decision, None if previous is None else previous.decision]
-        rule, rule_before = (None if decision is None else decision.rejection for decision in decisions)
+        decision_before = None if previous is None else previous.decision
+        rule = None if run.decision is None else run.decision.rejection
+        rule_before = None if decision_before is None else decision_before.rejection
         if weakness := describe_weakness(rule, rule_before):
             observer.on_warning(weakness)
     changes = "" if previous is None else _describe_changes(previous, result, run.labels)

@@ -183,8 +183,8 @@ class GateNoise(nn.Module):
         """Draw the noise (B, N) that is added to the gate's logits."""
         with without_autocast(feature_BD):
             scale_BN = F.softplus(F.linear(at_least_float32(feature_BD), self.weight))
-            like = scale_BN[:, :1] if self.per == "image" else scale_BN
-            return torch.randn_like(like) * scale_BN
+            gamma = torch.randn_like(scale_BN[:, :1] if self.per == "image" else scale_BN)
+            return gamma * scale_BN
 
 
 class SparseGate(nn.Module, ExportHints):
