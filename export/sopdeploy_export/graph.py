@@ -175,7 +175,7 @@ def capture(
         if captured.traces == traces and None not in traces:
             return captured
     programs = [functional(program, one) for program, one in zip(traced, ranges, strict=True)]
-    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)  # can be one program
+    return Captured(any_batch=programs[0], batch_of_one=programs[-1], traces=traces)  # equal if maximum is 1
 
 
 def capture_any_batch(network: nn.Module, preprocess: Preprocess, batch: BatchRange) -> ExportedProgram:

@@ -204,7 +204,7 @@ def _fill(call: _Call, values: Sequence[float], start: int) -> list[Tensor]:
     for number, operand in enumerate(call.operands):
         elements = start + np.arange(operand.numel())
         positions = (elements // stride if call.elementwise else elements + 5 * number) % len(values)
-        content = operand  # if it has integers
+        content = operand  # integers stay
         if operand.dtype == torch.bool:
             content = torch.from_numpy(positions % 2 == 0).reshape(operand.shape)
         elif operand.is_floating_point():

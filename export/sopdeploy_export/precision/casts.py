@@ -81,7 +81,7 @@ def _input_dtype(part: nn.Module, weight_dtype: torch.dtype) -> torch.dtype | No
     where squares of activations could overflow, and where a hint requests it.
     """
     tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
-    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())  # used by *part*
+    has_lists = any(isinstance(child, nn.ParameterList) for child in part.children())  # as its own weights
     if has_lists or any(tensor.is_floating_point() for tensor in tensors):
         return weight_dtype
     hints = export_hints(part)

@@ -185,14 +185,14 @@ def reshapes(call: Call) -> Place:
     axis, inner = call.x.place
     new_axis = varying(call.shapes)
     if axis is None or new_axis is None:
-        _require(axis is None and new_axis is None)
+        _require(axis == new_axis)  # neither has the batch
         return _NONE
     shape, new_shape, batch = call.x.shapes[0], call.shapes[0], _BATCHES[0]
-    rows_of_image = inner or shape[axis] // batch  # of equal rows, each image gets as many
+    rows_of_image = inner or shape[axis] // batch  # None: all rows are equal, so each image may have as many
     elements_of_image = rows_of_image * math.prod(shape[axis + 1 :])
     elements_of_row = math.prod(new_shape[new_axis + 1 :]) or 1  # 1 for a value without elements
     new_inner, rest = divmod(elements_of_image, elements_of_row)
-    _require(rest == 0 and new_inner and new_shape[new_axis] // batch % new_inner == 0)
+    _require(rest == 0 and new_inner and (new_shape[new_axis] // batch) % new_inner == 0)
     return Place(new_axis, new_inner)
 
 
@@ -455,7 +455,7 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
     found = [name for value in outputs.values() for name in value.mixed]
     for name, value in outputs.items():
         has_row_per_image = value.axis == 0 and value.shapes[0][0] == _BATCHES[0]
-        if not value.mixed and (not has_row_per_image or value.counts):  # a number tells the position
+        if not value.mixed and (not has_row_per_image or value.counts):  # numbers of images are positions
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
 
@@ -480,7 +480,7 @@ def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: li
     feeds = _known_operands(node, named, results[0].shapes)
     runs: list[Any] = [ReferenceEvaluator(node).run(None, feed) for feed in feeds]
     results = [replace(r, contents=[np.asarray(run[k]) for run in runs]) for k, r in enumerate(results)]
-    if runs and any(value.is_size for value in named.values()):  # three sizes must show it for all
+    if runs and any(value.is_size for value in named.values()):  # three sizes must determine all others
         _require(node.op_type in _SIZE_OPERATORS and all(map(is_linear, results)))
     return results
 
