@@ -151,7 +151,9 @@ def test_every_other_pooling_agrees(pooling: str, precision: Precision, tmp_path
 
 def full_width(model: str) -> Small:
     """Return *model* with the catalog's options, on smaller images than its paper's."""
-    return Small(model, {224: 64, 64: 32}.get(CATALOG[model].image_size, 32))
+    # With all 18 blocks per stage, one step leaves logits of which rounding changes up to 65 %.
+    options = {"blocks": 12} if model in ("gsop-net1-preact-resnet164", "gsop-net2-preact-resnet164") else {}
+    return Small(model, {224: 64, 64: 32}.get(CATALOG[model].image_size, 32), options)
 
 
 @pytest.mark.slow
