@@ -15,7 +15,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, GeneratorType, ModuleType, NoneType
+from types import CodeType, FrameType, FunctionType, GeneratorType, ModuleType, NoneType
 from typing import Any
 
 import numpy as np
@@ -36,15 +36,7 @@ LIBRARIES = sys.stdlib_module_names | {
 }
 _PLAIN = (dict, list, tuple, deque, OrderedDict)
 _MODULES = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
-FIXED = (
-    type(Ellipsis),
-    type(NotImplemented),
-    CodeType,
-    FrameType,
-    BuiltinFunctionType,
-    property,
-    weakref.ref,
-)
+FIXED = (type(...), type(NotImplemented), CodeType, FrameType, weakref.ref)
 
 
 def modules(network: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -98,7 +90,7 @@ def read_state(network: nn.Module) -> dict[str, Any]:
     }
     owners = list(modules(network))
     seen = {id(module) for _, module in owners}  # each object is read once
-    found: list[tuple[str, Any]] = []
+    unread: list[tuple[str, Any]] = []
     for name, module in owners:
         prefix = f"{name}." if name else ""
         for attribute, value in vars(module).items():
@@ -107,17 +99,16 @@ def read_state(network: nn.Module) -> dict[str, Any]:
             if attribute in ("_parameters", "_buffers", "_modules"):
                 state |= {f"{prefix}{key}": _identify(item) for key, item in value.items()}
             else:
-                found.append((f"{prefix}{attribute}", value))
-        found += [(kind.__name__, kind) for kind in type(module).__mro__]  # with class attributes
-    while found:  # grows by what each object holds
-        path, value = found.pop()
-        if (content := _content(value)) is not None:
-            state[path] = content
-            continue
-        state[path] = _identify(value)
-        if id(value) not in seen:
+                unread.append((f"{prefix}{attribute}", value))
+        unread += [(kind.__name__, kind) for kind in type(module).__mro__]  # with class attributes
+    while unread:
+        path, value = unread.pop()
+        content = _content(value)
+        state[path] = _identify(value) if content is None else content
+        is_plain = content is not None and type(value).__module__.partition(".")[0] in LIBRARIES
+        if not is_plain and id(value) not in seen:  # a user's subclass of float can have attributes
             seen.add(id(value))
-            found += [(path + inside, item) for inside, item in _children(value)]
+            unread += [(path + inside, item) for inside, item in _children(value)]
         if len(state) > MOST_OBJECTS:
             raise LoweringError(f"{path}: the network holds more than {MOST_OBJECTS:,} objects; remove them")
     return state
@@ -128,7 +119,7 @@ def _content(value: Any) -> Any:
     if isinstance(value, VALUES):
         return type(value), repr(value)  # NaN equals itself here
     if isinstance(value, np.ndarray) and value.dtype != object:
-        return value.shape, value.tobytes()
+        return value.dtype, value.shape, value.tobytes()
     is_empty = type(value) in (*_PLAIN, set) and not value  # as most attributes of torch's modules are
     return type(value) if is_empty else None
 

@@ -199,6 +199,10 @@ COUNTERS: dict[str, type[Small]] = {
         in_place(lambda c: c.__setitem__(0, c[0] + 1), lambda c: c[0]), lambda: bytearray(1)
     ),
     "an array grows": later(in_place(lambda c: c.append(0)), lambda: array("b")),
+    "the type of an array changes": later(
+        lambda c: c.__setitem__(0, c[0].view({"i": "u4", "u": "f4", "f": "i4"}[c[0].dtype.kind])) or 0,
+        lambda: [np.zeros(1, "i4")],
+    ),
     "a set grows": later(in_place(lambda c: c.add(len(c))), set),
     "itertools.count": later(next, itertools.count),
     "an iterator": later(next, lambda: iter(range(10**9))),
@@ -211,7 +215,15 @@ COUNTERS: dict[str, type[Small]] = {
     "slots": later(lambda c: c(), Slotted),
     "a closure": later(lambda c: c(), closure),
     "a class attribute": later(lambda c: c(), Shared),
+    "an attribute of a number": later(
+        in_place(lambda c: setattr(c, "calls", c.calls + 1), lambda c: c.calls),
+        type("Number", (float,), {"calls": 0}),
+    ),
     "a partial": later(lambda c: c(), lambda: functools.partial(closure())),
+    "a method of random.Random": later(lambda c: c(), lambda: random.Random(0).random),
+    "a property": later(
+        lambda c: c.runs, type("Runs", (), {"runs": property(functools.partial(next, itertools.count()))})
+    ),
     "a bound method": later(lambda c: c(), lambda: Slotted().__call__),
     "six levels of lists": later(
         in_place(lambda c: c[0][0][0][0][0].append(0), lambda c: len(c[0][0][0][0][0])), lambda: [[[[[[]]]]]]

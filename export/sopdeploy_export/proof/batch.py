@@ -442,13 +442,11 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         results = [TracedValue()] * len(node.output)  # if the shapes cannot be inferred
         try:
             results = infer(node, inputs, opsets)
-            if not mixed and not all(len(result.contents) for result in results):  # not only sizes
+            are_sizes = all(len(result.contents) for result in results)
+            if not mixed and not are_sizes:
                 results = locate(node, inputs, results)
         except Exception as error:  # no rule, or an operator that onnx does not know
-            part = next((item.value for item in node.metadata_props if item.key == "part"), "")
-            operator = f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}"
-            reason = operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}"
-            mixed = mixed or (reason,)
+            mixed = mixed or (_name_problem(node, error),)
         for name, result in zip(node.output, results, strict=True):
             values[name] = replace(result, mixed=mixed)
     outputs = {output.name: values[output.name] for output in model.graph.output}
@@ -458,6 +456,13 @@ def find_mixing(model: onnx.ModelProto) -> tuple[str, ...]:
         if not value.mixed and (not has_row_per_image or value.counts):  # numbers of images are positions
             found.append(f"output {name}")
     return tuple(dict.fromkeys(found))
+
+
+def _name_problem(node: onnx.NodeProto, error: Exception) -> str:
+    """Name the operator of *node* and its part of the network, after `NO_RULE` if no rule was applied."""
+    part = next((item.value for item in node.metadata_props if item.key == "part"), "")
+    operator = f"{node.op_type} in {part if part not in ('', 'network') else 'forward'}"
+    return operator if isinstance(error, MixesError) else f"{NO_RULE}{operator}"
 
 
 def infer(node: onnx.NodeProto, inputs: Sequence[TracedValue | None], opsets: list[Any]) -> list[TracedValue]:
