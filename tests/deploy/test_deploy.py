@@ -32,13 +32,7 @@ KUBERNETES = "1.33"
 COMMANDS: Any = get_command(app)
 SCALED_OBJECT = json.loads((Path(__file__).parent / "scaled_object.json").read_text(encoding="utf-8"))
 KEDA = {"prometheus": "http://prometheus:9090", "requestsPerSecond": "50", "requestsQuery": ""}
-AUTOSCALING = {
-    "enabled": True,
-    "minReplicas": 1,
-    "maxReplicas": 3,
-    "queueDepth": "8",
-    "keda": {"prometheus": ""},
-}
+AUTOSCALING: dict[str, Any] = {"enabled": True, "minReplicas": 1, "maxReplicas": 3, "queueDepth": "8"}
 VALUES: dict[str, dict[str, Any]] = {
     "with defaults": {},
     "on GPUs": yaml.safe_load((CHART / "values-gpu.yaml").read_text()),
@@ -48,7 +42,7 @@ VALUES: dict[str, dict[str, Any]] = {
         "keys": {"secret": "keys"},
         "settings": {"SOPDEPLOY_THREADS": "2", "SOPDEPLOY_MAX_BATCH": "8"},
         "maxSurge": "10%",
-        "autoscaling": AUTOSCALING,
+        "autoscaling": AUTOSCALING | {"keda": {"prometheus": ""}},
         "nodeSelector": {"disk": "fast"},
         "tolerations": [{"key": "gpu", "operator": "Exists"}],
         "affinity": {
@@ -134,9 +128,7 @@ def test_manifests_match_the_kubernetes_schemas(name: str) -> None:
     for document in CLUSTER[name]:
         if document["kind"] == "ScaledObject":
             jsonschema.validate(document, SCALED_OBJECT)
-        elif (
-            document["kind"] != "ServiceMonitor"
-        ):  # of an operator; a test below compares it with the Service
+        elif document["kind"] != "ServiceMonitor":  # of an operator; below it is compared with the Service
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 

@@ -46,17 +46,6 @@ def test_a_part_that_was_killed_is_repeated_and_those_that_succeeded_are_not(
     assert page.count("| tiny fp") == 4  # probes, and the errors of tensorrt
 
 
-def test_a_wrong_result_is_named_and_the_other_bundles_are_compared(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    wrong, right = (next(folder.glob(f"{name}/tiny-*")) for name in ("fp32", "fp16"))
-    (wrong / "model.onnx").write_bytes((right / "model.onnx").read_bytes()[:-1000])
-    first_contact.run_alone("probes", first_contact.read_bundles(folder), "cpu")
-    rows = capsys.readouterr().out.splitlines()
-    assert len(rows) == 3
-    assert '{"result": "failed: tiny fp32: ' in rows[-1]
-
-
 @pytest.mark.skipif(not installed(), reason=ABSENT)
 def test_each_part_ends_in_one_line_where_cuda_computes_nothing(folder: Path, tmp_path: Path) -> None:
     process = start(PROGRAM, str(folder), "--out", str(tmp_path / "out"))

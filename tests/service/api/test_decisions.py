@@ -16,7 +16,7 @@ from sopdeploy.checkpoint import read_checkpoint
 from sopdeploy.cli.app import app
 from sopdeploy.client import Client
 from sopdeploy.decision import Decision, Rejection, energy
-from sopdeploy.errors import BundleError, DataError
+from sopdeploy.errors import BundleError
 from sopdeploy.training.train import train_recipe
 from sopdeploy_export.graph import generated_images
 from sopdeploy_export.options import ExportOptions
@@ -176,9 +176,6 @@ def test_an_evaluation_with_labels_csv_has_the_probabilities_of_the_server(
         body = (tmp_path / f"{number}.jpg").read_bytes()
         listed = many.post("/v1/classify?threshold=0", content=body).json()["classes"]
         assert {one["label"]: one["probability"] for one in listed} == dict(zip(names, row, strict=True))
-    (tmp_path / "labels.csv").unlink()
-    with pytest.raises(DataError, match=r"holds no class folders and no labels\.csv"):
-        scores_of_bundle(multi_label_path, tmp_path, settings=settings, on_image=lambda *_: None)
 
 
 def test_a_bundle_with_too_few_thresholds_is_rejected(tmp_path) -> None:

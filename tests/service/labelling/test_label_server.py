@@ -2,14 +2,11 @@
 
 import itertools
 import re
-import threading
 from pathlib import Path
 
-import httpx
 import pytest
 
 from sopdeploy_service.labelling.app import run_label_server
-from tests.service.conftest import wait_for
 from tests.service.labelling.conftest import KEY, files_below, identity, label_server
 
 ONE = identity(1)
@@ -168,22 +165,3 @@ def test_every_address_has_a_random_key(keep, tmp_path, host, monkeypatch):
         run_label_server(tmp_path / "kept", tmp_path / "photos", host, 0, lambda *given: ready.append(given))
     assert len({re.search(r"^http://.+:\d+/\?key=(.{22})$", url)[1] for url, _ in ready}) == 2
     assert [count for _, count in ready] == [1, 1]
-
-
-def test_labels_of_many_requests_at_once_are_each_saved_once(keep, open_folders, tmp_path):
-    names = [keep(number) for number in range(20)]
-    statuses: list[int] = []
-    with label_server(open_folders()) as client:
-
-        def label_all(name: str) -> None:
-            with httpx.Client(base_url=client.base_url, cookies=client.cookies) as own:
-                statuses.extend(
-                    own.post("/label", json=answer(name=name, one=one)).status_code for one in names
-                )
-
-        threads = [threading.Thread(target=label_all, args=(name,)) for name in ("hat", "shoes")]
-        for thread in threads:
-            thread.start()
-        wait_for(lambda: not any(thread.is_alive() for thread in threads))
-    assert sorted(statuses) == [200] * 20 + [409] * 20
-    assert sorted(Path(path).stem for path in files_below(tmp_path)) == names
