@@ -35,7 +35,9 @@ LIBRARIES = sys.stdlib_module_names | {
     *("numpy", "pydantic", "pydantic_core", "sopdeploy", "sympy", "timm", "torch", "torchvision")
 }
 _PLAIN = (dict, list, tuple, deque, OrderedDict)
-_MODULES = ("array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
+_MODULES = {  # of libraries whose objects are read
+    *("argparse", "array", "builtins", "collections", "functools", "itertools", "random", "types", "_random")
+}
 FIXED = (type(...), type(NotImplemented), CodeType, FrameType, weakref.ref)
 
 
@@ -115,11 +117,15 @@ def read_state(network: nn.Module) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
-    """Return the comparable content of a number, a text, an array or an empty container, otherwise None."""
+    """Return the comparable content of a value, array, random generator or empty container, else None."""
     if isinstance(value, VALUES):
         return type(value), repr(value)  # NaN equals itself here
     if isinstance(value, np.ndarray) and value.dtype != object:
         return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, np.random.RandomState):
+        return repr(value.get_state(legacy=False))
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
     is_empty = type(value) in (*_PLAIN, set) and not value  # as most attributes of torch's modules are
     return type(value) if is_empty else None
 
@@ -199,10 +205,8 @@ def _identify(value: object) -> Identity:
 
 def first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     """Name the first path that was added, removed or changed."""
-    for path in {**before, **after}:  # first those of *before*
-        if path not in before or path not in after or before[path] != after[path]:
-            return path
-    return None
+    changed = (path for path in {**before, **after} if before.get(path) != after.get(path))
+    return next(changed, None)
 
 
 @contextmanager

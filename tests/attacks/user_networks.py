@@ -8,6 +8,7 @@ import itertools
 import logging
 import random
 import threading
+from argparse import Namespace
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -210,11 +211,13 @@ COUNTERS: dict[str, type[Small]] = {
     "a generator": later(next, numbers),
     "the position of a generator": later(lambda c: c(), position),
     "random.Random": later(lambda c: c.randrange(599), lambda: random.Random(0)),
+    "a generator of NumPy": later(lambda c: c.integers(599), np.random.default_rng),
     "the random numbers of Python": small(lambda n, f: n.fc(f) * (1 if random.random() < 2 else -1)),
     "the random numbers of NumPy": small(lambda n, f: n.fc(f) * (1 if np.random.rand() < 2 else -1)),  # noqa: NPY002
     "slots": later(lambda c: c(), Slotted),
     "a closure": later(lambda c: c(), closure),
     "a class attribute": later(lambda c: c(), Shared),
+    "a namespace": later(in_place(lambda c: setattr(c, "n", c.n + 1), lambda c: c.n), lambda: Namespace(n=0)),
     "an attribute of a number": later(
         in_place(lambda c: setattr(c, "calls", c.calls + 1), lambda c: c.calls),
         type("Number", (float,), {"calls": 0}),
